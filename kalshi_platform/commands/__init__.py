@@ -1,0 +1,1 @@
+"""The command line: parses, calls, prints. What a command does lives in the rooms below."""

@@ -1,0 +1,1 @@
+"""The wire: signing, frames, REST, and the session and book core without I/O."""

@@ -1,0 +1,50 @@
+"""Exact numbers: prices as integers of 1e-4 dollars, quantities as integers of 1e-2 contracts.
+
+No float touches a price or a size. Both wire forms are read: fixed-point strings such as
+"0.0800" and "300.00", and the integer cents and whole contracts of before March 2026.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+PRICE_SCALE = 4
+QTY_SCALE = 2
+ONE_DOLLAR = 10**PRICE_SCALE
+
+
+def fixed_point(text: str, scale: int) -> int:
+    """`text` as an integer count of 10**-scale units; raises ValueError where it is not exact."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not a decimal number") from None
+    if not value.is_finite():
+        raise ValueError(f"{text!r} is not a finite number")
+    scaled = value.scaleb(scale)
+    units = int(scaled)
+    if units != scaled:
+        raise ValueError(f"{text!r} has more than {scale} decimals")
+    return units
+
+
+def price_units(dollars: str) -> int:
+    """Dollars ("0.0800") to 1e-4 dollars (800)."""
+    return fixed_point(dollars, PRICE_SCALE)
+
+
+def qty_units(contracts: str) -> int:
+    """Contracts ("300.00") to 1e-2 contracts (30000)."""
+    return fixed_point(contracts, QTY_SCALE)
+
+
+def dollars(price: int) -> str:
+    """1e-4 dollars (800) to the wire's text ("0.0800")."""
+    sign = "-" if price < 0 else ""
+    return f"{sign}{abs(price) // ONE_DOLLAR}.{abs(price) % ONE_DOLLAR:04d}"
+
+
+def contracts(qty: int) -> str:
+    """1e-2 contracts (30000) to the wire's text ("300.00")."""
+    sign = "-" if qty < 0 else ""
+    return f"{sign}{abs(qty) // 100}.{abs(qty) % 100:02d}"

@@ -1,0 +1,119 @@
+"""Request signing: who we are, proved anew for every request and every dial.
+
+The signed text is `<timestamp ms><METHOD><path>`: no host, no query string, no body. RSA keys sign
+with PSS over SHA-256 (salt as long as the digest), Ed25519 keys sign the text itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
+
+from kalshi_platform.exchange.errors import CredentialsError
+
+PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
+
+
+class Signer(Protocol):
+    """Signs bytes with a private key."""
+
+    def sign(self, message: bytes) -> bytes:
+        """The raw signature of `message`."""
+
+
+class RsaSigner:
+    """RSA-PSS, SHA-256, salt length 32."""
+
+    def __init__(self, key: rsa.RSAPrivateKey) -> None:
+        self._key = key
+
+    def sign(self, message: bytes) -> bytes:
+        """The raw signature of `message`."""
+        return self._key.sign(message, PSS, hashes.SHA256())
+
+
+class Ed25519Signer:
+    """Ed25519 over the text itself."""
+
+    def __init__(self, key: ed25519.Ed25519PrivateKey) -> None:
+        self._key = key
+
+    def sign(self, message: bytes) -> bytes:
+        """The raw signature of `message`."""
+        return self._key.sign(message)
+
+
+def signed_text(timestamp_ms: int | str, method: str, path: str) -> bytes:
+    """The bytes that are signed; `path` starts at /trade-api and loses its query string."""
+    return f"{timestamp_ms}{method.upper()}{path.split('?', 1)[0]}".encode()
+
+
+def load_signer(key_file: Path) -> Signer:
+    """Read a PEM private key. Raises `CredentialsError` saying what is wrong with the file."""
+    try:
+        pem = key_file.read_bytes()
+    except FileNotFoundError:
+        raise CredentialsError(
+            f"Key file {key_file} does not exist. Set PROD_KEYFILE to the private key that the exchange gave you."
+        ) from None
+    except IsADirectoryError:
+        raise CredentialsError(
+            f"Key file {key_file} is a folder. Set PROD_KEYFILE to the PEM file in it."
+        ) from None
+    except OSError as error:
+        raise CredentialsError(
+            f"Key file {key_file} cannot be read ({error.strerror}). Make it readable by this user: chmod 600."
+        ) from None
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise CredentialsError(
+            f"Key file {key_file} is protected by a passphrase. Decrypt it first:"
+            " openssl pkey -in KEY -out KEY.plain, then chmod 600."
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):  # the cause may quote key material: leave it out
+        raise CredentialsError(
+            f"Key file {key_file} is not a PEM private key. It must begin with"
+            " '-----BEGIN PRIVATE KEY-----' or '-----BEGIN RSA PRIVATE KEY-----'."
+        ) from None
+    if isinstance(key, rsa.RSAPrivateKey):
+        return RsaSigner(key)
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return Ed25519Signer(key)
+    raise CredentialsError(
+        f"Key file {key_file} holds a {type(key).__name__}; the exchange takes RSA or Ed25519 keys."
+    )
+
+
+class Credentials:
+    """A key id with its signer: makes the headers of one request."""
+
+    def __init__(
+        self,
+        key_id: str,
+        signer: Signer,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._key_id = key_id
+        self._signer = signer
+        self._clock_ms = clock_ms
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+    def headers(self, method: str, path: str) -> Mapping[str, str]:
+        """Signed headers, good for the next seconds; sign again for every request."""
+        timestamp = str(self._clock_ms())
+        signature = self._signer.sign(signed_text(timestamp, method, path))
+        return {
+            "KALSHI-ACCESS-KEY": self._key_id,
+            "KALSHI-ACCESS-TIMESTAMP": timestamp,
+            "KALSHI-ACCESS-SIGNATURE": base64.b64encode(signature).decode(),
+        }

@@ -1,0 +1,1 @@
+"""Journal ranges to rows to stores; sealing hours."""

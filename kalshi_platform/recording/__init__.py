@@ -1,0 +1,1 @@
+"""Capture and journal: what the exchange sent, kept before anybody acts on it."""

@@ -1,0 +1,185 @@
+"""Every setting, read in one place: environment variables first, then `.env` in the working folder.
+
+Other modules take a `Settings` and never look at the environment themselves. `.env.example`
+documents each variable for its readers; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kalshi_platform.errors import SettingsError
+
+PRODUCTION_WS_URL = "wss://external-api-ws.kalshi.com/trade-api/ws/v2"
+PRODUCTION_REST_URL = "https://external-api.kalshi.com/trade-api/v2"
+EMBEDDED_CLICKHOUSE_URL = "http://127.0.0.1:8123"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange to talk to, with the key that opens it."""
+
+    ws_url: str
+    rest_url: str
+    key_id: str
+    """The API key's id. Not a secret by itself, yet never logged."""
+    key_file: Path
+    """PEM file of the private key."""
+    simulated: bool
+    """True for the bundled simulator, which makes its own key file when it starts."""
+
+    def __repr__(self) -> str:  # a key id has no business in a traceback
+        return f"Exchange({self.ws_url!r}, simulated={self.simulated})"
+
+
+class Settings(BaseSettings):
+    """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+    )
+
+    prod_keyid: SecretStr | None = None
+    prod_keyfile: Path | None = None
+    kalshi_ws_url: str | None = None
+    kalshi_rest_url: str | None = None
+    market_tickers: Annotated[tuple[str, ...], NoDecode] = ()
+    market_series: Annotated[tuple[str, ...], NoDecode] = ()
+
+    use_clickhouse: bool = True
+    clickhouse_url: str = EMBEDDED_CLICKHOUSE_URL
+    clickhouse_user: str = "default"
+    clickhouse_password: SecretStr = SecretStr("")
+    clickhouse_database: str = Field("kalshi", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    hot_retention_days: int = Field(30, ge=1, le=36_500)
+
+    kalshi_data_dir: Path = Path("data")
+    parquet_dir: Path | None = None
+    journal_retention_hours: int = Field(48, ge=1)
+
+    simulator_port: int = Field(8765, ge=1, le=65_535)
+    simulator_markets: int = Field(40, ge=1)
+    simulator_rate: float = Field(200.0, gt=0)
+    """Order-book deltas a second, over all simulated markets."""
+
+    @field_validator("market_tickers", "market_series", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator(
+        "prod_keyid",
+        "prod_keyfile",
+        "kalshi_ws_url",
+        "kalshi_rest_url",
+        "parquet_dir",
+        mode="before",
+    )
+    @classmethod
+    def _blank_is_unset(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("clickhouse_url", "kalshi_ws_url", "kalshi_rest_url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in {"http", "https", "ws", "wss"} or not parts.hostname:
+                raise ValueError("is not a URL such as https://host:port")
+            if parts.password is not None or parts.username is not None:
+                raise ValueError(
+                    "must not carry a user or password; they have settings of their own"
+                )
+        return value
+
+    @property
+    def has_key(self) -> bool:
+        """Whether an exchange key is configured; without one everything runs on the simulator."""
+        return self.prod_keyid is not None
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange to record: the real one when there is a key, else the simulator."""
+        if self.prod_keyid is not None and self.prod_keyfile is not None:
+            return Exchange(
+                ws_url=self.kalshi_ws_url or PRODUCTION_WS_URL,
+                rest_url=self.kalshi_rest_url or PRODUCTION_REST_URL,
+                key_id=self.prod_keyid.get_secret_value(),
+                key_file=self.prod_keyfile.expanduser(),
+                simulated=False,
+            )
+        base = f"127.0.0.1:{self.simulator_port}/trade-api"
+        return Exchange(
+            ws_url=self.kalshi_ws_url or f"ws://{base}/ws/v2",
+            rest_url=self.kalshi_rest_url or f"http://{base}/v2",
+            key_id="simulator",
+            key_file=self.data_dir / "simulator" / "key.pem",
+            simulated=True,
+        )
+
+    @property
+    def data_dir(self) -> Path:
+        """Where everything local lives, absolute."""
+        return self.kalshi_data_dir.expanduser().absolute()
+
+    @property
+    def archive_dir(self) -> Path:
+        """Root of the Parquet archive, absolute."""
+        return (self.parquet_dir or self.data_dir / "parquet").expanduser().absolute()
+
+    @property
+    def embedded_clickhouse(self) -> bool:
+        """Whether ClickHouse is the embedded one, which `up` then starts."""
+        return self.use_clickhouse and self.clickhouse_url == EMBEDDED_CLICKHOUSE_URL
+
+    def journal_dir(self, shard: int = 0) -> Path:
+        """Folder of one shard's journal."""
+        return self.data_dir / "journal" / f"shard-{shard}"
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings; `overrides` win over the environment.
+
+    Raises `SettingsError` naming the variable and the remedy.
+    """
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from None  # the cause holds the values, maybe secrets
+    if (settings.prod_keyid is None) != (settings.prod_keyfile is None):
+        missing = "PROD_KEYFILE" if settings.prod_keyfile is None else "PROD_KEYID"
+        raise SettingsError(
+            f"{missing} is not set: the exchange needs both PROD_KEYID and PROD_KEYFILE."
+            " Set both to record the exchange, or neither to use the simulator."
+        )
+    if str(settings.parquet_dir or "").startswith("s3:"):
+        raise SettingsError(
+            "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."
+        )
+    return settings
+
+
+@functools.cache
+def current() -> Settings:
+    """The process's settings, read once."""
+    return load()
+
+
+def _sentence(error: ValidationError) -> str:
+    def one(item: Any) -> str:
+        name = str(item["loc"][0]).upper() if item["loc"] else "settings"
+        reason = str(item["msg"]).removeprefix("Value error, ")
+        value = item.get("input")
+        shown = "" if "PASSWORD" in name or "KEY" in name else f" is {value!r}:"
+        return f"{name}{shown} {reason}"
+
+    return "; ".join(one(item) for item in error.errors()) + ". See .env.example."

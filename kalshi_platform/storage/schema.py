@@ -1,0 +1,148 @@
+"""The one schema: what ClickHouse's tables, the Parquet files and the rows in memory agree on.
+
+The migrations in `infra/clickhouse_migrations` spell the same columns in SQL; a test compares
+them with these. Exactness: prices are Decimal(9, 4) dollars, sizes Decimal(18, 2) contracts,
+times are microseconds UTC. UUIDs are strings in Arrow and Parquet, UUID in ClickHouse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+PRICE = pa.decimal128(9, 4)
+QTY = pa.decimal128(18, 2)
+TIME = pa.timestamp("us", "UTC")
+NAME = pa.dictionary(pa.int32(), pa.string())
+"""Strings that repeat: dictionary-encoded in memory and in Parquet."""
+
+ZERO_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column, in both worlds."""
+
+    name: str
+    arrow: pa.DataType
+    clickhouse: str
+    description: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table in ClickHouse and, where `archived`, a folder of hourly Parquet partitions."""
+
+    name: str
+    columns: tuple[Column, ...]
+    description: str
+    archived: bool = True
+
+    @property
+    def arrow(self) -> pa.Schema:
+        """The Arrow schema, columns in order."""
+        return pa.schema([pa.field(c.name, c.arrow, c.nullable) for c in self.columns])
+
+
+_UUID = (NAME, "UUID")
+_TEXT = (NAME, "LowCardinality(String)")
+
+_TYPE = Column(
+    "type",
+    NAME,
+    "Enum8('snapshot' = 1, 'delta' = 2)",
+    "snapshot: a level of a snapshot; delta: a change",
+)
+_CONN = Column("conn_id", *_UUID, "the connection; sid and seq restart with it")
+_SID = Column("sid", pa.uint32(), "UInt32", "subscription on the connection: one per channel")
+_SEQ = Column("seq", pa.uint64(), "UInt64", "position on the sid, from 1, shared by its markets")
+_MARKET_ID = Column("market_id", *_UUID, "the market's UUID; zero where the exchange sent none")
+_TICKER = Column("market_ticker", *_TEXT, "the market's ticker")
+_SIDE = Column("side", NAME, "Enum8('yes' = 1, 'no' = 2)", "the bid ladder: yes bids or no bids")
+_PRICE = Column("price", PRICE, "Decimal(9, 4)", "bid price in dollars, on the side's own scale")
+_TS = Column(
+    "ts", TIME, "Nullable(DateTime64(6, 'UTC'))", "exchange time; null where none was sent", True
+)
+_INGEST = Column(
+    "ingest_ts", TIME, "DateTime64(6, 'UTC')", "receive time, from this machine's clock"
+)
+
+ORDERBOOK_EVENTS = Dataset(
+    "orderbook_events",
+    (
+        _TYPE,
+        _CONN,
+        _SID,
+        _SEQ,
+        _MARKET_ID,
+        _TICKER,
+        _SIDE,
+        _PRICE,
+        Column(
+            "qty",
+            QTY,
+            "Decimal(18, 2)",
+            "snapshot: the level's size; delta: the signed change, in contracts",
+        ),
+        Column("size", QTY, "Decimal(18, 2)", "the level's size after this event, in contracts"),
+        _TS,
+        _INGEST,
+        Column("client_order_id", NAME, "String", "own orders only, else empty"),
+    ),
+    "Every order-book event: one row per level of a snapshot, one per delta.",
+)
+
+STREAM_EVENTS = Dataset(
+    "stream_events",
+    (
+        _INGEST,
+        Column("conn_id", *_UUID, "the connection; zero where there was none"),
+        Column("sid", pa.uint32(), "UInt32", "subscription, 0 where none"),
+        Column("seq", pa.uint64(), "UInt64", "position on the sid, 0 where none was consumed"),
+        Column("kind", *_TEXT, "what came or happened: connected, ok, snapshot, gap, …"),
+        Column("market_ticker", *_TEXT, "the market, where there is one"),
+        Column("detail", pa.string(), "String", "JSON; the raw frame for malformed and unknown"),
+    ),
+    "Everything else that came from the exchange or happened to the recording.",
+)
+
+BOOK_CHECKPOINTS = Dataset(
+    "book_checkpoints",
+    (
+        Column("ts", TIME, "DateTime64(6, 'UTC')", "the instant: first of the hour"),
+        _CONN,
+        _SID,
+        Column("seq", pa.uint64(), "UInt64", "the last number applied to this market's book"),
+        _MARKET_ID,
+        _TICKER,
+        Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot"),
+        Column(
+            "side", NAME, "Nullable(Enum8('yes' = 1, 'no' = 2))", "null: the book is empty", True
+        ),
+        Column("price", PRICE, "Nullable(Decimal(9, 4))", "dollars; null: the book is empty", True),
+        Column("size", QTY, "Nullable(Decimal(18, 2))", "contracts; null: the book is empty", True),
+    ),
+    "Every live book as it was at the hour's first instant: one row per level, at least one per market.",
+)
+
+LATEST_LEVELS = Dataset(
+    "latest_levels",
+    (
+        _MARKET_ID,
+        _TICKER,
+        _SIDE,
+        _PRICE,
+        Column("size", QTY, "Decimal(18, 2)", "contracts; 0: the level is gone"),
+        _TS,
+        _INGEST,
+        Column(
+            "version", pa.uint64(), "UInt64", "which row of a level is the newest; never steps back"
+        ),
+    ),
+    "The book now: `FINAL WHERE size > 0`.",
+    archived=False,
+)
+
+DATASETS = {d.name: d for d in (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, LATEST_LEVELS)}
