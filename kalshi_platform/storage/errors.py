@@ -11,6 +11,16 @@ from kalshi_platform.errors import PlatformError
 class StoreError(PlatformError):
     """ClickHouse or the archive did not do what was asked."""
 
+    code: int | None
+    """ClickHouse's error code; None where the error is not ClickHouse's own."""
+    name: str
+    """ClickHouse's name of that code, such as TOO_MANY_PARTS; else empty."""
+
+    def __init__(self, sentence: str, *, code: int | None = None, name: str = "") -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.name = name
+
 
 class StoreUnavailable(StoreError):
     """Worth another try later."""

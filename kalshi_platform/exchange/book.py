@@ -1,0 +1,152 @@
+"""One market's order book: two bid ladders, kept in exact integers. No I/O.
+
+Prices are 1e-4 dollars on the side's own bid scale, sizes 1e-2 contracts. A yes ask at 1 - p is a
+no bid at p: there is one book, seen from two sides. This is the reference that the columnar load
+is tested against, and the book of the wire watcher and of the audit against the exchange.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kalshi_platform.exchange.frames import Delta, Snapshot
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, dollars, price_units, qty_units
+
+SIDES = ("yes", "no")
+Ladder = dict[int, int]
+"""Price to size, levels with a size only."""
+
+
+class BookError(ValueError):
+    """A frame that cannot be applied: lost or doubled frames, or values out of range."""
+
+
+class State(Enum):
+    """Whether a book can be believed."""
+
+    WAITING = "waiting"
+    """Subscribed; its first snapshot has not come."""
+    SYNCED = "synced"
+    STALE = "stale"
+    """Something was lost since its snapshot; a new one has been asked for."""
+
+
+@dataclass(frozen=True)
+class LevelChange:
+    """A delta in exact units."""
+
+    side: str
+    price: int
+    qty: int
+
+
+def delta_change(delta: Delta, *, use_yes_price: bool = False) -> LevelChange:
+    """The change that a delta frame names, in either wire form.
+
+    Raises `BookError` naming the value that cannot be read.
+    """
+    if delta.side not in SIDES:
+        raise BookError(f"side {delta.side!r} is neither yes nor no")
+    try:
+        if delta.price_dollars is not None:
+            price = price_units(delta.price_dollars)
+        elif delta.price is not None:
+            price = delta.price * 100
+        else:
+            raise BookError("the delta has no price")
+        if delta.delta_fp is not None:
+            qty = qty_units(delta.delta_fp)
+        elif delta.delta is not None:
+            qty = delta.delta * 100
+        else:
+            raise BookError("the delta has no quantity")
+    except ValueError as error:
+        raise BookError(str(error)) from None
+    return LevelChange(delta.side, own_scale(delta.side, price, use_yes_price=use_yes_price), qty)
+
+
+def snapshot_ladder(snapshot: Snapshot, side: str, *, use_yes_price: bool = False) -> Ladder:
+    """One side of a snapshot, in any wire form; prefers fixed point, then dollars, then cents.
+
+    Raises `BookError` on a value that cannot be read or a price that comes twice.
+    """
+    ladder: Ladder = {}
+    try:
+        levels = [
+            (own_scale(side, price, use_yes_price=use_yes_price), size)
+            for price, size in _levels(snapshot, side)
+        ]
+    except ValueError as error:
+        raise BookError(str(error)) from None
+    for price, size in levels:
+        if price in ladder:
+            raise BookError(f"the snapshot lists {side} {dollars(price)} twice")
+        if size < 0:
+            raise BookError(f"the snapshot has a negative size at {side} {dollars(price)}")
+        ladder[price] = size
+    return {price: size for price, size in ladder.items() if size}
+
+
+def own_scale(side: str, price: int, *, use_yes_price: bool) -> int:
+    """A price on its side's own bid scale; with `use_yes_price` the wire quotes no bids at 1 - p."""
+    return ONE_DOLLAR - price if use_yes_price and side == "no" else price
+
+
+def _levels(snapshot: Snapshot, side: str) -> list[tuple[int, int]]:
+    fp = snapshot.yes_dollars_fp if side == "yes" else snapshot.no_dollars_fp
+    if fp is not None:
+        return [(price_units(price), qty_units(size)) for price, size in fp]
+    text = snapshot.yes_dollars if side == "yes" else snapshot.no_dollars
+    if text is not None:
+        return [(price_units(price), qty_units(str(size))) for price, size in text]
+    cents = snapshot.yes if side == "yes" else snapshot.no
+    return [(price * 100, size * 100) for price, size in cents or []]
+
+
+@dataclass
+class Book:
+    """A market's two ladders. A negative level is corruption: it raises and marks the book stale."""
+
+    market_ticker: str
+    state: State = State.WAITING
+    ladders: dict[str, Ladder] = field(default_factory=lambda: {"yes": {}, "no": {}})
+
+    def apply_snapshot(self, snapshot: Snapshot, *, use_yes_price: bool = False) -> None:
+        """Replace both ladders; the book is synced afterwards. Raises `BookError`."""
+        ladders = {
+            side: snapshot_ladder(snapshot, side, use_yes_price=use_yes_price) for side in SIDES
+        }
+        self.ladders = ladders
+        self.state = State.SYNCED
+
+    def apply_delta(self, change: LevelChange) -> int:
+        """Change one level and return its size after; raises `BookError` below zero."""
+        if self.state is State.WAITING:
+            raise BookError(f"a delta for {self.market_ticker} came before its snapshot")
+        ladder = self.ladders[change.side]
+        size = ladder.get(change.price, 0) + change.qty
+        if size < 0:
+            self.state = State.STALE
+            raise BookError(
+                f"{self.market_ticker} {change.side} {dollars(change.price)} would be {size / 100:.2f}"
+                " contracts: a frame was lost or doubled"
+            )
+        if size:
+            ladder[change.price] = size
+        else:
+            ladder.pop(change.price, None)
+        return size
+
+    def mark_stale(self) -> None:
+        """Something was lost: believe nothing until the next snapshot."""
+        if self.state is State.SYNCED:
+            self.state = State.STALE
+
+    def best(self, side: str) -> tuple[int, int] | None:
+        """(price, size) of the best bid of a side, or None where it is empty."""
+        ladder = self.ladders[side]
+        if not ladder:
+            return None
+        price = max(ladder)
+        return price, ladder[price]

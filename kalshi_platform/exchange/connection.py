@@ -1,0 +1,81 @@
+"""The WebSocket shell: dials, signed anew every time, and knows when the peer was last heard.
+
+What a frame means is the session's affair (`session.py`); nothing here reads one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+from kalshi_platform.exchange.errors import ExchangeError, Unreachable
+from kalshi_platform.exchange.rest import refusal
+from kalshi_platform.exchange.signing import Credentials
+
+MAX_FRAME_BYTES = 96 << 20
+"""The exchange's own limit is 64 MiB; the library's default of 1 MiB would cut wide books off."""
+QUEUE_FRAMES = 2048
+"""Frames that wait in memory for the reader before the socket is no longer read."""
+OPEN_TIMEOUT_S = 15.0
+LIVENESS_S = 30.0
+"""The server pings every 10 s or so: nothing at all for this long means the connection is dead."""
+
+
+class LiveConnection(ClientConnection):
+    """A client connection that remembers when bytes of any kind last came, pings included."""
+
+    last_bytes_at: float = 0.0
+    """Monotonic seconds."""
+
+    def data_received(self, data: bytes) -> None:
+        """Note the time, then go on as always."""
+        self.last_bytes_at = time.monotonic()
+        super().data_received(data)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the peer was last heard."""
+        return time.monotonic() - self.last_bytes_at
+
+
+async def dial(ws_url: str, credentials: Credentials) -> LiveConnection:
+    """Open one authenticated connection.
+
+    Raises `CredentialsError` where the key or the clock is refused, `Unreachable` where nobody
+    answers or the exchange is down.
+    """
+    parts = urlsplit(ws_url)
+    options: dict[str, Any] = {}
+    if parts.hostname in {"127.0.0.1", "localhost", "::1"}:
+        options["proxy"] = None
+    try:
+        connection = await connect(
+            ws_url,
+            additional_headers=dict(credentials.headers("GET", parts.path)),
+            create_connection=LiveConnection,
+            max_size=MAX_FRAME_BYTES,
+            max_queue=QUEUE_FRAMES,
+            compression=None,
+            open_timeout=OPEN_TIMEOUT_S,
+            close_timeout=2.0,
+            ping_interval=None,  # liveness is judged by any traffic, see LIVENESS_S
+            **options,
+        )
+    except InvalidStatus as error:
+        response = error.response
+        raise refusal(response.status_code, response.body or b"", response.headers) from None
+    except TimeoutError:
+        raise Unreachable(f"{ws_url} did not answer within {OPEN_TIMEOUT_S:.0f} s.") from None
+    except (OSError, InvalidHandshake) as error:
+        raise Unreachable(f"{ws_url} cannot be reached: {error}.") from None
+    if not isinstance(connection, LiveConnection):
+        raise ExchangeError(
+            "The WebSocket library did not use the connection class that it was given."
+        )
+    connection.last_bytes_at = time.monotonic()
+    return connection

@@ -1,0 +1,413 @@
+"""One connection's conversation with the exchange, without I/O: frames in, commands and notes out.
+
+It knows of the wire what a recorder must: which sid is the order book's, the next number of every
+sid, which markets still owe a snapshot. `seq` counts per sid across all its markets; `ok`,
+`unsubscribed` and sid-scoped errors consume numbers as data does.
+
+A market that owes a snapshot has an owner who brings it back: this session asks again
+(`get_snapshot`; a second `subscribe` would be a silent no-op), at a pace that slows while gaps go
+on. Success is judged by the snapshot's arrival, not by the reply to a command, since replies come
+shuffled and a replayed recording answers with foreign ids.
+
+Times are seconds of a monotonic clock, passed in by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, ProtocolError
+from kalshi_platform.exchange.frames import (
+    DecodeError,
+    Head,
+    Kind,
+    Reply,
+    decode_head,
+    decode_reply,
+    decode_snapshot_head,
+)
+
+CHANNEL = "orderbook_delta"
+BATCH = 500
+"""Tickers in one command: some 20 kB, far below any frame limit."""
+IN_FLIGHT = 8
+"""Commands sent and not answered; the exchange allows 10,000 a second, politeness fewer."""
+REPLY_PATIENCE_S = 15.0
+SNAPSHOT_PATIENCE_S = 10.0
+"""A snapshot that has not come by then is asked for again."""
+ASKS_BEFORE_RECONNECT = 5
+RECOVERY_MIN_S, RECOVERY_MAX_S = 1.0, 30.0
+"""Between two rounds of snapshot requests: doubles with every gap, up to the maximum."""
+CALM_S = 60.0
+"""So long without a gap, and recovery is prompt again."""
+
+TERMINAL_ERRORS = {10: "channel error", 25: "buffer overflow: this client read too slowly"}
+TRY_AGAIN_ERRORS = {18, 27}
+AUTHENTICATION_REQUIRED = 9
+MARKET_LIMIT = 26
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that happened, to be recorded beside the frames."""
+
+    kind: str
+    detail: dict[str, Any]
+    sid: int = 0
+    market_ticker: str = ""
+
+
+@dataclass
+class _Market:
+    added: bool = False
+    """Whether the subscription has been asked to carry it."""
+    synced: bool = False
+    asked_at: float | None = None
+    """When its snapshot was last asked for; None: not yet, or a gap has made the asking void."""
+    asks: int = 0
+    known: bool = True
+    """False after the exchange answered with an empty market id: no such ticker."""
+
+
+@dataclass
+class _Gap:
+    expected: int
+    got: int
+    since: float
+    waiting: set[str]
+    markets: int
+
+
+@dataclass
+class _Sid:
+    channel: str = ""
+    next_seq: int = 1
+    gap: _Gap | None = None
+
+
+@dataclass
+class _Pending:
+    at: float
+    action: str
+    tickers: Sequence[str] = field(default_factory=tuple)
+
+
+class Session:
+    """The state of one connection. Feed it every frame; send what `commands` returns."""
+
+    def __init__(self, tickers: Iterable[str] = (), *, use_yes_price: bool = False) -> None:
+        self.use_yes_price = use_yes_price
+        self.ended: str | None = None
+        """Why this connection is of no more use; the caller dials anew."""
+        self.fatal: ExchangeError | None = None
+        """An error that dialling anew will not mend."""
+        self.warnings: list[str] = []
+        """Sentences for the log; the caller takes them away."""
+        self._notes: list[Note] = []
+        self._sids: dict[int, _Sid] = {}
+        self._book_sid: int | None = None
+        self._markets: dict[str, _Market] = {}
+        self._leaving: set[str] = set()
+        self._pending: dict[int, _Pending] = {}
+        self._subscribe_sent_at: float | None = None
+        self._next_id = 1
+        self._next_recovery_at = 0.0
+        self._recovery_interval = RECOVERY_MIN_S
+        self._last_gap_at = float("-inf")
+        self.follow(tickers)
+
+    # -- what the recorder wants -------------------------------------------------------------
+
+    @property
+    def tickers(self) -> frozenset[str]:
+        """The markets this connection follows."""
+        return frozenset(self._markets)
+
+    @property
+    def synced(self) -> int:
+        """How many of them have a book without a gap since its snapshot."""
+        return sum(market.synced for market in self._markets.values())
+
+    def follow(self, tickers: Iterable[str]) -> None:
+        """Follow exactly these markets: new ones are added, others left, without a reconnect."""
+        wanted = dict.fromkeys(tickers)
+        for ticker in wanted:
+            self._leaving.discard(ticker)
+            if ticker not in self._markets:
+                self._markets[ticker] = _Market()
+        for ticker in [t for t in self._markets if t not in wanted]:
+            if self._markets.pop(ticker).added:
+                self._leaving.add(ticker)
+            self._notes.append(Note("left", {}, self._book_sid or 0, ticker))
+            for sid in self._sids.values():
+                self._arrived(sid, ticker, now=None)
+
+    def distrust(self, ticker: str, cause: str, detail: dict[str, Any]) -> None:
+        """Somebody found a book to be wrong: record it, and ask for a snapshot."""
+        market = self._markets.get(ticker)
+        if market is None or not market.synced:
+            return
+        market.synced = False
+        market.asked_at = None
+        self._notes.append(Note("gap", {"cause": cause, **detail}, self._book_sid or 0, ticker))
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether `take_notes` has something to give."""
+        return bool(self._notes)
+
+    def take_notes(self) -> list[Note]:
+        """The notes since the last call, in order."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    # -- frames in ---------------------------------------------------------------------------
+
+    def receive(self, frame: bytes, now: float) -> Kind:
+        """Take one frame in and say what it is. Notes that it caused belong before it."""
+        try:
+            head = decode_head(frame)
+        except DecodeError:
+            return Kind.MALFORMED
+        if head.seq:
+            sid = self._sids.get(head.sid)
+            if sid is not None and sid.next_seq == head.seq:
+                sid.next_seq += 1
+            else:
+                self._number(head, now)
+        if head.type == "orderbook_delta":
+            return Kind.DELTA
+        if head.type == "orderbook_snapshot":
+            return self._snapshot(head, frame, now)
+        if head.type in {"subscribed", "ok", "unsubscribed", "error"}:
+            self._reply(frame, now)
+        return Kind.CONTROL
+
+    def _number(self, head: Head, now: float) -> None:
+        """The first number of a sid, or one that is not the next."""
+        sid = self._sids.setdefault(head.sid, _Sid())
+        expected = sid.next_seq
+        sid.next_seq = head.seq + 1
+        if head.seq == expected:
+            return
+        books = self._carries_books(head.sid, head.type)
+        detail = {
+            "cause": "sequence" if head.seq > expected else "repeated",
+            "expected": expected,
+            "got": head.seq,
+            "missing": max(head.seq - expected, 0),
+            "channel": sid.channel,
+        }
+        self._notes.append(Note("gap", detail, head.sid))
+        if not books:
+            return
+        if now - self._last_gap_at > CALM_S:
+            self._recovery_interval = RECOVERY_MIN_S
+        else:
+            self._recovery_interval = min(self._recovery_interval * 2, RECOVERY_MAX_S)
+        self._last_gap_at = now
+        waiting = set()
+        for ticker, market in self._markets.items():
+            if market.added:
+                if market.synced:
+                    market.synced, market.asked_at, market.asks = False, None, 0
+                waiting.add(ticker)
+        since = sid.gap.since if sid.gap else now
+        sid.gap = _Gap(expected, head.seq, since, waiting, len(waiting))
+
+    def _carries_books(self, sid: int, frame_type: str) -> bool:
+        channel = self._sids[sid].channel
+        return sid == self._book_sid or channel == CHANNEL or frame_type.startswith("orderbook_")
+
+    def _snapshot(self, head: Head, frame: bytes, now: float) -> Kind:
+        try:
+            market = decode_snapshot_head(frame).msg
+        except DecodeError:
+            return Kind.SNAPSHOT  # its number counts; the load tells it apart as malformed
+        ticker = market.market_ticker
+        known = self._markets.get(ticker)
+        if known is not None:
+            known.synced = True
+            known.asked_at = now
+            known.asks = 0
+            if not market.market_id and known.known:
+                known.known = False
+                self._notes.append(Note("unknown_market", {"market_id": ""}, head.sid, ticker))
+                self.warnings.append(
+                    f"The exchange knows no market {ticker!r} (it sent an empty snapshot without a"
+                    " market id). Check MARKET_TICKERS."
+                )
+        sid = self._sids.setdefault(head.sid, _Sid())
+        self._arrived(sid, ticker, now)
+        return Kind.SNAPSHOT
+
+    def _arrived(self, sid: _Sid, ticker: str, now: float | None) -> None:
+        gap = sid.gap
+        if gap is None or ticker not in gap.waiting:
+            return
+        gap.waiting.discard(ticker)
+        if not gap.waiting:
+            sid.gap = None
+            number = next((n for n, s in self._sids.items() if s is sid), 0)
+            detail: dict[str, Any] = {
+                "expected": gap.expected,
+                "got": gap.got,
+                "markets": gap.markets,
+            }
+            if now is not None:
+                detail["seconds"] = round(now - gap.since, 6)
+            self._notes.append(Note("resynced", detail, number))
+
+    def _reply(self, frame: bytes, now: float) -> None:
+        try:
+            reply = decode_reply(frame)
+        except DecodeError:
+            return  # the head was readable: recorded as a control frame, its number counted
+        pending = self._pending.pop(reply.id, None)
+        body = reply.msg if isinstance(reply.msg, dict) else {}
+        if reply.type == "subscribed":
+            number = body.get("sid")
+            if isinstance(number, int):
+                self._sids.setdefault(number, _Sid()).channel = str(body.get("channel", ""))
+                if body.get("channel") == CHANNEL:
+                    self._book_sid = number
+        elif reply.type == "unsubscribed":
+            if reply.sid == self._book_sid:
+                self.ended = "the exchange ended the order-book subscription"
+        elif reply.type == "error":
+            self._error(reply, body, pending, now)
+
+    def _error(
+        self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
+    ) -> None:
+        code, text = body.get("code"), str(body.get("msg", ""))
+        if code in TERMINAL_ERRORS:
+            self.ended = f"error {code}, {TERMINAL_ERRORS[code]}"
+        elif code == AUTHENTICATION_REQUIRED:
+            self.fatal = CredentialsError(
+                "The exchange asks for authentication on an open connection (error 9)."
+                " Check PROD_KEYID and PROD_KEYFILE."
+            )
+        elif code == MARKET_LIMIT:
+            self.fatal = ProtocolError(
+                f"The exchange allows no more markets on one subscription (error 26, {text}); it has"
+                f" {len(self._markets)}. Record fewer markets."
+            )
+        elif code in TRY_AGAIN_ERRORS and pending is not None:
+            self._next_recovery_at = max(self._next_recovery_at, now + RECOVERY_MIN_S)
+            for ticker in pending.tickers:
+                market = self._markets.get(ticker)
+                if market is not None and not market.synced:
+                    market.asked_at = None
+                    market.added = pending.action == "get_snapshot"
+        else:
+            self.warnings.append(f"The exchange answered error {code}: {text or 'no text'}.")
+        if (
+            code not in TRY_AGAIN_ERRORS
+            and self._book_sid is None
+            and self._subscribe_sent_at is not None
+        ):
+            self.ended = self.ended or f"subscribing was refused: error {code}, {text}"
+
+    # -- commands out ------------------------------------------------------------------------
+
+    def commands(self, now: float) -> Iterator[bytes]:
+        """The commands that are due. Call often (ten times a second) and after every reply."""
+        if self.ended or self.fatal:
+            return
+        if self._book_sid is None:
+            yield from self._subscribe(now)
+            return
+        self._expire(now)
+        if self._leaving:
+            for batch in _batches(sorted(self._leaving)):
+                yield self._update("delete_markets", batch, now)
+            self._leaving.clear()
+        new = [ticker for ticker, market in self._markets.items() if not market.added]
+        for batch in _batches(new):
+            if len(self._pending) >= IN_FLIGHT:
+                return
+            yield self._ask("add_markets", batch, now)
+        yield from self._recover(now)
+
+    def _subscribe(self, now: float) -> Iterator[bytes]:
+        if self._subscribe_sent_at is None:
+            first = list(self._markets)[:BATCH]
+            if not first:
+                return
+            self._subscribe_sent_at = now
+            params = {
+                "channels": [CHANNEL],
+                "market_tickers": first,
+                "use_yes_price": self.use_yes_price,
+                "skip_ticker_ack": True,
+            }
+            self._asked(first, now)
+            yield self._command("subscribe", "subscribe", params, first, now)
+        elif now - self._subscribe_sent_at > REPLY_PATIENCE_S:
+            self.ended = f"no reply to subscribe within {REPLY_PATIENCE_S:.0f} s"
+
+    def _recover(self, now: float) -> Iterator[bytes]:
+        if now < self._next_recovery_at:
+            return
+        owed = [
+            ticker
+            for ticker, market in self._markets.items()
+            if market.added
+            and not market.synced
+            and (market.asked_at is None or now - market.asked_at > SNAPSHOT_PATIENCE_S)
+        ]
+        if not owed:
+            return
+        if any(self._markets[t].asks >= ASKS_BEFORE_RECONNECT for t in owed):
+            self.ended = (
+                f"{len(owed)} markets got no snapshot after {ASKS_BEFORE_RECONNECT} requests"
+            )
+            return
+        self._next_recovery_at = now + self._recovery_interval
+        for batch in _batches(owed):
+            if len(self._pending) >= IN_FLIGHT:
+                return
+            yield self._ask("get_snapshot", batch, now)
+
+    def _ask(self, action: str, tickers: Sequence[str], now: float) -> bytes:
+        self._asked(tickers, now)
+        return self._update(action, tickers, now)
+
+    def _asked(self, tickers: Iterable[str], now: float) -> None:
+        for ticker in tickers:
+            market = self._markets[ticker]
+            market.added = True
+            market.asked_at = now
+            market.asks += 1
+
+    def _update(self, action: str, tickers: Sequence[str], now: float) -> bytes:
+        params = {
+            "sids": [self._book_sid],
+            "market_tickers": list(tickers),
+            "action": action,
+            "skip_ticker_ack": True,
+        }
+        return self._command("update_subscription", action, params, tickers, now)
+
+    def _command(
+        self, cmd: str, action: str, params: dict[str, Any], tickers: Sequence[str], now: float
+    ) -> bytes:
+        number = self._next_id
+        self._next_id += 1
+        self._pending[number] = _Pending(now, action, tickers)
+        return msgspec.json.encode({"id": number, "cmd": cmd, "params": params})
+
+    def _expire(self, now: float) -> None:
+        """A reply that never came must not hold up the others; the snapshots tell what is owed."""
+        for number in [n for n, p in self._pending.items() if now - p.at > REPLY_PATIENCE_S]:
+            del self._pending[number]
+
+
+def _batches(tickers: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(tickers), BATCH):
+        yield tickers[start : start + BATCH]

@@ -1,0 +1,91 @@
+"""What a person sees of an hour in the UI: partition keys, column schemas, metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster import MetadataValue
+
+from kalshi_platform.storage.schema import Dataset
+
+if TYPE_CHECKING:
+    from kalshi_platform.loading.hours import DatasetHour, HourReport
+
+HOURS = dg.HourlyPartitionsDefinition(
+    start_date="2025-11-01-00:00",  # the oldest recordings that the archive takes in
+    timezone="UTC",
+    end_offset=1,  # the hour that is still open is a partition too
+)
+
+
+def partition_key(hour: datetime) -> str:
+    """The partition of the hour that starts at `hour` (any time zone; naive means an error)."""
+    if hour.tzinfo is None:
+        raise ValueError(f"{hour!r} has no time zone")
+    return hour.astimezone(UTC).strftime(HOURS.fmt)
+
+
+def hour_of(key: str) -> datetime:
+    """The first instant of a partition, UTC."""
+    return datetime.strptime(key, HOURS.fmt).replace(tzinfo=UTC)
+
+
+def column_schema(dataset: Dataset) -> dg.TableSchema:
+    """The dataset's columns for the UI, in ClickHouse's types."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                name=column.name,
+                type=column.clickhouse,
+                description=column.description,
+                constraints=dg.TableColumnConstraints(nullable=column.nullable),
+            )
+            for column in dataset.columns
+        ]
+    )
+
+
+def materializations(report: HourReport, source: str) -> Iterator[dg.AssetMaterialization]:
+    """One event per dataset of the hour, for the event log."""
+    for dataset in report.datasets:
+        yield dg.AssetMaterialization(
+            asset_key=dataset.dataset,
+            partition=partition_key(report.hour),
+            description=_sentence(dataset),
+            metadata=hour_metadata(dataset, source),
+        )
+
+
+def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
+    """The facts of one dataset's hour. What is not known of an hour is left out, not zero."""
+    known: dict[str, MetadataValue] = {
+        "dagster/row_count": MetadataValue.int(hour.rows),
+        "complete": MetadataValue.bool(hour.complete),
+        "rows": MetadataValue.int(hour.rows),
+        "markets": MetadataValue.int(hour.markets),
+        "gaps": MetadataValue.int(hour.gaps),
+        "bytes": MetadataValue.int(hour.bytes),
+        "files": MetadataValue.int(hour.files),
+        "source": MetadataValue.text(source),
+        "checksum": MetadataValue.text(hour.checksum),
+        "path": MetadataValue.path(hour.path),
+    }
+    if hour.coverage is not None:
+        known["coverage (%)"] = MetadataValue.float(round(100 * hour.coverage, 3))
+    if hour.verified_seconds is not None:
+        known["verified (s)"] = MetadataValue.float(round(hour.verified_seconds, 3))
+    if hour.first is not None:
+        known["first"] = MetadataValue.timestamp(hour.first)
+    if hour.last is not None:
+        known["last"] = MetadataValue.timestamp(hour.last)
+    return known
+
+
+def _sentence(hour: DatasetHour) -> str:
+    state = "sealed" if hour.complete else "still open"
+    return (
+        f"{hour.rows:,} rows of {hour.markets:,} markets, {hour.gaps:,} gaps; the hour is {state}."
+    )

@@ -1,0 +1,328 @@
+"""The exchange itself: every market, moved on by the clock that it is given. No I/O.
+
+`advance(now)` returns what happened since the last call, in order; the books are already as they
+are after it. Its own books are the truth that a recorder is measured against.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+import uuid
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from kalshi_platform.exchange.numbers import dollars
+from kalshi_platform.simulator import catalog, market
+from kalshi_platform.simulator.book import NO, YES, BookView
+from kalshi_platform.simulator.catalog import SECOND, Series, Slot
+from kalshi_platform.simulator.errors import SimulatorError
+from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
+from kalshi_platform.simulator.market import Listing, Market
+
+RECENT_TRADES = 10_000
+KEPT_AFTER_SETTLEMENT_NS = 3600 * SECOND
+_FALLEN_BEHIND_NS = SECOND
+
+
+class Exchange:
+    """All markets and the order flow over them. Times are Unix nanoseconds."""
+
+    def __init__(
+        self,
+        *,
+        markets: int,
+        rate: float,
+        seed: int,
+        now_ns: int,
+        rolling_markets: int,
+        rolling_seconds: float,
+    ) -> None:
+        if not 0 <= rolling_markets <= markets:
+            raise SimulatorError(
+                f"{rolling_markets} rolling markets do not fit into {markets} markets."
+                " Ask for at most as many rolling markets as markets."
+            )
+        self._seed = seed
+        self._random = random.Random(f"{seed}:exchange")  # noqa: S311  a model, not a secret
+        self._pause_ns = SECOND / rate if rate else math.inf
+        self._markets: dict[str, Market] = {}
+        self._agenda: list[tuple[int, int, Callable[[int], None]]] = []
+        self._count = itertools.count()
+        self._happened: list[Happening] = []
+        self._next_ns: float = now_ns + self._pause_ns
+        self.now_ns = now_ns
+        self.trades: deque[Trade] = deque(maxlen=RECENT_TRADES)
+        self.deltas = 0
+        """Deltas since the start."""
+        self.shed_seconds = 0.0
+        """Seconds of order flow that were skipped because the machine could not keep up."""
+        for listing in catalog.long_lived(markets - rolling_markets, now_ns, rolling_markets):
+            self._begin(listing)
+        for index in range(rolling_markets):
+            slot = Slot(index, rolling_markets, int(rolling_seconds * SECOND))
+            open_ns = slot.opening_at_or_before(now_ns)
+            self._begin(slot.listing(open_ns))
+            self._list_next(slot, open_ns + slot.lifetime_ns)
+        self._reweigh()
+        self._happened.clear()
+
+    # what there is
+
+    def market(self, ticker: str) -> Market | None:
+        """The market of that ticker."""
+        return self._markets.get(ticker)
+
+    def markets(self) -> Iterable[Market]:
+        """Every market that is listed, oldest first."""
+        return self._markets.values()
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """Every series with a market in it."""
+        used = {each.listing.series_ticker for each in self._markets.values()}
+        return tuple(s for s in (*catalog.LONG_LIVED, *catalog.ROLLING) if s.ticker in used)
+
+    def books(self) -> dict[str, BookView]:
+        """Every market's book now."""
+        return {ticker: each.view() for ticker, each in self._markets.items()}
+
+    # what happens
+
+    def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:
+        """Move on to `now_ns`: at most `limit` steps of order flow, all that is on the agenda."""
+        steps = 0
+        while True:
+            due = self._agenda[0][0] if self._agenda else math.inf
+            if min(due, self._next_ns) > now_ns:
+                break
+            if due <= self._next_ns:
+                at, _, act = heapq.heappop(self._agenda)
+                act(at)
+            elif limit is not None and steps >= limit:
+                break
+            else:
+                steps += 1
+                self._step_one(int(self._next_ns))
+        if self._next_ns < now_ns - _FALLEN_BEHIND_NS:
+            self.shed_seconds += (now_ns - self._next_ns) / SECOND
+            self._next_ns = now_ns
+        self.now_ns = now_ns
+        happened, self._happened = self._happened, []
+        return happened
+
+    def resume(self, now_ns: int) -> None:
+        """Take the order flow up again after a pause, without making up for it."""
+        self._next_ns = max(self._next_ns, now_ns)
+
+    def cross(self, seconds: float) -> list[Happening]:
+        """Cross the busiest market's book for a while. The crossing order is real, as its removal.
+
+        Raises SimulatorError where no market has bids on both sides.
+        """
+        for each in self._active:
+            best_no = each.book.best[NO]
+            if best_no >= 0 and each.book.best[YES] >= 0:
+                break
+        else:
+            raise SimulatorError("No market has bids on both sides, so none can be crossed.")
+        level = each.listing.grid.levels - 1 - best_no
+        each.halted = True
+        self._reweigh()
+        self._change(each, [(YES, level, 100)], self.now_ns)
+        self._at(self.now_ns + int(seconds * SECOND), lambda at: self._uncross(each, level, at))
+        happened, self._happened = self._happened, []
+        return happened
+
+    def _uncross(self, crossed: Market, level: int, at_ns: int) -> None:
+        left = min(crossed.book.sizes[YES][level], 100)
+        if left:
+            self._change(crossed, [(YES, level, -left)], at_ns)
+        crossed.halted = False
+        self._reweigh()
+
+    def _step_one(self, at_ns: int) -> None:
+        rng = self._random
+        if not self._active:
+            self._next_ns = at_ns + self._pause_ns
+            return
+        chosen = self._active[
+            bisect_right(self._cumulative, rng.random() * self._cumulative[-1], hi=len(self._active) - 1)
+        ]
+        deltas = self._step(chosen, at_ns)
+        self._next_ns = at_ns - math.log(1.0 - rng.random()) * self._pause_ns * deltas
+
+    def _step(self, chosen: Market, at_ns: int) -> int:
+        changes, prints = chosen.flow.step(chosen.book)
+        for match in prints:
+            self._record_trade(chosen, match.taker, match.yes_level, match.qty, at_ns // 1000)
+        self._change(chosen, changes, at_ns, applied=True)
+        return len(changes)
+
+    def _change(
+        self, chosen: Market, changes: list[tuple[int, int, int]], at_ns: int, applied: bool = False
+    ) -> None:
+        ts_us = at_ns // 1000
+        top_touched = False
+        best = chosen.book.best
+        for side, level, qty in changes:
+            if not applied:
+                chosen.book.change(side, level, qty)
+            top_touched = top_touched or level >= best[side]
+            self._happened.append(Delta(chosen, side, level, qty, ts_us))
+        self.deltas += len(changes)
+        chosen.updated_us = ts_us
+        if top_touched:
+            self._happened.append(Quote(chosen, ts_us))
+
+    def _record_trade(self, chosen: Market, taker: int, level: int, qty: int, ts_us: int) -> None:
+        price = chosen.listing.grid.prices[level]
+        chosen.last_price, chosen.last_qty = price, qty
+        chosen.volume += qty
+        chosen.turnover += price * qty
+        # half of the trades open new interest on both sides, the others pass it on
+        if self._random.random() < 0.5:
+            chosen.open_interest += qty
+        trade_id = str(uuid.UUID(int=self._random.getrandbits(128)))
+        trade = Trade(chosen, taker, price, qty, ts_us, trade_id)
+        self.trades.append(trade)
+        self._happened.append(trade)
+
+    # the life of a market
+
+    def _at(self, at_ns: int, act: Callable[[int], None]) -> None:
+        heapq.heappush(self._agenda, (at_ns, next(self._count), act))
+
+    def _reweigh(self) -> None:
+        self._active = [
+            each for each in self._markets.values() if each.status == market.ACTIVE and not each.halted
+        ]
+        self._active.sort(key=lambda each: -each.listing.weight)
+        self._cumulative = list(itertools.accumulate(each.listing.weight for each in self._active))
+
+    def _begin(self, listing: Listing) -> None:
+        """A market that is already open when the exchange starts."""
+        new = Market.listed(listing, self._seed)
+        new.flow.opening(new.book, listing.sides)
+        new.status = market.ACTIVE
+        self._markets[listing.ticker] = new
+        self._at(listing.close_ns, lambda at: self._close(new, at))
+
+    def _list_next(self, slot: Slot, open_ns: int) -> None:
+        listing = slot.listing(open_ns)
+        new = Market.listed(listing, self._seed)
+        known = {each.listing.event_ticker for each in self._markets.values()}
+        self._markets[listing.ticker] = new
+        ts_us = listing.created_ns // 1000
+        if listing.event_ticker not in known:
+            self._tell("event_lifecycle", _event_created(listing), ts_us)
+        self._tell("market_lifecycle_v2", _created(listing), ts_us)
+        self._at(open_ns, lambda at: self._open(new, slot, at))
+
+    def _open(self, opened: Market, slot: Slot, at_ns: int) -> None:
+        # a scheduled opening is not told; the first orders are
+        opened.status = market.ACTIVE
+        self._reweigh()
+        if self._pause_ns < math.inf:
+            changes = opened.flow.opening(opened.book, opened.listing.sides)
+            self._change(opened, changes, at_ns, applied=True)
+        self._at(opened.listing.close_ns, lambda at: self._close(opened, at))
+        self._list_next(slot, opened.listing.close_ns)
+
+    def _close(self, closed: Market, at_ns: int) -> None:
+        # nor is a scheduled close; orders in flight trickle in for some milliseconds
+        rng = self._random
+        closed.status = market.CLOSED
+        self._reweigh()
+        if self._pause_ns < math.inf:
+            for late_ns in sorted(rng.randrange(10_000_000) for _ in range(rng.randrange(4))):
+                self._at(at_ns + late_ns, lambda at: self._late(closed, at))
+        self._at(at_ns + rng.randrange(20_000_000, 3_200_000_000), lambda at: self._clear(closed, at))
+
+    def _late(self, closed: Market, at_ns: int) -> None:
+        self._step(closed, at_ns)
+
+    def _clear(self, closed: Market, at_ns: int) -> None:
+        closed.book.clear()
+        closed.updated_us = at_ns // 1000
+        self._happened.append(Cleared(closed, at_ns // 1000))
+        self._happened.append(Quote(closed, at_ns // 1000))
+        wait_ns = self._random.randrange(1 * SECOND, 6 * SECOND)
+        self._at(at_ns + wait_ns, lambda at: self._determine(closed, at))
+
+    def _determine(self, closed: Market, at_ns: int) -> None:
+        closed.status = market.DETERMINED
+        closed.result = "yes" if closed.flow.fair >= 0.5 else "no"
+        closed.updated_us = at_ns // 1000
+        msg = {
+            "market_ticker": closed.ticker,
+            "event_type": "determined",
+            "result": closed.result,
+            "determination_ts": at_ns // SECOND,
+            "settlement_value": settlement_value(closed),
+        }
+        self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+        wait_ns = self._random.randrange(1 * SECOND, 6 * SECOND)
+        self._at(at_ns + wait_ns, lambda at: self._settle(closed, at))
+
+    def _settle(self, closed: Market, at_ns: int) -> None:
+        closed.status = market.FINALIZED
+        closed.settled_ns = at_ns
+        closed.updated_us = at_ns // 1000
+        # the real exchange tells some settlements several times
+        for _ in range(1 if self._random.random() < 0.7 else self._random.randrange(2, 9)):
+            msg = {
+                "market_ticker": closed.ticker,
+                "event_type": "settled",
+                "settled_ts": at_ns // SECOND,
+            }
+            self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+        self._at(at_ns + KEPT_AFTER_SETTLEMENT_NS, lambda _: self._forget(closed))
+
+    def _forget(self, closed: Market) -> None:
+        del self._markets[closed.ticker]
+
+    def _tell(self, kind: str, msg: dict[str, object], ts_us: int) -> None:
+        self._happened.append(LifeEvent(kind, msg, ts_us))
+
+
+def settlement_value(settled: Market) -> str:
+    """What a YES contract paid, in dollars."""
+    return dollars(10_000 if settled.result == "yes" else 0)
+
+
+def _event_created(listing: Listing) -> dict[str, object]:
+    return {
+        "event_ticker": listing.event_ticker,
+        "exchange_index": 0,
+        "title": listing.title,
+        "subtitle": listing.subtitle,
+        "collateral_return_type": "MECNET",
+        "series_ticker": listing.series_ticker,
+    }
+
+
+def _created(listing: Listing) -> dict[str, object]:
+    return {
+        "market_ticker": listing.ticker,
+        "event_type": "created",
+        "exchange_index": 0,
+        "open_ts": listing.open_ns // SECOND,
+        "close_ts": listing.close_ns // SECOND,
+        "price_level_structure": listing.grid.name,
+        "additional_metadata": {
+            "name": listing.subtitle,
+            "title": listing.title,
+            "yes_sub_title": listing.subtitle,
+            "no_sub_title": listing.subtitle,
+            "rules_primary": f"If {listing.subtitle.lower()}, then the market resolves to Yes.",
+            "rules_secondary": "",
+            "can_close_early": False,
+            "event_ticker": listing.event_ticker,
+            "expected_expiration_ts": listing.close_ns // SECOND,
+            "strike_type": "greater",
+        },
+    }

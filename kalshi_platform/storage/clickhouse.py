@@ -1,0 +1,251 @@
+"""The one ClickHouse client: how to connect, how to insert, and what its errors mean.
+
+Everything that talks to ClickHouse takes its client from `connect` and runs inside `translated`.
+Which tables there are is not said here (migrations.py), nor what goes into them (schema.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+import clickhouse_connect
+import pyarrow as pa
+from clickhouse_connect.driver import exceptions as driver
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3.exceptions import HTTPError
+
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+
+__all__ = ["TRANSIENT", "Client", "connect", "insert_arrow", "server_version", "translated"]
+
+MINIMUM_VERSION = (24, 8)
+"""Oldest ClickHouse that the platform is made for."""
+
+CONNECT_TIMEOUT_S = 5
+RECEIVE_TIMEOUT_S = 120
+"""Silence after which a query is given up: long enough for a big merge to delay an insert."""
+
+TRANSIENT: Mapping[int, str] = {
+    95: "CANNOT_READ_FROM_SOCKET",  # a connection between servers broke
+    96: "CANNOT_WRITE_TO_SOCKET",  # the same, on the way out
+    75: "CANNOT_WRITE_TO_FILE_DESCRIPTOR",  # disk full, until somebody makes room
+    159: "TIMEOUT_EXCEEDED",  # too slow this time
+    173: "CANNOT_ALLOCATE_MEMORY",  # the machine is short of memory now
+    198: "DNS_ERROR",  # the name server did not answer
+    201: "QUOTA_EXCEEDED",  # a quota begins anew with its interval
+    202: "TOO_MANY_SIMULTANEOUS_QUERIES",  # busy
+    203: "NO_FREE_CONNECTION",  # busy
+    209: "SOCKET_TIMEOUT",  # network
+    210: "NETWORK_ERROR",  # network
+    225: "NO_ZOOKEEPER",  # the cluster's coordination is starting
+    236: "ABORTED",  # the server is shutting down
+    241: "MEMORY_LIMIT_EXCEEDED",  # other queries hold the memory
+    242: "TABLE_IS_READ_ONLY",  # a replica that has lost its coordination
+    243: "NOT_ENOUGH_SPACE",  # disk full, until somebody makes room
+    252: "TOO_MANY_PARTS",  # merges are behind
+    279: "ALL_CONNECTION_TRIES_FAILED",  # no replica answers now
+    285: "TOO_FEW_LIVE_REPLICAS",  # a quorum is missing now
+    286: "UNSATISFIED_QUORUM_FOR_PREVIOUS_WRITE",  # the write before is not through yet
+    319: "UNKNOWN_STATUS_OF_INSERT",  # perhaps stored; the token makes sending it again safe
+    341: "UNFINISHED",  # a distributed DDL still runs
+    369: "ALL_REPLICAS_ARE_STALE",  # replicas are catching up
+    394: "QUERY_WAS_CANCELLED",  # somebody killed it, or the server stops
+    425: "SYSTEM_ERROR",  # the operating system refused: threads, files
+    439: "CANNOT_SCHEDULE_TASK",  # no thread free
+    473: "DEADLOCK_AVOIDED",  # a lock was not to be had in time
+    499: "S3_ERROR",  # object storage under the table
+    745: "SERVER_OVERLOADED",  # busy
+    999: "KEEPER_EXCEPTION",  # coordination of a cluster
+}
+"""ClickHouse's codes that pass by themselves, or once somebody has made room. All others stay."""
+
+_WRONG_USER = {192, 193, 194, 516}  # UNKNOWN_USER, WRONG_PASSWORD, REQUIRED_PASSWORD, AUTHENTICATION…
+_UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
+_CODE = re.compile(r"\bCode:\s*(\d+)")
+_HTTP_STATUS = re.compile(r"HTTP status (\d+)")
+_WORDS_OF_DRIVER = re.compile(
+    r"^(Received ClickHouse exception, code: \d+, server response: )?(Code: \d+\. )?(DB::Exception: )?"
+)
+_TAIL_OF_DRIVER = re.compile(r"\s*(\(version [^()]*(\([^()]*\))?[^()]*\))?\s*(\(for url [^)]*\))?$")
+
+
+def connect(
+    settings: Settings,
+    *,
+    database: bool = True,
+    log_comment: str = "",
+    receive_timeout_s: int = RECEIVE_TIMEOUT_S,
+) -> Client:
+    """A client of the configured ClickHouse; threads may share it.
+
+    `database=False` leaves the database out, for a server where it does not exist yet.
+    `log_comment` goes into every query's row of system.query_log.
+    Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user or database.
+    """
+    url = urlsplit(settings.clickhouse_url)
+    local = _is_loopback(url.hostname or "")
+    with translated(settings):
+        return clickhouse_connect.get_client(
+            interface="https" if url.scheme == "https" else "http",
+            host=url.hostname or "",
+            port=url.port or (8443 if url.scheme == "https" else 8123),
+            proxy_path=url.path,
+            username=settings.clickhouse_user,
+            password=settings.clickhouse_password.get_secret_value(),
+            database=settings.clickhouse_database if database else None,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            send_receive_timeout=receive_timeout_s,
+            compress=False if local else "zstd",  # on loopback it would only cost processor time
+            pool_mgr=get_pool_manager() if local else None,  # never through a proxy to ourselves
+            autogenerate_session_id=False,  # a session serves one query at a time
+            show_clickhouse_errors="scrub",
+            settings={"log_comment": log_comment} if log_comment else None,
+        )
+
+
+def server_version(client: Client) -> tuple[int, int]:
+    """Major and minor version of the server: (24, 8)."""
+    major, minor = client.server_version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def insert_arrow(
+    client: Client,
+    table: str,
+    rows: pa.Table,
+    token: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    log_comment: str = "",
+) -> None:
+    """Insert `rows` into `table` once: a second call with the same token adds nothing.
+
+    The rows travel as one Arrow record batch, and ClickHouse is told not to cut it (nor to queue
+    it), so the same rows make the same block each time. Within the block a partition (a day) makes a part of its own.
+    Dictionary columns may go into UUID, Enum and LowCardinality columns. An empty table does
+    nothing. `settings` are further ClickHouse settings of this insert.
+    """
+    if not rows.num_rows:
+        return
+    codec = client.write_compression if client.write_compression in {"zstd", "lz4"} else None
+    body = pa.BufferOutputStream()
+    with pa.ipc.new_stream(
+        body, rows.schema, options=pa.ipc.IpcWriteOptions(compression=codec, unify_dictionaries=True)
+    ) as stream:
+        stream.write_table(rows.combine_chunks())
+    whole = max(rows.num_rows, 1)
+    with translated():
+        client.raw_insert(
+            table,
+            rows.column_names,
+            body.getvalue().to_pybytes(),
+            settings={
+                "async_insert": 0,
+                "insert_deduplicate": 1,
+                "insert_deduplication_token": token,
+                "max_insert_block_size": whole,
+                "min_insert_block_size_rows": whole,
+                "min_insert_block_size_bytes": 0,
+                **({"log_comment": log_comment} if log_comment else {}),
+                **(settings or {}),
+            },
+            fmt="ArrowStream",
+        )
+
+
+@contextmanager
+def translated(settings: Settings | None = None) -> Iterator[None]:
+    """Turn what the driver and the network raise into a `StoreError` with a sentence to act on.
+
+    With `settings` the sentence names the server, the user and the database.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except driver.Error as error:
+        raise _translate(error, settings) from error
+    except (HTTPError, OSError) as error:
+        raise StoreUnavailable(_away(error, settings)) from error
+
+
+def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
+    message = str(error)
+    code = error.code
+    if code is None and (found := _CODE.search(message)):
+        code = int(found[1])  # a failure in the middle of a stream has it in the text alone
+    if code is None:
+        return _without_code(error, message, settings)
+    name = error.name or TRANSIENT.get(code, "")
+    label = f"{name} (code {code})" if name else f"code {code}"
+    said = _TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message)).strip().rstrip(".")
+    said = said.removesuffix(f"({name})").rstrip(" .")
+    if code in TRANSIENT:
+        return StoreUnavailable(f"ClickHouse is busy or ailing, {label}: {said}.", code=code, name=name)
+    if code in _WRONG_USER:
+        sentence = (
+            f"{_place(settings)} refused user {settings.clickhouse_user if settings else ''!r}:"
+            " wrong password, or no such user. Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD."
+        )
+    elif code == _UNKNOWN_DATABASE:
+        sentence = f"ClickHouse: {said}. Create it with: kalshi-platform migrate."
+    elif code == _UNKNOWN_TABLE:
+        sentence = f"ClickHouse: {said}. If it is one of the platform's: kalshi-platform migrate."
+    elif code == _ACCESS_DENIED:
+        sentence = f"ClickHouse: {said}. Grant it to CLICKHOUSE_USER."
+    else:
+        sentence = f"ClickHouse refused, {label}: {said}."
+    return StoreRefused(sentence, code=code, name=name)
+
+
+def _without_code(error: driver.Error, message: str, settings: Settings | None) -> StoreError:
+    if status := _HTTP_STATUS.search(message):
+        sentence = f"{_place(settings)} answered HTTP {status[1]}, but not as ClickHouse does."
+        if int(status[1]) >= 500:
+            return StoreUnavailable(f"{sentence} A proxy before it, or it is starting.")
+        return StoreRefused(f"{sentence} Check CLICKHOUSE_URL.")
+    if isinstance(error, driver.OperationalError):
+        return StoreUnavailable(_away(error, settings))
+    return StoreRefused(f"ClickHouse client: {message.rstrip('.')}.")
+
+
+def _away(error: BaseException, settings: Settings | None) -> str:
+    remedy = "Start it (kalshi-platform clickhouse), or check CLICKHOUSE_URL."
+    if settings is not None and not settings.embedded_clickhouse:
+        remedy = "Check CLICKHOUSE_URL, and that the server runs."
+    return f"{_place(settings)} cannot be reached ({_root(error)}). {remedy}"
+
+
+def _place(settings: Settings | None) -> str:
+    return f"ClickHouse at {settings.clickhouse_url}" if settings is not None else "ClickHouse"
+
+
+def _root(error: BaseException) -> str:
+    """The innermost reason, in the system's words: 'Connection refused'."""
+    seen: list[BaseException] = []
+    reason: BaseException | None = error
+    while reason is not None and reason not in seen:
+        seen.append(reason)
+        inner = getattr(reason, "reason", None)
+        reason = inner if isinstance(inner, BaseException) else (reason.__cause__ or reason.__context__)
+    for cause in reversed(seen):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    last = seen[-1]
+    return "time-out" if "timeout" in type(last).__name__.lower() else str(last) or type(last).__name__
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
