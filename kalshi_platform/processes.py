@@ -110,9 +110,9 @@ def require_free_port(port: int, purpose: str, remedy: str) -> None:
 def _listener(port: int) -> str:
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                if connection.pid is None:
-                    break
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            if connection.laddr.port == port and connection.pid is not None:
                 return f" by {psutil.Process(connection.pid).name()!r}, process {connection.pid}"
     except (psutil.AccessDenied, psutil.NoSuchProcess):
         pass  # other people's sockets may be nobody's business; the port is taken all the same
@@ -154,8 +154,10 @@ class Session:
         """Its living processes; the leader itself may be gone."""
         # While any member lives the leader's pid stays taken as the session's id. A stranger
         # with that pid means that all of them have ended and the number was handed on.
-        if psutil.pid_exists(self.leader.pid) and not self.leader.alive and not self._unreaped():
-            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.leader.pid).create_time()
+            if abs(started - self.leader.started) > START_TIME_SLACK_S:
+                return []
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
@@ -164,11 +166,6 @@ class Session:
                         continue
                     found.append(process)
         return found
-
-    def _unreaped(self) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.leader.pid).status() == psutil.STATUS_ZOMBIE
-        return False
 
 
 @dataclass
@@ -272,7 +269,7 @@ class Keeper:
         self._tell_undertaker(str(session))
 
     def _start_undertaker(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(  # noqa: S603
+        return subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform.processes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

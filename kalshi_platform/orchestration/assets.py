@@ -1,6 +1,7 @@
-"""The recorded datasets as assets: what the streamer reports, and what can be built again."""
+"""The recorded datasets as assets: what the streamer reports, and what can be built again.
 
-from __future__ import annotations
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
 
 from collections.abc import Iterator
 

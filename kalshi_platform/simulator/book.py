@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kalshi_platform.exchange.numbers import contracts, dollars
 from kalshi_platform.simulator.grid import Grid
 
 YES, NO = 0, 1
@@ -22,6 +23,13 @@ class BookView:
     market_id: str
     yes: Mapping[int, int]
     no: Mapping[int, int]
+
+    def texts(self) -> dict[str, list[tuple[str, str]]]:
+        """Both ladders as the wire's texts, prices ascending."""
+        return {
+            name: [(dollars(price), contracts(size)) for price, size in ladder.items()]
+            for name, ladder in (("yes", self.yes), ("no", self.no))
+        }
 
 
 class Book:

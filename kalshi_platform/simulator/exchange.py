@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable
 
 from kalshi_platform.exchange.numbers import dollars
 from kalshi_platform.simulator import catalog, market
-from kalshi_platform.simulator.book import NO, YES, BookView
+from kalshi_platform.simulator.book import NO, YES, Book, BookView
 from kalshi_platform.simulator.catalog import SECOND, Series, Slot
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Listing, Market
+from kalshi_platform.simulator.orderflow import OrderFlow
 
+_NAMESPACE = uuid.UUID("2f1d7a58-3a0e-4a3c-9f55-6a54d7d9d3c1")
 RECENT_TRADES = 10_000
 KEPT_AFTER_SETTLEMENT_NS = 3600 * SECOND
 _FALLEN_BEHIND_NS = SECOND
@@ -50,6 +52,7 @@ class Exchange:
         self._random = random.Random(f"{seed}:exchange")  # noqa: S311  a model, not a secret
         self._pause_ns = SECOND / rate if rate else math.inf
         self._markets: dict[str, Market] = {}
+        self._flows: dict[str, OrderFlow] = {}
         self._agenda: list[tuple[int, int, Callable[[int], None]]] = []
         self._count = itertools.count()
         self._happened: list[Happening] = []
@@ -150,13 +153,15 @@ class Exchange:
             self._next_ns = at_ns + self._pause_ns
             return
         chosen = self._active[
-            bisect_right(self._cumulative, rng.random() * self._cumulative[-1], hi=len(self._active) - 1)
+            bisect_right(
+                self._cumulative, rng.random() * self._cumulative[-1], hi=len(self._active) - 1
+            )
         ]
         deltas = self._step(chosen, at_ns)
         self._next_ns = at_ns - math.log(1.0 - rng.random()) * self._pause_ns * deltas
 
     def _step(self, chosen: Market, at_ns: int) -> int:
-        changes, prints = chosen.flow.step(chosen.book)
+        changes, prints = self._flows[chosen.ticker].step(chosen.book)
         for match in prints:
             self._record_trade(chosen, match.taker, match.yes_level, match.qty, at_ns // 1000)
         self._change(chosen, changes, at_ns, applied=True)
@@ -198,24 +203,33 @@ class Exchange:
 
     def _reweigh(self) -> None:
         self._active = [
-            each for each in self._markets.values() if each.status == market.ACTIVE and not each.halted
+            each
+            for each in self._markets.values()
+            if each.status == market.ACTIVE and not each.halted
         ]
         self._active.sort(key=lambda each: -each.listing.weight)
         self._cumulative = list(itertools.accumulate(each.listing.weight for each in self._active))
 
+    def _add(self, listing: Listing) -> Market:
+        """A new market with an empty book; its id and its flow follow from the seed and ticker."""
+        name = f"{self._seed}:{listing.ticker}"
+        new = Market(listing, str(uuid.uuid5(_NAMESPACE, name)), Book(listing.grid))
+        new.updated_us = listing.created_ns // 1000
+        self._markets[listing.ticker] = new
+        self._flows[listing.ticker] = OrderFlow(listing.grid, name)
+        return new
+
     def _begin(self, listing: Listing) -> None:
         """A market that is already open when the exchange starts."""
-        new = Market.listed(listing, self._seed)
-        new.flow.opening(new.book, listing.sides)
+        new = self._add(listing)
+        self._flows[listing.ticker].opening(new.book, listing.sides)
         new.status = market.ACTIVE
-        self._markets[listing.ticker] = new
         self._at(listing.close_ns, lambda at: self._close(new, at))
 
     def _list_next(self, slot: Slot, open_ns: int) -> None:
         listing = slot.listing(open_ns)
-        new = Market.listed(listing, self._seed)
         known = {each.listing.event_ticker for each in self._markets.values()}
-        self._markets[listing.ticker] = new
+        new = self._add(listing)
         ts_us = listing.created_ns // 1000
         if listing.event_ticker not in known:
             self._tell("event_lifecycle", _event_created(listing), ts_us)
@@ -227,7 +241,7 @@ class Exchange:
         opened.status = market.ACTIVE
         self._reweigh()
         if self._pause_ns < math.inf:
-            changes = opened.flow.opening(opened.book, opened.listing.sides)
+            changes = self._flows[opened.ticker].opening(opened.book, opened.listing.sides)
             self._change(opened, changes, at_ns, applied=True)
         self._at(opened.listing.close_ns, lambda at: self._close(opened, at))
         self._list_next(slot, opened.listing.close_ns)
@@ -240,7 +254,9 @@ class Exchange:
         if self._pause_ns < math.inf:
             for late_ns in sorted(rng.randrange(10_000_000) for _ in range(rng.randrange(4))):
                 self._at(at_ns + late_ns, lambda at: self._late(closed, at))
-        self._at(at_ns + rng.randrange(20_000_000, 3_200_000_000), lambda at: self._clear(closed, at))
+        self._at(
+            at_ns + rng.randrange(20_000_000, 3_200_000_000), lambda at: self._clear(closed, at)
+        )
 
     def _late(self, closed: Market, at_ns: int) -> None:
         self._step(closed, at_ns)
@@ -255,7 +271,7 @@ class Exchange:
 
     def _determine(self, closed: Market, at_ns: int) -> None:
         closed.status = market.DETERMINED
-        closed.result = "yes" if closed.flow.fair >= 0.5 else "no"
+        closed.result = "yes" if self._flows[closed.ticker].fair >= 0.5 else "no"
         closed.updated_us = at_ns // 1000
         msg = {
             "market_ticker": closed.ticker,
@@ -283,7 +299,7 @@ class Exchange:
         self._at(at_ns + KEPT_AFTER_SETTLEMENT_NS, lambda _: self._forget(closed))
 
     def _forget(self, closed: Market) -> None:
-        del self._markets[closed.ticker]
+        del self._markets[closed.ticker], self._flows[closed.ticker]
 
     def _tell(self, kind: str, msg: dict[str, object], ts_us: int) -> None:
         self._happened.append(LifeEvent(kind, msg, ts_us))

@@ -63,7 +63,9 @@ def envelope(kind: str, sid: int, seq: int | None, msg: str, command_id: int = 0
     return f'{head},"msg":{msg}}}\n'.encode()
 
 
-def reply(kind: str, command_id: int, msg: Any, sid: int | None = None, seq: int | None = None) -> bytes:
+def reply(
+    kind: str, command_id: int, msg: Any, sid: int | None = None, seq: int | None = None
+) -> bytes:
     """An answer to a command; `command_id` 0 is left out, as is a `msg` of None."""
     frame: dict[str, Any] = {"type": kind}
     if command_id:
@@ -153,7 +155,7 @@ class Cleared:
 class Trade:
     """One match. The taker's side is the outcome that it bought."""
 
-    __slots__ = ("_fields", "market", "msg", "qty", "taker", "ts_us", "yes_price")
+    __slots__ = ("_fields", "_msg", "market", "qty", "taker", "trade_id", "ts_us", "yes_price")
 
     def __init__(
         self, market: Market, taker: int, yes_price: int, qty: int, ts_us: int, trade_id: str
@@ -163,6 +165,7 @@ class Trade:
         self.yes_price = yes_price
         self.qty = qty
         self.ts_us = ts_us
+        self.trade_id = trade_id
         self._fields = {
             "yes_price_dollars": dollars(yes_price),
             "no_price_dollars": dollars(ONE_DOLLAR - yes_price),
@@ -173,15 +176,15 @@ class Trade:
             "is_block_trade": False,
             "trade_id": trade_id,
         }
-        self.msg: str | None = None
+        self._msg: str | None = None
 
     def wire(self) -> str:
         """`msg` of the trade channel: times in seconds and milliseconds."""
-        if self.msg is None:
+        if self._msg is None:
             times = {"ts": self.ts_us // 1_000_000, "ts_ms": self.ts_us // 1000}
             fields = {"market_ticker": self.market.ticker, **self._fields, **times}
-            self.msg = msgspec.json.encode(fields).decode()
-        return self.msg
+            self._msg = msgspec.json.encode(fields).decode()
+        return self._msg
 
     def rest(self) -> dict[str, Any]:
         """The trade as GET /markets/trades has it."""

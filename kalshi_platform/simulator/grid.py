@@ -58,7 +58,19 @@ STRUCTURES = tuple(_RANGES)
 @functools.cache
 def grid(structure: str) -> Grid:
     """The grid of that name. Raises KeyError for one that the simulator does not know."""
-    ranges = _RANGES[structure]
+    return _made(structure, _RANGES[structure])
+
+
+@functools.cache
+def covering(prices: frozenset[int]) -> Grid:
+    """The coarsest grid that has all of these prices; a nameless one of 1e-4 dollars if none has."""
+    for structure in STRUCTURES:
+        if prices <= set(grid(structure).prices):
+            return grid(structure)
+    return _made("", (PriceRange(0, ONE_DOLLAR, 1),))
+
+
+def _made(structure: str, ranges: tuple[PriceRange, ...]) -> Grid:
     prices = {
         price for band in ranges for price in range(band.start, band.end + band.step, band.step)
     }

@@ -1,15 +1,11 @@
-"""One market: what is fixed about it, its book, its traders, and where it is in its life."""
+"""One market: what is fixed about it, its book, and where it is in its life."""
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass, field
 
 from kalshi_platform.simulator.book import NO, YES, Book, BookView
 from kalshi_platform.simulator.grid import Grid
-from kalshi_platform.simulator.orderflow import OrderFlow
-
-_NAMESPACE = uuid.UUID("2f1d7a58-3a0e-4a3c-9f55-6a54d7d9d3c1")
 
 INITIALIZED = "initialized"
 ACTIVE = "active"
@@ -45,7 +41,6 @@ class Market:
     listing: Listing
     market_id: str
     book: Book
-    flow: OrderFlow
     status: str = INITIALIZED
     result: str = ""
     last_price: int = 0
@@ -58,22 +53,11 @@ class Market:
     halted: bool = False
     """Left out of the order flow for now, while it stays open."""
     settled_ns: int | None = None
-    wire_head: str = field(default="", repr=False)
+    wire_head: str = field(init=False, repr=False)
     """How every order-book message of this market begins."""
 
-    @classmethod
-    def listed(cls, listing: Listing, seed: int) -> Market:
-        """A new market with an empty book. Its id and its flow follow from the seed and ticker."""
-        name = f"{seed}:{listing.ticker}"
-        market_id = str(uuid.uuid5(_NAMESPACE, name))
-        return cls(
-            listing,
-            market_id,
-            Book(listing.grid),
-            OrderFlow(listing.grid, name),
-            updated_us=listing.created_ns // 1000,
-            wire_head=f'{{"market_ticker":"{listing.ticker}","market_id":"{market_id}"',
-        )
+    def __post_init__(self) -> None:
+        self.wire_head = f'{{"market_ticker":"{self.ticker}","market_id":"{self.market_id}"'
 
     @property
     def ticker(self) -> str:

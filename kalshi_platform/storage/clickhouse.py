@@ -66,7 +66,12 @@ TRANSIENT: Mapping[int, str] = {
 }
 """ClickHouse's codes that pass by themselves, or once somebody has made room. All others stay."""
 
-_WRONG_USER = {192, 193, 194, 516}  # UNKNOWN_USER, WRONG_PASSWORD, REQUIRED_PASSWORD, AUTHENTICATION…
+_WRONG_USER = {
+    192,
+    193,
+    194,
+    516,
+}  # UNKNOWN_USER, WRONG_PASSWORD, REQUIRED_PASSWORD, AUTHENTICATION…
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
 _CODE = re.compile(r"\bCode:\s*(\d+)")
 _HTTP_STATUS = re.compile(r"HTTP status (\d+)")
@@ -106,13 +111,14 @@ def connect(
             pool_mgr=get_pool_manager() if local else None,  # never through a proxy to ourselves
             autogenerate_session_id=False,  # a session serves one query at a time
             show_clickhouse_errors="scrub",
+            tz_mode="aware",  # a time without a zone is a trap
             settings={"log_comment": log_comment} if log_comment else None,
         )
 
 
 def server_version(client: Client) -> tuple[int, int]:
     """Major and minor version of the server: (24, 8)."""
-    major, minor = client.server_version.split(".")[:2]
+    major, minor = str(client.server_version).split(".")[:2]
     return int(major), int(minor)
 
 
@@ -137,10 +143,11 @@ def insert_arrow(
     codec = client.write_compression if client.write_compression in {"zstd", "lz4"} else None
     body = pa.BufferOutputStream()
     with pa.ipc.new_stream(
-        body, rows.schema, options=pa.ipc.IpcWriteOptions(compression=codec, unify_dictionaries=True)
+        body,
+        rows.schema,
+        options=pa.ipc.IpcWriteOptions(compression=codec, unify_dictionaries=True),
     ) as stream:
         stream.write_table(rows.combine_chunks())
-    whole = max(rows.num_rows, 1)
     with translated():
         client.raw_insert(
             table,
@@ -148,16 +155,22 @@ def insert_arrow(
             body.getvalue().to_pybytes(),
             settings={
                 "async_insert": 0,
-                "insert_deduplicate": 1,
+                **_deduplicate(client),
                 "insert_deduplication_token": token,
-                "max_insert_block_size": whole,
-                "min_insert_block_size_rows": whole,
+                "max_insert_block_size": rows.num_rows,
+                "min_insert_block_size_rows": rows.num_rows,
                 "min_insert_block_size_bytes": 0,
                 **({"log_comment": log_comment} if log_comment else {}),
                 **(settings or {}),
             },
             fmt="ArrowStream",
         )
+
+
+def _deduplicate(client: Client) -> Mapping[str, Any]:
+    """Deduplication, whatever the user's profile says; the setting got a new name in version 26."""
+    new = "deduplicate_insert" in client.server_settings
+    return {"deduplicate_insert": "enable"} if new else {"insert_deduplicate": 1}
 
 
 @contextmanager
@@ -188,7 +201,9 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
     said = _TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message)).strip().rstrip(".")
     said = said.removesuffix(f"({name})").rstrip(" .")
     if code in TRANSIENT:
-        return StoreUnavailable(f"ClickHouse is busy or ailing, {label}: {said}.", code=code, name=name)
+        return StoreUnavailable(
+            f"ClickHouse is busy or ailing, {label}: {said}.", code=code, name=name
+        )
     if code in _WRONG_USER:
         sentence = (
             f"{_place(settings)} refused user {settings.clickhouse_user if settings else ''!r}:"
@@ -234,12 +249,16 @@ def _root(error: BaseException) -> str:
     while reason is not None and reason not in seen:
         seen.append(reason)
         inner = getattr(reason, "reason", None)
-        reason = inner if isinstance(inner, BaseException) else (reason.__cause__ or reason.__context__)
+        reason = (
+            inner if isinstance(inner, BaseException) else (reason.__cause__ or reason.__context__)
+        )
     for cause in reversed(seen):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
     last = seen[-1]
-    return "time-out" if "timeout" in type(last).__name__.lower() else str(last) or type(last).__name__
+    return (
+        "time-out" if "timeout" in type(last).__name__.lower() else str(last) or type(last).__name__
+    )
 
 
 def _is_loopback(host: str) -> bool:

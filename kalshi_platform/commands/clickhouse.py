@@ -1,0 +1,39 @@
+"""`kalshi-platform clickhouse`: the embedded ClickHouse in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kalshi_platform import settings
+
+
+@click.command("clickhouse")
+@click.option(
+    "--port",
+    default=8123,
+    show_default=True,
+    type=click.IntRange(0, 65_535),
+    help="0: any free one.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--path",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Data folder  [default: $KALSHI_DATA_DIR/clickhouse]",
+)
+def command(port: int, host: str, path: Path | None) -> None:
+    """The embedded ClickHouse in the foreground. Ctrl-C ends it."""
+    from kalshi_platform.storage.embedded import serve
+
+    current = settings.current()
+    address = f"[{host}]" if ":" in host else host
+    serve(
+        path=path or current.data_dir / "clickhouse",
+        host=host,
+        port=port,
+        user=current.clickhouse_user,
+        password=current.clickhouse_password.get_secret_value(),
+        ready=lambda chosen: click.echo(f"ClickHouse answers on http://{address}:{chosen}"),
+    )

@@ -1,0 +1,476 @@
+"""Journal blocks to columns, without any memory of what came before.
+
+Deltas and snapshots go through Polars' NDJSON reader in one piece. Whatever does not fit its narrow
+path (legacy forms, odd decimals, garbage) is taken frame by frame, by the same code that the wire
+watcher uses, and what even that cannot read becomes a `malformed` row that carries the raw frame.
+Prices are 1e-4 dollars and sizes 1e-2 contracts, in 64-bit integers, as the wire quoted them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform.exchange.book import SIDES, BookError, delta_change, snapshot_ladder
+from kalshi_platform.exchange.frames import (
+    DecodeError,
+    Head,
+    Kind,
+    Reply,
+    decode_delta,
+    decode_head,
+    decode_reply,
+    decode_snapshot,
+)
+from kalshi_platform.exchange.numbers import ONE_DOLLAR
+from kalshi_platform.recording.journal import Block
+from kalshi_platform.storage.schema import ZERO_UUID
+
+
+def _schema(*parts: Mapping[str, pl.DataType | type[pl.DataType]]) -> pl.Schema:
+    return pl.Schema({name: dtype for part in parts for name, dtype in part.items()})
+
+
+_FRAME: Mapping[str, type[pl.DataType]] = {
+    "n": pl.UInt64,
+    "recv_ns": pl.Int64,
+    "conn": pl.String,
+    "sid": pl.UInt32,
+    "seq": pl.UInt64,
+}
+_MARKET: Mapping[str, type[pl.DataType]] = {"market_id": pl.String, "market_ticker": pl.String}
+DELTAS = _schema(
+    _FRAME,
+    _MARKET,
+    {
+        "side": pl.String,
+        "price": pl.Int64,
+        "qty": pl.Int64,
+        "ts": pl.Datetime("us", "UTC"),
+        "client_order_id": pl.String,
+    },
+)
+LEVELS = _schema(_FRAME, _MARKET, {"side": pl.String, "price": pl.Int64, "qty": pl.Int64})
+SNAPSHOTS = _schema(_FRAME, _MARKET, {"levels": pl.UInt32})
+STREAM = _schema(_FRAME, {"kind": pl.String, "market_ticker": pl.String, "detail": pl.String})
+
+_WIRE_DELTA = pl.Schema(
+    {
+        "sid": pl.UInt32(),
+        "seq": pl.UInt64(),
+        "msg": pl.Struct(
+            {
+                "market_ticker": pl.String,
+                "market_id": pl.String,
+                "side": pl.String,
+                "price_dollars": pl.String,
+                "delta_fp": pl.String,
+                "price": pl.Int64,
+                "delta": pl.Int64,
+                "ts": pl.String,
+                "ts_ms": pl.Int64,
+                "client_order_id": pl.String,
+            }
+        ),
+    }
+)
+_WIRE_LEVELS = pl.List(pl.List(pl.String))
+_WIRE_SNAPSHOT = pl.Schema(
+    {
+        "sid": pl.UInt32(),
+        "seq": pl.UInt64(),
+        "msg": pl.Struct(
+            {
+                "market_ticker": pl.String,
+                "market_id": pl.String,
+                "yes_dollars_fp": _WIRE_LEVELS,
+                "no_dollars_fp": _WIRE_LEVELS,
+                # Only their presence matters here: they send the frame to the slow path.
+                "yes_dollars": pl.List(pl.List(pl.String)),
+                "no_dollars": pl.List(pl.List(pl.String)),
+                "yes": pl.List(pl.List(pl.Int64)),
+                "no": pl.List(pl.List(pl.Int64)),
+            }
+        ),
+    }
+)
+_PRICE_TEXT = r"^[01]\.\d{4}$"
+_QTY_TEXT = r"^-?\d{1,14}\.\d{2}$"
+_TS_FORMAT = "%Y-%m-%dT%H:%M:%S%.fZ"
+_UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+
+KNOWN_TYPES = frozenset(
+    [
+        "subscribed",
+        "ok",
+        "unsubscribed",
+        "error",
+        "ticker",
+        "trade",
+        "fill",
+        "market_position",
+        "user_order",
+        "market_lifecycle_v2",
+        "event_lifecycle",
+        "event_fee_update",
+        "multivariate_market_lifecycle",
+        "order_group_updates",
+        "rfq_created",
+        "rfq_deleted",
+        "quote_created",
+        "quote_accepted",
+        "quote_executed",
+        "cfbenchmarks_value",
+        "cfbenchmarks_value_5hz",
+        "pyth_value",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Frames by what they are. `n` is the journal's number; every record is in exactly one."""
+
+    first_n: int
+    end_n: int
+    deltas: pl.DataFrame
+    levels: pl.DataFrame
+    """One row per level of the snapshots."""
+    snapshots: pl.DataFrame
+    """One row per snapshot, empty ones included."""
+    stream: pl.DataFrame
+    """Everything else, notes and malformed frames included."""
+    newest_recv_ns: int
+
+
+def decode(blocks: Sequence[Block]) -> Decoded:
+    """Decode consecutive journal blocks."""
+    table = pa.Table.from_batches([block.batch for block in blocks])
+    first_n = blocks[0].first_n
+    records = pl.DataFrame(
+        {
+            "n": pl.int_range(first_n, first_n + table.num_rows, dtype=pl.UInt64, eager=True),
+            "recv_ns": pl.Series(table["recv_ns"]),
+            "conn": _uuids(table["conn"]),
+            "kind": pl.Series(table["kind"]),
+            "frame": pl.Series(table["frame"]),
+        }
+    )
+    kind = pl.col("kind")
+    deltas, bad_deltas = _deltas(records.filter(kind == Kind.DELTA))
+    snapshots, levels, bad_snapshots = _snapshots(records.filter(kind == Kind.SNAPSHOT))
+    rest = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT]))
+    stream = pl.DataFrame(
+        [_stream_row(record) for record in rest.iter_rows(named=True)], schema=STREAM, orient="row"
+    )
+    return Decoded(
+        first_n,
+        first_n + table.num_rows,
+        deltas,
+        levels,
+        snapshots,
+        pl.concat([stream, bad_deltas, bad_snapshots]).sort("n"),
+        int(pc.max(table["recv_ns"]).as_py()),
+    )
+
+
+def _uuids(column: pa.ChunkedArray) -> pl.Series:
+    encoded = column.cast(pa.binary()).combine_chunks().dictionary_encode()
+    names = pl.Series(
+        [str(uuid.UUID(bytes=value)) for value in encoded.dictionary.to_pylist()], dtype=pl.String
+    )
+    return names.gather(pl.Series(encoded.indices))
+
+
+# -- deltas ------------------------------------------------------------------------------------
+
+
+def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(deltas, malformed)"""
+    if records.is_empty():
+        return pl.DataFrame(schema=DELTAS), pl.DataFrame(schema=STREAM)
+    wire = _ndjson(records["frame"], _WIRE_DELTA)
+    if wire is None:
+        return _delta_frames(records)
+    wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
+    price, qty = pl.col("price_dollars"), pl.col("delta_fp")
+    market_id = pl.col("market_id").fill_null("")
+    wide = wide.with_columns(
+        pl.when(price.is_not_null())
+        .then(pl.when(price.str.contains(_PRICE_TEXT)).then(_units(price)))
+        .otherwise(pl.col("price") * 100)
+        .alias("price"),
+        pl.when(qty.is_not_null())
+        .then(pl.when(qty.str.contains(_QTY_TEXT)).then(_units(qty)))
+        .otherwise(pl.col("delta") * 100)
+        .alias("qty"),
+        pl.col("ts")
+        .str.to_datetime(_TS_FORMAT, time_unit="us", time_zone="UTC", strict=False)
+        .alias("at"),
+        pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
+        pl.col("client_order_id").fill_null(""),
+    )
+    plain = (
+        pl.col("seq").is_not_null()
+        & pl.col("sid").is_not_null()
+        & pl.col("market_ticker").is_not_null()
+        & pl.col("side").is_in(SIDES)
+        & pl.col("price").is_between(0, ONE_DOLLAR)
+        & pl.col("qty").is_not_null()
+        & pl.col("at").is_not_null()
+        & pl.col("market_id").str.contains(_UUID_TEXT)
+    ).fill_null(value=False)
+    is_plain = wide.select(plain.alias("plain"))["plain"]
+    good = (
+        wide.filter(is_plain)
+        .with_columns(pl.col("at").alias("ts"))
+        .select(DELTAS.names())
+        .cast(DELTAS)
+    )
+    if bool(is_plain.all()):
+        return good, pl.DataFrame(schema=STREAM)
+    slow, malformed = _delta_frames(records.filter(~is_plain))
+    return pl.concat([good, slow]).sort("n"), malformed
+
+
+def _units(text: pl.Expr) -> pl.Expr:
+    return text.str.replace(".", "", literal=True).cast(pl.Int64, strict=False)
+
+
+def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The slow path: frame by frame."""
+    rows: list[tuple[Any, ...]] = []
+    malformed: list[tuple[Any, ...]] = []
+    for record in records.iter_rows(named=True):
+        try:
+            head, delta = decode_head(record["frame"]), decode_delta(record["frame"])
+            change = delta_change(delta)
+            market = _market_id(delta.market_id)
+            at = _exchange_time(delta.ts, delta.ts_ms)
+            if not 0 <= change.price <= ONE_DOLLAR:
+                raise BookError(f"price {change.price} is outside 0 to {ONE_DOLLAR}")
+        except (*DecodeError, BookError) as error:
+            malformed.append(_malformed_row(record, str(error)))
+            continue
+        rows.append(
+            (
+                *_frame_columns(record, head),
+                market,
+                delta.market_ticker,
+                change.side,
+                change.price,
+                change.qty,
+                at,
+                delta.client_order_id,
+            )
+        )
+    return (
+        pl.DataFrame(rows, schema=DELTAS, orient="row"),
+        pl.DataFrame(malformed, schema=STREAM, orient="row"),
+    )
+
+
+# -- snapshots ---------------------------------------------------------------------------------
+
+
+def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """(snapshots, their levels, malformed)"""
+    if records.is_empty():
+        return (
+            pl.DataFrame(schema=SNAPSHOTS),
+            pl.DataFrame(schema=LEVELS),
+            pl.DataFrame(schema=STREAM),
+        )
+    wire = _ndjson(records["frame"], _WIRE_SNAPSHOT)
+    if wire is None:
+        return _snapshot_frames(records)
+    wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
+    market_id = pl.col("market_id").fill_null("")
+    wide = wide.with_columns(
+        pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id")
+    )
+    legacy = pl.any_horizontal(pl.col("yes_dollars", "no_dollars", "yes", "no").is_not_null())
+    plain = (
+        ~legacy
+        & pl.col("seq").is_not_null()
+        & pl.col("sid").is_not_null()
+        & pl.col("market_ticker").is_not_null()
+        & pl.col("market_id").str.contains(_UUID_TEXT)
+    ).fill_null(value=False)
+    head = [*_FRAME, *_MARKET]
+    levels = pl.concat(
+        [
+            wide.filter(plain)
+            .select(*head, pl.lit(side).alias("side"), pl.col(f"{side}_dollars_fp").alias("level"))
+            .drop_nulls("level")
+            .explode("level", empty_as_null=False)
+            for side in SIDES
+        ]
+    )
+    price, qty = (
+        pl.col("level").list.get(0, null_on_oob=True),
+        pl.col("level").list.get(1, null_on_oob=True),
+    )
+    levels = levels.with_columns(
+        pl.when(price.str.contains(_PRICE_TEXT)).then(_units(price)).alias("price"),
+        pl.when(qty.str.contains(_QTY_TEXT)).then(_units(qty)).alias("qty"),
+        (pl.col("level").list.len() == 2).fill_null(value=False).alias("pair"),
+    )
+    odd_level = ~(
+        pl.col("pair") & pl.col("price").is_between(0, ONE_DOLLAR) & (pl.col("qty") > 0)
+    ).fill_null(value=False)
+    twice = pl.struct("n", "side", "price").is_duplicated()
+    odd = levels.filter(odd_level | twice)["n"].unique()
+    good = plain & ~pl.col("n").is_in(odd.implode())
+    is_good = wide.select(good.alias("good"))["good"]
+    levels = levels.filter(~pl.col("n").is_in(odd.implode())).select(LEVELS.names()).cast(LEVELS)
+    counts = levels.group_by("n").agg(pl.len().cast(pl.UInt32).alias("levels"))
+    snapshots = (
+        wide.filter(is_good)
+        .select(head)
+        .cast(_schema(_FRAME, _MARKET))
+        .join(counts, on="n", how="left", maintain_order="left")
+        .with_columns(pl.col("levels").fill_null(0))
+    )
+    if bool(is_good.all()):
+        return snapshots, levels.sort("n", maintain_order=True), pl.DataFrame(schema=STREAM)
+    slow_snapshots, slow_levels, malformed = _snapshot_frames(records.filter(~is_good))
+    return (
+        pl.concat([snapshots, slow_snapshots]).sort("n"),
+        pl.concat([levels, slow_levels]).sort("n", maintain_order=True),
+        malformed,
+    )
+
+
+def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """The slow path: frame by frame, legacy forms included."""
+    snapshots: list[tuple[Any, ...]] = []
+    levels: list[tuple[Any, ...]] = []
+    malformed: list[tuple[Any, ...]] = []
+    for record in records.iter_rows(named=True):
+        try:
+            head, snapshot = decode_head(record["frame"]), decode_snapshot(record["frame"])
+            ladders = [(side, snapshot_ladder(snapshot, side)) for side in SIDES]
+            market = _market_id(snapshot.market_id)
+            for side, ladder in ladders:
+                for price in ladder:
+                    if not 0 <= price <= ONE_DOLLAR:
+                        raise BookError(f"{side} price {price} is outside 0 to {ONE_DOLLAR}")
+        except (*DecodeError, BookError) as error:
+            malformed.append(_malformed_row(record, str(error)))
+            continue
+        frame = (*_frame_columns(record, head), market, snapshot.market_ticker)
+        rows = [
+            (*frame, side, price, size)
+            for side, ladder in ladders
+            for price, size in ladder.items()
+        ]
+        levels.extend(rows)
+        snapshots.append((*frame, len(rows)))
+    return (
+        pl.DataFrame(snapshots, schema=SNAPSHOTS, orient="row"),
+        pl.DataFrame(levels, schema=LEVELS, orient="row"),
+        pl.DataFrame(malformed, schema=STREAM, orient="row"),
+    )
+
+
+# -- everything else ---------------------------------------------------------------------------
+
+
+def _stream_row(record: dict[str, Any]) -> tuple[Any, ...]:
+    if record["kind"] == Kind.NOTE:
+        note = msgspec.json.decode(record["frame"])
+        detail = msgspec.json.encode(note["detail"]).decode()
+        return (
+            record["n"],
+            record["recv_ns"],
+            record["conn"],
+            note["sid"],
+            0,
+            note["kind"],
+            note["market_ticker"],
+            detail,
+        )
+    if record["kind"] == Kind.MALFORMED:
+        return _malformed_row(record, "not a JSON object with a type")
+    try:
+        head, reply = decode_head(record["frame"]), decode_reply(record["frame"])
+    except DecodeError as error:
+        return _malformed_row(record, str(error))
+    return (
+        *_frame_columns(record, head),
+        head.type if head.type in KNOWN_TYPES else "unknown",
+        _ticker_of(reply),
+        _text(record["frame"]),
+    )
+
+
+def _ticker_of(reply: Reply) -> str:
+    ticker = reply.msg.get("market_ticker") if isinstance(reply.msg, dict) else None
+    return ticker if isinstance(ticker, str) else ""
+
+
+def _malformed_row(record: dict[str, Any], reason: str) -> tuple[Any, ...]:
+    """A row that keeps the raw frame; its number counts where the head could be read."""
+    try:
+        head = decode_head(record["frame"])
+    except DecodeError:
+        head = Head("")
+    detail = msgspec.json.encode({"reason": reason, "frame": _text(record["frame"])}).decode()
+    return (*_frame_columns(record, head), "malformed", "", detail)
+
+
+def _frame_columns(record: dict[str, Any], head: Head) -> tuple[Any, ...]:
+    return (record["n"], record["recv_ns"], record["conn"], head.sid, head.seq)
+
+
+def _text(frame: bytes) -> str:
+    """The frame as text; bytes that are not UTF-8 are kept in base64, and say so."""
+    try:
+        return frame.decode().rstrip("\n")
+    except UnicodeDecodeError:
+        return "base64:" + base64.b64encode(frame).decode()
+
+
+def _market_id(text: str) -> str:
+    if not text:
+        return ZERO_UUID
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise BookError(f"market_id {text!r} is not a UUID") from None
+
+
+def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
+    """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
+    if ts is not None:
+        try:
+            at = datetime.fromisoformat(ts)
+        except ValueError:
+            raise BookError(f"ts {ts!r} is not an RFC 3339 time") from None
+        if at.tzinfo is None:
+            raise BookError(f"ts {ts!r} has no time zone")
+        return at
+    if ts_ms is not None:
+        return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
+    return None
+
+
+def _ndjson(frames: pl.Series, schema: pl.Schema) -> pl.DataFrame | None:
+    """All frames in one read; None where they are not one line of the expected shape each."""
+    lines = b"\n".join(frames.to_list())
+    try:
+        table = pl.read_ndjson(io.BytesIO(lines), schema=schema)
+    except pl.exceptions.PolarsError:
+        return None
+    return table if table.height == len(frames) else None

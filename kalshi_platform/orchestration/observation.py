@@ -1,0 +1,114 @@
+"""What is to be seen of a shard: its runs in Dagster, its processes, its health file.
+
+No decision is taken here, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster import DagsterRunStatus as Status
+
+from kalshi_platform.orchestration.supervisor import (
+    Ended,
+    Health,
+    Observation,
+    Phase,
+    Process,
+    Run,
+)
+from kalshi_platform.processes import Identity
+
+SHARD_TAG = "kalshi/shard"
+"""On every streamer run: which share of the markets it records."""
+PROCESS_TAG = "kalshi/process"
+"""On a started run: its worker, as pid@start time."""
+SOURCE_TAG = "kalshi/source"
+"""On every streamer run: exchange or simulator."""
+
+_PHASES = {
+    Status.NOT_STARTED: Phase.WAITING,
+    Status.QUEUED: Phase.WAITING,
+    Status.MANAGED: Phase.WAITING,
+    Status.STARTING: Phase.STARTING,
+    Status.STARTED: Phase.STARTED,
+    Status.CANCELING: Phase.CANCELING,
+}
+_ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
+
+
+def observe(instance: dg.DagsterInstance, shard: int, health_file: Path) -> Observation:
+    """Look at one shard. Processes are looked at before runs are called active: a run that
+    ends in between is seen ended, not dead.
+    """
+    tags = {SHARD_TAG: str(shard)}
+    health = read_health(health_file)
+    active = instance.get_run_records(
+        dg.RunsFilter(tags=tags, statuses=list(_PHASES)), ascending=True, limit=50
+    )
+    ended = instance.get_run_records(dg.RunsFilter(tags=tags, statuses=_ENDED), limit=1)
+    return Observation(
+        runs=tuple(_run(record) for record in active),
+        ended=_ended(ended[0]) if ended else None,
+        health=health,
+        jitter=random.random(),  # noqa: S311
+    )
+
+
+def waiting_runs(instance: dg.DagsterInstance, shard: int) -> int:
+    """How many runs of a shard wait for their turn."""
+    statuses = [status for status, phase in _PHASES.items() if phase is Phase.WAITING]
+    return instance.get_runs_count(dg.RunsFilter(tags={SHARD_TAG: str(shard)}, statuses=statuses))
+
+
+def read_health(path: Path) -> Health | None:
+    """The streamer's own report, or None where there is none.
+
+    Raises `ValueError` or `KeyError` when the file is not such a report.
+    """
+    try:
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    identity = Identity(int(raw["pid"]), float(raw["pid_started"]))
+    return Health(
+        process=Process(identity, identity.alive),
+        updated=raw["updated_ns"] / 1e9,
+        last_frame=_seconds(raw["last_frame_ns"]),
+        last_durable=_seconds(raw["last_durable_ns"]),
+        state=str(raw["state"]),
+    )
+
+
+def _seconds(ns: int | None) -> float | None:
+    return ns / 1e9 if ns else None  # 0: has not happened yet
+
+
+def _run(record: dg.RunRecord) -> Run:
+    run = record.dagster_run
+    phase = _PHASES[run.status]
+    since = record.create_timestamp.timestamp()
+    if phase is Phase.STARTING:
+        since = record.update_timestamp.timestamp()
+    elif phase is not Phase.WAITING and record.start_time is not None:
+        since = record.start_time
+    return Run(run.run_id, phase, since, _process(run))
+
+
+def _ended(record: dg.RunRecord) -> Ended:
+    run = record.dagster_run
+    at = record.end_time if record.end_time is not None else record.update_timestamp.timestamp()
+    started = record.start_time if record.start_time is not None else at
+    return Ended(run.run_id, run.status is Status.FAILURE, at - started, at, _process(run))
+
+
+def _process(run: dg.DagsterRun) -> Process | None:
+    tag = run.tags.get(PROCESS_TAG)
+    if tag is None:
+        return None
+    identity = Identity.parse(tag)
+    return Process(identity, identity.alive)

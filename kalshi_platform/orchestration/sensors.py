@@ -1,0 +1,132 @@
+"""`streamer_supervisor`: exactly one streamer run per shard, alive.
+
+A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. It never
+waits: a process that needs time gets it until the next tick.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import dagster as dg
+from dagster import DagsterRunStatus as Status
+
+from kalshi_platform.orchestration.observation import (
+    SHARD_TAG,
+    SOURCE_TAG,
+    observe,
+)
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.orchestration.streamer import stream_orderbook
+from kalshi_platform.orchestration.supervisor import (
+    Cancel,
+    Decision,
+    Fail,
+    Kill,
+    Launch,
+    Phase,
+    State,
+    Wait,
+    decide,
+)
+
+SHARDS: tuple[int, ...] = (0,)
+TICK_S = 10
+_STEPS = 4
+"""Decisions in one tick: a run marked as failed may be replaced in the same tick."""
+
+
+@dg.sensor(
+    name="streamer_supervisor",
+    job=stream_orderbook,
+    minimum_interval_seconds=TICK_S,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Keeps exactly one streamer run per shard alive: launches it, fails it when its process"
+        " is gone, replaces it when it is stale, and backs off when it keeps failing."
+        " To stop the recording, stop this sensor first, then terminate the run."
+    ),
+)
+def streamer_supervisor(
+    context: dg.SensorEvaluationContext, platform: KalshiResource
+) -> dg.SensorResult:
+    """One tick: every shard gets what it needs."""
+    states = read_cursor(context.cursor)
+    launches: list[dg.RunRequest] = []
+    reasons: list[str] = []
+    for shard in SHARDS:
+        decision = _supervise(context, platform, shard, states.get(shard, State()))
+        states[shard] = decision.state
+        reasons.append(decision.reason if len(SHARDS) == 1 else f"{shard}: {decision.reason}")
+        if isinstance(decision.action, Launch):
+            launches.append(_request(shard, platform.source))
+    return dg.SensorResult(
+        run_requests=launches,
+        skip_reason=None if launches else dg.SkipReason(" ".join(reasons)),
+        cursor=write_cursor(states),
+    )
+
+
+def _supervise(
+    context: dg.SensorEvaluationContext, platform: KalshiResource, shard: int, state: State
+) -> Decision:
+    health_file = platform.settings().journal_dir(shard) / "health.json"
+    for _ in range(_STEPS):
+        seen = observe(context.instance, shard, health_file)
+        decision = decide(seen, state, time.time())
+        state = decision.state
+        if isinstance(decision.action, Wait | Launch):
+            break
+        context.log.warning(decision.reason)
+        carry_out(context.instance, decision)
+        if isinstance(decision.action, Kill):
+            break  # its end shows at the next tick
+    return decision
+
+
+def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
+    """Do what was decided. Runs are read anew: one that has ended meanwhile is left alone."""
+    action = decision.action
+    if isinstance(action, Kill):
+        action.process.send(signal.SIGKILL)
+        return
+    if not isinstance(action, Cancel | Fail):
+        return
+    run = instance.get_run_by_id(action.run.run_id)
+    if run is None or run.is_finished:
+        return
+    if isinstance(action, Cancel):
+        if run.status is not Status.CANCELING:
+            instance.report_run_canceling(run, decision.reason)
+        if action.run.phase is Phase.WAITING:
+            instance.report_run_canceled(run, decision.reason)
+        elif action.run.process is not None:
+            # The worker's op gets an interrupt, flushes and ends. By its pid and not through
+            # its code server, which may be gone and would be waited for.
+            action.run.process.identity.send(signal.SIGTERM)
+    elif run.status is Status.CANCELING:
+        instance.report_run_canceled(run, decision.reason)
+    else:
+        instance.report_run_failed(run, decision.reason)
+
+
+def _request(shard: int, source: str) -> dg.RunRequest:
+    # A key that was used before is skipped without a word: each attempt has its own.
+    return dg.RunRequest(
+        run_key=f"shard-{shard}-{time.time_ns()}",
+        tags={SHARD_TAG: str(shard), SOURCE_TAG: source},
+    )
+
+
+def read_cursor(cursor: str | None) -> dict[int, State]:
+    """What the last tick remembered, by shard."""
+    raw: Mapping[str, Any] = json.loads(cursor) if cursor else {}
+    return {int(shard): State(**state) for shard, state in raw.items()}
+
+
+def write_cursor(states: Mapping[int, State]) -> str:
+    """The states as the cursor's text."""
+    return json.dumps({str(shard): asdict(state) for shard, state in states.items()})

@@ -1,0 +1,249 @@
+"""`stream_orderbook`: the long run that records a shard, and reports its hours to Dagster.
+
+The op is a thin host: capture and load happen in the streamer's own threads. It goes on until it
+is interrupted, until the streamer fails, or until a successor waits for a run that is a day old.
+Its heartbeat goes to the run's output (stderr), not to the event log, which nothing purges.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
+from pydantic import Field
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.assets import RECORDED
+from kalshi_platform.orchestration.metadata import hour_of, materializations, partition_key
+from kalshi_platform.orchestration.observation import (
+    PROCESS_TAG,
+    SHARD_TAG,
+    SOURCE_TAG,
+    waiting_runs,
+)
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.orchestration.supervisor import RECYCLE_S
+from kalshi_platform.processes import Identity
+
+if TYPE_CHECKING:
+    from kalshi_platform.loading.hours import HourReport
+    from kalshi_platform.streamer import Health, Streamer
+
+HEARTBEAT_S = 60.0
+"""Between two lines in the run's output."""
+SUCCESSOR_S = 5.0
+"""Between two looks for a successor, once the run is old enough to be relieved."""
+CATCH_UP = timedelta(hours=48)
+"""How far back hours are looked for that were sealed while nobody could report them."""
+
+log = logging.getLogger(__name__)
+
+
+class StreamConfig(dg.Config):
+    """How one streamer run behaves."""
+
+    recycle_after_s: float = Field(
+        RECYCLE_S, description="Age at which the run makes room for a successor that waits."
+    )
+
+
+class _Relieved(Exception):
+    """A successor waits, and this run is old enough to make room."""
+
+
+@dg.op(
+    name="record_shard",
+    description="Records the order book: capture, journal, load. Reports each hour to its assets.",
+)
+def record_shard(
+    context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource
+) -> None:
+    """Record one shard until told to end."""
+    introduce(context)
+    with output_log(), as_failure():
+        shard = int(context.run.tags.get(SHARD_TAG, "0"))
+        source = platform.source
+        context.instance.add_run_tags(context.run_id, {SHARD_TAG: str(shard), SOURCE_TAG: source})
+        streamer = platform.streamer(shard)
+        host = _Host(context, streamer, source)
+        try:
+            streamer.start()
+            context.log.info(f"Recording shard {shard} from the {source}.")
+            for report in unreported(context.instance, platform, datetime.now(UTC)):
+                host.report(report)
+            host.record(shard, config.recycle_after_s)
+        except DagsterExecutionInterruptedError:
+            host.stop()
+            call_it_canceled(context)
+            raise
+        except _Relieved:
+            host.stop()
+            context.log.info("A day old: the next run goes on.")
+        except BaseException:
+            host.stop()
+            raise
+
+
+@dg.job(
+    name="stream_orderbook",
+    executor_def=dg.in_process_executor,
+    tags={SHARD_TAG: "0", "dagster/priority": "100"},
+    description=(
+        "The recording itself: one long run per shard, kept alive by streamer_supervisor."
+        " Terminate it and the supervisor starts it again; stop the sensor first to stop it."
+    ),
+)
+def stream_orderbook() -> None:
+    """One op."""
+    record_shard()
+
+
+class _Host:
+    """Carries what the streamer has to say to Dagster; nothing it was handed gets lost."""
+
+    def __init__(self, context: dg.OpExecutionContext, streamer: "Streamer", source: str) -> None:
+        self._context = context
+        self._streamer = streamer
+        self._source = source
+        self._unsaid: HourReport | None = None
+
+    def record(self, shard: int, recycle_after_s: float) -> None:
+        """Until the streamer fails (`dg.Failure`) or a successor may take over (`_Relieved`)."""
+        began = time.monotonic()
+        beat = looked = 0.0
+        while True:
+            report = self._streamer.next_report(timeout_s=1.0)
+            if report is not None:
+                self.report(report)
+            failure = self._streamer.failure()
+            if failure is not None:
+                raise failure
+            now = time.monotonic()
+            if now - beat >= HEARTBEAT_S:
+                beat = now
+                log.info("%s", heartbeat(self._streamer.health()))
+            if now - began >= recycle_after_s and now - looked >= SUCCESSOR_S:
+                looked = now
+                if waiting_runs(self._context.instance, shard):
+                    raise _Relieved
+
+    def report(self, report: "HourReport") -> None:
+        """One event per dataset of the hour. An interrupt in between leaves it to `stop`."""
+        self._unsaid = report
+        for event in materializations(report, self._source):
+            self._context.log_event(event)
+        state = "sealed" if report.complete else "open"
+        log.info("Reported hour %s (%s).", partition_key(report.hour), state)
+        self._unsaid = None
+
+    def stop(self) -> None:
+        """Drain and flush; then say what is still unsaid."""
+        self._streamer.stop()
+        if self._unsaid is not None:
+            self.report(self._unsaid)
+        while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
+            self.report(report)
+
+
+def introduce(context: dg.OpExecutionContext) -> None:
+    """The first act: say which process this run is, or end if it was given up meanwhile.
+
+    Raises `dg.Failure` when the run has been marked as ended: another one has its place.
+    """
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.is_finished:
+        raise dg.Failure(
+            description="This run was given up before it came up; another has its place.",
+            allow_retries=False,
+        )
+    context.instance.add_run_tags(context.run_id, {PROCESS_TAG: str(Identity.own())})
+
+
+def call_it_canceled(context: dg.OpExecutionContext) -> None:
+    """An interrupt is somebody's wish, also when it came as a signal: canceled, not failed."""
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
+        context.instance.report_run_canceling(
+            run, "Interrupted by a signal; everything is flushed."
+        )
+
+
+def unreported(
+    instance: dg.DagsterInstance, platform: KalshiResource, now: datetime
+) -> "Iterator[HourReport]":
+    """Hours that were sealed while nobody could report them (a crash, `stream` without Dagster)."""
+    archive = platform.settings().archive_dir
+    this_hour = now.replace(minute=0, second=0, microsecond=0)
+    hours = {
+        partition_key(hour): hour
+        for back in range(1, int(CATCH_UP / timedelta(hours=1)) + 1)
+        if any(
+            (archive / dataset.name / f"{hour:date=%Y-%m-%d}" / f"{hour:hour=%H}").is_dir()
+            for hour in [this_hour - timedelta(hours=back)]
+            for dataset in RECORDED
+        )
+        for hour in [this_hour - timedelta(hours=back)]
+    }
+    if not hours:
+        return
+    said = {name.name: _said_complete(instance, name.name, list(hours)) for name in RECORDED}
+    for key in sorted(hours):
+        report = platform.describe(hour_of(key))
+        if report.complete and any(key not in said[dataset.dataset] for dataset in report.datasets):
+            yield report
+
+
+def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) -> set[str]:
+    """Partitions whose latest materialisation says that the hour is complete."""
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=keys), limit=500
+    ).records
+    latest: dict[str, bool] = {}
+    for record in records:  # newest first
+        event = record.asset_materialization
+        if record.partition_key is not None and event is not None:
+            complete = event.metadata.get("complete")
+            latest.setdefault(record.partition_key, complete is not None and complete.value is True)
+    return {key for key, complete in latest.items() if complete}
+
+
+def heartbeat(health: "Health") -> str:
+    """One calm line."""
+    return (
+        f"{health.state}: {health.frames:,} frames, {health.lag_frames:,} not loaded yet;"
+        f" last frame {_ago(health.last_frame_ns)}, last durable write {_ago(health.last_durable_ns)}"
+    )
+
+
+def _ago(ns: int | None) -> str:
+    return f"{time.time() - ns / 1e9:.1f} s ago" if ns else "not yet"
+
+
+@contextmanager
+def as_failure() -> Iterator[None]:
+    """What a person can mend fails the run with its sentence; the traceback stays beneath."""
+    try:
+        yield
+    except PlatformError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+
+
+@contextmanager
+def output_log() -> Iterator[None]:
+    """The platform's log goes to stderr, which Dagster keeps with the run."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("kalshi_platform")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)

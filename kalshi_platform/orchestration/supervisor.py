@@ -1,0 +1,400 @@
+"""Whether the streamer of a shard lives, and what to do about it: a decision, without I/O.
+
+`observation.py` collects what is to be seen, `sensors.py` carries out what is decided here.
+Run status alone proves nothing: a run whose worker and code server were both killed stays
+STARTED for ever. So a run is judged by its process (pid and start time), by the age of the last
+received frame and by the age of the last durable write. All times are seconds since the epoch.
+
+    no run          → launch one, after the back-off that its predecessors' failures call for
+    waiting         → let it wait; withdrawn when that takes too long
+    starting        → let it; failed when its worker never comes up
+    started         → process gone: failed. Stale: canceled. A day old: a successor is queued,
+                      for which it makes room by itself
+    canceling       → let it flush; killed when it does not end
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from kalshi_platform.processes import Identity
+
+START_S = 60.0
+"""From the launch to the process, and from the process to its first health report."""
+QUEUE_S = 600.0
+"""How long a run may wait in the queue before it is withdrawn."""
+HEALTH_S = 30.0
+"""Oldest health report of a living streamer, which writes one each second."""
+DURABLE_S = 60.0
+"""How far the last durable write may be behind the last received frame."""
+FRAME_S = 120.0
+"""Oldest last frame of a streamer that claims to be receiving: the exchange pings each 10 s."""
+GRACE_S = 15.0
+"""From a cancellation to the kill."""
+FLUSH_S = 120.0
+"""The same for a streamer that is seen to go on writing."""
+HEALTHY_S = 300.0
+"""A run that lasted this long is a fresh start for the back-off."""
+RECYCLE_S = 24 * 3600.0
+"""Age at which a run is relieved by a new one, so that its log does not grow for ever."""
+BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
+"""Wait after the first failure, doubled by each further one up to the limit."""
+
+EXCUSED = frozenset({"quiet", "maintenance"})
+"""States in which no frame has to come: the exchange is silent, and the capture knows it."""
+
+
+class Phase(StrEnum):
+    """Where a run is, as far as supervising it goes."""
+
+    WAITING = "waiting"  # created or queued
+    STARTING = "starting"
+    STARTED = "started"
+    CANCELING = "canceling"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as it was seen."""
+
+    identity: Identity
+    alive: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """An active run. `since`: created (waiting), launched (starting), else started."""
+
+    run_id: str
+    phase: Phase
+    since: float
+    process: Process | None = None
+    """The worker; None until it has made itself known."""
+
+    @property
+    def name(self) -> str:
+        """As the UI abbreviates it."""
+        return self.run_id[:8]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The shard's run that ended last."""
+
+    run_id: str
+    failed: bool
+    lasted_s: float
+    at: float
+    process: Process | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the streamer last wrote of itself."""
+
+    process: Process
+    updated: float
+    last_frame: float | None
+    last_durable: float | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is to be seen of a shard. `runs`: the active ones, oldest first."""
+
+    runs: tuple[Run, ...] = ()
+    ended: Ended | None = None
+    health: Health | None = None
+    jitter: float = 0.0
+    """A random number in [0, 1), so that shards do not restart in step."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What must outlive a tick; kept in the sensor's cursor."""
+
+    failures: int = 0
+    """Failures in a row."""
+    not_before: float = 0.0
+    """No launch before this."""
+    counted: str = ""
+    """The run whose end has been counted."""
+    canceling: dict[str, float] = field(default_factory=dict)
+    """Since when each run has been seen canceling."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Start a new run."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Withdraw a waiting run, or ask a running one to end."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Mark a run as ended: its process is gone, or never came."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Kill a process that does not end."""
+
+    process: Identity
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, why (a sentence for the UI), and what to remember."""
+
+    action: Wait | Launch | Cancel | Fail | Kill
+    reason: str
+    state: State
+
+
+def decide(seen: Observation, state: State, now: float) -> Decision:
+    """The one thing to do for this shard now."""
+    state = _count(seen, state)
+    state = replace(
+        state,
+        canceling={
+            run.run_id: state.canceling.get(run.run_id, now)
+            for run in seen.runs
+            if run.phase is Phase.CANCELING
+        },
+    )
+    if not seen.runs:
+        return _without_run(seen, state, now)
+    run = _incumbent(seen)
+    for other in seen.runs:
+        if other is not run and not _may_stay(seen, run, other, now):
+            return Decision(
+                Cancel(other), f"Run {other.name} is one too many: {run.name} has the shard.", state
+            )
+    return _PHASES[run.phase](seen, run, state, now)
+
+
+def _count(seen: Observation, state: State) -> State:
+    ended = seen.ended
+    if ended is None or ended.run_id == state.counted:
+        return state
+    if not ended.failed:
+        return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
+    failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1
+    return replace(
+        state,
+        counted=ended.run_id,
+        failures=failures,
+        not_before=ended.at + _backoff(failures, seen.jitter),
+    )
+
+
+def _backoff(failures: int, jitter: float) -> float:
+    """Seconds: between half of the step and all of it."""
+    step = min(BACKOFF_S * 2.0 ** min(failures - 1, 32), BACKOFF_LIMIT_S)
+    return step * (0.5 + jitter / 2)
+
+
+def _incumbent(seen: Observation) -> Run:
+    """The run that has the shard: who writes the journal, else who has come furthest."""
+    rank = {Phase.STARTED: 0, Phase.CANCELING: 1, Phase.STARTING: 2, Phase.WAITING: 3}
+
+    def order(run: Run) -> tuple[bool, int]:
+        return (not _reports(seen, run), rank[run.phase])
+
+    return min(seen.runs, key=order)
+
+
+def _may_stay(seen: Observation, incumbent: Run, other: Run, now: float) -> bool:
+    """Whether a second run is no surplus: it is ending, or first in line after one that ends."""
+    if other.phase is Phase.CANCELING:
+        return True
+    ends = incumbent.phase is Phase.CANCELING or (
+        incumbent.phase is Phase.STARTED and now - incumbent.since >= RECYCLE_S
+    )
+    return ends and other is _next_in_line(seen)
+
+
+def _next_in_line(seen: Observation) -> Run | None:
+    return next((run for run in seen.runs if run.phase is Phase.WAITING), None)
+
+
+def _reports(seen: Observation, run: Run) -> bool:
+    """Whether the health file is this run's, written by a living process."""
+    return (
+        seen.health is not None
+        and run.process is not None
+        and seen.health.process.alive
+        and seen.health.process.identity == run.process.identity
+    )
+
+
+def _without_run(seen: Observation, state: State, now: float) -> Decision:
+    ended, health = seen.ended, seen.health
+    if ended is not None and ended.process is not None and ended.process.alive:
+        who = ended.process.identity
+        if _may_go_on(seen, ended.process, now - ended.at, now):
+            return _wait(f"Process {who.pid} of the run that ended is still flushing.", state)
+        return Decision(
+            Kill(who), f"Process {who.pid} goes on though its run has ended; it is killed.", state
+        )
+    if health is not None and health.process.alive and now - health.updated < HEALTH_S:
+        return _wait(
+            f"Process {health.process.identity.pid} writes this journal outside Dagster"
+            " (`kalshi-platform stream`?). End it, and a run takes over.",
+            state,
+        )
+    if now < state.not_before:
+        return _wait(
+            f"{_times(state.failures)} in a row; the next start is in"
+            f" {state.not_before - now:.0f} s. The last run's log says why.",
+            state,
+        )
+    return Decision(Launch(), "No streamer runs; one is launched.", state)
+
+
+def _waiting(seen: Observation, run: Run, state: State, now: float) -> Decision:
+    age = now - run.since
+    if age > QUEUE_S:
+        return Decision(
+            Cancel(run), f"Run {run.name} has waited for {age:.0f} s; it is withdrawn.", state
+        )
+    return _wait(f"Run {run.name} has waited in the queue for {age:.0f} s.", state)
+
+
+def _starting(seen: Observation, run: Run, state: State, now: float) -> Decision:
+    age = now - run.since
+    if age > START_S:
+        return Decision(
+            Fail(run), f"The worker of run {run.name} did not come up within {age:.0f} s.", state
+        )
+    return _wait(f"Run {run.name} is starting.", state)
+
+
+def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
+    age = now - run.since
+    if run.process is None:
+        return _nameless(run, state, age)
+    if not run.process.alive:
+        return _gone(run, run.process.identity, state)
+    health = seen.health if _reports(seen, run) else None
+    if health is None and age <= START_S:
+        return _wait(f"Run {run.name} is starting.", state)
+    complaint = _complaint(health, age, now)
+    if complaint is not None:
+        return Decision(
+            Cancel(run), f"Run {run.name} is stale: {complaint}", _blame(seen, run, state, now)
+        )
+    if age >= RECYCLE_S:
+        return _relief(seen, run, state)
+    claim = health.state if health is not None else "starting"
+    return _wait(f"Run {run.name} streams (process {run.process.identity.pid}, {claim}).", state)
+
+
+def _nameless(run: Run, state: State, age: float) -> Decision:
+    if age > START_S:
+        return Decision(Fail(run), f"Run {run.name} has named no process in {age:.0f} s.", state)
+    return _wait(f"Run {run.name} is starting.", state)
+
+
+def _gone(run: Run, who: Identity, state: State) -> Decision:
+    return Decision(Fail(run), f"Process {who.pid} of run {run.name} is gone.", state)
+
+
+def _blame(seen: Observation, run: Run, state: State, now: float) -> State:
+    """A stale run is a failure, though it will end as canceled."""
+    failures = 1 if now - run.since >= HEALTHY_S else state.failures + 1
+    return replace(
+        state,
+        failures=failures,
+        not_before=now + _backoff(failures, seen.jitter),
+        counted=run.run_id,
+    )
+
+
+def _relief(seen: Observation, run: Run, state: State) -> Decision:
+    successor = _next_in_line(seen)
+    if successor is None:
+        return Decision(Launch(), f"Run {run.name} is a day old; its successor is queued.", state)
+    return _wait(f"Run {run.name} makes room for {successor.name}.", state)
+
+
+def _canceling(seen: Observation, run: Run, state: State, now: float) -> Decision:
+    age = now - state.canceling[run.run_id]
+    if run.process is None:
+        if age > GRACE_S:
+            return Decision(
+                Fail(run), f"Run {run.name} was canceled before its process was known.", state
+            )
+        return _wait(f"Run {run.name} is ending.", state)
+    if not run.process.alive:
+        return _gone(run, run.process.identity, state)
+    if _may_go_on(seen, run.process, age, now):
+        return _wait(f"Run {run.name} is flushing ({age:.0f} s).", state)
+    return Decision(
+        Kill(run.process.identity),
+        f"Run {run.name} did not end within {age:.0f} s; process"
+        f" {run.process.identity.pid} is killed. The journal keeps what it received.",
+        state,
+    )
+
+
+_PHASES = {
+    Phase.WAITING: _waiting,
+    Phase.STARTING: _starting,
+    Phase.STARTED: _started,
+    Phase.CANCELING: _canceling,
+}
+
+
+def _complaint(health: Health | None, age: float, now: float) -> str | None:
+    """What is wrong with a started run's health, or None."""
+    if health is None:
+        return f"it has reported no health in {age:.0f} s."
+    if now - health.updated > HEALTH_S:
+        return f"its last health report is {now - health.updated:.0f} s old."
+    started = now - age
+    frame = started if health.last_frame is None else health.last_frame
+    durable = started if health.last_durable is None else health.last_durable
+    if frame - durable > DURABLE_S:
+        return f"frames come, but nothing has been made durable for {now - durable:.0f} s."
+    silent = now - frame
+    if health.state not in EXCUSED and silent > FRAME_S:
+        return f"no frame for {silent:.0f} s, and it calls itself {health.state!r}."
+    return None
+
+
+def _may_go_on(seen: Observation, process: Process, age: float, now: float) -> bool:
+    """Whether a process that was told to end may take its time: it is short, or it is writing."""
+    if age < GRACE_S:
+        return True
+    health = seen.health
+    writes = (
+        health is not None
+        and health.process.identity == process.identity
+        and now - health.updated < HEALTH_S
+        and health.last_durable is not None
+        and now - health.last_durable < GRACE_S
+    )
+    return writes and age < FLUSH_S
+
+
+def _wait(reason: str, state: State) -> Decision:
+    return Decision(Wait(), reason, state)
+
+
+def _times(failures: int) -> str:
+    return "1 failure" if failures == 1 else f"{failures} failures"

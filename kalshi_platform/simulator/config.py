@@ -1,0 +1,45 @@
+"""What a simulator can be told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalshi_platform.simulator.faults import Fault
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorConfig:
+    """Everything about one simulator; the defaults suit a test."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free port."""
+    markets: int = 40
+    rate: float = 200.0
+    """Order-book deltas a second over all markets; 0 keeps every book as it opened."""
+    seed: int = 1
+    rolling_markets: int | None = None
+    """How many of the markets open and close all the time; None: one in eight."""
+    rolling_seconds: float = 300.0
+    """How long a rolling market lives."""
+    key_file: Path | None = None
+    """Private key of the client, made where there is none; None: in a temporary folder."""
+    faults: tuple[Fault, ...] = ()
+    replay: Path | None = None
+    """Recorded frames to send in place of the simulator's own."""
+    replay_speed: float | None = None
+    """1 = as recorded, 10 = ten times as fast, None = as fast as the client reads."""
+    heartbeat_seconds: float = 10.0
+    tick_seconds: float = 0.02
+    """How often the order flow is moved on; the events in between keep their own times."""
+    max_backlog_bytes: int = 64 * 1024 * 1024
+    """A client that leaves more than this unread is told error 25."""
+    max_clock_skew_seconds: float = 10.0
+    rest_cache_seconds: float = 15.0
+    """How long the REST order books are cached, as the real exchange's are."""
+
+    @property
+    def rolling(self) -> int:
+        """How many of the markets roll."""
+        return self.markets // 8 if self.rolling_markets is None else self.rolling_markets

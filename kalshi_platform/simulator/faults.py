@@ -1,0 +1,117 @@
+"""Faults on request: what can be made to go wrong, by name. docs/simulator.md has the table.
+
+`NAME[:ARG][@SECONDS]`, for instance `gap`, `gap:3`, `hang:20@60`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from kalshi_platform.simulator.errors import SimulatorError
+
+
+class Target(Enum):
+    """Whom a fault hits."""
+
+    CONNECTION = "every connection that is open, or else the next one"
+    DIAL = "the next dials"
+    REST = "the next REST requests"
+    EXCHANGE = "the exchange"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One fault that the simulator knows."""
+
+    target: Target
+    argument: str
+    """What the argument means."""
+    default: float | None
+    does: str
+
+
+KINDS: dict[str, Kind] = {
+    "gap": Kind(
+        Target.CONNECTION, "deltas", 1, "loses deltas that changed the book; their seq is used up"
+    ),
+    "duplicate": Kind(Target.CONNECTION, "deltas", 1, "sends a delta twice, the same seq on both"),
+    "truncated": Kind(
+        Target.CONNECTION, "deltas", 1, "sends only the first half of a delta; its seq is used up"
+    ),
+    "negative": Kind(
+        Target.CONNECTION, "deltas", 1, "sends a delta that takes more out than the level holds"
+    ),
+    "malformed": Kind(
+        Target.CONNECTION, "frames", 1, "sends an extra frame that is not JSON and uses no seq"
+    ),
+    "unknown_type": Kind(
+        Target.CONNECTION,
+        "frames",
+        1,
+        "sends a message of an unknown type on the order-book sid; it uses a seq",
+    ),
+    "huge": Kind(
+        Target.CONNECTION, "MiB", 2, "repeats a snapshot, padded with spaces to that size"
+    ),
+    "error10": Kind(Target.CONNECTION, "-", None, "ends the order-book subscription with error 10"),
+    "error25": Kind(Target.CONNECTION, "-", None, "ends the sequenced subscriptions with error 25"),
+    "drop": Kind(Target.CONNECTION, "-", None, "resets the TCP connection"),
+    "close": Kind(Target.CONNECTION, "close code", 1001, "closes the WebSocket cleanly"),
+    "hang": Kind(
+        Target.CONNECTION,
+        "seconds",
+        None,
+        "falls silent with the socket open: no frame, no ping; then a reset (never, without an argument)",
+    ),
+    "slow": Kind(Target.CONNECTION, "seconds", 5, "keeps all frames back, then sends them at once"),
+    "dial401": Kind(Target.DIAL, "dials", 1, "401, unknown key"),
+    "dial429": Kind(Target.DIAL, "dials", 1, "429"),
+    "dial502": Kind(Target.DIAL, "dials", 1, "502"),
+    "skew": Kind(Target.DIAL, "dials", 1, "401, as if the client's clock were off"),
+    "rest401": Kind(Target.REST, "requests", 1, "401, unknown key"),
+    "rest429": Kind(Target.REST, "requests", 1, "429 with a string for an error"),
+    "rest500": Kind(Target.REST, "requests", 1, "500"),
+    "stale_rest": Kind(Target.REST, "seconds", 60, "the REST order books stay as they are now"),
+    "crossed": Kind(Target.EXCHANGE, "seconds", 2, "crosses the busiest market's book, for real"),
+}
+
+_WRITTEN = re.compile(r"(?P<name>[a-z_0-9]+)(:(?P<arg>\d+(\.\d+)?))?(@(?P<at>\d+(\.\d+)?))?")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to come: `argument` as its kind says, `at` seconds from when it is asked for."""
+
+    name: str
+    argument: float | None
+    at: float = 0.0
+
+    @property
+    def target(self) -> Target:
+        """Whom it hits."""
+        return KINDS[self.name].target
+
+    @property
+    def count(self) -> int:
+        """The argument of a fault that counts."""
+        return int(self.argument or 0)
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Read `NAME[:ARG][@SECONDS]`. Raises SimulatorError naming what there is."""
+        match = _WRITTEN.fullmatch(text.strip())
+        if match is None:
+            raise SimulatorError(
+                f"Fault {text!r} is not NAME[:NUMBER][@SECONDS], such as gap, gap:3 or hang:20@60."
+            )
+        kind = KINDS.get(match["name"])
+        if kind is None:
+            raise SimulatorError(
+                f"Fault {match['name']!r} is unknown. There are: {', '.join(KINDS)}."
+            )
+        if match["arg"] is not None and kind.argument == "-":
+            raise SimulatorError(f"Fault {match['name']} takes no argument, not {match['arg']}.")
+        argument = float(match["arg"]) if match["arg"] is not None else kind.default
+        return cls(match["name"], argument, float(match["at"] or 0))

@@ -1,0 +1,493 @@
+"""The REST interface: what the platform reads of the exchange, and the simulator's own pages.
+
+Under /trade-api/v2 everything is as on the real exchange, its four error shapes, its caches and
+its signatures included. Under /simulator is what no exchange has: the truth, faults and a pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
+from kalshi_platform.simulator import market as life
+from kalshi_platform.simulator.book import NO, YES, BookView
+from kalshi_platform.simulator.errors import SimulatorError
+from kalshi_platform.simulator.exchange import settlement_value
+from kalshi_platform.simulator.faults import Fault
+from kalshi_platform.simulator.frames import rfc3339
+from kalshi_platform.simulator.market import Market
+from kalshi_platform.simulator.venue import Venue
+
+BASE = "/trade-api/v2"
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_STATUS_FILTER = {
+    "unopened": {life.INITIALIZED},
+    "open": {life.ACTIVE},
+    "paused": {"inactive"},
+    "closed": {life.CLOSED, life.DETERMINED},
+    "settled": {life.FINALIZED},
+}
+
+
+class Rejected(Exception):
+    """A request that is answered with an error, in one of the exchange's shapes."""
+
+    def __init__(self, status: int, body: object) -> None:
+        super().__init__(str(body))
+        self.status = status
+        self.body = body
+
+
+def application(venue: Venue) -> Starlette:
+    """Every page over one venue."""
+    return Starlette(
+        routes=[*_exchange_routes(venue), *_simulator_routes(venue)],
+        lifespan=_lifespan(venue),
+    )
+
+
+def _lifespan(venue: Venue) -> Callable[[Starlette], Any]:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        yield {"venue": venue}  # how websocket.ClientSocket comes by it
+
+    return lifespan
+
+
+def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        msgspec.json.encode(body), status, headers=headers, media_type="application/json"
+    )
+
+
+# the exchange's own pages
+
+
+def _exchange_routes(venue: Venue) -> list[Route]:
+    pages = Pages(venue)
+    public: dict[str, Callable[[Request], object]] = {
+        "/exchange/status": pages.exchange_status,
+        "/exchange/schedule": pages.exchange_schedule,
+        "/exchange/user_data_timestamp": pages.user_data_timestamp,
+        "/historical/cutoff": pages.historical_cutoff,
+        "/markets": pages.markets,
+        "/markets/trades": pages.trades,
+        "/markets/orderbooks": pages.orderbooks,
+        "/markets/{ticker}": pages.market,
+        "/markets/{ticker}/orderbook": pages.orderbook,
+        "/events": pages.events,
+        "/events/{event}": pages.event,
+        "/series": pages.series_list,
+        "/series/{series}": pages.series,
+    }
+    private: dict[str, Callable[[Request], object]] = {
+        "/portfolio/balance": pages.balance,
+        "/portfolio/positions": pages.positions,
+        "/portfolio/fills": lambda _: {"cursor": "", "fills": []},
+        "/portfolio/orders": lambda _: {"cursor": "", "orders": []},
+        "/portfolio/settlements": lambda _: {"cursor": "", "settlements": []},
+        "/account/limits": pages.limits,
+        "/account/endpoint_costs": pages.endpoint_costs,
+    }
+    return [
+        Route(BASE + path, _guarded(venue, page, signed), methods=["GET"])
+        for pages_of, signed in ((public, False), (private, True))
+        for path, page in pages_of.items()
+    ]
+
+
+def _guarded(venue: Venue, page: Callable[[Request], object], signed: bool) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        fault = venue.rest_fault()
+        if fault is not None:
+            return _json(fault[1], fault[0])
+        if signed:
+            now_ms = time.time_ns() // 1_000_000
+            path = request.url.path
+            refusal = venue.keys.refusal(request.headers, request.method, path, now_ms)
+            if refusal is not None:
+                return _json(refusal, 401)
+        try:
+            answer = page(request)
+        except Rejected as rejected:
+            return _json(rejected.body, rejected.status)
+        return answer if isinstance(answer, Response) else _json(answer)
+
+    return endpoint
+
+
+class Pages:
+    """The pages of the exchange. Holds the cache of the order books."""
+
+    def __init__(self, venue: Venue) -> None:
+        self._venue = venue
+        self._exchange = venue.exchange
+        self._cache: dict[str, tuple[float, bytes]] = {}
+
+    # exchange and account
+
+    def exchange_status(self, _: Request) -> object:
+        return {"exchange_active": True, "trading_active": not self._venue.paused}
+
+    def exchange_schedule(self, _: Request) -> object:
+        always = [{"open_time": "00:00", "close_time": "00:00"}]
+        days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+        week = {"start_time": "2021-01-01T00:00:00Z", "end_time": "2099-01-01T00:00:00Z"}
+        hours = {**week, **dict.fromkeys(days, always)}
+        return {"schedule": {"standard_hours": [hours], "maintenance_windows": []}}
+
+    def user_data_timestamp(self, _: Request) -> object:
+        return {"as_of_time": rfc3339(time.time_ns() // 1000)}
+
+    def historical_cutoff(self, _: Request) -> object:
+        cutoff = rfc3339((self._exchange.now_ns // 1_000_000_000 - 90 * 86_400) * 1_000_000)
+        names = ("market_settled_ts", "trades_created_ts", "orders_updated_ts")
+        return dict.fromkeys(names, cutoff)
+
+    def balance(self, _: Request) -> object:
+        return {
+            "balance": 0,
+            "balance_breakdown": [{"balance": "0.0000", "exchange_index": 0}],
+            "balance_dollars": "0.0000",
+            "portfolio_value": 0,
+            "updated_ts": int(time.time()),
+        }
+
+    def positions(self, _: Request) -> object:
+        return {"cursor": "", "event_positions": [], "market_positions": []}
+
+    def limits(self, _: Request) -> object:
+        return {
+            "grants": [],
+            "read": {"bucket_capacity": 200, "refill_rate": 200},
+            "usage_tier": "basic",
+            "write": {"bucket_capacity": 100, "refill_rate": 100},
+        }
+
+    def endpoint_costs(self, _: Request) -> object:
+        order = {"cost": 2, "method": "GET", "path": f"{BASE}/portfolio/orders/:order_id"}
+        return {"default_cost": 10, "endpoint_costs": [order]}
+
+    # markets
+
+    def markets(self, request: Request) -> object:
+        query = request.query_params
+        found: Iterable[Market] = self._exchange.markets()
+        if tickers := query.get("tickers"):
+            wanted = set(tickers.split(","))
+            found = (each for each in found if each.ticker in wanted)
+        if status := query.get("status"):
+            if status not in _STATUS_FILTER:
+                raise Rejected(
+                    400,
+                    _bad_request(
+                        f"status {status!r} is not one of unopened, open, paused, closed, settled"
+                    ),
+                )
+            found = (each for each in found if each.status in _STATUS_FILTER[status])
+        if series := query.get("series_ticker"):
+            found = (each for each in found if each.listing.series_ticker == series)
+        if event := query.get("event_ticker"):
+            found = (each for each in found if each.listing.event_ticker == event)
+        page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda each: each.ticker)
+        return {"cursor": cursor, "markets": [_market(each) for each in page]}
+
+    def market(self, request: Request) -> object:
+        return {"market": _market(self._find(request))}
+
+    def _find(self, request: Request) -> Market:
+        found = self._exchange.market(request.path_params["ticker"])
+        if found is None:
+            raise Rejected(404, _NOT_FOUND)
+        return found
+
+    def events(self, request: Request) -> object:
+        query = request.query_params
+        by_event: dict[str, list[Market]] = {}
+        for each in self._exchange.markets():
+            if query.get("series_ticker", each.listing.series_ticker) == each.listing.series_ticker:
+                by_event.setdefault(each.listing.event_ticker, []).append(each)
+        if status := query.get("status"):
+            wanted = _STATUS_FILTER.get(status, set())
+            by_event = {
+                name: members
+                for name, members in by_event.items()
+                if any(each.status in wanted for each in members)
+            }
+        page, cursor = _page(request, list(by_event), "GetEvents", 200, lambda name: name)
+        nested = query.get("with_nested_markets") == "true"
+        return {"cursor": cursor, "events": [_event(by_event[name], nested) for name in page]}
+
+    def event(self, request: Request) -> object:
+        name = request.path_params["event"]
+        members = [m for m in self._exchange.markets() if m.listing.event_ticker == name]
+        if not members:
+            raise Rejected(404, _NOT_FOUND)
+        return {"event": _event(members, False), "markets": [_market(each) for each in members]}
+
+    def series_list(self, request: Request) -> object:
+        category = request.query_params.get("category")
+        return {
+            "series": [
+                _series(each)
+                for each in self._exchange.series
+                if category is None or each.category == category
+            ]
+        }
+
+    def series(self, request: Request) -> object:
+        for each in self._exchange.series:
+            if each.ticker == request.path_params["series"]:
+                return {"series": _series(each)}
+        raise Rejected(404, _NOT_FOUND)
+
+    def trades(self, request: Request) -> object:
+        ticker = request.query_params.get("ticker")
+        found = [
+            each
+            for each in reversed(self._exchange.trades)
+            if ticker is None or each.market.ticker == ticker
+        ]
+        page, cursor = _page(request, found, "GetTrades", 1000, lambda each: each.trade_id)
+        return {"cursor": cursor, "trades": [each.rest() for each in page]}
+
+    # order books, cached as the real ones are
+
+    def orderbook(self, request: Request) -> object:
+        depth = _number(request, "depth", 0, 0, 100, "GetMarketOrderbook")
+        found = self._find(request)
+        return self._cached(
+            f"{found.ticker}?{depth}", lambda: {"orderbook_fp": _orderbook(found.view(), depth)}
+        )
+
+    def orderbooks(self, request: Request) -> object:
+        tickers = [
+            ticker
+            for value in request.query_params.getlist("tickers")
+            for ticker in value.split(",")
+            if ticker
+        ]
+        if not 1 <= len(tickers) <= 100:
+            raise Rejected(
+                400, _failed("GetMarketOrderbooks", "Tickers", "lte" if tickers else "required")
+            )
+        found = [self._exchange.market(ticker) for ticker in tickers]
+        if None in found:
+            raise Rejected(404, _NOT_FOUND)
+        return self._cached(
+            "&".join(tickers),
+            lambda: {
+                "orderbooks": [
+                    {"ticker": each.ticker, "orderbook_fp": _orderbook(each.view(), 0)}
+                    for each in found
+                    if each is not None
+                ]
+            },
+        )
+
+    def _cached(self, key: str, make: Callable[[], object]) -> Response:
+        now = time.monotonic()
+        until, body = self._cache.get(key, (0.0, b""))
+        # a stale book stays as it is while the fault lasts; one never asked for has to be made
+        fresh = now < until or (body and now < self._venue.stale_until)
+        if not fresh:
+            self._cache = {name: kept for name, kept in self._cache.items() if kept[0] > now}
+            body = msgspec.json.encode(make())
+            self._cache[key] = (now + self._venue.config.rest_cache_seconds, body)
+        headers = {
+            "cache-control": f"max-age={self._venue.config.rest_cache_seconds:.0f}",
+            "x-cache": "Hit from simulator" if fresh else "Miss from simulator",
+        }
+        return Response(body, headers=headers, media_type="application/json")
+
+
+_NOT_FOUND = {"error": {"code": "not_found", "message": "not found"}}
+
+
+def _bad_request(details: str) -> dict[str, str]:
+    return {"code": "bad_request", "message": "bad request", "details": details}
+
+
+def _failed(request: str, field: str, tag: str) -> dict[str, str]:
+    return {
+        "msg": f"Parameter validation failed for {request}: Key: '{request}Params.{field}'"
+        f" Error:Field validation for '{field}' failed on the '{tag}' tag"
+    }
+
+
+def _number(request: Request, name: str, default: int, low: int, high: int, operation: str) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise Rejected(400, _bad_request(f"{name} {text!r} is not a number")) from None
+    if not low <= value <= high:
+        raise Rejected(400, _failed(operation, name.title(), "lte" if value > high else "gte"))
+    return value
+
+
+def _page(
+    request: Request, found: list[Any], operation: str, most: int, name: Callable[[Any], str]
+) -> tuple[list[Any], str]:
+    """One page and the cursor of the next, '' at the end. A cursor names the last one seen."""
+    limit = _number(request, "limit", 100, 1, most, operation)
+    cursor = request.query_params.get("cursor", "")
+    # a cursor that means nothing begins at the beginning, as on the real exchange
+    start = next((at + 1 for at, each in enumerate(found) if cursor and name(each) == cursor), 0)
+    page = found[start : start + limit]
+    return page, name(page[-1]) if start + limit < len(found) else ""
+
+
+def _orderbook(view: BookView, depth: int) -> dict[str, list[tuple[str, str]]]:
+    """The best `depth` levels, ascending; 0 means all."""
+    texts = view.texts()
+    return {f"{side}_dollars": texts[side][-depth:] for side in ("yes", "no")}
+
+
+def _time(ns: int) -> str:
+    return rfc3339(ns // 1000)
+
+
+def _market(each: Market) -> dict[str, Any]:
+    listing, book = each.listing, each.book
+    yes, no = book.best
+    prices = listing.grid.prices
+    yes_bid = prices[yes] if yes >= 0 else 0
+    no_bid = prices[no] if no >= 0 else 0
+    settled = (
+        {"settlement_value_dollars": settlement_value(each)}
+        if each.status in {life.DETERMINED, life.FINALIZED}
+        else {}
+    )
+    if each.settled_ns is not None:
+        settled["settlement_ts"] = _time(each.settled_ns)
+    return {
+        "can_close_early": False,
+        "close_time": _time(listing.close_ns),
+        "created_time": _time(listing.created_ns),
+        "event_ticker": listing.event_ticker,
+        "exchange_index": 0,
+        "expected_expiration_time": _time(listing.close_ns),
+        "expiration_time": _time(listing.close_ns),
+        "expiration_value": "",
+        "last_price_dollars": dollars(each.last_price),
+        "latest_expiration_time": _time(listing.close_ns),
+        "market_type": "binary",
+        "no_ask_dollars": dollars(ONE_DOLLAR - yes_bid),
+        "no_bid_dollars": dollars(no_bid),
+        "no_sub_title": listing.subtitle,
+        "notional_value_dollars": "1.0000",
+        "open_interest_fp": contracts(each.open_interest),
+        "open_time": _time(listing.open_ns),
+        "price_level_structure": listing.grid.name,
+        "price_ranges": [
+            {"start": dollars(r.start), "end": dollars(r.end), "step": dollars(r.step)}
+            for r in listing.grid.ranges
+        ],
+        "result": each.result,
+        "rules_primary": f"If {listing.subtitle.lower()}, then the market resolves to Yes.",
+        "rules_secondary": "",
+        "settlement_timer_seconds": 5,
+        "status": each.status,
+        "strike_type": "greater",
+        "ticker": listing.ticker,
+        "title": listing.title,
+        "updated_time": rfc3339(each.updated_us),
+        "volume_24h_fp": contracts(each.volume),
+        "volume_fp": contracts(each.volume),
+        "yes_ask_dollars": dollars(ONE_DOLLAR - no_bid),
+        "yes_ask_size_fp": contracts(book.sizes[NO][no] if no >= 0 else 0),
+        "yes_bid_dollars": dollars(yes_bid),
+        "yes_bid_size_fp": contracts(book.sizes[YES][yes] if yes >= 0 else 0),
+        "yes_sub_title": listing.subtitle,
+        **settled,
+    }
+
+
+def _event(members: list[Market], nested: bool) -> dict[str, Any]:
+    listing = members[0].listing
+    event: dict[str, Any] = {
+        "event_ticker": listing.event_ticker,
+        "series_ticker": listing.series_ticker,
+        "title": listing.title,
+        "sub_title": listing.subtitle,
+        "mutually_exclusive": False,
+        "collateral_return_type": "MECNET",
+        "strike_date": _time(listing.close_ns),
+    }
+    if nested:
+        event["markets"] = [_market(each) for each in members]
+    return event
+
+
+def _series(each: Any) -> dict[str, Any]:
+    return {
+        "ticker": each.ticker,
+        "title": each.title,
+        "category": each.category,
+        "frequency": "custom" if each.rolling else "annual",
+        "fee_type": "quadratic",
+        "fee_multiplier": 1,
+        "tags": [],
+        "settlement_sources": [],
+    }
+
+
+# the simulator's own pages
+
+
+class _FaultOrder(msgspec.Struct):
+    fault: str | None = None
+    faults: list[str] = []
+
+
+def _simulator_routes(venue: Venue) -> list[Route]:
+    async def books(_: Request) -> Response:
+        at = datetime.fromtimestamp(venue.exchange.now_ns / 1e9, UTC).isoformat()
+        return _json({"paused": venue.paused, "at": at, "books": venue.books()})
+
+    async def state(_: Request) -> Response:
+        return _json(venue.state())
+
+    async def faults(request: Request) -> Response:
+        try:
+            order = msgspec.json.decode(await request.body(), type=_FaultOrder)
+            asked = [Fault.parse(text) for text in [*order.faults, *filter(None, [order.fault])]]
+            if not asked:
+                raise SimulatorError('Name a fault: {"fault": "gap:3"}.')
+            for fault in asked:
+                venue.inject(fault)
+        except msgspec.DecodeError as error:
+            return _json({"error": f'Not understood ({error}). Send {{"fault": "gap:3"}}.'}, 400)
+        except SimulatorError as error:
+            return _json({"error": str(error)}, 400)
+        return _json({"accepted": [fault.name for fault in asked]})
+
+    async def pause(_: Request) -> Response:
+        venue.pause()
+        return _json({"paused": True})
+
+    async def resume(_: Request) -> Response:
+        venue.resume()
+        return _json({"paused": False})
+
+    return [
+        Route("/simulator/books", books, methods=["GET"]),
+        Route("/simulator/state", state, methods=["GET"]),
+        Route("/simulator/faults", faults, methods=["POST"]),
+        Route("/simulator/pause", pause, methods=["POST"]),
+        Route("/simulator/resume", resume, methods=["POST"]),
+    ]

@@ -1,0 +1,450 @@
+"""The exchange's side of one WebSocket connection, without I/O: commands in, frames out.
+
+Call `publish` with everything that the exchange's `advance` returned, before anything else sees
+the books again; call `work` now and then to answer commands and send snapshots; then `take` the
+frames. Commands that are in flight together are answered in a shuffled order, and snapshots come
+some at a time between the deltas of the books that are already live, as on the real wire.
+
+A session numbers subscriptions from 1 (sid: one per channel) and, on sequenced channels, its
+frames from 1 (seq: shared by all markets of the sid; acks and sid-scoped errors count).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from kalshi_platform.simulator import frames
+from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
+from kalshi_platform.simulator.market import Market
+
+ORDERBOOK, TRADE, TICKER, LIFECYCLE = "orderbook_delta", "trade", "ticker", "market_lifecycle_v2"
+SEQUENCED = {ORDERBOOK, TRADE, LIFECYCLE}
+PRIVATE = {"fill", "market_positions", "user_orders"}
+CHANNELS = SEQUENCED | PRIVATE | {TICKER}
+
+_ON_DELTAS = {"gap", "duplicate", "truncated", "negative"}
+SNAPSHOTS_AT_A_TIME = 100
+COMMANDS_PER_SECOND = 10_000
+MAX_MARKETS = 500_000
+
+
+class MarketSource(Protocol):
+    """What a session asks of the exchange."""
+
+    now_ns: int
+
+    def market(self, ticker: str) -> Market | None:
+        """The market of that ticker."""
+
+
+class _Params(msgspec.Struct):
+    channels: list[str] | None = None
+    market_ticker: str | None = None
+    market_tickers: list[str] | None = None
+    sid: int | None = None
+    sids: list[int] | None = None
+    action: str | None = None
+    use_yes_price: bool | None = None
+    skip_ticker_ack: bool = False
+    send_initial_snapshot: bool = False
+
+
+class _Command(msgspec.Struct):
+    id: int = 0
+    cmd: str = ""
+    params: _Params | None = None
+
+
+class _Identified(msgspec.Struct):
+    id: int = 0
+
+
+@dataclass
+class _Subscription:
+    channel: str
+    sid: int
+    use_yes_price: bool
+    seq: int = 0
+    tickers: dict[str, None] = field(default_factory=dict)
+    everything: bool = False
+    """No filter: the messages of all markets."""
+    live: set[str] = field(default_factory=set)
+    """Tickers of order books whose snapshot has been sent."""
+    waiting: deque[tuple[str, int | None]] = field(default_factory=deque)
+    """Snapshots to send, each with the id of the get_snapshot that asked for it."""
+
+    @property
+    def sequenced(self) -> bool:
+        return self.channel in SEQUENCED
+
+    def next_seq(self) -> int | None:
+        """The number of the next frame; None on a channel that is not sequenced."""
+        if not self.sequenced:
+            return None
+        self.seq += 1
+        return self.seq
+
+    def wants(self, ticker: str) -> bool:
+        return self.everything or ticker in self.tickers
+
+
+class _Refused(Exception):
+    """A command that is answered with an error code, on a sid where that is known."""
+
+    def __init__(self, code: int, subscription: _Subscription | None = None) -> None:
+        super().__init__(frames.ERROR_TEXTS[code])
+        self.code = code
+        self.subscription = subscription
+
+
+class Session:
+    """The state of one connection."""
+
+    patient = False
+    """Whether it may wait for a slow client; a live exchange does not."""
+
+    def __init__(self, source: MarketSource, shuffle: random.Random, last_sid: int = 0) -> None:
+        self._source = source
+        self._shuffle = shuffle
+        self._commands: list[bytes | str] = []
+        self._subscriptions: dict[str, _Subscription] = {}
+        self._last_sid = last_sid
+        self._out: list[bytes] = []
+        self._tampering: Counter[str] = Counter()
+        self._command_second = (0, 0)
+        self.sent: Counter[str] = Counter()
+        """Frames by message type, since the start."""
+
+    # in
+
+    def receive(self, message: bytes | str) -> None:
+        """A text message of the client; it is answered by the next `work`."""
+        second, count = self._command_second
+        now = self._source.now_ns // 1_000_000_000
+        self._command_second = (now, count + 1 if now == second else 1)
+        if self._command_second[1] > COMMANDS_PER_SECOND:
+            self._send("error", frames.error(27, _id_of(message)))
+        else:
+            self._commands.append(message)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `work` has something to do."""
+        return bool(self._commands) or any(s.waiting for s in self._subscriptions.values())
+
+    def work(self, snapshots: int = SNAPSHOTS_AT_A_TIME) -> None:
+        """Answer the commands that are in flight, in any order; then send some snapshots."""
+        commands, self._commands = self._commands, []
+        self._shuffle.shuffle(commands)
+        for message in commands:
+            self._answer(message)
+        book = self._subscriptions.get(ORDERBOOK)
+        while book is not None and book.waiting and snapshots:
+            snapshots -= 1
+            ticker, command_id = book.waiting.popleft()
+            if ticker in book.tickers or command_id is not None:
+                self._send_snapshot(book, ticker, command_id or 0)
+
+    def publish(self, happenings: Iterable[Happening]) -> None:
+        """Pass on what happened, to the subscriptions that want it."""
+        subscribed = self._subscriptions
+        if not subscribed:
+            return
+        book = subscribed.get(ORDERBOOK)
+        trade, quote, life = (subscribed.get(name) for name in (TRADE, TICKER, LIFECYCLE))
+        live = book.live if book is not None else ()
+        for happening in happenings:
+            kind = type(happening)
+            if kind is Delta:
+                if book is not None and happening.market.listing.ticker in live:  # type: ignore[union-attr]
+                    if not self._tampering or not self._send_tampered(book, happening):  # type: ignore[arg-type]
+                        self._send_delta(book, happening)  # type: ignore[arg-type]
+            elif isinstance(happening, Quote):
+                if quote is not None and quote.wants(happening.market.ticker):
+                    self._send_on(quote, "ticker", happening.wire())
+            elif isinstance(happening, Trade):
+                if trade is not None and trade.wants(happening.market.ticker):
+                    self._send_on(trade, "trade", happening.wire())
+            elif isinstance(happening, LifeEvent):
+                if life is not None:
+                    self._send_on(life, happening.kind, happening.msg)
+            elif (
+                isinstance(happening, Cleared)
+                and book is not None
+                and happening.market.ticker in live
+            ):
+                msg = frames.snapshot(happening.market, book.use_yes_price)
+                self._send_on(book, "orderbook_snapshot", msg)
+
+    # faults
+
+    def tamper(self, fault: str, count: int) -> None:
+        """Let a fault of faults.py happen, now or on the next `count` deltas."""
+        book = self._subscriptions.get(ORDERBOOK)
+        if fault in _ON_DELTAS or book is None:
+            self._tampering[fault] += count or 1
+        elif fault == "malformed":
+            for _ in range(count):
+                self._send(fault, b'{"type":"orderbook_delta","sid":1,"seq":,"msg":{"mark\n')
+        elif fault == "unknown_type":
+            for _ in range(count):
+                self._send_on(book, "orderbook_weather", '{"outlook":"fair"}')
+        elif fault == "huge":
+            self._send_huge(book, count << 20)
+        elif fault == "error10":
+            self._end(book, 10)
+        elif fault == "error25":
+            self.overflow()
+
+    def overflow(self) -> None:
+        """The client does not keep up: every sequenced subscription ends with error 25."""
+        for each in [s for s in self._subscriptions.values() if s.sequenced]:
+            self._end(each, 25)
+
+    # out
+
+    def take(self) -> list[bytes]:
+        """The frames to send now, oldest first."""
+        out, self._out = self._out, []
+        return out
+
+    def state(self) -> list[dict[str, Any]]:
+        """Every subscription, as GET /simulator/state has it."""
+        return [
+            {
+                "channel": each.channel,
+                "sid": each.sid,
+                "seq": each.seq if each.sequenced else None,
+                "markets": len(each.tickers),
+                "live": len(each.live),
+            }
+            for each in self._subscriptions.values()
+        ]
+
+    def adopt(self, channel: str, sid: int, seq: int, tickers: Iterable[str]) -> None:
+        """Go on with a subscription that something else has begun and brought as far as `seq`."""
+        adopted = _Subscription(channel, sid, use_yes_price=False, seq=seq)
+        adopted.tickers.update(dict.fromkeys(tickers))
+        adopted.live.update(adopted.tickers)
+        self._subscriptions[channel] = adopted
+
+    # commands
+
+    def _answer(self, message: bytes | str) -> None:
+        command_id = _id_of(message)
+        try:
+            self._obey(_decode(message))
+        except _Refused as refusal:
+            scope = refusal.subscription
+            if scope is None:
+                self._send("error", frames.error(refusal.code, command_id))
+            else:
+                # as recorded: an error on a sid counts there, and names no command
+                frame = frames.error(refusal.code, 0, scope.sid, scope.next_seq())
+                self._send("error", frame)
+
+    def _obey(self, command: _Command) -> None:
+        if command.cmd == "list_subscriptions":
+            listed = [{"channel": s.channel, "sid": s.sid} for s in self._subscriptions.values()]
+            self._send("ok", frames.reply("ok", command.id, listed))
+            return
+        handler = {
+            "subscribe": self._subscribe,
+            "unsubscribe": self._unsubscribe,
+            "update_subscription": self._update,
+        }.get(command.cmd)
+        if handler is None:
+            raise _Refused(5)
+        if command.params is None:
+            raise _Refused(2)
+        handler(command.id, command.params)
+
+    def _subscribe(self, command_id: int, params: _Params) -> None:
+        if not params.channels:
+            raise _Refused(3)
+        if not set(params.channels) <= CHANNELS:
+            raise _Refused(8)
+        tickers = _tickers(params)
+        if ORDERBOOK in params.channels and not tickers:
+            raise _Refused(14)
+        for channel in dict.fromkeys(params.channels):
+            known = self._subscriptions.get(channel)
+            if known is None:
+                self._last_sid += 1
+                new = _Subscription(channel, self._last_sid, bool(params.use_yes_price))
+                self._subscriptions[channel] = new
+                new.everything = not tickers or channel == LIFECYCLE
+                msg = {"channel": channel, "sid": new.sid}
+                self._send("subscribed", frames.reply("subscribed", command_id, msg))
+                self._add(new, tickers, params.send_initial_snapshot)
+            else:
+                if len(known.tickers.keys() | set(tickers)) > MAX_MARKETS:
+                    raise _Refused(26, known)
+                # tickers that are already there get no new snapshot
+                fresh = [ticker for ticker in tickers if ticker not in known.tickers]
+                known.tickers.update(dict.fromkeys(fresh))
+                self._acknowledge(known, command_id, params.skip_ticker_ack)
+                self._add(known, fresh, params.send_initial_snapshot)
+
+    def _unsubscribe(self, command_id: int, params: _Params) -> None:
+        sids = params.sids if params.sids is not None else [params.sid] if params.sid else []
+        if not sids:
+            raise _Refused(4)
+        ended = [self._by_sid(sid) for sid in dict.fromkeys(sids)]
+        for each in ended:
+            del self._subscriptions[each.channel]
+            frame = frames.reply("unsubscribed", command_id, None, each.sid, each.next_seq())
+            self._send("unsubscribed", frame)
+
+    def _update(self, command_id: int, params: _Params) -> None:
+        sids = params.sids if params.sids is not None else [params.sid] if params.sid else []
+        if not sids:
+            raise _Refused(4)
+        if len(sids) != 1:
+            raise _Refused(12)
+        subscription = self._by_sid(sids[0])
+        if params.action is None:
+            raise _Refused(15)
+        tickers = _tickers(params)
+        if params.action == "get_snapshot":
+            if not params.market_tickers or subscription.channel != ORDERBOOK:
+                raise _Refused(14, subscription)
+            subscription.waiting.extend((ticker, command_id) for ticker in tickers)
+            return
+        if params.action not in {"add_markets", "delete_markets"}:
+            raise _Refused(13)
+        if not tickers:
+            raise _Refused(14)
+        if params.action == "add_markets":
+            fresh = [ticker for ticker in tickers if ticker not in subscription.tickers]
+            if len(subscription.tickers) + len(fresh) > MAX_MARKETS:
+                raise _Refused(26, subscription)
+            subscription.tickers.update(dict.fromkeys(fresh))
+            self._acknowledge(subscription, command_id, params.skip_ticker_ack)
+            self._add(subscription, fresh, params.send_initial_snapshot)
+        else:
+            for ticker in tickers:
+                subscription.tickers.pop(ticker, None)
+                subscription.live.discard(ticker)
+            self._acknowledge(subscription, command_id, params.skip_ticker_ack)
+
+    def _by_sid(self, sid: int) -> _Subscription:
+        for each in self._subscriptions.values():
+            if each.sid == sid:
+                return each
+        raise _Refused(7)
+
+    def _acknowledge(self, to: _Subscription, command_id: int, skip_tickers: bool) -> None:
+        msg = {} if skip_tickers else {"market_tickers": sorted(to.tickers)}
+        self._send("ok", frames.reply("ok", command_id, msg, to.sid, to.next_seq()))
+
+    def _add(self, to: _Subscription, tickers: list[str], initial_quotes: bool) -> None:
+        to.tickers.update(dict.fromkeys(tickers))
+        if to.channel == ORDERBOOK:
+            to.waiting.extend((ticker, None) for ticker in tickers)
+        elif to.channel == TICKER and initial_quotes:
+            for ticker in tickers:
+                market = self._source.market(ticker)
+                if market is not None:
+                    quote = Quote(market, self._source.now_ns // 1000)
+                    self._send_on(to, "ticker", quote.wire())
+
+    # sending
+
+    def _send(self, kind: str, frame: bytes) -> None:
+        self.sent[kind] += 1
+        self._out.append(frame)
+
+    def _send_on(self, on: _Subscription, kind: str, msg: str, command_id: int = 0) -> None:
+        self._send(kind, frames.envelope(kind, on.sid, on.next_seq(), msg, command_id))
+
+    def _send_snapshot(self, book: _Subscription, ticker: str, command_id: int) -> None:
+        market = self._source.market(ticker)
+        if market is None:
+            msg = frames.unknown_market(ticker)
+        else:
+            if ticker in book.tickers:
+                book.live.add(ticker)
+            msg = frames.snapshot(market, book.use_yes_price)
+        self._send_on(book, "orderbook_snapshot", msg, command_id)
+
+    def _send_huge(self, book: _Subscription, size: int) -> None:
+        for ticker in book.live:
+            market = self._source.market(ticker)
+            if market is not None:
+                msg = frames.snapshot(market, book.use_yes_price)
+                self._send_on(book, "orderbook_snapshot", msg + " " * max(size - len(msg), 0))
+                return
+        self._tampering["huge"] += size >> 20
+
+    def _end(self, subscription: _Subscription, code: int) -> None:
+        del self._subscriptions[subscription.channel]
+        self._send("error", frames.error(code, 0, subscription.sid, subscription.next_seq()))
+
+    def _send_tampered(self, book: _Subscription, delta: Delta) -> bool:
+        """Let one fault that is waiting spoil this delta; False where none is."""
+        fault = next((name for name, left in self._tampering.items() if left > 0), None)
+        if fault is None:
+            self._tampering.clear()
+            return False
+        self._tampering[fault] -= 1
+        if fault not in _ON_DELTAS:
+            count, self._tampering[fault] = self._tampering[fault] + 1, 0
+            self.tamper(fault, count)
+            return False
+        if fault == "gap":
+            book.seq += 1
+            self.sent["lost"] += 1
+            return True
+        if fault == "negative":
+            held = delta.market.book.sizes[delta.side][delta.level]
+            wrong = Delta(delta.market, delta.side, delta.level, -held - 100, delta.ts_us)
+            self._send_on(book, "orderbook_delta", wrong.msg(book.use_yes_price))
+            return False
+        self._send_delta(book, delta)
+        if fault == "duplicate":
+            self._out.append(self._out[-1])
+        else:
+            self._out[-1] = self._out[-1][: len(self._out[-1]) // 2]
+        self.sent[fault] += 1
+        return True
+
+    def _send_delta(self, book: _Subscription, delta: Delta) -> None:
+        book.seq += 1
+        frame = (
+            f'{{"type":"orderbook_delta","sid":{book.sid},"seq":{book.seq}'
+            f',"msg":{delta.msg(book.use_yes_price)}}}\n'
+        ).encode()
+        self.sent["orderbook_delta"] += 1
+        self._out.append(frame)
+
+
+def _tickers(params: _Params) -> list[str]:
+    if params.market_ticker is not None and params.market_tickers is not None:
+        raise _Refused(11)
+    if params.market_ticker is not None:
+        return [params.market_ticker]
+    return list(dict.fromkeys(params.market_tickers or ()))
+
+
+def _decode(message: bytes | str) -> _Command:
+    try:
+        return msgspec.json.decode(message, type=_Command)
+    except msgspec.ValidationError:
+        raise _Refused(11) from None
+    except msgspec.DecodeError:
+        raise _Refused(1) from None
+
+
+def _id_of(message: bytes | str) -> int:
+    """The command's id, 0 where it has none that can be read."""
+    try:
+        return max(msgspec.json.decode(message, type=_Identified).id, 0)
+    except msgspec.DecodeError:
+        return 0

@@ -1,0 +1,236 @@
+"""The venue: one exchange, its clients and what goes wrong between them, on one event loop.
+
+Joins what knows nothing of each other: the exchange moves on, every session hears of it, faults
+fall due. Everything here runs on the loop's own thread; server.py is the door from others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kalshi_platform.simulator import keys
+from kalshi_platform.simulator.config import SimulatorConfig
+from kalshi_platform.simulator.exchange import Exchange
+from kalshi_platform.simulator.faults import Fault, Target
+from kalshi_platform.simulator.frames import Happening
+from kalshi_platform.simulator.keys import KeyRing
+from kalshi_platform.simulator.replay import Recording, ReplaySession
+from kalshi_platform.simulator.session import Session
+from kalshi_platform.simulator.websocket import ClientSocket
+
+REPLY_SECONDS = 0.002
+"""How long commands are gathered before they are answered, in any order."""
+STEPS_AT_A_TIME = 4_000
+
+AnySession = Session | ReplaySession
+
+logger = logging.getLogger(__name__)
+
+
+class Venue:
+    """The state of a running simulator."""
+
+    def __init__(
+        self, config: SimulatorConfig, exchange: Exchange | Recording, key_ring: KeyRing
+    ) -> None:
+        self.config = config
+        self.exchange = exchange
+        self.keys = key_ring
+        self.paused = False
+        self.heartbeat_seconds = config.heartbeat_seconds
+        self.stale_until = 0.0
+        """Monotonic time until which the REST order books do not change."""
+        self._random = random.Random(f"{config.seed}:venue")  # noqa: S311  a model, not a secret
+        self._sessions: dict[ClientSocket, AnySession] = {}
+        self._numbers: dict[ClientSocket, int] = {}
+        self._dials = 0
+        self._armed: dict[Target, Counter[str]] = {Target.DIAL: Counter(), Target.REST: Counter()}
+        self._for_the_next: list[Fault] = []
+        self._timers: set[asyncio.TimerHandle] = set()
+
+    # the clock
+
+    async def run(self) -> None:
+        """Move the exchange on, tick by tick, until cancelled."""
+        while True:
+            began = time.monotonic()
+            self.tick()
+            spent = time.monotonic() - began
+            await asyncio.sleep(max(self.config.tick_seconds - spent, 0))
+
+    def tick(self) -> None:
+        """What happened since the last tick goes out to everybody."""
+        if not self.paused:
+            self._publish(self.exchange.advance(time.time_ns(), STEPS_AT_A_TIME))
+        for client, session in list(self._sessions.items()):
+            if session.busy:
+                session.work()
+            client.flush()
+            if client.backlog > self.config.max_backlog_bytes:
+                session.overflow()
+
+    def pause(self) -> None:
+        """Freeze the order flow and the lives of the markets; commands are still answered."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Go on from here."""
+        if self.paused:
+            self.paused = False
+            self.exchange.resume(time.time_ns())
+
+    def _publish(self, happenings: Iterable[Happening]) -> None:
+        for session in self._sessions.values():
+            session.publish(happenings)
+
+    # clients
+
+    def turn_away(self, headers: Mapping[str, str], path: str) -> tuple[int, object] | None:
+        """Status and body for a dial that is not let in; None for one that is."""
+        for name in self._armed[Target.DIAL]:
+            if self._use_up(Target.DIAL, name):
+                return {
+                    "dial401": (401, keys.UNKNOWN_KEY),
+                    "dial429": (429, {"error": "too many requests"}),
+                    "dial502": (502, {"msg": "bad gateway"}),
+                    "skew": (401, keys.EXPIRED),
+                }[name]
+        refusal = self.keys.refusal(headers, "GET", path, time.time_ns() // 1_000_000)
+        return None if refusal is None else (401, refusal)
+
+    def connected(self, client: ClientSocket) -> AnySession:
+        """A session for a client that has been let in."""
+        self._dials += 1
+        session = self._session()
+        self._sessions[client] = session
+        self._numbers[client] = self._dials
+        waiting, self._for_the_next = self._for_the_next, []
+        for fault in waiting:
+            self._hit(client, session, fault)
+        return session
+
+    def _session(self) -> AnySession:
+        if isinstance(self.exchange, Recording):
+            speed = self.config.replay_speed
+            return ReplaySession(self.exchange, self._random, speed, time.monotonic_ns)
+        return Session(self.exchange, self._random)
+
+    def disconnected(self, client: ClientSocket) -> None:
+        """The client is gone."""
+        self._sessions.pop(client, None)
+        self._numbers.pop(client, None)
+
+    def soon(self, client: ClientSocket) -> None:
+        """Answer the client's commands in a moment, together with those that follow at once."""
+        self._later(REPLY_SECONDS, lambda: self._answer(client))
+
+    def _answer(self, client: ClientSocket) -> None:
+        session = self._sessions.get(client)
+        if session is not None and session.busy:
+            session.work()
+            client.flush()
+
+    # faults
+
+    def inject(self, fault: Fault) -> None:
+        """Let it go wrong, after the fault's own delay."""
+        if fault.at:
+            self._later(fault.at, lambda: self._begin(fault))
+        else:
+            self._begin(fault)
+
+    def rest_fault(self) -> tuple[int, object] | None:
+        """Status and body of a REST fault that is due for this request."""
+        for name in self._armed[Target.REST]:
+            if self._use_up(Target.REST, name):
+                return {
+                    "rest401": (401, keys.UNKNOWN_KEY),
+                    "rest429": (429, {"error": "too many requests"}),
+                    "rest500": (500, {"msg": "internal server error"}),
+                }[name]
+        return None
+
+    def _begin(self, fault: Fault) -> None:
+        logger.info("fault %s", fault)
+        if fault.name == "stale_rest":
+            self.stale_until = time.monotonic() + (fault.argument or 0)
+        elif fault.name == "crossed":
+            self._publish(self.exchange.cross(fault.argument or 0))
+        elif fault.target in self._armed:
+            self._armed[fault.target][fault.name] += fault.count
+        elif self._sessions:
+            for client, session in list(self._sessions.items()):
+                self._hit(client, session, fault)
+        else:
+            self._for_the_next.append(fault)
+
+    def _hit(self, client: ClientSocket, session: AnySession, fault: Fault) -> None:
+        if fault.name == "drop":
+            client.reset()
+        elif fault.name == "close":
+            client.close(fault.count)
+        elif fault.name == "hang":
+            client.hang(fault.argument)
+        elif fault.name == "slow":
+            client.hold(fault.argument or 0)
+        else:
+            session.tamper(fault.name, fault.count)
+            client.flush()
+
+    def _use_up(self, target: Target, name: str) -> bool:
+        left = self._armed[target]
+        if left[name] <= 0:
+            return False
+        left[name] -= 1
+        return True
+
+    def _later(self, seconds: float, act: Any) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            act()
+
+        timer = asyncio.get_running_loop().call_later(seconds, run)
+        self._timers.add(timer)
+
+    def stop(self) -> None:
+        """Nothing more happens."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    # what the truth is
+
+    def books(self) -> dict[str, Any]:
+        """Every book now, as GET /simulator/books has it: exact texts, prices ascending."""
+        return {
+            each.ticker: {
+                "market_id": each.market_id,
+                "status": each.status,
+                **each.view().texts(),
+            }
+            for each in self.exchange.markets()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Every connection and subscription, as GET /simulator/state has it."""
+        return {
+            "paused": self.paused,
+            "dials": self._dials,
+            "deltas": self.exchange.deltas,
+            "shed_seconds": round(self.exchange.shed_seconds, 3),
+            "connections": [
+                {
+                    "number": self._numbers[client],
+                    "backlog_bytes": client.backlog,
+                    "sent": dict(session.sent),
+                    "subscriptions": session.state(),
+                }
+                for client, session in self._sessions.items()
+            ],
+        }

@@ -1,0 +1,19 @@
+"""The embedded ClickHouse: the chDB engine in this process, behind ClickHouse's HTTP interface.
+
+What belongs here is the shell around the engine: reading a request, running it on a connection
+of its own, writing the answer as ClickHouse writes it. Nothing here knows the platform's tables,
+and nothing else in the platform knows this package: they meet over HTTP only.
+
+    serve      blocks and serves one data folder
+    running    the same in a child process, for tests
+    statement  reading SQL as far as HTTP needs it
+    engine     connections, sessions, cancelling
+    answers    error codes, HTTP statuses, content types
+    encodings  HTTP compression
+    confinement  what the process may touch on the host
+"""
+
+from kalshi_platform.storage.embedded.process import Running, running
+from kalshi_platform.storage.embedded.server import serve
+
+__all__ = ["Running", "running", "serve"]

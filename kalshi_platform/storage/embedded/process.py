@@ -1,0 +1,62 @@
+"""The embedded ClickHouse in a child process of its own: for tests, and for who must kill it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from kalshi_platform.storage.errors import StoreError
+
+END_S = 15
+
+
+class Running(str):
+    """The server's URL, with its process."""
+
+    process: subprocess.Popen[str]
+    """The child: tests may kill it."""
+    password: str
+
+    def __new__(cls, url: str, process: subprocess.Popen[str]) -> Running:
+        """A URL that knows its process."""
+        self = super().__new__(cls, url)
+        self.process = process
+        return self
+
+
+@contextmanager
+def running(
+    path: Path, *, user: str = "default", password: str = "", port: int = 0
+) -> Iterator[Running]:
+    """Serve `path` from a child process on a free port; yields its URL, ends it afterwards.
+
+    Raises `StoreError` with what the child said where it does not start.
+    """
+    command = [sys.executable, "-m", "kalshi_platform", "clickhouse"]
+    child = subprocess.Popen(
+        [*command, "--port", str(port), "--path", str(path)],
+        env=os.environ | {"CLICKHOUSE_USER": user, "CLICKHOUSE_PASSWORD": password},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = cast(IO[str], child.stdout).readline()
+        if not line:
+            _, said = child.communicate(timeout=END_S)
+            raise StoreError(f"The embedded ClickHouse did not start: {said.strip()}")
+        yield Running(line.split()[-1], child)
+    finally:
+        if child.poll() is None:
+            child.terminate()
+        try:
+            child.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            raise

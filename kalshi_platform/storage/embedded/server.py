@@ -1,0 +1,456 @@
+"""The HTTP side: a request in, a statement run, an answer out, all as ClickHouse does it.
+
+One thread per running query; the event loop only reads and writes sockets, so `/ping` and other
+clients are answered while queries run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import errno
+import hmac
+import json
+import logging
+import secrets
+import signal
+import socket
+import string
+import tempfile
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.parser import BytesParser
+from email.policy import HTTP as MIME
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
+from kalshi_platform.storage.embedded.confinement import confine
+from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
+from kalshi_platform.storage.embedded.engine import Engine, Progress, make_writable
+from kalshi_platform.storage.embedded.engine import Request as EngineRequest
+from kalshi_platform.storage.embedded.statement import Statement, parse
+from kalshi_platform.storage.errors import StoreError
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+WORKERS = 64
+"""Queries that run side by side; more of them wait."""
+IN_MEMORY_BYTES = 16 * 1024 * 1024
+"""Of a request body; what is beyond goes to a file in the data folder."""
+LONGEST_QUERY_BYTES = 16 * 1024 * 1024
+FINISH_REQUESTS_S = 4
+"""After SIGTERM, for running requests to end by themselves."""
+END_QUERIES_S = 3
+"""After that, for killed queries to end."""
+
+_NOT_SETTINGS = frozenset(
+    {"query", "database", "default_format", "user", "password", "quota_key", "query_id", "role"}
+    | {"session_id", "session_timeout", "session_check", "close_session", "client_protocol_version"}
+    | {"compress", "decompress", "buffer_size", "wait_end_of_query", "stacktrace"}
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request, read: what to run, under which conditions, with which data."""
+
+    request: EngineRequest
+    statement: Statement
+    sql: str
+    data: IO[bytes] | None
+    query_id: str
+    encoding: str | None
+
+
+class Server:
+    """Answers HTTP for one engine."""
+
+    def __init__(self, engine: Engine, user: str, password: str) -> None:
+        self._engine = engine
+        self._user = user.encode()
+        self._password = password.encode()
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
+        self.app = Starlette(
+            routes=[
+                Route("/", self._root, methods=["GET", "POST"]),
+                Route("/ping", _ok, methods=["GET"]),
+                Route("/replicas_status", _ok, methods=["GET"]),
+                Route("/{path:path}", _unknown_path, methods=["GET", "POST"]),
+            ]
+        )
+
+    async def _root(self, http: Request) -> Response:
+        if http.method in {"GET", "HEAD"} and not http.url.query:
+            return await _ok(http)
+        query_id = http.query_params.get("query_id") or str(uuid.uuid4())
+        spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=self._engine.spool)
+        try:
+            self._check_password(http)
+            call = await self._read(http, spool, query_id)
+            return await self._answer(http, call)
+        except ClickHouseError as error:
+            return self._refusal(error, query_id)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            full = ClickHouseError(
+                243, "NOT_ENOUGH_SPACE", f"No room for the request body: {error.strerror}"
+            )
+            return self._refusal(full, query_id)
+        finally:
+            spool.close()
+
+    def _check_password(self, http: Request) -> None:
+        user, password = _credentials(http)
+        right_user = hmac.compare_digest(user.encode(), self._user)
+        right_password = hmac.compare_digest(password.encode(), self._password)
+        if not (right_user and right_password):
+            raise ClickHouseError(
+                516,
+                "AUTHENTICATION_FAILED",
+                f"{user}: Authentication failed: password is incorrect, or there is no user with such name.",
+            )
+
+    async def _read(self, http: Request, spool: IO[bytes], query_id: str) -> _Call:
+        options = dict(http.query_params)
+        for flag in ("compress", "decompress"):
+            if options.get(flag, "0") not in {"0", ""}:
+                raise ClickHouseError(
+                    48,
+                    "NOT_IMPLEMENTED",
+                    f"{flag}=1 (ClickHouse's own block compression) is not supported by the embedded"
+                    " ClickHouse; use HTTP compression: Accept-Encoding and Content-Encoding",
+                )
+        if http.headers.get("content-type", "").startswith("multipart/form-data"):
+            options |= await _form_fields(http)
+            spool.write(options.pop("query", "").encode())
+        else:
+            if url_query := options.pop("query", ""):
+                spool.write(url_query.encode() + b"\n")
+            await self._receive(http, spool)
+        spool.seek(0)
+        head = spool.read(LONGEST_QUERY_BYTES)
+        statement = await asyncio.get_running_loop().run_in_executor(self._threads, parse, head)
+        if statement.inserts_data:
+            text = head[: statement.header_end]
+            spool.seek(cast(int, statement.data_begin))
+        elif len(head) == LONGEST_QUERY_BYTES:
+            raise ClickHouseError(
+                62, "SYNTAX_ERROR", f"The query is longer than {LONGEST_QUERY_BYTES} bytes"
+            )
+        else:
+            text = head
+        try:
+            sql = text.decode()
+        except UnicodeDecodeError as error:
+            raise ClickHouseError(
+                62, "SYNTAX_ERROR", f"The query is not UTF-8: {error.reason} at byte {error.start}"
+            ) from error
+        if not statement.verb:
+            raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
+        http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
+        return _Call(
+            request=_engine_request(http, options),
+            statement=statement,
+            sql=sql,
+            data=spool if statement.inserts_data else None,
+            query_id=query_id,
+            encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
+        )
+
+    async def _receive(self, http: Request, spool: IO[bytes]) -> None:
+        encoding = http.headers.get("content-encoding", "").strip().lower()
+        if encoding in {"", "identity"}:
+            async for piece in http.stream():
+                spool.write(piece)
+            return
+        decompressor = Decompressor(encoding)
+        async for piece in http.stream():
+            spool.write(decompressor.decompress(piece))
+        decompressor.finish()
+
+    async def _answer(self, http: Request, call: _Call) -> Response:
+        if call.data is not None:
+            done = await self._in_thread(
+                http,
+                call,
+                lambda: self._engine.insert(
+                    call.request, call.statement, call.sql, cast(IO[bytes], call.data)
+                ),
+            )
+            return Response(b"", headers=self._headers(call, done, result=False))
+        pieces = self._engine.query(call.request, call.statement, call.sql)
+        first, progress = await self._in_thread(http, call, lambda: next(pieces))
+        second = await self._in_thread(http, call, lambda: next(pieces, None))
+        if second is None:
+            has_result = bool(first) or call.statement.reads_only
+            headers = self._headers(call, progress, result=has_result)
+            body = first
+            if call.encoding:
+                headers["Content-Encoding"] = call.encoding
+                body = await self._in_thread(
+                    http, call, lambda: _compressed(first, cast(str, call.encoding))
+                )
+            return Response(body, headers=headers)
+        headers = self._headers(call, second[1], result=True)
+        if call.encoding:
+            headers["Content-Encoding"] = call.encoding
+        headers["X-ClickHouse-Exception-Tag"] = tag = "".join(
+            secrets.choice(string.ascii_lowercase) for _ in range(16)
+        )
+        return StreamingResponse(
+            self._stream(call, [first, second[0]], pieces, tag), headers=headers
+        )
+
+    async def _stream(
+        self, call: _Call, begun: list[bytes], pieces: Iterator[tuple[bytes, Progress]], tag: str
+    ) -> AsyncIterator[bytes]:
+        """The answer in pieces; an error on the way is written behind them, as ClickHouse does."""
+        packed = compressor(call.encoding) if call.encoding else None
+        loop = asyncio.get_running_loop()
+        failed: ClickHouseError | None = None
+
+        def following() -> bytes | None:
+            if begun:
+                piece: bytes | None = begun.pop(0)
+            else:
+                piece, _ = next(pieces, (None, None))
+            return packed.compress(piece) if packed and piece is not None else piece
+
+        ended = False
+        try:
+            while True:
+                try:
+                    piece = await loop.run_in_executor(self._threads, following)
+                except ClickHouseError as error:
+                    failed = error
+                    break
+                if piece is None:
+                    break
+                if piece:
+                    yield piece
+            ended = True
+            if failed:
+                trailer = self._exception_block(failed, tag)
+                yield (packed.compress(trailer) + packed.flush()) if packed else trailer
+                raise _AnswerBroken(str(failed))
+            if packed:
+                yield packed.flush()
+        finally:
+            if not ended:
+                self._engine.kill(call.request.tag)
+            self._threads.submit(cast(Any, pieces).close)
+
+    def _exception_block(self, error: ClickHouseError, tag: str) -> bytes:
+        message = self._text(error)
+        return (
+            f"\r\n__exception__\r\n{tag}\r\n{message}\n{len(message.encode()) + 1} {tag}\r\n__exception__\r\n"
+        ).encode()
+
+    async def _in_thread(self, http: Request, call: _Call, work: Callable[[], _T]) -> _T:
+        """Run `work` in a thread; a client that goes away meanwhile ends its query."""
+        loop = asyncio.get_running_loop()
+        result = loop.run_in_executor(self._threads, work)
+        gone = asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not result.done() and call.statement.reads_only:
+                await loop.run_in_executor(None, self._engine.kill, call.request.tag)
+            return await asyncio.shield(result)
+        finally:
+            gone.cancel()
+
+    def _headers(self, call: _Call, progress: Progress, *, result: bool) -> dict[str, str]:
+        """Headers of an answer; `result` says whether the statement has one, be it empty."""
+        headers = self._common_headers(call.query_id) | {
+            "X-ClickHouse-Timezone": self._engine.timezone,
+            "X-ClickHouse-Summary": json.dumps({name: str(n) for name, n in progress.items()}),
+        }
+        if result:
+            output_format = call.statement.format or call.request.default_format
+            headers["X-ClickHouse-Format"] = output_format
+            headers["Content-Type"] = content_type(output_format)
+        return headers
+
+    def _common_headers(self, query_id: str) -> dict[str, str]:
+        return {
+            "X-ClickHouse-Server-Display-Name": self._engine.host_name,
+            "X-ClickHouse-Query-Id": query_id.encode("ascii", "backslashreplace").decode(),
+        }
+
+    def _text(self, error: ClickHouseError) -> str:
+        return f"{error} (version {self._engine.version})"
+
+    def _refusal(self, error: ClickHouseError, query_id: str) -> Response:
+        headers = self._common_headers(query_id) | {"X-ClickHouse-Exception-Code": str(error.code)}
+        return PlainTextResponse(self._text(error) + "\n", error.status, headers=headers)
+
+
+class _AnswerBroken(Exception):
+    """Ends a connection in the middle of an answer, so that no client takes it for whole."""
+
+
+async def _ok(_: Request) -> Response:
+    return Response(b"Ok.\n", media_type="text/html; charset=UTF-8")
+
+
+async def _unknown_path(http: Request) -> Response:
+    return PlainTextResponse(
+        f"There is no handle {http.url.path}\n\nUse / or /ping for health checks.\n", 404
+    )
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _credentials(http: Request) -> tuple[str, str]:
+    """User and password, wherever the client put them; `default` without one when nowhere."""
+    headers, options = http.headers, http.query_params
+    if "x-clickhouse-user" in headers or "x-clickhouse-key" in headers:
+        return headers.get("x-clickhouse-user", "default"), headers.get("x-clickhouse-key", "")
+    scheme, _, encoded = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError) as error:
+            raise ClickHouseError(
+                516, "AUTHENTICATION_FAILED", "The Authorization header is not valid Basic"
+            ) from error
+        return user, password
+    return options.get("user", "default"), options.get("password", "")
+
+
+def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
+    timeout = options.get("session_timeout", "60")
+    if not timeout.isdigit():
+        raise ClickHouseError(
+            374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: '{timeout}'"
+        )
+    return EngineRequest(
+        database=options.get("database") or http.headers.get("x-clickhouse-database", ""),
+        settings={
+            name: value
+            for name, value in options.items()
+            if name not in _NOT_SETTINGS and not name.startswith("param_")
+        },
+        parameters={
+            name.removeprefix("param_"): value
+            for name, value in options.items()
+            if name.startswith("param_")
+        },
+        default_format=options.get("default_format")
+        or http.headers.get("x-clickhouse-format")
+        or "TabSeparated",
+        readonly=http.method == "GET",
+        session_id=options.get("session_id", ""),
+        session_timeout_s=float(timeout),
+        session_must_exist=options.get("session_check") == "1",
+        buffered=options.get("wait_end_of_query", "0") not in {"0", ""},
+    )
+
+
+async def _form_fields(http: Request) -> dict[str, str]:
+    """The plain fields of a multipart form: `query` and `param_*`."""
+    head = f"Content-Type: {http.headers['content-type']}\r\n\r\n".encode()
+    message = BytesParser(policy=MIME).parsebytes(head + await http.body())
+    fields = {}
+    for part in message.iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        if part.get_filename() is not None:
+            raise ClickHouseError(
+                48,
+                "NOT_IMPLEMENTED",
+                f"External data ({name}) is not supported by the embedded ClickHouse",
+            )
+        fields[str(name)] = cast(bytes, part.get_payload(decode=True)).decode()
+    return fields
+
+
+def _compressed(data: bytes, encoding: str) -> bytes:
+    packed = compressor(encoding)
+    return packed.compress(data) + packed.flush()
+
+
+def serve(
+    *,
+    path: Path,
+    host: str = "127.0.0.1",
+    port: int,
+    user: str,
+    password: str,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Serve the data folder `path` until SIGTERM or SIGINT; port 0 takes any free one.
+
+    On Linux the calling thread is confined to `path` for good (confinement.py): give `serve` a
+    process of its own. `ready` is called with the port once requests are answered. Raises `StoreError` where the
+    port is taken, or the folder is in use, not writable or on a full disk.
+    """
+    folder = path.expanduser().absolute()
+    listener = _bind(host, port)
+    with listener:
+        make_writable(folder)
+        confine(folder)
+        engine = Engine(folder)
+        server = Server(engine, user, password)
+        _run(server, listener, ready)
+        server._threads.shutdown(wait=False, cancel_futures=True)
+        if not engine.close(END_QUERIES_S):
+            log.warning("a query did not end in time; the engine is left without a clean close")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StoreError(
+                f"Port {port} is taken by another program on {host}: stop it, or give another --port."
+            ) from None
+        raise StoreError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Give another --host or --port."
+        ) from error
+
+
+def _run(server: Server, listener: socket.socket, ready: Callable[[int], None] | None) -> None:
+    config = uvicorn.Config(
+        server.app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=FINISH_REQUESTS_S,
+        h11_max_incomplete_event_size=1024 * 1024,
+    )
+    web = uvicorn.Server(config)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again when it is done: let that find a quiet handler
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    async def run() -> None:
+        serving = asyncio.ensure_future(web.serve(sockets=[listener]))
+        while not web.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if web.started and ready is not None:
+            ready(listener.getsockname()[1])
+        await serving
+
+    asyncio.run(run())

@@ -1,0 +1,29 @@
+"""What every room's tests share: one embedded ClickHouse, and a fresh database in it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from kalshi_platform.storage.embedded import running
+
+pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
+
+
+@pytest.fixture(scope="session")
+def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an embedded ClickHouse of this test run; user `default`, no password."""
+    with running(tmp_path_factory.mktemp("clickhouse")) as url:
+        yield url
+
+
+@pytest.fixture
+def clickhouse_database(clickhouse_url: str) -> Iterator[str]:
+    """The name of a database that is empty now and dropped afterwards."""
+    name = f"test_{uuid.uuid4().hex}"
+    httpx.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
+    yield name
+    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()

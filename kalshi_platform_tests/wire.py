@@ -1,0 +1,100 @@
+"""Frames and journal blocks made by hand, for tests of what reads them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.recording.journal import NO_CONNECTION, SCHEMA, Block, Position
+
+Record = tuple[int, bytes, int, bytes]
+"""(recv_ns, conn, kind, frame)"""
+
+SECOND = 1_000_000_000
+NOON_NS = 1_790_000_000 * SECOND  # a fixed instant in 2026
+Levels = Mapping[int, int]
+
+
+def conn_id(number: int) -> bytes:
+    """A connection's UUID, the same in every run."""
+    return uuid.UUID(int=number).bytes
+
+
+def market_id(ticker: str) -> str:
+    """A market's UUID, the same in every run."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, ticker))
+
+
+def delta(ticker: str, seq: int, side: str, price: int, qty: int, *, sid: int = 1) -> bytes:
+    """A delta frame in the current form; price in 1e-4 dollars, qty in 1e-2 contracts."""
+    body = {
+        "market_ticker": ticker,
+        "market_id": market_id(ticker),
+        "price_dollars": dollars(price),
+        "delta_fp": contracts(qty),
+        "side": side,
+        "ts": "2026-08-07T06:46:28.97871Z",
+        "ts_ms": 1786085188978,
+    }
+    return _frame("orderbook_delta", sid, seq, body)
+
+
+def snapshot(ticker: str, seq: int, yes: Levels, no: Levels, *, sid: int = 1) -> bytes:
+    """A snapshot frame; the key of an empty side is absent, prices ascend."""
+    body: dict[str, Any] = {"market_ticker": ticker, "market_id": market_id(ticker)}
+    for side, levels in (("yes", yes), ("no", no)):
+        if levels:
+            body[f"{side}_dollars_fp"] = [
+                [dollars(p), contracts(q)] for p, q in sorted(levels.items())
+            ]
+    return _frame("orderbook_snapshot", sid, seq, body)
+
+
+def ok(seq: int, *, sid: int = 1) -> bytes:
+    """An acknowledgement, which consumes a number."""
+    return _frame("ok", sid, seq, {"market_tickers": []})
+
+
+def note(kind: str, detail: Mapping[str, Any], *, sid: int = 0, ticker: str = "") -> bytes:
+    """A journal note."""
+    return json.dumps(
+        {"kind": kind, "sid": sid, "market_ticker": ticker, "detail": dict(detail)}
+    ).encode()
+
+
+def connected(conn: bytes, at_ns: int, *, use_yes_price: bool = False) -> Record:
+    """The note that begins a connection."""
+    return (at_ns, conn, Kind.NOTE, note("connected", {"use_yes_price": use_yes_price}))
+
+
+def started(at_ns: int) -> Record:
+    """The note that a recorder writes when it opens the journal."""
+    return (at_ns, NO_CONNECTION, Kind.NOTE, note("started", {}))
+
+
+def batch(records: Sequence[Record]) -> pa.RecordBatch:
+    """Journal records as the journal keeps them."""
+    columns = zip(*records, strict=True) if records else [[], [], [], []]
+    arrays = [pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def blocks(records: Sequence[Record], cuts: Iterable[int] = ()) -> list[Block]:
+    """The records as blocks, cut at the given numbers."""
+    edges = sorted({0, len(records), *(c for c in cuts if 0 < c < len(records))})
+    return [
+        Block(start, batch(records[start:end]), Position(0, end, end))
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def _frame(kind: str, sid: int, seq: int, body: Mapping[str, Any]) -> bytes:
+    frame = {"type": kind, "sid": sid, "seq": seq, "msg": dict(body)}
+    return json.dumps(frame, separators=(",", ":")).encode() + b"\n"
