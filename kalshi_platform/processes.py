@@ -252,9 +252,9 @@ class Keeper:
             elif now >= child.restart_at:
                 self.start(child.program)
 
-    def end(self, *, at_once: bool = False) -> None:
-        """End everything, stage by stage: politely, then by force; `at_once`: by force only."""
-        end_stages(self._sessions, at_once=at_once)
+    def end(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """End everything, stage by stage: politely, then by force; as `end_stages`."""
+        end_stages(self._sessions, hurry)
         for child in self._children.values():
             child.process.wait()
         self._dismiss_undertaker()
@@ -310,22 +310,22 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def end_stages(sessions: Iterable[Session], *, at_once: bool = False) -> None:
+def end_stages(sessions: Iterable[Session], hurry: Callable[[], bool] = lambda: False) -> None:
     """End every process of these sessions, stage by stage.
 
-    All of a stage get SIGTERM; who is left after the stage's longest grace gets SIGKILL.
+    All of a stage get SIGTERM; who is left after the stage's longest grace, or as soon as
+    `hurry` says so, gets SIGKILL.
     """
     every = list(sessions)
     for stage in sorted({session.stage for session in every}):
-        _end([session for session in every if session.stage == stage], at_once)
+        _end([session for session in every if session.stage == stage], hurry)
 
 
-def _end(sessions: Sequence[Session], at_once: bool) -> None:
-    if not at_once:
-        _signal(_living(sessions), signal.SIGTERM)
-        deadline = time.monotonic() + max(session.grace_s for session in sessions)
-        while _living(sessions) and time.monotonic() < deadline:
-            time.sleep(0.05)
+def _end(sessions: Sequence[Session], hurry: Callable[[], bool]) -> None:
+    _signal(_living(sessions), signal.SIGTERM)
+    deadline = time.monotonic() + max(session.grace_s for session in sessions)
+    while _living(sessions) and time.monotonic() < deadline and not hurry():
+        time.sleep(0.05)
     while left := _living(sessions):
         _signal(left, signal.SIGKILL)
         time.sleep(0.02)

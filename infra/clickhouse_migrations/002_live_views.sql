@@ -6,15 +6,14 @@
 CREATE VIEW IF NOT EXISTS top_of_book AS
 SELECT
     market_ticker,
-    maxOrNullIf(price, side = 'yes' AND size > 0)                AS yes_bid,
-    argMaxOrNullIf(size, price, side = 'yes' AND size > 0)       AS yes_bid_size,
+    maxOrNullIf(price, side = 'yes' AND size > 0)           AS yes_bid,
+    argMaxOrNullIf(size, price, side = 'yes' AND size > 0)  AS yes_bid_size,
     toDecimal32(1, 4) - maxOrNullIf(price, side = 'no' AND size > 0) AS yes_ask,
-    argMaxOrNullIf(size, price, side = 'no' AND size > 0)        AS yes_ask_size,
-    -- five decimals: halfway between two prices of four
-    toDecimal64(yes_bid + yes_ask, 5) / 2                        AS mid,
-    yes_ask - yes_bid                                            AS spread,
-    max(ingest_ts)                                               AS last_event_ts,
-    dateDiff('millisecond', last_event_ts, now64(3)) / 1000      AS age_seconds
+    argMaxOrNullIf(size, price, side = 'no' AND size > 0)   AS yes_ask_size,
+    toDecimal64(yes_bid + yes_ask, 5) / 2                   AS mid, -- halfway needs a fifth decimal
+    yes_ask - yes_bid                                       AS spread,
+    max(ingest_ts)                                          AS last_event_ts,
+    dateDiff('millisecond', last_event_ts, now64(3)) / 1000 AS age_seconds
 FROM latest_levels FINAL
 GROUP BY market_ticker
 HAVING countIf(size > 0) > 0;
@@ -29,9 +28,9 @@ HAVING countIf(size > 0) > 0;
 -- new connection starts with a snapshot of its own. A minute of slack below the base's time allows
 -- for a receive clock that was set back; seq decides.
 --
--- With no base there is no row; neither is there for an empty book. last_event_ts is the receive time of the
--- newest event, or the checkpoint's instant where none came after it. The book of a market in a gap
--- (see stream_events) is the one known before it.
+-- With no base there is no row; neither is there for an empty book. last_event_ts is the receive time
+-- of the newest event, or the checkpoint's instant where none came after it. The book of a market in
+-- a gap (see stream_events) is the one known before it.
 CREATE VIEW IF NOT EXISTS book_at AS
 WITH
     (

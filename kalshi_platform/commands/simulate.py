@@ -53,6 +53,7 @@ from kalshi_platform import settings
     help="1: as recorded, 10: ten times as fast.  [default: as fast as the client reads]",
 )
 def command(
+    *,
     host: str,
     port: int | None,
     markets: int | None,

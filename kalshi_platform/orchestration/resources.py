@@ -38,11 +38,17 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
         return Streamer(self.settings(), shard)
 
-    def describe(self, hour: datetime) -> HourReport:
-        """What the archive holds of an hour."""
+    def is_sealed(self, hour: datetime) -> bool:
+        """Whether the archive has data of an hour, and has it whole."""
         from kalshi_platform.loading import hours
 
-        return hours.describe(self.settings(), hour)
+        return hours.is_sealed(self.settings().archive_dir, hour)
+
+    def describe(self, hour: datetime) -> HourReport:
+        """What the archive holds of an hour. Reads all of it."""
+        from kalshi_platform.loading import hours
+
+        return hours.describe(self.settings().archive_dir, hour, complete=self.is_sealed(hour))
 
     def rebuild(self, hour: datetime) -> HourReport:
         """A sealed hour, rebuilt. Raises `PlatformError` when nothing holds it any more."""

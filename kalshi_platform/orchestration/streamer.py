@@ -18,8 +18,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.orchestration.assets import RECORDED
-from kalshi_platform.orchestration.metadata import hour_of, materializations, partition_key
+from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import (
     PROCESS_TAG,
     SHARD_TAG,
@@ -29,6 +28,7 @@ from kalshi_platform.orchestration.observation import (
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.supervisor import RECYCLE_S
 from kalshi_platform.processes import Identity
+from kalshi_platform.storage.schema import STREAM_EVENTS
 
 if TYPE_CHECKING:
     from kalshi_platform.loading.hours import HourReport
@@ -38,7 +38,7 @@ HEARTBEAT_S = 60.0
 """Between two lines in the run's output."""
 SUCCESSOR_S = 5.0
 """Between two looks for a successor, once the run is old enough to be relieved."""
-CATCH_UP = timedelta(hours=48)
+_CATCH_UP_HOURS = 48
 """How far back hours are looked for that were sealed while nobody could report them."""
 
 log = logging.getLogger(__name__)
@@ -177,25 +177,16 @@ def unreported(
     instance: dg.DagsterInstance, platform: KalshiResource, now: datetime
 ) -> "Iterator[HourReport]":
     """Hours that were sealed while nobody could report them (a crash, `stream` without Dagster)."""
-    archive = platform.settings().archive_dir
     this_hour = now.replace(minute=0, second=0, microsecond=0)
-    hours = {
-        partition_key(hour): hour
-        for back in range(1, int(CATCH_UP / timedelta(hours=1)) + 1)
-        if any(
-            (archive / dataset.name / f"{hour:date=%Y-%m-%d}" / f"{hour:hour=%H}").is_dir()
-            for hour in [this_hour - timedelta(hours=back)]
-            for dataset in RECORDED
-        )
-        for hour in [this_hour - timedelta(hours=back)]
-    }
-    if not hours:
+    past = [this_hour - timedelta(hours=back) for back in range(_CATCH_UP_HOURS, 0, -1)]
+    sealed = {partition_key(hour): hour for hour in past if platform.is_sealed(hour)}
+    if not sealed:
         return
-    said = {name.name: _said_complete(instance, name.name, list(hours)) for name in RECORDED}
-    for key in sorted(hours):
-        report = platform.describe(hour_of(key))
-        if report.complete and any(key not in said[dataset.dataset] for dataset in report.datasets):
-            yield report
+    # stream_events has rows in every hour that was recorded at all.
+    said = _said_complete(instance, STREAM_EVENTS.name, list(sealed))
+    for key, hour in sealed.items():
+        if key not in said:
+            yield platform.describe(hour)
 
 
 def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) -> set[str]:

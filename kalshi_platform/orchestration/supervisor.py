@@ -41,8 +41,16 @@ RECYCLE_S = 24 * 3600.0
 BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
 """Wait after the first failure, doubled by each further one up to the limit."""
 
-EXCUSED = frozenset({"quiet", "maintenance"})
-"""States in which no frame has to come: the exchange is silent, and the capture knows it."""
+CONNECT_S = 900.0
+"""The same while capture dials: it has a back-off of its own, and a new run dials no better."""
+
+SILENCE_S = {
+    "quiet": float("inf"),  # connected and heard, but nothing is traded
+    "maintenance": float("inf"),
+    "starting": CONNECT_S,
+    "connecting": CONNECT_S,
+}
+"""Oldest last frame by the streamer's state; `FRAME_S` for every other state."""
 
 
 class Phase(StrEnum):
@@ -372,7 +380,7 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
     if frame - durable > DURABLE_S:
         return f"frames come, but nothing has been made durable for {now - durable:.0f} s."
     silent = now - frame
-    if health.state not in EXCUSED and silent > FRAME_S:
+    if silent > SILENCE_S.get(health.state, FRAME_S):
         return f"no frame for {silent:.0f} s, and it calls itself {health.state!r}."
     return None
 

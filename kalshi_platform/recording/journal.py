@@ -27,7 +27,7 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,10 @@ class JournalError(PlatformError):
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """A place between two records: the segment, the byte offset of a batch, the next number."""
+    """A place between two records: the segment, the byte offset of a batch, the next number.
+
+    The batch at `offset` may begin before `n`; reading skips what is before it.
+    """
 
     segment: int
     offset: int
@@ -78,6 +81,8 @@ class Block:
 
     first_n: int
     batch: pa.RecordBatch
+    begin: Position
+    """Where its batch begins; `begin.n` is less than `first_n` for the rest of a batch."""
     end: Position
     """Where the next block begins."""
 
@@ -85,6 +90,22 @@ class Block:
     def rows(self) -> int:
         """How many records it holds."""
         return int(self.batch.num_rows)
+
+    def cut(self, at: int) -> tuple[Block, Block]:
+        """The block in two, the second beginning with its record `at` (0 < at < rows)."""
+        middle = Position(self.begin.segment, self.begin.offset, self.first_n + at)
+        return (
+            Block(self.first_n, self.batch.slice(0, at), self.begin, middle),
+            Block(middle.n, self.batch.slice(at), self.begin, self.end),
+        )
+
+
+def joined(blocks: Sequence[Block]) -> Block:
+    """Consecutive blocks as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    batch = pa.concat_batches([block.batch for block in blocks])
+    return Block(blocks[0].first_n, batch, blocks[0].begin, blocks[-1].end)
 
 
 @dataclass(frozen=True)
@@ -384,7 +405,7 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
         if header is None:
             return
         offset = max(start.offset, len(header))
-        n = start.n
+        expected: int | None = None
         while size is None or offset < size:
             message = _message(file, offset)
             if message is None:
@@ -395,13 +416,19 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
             except StopIteration:  # the end mark
                 return
             except (pa.ArrowInvalid, OSError) as error:
-                raise _corrupt(path, offset, n, str(error)) from None
+                raise _corrupt(path, offset, expected or start.n, str(error)) from None
             first_n, crc = int(metadata["n"]), int(metadata["crc32"])
-            if first_n != n or _checksum(batch) != crc:
-                raise _corrupt(path, offset, n, "checksum or numbering does not fit")
+            begins_right = first_n <= start.n if expected is None else first_n == expected
+            if not begins_right or _checksum(batch) != crc:
+                why = "checksum or numbering does not fit"
+                raise _corrupt(path, offset, expected or start.n, why)
+            begin = Position(start.segment, offset, first_n)
             offset += len(message)
-            n += batch.num_rows
-            yield Block(first_n, batch, Position(start.segment, offset, n))
+            expected = first_n + int(batch.num_rows)
+            if expected > start.n:
+                skip = max(start.n - first_n, 0)
+                end = Position(start.segment, offset, expected)
+                yield Block(first_n + skip, batch.slice(skip), begin, end)
 
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.faults import Fault
 
 
@@ -38,6 +39,19 @@ class SimulatorConfig:
     max_clock_skew_seconds: float = 10.0
     rest_cache_seconds: float = 15.0
     """How long the REST order books are cached, as the real exchange's are."""
+
+    def __post_init__(self) -> None:
+        """Raises SimulatorError for a number that makes no sense."""
+        least = {"markets": 1, "rate": 0, "rolling_seconds": 1, "heartbeat_seconds": 0.01}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise SimulatorError(f"{name} is {getattr(self, name)}: give at least {low}.")
+        if not 0 <= self.rolling <= self.markets:
+            raise SimulatorError(
+                f"rolling_markets is {self.rolling}: give 0 to {self.markets}, the number of markets."
+            )
+        if self.replay_speed is not None and self.replay_speed <= 0:
+            raise SimulatorError(f"replay_speed is {self.replay_speed}: give more than 0.")
 
     @property
     def rolling(self) -> int:

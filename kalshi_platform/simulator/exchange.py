@@ -22,7 +22,7 @@ from kalshi_platform.simulator.catalog import SECOND, Series, Slot
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Listing, Market
-from kalshi_platform.simulator.orderflow import OrderFlow
+from kalshi_platform.simulator.orderflow import OrderFlow, Print
 
 _NAMESPACE = uuid.UUID("2f1d7a58-3a0e-4a3c-9f55-6a54d7d9d3c1")
 RECENT_TRADES = 10_000
@@ -43,11 +43,6 @@ class Exchange:
         rolling_markets: int,
         rolling_seconds: float,
     ) -> None:
-        if not 0 <= rolling_markets <= markets:
-            raise SimulatorError(
-                f"{rolling_markets} rolling markets do not fit into {markets} markets."
-                " Ask for at most as many rolling markets as markets."
-            )
         self._seed = seed
         self._random = random.Random(f"{seed}:exchange")  # noqa: S311  a model, not a secret
         self._pause_ns = SECOND / rate if rate else math.inf
@@ -163,7 +158,7 @@ class Exchange:
     def _step(self, chosen: Market, at_ns: int) -> int:
         changes, prints = self._flows[chosen.ticker].step(chosen.book)
         for match in prints:
-            self._record_trade(chosen, match.taker, match.yes_level, match.qty, at_ns // 1000)
+            self._record_trade(chosen, match, at_ns // 1000)
         self._change(chosen, changes, at_ns, applied=True)
         return len(changes)
 
@@ -183,8 +178,8 @@ class Exchange:
         if top_touched:
             self._happened.append(Quote(chosen, ts_us))
 
-    def _record_trade(self, chosen: Market, taker: int, level: int, qty: int, ts_us: int) -> None:
-        price = chosen.listing.grid.prices[level]
+    def _record_trade(self, chosen: Market, match: Print, ts_us: int) -> None:
+        price, qty = chosen.listing.grid.prices[match.yes_level], match.qty
         chosen.last_price, chosen.last_qty = price, qty
         chosen.volume += qty
         chosen.turnover += price * qty
@@ -192,7 +187,9 @@ class Exchange:
         if self._random.random() < 0.5:
             chosen.open_interest += qty
         trade_id = str(uuid.UUID(int=self._random.getrandbits(128)))
-        trade = Trade(chosen, taker, price, qty, ts_us, trade_id)
+        trade = Trade(
+            chosen, taker=match.taker, yes_price=price, qty=qty, ts_us=ts_us, trade_id=trade_id
+        )
         self.trades.append(trade)
         self._happened.append(trade)
 

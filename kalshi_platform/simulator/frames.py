@@ -158,7 +158,7 @@ class Trade:
     __slots__ = ("_fields", "_msg", "market", "qty", "taker", "trade_id", "ts_us", "yes_price")
 
     def __init__(
-        self, market: Market, taker: int, yes_price: int, qty: int, ts_us: int, trade_id: str
+        self, market: Market, *, taker: int, yes_price: int, qty: int, ts_us: int, trade_id: str
     ) -> None:
         self.market = market
         self.taker = taker

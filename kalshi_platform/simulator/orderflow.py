@@ -8,6 +8,7 @@ is always the same; when it happens is the exchange's business.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from bisect import bisect_left
@@ -37,6 +38,12 @@ Change = tuple[int, int, int]
 """side, level, signed quantity"""
 
 
+@functools.cache
+def _fractions(grid: Grid) -> tuple[float, ...]:
+    """The grid's prices in dollars, for the latent value alone."""
+    return tuple(price / ONE_DOLLAR for price in grid.prices)
+
+
 class OrderFlow:
     """The traders of one market. Holds the latent fair value and the orders it may cancel."""
 
@@ -44,11 +51,11 @@ class OrderFlow:
 
     def __init__(self, grid: Grid, seed: str) -> None:
         self._grid = grid
-        self._scaled = tuple(price / ONE_DOLLAR for price in grid.prices)
+        self._scaled = _fractions(grid)
         self._random = random.Random(seed)  # noqa: S311  a model of a market, not a secret
         self._anchor = self._random.gauss(0.0, 1.3)
         self._x = self._anchor
-        self._volatility = self._random.uniform(0.002, 0.02)
+        self._volatility = self._random.uniform(0.0005, 0.006)
         self._depth = 1.5 + 2.5 * math.sqrt(grid.levels / 99)
         self._orders: list[Change] = []
 
@@ -69,9 +76,8 @@ class OrderFlow:
                     continue
                 if distance and rng.random() < 0.12:
                     continue
-                far = self._scaled[level]
                 qty = self._size() * (1 + int(6 * math.exp(-distance / self._depth)))
-                if far < 0.02:
+                if self._scaled[level] < 0.02:
                     qty += rng.randrange(20_000_00, 1_400_000_00)  # the wall at the edge
                 book.change(side, level, qty)
                 done.append((side, level, qty))

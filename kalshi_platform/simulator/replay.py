@@ -24,6 +24,7 @@ from kalshi_platform.exchange.numbers import price_units, qty_units
 from kalshi_platform.simulator.book import SIDES, Book, BookView
 from kalshi_platform.simulator.catalog import SECOND, Series
 from kalshi_platform.simulator.errors import SimulatorError
+from kalshi_platform.simulator.faults import KINDS, Fault
 from kalshi_platform.simulator.frames import Happening, Trade
 from kalshi_platform.simulator.grid import covering
 from kalshi_platform.simulator.market import ACTIVE, Listing, Market
@@ -31,8 +32,7 @@ from kalshi_platform.simulator.session import ORDERBOOK, Session
 
 BYTES_AT_A_TIME = 256 * 1024
 _A_DAY = 86_400 * SECOND
-FAULTS = {"gap", "duplicate", "truncated", "malformed"}
-"""The faults on a session's frames that leave the recorded numbers as they are."""
+_CHANGES_NUMBERS = {"negative", "unknown_type", "huge", "error10", "error25", "crossed"}
 
 
 class _Frame(msgspec.Struct):
@@ -96,7 +96,7 @@ class Recording:
         """Every market's book at the end of the recording."""
         return {ticker: each.view() for ticker, each in self._markets.items()}
 
-    def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:  # noqa: ARG002
+    def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:
         """Nothing happens but time."""
         self.now_ns = now_ns
         return []
@@ -167,12 +167,7 @@ class ReplaySession:
         """A replay waits for its client."""
 
     def tamper(self, fault: str, count: int) -> None:
-        """Spoil the next `count` recorded deltas. Raises SimulatorError for other faults."""
-        if fault not in FAULTS:
-            raise SimulatorError(
-                f"Fault {fault} would change the recorded numbers. In a replay there are:"
-                f" {', '.join(sorted(FAULTS))} and those of the connection, dials and REST."
-            )
+        """Spoil the next `count` recorded deltas."""
         self._tampering[fault] += count
 
     def state(self) -> list[dict[str, Any]]:
@@ -232,6 +227,16 @@ class ReplaySession:
         for message in self._held:
             self._session.receive(message)
         self._held.clear()
+
+
+def check(fault: Fault) -> None:
+    """Raises SimulatorError for a fault that cannot happen in a replay."""
+    if fault.name in _CHANGES_NUMBERS:
+        there_are = ", ".join(sorted(KINDS.keys() - _CHANGES_NUMBERS))
+        raise SimulatorError(
+            f"Fault {fault.name} would change the recorded numbers or books."
+            f" In a replay there are: {there_are}."
+        )
 
 
 def read(path: Path, now_ns: int, *, timed: bool) -> Recording:

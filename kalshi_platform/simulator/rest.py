@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -40,6 +41,15 @@ _STATUS_FILTER = {
 }
 
 
+_SECOND = 1_000_000_000
+_TIMES: dict[str, Callable[[Market], int | None]] = {
+    "created": lambda each: each.listing.created_ns,
+    "close": lambda each: each.listing.close_ns,
+    "settled": lambda each: each.settled_ns,
+    "updated": lambda each: each.updated_us * 1000,
+}
+
+
 class Rejected(Exception):
     """A request that is answered with an error, in one of the exchange's shapes."""
 
@@ -54,6 +64,7 @@ def application(venue: Venue) -> Starlette:
     return Starlette(
         routes=[*_exchange_routes(venue), *_simulator_routes(venue)],
         lifespan=_lifespan(venue),
+        exception_handlers={404: _no_such_page, 405: _no_such_page},
     )
 
 
@@ -63,6 +74,11 @@ def _lifespan(venue: Venue) -> Callable[[Starlette], Any]:
         yield {"venue": venue}  # how websocket.ClientSocket comes by it
 
     return lifespan
+
+
+async def _no_such_page(_: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    return _json(_NOT_FOUND, status)
 
 
 def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -200,6 +216,14 @@ class Pages:
             found = (each for each in found if each.listing.series_ticker == series)
         if event := query.get("event_ticker"):
             found = (each for each in found if each.listing.event_ticker == event)
+        if query.get("mve_filter") == "only":
+            found = ()  # there are no multivariate markets here
+        for name, time_ns in _TIMES.items():
+            low, high = _second(request, f"min_{name}_ts"), _second(request, f"max_{name}_ts")
+            if low is not None:
+                found = [each for each in found if (time_ns(each) or 0) >= low * _SECOND]
+            if high is not None:
+                found = [each for each in found if (time_ns(each) or 0) <= high * _SECOND]
         page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda each: each.ticker)
         return {"cursor": cursor, "markets": [_market(each) for each in page]}
 
@@ -254,10 +278,13 @@ class Pages:
 
     def trades(self, request: Request) -> object:
         ticker = request.query_params.get("ticker")
+        low, high = _second(request, "min_ts"), _second(request, "max_ts")
         found = [
             each
             for each in reversed(self._exchange.trades)
-            if ticker is None or each.market.ticker == ticker
+            if (ticker is None or each.market.ticker == ticker)
+            and (low is None or each.ts_us >= low * 1_000_000)
+            and (high is None or each.ts_us <= high * 1_000_000)
         ]
         page, cursor = _page(request, found, "GetTrades", 1000, lambda each: each.trade_id)
         return {"cursor": cursor, "trades": [each.rest() for each in page]}
@@ -265,7 +292,7 @@ class Pages:
     # order books, cached as the real ones are
 
     def orderbook(self, request: Request) -> object:
-        depth = _number(request, "depth", 0, 0, 100, "GetMarketOrderbook")
+        depth = _number(request, "depth", "GetMarketOrderbook", default=0, low=0, high=100)
         found = self._find(request)
         return self._cached(
             f"{found.ticker}?{depth}", lambda: {"orderbook_fp": _orderbook(found.view(), depth)}
@@ -326,7 +353,9 @@ def _failed(request: str, field: str, tag: str) -> dict[str, str]:
     }
 
 
-def _number(request: Request, name: str, default: int, low: int, high: int, operation: str) -> int:
+def _number(
+    request: Request, name: str, operation: str, *, default: int, low: int, high: int
+) -> int:
     text = request.query_params.get(name)
     if text is None:
         return default
@@ -339,11 +368,18 @@ def _number(request: Request, name: str, default: int, low: int, high: int, oper
     return value
 
 
+def _second(request: Request, name: str) -> int | None:
+    """A time in whole seconds from the query, None where it is not there."""
+    if name not in request.query_params:
+        return None
+    return _number(request, name, "GetMarkets", default=0, low=0, high=2**53)
+
+
 def _page(
     request: Request, found: list[Any], operation: str, most: int, name: Callable[[Any], str]
 ) -> tuple[list[Any], str]:
     """One page and the cursor of the next, '' at the end. A cursor names the last one seen."""
-    limit = _number(request, "limit", 100, 1, most, operation)
+    limit = _number(request, "limit", operation, default=100, low=1, high=most)
     cursor = request.query_params.get("cursor", "")
     # a cursor that means nothing begins at the beginning, as on the real exchange
     start = next((at + 1 for at, each in enumerate(found) if cursor and name(each) == cursor), 0)

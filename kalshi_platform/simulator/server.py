@@ -32,7 +32,7 @@ from kalshi_platform.simulator.replay import Recording
 from kalshi_platform.simulator.venue import Venue
 from kalshi_platform.simulator.websocket import WS_PATH, ClientSocket
 
-STOP_SECONDS = 5
+STOP_SECONDS = 2
 T = TypeVar("T")
 
 
@@ -53,6 +53,7 @@ class Simulator:
         self._keys = KeyRing(self.config.max_clock_skew_seconds)
         self._keys.register(KEY_ID, keys.own_key(self.key_file))
         self._socket = _bind(self.config.host, self.config.port)
+        self._port: int = self._socket.getsockname()[1]
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: _Server | None = None
@@ -62,8 +63,7 @@ class Simulator:
     @property
     def port(self) -> int:
         """The port it listens on, WebSocket and REST alike."""
-        port: int = self._socket.getsockname()[1]
-        return port
+        return self._port
 
     @property
     def _authority(self) -> str:
@@ -107,10 +107,13 @@ class Simulator:
         self._thread.start()
         ready.wait()
         if self._failure is not None:
-            raise self._failure
+            self.stop()
 
     def stop(self) -> None:
-        """Close every connection and end the thread. Harmless when it is not running."""
+        """Close every connection and end the thread. Harmless when it is not running.
+
+        Raises what ended the simulator before its time, if anything did.
+        """
         if self._thread is not None:
             if self._server is not None:
                 self._server.should_exit = True
@@ -120,6 +123,9 @@ class Simulator:
         if self._own_folder is not None:
             self._own_folder.cleanup()
             self._own_folder = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def serve_forever(self, ready: Callable[[], None]) -> None:
         """Serve in the foreground until SIGINT or SIGTERM; `ready` is called when it answers."""
@@ -153,7 +159,7 @@ class Simulator:
         serving = asyncio.create_task(server.serve([self._socket]))
         try:
             await asyncio.wait({flow, serving}, return_when=asyncio.FIRST_COMPLETED)
-            server.should_exit = True
+            server.should_exit = True  # should the order flow have failed, `await flow` tells
             await serving
         finally:
             venue.stop()

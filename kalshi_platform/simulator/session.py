@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kalshi_platform.simulator import frames
-from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
+from kalshi_platform.simulator.frames import Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Market
 
 ORDERBOOK, TRADE, TICKER, LIFECYCLE = "orderbook_delta", "trade", "ticker", "market_lifecycle_v2"
@@ -29,6 +29,7 @@ PRIVATE = {"fill", "market_positions", "user_orders"}
 CHANNELS = SEQUENCED | PRIVATE | {TICKER}
 
 _ON_DELTAS = {"gap", "duplicate", "truncated", "negative"}
+_MORE_THAN_ANY_LEVEL = -1_000_000_000_00
 SNAPSHOTS_AT_A_TIME = 100
 COMMANDS_PER_SECOND = 10_000
 MAX_MARKETS = 500_000
@@ -160,11 +161,11 @@ class Session:
         trade, quote, life = (subscribed.get(name) for name in (TRADE, TICKER, LIFECYCLE))
         live = book.live if book is not None else ()
         for happening in happenings:
-            kind = type(happening)
-            if kind is Delta:
-                if book is not None and happening.market.listing.ticker in live:  # type: ignore[union-attr]
-                    if not self._tampering or not self._send_tampered(book, happening):  # type: ignore[arg-type]
-                        self._send_delta(book, happening)  # type: ignore[arg-type]
+            if isinstance(happening, Delta):
+                if book is None or happening.market.ticker not in live:
+                    continue
+                if not self._tampering or not self._send_tampered(book, happening):
+                    self._send_delta(book, happening)
             elif isinstance(happening, Quote):
                 if quote is not None and quote.wants(happening.market.ticker):
                     self._send_on(quote, "ticker", happening.wire())
@@ -174,11 +175,7 @@ class Session:
             elif isinstance(happening, LifeEvent):
                 if life is not None:
                     self._send_on(life, happening.kind, happening.msg)
-            elif (
-                isinstance(happening, Cleared)
-                and book is not None
-                and happening.market.ticker in live
-            ):
+            elif book is not None and happening.market.ticker in live:
                 msg = frames.snapshot(happening.market, book.use_yes_price)
                 self._send_on(book, "orderbook_snapshot", msg)
 
@@ -403,8 +400,7 @@ class Session:
             self.sent["lost"] += 1
             return True
         if fault == "negative":
-            held = delta.market.book.sizes[delta.side][delta.level]
-            wrong = Delta(delta.market, delta.side, delta.level, -held - 100, delta.ts_us)
+            wrong = Delta(delta.market, delta.side, delta.level, _MORE_THAN_ANY_LEVEL, delta.ts_us)
             self._send_on(book, "orderbook_delta", wrong.msg(book.use_yes_price))
             return False
         self._send_delta(book, delta)

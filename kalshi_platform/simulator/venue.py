@@ -11,11 +11,12 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kalshi_platform.simulator import keys
+from kalshi_platform.simulator import keys, replay
 from kalshi_platform.simulator.config import SimulatorConfig
+from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.faults import Fault, Target
 from kalshi_platform.simulator.frames import Happening
@@ -52,6 +53,7 @@ class Venue:
         self._dials = 0
         self._armed: dict[Target, Counter[str]] = {Target.DIAL: Counter(), Target.REST: Counter()}
         self._for_the_next: list[Fault] = []
+        self._begun: Counter[str] = Counter()
         self._timers: set[asyncio.TimerHandle] = set()
 
     # the clock
@@ -76,8 +78,13 @@ class Venue:
                 session.overflow()
 
     def pause(self) -> None:
-        """Freeze the order flow and the lives of the markets; commands are still answered."""
+        """Freeze the order flow and the lives of the markets; commands are still answered.
+
+        All that happened before has then been written to the clients' sockets.
+        """
         self.paused = True
+        for client in list(self._sessions):
+            client.flush()
 
     def resume(self) -> None:
         """Go on from here."""
@@ -111,8 +118,8 @@ class Venue:
         self._sessions[client] = session
         self._numbers[client] = self._dials
         waiting, self._for_the_next = self._for_the_next, []
-        for fault in waiting:
-            self._hit(client, session, fault)
+        for fault in waiting:  # once the handshake is through
+            self._later(0, lambda fault=fault: self._hit(client, session, fault))
         return session
 
     def _session(self) -> AnySession:
@@ -139,9 +146,15 @@ class Venue:
     # faults
 
     def inject(self, fault: Fault) -> None:
-        """Let it go wrong, after the fault's own delay."""
+        """Let it go wrong, after the fault's own delay.
+
+        Raises SimulatorError for a fault that a replay cannot have, and for `crossed` where no
+        book can be crossed now.
+        """
+        if isinstance(self.exchange, Recording):
+            replay.check(fault)
         if fault.at:
-            self._later(fault.at, lambda: self._begin(fault))
+            self._later(fault.at, lambda: self._begin_late(fault))
         else:
             self._begin(fault)
 
@@ -156,8 +169,15 @@ class Venue:
                 }[name]
         return None
 
+    def _begin_late(self, fault: Fault) -> None:
+        try:
+            self._begin(fault)
+        except SimulatorError as error:
+            logger.warning("Fault %s does not happen: %s", fault.name, error)
+
     def _begin(self, fault: Fault) -> None:
         logger.info("fault %s", fault)
+        self._begun[fault.name] += 1
         if fault.name == "stale_rest":
             self.stale_until = time.monotonic() + (fault.argument or 0)
         elif fault.name == "crossed":
@@ -190,7 +210,7 @@ class Venue:
         left[name] -= 1
         return True
 
-    def _later(self, seconds: float, act: Any) -> None:
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
         def run() -> None:
             self._timers.discard(timer)
             act()
@@ -221,7 +241,8 @@ class Venue:
         """Every connection and subscription, as GET /simulator/state has it."""
         return {
             "paused": self.paused,
-            "dials": self._dials,
+            "connected": self._dials,
+            "faults": dict(self._begun),
             "deltas": self.exchange.deltas,
             "shed_seconds": round(self.exchange.shed_seconds, 3),
             "connections": [

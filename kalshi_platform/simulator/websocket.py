@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WS_PATH = "/trade-api/ws/v2"
 HEARTBEAT = b"heartbeat"
+_GOODBYE_SECONDS = 0.5
 _PATIENCE_BYTES = 1024 * 1024
 _MAX_COMMAND_BYTES = 64 * 1024 * 1024
 
@@ -81,6 +82,9 @@ class ClientSocket(asyncio.Protocol):
             self._transport.abort()
             return
         self.close(1001)
+        self._release = asyncio.get_running_loop().call_later(
+            _GOODBYE_SECONDS, self._transport.abort
+        )
 
     # for the venue
 

@@ -23,7 +23,16 @@ from urllib3.exceptions import HTTPError
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
-__all__ = ["TRANSIENT", "Client", "connect", "insert_arrow", "server_version", "translated"]
+__all__ = [
+    "MINIMUM_VERSION",
+    "TRANSIENT",
+    "Client",
+    "broken_answer",
+    "connect",
+    "insert_arrow",
+    "server_version",
+    "translated",
+]
 
 MINIMUM_VERSION = (24, 8)
 """Oldest ClickHouse that the platform is made for."""
@@ -74,6 +83,7 @@ _WRONG_USER = {
 }  # UNKNOWN_USER, WRONG_PASSWORD, REQUIRED_PASSWORD, AUTHENTICATION…
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
 _CODE = re.compile(r"\bCode:\s*(\d+)")
+_NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*(\(version|$)")
 _HTTP_STATUS = re.compile(r"HTTP status (\d+)")
 _WORDS_OF_DRIVER = re.compile(
     r"^(Received ClickHouse exception, code: \d+, server response: )?(Code: \d+\. )?(DB::Exception: )?"
@@ -189,6 +199,25 @@ def translated(settings: Settings | None = None) -> Iterator[None]:
         raise StoreUnavailable(_away(error, settings)) from error
 
 
+def broken_answer(tail: bytes, tag: str) -> StoreError | None:
+    """The error behind an answer that ClickHouse broke off while streaming it, if it did.
+
+    `tail` is the end of the body, `tag` its X-ClickHouse-Exception-Tag.
+    """
+    _, begun, message = tail.decode(errors="replace").rpartition(f"__exception__\r\n{tag}\r\n")
+    if not begun:
+        return None
+    said = message.split(f" {tag}\r\n__exception__")[0].rpartition("\n")[0]
+    name = _NAME.search(said)
+    code = _CODE.search(said)
+    return _translate(
+        driver.DatabaseError(
+            said, code=int(code[1]) if code else None, name=name[1] if name else None
+        ),
+        None,
+    )
+
+
 def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
     message = str(error)
     code = error.code
@@ -198,8 +227,8 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
         return _without_code(error, message, settings)
     name = error.name or TRANSIENT.get(code, "")
     label = f"{name} (code {code})" if name else f"code {code}"
-    said = _TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message)).strip().rstrip(".")
-    said = said.removesuffix(f"({name})").rstrip(" .")
+    said = " ".join(_TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message)).split())
+    said = said.rstrip(" .").removesuffix(f"({name})").rstrip(" .")
     if code in TRANSIENT:
         return StoreUnavailable(
             f"ClickHouse is busy or ailing, {label}: {said}.", code=code, name=name
@@ -210,11 +239,14 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
             " wrong password, or no such user. Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD."
         )
     elif code == _UNKNOWN_DATABASE:
-        sentence = f"ClickHouse: {said}. Create it with: kalshi-platform migrate."
+        sentence = f"ClickHouse refused, {label}: {said}. Create it: kalshi-platform migrate."
     elif code == _UNKNOWN_TABLE:
-        sentence = f"ClickHouse: {said}. If it is one of the platform's: kalshi-platform migrate."
+        sentence = (
+            f"ClickHouse refused, {label}: {said}."
+            " If it is one of the platform's, create it: kalshi-platform migrate."
+        )
     elif code == _ACCESS_DENIED:
-        sentence = f"ClickHouse: {said}. Grant it to CLICKHOUSE_USER."
+        sentence = f"ClickHouse refused, {label}: {said}. Grant it to CLICKHOUSE_USER."
     else:
         sentence = f"ClickHouse refused, {label}: {said}."
     return StoreRefused(sentence, code=code, name=name)

@@ -114,7 +114,7 @@ BOOK_CHECKPOINTS = Dataset(
         Column("ts", TIME, "DateTime64(6, 'UTC')", "the instant: first of the hour"),
         _CONN,
         _SID,
-        Column("seq", pa.uint64(), "UInt64", "the last number applied to this market's book"),
+        Column("seq", pa.uint64(), "UInt64", "the last number of the sid before the instant"),
         _MARKET_ID,
         _TICKER,
         Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot"),

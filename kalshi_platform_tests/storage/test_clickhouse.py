@@ -78,7 +78,7 @@ def test_a_second_insert_with_the_same_token_adds_nothing(
 ) -> None:
     rows = arrow(ORDERBOOK_EVENTS, ROWS)
     with migrated(clickhouse_url, clickhouse_database) as client:
-        counts = []
+        counts: list[int] = []
         for token in ("a", "a", "b", "a", "b"):
             insert_arrow(client, "orderbook_events", rows, token)
             counts += one_row(client, "SELECT count() FROM orderbook_events")

@@ -34,7 +34,10 @@ _SYSTEM = ("/usr", "/lib", "/lib64", "/sys/devices/system/cpu", "/sys/fs/cgroup"
 _SYSTEM_FILES = (
     *("/etc/localtime", "/etc/timezone", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"),
     *("/etc/ld.so.cache", "/etc/ssl", "/dev/urandom", "/dev/random"),
-    *("/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/proc/loadavg", "/proc/mounts"),
+    *("/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/proc/loadavg"),
+    # of this process, yet not its environment, which may hold passwords
+    *("/proc/self/maps", "/proc/self/statm", "/proc/self/stat", "/proc/self/status"),
+    *("/proc/self/mounts", "/proc/self/mountinfo", "/proc/self/cgroup", "/proc/self/io"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lz4.frame
 import zstandard
@@ -74,6 +74,7 @@ class Decompressor:
         self._new()
 
     def _new(self) -> None:
+        self._current: Any
         match self._encoding:
             case "gzip" | "x-gzip":
                 self._current = zlib.decompressobj(wbits=_GZIP_WBITS)

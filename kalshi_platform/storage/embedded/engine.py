@@ -7,7 +7,10 @@ to remember something (SET, USE, a temporary table) keeps a connection.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import filelock
 
@@ -131,17 +134,19 @@ class Engine:
         self._closing = False
 
     def _open(self, path: Path) -> None:
-        import chdb  # half a gigabyte of engine: loaded when it is needed
-
-        shutil.rmtree(self.spool, ignore_errors=True)
-        for folder in (self.spool, path / "engine", path / "user_files"):
+        temporary = path / "tmp"
+        for folder in (self.spool, temporary):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        for folder in (self.spool, temporary, path / "engine", path / "user_files"):
             folder.mkdir(exist_ok=True)
+        os.environ["TMPDIR"] = str(temporary)  # loading the engine makes a temporary folder
+        import chdb  # half a gigabyte: loaded when it is needed
+
         users, config = path / "users.xml", path / "config.xml"
         users.write_text(_USERS)
         config.write_text(_CONFIG.format(users=users, user_files=path / "user_files"))
-        self._connect: Callable[[], Any] = lambda: chdb.connect(
-            f"{path / 'engine'}?config-file={config}"
-        )
+        connect: Callable[[str], Any] = chdb.connect
+        self._connect = functools.partial(connect, f"{path / 'engine'}?config-file={config}")
         try:
             self._keeper = self._connect()  # the engine lives as long as one connection does
             self._make_default_database_plain(path / "engine")
@@ -338,18 +343,17 @@ class Engine:
 @contextmanager
 def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iterator[None]:
     """Put a session's settings and database back after a request that had its own."""
-    names = ", ".join(_literal(name) for name in request.settings)
     rows = connection.query(
-        f"SELECT name, value, changed FROM system.settings WHERE name IN ({names or chr(39) * 2})",
+        "SELECT name, value, changed FROM system.settings WHERE has({names:Array(String)}, name)",
         "JSONCompactEachRow",
+        params={"names": "[" + ",".join(_literal(name) for name in request.settings) + "]"},
     )
-    import json
-
     before = {
         name: (value, changed)
         for name, value, changed in map(json.loads, rows.bytes().splitlines())
     }
-    database = connection.query("SELECT currentDatabase()", "TabSeparatedRaw").bytes().decode()[:-1]
+    database = connection.query("SELECT currentDatabase()", "JSONCompactEachRow")
+    home = json.loads(database.bytes())[0]
     try:
         yield
     finally:
@@ -360,7 +364,7 @@ def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iter
         if back:
             connection.query("SET " + ", ".join(back))
         if request.database and not keep_database:
-            connection.query(f"USE {_identifier(database)}")
+            connection.query(f"USE {_identifier(home)}")
 
 
 def _progress(result: Any) -> Progress:

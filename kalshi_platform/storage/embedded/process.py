@@ -38,7 +38,7 @@ def running(
     Raises `StoreError` with what the child said where it does not start.
     """
     command = [sys.executable, "-m", "kalshi_platform", "clickhouse"]
-    child = subprocess.Popen(
+    child = subprocess.Popen(  # noqa: S603 - our own command, no shell
         [*command, "--port", str(port), "--path", str(path)],
         env=os.environ | {"CLICKHOUSE_USER": user, "CLICKHOUSE_PASSWORD": password},
         stdout=subprocess.PIPE,

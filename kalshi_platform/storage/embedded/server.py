@@ -95,7 +95,7 @@ class Server:
         if http.method in {"GET", "HEAD"} and not http.url.query:
             return await _ok(http)
         query_id = http.query_params.get("query_id") or str(uuid.uuid4())
-        spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=self._engine.spool)
+        spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(self._engine.spool))  # noqa: SIM115 - closed below, on every path
         try:
             self._check_password(http)
             call = await self._read(http, spool, query_id)
@@ -265,7 +265,7 @@ class Server:
         result = loop.run_in_executor(self._threads, work)
         gone = asyncio.ensure_future(_disconnected(http))
         try:
-            await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([cast(Any, result), gone], return_when=asyncio.FIRST_COMPLETED)
             if not result.done() and call.statement.reads_only:
                 await loop.run_in_executor(None, self._engine.kill, call.request.tag)
             return await asyncio.shield(result)
@@ -439,18 +439,17 @@ def _run(server: Server, listener: socket.socket, ready: Callable[[int], None] |
         timeout_graceful_shutdown=FINISH_REQUESTS_S,
         h11_max_incomplete_event_size=1024 * 1024,
     )
-    web = uvicorn.Server(config)
+
+    class Announcing(uvicorn.Server):
+        """Says so when requests are answered."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if ready is not None:
+                ready(listener.getsockname()[1])
+
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when it is done: let that find a quiet handler
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-
-    async def run() -> None:
-        serving = asyncio.ensure_future(web.serve(sockets=[listener]))
-        while not web.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if web.started and ready is not None:
-            ready(listener.getsockname()[1])
-        await serving
-
-    asyncio.run(run())
+    Announcing(config).run(sockets=[listener])

@@ -145,15 +145,12 @@ def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
     last = tokens[-1]
     if last.depth or len(tokens) < 3:
         return None
-    if last.text == "VALUES" and tokens[-2].text not in {"INTO", "TABLE", "."}:
-        data_format, header_end, data_begin = "Values", last.begin, last.end
-    elif (
-        tokens[-2].text == "FORMAT"
-        and last.kind == "word"
-        and tokens[-3].text not in {"INTO", "TABLE", "."}
-    ):
+    named = tokens[-3].text in {"INTO", "TABLE", "."}  # a table may be called format, or values
+    if tokens[-2].text == "FORMAT" and last.kind == "word" and not named:
         data_format = text[last.begin : last.end].decode()
         header_end, data_begin = tokens[-2].begin, _after_format(text, last.end)
+    elif last.text == "VALUES" and tokens[-2].text not in {"INTO", "TABLE", ".", "FORMAT"}:
+        data_format, header_end, data_begin = "Values", last.begin, last.end
     else:
         return None
     if any(t.text in {"SELECT", "WITH", "WATCH"} and not t.depth for t in tokens[2:]):

@@ -1,0 +1,373 @@
+"""`up`: the whole platform on this machine, in the foreground.
+
+Which programs there are, in which order they come and go, and what a person is told. How programs
+are kept running and ended is `processes.py`'s business, what they do is their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import PlatformError, SettingsError
+from kalshi_platform.orchestration.home import Home, prepare
+from kalshi_platform.processes import Identity, Keeper, Program, require_free_port
+from kalshi_platform.settings import Settings
+
+LOOK_S = 0.25
+"""Between two looks at the programs."""
+SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
+"""How long to wait for each before the next is started anyway."""
+
+# The streamer's run lives in the code server's session, and is drained with it, first of all.
+# Together the graces stay below 15 s.
+DAGSTER_STAGE, DAGSTER_GRACE_S = 0, 11.0
+SIMULATOR_STAGE, SIMULATOR_GRACE_S = 1, 1.0
+CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S = 2, 2.5
+
+
+@click.command("up")
+@click.option(
+    "--port",
+    default=3000,
+    show_default=True,
+    type=click.IntRange(1, 65_535),
+    help="Port of the Dagster UI.",
+)
+def command(port: int) -> None:
+    """Everything: ClickHouse, migrations, the Dagster UI and the streamer. Ctrl-C ends it all.
+
+    With no key it records the bundled exchange simulator, and says so.
+    """
+    settings = platform_settings.current()
+    with _sole_user(settings.data_dir), _signals() as ending, _socket_folder() as sockets:
+        check_ports(settings, port)
+        home = prepare(settings.data_dir, sockets / "code.sock")
+        _Platform(settings, port, home, sockets / "code.sock", ending).run()
+
+
+def check_ports(settings: Settings, port: int) -> None:
+    """Raise `PortTaken` for the first port that is not free."""
+    require_free_port(port, "the Dagster UI", "Give another one: `up --port 3001`.")
+    if settings.embedded_clickhouse:
+        require_free_port(
+            _port(settings.clickhouse_url),
+            "the embedded ClickHouse",
+            "End that program; or, if it is a ClickHouse that you want to use, set"
+            " CLICKHOUSE_URL to it, spelt other than the default (`http://localhost:8123`).",
+        )
+    if _own_simulator(settings):
+        require_free_port(
+            settings.simulator_port,
+            "the exchange simulator",
+            "Set SIMULATOR_PORT to another one.",
+        )
+
+
+def _own_simulator(settings: Settings) -> bool:
+    return settings.exchange.simulated and settings.kalshi_ws_url is None
+
+
+def _port(url: str) -> int:
+    return httpx.URL(url).port or 80
+
+
+class _Ending:
+    """How often a person has asked for the end: once is a wish, twice is a hurry."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, *_: Any) -> None:
+        self.asked += 1
+
+    @property
+    def wished(self) -> bool:
+        return self.asked > 0
+
+    @property
+    def hurried(self) -> bool:
+        return self.asked > 1
+
+
+class _Platform:
+    """The programs of one data folder, from their start to their end."""
+
+    def __init__(
+        self, settings: Settings, port: int, home: Home, socket: Path, ending: _Ending
+    ) -> None:
+        self._settings = settings
+        self._ui = f"http://127.0.0.1:{port}"
+        self._port = port
+        self._home = home
+        self._socket = socket
+        self._ending = ending
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._keeper = Keeper(settings.data_dir / "logs", self._environment(), self.say)
+        self._over = threading.Event()
+
+    def say(self, sentence: str) -> None:
+        """One line on the console, with the time."""
+        self._console.print(f"{datetime.now().astimezone():%H:%M:%S}  {sentence}", markup=False)
+
+    def run(self) -> None:
+        """Start everything, watch over it until asked to end, end everything."""
+        try:
+            self._start()
+            while self._look():
+                pass
+        finally:
+            self._over.set()
+            self.say("Ending: the streamer writes what it has, then the rest follows.")
+            self._keeper.end(lambda: self._ending.hurried)
+            self.say("Ended. `make run` or `kalshi-platform up` goes on from here.")
+
+    def _start(self) -> None:
+        settings, start = self._settings, self._keeper.start
+        self.say(f"Starting; the programs' logs are in {self._keeper.log_dir}.")
+        if settings.embedded_clickhouse:
+            start(self._own("clickhouse", CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S, self._pings))
+        if settings.use_clickhouse:
+            threading.Thread(target=self._migrate, name="migrate", daemon=True).start()
+        start(self._code_server())
+        if _own_simulator(settings):
+            start(
+                self._own("simulator", SIMULATOR_STAGE, SIMULATOR_GRACE_S, self._simulator_answers)
+            )
+            self._wait_for(
+                "simulator", SIMULATOR_S
+            )  # it makes the key that the streamer signs with
+        self._wait_for("code-server", CODE_S)
+        if not self._ending.wished:
+            start(self._webserver())
+            start(self._daemon())
+        if self._wait_for("webserver", UI_S):
+            self._summary()
+            threading.Thread(target=self._announce_recording, name="announce", daemon=True).start()
+
+    def _look(self) -> bool:
+        """One round of watching; False when the end was asked for."""
+        self._keeper.watch()
+        time.sleep(LOOK_S)
+        return not self._ending.wished
+
+    def _wait_for(self, name: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self._ending.wished and time.monotonic() < deadline:
+            if self._keeper.ready(name):
+                return True
+            self._look()
+        if not self._ending.wished:
+            self.say(
+                f"{name} does not answer yet after {seconds:.0f} s; going on without it for now."
+                f" Its log: {self._keeper.log_path(name)}"
+            )
+        return False
+
+    # -- the programs --------------------------------------------------------------------------
+
+    def _own(self, name: str, stage: int, grace_s: float, ready: Callable[[], bool]) -> Program:
+        verb = {"clickhouse": "clickhouse", "simulator": "simulate"}[name]
+        argv = (sys.executable, "-m", "kalshi_platform", verb)
+        return Program(name, argv, ready, stage, grace_s)
+
+    def _code_server(self) -> Program:
+        argv = (
+            *(sys.executable, "-m", "dagster", "code-server", "start"),
+            *("--socket", str(self._socket)),
+            *("--module-name", self._home.module),
+            *("--location-name", self._home.location),
+        )
+        return Program("code-server", argv, self._socket.exists, DAGSTER_STAGE, DAGSTER_GRACE_S)
+
+    def _webserver(self) -> Program:
+        argv = (
+            *(sys.executable, "-m", "dagster_webserver"),
+            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--workspace", str(self._home.workspace)),
+        )
+        ready = _answers(f"{self._ui}/server_info")
+        return Program("webserver", argv, ready, DAGSTER_STAGE, DAGSTER_GRACE_S)
+
+    def _daemon(self) -> Program:
+        argv = (
+            *(sys.executable, "-m", "dagster._daemon", "run"),
+            *("--workspace", str(self._home.workspace)),
+        )
+        return Program("daemon", argv, lambda: True, DAGSTER_STAGE, DAGSTER_GRACE_S)
+
+    def _pings(self) -> bool:
+        return _answers(f"{self._settings.clickhouse_url}/ping")()
+
+    def _simulator_answers(self) -> bool:
+        key_file = self._settings.exchange.key_file
+        return (
+            key_file.exists() and _answers(f"{self._settings.exchange.rest_url}/exchange/status")()
+        )
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "KALSHI_DATA_DIR": str(self._settings.data_dir),
+            "DAGSTER_HOME": str(self._home.folder),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    # -- what a person is told -----------------------------------------------------------------
+
+    def _summary(self) -> None:
+        settings = self._settings
+        if settings.use_clickhouse:
+            kind = "embedded" if settings.embedded_clickhouse else "yours"
+            clickhouse = (
+                f"{settings.clickhouse_url} ({kind}), database {settings.clickhouse_database}"
+            )
+        else:
+            clickhouse = "not used (USE_CLICKHOUSE=0)"
+        lines = {
+            "Dagster UI": self._ui,
+            "ClickHouse": clickhouse,
+            "Parquet": str(settings.archive_dir),
+            "Recording": _recorded(settings),
+            "Logs": str(self._keeper.log_dir),
+            "Stop": "Ctrl-C",
+        }
+        self._console.print()
+        for name, value in lines.items():
+            self._console.print(f"  {name:<12}{value}", markup=False)
+        self._console.print()
+
+    def _announce_recording(self) -> None:
+        """Say once when the streamer has written its first frames."""
+        health = self._settings.journal_dir() / "health.json"
+        while not self._over.wait(1.0):
+            frames = _frames_of_a_living_streamer(health)
+            if frames:
+                self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
+                return
+
+    def _migrate(self) -> None:
+        """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
+        from kalshi_platform.storage import migrations
+        from kalshi_platform.storage.errors import StoreError, StoreUnavailable
+
+        # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
+        logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
+        said = ""
+        patient_until = time.monotonic() + (UI_S if self._settings.embedded_clickhouse else 0.0)
+        wait_s = 0.5
+        while not self._over.is_set():
+            try:
+                applied = migrations.migrate(self._settings)
+            except StoreError as error:
+                starting = isinstance(error, StoreUnavailable) and time.monotonic() < patient_until
+                if str(error) != said and not starting:
+                    said = str(error)
+                    self.say(
+                        f"{said} Recording goes on without it: the journal and Parquet are"
+                        " written, and ClickHouse gets it all when it is back."
+                    )
+                self._over.wait(wait_s)
+                wait_s = min(wait_s * 2, 15.0)
+            else:
+                if said or applied:
+                    names = ", ".join(str(migration) for migration in applied) or "nothing to do"
+                    self.say(f"ClickHouse is there; migrations: {names}.")
+                return
+
+
+def _recorded(settings: Settings) -> str:
+    if settings.exchange.simulated:
+        if settings.kalshi_ws_url is not None:
+            return f"the simulator at {settings.kalshi_ws_url}: SIMULATED data"
+        return (
+            f"{settings.simulator_markets} SIMULATED markets: no PROD_KEYID is set."
+            " Set PROD_KEYID and PROD_KEYFILE to record the exchange."
+        )
+    wanted = [*settings.market_tickers, *(f"series {name}" for name in settings.market_series)]
+    shown = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
+    return (
+        f"{shown or 'no market: set MARKET_TICKERS or MARKET_SERIES'} at {settings.exchange.ws_url}"
+    )
+
+
+def _answers(url: str) -> Callable[[], bool]:
+    def ask() -> bool:
+        try:
+            return httpx.get(url, timeout=1.0, trust_env=False).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    return ask
+
+
+def _frames_of_a_living_streamer(path: Path) -> int:
+    try:
+        health: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return 0
+    who = Identity(int(health["pid"]), float(health["pid_started"]))
+    return int(health["frames"]) if who.alive else 0
+
+
+@contextmanager
+def _sole_user(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder. Raises `PlatformError` when another `up` has it."""
+    lock = FileLock(data_dir / "up.lock")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PlatformError(
+            f"Another `kalshi-platform up` runs on the data folder {data_dir}. Use that one, end it,"
+            " or set KALSHI_DATA_DIR to a folder of its own."
+        ) from None
+    except OSError as error:
+        raise SettingsError(
+            f"KALSHI_DATA_DIR is {str(data_dir)!r}, which cannot be written"
+            f" ({error.strerror}). Give a folder that can."
+        ) from None
+    with lock:
+        lock.release()  # `with` holds it once more
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[_Ending]:
+    """SIGINT, SIGTERM and SIGHUP ask for the end, also where SIGINT was ignored (`up &`)."""
+    ending = _Ending()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.signal(number, ending.ask) for number in numbers}
+    try:
+        yield ending
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _socket_folder() -> Iterator[Path]:
+    """A folder with a short path: a socket's may not be longer than about a hundred characters."""
+    folder = Path(tempfile.mkdtemp(prefix="kalshi-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

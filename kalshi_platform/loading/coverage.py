@@ -1,0 +1,101 @@
+"""How much of an hour each market's book could be believed.
+
+A book is verified from its snapshot to whatever breaks it: a gap on its sid, the end of its
+connection, a negative level, being left. A market is followed from its first sight in the hour (or
+the hour's first instant, where the checkpoint has it) until it is left or the hour ends; time that
+the recorder was not there counts as followed and not verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+BREAKING = ("snapshot", "gap", "disconnected", "unsubscribed", "left", "started")
+"""The kinds of stream_events that coverage depends on."""
+SILENCE = timedelta(seconds=30)
+"""Three heartbeats: with nothing recorded for longer, the recorder was away."""
+
+
+@dataclass
+class _Market:
+    followed_from: datetime
+    conn: str = ""
+    sid: int = 0
+    verified_from: datetime | None = None
+    verified: timedelta = timedelta()
+    followed_to: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Market-seconds of one hour."""
+
+    verified_s: float
+    followed_s: float
+    by_market: dict[str, float] = field(default_factory=dict)
+    """Verified seconds of each market."""
+
+    @property
+    def ratio(self) -> float | None:
+        """0 to 1; None where no market was followed."""
+        return self.verified_s / self.followed_s if self.followed_s > 0 else None
+
+
+def coverage(
+    start: datetime,
+    end: datetime,
+    checkpoint: Iterable[tuple[str, str, int, bool]],
+    events: Iterable[dict[str, Any]],
+    last_record: datetime,
+) -> Coverage:
+    """Coverage of `start` to `end`.
+
+    `checkpoint`: (market_ticker, conn_id, sid, verified) at `start`. `events`: stream_events of the
+    hour in order, those of BREAKING suffice. `last_record`: the last sign of the recorder in it.
+    """
+    markets: dict[str, _Market] = {}
+    for ticker, conn, sid, verified in checkpoint:
+        markets[ticker] = _Market(start, conn, sid, start if verified else None)
+    for event in events:
+        at = event["ingest_ts"]
+        kind, conn, ticker = event["kind"], event["conn_id"], event["market_ticker"]
+        if kind == "snapshot":
+            market = markets.setdefault(ticker, _Market(at))
+            market.conn, market.sid, market.followed_to = conn, event["sid"], None
+            if market.verified_from is None:
+                market.verified_from = at
+        elif ticker:  # a gap of one book, or the market was left
+            if ticker in markets:
+                _end(markets[ticker], at)
+                if kind == "left":
+                    markets[ticker].followed_to = at
+        else:
+            broken_at = at - timedelta(seconds=_span_s(event)) if kind == "disconnected" else at
+            for market in markets.values():
+                same_sid = kind == "disconnected" or market.sid == event["sid"]
+                if kind == "started" or (market.conn == conn and same_sid):
+                    _end(market, broken_at)
+    horizon = last_record if end - last_record > SILENCE else end
+    for market in markets.values():
+        _end(market, horizon)
+    followed = sum(
+        (((m.followed_to or end) - m.followed_from).total_seconds() for m in markets.values()), 0.0
+    )
+    by_market = {ticker: m.verified.total_seconds() for ticker, m in markets.items()}
+    return Coverage(sum(by_market.values()), followed, by_market)
+
+
+def _end(market: _Market, at: datetime) -> None:
+    if market.verified_from is not None:
+        market.verified += max(at - market.verified_from, timedelta())
+        market.verified_from = None
+
+
+def _span_s(event: dict[str, Any]) -> float:
+    """For how long the connection had been dead when its end was written down."""
+    return float(msgspec.json.decode(event["detail"]).get("span_s", 0.0))

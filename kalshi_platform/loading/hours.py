@@ -1,0 +1,209 @@
+"""Hours of the archive: what one holds, sealing it, building it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kalshi_platform.loading.coverage import BREAKING, Coverage, coverage
+from kalshi_platform.storage import archive, checksum
+from kalshi_platform.storage.archive import HOUR, Manifest, Part
+from kalshi_platform.storage.schema import (
+    BOOK_CHECKPOINTS,
+    DATASETS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+)
+
+RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name)
+"""The datasets that the recording itself makes."""
+
+
+@dataclass(frozen=True)
+class DatasetHour:
+    """What the archive holds of one dataset's hour."""
+
+    dataset: str
+    hour: datetime
+    complete: bool
+    rows: int
+    files: int
+    bytes: int
+    markets: int
+    gaps: int
+    verified_seconds: float | None
+    coverage: float | None
+    first: datetime | None
+    last: datetime | None
+    checksum: str
+    path: str
+
+
+@dataclass(frozen=True)
+class HourReport:
+    """What the archive holds of an hour; `datasets` is empty where there is nothing."""
+
+    hour: datetime
+    complete: bool
+    datasets: tuple[DatasetHour, ...]
+
+
+@dataclass(frozen=True)
+class _Tally:
+    rows: int
+    checksum: int
+    markets: frozenset[str]
+    first: datetime | None
+    last: datetime | None
+    parts: tuple[Part, ...]
+
+
+def describe(root: Path, hour: datetime, *, complete: bool) -> HourReport:
+    """Count and check everything that the archive holds of an hour."""
+    tallies = {name: tally for name in RECORDED if (tally := _tally(root, name, hour)).parts}
+    if not tallies:
+        return HourReport(hour, complete, ())
+    stream = _stream(root, hour)
+    gaps = sum(event["kind"] == "gap" for event in stream)
+    covered = _coverage(root, hour, stream, complete=complete)
+    return HourReport(
+        hour,
+        complete,
+        tuple(
+            DatasetHour(
+                dataset=name,
+                hour=hour,
+                complete=complete,
+                rows=tally.rows,
+                files=len(tally.parts),
+                bytes=sum(part.bytes for part in tally.parts),
+                markets=len(tally.markets - {""}),
+                gaps=gaps,
+                verified_seconds=round(covered.verified_s, 3),
+                coverage=None if covered.ratio is None else round(covered.ratio, 6),
+                first=tally.first,
+                last=tally.last,
+                checksum=checksum.text(tally.checksum),
+                path=str(archive.hour_folder(root, name, hour)),
+            )
+            for name, tally in tallies.items()
+        ),
+    )
+
+
+def seal(root: Path, hour: datetime) -> HourReport:
+    """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent."""
+    report = describe(root, hour, complete=True)
+    for dataset in report.datasets:
+        archive.write_manifest(root, _manifest(root, dataset))
+    return report
+
+
+def is_sealed(root: Path, hour: datetime) -> bool:
+    """Whether an hour that has data also has its manifests."""
+    present = [name for name in RECORDED if archive.files(root, name, hour)]
+    return bool(present) and all(
+        (manifest := archive.read_manifest(root, name, hour)) is not None and manifest.complete
+        for name in present
+    )
+
+
+def _manifest(root: Path, it: DatasetHour) -> Manifest:
+    tally_parts = [
+        Part(path.name, pq.read_metadata(path).num_rows, path.stat().st_size)
+        for path in archive.files(root, it.dataset, it.hour)
+    ]
+    return Manifest(
+        dataset=it.dataset,
+        hour=it.hour.isoformat(),
+        complete=it.complete,
+        rows=it.rows,
+        bytes=it.bytes,
+        markets=it.markets,
+        gaps=it.gaps,
+        verified_seconds=it.verified_seconds,
+        coverage=it.coverage,
+        first=it.first.isoformat() if it.first else None,
+        last=it.last.isoformat() if it.last else None,
+        checksum=it.checksum,
+        parts=tally_parts,
+    )
+
+
+def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
+    clock = "ts" if dataset == BOOK_CHECKPOINTS.name else "ingest_ts"
+    rows, total = 0, 0
+    markets: set[str] = set()
+    first: datetime | None = None
+    last: datetime | None = None
+    parts = []
+    for path in archive.files(root, dataset, hour):
+        count = 0
+        for table in _tables(path, DATASETS[dataset].arrow):
+            count += table.num_rows
+            total = (total + checksum.rows_checksum(table)) % 2**64
+            markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
+            span = pc.min_max(table[clock]).as_py()
+            if span["min"] is not None:
+                first = span["min"] if first is None else min(first, span["min"])
+                last = span["max"] if last is None else max(last, span["max"])
+        rows += count
+        parts.append(Part(path.name, count, path.stat().st_size))
+    return _Tally(rows, total, frozenset(markets), first, last, tuple(parts))
+
+
+def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path, read_dictionary=_dictionaries(schema)) as file:
+        for batch in file.iter_batches(batch_size=archive.ROW_GROUP_ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+def _dictionaries(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if pa.types.is_dictionary(field.type)]
+
+
+def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
+    """The stream events that coverage and gap counts need, in order."""
+    tables = []
+    for table in archive.read(root, STREAM_EVENTS.name, hour):
+        plain = table.set_column(
+            table.column_names.index("kind"), "kind", table["kind"].cast(pa.string())
+        )
+        tables.append(plain.filter(pc.is_in(plain["kind"], pa.array(BREAKING))))
+    # Parts are in the order of their journal ranges, rows within them in the journal's.
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def _coverage(
+    root: Path, hour: datetime, stream: list[dict[str, Any]], *, complete: bool
+) -> Coverage:
+    books: dict[str, tuple[str, str, int, bool]] = {}
+    columns = ["market_ticker", "conn_id", "sid", "verified"]
+    for table in archive.read(root, BOOK_CHECKPOINTS.name, hour, columns):
+        for row in table.group_by(columns).aggregate([]).to_pylist():
+            books[row["market_ticker"]] = (
+                row["market_ticker"],
+                row["conn_id"],
+                row["sid"],
+                row["verified"],
+            )
+    last = _last_record(root, hour)
+    end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
+    return coverage(hour, end, books.values(), stream, last)
+
+
+def _last_record(root: Path, hour: datetime) -> datetime:
+    """The newest receive time in the hour's files, or the hour's start."""
+    newest = hour
+    for name in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name):
+        for table in archive.read(root, name, hour, ["ingest_ts"]):
+            at = pc.max(table["ingest_ts"]).as_py()
+            newest = max(newest, at) if at is not None else newest
+    return newest

@@ -1,0 +1,104 @@
+"""The derivation's state on disk, and as the checkpoint that begins an hour."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform.loading.columns import names, prices, quantities
+from kalshi_platform.loading.derive import LEVELS, Book, Connection, State
+from kalshi_platform.storage.archive import hour_start_ns
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
+
+ALIVE_NS = 30_000_000_000
+"""The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
+
+
+class _Head(msgspec.Struct):
+    n: int
+    version: int
+    connections: dict[str, Connection]
+    books: dict[str, Book]
+
+
+def save(state: State, path: Path) -> None:
+    """Write a state, whole or not at all."""
+    head = msgspec.json.encode(_Head(state.n, state.version, state.connections, state.books))
+    table = state.levels.to_arrow().replace_schema_metadata({"state": head})
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(
+            file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        ) as writer,
+    ):
+        writer.write_table(table)
+    temporary.replace(path)
+
+
+def load(path: Path) -> State:
+    """Read a state. Raises OSError or `pa.ArrowInvalid` for a file that is not one."""
+    with pa.OSFile(str(path), "rb") as file:
+        table = pa.ipc.open_file(file).read_all()
+    head = msgspec.json.decode(table.schema.metadata[b"state"], type=_Head)
+    levels = pl.DataFrame(table.replace_schema_metadata(None)).cast(LEVELS)
+    return State(head.n, head.version, head.connections, head.books, levels)
+
+
+def checkpoint(state: State, hour: datetime) -> pa.Table:
+    """Every live book at the hour's first instant, from the state after the last record before it.
+
+    Live means: based on a snapshot, still followed, on an open connection, recorder at work.
+    """
+    if hour_start_ns(hour) - state.version > ALIVE_NS:
+        return BOOK_CHECKPOINTS.arrow.empty_table()
+    books = [
+        (
+            ticker,
+            book.conn,
+            book.sid,
+            book.market_id,
+            book.verified,
+            state.connections[book.conn].seqs.get(book.sid, 0),
+        )
+        for ticker, book in sorted(state.books.items())
+        if book.based and not book.left and book.conn in state.connections
+    ]
+    head = pl.DataFrame(
+        books,
+        schema={
+            "market_ticker": pl.String,
+            "conn": pl.String,
+            "sid": pl.UInt32,
+            "market_id": pl.String,
+            "verified": pl.Boolean,
+            "seq": pl.UInt64,
+        },
+        orient="row",
+    )
+    rows = head.join(
+        state.levels.select("conn", "market_ticker", "side", "price", "size"),
+        on=["conn", "market_ticker"],
+        how="left",
+    ).sort("market_ticker", "side", "price")
+    instant = pa.scalar(int(hour.timestamp()) * 1_000_000, pa.int64())
+    return pa.Table.from_arrays(
+        [
+            pa.repeat(instant, rows.height).cast(pa.timestamp("us", "UTC")),
+            names(rows["conn"]),
+            rows["sid"].to_arrow(),
+            rows["seq"].to_arrow(),
+            names(rows["market_id"]),
+            names(rows["market_ticker"]),
+            rows["verified"].to_arrow(),
+            names(rows["side"]),
+            prices(rows["price"]),
+            quantities(rows["size"]),
+        ],
+        schema=BOOK_CHECKPOINTS.arrow,
+    )

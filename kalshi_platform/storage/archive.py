@@ -1,0 +1,207 @@
+"""The Parquet archive on disk: where an hour is, and how a file gets there whole or not at all.
+
+    <root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-<shard>-<first n>-<end n>.parquet
+    <root>/<dataset>/date=YYYY-MM-DD/hour=HH/_manifest.json
+
+Files are written under a name that no reader globs, synced, then renamed: a reader sees each row
+once, whenever it looks and whatever was killed. Names follow from the journal range alone, so
+writing a range again replaces the file with itself. What the rows mean is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+
+HOUR = timedelta(hours=1)
+MANIFEST = "_manifest.json"
+ROW_GROUP_ROWS = 262_144
+_TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One file of an hour."""
+
+    file: str
+    rows: int
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What is known of one dataset's hour. Times are ISO 8601, UTC."""
+
+    dataset: str
+    hour: str
+    complete: bool
+    """The streamer has passed the hour: nothing more is expected."""
+    rows: int
+    bytes: int
+    markets: int
+    gaps: int
+    verified_seconds: float | None
+    """Market-seconds with a book that can be believed."""
+    coverage: float | None
+    """The same over the market-seconds that were followed, 0 to 1."""
+    first: str | None
+    last: str | None
+    checksum: str
+    parts: list[Part]
+
+
+def floor_hour(at: datetime) -> datetime:
+    """The hour that `at` is in."""
+    return at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+def hour_of_ns(ns: int) -> datetime:
+    """The hour of a time in ns since the epoch."""
+    return datetime.fromtimestamp(ns // 3_600_000_000_000 * 3600, UTC)
+
+
+def hour_start_ns(hour: datetime) -> int:
+    """An hour's first instant in ns since the epoch."""
+    return int(hour.timestamp()) * 1_000_000_000
+
+
+def hour_folder(root: Path, dataset: str, hour: datetime) -> Path:
+    """Where a dataset's hour is."""
+    return root / dataset / f"date={hour:%Y-%m-%d}" / f"hour={hour:%H}"
+
+
+def hours(root: Path, dataset: str) -> list[datetime]:
+    """The hours of which the archive holds files, ascending."""
+    found = set()
+    for folder in (root / dataset).glob("date=*/hour=*"):
+        if any(folder.glob("*.parquet")):
+            day, hour = folder.parent.name.removeprefix("date="), folder.name.removeprefix("hour=")
+            found.add(datetime.strptime(f"{day} {hour}", "%Y-%m-%d %H").replace(tzinfo=UTC))
+    return sorted(found)
+
+
+def files(root: Path, dataset: str, hour: datetime) -> list[Path]:
+    """The Parquet files of an hour, by name."""
+    return sorted(hour_folder(root, dataset, hour).glob("*.parquet"))
+
+
+def part_name(shard: int, first_n: int, end_n: int) -> str:
+    """Name of the file that holds the rows of journal records first_n to end_n - 1."""
+    return f"part-{shard}-{first_n:015d}-{end_n:015d}.parquet"
+
+
+def part_range(name: str) -> tuple[int, int, int] | None:
+    """(shard, first_n, end_n) of a part's name; None for a file of another origin."""
+    pieces = name.removesuffix(".parquet").split("-")
+    if len(pieces) != 4 or pieces[0] != "part" or not all(p.isdigit() for p in pieces[1:]):
+        return None
+    return int(pieces[1]), int(pieces[2]), int(pieces[3])
+
+
+def write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Write one Parquet file, whole or not at all; returns its bytes.
+
+    Raises `StoreUnavailable` where the disk is full or failing, `StoreRefused` where it may not be
+    written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    delta = ["seq", "ts", "ingest_ts"]
+    names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + ["price", "qty", "size"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(
+            temporary,
+            schema,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[n for n in names if n in schema.names],
+            column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
+            store_decimal_as_integer=True,
+            write_statistics=True,
+            data_page_version="2.0",
+        ) as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        _settle(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(path, error) from None
+    return path.stat().st_size
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Put an hour's manifest beside its files."""
+    hour = datetime.fromisoformat(manifest.hour)
+    path = hour_folder(root, manifest.dataset, hour) / MANIFEST
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        _settle(temporary, path)
+    except OSError as error:
+        raise _disk_error(path, error) from None
+
+
+def read_manifest(root: Path, dataset: str, hour: datetime) -> Manifest | None:
+    """An hour's manifest, or None where it has none. Raises `StoreRefused` for a damaged one."""
+    path = hour_folder(root, dataset, hour) / MANIFEST
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise StoreRefused(
+            f"{path} is damaged ({error}). Materialise the hour again to make a new one."
+        ) from None
+
+
+def read(
+    root: Path, dataset: str, hour: datetime, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of an hour, file by file. Raises `StoreRefused` naming a file that cannot be read."""
+    for path in files(root, dataset, hour):
+        try:
+            yield pq.read_table(path, columns=columns, partitioning=None)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreRefused(
+                f"{path} cannot be read ({error}). Materialise that hour again: it is rebuilt from the"
+                " journal while that is kept, else from ClickHouse."
+            ) from None
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Make a finished file durable, then visible."""
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
+    name = errno.errorcode.get(error.errno or 0, "")
+    if name in _TRANSIENT:
+        what = (
+            "No space is left"
+            if name in {"ENOSPC", "EDQUOT"}
+            else f"The disk failed ({error.strerror})"
+        )
+        return StoreUnavailable(
+            f"{what} for {path}. Make room; the load goes on by itself.", name=name
+        )
+    return StoreRefused(
+        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR to a folder that this user can write.",
+        name=name,
+    )

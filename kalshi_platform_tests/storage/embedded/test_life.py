@@ -1,0 +1,168 @@
+"""Start, stop, kill: what a person and a supervisor see."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from kalshi_platform.storage.embedded import running
+from kalshi_platform.storage.errors import StoreError
+
+
+def _ask(url: str, sql: str, **params: str) -> httpx.Response:
+    return httpx.post(url, params=params, content=sql, timeout=30)
+
+
+def test_after_kill_9_every_acknowledged_insert_is_there(tmp_path: Path) -> None:
+    with running(tmp_path) as url:
+        _ask(url, "CREATE DATABASE kalshi").raise_for_status()
+        for table in ("kalshi.t", "default.t"):
+            _ask(
+                url,
+                f"CREATE TABLE {table} (a UInt64) ENGINE = MergeTree ORDER BY a"
+                " SETTINGS non_replicated_deduplication_window = 1000",
+            ).raise_for_status()
+        for number in range(50):
+            for table in ("kalshi.t", "default.t"):
+                _ask(
+                    url,
+                    f"INSERT INTO {table} VALUES ({number})",
+                    insert_deduplication_token=str(number),
+                ).raise_for_status()
+        url.process.kill()
+        url.process.wait()
+    with running(tmp_path) as url:
+        for table in ("kalshi.t", "default.t"):
+            assert (
+                _ask(url, f"SELECT count(), sum(a) FROM {table}").text == f"50\t{sum(range(50))}\n"
+            )
+            again = _ask(url, f"INSERT INTO {table} VALUES (49)", insert_deduplication_token="49")
+            again.raise_for_status()
+            assert _ask(url, f"SELECT count() FROM {table}").text == "50\n"
+        assert (
+            _ask(url, "SELECT * FROM default.nowhere").headers["X-ClickHouse-Exception-Code"]
+            == "60"
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_exit_0_also_under_a_long_query(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with running(tmp_path) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        _ask(url, "CREATE TABLE t (a UInt64) ENGINE = MergeTree ORDER BY a").raise_for_status()
+        busy = pool.submit(_ask, url, "SELECT sum(cityHash64(number)) FROM numbers(1000000000000)")
+        _wait_for_query(url)
+        _ask(url, "INSERT INTO t VALUES (1)").raise_for_status()
+        url.process.send_signal(number)
+        url.process.wait(timeout=10)
+        assert url.process.returncode == 0
+        assert busy.exception() is not None or busy.result().status_code != 200
+    with running(tmp_path) as url:
+        assert _ask(url, "SELECT count() FROM t").text == "1\n"
+
+
+def test_a_request_under_way_is_finished_after_sigterm(tmp_path: Path) -> None:
+    with running(tmp_path) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        under_way = pool.submit(_ask, url, "SELECT sleep(1.5)")
+        _wait_for_query(url)
+        url.process.terminate()
+        assert under_way.result().text == "0\n"
+        assert url.process.wait(timeout=10) == 0
+
+
+def test_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(StoreError, match=f"Port {port} is taken by another program"),
+            running(tmp_path, port=port),
+        ):
+            pass
+
+
+def test_a_folder_in_use_is_a_sentence(tmp_path: Path) -> None:
+    with (
+        running(tmp_path),
+        pytest.raises(StoreError, match="is in use by another process"),
+        running(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with (
+        pytest.raises(StoreError, match=r"cannot be written: .*give another --path"),
+        running(blocked),
+    ):
+        pass
+
+
+def test_an_error_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    command = [sys.executable, "-m", "kalshi_platform", "clickhouse", "--port", "0"]
+    done = subprocess.run(
+        [*command, "--path", str(blocked / "below")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_a_password_is_asked_for_and_told_to_nobody(tmp_path: Path) -> None:
+    password = "s3cret-пароль"
+    with running(tmp_path, user="me", password=password) as url:
+        answers = [
+            httpx.post(url, content="SELECT 1"),
+            httpx.post(
+                url,
+                content="SELECT 1",
+                headers={"X-ClickHouse-User": "me", "X-ClickHouse-Key": "no"},
+            ),
+            httpx.post(url, content="SELECT 1", params={"user": "me", "password": password + "x"}),
+            httpx.post(url, content="SELECT 1", headers={"Authorization": "Basic ???"}),
+            httpx.post(url, content="SELECT 1", params={"user": "default", "password": password}),
+        ]
+        for answer in answers:
+            assert answer.status_code == 403
+            assert answer.headers["X-ClickHouse-Exception-Code"] == "516"
+            assert "s3cret" not in answer.text
+        given = [
+            httpx.post(url, content="SELECT 1", auth=("me", password)),
+            httpx.post(url, content="SELECT 1", params={"user": "me", "password": password}),
+            httpx.post(
+                url,
+                content="SELECT 1",
+                headers=[(b"X-ClickHouse-User", b"me"), (b"X-ClickHouse-Key", password.encode())],
+            ),
+        ]
+        assert [answer.text for answer in given] == ["1\n"] * 3
+        assert httpx.get(f"{url}/ping").text == "Ok.\n"
+        if Path("/proc").exists():
+            assert b"s3cret" not in Path(f"/proc/{url.process.pid}/cmdline").read_bytes()
+
+
+def test_a_port_is_free_again_after_the_end(tmp_path: Path) -> None:
+    with running(tmp_path) as url:
+        _ask(url, "SELECT 1").raise_for_status()
+        port = urlsplit(url).port
+        assert port
+    with running(tmp_path, port=port) as url:
+        assert _ask(url, "SELECT 1").text == "1\n"
+
+
+def _wait_for_query(url: str) -> None:
+    deadline = time.monotonic() + 10
+    while _ask(url, "SELECT count() FROM system.processes").text == "1\n":
+        assert time.monotonic() < deadline, "the query never started"
+        time.sleep(0.05)

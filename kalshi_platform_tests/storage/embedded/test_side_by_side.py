@@ -1,0 +1,83 @@
+"""Many clients at once: nobody waits for another's query to end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+import uuid
+
+import httpx
+import pytest
+
+from kalshi_platform_tests.storage.embedded.conftest import Ask
+
+FOR_EVER = "SELECT sum(cityHash64(number)) FROM numbers(1000000000000) SETTINGS max_threads = 1"
+
+
+def _running(ask: Ask, mark: str) -> int:
+    query = "SELECT count() FROM system.processes WHERE query LIKE {like:String} AND query NOT LIKE '%system.processes%'"
+    return int(ask(query, param_like=f"%{mark}%").text)
+
+
+def _wait_until(ask: Ask, mark: str, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while _running(ask, mark) != count:
+        assert time.monotonic() < deadline, f"never {count} of the queries running"
+        time.sleep(0.05)
+
+
+def test_inserts_queries_and_ping_go_on_under_a_long_query(ask: Ask, clickhouse_url: str) -> None:
+    ask("CREATE TABLE t (a UInt64) ENGINE = MergeTree ORDER BY a").raise_for_status()
+    mark = uuid.uuid4().hex
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        long = pool.submit(ask, f"{FOR_EVER}, log_comment = '{mark}'")
+        _wait_until(ask, mark, 1)
+        for number in range(20):
+            ask("INSERT INTO t FORMAT CSV", b"%d\n" % number).raise_for_status()
+        assert ask("SELECT count() FROM t").text == "20\n"
+        assert httpx.get(f"{clickhouse_url}/ping").text == "Ok.\n"
+        assert not long.done()
+        killed = ask(f"KILL QUERY WHERE Settings['log_comment'] = '{mark}' SYNC")
+        killed.raise_for_status()
+        assert long.result().headers["X-ClickHouse-Exception-Code"] == "394"
+
+
+def test_concurrent_inserts_lose_nothing(ask: Ask) -> None:
+    ask("CREATE TABLE t (a UInt64) ENGINE = MergeTree ORDER BY a").raise_for_status()
+
+    def insert(number: int) -> int:
+        return ask("INSERT INTO t FORMAT CSV", b"%d\n" % number * 100).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(insert, range(100))) == {200}
+    assert ask("SELECT count(), uniqExact(a) FROM t").text == "10000\t100\n"
+
+
+def test_max_execution_time_is_kept(ask: Ask) -> None:
+    answer = ask(FOR_EVER, max_execution_time="1")
+    assert (answer.status_code, answer.headers["X-ClickHouse-Exception-Code"]) == (408, "159")
+
+
+@pytest.mark.parametrize("query", [FOR_EVER, FOR_EVER.replace("sum(cityHash64(number))", "number")])
+def test_a_query_ends_when_its_client_goes_away(ask: Ask, clickhouse_url: str, query: str) -> None:
+    mark = uuid.uuid4().hex
+    url, comment = clickhouse_url, f", log_comment = '{mark}'"
+    with httpx.Client(timeout=1) as client:
+        try:
+            with client.stream("POST", url, content=query + comment) as answer:
+                next(answer.iter_raw())
+                _wait_until(ask, mark, 1)
+        except httpx.ReadTimeout:
+            _wait_until(ask, mark, 1)
+    _wait_until(ask, mark, 0)
+
+
+def test_a_slow_reader_does_not_hold_the_whole_answer_in_memory(
+    ask: Ask, clickhouse_url: str
+) -> None:
+    query = "SELECT number, randomString(1000) FROM numbers(100000000) FORMAT RowBinary"
+    with httpx.stream("POST", clickhouse_url, content=query) as answer:
+        pieces = answer.iter_raw()
+        received = sum(len(next(pieces)) for _ in range(200))
+    assert received > 0
+    assert ask("SELECT 1").text == "1\n"

@@ -1,0 +1,208 @@
+"""The proof of losslessness finds what is missing and what is doubled, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalshi_platform.storage.clickhouse import Client
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform_tests.storage.tables import insert, migrated, uuid
+
+PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
+AT = datetime(2026, 11, 22, 14, tzinfo=UTC)
+WHOLE = {"holes": 0, "named_holes": 0, "unexplained_holes": 0, "doubled": 0}
+
+
+@pytest.fixture
+def client(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
+    """A client of a migrated database."""
+    with migrated(clickhouse_url, clickhouse_database) as client:
+        yield client
+
+
+class Subscription:
+    """Frames of one sid, kept as the tables keep them."""
+
+    def __init__(self, conn: int = 1, sid: int = 1) -> None:
+        self._of = {"conn_id": uuid(conn), "sid": sid, "ingest_ts": AT}
+        self._events: list[dict[str, Any]] = []
+        self._stream: list[dict[str, Any]] = []
+        self.happened("subscribed")
+
+    def delta(self, seq: int) -> None:
+        self._level("delta", seq, "0.5")
+
+    def snapshot(self, seq: int, levels: int = 3) -> None:
+        for level in range(levels):
+            self._level("snapshot", seq, f"0.{level + 1}")
+        self.happened("snapshot", seq)
+
+    def happened(self, kind: str, seq: int = 0, **detail: Any) -> None:
+        self._stream.append({**self._of, "kind": kind, "seq": seq, "detail": json.dumps(detail)})
+
+    def _level(self, kind: str, seq: int, price: str) -> None:
+        row = {"type": kind, "seq": seq, "market_id": uuid(9), "market_ticker": "A", "side": "yes"}
+        self._events.append({**self._of, **row, "price": Decimal(price)})
+
+    def keep(self, client: Client) -> None:
+        """Insert everything."""
+        insert(client, ORDERBOOK_EVENTS, self._events)
+        insert(client, STREAM_EVENTS, self._stream)
+
+
+def proof(client: Client) -> list[dict[str, Any]]:
+    """The query's answer."""
+    answer = client.query(PROOF.read_text(encoding="utf-8"))
+    return [dict(zip(answer.column_names, row, strict=True)) for row in answer.result_rows]
+
+
+def judged(client: Client) -> dict[str, Any]:
+    """The judgement of the only subscription."""
+    (row,) = proof(client)
+    return {name: row[name] for name in WHOLE}
+
+
+def test_every_kind_of_numbered_frame_counts_once(client: Client) -> None:
+    one = Subscription()
+    one.happened("connected")
+    one.happened("ok", 1)
+    one.snapshot(2)
+    one.snapshot(3, levels=0)
+    one.delta(4)
+    one.happened("error", 5)
+    one.happened("malformed", 6)
+    one.delta(7)
+    one.keep(client)
+    (row,) = proof(client)
+    assert row == {
+        "conn_id": row["conn_id"], "sid": 1, "min_seq": 1, "max_seq": 7, "frames": 7, **WHOLE
+    }  # fmt: skip
+
+
+def test_subscriptions_are_judged_apart_and_unnumbered_ones_not_at_all(client: Client) -> None:
+    for conn, sid in ((1, 1), (1, 2), (2, 1)):
+        one = Subscription(conn, sid)
+        one.delta(1)
+        one.delta(2)
+        one.keep(client)
+    ticker = Subscription(1, 3)
+    ticker.happened("ticker")
+    ticker.keep(client)
+    rows = proof(client)
+    assert [(str(r["conn_id"]), r["sid"]) for r in rows] == [
+        (uuid(1), 1),
+        (uuid(1), 2),
+        (uuid(2), 1),
+    ]
+    assert all(r["unexplained_holes"] == r["doubled"] == 0 for r in rows)
+
+
+def test_a_hole_without_a_gap_row_is_unexplained(client: Client) -> None:
+    one = Subscription()
+    for seq in (1, 2, 5, 6):
+        one.delta(seq)
+    one.keep(client)
+    assert judged(client) == {**WHOLE, "holes": 2, "unexplained_holes": 2}
+
+
+def test_a_gap_row_explains_exactly_the_numbers_it_names(client: Client) -> None:
+    one = Subscription()
+    for seq in (1, 2, 5, 6, 9):
+        one.delta(seq)
+    one.happened("gap", expected=3, got=5)
+    one.happened("resynced", expected=3, got=5)
+    one.keep(client)
+    assert judged(client) == {**WHOLE, "holes": 4, "named_holes": 2, "unexplained_holes": 2}
+
+
+def test_numbers_lost_at_the_very_beginning_are_missed(client: Client) -> None:
+    one = Subscription()
+    one.delta(4)
+    one.keep(client)
+    assert judged(client)["unexplained_holes"] == 3
+
+
+def test_what_retention_has_taken_is_not_missed(client: Client) -> None:
+    one = Subscription()
+    for seq in (1, 2, 3, 4, 6):
+        one.delta(seq)
+    one.keep(client)
+    client.command("DELETE FROM stream_events WHERE kind = 'subscribed'")
+    client.command("DELETE FROM orderbook_events WHERE seq <= 2")
+    assert judged(client) == {**WHOLE, "holes": 1, "unexplained_holes": 1}
+
+
+def test_a_gap_row_never_hides_a_hole_elsewhere(client: Client) -> None:
+    """Overlapping gap rows, and ones that name numbers that are there, explain nothing more."""
+    one = Subscription()
+    for seq in (1, 2, 5, 6, 9, 12):
+        one.delta(seq)
+    one.happened("gap", expected=3, got=5)
+    one.happened("gap", expected=2, got=6)
+    one.happened("gap", expected=4, got=5)
+    one.happened("gap", expected=6, got=2, cause="repeated")
+    one.happened("gap", cause="negative level")
+    one.happened("gap", expected=11, got=400)
+    one.keep(client)
+    assert judged(client) == {"holes": 6, "named_holes": 3, "unexplained_holes": 3, "doubled": 0}
+
+
+@pytest.mark.parametrize(
+    ("what", "doubled"),
+    [("delta", 1), ("ok", 1), ("snapshot row", 1), ("levels", 3), ("delta for ok", 1)],
+)
+def test_what_is_stored_twice_is_doubled(client: Client, what: str, doubled: int) -> None:
+    one = Subscription()
+    one.happened("ok", 1)
+    one.snapshot(2, levels=3)
+    one.delta(3)
+    match what:
+        case "delta":
+            one.delta(3)
+        case "ok":
+            one.happened("ok", 1)
+        case "snapshot row":
+            one.happened("snapshot", 2)
+        case "levels":
+            for level in range(3):
+                one._level("snapshot", 2, f"0.{level + 1}")
+        case _:
+            one.delta(1)
+    one.keep(client)
+    assert judged(client) == {**WHOLE, "doubled": doubled}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_losses_are_counted_as_python_counts_them(client: Client, seed: int) -> None:
+    rng = random.Random(seed)
+    one = Subscription()
+    last = 400
+    lost = {seq for seq in range(1, last) if rng.random() < 0.1}
+    named: set[int] = set()
+    expected = 1
+    for seq in range(1, last + 1):
+        if seq in lost:
+            continue
+        if seq != expected and rng.random() < 0.7:
+            one.happened("gap", expected=expected, got=seq)
+            named |= set(range(expected, seq))
+        expected = seq + 1
+        if rng.random() < 0.1:
+            one.snapshot(seq, levels=rng.randint(0, 3))
+        else:
+            one.delta(seq)
+    one.keep(client)
+    assert judged(client) == {
+        "holes": len(lost),
+        "named_holes": len(named),
+        "unexplained_holes": len(lost - named),
+        "doubled": 0,
+    }
