@@ -20,7 +20,7 @@ from kalshi_platform import settings
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--path",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
     help="Data folder  [default: $KALSHI_DATA_DIR/clickhouse]",
 )
 def command(port: int, host: str, path: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -67,7 +67,7 @@ def command(
     """
     if (sql is None) == (file is None):
         raise click.UsageError("Give either SQL or --file PATH.")
-    todo = list(_sourced(sql) if file is None else _sourced(_read(cast(str, file))))
+    todo = list(_sourced(sql) if file is None else _sourced(_read(file)))
     values = _values(params, todo)
     with closing(connect(platform_settings.current(), log_comment="sql")) as client:
         for number, statement in enumerate(todo):
@@ -150,13 +150,14 @@ def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
 
 
 def _pass_through(answer: HTTPResponse) -> None:
-    out = click.get_binary_stream("stdout")
+    sys.stdout.flush()
+    out = sys.stdout.buffer
     for piece in _pieces(answer):
         out.write(piece)
     out.flush()
 
 
-def _rows(answer: HTTPResponse) -> Iterator[list[str | None]]:
+def _rows(answer: HTTPResponse) -> Generator[list[str | None]]:
     rest = b""
     for piece in _pieces(answer):
         *lines, rest = (rest + piece).split(b"\n")
@@ -197,7 +198,7 @@ def _print_rich(
 
 
 def _print_plain(names: list[str], right: list[bool], rows: list[list[str | None]]) -> None:
-    lines = [names, *([_shown(cell) for cell in row] for row in rows)]
+    lines: list[list[str]] = [names, *([_shown(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = zip(line, widths, right, strict=True)

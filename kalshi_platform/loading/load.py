@@ -80,7 +80,11 @@ class Load:
         self._cursor_path = folder / "load" / f"{store.name}.json"
         self._stopping = threading.Event()
         self._abandon = threading.Event()
-        self._deadline = float("inf")
+        self._cursor = _Cursor((0, 0, 0))
+        self._state = State()
+        self._position = Position(0, 0, 0)
+        """Everything before it is in `_state`; what is not committed yet is in `_pending`."""
+        self._pending: list[Rows] = []
         self.committed: Position | None = None
         """Everything before this is durable in the store."""
         self.committed_ns = 0
@@ -119,6 +123,12 @@ class Load:
         done = self.committed.n if self.committed else 0
         return max(self._writer.durable.n - done, 0)
 
+    @property
+    def needs_from(self) -> int:
+        """The first journal record that this load may still have to read."""
+        state_at = self._cursor.state_at
+        return state_at[2] if state_at else 0
+
     # -- the loading thread --------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -131,106 +141,103 @@ class Load:
             log.error("The load into %s ended: %s", self.name, error)
 
     def _load(self) -> None:
-        cursor, state, position = self._resume()
-        self.committed = Position(*cursor.committed)
-        pending: list[Rows] = []
-        began = time.monotonic()
+        self._resume()
+        began = state_kept_at = time.monotonic()
         pace_s = self._pace.first_s
-        state_saved_at = time.monotonic()
-        while True:
-            if self._abandon.is_set():
-                return
-            if not pending:
-                self._writer.wait_beyond(position.n, 0.25)
+        while not self._abandon.is_set():
+            if not self._pending:
+                self._writer.wait_beyond(self._position.n, 0.25)
                 began = time.monotonic()
-            for block in _chunks(journal.read(self._folder, position, self._writer.durable)):
-                for piece, hour in _at_hours(block, state.version):
-                    if hour is not None:
-                        cursor = self._commit(cursor, position, pending)
-                        pending = []
-                        self._begin_hour(hour, state, position.n)
-                        cursor = self._keep_state(cursor, state, position)
-                    rows, state = derive(decode([piece]), state)
-                    position = piece.end
-                    pending.append(rows)
-                    if self._distrust is not None:
-                        for distrust in rows.distrusted:
-                            self._distrust(distrust)
-                if position.n - cursor.committed[2] >= self._pace.records:
-                    break
-                if self._abandon.is_set():
-                    return
-            behind = position.n < self._writer.durable.n
-            due = position.n - cursor.committed[2] >= self._pace.records
-            if pending and (due or self._stopping.is_set() or time.monotonic() - began >= pace_s):
-                cursor = self._commit(cursor, position, pending)
-                pending = []
+            self._take()
+            ending = self._stopping.is_set()
+            if self._pending and (ending or self._full or time.monotonic() - began >= pace_s):
+                self._commit(self._position)
                 pace_s = self._pace.seconds
-                if time.monotonic() - state_saved_at > STATE_EVERY_S:
-                    cursor = self._keep_state(cursor, state, position)
-                    state_saved_at = time.monotonic()
-            elif pending:
+                if time.monotonic() - state_kept_at > STATE_EVERY_S:
+                    self._keep_state()
+                    state_kept_at = time.monotonic()
+            elif self._pending:
                 time.sleep(min(0.05, self._pace.seconds))
-            if self._stopping.is_set() and not behind and not pending:
-                self._keep_state(cursor, state, position)
+            if ending and not self._pending and self._position.n >= self._writer.durable.n:
+                self._keep_state()
                 return
 
-    def _resume(self) -> tuple[_Cursor, State, Position]:
-        """Where the last load ended, with its plan fulfilled."""
-        cursor = self._read_cursor()
-        committed = Position(*cursor.committed)
-        state, position = State(n=committed.n), committed
-        if cursor.state_at is not None:
-            position = Position(*cursor.state_at)
-            state = load(self._folder / "load" / cursor.state_file)
-        elif committed.n:
-            position = journal.beginning(self._folder)
-            state = State(n=position.n)
-        state, position, _ = self._replay(state, position, committed)
-        if cursor.planned is not None:
-            planned = Position(*cursor.planned)
-            state, position, rows = self._replay(state, position, planned)
-            cursor = self._commit(cursor, planned, rows)
-        return cursor, state, position
+    @property
+    def _full(self) -> bool:
+        return self._position.n - self._cursor.committed[2] >= self._pace.records
 
-    def _replay(
-        self, state: State, position: Position, until: Position
-    ) -> tuple[State, Position, list[Rows]]:
+    def _take(self) -> None:
+        """Derive what is durable, until there is enough for one write."""
+        blocks = journal.read(self._folder, self._position, self._writer.durable)
+        for block in _chunks(blocks):
+            for piece, hour in _at_hours(block, self._state.version):
+                if hour is not None:
+                    self._commit(self._position)
+                    self._begin_hour(hour)
+                    self._keep_state()
+                for distrust in self._derive(piece).distrusted:
+                    if self._distrust is not None:
+                        self._distrust(distrust)
+            if self._full or self._abandon.is_set():
+                return
+
+    def _derive(self, piece: Block) -> Rows:
+        rows, self._state = derive(decode([piece]), self._state)
+        self._position = piece.end
+        self._pending.append(rows)
+        return rows
+
+    def _resume(self) -> None:
+        """Go to where the last load ended, and fulfil what it had planned."""
+        cursor = self._cursor = self._read_cursor()
+        self._position = journal.beginning(self._folder)
+        if cursor.state_at is not None:
+            self._position = Position(*cursor.state_at)
+            self._state = load(self._folder / "load" / cursor.state_file)
+        else:
+            self._state = State(n=self._position.n)
+        self._replay(Position(*cursor.committed))
+        self._pending.clear()
+        self.committed = Position(*cursor.committed)
+        if cursor.planned is not None:
+            self._replay(Position(*cursor.planned))
+            self._commit(self._position)
+
+    def _replay(self, until: Position) -> None:
         """Derive up to `until`, which is durable: it was committed or planned."""
-        rows = []
-        for block in _chunks(journal.read(self._folder, position)):
-            if position.n >= until.n:
+        for block in _chunks(journal.read(self._folder, self._position)):
+            if self._position.n >= until.n:
                 break
             piece = block
             if block.first_n + block.rows > until.n:
                 piece, _ = block.cut(until.n - block.first_n)
-            derived, state = derive(decode([piece]), state)
-            rows.append(derived)
-            position = piece.end
-        if position.n != until.n:
+            self._derive(piece)
+        if self._position.n != until.n:
             raise JournalError(
                 f"The load into {self.name} had come to record {until.n}, but the journal in"
-                f" {self._folder} ends at {position.n}. Was it replaced? Move {self._cursor_path.parent}"
-                " away to load the journal from its beginning."
+                f" {self._folder} has {self._position.n}. Was it replaced? Move"
+                f" {self._cursor_path.parent} away to load the journal from its beginning."
             )
-        return state, until, rows
+        self._position = until
 
-    def _begin_hour(self, hour: datetime, state: State, n: int) -> None:
-        self._insist(lambda: self._store.begin_hour(hour, checkpoint(state, hour), n))
+    def _begin_hour(self, hour: datetime) -> None:
+        books, n = checkpoint(self._state, hour), self._position.n
+        self._insist(lambda: self._store.begin_hour(hour, books, n))
 
-    def _commit(self, cursor: _Cursor, end: Position, rows: list[Rows]) -> _Cursor:
+    def _commit(self, end: Position) -> None:
         """Plan, write, advance: in this order, so that a kill between repeats and never skips."""
-        if end.n == cursor.committed[2]:
-            return cursor
-        first_n = cursor.committed[2]
-        planned = msgspec.structs.replace(cursor, planned=_plain(end))
-        self._write_cursor(planned)
+        first_n = self._cursor.committed[2]
+        if end.n == first_n:
+            return
+        rows = tuple(self._pending)
+        self._write_cursor(msgspec.structs.replace(self._cursor, planned=_plain(end)))
         self._insist(lambda: self._store.write(first_n, end.n, rows))
-        done = msgspec.structs.replace(planned, committed=_plain(end), planned=None)
-        self._write_cursor(done)
+        self._write_cursor(
+            msgspec.structs.replace(self._cursor, committed=_plain(end), planned=None)
+        )
+        self._pending.clear()
         self.committed = end
         self.committed_ns = time.time_ns()
-        return done
 
     def _insist(self, act: Callable[[], None]) -> None:
         """Do it, for as long as the store takes to take it."""
@@ -257,17 +264,18 @@ class Load:
         if self._abandon.wait(seconds):
             raise _Abandoned
 
-    def _keep_state(self, cursor: _Cursor, state: State, position: Position) -> _Cursor:
-        """Save the books as of `position`, and forget the ones before."""
-        if position.n != cursor.committed[2]:
+    def _keep_state(self) -> None:
+        """Save the books as of the committed position, and forget the ones before."""
+        if self._position.n != self._cursor.committed[2]:
             raise ValueError("a state is kept only for what has been committed")
-        name = f"{self.name}-{position.n:015d}.state"
-        save(state, self._folder / "load" / name)
-        kept = msgspec.structs.replace(cursor, state_at=_plain(position), state_file=name)
-        self._write_cursor(kept)
-        if cursor.state_file and cursor.state_file != name:
-            (self._folder / "load" / cursor.state_file).unlink(missing_ok=True)
-        return kept
+        before = self._cursor.state_file
+        name = f"{self.name}-{self._position.n:015d}.state"
+        save(self._state, self._folder / "load" / name)
+        self._write_cursor(
+            msgspec.structs.replace(self._cursor, state_at=_plain(self._position), state_file=name)
+        )
+        if before and before != name:
+            (self._folder / "load" / before).unlink(missing_ok=True)
 
     def _read_cursor(self) -> _Cursor:
         try:
@@ -288,6 +296,7 @@ class Load:
             file.flush()
             os.fdatasync(file.fileno())
         temporary.replace(self._cursor_path)
+        self._cursor = cursor
 
 
 class _Abandoned(Exception):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import logging
 import os
@@ -397,6 +398,19 @@ def read(folder: Path, start: Position, limit: Position | None = None) -> Iterat
                 " Nothing was deleted; restore that file from a backup, or load what follows it by itself."
             )
         position = Position(following, 0, following)
+
+
+def prune(folder: Path, needed_n: int, older_than_s: float) -> list[Path]:
+    """Remove segments that hold nothing from record `needed_n` on and are older; says which."""
+    existing = segments(folder)
+    removed = []
+    for first_n, following in itertools.pairwise(existing):
+        path = segment_path(folder, first_n)
+        if following > needed_n or time.time() - path.stat().st_mtime < older_than_s:
+            break
+        path.unlink()
+        removed.append(path)
+    return removed
 
 
 def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Block]:

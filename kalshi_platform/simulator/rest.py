@@ -220,10 +220,8 @@ class Pages:
             found = ()  # there are no multivariate markets here
         for name, time_ns in _TIMES.items():
             low, high = _second(request, f"min_{name}_ts"), _second(request, f"max_{name}_ts")
-            if low is not None:
-                found = [each for each in found if (time_ns(each) or 0) >= low * _SECOND]
-            if high is not None:
-                found = [each for each in found if (time_ns(each) or 0) <= high * _SECOND]
+            if low is not None or high is not None:
+                found = [each for each in found if _between(time_ns(each), low, high)]
         page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda each: each.ticker)
         return {"cursor": cursor, "markets": [_market(each) for each in page]}
 
@@ -373,6 +371,13 @@ def _second(request: Request, name: str) -> int | None:
     if name not in request.query_params:
         return None
     return _number(request, name, "GetMarkets", default=0, low=0, high=2**53)
+
+
+def _between(time_ns: int | None, low: int | None, high: int | None) -> bool:
+    """Whether a time is within whole seconds, both included; no time never is."""
+    if time_ns is None:
+        return False
+    return (low or 0) <= time_ns / _SECOND and (high is None or time_ns <= high * _SECOND)
 
 
 def _page(

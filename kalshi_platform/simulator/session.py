@@ -211,6 +211,11 @@ class Session:
         out, self._out = self._out, []
         return out
 
+    def live_tickers(self) -> frozenset[str]:
+        """The markets whose snapshot this connection has been sent."""
+        book = self._subscriptions.get(ORDERBOOK)
+        return frozenset(book.live) if book is not None else frozenset()
+
     def state(self) -> list[dict[str, Any]]:
         """Every subscription, as GET /simulator/state has it."""
         return [

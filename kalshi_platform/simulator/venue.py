@@ -7,6 +7,7 @@ fall due. Everything here runs on the loop's own thread; server.py is the door f
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
@@ -119,7 +120,7 @@ class Venue:
         self._numbers[client] = self._dials
         waiting, self._for_the_next = self._for_the_next, []
         for fault in waiting:  # once the handshake is through
-            self._later(0, lambda fault=fault: self._hit(client, session, fault))
+            self._later(0, functools.partial(self._hit, client, session, fault))
         return session
 
     def _session(self) -> AnySession:

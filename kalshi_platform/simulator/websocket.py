@@ -70,7 +70,7 @@ class ClientSocket(asyncio.Protocol):
         self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._open_sockets.discard(self)  # type: ignore[arg-type]
+        self._open_sockets.discard(self)
         self._venue.disconnected(self)
         for timer in (self._heartbeat, self._release):
             if timer is not None:

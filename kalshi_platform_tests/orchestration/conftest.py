@@ -8,19 +8,23 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from kalshi_platform.orchestration.home import prepare
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """An instance on disk, as `up` has it, that goes with the test."""
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as made:
+    """An instance on disk, configured as `up` has it, that goes with the test."""
+    home = prepare(tmp_path / "data", tmp_path / "unused.sock")
+    with dg.DagsterInstance.from_config(str(home.folder)) as made:
         yield made
 
 
 @pytest.fixture
 def platform(tmp_path: Path) -> StandInPlatform:
-    """The platform on a data folder of its own."""
+    """The platform on a data folder of its own, with nothing prepared."""
+    for prepared in (StandInPlatform.streamers, StandInPlatform.hours, StandInPlatform.rebuilt):
+        prepared.clear()
     return StandInPlatform(
         overrides={"kalshi_data_dir": str(tmp_path / "data"), "use_clickhouse": "0"}
     )

@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.orchestration.resources import KalshiResource
-
 
 if TYPE_CHECKING:
     from kalshi_platform.streamer import Health, Streamer
@@ -106,17 +105,14 @@ def interrupt(_: StandInStreamer) -> None:
 
 
 class StandInPlatform(KalshiResource):
-    """The platform with stand-ins for what streams and rebuilds."""
+    """The platform with stand-ins for what streams and rebuilds.
+
+    Dagster makes its own copy from the config, so what a test prepares is the class's.
+    """
 
     streamers: ClassVar[deque[StandInStreamer]] = deque()
     hours: ClassVar[dict[datetime, HourReport | PlatformError]] = {}
     rebuilt: ClassVar[list[datetime]] = []
-
-    def model_post_init(self, context: Any, /) -> None:
-        super().model_post_init(context)
-        type(self).streamers.clear()
-        type(self).hours.clear()
-        type(self).rebuilt.clear()
 
     def streamer(self, shard: int) -> Streamer:
         return cast("Streamer", self.streamers.popleft())

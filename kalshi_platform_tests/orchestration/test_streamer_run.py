@@ -56,7 +56,7 @@ def execute(
 def reported(instance: dg.DagsterInstance, dataset: str) -> list[tuple[str | None, object]]:
     """Partition and `complete` of each materialisation, oldest first."""
     records = instance.fetch_materializations(dg.AssetKey(dataset), limit=100, ascending=True)
-    found = []
+    found: list[tuple[str | None, object]] = []
     for record in records.records:
         event = record.asset_materialization
         assert event is not None
@@ -149,7 +149,6 @@ def test_a_run_says_which_process_shard_and_source_it_has(
 def test_a_run_given_up_before_it_came_up_records_nothing(
     instance: dg.DagsterInstance, platform: StandInPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = instance.add_run_tags
     fetch = instance.get_run_by_id
 
     def given_up(run_id: str) -> dg.DagsterRun | None:
@@ -161,7 +160,6 @@ def test_a_run_given_up_before_it_came_up_records_nothing(
     streamer = StandInStreamer(hour_report())
     monkeypatch.setattr(instance, "get_run_by_id", given_up)
     run = execute(instance, platform, streamer)
-    assert add == instance.add_run_tags
     assert PROCESS_TAG not in run.tags
     assert reported(instance, "orderbook_events") == []
 
@@ -178,7 +176,7 @@ def test_an_old_run_goes_on_until_a_successor_waits_and_then_ends_well(
         looks.append(streamer.stopped.is_set())
         if len(looks) == 3:
             instance.create_run_for_job(
-                stream_orderbook, tags={SHARD_TAG: "0"}, status=Status.QUEUED
+                stream_orderbook, tags={SHARD_TAG: "0"}, status=Status.NOT_STARTED
             )
 
     streamer = StandInStreamer()

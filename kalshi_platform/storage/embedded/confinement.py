@@ -36,7 +36,13 @@ _SYSTEM_FILES = (
     *("/etc/ld.so.cache", "/etc/ssl", "/dev/urandom", "/dev/random"),
     *("/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/proc/loadavg"),
     # of this process, yet not its environment, which may hold passwords
-    *("/proc/self/maps", "/proc/self/statm", "/proc/self/stat", "/proc/self/status"),
+    *(
+        "/proc/self/auxv",
+        "/proc/self/maps",
+        "/proc/self/statm",
+        "/proc/self/stat",
+        "/proc/self/status",
+    ),
     *("/proc/self/mounts", "/proc/self/mountinfo", "/proc/self/cgroup", "/proc/self/io"),
 )
 

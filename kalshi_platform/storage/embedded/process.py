@@ -49,7 +49,9 @@ def running(
         line = cast(IO[str], child.stdout).readline()
         if not line:
             _, said = child.communicate(timeout=END_S)
-            raise StoreError(f"The embedded ClickHouse did not start: {said.strip()}")
+            raise StoreError(
+                f"The embedded ClickHouse did not start: {said.strip() or f'exit code {child.returncode}'}"
+            )
         yield Running(line.split()[-1], child)
     finally:
         if child.poll() is None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Any
 from urllib.parse import urlsplit
 
 import clickhouse_connect
+import lz4.frame
 import pyarrow as pa
 import pytest
+import zstandard
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, StreamFailureError
 
 
-def _client(url: str, **arguments: object) -> Client:
+def _client(url: str, **arguments: Any) -> Client:
     address = urlsplit(url)
     return clickhouse_connect.get_client(host=address.hostname, port=address.port, **arguments)
 
@@ -60,7 +64,7 @@ def test_parameters_are_bound_by_the_server(client: Client) -> None:
     assert client.query(query, parameters={"names": ["zwei ü", "it's"], "a": 1}).result_rows == [
         (2,)
     ]
-    at = dt.datetime(2026, 11, 22, 14, tzinfo=dt.UTC)
+    at = dt.datetime(2026, 11, 22, 14)  # noqa: DTZ001 - as the client returns UTC by default
     assert client.query("SELECT {at:DateTime64(6, 'UTC')}", parameters={"at": at}).result_rows == [
         (at,)
     ]
@@ -92,11 +96,6 @@ def test_raw_inserts_honour_the_token(client: Client) -> None:
         "CREATE TABLE d (n UInt64) ENGINE = MergeTree ORDER BY n SETTINGS non_replicated_deduplication_window = 10"
     )
     for compression in (None, "gzip", "zstd", "lz4"):
-        import gzip
-
-        import lz4.frame
-        import zstandard
-
         pack = {
             None: bytes,
             "gzip": gzip.compress,

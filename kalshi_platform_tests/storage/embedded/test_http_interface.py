@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import zlib
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +17,10 @@ import pytest
 import zstandard
 
 from kalshi_platform_tests.storage.embedded.conftest import Ask
+
+
+TSV = "text/tab-separated-values; charset=UTF-8"
+CSV = "text/csv; charset=UTF-8; header=absent"
 
 
 def test_ping_and_the_bare_root_say_ok(clickhouse_url: str) -> None:
@@ -139,56 +144,31 @@ def test_a_parameter_is_a_value_never_sql(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "options", "headers", "expected", "content_type"),
+    ("query", "how", "expected", "content_type"),
     [
-        ("SELECT 1 AS a", {}, {}, "1\n", "text/tab-separated-values; charset=UTF-8"),
-        ("SELECT 1 AS a FORMAT CSV", {}, {}, "1\n", "text/csv; charset=UTF-8; header=absent"),
+        ("SELECT 1 AS a", {}, "1\n", TSV),
+        ("SELECT 1 AS a FORMAT CSV", {}, "1\n", CSV),
+        ("SELECT 1 AS a", {"headers": {"X-ClickHouse-Format": "CSV"}}, "1\n", CSV),
+        ("SELECT 1 AS a", {"default_format": "TSVWithNames"}, "a\n1\n", TSV),
+        ("SELECT 'FORMAT JSON' AS format", {}, "FORMAT JSON\n", TSV),
         (
             "SELECT 1 AS a FORMAT JSONEachRow SETTINGS max_threads = 1",
-            {},
             {},
             '{"a":1}\n',
             "application/x-ndjson; charset=UTF-8",
         ),
         (
-            "SELECT 1 AS a",
-            {"default_format": "TSVWithNames"},
-            {},
-            "a\n1\n",
-            "text/tab-separated-values; charset=UTF-8",
-        ),
-        (
-            "SELECT 1 AS a",
-            {},
-            {"X-ClickHouse-Format": "CSV"},
-            "1\n",
-            "text/csv; charset=UTF-8; header=absent",
-        ),
-        (
-            "SELECT 'FORMAT JSON' AS format",
-            {},
-            {},
-            "FORMAT JSON\n",
-            "text/tab-separated-values; charset=UTF-8",
-        ),
-        (
             "SELECT number % 2 AS k, count() FROM numbers(4) GROUP BY k WITH TOTALS ORDER BY k",
             {},
-            {},
             "0\t2\n1\t2\n\n0\t4\n",
-            "text/tab-separated-values; charset=UTF-8",
+            TSV,
         ),
     ],
 )
 def test_the_format_is_the_querys_or_the_requests(
-    ask: Ask,
-    query: str,
-    options: dict[str, str],
-    headers: dict[str, str],
-    expected: str,
-    content_type: str,
+    ask: Ask, query: str, how: dict[str, Any], expected: str, content_type: str
 ) -> None:
-    answer = ask(query, headers=headers, **options)
+    answer = ask(query, **how)
     assert answer.text == expected
     assert answer.headers["Content-Type"] == content_type
 

@@ -1,0 +1,325 @@
+"""The streamer: capture and load of one shard, in threads of one process.
+
+    capture (asyncio) ──▶ journal's writer ──▶ load into Parquet
+                                          └──▶ load into ClickHouse
+
+It is hosted by the `stream` command and by Dagster's `stream_orderbook`, which see only this class.
+Once a second it writes `health.json` beside the journal, for whoever supervises it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kalshi_platform import __version__
+from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
+from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.loading.derive import Distrust
+from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.capture import Capture, CaptureState
+from kalshi_platform.recording.journal import JournalError, Writer
+from kalshi_platform.recording.markets import REFRESH_S, Watchlist
+from kalshi_platform.settings import Settings
+
+log = logging.getLogger(__name__)
+
+HEALTH_S = 1.0
+PRUNE_S = 600.0
+RETRY_LIST_S = 5.0
+
+
+@dataclass(frozen=True)
+class StoreHealth:
+    """How one store keeps up."""
+
+    lag: int
+    """Durable journal records that it does not have yet."""
+    committed_ns: int
+    trouble: str | None
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the streamer says of itself. Times are ns since the epoch; 0: not yet."""
+
+    pid: int
+    pid_started: float
+    shard: int
+    state: str
+    """starting, connecting, streaming, quiet, blocked or stopped."""
+    started_ns: int
+    updated_ns: int
+    last_frame_ns: int
+    last_heard_ns: int
+    """Bytes of any kind from the exchange, pings included."""
+    last_durable_ns: int
+    """The journal's last write."""
+    frames: int
+    deltas: int
+    snapshots: int
+    gaps: int
+    malformed: int
+    connections: int
+    markets: int
+    synced: int
+    """Markets whose book can be believed."""
+    journal_records: int
+    journal_backlog_bytes: int
+    lag_frames: int
+    """The larger of the stores' lags."""
+    stores: dict[str, StoreHealth]
+    trouble: str | None
+    """What is wrong, as a sentence."""
+
+
+class Streamer:
+    """Capture and load of one shard, in background threads."""
+
+    def __init__(self, settings: Settings, shard: int = 0) -> None:
+        self._settings = settings
+        self._shard = shard
+        self._folder = settings.journal_dir(shard)
+        self._reports: queue.Queue[HourReport] = queue.Queue()
+        self._writer: Writer | None = None
+        self._loads: list[Load] = []
+        self._capture: Capture | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._started_ns = time.time_ns()
+        self._process_started = psutil.Process().create_time()
+        self._threads: list[threading.Thread] = []
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take the journal's lock and begin.
+
+        Raises `JournalError` where another streamer holds it or the disk refuses, `CredentialsError`
+        where the key cannot be used.
+        """
+        exchange = self._settings.exchange
+        if exchange.simulated and not exchange.key_file.exists():
+            raise CredentialsError(
+                "PROD_KEYID is not set, and the exchange simulator is not running either. Set PROD_KEYID"
+                " and PROD_KEYFILE, or start it: kalshi-platform simulate."
+            )
+        load_signer(exchange.key_file)  # refuse a bad key before anything is opened
+        writer = self._writer = Writer(self._folder)
+        torn = dataclasses.asdict(writer.torn) if writer.torn else None
+        writer.note("started", {"version": __version__, "shard": self._shard, "torn": torn})
+        writer.hand_over()
+        writer.wait_durable(writer.next_n, 5.0)
+        if writer.torn:
+            log.warning("The journal's last segment was torn by a kill: %s", writer.torn)
+        self._loads = self._make_loads(writer)
+        for load in self._loads:
+            load.start()
+        self._spawn("capture", self._run_capture)
+        self._spawn("health", self._run_health)
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Stop reading, bring what was received to the stores, let the lock go.
+
+        True where everything is in every store; what is not stays in the journal for the next start.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._stopping.set()
+        if self._writer is None:
+            return True
+        if self._loop is not None and self._capture is not None:
+            self._loop.call_soon_threadsafe(self._capture.stop)
+        for thread in self._threads:
+            thread.join(max(min(3.0, deadline - time.monotonic()), 0.1))
+        closed = self._close_journal(max(deadline - time.monotonic() - 2.0, 1.0))
+        for load in self._loads:
+            load.drain()
+        loaded = [load.join(max(deadline - time.monotonic(), 0.1)) for load in self._loads]
+        self._write_health()
+        return closed and all(loaded)
+
+    def _close_journal(self, timeout_s: float) -> bool:
+        try:
+            if self._writer is not None:
+                self._writer.close(timeout_s)
+        except JournalError as error:
+            log.error("%s", error)
+            self._failure = self._failure or error
+            return False
+        return True
+
+    def _spawn(self, name: str, target: object) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _make_loads(self, writer: Writer) -> list[Load]:
+        parquet = ParquetStore(self._settings.archive_dir, self._shard, self._reports.put)
+        loads = [Load(self._folder, writer, parquet, PARQUET_PACE, distrust=self._distrust)]
+        if self._settings.use_clickhouse:
+            clickhouse = ClickHouseStore(
+                self._settings, str(writer.id), f"streamer shard {self._shard}"
+            )
+            loads.append(Load(self._folder, writer, clickhouse, CLICKHOUSE_PACE))
+        return loads
+
+    # -- what the host asks ------------------------------------------------------------------------
+
+    def next_report(self, timeout_s: float) -> HourReport | None:
+        """An hour to report: sealed, or the open one when its first file landed. None on time-out."""
+        try:
+            return (
+                self._reports.get(timeout=timeout_s)
+                if timeout_s > 0
+                else self._reports.get_nowait()
+            )
+        except queue.Empty:
+            return None
+
+    def failure(self) -> BaseException | None:
+        """What ended a background part, if one did."""
+        return self._failure or next((load.failure for load in self._loads if load.failure), None)
+
+    def health(self) -> Health:
+        """How it is now."""
+        capture, writer = self._capture, self._writer
+        counters = capture.counters if capture else None
+        followed, synced = capture.markets if capture else (0, 0)
+        stores = {
+            load.name: StoreHealth(load.lag, load.committed_ns, load.trouble, load.refused)
+            for load in self._loads
+        }
+        troubles = [writer.blocked if writer else None, *(s.trouble for s in stores.values())]
+        failure = self.failure()
+        state = capture.state if capture else CaptureState.STARTING
+        return Health(
+            pid=os.getpid(),
+            pid_started=self._process_started,
+            shard=self._shard,
+            state=CaptureState.STOPPED.value if self._stopping.is_set() else state.value,
+            started_ns=self._started_ns,
+            updated_ns=time.time_ns(),
+            last_frame_ns=counters.last_frame_ns if counters else 0,
+            last_heard_ns=counters.last_heard_ns if counters else 0,
+            last_durable_ns=writer.flushed_ns if writer else 0,
+            frames=counters.frames if counters else 0,
+            deltas=counters.deltas if counters else 0,
+            snapshots=counters.snapshots if counters else 0,
+            gaps=counters.gaps if counters else 0,
+            malformed=counters.malformed if counters else 0,
+            connections=counters.connections if counters else 0,
+            markets=followed,
+            synced=synced,
+            journal_records=writer.durable.n if writer else 0,
+            journal_backlog_bytes=writer.backlog_bytes if writer else 0,
+            lag_frames=max((s.lag for s in stores.values()), default=0),
+            stores=stores,
+            trouble=str(failure) if failure else next((t for t in troubles if t), None),
+        )
+
+    # -- threads -----------------------------------------------------------------------------------
+
+    def _run_capture(self) -> None:
+        try:
+            asyncio.run(self._record())
+        except BaseException as error:  # noqa: BLE001 - told to the host, which ends for it
+            self._failure = error
+            log.error("Recording ended: %s", error)
+
+    async def _record(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        exchange = self._settings.exchange
+        watchlist = Watchlist(self._settings)
+        with RestClient(exchange) as rest:
+            tickers = await self._first_list(watchlist, rest)
+            if self._stopping.is_set() or self._writer is None:
+                return
+            capture = Capture(
+                exchange.ws_url,
+                lambda: Credentials(exchange.key_id, load_signer(exchange.key_file)),
+                self._writer,
+                tickers,
+            )
+            self._capture = capture
+            if self._stopping.is_set():
+                capture.stop()
+            refreshing = asyncio.create_task(self._keep_list(watchlist, rest, capture))
+            try:
+                await capture.run()
+            finally:
+                refreshing.cancel()
+                await asyncio.gather(refreshing, return_exceptions=True)
+
+    async def _first_list(self, watchlist: Watchlist, rest: RestClient) -> list[str]:
+        while not self._stopping.is_set():
+            try:
+                return await asyncio.to_thread(watchlist.refresh, rest)
+            except CredentialsError:
+                raise
+            except ExchangeError as error:
+                log.warning("%s Trying again in %.0f s.", error, RETRY_LIST_S)
+                await asyncio.sleep(RETRY_LIST_S)
+        return []
+
+    async def _keep_list(self, watchlist: Watchlist, rest: RestClient, capture: Capture) -> None:
+        while watchlist.follows_openings:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                capture.follow(await asyncio.to_thread(watchlist.refresh, rest))
+            except ExchangeError as error:
+                log.warning("The list of markets stays as it is: %s", error)
+
+    def _distrust(self, it: Distrust) -> None:
+        if self._loop is not None and self._capture is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(
+                self._capture.distrust, it.market_ticker, it.cause, it.detail
+            )
+
+    def _run_health(self) -> None:
+        prune_at = time.monotonic() + PRUNE_S
+        while not self._stopping.wait(HEALTH_S):
+            self._write_health()
+            if time.monotonic() >= prune_at:
+                prune_at += PRUNE_S
+                self._prune()
+
+    def _write_health(self) -> None:
+        path = self._folder / "health.json"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(dataclasses.asdict(self.health())))
+            temporary.replace(path)
+        except OSError as error:
+            log.error("%s cannot be written: %s", path, error.strerror)
+
+    def _prune(self) -> None:
+        """Let go of segments that every store has and nobody will ask for again."""
+        needed = min(load.needs_from for load in self._loads)
+        older_than_s = self._settings.journal_retention_hours * 3600
+        for path in journal.prune(self._folder, needed, older_than_s):
+            log.info("Journal segment %s is past its retention: removed.", path.name)
+
+
+def read_health(folder: Path) -> dict[str, object] | None:
+    """What a streamer last said of itself, or None where none has run."""
+    try:
+        found: dict[str, object] = json.loads((folder / "health.json").read_text())
+    except FileNotFoundError:
+        return None
+    return found

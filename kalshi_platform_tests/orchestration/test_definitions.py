@@ -1,0 +1,87 @@
+"""The code location and the files at the root that lead to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from kalshi_platform.errors import SettingsError
+from kalshi_platform.orchestration.home import prepare, shipped
+
+LOAD = """
+import json, sys, threading
+before = threading.active_count()
+from kalshi_platform.definitions import defs
+repository = defs.get_repository_def()
+repository.load_all_definitions()
+print(json.dumps({
+    "assets": sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()),
+    "jobs": sorted(job for job in repository.job_names if not job.startswith("__")),
+    "sensors": {s.name: s.default_status.value for s in repository.sensor_defs},
+    "loaded": sorted({"polars", "chdb", "clickhouse_connect", "websockets"} & set(sys.modules)),
+    "threads": threading.active_count() - before,
+}))
+"""
+
+
+def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_opens_nothing(
+    tmp_path: Path,
+) -> None:
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(loaded.stdout) == {
+        "assets": ["book_checkpoints", "latest_levels", "orderbook_events", "stream_events"],
+        "jobs": ["stream_orderbook"],
+        "sensors": {"streamer_supervisor": "RUNNING"},
+        "loaded": [],
+        "threads": 0,
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workspace_yaml_names_the_module_that_hands_out_the_definitions() -> None:
+    target = yaml.safe_load(shipped("workspace.yaml").read_text())["load_from"][0]["python_module"]
+    assert target == {
+        "module_name": "kalshi_platform.definitions",
+        "location_name": "kalshi_platform",
+    }
+
+
+def test_dagster_accepts_the_files_and_keeps_everything_in_the_data_folder(tmp_path: Path) -> None:
+    data = tmp_path / "somewhere else"
+    home = prepare(data, tmp_path / "code.sock")
+    with dg.DagsterInstance.from_config(str(home.folder)) as instance:
+        assert not instance.telemetry_enabled
+        assert not instance.nux_enabled
+        limits = instance.get_concurrency_config().run_queue_config
+        assert limits is not None
+        assert [limit["key"] for limit in limits.tag_concurrency_limits] == ["kalshi/shard"]
+    config = yaml.safe_load((home.folder / "dagster.yaml").read_text())
+    for section in ("local_artifact_storage", "compute_logs"):
+        assert config[section]["config"]["base_dir"].startswith(str(data / "dagster"))
+    assert config["storage"]["sqlite"]["base_dir"] == str(data / "dagster" / "storage")
+
+
+def test_dagster_dev_in_the_root_and_up_share_one_history() -> None:
+    root = yaml.safe_load(shipped("dagster.yaml").read_text())
+    assert root["storage"]["sqlite"]["base_dir"] == "data/dagster/storage"
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "data"
+    in_the_way.write_text("a file")
+    with pytest.raises(SettingsError, match="KALSHI_DATA_DIR is .*data"):
+        prepare(in_the_way, tmp_path / "code.sock")

@@ -1,0 +1,241 @@
+"""`streamer_supervisor` on a real instance, with real processes to find, interrupt and kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+from dagster import DagsterRunStatus as Status
+
+from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
+from kalshi_platform.orchestration.sensors import read_cursor, streamer_supervisor
+from kalshi_platform.orchestration.streamer import stream_orderbook
+from kalshi_platform.orchestration.supervisor import GRACE_S, State
+from kalshi_platform.processes import Identity
+from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+MEEK = "import time; print(1, flush=True); time.sleep(60)"
+
+
+class Worker:
+    """A process in the place of a run's worker."""
+
+    def __init__(self, script: str) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        self.identity = Identity(self.process.pid, psutil.Process(self.process.pid).create_time())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Worker]]:
+    started: list[Worker] = []
+    yield started
+    for worker in started:
+        worker.end()
+
+
+@pytest.fixture
+def worker(workers: list[Worker]) -> Worker:
+    workers.append(Worker(MEEK))
+    return workers[-1]
+
+
+def tick(
+    instance: dg.DagsterInstance, platform: StandInPlatform, cursor: str | None = None
+) -> dg.SensorResult:
+    with dg.build_sensor_context(
+        instance=instance, cursor=cursor, resources={"platform": platform}
+    ) as context:
+        result = streamer_supervisor(context)
+    assert isinstance(result, dg.SensorResult)
+    return result
+
+
+def reason(result: dg.SensorResult) -> str:
+    assert result.skip_reason is not None
+    return result.skip_reason.skip_message or ""
+
+
+def started_run(instance: dg.DagsterInstance, who: Identity | None) -> str:
+    """A run that Dagster believes to be running."""
+    tags = {SHARD_TAG: "0"} | ({PROCESS_TAG: str(who)} if who else {})
+    run = instance.create_run_for_job(stream_orderbook, tags=tags, status=Status.STARTING)
+    instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name),
+        run.run_id,
+    )
+    return run.run_id
+
+
+def write_health(platform: StandInPlatform, who: Identity, *, age_s: float = 0.0) -> None:
+    folder = platform.settings().journal_dir(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    at = time.time_ns() - int(age_s * 1e9)
+    (folder / "health.json").write_text(
+        json.dumps(
+            {
+                "pid": who.pid,
+                "pid_started": who.started,
+                "updated_ns": at,
+                "last_frame_ns": at,
+                "last_durable_ns": at,
+                "frames": 10,
+                "lag_frames": 0,
+                "state": "streaming",
+            }
+        )
+    )
+
+
+def status(instance: dg.DagsterInstance, run_id: str) -> Status:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run.status
+
+
+def test_with_nothing_there_a_run_is_launched_that_says_its_shard_and_source(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    requests = tick(instance, platform).run_requests or []
+    assert [request.tags for request in requests] == [{SHARD_TAG: "0", SOURCE_TAG: "simulator"}]
+
+
+def test_each_attempt_has_a_key_of_its_own(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    keys = {(tick(instance, platform).run_requests or [])[0].run_key for _ in range(3)}
+    assert len(keys) == 3
+
+
+def test_a_living_streamer_is_left_alone(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    result = tick(instance, platform)
+    assert not result.run_requests
+    assert "streams" in reason(result)
+    assert status(instance, run_id) is Status.STARTED
+
+
+def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    worker.end()
+    result = tick(instance, platform)
+    assert status(instance, run_id) is Status.FAILURE
+    assert "1 failure in a row" in reason(result)
+    backed_off = read_cursor(result.cursor)[0]
+    assert time.time() < backed_off.not_before < time.time() + 10
+    soon = json.dumps({"0": {"failures": 1, "counted": run_id}})
+    assert tick(instance, platform, soon).run_requests
+
+
+def test_a_hung_streamer_is_interrupted_then_killed_then_failed(
+    instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
+) -> None:
+    workers.append(Worker(STUBBORN))
+    worker = workers[-1]
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity, age_s=300)
+
+    first = tick(instance, platform)
+    assert status(instance, run_id) is Status.CANCELING
+    assert worker.identity.alive  # it ignored the interrupt
+
+    later = {run_id: time.time() - GRACE_S - 1}
+    state = read_cursor(first.cursor)[0]
+    cursor = json.dumps({"0": {"failures": state.failures, "canceling": later}})
+    second = tick(instance, platform, cursor)
+    worker.process.wait()
+    assert worker.process.returncode == -signal.SIGKILL
+
+    third = tick(instance, platform, second.cursor)
+    assert status(instance, run_id) is Status.CANCELED
+    assert not third.run_requests or third.skip_reason is None
+
+
+def test_an_interrupt_reaches_the_worker_without_its_code_server(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    started_run(instance, worker.identity)
+    write_health(platform, worker.identity, age_s=300)
+    tick(instance, platform)
+    worker.process.wait()
+    assert worker.process.returncode == -signal.SIGTERM
+
+
+def test_a_process_that_only_shares_the_pid_is_never_touched(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    former = Identity(worker.identity.pid, worker.identity.started - 1000)
+    run_id = started_run(instance, former)
+    write_health(platform, former, age_s=300)
+    tick(instance, platform)
+    assert status(instance, run_id) is Status.FAILURE
+    assert worker.process.poll() is None
+
+
+def test_a_worker_whose_run_was_force_terminated_is_not_doubled(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    instance.report_run_canceled(run)
+    result = tick(instance, platform)
+    assert not result.run_requests
+    assert "still flushing" in reason(result)
+
+
+def test_while_the_journal_is_written_outside_dagster_nothing_is_launched(
+    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+) -> None:
+    write_health(platform, worker.identity)
+    result = tick(instance, platform)
+    assert not result.run_requests
+    assert f"Process {worker.identity.pid} writes this journal outside Dagster" in reason(result)
+
+
+def test_runs_of_other_jobs_and_shards_are_not_looked_at(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "7"})
+    assert observe(instance, 0, tmp_path / "health.json").runs == ()
+
+
+def test_a_damaged_health_file_is_an_error_and_not_a_dead_streamer(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    path = tmp_path / "health.json"
+    path.write_text('{"pid": 1')
+    with pytest.raises(ValueError, match="delimiter|Expecting"):
+        observe(instance, 0, path)
+
+
+def test_what_is_remembered_outlives_the_tick(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    state = State(failures=3, not_before=time.time() + 60, canceling={})
+    cursor = json.dumps({"0": {"failures": 3, "not_before": state.not_before}})
+    result = tick(instance, platform, cursor)
+    assert not result.run_requests
+    assert "3 failures in a row" in reason(result)
+    assert read_cursor(result.cursor)[0] == state
