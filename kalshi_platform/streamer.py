@@ -29,6 +29,7 @@ from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loading.derive import Distrust
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
@@ -314,6 +315,7 @@ class Streamer:
         older_than_s = self._settings.journal_retention_hours * 3600
         for path in journal.prune(self._folder, needed, older_than_s):
             log.info("Journal segment %s is past its retention: removed.", path.name)
+        prune_hour_states(self._folder, journal.beginning(self._folder).n)
 
 
 def read_health(folder: Path) -> dict[str, object] | None:

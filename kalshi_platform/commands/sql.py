@@ -31,6 +31,9 @@ _NUMBER = re.compile(r"(Nullable\()?(U?Int|Float|Decimal)\d*")
 _TABLE_FORMAT = "JSONCompactStringsEachRowWithNamesAndTypes"
 """One line for each row, every value as ClickHouse itself would print it: exact."""
 
+_NULL = "ᴺᵁᴸᴸ"
+"""How that format spells a null."""
+
 _SHOWN_AT_LEAST = {"output_format_decimal_trailing_zeros": 1}
 _TAIL_BYTES = 64 * 1024
 
@@ -157,20 +160,20 @@ def _pass_through(answer: HTTPResponse) -> None:
     out.flush()
 
 
-def _rows(answer: HTTPResponse) -> Generator[list[str | None]]:
+def _rows(answer: HTTPResponse) -> Generator[list[str]]:
     rest = b""
     for piece in _pieces(answer):
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"["):
-                yield msgspec.json.decode(line, type=list[str | None])
+                yield msgspec.json.decode(line, type=list[str])
 
 
 def _print_table(answer: HTTPResponse, limit: int) -> None:
     lines = _rows(answer)
     with closing(lines):
-        names = [name or "" for name in next(lines, [])]
-        types = [kind or "" for kind in next(lines, [])]
+        names = next(lines, [])
+        types = next(lines, [])
         rows = list(islice(lines, limit))
         more = next(lines, None) is not None
     if not names:
@@ -186,18 +189,18 @@ def _print_table(answer: HTTPResponse, limit: int) -> None:
 
 
 def _print_rich(
-    console: Console, names: list[str], right: list[bool], rows: list[list[str | None]]
+    console: Console, names: list[str], right: list[bool], rows: list[list[str]]
 ) -> None:
     table = Table()
     for name, is_number in zip(names, right, strict=True):
         table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_shown(cell), style="dim" if cell is None else "") for cell in row))
+        table.add_row(*(Text(_shown(cell), style="dim" if cell == _NULL else "") for cell in row))
     console.print(table)
     console.print(Text(f"{len(rows)} row{'' if len(rows) == 1 else 's'}", style="dim"))
 
 
-def _print_plain(names: list[str], right: list[bool], rows: list[list[str | None]]) -> None:
+def _print_plain(names: list[str], right: list[bool], rows: list[list[str]]) -> None:
     lines: list[list[str]] = [names, *([_shown(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -205,8 +208,8 @@ def _print_plain(names: list[str], right: list[bool], rows: list[list[str | None
         click.echo("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip())
 
 
-def _shown(cell: str | None) -> str:
+def _shown(cell: str) -> str:
     """A cell on one line."""
-    if cell is None:
+    if cell == _NULL:
         return "NULL"
     return cell.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")

@@ -23,7 +23,7 @@ import tenacity
 
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Distrust, Rows, State, derive
-from kalshi_platform.loading.state import checkpoint, load, save
+from kalshi_platform.loading.state import checkpoint, keep_hour_state, load, save
 from kalshi_platform.loading.stores import Store
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position, Writer, joined
@@ -169,8 +169,8 @@ class Load:
     def _take(self) -> None:
         """Derive what is durable, until there is enough for one write."""
         blocks = journal.read(self._folder, self._position, self._writer.durable)
-        for block in _chunks(blocks):
-            for piece, hour in _at_hours(block, self._state.version):
+        for block in chunks(blocks):
+            for piece, hour in at_hours(block, self._state.version):
                 if hour is not None:
                     self._commit(self._position)
                     self._begin_hour(hour)
@@ -205,7 +205,7 @@ class Load:
 
     def _replay(self, until: Position) -> None:
         """Derive up to `until`, which is durable: it was committed or planned."""
-        for block in _chunks(journal.read(self._folder, self._position)):
+        for block in chunks(journal.read(self._folder, self._position)):
             if self._position.n >= until.n:
                 break
             piece = block
@@ -222,6 +222,7 @@ class Load:
 
     def _begin_hour(self, hour: datetime) -> None:
         books, n = checkpoint(self._state, hour), self._position.n
+        keep_hour_state(self._state, self._folder, hour)
         self._insist(lambda: self._store.begin_hour(hour, books, n))
 
     def _commit(self, end: Position) -> None:
@@ -314,7 +315,7 @@ def _plain(position: Position) -> tuple[int, int, int]:
     return (position.segment, position.offset, position.n)
 
 
-def _chunks(blocks: Iterator[Block]) -> Iterator[Block]:
+def chunks(blocks: Iterator[Block]) -> Iterator[Block]:
     """Small blocks gathered into larger ones: a derivation costs the same for few rows."""
     gathered: list[Block] = []
     rows = 0
@@ -328,7 +329,7 @@ def _chunks(blocks: Iterator[Block]) -> Iterator[Block]:
         yield joined(gathered)
 
 
-def _at_hours(block: Block, newest_ns: int) -> Iterator[tuple[Block, datetime | None]]:
+def at_hours(block: Block, newest_ns: int) -> Iterator[tuple[Block, datetime | None]]:
     """The block cut before each first record of a later hour, with the hour that a piece begins.
 
     `newest_ns` is the newest receive time before the block: a clock that steps back begins nothing.

@@ -50,6 +50,28 @@ def load(path: Path) -> State:
     return State(head.n, head.version, head.connections, head.books, levels)
 
 
+def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
+    """Keep the books before an hour's first record, so that the hour can be derived again."""
+    save(state, _hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
+
+
+def hour_state(journal_folder: Path, hour: datetime) -> State | None:
+    """The books before an hour's first record, or None where they were not kept."""
+    found = sorted(_hour_folder(journal_folder).glob(f"{hour:%Y-%m-%dT%H}-*.state"))
+    return load(found[0]) if found else None
+
+
+def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:
+    """Forget the states of hours whose records the journal no longer has."""
+    for path in _hour_folder(journal_folder).glob("*.state"):
+        if int(path.stem.rpartition("-")[2]) < kept_from_n:
+            path.unlink()
+
+
+def _hour_folder(journal_folder: Path) -> Path:
+    return journal_folder / "load" / "hours"
+
+
 def checkpoint(state: State, hour: datetime) -> pa.Table:
     """Every live book at the hour's first instant, from the state after the last record before it.
 

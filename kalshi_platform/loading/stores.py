@@ -55,7 +55,7 @@ class ClickHouseStore:
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events."""
         for name in rows[0].tables:
-            table = _joined([r.tables[name] for r in rows])
+            table = concatenated([r.tables[name] for r in rows])
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
             self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}")
@@ -91,8 +91,8 @@ class ParquetStore:
         for name in rows[0].tables:
             if not DATASETS[name].archived:
                 continue
-            table = _joined([r.tables[name] for r in rows])
-            for hour, part in _by_hour(table):
+            table = concatenated([r.tables[name] for r in rows])
+            for hour, part in by_hour(table):
                 path = archive.hour_folder(self._root, name, hour) / archive.part_name(
                     self._shard, first_n, end_n
                 )
@@ -122,7 +122,8 @@ class ParquetStore:
         self._report(report)
 
 
-def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables one below the other, with one dictionary a column."""
     joined = pa.concat_tables(tables)
     return joined.unify_dictionaries() if len(tables) > 1 else joined
 
@@ -140,7 +141,7 @@ def _last_of_each_level(table: pa.Table) -> pa.Table:
     return table.take(last["index"].to_arrow())
 
 
-def _by_hour(table: pa.Table) -> list[tuple[datetime, pa.Table]]:
+def by_hour(table: pa.Table) -> list[tuple[datetime, pa.Table]]:
     """The table cut by the hour of `ingest_ts`; mostly one piece."""
     if not table.num_rows:
         return []

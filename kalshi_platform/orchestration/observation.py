@@ -81,6 +81,8 @@ def read_health(path: Path) -> Health | None:
         last_frame=_seconds(raw["last_frame_ns"]),
         last_durable=_seconds(raw["last_durable_ns"]),
         state=str(raw["state"]),
+        last_heard=_seconds(raw["last_heard_ns"]),
+        trouble=raw["trouble"],
     )
 
 

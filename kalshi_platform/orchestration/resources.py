@@ -52,9 +52,9 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def rebuild(self, hour: datetime) -> HourReport:
         """A sealed hour, rebuilt. Raises `PlatformError` when nothing holds it any more."""
-        from kalshi_platform.loading import hours
+        from kalshi_platform.loading.rebuild import rebuild
 
-        return hours.rebuild(self.settings(), hour)
+        return rebuild(self.settings(), hour)
 
     @property
     def source(self) -> str:

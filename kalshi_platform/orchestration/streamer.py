@@ -143,7 +143,8 @@ class _Host:
 
     def stop(self) -> None:
         """Drain and flush; then say what is still unsaid."""
-        self._streamer.stop()
+        if not self._streamer.stop():
+            log.warning("Not everything is loaded yet; the journal keeps it for the next run.")
         if self._unsaid is not None:
             self.report(self._unsaid)
         while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
@@ -205,13 +206,15 @@ def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) ->
 
 def heartbeat(health: "Health") -> str:
     """One calm line."""
+    trouble = f"; {health.trouble}" if health.trouble else ""
     return (
         f"{health.state}: {health.frames:,} frames, {health.lag_frames:,} not loaded yet;"
         f" last frame {_ago(health.last_frame_ns)}, last durable write {_ago(health.last_durable_ns)}"
+        f"{trouble}"
     )
 
 
-def _ago(ns: int | None) -> str:
+def _ago(ns: int) -> str:
     return f"{time.time() - ns / 1e9:.1f} s ago" if ns else "not yet"
 
 

@@ -29,7 +29,13 @@ HEALTH_S = 30.0
 DURABLE_S = 60.0
 """How far the last durable write may be behind the last received frame."""
 FRAME_S = 120.0
-"""Oldest last frame of a streamer that claims to be receiving: the exchange pings each 10 s."""
+"""Oldest last frame of a streamer that claims to be receiving."""
+HEARD_S = 300.0
+"""Oldest sign of life, pings included, of a streamer that calls the exchange quiet: the exchange
+pings each 10 s, and capture dials anew after half a minute without."""
+CONNECT_S = 900.0
+"""Oldest sign of life while capture dials: it has a back-off of its own, and a new run dials no
+better."""
 GRACE_S = 15.0
 """From a cancellation to the kill."""
 FLUSH_S = 120.0
@@ -41,16 +47,11 @@ RECYCLE_S = 24 * 3600.0
 BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
 """Wait after the first failure, doubled by each further one up to the limit."""
 
-CONNECT_S = 900.0
-"""The same while capture dials: it has a back-off of its own, and a new run dials no better."""
-
-SILENCE_S = {
-    "quiet": float("inf"),  # connected and heard, but nothing is traded
-    "maintenance": float("inf"),
-    "starting": CONNECT_S,
-    "connecting": CONNECT_S,
-}
-"""Oldest last frame by the streamer's state; `FRAME_S` for every other state."""
+DIALLING = frozenset({"starting", "connecting"})
+QUIET = frozenset({"quiet", "maintenance"})
+BLOCKED = "blocked"
+"""The disk refuses or is too slow. What was received waits in memory, and a new run would lose it:
+such a streamer is never judged stale while it goes on saying so."""
 
 
 class Phase(StrEnum):
@@ -106,6 +107,10 @@ class Health:
     last_frame: float | None
     last_durable: float | None
     state: str
+    last_heard: float | None = None
+    """Anything from the exchange, pings included."""
+    trouble: str | None = None
+    """What is wrong, in the streamer's own words."""
 
 
 @dataclass(frozen=True)
@@ -308,8 +313,13 @@ def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
         )
     if age >= RECYCLE_S:
         return _relief(seen, run, state)
+    return _wait(_well(run, run.process.identity, health), state)
+
+
+def _well(run: Run, who: Identity, health: Health | None) -> str:
     claim = health.state if health is not None else "starting"
-    return _wait(f"Run {run.name} streams (process {run.process.identity.pid}, {claim}).", state)
+    trouble = f" {health.trouble}" if health is not None and health.trouble else ""
+    return f"Run {run.name} records (process {who.pid}, {claim}).{trouble}"
 
 
 def _nameless(run: Run, state: State, age: float) -> Decision:
@@ -374,14 +384,20 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
         return f"it has reported no health in {age:.0f} s."
     if now - health.updated > HEALTH_S:
         return f"its last health report is {now - health.updated:.0f} s old."
+    if health.state == BLOCKED:
+        return None
     started = now - age
     frame = started if health.last_frame is None else health.last_frame
     durable = started if health.last_durable is None else health.last_durable
     if frame - durable > DURABLE_S:
         return f"frames come, but nothing has been made durable for {now - durable:.0f} s."
-    silent = now - frame
-    if silent > SILENCE_S.get(health.state, FRAME_S):
-        return f"no frame for {silent:.0f} s, and it calls itself {health.state!r}."
+    if health.state in QUIET | DIALLING:
+        heard = max(frame, health.last_heard or frame)
+        bound = CONNECT_S if health.state in DIALLING else HEARD_S
+        if now - heard > bound:
+            return f"it is {health.state}, and nothing came for {now - heard:.0f} s."
+    elif now - frame > FRAME_S:
+        return f"no frame for {now - frame:.0f} s, and it calls itself {health.state!r}."
     return None
 
 

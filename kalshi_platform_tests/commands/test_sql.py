@@ -36,7 +36,7 @@ def sql(
 def test_a_table_lines_up_and_keeps_every_decimal(sql: Run) -> None:
     result = sql(
         "SELECT * FROM (SELECT 'A' AS ticker, toDecimal32('0.5', 4) AS price, toUInt64(18446744073709551615) AS n,"
-        " NULL AS nothing UNION ALL SELECT 'LONG\\nER', 0.1, 7, NULL) ORDER BY ticker"
+        " NULL AS nothing UNION ALL SELECT 'LONG\\nER', toDecimal32('0.1', 4), 7, NULL) ORDER BY ticker"
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [

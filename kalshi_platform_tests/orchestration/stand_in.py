@@ -13,14 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.orchestration.resources import KalshiResource
-
-if TYPE_CHECKING:
-    from kalshi_platform.streamer import Health, Streamer
+from kalshi_platform.streamer import Health, Streamer
 
 HOUR = datetime(2026, 11, 20, 14, tzinfo=UTC)
 DATASETS = ("orderbook_events", "stream_events", "book_checkpoints")
@@ -87,16 +85,22 @@ class StandInStreamer:
 
     def health(self) -> Health:
         return cast(
-            "Health",
+            Health,
             SimpleNamespace(
-                state="streaming", frames=1, lag_frames=0, last_frame_ns=1, last_durable_ns=None
+                state="streaming",
+                frames=1,
+                lag_frames=0,
+                last_frame_ns=1,
+                last_durable_ns=0,
+                trouble=None,
             ),
         )
 
-    def stop(self, timeout_s: float = 10.0) -> None:
+    def stop(self, timeout_s: float = 10.0) -> bool:
         self.reports.extend(self.on_stop)
         self.on_stop = []
         self.stopped.set()
+        return True
 
 
 def interrupt(_: StandInStreamer) -> None:
@@ -115,7 +119,7 @@ class StandInPlatform(KalshiResource):
     rebuilt: ClassVar[list[datetime]] = []
 
     def streamer(self, shard: int) -> Streamer:
-        return cast("Streamer", self.streamers.popleft())
+        return cast(Streamer, self.streamers.popleft())
 
     def is_sealed(self, hour: datetime) -> bool:
         found = self.hours.get(hour)

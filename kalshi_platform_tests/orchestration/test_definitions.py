@@ -83,5 +83,5 @@ def test_dagster_dev_in_the_root_and_up_share_one_history() -> None:
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     in_the_way = tmp_path / "data"
     in_the_way.write_text("a file")
-    with pytest.raises(SettingsError, match="KALSHI_DATA_DIR is .*data"):
+    with pytest.raises(SettingsError, match=r"KALSHI_DATA_DIR is .*data"):
         prepare(in_the_way, tmp_path / "code.sock")

@@ -93,6 +93,8 @@ def write_health(platform: StandInPlatform, who: Identity, *, age_s: float = 0.0
                 "updated_ns": at,
                 "last_frame_ns": at,
                 "last_durable_ns": at,
+                "last_heard_ns": at,
+                "trouble": None,
                 "frames": 10,
                 "lag_frames": 0,
                 "state": "streaming",
@@ -128,7 +130,7 @@ def test_a_living_streamer_is_left_alone(
     write_health(platform, worker.identity)
     result = tick(instance, platform)
     assert not result.run_requests
-    assert "streams" in reason(result)
+    assert "records" in reason(result)
     assert status(instance, run_id) is Status.STARTED
 
 
@@ -226,7 +228,7 @@ def test_a_damaged_health_file_is_an_error_and_not_a_dead_streamer(
 ) -> None:
     path = tmp_path / "health.json"
     path.write_text('{"pid": 1')
-    with pytest.raises(ValueError, match="delimiter|Expecting"):
+    with pytest.raises(ValueError, match=r"delimiter|Expecting"):
         observe(instance, 0, path)
 
 

@@ -17,6 +17,7 @@ from kalshi_platform.orchestration.supervisor import (
     FRAME_S,
     GRACE_S,
     HEALTH_S,
+    HEARD_S,
     HEALTHY_S,
     QUEUE_S,
     RECYCLE_S,
@@ -55,11 +56,14 @@ def health(
     frame_age: float | None = 0.5,
     durable_age: float | None = 0.5,
     state: str = "streaming",
+    heard_age: float | None = None,
 ) -> Health:
     def ago(seconds: float | None) -> float | None:
         return None if seconds is None else NOW - seconds
 
-    return Health(process, NOW - age, ago(frame_age), ago(durable_age), state)
+    return Health(
+        process, NOW - age, ago(frame_age), ago(durable_age), state, last_heard=ago(heard_age)
+    )
 
 
 STARTED = run(Phase.STARTED, 1000, WORKER)
@@ -104,11 +108,24 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
         Cancel,
     ),
     "the exchange is quiet": (
-        Observation((STARTED,), health=health(frame_age=9000, durable_age=9000, state="quiet")),
+        Observation(
+            (STARTED,),
+            health=health(frame_age=9000, durable_age=9, state="quiet", heard_age=9),
+        ),
         Wait,
     ),
+    "called quiet, but not even pings come": (
+        Observation(
+            (STARTED,),
+            health=health(frame_age=900, durable_age=9, state="quiet", heard_age=HEARD_S + 1),
+        ),
+        Cancel,
+    ),
     "the exchange is in maintenance": (
-        Observation((STARTED,), health=health(frame_age=900, durable_age=900, state="maintenance")),
+        Observation(
+            (STARTED,),
+            health=health(frame_age=900, durable_age=9, state="maintenance", heard_age=9),
+        ),
         Wait,
     ),
     "the exchange is away, and capture dials": (
@@ -122,8 +139,12 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
         ),
         Cancel,
     ),
-    "the disk has been too slow for long": (
-        Observation((STARTED,), health=health(frame_age=FRAME_S + 1, state="blocked")),
+    "the disk is full, and a new run would lose what waits in memory": (
+        Observation((STARTED,), health=health(frame_age=3000, durable_age=4000, state="blocked")),
+        Wait,
+    ),
+    "the disk is full, and the process hangs": (
+        Observation((STARTED,), health=health(age=HEALTH_S + 1, state="blocked")),
         Cancel,
     ),
     "quiet, but the process hangs": (

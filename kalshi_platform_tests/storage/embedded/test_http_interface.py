@@ -18,7 +18,6 @@ import zstandard
 
 from kalshi_platform_tests.storage.embedded.conftest import Ask
 
-
 TSV = "text/tab-separated-values; charset=UTF-8"
 CSV = "text/csv; charset=UTF-8; header=absent"
 

@@ -1,0 +1,239 @@
+"""What the REST interface answers, typed: the fields that the platform reads, and its refusals.
+
+Numbers stay exact: dollars and contracts are the wire's decimal strings (numbers.py makes integers of
+them), cents and times are whole numbers. Fields that we do not name are let through unread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of an answer."""
+
+
+# -- the exchange ------------------------------------------------------------------------------
+
+
+class ExchangeStatus(Answer, frozen=True):
+    """Whether the exchange is up, and whether orders are matched."""
+
+    exchange_active: bool
+    trading_active: bool
+
+
+class Schedule(Answer, frozen=True):
+    """Trading hours for each weekday (00:00 to 00:00 is all day) and maintenance windows."""
+
+    standard_hours: list[dict[str, Any]] = []
+    maintenance_windows: list[dict[str, Any]] = []
+
+
+class Bucket(Answer, frozen=True):
+    """A token bucket: a request costs 10 tokens unless said otherwise."""
+
+    bucket_capacity: int
+    refill_rate: int
+    """Tokens a second."""
+
+
+class Limits(Answer, frozen=True):
+    """What this account may ask for."""
+
+    read: Bucket
+    write: Bucket
+    usage_tier: str = ""
+
+
+# -- markets -----------------------------------------------------------------------------------
+
+
+class PriceRange(Answer, frozen=True):
+    """Prices from `start` to `end` dollars lie on a grid of `step`."""
+
+    start: str
+    end: str
+    step: str
+
+
+class Market(Answer, frozen=True):
+    """A market. Prices in dollars, sizes in contracts; a best bid of none is "0.0000"."""
+
+    ticker: str
+    event_ticker: str
+    status: str
+    """initialized, inactive, active, closed, determined, disputed, amended or finalized."""
+    market_type: str = ""
+    title: str = ""
+    open_time: datetime | None = None
+    close_time: datetime | None = None
+    latest_expiration_time: datetime | None = None
+    yes_bid_dollars: str | None = None
+    yes_ask_dollars: str | None = None
+    yes_bid_size_fp: str | None = None
+    yes_ask_size_fp: str | None = None
+    no_bid_dollars: str | None = None
+    no_ask_dollars: str | None = None
+    last_price_dollars: str | None = None
+    volume_fp: str | None = None
+    open_interest_fp: str | None = None
+    price_level_structure: str = ""
+    """An opaque name of the price grid; `price_ranges` is the grid."""
+    price_ranges: list[PriceRange] | None = None
+    result: str = ""
+    """yes, no, scalar, or empty while it is open."""
+    settlement_value_dollars: str | None = None
+    settlement_ts: datetime | None = None
+
+
+class Event(Answer, frozen=True):
+    """An event, with its markets where they were asked for."""
+
+    event_ticker: str
+    series_ticker: str
+    title: str = ""
+    sub_title: str = ""
+    category: str = ""
+    mutually_exclusive: bool = False
+    markets: list[Market] | None = None
+
+
+class Series(Answer, frozen=True):
+    """A series of events."""
+
+    ticker: str
+    title: str = ""
+    category: str = ""
+    frequency: str = ""
+    fee_type: str = ""
+    fee_multiplier: Decimal | None = None
+
+
+class Orderbook(Answer, frozen=True):
+    """Two ladders of bids, (dollars, contracts), ascending: the best bid is the last."""
+
+    yes_dollars: list[tuple[str, str]] | None = None
+    no_dollars: list[tuple[str, str]] | None = None
+
+
+class Trade(Answer, frozen=True):
+    """A trade, as everybody sees it."""
+
+    trade_id: str
+    ticker: str
+    count_fp: str
+    yes_price_dollars: str
+    no_price_dollars: str
+    created_time: datetime
+    taker_outcome_side: str = ""
+    taker_book_side: str = ""
+    is_block_trade: bool = False
+
+
+# -- the portfolio -----------------------------------------------------------------------------
+
+
+class Position(Answer, frozen=True):
+    """What we hold of a market: contracts, positive YES and negative NO."""
+
+    ticker: str
+    position_fp: str
+    market_exposure_dollars: str | None = None
+    realized_pnl_dollars: str | None = None
+    fees_paid_dollars: str | None = None
+    total_traded_dollars: str | None = None
+    last_updated_ts: datetime | None = None
+    exchange_index: int | None = None
+
+
+class Fill(Answer, frozen=True):
+    """A fill of ours. `outcome_side` yes adds `count_fp` to the position, no takes it away."""
+
+    fill_id: str
+    order_id: str
+    ticker: str
+    outcome_side: str
+    count_fp: str
+    yes_price_dollars: str
+    no_price_dollars: str
+    created_time: datetime
+    is_taker: bool
+    fee_cost: str
+    """Dollars, 6 decimals."""
+    book_side: str = ""
+    subaccount_number: int | None = None
+    exchange_index: int | None = None
+
+
+class Settlement(Answer, frozen=True):
+    """A market of ours that was settled."""
+
+    ticker: str
+    event_ticker: str
+    market_result: str
+    """yes, no, scalar or void."""
+    yes_count_fp: str
+    no_count_fp: str
+    yes_total_cost_dollars: str
+    no_total_cost_dollars: str
+    fee_cost: str
+    revenue: int
+    """Cents."""
+    settled_time: datetime
+    value: int | None = None
+    """Cents."""
+
+
+class Balance(Answer, frozen=True):
+    """Money."""
+
+    balance_dollars: str
+    balance: int
+    """Cents, cut off: `balance_dollars` is the exact one."""
+    portfolio_value: int
+    """Cents."""
+    updated_ts: int
+    """Unix seconds."""
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the exchange said no."""
+
+    code: str = ""
+    message: str = ""
+    details: str = ""
+
+    def __str__(self) -> str:
+        parts = dict.fromkeys(part for part in (self.code, self.message, self.details) if part)
+        return ": ".join(parts)
+
+
+def read_refusal(body: bytes) -> Refusal:
+    """The refusal in an error answer, in any of the exchange's four shapes.
+
+    {"error": {"code", "message", "details"}}, the same without "error", {"msg": …} and
+    {"error": "too many requests"}. Anything else (a proxy's page) gives its first words.
+    """
+    try:
+        answer = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return Refusal(message=" ".join(body[:200].decode(errors="replace").split()))
+    if not isinstance(answer, dict):
+        return Refusal(message=str(answer)[:200])
+    error = answer.get("error", answer)
+    if not isinstance(error, dict):
+        return Refusal(message=str(error))
+    message = error.get("message") or error.get("msg")
+    return Refusal(
+        *(str(part or "") for part in (error.get("code"), message, error.get("details")))
+    )

@@ -1,0 +1,213 @@
+"""An archived hour, built again: from the journal while that is kept, else from ClickHouse.
+
+From the journal every part is derived anew and replaces itself, name for name, so that a reader
+sees each row once at every instant. From ClickHouse, for hours whose files are lost or damaged, the
+hour becomes one file per dataset; what was there is put aside under a hidden name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform.loading import hours
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.loading.load import at_hours, chunks
+from kalshi_platform.loading.state import checkpoint, hour_state
+from kalshi_platform.loading.stores import by_hour, concatenated
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import Block, JournalError, Position
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import archive, clickhouse
+from kalshi_platform.storage.archive import HOUR, floor_hour, hour_of_ns
+from kalshi_platform.storage.errors import StoreError, StoreRefused
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+
+log = logging.getLogger(__name__)
+
+FROM_CLICKHOUSE = "clickhouse.parquet"
+RANGE_RECORDS = 524_288
+"""Journal records of one file, where nothing says how the hour was cut before."""
+
+
+def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
+    """Build a past hour again and seal it; the hour that is still open is only described.
+
+    The report has no datasets where nothing of the hour is known anywhere. Raises `StoreRefused`
+    where neither the journal nor ClickHouse can give back what is lost.
+    """
+    root = settings.archive_dir
+    if floor_hour(datetime.now(UTC)) <= hour:
+        return hours.describe(root, hour, complete=False)
+    start = _in_journal(settings.journal_dir(shard), hour)
+    if start is not None:
+        _from_journal(settings.journal_dir(shard), start, root, hour, shard)
+    elif not _sound(root, hour):
+        _from_clickhouse(settings, root, hour)
+    return hours.seal(root, hour)
+
+
+# -- from the journal --------------------------------------------------------------------------
+
+
+def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
+    """The books before the hour's first record, and where that record is; None if not kept."""
+    try:
+        beginning = journal.beginning(folder)
+    except JournalError:
+        return None
+    state = hour_state(folder, hour)
+    if state is not None and state.n >= beginning.n:
+        segment = max(n for n in journal.segments(folder) if n <= state.n)
+        return state, Position(segment, 0, state.n)
+    if beginning.n == 0:  # the journal's very first hour begins with no books at all
+        first = next(journal.read(folder, beginning), None)
+        if first is not None and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour:
+            return State(), beginning
+    return None
+
+
+def _from_journal(
+    folder: Path, start: tuple[State, Position], root: Path, hour: datetime, shard: int
+) -> None:
+    state, position = start
+    books = checkpoint(state, hour) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
+    if books.num_rows:
+        _write(root, BOOK_CHECKPOINTS, hour, archive.part_name(shard, state.n, state.n), books)
+    edges = _edges(root, hour, shard)
+    pending: list[Rows] = []
+    first_n = state.n
+    for piece in _pieces(folder, position, hour, edges):
+        rows, state = derive(decode([piece]), state)
+        pending.append(rows)
+        if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
+            _write_range(root, hour, shard, first_n, pending)
+            pending, first_n = [], state.n
+    if pending:
+        _write_range(root, hour, shard, first_n, pending)
+
+
+def _edges(root: Path, hour: datetime, shard: int) -> set[int]:
+    """Where the hour was cut into parts, by the names of its files and what its manifests list."""
+    names = set()
+    for dataset in hours.RECORDED:
+        names |= {path.name for path in archive.files(root, dataset, hour)}
+        manifest = archive.read_manifest(root, dataset, hour)
+        names |= {part.file for part in manifest.parts} if manifest else set()
+    ranges = [cut for name in names if (cut := archive.part_range(name)) and cut[0] == shard]
+    return {n for _, first_n, end_n in ranges for n in (first_n, end_n)}
+
+
+def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -> Iterator[Block]:
+    """The hour's blocks, cut at the edges; ends at the first record of a later hour."""
+    newest_ns = 0
+    for block in chunks(journal.read(folder, position)):
+        for piece, begins in at_hours(block, newest_ns):
+            if begins is not None and begins > hour:
+                return
+            newest_ns = max(newest_ns, pc.max(piece.batch.column("recv_ns")).as_py())
+            rest = piece
+            for edge in sorted(e for e in edges if rest.first_n < e < rest.first_n + rest.rows):
+                head, rest = rest.cut(edge - rest.first_n)
+                yield head
+            yield rest
+
+
+def _write_range(root: Path, hour: datetime, shard: int, first_n: int, pending: list[Rows]) -> None:
+    name = archive.part_name(shard, first_n, pending[-1].end_n)
+    for dataset in DATASETS.values():
+        if not dataset.archived or dataset.name not in pending[0].tables:
+            continue
+        table = concatenated([rows.tables[dataset.name] for rows in pending])
+        for of_hour, piece in by_hour(table):
+            if of_hour == hour:
+                _write(root, dataset, hour, name, piece)
+
+
+def _write(root: Path, dataset: Dataset, hour: datetime, name: str, table: pa.Table) -> None:
+    archive.write(archive.hour_folder(root, dataset.name, hour) / name, [table], dataset.arrow)
+
+
+# -- from ClickHouse ---------------------------------------------------------------------------
+
+
+def _sound(root: Path, hour: datetime) -> bool:
+    """Whether the hour's files are all there and hold what its manifests say."""
+    for dataset in hours.RECORDED:
+        manifest = archive.read_manifest(root, dataset, hour)
+        present = {path.name for path in archive.files(root, dataset, hour)}
+        if manifest is None:
+            if present:
+                return False
+            continue
+        if present != {part.file for part in manifest.parts}:
+            return False
+    try:
+        report = hours.describe(root, hour, complete=True)
+    except StoreError as error:
+        log.warning("%s", error)
+        return False
+    return bool(report.datasets) and all(
+        (m := archive.read_manifest(root, d.dataset, hour)) is not None and m.checksum == d.checksum
+        for d in report.datasets
+    )
+
+
+def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
+    if not settings.use_clickhouse:
+        raise StoreRefused(_lost(hour, "ClickHouse is not in use (USE_CLICKHOUSE=0)"))
+    client = clickhouse.connect(settings, log_comment=f"rebuild {hour:%Y-%m-%dT%H}")
+    for name in hours.RECORDED:
+        dataset = DATASETS[name]
+        table = _select_hour(client, dataset, hour)
+        manifest = archive.read_manifest(root, name, hour)
+        if manifest is not None and table.num_rows < manifest.rows:
+            why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
+            raise StoreRefused(_lost(hour, why))
+        for path in archive.files(root, name, hour):
+            path.rename(path.with_name(f".{path.name}.replaced"))
+        if table.num_rows:
+            _write(root, dataset, hour, FROM_CLICKHOUSE, table)
+
+
+def _select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
+    clock = "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
+    columns = ", ".join(
+        f"toString({c.name}) AS {c.name}" if c.clickhouse == "UUID" else c.name
+        for c in dataset.columns
+    )
+    order = ", ".join(
+        c.name
+        for c in dataset.columns
+        if c.name in {clock, "conn_id", "sid", "seq", "side", "price"}
+    )
+    query = (
+        f"SELECT {columns} FROM {dataset.name}"  # noqa: S608 - names are the schema's own
+        f" WHERE {clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
+        f" ORDER BY {order}"
+    )
+    with clickhouse.translated():
+        found = client.query_arrow(query, parameters={"start": hour, "end": hour + HOUR})
+    return pa.Table.from_arrays(
+        [_as(found[field.name], field.type) for field in dataset.arrow], schema=dataset.arrow
+    )
+
+
+def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(kind):
+        return column.cast(pa.string()).dictionary_encode().cast(kind)
+    return column.cast(kind)
+
+
+def _lost(hour: datetime, why: str) -> str:
+    return (
+        f"The hour {hour:%Y-%m-%d %H:00} UTC cannot be rebuilt: the journal no longer has it, and {why}."
+        " Its files are as they were; restore them from a backup."
+    )
