@@ -55,7 +55,7 @@ class Identity:
     started: float
 
     def __str__(self) -> str:
-        return f"{self.pid}@{self.started:.2f}"
+        return f"{self.pid}@{self.started!r}"
 
     @classmethod
     def parse(cls, text: str) -> Identity:
@@ -68,11 +68,15 @@ class Identity:
         """This very process."""
         return cls(os.getpid(), psutil.Process().create_time())
 
+    def same(self, other: Identity) -> bool:
+        """Whether both are one process."""
+        return self.pid == other.pid and abs(self.started - other.started) <= START_TIME_SLACK_S
+
     def find(self) -> psutil.Process | None:
         """The living process, or None: gone, a zombie, or its pid is somebody else's now."""
         try:
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) > START_TIME_SLACK_S:
+            if not self.same(Identity(self.pid, process.create_time())):
                 return None
             return None if process.status() == psutil.STATUS_ZOMBIE else process
         except psutil.NoSuchProcess:
@@ -155,8 +159,8 @@ class Session:
         # While any member lives the leader's pid stays taken as the session's id. A stranger
         # with that pid means that all of them have ended and the number was handed on.
         with contextlib.suppress(psutil.NoSuchProcess):
-            started = psutil.Process(self.leader.pid).create_time()
-            if abs(started - self.leader.started) > START_TIME_SLACK_S:
+            now = psutil.Process(self.leader.pid)
+            if not self.leader.same(Identity(now.pid, now.create_time())):
                 return []
         found = []
         for process in psutil.process_iter():

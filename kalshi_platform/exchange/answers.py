@@ -218,7 +218,7 @@ class Refusal:
         return ": ".join(parts)
 
 
-def read_refusal(body: bytes) -> Refusal:
+def read_refusal(body: bytes | bytearray) -> Refusal:
     """The refusal in an error answer, in any of the exchange's four shapes.
 
     {"error": {"code", "message", "details"}}, the same without "error", {"msg": …} and

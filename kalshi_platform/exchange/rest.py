@@ -49,6 +49,10 @@ from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
+
+
+Headers = Mapping[str, str]
+"""Headers of an answer, whoever read them; names in any case."""
 Params = Mapping[str, str | int | Sequence[str] | None]
 
 TIMEOUT = httpx.Timeout(15.0, connect=5.0)
@@ -216,8 +220,10 @@ class RestClient:
             )
         ]
 
-    def open_markets(self, series: str) -> list[Market]:
-        """The markets of a series that trade now."""
+    def open_markets(self, series: str | None = None) -> list[Market]:
+        """The markets of a series that trade now; without one, all but multivariate ones."""
+        if series is None:
+            return self.markets(status="open", mve_filter="exclude")
         return self.markets(status="open", series_ticker=series)
 
     def unknown_tickers(self, tickers: Iterable[str]) -> set[str]:
@@ -374,48 +380,84 @@ class RestClient:
                 f"The exchange at {self._base} cannot be reached ({error})."
                 f" {self._remedy_for_silence()}"
             ) from error
-        self._clock_skew_s = _skew_s(answer, (sent + time.time()) / 2)
+        now_s = (sent + time.time()) / 2
+        self._clock_skew_s = clock_skew_s(answer.headers, now_s)
         if answer.status_code == httpx.codes.OK:
             return answer.content
-        raise self._refused(path, answer.status_code, read_refusal(answer.content))
+        raise refusal(
+            answer.status_code, answer.content, answer.headers, what=f"GET {path}", now_s=now_s
+        )
 
     def _remedy_for_silence(self) -> str:
         if self._exchange.simulated:
             return "Start the simulator (kalshi-platform simulate), or set PROD_KEYID and PROD_KEYFILE."
         return "Check the network and KALSHI_REST_URL."
 
-    def _refused(self, path: str, status: int, refusal: Refusal) -> ExchangeError:
-        if status == httpx.codes.TOO_MANY_REQUESTS:
-            return RateLimited(
-                f"The exchange says we ask too often (GET {path}). Does another program share the key?"
-            )
-        if status >= 500:
-            return Unreachable(f"The exchange fails with HTTP {status} (GET {path}): {refusal}.")
-        if status in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
-            return CredentialsError(self._credentials_sentence(status, refusal))
-        if status == httpx.codes.NOT_FOUND:
-            return ExchangeError(f"The exchange knows no {path} ({refusal}). Check the name.")
-        return ExchangeError(f"The exchange refused GET {path} with HTTP {status}: {refusal}.")
 
-    def _credentials_sentence(self, status: int, refusal: Refusal) -> str:
-        if self._credentials is None or refusal.code == "signature_is_missing_from_headers":
-            return "The exchange wants a signed request here. Set PROD_KEYID and PROD_KEYFILE."
-        if refusal.code == "header_timestamp_expired":
-            return _clock_sentence(self._clock_skew_s)
-        if refusal.details == "INCORRECT_API_KEY_SIGNATURE":
-            return (
-                f"The exchange rejects our signature: the private key in {self._exchange.key_file} is"
-                " not the one that belongs to PROD_KEYID. Set PROD_KEYFILE to the file that came with it."
-            )
-        if refusal.details == "NOT_FOUND":
-            return (
-                f"The exchange at {self._base} does not know PROD_KEYID. Check it, and the environment:"
-                " demo and production have keys of their own (KALSHI_REST_URL, KALSHI_WS_URL)."
-            )
-        return (
-            f"The exchange does not accept our key (HTTP {status}, {refusal})."
-            " Check PROD_KEYID, PROD_KEYFILE and what the key may do."
+def refusal(
+    status: int,
+    body: bytes | bytearray,
+    headers: Headers,
+    *,
+    what: str = "the connection",
+    now_s: float | None = None,
+) -> ExchangeError:
+    """What an HTTP error answer means, as the error to raise. The WebSocket handshake uses it too.
+
+    `what` was refused; `now_s` is when, Unix seconds of our clock, to compare with the Date header.
+    """
+    said = read_refusal(body)
+    reason = f" ({said})" if str(said) else ""
+    if status == httpx.codes.TOO_MANY_REQUESTS:
+        return RateLimited(
+            f"The exchange refused {what}: too many requests. Does another program use the same key?"
         )
+    if status >= 500:
+        return Unreachable(f"The exchange failed on {what} with HTTP {status}{reason}.")
+    if status in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
+        skew_s = clock_skew_s(headers, time.time() if now_s is None else now_s)
+        return CredentialsError(_credentials_sentence(status, said, what, skew_s))
+    if status == httpx.codes.NOT_FOUND:
+        return ExchangeError(
+            f"The exchange has nothing for {what}{reason}. Check the name, KALSHI_REST_URL and"
+            " KALSHI_WS_URL."
+        )
+    return ExchangeError(f"The exchange refused {what} with HTTP {status}{reason}.")
+
+
+def clock_skew_s(headers: Headers, now_s: float) -> float | None:
+    """Our clock, `now_s`, minus the exchange's; right to about a second. None: no Date header.
+
+    A cached answer is older than its Date by its Age.
+    """
+    try:
+        date = parsedate_to_datetime(headers["date"])
+        age = int(headers.get("age") or 0)
+    except (KeyError, ValueError):
+        return None
+    exchange_s = date.replace(tzinfo=date.tzinfo or UTC).timestamp() + age
+    return now_s - (exchange_s + 0.5)  # the header has its fraction cut off
+
+
+def _credentials_sentence(status: int, said: Refusal, what: str, skew_s: float | None) -> str:
+    if said.code == "signature_is_missing_from_headers":
+        return f"The exchange wants {what} signed. Set PROD_KEYID and PROD_KEYFILE."
+    if said.code == "header_timestamp_expired":
+        return _clock_sentence(skew_s)
+    if said.details == "INCORRECT_API_KEY_SIGNATURE":
+        return (
+            "The exchange rejects our signature: the private key in PROD_KEYFILE is not the one that"
+            " belongs to PROD_KEYID. Set PROD_KEYFILE to the file that came with the key id."
+        )
+    if said.details == "NOT_FOUND":
+        return (
+            "The exchange does not know PROD_KEYID. Check it, and the environment: demo and production"
+            " have keys of their own (KALSHI_REST_URL, KALSHI_WS_URL)."
+        )
+    return (
+        f"The exchange does not accept our key for {what} (HTTP {status}, {said})."
+        " Check PROD_KEYID, PROD_KEYFILE and what the key may do."
+    )
 
 
 class _TickerBook(msgspec.Struct):
@@ -434,17 +476,6 @@ def _clock_sentence(skew_s: float | None) -> str:
         f"This machine's clock is {abs(skew_s):.0f} s {where} the exchange's, which takes about 10."
         " Set it by NTP (timedatectl set-ntp true)."
     )
-
-
-def _skew_s(answer: httpx.Response, local_s: float) -> float | None:
-    """Our clock minus that of the Date header; a cached answer is as much older as Age says."""
-    try:
-        date = parsedate_to_datetime(answer.headers["date"])
-        age = int(answer.headers.get("age", "0"))
-    except (KeyError, ValueError):
-        return None
-    exchange_s = date.replace(tzinfo=date.tzinfo or UTC).timestamp() + age
-    return local_s - (exchange_s + 0.5)  # the header has its fraction cut off
 
 
 def _segment(name: str) -> str:

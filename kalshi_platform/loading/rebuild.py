@@ -20,7 +20,7 @@ from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import at_hours, chunks
-from kalshi_platform.loading.state import checkpoint, hour_state
+from kalshi_platform.loading.state import checkpoint, hour_state, later_hour_begun
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position
@@ -44,7 +44,9 @@ def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
     where neither the journal nor ClickHouse can give back what is lost.
     """
     root = settings.archive_dir
-    if floor_hour(datetime.now(UTC)) <= hour:
+    if floor_hour(datetime.now(UTC)) <= hour or not _passed(
+        settings.journal_dir(shard), root, hour
+    ):
         return hours.describe(root, hour, complete=False)
     start = _in_journal(settings.journal_dir(shard), hour)
     if start is not None:
@@ -52,6 +54,21 @@ def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
     elif not _sound(root, hour):
         _from_clickhouse(settings, root, hour)
     return hours.seal(root, hour)
+
+
+def _passed(folder: Path, root: Path, hour: datetime) -> bool:
+    """Whether the streamer is done with the hour: until then its files are the streamer's alone."""
+    if hours.is_sealed(root, hour) or later_hour_begun(folder, hour):
+        return True
+    try:
+        journal.beginning(folder)
+    except JournalError:
+        return True  # no streamer here
+    return any(
+        hours.is_sealed(root, later)
+        for later in archive.hours(root, hours.RECORDED[1])
+        if later > hour
+    )
 
 
 # -- from the journal --------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def _reports(seen: Observation, run: Run) -> bool:
         seen.health is not None
         and run.process is not None
         and seen.health.process.alive
-        and seen.health.process.identity == run.process.identity
+        and seen.health.process.identity.same(run.process.identity)
     )
 
 
@@ -391,14 +391,21 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
     durable = started if health.last_durable is None else health.last_durable
     if frame - durable > DURABLE_S:
         return f"frames come, but nothing has been made durable for {now - durable:.0f} s."
-    if health.state in QUIET | DIALLING:
-        heard = max(frame, health.last_heard or frame)
-        bound = CONNECT_S if health.state in DIALLING else HEARD_S
-        if now - heard > bound:
-            return f"it is {health.state}, and nothing came for {now - heard:.0f} s."
-    elif now - frame > FRAME_S:
-        return f"no frame for {now - frame:.0f} s, and it calls itself {health.state!r}."
-    return None
+    return _silence(health, frame, now)
+
+
+def _silence(health: Health, frame: float, now: float) -> str | None:
+    """Whether too little comes, for the state that the streamer says it is in."""
+    heard = max(frame, health.last_heard or frame)
+    if health.state in DIALLING:
+        silent, bound = now - heard, CONNECT_S
+    elif health.state in QUIET:
+        silent, bound = now - heard, HEARD_S
+    else:
+        silent, bound = now - frame, FRAME_S
+    if silent <= bound:
+        return None
+    return f"nothing came for {silent:.0f} s, and it calls itself {health.state!r}."
 
 
 def _may_go_on(seen: Observation, process: Process, age: float, now: float) -> bool:
@@ -408,7 +415,7 @@ def _may_go_on(seen: Observation, process: Process, age: float, now: float) -> b
     health = seen.health
     writes = (
         health is not None
-        and health.process.identity == process.identity
+        and health.process.identity.same(process.identity)
         and now - health.updated < HEALTH_S
         and health.last_durable is not None
         and now - health.last_durable < GRACE_S

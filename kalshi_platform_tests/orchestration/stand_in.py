@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.streamer import Health, Streamer
+
+if TYPE_CHECKING:
+    from kalshi_platform.streamer import Health, Streamer
 
 HOUR = datetime(2026, 11, 20, 14, tzinfo=UTC)
 DATASETS = ("orderbook_events", "stream_events", "book_checkpoints")
@@ -85,7 +87,7 @@ class StandInStreamer:
 
     def health(self) -> Health:
         return cast(
-            Health,
+            "Health",
             SimpleNamespace(
                 state="streaming",
                 frames=1,
@@ -119,7 +121,7 @@ class StandInPlatform(KalshiResource):
     rebuilt: ClassVar[list[datetime]] = []
 
     def streamer(self, shard: int) -> Streamer:
-        return cast(Streamer, self.streamers.popleft())
+        return cast("Streamer", self.streamers.popleft())
 
     def is_sealed(self, hour: datetime) -> bool:
         found = self.hours.get(hour)

@@ -96,7 +96,7 @@ def test_there_is_always_an_open_market_and_a_listed_one_in_a_rolling_slot() -> 
 
 
 def test_after_the_close_come_late_deltas_then_an_empty_book() -> None:
-    rolling = exchange(markets=4, rolling=4, lifetime=10, rate=2000)
+    rolling = exchange(markets=4, rolling=4, lifetime=10, rate=400)
     happened = rolling.advance(NOON + 300 * SECOND)
     cleared = {each.market.ticker: each for each in happened if isinstance(each, Cleared)}
     assert len(cleared) > 50

@@ -146,10 +146,13 @@ class Engine:
         users.write_text(_USERS)
         config.write_text(_CONFIG.format(users=users, user_files=path / "user_files"))
         connect: Callable[[str], Any] = chdb.connect
-        self._connect = functools.partial(connect, f"{path / 'engine'}?config-file={config}")
+        self._open_connection = functools.partial(
+            connect, f"{path / 'engine'}?config-file={config}"
+        )
+        kept = _keep_default_database(path / "engine")
         try:
-            self._keeper = self._connect()  # the engine lives as long as one connection does
-            self._make_default_database_plain(path / "engine")
+            self._keeper = self._open_connection()  # the engine lives as long as a connection does
+            self._make_default_database_plain(kept)
             row = self._keeper.query("SELECT version(), timezone(), hostName()", "TabSeparated")
         except (RuntimeError, chdb.ChdbError) as error:
             raise StoreError(
@@ -157,15 +160,24 @@ class Engine:
             ) from error
         self.version, self.timezone, self.host_name = row.bytes().decode().rstrip("\n").split("\t")
 
-    def _make_default_database_plain(self, engine_path: Path) -> None:
+    def _make_default_database_plain(self, kept: bool) -> None:
         """Make `default` an ordinary database: as the engine opens it, unknown tables are files."""
-        kept = (engine_path / "metadata" / "default.sql").exists()
         self._keeper.query("USE system")
         self._keeper.query("DETACH DATABASE default")
         self._keeper.query(
             "ATTACH DATABASE default" if kept else "CREATE DATABASE default ENGINE = Atomic"
         )
         self._keeper.query("USE default")
+
+    def _connect(self) -> Any:
+        """A fresh connection; brings back the database `default`, without which there is none."""
+        try:
+            return self._open_connection()
+        except RuntimeError as error:
+            if "Database default does not exist" not in str(error):
+                raise
+            self._keeper.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
+            return self._open_connection()
 
     def query(
         self, request: Request, statement: Statement, sql: str
@@ -338,6 +350,26 @@ class Engine:
         ordered = sorted(settings.items(), key=lambda item: item[0] == "readonly")
         assignments = ", ".join(f"{_name(name)} = {_literal(value)}" for name, value in ordered)
         connection.query(f"SET {assignments}")
+
+
+def _keep_default_database(engine_path: Path) -> bool:
+    """Whether the folder has a database `default` from before; sees to it that the engine finds it.
+
+    ClickHouse links `metadata/default` to the database's folder when its first table is made; the
+    engine looks for the link only. So a database that never had a table gets its link here.
+    """
+    definition = engine_path / "metadata" / "default.sql"
+    if not definition.exists():
+        return False
+    link = definition.with_suffix("")
+    if not link.is_symlink():
+        found = re.search(r"UUID '([0-9a-f-]{36})'", definition.read_text())
+        if found is None:
+            raise StoreError(f"{definition} has no UUID: the data folder is damaged.")
+        target = Path("store") / found[1][:3] / found[1]
+        (engine_path / target).mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("..") / target, target_is_directory=True)
+    return True
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from typing import IO, Any, TypeVar, cast
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -102,6 +102,8 @@ class Server:
             return await self._answer(http, call)
         except ClickHouseError as error:
             return self._refusal(error, query_id)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it; the statement was not run
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
@@ -114,13 +116,14 @@ class Server:
 
     def _check_password(self, http: Request) -> None:
         user, password = _credentials(http)
-        right_user = hmac.compare_digest(user.encode(), self._user)
-        right_password = hmac.compare_digest(password.encode(), self._password)
+        right_user = hmac.compare_digest(user, self._user)
+        right_password = hmac.compare_digest(password, self._password)
         if not (right_user and right_password):
             raise ClickHouseError(
                 516,
                 "AUTHENTICATION_FAILED",
-                f"{user}: Authentication failed: password is incorrect, or there is no user with such name.",
+                f"{user.decode(errors='replace')}: Authentication failed: password is incorrect,"
+                " or there is no user with such name.",
             )
 
     async def _read(self, http: Request, spool: IO[bytes], query_id: str) -> _Call:
@@ -302,6 +305,11 @@ class _AnswerBroken(Exception):
     """Ends a connection in the middle of an answer, so that no client takes it for whole."""
 
 
+def _is_no_broken_answer(record: logging.LogRecord) -> bool:
+    """Keeps a query's own error, which its client has been told, out of the server's log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], _AnswerBroken))
+
+
 async def _ok(_: Request) -> Response:
     return Response(b"Ok.\n", media_type="text/html; charset=UTF-8")
 
@@ -317,21 +325,25 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _credentials(http: Request) -> tuple[str, str]:
+def _header(http: Request, name: str, otherwise: str = "") -> bytes:
+    return http.headers.get(name, otherwise).encode("latin-1")  # as it came
+
+
+def _credentials(http: Request) -> tuple[bytes, bytes]:
     """User and password, wherever the client put them; `default` without one when nowhere."""
     headers, options = http.headers, http.query_params
     if "x-clickhouse-user" in headers or "x-clickhouse-key" in headers:
-        return headers.get("x-clickhouse-user", "default"), headers.get("x-clickhouse-key", "")
+        return _header(http, "x-clickhouse-user", "default"), _header(http, "x-clickhouse-key")
     scheme, _, encoded = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
         try:
-            user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError) as error:
+            user, _, password = base64.b64decode(encoded, validate=True).partition(b":")
+        except binascii.Error as error:
             raise ClickHouseError(
                 516, "AUTHENTICATION_FAILED", "The Authorization header is not valid Basic"
             ) from error
         return user, password
-    return options.get("user", "default"), options.get("password", "")
+    return options.get("user", "default").encode(), options.get("password", "").encode()
 
 
 def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
@@ -341,7 +353,7 @@ def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
             374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: '{timeout}'"
         )
     return EngineRequest(
-        database=options.get("database") or http.headers.get("x-clickhouse-database", ""),
+        database=options.get("database") or _header(http, "x-clickhouse-database").decode(),
         settings={
             name: value
             for name, value in options.items()
@@ -448,6 +460,7 @@ def _run(server: Server, listener: socket.socket, ready: Callable[[int], None] |
             if ready is not None:
                 ready(listener.getsockname()[1])
 
+    logging.getLogger("uvicorn.error").addFilter(_is_no_broken_answer)
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when it is done: let that find a quiet handler
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -69,7 +69,8 @@ def test_parameters_are_bound_by_the_server(client: Client) -> None:
         (at,)
     ]
     many = [f"name {n}" for n in range(5000)]  # too long for a URL: sent as a form
-    assert client.command("SELECT length({l:Array(String)})", parameters={"l": many}) == 5000
+    counted = client.query("SELECT length({l:Array(String)})", parameters={"l": many})
+    assert counted.result_rows == [(5000,)]
 
 
 def test_settings_are_the_querys_own(client: Client) -> None:

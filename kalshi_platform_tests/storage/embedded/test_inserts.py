@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import io
 import zlib
 from collections.abc import Callable, Iterator
+from urllib.parse import urlencode, urlsplit
 
 import lz4.frame
 import pyarrow as pa
@@ -209,3 +211,17 @@ def test_a_body_of_hundreds_of_megabytes_is_stored(ask: Ask) -> None:
         ask("SELECT count(), sum(length(s)) FROM big").text
         == f"{200 * 1024}\t{200 * 1024 * 1021}\n"
     )
+
+
+def test_a_body_that_breaks_off_stores_nothing(
+    ask: Ask, table: Rows, clickhouse_url: str, clickhouse_database: str
+) -> None:
+    address = urlsplit(clickhouse_url)
+    client = http.client.HTTPConnection(str(address.hostname), address.port)
+    query = urlencode({"query": "INSERT INTO t FORMAT CSV", "database": clickhouse_database})
+    client.putrequest("POST", f"/?{query}")
+    client.putheader("Content-Length", "1000000")
+    client.endheaders(b"1,one\n" * 100)
+    client.close()
+    ask("INSERT INTO t FORMAT CSV", DATA["CSV"]).raise_for_status()
+    assert table() == ROWS

@@ -161,6 +161,33 @@ def test_a_port_is_free_again_after_the_end(tmp_path: Path) -> None:
         assert _ask(url, "SELECT 1").text == "1\n"
 
 
+def test_the_default_database_survives_being_empty_filled_and_dropped(tmp_path: Path) -> None:
+    for step in (
+        "SELECT 1",
+        "CREATE TABLE t (a UInt8) ENGINE = Memory",
+        "DROP DATABASE default SYNC",
+    ):
+        with running(tmp_path) as url:
+            _ask(url, step).raise_for_status()
+            assert _ask(url, "SELECT currentDatabase()").text == "default\n"
+    with running(tmp_path) as url:
+        assert _ask(url, "SHOW TABLES").text == ""
+        assert (
+            _ask(url, "SELECT engine FROM system.databases WHERE name = 'default'").text
+            == "Atomic\n"
+        )
+
+
+def test_an_error_in_the_middle_of_an_answer_is_not_logged(tmp_path: Path) -> None:
+    with running(tmp_path) as url:
+        query = "SELECT throwIf(number = 900000) FROM numbers(1000000) SETTINGS max_threads = 1"
+        with pytest.raises(httpx.RemoteProtocolError):
+            _ask(url, query)
+        url.process.terminate()
+        assert url.process.stderr
+        assert url.process.stderr.read() == ""
+
+
 def _wait_for_query(url: str) -> None:
     deadline = time.monotonic() + 10
     while _ask(url, "SELECT count() FROM system.processes").text == "1\n":

@@ -1,0 +1,275 @@
+"""`watch`: the live wire of a few markets. Nothing is written to a database.
+
+On a terminal it is a live ladder; piped, or with --compact or --raw, one line per frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import IO
+
+import click
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from websockets.exceptions import ConnectionClosed
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.exchange.book import Book, BookError, State, delta_change
+from kalshi_platform.exchange.connection import LIVENESS_S, LiveConnection, dial
+from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
+from kalshi_platform.exchange.frames import (
+    DecodeError,
+    Kind,
+    decode_delta,
+    decode_head,
+    decode_snapshot,
+)
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
+from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.settings import Exchange
+
+LADDER_LEVELS = 12
+LADDER_RATE = 10.0
+RETRY_S = 2.0
+
+
+@click.command()
+@click.option(
+    "--ticker", "tickers", multiple=True, required=True, help="Market ticker; may be repeated."
+)
+@click.option("--compact", is_flag=True, help="One short line per change: best bid and ask only.")
+@click.option("--raw", is_flag=True, help="The frames as they come.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="At most so many lines (or screens) a second.",
+)
+@click.option(
+    "--ndjson",
+    type=click.File("ab"),
+    help="Append every frame, verbatim, to this file (`simulate --replay` reads it).",
+)
+def command(
+    tickers: tuple[str, ...], compact: bool, raw: bool, rate: float | None, ndjson: IO[bytes] | None
+) -> None:
+    """The live wire of a market: [SUB], [SNAP], then deltas; on a terminal a live ladder.
+
+    Nothing is written to a database. Ctrl-C ends it.
+    """
+    settings = platform_settings.load()
+    exchange = settings.exchange
+    if exchange.simulated and not exchange.key_file.exists():
+        raise CredentialsError(
+            "PROD_KEYID is not set, and the exchange simulator is not running either. Set PROD_KEYID and"
+            " PROD_KEYFILE, or start it: kalshi-platform simulate."
+        )
+    with RestClient(exchange) as rest:
+        unknown = rest.unknown_tickers(tickers)
+    if unknown:
+        raise ExchangeError(
+            f"The exchange knows no market {', '.join(sorted(unknown))}. Tickers are as in the address of"
+            " a market's page, in capitals."
+        )
+    ladder = sys.stdout.isatty() and not compact and not raw
+    watcher = _Watcher(tickers, compact=compact, raw=raw, rate=rate, ndjson=ndjson)
+    asyncio.run(_watch(exchange, watcher, ladder=ladder))
+
+
+@dataclass
+class _Watcher:
+    """Books, and what to print of them."""
+
+    tickers: tuple[str, ...]
+    compact: bool
+    raw: bool
+    rate: float | None
+    ndjson: IO[bytes] | None
+    books: dict[str, Book] = field(default_factory=dict)
+    frames: int = 0
+    status: str = "connecting"
+    quiet: bool = False
+    """True while a ladder is drawn instead of lines."""
+    _held_back: int = 0
+    _next_line_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A new connection: every book waits for its snapshot."""
+        self.books = {ticker: Book(ticker) for ticker in self.tickers}
+
+    def take(self, kind: Kind, frame: bytes) -> None:
+        """One frame: into the books, the file and the output."""
+        self.frames += 1
+        if self.ndjson is not None:
+            self.ndjson.write(frame.rstrip(b"\n") + b"\n")
+        line, important = self._apply(kind, frame)
+        if self.raw:
+            line = frame.decode(errors="backslashreplace").rstrip("\n")
+        self.say(line, important=important)
+
+    def say(self, line: str, *, important: bool = True) -> None:
+        """Print a line, unless a ladder is shown or the rate is reached; says what it held back."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if self.rate is not None and not important and now < self._next_line_at:
+            self._held_back += 1
+            return
+        if self._held_back:
+            line += f"  (+{self._held_back} not shown)"
+            self._held_back = 0
+        if self.rate is not None:
+            self._next_line_at = now + 1 / self.rate
+        click.echo(line)
+
+    def _apply(self, kind: Kind, frame: bytes) -> tuple[str, bool]:
+        """(line, whether it must be shown)"""
+        try:
+            head = decode_head(frame)
+            if kind is Kind.SNAPSHOT:
+                snapshot = decode_snapshot(frame)
+                book = self.books.setdefault(snapshot.market_ticker, Book(snapshot.market_ticker))
+                book.apply_snapshot(snapshot)
+                sizes = " ".join(f"{side}={len(book.ladders[side])}" for side in ("yes", "no"))
+                return (
+                    f"[SNAP] {book.market_ticker} seq={head.seq} levels {sizes} {best(book)}",
+                    True,
+                )
+            if kind is Kind.DELTA:
+                delta = decode_delta(frame)
+                book = self.books.setdefault(delta.market_ticker, Book(delta.market_ticker))
+                change = delta_change(delta)
+                size = book.apply_delta(change)
+                if self.compact:
+                    return f"{book.market_ticker} {best(book)}", False
+                return (
+                    f"[DELTA] {book.market_ticker} seq={head.seq} {change.side} {dollars(change.price)}"
+                    f" {'+' if change.qty > 0 else ''}{contracts(change.qty)} -> {contracts(size)} {best(book)}",
+                    False,
+                )
+        except BookError as error:
+            return f"[STALE] {error}", True
+        except DecodeError as error:
+            return f"[MALFORMED] {error}", True
+        if head.type == "subscribed":
+            return f"[SUB] {', '.join(self.tickers)} {frame.decode().strip()}", True
+        label = head.type.upper() if kind is Kind.CONTROL else "MALFORMED"
+        return f"[{label}] {frame.decode(errors='backslashreplace').strip()}", True
+
+
+def best(book: Book) -> str:
+    """Best yes bid and ask with sizes; the ask is 1 minus the best no bid."""
+    bid, no_bid = book.best("yes"), book.best("no")
+    left = f"{dollars(bid[0])} x {contracts(bid[1])}" if bid else "none"
+    right = f"{dollars(ONE_DOLLAR - no_bid[0])} x {contracts(no_bid[1])}" if no_bid else "none"
+    return f"bid {left} | ask {right}"
+
+
+async def _watch(exchange: Exchange, watcher: _Watcher, *, ladder: bool) -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: task.cancel() if task else None)
+    drawing = asyncio.create_task(_draw(watcher)) if ladder else None
+    watcher.quiet = ladder
+    try:
+        while True:
+            try:
+                why = await _connection(exchange, watcher)
+            except CredentialsError:
+                raise
+            except ExchangeError as error:
+                why = str(error)
+            watcher.status = why
+            watcher.say(f"[DISCONNECTED] {why}")
+            await asyncio.sleep(RETRY_S)
+    except asyncio.CancelledError:
+        return
+    finally:
+        if drawing is not None:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def _connection(exchange: Exchange, watcher: _Watcher) -> str:
+    socket = await dial(
+        exchange.ws_url, Credentials(exchange.key_id, load_signer(exchange.key_file))
+    )
+    session = Session(watcher.tickers)
+    watcher.restart()
+    watcher.status = "connected"
+    try:
+        while True:
+            await _send_due(socket, session)
+            try:
+                async with asyncio.timeout(0.2):
+                    frame = await socket.recv(decode=False)
+            except TimeoutError:
+                if socket.silent_s > LIVENESS_S:
+                    return f"silent for {LIVENESS_S:.0f} s"
+                continue
+            kind = session.receive(frame, time.monotonic())
+            for note in session.take_notes():
+                if note.kind == "gap":
+                    for book in watcher.books.values():
+                        book.mark_stale()
+                watcher.say(f"[{note.kind.upper()}] {note.detail}")
+            watcher.take(kind, frame)
+            if session.fatal is not None:
+                raise session.fatal
+            if session.ended:
+                return session.ended
+    except ConnectionClosed as closed:
+        return f"the connection ended: {closed}"
+    finally:
+        socket.transport.abort()
+
+
+async def _send_due(socket: LiveConnection, session: Session) -> None:
+    for command_frame in session.commands(time.monotonic()):
+        await socket.send(command_frame, text=True)
+
+
+async def _draw(watcher: _Watcher) -> None:
+    rate = watcher.rate or LADDER_RATE
+    with Live(console=Console(), screen=True, auto_refresh=False) as live:
+        while True:
+            ladders = Columns([_ladder(book) for book in watcher.books.values()], padding=(0, 3))
+            live.update(ladders, refresh=True)
+            await asyncio.sleep(1 / rate)
+
+
+def _ladder(book: Book) -> Table:
+    """Asks above, bids below, on the yes scale; sizes as bars."""
+    asks = sorted((ONE_DOLLAR - price, size) for price, size in book.ladders["no"].items())
+    bids = sorted(book.ladders["yes"].items(), reverse=True)
+    shown = [*asks[:LADDER_LEVELS], *bids[:LADDER_LEVELS]]
+    largest = max((size for _, size in shown), default=1)
+    colour = {State.SYNCED: "green", State.WAITING: "yellow", State.STALE: "red"}[book.state]
+    title = Text.assemble(book.market_ticker, " ", (book.state.value, colour))
+    table = Table(title=title, box=None, padding=(0, 1))
+    table.add_column("yes", justify="right")
+    table.add_column("contracts", justify="right")
+    table.add_column("", width=24)
+    for price, size in reversed(asks[:LADDER_LEVELS]):
+        table.add_row(dollars(price), contracts(size), _bar(size, largest), style="red")
+    spread = dollars(asks[0][0] - bids[0][0]) if asks and bids else "-"
+    table.add_row(f"spread {spread}", "", "", style="dim")
+    for price, size in bids[:LADDER_LEVELS]:
+        table.add_row(dollars(price), contracts(size), _bar(size, largest), style="green")
+    return table
+
+
+def _bar(size: int, largest: int) -> str:
+    return "█" * max(1, round(24 * size / largest))

@@ -1,0 +1,435 @@
+"""The REST client against a simulated exchange, against recorded answers, and against bad ones."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from kalshi_platform.exchange.answers import Bucket, read_refusal
+from kalshi_platform.exchange.errors import (
+    CredentialsError,
+    ExchangeError,
+    ProtocolError,
+    RateLimited,
+    Unreachable,
+)
+from kalshi_platform.exchange.rest import (
+    ATTEMPTS,
+    TICKERS_AT_ONCE,
+    Pace,
+    RestClient,
+    clock_skew_s,
+    refusal,
+)
+from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.settings import Exchange
+from kalshi_platform.simulator.faults import Fault
+from kalshi_platform.simulator.server import Simulator
+
+StartSimulator = Callable[..., Simulator]
+RECORDED = Path(__file__).resolve().parents[3] / "shared" / "frames" / "rest_demo_2026-06-11.jsonl"
+
+
+def exchange_of(simulator: Simulator, **other: Any) -> Exchange:
+    """The simulator as settings name an exchange."""
+    of = {
+        "ws_url": simulator.ws_url,
+        "rest_url": simulator.rest_url,
+        "key_id": simulator.key_id,
+        "key_file": simulator.key_file,
+        "simulated": True,
+    }
+    return Exchange(**{**of, **other})
+
+
+@pytest.fixture
+def client(start_simulator: StartSimulator) -> Iterator[RestClient]:
+    """A client of a quiet exchange of 130 markets that never waits between tries."""
+    simulator = start_simulator(markets=130, rate=0, rolling_markets=0)
+    with RestClient(exchange_of(simulator), sleep=lambda _: None) as client:
+        yield client
+
+
+# -- pages -------------------------------------------------------------------------------------
+
+
+def test_every_page_that_the_platform_reads_can_be_read(client: RestClient) -> None:
+    assert client.status().exchange_active
+    assert client.schedule().standard_hours
+    assert abs(client.user_data_timestamp().timestamp() - time.time()) < 60
+    assert client.account_limits().read == Bucket(bucket_capacity=200, refill_rate=200)
+    (first, *_) = client.open_markets()
+    assert client.market(first.ticker).ticker == first.ticker
+    events = client.events(with_nested_markets=True)
+    assert first.event_ticker in {event.event_ticker for event in events}
+    assert all(event.markets for event in events)
+    series = client.series(events[0].series_ticker)
+    assert series in client.all_series()
+    assert client.balance().balance_dollars == "0.0000"
+    assert client.positions() == list(client.fills()) == list(client.settlements()) == []
+
+
+def test_a_list_of_many_pages_is_read_to_its_end(
+    client: RestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [market.ticker for market in client.open_markets()]
+    monkeypatch.setattr("kalshi_platform.exchange.rest.PAGE", 7)
+    assert [market.ticker for market in client.open_markets()] == whole
+    assert len(set(whole)) == 130
+
+
+def test_many_tickers_are_asked_for_in_batches(client: RestClient) -> None:
+    known = [market.ticker for market in client.open_markets()]
+    assert len(known) > TICKERS_AT_ONCE
+    found = client.markets(tickers=[*known, *known, *(f"{t}-{'X' * 60}" for t in known)])
+    assert sorted(market.ticker for market in found) == sorted(known)
+    books = client.orderbooks(known)
+    assert list(books) == known
+    for ticker in known[:3]:
+        assert books[ticker] == client.orderbook(ticker)
+
+
+def test_a_book_ascends_in_exact_decimals(client: RestClient) -> None:
+    book = client.orderbook(client.open_markets()[0].ticker)
+    for ladder in (book.yes_dollars, book.no_dollars):
+        prices = [Decimal(price) for price, _ in ladder or ()]
+        assert prices == sorted(prices)
+        assert all(Decimal(size) > 0 for _, size in ladder or ())
+
+
+def test_unknown_tickers_are_found_out(client: RestClient) -> None:
+    known = client.open_markets()[0].ticker
+    odd = {"NO-SUCH", "A/B C&D=E%,F", "Ü"}
+    assert client.unknown_tickers([known, "NO-SUCH", "Ü"]) == {"NO-SUCH", "Ü"}
+    assert client.unknown_tickers([known]) == client.unknown_tickers([]) == set()
+    assert odd - client.unknown_tickers([*odd, known]) == set()
+
+
+def test_open_markets_of_a_series_are_its_own(client: RestClient) -> None:
+    series = client.all_series()
+    by_series = {one.ticker: {m.ticker for m in client.open_markets(one.ticker)} for one in series}
+    assert sum(map(len, by_series.values())) == 130
+    assert client.open_markets("NO-SUCH-SERIES") == []
+
+
+def test_a_name_that_is_not_there_is_told(client: RestClient) -> None:
+    with pytest.raises(ExchangeError, match=r"/markets/NO%2FSUCH.*Check the name"):
+        client.market("NO/SUCH")
+
+
+def test_public_pages_need_no_key(start_simulator: StartSimulator, tmp_path: Path) -> None:
+    simulator = start_simulator(markets=2, rate=0, rolling_markets=0)
+    exchange = exchange_of(simulator, key_file=tmp_path / "missing.pem")
+    with RestClient(exchange, signed=False) as client:
+        assert len(client.open_markets()) == 2
+        with pytest.raises(CredentialsError, match="PROD_KEYID and PROD_KEYFILE"):
+            client.balance()
+    with pytest.raises(CredentialsError, match=r"missing\.pem does not exist"):
+        RestClient(exchange)
+
+
+# -- failures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["rest429:3", "rest500:3"])
+def test_what_passes_is_tried_again(client: RestClient, fault: str) -> None:
+    with _faulty(fault) as (start, sleeps), start() as faulty:
+        assert faulty.status().exchange_active
+    assert len(sleeps) == 3
+    assert client.status().exchange_active
+
+
+@contextmanager
+def _faulty(fault: str) -> Iterator[tuple[Callable[[], RestClient], list[float]]]:
+    from kalshi_platform.simulator.config import SimulatorConfig
+    from kalshi_platform.simulator.server import running
+
+    sleeps: list[float] = []
+    config = SimulatorConfig(markets=1, rate=0, rolling_markets=0, faults=(Fault.parse(fault),))
+    with running(config) as simulator:
+        exchange = exchange_of(simulator)
+        yield lambda: RestClient(exchange, signed=False, sleep=sleeps.append), sleeps
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("rest429:99", RateLimited), ("rest500:99", Unreachable)]
+)
+def test_what_does_not_pass_is_given_up(fault: str, kind: type[ExchangeError]) -> None:
+    with _faulty(fault) as (start, sleeps), start() as faulty, pytest.raises(kind):
+        faulty.status()
+    assert len(sleeps) == ATTEMPTS - 1
+
+
+def test_a_wrong_key_is_told_and_not_tried_again(
+    start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
+    other = tmp_path / "other.pem"
+    other.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    sleeps: list[float] = []
+    for exchange, sentence in (
+        (exchange_of(simulator, key_file=other), "PROD_KEYFILE is not the one"),
+        (exchange_of(simulator, key_id="an-unknown-id"), "does not know PROD_KEYID"),
+    ):
+        with (
+            RestClient(exchange, sleep=sleeps.append) as client,
+            pytest.raises(CredentialsError, match=sentence) as refused,
+        ):
+            client.balance()
+        assert "an-unknown-id" not in str(refused.value) + repr(client)
+    assert sleeps == []
+
+
+@pytest.mark.parametrize(("off_s", "where"), [(-65, "behind"), (65, "ahead of")])
+def test_a_clock_that_is_off_is_measured(
+    start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch, off_s: int, where: str
+) -> None:
+    simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
+    exchange = exchange_of(simulator)
+    credentials = Credentials(
+        exchange.key_id,
+        load_signer(exchange.key_file),
+        clock_ms=lambda: int((time.time() + off_s) * 1000),
+    )
+    with RestClient(exchange, credentials=credentials) as client:
+        true_skew = clock_skew_s
+        monkeypatch.setattr(  # this machine's clock, as the client sees it
+            "kalshi_platform.exchange.rest.clock_skew_s",
+            lambda headers, now_s: true_skew(headers, now_s + off_s),
+        )
+        with pytest.raises(CredentialsError, match=rf"6[3-7] s {where}.*NTP"):
+            client.balance()
+
+
+def test_an_agreeing_clock_shows_no_skew(client: RestClient) -> None:
+    client.status()
+    assert client.clock_skew_s is not None
+    assert abs(client.clock_skew_s) < 3
+
+
+def test_a_cached_answer_is_as_old_as_its_age() -> None:
+    headers = {"date": formatdate(1_000_000, usegmt=True), "age": "12"}
+    assert clock_skew_s(headers, 1_000_012.5) == 0
+    assert clock_skew_s({}, 0) is None
+    assert clock_skew_s({"date": "yesterday"}, 0) is None
+
+
+def test_an_exchange_that_is_away_says_what_to_start(tmp_path: Path) -> None:
+    exchange = Exchange("ws://127.0.0.1:9", "http://127.0.0.1:9", "id", tmp_path, simulated=True)
+    with (
+        RestClient(exchange, signed=False, sleep=lambda _: None) as client,
+        pytest.raises(Unreachable, match="kalshi-platform simulate"),
+    ):
+        client.status()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error":{"code":"a","message":"b","details":"c"}}', "a: b: c"),
+        ('{"code":"a","message":"b","details":"c"}', "a: b: c"),
+        ('{"msg":"Parameter validation failed"}', "Parameter validation failed"),
+        ('{"error":"too many requests"}', "too many requests"),
+        ('{"error":{"code":"a","message":"a"}}', "a"),
+        ("<html>\n502 Bad Gateway</html>", "<html> 502 Bad Gateway</html>"),
+        ('"odd"', "odd"),
+        ("null", "None"),
+        ("", ""),
+    ],
+)
+def test_every_shape_of_error_is_read(body: str, said: str) -> None:
+    assert str(read_refusal(body.encode())) == said
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, ExchangeError),
+        (401, CredentialsError),
+        (403, CredentialsError),
+        (404, ExchangeError),
+        (429, RateLimited),
+        (500, Unreachable),
+        (502, Unreachable),
+    ],
+)
+def test_every_status_has_its_error(status: int, kind: type[ExchangeError]) -> None:
+    assert type(refusal(status, b"", {})) is kind
+
+
+# -- answers that are not the simulator's --------------------------------------------------------
+
+
+def test_recorded_answers_are_read_and_recorded_refusals_are_understood() -> None:
+    if not RECORDED.exists():
+        pytest.skip(f"the recorded answers are not there: {RECORDED}")
+    records = [json.loads(line) for line in RECORDED.read_text("utf-8").splitlines()]
+    named = {record["name"]: record for record in records}
+    refused = [record for record in records if (record["status"] or 0) >= 400]
+    assert len(refused) > 10
+    for record in refused:
+        said = read_refusal(json.dumps(record["body"]).encode())
+        assert said.code or said.message, record
+        error = refusal(record["status"], json.dumps(record["body"]).encode(), {})
+        assert isinstance(error, CredentialsError) == (record["status"] == 401)
+
+    bodies: dict[str, Any] = {}
+    for record in records:
+        if record["status"] == 200 and record["method"] == "GET":
+            body = record["body"]
+            bodies[urlsplit(record["path"]).path] = {**body, "cursor": ""}
+    ticker = named["markets__single"]["body"]["market"]["ticker"]
+    with _scripted(lambda path, _: bodies.get(path)) as exchange, _quiet(exchange) as client:
+        assert client.status().trading_active
+        assert client.account_limits().usage_tier == "basic"
+        assert client.market(ticker).yes_bid_dollars == "0.4700"
+        assert client.orderbook(ticker).yes_dollars == [("0.4700", "3.00")]
+        assert client.markets()[0].price_ranges
+        assert client.balance().balance_dollars == "98.0186"
+        (position,) = client.positions()
+        assert (position.ticker, position.position_fp) == (ticker, "3.00")
+        fill = next(client.fills())
+        assert fill.fee_cost == "0.017500"
+        assert [trade.count_fp for trade in client.trades()][:2] == ["7.77", "10.00"]
+        assert list(client.settlements()) == []
+
+
+def test_pages_that_never_end_are_left() -> None:
+    cursors = {"": "a", "a": "b", "b": "a"}
+
+    def answer(_: str, query: dict[str, list[str]]) -> Any:
+        return {"markets": [], "cursor": cursors[query.get("cursor", [""])[0]]}
+
+    with (
+        _scripted(answer) as exchange,
+        _quiet(exchange) as client,
+        pytest.raises(ProtocolError, match="same cursor twice"),
+    ):
+        client.markets()
+
+
+@pytest.mark.parametrize("cursor", [{}, {"cursor": None}, {"cursor": ""}])
+def test_a_list_may_end_in_every_way(cursor: dict[str, Any]) -> None:
+    with (
+        _scripted(lambda *_: {"markets": None, **cursor}) as exchange,
+        _quiet(exchange) as client,
+    ):
+        assert client.markets() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ({"other": 1}, "no 'market'"),
+        ({"market": {"ticker": 5}}, r"GET /markets/T.*ticker"),
+        ({"market": {"ticker": "T", "event_ticker": "E", "status": "active",
+                     "volume_fp": 1.5}}, "volume_fp"),
+        (["odd"], "cannot be read"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_cannot_be_read_is_a_protocol_error(answer: Any, sentence: str) -> None:
+    with (
+        _scripted(lambda *_: answer) as exchange,
+        _quiet(exchange) as client,
+        pytest.raises(ProtocolError, match=sentence),
+    ):
+        client.market("T")
+
+
+def test_the_account_s_own_limit_is_kept(start_simulator: StartSimulator) -> None:
+    """The limit is read once, before the first request; the pages after it wait their turn."""
+    paths: list[str] = []
+
+    def answer(path: str, _: dict[str, list[str]]) -> Any:
+        paths.append(path)
+        if path.endswith("/account/limits"):
+            bucket = {"bucket_capacity": 10, "refill_rate": 10}
+            return {"read": bucket, "write": bucket}
+        return {"exchange_active": True, "trading_active": True}
+
+    simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
+    slept: list[float] = []
+    with _scripted(answer) as scripted:
+        exchange = exchange_of(simulator, rest_url=scripted.rest_url)
+        with RestClient(exchange, sleep=slept.append) as client:
+            for _ in range(3):
+                client.status()
+    assert [path.removeprefix("/trade-api/v2") for path in paths] == [
+        "/account/limits",
+        *["/exchange/status"] * 3,
+    ]
+    assert len(slept) == 2  # one request a second: the first is free, the next two wait
+    assert slept[1] > slept[0] > 0.5
+
+
+def test_a_token_bucket_lets_a_burst_go_and_then_keeps_the_rate() -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    pace = Pace(Bucket(bucket_capacity=200, refill_rate=200), clock=lambda: now, sleep=sleep)
+    times = []
+    for _ in range(60):
+        pace.take()
+        times.append(now)
+    assert times[19] == 0
+    assert times[20] == pytest.approx(0.05)
+    assert times[59] == pytest.approx(2.0)
+    now += 100  # a rest saves up no more than the bucket holds
+    for _ in range(21):
+        pace.take()
+    assert now == pytest.approx(102.05)
+
+
+@contextmanager
+def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Exchange]:
+    """An exchange on a real socket that answers what it is told; None is a 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = urlsplit(self.path)
+            said = answer(parts.path, parse_qs(parts.query))
+            body = json.dumps(said).encode()
+            self.send_response(404 if said is None else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/trade-api/v2"
+    try:
+        yield Exchange("ws://127.0.0.1", url, "id", Path("none.pem"), simulated=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _quiet(exchange: Exchange) -> RestClient:
+    return RestClient(exchange, signed=False, sleep=lambda _: None)

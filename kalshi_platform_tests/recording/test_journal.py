@@ -1,0 +1,202 @@
+"""The journal keeps every record, and says where it is good up to."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import JournalError, Position, Writer
+
+CONN = bytes(range(16))
+
+
+def frames(folder: Path, start: Position | None = None) -> list[bytes]:
+    found = journal.read(folder, start or journal.beginning(folder))
+    return [value for block in found for value in block.batch.column("frame").to_pylist()]
+
+
+def write(folder: Path, count: int, *, first: int = 0, batch: int = 7) -> None:
+    writer = Writer(folder)
+    for n in range(first, first + count):
+        writer.append(n, CONN, 1, b"frame %d" % n)
+        if n % batch == 0:
+            writer.hand_over()
+    writer.close()
+
+
+def test_what_is_written_is_read_back_in_order_over_many_openings(tmp_path: Path) -> None:
+    for opening in range(4):
+        write(tmp_path, 50, first=50 * opening)
+    assert frames(tmp_path) == [b"frame %d" % n for n in range(200)]
+    assert journal.segments(tmp_path) == [0, 50, 100, 150]
+
+
+def test_any_arrow_reader_opens_a_segment(tmp_path: Path) -> None:
+    write(tmp_path, 20)
+    table = pa.ipc.open_stream(journal.segment_path(tmp_path, 0)).read_all()
+    assert table.num_rows == 20
+    assert table.column("recv_ns").to_pylist() == list(range(20))
+
+
+@given(cut=st.floats(0, 1), count=st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_a_tail_torn_anywhere_loses_only_what_was_not_whole_and_the_next_writer_goes_on(
+    cut: float, count: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    write(folder, count)
+    path = journal.segment_path(folder, 0)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * cut)])
+    kept = frames(folder)
+    assert kept == [b"frame %d" % n for n in range(len(kept))]
+    writer = Writer(folder)
+    assert writer.next_n == len(kept)
+    writer.append(0, CONN, 1, b"after")
+    writer.close()
+    assert frames(folder) == [*kept, b"after"]
+    torn_bytes = [p for p in folder.iterdir() if ".torn-" in p.name]
+    # What could not be read is still there, in its segment or set aside.
+    assert path.stat().st_size >= int(len(data) * cut) or torn_bytes
+
+
+def test_a_torn_segment_is_named_with_where_it_is_good_up_to(tmp_path: Path) -> None:
+    write(tmp_path, 50)
+    path = journal.segment_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-40])
+    writer = Writer(tmp_path)
+    assert writer.torn is not None
+    assert writer.torn.segment == path.name
+    assert writer.torn.good_up_to_n == writer.next_n - 1
+    assert writer.torn.bytes_left > 0
+    writer.close()
+
+
+def test_a_flipped_bit_in_the_middle_is_found_and_nothing_is_deleted(tmp_path: Path) -> None:
+    write(tmp_path, 500, batch=50)
+    write(tmp_path, 10, first=500)
+    path = journal.segment_path(tmp_path, 0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+    with pytest.raises(JournalError, match=r"corrupt at byte \d+ .*good up to record \d+"):
+        frames(tmp_path)
+    assert path.read_bytes() == bytes(data)
+
+
+def test_a_segment_cut_short_before_another_is_an_error_that_counts_the_records(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 50, batch=5)
+    write(tmp_path, 10, first=50)
+    path = journal.segment_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(JournalError, match=r"next segment begins at 50: \d+ records"):
+        frames(tmp_path)
+
+
+def test_two_writers_cannot_be(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    with pytest.raises(JournalError, match="Another streamer"):
+        Writer(tmp_path)
+    writer.close()
+    Writer(tmp_path).close()
+
+
+def test_reading_starts_at_any_record(tmp_path: Path) -> None:
+    write(tmp_path, 40)
+    write(tmp_path, 40, first=40)
+    for n in (0, 1, 6, 7, 8, 39, 40, 41, 79):
+        segment = 40 if n >= 40 else 0
+        assert frames(tmp_path, Position(segment, 0, n)) == [b"frame %d" % i for i in range(n, 80)]
+
+
+def test_a_block_cut_in_two_reads_on_from_the_cut(tmp_path: Path) -> None:
+    write(tmp_path, 30, batch=100)
+    (first, *rest) = journal.read(tmp_path, journal.beginning(tmp_path))
+    whole = journal.joined([first, *rest])
+    head, tail = whole.cut(11)
+    assert head.rows + tail.rows == 30
+    assert frames(tmp_path, head.end) == [b"frame %d" % n for n in range(11, 30)]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from kalshi_platform.recording.journal import Writer
+writer = Writer(Path(sys.argv[1]))
+n = writer.next_n
+while True:
+    writer.append(time.time_ns(), bytes(16), 1, b"frame %d" % n)
+    n += 1
+    if n % 50 == 0:
+        writer.hand_over()
+        writer.wait_durable(n, 5)
+        print(n, flush=True)
+"""
+
+
+def test_kill_9_at_any_moment_loses_nothing_that_was_durable(tmp_path: Path) -> None:
+    for attempt in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(0.05 + 0.037 * attempt)
+        child.send_signal(signal.SIGKILL)
+        durable = int(child.stdout.read().split()[-1])
+        child.wait()
+        found = frames(tmp_path)
+        assert len(found) >= durable
+        assert found == [b"frame %d" % n for n in range(len(found))]
+
+
+def test_a_full_disk_is_named_reading_goes_on_later_and_nothing_is_lost(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # A file-size limit makes write() fail half-way, as a full disk does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        for n in range(2_000):
+            writer.append(n, CONN, 1, os.urandom(64))
+        writer.hand_over()
+        deadline = time.monotonic() + 5
+        while writer.blocked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert writer.blocked is not None
+        assert str(tmp_path) in writer.blocked
+        assert writer.durable.n == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert writer.wait_durable(2_000, 10)
+    writer.close()
+    assert len(frames(tmp_path)) == 2_000
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="KALSHI_DATA_DIR"):
+        Writer(tmp_path / "file" / "journal")
+
+
+def test_pruning_keeps_what_is_needed(tmp_path: Path) -> None:
+    for opening in range(4):
+        write(tmp_path, 10, first=10 * opening)
+    assert journal.prune(tmp_path, 25, older_than_s=3600) == []
+    removed = journal.prune(tmp_path, 25, older_than_s=0)
+    assert [p.stem for p in removed] == [f"{0:020d}", f"{10:020d}"]
+    assert frames(tmp_path)[0] == b"frame 20"
