@@ -21,7 +21,7 @@ from rich.text import Text
 from websockets.exceptions import ConnectionClosed
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.exchange.book import Book, BookError, State, delta_change
+from kalshi_platform.exchange.book import SIDES, Book, BookError, State, delta_change
 from kalshi_platform.exchange.connection import LIVENESS_S, LiveConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import (
@@ -135,37 +135,40 @@ class _Watcher:
 
     def _apply(self, kind: Kind, frame: bytes) -> tuple[str, bool]:
         """(line, whether it must be shown)"""
+        text = frame.decode(errors="backslashreplace").strip()
         try:
-            head = decode_head(frame)
             if kind is Kind.SNAPSHOT:
-                snapshot = decode_snapshot(frame)
-                book = self.books.setdefault(snapshot.market_ticker, Book(snapshot.market_ticker))
-                book.apply_snapshot(snapshot)
-                sizes = " ".join(f"{side}={len(book.ladders[side])}" for side in ("yes", "no"))
-                return (
-                    f"[SNAP] {book.market_ticker} seq={head.seq} levels {sizes} {best(book)}",
-                    True,
-                )
+                return self._snapshot_line(frame), True
             if kind is Kind.DELTA:
-                delta = decode_delta(frame)
-                book = self.books.setdefault(delta.market_ticker, Book(delta.market_ticker))
-                change = delta_change(delta)
-                size = book.apply_delta(change)
-                if self.compact:
-                    return f"{book.market_ticker} {best(book)}", False
-                return (
-                    f"[DELTA] {book.market_ticker} seq={head.seq} {change.side} {dollars(change.price)}"
-                    f" {'+' if change.qty > 0 else ''}{contracts(change.qty)} -> {contracts(size)} {best(book)}",
-                    False,
-                )
+                return self._delta_line(frame), False
+            label = "MALFORMED" if kind is Kind.MALFORMED else decode_head(frame).type.upper()
         except BookError as error:
             return f"[STALE] {error}", True
         except DecodeError as error:
-            return f"[MALFORMED] {error}", True
-        if head.type == "subscribed":
-            return f"[SUB] {', '.join(self.tickers)} {frame.decode().strip()}", True
-        label = head.type.upper() if kind is Kind.CONTROL else "MALFORMED"
-        return f"[{label}] {frame.decode(errors='backslashreplace').strip()}", True
+            return f"[MALFORMED] {error}: {text}", True
+        return f"[{'SUB' if label == 'SUBSCRIBED' else label}] {text}", True
+
+    def _snapshot_line(self, frame: bytes) -> str:
+        snapshot = decode_snapshot(frame)
+        book = self.books.setdefault(snapshot.market_ticker, Book(snapshot.market_ticker))
+        book.apply_snapshot(snapshot)
+        levels = " ".join(f"{side}={len(book.ladders[side])}" for side in SIDES)
+        return (
+            f"[SNAP] {book.market_ticker} seq={decode_head(frame).seq} levels {levels} {best(book)}"
+        )
+
+    def _delta_line(self, frame: bytes) -> str:
+        delta = decode_delta(frame)
+        book = self.books.setdefault(delta.market_ticker, Book(delta.market_ticker))
+        change = delta_change(delta)
+        size = book.apply_delta(change)
+        if self.compact:
+            return f"{book.market_ticker} {best(book)}"
+        sign = "+" if change.qty > 0 else ""
+        return (
+            f"[DELTA] {book.market_ticker} seq={decode_head(frame).seq} {change.side}"
+            f" {dollars(change.price)} {sign}{contracts(change.qty)} -> {contracts(size)} {best(book)}"
+        )
 
 
 def best(book: Book) -> str:

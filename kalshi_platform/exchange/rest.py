@@ -111,7 +111,8 @@ class RestClient:
 
     Every call raises `CredentialsError` for a wrong key, key file or clock; `Unreachable` and
     `RateLimited` once retries are used up; `ProtocolError` for an answer that cannot be read; and
-    `ExchangeError` for any other refusal. `signed=False` reads public pages only, without a key.
+    `ExchangeError` for any other refusal. `signed=False` reads public pages only, without a key;
+    `attempts` is how often a request is made at most.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class RestClient:
         *,
         signed: bool = True,
         credentials: Credentials | None = None,
+        attempts: int = ATTEMPTS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange = exchange
@@ -141,7 +143,7 @@ class RestClient:
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((RateLimited, Unreachable)),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=8),
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            stop=tenacity.stop_after_attempt(attempts),
             sleep=sleep,
             reraise=True,
         )

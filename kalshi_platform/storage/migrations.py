@@ -18,6 +18,7 @@ from pathlib import Path
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform.storage.statements import statements
 
 _FILE_NAME = re.compile(r"(?P<version>\d{3,})_(?P<name>\w+)\.sql")
@@ -141,6 +142,22 @@ def migrate(settings: Settings, migrations: Sequence[Migration] | None = None) -
         return pending
     finally:
         client.close()
+
+
+def differences(client: Client) -> list[str]:
+    """How the tables differ from storage/schema.py, a sentence for each column; empty: not at all."""
+    found = []
+    for dataset in DATASETS.values():
+        with translated():
+            described = client.query(f"DESCRIBE TABLE {dataset.name}").result_rows
+        there = {str(row[0]): str(row[1]) for row in described}
+        wanted = {column.name: column.clickhouse for column in dataset.columns}
+        found += [
+            f"{dataset.name}.{name} is {there.get(name, 'missing')}, not {kind}"
+            for name, kind in wanted.items()
+            if there.get(name) != kind
+        ]
+    return found
 
 
 def keep(client: Client, days: int) -> list[str]:

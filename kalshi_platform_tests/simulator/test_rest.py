@@ -92,7 +92,7 @@ def test_markets_are_found_by_status_series_event_and_ticker(client: httpx.Clien
 
 
 def test_a_market_carries_what_a_recorder_needs(client: httpx.Client) -> None:
-    for each in get(client, "/markets", limit=1000)["markets"]:
+    for each in get(client, "/markets", limit=1000)["markets"][::9]:
         single = get(client, f"/markets/{each['ticker']}")["market"]
         assert single.keys() == each.keys()
         assert each["price_ranges"][0].keys() == {"start", "end", "step"}

@@ -21,6 +21,7 @@ from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_si
 from kalshi_platform.simulator.book import BookView
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.errors import SimulatorError
+from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.simulator.dialled import PATH, Dialled
 from kalshi_platform_tests.simulator.ledger import Ledger
@@ -39,12 +40,12 @@ def settle(client: Dialled, ledger: Ledger, truth: dict[str, BookView]) -> None:
 
 
 def test_a_clients_books_are_the_simulators_at_every_level(start_simulator: StartSimulator) -> None:
-    simulator = start_simulator(rate=3_000, rolling_markets=5, rolling_seconds=2)
+    simulator = start_simulator(rate=2_000, rolling_markets=5, rolling_seconds=1)
     with Dialled(simulator) as one, Dialled(simulator) as two:
         tickers = list(simulator.books())
         one.subscribe(tickers)
         two.subscribe(tickers[::2])
-        deadline = time.monotonic() + 4  # long enough for rolling markets to open and close
+        deadline = time.monotonic() + 3  # long enough for rolling markets to open and close
         ledgers = Ledger(), Ledger()
         texts = one.texts(), two.texts()
         while time.monotonic() < deadline:
@@ -241,12 +242,10 @@ def test_a_replay_comes_over_the_wire_verbatim(
 def test_a_fault_that_a_replay_cannot_have_is_said_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "tape.jsonl"
     path.write_text('{"type":"subscribed","id":2,"msg":{"channel":"orderbook_delta","sid":1}}\n')
-    simulator = Simulator(SimulatorConfig(replay=path))
+    faults = (Fault.parse("negative@5"),)
+    simulator = Simulator(SimulatorConfig(replay=path, faults=faults))
     with pytest.raises(SimulatorError, match="would change the recorded"):
-        simulator.inject("negative")  # not running yet
-    with pytest.raises(SimulatorError):
         simulator.start()
-    simulator.stop()
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -291,18 +290,19 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, number: int
     ) as process:
         try:
             assert process.stdout is not None
-            said = dict(process.stdout.readline().split(maxsplit=1) for _ in range(2))
+            lines = [process.stdout.readline().strip() for _ in range(5)]
+            said = {line.split()[0]: line.split()[-1] for line in lines[:2]}
             key_file = tmp_path / "data" / "simulator" / "key.pem"
             headers = Credentials("simulator", load_signer(key_file)).headers("GET", PATH)
-            with connect(said["WebSocket"].strip(), additional_headers=dict(headers)):
-                assert len(httpx.get(f"{said['REST'].strip()}/markets").json()["markets"]) == 3
+            with connect(said["WebSocket"], additional_headers=dict(headers)):
+                assert len(httpx.get(f"{said['REST']}/markets").json()["markets"]) == 3
                 process.send_signal(number)
-                out, err = process.communicate(timeout=30)
+                _, err = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == 0, err
     assert err == ""
-    assert str(key_file) in out
+    assert str(key_file) in lines[-1]
 
 
 def test_the_command_answers_nonsense_with_one_line(tmp_path: Path) -> None:
