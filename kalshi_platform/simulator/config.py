@@ -36,6 +36,8 @@ class SimulatorConfig:
     """How often the order flow is moved on; the events in between keep their own times."""
     max_backlog_bytes: int = 64 * 1024 * 1024
     """A client that leaves more than this unread is told error 25."""
+    max_markets_per_subscription: int = 500_000
+    """More are refused with error 26."""
     max_clock_skew_seconds: float = 10.0
     rest_cache_seconds: float = 15.0
     """How long the REST order books are cached, as the real exchange's are."""

@@ -123,7 +123,7 @@ class ReplaySession:
     ) -> None:
         last_sid = max((sid for sid, _ in recording.channels.values()), default=0)
         self._recording = recording
-        self._session = Session(recording, shuffle, last_sid)
+        self._session = Session(recording, shuffle, last_sid=last_sid)
         self._speed = speed
         self._clock_ns = clock_ns
         self._began_ns: int | None = None

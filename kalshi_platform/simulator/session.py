@@ -54,6 +54,8 @@ class _Params(msgspec.Struct):
     use_yes_price: bool | None = None
     skip_ticker_ack: bool = False
     send_initial_snapshot: bool = False
+    market_id: str | None = None
+    market_ids: list[str] | None = None
 
 
 class _Command(msgspec.Struct):
@@ -110,8 +112,17 @@ class Session:
     patient = False
     """Whether it may wait for a slow client; a live exchange does not."""
 
-    def __init__(self, source: MarketSource, shuffle: random.Random, last_sid: int = 0) -> None:
+    def __init__(
+        self,
+        source: MarketSource,
+        shuffle: random.Random,
+        *,
+        max_markets: int = MAX_MARKETS,
+        last_sid: int = 0,
+    ) -> None:
+        """`max_markets` per subscription; sids go on after `last_sid`."""
         self._source = source
+        self._max_markets = max_markets
         self._shuffle = shuffle
         self._commands: list[bytes | str] = []
         self._subscriptions: dict[str, _Subscription] = {}
@@ -278,21 +289,20 @@ class Session:
         for channel in dict.fromkeys(params.channels):
             known = self._subscriptions.get(channel)
             if known is None:
+                if len(tickers) > self._max_markets:
+                    raise _Refused(26)
                 self._last_sid += 1
                 new = _Subscription(channel, self._last_sid, bool(params.use_yes_price))
                 self._subscriptions[channel] = new
                 new.everything = not tickers or channel == LIFECYCLE
                 msg = {"channel": channel, "sid": new.sid}
                 self._send("subscribed", frames.reply("subscribed", command_id, msg))
-                self._add(new, tickers, params.send_initial_snapshot)
+                self._greet(new, self._enlist(new, tickers), params.send_initial_snapshot)
             else:
-                if len(known.tickers.keys() | set(tickers)) > MAX_MARKETS:
-                    raise _Refused(26, known)
                 # tickers that are already there get no new snapshot
-                fresh = [ticker for ticker in tickers if ticker not in known.tickers]
-                known.tickers.update(dict.fromkeys(fresh))
+                fresh = self._enlist(known, tickers)
                 self._acknowledge(known, command_id, params.skip_ticker_ack)
-                self._add(known, fresh, params.send_initial_snapshot)
+                self._greet(known, fresh, params.send_initial_snapshot)
 
     def _unsubscribe(self, command_id: int, params: _Params) -> None:
         sids = params.sids if params.sids is not None else [params.sid] if params.sid else []
@@ -324,12 +334,9 @@ class Session:
         if not tickers:
             raise _Refused(14)
         if params.action == "add_markets":
-            fresh = [ticker for ticker in tickers if ticker not in subscription.tickers]
-            if len(subscription.tickers) + len(fresh) > MAX_MARKETS:
-                raise _Refused(26, subscription)
-            subscription.tickers.update(dict.fromkeys(fresh))
+            fresh = self._enlist(subscription, tickers)
             self._acknowledge(subscription, command_id, params.skip_ticker_ack)
-            self._add(subscription, fresh, params.send_initial_snapshot)
+            self._greet(subscription, fresh, params.send_initial_snapshot)
         else:
             for ticker in tickers:
                 subscription.tickers.pop(ticker, None)
@@ -346,8 +353,16 @@ class Session:
         msg = {} if skip_tickers else {"market_tickers": sorted(to.tickers)}
         self._send("ok", frames.reply("ok", command_id, msg, to.sid, to.next_seq()))
 
-    def _add(self, to: _Subscription, tickers: list[str], initial_quotes: bool) -> None:
-        to.tickers.update(dict.fromkeys(tickers))
+    def _enlist(self, on: _Subscription, tickers: list[str]) -> list[str]:
+        """Put tickers on a subscription; returns those that were not there yet."""
+        fresh = [ticker for ticker in tickers if ticker not in on.tickers]
+        if len(on.tickers) + len(fresh) > self._max_markets:
+            raise _Refused(26)
+        on.tickers.update(dict.fromkeys(fresh))
+        return fresh
+
+    def _greet(self, to: _Subscription, tickers: list[str], initial_quotes: bool) -> None:
+        """What a subscription is sent first for new tickers."""
         if to.channel == ORDERBOOK:
             to.waiting.extend((ticker, None) for ticker in tickers)
         elif to.channel == TICKER and initial_quotes:
@@ -427,8 +442,9 @@ class Session:
 
 
 def _tickers(params: _Params) -> list[str]:
-    if params.market_ticker is not None and params.market_tickers is not None:
-        raise _Refused(11)
+    both = params.market_ticker is not None and params.market_tickers is not None
+    if both or params.market_id is not None or params.market_ids is not None:
+        raise _Refused(11)  # a filter by id is not to be had here: better refused than ignored
     if params.market_ticker is not None:
         return [params.market_ticker]
     return list(dict.fromkeys(params.market_tickers or ()))

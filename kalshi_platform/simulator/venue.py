@@ -69,7 +69,9 @@ class Venue:
 
     def tick(self) -> None:
         """What happened since the last tick goes out to everybody."""
-        if not self.paused:
+        if self.paused:
+            self.exchange.now_ns = time.time_ns()
+        else:
             self._publish(self.exchange.advance(time.time_ns(), STEPS_AT_A_TIME))
         for client, session in list(self._sessions.items()):
             if session.busy:
@@ -127,7 +129,8 @@ class Venue:
         if isinstance(self.exchange, Recording):
             speed = self.config.replay_speed
             return ReplaySession(self.exchange, self._random, speed, time.monotonic_ns)
-        return Session(self.exchange, self._random)
+        limit = self.config.max_markets_per_subscription
+        return Session(self.exchange, self._random, max_markets=limit)
 
     def disconnected(self, client: ClientSocket) -> None:
         """The client is gone."""

@@ -288,6 +288,10 @@ def test_an_initial_ticker_can_be_asked_for() -> None:
             },
             11,
         ),
+        (
+            {"id": 3, "cmd": "subscribe", "params": {"channels": ["ticker"], "market_ids": ["A"]}},
+            11,
+        ),
         (update("add_markets", "A", sids=[1, 2]), 12),
         (update("paint_markets", "A"), 13),
         ({"id": 3, "cmd": "subscribe", "params": {"channels": ["orderbook_delta"]}}, 14),
@@ -315,6 +319,19 @@ def test_too_many_commands_in_a_second_are_error_27() -> None:
     bench.session.receive('{"id":2,"cmd":"list_subscriptions"}')
     (answer,) = bench.listen()
     assert (answer["id"], answer["msg"]["code"]) == (2, 27)
+
+
+def test_a_subscription_holds_so_many_markets_and_no_more() -> None:
+    bench = Bench()
+    bench.session = Session(bench.exchange, random.Random(1), max_markets=2)
+    (refused,) = bench.subscribe(*bench.tickers[:3])
+    assert (refused["id"], refused["msg"]["code"]) == (1, 26)
+    bench.subscribe(*bench.tickers[:2])
+    assert [frame["msg"].get("code") for frame in bench.subscribe(bench.tickers[2])] == [26]
+    (refused,) = bench.say(update("add_markets", bench.tickers[2]))
+    assert refused["msg"]["code"] == 26
+    bench.wait(5)
+    bench.assert_books_are_right(*bench.tickers[:2])
 
 
 def test_a_command_without_an_id_is_answered_without_one() -> None:
