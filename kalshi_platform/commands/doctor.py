@@ -7,8 +7,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,7 @@ import click
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.connection import dial
-from kalshi_platform.exchange.errors import Unreachable
+from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.processes import Identity
@@ -44,80 +44,274 @@ class Mark(Enum):
     GOOD = "✓"
     ODD = "!"
     BAD = "✗"
-    SKIPPED = "–"
+    SKIPPED = "·"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """What one check found, and what to do about it."""
 
     mark: Mark
-    name: str
     text: str
     remedy: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.mark.value} {self.name} — {self.text}{' — ' if self.remedy else ''}{self.remedy}"
-
-
-Result = tuple[Mark, str] | tuple[Mark, str, str]
+    def line(self, name: str) -> str:
+        """The finding on a line of its own."""
+        return " — ".join(
+            part for part in (f"{self.mark.value} {name}", self.text, self.remedy) if part
+        )
 
 
 @click.command()
 def command() -> None:
-    """Check settings, key, clock, exchange, ClickHouse, schema, disk and streamer; a line each.
+    """Check settings, key, clock, exchange, markets, ClickHouse, schema, disk and streamer.
 
-    Exits 1 if any of them is wrong. Nothing is changed.
+    A line each. Exits 1 if any of them is wrong. Nothing is changed.
     """
     failed = False
-    for finding in examine():
-        click.echo(str(finding))
+    for name, finding in examine():
+        click.echo(finding.line(name))
         failed |= finding.mark is Mark.BAD
     if failed:
         raise SystemExit(1)
 
 
-def examine() -> Iterator[Finding]:
-    """Every finding, in the order in which one thing stands on another."""
+def examine() -> Iterator[tuple[str, Finding]]:
+    """Every check's name and finding, in the order in which one thing stands on another."""
+    found: dict[str, Finding] = {}
     try:
         settings = platform_settings.current()
     except SettingsError as error:
-        yield Finding(Mark.BAD, "settings", str(error))
+        yield "settings", Finding(Mark.BAD, str(error))
         return
-    whose = "the exchange" if settings.has_key else "the simulator, as no PROD_KEYID is set"
-    yield Finding(Mark.GOOD, "settings", f"recording {whose}; data in {settings.data_dir}")
-    checks: tuple[tuple[str, Callable[[Settings], Result]], ...] = (
-        ("key file", _key_file),
-        ("clock", _clock),
-        ("exchange REST", _rest),
-        ("exchange WebSocket", _websocket),
-        ("markets", _markets),
-        ("ClickHouse", _clickhouse),
-        ("schema", _schema),
-        ("data folder", lambda s: _disk(s.data_dir, "KALSHI_DATA_DIR")),
-        ("archive", lambda s: _disk(s.archive_dir, "PARQUET_DIR")),
-        ("streamer", _streamer),
+    yield "settings", _settings(settings)
+    for name, (check, stands_on) in CHECKS.items():
+        if stands_on in found and found[stands_on].mark in {Mark.BAD, Mark.SKIPPED}:
+            found[name] = Finding(Mark.SKIPPED, f"not looked at: see {stands_on}")
+        else:
+            try:
+                found[name] = check(settings)
+            except PlatformError as error:
+                found[name] = Finding(Mark.BAD, str(error))
+        yield name, found[name]
+
+
+def _settings(settings: Settings) -> Finding:
+    what = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
+    return Finding(Mark.GOOD, f"recording {what}; data in {settings.data_dir}")
+
+
+def _key_file(settings: Settings) -> Finding:
+    if not settings.has_key:
+        return Finding(
+            Mark.SKIPPED, "PROD_KEYID and PROD_KEYFILE are not set: the simulator has its own"
+        )
+    path = settings.exchange.key_file
+    load_signer(path)
+    if path.stat().st_mode & READABLE_BY_OTHERS:
+        return Finding(Mark.ODD, f"{path} is open to other users", f"chmod 600 {path}")
+    return Finding(Mark.GOOD, f"{path} holds a private key")
+
+
+def _clock(settings: Settings) -> Finding:
+    with RestClient(settings.exchange, signed=False, attempts=1) as client:
+        with suppress(
+            ExchangeError
+        ):  # a refusal has a Date too; no answer is the next check's finding
+            client.status()
+        skew_s = client.clock_skew_s
+    if skew_s is None:
+        return Finding(Mark.SKIPPED, "cannot be compared without the exchange")
+    text = f"{abs(skew_s):.1f} s {'ahead of' if skew_s > 0 else 'behind'} the exchange's, to within a second"
+    mark = Mark.BAD if abs(skew_s) > SKEW_BAD_S else Mark.ODD
+    if abs(skew_s) > SKEW_ODD_S:
+        return Finding(mark, text, "set it by NTP (timedatectl set-ntp true)")
+    return Finding(Mark.GOOD, text)
+
+
+def _rest(settings: Settings) -> Finding:
+    exchange = settings.exchange
+    try:
+        with RestClient(exchange, signed=False, attempts=2) as client:
+            status = client.status()
+    except Unreachable:
+        if not exchange.simulated:
+            raise
+        return Finding(
+            Mark.BAD,
+            f"no key is set, and the simulator does not run at {exchange.rest_url}",
+            "start it (kalshi-platform simulate; make run does), or set PROD_KEYID and PROD_KEYFILE",
+        )
+    with RestClient(exchange, attempts=2) as client:
+        limits = client.account_limits()
+    rate = limits.read.refill_rate / COST_OF_GET
+    told = f"{exchange.rest_url} takes our key; {rate:.0f} requests a second"
+    if not status.exchange_active:
+        return Finding(Mark.ODD, f"{told}; the exchange says that it is closed", "wait for it")
+    return Finding(Mark.GOOD, f"{told}; trading {'goes on' if status.trading_active else 'pauses'}")
+
+
+def _websocket(settings: Settings) -> Finding:
+    exchange = settings.exchange
+    credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
+
+    async def handshake() -> None:
+        connection = await dial(exchange.ws_url, credentials)
+        await connection.close()
+
+    asyncio.run(handshake())
+    return Finding(Mark.GOOD, f"{exchange.ws_url} lets us in")
+
+
+def _markets(settings: Settings) -> Finding:
+    tickers, series = settings.market_tickers, settings.market_series
+    if not tickers and not series:
+        if settings.exchange.simulated:
+            return Finding(Mark.GOOD, "all of the simulator's")
+        return Finding(
+            Mark.BAD,
+            "there is nothing to record",
+            "set MARKET_TICKERS or MARKET_SERIES (for example MARKET_SERIES=KXHIGHNY)",
+        )
+    with RestClient(settings.exchange, attempts=2) as client:
+        unknown = sorted(client.unknown_tickers(tickers))
+        open_now = {client.series(one).ticker: len(client.open_markets(one)) for one in series}
+    if unknown:
+        return Finding(
+            Mark.BAD,
+            f"the exchange knows no {', '.join(unknown)}",
+            "correct MARKET_TICKERS: as in the address of a market's page, in capitals",
+        )
+    parts = [f"{len(tickers)} tickers, all known"] if tickers else []
+    parts += [f"{one}: {count} open" for one, count in open_now.items()]
+    return Finding(Mark.GOOD, "; ".join(parts))
+
+
+def _clickhouse(settings: Settings) -> Finding:
+    if not settings.use_clickhouse:
+        return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
+    with closing(connect(settings, database=False, log_comment="doctor")) as client:
+        version = server_version(client)
+    told = f"{settings.clickhouse_url} answers, version {version[0]}.{version[1]}"
+    if version < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        return Finding(Mark.BAD, told, f"the platform needs {wanted} or newer: upgrade it")
+    return Finding(Mark.GOOD, told)
+
+
+def _schema(settings: Settings) -> Finding:
+    with closing(connect(settings, log_comment="doctor")) as client:
+        stand = migrations.standing(client)
+        lacking = [str(one) for one in stand if one.state is State.PENDING]
+        changed = [str(one) for one in stand if one.state is State.CHANGED]
+        different = [] if lacking else migrations.differences(client)
+    database = settings.clickhouse_database
+    if lacking:
+        return Finding(
+            Mark.BAD, f"{database} lacks {', '.join(lacking)}", "run kalshi-platform migrate"
+        )
+    if changed or different:
+        text = "; ".join(
+            [*(f"{one} was changed after it was applied" for one in changed), *different]
+        )
+        return Finding(
+            Mark.BAD,
+            f"{database}: {text}",
+            "restore the migration, or set CLICKHOUSE_DATABASE to a database of its own",
+        )
+    return Finding(Mark.GOOD, f"{database} has all {len(stand)} migrations")
+
+
+def _data_folder(settings: Settings) -> Finding:
+    return _disk(settings.data_dir, "KALSHI_DATA_DIR")
+
+
+def _archive(settings: Settings) -> Finding:
+    return _disk(settings.archive_dir, "PARQUET_DIR")
+
+
+def _disk(folder: Path, variable: str) -> Finding:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"x")
+            probe.flush()
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        remedy = f"make room or make it writable, or set {variable} to another folder"
+        return Finding(Mark.BAD, f"{there} cannot be written ({error.strerror})", remedy)
+    text = f"{folder} has {free / (1 << 30):.1f} GiB free"
+    if free < FREE_ODD_BYTES:
+        mark = Mark.BAD if free < FREE_BAD_BYTES else Mark.ODD
+        return Finding(mark, text, f"make room, or set {variable} to a larger disk")
+    return Finding(Mark.GOOD, text)
+
+
+def _streamer(settings: Settings) -> Finding:
+    path = settings.journal_dir(0) / "health.json"
+    try:
+        report = json.loads(path.read_bytes())
+        return _judge(report, time.time_ns())
+    except FileNotFoundError:
+        return Finding(Mark.SKIPPED, "none has run here yet")
+    except OSError as error:
+        return Finding(Mark.BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
+    except (ValueError, KeyError, TypeError) as error:
+        return Finding(
+            Mark.BAD,
+            f"{path} is no streamer's report ({error!r})",
+            "remove it; the streamer writes it anew",
+        )
+
+
+def _judge(report: dict[str, Any], now_ns: int) -> Finding:
+    """What a streamer's report, from its health file, amounts to at `now_ns`."""
+
+    def ago(key: str) -> float:
+        return (now_ns - int(report[key])) / 1e9
+
+    def told(key: str) -> str:
+        return f"{ago(key):.0f} s ago" if int(report[key]) else "never"
+
+    state, pid = str(report["state"]), int(report["pid"])
+    if state == "stopped":
+        return Finding(Mark.SKIPPED, f"stopped {told('updated_ns')}")
+    if not Identity(pid, float(report["pid_started"])).alive:
+        return Finding(
+            Mark.BAD,
+            f"process {pid} died; its last report was {told('updated_ns')}",
+            "start it again (make run, or kalshi-platform stream): it goes on from its journal",
+        )
+    if ago("updated_ns") > REPORT_BAD_S:
+        return Finding(
+            Mark.BAD,
+            f"process {pid} hangs: its last report was {told('updated_ns')}",
+            f"kill -9 {pid}",
+        )
+    text = (
+        f"{state}; last frame {told('last_frame_ns')}, last durable write {told('last_durable_ns')},"
+        f" {int(report['lag_frames']):,} frames not loaded yet"
     )
-    away: set[str] = set()
-    for name, check in checks:
-        stands_on = _STANDS_ON.get(name)
-        if stands_on in away:
-            away.add(name)
-            yield Finding(Mark.SKIPPED, name, f"not looked at: see {stands_on}")
-            continue
-        try:
-            finding = Finding(result[0], name, *result[1:]) if (result := check(settings)) else None
-        except PlatformError as error:
-            finding = Finding(Mark.BAD, name, str(error))
-        if finding is not None:
-            if finding.mark is Mark.BAD:
-                away.add(name)
-            yield finding
+    if report.get("trouble"):
+        return Finding(Mark.BAD, f"{text}; {report['trouble']}")
+    unwritten_s = (int(report["last_frame_ns"]) - int(report["last_durable_ns"])) / 1e9
+    if unwritten_s > UNWRITTEN_BAD_S:
+        return Finding(
+            Mark.BAD, f"{text}: frames come and are not kept", "look at the disk and the log"
+        )
+    return Finding(Mark.GOOD, text)
 
 
-_STANDS_ON = {
-    "exchange WebSocket": "exchange REST",
-    "markets": "exchange REST",
-    "schema": "ClickHouse",
+CHECKS: Mapping[str, tuple[Callable[[Settings], Finding], str | None]] = {
+    "key file": (_key_file, None),
+    "clock": (_clock, None),
+    "exchange REST": (_rest, None),
+    "exchange WebSocket": (_websocket, "exchange REST"),
+    "markets": (_markets, "exchange REST"),
+    "ClickHouse": (_clickhouse, None),
+    "schema": (_schema, "ClickHouse"),
+    "data folder": (_data_folder, None),
+    "archive": (_archive, None),
+    "streamer": (_streamer, None),
 }
-"""What is not worth asking while something else is away."""
+"""Each check, and the one without which it is not worth asking."""

@@ -78,8 +78,7 @@ def record_shard(
                 host.report(report)
             host.record(shard, config.recycle_after_s)
         except DagsterExecutionInterruptedError:
-            host.stop()
-            call_it_canceled(context)
+            call_it_canceled(context, flushed=host.stop())
             raise
         except _Relieved:
             host.stop()
@@ -141,14 +140,14 @@ class _Host:
         log.info("Reported hour %s (%s).", partition_key(report.hour), state)
         self._unsaid = None
 
-    def stop(self) -> None:
-        """Drain and flush; then say what is still unsaid."""
-        if not self._streamer.stop():
-            log.warning("Not everything is loaded yet; the journal keeps it for the next run.")
+    def stop(self) -> bool:
+        """Drain and flush; then say what is still unsaid. True where every store has everything."""
+        flushed = self._streamer.stop()
         if self._unsaid is not None:
             self.report(self._unsaid)
         while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
             self.report(report)
+        return flushed
 
 
 def introduce(context: dg.OpExecutionContext) -> None:
@@ -165,13 +164,16 @@ def introduce(context: dg.OpExecutionContext) -> None:
     context.instance.add_run_tags(context.run_id, {PROCESS_TAG: str(Identity.own())})
 
 
-def call_it_canceled(context: dg.OpExecutionContext) -> None:
+def call_it_canceled(context: dg.OpExecutionContext, *, flushed: bool) -> None:
     """An interrupt is somebody's wish, also when it came as a signal: canceled, not failed."""
+    context.log.info(
+        "Ended on request; every store has everything that was received."
+        if flushed
+        else "Ended on request; what is not loaded yet is in the journal, for the next run."
+    )
     run = context.instance.get_run_by_id(context.run_id)
     if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
-        context.instance.report_run_canceling(
-            run, "Interrupted by a signal; everything is flushed."
-        )
+        context.instance.report_run_canceling(run, "Interrupted by a signal.")
 
 
 def unreported(

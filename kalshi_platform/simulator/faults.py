@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
         Target.CONNECTION, "MiB", 2, "repeats a snapshot, padded with spaces to that size"
     ),
     "error10": Kind(Target.CONNECTION, "-", None, "ends the order-book subscription with error 10"),
-    "error25": Kind(Target.CONNECTION, "-", None, "ends the sequenced subscriptions with error 25"),
+    "error25": Kind(Target.CONNECTION, "-", None, "ends every subscription with error 25"),
     "drop": Kind(Target.CONNECTION, "-", None, "resets the TCP connection"),
     "close": Kind(Target.CONNECTION, "close code", 1001, "closes the WebSocket cleanly"),
     "hang": Kind(

@@ -30,7 +30,7 @@ from kalshi_platform.simulator.grid import covering
 from kalshi_platform.simulator.market import ACTIVE, Listing, Market
 from kalshi_platform.simulator.session import ORDERBOOK, Session
 
-BYTES_AT_A_TIME = 256 * 1024
+BYTES_AT_A_TIME = 1024 * 1024
 _A_DAY = 86_400 * SECOND
 _CHANGES_NUMBERS = {"negative", "unknown_type", "huge", "error10", "error25", "crossed"}
 

@@ -17,10 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import msgspec
-
 from kalshi_platform.simulator import frames
-from kalshi_platform.simulator.frames import Delta, Happening, LifeEvent, Quote, Trade
+from kalshi_platform.simulator.command import Command, Params, Refused, decoded, id_of
+from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Market
 
 ORDERBOOK, TRADE, TICKER, LIFECYCLE = "orderbook_delta", "trade", "ticker", "market_lifecycle_v2"
@@ -42,30 +41,6 @@ class MarketSource(Protocol):
 
     def market(self, ticker: str) -> Market | None:
         """The market of that ticker."""
-
-
-class _Params(msgspec.Struct):
-    channels: list[str] | None = None
-    market_ticker: str | None = None
-    market_tickers: list[str] | None = None
-    sid: int | None = None
-    sids: list[int] | None = None
-    action: str | None = None
-    use_yes_price: bool | None = None
-    skip_ticker_ack: bool = False
-    send_initial_snapshot: bool = False
-    market_id: str | None = None
-    market_ids: list[str] | None = None
-
-
-class _Command(msgspec.Struct):
-    id: int = 0
-    cmd: str = ""
-    params: _Params | None = None
-
-
-class _Identified(msgspec.Struct):
-    id: int = 0
 
 
 @dataclass
@@ -97,15 +72,6 @@ class _Subscription:
         return self.everything or ticker in self.tickers
 
 
-class _Refused(Exception):
-    """A command that is answered with an error code, on a sid where that is known."""
-
-    def __init__(self, code: int, subscription: _Subscription | None = None) -> None:
-        super().__init__(frames.ERROR_TEXTS[code])
-        self.code = code
-        self.subscription = subscription
-
-
 class Session:
     """The state of one connection."""
 
@@ -129,6 +95,7 @@ class Session:
         self._last_sid = last_sid
         self._out: list[bytes] = []
         self._tampering: Counter[str] = Counter()
+        self._faults_to_come: list[tuple[str, int]] = []
         self._command_second = (0, 0)
         self.sent: Counter[str] = Counter()
         """Frames by message type, since the start."""
@@ -141,7 +108,7 @@ class Session:
         now = self._source.now_ns // 1_000_000_000
         self._command_second = (now, count + 1 if now == second else 1)
         if self._command_second[1] > COMMANDS_PER_SECOND:
-            self._send("error", frames.error(27, _id_of(message)))
+            self._send("error", frames.error(27, id_of(message)))
         else:
             self._commands.append(message)
 
@@ -162,6 +129,10 @@ class Session:
             ticker, command_id = book.waiting.popleft()
             if ticker in book.tickers or command_id is not None:
                 self._send_snapshot(book, ticker, command_id or 0)
+        if book is not None and book.live and self._faults_to_come:
+            due, self._faults_to_come = self._faults_to_come, []
+            for fault, count in due:
+                self.tamper(fault, count)
 
     def publish(self, happenings: Iterable[Happening]) -> None:
         """Pass on what happened, to the subscriptions that want it."""
@@ -173,9 +144,7 @@ class Session:
         live = book.live if book is not None else ()
         for happening in happenings:
             if isinstance(happening, Delta):
-                if book is None or happening.market.ticker not in live:
-                    continue
-                if not self._tampering or not self._send_tampered(book, happening):
+                if happening.market.ticker in live and book is not None:
                     self._send_delta(book, happening)
             elif isinstance(happening, Quote):
                 if quote is not None and quote.wants(happening.market.ticker):
@@ -183,20 +152,23 @@ class Session:
             elif isinstance(happening, Trade):
                 if trade is not None and trade.wants(happening.market.ticker):
                     self._send_on(trade, "trade", happening.wire())
-            elif isinstance(happening, LifeEvent):
-                if life is not None:
-                    self._send_on(life, happening.kind, happening.msg)
-            elif book is not None and happening.market.ticker in live:
-                msg = frames.snapshot(happening.market, book.use_yes_price)
-                self._send_on(book, "orderbook_snapshot", msg)
+            elif isinstance(happening, LifeEvent) and life is not None:
+                self._send_on(life, happening.kind, happening.msg)
+            elif isinstance(happening, Cleared) and happening.market.ticker in live:
+                self._send_snapshot(subscribed[ORDERBOOK], happening.market.ticker)
 
     # faults
 
     def tamper(self, fault: str, count: int) -> None:
-        """Let a fault of faults.py happen, now or on the next `count` deltas."""
+        """Let a fault of faults.py happen, now or on the next `count` deltas.
+
+        Without a book on the wire it waits for the first one.
+        """
         book = self._subscriptions.get(ORDERBOOK)
-        if fault in _ON_DELTAS or book is None:
-            self._tampering[fault] += count or 1
+        if fault in _ON_DELTAS:
+            self._tampering[fault] += count
+        elif book is None or not book.live:
+            self._faults_to_come.append((fault, count))
         elif fault == "malformed":
             for _ in range(count):
                 self._send(fault, b'{"type":"orderbook_delta","sid":1,"seq":,"msg":{"mark\n')
@@ -211,8 +183,8 @@ class Session:
             self.overflow()
 
     def overflow(self) -> None:
-        """The client does not keep up: every sequenced subscription ends with error 25."""
-        for each in [s for s in self._subscriptions.values() if s.sequenced]:
+        """The client does not keep up: every subscription ends with error 25."""
+        for each in list(self._subscriptions.values()):
             self._end(each, 25)
 
     # out
@@ -250,19 +222,13 @@ class Session:
     # commands
 
     def _answer(self, message: bytes | str) -> None:
-        command_id = _id_of(message)
+        command_id = id_of(message)
         try:
-            self._obey(_decode(message))
-        except _Refused as refusal:
-            scope = refusal.subscription
-            if scope is None:
-                self._send("error", frames.error(refusal.code, command_id))
-            else:
-                # as recorded: an error on a sid counts there, and names no command
-                frame = frames.error(refusal.code, 0, scope.sid, scope.next_seq())
-                self._send("error", frame)
+            self._obey(decoded(message))
+        except Refused as refusal:
+            self._send("error", frames.error(refusal.code, command_id))
 
-    def _obey(self, command: _Command) -> None:
+    def _obey(self, command: Command) -> None:
         if command.cmd == "list_subscriptions":
             listed = [{"channel": s.channel, "sid": s.sid} for s in self._subscriptions.values()]
             self._send("ok", frames.reply("ok", command.id, listed))
@@ -273,24 +239,24 @@ class Session:
             "update_subscription": self._update,
         }.get(command.cmd)
         if handler is None:
-            raise _Refused(5)
+            raise Refused(5)
         if command.params is None:
-            raise _Refused(2)
+            raise Refused(2)
         handler(command.id, command.params)
 
-    def _subscribe(self, command_id: int, params: _Params) -> None:
+    def _subscribe(self, command_id: int, params: Params) -> None:
         if not params.channels:
-            raise _Refused(3)
+            raise Refused(3)
         if not set(params.channels) <= CHANNELS:
-            raise _Refused(8)
-        tickers = _tickers(params)
+            raise Refused(8)
+        tickers = params.tickers()
         if ORDERBOOK in params.channels and not tickers:
-            raise _Refused(14)
+            raise Refused(14)
         for channel in dict.fromkeys(params.channels):
             known = self._subscriptions.get(channel)
             if known is None:
                 if len(tickers) > self._max_markets:
-                    raise _Refused(26)
+                    raise Refused(26)
                 self._last_sid += 1
                 new = _Subscription(channel, self._last_sid, bool(params.use_yes_price))
                 self._subscriptions[channel] = new
@@ -304,35 +270,34 @@ class Session:
                 self._acknowledge(known, command_id, params.skip_ticker_ack)
                 self._greet(known, fresh, params.send_initial_snapshot)
 
-    def _unsubscribe(self, command_id: int, params: _Params) -> None:
-        sids = params.sids if params.sids is not None else [params.sid] if params.sid else []
-        if not sids:
-            raise _Refused(4)
+    def _unsubscribe(self, command_id: int, params: Params) -> None:
+        sids = params.all_sids()
         ended = [self._by_sid(sid) for sid in dict.fromkeys(sids)]
         for each in ended:
             del self._subscriptions[each.channel]
             frame = frames.reply("unsubscribed", command_id, None, each.sid, each.next_seq())
             self._send("unsubscribed", frame)
 
-    def _update(self, command_id: int, params: _Params) -> None:
-        sids = params.sids if params.sids is not None else [params.sid] if params.sid else []
-        if not sids:
-            raise _Refused(4)
+    def _update(self, command_id: int, params: Params) -> None:
+        sids = params.all_sids()
         if len(sids) != 1:
-            raise _Refused(12)
+            raise Refused(12)
         subscription = self._by_sid(sids[0])
         if params.action is None:
-            raise _Refused(15)
-        tickers = _tickers(params)
+            raise Refused(15)
+        tickers = params.tickers()
         if params.action == "get_snapshot":
             if not params.market_tickers or subscription.channel != ORDERBOOK:
-                raise _Refused(14, subscription)
+                # as recorded: an error on a sid counts there, and names no command
+                seq = subscription.next_seq()
+                self._send("error", frames.error(14, 0, subscription.sid, seq))
+                return
             subscription.waiting.extend((ticker, command_id) for ticker in tickers)
             return
         if params.action not in {"add_markets", "delete_markets"}:
-            raise _Refused(13)
+            raise Refused(13)
         if not tickers:
-            raise _Refused(14)
+            raise Refused(14)
         if params.action == "add_markets":
             fresh = self._enlist(subscription, tickers)
             self._acknowledge(subscription, command_id, params.skip_ticker_ack)
@@ -347,7 +312,7 @@ class Session:
         for each in self._subscriptions.values():
             if each.sid == sid:
                 return each
-        raise _Refused(7)
+        raise Refused(7)
 
     def _acknowledge(self, to: _Subscription, command_id: int, skip_tickers: bool) -> None:
         msg = {} if skip_tickers else {"market_tickers": sorted(to.tickers)}
@@ -357,7 +322,7 @@ class Session:
         """Put tickers on a subscription; returns those that were not there yet."""
         fresh = [ticker for ticker in tickers if ticker not in on.tickers]
         if len(on.tickers) + len(fresh) > self._max_markets:
-            raise _Refused(26)
+            raise Refused(26)
         on.tickers.update(dict.fromkeys(fresh))
         return fresh
 
@@ -381,7 +346,7 @@ class Session:
     def _send_on(self, on: _Subscription, kind: str, msg: str, command_id: int = 0) -> None:
         self._send(kind, frames.envelope(kind, on.sid, on.next_seq(), msg, command_id))
 
-    def _send_snapshot(self, book: _Subscription, ticker: str, command_id: int) -> None:
+    def _send_snapshot(self, book: _Subscription, ticker: str, command_id: int = 0) -> None:
         market = self._source.market(ticker)
         if market is None:
             msg = frames.unknown_market(ticker)
@@ -392,46 +357,25 @@ class Session:
         self._send_on(book, "orderbook_snapshot", msg, command_id)
 
     def _send_huge(self, book: _Subscription, size: int) -> None:
-        for ticker in book.live:
+        """The first live book once more, in as many bytes as asked for."""
+        for ticker in book.tickers:
             market = self._source.market(ticker)
-            if market is not None:
+            if ticker in book.live and market is not None:
                 msg = frames.snapshot(market, book.use_yes_price)
                 self._send_on(book, "orderbook_snapshot", msg + " " * max(size - len(msg), 0))
                 return
-        self._tampering["huge"] += size >> 20
 
     def _end(self, subscription: _Subscription, code: int) -> None:
         del self._subscriptions[subscription.channel]
         self._send("error", frames.error(code, 0, subscription.sid, subscription.next_seq()))
 
-    def _send_tampered(self, book: _Subscription, delta: Delta) -> bool:
-        """Let one fault that is waiting spoil this delta; False where none is."""
-        fault = next((name for name, left in self._tampering.items() if left > 0), None)
-        if fault is None:
-            self._tampering.clear()
-            return False
-        self._tampering[fault] -= 1
-        if fault not in _ON_DELTAS:
-            count, self._tampering[fault] = self._tampering[fault] + 1, 0
-            self.tamper(fault, count)
-            return False
-        if fault == "gap":
-            book.seq += 1
-            self.sent["lost"] += 1
-            return True
-        if fault == "negative":
-            wrong = Delta(delta.market, delta.side, delta.level, _MORE_THAN_ANY_LEVEL, delta.ts_us)
-            self._send_on(book, "orderbook_delta", wrong.msg(book.use_yes_price))
-            return False
-        self._send_delta(book, delta)
-        if fault == "duplicate":
-            self._out.append(self._out[-1])
-        else:
-            self._out[-1] = self._out[-1][: len(self._out[-1]) // 2]
-        self.sent[fault] += 1
-        return True
-
     def _send_delta(self, book: _Subscription, delta: Delta) -> None:
+        if self._tampering:
+            self._send_spoilt(book, delta)
+        else:
+            self._send_true(book, delta)
+
+    def _send_true(self, book: _Subscription, delta: Delta) -> None:
         book.seq += 1
         frame = (
             f'{{"type":"orderbook_delta","sid":{book.sid},"seq":{book.seq}'
@@ -440,28 +384,22 @@ class Session:
         self.sent["orderbook_delta"] += 1
         self._out.append(frame)
 
-
-def _tickers(params: _Params) -> list[str]:
-    both = params.market_ticker is not None and params.market_tickers is not None
-    if both or params.market_id is not None or params.market_ids is not None:
-        raise _Refused(11)  # a filter by id is not to be had here: better refused than ignored
-    if params.market_ticker is not None:
-        return [params.market_ticker]
-    return list(dict.fromkeys(params.market_tickers or ()))
-
-
-def _decode(message: bytes | str) -> _Command:
-    try:
-        return msgspec.json.decode(message, type=_Command)
-    except msgspec.ValidationError:
-        raise _Refused(11) from None
-    except msgspec.DecodeError:
-        raise _Refused(1) from None
-
-
-def _id_of(message: bytes | str) -> int:
-    """The command's id, 0 where it has none that can be read."""
-    try:
-        return max(msgspec.json.decode(message, type=_Identified).id, 0)
-    except msgspec.DecodeError:
-        return 0
+    def _send_spoilt(self, book: _Subscription, delta: Delta) -> None:
+        """A delta, spoilt by the first fault that waits for one."""
+        fault = next(iter(self._tampering))
+        self._tampering[fault] -= 1
+        if not self._tampering[fault]:
+            del self._tampering[fault]
+        self.sent["lost" if fault == "gap" else fault] += 1
+        if fault == "gap":
+            book.seq += 1
+        elif fault == "duplicate":
+            self._send_true(book, delta)
+            self._out.append(self._out[-1])
+        elif fault == "truncated":
+            self._send_true(book, delta)
+            self._out[-1] = self._out[-1][: len(self._out[-1]) // 2]
+        else:
+            wrong = Delta(delta.market, delta.side, delta.level, _MORE_THAN_ANY_LEVEL, delta.ts_us)
+            self._send_true(book, wrong)
+            self._send_true(book, delta)

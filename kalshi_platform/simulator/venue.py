@@ -77,7 +77,9 @@ class Venue:
             if session.busy:
                 session.work()
             client.flush()
-            if client.backlog > self.config.max_backlog_bytes:
+            if client.backlog > 2 * self.config.max_backlog_bytes:
+                client.reset()  # it asks and asks, and never reads
+            elif client.backlog > self.config.max_backlog_bytes:
                 session.overflow()
 
     def pause(self) -> None:
@@ -195,6 +197,8 @@ class Venue:
             self._for_the_next.append(fault)
 
     def _hit(self, client: ClientSocket, session: AnySession, fault: Fault) -> None:
+        if client not in self._sessions:
+            return
         if fault.name == "drop":
             client.reset()
         elif fault.name == "close":

@@ -121,6 +121,8 @@ class ClientSocket(asyncio.Protocol):
     def hold(self, seconds: float) -> None:
         """Keep every frame back for a while, then send them all."""
         self._held = True
+        if self._release is not None:
+            self._release.cancel()
         self._release = asyncio.get_running_loop().call_later(seconds, self._unhold)
 
     def hang(self, seconds: float | None) -> None:

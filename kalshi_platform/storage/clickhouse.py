@@ -6,6 +6,7 @@ Which tables there are is not said here (migrations.py), nor what goes into them
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ TRANSIENT: Mapping[int, str] = {
 }
 """ClickHouse's codes that pass by themselves, or once somebody has made room. All others stay."""
 
+logging.getLogger("clickhouse_connect").setLevel(logging.ERROR)  # what it warns of it raises, too
+
 _WRONG_USER = {
     192,
     193,
@@ -83,6 +86,8 @@ _WRONG_USER = {
 }  # UNKNOWN_USER, WRONG_PASSWORD, REQUIRED_PASSWORD, AUTHENTICATION…
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
 _CODE = re.compile(r"\bCode:\s*(\d+)")
+_EXPECTED = re.compile(r"Expected one of: .{100,}", re.DOTALL)
+"""The parser's list of every word that could have come next: no help when it is long."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*(\(version|$)")
 _HTTP_STATUS = re.compile(r"HTTP status (\d+)")
 _WORDS_OF_DRIVER = re.compile(
@@ -227,7 +232,9 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
         return _without_code(error, message, settings)
     name = error.name or TRANSIENT.get(code, "")
     label = f"{name} (code {code})" if name else f"code {code}"
-    said = " ".join(_TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message)).split())
+    said = " ".join(
+        _EXPECTED.sub("", _TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message))).split()
+    )
     said = said.rstrip(" .").removesuffix(f"({name})").rstrip(" .")
     if code in TRANSIENT:
         return StoreUnavailable(

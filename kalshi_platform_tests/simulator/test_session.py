@@ -272,6 +272,7 @@ def test_an_initial_ticker_can_be_asked_for() -> None:
     ("command", "code"),
     [
         ('{"id":3,"cmd":', 1),
+        ({"id": -3, "cmd": "list_subscriptions"}, 11),
         ({"id": 3, "cmd": "subscribe"}, 2),
         ({"id": 3, "cmd": "subscribe", "params": {}}, 3),
         ({"id": 3, "cmd": "unsubscribe", "params": {}}, 4),
@@ -308,7 +309,7 @@ def test_a_bad_command_is_answered_with_its_code(command: Any, code: int) -> Non
     assert answer["type"] == "error"
     assert answer["msg"]["code"] == code
     assert "seq" not in answer
-    assert answer.get("id", 0) == (0 if code == 1 else command["id"])
+    assert answer.get("id", 0) == (0 if isinstance(command, str) else max(command["id"], 0))
 
 
 def test_too_many_commands_in_a_second_are_error_27() -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +97,40 @@ class Request:
 Progress = Counter[str]
 """Work done, as the engine counts it, under the names of `X-ClickHouse-Summary`. What it does not
 count is missing, not zero."""
+
+
+class Answer:
+    """A statement's answer, piece by piece. Holds a connection until it ends or is closed."""
+
+    def __init__(
+        self, pieces: Generator[tuple[bytes, Progress], None, None], kill: Callable[[], None]
+    ) -> None:
+        self._pieces = pieces
+        self._kill = kill
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def fetch(self) -> tuple[bytes, Progress] | None:
+        """The next piece, with the work done so far; None at the end. At least one piece comes.
+
+        Raises `ClickHouseError`, after which the answer is ended.
+        """
+        with self._lock:
+            try:
+                piece = next(self._pieces, None)
+            except BaseException:
+                self._ended = True
+                raise
+            self._ended = piece is None
+            return piece
+
+    def close(self) -> None:
+        """End the query, whatever another thread is fetching."""
+        if not self._ended:
+            self._kill()
+        with self._lock:
+            self._ended = True
+            self._pieces.close()
 
 
 @dataclass
@@ -179,13 +213,13 @@ class Engine:
             self._keeper.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
             return self._open_connection()
 
-    def query(
-        self, request: Request, statement: Statement, sql: str
-    ) -> Iterator[tuple[bytes, Progress]]:
-        """Run a statement; yields pieces of its answer, at least one, with the work done so far.
+    def query(self, request: Request, statement: Statement, sql: str) -> Answer:
+        """Begin a statement; nothing runs before the first `fetch`, which gives its errors too."""
+        return Answer(self._pieces(request, statement, sql), lambda: self.kill(request.tag))
 
-        The connection is in use until the iterator ends or is closed. Raises `ClickHouseError`.
-        """
+    def _pieces(
+        self, request: Request, statement: Statement, sql: str
+    ) -> Generator[tuple[bytes, Progress], None, None]:
         output_format = statement.format or request.default_format
         in_pieces = (
             statement.streams and not request.buffered and output_format.lower() in CHUNKED_FORMATS
@@ -233,10 +267,11 @@ class Engine:
         with self._guard:
             self._closing = True
         deadline = time.monotonic() + patience_s
-        while not self._wait_idle(0.5):
-            self._kill("1")
+        self._kill("1")
+        while not self._wait_idle(0.2):
             if time.monotonic() > deadline:
                 return False
+            self._kill("1")
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.close()

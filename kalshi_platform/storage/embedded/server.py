@@ -13,6 +13,7 @@ import errno
 import hmac
 import json
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -20,7 +21,7 @@ import string
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.parser import BytesParser
@@ -37,20 +38,21 @@ from starlette.routing import Route
 from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
 from kalshi_platform.storage.embedded.confinement import confine
 from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
-from kalshi_platform.storage.embedded.engine import Engine, Progress, make_writable
+from kalshi_platform.storage.embedded.engine import Answer, Engine, Progress, make_writable
 from kalshi_platform.storage.embedded.engine import Request as EngineRequest
 from kalshi_platform.storage.embedded.statement import Statement, parse
 from kalshi_platform.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Piece = tuple[bytes, Progress]
 
 WORKERS = 64
 """Queries that run side by side; more of them wait."""
 IN_MEMORY_BYTES = 16 * 1024 * 1024
 """Of a request body; what is beyond goes to a file in the data folder."""
 LONGEST_QUERY_BYTES = 16 * 1024 * 1024
-FINISH_REQUESTS_S = 4
+FINISH_REQUESTS_S = 3
 """After SIGTERM, for running requests to end by themselves."""
 END_QUERIES_S = 3
 """After that, for killed queries to end."""
@@ -194,67 +196,58 @@ class Server:
                 ),
             )
             return Response(b"", headers=self._headers(call, done, result=False))
-        pieces = self._engine.query(call.request, call.statement, call.sql)
-        first, progress = await self._in_thread(http, call, lambda: next(pieces))
-        second = await self._in_thread(http, call, lambda: next(pieces, None))
-        if second is None:
-            has_result = bool(first) or call.statement.reads_only
-            headers = self._headers(call, progress, result=has_result)
-            body = first
-            if call.encoding:
-                headers["Content-Encoding"] = call.encoding
-                body = await self._in_thread(
-                    http, call, lambda: _compressed(first, cast(str, call.encoding))
-                )
-            return Response(body, headers=headers)
+        answer = self._engine.query(call.request, call.statement, call.sql)
+        try:
+            first = cast(Piece, await self._in_thread(http, call, answer.fetch))
+            second = await self._in_thread(http, call, answer.fetch)
+            if second is None:
+                return await self._whole(http, call, first)
+        except BaseException:
+            self._threads.submit(answer.close)
+            raise
         headers = self._headers(call, second[1], result=True)
         if call.encoding:
             headers["Content-Encoding"] = call.encoding
         headers["X-ClickHouse-Exception-Tag"] = tag = "".join(
             secrets.choice(string.ascii_lowercase) for _ in range(16)
         )
-        return StreamingResponse(
-            self._stream(call, [first, second[0]], pieces, tag), headers=headers
-        )
+        pieces = self._stream(call, [first[0], second[0]], answer, tag)
+        return StreamingResponse(pieces, headers=headers)
+
+    async def _whole(self, http: Request, call: _Call, piece: Piece) -> Response:
+        body, progress = piece
+        headers = self._headers(call, progress, result=bool(body) or call.statement.reads_only)
+        if call.encoding:
+            packed = compressor(call.encoding)
+            headers["Content-Encoding"] = call.encoding
+            body = await self._in_thread(
+                http, call, lambda: packed.compress(piece[0]) + packed.flush()
+            )
+        return Response(body, headers=headers)
 
     async def _stream(
-        self, call: _Call, begun: list[bytes], pieces: Iterator[tuple[bytes, Progress]], tag: str
+        self, call: _Call, begun: list[bytes], answer: Answer, tag: str
     ) -> AsyncIterator[bytes]:
         """The answer in pieces; an error on the way is written behind them, as ClickHouse does."""
         packed = compressor(call.encoding) if call.encoding else None
         loop = asyncio.get_running_loop()
-        failed: ClickHouseError | None = None
 
         def following() -> bytes | None:
-            if begun:
-                piece: bytes | None = begun.pop(0)
-            else:
-                piece, _ = next(pieces, (None, None))
-            return packed.compress(piece) if packed and piece is not None else piece
+            piece = (begun.pop(0),) if begun else answer.fetch()
+            return packed.compress(piece[0]) if packed and piece else piece and piece[0]
 
-        ended = False
         try:
-            while True:
-                try:
-                    piece = await loop.run_in_executor(self._threads, following)
-                except ClickHouseError as error:
-                    failed = error
-                    break
-                if piece is None:
-                    break
+            while (piece := await loop.run_in_executor(self._threads, following)) is not None:
                 if piece:
                     yield piece
-            ended = True
-            if failed:
-                trailer = self._exception_block(failed, tag)
-                yield (packed.compress(trailer) + packed.flush()) if packed else trailer
-                raise _AnswerBroken(str(failed))
             if packed:
                 yield packed.flush()
+        except ClickHouseError as error:
+            trailer = self._exception_block(error, tag)
+            yield packed.compress(trailer) + packed.flush() if packed else trailer
+            raise _AnswerBroken(str(error)) from error
         finally:
-            if not ended:
-                self._engine.kill(call.request.tag)
-            self._threads.submit(cast(Any, pieces).close)
+            self._threads.submit(answer.close)
 
     def _exception_block(self, error: ClickHouseError, tag: str) -> bytes:
         message = self._text(error)
@@ -392,11 +385,6 @@ async def _form_fields(http: Request) -> dict[str, str]:
     return fields
 
 
-def _compressed(data: bytes, encoding: str) -> bytes:
-    packed = compressor(encoding)
-    return packed.compress(data) + packed.flush()
-
-
 def serve(
     *,
     path: Path,
@@ -423,6 +411,7 @@ def serve(
         server._threads.shutdown(wait=False, cancel_futures=True)
         if not engine.close(END_QUERIES_S):
             log.warning("a query did not end in time; the engine is left without a clean close")
+            os._exit(0)  # its thread would hold the process; what was acknowledged is on disk
 
 
 def _bind(host: str, port: int) -> socket.socket:

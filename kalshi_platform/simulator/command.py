@@ -1,0 +1,83 @@
+"""Commands of a client, as they come over the WebSocket: read and checked for their form.
+
+What a command does is in session.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from kalshi_platform.simulator.frames import ERROR_TEXTS
+
+
+class Refused(Exception):
+    """A command that is answered with an error of that code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(ERROR_TEXTS[code])
+        self.code = code
+
+
+class Params(msgspec.Struct):
+    """Everything that any command may carry."""
+
+    channels: list[str] | None = None
+    market_ticker: str | None = None
+    market_tickers: list[str] | None = None
+    market_id: str | None = None
+    market_ids: list[str] | None = None
+    sid: int | None = None
+    sids: list[int] | None = None
+    action: str | None = None
+    use_yes_price: bool | None = None
+    skip_ticker_ack: bool = False
+    send_initial_snapshot: bool = False
+
+    def tickers(self) -> list[str]:
+        """The markets that are named, each once."""
+        if self.market_id is not None or self.market_ids is not None:
+            raise Refused(11)  # a filter by id is not to be had here: better refused than ignored
+        if self.market_ticker is None:
+            return list(dict.fromkeys(self.market_tickers or ()))
+        if self.market_tickers is not None:
+            raise Refused(11)
+        return [self.market_ticker]
+
+    def all_sids(self) -> list[int]:
+        """The subscriptions that are named, each once; at least one."""
+        named = [self.sid] if self.sids is None and self.sid is not None else self.sids
+        if not named:
+            raise Refused(4)
+        return list(dict.fromkeys(named))
+
+
+class Command(msgspec.Struct):
+    """One command. An id of 0 counts as none."""
+
+    id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    cmd: str = ""
+    params: Params | None = None
+
+
+class _Identified(msgspec.Struct):
+    id: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+def decoded(message: bytes | str) -> Command:
+    """Read a command. Raises `Refused`: 11 for a wrong type, 1 for what is not JSON."""
+    try:
+        return msgspec.json.decode(message, type=Command)
+    except msgspec.ValidationError:
+        raise Refused(11) from None
+    except msgspec.DecodeError:
+        raise Refused(1) from None
+
+
+def id_of(message: bytes | str) -> int:
+    """The id to answer to, 0 where there is none that can be read."""
+    try:
+        return msgspec.json.decode(message, type=_Identified).id
+    except msgspec.DecodeError:
+        return 0

@@ -1,0 +1,240 @@
+"""`doctor`: what is well is said to be well, and each thing that can be wrong is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands import doctor
+from kalshi_platform.processes import Identity
+from kalshi_platform.simulator.server import Simulator
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.clickhouse import connect
+
+StartSimulator = Callable[..., Simulator]
+
+
+def report(data: Path, **values: Any) -> None:
+    """Write a streamer's health file, of a streamer that is well but for `values`."""
+    folder = data / "journal" / "shard-0"
+    folder.mkdir(parents=True, exist_ok=True)
+    own, now = Identity.own(), time.time_ns()
+    well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
+    times = dict.fromkeys(("updated_ns", "last_frame_ns", "last_durable_ns"), now)
+    told = {**well, **times, "lag_frames": 7, **values}
+    (folder / "health.json").write_text(json.dumps(told), "utf-8")
+
+
+class Patient:
+    """Settings that `doctor` finds nothing wrong with, until they are changed."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, simulator: Simulator, **env: str
+    ) -> None:
+        self._monkeypatch = monkeypatch
+        self.simulator = simulator
+        self.key_file = folder / "key.pem"
+        shutil.copy(simulator.key_file, self.key_file)
+        self.key_file.chmod(0o600)
+        self.data = folder / "data"
+        monkeypatch.chdir(folder)
+        self.set(
+            PROD_KEYID=simulator.key_id,
+            PROD_KEYFILE=str(self.key_file),
+            KALSHI_REST_URL=simulator.rest_url,
+            KALSHI_WS_URL=simulator.ws_url,
+            KALSHI_DATA_DIR=str(self.data),
+            **env,
+        )
+
+    def set(self, **env: str | None) -> None:
+        """Set environment variables, or remove them."""
+        for name, value in env.items():
+            if value is None:
+                self._monkeypatch.delenv(name, raising=False)
+            else:
+                self._monkeypatch.setenv(name, value)
+        platform_settings.current.cache_clear()
+
+    def examined(self) -> dict[str, str]:
+        """Each check's line, by its name."""
+        result = CliRunner().invoke(doctor.command)
+        lines = result.stdout.splitlines()
+        assert result.exit_code == any(line.startswith("✗") for line in lines), result.output
+        return {line.split(" — ")[0][2:]: line for line in lines}
+
+
+@pytest.fixture
+def patient(
+    clickhouse_url: str,
+    clickhouse_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    start_simulator: StartSimulator,
+) -> Iterator[Patient]:
+    """A platform that is well."""
+    simulator = start_simulator(markets=3, rate=0, rolling_markets=0)
+    patient = Patient(
+        monkeypatch,
+        tmp_path,
+        simulator,
+        CLICKHOUSE_URL=clickhouse_url,
+        CLICKHOUSE_DATABASE=clickhouse_database,
+    )
+    patient.set(MARKET_TICKERS=next(iter(simulator.books())))
+    migrations.migrate(platform_settings.current())
+    yield patient
+    platform_settings.current.cache_clear()
+
+
+def test_a_platform_that_is_well_has_no_complaint(patient: Patient) -> None:
+    report(patient.data)
+    lines = patient.examined()
+    assert [line[0] for line in lines.values()] == ["✓"] * 11, lines
+    assert "7 frames not loaded yet" in lines["streamer"]
+    assert not patient.data.joinpath("parquet").exists()
+
+
+def test_nothing_secret_is_printed(patient: Patient) -> None:
+    patient.set(CLICKHOUSE_USER="nobody", CLICKHOUSE_PASSWORD="hidden-word", PROD_KEYID="hidden-id")
+    said = "\n".join(patient.examined().values())
+    assert "does not know PROD_KEYID" in said
+    assert "CLICKHOUSE_PASSWORD" in said
+    assert not re.search("hidden-word|hidden-id|BEGIN", said)
+
+
+def test_settings_that_make_no_sense_end_the_examination(patient: Patient) -> None:
+    patient.set(HOT_RETENTION_DAYS="soon")
+    (line,) = patient.examined().values()
+    assert line.startswith("✗ settings — HOT_RETENTION_DAYS")
+
+
+def test_without_a_key_and_without_a_simulator_it_says_so(patient: Patient) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        unused = f"http://127.0.0.1:{taken.getsockname()[1]}/trade-api/v2"
+        patient.set(PROD_KEYID=None, PROD_KEYFILE=None, KALSHI_REST_URL=unused)
+        lines = patient.examined()
+    assert lines["exchange REST"].startswith("✗ exchange REST — no key is set, and the simulator")
+    assert "kalshi-platform simulate" in lines["exchange REST"]
+    for name in ("key file", "clock", "exchange WebSocket", "markets"):
+        assert lines[name].startswith("·")
+
+
+def test_a_key_file_that_others_can_read_is_pointed_out(patient: Patient) -> None:
+    patient.key_file.chmod(0o644)
+    assert patient.examined()["key file"].endswith(f"chmod 600 {patient.key_file}")
+
+
+@pytest.mark.parametrize("content", [None, b"not a key"])
+def test_a_key_file_that_is_none_is_named(patient: Patient, content: bytes | None) -> None:
+    patient.key_file.unlink()
+    if content is not None:
+        patient.key_file.write_bytes(content)
+    lines = patient.examined()
+    assert lines["key file"].startswith(f"✗ key file — Key file {patient.key_file}")
+    assert lines["exchange REST"].startswith("✗")
+
+
+@pytest.mark.parametrize(("off_s", "mark"), [(-30, "✗"), (3, "!"), (0, "✓")])
+def test_a_clock_that_is_off_is_found(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, off_s: int, mark: str
+) -> None:
+    from kalshi_platform.exchange import rest
+
+    true_skew = rest.clock_skew_s
+    monkeypatch.setattr(
+        rest, "clock_skew_s", lambda headers, now_s: true_skew(headers, now_s + off_s)
+    )
+    line = patient.examined()["clock"]
+    assert line.startswith(f"{mark} clock")
+    assert ("NTP" in line) == bool(off_s)
+
+
+def test_a_websocket_that_is_away_is_found(patient: Patient) -> None:
+    patient.set(KALSHI_WS_URL="ws://127.0.0.1:9/trade-api/ws/v2")
+    assert patient.examined()["exchange WebSocket"].startswith("✗ exchange WebSocket — ws://127.0")
+
+
+def test_an_unknown_market_is_named(patient: Patient) -> None:
+    patient.set(MARKET_TICKERS=f"{next(iter(patient.simulator.books()))},NO-SUCH")
+    assert "the exchange knows no NO-SUCH" in patient.examined()["markets"]
+    patient.set(MARKET_TICKERS="", MARKET_SERIES="NO-SUCH-SERIES")
+    assert patient.examined()["markets"].startswith("✗")
+    patient.set(MARKET_SERIES="")
+    assert "nothing to record" in patient.examined()["markets"]
+
+
+def test_a_clickhouse_that_is_away_is_found_and_one_that_is_not_wanted_is_not(
+    patient: Patient,
+) -> None:
+    patient.set(CLICKHOUSE_URL="http://127.0.0.1:9")
+    lines = patient.examined()
+    assert lines["ClickHouse"].startswith("✗")
+    assert lines["schema"] == "· schema — not looked at: see ClickHouse"
+    patient.set(USE_CLICKHOUSE="0")
+    assert patient.examined()["ClickHouse"].startswith("·")
+
+
+def test_a_schema_that_is_not_ours_is_found(patient: Patient) -> None:
+    with closing(connect(platform_settings.current())) as client:
+        client.command("ALTER TABLE latest_levels MODIFY COLUMN size Decimal(18, 4)")
+        assert "latest_levels.size is Decimal(18, 4)" in patient.examined()["schema"]
+        client.command(
+            "ALTER TABLE schema_migrations DELETE WHERE version = 2 SETTINGS mutations_sync = 1"
+        )
+        assert "lacks 002_live_views" in patient.examined()["schema"]
+    patient.set(CLICKHOUSE_DATABASE="nowhere")
+    assert "kalshi-platform migrate" in patient.examined()["schema"]
+
+
+def test_a_folder_that_cannot_be_written_is_found(patient: Patient, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    patient.set(PARQUET_DIR=str(tmp_path / "file" / "parquet"))
+    assert "PARQUET_DIR" in patient.examined()["archive"]
+
+
+def test_a_full_disk_is_found(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(patient.data.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    lines = patient.examined()
+    assert lines["data folder"].startswith("✗")
+    assert lines["archive"].startswith("✗")
+
+
+LONG_AGO = 10**9
+
+
+@pytest.mark.parametrize(
+    ("values", "mark", "sentence"),
+    [
+        ({"state": "stopped", "pid_started": 1.0}, "·", "stopped 0 s ago"),
+        ({"pid_started": 1.0}, "✗", f"process {os.getpid()} died"),
+        ({"updated_ns": LONG_AGO}, "✗", "hangs"),
+        ({"last_durable_ns": LONG_AGO}, "✗", "frames come and are not kept"),
+        ({"trouble": "ClickHouse is away."}, "✗", "ClickHouse is away."),
+        ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),
+        ({"pid": "x"}, "✗", "is no streamer's report"),
+        ({"state": None, "lag_frames": None}, "✗", "is no streamer's report"),
+    ],
+)
+def test_a_streamer_is_judged_by_its_report(
+    tmp_path: Path, values: dict[str, Any], mark: str, sentence: str
+) -> None:
+    report(tmp_path, **values)
+    check, _ = doctor.CHECKS["streamer"]
+    finding = check(platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path))
+    assert finding.mark.value == mark
+    assert sentence in finding.text

@@ -1,0 +1,230 @@
+"""`up`: from nothing to rows and a green partition, and back to no process at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import dagster as dg
+import httpx
+import psutil
+import pytest
+
+from kalshi_platform.processes import Identity
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody had a moment ago."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def until(condition: Callable[[], bool], why: Callable[[], str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.1)
+
+
+class Up:
+    """One `kalshi-platform up` on a data folder and ports of its own."""
+
+    def __init__(self, data: Path, port: int, **env: str) -> None:
+        self.data, self.port = data, port
+        self._output = data.with_suffix(".out")
+        self._env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PROD_", "KALSHI_"))},
+            "KALSHI_DATA_DIR": str(data),
+            **env,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **env: str) -> None:
+        with self._output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kalshi_platform", "up", "--port", str(self.port)],
+                cwd=self.data.parent,
+                env={**self._env, **env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def says(self, words: str) -> None:
+        until(lambda: words in self.output or self.ended, lambda: self.output + self.logs())
+        assert words in self.output, self.output
+
+    @property
+    def ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {log}\n{log.read_text()[-3000:]}" for log in (self.data / "logs").glob("*.log")
+        )
+
+    def family(self) -> list[psutil.Process]:
+        """Every living process that was started for this data folder."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("KALSHI_DATA_DIR") == str(self.data)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def one(self, verb: str) -> psutil.Process:
+        return next(p for p in self.family() if p.cmdline()[-1:] == [verb])
+
+    def instance(self) -> dg.DagsterInstance:
+        return dg.DagsterInstance.from_config(str(self.data / "dagster"))
+
+    def reported(self) -> set[str]:
+        with self.instance() as instance:
+            return instance.get_materialized_partitions(dg.AssetKey("orderbook_events"))
+
+    def runs(self) -> list[dg.DagsterRun]:
+        with self.instance() as instance:
+            return list(instance.get_runs())
+
+
+def count(url: str, database: str) -> int:
+    query = f"SELECT count() FROM {database}.orderbook_events"
+    answer = httpx.get(url, params={"query": query}, trust_env=False)
+    return int(answer.text) if answer.status_code == httpx.codes.OK else 0
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    ui, simulator = free_ports(2)
+    made = Up(
+        tmp_path / "data", ui, SIMULATOR_PORT=str(simulator), SIMULATOR_MARKETS="5", NO_COLOR="1"
+    )
+    yield made
+    for process in made.family():
+        process.kill()
+
+
+@pytest.mark.slow
+def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(
+    up: Up, clickhouse_url: str, clickhouse_database: str
+) -> None:
+    clickhouse = {"CLICKHOUSE_URL": clickhouse_url, "CLICKHOUSE_DATABASE": clickhouse_database}
+
+    # From nothing: rows, a green partition, a UI, and it is said that the data is simulated.
+    up.start(**clickhouse)
+    up.says("SIMULATED")
+    up.says("Recording: ")
+    until(lambda: bool(up.reported()), up.logs)
+    until(lambda: count(clickhouse_url, clickhouse_database) > 0, up.logs)
+    assert httpx.get(f"http://127.0.0.1:{up.port}/server_info", trust_env=False).is_success
+    [run] = up.runs()
+    assert run.tags["kalshi/source"] == "simulator"
+
+    # A second one on the same folder is told so.
+    second = subprocess.run(
+        [sys.executable, "-m", "kalshi_platform", "up"],
+        env={**os.environ, "KALSHI_DATA_DIR": str(up.data)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert re.fullmatch(r"Error: Another .* runs on the data folder .*\n", second.stderr)
+
+    # What dies comes back, and the recording goes on in the same run.
+    up.one("simulate").kill()
+    up.says("simulator ended (killed by SIGKILL); it starts again in 1 s.")
+    seen = count(clickhouse_url, clickhouse_database)
+    until(lambda: count(clickhouse_url, clickhouse_database) > seen + 200, up.logs)
+    assert [each.run_id for each in up.runs()] == [run.run_id]
+
+    # Ctrl-C: the run is flushed and canceled, and nobody is left.
+    assert up.process is not None
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(timeout=30) == 0, up.output
+    assert up.family() == []
+    [ended] = up.runs()
+    assert ended.status is dg.DagsterRunStatus.CANCELED
+    assert not Identity.parse(ended.tags["kalshi/process"]).alive
+
+    # Again, with ClickHouse away: recording goes on from where it was, and that is said.
+    before = count(clickhouse_url, clickhouse_database)
+    assert before > 0
+    [away] = free_ports(1)
+    up.start(**clickhouse | {"CLICKHOUSE_URL": f"http://127.0.0.1:{away}"})
+    up.says("Recording goes on without it")
+    up.says("Recording: ")
+    until(lambda: len(up.runs()) == 2, up.logs)
+    assert "Traceback" not in up.output
+
+    # Killed without a word: nobody goes on writing.
+    up.process.kill()
+    up.process.wait()
+    until(lambda: up.family() == [], lambda: str(up.family()))
+
+
+def refused(tmp_path: Path, *args: str, **env: str) -> str:
+    """The one line that a failing `up` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kalshi_platform", "up", *args],
+        env={**os.environ, "KALSHI_DATA_DIR": str(tmp_path / "data"), **env},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_taken_ui_port_is_named_with_the_way_out(tmp_path: Path) -> None:
+    with taken_port() as port:
+        said = refused(tmp_path, "--port", str(port), USE_CLICKHOUSE="0")
+    assert f"Port {port}, needed for the Dagster UI, is taken" in said
+    assert "`up --port 3001`" in said
+
+
+def test_a_taken_simulator_port_is_named_with_its_setting(tmp_path: Path) -> None:
+    [ui] = free_ports(1)
+    with taken_port() as port:
+        said = refused(tmp_path, "--port", str(ui), USE_CLICKHOUSE="0", SIMULATOR_PORT=str(port))
+    assert f"Port {port}, needed for the exchange simulator, is taken" in said
+    assert "SIMULATOR_PORT" in said
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file in the way")
+    said = refused(tmp_path, USE_CLICKHOUSE="0")
+    assert "KALSHI_DATA_DIR is" in said
+
+
+def test_half_a_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    said = refused(tmp_path, PROD_KEYID="some-id")
+    assert "PROD_KEYFILE is not set" in said
+    assert not (tmp_path / "data").exists()

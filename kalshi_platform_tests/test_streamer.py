@@ -1,0 +1,434 @@
+"""The whole line, on real parts: WebSocket to journal to ClickHouse and Parquet, nothing lost or doubled."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.exchange.book import Book, delta_change
+from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
+from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.settings import Settings
+from kalshi_platform.simulator.server import Simulator
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.streamer import Streamer, read_health
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMES = ROOT.parent / "shared" / "frames"
+PROOF = ROOT / "infra" / "queries" / "lossless_proof.sql"
+Level = tuple[str, str, str, str]
+
+
+@pytest.fixture
+def settings_for(
+    tmp_path: Path, clickhouse_url: str, clickhouse_database: str
+) -> Callable[..., Settings]:
+    """Settings that point at a simulator and at a migrated database of the test's own."""
+
+    def make(simulator: Simulator, **more: Any) -> Settings:
+        given: dict[str, Any] = {
+            "kalshi_data_dir": tmp_path / "data",
+            "clickhouse_url": clickhouse_url,
+            "clickhouse_database": clickhouse_database,
+            "kalshi_ws_url": simulator.ws_url,
+            "kalshi_rest_url": simulator.rest_url,
+            **more,
+        }
+        settings = platform_settings.load(**given)
+        key_file = settings.exchange.key_file
+        key_file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(simulator.key_file, key_file)
+        if (
+            settings.use_clickhouse
+            and "clickhouse_url" not in more
+            and "clickhouse_password" not in more
+        ):
+            migrations.migrate(settings)
+        return settings
+
+    return make
+
+
+@contextmanager
+def streaming(settings: Settings) -> Iterator[Streamer]:
+    streamer = Streamer(settings)
+    streamer.start()
+    try:
+        yield streamer
+    finally:
+        streamer.stop()
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+def query(settings: Settings, sql: str) -> list[Any]:
+    return list(clickhouse.connect(settings).query(sql).result_rows)
+
+
+def archived(settings: Settings, dataset: str) -> pl.DataFrame:
+    return pl.read_parquet(
+        f"{settings.archive_dir}/{dataset}/**/*.parquet", hive_partitioning=False
+    )
+
+
+def journalled(settings: Settings) -> list[tuple[int, bytes]]:
+    """(kind, frame) of every record of the journal."""
+    folder = settings.journal_dir()
+    return [
+        (kind, frame)
+        for block in journal.read(folder, journal.beginning(folder))
+        for kind, frame in zip(
+            block.batch.column("kind").to_pylist(),
+            block.batch.column("frame").to_pylist(),
+            strict=True,
+        )
+    ]
+
+
+def latest(settings: Settings) -> set[Level]:
+    sql = "SELECT market_ticker, side, toString(price), toString(size) FROM latest_levels FINAL WHERE size > 0"
+    return {(t, s, f"{Decimal(p):.4f}", f"{Decimal(q):.2f}") for t, s, p, q in query(settings, sql)}
+
+
+def truth(simulator: Simulator, tickers: set[str]) -> set[Level]:
+    return {
+        (ticker, side, dollars(price), contracts(size))
+        for ticker, book in simulator.books().items()
+        if ticker in tickers
+        for side, ladder in (("yes", book.yes), ("no", book.no))
+        for price, size in ladder.items()
+    }
+
+
+def assert_lossless(settings: Settings) -> None:
+    """The user's own proof finds nothing, and the two stores agree row by row."""
+    with clickhouse.translated():
+        proof = clickhouse.connect(settings).query(PROOF.read_text().strip().rstrip(";"))
+    rows = [dict(zip(proof.column_names, row, strict=True)) for row in proof.result_rows]
+    assert rows
+    assert [r for r in rows if r["unexplained_holes"] or r["doubled"]] == []
+    for dataset in ("orderbook_events", "stream_events"):
+        count = archived(settings, dataset).height
+        assert query(settings, f"SELECT count() FROM {dataset}") == [(count,)]
+    columns = ["conn_id", "sid", "seq", "market_ticker", "side", "price", "qty", "size"]
+    cold = archived(settings, "orderbook_events").select(columns)
+    assert cold.is_duplicated().sum() == 0
+    hot = query(
+        settings,
+        "SELECT toString(conn_id), sid, seq, market_ticker, side, price, qty, size FROM orderbook_events",
+    )
+    assert sorted(map(repr, hot)) == sorted(map(repr, cold.rows()))
+
+
+def reference(lines: list[bytes]) -> tuple[list[tuple[Any, ...]], set[Level]]:
+    """Every event row and the final books of a recording, by the reference book."""
+    books: dict[str, Book] = {}
+    rows: list[tuple[Any, ...]] = []
+    for line in lines:
+        head = decode_head(line)
+        if head.type == "orderbook_snapshot":
+            snapshot = decode_snapshot(line)
+            book = books.setdefault(snapshot.market_ticker, Book(snapshot.market_ticker))
+            book.apply_snapshot(snapshot)
+            for side, ladder in book.ladders.items():
+                rows += [
+                    (head.seq, book.market_ticker, side, dollars(p), contracts(q), contracts(q))
+                    for p, q in ladder.items()
+                ]
+        elif head.type == "orderbook_delta":
+            delta = decode_delta(line)
+            change = delta_change(delta)
+            size = books[delta.market_ticker].apply_delta(change)
+            rows.append(
+                (
+                    head.seq,
+                    delta.market_ticker,
+                    change.side,
+                    dollars(change.price),
+                    contracts(change.qty),
+                    contracts(size),
+                )
+            )
+    final = {
+        (ticker, side, dollars(p), contracts(q))
+        for ticker, book in books.items()
+        for side, ladder in book.ladders.items()
+        for p, q in ladder.items()
+    }
+    return sorted(rows), final
+
+
+@pytest.mark.parametrize(
+    "name", ["ws_orderbook_12_markets_prod_2026-08-07.jsonl", "ws_legacy_cents_2025-11-30.jsonl.gz"]
+)
+def test_recorded_frames_land_exactly_in_both_stores(
+    name: str, start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    path = FRAMES / name
+    if not path.exists():
+        pytest.skip("the recorded frames are not beside this checkout")
+    lines = (
+        gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
+    ).splitlines()
+    expected, final = reference(lines)
+    simulator = start_simulator(replay=path)
+    tickers = {row[1] for row in expected}
+    settings = settings_for(simulator, market_tickers=tuple(sorted(tickers)))
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().frames >= len(lines), "all frames")
+    sql = "SELECT seq, market_ticker, side, price, qty, size FROM orderbook_events"
+    hot = sorted(
+        (s, t, d, f"{p:.4f}", f"{q:.2f}", f"{z:.2f}") for s, t, d, p, q, z in query(settings, sql)
+    )
+    assert hot == expected
+    cold = archived(settings, "orderbook_events").select(
+        "seq", "market_ticker", "side", "price", "qty", "size"
+    )
+    assert (
+        sorted((s, t, d, f"{p:.4f}", f"{q:.2f}", f"{z:.2f}") for s, t, d, p, q, z in cold.rows())
+        == expected
+    )
+    assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'gap'") == [(0,)]
+    assert latest(settings) == final
+    assert_lossless(settings)
+
+
+def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole_is_named(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=16, rate=1_500.0, rolling_markets=0)
+    settings = settings_for(simulator)
+    faults = [
+        "gap:3",
+        "drop",
+        "malformed",
+        "negative",
+        "unknown_type",
+        "error25",
+        "truncated",
+        "gap",
+        "huge:2",
+        "close",
+    ]
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().synced == 16, "books")
+        for fault in faults:
+            seen = streamer.health()
+            simulator.inject(fault)
+            disconnects = fault in {"drop", "error25", "close"}
+            wait_for(
+                lambda s=seen, d=disconnects: (
+                    streamer.health().frames > s.frames + 300  # type: ignore[misc]
+                    and (not d or streamer.health().connections > s.connections)
+                    and streamer.health().synced == 16
+                ),
+                f"recovery from {fault}",
+            )
+        simulator.pause()
+        time.sleep(1.0)
+        wait_for(lambda: streamer.health().synced == 16, "books")
+    kinds = dict(query(settings, "SELECT kind, count() FROM stream_events GROUP BY kind"))
+    assert kinds["connected"] == kinds["disconnected"] == 4
+    assert kinds["gap"] >= 3
+    assert kinds["resynced"] >= 3
+    assert kinds["malformed"] >= 2
+    assert kinds["unknown"] >= 1
+    assert latest(settings) == truth(simulator, set(simulator.books()))
+    assert_lossless(settings)
+
+
+def test_stopping_under_load_leaves_everything_received_in_both_stores(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=30, rate=8_000.0)
+    settings = settings_for(simulator)
+    environment = _environment(settings)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kalshi_platform", "stream"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: _frames(settings) > 20_000, "frames")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=10)
+    assert process.returncode == 0, log
+    assert "all that was received is stored" in log
+    deltas = sum(kind == 1 for kind, _ in journalled(settings))
+    assert deltas > 15_000
+    assert query(settings, "SELECT count() FROM orderbook_events WHERE type = 'delta'") == [
+        (deltas,)
+    ]
+    assert_lossless(settings)
+
+
+def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=12, rate=2_000.0, rolling_markets=0)
+    settings = settings_for(simulator)
+    dice = random.Random(7)
+    for _ in range(6):
+        before = _frames(settings)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kalshi_platform", "stream"],
+            env=_environment(settings),
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(
+            lambda p=process, b=before: _pid(settings) == p.pid and _frames(settings) > 200,
+            "frames",
+        )  # type: ignore[misc]
+        time.sleep(dice.uniform(0.0, 1.5))
+        process.kill()
+        process.wait()
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().synced == 12, "books")
+        simulator.pause()
+        time.sleep(1.0)
+    deltas = sum(kind == 1 for kind, _ in journalled(settings))
+    assert query(settings, "SELECT count() FROM orderbook_events WHERE type = 'delta'") == [
+        (deltas,)
+    ]
+    assert latest(settings) == truth(simulator, set(simulator.books()))
+    kinds = dict(query(settings, "SELECT kind, count() FROM stream_events GROUP BY kind"))
+    assert kinds["started"] == 7
+    assert kinds["connected"] == kinds["disconnected"]
+    killed = query(
+        settings,
+        "SELECT detail FROM stream_events WHERE kind = 'disconnected' AND detail LIKE '%ended without closing%'",
+    )
+    assert len(killed) == 6
+    assert all(json.loads(detail)["span_s"] > 0 for (detail,) in killed)
+    assert_lossless(settings)
+
+
+def test_without_clickhouse_parquet_goes_on_and_clickhouse_catches_up_exactly_once(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=8, rate=1_000.0)
+    away = settings_for(simulator, clickhouse_url="http://127.0.0.1:9")  # nobody listens there
+    streamer = Streamer(away)
+    streamer.start()
+    wait_for(lambda: streamer.health().stores["parquet"].committed_ns > 0, "the first file")
+    health = streamer.health()
+    assert health.stores["clickhouse"].trouble is not None
+    assert "127.0.0.1:9" in health.stores["clickhouse"].trouble
+    assert not health.stores["clickhouse"].refused
+    assert streamer.stop() is False
+    assert archived(away, "orderbook_events").height > 0
+    back = settings_for(simulator)
+    with streaming(back) as streamer:
+        wait_for(lambda: streamer.health().stores["clickhouse"].lag < 500, "catching up")
+    assert_lossless(back)
+
+
+def test_a_wrong_password_is_a_sentence_without_the_password_and_costs_no_frame(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=8, rate=500.0)
+    wrong = settings_for(simulator, clickhouse_password="not-the-password")
+    streamer = Streamer(wrong)
+    streamer.start()
+    wait_for(lambda: streamer.health().stores["clickhouse"].trouble is not None, "the refusal")
+    store = streamer.health().stores["clickhouse"]
+    assert store.refused
+    assert store.trouble is not None
+    assert "CLICKHOUSE_PASSWORD" in store.trouble
+    assert "not-the-password" not in store.trouble
+    streamer.stop(3.0)
+    right = settings_for(simulator)
+    with streaming(right) as streamer:
+        wait_for(lambda: streamer.health().stores["clickhouse"].lag < 500, "catching up")
+    assert_lossless(right)
+
+
+def test_a_second_streamer_is_refused_in_a_sentence(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=4)
+    settings = settings_for(simulator, use_clickhouse=False)
+    with streaming(settings), pytest.raises(JournalError, match="Another streamer"):
+        Streamer(settings).start()
+
+
+def test_unknown_tickers_and_a_missing_key_are_sentences(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=4)
+    settings = settings_for(simulator, use_clickhouse=False, market_tickers="NOPE-1,NOPE-2")
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.failure() is not None, "the refusal")
+        failure = streamer.failure()
+    assert isinstance(failure, PlatformError)
+    assert "NOPE-1, NOPE-2" in str(failure)
+    settings.exchange.key_file.unlink()
+    with pytest.raises(PlatformError, match="simulator is not running"):
+        Streamer(settings).start()
+
+
+def test_rolling_markets_join_and_leave_the_running_streamer(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.streamer.REFRESH_S", 0.5)
+    monkeypatch.setattr("kalshi_platform.recording.markets.LEAVE_AFTER_S", 4.0)
+    simulator = start_simulator(markets=6, rolling_markets=3, rolling_seconds=4.0, rate=300.0)
+    settings = settings_for(simulator)
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().synced >= 6, "books")
+        time.sleep(10)
+        health = streamer.health()
+    assert health.connections == 1
+    assert health.gaps == 0
+    (followed,) = query(settings, "SELECT uniq(market_ticker) FROM orderbook_events")[0]
+    assert followed > 6
+    assert query(settings, "SELECT count() > 0 FROM stream_events WHERE kind = 'left'") == [(True,)]
+    assert_lossless(settings)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return {
+        **os.environ,
+        "KALSHI_DATA_DIR": str(settings.data_dir),
+        "CLICKHOUSE_URL": settings.clickhouse_url,
+        "CLICKHOUSE_DATABASE": settings.clickhouse_database,
+        "KALSHI_WS_URL": settings.kalshi_ws_url or "",
+        "KALSHI_REST_URL": settings.kalshi_rest_url or "",
+    }
+
+
+def _frames(settings: Settings) -> int:
+    health = read_health(settings.journal_dir())
+    return int(str(health["frames"])) if health else 0
+
+
+def _pid(settings: Settings) -> int:
+    health = read_health(settings.journal_dir())
+    return int(str(health["pid"])) if health else 0
