@@ -294,16 +294,12 @@ def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
     settings = settings_for(simulator)
     dice = random.Random(7)
     for _ in range(6):
-        before = _frames(settings)
         process = subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform", "stream"],
             env=_environment(settings),
             stderr=subprocess.DEVNULL,
         )
-        wait_for(
-            lambda p=process, b=before: _pid(settings) == p.pid and _frames(settings) > 200,
-            "frames",
-        )  # type: ignore[misc]
+        _wait_for_recording(settings, process.pid)
         time.sleep(dice.uniform(0.0, 1.5))
         process.kill()
         process.wait()
@@ -422,6 +418,10 @@ def _environment(settings: Settings) -> dict[str, str]:
         "KALSHI_WS_URL": settings.kalshi_ws_url or "",
         "KALSHI_REST_URL": settings.kalshi_rest_url or "",
     }
+
+
+def _wait_for_recording(settings: Settings, pid: int) -> None:
+    wait_for(lambda: _pid(settings) == pid and _frames(settings) > 200, "frames")
 
 
 def _frames(settings: Settings) -> int:

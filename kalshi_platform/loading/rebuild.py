@@ -196,8 +196,11 @@ def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
 
 def _select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
     clock = "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
+    # Arrow has neither UUIDs nor names of enum values: both come as text.
     columns = ", ".join(
-        f"toString({c.name}) AS {c.name}" if c.clickhouse == "UUID" else c.name
+        f"toString({c.name}) AS {c.name}"
+        if "UUID" in c.clickhouse or "Enum" in c.clickhouse
+        else c.name
         for c in dataset.columns
     )
     order = ", ".join(

@@ -51,7 +51,9 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return hours.describe(self.settings().archive_dir, hour, complete=self.is_sealed(hour))
 
     def rebuild(self, hour: datetime) -> HourReport:
-        """A sealed hour, rebuilt. Raises `PlatformError` when nothing holds it any more."""
+        """A sealed hour, built again; the open one as it is. Raises `PlatformError` when nothing
+        holds it any more.
+        """
         from kalshi_platform.loading.rebuild import rebuild
 
         return rebuild(self.settings(), hour)

@@ -61,9 +61,11 @@ class Pages:
     # exchange and account
 
     def exchange_status(self, _: Request) -> object:
+        """Whether the exchange trades; not while it is paused."""
         return {"exchange_active": True, "trading_active": not self._venue.paused}
 
     def exchange_schedule(self, _: Request) -> object:
+        """Open always, no maintenance."""
         always = [{"open_time": "00:00", "close_time": "00:00"}]
         days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
         week = {"start_time": "2021-01-01T00:00:00Z", "end_time": "2099-01-01T00:00:00Z"}
@@ -71,14 +73,17 @@ class Pages:
         return {"schedule": {"standard_hours": [hours], "maintenance_windows": []}}
 
     def user_data_timestamp(self, _: Request) -> object:
+        """How fresh the portfolio pages are."""
         return {"as_of_time": rfc3339(time.time_ns() // 1000)}
 
     def historical_cutoff(self, _: Request) -> object:
+        """Before when data would be under /historical: 90 days ago."""
         cutoff = rfc3339((self._exchange.now_ns // 1_000_000_000 - 90 * 86_400) * 1_000_000)
         names = ("market_settled_ts", "trades_created_ts", "orders_updated_ts")
         return dict.fromkeys(names, cutoff)
 
     def balance(self, _: Request) -> object:
+        """An account with nothing in it."""
         return {
             "balance": 0,
             "balance_breakdown": [{"balance": "0.0000", "exchange_index": 0}],
@@ -88,9 +93,11 @@ class Pages:
         }
 
     def positions(self, _: Request) -> object:
+        """No position."""
         return {"cursor": "", "event_positions": [], "market_positions": []}
 
     def limits(self, _: Request) -> object:
+        """Token buckets of the basic tier; the simulator does not enforce them."""
         return {
             "grants": [],
             "read": {"bucket_capacity": 200, "refill_rate": 200},
@@ -99,12 +106,14 @@ class Pages:
         }
 
     def endpoint_costs(self, _: Request) -> object:
+        """What a request costs."""
         order = {"cost": 2, "method": "GET", "path": f"{BASE}/portfolio/orders/:order_id"}
         return {"default_cost": 10, "endpoint_costs": [order]}
 
     # markets
 
     def markets(self, request: Request) -> object:
+        """Markets by status, series, event, tickers and times, page by page."""
         query = request.query_params
         found: Iterable[Market] = self._exchange.markets()
         if tickers := query.get("tickers"):
@@ -133,6 +142,7 @@ class Pages:
         return {"cursor": cursor, "markets": [_market(each) for each in page]}
 
     def market(self, request: Request) -> object:
+        """One market."""
         return {"market": _market(self._find(request))}
 
     def _find(self, request: Request) -> Market:
@@ -142,6 +152,7 @@ class Pages:
         return found
 
     def events(self, request: Request) -> object:
+        """Events by series and status, page by page."""
         query = request.query_params
         by_event: dict[str, list[Market]] = {}
         for each in self._exchange.markets():
@@ -159,6 +170,7 @@ class Pages:
         return {"cursor": cursor, "events": [_event(by_event[name], nested) for name in page]}
 
     def event(self, request: Request) -> object:
+        """One event with its markets."""
         name = request.path_params["event"]
         members = [m for m in self._exchange.markets() if m.listing.event_ticker == name]
         if not members:
@@ -166,6 +178,7 @@ class Pages:
         return {"event": _event(members, False), "markets": [_market(each) for each in members]}
 
     def series_list(self, request: Request) -> object:
+        """Every series."""
         category = request.query_params.get("category")
         return {
             "series": [
@@ -176,12 +189,14 @@ class Pages:
         }
 
     def series(self, request: Request) -> object:
+        """One series."""
         for each in self._exchange.series:
             if each.ticker == request.path_params["series"]:
                 return {"series": _series(each)}
         raise Rejected(404, NOT_FOUND)
 
     def trades(self, request: Request) -> object:
+        """The last trades, newest first, page by page."""
         ticker = request.query_params.get("ticker")
         low, high = _second(request, "min_ts"), _second(request, "max_ts")
         found = [
@@ -197,6 +212,7 @@ class Pages:
     # order books, cached as the real ones are
 
     def orderbook(self, request: Request) -> object:
+        """One book, cached."""
         depth = _number(request, "depth", "GetMarketOrderbook", default=0, low=0, high=100)
         found = self._find(request)
         return self._cached(
@@ -204,6 +220,7 @@ class Pages:
         )
 
     def orderbooks(self, request: Request) -> object:
+        """Up to 100 books, cached."""
         tickers = [
             ticker
             for value in request.query_params.getlist("tickers")

@@ -28,6 +28,7 @@ from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.keys import KEY_ID, KeyRing, PublicKey
+from kalshi_platform.simulator.pages import BASE
 from kalshi_platform.simulator.replay import Recording
 from kalshi_platform.simulator.venue import Venue
 from kalshi_platform.simulator.websocket import WS_PATH, ClientSocket
@@ -78,7 +79,7 @@ class Simulator:
     @property
     def rest_url(self) -> str:
         """The base of the REST interface."""
-        return f"http://{self._authority}{rest.BASE}"
+        return f"http://{self._authority}{BASE}"
 
     @property
     def control_url(self) -> str:

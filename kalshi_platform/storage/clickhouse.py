@@ -6,6 +6,7 @@ Which tables there are is not said here (migrations.py), nor what goes into them
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import pyarrow as pa
 from clickhouse_connect.driver import exceptions as driver
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3 import PoolManager
 from urllib3.exceptions import HTTPError
 
 from kalshi_platform.settings import Settings
@@ -41,6 +43,9 @@ MINIMUM_VERSION = (24, 8)
 CONNECT_TIMEOUT_S = 5
 RECEIVE_TIMEOUT_S = 120
 """Silence after which a query is given up: long enough for a big merge to delay an insert."""
+
+WIRE_CODEC = "lz4"
+"""Of inserted Arrow batches: a tenth to a third faster than none even on loopback, where zstd is not."""
 
 TRANSIENT: Mapping[int, str] = {
     95: "CANNOT_READ_FROM_SOCKET",  # a connection between servers broke
@@ -122,8 +127,8 @@ def connect(
             database=settings.clickhouse_database if database else None,
             connect_timeout=CONNECT_TIMEOUT_S,
             send_receive_timeout=receive_timeout_s,
-            compress=False if local else "zstd",  # on loopback it would only cost processor time
-            pool_mgr=get_pool_manager() if local else None,  # never through a proxy to ourselves
+            compress=False if local else "zstd",  # of answers
+            pool_mgr=_local_pool() if local else None,
             autogenerate_session_id=False,  # a session serves one query at a time
             show_clickhouse_errors="scrub",
             tz_mode="aware",  # a time without a zone is a trap
@@ -148,19 +153,18 @@ def insert_arrow(
 ) -> None:
     """Insert `rows` into `table` once: a second call with the same token adds nothing.
 
-    The rows travel as one Arrow record batch, and ClickHouse is told not to cut it (nor to queue
-    it), so the same rows make the same block each time. Within the block a partition (a day) makes a part of its own.
+    The rows travel as one Arrow record batch, and ClickHouse is told neither to cut nor to queue it,
+    so the same rows make the same block each time: one part for each partition (day) in it.
     Dictionary columns may go into UUID, Enum and LowCardinality columns. An empty table does
     nothing. `settings` are further ClickHouse settings of this insert.
     """
     if not rows.num_rows:
         return
-    codec = client.write_compression if client.write_compression in {"zstd", "lz4"} else None
     body = pa.BufferOutputStream()
     with pa.ipc.new_stream(
         body,
         rows.schema,
-        options=pa.ipc.IpcWriteOptions(compression=codec, unify_dictionaries=True),
+        options=pa.ipc.IpcWriteOptions(compression=WIRE_CODEC, unify_dictionaries=True),
     ) as stream:
         stream.write_table(rows.combine_chunks())
     with translated():
@@ -298,6 +302,12 @@ def _root(error: BaseException) -> str:
     return (
         "time-out" if "timeout" in type(last).__name__.lower() else str(last) or type(last).__name__
     )
+
+
+@functools.cache
+def _local_pool() -> PoolManager:
+    """Connections to this machine, never through the environment's proxy; shared by all clients."""
+    return get_pool_manager()
 
 
 def _is_loopback(host: str) -> bool:

@@ -212,7 +212,7 @@ def test_a_wrong_password_is_named_without_being_shown(
     assert SECRET not in repr(settings)
 
 
-def test_a_server_that_is_away_is_unavailable() -> None:
+def test_a_server_that_is_away_is_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
@@ -220,6 +220,7 @@ def test_a_server_that_is_away_is_unavailable() -> None:
             StoreUnavailable, match=rf"{url} cannot be reached \(Connection refused\)"
         ):
             connect(settings_for(url, "kalshi"))
+    assert caplog.messages == []  # the sentence says it all; the driver would log a traceback
 
 
 def test_a_server_that_stays_silent_is_unavailable() -> None:

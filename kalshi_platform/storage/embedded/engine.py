@@ -262,22 +262,25 @@ class Engine:
         """Ask the engine to end the query of a request; returns at once, ended or not."""
         self._kill(f"Settings['{_TAG}'] = {_literal(tag)}")
 
-    def close(self, patience_s: float) -> bool:
-        """End every query and close the engine; False where a query did not end in time."""
+    def end_queries(self, patience_s: float) -> bool:
+        """Take no new query and kill the running ones; False where one did not end in time."""
         with self._guard:
             self._closing = True
         deadline = time.monotonic() + patience_s
-        self._kill("1")
-        while not self._wait_idle(0.2):
+        while not self._wait_idle(0):
             if time.monotonic() > deadline:
                 return False
             self._kill("1")
+            self._wait_idle(0.2)
+        return True
+
+    def close(self) -> None:
+        """Close the engine and let go of the folder. Queries must have ended."""
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.close()
         self._keeper.close()
         self._lock.release()
-        return True
 
     def _wait_idle(self, timeout_s: float) -> bool:
         with self._idle:

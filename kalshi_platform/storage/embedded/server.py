@@ -93,6 +93,10 @@ class Server:
             ]
         )
 
+    def stop(self) -> None:
+        """Take no more work; what runs goes on."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def _root(self, http: Request) -> Response:
         if http.method in {"GET", "HEAD"} and not http.url.query:
             return await _ok(http)
@@ -407,11 +411,12 @@ def serve(
         confine(folder)
         engine = Engine(folder)
         server = Server(engine, user, password)
-        _run(server, listener, ready)
-        server._threads.shutdown(wait=False, cancel_futures=True)
-        if not engine.close(END_QUERIES_S):
+        _run(server, engine, listener, ready)
+        server.stop()
+        if not engine.end_queries(END_QUERIES_S / 3):
             log.warning("a query did not end in time; the engine is left without a clean close")
             os._exit(0)  # its thread would hold the process; what was acknowledged is on disk
+        engine.close()
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -429,7 +434,25 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _run(server: Server, listener: socket.socket, ready: Callable[[int], None] | None) -> None:
+def _run(
+    server: Server, engine: Engine, listener: socket.socket, ready: Callable[[int], None] | None
+) -> None:
+    class Web(uvicorn.Server):
+        """Says when requests are answered; at the end ends the queries that do not end."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if ready is not None:
+                ready(listener.getsockname()[1])
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            end = loop.call_later(
+                FINISH_REQUESTS_S, loop.run_in_executor, None, engine.end_queries, END_QUERIES_S
+            )
+            await super().shutdown(sockets)
+            end.cancel()
+
     config = uvicorn.Config(
         server.app,
         lifespan="off",
@@ -437,21 +460,11 @@ def _run(server: Server, listener: socket.socket, ready: Callable[[int], None] |
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=FINISH_REQUESTS_S,
-        h11_max_incomplete_event_size=1024 * 1024,
+        timeout_graceful_shutdown=FINISH_REQUESTS_S + END_QUERIES_S,
     )
-
-    class Announcing(uvicorn.Server):
-        """Says so when requests are answered."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if ready is not None:
-                ready(listener.getsockname()[1])
-
     logging.getLogger("uvicorn.error").addFilter(_is_no_broken_answer)
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when it is done: let that find a quiet handler
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-    Announcing(config).run(sockets=[listener])
+    Web(config).run(sockets=[listener])

@@ -69,8 +69,11 @@ def test_sigterm_ends_it_with_exit_0_also_under_long_queries(tmp_path: Path) -> 
         _ask(url, "INSERT INTO t VALUES (1)").raise_for_status()
         url.process.terminate()
         assert url.process.wait(timeout=10) == 0
-        for answer in busy:
-            assert answer.exception() is not None or answer.result().status_code != 200
+        assert busy[0].result().headers["X-ClickHouse-Exception-Code"] == "394"
+        with pytest.raises(httpx.RemoteProtocolError):
+            busy[1].result()
+        assert url.process.stderr
+        assert url.process.stderr.read() == ""
     with running(tmp_path) as url:
         assert _ask(url, "SELECT count() FROM t").text == "1\n"
 

@@ -1,0 +1,381 @@
+"""The load: exactly once into the archive, whatever ends it when, hour by hour."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.loading import hours
+from kalshi_platform.loading.derive import Rows
+from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.journal import Writer
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import archive, clickhouse, migrations
+from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform_tests import wire
+
+HOUR_NS = 3600 * wire.SECOND
+START_NS = wire.NOON_NS // HOUR_NS * HOUR_NS + 3_500 * wire.SECOND  # 100 s before the hour
+FIRST_HOUR = archive.hour_of_ns(START_NS)
+SECOND_HOUR = FIRST_HOUR + timedelta(hours=1)
+SMALL = Pace(records=40, seconds=0.0, first_s=0.0)
+
+
+def recording(frames: int = 400, step_s: float = 1.0) -> list[wire.Record]:
+    """One connection over the turn of an hour: two markets, a heartbeat every ten frames."""
+    conn, at = wire.conn_id(1), START_NS
+    records: list[wire.Record] = [
+        wire.started(at),
+        wire.connected(conn, at),
+        (at, conn, Kind.SNAPSHOT, wire.snapshot("A-1", 1, {4_800: 1_000, 4_700: 500}, {5_100: 70})),
+        (at, conn, Kind.SNAPSHOT, wire.snapshot("EMPTY-2", 2, {}, {})),
+    ]
+    for n in range(frames):
+        at += int(step_s * wire.SECOND)
+        frame = wire.delta("A-1", 3 + n, "yes", 4_800 if n % 3 else 4_600, 5 if n % 2 else 7)
+        records.append((at, conn, Kind.DELTA, frame))
+        if n % 10 == 9:
+            records.append((at, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
+    return records
+
+
+def journal_of(folder: Path, records: Sequence[wire.Record]) -> Writer:
+    writer = Writer(folder)
+    for n, record in enumerate(records):
+        writer.append(*record)
+        if n % 23 == 0:
+            writer.hand_over()
+    writer.hand_over()
+    assert writer.wait_durable(len(records), 10)
+    return writer
+
+
+def load_all(load: Load) -> None:
+    load.start()
+    load.drain()
+    assert load.join(30), load.failure or load.trouble
+
+
+def archived(root: Path, dataset: str) -> pl.DataFrame:
+    return pl.read_parquet(f"{root}/{dataset}/**/*.parquet", hive_partitioning=False)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Settings:
+    made = platform_settings.load(
+        kalshi_data_dir=tmp_path,
+        clickhouse_url=clickhouse_url,
+        clickhouse_database=clickhouse_database,
+        hot_retention_days=36_500,
+    )
+    migrations.migrate(made)
+    return made
+
+
+def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_live_book(
+    tmp_path: Path,
+) -> None:
+    reports: list[HourReport] = []
+    writer = journal_of(tmp_path / "journal", recording())
+    load_all(
+        Load(
+            tmp_path / "journal",
+            writer,
+            ParquetStore(tmp_path / "archive", 0, reports.append),
+            SMALL,
+        )
+    )
+    writer.close()
+    root = tmp_path / "archive"
+    assert hours.is_sealed(root, FIRST_HOUR)
+    assert not hours.is_sealed(root, SECOND_HOUR)
+    assert [(r.hour, r.complete) for r in reports] == [
+        (FIRST_HOUR, False),
+        (FIRST_HOUR, True),
+        (SECOND_HOUR, False),
+    ]
+    checkpoint = archived(root, "book_checkpoints")
+    books = {row["market_ticker"]: row for row in checkpoint.to_dicts()}
+    assert set(books) == {"A-1", "EMPTY-2"}
+    assert books["EMPTY-2"]["side"] is None
+    events = archived(root, "orderbook_events")
+    before = events.filter(pl.col("ingest_ts") < SECOND_HOUR)
+    last_sizes = {(r["side"], r["price"]): r["size"] for r in before.to_dicts()}
+    at_hour = {(r["side"], r["price"]): r["size"] for r in checkpoint.to_dicts() if r["side"]}
+    assert at_hour == last_sizes
+    manifest = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    assert manifest is not None
+    assert manifest.rows == before.height
+    assert manifest.markets == 1
+    assert manifest.gaps == 0
+    assert manifest.coverage == 1.0
+
+
+class Dying:
+    """A store that works, and dies of something that nobody expects at a chosen call."""
+
+    def __init__(self, store: ParquetStore | ClickHouseStore, calls: int, *, after: bool) -> None:
+        self.name = store.name
+        self._store = store
+        self._left = calls
+        self._after = after
+
+    def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
+        self._call(lambda: self._store.write(first_n, end_n, rows))
+
+    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+        self._call(lambda: self._store.begin_hour(hour, checkpoint, n))
+
+    def _call(self, act: Callable[[], None]) -> None:
+        self._left -= 1
+        if self._left == 0 and not self._after:
+            raise RuntimeError("killed before")
+        act()
+        if self._left == 0:
+            raise RuntimeError("killed after")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
+def test_a_load_that_dies_at_any_step_leaves_each_row_once(
+    kind: str, tmp_path: Path, settings: Settings
+) -> None:
+    """Dies again and again, before and after every kind of write, at random distances."""
+    records = recording()
+    writer = journal_of(tmp_path / "journal", records)
+    dice = random.Random(3)
+
+    def store() -> ParquetStore | ClickHouseStore:
+        if kind == "parquet":
+            return ParquetStore(tmp_path / "archive", 0, lambda _: None)
+        return ClickHouseStore(settings, str(writer.id))
+
+    deaths = 0
+    while True:
+        dying = Dying(store(), dice.randint(1, 4), after=dice.random() < 0.5)
+        load = Load(tmp_path / "journal", writer, dying, Pace(dice.randint(5, 90), 0.0, 0.0))
+        load.start()
+        load.drain()
+        load.join(30)
+        if load.failure is None:
+            break
+        assert "killed" in str(load.failure)
+        deaths += 1
+    writer.close()
+    assert deaths > 3
+    expected = sum(k == Kind.DELTA for _, _, k, _ in records) + 3
+    if kind == "parquet":
+        events = archived(tmp_path / "archive", "orderbook_events")
+        assert events.height == expected
+        assert not events.is_duplicated().any()
+        assert archived(tmp_path / "archive", "stream_events").height == len(records) - (
+            expected - 3
+        )
+    else:
+        client = clickhouse.connect(settings)
+        assert client.query(
+            "SELECT count(), uniqExact(seq, side, price) FROM orderbook_events"
+        ).result_rows == [(expected, expected)]
+        assert client.query("SELECT count() FROM stream_events").result_rows == [
+            (len(records) - (expected - 3),)
+        ]
+        assert client.query(
+            "SELECT uniqExact(market_ticker) FROM book_checkpoints"
+        ).result_rows == [(2,)]
+
+
+def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
+    tmp_path: Path,
+) -> None:
+    class Flaky:
+        name = "parquet"
+
+        def __init__(self) -> None:
+            self.store = ParquetStore(tmp_path / "archive", 0, lambda _: None)
+            self.dice = random.Random(1)
+
+        def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
+            if self.dice.random() < 0.3:
+                raise StoreUnavailable("the store is asleep")
+            self.store.write(first_n, end_n, rows)
+            if self.dice.random() < 0.3:
+                raise StoreUnavailable("the answer was lost")
+
+        def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+            self.store.begin_hour(hour, checkpoint, n)
+
+    writer = journal_of(tmp_path / "journal", recording(200))
+    load_all(Load(tmp_path / "journal", writer, Flaky(), SMALL))
+    writer.close()
+    assert archived(tmp_path / "archive", "orderbook_events").height == 203
+
+
+def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole(
+    tmp_path: Path,
+) -> None:
+    class Refusing:
+        name = "clickhouse"
+
+        def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
+            raise StoreRefused("the table is missing", code=60, name="UNKNOWN_TABLE")
+
+        def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+            raise AssertionError("nothing was written: no hour can begin")
+
+    records = recording(50)
+    writer = journal_of(tmp_path / "journal", records)
+    load = Load(tmp_path / "journal", writer, Refusing(), SMALL)
+    load.start()
+    load.drain()
+    assert load.join(1.0) is False
+    assert load.refused
+    assert load.trouble == "the table is missing"
+    assert load.lag == len(records)
+    writer.close()
+
+
+def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_seals_it_anew(
+    tmp_path: Path,
+) -> None:
+    records = recording(200)
+    conn = wire.conn_id(1)
+    last_seq = 202
+    late = [
+        (
+            START_NS + (50 + n) * wire.SECOND,
+            conn,
+            int(Kind.DELTA),
+            wire.delta("A-1", last_seq + 1 + n, "no", 5_000, 10),
+        )
+        for n in range(5)
+    ]
+    writer = journal_of(tmp_path / "journal", [*records, *late])
+    root = tmp_path / "archive"
+    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    writer.close()
+    events = archived(root, "orderbook_events")
+    assert events.height == 3 + 200 + 5
+    manifest = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    assert manifest is not None
+    assert manifest.rows == events.filter(pl.col("ingest_ts") < SECOND_HOUR).height
+    for hour in (FIRST_HOUR, SECOND_HOUR):
+        for path in archive.files(root, "orderbook_events", hour):
+            stamps = pl.read_parquet(path)["ingest_ts"]
+            assert {archive.floor_hour(stamp) for stamp in stamps} == {hour}
+
+
+def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_counts_as_uncovered(
+    tmp_path: Path,
+) -> None:
+    records = recording(60)  # ends 40 s before the hour
+    back = START_NS + 1_000 * wire.SECOND
+    conn = wire.conn_id(2)
+    records += [
+        wire.started(back),
+        wire.connected(conn, back),
+        (back, conn, Kind.SNAPSHOT, wire.snapshot("A-1", 1, {4_800: 10}, {})),
+    ]
+    writer = journal_of(tmp_path / "journal", records)
+    root = tmp_path / "archive"
+    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    writer.close()
+    assert archive.files(root, "book_checkpoints", SECOND_HOUR) == []
+    first = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    assert first is not None
+    assert first.verified_seconds == pytest.approx(2 * 60)
+    assert first.coverage == pytest.approx(0.6)
+    ends = archived(root, "stream_events").filter(pl.col("kind") == "disconnected")
+    assert ends.height == 1
+    assert '"span_s":940.0' in ends["detail"][0]
+
+
+def test_an_hour_rebuilt_from_the_journal_is_the_same_file_by_file(
+    tmp_path: Path, settings: Settings
+) -> None:
+    writer = journal_of(settings.journal_dir(), recording())
+    root = settings.archive_dir
+    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    writer.close()
+    before = {path: pl.read_parquet(path) for path in root.rglob("*.parquet")}
+    lost = archive.files(root, "orderbook_events", FIRST_HOUR)
+    lost[0].unlink()
+    lost[1].write_bytes(lost[1].read_bytes()[:100])
+    report = rebuild(settings, FIRST_HOUR)
+    assert report.complete
+    after = {path: pl.read_parquet(path) for path in root.rglob("*.parquet")}
+    assert after.keys() == before.keys()
+    assert all(after[path].equals(before[path]) for path in before)
+
+
+def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_same_checksum(
+    tmp_path: Path, settings: Settings
+) -> None:
+    writer = journal_of(settings.journal_dir(), recording())
+    root = settings.archive_dir
+    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(Load(settings.journal_dir(), writer, ClickHouseStore(settings, str(writer.id)), SMALL))
+    writer.close()
+    shutil.rmtree(settings.journal_dir())
+    sealed = {
+        name: archive.read_manifest(root, name, FIRST_HOUR)
+        for name in ("orderbook_events", "stream_events")
+    }
+    archive.files(root, "orderbook_events", FIRST_HOUR)[0].unlink()
+    report = rebuild(settings, FIRST_HOUR)
+    for dataset in report.datasets:
+        manifest = sealed[dataset.dataset]
+        assert manifest is not None
+        assert dataset.checksum == manifest.checksum
+        assert dataset.rows == manifest.rows
+    assert [p.name for p in archive.files(root, "orderbook_events", FIRST_HOUR)] == [
+        FROM_CLICKHOUSE
+    ]
+
+
+def test_an_hour_that_nobody_has_any_more_is_a_sentence(tmp_path: Path, settings: Settings) -> None:
+    writer = journal_of(settings.journal_dir(), recording())
+    root = settings.archive_dir
+    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    writer.close()
+    shutil.rmtree(settings.journal_dir())
+    archive.files(root, "orderbook_events", FIRST_HOUR)[0].unlink()
+    with pytest.raises(StoreRefused, match="cannot be rebuilt"):
+        rebuild(settings, FIRST_HOUR)
+
+
+def test_the_checksum_depends_on_values_only() -> None:
+    from kalshi_platform.storage.checksum import rows_checksum
+    from kalshi_platform.storage.schema import PRICE
+
+    table = pa.table(
+        {
+            "name": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "price": pa.array([1, 2, None], PRICE),
+            "seq": pa.array([1, 2, 3], pa.uint64()),
+        }
+    )
+    plain = table.set_column(0, "name", table["name"].cast(pa.string()))
+    shuffled = table.take(pa.array([2, 0, 1]))
+    assert rows_checksum(table) == rows_checksum(plain) == rows_checksum(shuffled)
+    parts = rows_checksum(table.slice(0, 1)) + rows_checksum(table.slice(1))
+    assert parts % 2**64 == rows_checksum(table)
+    changed = table.set_column(2, "seq", pa.array([1, 2, 4], pa.uint64()))
+    assert rows_checksum(changed) != rows_checksum(table)
+    swapped = table.set_column(2, "seq", pa.array([2, 1, 3], pa.uint64()))
+    assert rows_checksum(swapped) != rows_checksum(table)
