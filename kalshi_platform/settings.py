@@ -179,7 +179,8 @@ def _sentence(error: ValidationError) -> str:
         name = str(item["loc"][0]).upper() if item["loc"] else "settings"
         reason = str(item["msg"]).removeprefix("Value error, ")
         value = item.get("input")
-        shown = "" if "PASSWORD" in name or "KEY" in name else f" is {value!r}:"
+        secret = "PASSWORD" in name or "KEY" in name or "@" in str(value)
+        shown = "" if secret else f" is {value!r}:"
         return f"{name}{shown} {reason}"
 
     return "; ".join(one(item) for item in error.errors()) + ". See .env.example."

@@ -307,7 +307,8 @@ def _root(error: BaseException) -> str:
 @functools.cache
 def _local_pool() -> PoolManager:
     """Connections to this machine, never through the environment's proxy; shared by all clients."""
-    return get_pool_manager()
+    pool: PoolManager = get_pool_manager()
+    return pool
 
 
 def _is_loopback(host: str) -> bool:

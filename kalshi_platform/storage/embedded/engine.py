@@ -44,6 +44,8 @@ CHUNKED_FORMATS = frozenset(
 )
 """Formats without head or foot: the engine's pieces, one after the other, are the whole answer."""
 SESSION_TIMEOUT_S = 60
+_ONLY_WHOLE = frozenset({"extremes", "output_format_json_array_of_rows"})
+"""Settings that add to an answer what its pieces do not have."""
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAG = "query_cache_tag"
 """A setting without effect unless the query cache is used: carries the request's number, by which
@@ -68,6 +70,7 @@ _USERS = """<clickhouse>
       <query>GRANT ALL ON *.*</query>
       <query>REVOKE FILE, SQLITE ON *.*</query>
       <query>REVOKE TABLE ENGINE ON Python</query>
+      <query>REVOKE SYSTEM SHUTDOWN ON *.*</query>
     </grants>
   </default></users>
   <quotas><default/></quotas>
@@ -222,7 +225,10 @@ class Engine:
     ) -> Generator[tuple[bytes, Progress], None, None]:
         output_format = statement.format or request.default_format
         in_pieces = (
-            statement.streams and not request.buffered and output_format.lower() in CHUNKED_FORMATS
+            statement.streams
+            and not request.buffered
+            and output_format.lower() in CHUNKED_FORMATS
+            and _ONLY_WHOLE.isdisjoint(request.settings)
         )
         parameters = dict(request.parameters)
         with self._connection(request, statement) as (connection, fresh):

@@ -51,6 +51,7 @@ WORKERS = 64
 """Queries that run side by side; more of them wait."""
 IN_MEMORY_BYTES = 16 * 1024 * 1024
 """Of a request body; what is beyond goes to a file in the data folder."""
+LONGEST_SESSION_S = 3600
 LONGEST_QUERY_BYTES = 16 * 1024 * 1024
 FINISH_REQUESTS_S = 3
 """After SIGTERM, for running requests to end by themselves."""
@@ -287,7 +288,7 @@ class Server:
     def _common_headers(self, query_id: str) -> dict[str, str]:
         return {
             "X-ClickHouse-Server-Display-Name": self._engine.host_name,
-            "X-ClickHouse-Query-Id": query_id.encode("ascii", "backslashreplace").decode(),
+            "X-ClickHouse-Query-Id": "".join(c if " " <= c <= "~" else "?" for c in query_id),
         }
 
     def _text(self, error: ClickHouseError) -> str:
@@ -345,7 +346,7 @@ def _credentials(http: Request) -> tuple[bytes, bytes]:
 
 def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
     timeout = options.get("session_timeout", "60")
-    if not timeout.isdigit():
+    if not timeout.isdecimal() or int(timeout) > LONGEST_SESSION_S:
         raise ClickHouseError(
             374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: '{timeout}'"
         )

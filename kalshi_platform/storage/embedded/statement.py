@@ -107,6 +107,10 @@ def parse(text: bytes) -> Statement:
             return insert
     while tokens and tokens[-1].text == ";":
         tokens.pop()
+    if tokens and (len(tokens) == 1 or (tokens[0].kind != "word" and tokens[0].text != "(")):
+        # such as `exit`, to which the engine, as a command-line tool, would say nothing
+        shown = text.decode("utf-8", "replace").strip()[:80]
+        raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: failed at position 1: {shown}")
     _refuse_host_access(text, tokens)
     verb = tokens[0].text if tokens else ""
     return Statement(

@@ -90,6 +90,8 @@ def test_the_database_comes_in_the_url_or_in_a_header(
         ("SELECT 1; SELECT 2", 62, "SYNTAX_ERROR", 400),
         ("", 62, "SYNTAX_ERROR", 400),
         (" -- nothing", 62, "SYNTAX_ERROR", 400),
+        ("exit", 62, "SYNTAX_ERROR", 400),
+        ("\\q", 62, "SYNTAX_ERROR", 400),
         ("SELECT nothing", 47, "UNKNOWN_IDENTIFIER", 404),
         ("SELECT 1 FORMAT Nothing", 73, "UNKNOWN_FORMAT", 404),
         ("SELECT 1 SETTINGS no_such_setting = 1", 115, "UNKNOWN_SETTING", 404),
@@ -170,6 +172,21 @@ def test_the_format_is_the_querys_or_the_requests(
     answer = ask(query, **how)
     assert answer.text == expected
     assert answer.headers["Content-Type"] == content_type
+
+
+def test_extremes_and_brackets_stand_once_around_a_long_answer(ask: Ask) -> None:
+    extremes = ask("SELECT number FROM numbers(200000)", extremes="1")
+    assert extremes.text.endswith("199999\n\n0\n199999\n")
+    listed = ask(
+        "SELECT number FROM numbers(200000) FORMAT JSONEachRow",
+        output_format_json_array_of_rows="1",
+    )
+    assert len(listed.json()) == 200_000
+
+
+def test_a_query_id_cannot_break_the_header(ask: Ask) -> None:
+    answer = ask("SELECT 1", query_id="a\r\nSet-Cookie: é")
+    assert answer.headers["X-ClickHouse-Query-Id"] == "a??Set-Cookie: ?"
 
 
 def test_headers_say_what_clickhouse_says(ask: Ask) -> None:

@@ -93,6 +93,13 @@ def test_a_request_under_way_is_finished_after_sigterm(tmp_path: Path) -> None:
         assert url.process.wait(timeout=10) == 0
 
 
+def test_no_query_can_end_the_server_or_its_process_group(tmp_path: Path) -> None:
+    with running(tmp_path) as url:
+        for query in ("SYSTEM SHUTDOWN", "SYSTEM KILL"):
+            assert _ask(url, query).headers["X-ClickHouse-Exception-Code"] == "497"
+        assert url.process.poll() is None
+
+
 def test_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -74,7 +74,7 @@ def test_a_session_serves_one_request_at_a_time(ask: Ask) -> None:
     assert codes == ["373", "none"]
 
 
-@pytest.mark.parametrize("timeout", ["x", "-1"])
+@pytest.mark.parametrize("timeout", ["x", "-1", "3601"])
 def test_a_bad_session_timeout_is_refused(ask: Ask, timeout: str) -> None:
     answer = ask("SELECT 1", session_id="s", session_timeout=timeout)
     assert answer.headers["X-ClickHouse-Exception-Code"] == "374"
