@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     parquet_dir: Path | None = None
     journal_retention_hours: int = Field(48, ge=1)
 
+    audit_interval_seconds: float = Field(60.0, gt=0)
+
     simulator_port: int = Field(8765, ge=1, le=65_535)
     simulator_markets: int = Field(40, ge=1)
     simulator_rate: float = Field(200.0, gt=0)

@@ -26,6 +26,7 @@ from kalshi_platform import __version__
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.loading import audit
 from kalshi_platform.loading.derive import Distrust
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
@@ -99,6 +100,7 @@ class Streamer:
         self._reports: queue.Queue[HourReport] = queue.Queue()
         self._writer: Writer | None = None
         self._loads: list[Load] = []
+        self._recent = audit.Recent()
         self._capture: Capture | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = threading.Event()
@@ -172,7 +174,16 @@ class Streamer:
 
     def _make_loads(self, writer: Writer) -> list[Load]:
         parquet = ParquetStore(self._settings.archive_dir, self._shard, self._reports.put)
-        loads = [Load(self._folder, writer, parquet, PARQUET_PACE, distrust=self._distrust)]
+        loads = [
+            Load(
+                self._folder,
+                writer,
+                parquet,
+                PARQUET_PACE,
+                distrust=self._distrust,
+                observe=self._recent.saw,
+            )
+        ]
         if self._settings.use_clickhouse:
             clickhouse = ClickHouseStore(
                 self._settings, str(writer.id), f"streamer shard {self._shard}"
@@ -260,12 +271,16 @@ class Streamer:
             self._capture = capture
             if self._stopping.is_set():
                 capture.stop()
-            refreshing = asyncio.create_task(self._keep_list(watchlist, rest, capture))
+            beside = [
+                asyncio.create_task(self._keep_list(watchlist, rest, capture)),
+                asyncio.create_task(self._keep_auditing(rest, capture)),
+            ]
             try:
                 await capture.run()
             finally:
-                refreshing.cancel()
-                await asyncio.gather(refreshing, return_exceptions=True)
+                for task in beside:
+                    task.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)
 
     async def _first_list(self, watchlist: Watchlist, rest: RestClient) -> list[str]:
         while not self._stopping.is_set():
@@ -285,6 +300,54 @@ class Streamer:
                 capture.follow(await asyncio.to_thread(watchlist.refresh, rest))
             except ExchangeError as error:
                 log.warning("The list of markets stays as it is: %s", error)
+
+    async def _keep_auditing(self, rest: RestClient, capture: Capture) -> None:
+        """Hold our books against the exchange's REST books, some markets at a time."""
+        offset = 0
+        while True:
+            await asyncio.sleep(self._settings.audit_interval_seconds)
+            tickers = audit.comparable(self._recent.state, offset)
+            offset += len(tickers)
+            if not tickers:
+                continue
+            since_ns = audit.window_start_ns()
+            try:
+                books = await asyncio.to_thread(rest.orderbooks, tickers)
+            except ExchangeError as error:
+                log.warning("The books were not audited: %s", error)
+                continue
+            if not await self._caught_up(time.time_ns()):
+                log.warning("The books were not audited: the load is behind.")
+                continue
+            wire = {
+                t: {"yes": b.yes_dollars or [], "no": b.no_dollars or []} for t, b in books.items()
+            }
+            self._judge(
+                await asyncio.to_thread(audit.compare, self._recent, since_ns, wire), capture
+            )
+
+    async def _caught_up(self, until_ns: int) -> bool:
+        """Wait until the derived books are as of `until_ns` or later."""
+        deadline = time.monotonic() + audit.KEEP_S / 2
+        while self._recent.state.version < until_ns:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.25)
+        return True
+
+    def _judge(self, found: audit.Round, capture: Capture) -> None:
+        detail = {
+            "markets": found.markets,
+            "levels": found.levels,
+            "mismatches": len(found.mismatches),
+        }
+        capture.remark("audit", detail)
+        for it in found.mismatches:
+            level = {"side": it.side, "price": it.price, "ours": it.ours, "theirs": it.theirs}
+            log.warning("The exchange's book differs: %s %s", it.market_ticker, level)
+            capture.remark("mismatch", dict(level), it.market_ticker)
+        for ticker in {it.market_ticker for it in found.mismatches}:
+            capture.distrust(ticker, "audit_mismatch", {})
 
     def _distrust(self, it: Distrust) -> None:
         if self._loop is not None and self._capture is not None and not self._loop.is_closed():

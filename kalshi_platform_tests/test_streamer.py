@@ -388,6 +388,26 @@ def test_unknown_tickers_and_a_missing_key_are_sentences(
         Streamer(settings).start()
 
 
+def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_difference(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.audit.CACHE_S", 3.0)
+    simulator = start_simulator(markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0)
+    settings = settings_for(simulator, audit_interval_seconds=2.0)
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().synced == 8, "books")
+        time.sleep(10)
+    rounds = [
+        json.loads(d)
+        for (d,) in query(settings, "SELECT detail FROM stream_events WHERE kind = 'audit'")
+    ]
+    assert rounds
+    assert sum(r["levels"] for r in rounds) > 100
+    assert sum(r["mismatches"] for r in rounds) == 0
+
+
 def test_rolling_markets_join_and_leave_the_running_streamer(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],

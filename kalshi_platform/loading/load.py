@@ -71,12 +71,14 @@ class Load:
         pace: Pace,
         *,
         distrust: Callable[[Distrust], None] | None = None,
+        observe: Callable[[Rows, State], None] | None = None,
     ) -> None:
         self._folder = folder
         self._writer = writer
         self._store = store
         self._pace = pace
         self._distrust = distrust
+        self._observe = observe
         self._cursor_path = folder / "load" / f"{store.name}.json"
         self._stopping = threading.Event()
         self._abandon = threading.Event()
@@ -185,6 +187,8 @@ class Load:
         rows, self._state = derive(decode([piece]), self._state)
         self._position = piece.end
         self._pending.append(rows)
+        if self._observe is not None:
+            self._observe(rows, self._state)
         return rows
 
     def _resume(self) -> None:

@@ -134,6 +134,8 @@ class State:
     """No launch before this."""
     counted: str = ""
     """The run whose end has been counted."""
+    blamed: str = ""
+    """The run that was counted as a failure before its end, for being stale."""
     canceling: dict[str, float] = field(default_factory=dict)
     """Since when each run has been seen canceling."""
 
@@ -204,6 +206,8 @@ def _count(seen: Observation, state: State) -> State:
     ended = seen.ended
     if ended is None or ended.run_id == state.counted:
         return state
+    if ended.run_id == state.blamed:
+        return replace(state, counted=ended.run_id)
     if not ended.failed:
         return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
     failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1
@@ -339,7 +343,7 @@ def _blame(seen: Observation, run: Run, state: State, now: float) -> State:
         state,
         failures=failures,
         not_before=now + _backoff(failures, seen.jitter),
-        counted=run.run_id,
+        blamed=run.run_id,
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -122,6 +122,10 @@ class Capture:
     def distrust(self, ticker: str, cause: str, detail: dict[str, object]) -> None:
         """A book was found to be wrong downstream. Call in the event loop's thread."""
         self._distrusted.append((ticker, cause, detail))
+
+    def remark(self, kind: str, detail: Mapping[str, object], market_ticker: str = "") -> None:
+        """Put a note into the journal for somebody else. Call in the event loop's thread."""
+        self._journal.note(kind, detail, market_ticker=market_ticker)
 
     async def run(self) -> None:
         """Stay connected until `stop`. Raises `ExchangeError` for what dialling cannot mend."""

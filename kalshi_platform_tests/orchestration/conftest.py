@@ -8,15 +8,13 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kalshi_platform.orchestration.home import prepare
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 
 @pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """An instance on disk, configured as `up` has it, that goes with the test."""
-    home = prepare(tmp_path / "data", tmp_path / "unused.sock")
-    with dg.DagsterInstance.from_config(str(home.folder)) as made:
+def instance() -> Iterator[dg.DagsterInstance]:
+    """An instance that goes with the test."""
+    with dg.DagsterInstance.ephemeral() as made:
         yield made
 
 

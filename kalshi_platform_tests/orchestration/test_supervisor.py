@@ -262,13 +262,22 @@ def test_a_healthy_stretch_or_a_wanted_end_forgives_former_failures() -> None:
     assert isinstance(decide(wanted, bad, NOW).action, Launch)
 
 
-def test_a_stale_run_counts_as_a_failure_though_it_ends_as_canceled() -> None:
-    stale = Observation((run(Phase.STARTED, 100, WORKER),), health=health(age=HEALTH_S + 1))
-    blamed = decide(stale, State(failures=1), NOW).state
-    assert blamed.failures == 2
-    ended = Observation(ended=Ended("run-1", False, 100, NOW + 1))
-    assert decide(ended, blamed, NOW + 1).state.failures == 2
-    assert isinstance(decide(ended, blamed, NOW + 1).action, Wait)
+@pytest.mark.parametrize("ends_as_failure", [True, False])
+def test_a_stale_run_is_one_failure_however_it_ends(ends_as_failure: bool) -> None:
+    former = Ended("run-0", True, 1.0, NOW - 500)
+    state = decide(Observation(ended=former), State(), NOW - 500).state
+    assert state.failures == 1
+    stale = Observation(
+        (run(Phase.STARTED, 100, WORKER),), ended=former, health=health(age=HEALTH_S + 1)
+    )
+    state = decide(stale, state, NOW).state
+    assert state.failures == 2
+    canceling = Observation((run(Phase.CANCELING, 100, WORKER),), ended=former)
+    state = decide(canceling, state, NOW).state
+    ended = Observation(ended=Ended("run-1", ends_as_failure, 100, NOW + 1))
+    decision = decide(ended, state, NOW + 1)
+    assert decision.state.failures == 2
+    assert isinstance(decision.action, Wait)
 
 
 # -- any world comes to rights ---------------------------------------------------------------

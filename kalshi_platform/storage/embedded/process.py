@@ -20,7 +20,6 @@ class Running(str):
 
     process: subprocess.Popen[str]
     """The child: tests may kill it."""
-    password: str
 
     def __new__(cls, url: str, process: subprocess.Popen[str]) -> Running:
         """A URL that knows its process."""
@@ -44,6 +43,7 @@ def running(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a Ctrl-C meant for the caller is not its
     )
     try:
         line = cast(IO[str], child.stdout).readline()

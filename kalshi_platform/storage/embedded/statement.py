@@ -27,7 +27,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-_BEFORE_DATA = re.compile(rb"(?:\s*;)?[ \t\f]*\r?\n?")
+_BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
 
 _READ_FIRST = {"SELECT", "WITH", "FROM", "("}
 """First words of a statement whose answer can come in pieces."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -11,17 +11,22 @@ import pytest
 Ask = Callable[..., httpx.Response]
 
 
+@pytest.fixture(scope="session")
+def web() -> Iterator[httpx.Client]:
+    """One client for all requests: making one costs more than most requests."""
+    with httpx.Client(timeout=60, verify=False) as client:  # plain HTTP: no certificates to load
+        yield client
+
+
 @pytest.fixture
-def ask(clickhouse_url: str, clickhouse_database: str) -> Ask:
+def ask(web: httpx.Client, clickhouse_url: str, clickhouse_database: str) -> Ask:
     """`ask(sql, data, **params)`: POST to the shared server, in the test's own database."""
 
     def post(sql: str, data: Any = None, headers: Any = None, **params: str) -> httpx.Response:
         options = {"database": clickhouse_database, **params}
         if data is None:
-            return httpx.post(
-                clickhouse_url, params=options, content=sql, headers=headers, timeout=60
-            )
+            return web.post(clickhouse_url, params=options, content=sql, headers=headers)
         options["query"] = sql
-        return httpx.post(clickhouse_url, params=options, content=data, headers=headers, timeout=60)
+        return web.post(clickhouse_url, params=options, content=data, headers=headers)
 
     return post

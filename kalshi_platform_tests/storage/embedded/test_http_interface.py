@@ -22,17 +22,17 @@ TSV = "text/tab-separated-values; charset=UTF-8"
 CSV = "text/csv; charset=UTF-8; header=absent"
 
 
-def test_ping_and_the_bare_root_say_ok(clickhouse_url: str) -> None:
+def test_ping_and_the_bare_root_say_ok(web: httpx.Client, clickhouse_url: str) -> None:
     for path in ("/ping", "/", "/replicas_status"):
-        answer = httpx.get(clickhouse_url + path)
+        answer = web.get(clickhouse_url + path)
         assert (answer.status_code, answer.text) == (200, "Ok.\n")
 
 
-def test_a_query_comes_by_get_by_post_or_by_both(clickhouse_url: str) -> None:
-    assert httpx.get(clickhouse_url, params={"query": "SELECT 1 + 1"}).text == "2\n"
-    assert httpx.post(clickhouse_url, content="SELECT 1 + 1").text == "2\n"
-    assert httpx.post(clickhouse_url, params={"query": "SELECT 1"}, content="+ 1").text == "2\n"
-    assert httpx.post(clickhouse_url, params={"query": "SELECT 1 + 1 -- two"}).text == "2\n"
+def test_a_query_comes_by_get_by_post_or_by_both(web: httpx.Client, clickhouse_url: str) -> None:
+    assert web.get(clickhouse_url, params={"query": "SELECT 1 + 1"}).text == "2\n"
+    assert web.post(clickhouse_url, content="SELECT 1 + 1").text == "2\n"
+    assert web.post(clickhouse_url, params={"query": "SELECT 1"}, content="+ 1").text == "2\n"
+    assert web.post(clickhouse_url, params={"query": "SELECT 1 + 1 -- two"}).text == "2\n"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -49,9 +49,11 @@ def test_curl_is_answered(clickhouse_url: str) -> None:
     assert curl("-u", "default:", clickhouse_url, "-d", "SELECT 5") == "5\n"
 
 
-def test_get_changes_nothing(clickhouse_url: str, clickhouse_database: str, ask: Ask) -> None:
+def test_get_changes_nothing(
+    web: httpx.Client, clickhouse_url: str, clickhouse_database: str, ask: Ask
+) -> None:
     ask("CREATE TABLE t (a UInt8) ENGINE = MergeTree ORDER BY a").raise_for_status()
-    lifted = httpx.get(clickhouse_url, params={"query": "SET readonly = 0"})
+    lifted = web.get(clickhouse_url, params={"query": "SET readonly = 0"})
     assert lifted.headers["X-ClickHouse-Exception-Code"] == "164"
     state = {"session_id": f"get-{clickhouse_database}"}
     ask("SET max_threads = 1", **state).raise_for_status()
@@ -62,22 +64,20 @@ def test_get_changes_nothing(clickhouse_url: str, clickhouse_database: str, ask:
         f"DROP TABLE {clickhouse_database}.t",
     ):
         for session in ({}, {"session_id": "new"}, state):
-            answer = httpx.get(clickhouse_url, params={"query": query, **session})
+            answer = web.get(clickhouse_url, params={"query": query, **session})
             assert answer.headers["X-ClickHouse-Exception-Code"] == "164", query
     assert ask("SELECT count() FROM t").text == "0\n"
 
 
 def test_the_database_comes_in_the_url_or_in_a_header(
-    clickhouse_url: str, clickhouse_database: str
+    web: httpx.Client, clickhouse_url: str, clickhouse_database: str
 ) -> None:
     query = "SELECT currentDatabase()"
-    assert httpx.post(clickhouse_url, content=query).text == "default\n"
-    by_url = httpx.post(clickhouse_url, params={"database": clickhouse_database}, content=query)
+    assert web.post(clickhouse_url, content=query).text == "default\n"
+    by_url = web.post(clickhouse_url, params={"database": clickhouse_database}, content=query)
     assert by_url.text == clickhouse_database + "\n"
     named = {"X-ClickHouse-Database": clickhouse_database}
-    assert (
-        httpx.post(clickhouse_url, headers=named, content=query).text == clickhouse_database + "\n"
-    )
+    assert web.post(clickhouse_url, headers=named, content=query).text == clickhouse_database + "\n"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,11 @@ def test_an_error_has_clickhouses_form(
     assert answer.text.count("Code: ") == 1
 
 
-def test_an_unknown_database_or_setting_in_the_url_is_refused(clickhouse_url: str) -> None:
+def test_an_unknown_database_or_setting_in_the_url_is_refused(
+    web: httpx.Client, clickhouse_url: str
+) -> None:
     def code(**params: str) -> str:
-        answer = httpx.post(clickhouse_url, params=params, content="SELECT 1")
+        answer = web.post(clickhouse_url, params=params, content="SELECT 1")
         return answer.headers["X-ClickHouse-Exception-Code"]
 
     assert code(database="nowhere") == "81"
@@ -206,10 +208,10 @@ def test_headers_say_what_clickhouse_says(ask: Ask) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 1_000_000])
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "lz4", "zstd"])
 def test_an_answer_is_compressed_when_asked_for(
-    clickhouse_url: str, encoding: str, rows: int
+    web: httpx.Client, clickhouse_url: str, encoding: str, rows: int
 ) -> None:
     query = f"SELECT number FROM numbers({rows}) FORMAT TSV"
-    with httpx.stream(
+    with web.stream(
         "POST",
         clickhouse_url,
         params={"enable_http_compression": "1"},
@@ -225,18 +227,19 @@ def test_an_answer_is_compressed_when_asked_for(
         "zstd": lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data),
     }[encoding]
     assert unpack(raw) == b"".join(b"%d\n" % n for n in range(rows))
-    plain = httpx.post(clickhouse_url, content=query, headers={"Accept-Encoding": encoding})
+    plain = web.post(clickhouse_url, content=query, headers={"Accept-Encoding": encoding})
     assert "Content-Encoding" not in plain.headers
 
 
 def test_an_error_in_the_middle_of_an_answer_is_written_behind_it_and_breaks_it(
+    web: httpx.Client,
     clickhouse_url: str,
 ) -> None:
     query = "SELECT throwIf(number = 900000) FROM numbers(1000000) SETTINGS max_threads = 1"
     received = b""
     with (
         pytest.raises(httpx.RemoteProtocolError),
-        httpx.stream("POST", clickhouse_url, content=query) as answer,
+        web.stream("POST", clickhouse_url, content=query) as answer,
     ):
         assert answer.status_code == 200
         tag = answer.headers["X-ClickHouse-Exception-Tag"].encode()
@@ -244,7 +247,7 @@ def test_an_error_in_the_middle_of_an_answer_is_written_behind_it_and_breaks_it(
             received += piece
     assert b"\r\n__exception__\r\n" + tag + b"\r\nCode: 395. " in received
     assert received.endswith(tag + b"\r\n__exception__\r\n")
-    held_back = httpx.post(clickhouse_url, params={"wait_end_of_query": "1"}, content=query)
+    held_back = web.post(clickhouse_url, params={"wait_end_of_query": "1"}, content=query)
     assert held_back.status_code == 500
     assert held_back.text.startswith("Code: 395. ")
 
@@ -256,8 +259,8 @@ def test_the_native_block_compression_is_refused_in_a_sentence(ask: Ask) -> None
         assert f"{flag}=1" in answer.text
 
 
-def test_a_form_carries_query_and_parameters(clickhouse_url: str) -> None:
-    answer = httpx.post(
+def test_a_form_carries_query_and_parameters(web: httpx.Client, clickhouse_url: str) -> None:
+    answer = web.post(
         clickhouse_url,
         files={
             "query": (None, "SELECT {a:String} || {b:String}"),
@@ -268,8 +271,8 @@ def test_a_form_carries_query_and_parameters(clickhouse_url: str) -> None:
     assert answer.text == "é\\'\n"
 
 
-def test_an_unknown_path_is_404(clickhouse_url: str) -> None:
-    assert httpx.get(clickhouse_url + "/nowhere").status_code == 404
+def test_an_unknown_path_is_404(web: httpx.Client, clickhouse_url: str) -> None:
+    assert web.get(clickhouse_url + "/nowhere").status_code == 404
 
 
 def test_the_servers_port_is_on_loopback_only(clickhouse_url: str) -> None:
