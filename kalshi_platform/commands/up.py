@@ -28,8 +28,9 @@ from rich.console import Console
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
+from kalshi_platform.exchange.signing import load_signer
 from kalshi_platform.orchestration.home import Home, prepare
-from kalshi_platform.processes import Identity, Keeper, Program, require_free_port
+from kalshi_platform.processes import Keeper, Program, require_free_port
 from kalshi_platform.settings import Settings
 
 LOOK_S = 0.25
@@ -58,6 +59,8 @@ def command(port: int) -> None:
     With no key it records the bundled exchange simulator, and says so.
     """
     settings = platform_settings.current()
+    if not settings.exchange.simulated:
+        load_signer(settings.exchange.key_file)  # a key that cannot be used is said here and now
     with _sole_user(settings.data_dir), _signals() as ending, _socket_folder() as sockets:
         check_ports(settings, port)
         home = prepare(settings.data_dir, sockets / "code.sock")
@@ -91,21 +94,22 @@ def _port(url: str) -> int:
 
 
 class _Ending:
-    """How often a person has asked for the end: once is a wish, twice is a hurry."""
+    """How a person has asked for the end: once is a wish, once more is a hurry."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self._first: float | None = None
+        self.hurried = False
 
     def ask(self, *_: Any) -> None:
-        self.asked += 1
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first >= 1.0:  # nearer ones are one wish that came twice
+            self.hurried = True
 
     @property
     def wished(self) -> bool:
-        return self.asked > 0
-
-    @property
-    def hurried(self) -> bool:
-        return self.asked > 1
+        return self._first is not None
 
 
 class _Platform:
@@ -123,6 +127,7 @@ class _Platform:
         self._console = Console(highlight=False, soft_wrap=True)
         self._keeper = Keeper(settings.data_dir / "logs", self._environment(), self.say)
         self._over = threading.Event()
+        self._began_ns = time.time_ns()
 
     def say(self, sentence: str) -> None:
         """One line on the console, with the time."""
@@ -161,7 +166,7 @@ class _Platform:
             start(self._daemon())
         if self._wait_for("webserver", UI_S):
             self._summary()
-            threading.Thread(target=self._announce_recording, name="announce", daemon=True).start()
+        threading.Thread(target=self._announce, name="announce", daemon=True).start()
 
     def _look(self) -> bool:
         """One round of watching; False when the end was asked for."""
@@ -255,14 +260,24 @@ class _Platform:
             self._console.print(f"  {name:<12}{value}", markup=False)
         self._console.print()
 
-    def _announce_recording(self) -> None:
-        """Say once when the streamer has written its first frames."""
-        health = self._settings.journal_dir() / "health.json"
+    def _announce(self) -> None:
+        """Say when the streamer has written its first frames, and what troubles it."""
+        path = self._settings.journal_dir() / "health.json"
+        recording, trouble = False, ""
         while not self._over.wait(1.0):
-            frames = _frames_of_a_living_streamer(health)
-            if frames:
+            health = _health(path, since_ns=self._began_ns)
+            if health is None:
+                continue
+            now = health["trouble"] or ""
+            if now and now != trouble:
+                self.say(now)
+            elif trouble and not now:
+                self.say("The streamer is well again.")
+            trouble = now
+            if not recording and health["frames"] and not now:
+                recording = True
+                frames = health["frames"]
                 self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
-                return
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
@@ -319,13 +334,13 @@ def _answers(url: str) -> Callable[[], bool]:
     return ask
 
 
-def _frames_of_a_living_streamer(path: Path) -> int:
+def _health(path: Path, since_ns: int) -> dict[str, Any] | None:
+    """What the streamer says of itself, unless that is older than `since_ns` or damaged."""
     try:
         health: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return 0
-    who = Identity(int(health["pid"]), float(health["pid_started"]))
-    return int(health["frames"]) if who.alive else 0
+    except (FileNotFoundError, ValueError):
+        return None
+    return health if health["updated_ns"] >= since_ns else None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ No decision is taken here, and nothing is changed.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from kalshi_platform.orchestration.supervisor import (
     Run,
 )
 from kalshi_platform.processes import Identity
+
+log = logging.getLogger(__name__)
 
 SHARD_TAG = "kalshi/shard"
 """On every streamer run: which share of the markets it records."""
@@ -66,24 +69,28 @@ def waiting_runs(instance: dg.DagsterInstance, shard: int) -> int:
 
 
 def read_health(path: Path) -> Health | None:
-    """The streamer's own report, or None where there is none.
+    """The streamer's own report, or None where there is none that can be read.
 
-    Raises `ValueError` or `KeyError` when the file is not such a report.
+    A living streamer writes it anew each second, so a damaged one (a power cut) is nobody's: it
+    is named in the log and must not keep the next run from starting.
     """
     try:
         raw: dict[str, Any] = json.loads(path.read_bytes())
+        identity = Identity(int(raw["pid"]), float(raw["pid_started"]))
+        return Health(
+            process=Process(identity, identity.alive),
+            updated=raw["updated_ns"] / 1e9,
+            last_frame=_seconds(raw["last_frame_ns"]),
+            last_durable=_seconds(raw["last_durable_ns"]),
+            state=str(raw["state"]),
+            last_heard=_seconds(raw["last_heard_ns"]),
+            trouble=raw["trouble"],
+        )
     except FileNotFoundError:
         return None
-    identity = Identity(int(raw["pid"]), float(raw["pid_started"]))
-    return Health(
-        process=Process(identity, identity.alive),
-        updated=raw["updated_ns"] / 1e9,
-        last_frame=_seconds(raw["last_frame_ns"]),
-        last_durable=_seconds(raw["last_durable_ns"]),
-        state=str(raw["state"]),
-        last_heard=_seconds(raw["last_heard_ns"]),
-        trouble=raw["trouble"],
-    )
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): it counts as no report.", path, error)
+        return None
 
 
 def _seconds(ns: int | None) -> float | None:

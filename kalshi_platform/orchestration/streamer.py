@@ -38,6 +38,8 @@ HEARTBEAT_S = 60.0
 """Between two lines in the run's output."""
 SUCCESSOR_S = 5.0
 """Between two looks for a successor, once the run is old enough to be relieved."""
+DRAIN_S = 8.0
+"""For the streamer to flush; whoever ends the process waits a little longer than this."""
 _CATCH_UP_HOURS = 48
 """How far back hours are looked for that were sealed while nobody could report them."""
 
@@ -142,7 +144,7 @@ class _Host:
 
     def stop(self) -> bool:
         """Drain and flush; then say what is still unsaid. True where every store has everything."""
-        flushed = self._streamer.stop()
+        flushed = self._streamer.stop(timeout_s=DRAIN_S)
         if self._unsaid is not None:
             self.report(self._unsaid)
         while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
@@ -179,17 +181,23 @@ def call_it_canceled(context: dg.OpExecutionContext, *, flushed: bool) -> None:
 def unreported(
     instance: dg.DagsterInstance, platform: KalshiResource, now: datetime
 ) -> "Iterator[HourReport]":
-    """Hours that were sealed while nobody could report them (a crash, `stream` without Dagster)."""
+    """Hours that were sealed while nobody could report them (a crash, `stream` without Dagster).
+
+    An hour that cannot be read is named in the log and left out: recording does not wait for it.
+    """
     this_hour = now.replace(minute=0, second=0, microsecond=0)
     past = [this_hour - timedelta(hours=back) for back in range(_CATCH_UP_HOURS, 0, -1)]
-    sealed = {partition_key(hour): hour for hour in past if platform.is_sealed(hour)}
-    if not sealed:
-        return
     # stream_events has rows in every hour that was recorded at all.
-    said = _said_complete(instance, STREAM_EVENTS.name, list(sealed))
-    for key, hour in sealed.items():
-        if key not in said:
-            yield platform.describe(hour)
+    said = _said_complete(instance, STREAM_EVENTS.name, [partition_key(hour) for hour in past])
+    for hour in past:
+        key = partition_key(hour)
+        if key in said:
+            continue
+        try:
+            if platform.is_sealed(hour):
+                yield platform.describe(hour)
+        except (PlatformError, OSError, ValueError) as error:  # a damaged file, whichever
+            log.error("Hour %s cannot be read: %s. Materialise it to build it again.", key, error)
 
 
 def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) -> set[str]:

@@ -228,3 +228,9 @@ def test_half_a_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
     said = refused(tmp_path, PROD_KEYID="some-id")
     assert "PROD_KEYFILE is not set" in said
     assert not (tmp_path / "data").exists()
+
+
+def test_a_key_file_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
+    said = refused(tmp_path, PROD_KEYID="some-id", PROD_KEYFILE=str(tmp_path / "key.pem"))
+    assert f"Key file {tmp_path / 'key.pem'} does not exist" in said
+    assert not (tmp_path / "data").exists()

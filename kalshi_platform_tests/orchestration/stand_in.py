@@ -125,7 +125,7 @@ class StandInPlatform(KalshiResource):
 
     def is_sealed(self, hour: datetime) -> bool:
         found = self.hours.get(hour)
-        return isinstance(found, HourReport) and found.complete
+        return isinstance(found, PlatformError) or (found is not None and found.complete)
 
     def describe(self, hour: datetime) -> HourReport:
         found = self.hours[hour]

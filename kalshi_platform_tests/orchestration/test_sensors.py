@@ -223,13 +223,14 @@ def test_runs_of_other_jobs_and_shards_are_not_looked_at(
     assert observe(instance, 0, tmp_path / "health.json").runs == ()
 
 
-def test_a_damaged_health_file_is_an_error_and_not_a_dead_streamer(
-    instance: dg.DagsterInstance, tmp_path: Path
+@pytest.mark.parametrize("damaged", ["", '{"pid": 1', "[]", '{"pid": 1}'])
+def test_a_health_file_torn_by_a_power_cut_does_not_keep_the_next_run_from_starting(
+    instance: dg.DagsterInstance, platform: StandInPlatform, damaged: str
 ) -> None:
-    path = tmp_path / "health.json"
-    path.write_text('{"pid": 1')
-    with pytest.raises(ValueError, match=r"delimiter|Expecting"):
-        observe(instance, 0, path)
+    folder = platform.settings().journal_dir(0)
+    folder.mkdir(parents=True)
+    (folder / "health.json").write_text(damaged)
+    assert tick(instance, platform).run_requests
 
 
 def test_what_is_remembered_outlives_the_tick(

@@ -244,3 +244,12 @@ def test_an_hour_last_reported_as_open_is_reported_again_once_it_is_sealed(
     for event in materializations(hour_report(complete=False), "exchange"):
         instance.report_runless_asset_event(event)
     assert hours_left(instance, platform) == ["2026-11-20-14:00"]
+
+
+def test_an_hour_that_cannot_be_read_keeps_neither_others_nor_the_recording_waiting(
+    instance: dg.DagsterInstance, platform: StandInPlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.hours[HOUR] = PlatformError("A file of the hour is torn")
+    lay_down(platform, HOUR + timedelta(hours=1))
+    assert hours_left(instance, platform) == ["2026-11-20-15:00"]
+    assert "Hour 2026-11-20-14:00 cannot be read: A file of the hour is torn" in caplog.text

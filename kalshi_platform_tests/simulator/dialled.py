@@ -74,11 +74,16 @@ class Dialled:
         """The messages among the frames."""
         return (bytes(frame.data) for frame in self.frames() if frame.opcode is Opcode.TEXT)
 
+    def texts_at_hand(self, seconds: float) -> Iterator[bytes]:
+        """The messages until none comes for that long."""
+        while not self.silent_for(seconds):
+            yield next(self.texts())
+
     def silent_for(self, seconds: float) -> bool:
         """Whether nothing at all comes for that long."""
         self._socket.settimeout(seconds)
         try:
-            return not self._frames and self._socket.recv(1) == b"nothing"
+            return not self._frames and not self._receive()
         except TimeoutError:
             return True
         finally:

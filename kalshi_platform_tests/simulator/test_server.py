@@ -148,10 +148,18 @@ def test_a_slow_line_delivers_everything_in_the_end(start_simulator: StartSimula
     simulator = start_simulator(markets=5, rolling_markets=0, rate=1_000)
     with Dialled(simulator) as client:
         client.subscribe(list(simulator.books()))
-        simulator.inject("slow:0.5")
-        time.sleep(0.2)
+        ledger = Ledger()
+        texts = client.texts()
+        while ledger.kinds["orderbook_delta"] == 0:
+            ledger.feed(next(texts))
+        simulator.inject("slow:2")
+        for text in client.texts_at_hand(0.3):
+            ledger.feed(text)
+        deltas = simulator.state()["deltas"]
+        assert client.silent_for(0.3), "frames come although they are kept back"
+        assert simulator.state()["deltas"] > deltas
         simulator.pause()
-        settle(client, Ledger(), simulator.books())
+        settle(client, ledger, simulator.books())
 
 
 def test_a_fault_without_a_connection_waits_for_the_next_one(simulator: Simulator) -> None:

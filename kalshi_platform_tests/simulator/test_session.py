@@ -186,6 +186,15 @@ def test_get_snapshot_without_tickers_is_error_14_on_the_sid_and_uses_a_seq() ->
     assert bench.say(update("get_snapshot", market_ticker=bench.tickers[0]))[0]["seq"] == 3
 
 
+def test_a_snapshot_of_a_market_that_is_not_subscribed_brings_no_deltas() -> None:
+    bench = Bench()
+    a, b, *_ = bench.tickers
+    bench.subscribe(a)
+    (snapshot,) = bench.say(update("get_snapshot", b))
+    assert snapshot["msg"]["market_ticker"] == b
+    assert {frame["msg"]["market_ticker"] for frame in bench.wait(10)} == {a}
+
+
 def test_deleted_markets_fall_silent_and_come_back_with_a_new_snapshot() -> None:
     bench = Bench()
     a, b, *_ = bench.tickers

@@ -63,7 +63,15 @@ def confine(data: Path) -> bool:
     if abi < _OLDEST_ABI:
         log.info("this kernel has no Landlock: the engine can read every file that this user can")
         return False
-    handled = _ANYTHING_ABI_2 | (_TRUNCATE if abi > _OLDEST_ABI else 0)
+    try:
+        _restrict(libc, data, _ANYTHING_ABI_2 | (_TRUNCATE if abi > _OLDEST_ABI else 0))
+    except OSError as error:
+        log.warning("%s: the engine can read every file that this user can", error)
+        return False
+    return True
+
+
+def _restrict(libc: ctypes.CDLL, data: Path, handled: int) -> None:
     attributes = struct.pack("Q", handled)
     ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     try:
@@ -75,7 +83,6 @@ def confine(data: Path) -> bool:
         _checked(libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)
-    return True
 
 
 def _readable() -> Iterable[Path]:

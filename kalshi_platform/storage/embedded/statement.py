@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 
@@ -112,6 +113,14 @@ def parse(text: bytes) -> Statement:
         shown = text.decode("utf-8", "replace").strip()[:80]
         raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: failed at position 1: {shown}")
     _refuse_host_access(text, tokens)
+    inserts = any(t.text == "INSERT" and not t.depth for t in tokens)
+    if inserts and any(t.text == "INPUT" and after.text == "(" for t, after in pairwise(tokens)):
+        raise ClickHouseError(
+            48,
+            "NOT_IMPLEMENTED",
+            "INSERT … SELECT … FROM input() is not supported by the embedded ClickHouse;"
+            " insert the data into a table first",
+        )
     verb = tokens[0].text if tokens else ""
     return Statement(
         verb=verb,
@@ -121,7 +130,7 @@ def parse(text: bytes) -> Statement:
         temporary=verb in {"CREATE", "REPLACE", "DROP", "ATTACH"}
         and any(t.text == "TEMPORARY" for t in tokens[1:5]),
         whole=any(t.text in _ONLY_WHOLE for t in tokens),
-        inserts=any(t.text == "INSERT" and not t.depth for t in tokens),
+        inserts=inserts,
     )
 
 

@@ -178,6 +178,13 @@ def test_a_token_covers_an_insert_of_many_blocks(ask: Ask, table: Rows) -> None:
     assert int(parts.text) > 1, "the test needs an INSERT of several blocks"
 
 
+def test_an_insert_through_input_is_refused_not_dropped(ask: Ask, table: Rows) -> None:
+    statement = "INSERT INTO t SELECT a + 1, s FROM input('a UInt64, s String') FORMAT CSV"
+    answer = ask(statement, DATA["CSV"])
+    assert answer.headers["X-ClickHouse-Exception-Code"] == "48"
+    assert table() == []
+
+
 def test_garbage_is_refused_and_nothing_is_stored(ask: Ask, table: Rows) -> None:
     for data_format in ("CSV", "ArrowStream", "Parquet", "Native", "JSONEachRow", "RowBinary"):
         answer = ask(f"INSERT INTO t FORMAT {data_format}", b"\x00\x01garbage \xff")
