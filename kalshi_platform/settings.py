@@ -19,7 +19,6 @@ from kalshi_platform.errors import SettingsError
 
 PRODUCTION_WS_URL = "wss://external-api-ws.kalshi.com/trade-api/ws/v2"
 PRODUCTION_REST_URL = "https://external-api.kalshi.com/trade-api/v2"
-EMBEDDED_CLICKHOUSE_URL = "http://127.0.0.1:8123"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,10 @@ class Settings(BaseSettings):
     market_series: Annotated[tuple[str, ...], NoDecode] = ()
 
     use_clickhouse: bool = True
-    clickhouse_url: str = EMBEDDED_CLICKHOUSE_URL
+    embedded_clickhouse_port: int = Field(8123, ge=1, le=65_535)
+    clickhouse_url: str = Field(
+        default_factory=lambda data: f"http://127.0.0.1:{data.get('embedded_clickhouse_port')}"
+    )
     clickhouse_user: str = "default"
     clickhouse_password: SecretStr = SecretStr("")
     clickhouse_database: str = Field("kalshi", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -65,6 +67,14 @@ class Settings(BaseSettings):
     journal_retention_hours: int = Field(48, ge=1)
 
     audit_interval_seconds: float = Field(60.0, gt=0)
+
+    ch_host: str | None = None
+    ch_port: int | None = Field(None, ge=1, le=65_535)
+    ch_user: str | None = None
+    ch_password: SecretStr | None = None
+    ch_database: str | None = None
+    ch_secure: bool = False
+    """CH_*: defaults of the flags of `qa`; what is unset is taken from CLICKHOUSE_*."""
 
     simulator_port: int = Field(8765, ge=1, le=65_535)
     simulator_markets: int = Field(40, ge=1)
@@ -84,6 +94,10 @@ class Settings(BaseSettings):
         "kalshi_ws_url",
         "kalshi_rest_url",
         "parquet_dir",
+        "ch_host",
+        "ch_port",
+        "ch_user",
+        "ch_database",
         mode="before",
     )
     @classmethod
@@ -141,7 +155,10 @@ class Settings(BaseSettings):
     @property
     def embedded_clickhouse(self) -> bool:
         """Whether ClickHouse is the embedded one, which `up` then starts."""
-        return self.use_clickhouse and self.clickhouse_url == EMBEDDED_CLICKHOUSE_URL
+        return (
+            self.use_clickhouse
+            and self.clickhouse_url == f"http://127.0.0.1:{self.embedded_clickhouse_port}"
+        )
 
     def journal_dir(self, shard: int = 0) -> Path:
         """Folder of one shard's journal."""

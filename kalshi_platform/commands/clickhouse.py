@@ -12,10 +12,8 @@ from kalshi_platform import settings
 @click.command("clickhouse")
 @click.option(
     "--port",
-    default=8123,
-    show_default=True,
     type=click.IntRange(0, 65_535),
-    help="0: any free one.",
+    help="0: any free one  [default: EMBEDDED_CLICKHOUSE_PORT, 8123]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -23,7 +21,7 @@ from kalshi_platform import settings
     type=click.Path(path_type=Path),
     help="Data folder  [default: $KALSHI_DATA_DIR/clickhouse]",
 )
-def command(port: int, host: str, path: Path | None) -> None:
+def command(port: int | None, host: str, path: Path | None) -> None:
     """The embedded ClickHouse in the foreground. Ctrl-C ends it."""
     from kalshi_platform.storage.embedded import serve
 
@@ -32,7 +30,7 @@ def command(port: int, host: str, path: Path | None) -> None:
     serve(
         path=path or current.data_dir / "clickhouse",
         host=host,
-        port=port,
+        port=current.embedded_clickhouse_port if port is None else port,
         user=current.clickhouse_user,
         password=current.clickhouse_password.get_secret_value(),
         ready=lambda chosen: click.echo(f"ClickHouse answers on http://{address}:{chosen}"),

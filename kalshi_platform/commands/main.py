@@ -19,6 +19,7 @@ COMMANDS = {
     "watch": "The live wire of one market; nothing is written.",
     "migrate": "Bring the ClickHouse schema up to date.",
     "sql": "Run SQL and print a table.",
+    "qa": "The market maker's inventory: does it hold what it believes to hold?",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "doctor": "Check settings, key, clock, exchange, ClickHouse, disk and schema.",

@@ -72,10 +72,10 @@ def check_ports(settings: Settings, port: int) -> None:
     require_free_port(port, "the Dagster UI", "Give another one: `up --port 3001`.")
     if settings.embedded_clickhouse:
         require_free_port(
-            _port(settings.clickhouse_url),
+            settings.embedded_clickhouse_port,
             "the embedded ClickHouse",
-            "End that program; or, if it is a ClickHouse that you want to use, set"
-            " CLICKHOUSE_URL to it, spelt other than the default (`http://localhost:8123`).",
+            "Set EMBEDDED_CLICKHOUSE_PORT to another one; or, if it is a ClickHouse that you want to"
+            " use, set CLICKHOUSE_URL to it, spelt `http://localhost:…`.",
         )
     if _own_simulator(settings):
         require_free_port(
@@ -87,10 +87,6 @@ def check_ports(settings: Settings, port: int) -> None:
 
 def _own_simulator(settings: Settings) -> bool:
     return settings.exchange.simulated and settings.kalshi_ws_url is None
-
-
-def _port(url: str) -> int:
-    return httpx.URL(url).port or 80
 
 
 class _Ending:
@@ -128,6 +124,8 @@ class _Platform:
         self._keeper = Keeper(settings.data_dir / "logs", self._environment(), self.say)
         self._over = threading.Event()
         self._began_ns = time.time_ns()
+        self._clickhouse_trouble = ""
+        """What was said of ClickHouse; the streamer finds the same, and need not repeat it."""
 
     def say(self, sentence: str) -> None:
         """One line on the console, with the time."""
@@ -268,16 +266,16 @@ class _Platform:
             health = _health(path, since_ns=self._began_ns)
             if health is None:
                 continue
+            if not recording and health["frames"] and health["state"] != "stopped":
+                recording = True
+                frames = health["frames"]
+                self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
             now = health["trouble"] or ""
-            if now and now != trouble:
+            if now and now not in (trouble, self._clickhouse_trouble):
                 self.say(now)
             elif trouble and not now:
                 self.say("The streamer is well again.")
             trouble = now
-            if not recording and health["frames"] and not now:
-                recording = True
-                frames = health["frames"]
-                self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
@@ -286,7 +284,6 @@ class _Platform:
 
         # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
-        said = ""
         patient_until = time.monotonic() + (UI_S if self._settings.embedded_clickhouse else 0.0)
         wait_s = 0.5
         while not self._over.is_set():
@@ -294,16 +291,16 @@ class _Platform:
                 applied = migrations.migrate(self._settings)
             except StoreError as error:
                 starting = isinstance(error, StoreUnavailable) and time.monotonic() < patient_until
-                if str(error) != said and not starting:
-                    said = str(error)
+                if str(error) != self._clickhouse_trouble and not starting:
+                    self._clickhouse_trouble = str(error)
                     self.say(
-                        f"{said} Recording goes on without it: the journal and Parquet are"
+                        f"{error} Recording goes on without it: the journal and Parquet are"
                         " written, and ClickHouse gets it all when it is back."
                     )
                 self._over.wait(wait_s)
                 wait_s = min(wait_s * 2, 15.0)
             else:
-                if said or applied:
+                if self._clickhouse_trouble or applied:
                     names = ", ".join(str(migration) for migration in applied) or "nothing to do"
                     self.say(f"ClickHouse is there; migrations: {names}.")
                 return

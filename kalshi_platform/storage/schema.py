@@ -13,6 +13,10 @@ import pyarrow as pa
 
 PRICE = pa.decimal128(9, 4)
 QTY = pa.decimal128(18, 2)
+MID = pa.decimal128(9, 5)
+"""Halfway between two prices: one decimal more."""
+NOTIONAL = pa.decimal128(18, 6)
+"""Price times size, exactly."""
 TIME = pa.timestamp("us", "UTC")
 NAME = pa.dictionary(pa.int32(), pa.string())
 """Strings that repeat: dictionary-encoded in memory and in Parquet."""
@@ -145,4 +149,114 @@ LATEST_LEVELS = Dataset(
     archived=False,
 )
 
-DATASETS = {d.name: d for d in (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, LATEST_LEVELS)}
+_SECOND = Column(
+    "second", TIME, "DateTime64(6, 'UTC')", "the second's first instant, of receive time"
+)
+_MAYBE_PRICE = (PRICE, "Nullable(Decimal(9, 4))")
+_MAYBE_QTY = (QTY, "Nullable(Decimal(18, 2))")
+_MAYBE_RATIO = (pa.float64(), "Nullable(Float64)")
+
+SPREADS = Dataset(
+    "spreads",
+    (
+        _TICKER,
+        Column(
+            "ts",
+            TIME,
+            "Nullable(DateTime64(6, 'UTC'))",
+            "exchange time; null where none was sent. Rows that share it are of one matching event",
+            True,
+        ),
+        _INGEST,
+        _CONN,
+        _SID,
+        Column("seq", pa.uint64(), "UInt64", "the frame that caused the change; 0 for a doubt"),
+        Column(
+            "cause",
+            NAME,
+            "Enum8('checkpoint' = 1, 'snapshot' = 2, 'delta' = 3, 'doubt' = 4)",
+            "checkpoint: the hour's opening state; doubt: from here on not verified",
+        ),
+        Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot"),
+        Column("yes_bid", *_MAYBE_PRICE, "best YES bid, dollars; null: no bids", True),
+        Column("yes_bid_size", *_MAYBE_QTY, "contracts at the best YES bid", True),
+        Column("yes_ask", *_MAYBE_PRICE, "1 - best NO bid, dollars; null: no asks", True),
+        Column("yes_ask_size", *_MAYBE_QTY, "contracts at the best YES ask", True),
+        Column("spread", *_MAYBE_PRICE, "yes_ask - yes_bid, dollars", True),
+        Column("mid", MID, "Nullable(Decimal(9, 5))", "(yes_bid + yes_ask) / 2, dollars", True),
+        Column(
+            "microprice",
+            *_MAYBE_RATIO,
+            "mid weighted by the size of the other side (Gatheral and Oomen 2010), dollars",
+            True,
+        ),
+    ),
+    "Every change of a market's best prices or their sizes, with the frame that caused it.",
+)
+
+
+def _depth_of(side: str, best: str) -> tuple[Column, ...]:
+    size = (QTY, "Decimal(18, 2)")
+    far = "and above" if side == "bid" else "and below"
+    sign = "-" if side == "bid" else "+"
+    return (
+        Column(best, *_MAYBE_PRICE, f"best YES {side}, dollars; null: none", True),
+        Column(f"{side}_size", *size, f"contracts at {best}"),
+        *(
+            Column(f"{side}_size_{c}c", *size, f"contracts at {best} {sign} {c} cents {far}")
+            for c in (1, 2, 5, 10)
+        ),
+        Column(f"{side}_size_all", *size, f"contracts on the whole {side} side"),
+        Column(f"{side}_levels", pa.uint32(), "UInt32", f"price levels on the {side} side"),
+        Column(
+            f"{side}_notional",
+            NOTIONAL,
+            "Decimal(18, 6)",
+            "sum of contracts times YES price over the side, dollars",
+        ),
+    )
+
+
+DEPTH = Dataset(
+    "depth",
+    (
+        _TICKER,
+        _SECOND,
+        Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot, at the end"),
+        *_depth_of("bid", "yes_bid"),
+        *_depth_of("ask", "yes_ask"),
+    ),
+    "What rests on both sides of a market, at the end of every second in which that changed.",
+)
+
+IMBALANCE = Dataset(
+    "imbalance",
+    (
+        _TICKER,
+        _SECOND,
+        Column("verified", pa.bool_(), "Bool", "the book could be believed all through the second"),
+        Column(
+            "imbalance_best",
+            *_MAYBE_RATIO,
+            "(bid - ask) / (bid + ask) of the sizes at the best, -1 to 1",
+            True,
+        ),
+        Column("imbalance_5_levels", *_MAYBE_RATIO, "the same over the 5 best levels", True),
+        Column("imbalance_5c", *_MAYBE_RATIO, "the same within 5 cents of the best", True),
+        Column(
+            "ofi",
+            QTY,
+            "Decimal(18, 2)",
+            "order-flow imbalance of the second (Cont, Kukanov and Stoikov 2014), contracts",
+        ),
+    ),
+    "Which side is the heavier, and the order flow, for every second in which there is news of either.",
+)
+
+ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
+"""What is computed from an hour of it."""
+
+DATASETS = {
+    d.name: d
+    for d in (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, LATEST_LEVELS, *ANALYTICS)
+}

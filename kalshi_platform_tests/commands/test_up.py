@@ -48,12 +48,14 @@ def until(condition: Callable[[], bool], why: Callable[[], str]) -> None:
 class Up:
     """One `kalshi-platform up` on a data folder and ports of its own."""
 
-    def __init__(self, data: Path, port: int, **env: str) -> None:
+    def __init__(self, data: Path, port: int, clickhouse_port: int, **env: str) -> None:
         self.data, self.port = data, port
+        self._clickhouse = f"http://127.0.0.1:{clickhouse_port}"
         self._output = data.with_suffix(".out")
         self._env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PROD_", "KALSHI_"))},
             "KALSHI_DATA_DIR": str(data),
+            "EMBEDDED_CLICKHOUSE_PORT": str(clickhouse_port),
             **env,
         }
         self.process: subprocess.Popen[bytes] | None = None
@@ -67,6 +69,13 @@ class Up:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
+
+    def end(self, number: signal.Signals) -> None:
+        """Ask for the end: it comes, well, and leaves nobody."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        assert self.process.wait(timeout=30) == 0, self.output
+        assert self.family() == []
 
     @property
     def output(self) -> str:
@@ -107,22 +116,30 @@ class Up:
         with self.instance() as instance:
             return instance.get_materialized_partitions(dg.AssetKey("orderbook_events"))
 
+    def count(self, table: str, condition: str = "1") -> int:
+        """Rows in ClickHouse; 0 while that does not answer."""
+        query = f"SELECT count() FROM kalshi.{table} WHERE {condition}"
+        try:
+            answer = httpx.get(self._clickhouse, params={"query": query}, trust_env=False)
+        except httpx.HTTPError:
+            return 0
+        return int(answer.text) if answer.status_code == httpx.codes.OK else 0
+
     def runs(self) -> list[dg.DagsterRun]:
         with self.instance() as instance:
             return list(instance.get_runs())
 
 
-def count(url: str, database: str) -> int:
-    query = f"SELECT count() FROM {database}.orderbook_events"
-    answer = httpx.get(url, params={"query": query}, trust_env=False)
-    return int(answer.text) if answer.status_code == httpx.codes.OK else 0
-
-
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
-    ui, simulator = free_ports(2)
+    ui, simulator, clickhouse = free_ports(3)
     made = Up(
-        tmp_path / "data", ui, SIMULATOR_PORT=str(simulator), SIMULATOR_MARKETS="5", NO_COLOR="1"
+        tmp_path / "data",
+        ui,
+        clickhouse,
+        SIMULATOR_PORT=str(simulator),
+        SIMULATOR_MARKETS="5",
+        NO_COLOR="1",
     )
     yield made
     for process in made.family():
@@ -130,62 +147,53 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 
 @pytest.mark.slow
-def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(
-    up: Up, clickhouse_url: str, clickhouse_database: str
-) -> None:
-    clickhouse = {"CLICKHOUSE_URL": clickhouse_url, "CLICKHOUSE_DATABASE": clickhouse_database}
-
+def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: Up) -> None:
     # From nothing: rows, a green partition, a UI, and it is said that the data is simulated.
-    up.start(**clickhouse)
+    up.start()
     up.says("SIMULATED")
     up.says("Recording: ")
     until(lambda: bool(up.reported()), up.logs)
-    until(lambda: count(clickhouse_url, clickhouse_database) > 0, up.logs)
+    until(lambda: up.count("orderbook_events") > 0, up.logs)
     assert httpx.get(f"http://127.0.0.1:{up.port}/server_info", trust_env=False).is_success
     [run] = up.runs()
     assert run.tags["kalshi/source"] == "simulator"
 
     # A second one on the same folder is told so.
-    second = subprocess.run(
-        [sys.executable, "-m", "kalshi_platform", "up"],
-        env={**os.environ, "KALSHI_DATA_DIR": str(up.data)},
-        capture_output=True,
-        text=True,
-        check=False,
+    assert re.fullmatch(
+        r"Error: Another .* runs on the data folder .*\n", refused(up.data.parent, "--port", "1")
     )
-    assert second.returncode == 1
-    assert re.fullmatch(r"Error: Another .* runs on the data folder .*\n", second.stderr)
 
     # What dies comes back, and the recording goes on in the same run.
     up.one("simulate").kill()
     up.says("simulator ended (killed by SIGKILL); it starts again in 1 s.")
-    seen = count(clickhouse_url, clickhouse_database)
-    until(lambda: count(clickhouse_url, clickhouse_database) > seen + 200, up.logs)
+    up.one("clickhouse").kill()
+    up.says("clickhouse ended (killed by SIGKILL); it starts again in 1 s.")
+    until(lambda: up.count("stream_events", "kind = 'connected'") == 2, up.logs)
     assert [each.run_id for each in up.runs()] == [run.run_id]
 
     # Ctrl-C: the run is flushed and canceled, and nobody is left.
-    assert up.process is not None
-    up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(timeout=30) == 0, up.output
-    assert up.family() == []
+    up.end(signal.SIGINT)
     [ended] = up.runs()
     assert ended.status is dg.DagsterRunStatus.CANCELED
     assert not Identity.parse(ended.tags["kalshi/process"]).alive
 
-    # Again, with ClickHouse away: recording goes on from where it was, and that is said.
-    before = count(clickhouse_url, clickhouse_database)
-    assert before > 0
-    [away] = free_ports(1)
-    up.start(**clickhouse | {"CLICKHOUSE_URL": f"http://127.0.0.1:{away}"})
+    # Again, with ClickHouse away: recording goes on all the same, and that is said.
+    up.start(CLICKHOUSE_URL=f"http://127.0.0.1:{free_ports(1)[0]}")
     up.says("Recording goes on without it")
     up.says("Recording: ")
-    until(lambda: len(up.runs()) == 2, up.logs)
+    assert len(up.runs()) == 2
     assert "Traceback" not in up.output
 
     # Killed without a word: nobody goes on writing.
+    assert up.process is not None
     up.process.kill()
     up.process.wait()
     until(lambda: up.family() == [], lambda: str(up.family()))
+
+    # Again: it goes on from where it was, and ClickHouse gets what it missed.
+    up.start()
+    until(lambda: up.count("stream_events", "kind = 'started'") == 3, up.logs)
+    up.end(signal.SIGTERM)
 
 
 def refused(tmp_path: Path, *args: str, **env: str) -> str:
@@ -216,6 +224,14 @@ def test_a_taken_simulator_port_is_named_with_its_setting(tmp_path: Path) -> Non
         said = refused(tmp_path, "--port", str(ui), USE_CLICKHOUSE="0", SIMULATOR_PORT=str(port))
     assert f"Port {port}, needed for the exchange simulator, is taken" in said
     assert "SIMULATOR_PORT" in said
+
+
+def test_a_taken_clickhouse_port_is_named_with_its_setting(tmp_path: Path) -> None:
+    [ui] = free_ports(1)
+    with taken_port() as port:
+        said = refused(tmp_path, "--port", str(ui), EMBEDDED_CLICKHOUSE_PORT=str(port))
+    assert f"Port {port}, needed for the embedded ClickHouse, is taken" in said
+    assert "EMBEDDED_CLICKHOUSE_PORT" in said
 
 
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,580 @@
+"""An hour's order books in columns: every frame in order, how long each level stood, the best.
+
+The frames of a market are ordered by its books, a book being a subscription (conn_id, sid): books by
+their first receive time, frames within one by `seq`, whatever order the rows come in. A book starts
+with the hour's checkpoint or with a snapshot, which replaces all levels, an empty one too; deltas of
+a subscription before its first snapshot say nothing of the book and are left out, as in `book_at`.
+
+The best price after each frame is the highest level that stands then. Each level stands for runs of
+frames; "the highest run over every frame" is found for all frames at once by covering each run with
+two blocks of a power of two and pushing maxima down from the long blocks to the short ones (a sparse
+table, backwards): O(n log n) in whole-array steps.
+
+Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
+µs since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform.analytics.columns import Array, Bools, Ints
+
+Codes = npt.NDArray[np.int32]
+YES, NO, NO_LEVEL = 0, 1, -1
+CHECKPOINT, SNAPSHOT, DELTA, DOUBT = 0, 1, 2, 3
+CAUSES = ["checkpoint", "snapshot", "delta", "doubt"]
+NO_TIME = np.iinfo(np.int64).min
+NONE = -1
+SECOND_US = 1_000_000
+_MAX_PRICE = (1 << 16) - 1  # prices are sorted as 16-bit digits
+_KEY = ["conn_id", "sid", "seq", "market_ticker"]
+EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
+"""The columns of orderbook_events that the books are made from."""
+_DOUBTS = ("gap", "disconnected", "unsubscribed", "left", "started")
+STREAM_KINDS = ("snapshot", *_DOUBTS)
+"""The kinds of stream_events that the books depend on."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """One value per frame, markets by ticker and frames within a market in their order.
+
+    A frame is a delta, a whole snapshot, the checkpoint that begins the hour, or a doubt: the moment
+    from which a book can no longer be believed. Doubts change no level.
+    """
+
+    market: Codes
+    book: Codes
+    seq: Ints
+    """0 for doubts."""
+    ts: Ints
+    """Exchange time, NO_TIME where there is none."""
+    ingest_us: Ints
+    clock_us: Ints
+    """Receive time that never steps back within a market, even where the machine's clock did."""
+    cause: npt.NDArray[np.int8]
+    verified: Bools
+    """The book can be believed after this frame: no gap since its snapshot."""
+
+    def __len__(self) -> int:
+        return len(self.market)
+
+    @cached_property
+    def begins(self) -> Bools:
+        """Whether the frame is its market's first."""
+        return _differs(self.market)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Runs of frames over which a level stood with one size, by market, side, price and frame."""
+
+    ladder: Codes
+    """Market and side: 2 * market + side."""
+    price: Ints
+    size: Ints
+    start: Codes
+    """The first frame of the run."""
+    end: Codes
+    """The first frame after it."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best bid of a side after every frame."""
+
+    price: Ints
+    """NONE: the side is empty."""
+    size: Ints
+    """0: the side is empty."""
+
+
+@dataclass(frozen=True)
+class Books:
+    """All books of an hour."""
+
+    hour: datetime
+    tickers: list[str]
+    conns: list[str]
+    book_conn: Codes
+    """Connection of each book, into `conns`."""
+    book_sid: Ints
+    frames: Frames
+    levels: Levels
+
+    @cached_property
+    def best_yes(self) -> Best:
+        """The best YES bid after every frame."""
+        return _best(self, YES)
+
+    @cached_property
+    def best_no(self) -> Best:
+        """The best NO bid after every frame; the best YES ask is 1 - that."""
+        return _best(self, NO)
+
+    @cached_property
+    def seconds(self) -> Codes:
+        """The last frame of every second of every market in which there was one."""
+        second = self.frames.clock_us // SECOND_US
+        last = np.ones(len(second), dtype=np.bool_)
+        last[:-1] = (second[1:] != second[:-1]) | (
+            self.frames.market[1:] != self.frames.market[:-1]
+        )
+        return np.flatnonzero(last).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Levels and markers before they are frames, in any order."""
+
+    book: Ints
+    seq: Ints
+    side: npt.NDArray[np.int8]
+    price: Ints
+    size: Ints
+    ts: Ints
+    ingest_us: Ints
+    cause: npt.NDArray[np.int8]
+    verified: Bools
+
+    def take(self, which: Array) -> _Rows:
+        return _Rows(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class _Owners:
+    """Whose each book is."""
+
+    market: Ints
+    conn: Ints
+    sid: Ints
+    tickers: list[str]
+    conns: list[str]
+
+
+class _Names:
+    """Numbers for texts, in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+
+    def of(self, column: pa.ChunkedArray) -> Ints:
+        """The number of each value of a text column, dictionary-encoded or not."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for chunk in column.chunks:
+            encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            known = [
+                self.codes.setdefault(v, len(self.codes)) for v in encoded.dictionary.to_pylist()
+            ]
+            indices = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
+            parts.append(np.array(known or [0], dtype=np.int64)[indices])
+        return np.concatenate(parts)
+
+
+def books(
+    hour: datetime,
+    events: Iterable[pa.Table],
+    checkpoints: Iterable[pa.Table] = (),
+    stream: Iterable[pa.Table] = (),
+) -> Books:
+    """The books of one hour from the rows of its three datasets, each in any number of tables.
+
+    `events` are orderbook_events (EVENT_COLUMNS suffice), `checkpoints` book_checkpoints, `stream`
+    stream_events: its empty snapshots, and what makes a book doubtful; without it every book with a
+    snapshot counts as verified. Raises ValueError on a price outside of 0 to 6.5535 dollars.
+    """
+    start_us = int(hour.timestamp()) * SECOND_US
+    tickers, conns = _Names(), _Names()
+    keys: list[Ints] = []
+    parts: list[_Rows] = []
+    for table in checkpoints:
+        keys.append(_keys(table, tickers, conns))
+        parts.append(_checkpoint_rows(table, start_us))
+    doubts: list[dict[str, Any]] = []
+    for table in stream:
+        kind = table["kind"].cast(pa.string())
+        snapshots = table.filter(pc.equal(kind, "snapshot"))
+        keys.append(_keys(snapshots, tickers, conns))
+        parts.append(_marker_rows(snapshots))
+        doubts += table.filter(pc.is_in(kind, pa.array(_DOUBTS))).to_pylist()
+    for table in events:
+        keys.append(_keys(table, tickers, conns))
+        parts.append(_event_rows(table))
+    if not parts:
+        return _nothing(hour)
+    rows = _Rows(
+        *(np.concatenate([getattr(p, n) for p in parts]) for n in _Rows.__dataclass_fields__)
+    )
+    del parts
+    key = np.concatenate(keys, axis=1)
+    del keys
+    if not len(rows.seq):
+        return _nothing(hour)
+    rows, owners = _by_book(rows, key, list(tickers.codes), list(conns.codes))
+    return _ordered(hour, rows, owners, doubts, start_us)
+
+
+# -- from tables to rows -----------------------------------------------------------------------
+
+
+def _keys(table: pa.Table, tickers: _Names, conns: _Names) -> Ints:
+    """(market, connection, sid) of each row."""
+    sid = table["sid"].to_numpy().astype(np.int64)
+    return np.stack([tickers.of(table["market_ticker"]), conns.of(table["conn_id"]), sid])
+
+
+def _event_rows(table: pa.Table) -> _Rows:
+    kinds, sides = _Names(), _Names()
+    kinds.codes = {"snapshot": SNAPSHOT, "delta": DELTA}
+    sides.codes = {"yes": YES, "no": NO}
+    n = table.num_rows
+    return _Rows(
+        np.zeros(n, dtype=np.int64),
+        table["seq"].to_numpy().astype(np.int64),
+        sides.of(table["side"]).astype(np.int8),
+        _unscaled(table["price"]),
+        _unscaled(table["size"]),
+        _us(table["ts"]),
+        _us(table["ingest_ts"]),
+        kinds.of(table["type"]).astype(np.int8),
+        np.ones(n, dtype=np.bool_),
+    )
+
+
+def _marker_rows(snapshots: pa.Table) -> _Rows:
+    """A row without a level for each snapshot: an empty one has no other."""
+    n = snapshots.num_rows
+    zeros = np.zeros(n, dtype=np.int64)
+    return _Rows(
+        zeros,
+        snapshots["seq"].to_numpy().astype(np.int64),
+        np.full(n, NO_LEVEL, dtype=np.int8),
+        zeros,
+        zeros,
+        np.full(n, NO_TIME),
+        _us(snapshots["ingest_ts"]),
+        np.full(n, SNAPSHOT, dtype=np.int8),
+        np.ones(n, dtype=np.bool_),
+    )
+
+
+def _checkpoint_rows(table: pa.Table, start_us: int) -> _Rows:
+    n = table.num_rows
+    sides = _Names()
+    sides.codes = {"yes": YES, "no": NO}
+    side = sides.of(table["side"]).astype(np.int8)
+    empty = table["side"].is_null().to_numpy()
+    return _Rows(
+        np.zeros(n, dtype=np.int64),
+        table["seq"].to_numpy().astype(np.int64),
+        np.where(empty, np.int8(NO_LEVEL), side),
+        _unscaled(table["price"]),
+        _unscaled(table["size"]),
+        np.full(n, NO_TIME),
+        np.full(n, start_us, dtype=np.int64),
+        np.full(n, CHECKPOINT, dtype=np.int8),
+        table["verified"].to_numpy(),
+    )
+
+
+def _unscaled(column: pa.ChunkedArray) -> Ints:
+    """The integers behind decimals; 0 for null. They fit 64 bits: precision is 18 at most."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for chunk in column.chunks:
+        words = np.frombuffer(chunk.buffers()[1], dtype=np.int64)
+        low = words[2 * chunk.offset : 2 * (chunk.offset + len(chunk)) : 2]
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else True
+        parts.append(np.where(valid, low, 0))
+    return np.concatenate(parts)
+
+
+def _us(column: pa.ChunkedArray) -> Ints:
+    us = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+    return np.asarray(us.fill_null(NO_TIME).to_numpy(), dtype=np.int64)
+
+
+# -- rows in order -----------------------------------------------------------------------------
+
+
+def _by_book(rows: _Rows, key: Ints, tickers: list[str], conns: list[str]) -> tuple[_Rows, _Owners]:
+    """Give each row its book: books of a market by their first receive time, markets by ticker."""
+    sids = pa.array(key[2]).dictionary_encode()
+    sid_values = sids.dictionary.to_numpy()
+    shape = (len(tickers), len(conns), len(sid_values))
+    combined = np.ravel_multi_index(
+        (_alphabetic(tickers)[key[0]], _alphabetic(conns)[key[1]], sids.indices.to_numpy()), shape
+    )
+    encoded = pa.array(combined).dictionary_encode()
+    code = encoded.indices.to_numpy()
+    market, conn, sid_code = np.unravel_index(encoded.dictionary.to_numpy(), shape)
+    sid = sid_values[sid_code]
+    first_us = np.full(len(market), np.iinfo(np.int64).max)
+    np.minimum.at(first_us, code, rows.ingest_us)
+    order = np.lexsort((sid, conn, first_us, market))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    owners = _Owners(market[order], conn[order], sid[order], sorted(tickers), sorted(conns))
+    return replace(rows, book=rank[code]), owners
+
+
+def _ordered(
+    hour: datetime, rows: _Rows, owners: _Owners, doubts: list[dict[str, Any]], start_us: int
+) -> Books:
+    rows = _after_checkpoint(rows, len(owners.market))
+    rows = rows.take(np.lexsort((rows.seq, _narrow(rows.book, len(owners.market)))))
+    rows, frame = _based(rows, _frame_numbers(rows))
+    if not len(frame):
+        return _nothing(hour)
+    at = rows.take(np.flatnonzero(_differs(frame)))
+    columns: dict[str, Array] = {
+        "book": at.book,
+        "seq": at.seq,
+        "ts": at.ts,
+        "ingest_us": at.ingest_us,
+        "clock_us": _running_max(at.ingest_us, owners.market[at.book]),
+        "cause": at.cause,
+        "verified": at.verified,
+    }
+    where, added = _doubts(columns, doubts, owners, start_us)
+    if len(where):
+        columns = {name: np.insert(columns[name], where, added[name]) for name in columns}
+        frame = frame + np.searchsorted(where, frame, side="right")
+        columns["clock_us"] = _running_max(columns["clock_us"], owners.market[columns["book"]])
+    frames = _frames(columns, owners.market)
+    return Books(
+        hour,
+        owners.tickers,
+        owners.conns,
+        owners.conn.astype(np.int32),
+        owners.sid.astype(np.int64),
+        frames,
+        _levels(rows, frame, frames),
+    )
+
+
+def _alphabetic(values: list[str]) -> Ints:
+    """Where each value comes in the alphabet: codes that do not depend on the order of the rows."""
+    rank = np.empty(len(values), dtype=np.int64)
+    rank[np.argsort(np.array(values, dtype=object), kind="stable")] = np.arange(len(values))
+    return rank
+
+
+def _after_checkpoint(rows: _Rows, n_books: int) -> _Rows:
+    """Without what a book's checkpoint already holds."""
+    is_checkpoint = rows.cause == CHECKPOINT
+    if not is_checkpoint.any():
+        return rows
+    held = np.full(n_books, -1, dtype=np.int64)
+    held[rows.book[is_checkpoint]] = rows.seq[is_checkpoint]
+    keep = is_checkpoint | (rows.seq > held[rows.book])
+    return rows if keep.all() else rows.take(keep)
+
+
+def _frame_numbers(rows: _Rows) -> Ints:
+    return np.cumsum(_differs(rows.book) | _differs(rows.seq)) - 1
+
+
+def _based(rows: _Rows, frame: Ints) -> tuple[_Rows, Ints]:
+    """Without the frames of a book before its checkpoint or first snapshot."""
+    base = rows.cause <= SNAPSHOT
+    first = np.full(int(rows.book.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, rows.book[base], frame[base])
+    keep = frame >= first[rows.book]
+    if keep.all():
+        return rows, frame
+    rows = rows.take(keep)
+    return rows, _frame_numbers(rows)
+
+
+def _doubts(
+    frames: dict[str, Array], happenings: list[dict[str, Any]], owned: _Owners, start_us: int
+) -> tuple[Ints, dict[str, Array]]:
+    """Before which frames which doubts go. The rules are those of `loading.coverage`.
+
+    A doubt of the same microsecond as a frame goes before it: it is written down when a frame shows
+    that others are missing.
+    """
+    n = len(frames["book"])
+    base_us = int(frames["clock_us"].min())
+    span = int(frames["clock_us"].max()) - base_us + 2
+    key = frames["book"] * span + (frames["clock_us"] - base_us)
+    begin = np.searchsorted(frames["book"], np.arange(len(owned.market) + 1))
+    conn_of = {conn: i for i, conn in enumerate(owned.conns)}
+    market_of = {ticker: i for i, ticker in enumerate(owned.tickers)}
+    present = begin[:-1] < begin[1:]
+    successor = np.full(len(owned.market), np.iinfo(np.int64).max)
+    inhabited = np.flatnonzero(present)
+    same = owned.market[inhabited[1:]] == owned.market[inhabited[:-1]]
+    first_us = frames["clock_us"][begin[inhabited]]
+    successor[inhabited[:-1][same]] = first_us[1:][same]
+
+    positions, books_, at = [], [], []
+    for it in happenings:
+        if it["market_ticker"]:
+            hit = owned.market == market_of.get(it["market_ticker"], NONE)
+        elif it["kind"] == "started":
+            hit = np.ones(len(owned.market), dtype=np.bool_)
+        else:
+            hit = owned.conn == conn_of.get(it["conn_id"], NONE)
+            if it["kind"] != "disconnected":
+                hit = hit & (owned.sid == it["sid"])
+        us = max(_instant_us(it), start_us)
+        book = np.flatnonzero(hit & present & (successor > us))
+        rel = min(max(us - base_us, 0), span - 1)
+        position = np.searchsorted(key, book * span + rel, side="left")
+        first = begin[book]
+        from_checkpoint = frames["cause"][np.minimum(first, n - 1)] == CHECKPOINT
+        position = np.where((position == first) & from_checkpoint, first + 1, position)
+        keep = position > first
+        positions.append(position[keep])
+        books_.append(book[keep])
+        at.append(np.full(int(keep.sum()), us, dtype=np.int64))
+    if not positions:
+        return np.empty(0, dtype=np.int64), {}
+    where, book, us_ = (np.concatenate(part) for part in (positions, books_, at))
+    order = np.lexsort((us_, where))
+    where, book, us_ = where[order], book[order], us_[order]
+    zeros = np.zeros(len(where), dtype=np.int64)
+    return where, {
+        "book": book,
+        "seq": zeros,
+        "ts": np.full(len(where), NO_TIME),
+        "ingest_us": us_,
+        "clock_us": us_,
+        "cause": np.full(len(where), DOUBT, dtype=np.int8),
+        "verified": np.zeros(len(where), dtype=np.bool_),
+    }
+
+
+def _instant_us(it: dict[str, Any]) -> int:
+    """When a doubt begins: a connection had been dead for a while when its end was written down."""
+    at: datetime = it["ingest_ts"]
+    us = int(at.timestamp()) * SECOND_US + at.microsecond
+    if it["kind"] != "disconnected":
+        return us
+    span_s = float(msgspec.json.decode(it["detail"]).get("span_s", 0.0))
+    return us - round(span_s * SECOND_US)
+
+
+def _frames(columns: dict[str, Array], book_market: Ints) -> Frames:
+    cause = columns["cause"]
+    told = np.where(cause != DELTA, np.arange(len(cause)), 0)
+    verified = columns["verified"][np.maximum.accumulate(told)]
+    return Frames(
+        book_market[columns["book"]].astype(np.int32),
+        columns["book"].astype(np.int32),
+        columns["seq"],
+        columns["ts"],
+        columns["ingest_us"],
+        columns["clock_us"],
+        cause,
+        verified,
+    )
+
+
+def _levels(rows: _Rows, frame: Ints, frames: Frames) -> Levels:
+    level = np.flatnonzero(rows.side != NO_LEVEL)
+    price, at = rows.price[level], frame[level].astype(np.int32)
+    if len(price) and (price.min() < 0 or price.max() > _MAX_PRICE):
+        wrong = price.min() if price.min() < 0 else price.max()
+        raise ValueError(f"a level has the price {wrong / 1e4}, which no book can have")
+    ladder = frames.market[at] * 2 + rows.side[level]
+    order = np.lexsort((price.astype(np.uint16), _narrow(ladder, 2 * len(frames.market))))
+    level, price, at, ladder = level[order], price[order], at[order], ladder[order]
+
+    resets = np.append(np.flatnonzero(frames.cause <= SNAPSHOT), len(frames)).astype(np.int32)
+    end = resets[np.searchsorted(resets, at, side="right")]
+    same = (ladder[1:] == ladder[:-1]) & (price[1:] == price[:-1])
+    end[:-1] = np.where(same, np.minimum(end[:-1], at[1:]), end[:-1])
+    size = rows.size[level]
+    stands = (size > 0) & (end > at)
+    return Levels(ladder[stands], price[stands], size[stands], at[stands], end[stands])
+
+
+# -- the best ----------------------------------------------------------------------------------
+
+
+def _best(of: Books, side: int) -> Best:
+    runs = np.flatnonzero(of.levels.ladder % 2 == side).astype(np.int32)
+    # Within a market and side runs are numbered by price: the greatest number is the best price.
+    top = _topmost(of.levels.start[runs], of.levels.end[runs], runs, len(of.frames))
+    there = top >= 0
+    if not len(runs):
+        return Best(np.full(len(top), NONE, np.int64), np.zeros(len(top), np.int64))
+    return Best(
+        np.where(there, of.levels.price[top], NONE), np.where(there, of.levels.size[top], 0)
+    )
+
+
+def _topmost(start: Codes, end: Codes, number: Codes, n: int) -> Codes:
+    """For each of `n` places the greatest number of the runs over it, NONE where there is none.
+
+    Runs come by ascending number; run i covers the places start[i] to end[i] - 1.
+    """
+    table = np.full(n, NONE, dtype=np.int32)
+    if not len(start):
+        return table
+    exponent = (np.frexp((end - start).astype(np.float64))[1] - 1).astype(np.int8)
+    order = np.argsort(exponent, kind="stable")
+    edges = np.searchsorted(exponent[order], np.arange(int(exponent.max()) + 2))
+    for k in range(int(exponent.max()), -1, -1):
+        # table[i] speaks for the block of 2**(k + 1) places from i; now for its two halves
+        half = 1 << k
+        if half < n:
+            halved = table.copy()
+            np.maximum(table[half:], table[:-half], out=halved[half:])
+            table = halved
+        these = order[edges[k] : edges[k + 1]]
+        for place in (start[these], end[these] - half):
+            # of places that come twice the last is kept, which is the greatest
+            table[place] = np.maximum(table[place], number[these])
+    return table
+
+
+# -- small things ------------------------------------------------------------------------------
+
+
+def _differs(values: Array) -> Bools:
+    """Whether each value differs from the one before; the first does."""
+    differs = np.ones(len(values), dtype=np.bool_)
+    np.not_equal(values[1:], values[:-1], out=differs[1:])
+    return differs
+
+
+def _running_max(values: Ints, group: Array) -> Ints:
+    """The greatest value so far, anew in each group; groups ascend."""
+    base = int(values.min())
+    lift = group.astype(np.int64) * (int(values.max()) - base + 1)
+    highest: Ints = np.maximum.accumulate(values - base + lift) - lift + base
+    return highest
+
+
+def _narrow(codes: Array, bound: int) -> Array:
+    """16 bits where they suffice: numpy then sorts by radix."""
+    return codes.astype(np.uint16 if bound <= 1 << 16 else np.int64)
+
+
+def _nothing(hour: datetime) -> Books:
+    none = np.empty(0, dtype=np.int64)
+    codes = np.empty(0, dtype=np.int32)
+    flags = np.empty(0, dtype=np.bool_)
+    return Books(
+        hour,
+        [],
+        [],
+        codes,
+        none,
+        Frames(codes, codes, none, none, none, none, np.empty(0, dtype=np.int8), flags),
+        Levels(codes, none, none, codes, codes),
+    )

@@ -1,0 +1,283 @@
+"""The audit: which checks there are, and running them. What each asks is in its SQL file,
+`infra/queries/inventory/<check>.sql`, the one source for the command and for Dagster's checks.
+
+Nothing is written here, and nothing is explained: see breaks.py for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.storage.errors import StoreRefused
+
+DECISIONS = "mm_decisions"
+ACTIONS = "mm_order_actions"
+SNAPSHOTS = "mm_position_snapshots"
+
+NO_LIMIT = 1 << 62
+_UNKNOWN_IDENTIFIER = 47
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to the tables; a row of its answer is an anomaly."""
+
+    name: str
+    title: str
+    question: str
+    needs: tuple[str, ...]
+    """The tables that it reads; where one is missing the check is skipped."""
+    money: bool
+    """Whether an anomaly means a wrong position, rather than a suspicion of one."""
+
+    @property
+    def sql(self) -> str:
+        """The check's SQL."""
+        return (folder() / f"{self.name}.sql").read_text(encoding="utf-8")
+
+
+DRIFT = Check(
+    "drift_without_actions",
+    "Check A: Drift Without Actions",
+    "Does the estimated position move only when orders are sent?",
+    (DECISIONS, ACTIONS),
+    money=False,
+)
+EXPOSURE = Check(
+    "open_exposure_mismatch",
+    "Check B: Open Exposure Mismatch",
+    "Is there no exposure where there is no order?",
+    (DECISIONS,),
+    money=True,
+)
+DIVERGENCE = Check(
+    "decision_snapshot_divergence",
+    "Check C: Decision vs Snapshot Divergence",
+    "Does the engine hold what the exchange says that it holds?",
+    (DECISIONS, SNAPSHOTS),
+    money=True,
+)
+IDENTITY = Check(
+    "position_identity",
+    "Position Identity",
+    "Is pos_total_est = pos_filled + pos_open_exposure?",
+    (DECISIONS,),
+    money=True,
+)
+ROLLED = Check(
+    "inventory_not_rolled",
+    "Inventory Not Rolled",
+    "Does inv_before follow the filled position, and never the last estimate?",
+    (DECISIONS,),
+    money=True,
+)
+FRESH = Check(
+    "snapshots_fresh",
+    "Snapshots Fresh",
+    "Does the exchange's own word keep up with the engine?",
+    (DECISIONS, SNAPSHOTS),
+    money=False,
+)
+
+RUNBOOK = (DRIFT, EXPOSURE, DIVERGENCE)
+"""Checks A, B and C of the runbook."""
+CHECKS = (*RUNBOOK, IDENTITY, ROLLED, FRESH)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What to look at, and what is still in order. Sizes in contracts."""
+
+    lookback_minutes: int = 120
+    market_ticker: str = ""
+    """One market; empty is all."""
+    drift_threshold: float = 1.0
+    open_epsilon: float = 0.01
+    filled_threshold: float = 0.5
+    stale_after_s: int = 660
+    """A snapshot every 5 minutes, and two of them missed."""
+    snapshot: str = "as_of"
+    """What a decision is held against: as_of, the latest at or before it, or latest, the newest."""
+    limit: int = 200
+
+    def bound(self, since: datetime) -> dict[str, Any]:
+        """The values of the SQL's parameters."""
+        return {
+            "since": moment(since),
+            "market_ticker": self.market_ticker,
+            "drift_threshold": self.drift_threshold,
+            "open_epsilon": self.open_epsilon,
+            "filled_threshold": self.filled_threshold,
+            "stale_after_s": self.stale_after_s,
+            "snapshot": self.snapshot,
+            "limit": self.limit,
+        }
+
+
+class Status(Enum):
+    """How a check went."""
+
+    CLEAR = "clear"
+    ANOMALIES = "anomalies"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found."""
+
+    check: Check
+    columns: tuple[str, ...] = ()
+    rows: Sequence[tuple[Any, ...]] = field(default=(), repr=False)
+    """At most `limit` of them, in the SQL's order."""
+    total: int = 0
+    """How many there are."""
+    notice: str = ""
+    """What a person should know: why it was skipped, or what was not judged."""
+    skipped: bool = False
+
+    @property
+    def status(self) -> Status:
+        """How it went."""
+        if self.skipped:
+            return Status.SKIPPED
+        return Status.ANOMALIES if self.total else Status.CLEAR
+
+
+def folder() -> Path:
+    """Where the queries are: inside an installed wheel, else in the repository."""
+    package = Path(__file__).resolve().parents[1]
+    bundled = package / "_infra" / "queries" / "inventory"
+    return bundled if bundled.is_dir() else package.parent / "infra" / "queries" / "inventory"
+
+
+def moment(at: datetime) -> str:
+    """A time as the SQL's parameters want it: UTC, milliseconds."""
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def since(client: Client, parameters: Parameters) -> datetime:
+    """The window's beginning by the server's clock, on a whole second."""
+    with translated():
+        row = client.query("SELECT now64(3, 'UTC')").first_row
+    assert row is not None  # noqa: S101 - one row always
+    start: datetime = row[0] - timedelta(minutes=parameters.lookback_minutes)
+    return start.astimezone(UTC).replace(microsecond=0)
+
+
+def sweep(
+    client: Client,
+    checks: Iterable[Check],
+    parameters: Parameters,
+    *,
+    start: datetime | None = None,
+) -> list[Outcome]:
+    """Run the checks over the window that begins at `start` (default: the look-back, from now).
+
+    A user without a market maker gets notices, not findings. Raises `StoreUnavailable` and
+    `StoreRefused` as the store does.
+    """
+    checks = tuple(checks)
+    there = tables(client)
+    start = since(client, parameters) if start is None else start
+    if DECISIONS not in there:
+        return [_skipped(check, _missing(DECISIONS)) for check in checks]
+    bound = parameters.bound(start)
+    decisions, unjudged = _decisions(client, bound)
+    outcomes = []
+    for check in checks:
+        missing = [table for table in check.needs if table not in there]
+        if missing:
+            outcomes.append(_skipped(check, _missing(missing[0])))
+        elif not decisions:
+            outcomes.append(_skipped(check, _quiet(parameters)))
+        elif SNAPSHOTS in check.needs and check is not FRESH and _empty(client, SNAPSHOTS):
+            outcomes.append(_skipped(check, f"{SNAPSHOTS} is empty: nothing to compare with."))
+        else:
+            outcomes.append(_run(client, check, bound, unjudged))
+    return outcomes
+
+
+def tables(client: Client) -> frozenset[str]:
+    """Which of the market maker's tables the database has."""
+    with translated():
+        rows = client.query(
+            "SELECT name FROM system.tables WHERE database = currentDatabase()"
+            " AND startsWith(name, 'mm_')"
+        ).result_rows
+    return frozenset(str(name) for (name,) in rows)
+
+
+def _run(client: Client, check: Check, bound: Mapping[str, Any], unjudged: int) -> Outcome:
+    with _columns_explained():
+        answer = client.query(check.sql, parameters=dict(bound), settings={"join_use_nulls": 0})
+    rows = answer.result_rows
+    notice = ""
+    if unjudged and check is not FRESH:
+        notice = (
+            f"{unjudged} decisions have no position columns (an engine from before migration 010):"
+            " they are not judged."
+        )
+    return Outcome(
+        check,
+        columns=tuple(answer.column_names[:-1]),
+        rows=[tuple(row[:-1]) for row in rows],
+        total=int(rows[0][-1]) if rows else 0,
+        notice=notice,
+    )
+
+
+def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
+    """How many decisions the window has, and how many of them say nothing of positions."""
+    with _columns_explained():
+        row = client.query(
+            "SELECT count(), countIf(isNaN(pos_total_est)) FROM mm_decisions"
+            " WHERE ts >= {since:DateTime64(3, 'UTC')}"
+            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})",
+            parameters={name: bound[name] for name in ("since", "market_ticker")},
+        ).first_row
+    assert row is not None  # noqa: S101 - a count has one row
+    return int(row[0]), int(row[1])
+
+
+@contextmanager
+def _columns_explained() -> Iterator[None]:
+    """`translated`, with the remedy for a table that migration 010 has not reached."""
+    try:
+        with translated():
+            yield
+    except StoreRefused as refused:
+        if refused.code != _UNKNOWN_IDENTIFIER:
+            raise
+        raise StoreRefused(
+            f"{refused} The table is older than the checks: kalshi-platform migrate.",
+            code=refused.code,
+            name=refused.name,
+        ) from None
+
+
+def _empty(client: Client, table: str) -> bool:
+    with translated():
+        return not client.query(
+            "SELECT 1 FROM {table:Identifier} LIMIT 1", parameters={"table": table}
+        ).row_count
+
+
+def _skipped(check: Check, notice: str) -> Outcome:
+    return Outcome(check, notice=notice, skipped=True)
+
+
+def _missing(table: str) -> str:
+    return f"there is no table {table}: no market maker has written here."
+
+
+def _quiet(parameters: Parameters) -> str:
+    of = f" of {parameters.market_ticker}" if parameters.market_ticker else ""
+    return f"no decisions{of} in the last {parameters.lookback_minutes} minutes."

@@ -1,0 +1,1 @@
+"""Quality sweeps that a person or a cron job runs from the command line."""

@@ -1,0 +1,293 @@
+"""The three datasets worked out slowly: one frame after the other, with dictionaries and fractions.
+
+It reads journal records and shares no code with `kalshi_platform.analytics`: books are replayed from
+the wire, and every figure comes straight from its definition.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from itertools import groupby
+from typing import Any
+
+from kalshi_platform.exchange.book import delta_change, snapshot_ladder
+from kalshi_platform.exchange.frames import Kind, decode_delta, decode_head, decode_snapshot
+from kalshi_platform_tests.wire import Record
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+Ladder = dict[int, int]
+
+
+@dataclass(frozen=True)
+class After:
+    """A market after one frame."""
+
+    ticker: str
+    cause: str
+    ts: datetime | None
+    at_us: int
+    conn: str
+    sid: int
+    seq: int
+    verified: bool
+    yes: Ladder
+    no: Ladder
+
+    @property
+    def bid(self) -> tuple[int, int] | None:
+        """Best YES bid and its size."""
+        return max(self.yes.items()) if self.yes else None
+
+    @property
+    def ask(self) -> tuple[int, int] | None:
+        """Best YES ask and its size."""
+        best = max(self.no.items()) if self.no else None
+        return (10_000 - best[0], best[1]) if best else None
+
+
+class Replay:
+    """Applies journal records in order; `states` is what the hour's readers must be able to tell."""
+
+    def __init__(self, hour_ns: int) -> None:
+        self.states: list[After] = []
+        self._hour_us = hour_ns // 1000
+        self._in_hour = False
+        self._markets: dict[str, dict[str, Any]] = {}
+        self._last_seq: dict[tuple[str, int], int] = {}
+        self._open: set[str] = set()
+
+    def run(self, records: Iterable[Record]) -> list[After]:
+        """All states from the hour on, by market."""
+        for recv_ns, conn_bytes, kind, frame in records:
+            us, conn = recv_ns // 1000, str(uuid.UUID(bytes=conn_bytes))
+            if us >= self._hour_us and not self._in_hour:
+                self._begin_hour()
+            if kind == Kind.NOTE:
+                self._note(us, conn, json.loads(frame))
+            else:
+                head = decode_head(frame)
+                self._last_seq[conn, head.sid] = head.seq
+                if kind == Kind.SNAPSHOT:
+                    self._snapshot(us, conn, frame)
+                elif kind == Kind.DELTA:
+                    self._delta(us, conn, frame)
+        return sorted(self.states, key=lambda state: state.ticker)
+
+    def _begin_hour(self) -> None:
+        self._in_hour = True
+        for ticker, it in sorted(self._markets.items()):
+            if it["conn"] in self._open and not it["left"] and it["based"]:
+                it["sleeping"] = False
+                seq = self._last_seq[it["conn"], it["sid"]]
+                self._tell(ticker, "checkpoint", None, self._hour_us, seq)
+            else:
+                it["based"] = False  # the hour's own files say nothing of it
+
+    def _snapshot(self, us: int, conn: str, frame: bytes) -> None:
+        snapshot, head = decode_snapshot(frame), decode_head(frame)
+        self._markets[snapshot.market_ticker] = {
+            "conn": conn,
+            "sid": head.sid,
+            "based": True,
+            "verified": True,
+            "left": False,
+            "yes": dict(snapshot_ladder(snapshot, "yes")),
+            "no": dict(snapshot_ladder(snapshot, "no")),
+        }
+        self._tell(snapshot.market_ticker, "snapshot", None, us, head.seq)
+
+    def _delta(self, us: int, conn: str, frame: bytes) -> None:
+        delta, head = decode_delta(frame), decode_head(frame)
+        it = self._markets.get(delta.market_ticker)
+        if it is None or it["conn"] != conn or not it["based"]:
+            return  # of a book without a snapshot nothing can be said
+        change = delta_change(delta)
+        size = it[change.side].get(change.price, 0) + change.qty
+        if size < 0:
+            self._doubt(us, delta.market_ticker)
+        it[change.side] = {**it[change.side], change.price: size}
+        ts = None if delta.ts is None else datetime.fromisoformat(delta.ts)
+        self._tell(delta.market_ticker, "delta", ts, us, head.seq)
+
+    def _note(self, us: int, conn: str, note: dict[str, Any]) -> None:
+        kind, ticker = note["kind"], note["market_ticker"]
+        if kind == "connected":
+            self._open.add(conn)
+        elif kind == "disconnected":
+            self._open.discard(conn)
+            since = max(us - round(note["detail"].get("span_s", 0) * 1_000_000), self._hour_us)
+            self._doubt(since, *(t for t, it in self._markets.items() if it["conn"] == conn))
+        elif kind == "left" and ticker in self._markets:
+            self._markets[ticker]["left"] = True
+            self._doubt(us, ticker)
+        elif kind == "gap" and ticker:
+            self._doubt(us, ticker)
+        elif kind in {"gap", "unsubscribed"}:
+            of = (conn, note["sid"])
+            self._doubt(
+                us, *(t for t, it in self._markets.items() if (it["conn"], it["sid"]) == of)
+            )
+
+    def _doubt(self, us: int, *tickers: str) -> None:
+        for ticker in tickers:
+            it = self._markets.get(ticker)
+            if it is not None and it["verified"]:
+                it["verified"] = False
+                if it["based"]:
+                    self._tell(ticker, "doubt", None, us, 0)
+
+    def _tell(self, ticker: str, cause: str, ts: datetime | None, us: int, seq: int) -> None:
+        it = self._markets[ticker]
+        ladders = [{p: q for p, q in it[side].items() if q > 0} for side in ("yes", "no")]
+        if self._in_hour:
+            known = (it["conn"], it["sid"], seq, it["verified"])
+            self.states.append(After(ticker, cause, ts, us, *known, *ladders))
+
+
+# -- the datasets from the states --------------------------------------------------------------
+
+
+def spreads(states: Sequence[After]) -> list[dict[str, Any]]:
+    """What `spreads` must hold."""
+    rows = []
+    for _, of_market in groupby(states, key=lambda s: s.ticker):
+        before: Any = None
+        for state in of_market:
+            now = (state.bid, state.ask, state.verified)
+            if now != before:
+                rows.append(_spread_row(state))
+            before = now
+    return rows
+
+
+def _spread_row(state: After) -> dict[str, Any]:
+    bid, ask = state.bid, state.ask
+    row: dict[str, Any] = {
+        "market_ticker": state.ticker,
+        "ts": state.ts,
+        "ingest_ts": EPOCH + timedelta(microseconds=state.at_us),
+        "conn_id": state.conn,
+        "sid": state.sid,
+        "seq": state.seq,
+        "cause": state.cause,
+        "verified": state.verified,
+        "yes_bid": price(bid[0]) if bid else None,
+        "yes_bid_size": size(bid[1]) if bid else None,
+        "yes_ask": price(ask[0]) if ask else None,
+        "yes_ask_size": size(ask[1]) if ask else None,
+        "spread": None,
+        "mid": None,
+        "microprice": None,
+    }
+    if bid and ask:
+        row["spread"] = price(ask[0] - bid[0])
+        row["mid"] = Decimal(bid[0] + ask[0]).scaleb(-4) / 2
+        weighted = Fraction(bid[0] * ask[1] + ask[0] * bid[1], bid[1] + ask[1])
+        row["microprice"] = weighted / 10_000
+    return row
+
+
+def depth(states: Sequence[After]) -> list[dict[str, Any]]:
+    """What `depth` must hold."""
+    rows = []
+    for _, of_market in groupby(states, key=lambda s: s.ticker):
+        before: Any = None
+        for second, frames in _seconds(of_market):
+            row = _depth_row(frames[-1])
+            if row != before:
+                rows.append({"second": second, **row})
+            before = row
+    return rows
+
+
+def _depth_row(state: After) -> dict[str, Any]:
+    row: dict[str, Any] = {"market_ticker": state.ticker, "verified": state.verified}
+    for side, ladder in (("bid", state.yes), ("ask", {10_000 - p: q for p, q in state.no.items()})):
+        best = (max if side == "bid" else min)(ladder) if ladder else None
+        row[f"yes_{side}"] = None if best is None else price(best)
+        for name, cents in {"": 0, "_1c": 1, "_2c": 2, "_5c": 5, "_10c": 10}.items():
+            row[f"{side}_size{name}"] = size(_within(ladder, best, cents))
+        row[f"{side}_size_all"] = size(sum(ladder.values()))
+        row[f"{side}_levels"] = len(ladder)
+        row[f"{side}_notional"] = sum((price(p) * size(q) for p, q in ladder.items()), Decimal(0))
+    return row
+
+
+def _within(ladder: Ladder, best: int | None, cents: int) -> int:
+    return 0 if best is None else sum(q for p, q in ladder.items() if abs(p - best) <= 100 * cents)
+
+
+def imbalance(states: Sequence[After]) -> list[dict[str, Any]]:
+    """What `imbalance` must hold."""
+    rows = []
+    for _, of_market in groupby(states, key=lambda s: s.ticker):
+        before: Any = None
+        last: After | None = None
+        for second, frames in _seconds(of_market):
+            flow, verified = 0, last is None or last.verified
+            for frame in frames:
+                if last is not None and frame.cause == "delta":
+                    flow += order_flow(last, frame)
+                verified = verified and frame.verified
+                last = frame
+            row = _imbalance_row(frames[-1], verified=verified)
+            if row != before or flow:
+                rows.append({"second": second, **row, "ofi": size(flow)})
+            before = row
+    return rows
+
+
+def _imbalance_row(state: After, *, verified: bool) -> dict[str, Any]:
+    yes, no = state.yes, state.no
+    five = [sum(ladder[p] for p in sorted(ladder, reverse=True)[:5]) for ladder in (yes, no)]
+    return {
+        "market_ticker": state.ticker,
+        "verified": verified,
+        "imbalance_best": _ratio(*(_within(s, max(s, default=None), 0) for s in (yes, no))),
+        "imbalance_5_levels": _ratio(*five),
+        "imbalance_5c": _ratio(*(_within(s, max(s, default=None), 5) for s in (yes, no))),
+    }
+
+
+def order_flow(before: After, after: After) -> int:
+    """e_n of Cont, Kukanov and Stoikov, from YES prices."""
+    worst_bid, worst_ask = (-1, 0), (99_999, 0)
+    (pb, qb), (pb0, qb0) = after.bid or worst_bid, before.bid or worst_bid
+    (pa, qa), (pa0, qa0) = after.ask or worst_ask, before.ask or worst_ask
+    flow = 0
+    if pb >= pb0:
+        flow += qb
+    if pb <= pb0:
+        flow -= qb0
+    if pa <= pa0:
+        flow -= qa
+    if pa >= pa0:
+        flow += qa0
+    return flow
+
+
+def _ratio(bid: int, ask: int) -> Fraction | None:
+    return Fraction(bid - ask, bid + ask) if bid + ask else None
+
+
+def _seconds(states: Iterable[After]) -> list[tuple[datetime, list[After]]]:
+    return [
+        (EPOCH + timedelta(seconds=second), list(frames))
+        for second, frames in groupby(states, key=lambda s: s.at_us // 1_000_000)
+    ]
+
+
+def price(units: int) -> Decimal:
+    """1e-4 dollars to dollars."""
+    return Decimal(units).scaleb(-4)
+
+
+def size(units: int) -> Decimal:
+    """1e-2 contracts to contracts."""
+    return Decimal(units).scaleb(-2)

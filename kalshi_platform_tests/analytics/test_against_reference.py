@@ -1,0 +1,259 @@
+"""Spreads, depth and imbalance equal the slow reference: any stream, any cut, any order of rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalshi_platform.analytics.books import Books, books
+from kalshi_platform.analytics.depth import depth
+from kalshi_platform.analytics.imbalance import imbalance
+from kalshi_platform.analytics.spreads import spreads
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import State, derive
+from kalshi_platform.loading.state import checkpoint
+from kalshi_platform.loading.stores import by_hour
+from kalshi_platform_tests import wire
+from kalshi_platform_tests.analytics import reference
+
+FRAMES = Path(__file__).resolve().parents[3] / "shared" / "frames"
+TICKERS = ("A-1", "B-2", "C-3")
+HOUR = datetime(2026, 9, 21, 15, tzinfo=UTC)
+HOUR_NS = int(HOUR.timestamp()) * wire.SECOND
+PRICES = (100, 4_700, 4_750, 4_800, 4_900, 5_000, 5_100, 5_200, 5_213, 5_300, 9_950)
+STEPS_US = (1, 1, 300_000, 999_999, 1_000_000, 2_500_000)
+
+DATASETS: dict[str, tuple[Callable[[Books], pa.Table], Callable[..., list[dict[str, Any]]]]] = {
+    "spreads": (spreads, reference.spreads),
+    "depth": (depth, reference.depth),
+    "imbalance": (imbalance, reference.imbalance),
+}
+
+
+@dataclass
+class Script:
+    """Records that a recorder could keep, around the beginning of an hour."""
+
+    records: list[wire.Record] = field(default_factory=list)
+    held: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    number: int = 0
+    conn: bytes = b""
+    seq: int = 0
+    at: int = HOUR_NS - 8 * wire.SECOND
+    based: set[str] = field(default_factory=set)
+
+    def add(self, kind: int, frame: bytes) -> None:
+        self.records.append((self.at, self.conn, kind, frame))
+
+    def connect(self) -> None:
+        self.number += 1
+        self.conn, self.seq = wire.conn_id(self.number), 0
+        self.based.clear()
+        self.held.clear()
+        self.records.append(wire.connected(self.conn, self.at))
+
+    def delta(self, ticker: str, side: str, price: int, qty: int) -> None:
+        self.seq += 1
+        self.held[ticker, side, price] = self.held.get((ticker, side, price), 0) + qty
+        self.add(Kind.DELTA, wire.delta(ticker, self.seq, side, price, qty))
+
+    def snapshot(self, ticker: str, yes: wire.Levels, no: wire.Levels) -> None:
+        self.seq += 1
+        self.held = {key: size for key, size in self.held.items() if key[0] != ticker}
+        self.held |= {(ticker, "yes", p): q for p, q in yes.items()}
+        self.held |= {(ticker, "no", p): q for p, q in no.items()}
+        self.based.add(ticker)
+        self.add(Kind.SNAPSHOT, wire.snapshot(ticker, self.seq, yes, no))
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> Script:
+    """Snapshots, deltas, gaps, breaks and departures of three markets, over some seconds."""
+    script = Script()
+    script.connect()
+    kinds = ["delta"] * 12 + ["snapshot"] * 3 + ["gap", "doubt", "left", "reconnect", "negative"]
+    for _ in range(draw(st.integers(1, 60))):
+        script.at += 1000 * draw(st.sampled_from(STEPS_US))
+        step, ticker = draw(st.sampled_from(kinds)), draw(st.sampled_from(TICKERS))
+        side, price = draw(st.sampled_from(("yes", "no"))), draw(st.sampled_from(PRICES))
+        held = max(script.held.get((ticker, side, price), 0), 0)
+        if step == "delta":
+            script.delta(
+                ticker,
+                side,
+                price,
+                draw(st.just(-held) if held and draw(st.booleans()) else st.integers(1, 900)),
+            )
+        elif step == "negative":
+            script.delta(ticker, side, price, -held - 1)
+        elif step == "snapshot":
+            ladder = st.dictionaries(st.sampled_from(PRICES), st.integers(1, 999), max_size=8)
+            script.snapshot(ticker, draw(ladder), draw(ladder))
+        elif step == "gap":
+            script.seq += 1
+            script.add(Kind.NOTE, wire.note("gap", {"cause": "sequence"}, sid=1))
+        elif step in {"doubt", "left"}:
+            kind = "gap" if step == "doubt" else "left"
+            script.add(Kind.NOTE, wire.note(kind, {"cause": "test"}, sid=1, ticker=ticker))
+        else:
+            # dead for a while when its end is written down, though never longer than since its last frame
+            span_s = draw(st.sampled_from([0, 0.000001, 0.2]))
+            script.at += round(span_s * 2 * wire.SECOND) + 1000
+            script.add(Kind.NOTE, wire.note("disconnected", {"cause": "test", "span_s": span_s}))
+            script.connect()
+    return script
+
+
+def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.Table]:
+    """The three recorded datasets of one hour, made as the load makes them."""
+    start_ns = int(hour.timestamp()) * wire.SECOND
+    first = next((i for i, r in enumerate(records) if r[0] >= start_ns), len(records))
+    state, opening = State(), None
+    tables: dict[str, list[pa.Table]] = {"orderbook_events": [], "stream_events": []}
+    for block in wire.blocks(records, [first]):
+        if block.first_n == first and first:
+            opening = checkpoint(state, hour)
+        rows, state = derive(decode([block]), state)
+        for name, parts in tables.items():
+            parts += [part for at, part in by_hour(rows.tables[name]) if at == hour]
+    result = {name: parts for name, parts in tables.items()}
+    return {
+        **{
+            name: pa.concat_tables(p).unify_dictionaries() if p else None
+            for name, p in result.items()
+        },
+        "book_checkpoints": opening,
+    }
+
+
+def computed(tables: dict[str, Any], hour: datetime = HOUR) -> Books:
+    return books(
+        hour,
+        *(
+            [tables[name]] if tables[name] is not None else []
+            for name in ("orderbook_events", "book_checkpoints", "stream_events")
+        ),
+    )
+
+
+def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
+    rows = got.to_pylist()
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if isinstance(value, Fraction):
+                exact = float(value)
+                # three roundings for the microprice, one for a ratio
+                bound = 4 * np.spacing(exact) if name == "microprice" else 0
+                assert abs(row[name] - exact) <= bound, (name, row, wanted)
+            else:
+                assert row[name] == value, (name, row, wanted)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@given(script=scripts())
+@settings(max_examples=120, deadline=None)
+def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
+    compute, expected = DATASETS[dataset]
+    states = reference.Replay(HOUR_NS).run(script.records)
+    got = compute(computed(hour_tables(script.records, HOUR)))
+    assert_equal(got, expected(states))
+
+
+@given(script=scripts(), seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, seed: int) -> None:
+    tables = hour_tables(script.records, HOUR)
+    events = tables["orderbook_events"]
+    if events is None:
+        return
+    whole = computed(tables)
+    shuffled = events.take(np.random.default_rng(seed).permutation(events.num_rows))
+    half = shuffled.num_rows // 2
+    checkpoints = [tables["book_checkpoints"]] if tables["book_checkpoints"] is not None else []
+    pieces = books(HOUR, [shuffled[half:], shuffled[:half]], checkpoints, [tables["stream_events"]])
+    for compute, _ in DATASETS.values():
+        assert compute(pieces).equals(compute(whole))
+
+
+def test_an_hour_without_rows_has_none() -> None:
+    for compute, _ in DATASETS.values():
+        assert compute(books(HOUR, [])).num_rows == 0
+
+
+def test_one_matching_events_frames_are_all_kept_and_share_their_exchange_time() -> None:
+    script = Script(at=HOUR_NS)
+    script.connect()
+    script.snapshot("A-1", {4_800: 100, 4_700: 100}, {5_100: 100})
+    for price in (4_800, 4_700):
+        script.at += 1000
+        script.delta("A-1", "yes", price, -100)
+    rows = spreads(computed(hour_tables(script.records, HOUR))).to_pylist()
+    assert [str(r["yes_bid"]) for r in rows] == ["0.4800", "0.4700", "None"]
+    assert rows[1]["ts"] == rows[2]["ts"]
+
+
+def test_a_no_bid_is_a_yes_ask_and_counted_once() -> None:
+    script = Script(at=HOUR_NS)
+    script.connect()
+    script.snapshot("A-1", {4_000: 300}, {5_500: 700})
+    of = computed(hour_tables(script.records, HOUR))
+    (spread,) = spreads(of).to_pylist()
+    assert (str(spread["yes_ask"]), str(spread["spread"]), str(spread["mid"])) == (
+        "0.4500",
+        "0.0500",
+        "0.42500",
+    )
+    assert spread["microprice"] == pytest.approx((0.40 * 7 + 0.45 * 3) / 10)
+    (row,) = depth(of).to_pylist()
+    assert (str(row["bid_size_all"]), str(row["ask_size_all"])) == ("3.00", "7.00")
+    assert (str(row["bid_notional"]), str(row["ask_notional"])) == ("1.200000", "3.150000")
+    (ratio,) = imbalance(of).to_pylist()
+    assert ratio["imbalance_best"] == -0.4
+
+
+@pytest.mark.skipif(not FRAMES.is_dir(), reason="the recorded frames are not beside the repository")
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize(
+    "recording",
+    ["ws_legacy_cents_2025-11-30.jsonl.gz", "ws_orderbook_12_markets_prod_2026-08-07.jsonl"],
+)
+def test_recorded_frames_equal_the_reference(recording: str, dataset: str) -> None:
+    compute, expected = DATASETS[dataset]
+    for hour, records in recorded(FRAMES / recording):
+        states = reference.Replay(int(hour.timestamp()) * wire.SECOND).run(records)
+        assert states
+        end_us = int((hour + timedelta(hours=1)).timestamp()) * 1_000_000
+        within = [state for state in states if state.at_us < end_us]
+        assert_equal(compute(computed(hour_tables(records, hour), hour)), expected(within))
+
+
+def recorded(path: Path) -> list[tuple[datetime, list[wire.Record]]]:
+    """The recording's frames as journal records, with each hour that it touches."""
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    with opened as file:
+        lines = [line for line in file if line.strip()]
+    conn, at = wire.conn_id(7), HOUR_NS - 1_000 * wire.SECOND
+    records: list[wire.Record] = [wire.connected(conn, at)]
+    kinds = {"orderbook_delta": Kind.DELTA, "orderbook_snapshot": Kind.SNAPSHOT}
+    for line in lines:
+        at += 400_000_000  # the hour begins in the middle of the flow
+        kind = kinds.get(json.loads(line).get("type", ""))
+        if kind is not None:
+            records.append((at, conn, kind, line))
+    hours = {datetime.fromtimestamp(r[0] // wire.SECOND // 3600 * 3600, UTC) for r in records}
+    return [(hour, records) for hour in sorted(hours)]

@@ -1,0 +1,61 @@
+"""A migrated database to plant rows in, and the command that looks at it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands.main import main
+from kalshi_platform.inventory import audit
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.inventory.planted import Planted
+from kalshi_platform_tests.storage.tables import settings_for
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
+    """Settings of a database that the tests of a module share, one after the other."""
+    name = f"test_{uuid.uuid4().hex}"
+    settings = settings_for(clickhouse_url, name)
+    migrations.migrate(settings)
+    yield settings
+    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+
+
+@pytest.fixture
+def planted(migrated_once: Settings) -> Iterator[Planted]:
+    """The market maker's tables, empty."""
+    every = [each for each in migrations.available() if each.version in {4, 10, 11}]
+    with closing(connect(migrated_once)) as client:
+        for table in audit.tables(client):
+            client.command(f"TRUNCATE TABLE {table}")
+        yield Planted(client)
+        if len(audit.tables(client)) < 6:  # a test dropped some
+            client.command("TRUNCATE TABLE schema_migrations")
+            for table in audit.tables(client):
+                client.command(f"DROP TABLE {table}")
+            migrations.migrate(migrated_once, every)
+
+
+@pytest.fixture
+def run(migrated_once: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """`kalshi-platform`, in an empty folder, on the test's database."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLICKHOUSE_URL", migrated_once.clickhouse_url)
+    monkeypatch.setenv("CLICKHOUSE_DATABASE", migrated_once.clickhouse_database)
+    for name in ("HOST", "PORT", "USER", "PASSWORD", "DATABASE", "SECURE"):
+        monkeypatch.delenv(f"CH_{name}", raising=False)
+    platform_settings.current.cache_clear()
+    yield lambda *args: CliRunner().invoke(main, args, catch_exceptions=True)
+    platform_settings.current.cache_clear()
