@@ -42,8 +42,6 @@ _KEY = ["conn_id", "sid", "seq", "market_ticker"]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
 """The columns of orderbook_events that the books are made from."""
 _DOUBTS = ("gap", "disconnected", "unsubscribed", "left", "started")
-STREAM_KINDS = ("snapshot", *_DOUBTS)
-"""The kinds of stream_events that the books depend on."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,8 @@ class Books:
     book_sid: Ints
     frames: Frames
     levels: Levels
+    gaps: int
+    """Rows of stream_events of kind gap."""
 
     @cached_property
     def best_yes(self) -> Best:
@@ -212,7 +212,7 @@ def books(
         keys.append(_keys(table, tickers, conns))
         parts.append(_event_rows(table))
     if not parts:
-        return _nothing(hour)
+        return _nothing(hour, 0)
     rows = _Rows(
         *(np.concatenate([getattr(p, n) for p in parts]) for n in _Rows.__dataclass_fields__)
     )
@@ -220,7 +220,7 @@ def books(
     key = np.concatenate(keys, axis=1)
     del keys
     if not len(rows.seq):
-        return _nothing(hour)
+        return _nothing(hour, sum(it["kind"] == "gap" for it in doubts))
     rows, owners = _by_book(rows, key, list(tickers.codes), list(conns.codes))
     return _ordered(hour, rows, owners, doubts, start_us)
 
@@ -334,8 +334,9 @@ def _ordered(
     rows = _after_checkpoint(rows, len(owners.market))
     rows = rows.take(np.lexsort((rows.seq, _narrow(rows.book, len(owners.market)))))
     rows, frame = _based(rows, _frame_numbers(rows))
+    gaps = sum(it["kind"] == "gap" for it in doubts)
     if not len(frame):
-        return _nothing(hour)
+        return _nothing(hour, gaps)
     at = rows.take(np.flatnonzero(_differs(frame)))
     columns: dict[str, Array] = {
         "book": at.book,
@@ -360,6 +361,7 @@ def _ordered(
         owners.sid.astype(np.int64),
         frames,
         _levels(rows, frame, frames),
+        gaps,
     )
 
 
@@ -565,7 +567,7 @@ def _narrow(codes: Array, bound: int) -> Array:
     return codes.astype(np.uint16 if bound <= 1 << 16 else np.int64)
 
 
-def _nothing(hour: datetime) -> Books:
+def _nothing(hour: datetime, gaps: int) -> Books:
     none = np.empty(0, dtype=np.int64)
     codes = np.empty(0, dtype=np.int32)
     flags = np.empty(0, dtype=np.bool_)
@@ -577,4 +579,5 @@ def _nothing(hour: datetime) -> Books:
         none,
         Frames(codes, codes, none, none, none, none, np.empty(0, dtype=np.int8), flags),
         Levels(codes, none, none, codes, codes),
+        gaps,
     )

@@ -20,6 +20,7 @@ COMMANDS = {
     "migrate": "Bring the ClickHouse schema up to date.",
     "sql": "Run SQL and print a table.",
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
+    "restore": "Bring the archive's hours back into ClickHouse.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "doctor": "Check settings, key, clock, exchange, ClickHouse, disk and schema.",

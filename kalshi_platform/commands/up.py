@@ -193,8 +193,10 @@ class _Platform:
         return Program(name, argv, ready, stage, grace_s)
 
     def _code_server(self) -> Program:
+        # Not `dagster code-server start`: that is a proxy, which outlives the server behind it
+        # when that is killed, and then answers with errors for ever.
         argv = (
-            *(sys.executable, "-m", "dagster", "code-server", "start"),
+            *(sys.executable, "-m", "dagster", "api", "grpc", "--lazy-load-user-code"),
             *("--socket", str(self._socket)),
             *("--module-name", self._home.module),
             *("--location-name", self._home.location),

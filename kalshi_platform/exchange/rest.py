@@ -296,6 +296,14 @@ class RestClient:
         params: Params = {"ticker": ticker, "event_ticker": event_ticker, "limit": PAGE}
         return list(self._pages("/portfolio/positions", Position, "market_positions", params))
 
+    def positions_as_sent(self) -> list[tuple[Position, str]]:
+        """`positions()`, each with the JSON text that the exchange sent."""
+        path = "/portfolio/positions"
+        return [
+            (self._decode(path, bytes(raw), Position, inside=None), bytes(raw).decode())
+            for raw in self._pages(path, msgspec.Raw, "market_positions", {"limit": PAGE})
+        ]
+
     def fills(
         self, *, ticker: str | None = None, min_ts: int | None = None, max_ts: int | None = None
     ) -> Iterator[Fill]:

@@ -216,9 +216,14 @@ def _episodes(look: _Look, check: Check) -> list[_Episode]:
     plain = {"join_use_nulls": 0}
     with translated():
         rows = look.client.query(sql, parameters=bound, settings=plain).result_rows
-        columns = look.client.query(
-            check.sql, parameters={**bound, "limit": 0}, settings=plain
-        ).column_names
+        columns = [
+            str(row[0])
+            for row in look.client.query(
+                f"DESCRIBE TABLE ({check.sql})",
+                parameters=bound,
+                settings=plain,
+            ).result_rows
+        ]
     return [
         _Episode(
             check, str(ticker), first, last, int(count), float(worst), _named(columns, example)

@@ -106,18 +106,24 @@ def resting(orders: Iterable[WorkingOrder]) -> Resting:
     )
 
 
-@dataclass(frozen=True)
 class Reconciled:
     """A position that the exchange itself has confirmed: its report, and the fills after it.
 
-    Made by `from_exchange`, moved by `filled` only: there is no other way to a position, so an
-    estimate cannot become one.
+    Made by `from_exchange`, moved by `filled`: there is no other way to one, so that an estimate
+    cannot become a position.
     """
 
+    __slots__ = ("as_of", "market_ticker", "position")
     market_ticker: str
     position: Decimal
     """Contracts, YES positive."""
     as_of: datetime
+
+    def __init__(self) -> None:
+        raise InventoryError(
+            "A reconciled position comes from the exchange: Reconciled.from_exchange(…), and then"
+            " .filled(…) for each fill. An estimate is none."
+        )
 
     @classmethod
     def from_exchange(cls, market_ticker: str, position_fp: str, as_of: datetime) -> Reconciled:
@@ -125,21 +131,63 @@ class Reconciled:
         try:
             position = Decimal(position_fp)
         except ArithmeticError:
-            raise InventoryError(
-                f"Position {position_fp!r} of {market_ticker} is not a number."
-                " Give the exchange's position_fp."
-            ) from None
+            position = Decimal("NaN")
         if not position.is_finite():
             raise InventoryError(
-                f"Position {position_fp!r} of {market_ticker} is not a number of contracts."
+                f"Position {position_fp!r} of {market_ticker} is no number of contracts."
+                " Give the exchange's position_fp as it came."
             )
-        if as_of.tzinfo is None:
-            raise InventoryError(f"The position of {market_ticker} has a time without a zone.")
-        return cls(market_ticker, position, as_of)
+        return cls._made(market_ticker, position, as_of)
 
     def filled(self, contract: Contract, count: Decimal, at: datetime) -> Reconciled:
         """The position after a fill of `count` contracts; outcome side YES adds, NO takes away."""
         if not count.is_finite() or count <= 0:
             raise InventoryError(f"A fill of {count} contracts of {self.market_ticker} is none.")
         signed = count if contract is Contract.YES else -count
-        return Reconciled(self.market_ticker, self.position + signed, max(at, self.as_of))
+        return self._made(self.market_ticker, self.position + signed, at)
+
+    @classmethod
+    def _made(cls, market_ticker: str, position: Decimal, as_of: datetime) -> Reconciled:
+        if as_of.tzinfo is None:
+            raise InventoryError(
+                f"The position of {market_ticker} has a time without a zone: {as_of}. Give UTC."
+            )
+        new = object.__new__(cls)
+        object.__setattr__(new, "market_ticker", market_ticker)
+        object.__setattr__(new, "position", position)
+        object.__setattr__(new, "as_of", as_of)
+        return new
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise InventoryError(f"A reconciled position does not change: {name} cannot be set.")
+
+    def __repr__(self) -> str:
+        return f"Reconciled({self.market_ticker!r}, {self.position}, as_of={self.as_of})"
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What an engine holds and has resting, at one moment."""
+
+    position: Reconciled
+    resting: Resting
+
+    @property
+    def pos_filled(self) -> Decimal:
+        """The reconciled position, working orders left out."""
+        return self.position.position
+
+    @property
+    def pos_open_exposure(self) -> Decimal:
+        """What the live orders add when all of them fill."""
+        return self.resting.exposure
+
+    @property
+    def pos_total_est(self) -> Decimal:
+        """The sum of both: what hysteresis and the block logic go by."""
+        return self.pos_filled + self.pos_open_exposure
+
+
+def inventory(position: Reconciled, live_orders: Iterable[WorkingOrder]) -> Inventory:
+    """The inventory of one market; to be computed anew in each loop, from the orders live then."""
+    return Inventory(position, resting(live_orders))

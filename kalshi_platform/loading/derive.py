@@ -374,7 +374,7 @@ def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
         pl.concat(parts)
         .sort("n", maintain_order=True)
         .group_by("conn", "sid", maintain_order=True)
-        .agg(pl.col("seq").last(), pl.col("recv_ns").last())
+        .agg(pl.col("seq").max(), pl.col("recv_ns").last())  # notes have no number
         .iter_rows()
     )
 

@@ -183,7 +183,7 @@ def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
     client = clickhouse.connect(settings, log_comment=f"rebuild {hour:%Y-%m-%dT%H}")
     for name in hours.RECORDED:
         dataset = DATASETS[name]
-        table = _select_hour(client, dataset, hour)
+        table = select_hour(client, dataset, hour)
         manifest = archive.read_manifest(root, name, hour)
         if manifest is not None and table.num_rows < manifest.rows:
             why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
@@ -194,7 +194,8 @@ def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
             _write(root, dataset, hour, FROM_CLICKHOUSE, table)
 
 
-def _select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
+def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
+    """A dataset's hour as ClickHouse has it, in the archive's own types."""
     clock = "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
     # Arrow has neither UUIDs nor names of enum values: both come as text.
     columns = ", ".join(

@@ -23,6 +23,7 @@ from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Listing, Market
 from kalshi_platform.simulator.orderflow import OrderFlow, Print
+from kalshi_platform.simulator.portfolio import Portfolio
 
 _NAMESPACE = uuid.UUID("2f1d7a58-3a0e-4a3c-9f55-6a54d7d9d3c1")
 RECENT_TRADES = 10_000
@@ -54,6 +55,7 @@ class Exchange:
         self._next_ns: float = now_ns + self._pause_ns
         self.now_ns = now_ns
         self.trades: deque[Trade] = deque(maxlen=RECENT_TRADES)
+        self.portfolio = Portfolio(f"{seed}:{now_ns}", self._change)
         self.deltas = 0
         """Deltas since the start."""
         self.shed_seconds = 0.0
@@ -112,6 +114,11 @@ class Exchange:
         happened, self._happened = self._happened, []
         return happened
 
+    def happened(self) -> list[Happening]:
+        """What own orders have done since the last call of this or of `advance`."""
+        happened, self._happened = self._happened, []
+        return happened
+
     def resume(self, now_ns: int) -> None:
         """Take the order flow up again after a pause, without making up for it."""
         self._next_ns = max(self._next_ns, now_ns)
@@ -157,6 +164,7 @@ class Exchange:
 
     def _step(self, chosen: Market, at_ns: int) -> int:
         changes, prints = self._flows[chosen.ticker].step(chosen.book)
+        changes = self.portfolio.spare(chosen, changes, bool(prints), at_ns // 1000)
         for match in prints:
             self._record_trade(chosen, match, at_ns // 1000)
         self._change(chosen, changes, at_ns, applied=True)
@@ -246,6 +254,7 @@ class Exchange:
     def _close(self, closed: Market, at_ns: int) -> None:
         # nor is a scheduled close; orders in flight trickle in for some milliseconds
         rng = self._random
+        self.portfolio.cancel_all(closed, at_ns)
         closed.status = market.CLOSED
         self._reweigh()
         if self._pause_ns < math.inf:
@@ -284,6 +293,7 @@ class Exchange:
     def _settle(self, closed: Market, at_ns: int) -> None:
         closed.status = market.FINALIZED
         closed.settled_ns = at_ns
+        self.portfolio.settle(closed, at_ns // 1000)
         closed.updated_us = at_ns // 1000
         # the real exchange tells some settlements several times
         for _ in range(1 if self._random.random() < 0.7 else self._random.randrange(2, 9)):

@@ -59,6 +59,9 @@ def _values(column: pa.ChunkedArray) -> U64:
         # An unscaled value below 2**63 is the low word of the 128-bit integer.
         words = np.frombuffer(array.buffers()[1], dtype=np.uint64)
         values = words[2 * array.offset : 2 * (array.offset + len(array)) : 2]
+    elif pa.types.is_floating(kind):
+        floats = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+        values = (floats + 0.0).view(np.uint64)  # + 0.0: one zero, not two
     else:
         if pa.types.is_boolean(kind):
             array = array.cast(pa.uint8())

@@ -28,6 +28,9 @@ RETAINED: Mapping[str, str] = {
     "orderbook_events": "ingest_ts",
     "stream_events": "ingest_ts",
     "book_checkpoints": "ts",
+    "spreads": "ingest_ts",
+    "depth": "second",
+    "imbalance": "second",
 }
 """Tables that keep HOT_RETENTION_DAYS, with the column that the age is taken from."""
 

@@ -166,7 +166,7 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @given(script=scripts())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
     compute, expected = DATASETS[dataset]
     states = reference.Replay(HOUR_NS).run(script.records)
@@ -175,7 +175,7 @@ def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
 
 
 @given(script=scripts(), seed=st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, seed: int) -> None:
     tables = hour_tables(script.records, HOUR)
     events = tables["orderbook_events"]
@@ -184,8 +184,10 @@ def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, se
     whole = computed(tables)
     shuffled = events.take(np.random.default_rng(seed).permutation(events.num_rows))
     half = shuffled.num_rows // 2
-    checkpoints = [tables["book_checkpoints"]] if tables["book_checkpoints"] is not None else []
-    pieces = books(HOUR, [shuffled[half:], shuffled[:half]], checkpoints, [tables["stream_events"]])
+    others = [
+        [t] if t is not None else [] for t in (tables["book_checkpoints"], tables["stream_events"])
+    ]
+    pieces = books(HOUR, [shuffled[half:], shuffled[:half]], *others)
     for compute, _ in DATASETS.values():
         assert compute(pieces).equals(compute(whole))
 

@@ -169,6 +169,8 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     up.one("clickhouse").kill()
     up.says("clickhouse ended (killed by SIGKILL); it starts again in 1 s.")
     until(lambda: up.count("stream_events", "kind = 'connected'") == 2, up.logs)
+    next(p for p in up.family() if "grpc" in p.cmdline()).kill()
+    up.says("code-server ended (killed by SIGKILL); it starts again in 1 s.")
     assert [each.run_id for each in up.runs()] == [run.run_id]
 
     # Ctrl-C: the run is flushed and canceled, and nobody is left.

@@ -1,0 +1,153 @@
+"""An hour in a picture each: prices and activity, depth, imbalance. PNG bytes, small enough for an event.
+
+Prices are dollars, sizes contracts, times minutes of the hour by receive time. States that could not be
+believed are left out of every line.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from kalshi_platform.analytics.books import DOUBT, SECOND_US, Books
+from kalshi_platform.analytics.columns import Floats
+from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
+
+BUSIEST = 3
+"""Markets that get a line of their own."""
+_COLOURS = 48  # of the picture: a third of the bytes, and no difference to be seen
+
+
+def busiest(books: Books, count: int = BUSIEST) -> list[str]:
+    """The markets with the most frames in the hour, busiest first."""
+    frames = np.bincount(
+        books.frames.market[books.frames.cause != DOUBT], minlength=len(books.tickers)
+    )
+    order = np.lexsort((np.arange(len(frames)), -frames))
+    return [books.tickers[i] for i in order[:count] if frames[i]]
+
+
+def plot(dataset: str, books: Books, table: pa.Table) -> bytes:
+    """The picture of one dataset's hour, as PNG. The same rows give the same picture."""
+    drawing = _DRAWINGS[dataset]
+    with mpl.rc_context(
+        {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9}
+    ):
+        figure = Figure(figsize=(9, 5), dpi=85, layout="constrained")
+        figure.suptitle(f"{dataset}, {books.hour:%Y-%m-%d %H:00} UTC")
+        drawing(figure, books, table)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = io.BytesIO()
+    picture.quantize(_COLOURS).save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+def _spreads(figure: Figure, books: Books, table: pa.Table) -> None:
+    mid, spread, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+    for ticker, rows in _markets(books, table):
+        minutes = _minutes(books, rows["ingest_ts"])
+        _line(mid, minutes, _believed(rows, "mid"), ticker)
+        _line(spread, minutes, 100 * _believed(rows, "spread"), ticker)
+    minute = (books.frames.clock_us - _start_us(books)) // (60 * SECOND_US)
+    happened = np.bincount(np.clip(minute[books.frames.cause != DOUBT], 0, 59), minlength=60)
+    rate.stairs(happened / 60, np.arange(61), fill=True, alpha=0.5)
+    mid.set(title="mid of the busiest markets", ylabel="dollars")
+    spread.set(title="spread", ylabel="cents")
+    rate.set(title="frames of all markets", ylabel="per second", xlabel="minute", xlim=(0, 60))
+    _legend(mid)
+
+
+def _depth(figure: Figure, books: Books, table: pa.Table) -> None:
+    profile, over_time = figure.subplots(1, 2)
+    distances = {"": 0, "_1c": 1, "_2c": 2, "_5c": 5, "_10c": 10}
+    for ticker, rows in _markets(books, table):
+        bids, asks = (
+            [float(np.nanmedian(_numbers(rows, f"{side}_size{n}"))) for n in distances]
+            for side in ("bid", "ask")
+        )
+        cents = list(distances.values())
+        (line,) = profile.plot([-c for c in cents], bids, "o-", label=ticker, ms=3)
+        profile.plot(cents, asks, "s--", color=line.get_color(), ms=3)
+        minutes = _minutes(books, rows["second"])
+        _line(over_time, minutes, _believed(rows, "bid_size_10c"), ticker)
+        over_time.plot(
+            minutes,
+            -_believed(rows, "ask_size_10c"),
+            drawstyle="steps-post",
+            lw=0.8,
+            color=over_time.lines[-1].get_color(),
+        )
+    profile.set(
+        title="depth profile: median size within so many cents",
+        xlabel="cents below the best bid | above the best ask",
+        ylabel="contracts",
+    )
+    over_time.set(title="within 10 cents: bids above, asks below 0", xlabel="minute", xlim=(0, 60))
+    _legend(profile)
+
+
+def _imbalance(figure: Figure, books: Books, table: pa.Table) -> None:
+    ratio, flow = figure.subplots(2, 1, sharex=True)
+    for ticker, rows in _markets(books, table):
+        minutes = _minutes(books, rows["second"])
+        _line(ratio, minutes, _believed(rows, "imbalance_5c"), ticker)
+        _line(flow, minutes, np.cumsum(_numbers(rows, "ofi")), ticker)
+    ratio.set(title="imbalance within 5 cents of the busiest markets", ylim=(-1.05, 1.05))
+    flow.set(
+        title="order-flow imbalance, summed", ylabel="contracts", xlabel="minute", xlim=(0, 60)
+    )
+    _legend(ratio)
+
+
+_DRAWINGS: dict[str, Callable[[Figure, Books, pa.Table], None]] = {
+    SPREADS.name: _spreads,
+    DEPTH.name: _depth,
+    IMBALANCE.name: _imbalance,
+}
+
+
+def _markets(books: Books, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    tickers = table["market_ticker"].cast(pa.string())
+    for ticker in busiest(books):
+        rows = table.filter(pc.equal(tickers, ticker))
+        if rows.num_rows:
+            yield ticker, rows
+
+
+def _line(axes: Axes, minutes: Floats, values: Floats, label: str) -> None:
+    axes.plot(minutes, values, drawstyle="steps-post", lw=0.8, label=label)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper right", fontsize=7)
+
+
+def _start_us(books: Books) -> int:
+    return int(books.hour.timestamp()) * SECOND_US
+
+
+def _minutes(books: Books, times: pa.ChunkedArray) -> Floats:
+    us = times.cast(pa.int64()).to_numpy() - _start_us(books)
+    return np.asarray(us / (60 * SECOND_US), dtype=np.float64)
+
+
+def _believed(rows: pa.Table, name: str) -> Floats:
+    """A column as floats, NaN where it is null or was not verified."""
+    return np.where(rows["verified"].to_numpy(), _numbers(rows, name), np.nan)
+
+
+def _numbers(rows: pa.Table, name: str) -> Floats:
+    """A column as floats, NaN where it is null; good enough to be drawn."""
+    return np.asarray(pc.fill_null(rows[name].cast(pa.float64()), np.nan).to_numpy())

@@ -1,0 +1,102 @@
+"""The rows of the market maker's tables, as Arrow sends them. The tables themselves are made by the
+migrations 004 and 010; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pyarrow as pa
+
+_TIME = pa.timestamp("ms", "UTC")
+_TEXTS = pa.list_(pa.string())
+
+
+class Table:
+    """One table: its name and the Arrow schema of its rows."""
+
+    def __init__(self, name: str, columns: Mapping[str, pa.DataType]) -> None:
+        self.name = name
+        self.arrow = pa.schema([pa.field(c, kind, nullable=False) for c, kind in columns.items()])
+
+    @property
+    def columns(self) -> Iterable[str]:
+        """The columns' names, in order."""
+        return list(self.arrow.names)
+
+
+def _texts(*names: str) -> dict[str, pa.DataType]:
+    return dict.fromkeys(names, pa.string())
+
+
+def _floats(*names: str) -> dict[str, pa.DataType]:
+    return dict.fromkeys(names, pa.float64())
+
+
+_ENGINE = _texts("engine_instance_id", "engine_version", "market_ticker")
+
+DECISIONS = Table(
+    "mm_decisions",
+    {
+        "ts": _TIME,
+        "decision_id": pa.string(),
+        **_ENGINE,
+        **_floats("bb_px", "ba_px", "mid", "spread", "fair"),
+        **_floats("target_bid_px", "target_ask_px", "target_bid_sz", "target_ask_sz"),
+        **_floats("inv_before", "inv_after_est"),
+        "params_json": pa.string(),
+        **_floats("pos_filled", "pos_open_exposure", "pos_total_est"),
+        "open_orders_count": pa.uint32(),
+        **_floats("open_yes_bid_size", "open_yes_ask_size", "open_no_bid_size", "open_no_ask_size"),
+        "allowed": pa.uint8(),
+        "block_stage": pa.string(),
+        "block_codes": _TEXTS,
+        "reason_codes": _TEXTS,
+        "inv_convention": pa.string(),
+    },
+)
+ORDER_ACTIONS = Table(
+    "mm_order_actions",
+    {
+        "ts": _TIME,
+        **_texts("action_id", "decision_id"),
+        **_ENGINE,
+        **_texts("client_order_id", "action_type", "side", "api_side"),
+        **_floats("price", "price_cents", "size"),
+        **_texts("replace_of_client_order_id", "request_json"),
+    },
+)
+ORDER_RESPONSES = Table(
+    "mm_order_responses",
+    {
+        "ts": _TIME,
+        "action_id": pa.string(),
+        **_ENGINE,
+        **_texts("client_order_id", "status", "exchange_order_id", "reject_reason"),
+        "latency_ms": pa.float64(),
+        "response_json": pa.string(),
+    },
+)
+FILLS = Table(
+    "mm_fills",
+    {
+        "ts": _TIME,
+        **_ENGINE,
+        **_texts("exchange_order_id", "client_order_id", "side"),
+        **_floats("price", "price_cents", "size", "fee"),
+        **_texts("decision_id", "fill_id", "raw_json"),
+    },
+)
+POSITION_SNAPSHOTS = Table(
+    "mm_position_snapshots",
+    {
+        "ts": _TIME,
+        **_ENGINE,
+        **_floats("pos_filled", "avg_cost"),
+        **_texts("source", "raw_json"),
+    },
+)
+TABLES = {
+    table.name: table
+    for table in (DECISIONS, ORDER_ACTIONS, ORDER_RESPONSES, FILLS, POSITION_SNAPSHOTS)
+}

@@ -1,0 +1,147 @@
+"""Spreads, depth and imbalance as assets: they follow the recorded hours by themselves.
+
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
+
+import base64
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster import AutomationCondition, MetadataValue
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.metadata import HOURS, column_schema, hour_metadata, hour_of
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.storage.errors import StoreUnavailable
+from kalshi_platform.storage.schema import (
+    ANALYTICS,
+    BOOK_CHECKPOINTS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    Dataset,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from kalshi_platform.analytics.books import Books
+
+ANALYTICS_POOL = "analytics"
+"""Hours are computed one after the other: each may use both cores and a gigabyte."""
+PREVIEW_ROWS = 10
+DOCS = "docs/reading-the-archive.md"
+
+# `eager` alone takes the latest hour only: late, rebuilt and burst hours would be left out. The hour that a
+# recording begins in has no checkpoints, and still gets its analytics.
+WHEN_AN_HOUR_LANDS = (
+    AutomationCondition.eager()
+    .without(AutomationCondition.in_latest_time_window())
+    .replace(
+        "any_deps_missing",
+        AutomationCondition.any_deps_missing().allow(
+            dg.AssetSelection.assets(ORDERBOOK_EVENTS.name)
+        ),
+    )
+)
+
+
+def _spec(dataset: Dataset) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        dataset.name,
+        deps=[ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name],
+        description=f"{dataset.description} Formulas: kalshi_platform/analytics/{dataset.name}.py.",
+        group_name="analytics",
+        kinds={"clickhouse", "parquet"},
+        owners=["team:research"],
+        tags={"layer": "derived"},
+        metadata={
+            "dagster/column_schema": column_schema(dataset),
+            "dagster/table_name": dataset.name,
+            "docs": MetadataValue.path(DOCS),
+        },
+        automation_condition=WHEN_AN_HOUR_LANDS,
+        skippable=True,  # an hour in which no market had a book is missing, not empty
+    )
+
+
+@dg.multi_asset(
+    name="analytics_hour",
+    specs=[_spec(dataset) for dataset in ANALYTICS],
+    partitions_def=HOURS,
+    can_subset=True,
+    pool=ANALYTICS_POOL,
+    backfill_policy=dg.BackfillPolicy.multi_run(),
+    retry_policy=dg.RetryPolicy(max_retries=5, delay=20, backoff=dg.Backoff.EXPONENTIAL),
+    description=(
+        "An hour of spreads, depth and imbalance, from that hour's recorded files alone. It runs by"
+        " itself when an hour lands or is rebuilt, and gives the same files each time. The open hour"
+        " is computed as it is, says that it is not complete, and is computed again when sealed."
+    ),
+)
+def analytics_hour(
+    context: dg.AssetExecutionContext, platform: KalshiResource
+) -> Iterator[dg.MaterializeResult[None]]:
+    """Compute one hour, once for all the datasets that were asked for."""
+    from kalshi_platform.loading.analytics_hours import compute_hour  # loads Arrow and numpy
+
+    wanted = {key.to_user_string() for key in context.selected_asset_keys}
+    try:
+        computed = compute_hour(platform.settings(), hour_of(context.partition_key), wanted)
+    except StoreUnavailable as error:
+        raise dg.Failure(description=str(error)) from error  # another try may help
+    except PlatformError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    for report in computed.report.datasets:
+        table = computed.tables[report.dataset]
+        yield dg.MaterializeResult(
+            asset_key=report.dataset,
+            metadata={
+                **hour_metadata(report, platform.source),
+                "plot": _picture(report.dataset, computed.books, table),
+                "preview": _preview(computed.books, table),
+            },
+        )
+    if empty := wanted - {report.dataset for report in computed.report.datasets}:
+        context.log.warning(
+            f"No market had a book in this hour, so there are no rows of {', '.join(sorted(empty))}."
+        )
+
+
+def _picture(dataset: str, books: "Books", table: "pa.Table") -> MetadataValue:
+    from kalshi_platform.analytics.plots import plot
+
+    encoded = base64.b64encode(plot(dataset, books, table)).decode()
+    return MetadataValue.md(f"![{dataset}](data:image/png;base64,{encoded})")
+
+
+def _preview(books: "Books", table: "pa.Table") -> MetadataValue:
+    """The busiest market's last rows of the hour."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from kalshi_platform.analytics.plots import busiest
+
+    tickers = table["market_ticker"].cast(pa.string())
+    rows = table.filter(pc.is_in(tickers, pa.array(busiest(books, 1), pa.string())))
+    last = rows.slice(max(rows.num_rows - PREVIEW_ROWS, 0)).to_pylist()
+    return MetadataValue.table(
+        records=[
+            dg.TableRecord({k: v if isinstance(v, bool) else _text(v) for k, v in row.items()})
+            for row in last
+        ],
+        schema=dg.TableSchema([dg.TableColumn(name) for name in table.column_names]),
+    )
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+analytics_automation = dg.AutomationConditionSensorDefinition(
+    "analytics_automation",
+    target=dg.AssetSelection.groups("analytics"),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=30,
+    description="Computes spreads, depth and imbalance of every hour that lands, also late ones.",
+)

@@ -1,0 +1,262 @@
+"""The market maker's inventory in Dagster: its tables as assets, the exchange's positions, the checks.
+
+The checks run the same SQL as `kalshi-platform qa`; what they ask is in inventory/audit.py.
+
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster import MetadataValue
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.resources import KalshiResource
+
+if TYPE_CHECKING:
+    from kalshi_platform.inventory.audit import Outcome
+    from kalshi_platform.inventory.breaks import Break
+
+GROUP = "inventory"
+SHOWN = 100
+"""Offenders in the UI; `kalshi-platform qa` shows more."""
+
+_OWNER = ["team:trading"]
+_KINDS = {"clickhouse"}
+
+
+def _written_by_engines(name: str, description: str) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        name,
+        description=f"{description} Written by the market maker with `kalshi_platform.inventory`.",
+        group_name=GROUP,
+        kinds=_KINDS,
+        owners=_OWNER,
+        tags={"layer": "live"},
+        metadata={"dagster/table_name": name},
+    )
+
+
+mm_decisions = _written_by_engines(
+    "mm_decisions", "Every decision of the market maker, with what it believes to hold."
+)
+mm_order_actions = _written_by_engines("mm_order_actions", "Every order sent, replaced, cancelled.")
+mm_order_responses = _written_by_engines("mm_order_responses", "What the exchange answered.")
+
+
+@dg.asset(
+    name="mm_position_snapshots",
+    group_name=GROUP,
+    kinds=_KINDS,
+    owners=_OWNER,
+    tags={"layer": "raw"},
+    metadata={"dagster/table_name": "mm_position_snapshots"},
+    description=(
+        "What the exchange itself says that we hold: signed, YES positive, settled markets included."
+        " A report that fails, or that is older than our last fill, writes nothing."
+    ),
+)
+def mm_position_snapshots(platform: KalshiResource) -> dg.MaterializeResult[None]:
+    """Read the exchange's positions and write them beside the decisions."""
+    from kalshi_platform.exchange.rest import RestClient
+    from kalshi_platform.inventory import positions
+    from kalshi_platform.storage.clickhouse import connect
+
+    settings = platform.settings()
+    if not settings.use_clickhouse:
+        raise dg.Failure(
+            description="USE_CLICKHOUSE=0: there is no table to write to.", allow_retries=False
+        )
+    try:
+        with (
+            closing(connect(settings, log_comment="mm_position_snapshots")) as client,
+            RestClient(settings.exchange) as rest,
+        ):
+            report = positions.take(rest, positions.known_markets(client))
+            positions.store(client, report)
+    except PlatformError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    held = [each for each in report.snapshots if each.position]
+    metadata: dict[str, Any] = {
+        "dagster/row_count": MetadataValue.int(len(report.snapshots)),
+        "markets held": MetadataValue.int(len(held)),
+        "source": MetadataValue.text(platform.source),
+        "left out": MetadataValue.json(dict(report.left_out)),
+        "positions": _table(positions.as_rows(report)[:SHOWN]),
+    }
+    if report.as_of is not None:
+        metadata["as of"] = MetadataValue.timestamp(report.as_of)
+    return dg.MaterializeResult(metadata=metadata)
+
+
+_CHECKED: Mapping[str, tuple[str, str]] = {
+    "drift_without_actions": (
+        "mm_decisions",
+        "The estimated position moved by a contract or more, and no order was sent.",
+    ),
+    "open_exposure_mismatch": ("mm_decisions", "Exposure from open orders, without an open order."),
+    "decision_snapshot_divergence": (
+        "mm_decisions",
+        "The filled position differs from the exchange's by half a contract or more.",
+    ),
+    "position_identity": ("mm_decisions", "pos_total_est = pos_filled + pos_open_exposure."),
+    "inventory_not_rolled": (
+        "mm_decisions",
+        "inv_before is the filled position, never the estimate of the decision before.",
+    ),
+    "snapshots_fresh": (
+        "mm_position_snapshots",
+        "The exchange's positions are at most 11 minutes older than the newest decision.",
+    ),
+}
+
+
+@dg.multi_asset_check(
+    name="inventory_checks",
+    specs=[
+        dg.AssetCheckSpec(name, asset=asset, description=description)
+        for name, (asset, description) in _CHECKED.items()
+    ],
+    can_subset=True,
+)
+def inventory_checks(
+    context: dg.AssetCheckExecutionContext, platform: KalshiResource
+) -> Iterator[dg.AssetCheckResult]:
+    """Run the checks that were asked for, and bring `mm_inventory_breaks` up to date."""
+    from kalshi_platform.inventory import audit, breaks
+    from kalshi_platform.storage.clickhouse import connect
+
+    wanted = {key.name for key in context.selected_asset_check_keys}
+    settings = platform.settings()
+    if not settings.use_clickhouse:
+        for name in sorted(wanted):
+            yield _passed(name, "ClickHouse is not used (USE_CLICKHOUSE=0).")
+        return
+    checks = [check for check in audit.CHECKS if check.name in wanted]
+    parameters = audit.Parameters(limit=SHOWN)
+    try:
+        with closing(connect(settings, log_comment=f"inventory_qa {context.run.run_id}")) as client:
+            outcomes = audit.sweep(client, checks, parameters)
+            still_open = breaks.update(client, checks, parameters)
+    except PlatformError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    for outcome in outcomes:
+        of_check = [each for each in still_open if each.check_name == outcome.check.name]
+        yield _result(outcome, of_check)
+
+
+def _passed(name: str, notice: str) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        passed=True,
+        asset_key=_CHECKED[name][0],
+        check_name=name,
+        description=f"Nothing to judge: {notice}",
+    )
+
+
+def _result(outcome: "Outcome", still_open: Sequence["Break"]) -> dg.AssetCheckResult:
+    if outcome.skipped:
+        return _passed(outcome.check.name, outcome.notice)
+    metadata: dict[str, Any] = {
+        "anomalies": MetadataValue.int(outcome.total),
+        "markets": MetadataValue.int(_markets(outcome)),
+    }
+    if outcome.notice:
+        metadata["note"] = MetadataValue.text(outcome.notice)
+    if outcome.rows:
+        records = [dict(zip(outcome.columns, row, strict=True)) for row in outcome.rows]
+        metadata["offenders"] = _table(records)
+    if still_open:
+        metadata["breaks"] = _table(
+            [
+                {
+                    "kind": each.kind,
+                    "market_ticker": each.market_ticker,
+                    "opened_at": each.opened_at,
+                    "age_s": each.age.total_seconds(),
+                    "worst": each.worst,
+                    "explanation": each.explanation,
+                }
+                for each in still_open
+            ][:SHOWN]
+        )
+    severity = dg.AssetCheckSeverity.ERROR if outcome.check.money else dg.AssetCheckSeverity.WARN
+    found = (
+        f"{outcome.total} anomalies in {_markets(outcome)} markets, {len(still_open)} breaks open."
+    )
+    return dg.AssetCheckResult(
+        passed=not outcome.total,
+        asset_key=_CHECKED[outcome.check.name][0],
+        check_name=outcome.check.name,
+        severity=severity,
+        description=found if outcome.total else f"{outcome.check.question} Yes.",
+        metadata=metadata,
+    )
+
+
+def _markets(outcome: "Outcome") -> int:
+    at = outcome.columns.index("market_ticker") if outcome.columns else 0
+    return len({row[at] for row in outcome.rows})
+
+
+def _table(records: Sequence[Mapping[str, Any]]) -> MetadataValue:
+    columns = list(records[0]) if records else ["nothing"]
+    return MetadataValue.table(
+        records=[
+            dg.TableRecord({name: _cell(value) for name, value in record.items()})
+            for record in records
+        ],
+        schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in columns]),
+    )
+
+
+def _cell(value: Any) -> str | int | float | bool:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if isinstance(value, str | int | bool) else "" if value is None else str(value)
+
+
+inventory_qa = dg.define_asset_job(
+    "inventory_qa",
+    selection=dg.AssetSelection.checks(inventory_checks),
+    description="Every inventory check, over the last two hours.",
+)
+inventory_qa_schedule = dg.ScheduleDefinition(
+    name="inventory_qa_schedule",
+    job=inventory_qa,
+    cron_schedule="*/5 * * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+)
+
+take_positions = dg.define_asset_job(
+    "mm_position_snapshots_job",
+    selection=dg.AssetSelection.assets("mm_position_snapshots"),
+    description="The exchange's positions, written beside the decisions.",
+)
+
+
+@dg.schedule(
+    name="mm_position_snapshots_schedule",
+    job=take_positions,
+    cron_schedule="2-59/5 * * * *",  # between two looks of inventory_qa
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+)
+def mm_position_snapshots_schedule(platform: KalshiResource) -> dg.RunRequest | dg.SkipReason:
+    """Every five minutes, where there is a ClickHouse to write to."""
+    if not platform.settings().use_clickhouse:
+        return dg.SkipReason("USE_CLICKHOUSE=0: there is no table to write to.")
+    return dg.RunRequest()
+
+
+ASSETS = (mm_decisions, mm_order_actions, mm_order_responses, mm_position_snapshots)
+CHECKS = (inventory_checks,)
+JOBS = (inventory_qa, take_positions)
+SCHEDULES = (inventory_qa_schedule, mm_position_snapshots_schedule)
