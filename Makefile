@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help install install-dev run test check format lock clean
+.PHONY: help install install-dev run test chaos check format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+chaos: install-dev ## Kill everything, 200 times, and write docs/reliability.md
+	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)
 
 check: install-dev ## Formatting, lint, strict types
 	@$(BIN)/ruff format --check .

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
+from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.errors import StoreRefused
 
@@ -40,7 +40,7 @@ class Check:
     @property
     def sql(self) -> str:
         """The check's SQL."""
-        return (folder() / f"{self.name}.sql").read_text(encoding="utf-8")
+        return queries.text(f"inventory/{self.name}")
 
 
 DRIFT = Check(
@@ -149,13 +149,6 @@ class Outcome:
         if self.skipped:
             return Status.SKIPPED
         return Status.ANOMALIES if self.total else Status.CLEAR
-
-
-def folder() -> Path:
-    """Where the queries are: inside an installed wheel, else in the repository."""
-    package = Path(__file__).resolve().parents[1]
-    bundled = package / "_infra" / "queries" / "inventory"
-    return bundled if bundled.is_dir() else package.parent / "infra" / "queries" / "inventory"
 
 
 def moment(at: datetime) -> str:

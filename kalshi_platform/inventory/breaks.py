@@ -16,6 +16,7 @@ from typing import Any
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import Check, Parameters, moment
 from kalshi_platform.inventory.semantics import INV_CONVENTION
+from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
 
 TABLE = "mm_inventory_breaks"
@@ -380,9 +381,7 @@ def _look_around(look: _Look, episode: _Episode, begin: datetime) -> _Around:
         "until": moment(at + NEAR),
     }
     with translated():
-        row = look.client.query(
-            (audit.folder() / "around.sql").read_text("utf-8"), parameters=bound
-        ).result_rows[0]
+        row = look.client.query(queries.text("inventory/around"), parameters=bound).result_rows[0]
     decision, action, reject, actions, responses = row
     answered = _cells(responses) or (0, 0)
     codes, _, convention, resting = _cells(decision) or ((), "", "", 0.0)
@@ -472,7 +471,7 @@ def _reconciled(look: _Look, episode: _Episode) -> tuple[float, float]:
     row = episode.example
     with translated():
         found = look.client.query(
-            (audit.folder() / "reconciled.sql").read_text("utf-8"),
+            queries.text("inventory/reconciled"),
             parameters={
                 "market_ticker": episode.market_ticker,
                 "snapshot_ts": moment(row["snapshot_ts"]),

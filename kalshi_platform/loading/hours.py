@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class HourReport:
     hour: datetime
     complete: bool
     datasets: tuple[DatasetHour, ...]
+    verified_by_market: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of the hour in which each market's book could be believed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def describe(root: Path, hour: datetime, *, complete: bool) -> HourReport:
             )
             for name, tally in tallies.items()
         ),
+        {ticker: round(seconds, 3) for ticker, seconds in sorted(covered.by_market.items())},
     )
 
 
@@ -102,7 +105,7 @@ def seal(root: Path, hour: datetime) -> HourReport:
     """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent."""
     report = describe(root, hour, complete=True)
     for dataset in report.datasets:
-        archive.write_manifest(root, _manifest(root, dataset))
+        archive.write_manifest(root, _manifest(root, dataset, report.verified_by_market))
     return report
 
 
@@ -115,7 +118,7 @@ def is_sealed(root: Path, hour: datetime) -> bool:
     )
 
 
-def _manifest(root: Path, it: DatasetHour) -> Manifest:
+def _manifest(root: Path, it: DatasetHour, verified: Mapping[str, float]) -> Manifest:
     tally_parts = [
         Part(path.name, pq.read_metadata(path).num_rows, path.stat().st_size)
         for path in archive.files(root, it.dataset, it.hour)
@@ -130,6 +133,7 @@ def _manifest(root: Path, it: DatasetHour) -> Manifest:
         gaps=it.gaps,
         verified_seconds=it.verified_seconds,
         coverage=it.coverage,
+        verified_by_market=dict(verified),
         first=it.first.isoformat() if it.first else None,
         last=it.last.isoformat() if it.last else None,
         checksum=it.checksum,

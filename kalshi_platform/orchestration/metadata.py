@@ -64,14 +64,10 @@ def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
     known: dict[str, MetadataValue] = {
         "dagster/row_count": MetadataValue.int(hour.rows),
         "complete": MetadataValue.bool(hour.complete),
+        "source": MetadataValue.text(source),
         "rows": MetadataValue.int(hour.rows),
         "markets": MetadataValue.int(hour.markets),
         "gaps": MetadataValue.int(hour.gaps),
-        "bytes": MetadataValue.int(hour.bytes),
-        "files": MetadataValue.int(hour.files),
-        "source": MetadataValue.text(source),
-        "checksum": MetadataValue.text(hour.checksum),
-        "path": MetadataValue.path(hour.path),
     }
     if hour.coverage is not None:
         known["coverage (%)"] = MetadataValue.float(round(100 * hour.coverage, 3))
@@ -81,7 +77,12 @@ def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
         known["first"] = MetadataValue.timestamp(hour.first)
     if hour.last is not None:
         known["last"] = MetadataValue.timestamp(hour.last)
-    return known
+    return known | {
+        "bytes": MetadataValue.int(hour.bytes),
+        "files": MetadataValue.int(hour.files),
+        "path": MetadataValue.path(hour.path),
+        "checksum": MetadataValue.text(hour.checksum),
+    }
 
 
 def _sentence(hour: DatasetHour) -> str:

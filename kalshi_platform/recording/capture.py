@@ -26,7 +26,7 @@ from kalshi_platform.recording.journal import Writer
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.05
+TICK_S = 0.025
 """How often what has come is handed to the disk: what a kill can lose."""
 HEARTBEAT_S = 10.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0

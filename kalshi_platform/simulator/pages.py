@@ -1,4 +1,4 @@
-"""The exchange's own pages: markets, events, series, trades, books and an empty account.
+"""The exchange's own pages: markets, events, series, trades, books and the account.
 
 Each page takes a request and returns what is to be JSON, or raises `Rejected`. Routes, signatures
 and faults are in rest.py. The shapes are those of the recorded answers of the real exchange.
@@ -17,9 +17,10 @@ from starlette.responses import Response
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.simulator import market as life
 from kalshi_platform.simulator.book import NO, YES, BookView
-from kalshi_platform.simulator.exchange import settlement_value
+from kalshi_platform.simulator.exchange import Exchange, settlement_value
 from kalshi_platform.simulator.frames import rfc3339
 from kalshi_platform.simulator.market import Market
+from kalshi_platform.simulator.portfolio import Holding, Portfolio
 from kalshi_platform.simulator.venue import Venue
 
 BASE = "/trade-api/v2"
@@ -74,7 +75,9 @@ class Pages:
 
     def user_data_timestamp(self, _: Request) -> object:
         """How fresh the portfolio pages are."""
-        return {"as_of_time": rfc3339(time.time_ns() // 1000)}
+        portfolio = self._portfolio
+        frozen = portfolio.frozen_us if portfolio is not None else None
+        return {"as_of_time": rfc3339(time.time_ns() // 1000 if frozen is None else frozen)}
 
     def historical_cutoff(self, _: Request) -> object:
         """Before when data would be under /historical: 90 days ago."""
@@ -92,9 +95,57 @@ class Pages:
             "updated_ts": int(time.time()),
         }
 
-    def positions(self, _: Request) -> object:
-        """No position."""
-        return {"cursor": "", "event_positions": [], "market_positions": []}
+    @property
+    def _portfolio(self) -> Portfolio | None:
+        return self._exchange.portfolio if isinstance(self._exchange, Exchange) else None
+
+    def positions(self, request: Request) -> object:
+        """What is held of every market that is not settled."""
+        ticker = request.query_params.get("ticker")
+        held = [
+            (name, holding)
+            for name, holding in (self._portfolio.holdings() if self._portfolio else {}).items()
+            if ticker in {None, name}
+        ]
+        page, cursor = _page(request, held, "GetPositions", 1000, lambda each: each[0])
+        return {
+            "cursor": cursor,
+            "event_positions": [],
+            "market_positions": [_position(name, holding) for name, holding in page],
+        }
+
+    def fills(self, request: Request) -> object:
+        """Our fills, newest first, page by page."""
+        ticker = request.query_params.get("ticker")
+        low, high = _second(request, "min_ts"), _second(request, "max_ts")
+        found = [
+            each
+            for each in reversed(self._portfolio.fills if self._portfolio else [])
+            if (ticker in {None, each.order.market.ticker})
+            and (low is None or each.ts_us >= low * 1_000_000)
+            and (high is None or each.ts_us <= high * 1_000_000)
+        ]
+        page, cursor = _page(request, found, "GetFills", 1000, lambda each: each.fill_id)
+        return {"cursor": cursor, "fills": [each.texts() for each in page]}
+
+    def orders(self, request: Request) -> object:
+        """Our orders that rest, page by page."""
+        found = self._portfolio.orders() if self._portfolio else []
+        page, cursor = _page(request, found, "GetOrders", 1000, lambda each: each.order_id)
+        return {"cursor": cursor, "orders": [each.texts() for each in page]}
+
+    def settlements(self, request: Request) -> object:
+        """Our markets that were settled, newest first, page by page."""
+        ticker = request.query_params.get("ticker")
+        found = [
+            each
+            for each in reversed(self._portfolio.settled if self._portfolio else [])
+            if ticker in {None, each.market.ticker}
+        ]
+        page, cursor = _page(
+            request, found, "GetSettlements", 1000, lambda each: each.market.ticker
+        )
+        return {"cursor": cursor, "settlements": [each.texts() for each in page]}
 
     def limits(self, _: Request) -> object:
         """Token buckets of the basic tier; the simulator does not enforce them."""
@@ -324,6 +375,19 @@ def _orderbook(view: BookView, depth: int) -> dict[str, list[tuple[str, str]]]:
 
 def _time(ns: int) -> str:
     return rfc3339(ns // 1000)
+
+
+def _position(ticker: str, held: Holding) -> dict[str, Any]:
+    return {
+        "ticker": ticker,
+        "exchange_index": 0,
+        "position_fp": contracts(held.position),
+        "market_exposure_dollars": f"{held.cost / 1_000_000:.6f}",
+        "realized_pnl_dollars": "0.000000",
+        "fees_paid_dollars": "0.000000",
+        "total_traded_dollars": f"{held.traded / 1_000_000:.6f}",
+        "last_updated_ts": rfc3339(held.updated_us),
+    }
 
 
 def _market(each: Market) -> dict[str, Any]:

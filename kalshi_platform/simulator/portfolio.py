@@ -153,6 +153,8 @@ class Portfolio:
     def __init__(self, seed: str, change: Callable[[Market, list[Change], int], None]) -> None:
         self._change = change
         self._seed = seed
+        self.epoch = str(uuid.uuid5(_NAMESPACE, seed))
+        """Names this account; a simulator that starts anew has another one."""
         self._numbers = itertools.count(1)
         self._orders: dict[str, Order] = {}
         self._at: defaultdict[tuple[str, int, int], list[str]] = defaultdict(list)
@@ -276,4 +278,3 @@ class Portfolio:
         self._at[key].remove(order.client_order_id)
         if not self._at[key]:
             del self._at[key]
-

@@ -20,7 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.errors import SimulatorError
+from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.pages import BASE, NOT_FOUND, Pages, Rejected
 from kalshi_platform.simulator.venue import Venue
@@ -79,9 +81,9 @@ def _exchange_routes(venue: Venue) -> list[Route]:
     private: dict[str, Callable[[Request], object]] = {
         "/portfolio/balance": pages.balance,
         "/portfolio/positions": pages.positions,
-        "/portfolio/fills": lambda _: {"cursor": "", "fills": []},
-        "/portfolio/orders": lambda _: {"cursor": "", "orders": []},
-        "/portfolio/settlements": lambda _: {"cursor": "", "settlements": []},
+        "/portfolio/fills": pages.fills,
+        "/portfolio/orders": pages.orders,
+        "/portfolio/settlements": pages.settlements,
         "/account/limits": pages.limits,
         "/account/endpoint_costs": pages.endpoint_costs,
     }
@@ -113,6 +115,10 @@ def _guarded(venue: Venue, page: Callable[[Request], object], signed: bool) -> E
 
 
 # the simulator's own pages
+
+
+class _PortfolioOrder(msgspec.Struct):
+    frozen: bool
 
 
 class _FaultOrder(msgspec.Struct):
@@ -150,7 +156,42 @@ def _simulator_routes(venue: Venue) -> list[Route]:
         venue.resume()
         return _json({"paused": False})
 
+    async def account(request: Request) -> Response:
+        query = request.query_params
+        try:
+            after, busiest = int(query.get("after_fill", "0")), int(query.get("busiest", "0"))
+        except ValueError:
+            return _json({"error": "after_fill and busiest are whole numbers."}, 400)
+        tickers = [ticker for ticker in query.get("tickers", "").split(",") if ticker]
+        if not isinstance(venue.exchange, Exchange):
+            return _json({"error": "A replay has no account."}, 409)
+        return _json(
+            orders.account(venue.exchange, after_fill=after, tickers=tickers, busiest=busiest)
+        )
+
+    async def order_entry(request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=list[orders.Request])
+        except msgspec.DecodeError as error:
+            return _json({"error": f"Not understood ({error}). Send a list of requests."}, 400)
+        if not isinstance(venue.exchange, Exchange) or venue.paused:
+            return _json({"error": "There is no trading now."}, 409)
+        return _json(venue.ordered(wanted))
+
+    async def portfolio(request: Request) -> Response:
+        try:
+            order = msgspec.json.decode(await request.body(), type=_PortfolioOrder)
+        except msgspec.DecodeError as error:
+            return _json({"error": f'Not understood ({error}). Send {{"frozen": true}}.'}, 400)
+        if not isinstance(venue.exchange, Exchange):
+            return _json({"error": "A replay has no account."}, 409)
+        venue.exchange.portfolio.frozen_us = time.time_ns() // 1000 if order.frozen else None
+        return _json({"frozen": order.frozen})
+
     return [
+        Route("/simulator/account", account, methods=["GET"]),
+        Route("/simulator/orders", order_entry, methods=["POST"]),
+        Route("/simulator/portfolio", portfolio, methods=["POST"]),
         Route("/simulator/books", books, methods=["GET"]),
         Route("/simulator/state", state, methods=["GET"]),
         Route("/simulator/faults", faults, methods=["POST"]),

@@ -22,7 +22,9 @@ from kalshi_platform_tests.storage.tables import settings_for
 @pytest.fixture
 def recorded(clickhouse_url: str, clickhouse_database: str, tmp_path: Path) -> Settings:
     """Settings of an archive with one recorded hour, and of a migrated database."""
-    settings = settings_for(clickhouse_url, clickhouse_database, parquet_dir=tmp_path)
+    settings = settings_for(
+        clickhouse_url, clickhouse_database, parquet_dir=tmp_path, hot_retention_days=36_500
+    )
     migrations.migrate(settings)
     record_hour(tmp_path)
     return settings
@@ -31,7 +33,9 @@ def recorded(clickhouse_url: str, clickhouse_database: str, tmp_path: Path) -> S
 def hot(client: Client, dataset: Dataset) -> pa.Table:
     """What ClickHouse has of a dataset, in the schema's types."""
     columns = ", ".join(
-        f"toString({c.name}) AS {c.name}" if c.clickhouse == "UUID" else c.name
+        f"toString({c.name}) AS {c.name}"
+        if "UUID" in c.clickhouse or "Enum" in c.clickhouse
+        else c.name
         for c in dataset.columns
     )
     found = client.query_arrow(f"SELECT {columns} FROM {dataset.name}")

@@ -300,6 +300,7 @@ def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_count
     assert first is not None
     assert first.verified_seconds == pytest.approx(2 * 60)
     assert first.coverage == pytest.approx(0.6)
+    assert first.verified_by_market == pytest.approx({"A-1": 60, "EMPTY-2": 60})
     ends = archived(root, "stream_events").filter(pl.col("kind") == "disconnected")
     assert ends.height == 1
     assert '"span_s":940.0' in ends["detail"][0]

@@ -1,0 +1,19 @@
+"""A short campaign: `make chaos` runs the long one."""
+
+from __future__ import annotations
+
+import pytest
+
+from kalshi_platform_tests.chaos.campaign import report, run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_every_end_is_told() -> (
+    None
+):
+    said: list[str] = []
+    outcome = run(kills=5, seed=11, rate=600.0, say=said.append)
+    assert outcome.sound, (said, outcome)
+    assert outcome.frames > 2_000
+    assert "journalled frames lost | 0" in report(outcome, 600.0, 11)
