@@ -51,12 +51,12 @@ class Manifest(msgspec.Struct, frozen=True):
     """Market-seconds with a book that can be believed."""
     coverage: float | None
     """The same over the market-seconds that were followed, 0 to 1."""
-    verified_by_market: dict[str, float]
-    """`verified_seconds` of each market."""
     first: str | None
     last: str | None
     checksum: str
     parts: list[Part]
+    verified_by_market: dict[str, float] = {}
+    """`verified_seconds` of each market."""
 
 
 def floor_hour(at: datetime) -> datetime:
