@@ -108,6 +108,7 @@ class Streamer:
         self._started_ns = time.time_ns()
         self._process_started = psutil.Process().create_time()
         self._threads: list[threading.Thread] = []
+        self._health_unwritten = False
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -369,8 +370,11 @@ class Streamer:
         try:
             temporary.write_text(json.dumps(dataclasses.asdict(self.health())))
             temporary.replace(path)
+            self._health_unwritten = False
         except OSError as error:
-            log.error("%s cannot be written: %s", path, error.strerror)
+            if not self._health_unwritten:
+                log.error("%s cannot be written: %s", path, error.strerror)
+            self._health_unwritten = True
 
     def _prune(self) -> None:
         """Let go of segments that every store has and nobody will ask for again."""

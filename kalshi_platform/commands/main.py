@@ -23,6 +23,7 @@ COMMANDS = {
     "restore": "Bring the archive's hours back into ClickHouse.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
+    "paper-mm": "A market maker on paper, for the simulator only.",
     "doctor": "Check settings, key, clock, exchange, ClickHouse, disk and schema.",
 }
 
@@ -34,7 +35,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"kalshi_platform.commands.{cmd_name}")
+        module = importlib.import_module(f"kalshi_platform.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

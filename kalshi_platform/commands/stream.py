@@ -27,6 +27,7 @@ def command() -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told by the load
     settings = platform_settings.load()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

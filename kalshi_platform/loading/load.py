@@ -226,7 +226,7 @@ class Load:
 
     def _begin_hour(self, hour: datetime) -> None:
         books, n = checkpoint(self._state, hour), self._position.n
-        keep_hour_state(self._state, self._folder, hour)
+        self._insist(lambda: keep_hour_state(self._state, self._folder, hour))
         self._insist(lambda: self._store.begin_hour(hour, books, n))
 
     def _commit(self, end: Position) -> None:
@@ -250,12 +250,13 @@ class Load:
         def before_sleep(attempt: tenacity.RetryCallState) -> None:
             error = attempt.outcome.exception() if attempt.outcome else None
             self.refused = isinstance(error, StoreRefused)
-            if self.trouble != str(error):
-                self.trouble = str(error)
-                log.error("%s stays in the journal: %s", self.name, error)
+            sentence = self._disk_sentence(error) if isinstance(error, OSError) else str(error)
+            if self.trouble != sentence:
+                self.trouble = sentence
+                log.error("What is not in %s yet stays in the journal: %s", self.name, sentence)
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(StoreError),
+            retry=tenacity.retry_if_exception_type((StoreError, OSError)),
             wait=_patience,
             sleep=self._sleep,
             before_sleep=before_sleep,
@@ -264,6 +265,12 @@ class Load:
         if self.trouble is not None:
             log.warning("%s takes rows again.", self.name)
         self.trouble, self.refused = None, False
+
+    def _disk_sentence(self, error: OSError) -> str:
+        where = error.filename or self._cursor_path.parent
+        return (
+            f"{where} cannot be written ({error.strerror}). Mend that; the load goes on by itself."
+        )
 
     def _sleep(self, seconds: float) -> None:
         if self._abandon.wait(seconds):
@@ -275,7 +282,7 @@ class Load:
             raise ValueError("a state is kept only for what has been committed")
         before = self._cursor.state_file
         name = f"{self.name}-{self._position.n:015d}.state"
-        save(self._state, self._folder / "load" / name)
+        self._insist(lambda: save(self._state, self._folder / "load" / name))
         self._write_cursor(
             msgspec.structs.replace(self._cursor, state_at=_plain(self._position), state_file=name)
         )
@@ -294,6 +301,10 @@ class Load:
             ) from None
 
     def _write_cursor(self, cursor: _Cursor) -> None:
+        self._insist(lambda: self._put_cursor(cursor))
+        self._cursor = cursor
+
+    def _put_cursor(self, cursor: _Cursor) -> None:
         self._cursor_path.parent.mkdir(exist_ok=True)
         temporary = self._cursor_path.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -301,7 +312,6 @@ class Load:
             file.flush()
             os.fdatasync(file.fileno())
         temporary.replace(self._cursor_path)
-        self._cursor = cursor
 
 
 class _Abandoned(Exception):
@@ -310,7 +320,7 @@ class _Abandoned(Exception):
 
 def _patience(attempt: tenacity.RetryCallState) -> float:
     error = attempt.outcome.exception() if attempt.outcome else None
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, StoreUnavailable | OSError):
         return tenacity.wait_random_exponential(multiplier=0.2, max=10)(attempt)
     return REFUSED_RETRY_S
 

@@ -272,8 +272,10 @@ class Writer:
                 os.fdatasync(self._fd)
                 break
             except OSError as error:
-                self.blocked = _disk_sentence(self._folder, error)
-                log.error("%s Reading stops when %d MiB wait.", self.blocked, BACKLOG_BYTES >> 20)
+                sentence = _disk_sentence(self._folder, error)
+                if self.blocked != sentence:
+                    self.blocked = sentence
+                    log.error("%s Reading stops when %d MiB wait.", sentence, BACKLOG_BYTES >> 20)
                 time.sleep(RETRY_S)
         self._offset += len(data)
         self._next_n += len(batch.recv)

@@ -6,7 +6,6 @@ is sent here can only ever reach a simulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -165,7 +164,9 @@ def _execute(exchange: Exchange, request: Request, now_ns: int) -> Answered:
         except ValueError:
             raise OrderRejected("invalid_number") from None
         price = yes if side == YES else ONE_DOLLAR - yes
-        order = exchange.portfolio.place(market, side, price, qty, name, now_ns)
+        order = exchange.portfolio.place(
+            market, side=side, price=price, qty=qty, client_order_id=name, at_ns=now_ns
+        )
     except OrderRejected as rejected:
         return Answered(client_order_id=name, status="rejected", reject_reason=str(rejected))
     return Answered(client_order_id=name, status="resting", order_id=order.order_id)

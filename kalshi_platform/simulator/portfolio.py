@@ -179,7 +179,7 @@ class Portfolio:
         return self.fills[number:]
 
     def place(
-        self, market: Market, side: int, price: int, qty: int, client_order_id: str, at_ns: int
+        self, market: Market, *, side: int, price: int, qty: int, client_order_id: str, at_ns: int
     ) -> Order:
         """Rest an order. Raises `OrderRejected`."""
         if client_order_id in self._used or not client_order_id:

@@ -250,6 +250,26 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
     writer.close()
 
 
+def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
+    tmp_path: Path,
+) -> None:
+    writer = journal_of(tmp_path / "journal", recording(50))
+    in_the_way = tmp_path / "journal" / "load" / "parquet.tmp"  # where the cursor is written first
+    in_the_way.mkdir(parents=True)
+    load = Load(
+        tmp_path / "journal", writer, ParquetStore(tmp_path / "archive", 0, lambda _: None), SMALL
+    )
+    load.start()
+    while load.trouble is None:
+        assert load.failure is None
+    assert "cannot be written" in load.trouble
+    in_the_way.rmdir()
+    load.drain()
+    assert load.join(30)
+    writer.close()
+    assert archived(tmp_path / "archive", "orderbook_events").height == 53
+
+
 def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_seals_it_anew(
     tmp_path: Path,
 ) -> None:

@@ -1,0 +1,128 @@
+"""`paper-mm`: a market maker on paper, in the foreground, for the simulator only."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import uuid
+from typing import Any
+
+import click
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import SettingsError
+from kalshi_platform.simulator.paper import (
+    ENGINE_VERSION,
+    Misbehaviour,
+    PaperError,
+    PaperMarketMaker,
+    SimulatorGateway,
+    Tampering,
+)
+
+PATIENCE_S = 30.0
+"""How long to wait for the simulator at the start."""
+SAY_EVERY_S = 60.0
+END_S = 1.5
+"""At the end, how long to wait for ClickHouse; what it has not taken waits on disk."""
+
+
+@click.command("paper-mm")
+@click.option(
+    "--port", type=click.IntRange(1, 65_535), help="Of the simulator.  [default: SIMULATOR_PORT]"
+)
+@click.option("--markets", default=5, show_default=True, type=click.IntRange(1, 100))
+@click.option(
+    "--interval",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(min=0.05),
+    help="Seconds between two decisions of a market.",
+)
+@click.option(
+    "--misbehave",
+    type=click.Choice([each.value for each in Misbehaviour]),
+    help="Do one thing wrong, for the checks to find.",
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after so long.")
+def command(
+    *, port: int | None, markets: int, interval: float, misbehave: str | None, seconds: float | None
+) -> None:
+    """Quote the simulator's markets, get filled, and record it all in the mm_* tables.
+
+    It knows the simulator on this machine and nothing else. Ctrl-C takes its orders out and ends it.
+    """
+    from kalshi_platform.inventory.recorder import Recorder
+    from kalshi_platform.inventory.spool import Spool
+
+    settings = platform_settings.current()
+    if settings.has_key:
+        raise SettingsError(
+            "PROD_KEYID is set: paper decisions do not belong beside those of a real market maker."
+            " Unset PROD_KEYID and PROD_KEYFILE."
+        )
+    if not settings.use_clickhouse:
+        raise SettingsError("USE_CLICKHOUSE is 0: the market maker's tables are in ClickHouse.")
+    fault = Misbehaviour(misbehave) if misbehave else None
+    gateway = SimulatorGateway(port if port is not None else settings.simulator_port)
+    spool = Spool(settings.data_dir / "market_maker", settings)
+    recorder = Recorder(
+        f"paper-{uuid.uuid4().hex[:8]}",
+        ENGINE_VERSION,
+        sink=spool if fault is None else Tampering(spool, fault),
+    )
+    maker = PaperMarketMaker(
+        gateway, recorder, markets=markets, missed_fills=fault is Misbehaviour.MISSED_FILL
+    )
+    ending = threading.Event()
+    former = {
+        number: signal.signal(number, lambda *_: ending.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        _begin(maker, ending)
+        gateway.freeze(fault is Misbehaviour.STALE)
+        click.echo(f"Quoting {markets} SIMULATED markets.")
+        _run(maker, spool, ending, interval, seconds)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        left = spool.close(END_S)
+        gateway.close()
+    click.echo(
+        f"Ended: {maker.decisions} decisions, {maker.fills} fills"
+        + (f"; {left} files wait for ClickHouse in the spool." if left else ".")
+    )
+
+
+def _begin(maker: PaperMarketMaker, ending: threading.Event) -> None:
+    patient_until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            maker.begin()
+        except PaperError:
+            if ending.wait(0.5) or time.monotonic() > patient_until:
+                raise
+        else:
+            return
+
+
+def _run(
+    maker: PaperMarketMaker,
+    spool: Any,
+    ending: threading.Event,
+    interval: float,
+    seconds: float | None,
+) -> None:
+    begun = said = time.monotonic()
+    while not ending.wait(interval):
+        maker.loop()
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S:
+            said = now
+            trouble = f" {spool.trouble}" if spool.trouble else ""
+            click.echo(f"{maker.decisions} decisions, {maker.fills} fills.{trouble}")
+        if seconds is not None and now - begun >= seconds:
+            break
+    maker.end()
