@@ -41,6 +41,8 @@ SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
 # The streamer's run lives in the code server's session, and is drained with it, first of all.
 # Together the graces stay below 15 s.
 DAGSTER_STAGE, DAGSTER_GRACE_S = 0, 11.0
+# The paper market maker takes its orders out of the simulator, and needs that for it.
+PAPER_STAGE, PAPER_GRACE_S = 0, 4.0
 SIMULATOR_STAGE, SIMULATOR_GRACE_S = 1, 1.0
 CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S = 2, 2.5
 
@@ -158,6 +160,8 @@ class _Platform:
             self._wait_for(
                 "simulator", SIMULATOR_S
             )  # it makes the key that the streamer signs with
+            if settings.use_clickhouse:
+                start(self._own("paper-mm", PAPER_STAGE, PAPER_GRACE_S, lambda: True))
         self._wait_for("code-server", CODE_S)
         if not self._ending.wished:
             start(self._webserver())
@@ -188,7 +192,7 @@ class _Platform:
     # -- the programs --------------------------------------------------------------------------
 
     def _own(self, name: str, stage: int, grace_s: float, ready: Callable[[], bool]) -> Program:
-        verb = {"clickhouse": "clickhouse", "simulator": "simulate"}[name]
+        verb = {"simulator": "simulate"}.get(name, name)
         argv = (sys.executable, "-m", "kalshi_platform", verb)
         return Program(name, argv, ready, stage, grace_s)
 

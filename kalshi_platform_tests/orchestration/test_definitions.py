@@ -43,8 +43,17 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
         check=True,
     )
     assert json.loads(loaded.stdout) == {
-        "assets": ["book_checkpoints", "latest_levels", "orderbook_events", "stream_events"],
-        "jobs": ["stream_orderbook"],
+        "assets": [
+            "book_checkpoints",
+            "latest_levels",
+            "mm_decisions",
+            "mm_order_actions",
+            "mm_order_responses",
+            "mm_position_snapshots",
+            "orderbook_events",
+            "stream_events",
+        ],
+        "jobs": ["inventory_qa", "mm_position_snapshots_job", "stream_orderbook"],
         "sensors": {"streamer_supervisor": "RUNNING"},
         "loaded": [],
         "threads": 0,

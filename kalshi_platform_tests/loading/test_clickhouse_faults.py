@@ -1,0 +1,198 @@
+"""ClickHouse slow, refusing, cut off or restarted in mid-insert: retried by code, and exactly once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.loading.load import Load
+from kalshi_platform.loading.stores import ClickHouseStore
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.embedded import running
+from kalshi_platform_tests.loading.test_load import SMALL, journal_of, recording
+
+Fault = Callable[["Front"], bool]
+"""Does its mischief to a request; True where the request has been answered (or cut off)."""
+
+
+class Front(BaseHTTPRequestHandler):
+    """A real HTTP server in front of ClickHouse that spoils inserts by plan."""
+
+    target: str
+    before: list[Fault]
+    after: list[Fault]
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        """Forward, unless a fault is planned for this insert."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        insert = "insert_deduplication_token" in self.path
+        if insert and self.before and self.before.pop(0)(self):
+            return
+        answer = httpx.post(
+            self.target + self.path,
+            content=body,
+            headers={k: v for k, v in self.headers.items() if k.lower() != "host"},
+            timeout=60,
+        )
+        if insert and self.after and self.after.pop(0)(self):
+            return
+        self.answer(answer.status_code, answer.content, dict(answer.headers))
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """Send an answer."""
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower().startswith("x-clickhouse") or name.lower() == "content-type":
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def refuses(code: int, name: str) -> Fault:
+    def fault(front: Front) -> bool:
+        text = f"Code: {code}. DB::Exception: planted. ({name}) (version 26.9)"
+        front.answer(500, text.encode(), {"X-ClickHouse-Exception-Code": str(code)})
+        return True
+
+    return fault
+
+
+def cuts_off(front: Front) -> bool:
+    front.close_connection = True
+    front.connection.close()
+    return True
+
+
+def is_slow(front: Front) -> bool:
+    time.sleep(0.5)
+    return False
+
+
+@contextmanager
+def fronted(url: str, *, before: list[Fault], after: list[Fault]) -> Iterator[str]:
+    handler = type("Planned", (Front,), {"target": url, "before": before, "after": after})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def make(url: str, database: str, data: Path) -> Settings:
+    return platform_settings.load(
+        kalshi_data_dir=data,
+        clickhouse_url=url,
+        clickhouse_database=database,
+        hot_retention_days=36_500,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.3)
+
+
+def assert_each_row_once(settings: Settings, deltas: int) -> None:
+    client = clickhouse.connect(settings)
+    rows = deltas + 3
+    counted = client.query("SELECT count(), uniqExact(seq, side, price) FROM orderbook_events")
+    assert counted.result_rows == [(rows, rows)]
+    levels = client.query("SELECT count() FROM latest_levels FINAL WHERE size > 0").result_rows
+    assert levels == [(4,)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([refuses(252, "TOO_MANY_PARTS")] * 3, []),
+        ([refuses(241, "MEMORY_LIMIT_EXCEEDED")] * 2, []),
+        ([is_slow] * 3, []),
+        ([cuts_off, cuts_off], []),
+        ([], [cuts_off, is_slow, cuts_off]),
+        ([], [refuses(159, "TIMEOUT_EXCEEDED")] * 3),
+    ],
+    ids=[
+        "too many parts",
+        "memory",
+        "slow",
+        "cut off before",
+        "answer lost",
+        "timed out after it was done",
+    ],
+)
+def test_a_fault_of_an_insert_leaves_each_row_once(
+    before: list[Fault],
+    after: list[Fault],
+    tmp_path: Path,
+    clickhouse_url: str,
+    clickhouse_database: str,
+) -> None:
+    direct = make(clickhouse_url, clickhouse_database, tmp_path)
+    migrations.migrate(direct)
+    writer = journal_of(tmp_path / "journal", recording(90))
+    with fronted(clickhouse_url, before=list(before), after=list(after)) as url:
+        store = ClickHouseStore(make(url, clickhouse_database, tmp_path), str(writer.id))
+        load = Load(tmp_path / "journal", writer, store, SMALL)
+        load.start()
+        load.drain()
+        assert load.join(40), load.failure or load.trouble
+    writer.close()
+    assert_each_row_once(direct, 90)
+
+
+def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
+    tmp_path: Path, clickhouse_url: str, clickhouse_database: str
+) -> None:
+    settings = make(clickhouse_url, clickhouse_database, tmp_path)
+    writer = journal_of(tmp_path / "journal", recording(90))
+    load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+    load.start()
+    deadline = time.monotonic() + 20
+    while load.trouble is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert load.refused
+    assert "UNKNOWN_TABLE" in load.trouble
+    assert load.lag == writer.durable.n
+    migrations.migrate(settings)
+    load.drain()
+    assert load.join(30), load.failure or load.trouble
+    writer.close()
+    assert_each_row_once(settings, 90)
+
+
+def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_path: Path) -> None:
+    data = tmp_path / "clickhouse"
+    with running(data) as first:
+        port = int(first.rpartition(":")[2])
+        settings = make(str(first), "kalshi", tmp_path)
+        migrations.migrate(settings)
+    writer = journal_of(tmp_path / "journal", recording(2_000))
+    load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+    load.start()
+    for life_s in (0.3, 0.8, 0.5):
+        with running(data, port=port) as server:
+            time.sleep(life_s)
+            server.process.kill()
+            server.process.wait()
+    with running(data, port=port):
+        load.drain()
+        assert load.join(60), load.failure or load.trouble
+        assert_each_row_once(settings, 2_000)
+    writer.close()

@@ -1,0 +1,151 @@
+"""The inventory in Dagster: the checks of the command, red where money is at stake, calm where not."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import dagster as dg
+import httpx
+import pytest
+
+from kalshi_platform.inventory import audit
+from kalshi_platform.orchestration import inventory
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+from kalshi_platform_tests.storage.tables import settings_for
+
+
+@pytest.fixture(scope="module")
+def database(clickhouse_url: str) -> Iterator[Settings]:
+    """A migrated database for this module."""
+    name = f"test_{uuid.uuid4().hex}"
+    settings = settings_for(clickhouse_url, name)
+    migrations.migrate(settings)
+    yield settings
+    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+
+
+@pytest.fixture
+def planted(database: Settings) -> Iterator[Planted]:
+    """The market maker's tables, empty."""
+    with closing(connect(database)) as client:
+        for table in audit.tables(client):
+            client.command(f"TRUNCATE TABLE {table}")
+        yield Planted(client)
+
+
+def resource(settings: Settings, **others: str) -> KalshiResource:
+    """The platform on the test's database."""
+    overrides = {
+        "clickhouse_url": settings.clickhouse_url,
+        "clickhouse_database": settings.clickhouse_database,
+        **others,
+    }
+    return KalshiResource(overrides=overrides)
+
+
+def run_checks(
+    instance: dg.DagsterInstance, platform: KalshiResource
+) -> dict[str, dg.AssetCheckEvaluation]:
+    """Run the job `inventory_qa`; the evaluations by check."""
+    defs = dg.Definitions(
+        assets=inventory.ASSETS,
+        asset_checks=inventory.CHECKS,
+        jobs=inventory.JOBS,
+        resources={"platform": platform},
+        executor=dg.in_process_executor,
+    )
+    result = defs.resolve_job_def("inventory_qa").execute_in_process(instance=instance)
+    assert result.success
+    return {each.check_name: each for each in result.get_asset_check_evaluations()}
+
+
+def test_faults_are_red_with_their_offenders_and_breaks(
+    planted: Planted, database: Settings, instance: dg.DagsterInstance
+) -> None:
+    planted.snapshot(ago(100), 0)
+    planted.decision(ago(90), exposure=0)
+    planted.decision(ago(80), exposure=4, open_orders_count=0)
+    planted.decision(ago(70), filled=9, pos_total_est=13, block_codes=["max_long"], allowed=0)
+    found = run_checks(instance, resource(database))
+    assert set(found) == {check.name for check in audit.CHECKS}
+    error, warn = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+    assert {
+        name: (each.asset_key.to_user_string(), each.severity)
+        for name, each in found.items()
+        if not each.passed
+    } == {
+        "drift_without_actions": ("mm_decisions", warn),
+        "open_exposure_mismatch": ("mm_decisions", error),
+        "decision_snapshot_divergence": ("mm_decisions", error),
+        "position_identity": ("mm_decisions", error),
+    }
+    metadata = found["decision_snapshot_divergence"].metadata
+    offenders, named = metadata["offenders"], metadata["breaks"]
+    assert isinstance(offenders, dg.TableMetadataValue)
+    assert isinstance(named, dg.TableMetadataValue)
+    assert [row.data["market_ticker"] for row in offenders.records] == [TICKER]
+    assert "block_codes were max_long" in str(named.records[0].data["explanation"])
+
+
+def test_a_healthy_market_maker_is_green(
+    planted: Planted, database: Settings, instance: dg.DagsterInstance
+) -> None:
+    planted.snapshot(ago(100), 3)
+    planted.decision(ago(90), filled=3)
+    assert all(each.passed for each in run_checks(instance, resource(database)).values())
+
+
+def test_without_a_market_maker_the_checks_pass_and_say_so(
+    planted: Planted, database: Settings, instance: dg.DagsterInstance
+) -> None:
+    for platform in (resource(database), resource(database, use_clickhouse="0")):
+        for each in run_checks(instance, platform).values():
+            assert each.passed
+            assert (each.description or "").startswith("Nothing to judge: ")
+
+
+def test_clickhouse_away_fails_the_run_with_a_sentence(
+    database: Settings, instance: dg.DagsterInstance
+) -> None:
+    with pytest.raises(dg.Failure, match="cannot be reached"):
+        run_checks(instance, resource(database, clickhouse_url="http://127.0.0.1:9"))
+
+
+def test_the_positions_of_the_exchange_are_materialised(
+    planted: Planted,
+    database: Settings,
+    instance: dg.DagsterInstance,
+    start_simulator: StartSimulator,
+    tmp_path: Path,
+) -> None:
+    simulator = start_simulator(markets=2, rate=0.0, key_file=tmp_path / "simulator" / "key.pem")
+    planted.decision(ago(60))
+    result = dg.materialize(
+        [inventory.mm_position_snapshots],
+        instance=instance,
+        resources={
+            "platform": resource(
+                database, kalshi_rest_url=simulator.rest_url, kalshi_data_dir=str(tmp_path)
+            )
+        },
+    )
+    assert result.success
+    rows = planted.client.query(
+        "SELECT market_ticker, pos_filled, source FROM mm_position_snapshots"
+    ).result_rows
+    assert rows == [(TICKER, 0.0, "absent")]
+
+
+def test_the_schedules_run_by_default() -> None:
+    assert {each.name: each.default_status.value for each in inventory.SCHEDULES} == {
+        "inventory_qa_schedule": "RUNNING",
+        "mm_position_snapshots_schedule": "RUNNING",
+    }
