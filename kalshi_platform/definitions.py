@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import inventory
+from kalshi_platform.orchestration import analytics, inventory
 from kalshi_platform.orchestration.assets import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
 
 defs = dg.Definitions(
-    assets=[*ASSETS, *inventory.ASSETS],
+    assets=[*ASSETS, *analytics.ASSETS, *inventory.ASSETS],
     asset_checks=inventory.CHECKS,
     jobs=[stream_orderbook, *inventory.JOBS],
     schedules=inventory.SCHEDULES,
-    sensors=[streamer_supervisor],
+    sensors=[streamer_supervisor, analytics.analytics_automation],
     resources={"platform": KalshiResource()},
     executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow
 )

@@ -86,3 +86,176 @@ SETTINGS
     ttl_only_drop_parts = 1,
     materialize_ttl_recalculate_only = 1
 COMMENT 'Which side is the heavier, and the order flow, for every second in which there is news of either.';
+
+-- What is on the book now, as `depth` and `imbalance` have it for the end of a second: same columns, same
+-- formulas, from latest_levels. A market with no level at all has no row. SELECT ... WHERE market_ticker
+-- = 'T' reads that market alone. `age_seconds` counts from the market's newest event.
+CREATE VIEW IF NOT EXISTS live_depth AS
+WITH toDecimal32(1, 4) AS one, toDecimal32('0.01', 4) AS cent
+SELECT
+    market_ticker,
+    max(last_event)                                                        AS last_event_ts,
+    dateDiff('millisecond', last_event_ts, now64(3)) / 1000                AS age_seconds,
+    maxOrNullIf(price, bid)                                                AS yes_bid,
+    sumIf(size, bid AND below = 0)                                         AS bid_size,
+    sumIf(size, bid AND below <= cent)                                     AS bid_size_1c,
+    sumIf(size, bid AND below <= 2 * cent)                                     AS bid_size_2c,
+    sumIf(size, bid AND below <= 5 * cent)                                     AS bid_size_5c,
+    sumIf(size, bid AND below <= 10 * cent)                                      AS bid_size_10c,
+    sumIf(size, bid)                                                       AS bid_size_all,
+    countIf(bid)                                                           AS bid_levels,
+    sumIf(toDecimal128(size, 2) * price, bid)                              AS bid_notional,
+    one - maxOrNullIf(price, ask)                                          AS yes_ask,
+    sumIf(size, ask AND below = 0)                                         AS ask_size,
+    sumIf(size, ask AND below <= cent)                                     AS ask_size_1c,
+    sumIf(size, ask AND below <= 2 * cent)                                     AS ask_size_2c,
+    sumIf(size, ask AND below <= 5 * cent)                                     AS ask_size_5c,
+    sumIf(size, ask AND below <= 10 * cent)                                      AS ask_size_10c,
+    sumIf(size, ask)                                                       AS ask_size_all,
+    countIf(ask)                                                           AS ask_levels,
+    sumIf(toDecimal128(size, 2) * (one - price), ask)                      AS ask_notional
+FROM
+(
+    SELECT
+        market_ticker,
+        price,
+        size,
+        size > 0 AND side = 'yes'  AS bid,
+        size > 0 AND side = 'no'   AS ask, -- a YES ask at 1 - price
+        maxIf(price, size > 0) OVER (PARTITION BY market_ticker, side) - price AS below,
+        max(ingest_ts) OVER (PARTITION BY market_ticker) AS last_event
+    FROM latest_levels FINAL
+)
+GROUP BY market_ticker
+HAVING bid_levels + ask_levels > 0;
+
+CREATE VIEW IF NOT EXISTS live_imbalance AS
+WITH toDecimal32('0.01', 4) AS cent
+SELECT
+    market_ticker,
+    max(last_event)                                                        AS last_event_ts,
+    dateDiff('millisecond', last_event_ts, now64(3)) / 1000                AS age_seconds,
+    toFloat64(sumIf(size, yes AND rank = 1) - sumIf(size, NOT yes AND rank = 1))
+        / toFloat64(sumIf(size, rank = 1))                                 AS imbalance_best,
+    toFloat64(sumIf(size, yes AND rank <= 5) - sumIf(size, NOT yes AND rank <= 5))
+        / toFloat64(sumIf(size, rank <= 5))                                AS imbalance_5_levels,
+    toFloat64(sumIf(size, yes AND below <= 5 * cent) - sumIf(size, NOT yes AND below <= 5 * cent))
+        / toFloat64(sumIf(size, below <= 5 * cent))                            AS imbalance_5c
+FROM
+(
+    SELECT
+        market_ticker,
+        size,
+        side = 'yes' AS yes,
+        row_number() OVER (PARTITION BY market_ticker, side ORDER BY price DESC) AS rank,
+        max(price) OVER (PARTITION BY market_ticker, side) - price         AS below,
+        max(ingest_ts) OVER (PARTITION BY market_ticker)                   AS last_event
+    FROM latest_levels FINAL
+    WHERE size > 0
+)
+GROUP BY market_ticker;
+
+-- SELECT * FROM rolling_stats(ticker = 'T', minutes = 5)
+--
+-- The last minutes of one market, up to now. One row always. `since` is where they begin: so many
+-- minutes ago, or at the market's newest snapshot if that came later, for what a book was before a
+-- snapshot that follows a gap cannot be told; `seconds` is how long that is. All prices in dollars.
+--   updates, updates_per_second   frames: deltas, and the snapshot
+--   time_weighted_spread          sum(spread * seconds it lasted) / those seconds, both sides present
+--   two_sided_seconds             how long both sides were there
+--   mid_low, mid_high, mid_range  over the states that lasted
+--
+-- From the changes of each level, and its size before the first of them (size - qty; a level without a
+-- change is as in latest_levels), follow the runs of instants over which it stood. The best price at an
+-- instant is the highest level that stands. A level below one that stood all the time is never the best:
+-- such levels are left out, and with them most of the work.
+CREATE VIEW IF NOT EXISTS rolling_stats AS
+WITH
+    (SELECT now64(6, 'UTC')) AS ended,
+    (
+        SELECT greatest(max(ingest_ts), ended - toIntervalMinute({minutes:UInt32}))
+        FROM stream_events
+        WHERE market_ticker = {ticker:String} AND kind = 'snapshot'
+            AND ingest_ts > ended - toIntervalMinute({minutes:UInt32}) AND ingest_ts <= ended
+    ) AS begun,
+    changes AS
+    (
+        SELECT type, conn_id, sid, seq, side, price, qty, size, ingest_ts
+        FROM orderbook_events
+        WHERE market_ticker = {ticker:String} AND ingest_ts >= begun AND ingest_ts <= ended
+    ),
+    sizes AS
+    (
+        SELECT side, price, begun AS at, toUInt64(0) AS seq,
+            argMin(if(type = 'snapshot', size, size - qty), (ingest_ts, seq)) AS standing
+        FROM changes
+        GROUP BY side, price
+        UNION ALL
+        SELECT side, price, begun, 0, size
+        FROM latest_levels FINAL
+        WHERE market_ticker = {ticker:String} AND size > 0
+            AND (side, price) NOT IN (SELECT side, price FROM changes)
+        UNION ALL
+        SELECT side, price, ingest_ts, seq, size
+        FROM changes
+    ),
+    floors AS
+    (
+        SELECT side, max(price) AS floor
+        FROM (SELECT side, price FROM sizes GROUP BY side, price HAVING min(standing) > 0)
+        GROUP BY side
+    ),
+    ranked AS
+    (
+        SELECT side, price, at, seq, standing, dense_rank() OVER (ORDER BY at) AS instant
+        FROM sizes
+        LEFT JOIN floors USING (side)
+        WHERE price >= floor
+    ),
+    runs AS
+    (
+        SELECT side, price, standing, instant,
+            leadInFrame(instant, 1, last + 1) OVER
+            (
+                PARTITION BY side, price ORDER BY instant, seq
+                ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+            ) AS next
+        FROM (SELECT *, max(instant) OVER () AS last FROM ranked)
+    ),
+    tops AS
+    (
+        SELECT
+            instant,
+            maxOrNullIf(price, side = 'yes') AS yes_bid,
+            toDecimal32(1, 4) - maxOrNullIf(price, side = 'no') AS yes_ask
+        FROM (SELECT side, price, arrayJoin(range(instant, next)) AS instant FROM runs WHERE standing > 0)
+        GROUP BY instant
+    ),
+    lasting AS
+    (
+        SELECT instant, dateDiff('microsecond', at, next_at) / 1e6 AS lasts
+        FROM
+        (
+            SELECT instant, at,
+                leadInFrame(at, 1, ended) OVER
+                (
+                    ORDER BY instant ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+                ) AS next_at
+            FROM (SELECT instant, any(at) AS at FROM ranked GROUP BY instant)
+        )
+    ),
+    activity AS (SELECT uniqExact(conn_id, sid, seq) AS updates FROM changes)
+SELECT
+    {ticker:String}                                               AS market_ticker,
+    begun                                                         AS since,
+    dateDiff('microsecond', begun, ended) / 1e6                   AS seconds,
+    (SELECT updates FROM activity)                                AS updates,
+    updates / seconds                                             AS updates_per_second,
+    ifNull(sum(lasts), 0)                                         AS two_sided_seconds,
+    sum(toFloat64(yes_ask - yes_bid) * lasts) / nullIf(two_sided_seconds, 0) AS time_weighted_spread,
+    minOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2)              AS mid_low,
+    maxOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2)              AS mid_high,
+    mid_high - mid_low                                            AS mid_range
+FROM tops
+INNER JOIN lasting USING (instant)
+WHERE lasts > 0 AND yes_bid IS NOT NULL AND yes_ask IS NOT NULL;

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 import uuid
-from typing import Any
 
 import click
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
+from kalshi_platform.inventory.recorder import Recorder
+from kalshi_platform.inventory.spool import Spool
 from kalshi_platform.simulator.paper import (
     ENGINE_VERSION,
     Misbehaviour,
@@ -53,9 +54,6 @@ def command(
 
     It knows the simulator on this machine and nothing else. Ctrl-C takes its orders out and ends it.
     """
-    from kalshi_platform.inventory.recorder import Recorder
-    from kalshi_platform.inventory.spool import Spool
-
     settings = platform_settings.current()
     if settings.has_key:
         raise SettingsError(
@@ -102,7 +100,9 @@ def _begin(maker: PaperMarketMaker, ending: threading.Event) -> None:
         try:
             maker.begin()
         except PaperError:
-            if ending.wait(0.5) or time.monotonic() > patient_until:
+            if ending.wait(0.5):
+                return
+            if time.monotonic() > patient_until:
                 raise
         else:
             return
@@ -110,14 +110,18 @@ def _begin(maker: PaperMarketMaker, ending: threading.Event) -> None:
 
 def _run(
     maker: PaperMarketMaker,
-    spool: Any,
+    spool: Spool,
     ending: threading.Event,
     interval: float,
     seconds: float | None,
 ) -> None:
     begun = said = time.monotonic()
     while not ending.wait(interval):
-        maker.loop()
+        try:
+            maker.loop()
+        except PaperError as error:
+            click.echo(f"{error} Waiting for it.")
+            _begin(maker, ending)
         now = time.monotonic()
         if now - said >= SAY_EVERY_S:
             said = now
@@ -125,4 +129,7 @@ def _run(
             click.echo(f"{maker.decisions} decisions, {maker.fills} fills.{trouble}")
         if seconds is not None and now - begun >= seconds:
             break
-    maker.end()
+    try:
+        maker.end()
+    except PaperError as error:
+        click.echo(f"Its orders stay: {error}", err=True)

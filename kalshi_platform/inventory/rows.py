@@ -98,5 +98,6 @@ POSITION_SNAPSHOTS = Table(
 )
 TABLES = {
     table.name: table
-    for table in (DECISIONS, ORDER_ACTIONS, ORDER_RESPONSES, FILLS, POSITION_SNAPSHOTS)
+    for table in (POSITION_SNAPSHOTS, FILLS, ORDER_ACTIONS, ORDER_RESPONSES, DECISIONS)
 }
+"""In the order in which rows are written: who sees a decision sees what came before it, too."""

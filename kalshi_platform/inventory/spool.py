@@ -54,6 +54,7 @@ class Spool:
         self._waiting = 0
         self._guard = threading.Condition()
         self._closing = False
+        self._urgent = False
         self._stop_sending = threading.Event()
         self._spooled = threading.Event()
         self.trouble: str | None = None
@@ -117,6 +118,7 @@ class Spool:
             if time.monotonic() >= deadline:
                 return False
             with self._guard:
+                self._urgent = True
                 self._guard.notify_all()
             self._spooled.set()
             time.sleep(0.02)
@@ -127,8 +129,8 @@ class Spool:
     def _write_on(self) -> None:
         while True:
             with self._guard:
-                self._guard.wait_for(lambda: self._closing, self._flush_s)
-                closing = self._closing
+                self._guard.wait_for(lambda: self._closing or self._urgent, self._flush_s)
+                closing, self._urgent = self._closing, False
                 batches = {name: rows[:MOST_IN_A_FILE] for name, rows in self._rows.items() if rows}
             try:
                 for name, rows in batches.items():

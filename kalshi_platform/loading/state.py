@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def save(state: State, path: Path) -> None:
     """Write a state, whole or not at all."""
     head = msgspec.json.encode(_Head(state.n, state.version, state.connections, state.books))
     table = state.levels.to_arrow().replace_schema_metadata({"state": head})
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Both loads of a streamer keep the same state of the same hour, at the same moment.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         pa.OSFile(str(temporary), "wb") as file,

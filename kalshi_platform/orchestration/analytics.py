@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ANALYTICS_POOL = "analytics"
 """Hours are computed one after the other: each may use both cores and a gigabyte."""
+RETRIES, RETRY_S = 5, 20.0
+"""When a store is away: after 20 s, then twice as long each time, ten minutes in all."""
 PREVIEW_ROWS = 10
 DOCS = "docs/reading-the-archive.md"
 
@@ -72,7 +74,6 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
     can_subset=True,
     pool=ANALYTICS_POOL,
     backfill_policy=dg.BackfillPolicy.multi_run(),
-    retry_policy=dg.RetryPolicy(max_retries=5, delay=20, backoff=dg.Backoff.EXPONENTIAL),
     description=(
         "An hour of spreads, depth and imbalance, from that hour's recorded files alone. It runs by"
         " itself when an hour lands or is rebuilt, and gives the same files each time. The open hour"
@@ -89,7 +90,8 @@ def analytics_hour(
     try:
         computed = compute_hour(platform.settings(), hour_of(context.partition_key), wanted)
     except StoreUnavailable as error:
-        raise dg.Failure(description=str(error)) from error  # another try may help
+        context.log.warning(str(error))
+        raise dg.RetryRequested(RETRIES, RETRY_S * 2**context.retry_number) from error
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     for report in computed.report.datasets:
@@ -145,3 +147,5 @@ analytics_automation = dg.AutomationConditionSensorDefinition(
     minimum_interval_seconds=30,
     description="Computes spreads, depth and imbalance of every hour that lands, also late ones.",
 )
+
+ASSETS = (analytics_hour,)

@@ -213,6 +213,8 @@ class PaperMarketMaker:
         account = self._gateway.account(0, (), self._markets)
         self._epoch, self._last_fill = account.epoch, account.last_fill
         self._tickers = [top.ticker for top in account.tops]
+        self._held.clear()
+        self._reported.clear()
         if not self._tickers:
             raise PaperError("The simulator has no market that stays open. Give it more markets.")
         for ticker in self._tickers:

@@ -259,9 +259,8 @@ def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
             victim.kill()
         except psutil.NoSuchProcess:
             continue
-    if target == "everything":
-        if it.process is not None:
-            it.process.wait()
+    if target == "everything" and it.process is not None:
+        it.process.wait()
         it.start()
     if not wait:
         return Kill(target, at, None)
@@ -388,11 +387,13 @@ def _archived(settings: Settings, dataset: str) -> pl.DataFrame:
 def _wait(condition: Callable[[], bool], what: str, it: Platform) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
+        if it.process is not None and it.process.poll() is not None:
+            it.start()  # as a person does: after a kill a port may stay taken for a moment
         try:
             if condition():
                 return
         except (StoreError, KeyError):
-            pass  # it is just coming up
+            time.sleep(0.5)  # it is just coming up
         if time.monotonic() > deadline:
             raise AssertionError(
                 f"waited {PATIENCE_S:.0f} s for {what}; last health: {it.health()}"

@@ -124,5 +124,5 @@ def test_each_misbehaviour_turns_its_check_red_and_is_named(
         if outcome.status is Status.ANOMALIES
     }
     assert check.name in red
-    found = [each for each in breaks.examine(planted.client, [check], Parameters())]
+    found = breaks.examine(planted.client, [check], Parameters())
     assert kind in {each.kind for each in found}, [each.explanation for each in found]

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.inventory.conftest import Run
@@ -153,8 +154,6 @@ def test_the_flags_have_their_defaults_in_the_environment(
     monkeypatch.setenv("CH_DATABASE", migrated_once.clickhouse_database)
     assert run("qa").exit_code == 2
     monkeypatch.setenv("CH_PASSWORD", "wr0ng-secret")
-    from kalshi_platform import settings as platform_settings  # noqa: PLC0415
-
     platform_settings.current.cache_clear()
     refused = run("qa")
     assert refused.exit_code == 1

@@ -18,7 +18,11 @@ from kalshi_platform.storage.schema import ANALYTICS
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 
 NAMES = {dataset.name for dataset in ANALYTICS}
-DEFS = dg.Definitions(assets=[recorded_hour, analytics_hour], sensors=[analytics_automation])
+DEFS = dg.Definitions(
+    assets=[recorded_hour, analytics_hour],
+    sensors=[analytics_automation],
+    resources={"platform": KalshiResource()},
+)
 # Two whole hours that are long past, and one that is the newest.
 LATE = partition_key(HOUR)
 NEWEST = partition_key(
@@ -115,8 +119,7 @@ def test_an_hour_that_is_not_recorded_fails_with_the_sentence(
 def test_with_clickhouse_away_the_files_are_written_and_the_step_is_tried_again(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("kalshi_platform.orchestration.analytics.RETRY_S", 0.01)
     record_hour(tmp_path)
     result = compute(instance, tmp_path, "spreads", clickhouse="1")
     assert not result.success

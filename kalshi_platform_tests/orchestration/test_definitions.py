@@ -45,16 +45,19 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
     assert json.loads(loaded.stdout) == {
         "assets": [
             "book_checkpoints",
+            "depth",
+            "imbalance",
             "latest_levels",
             "mm_decisions",
             "mm_order_actions",
             "mm_order_responses",
             "mm_position_snapshots",
             "orderbook_events",
+            "spreads",
             "stream_events",
         ],
         "jobs": ["inventory_qa", "mm_position_snapshots_job", "stream_orderbook"],
-        "sensors": {"streamer_supervisor": "RUNNING"},
+        "sensors": {"analytics_automation": "RUNNING", "streamer_supervisor": "RUNNING"},
         "loaded": [],
         "threads": 0,
     }
