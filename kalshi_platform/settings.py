@@ -97,6 +97,7 @@ class Settings(BaseSettings):
         "ch_host",
         "ch_port",
         "ch_user",
+        "ch_password",
         "ch_database",
         mode="before",
     )
