@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -64,6 +65,7 @@ class Settings(BaseSettings):
 
     kalshi_data_dir: Path = Path("data")
     parquet_dir: Path | None = None
+    archive_begins: date | None = None
     journal_retention_hours: int = Field(48, ge=1)
 
     audit_interval_seconds: float = Field(60.0, gt=0)
@@ -94,6 +96,7 @@ class Settings(BaseSettings):
         "kalshi_ws_url",
         "kalshi_rest_url",
         "parquet_dir",
+        "archive_begins",
         "ch_host",
         "ch_port",
         "ch_user",

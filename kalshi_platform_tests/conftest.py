@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -9,6 +10,9 @@ import httpx
 import pytest
 
 from kalshi_platform.storage.embedded import running
+
+# Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
+os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
 
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 

@@ -165,10 +165,11 @@ GROUP BY market_ticker;
 --   two_sided_seconds             how long both sides were there
 --   mid_low, mid_high, mid_range  over the states that lasted
 --
--- From the changes of each level, and its size before the first of them (size - qty; a level without a
--- change is as in latest_levels), follow the runs of instants over which it stood. The best price at an
--- instant is the highest level that stands. A level below one that stood all the time is never the best:
--- such levels are left out, and with them most of the work.
+-- One pass over the market's changes. Each level stands with a size from one change of it to the next; before
+-- the first it had size - qty, and a level without a change is as in latest_levels. Such runs are laid
+-- over the instants at which anything changed, and the best price at an instant is the highest level that
+-- stands. A level below one that stood all the time is never the best: such levels are left out first, and
+-- with them most of the work.
 CREATE VIEW IF NOT EXISTS rolling_stats AS
 WITH
     (SELECT now64(6, 'UTC')) AS ended,
@@ -178,84 +179,81 @@ WITH
         WHERE market_ticker = {ticker:String} AND kind = 'snapshot'
             AND ingest_ts > ended - toIntervalMinute({minutes:UInt32}) AND ingest_ts <= ended
     ) AS begun,
-    changes AS
+    rows AS
     (
-        SELECT type, conn_id, sid, seq, side, price, qty, size, ingest_ts
+        -- (at, seq, size): a level's first change also tells its size at `begun`
+        SELECT side, price, 1 AS is_change,
+            arrayJoin(if
+            (
+                row_number() OVER (PARTITION BY side, price ORDER BY ingest_ts, seq) = 1,
+                [(begun, toUInt64(0), if(type = 'snapshot', size, size - qty)), (ingest_ts, seq, size)],
+                [(ingest_ts, seq, size)]
+            )) AS row
         FROM orderbook_events
         WHERE market_ticker = {ticker:String} AND ingest_ts >= begun AND ingest_ts <= ended
-    ),
-    sizes AS
-    (
-        SELECT side, price, begun AS at, toUInt64(0) AS seq,
-            argMin(if(type = 'snapshot', size, size - qty), (ingest_ts, seq)) AS standing
-        FROM changes
-        GROUP BY side, price
         UNION ALL
-        SELECT side, price, begun, 0, size
+        SELECT side, price, 0, (begun, toUInt64(0), size)
         FROM latest_levels FINAL
         WHERE market_ticker = {ticker:String} AND size > 0
-            AND (side, price) NOT IN (SELECT side, price FROM changes)
-        UNION ALL
-        SELECT side, price, ingest_ts, seq, size
-        FROM changes
     ),
-    floors AS
+    levels AS
     (
-        SELECT side, max(price) AS floor
-        FROM (SELECT side, price FROM sizes GROUP BY side, price HAVING min(standing) > 0)
-        GROUP BY side
+        SELECT side, price, row.1 AS at, row.2 AS seq, row.3 AS standing,
+            min(standing) OVER (PARTITION BY side, price) > 0 AS always
+        FROM (SELECT *, max(is_change) OVER (PARTITION BY side, price) AS changes FROM rows)
+        WHERE is_change = changes
     ),
     ranked AS
     (
         SELECT side, price, at, seq, standing, dense_rank() OVER (ORDER BY at) AS instant
-        FROM sizes
-        LEFT JOIN floors USING (side)
+        FROM (SELECT *, maxIf(price, always) OVER (PARTITION BY side) AS floor FROM levels)
         WHERE price >= floor
     ),
     runs AS
     (
-        SELECT side, price, standing, instant,
+        SELECT side, price, at, instant, standing,
             leadInFrame(instant, 1, last + 1) OVER
             (
                 PARTITION BY side, price ORDER BY instant, seq
                 ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
-            ) AS next
+            ) AS next,
+            standing > 0 AND next > instant AS stands
         FROM (SELECT *, max(instant) OVER () AS last FROM ranked)
     ),
     tops AS
     (
         SELECT
-            instant,
-            maxOrNullIf(price, side = 'yes') AS yes_bid,
-            toDecimal32(1, 4) - maxOrNullIf(price, side = 'no') AS yes_ask
-        FROM (SELECT side, price, arrayJoin(range(instant, next)) AS instant FROM runs WHERE standing > 0)
-        GROUP BY instant
+            number,
+            maxIf(at, number = instant)                                    AS at,
+            maxOrNullIf(price, stands AND side = 'yes')                    AS yes_bid,
+            toDecimal32(1, 4) - maxOrNullIf(price, stands AND side = 'no') AS yes_ask
+        FROM (SELECT *, arrayJoin(if(stands, range(instant, next), [instant])) AS number FROM runs)
+        GROUP BY number
     ),
-    lasting AS
+    states AS
     (
-        SELECT instant, dateDiff('microsecond', at, next_at) / 1e6 AS lasts
-        FROM
-        (
-            SELECT instant, at,
-                leadInFrame(at, 1, ended) OVER
-                (
-                    ORDER BY instant ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
-                ) AS next_at
-            FROM (SELECT instant, any(at) AS at FROM ranked GROUP BY instant)
-        )
+        SELECT yes_bid, yes_ask,
+            dateDiff('microsecond', at, leadInFrame(at, 1, ended) OVER
+            (
+                ORDER BY number ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+            )) / 1e6 AS lasts
+        FROM tops
     ),
-    activity AS (SELECT uniqExact(conn_id, sid, seq) AS updates FROM changes)
+    (
+        SELECT uniqExact(conn_id, sid, seq)
+        FROM orderbook_events
+        WHERE market_ticker = {ticker:String} AND ingest_ts >= begun AND ingest_ts <= ended
+    ) AS frames
 SELECT
-    {ticker:String}                                               AS market_ticker,
-    begun                                                         AS since,
-    dateDiff('microsecond', begun, ended) / 1e6                   AS seconds,
-    (SELECT updates FROM activity)                                AS updates,
-    updates / seconds                                             AS updates_per_second,
-    ifNull(sum(lasts), 0)                                         AS two_sided_seconds,
+    {ticker:String}                                  AS market_ticker,
+    begun                                            AS since,
+    dateDiff('microsecond', begun, ended) / 1e6      AS seconds,
+    frames                                           AS updates,
+    updates / seconds                                AS updates_per_second,
+    ifNull(sum(lasts), 0)                            AS two_sided_seconds,
     sum(toFloat64(yes_ask - yes_bid) * lasts) / nullIf(two_sided_seconds, 0) AS time_weighted_spread,
-    minOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2)              AS mid_low,
-    maxOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2)              AS mid_high,
-    mid_high - mid_low                                            AS mid_range
-FROM tops
-INNER JOIN lasting USING (instant)
+    minOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2) AS mid_low,
+    maxOrNull(toDecimal64(yes_bid + yes_ask, 5) / 2) AS mid_high,
+    mid_high - mid_low                               AS mid_range
+FROM states
 WHERE lasts > 0 AND yes_bid IS NOT NULL AND yes_ask IS NOT NULL;

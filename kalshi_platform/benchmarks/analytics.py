@@ -6,10 +6,13 @@ with a few markets taking most of them, written to an archive of its own as the 
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -18,7 +21,7 @@ import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.columns import decimals, times
-from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour, read_books
+from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour
 from kalshi_platform.storage import archive
 from kalshi_platform.storage.schema import NAME, ORDERBOOK_EVENTS, PRICE, QTY, ZERO_UUID
 
@@ -58,7 +61,7 @@ def synthetic_hour(root: Path, events: int, markets: int, seed: int = 1) -> None
     total = len(columns["seq"])
     edges = np.linspace(0, total, PARTS + 1).astype(int)
     tickers = pa.array([f"KXBENCH-26NOV22-T{i:05d}" for i in range(markets)])
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         cut = {name: values[start:end] for name, values in columns.items()}
         same = pa.array(np.zeros(end - start, np.int32))
         table = pa.Table.from_arrays(
@@ -83,30 +86,32 @@ def synthetic_hour(root: Path, events: int, markets: int, seed: int = 1) -> None
         archive.write(folder / archive.part_name(0, start, end), [table], table.schema)
 
 
+def measure(root: Path, dataset: str) -> tuple[float, int, int, float]:
+    """Seconds, rows, bytes and peak GiB of one dataset, from archive to archive, in this process."""
+    own = platform_settings.load(parquet_dir=root, use_clickhouse=False)
+    began = time.perf_counter()
+    (report,) = compute_hour(own, HOUR, [dataset]).report.datasets
+    took = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return took, report.rows, report.bytes, peak
+
+
 @click.command(help=__doc__)
 @click.option("--events", default=5_000_000, show_default=True)
 @click.option("--markets", default=1_000, show_default=True)
-@click.option("--only", type=click.Choice(list(COMPUTED)), help="One dataset alone.")
-def main(events: int, markets: int, only: str | None) -> None:
-    """Write the hour, then time each dataset from archive to archive."""
+def main(events: int, markets: int) -> None:
+    """Write the hour, then time each dataset in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         synthetic_hour(root, events, markets)
-        own = platform_settings.load(parquet_dir=root, use_clickhouse=False)
-        began = time.perf_counter()
-        read_books(root, HOUR)
-        took = time.perf_counter() - began
-        click.echo(f"{'reading':10} {took:6.2f} s  {events / took:12,.0f} events/s")
-        for name in [only] if only else list(COMPUTED):
-            began = time.perf_counter()
-            (report,) = compute_hour(own, HOUR, [name]).report.datasets
-            took = time.perf_counter() - began
+        for name in COMPUTED:
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                took, rows, size, peak = process.submit(measure, root, name).result()
             click.echo(
-                f"{name:10} {took:6.2f} s  {events / took:12,.0f} events/s  {report.rows:,} rows"
-                f"  {report.bytes / 2**20:,.1f} MiB"
+                f"{name:10} {took:6.2f} s  {events / took:10,.0f} events/s  peak {peak:.2f} GiB"
+                f"  {rows:,} rows  {size / 2**20:,.1f} MiB"
             )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        click.echo(f"peak memory {peak:.2f} GiB, the making of the hour included")
 
 
 if __name__ == "__main__":

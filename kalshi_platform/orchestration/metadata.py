@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster import MetadataValue
 
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import SettingsError
+from kalshi_platform.storage import archive
 from kalshi_platform.storage.schema import Dataset
 
 if TYPE_CHECKING:
     from kalshi_platform.loading.hours import DatasetHour, HourReport
 
+
+def _begins() -> date:
+    """The first day to show: ARCHIVE_BEGINS, else the archive's first, else today."""
+    today = datetime.now(UTC).date()
+    try:
+        settings = platform_settings.load()
+    except SettingsError:
+        return today  # told in full by whatever runs first
+    return settings.archive_begins or archive.first_day(settings.archive_dir) or today
+
+
 HOURS = dg.HourlyPartitionsDefinition(
-    start_date="2025-11-01-00:00",  # the oldest recordings that the archive takes in
+    start_date=f"{_begins():%Y-%m-%d}-00:00",
     timezone="UTC",
     end_offset=1,  # the hour that is still open is a partition too
 )

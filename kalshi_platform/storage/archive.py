@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -87,6 +87,12 @@ def hours(root: Path, dataset: str) -> list[datetime]:
             day, hour = folder.parent.name.removeprefix("date="), folder.name.removeprefix("hour=")
             found.add(datetime.strptime(f"{day} {hour}", "%Y-%m-%d %H").replace(tzinfo=UTC))
     return sorted(found)
+
+
+def first_day(root: Path) -> date | None:
+    """The first day of which the archive has anything; None for an empty one."""
+    days = [folder.name.removeprefix("date=") for folder in root.glob("*/date=*")]
+    return date.fromisoformat(min(days)) if days else None
 
 
 def files(root: Path, dataset: str, hour: datetime) -> list[Path]:

@@ -129,11 +129,10 @@ def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.
         rows, state = derive(decode([block]), state)
         for name, parts in tables.items():
             parts += [part for at, part in by_hour(rows.tables[name]) if at == hour]
-    result = {name: parts for name, parts in tables.items()}
     return {
         **{
             name: pa.concat_tables(p).unify_dictionaries() if p else None
-            for name, p in result.items()
+            for name, p in tables.items()
         },
         "book_checkpoints": opening,
     }
@@ -246,9 +245,8 @@ def test_recorded_frames_equal_the_reference(recording: str, dataset: str) -> No
 
 def recorded(path: Path) -> list[tuple[datetime, list[wire.Record]]]:
     """The recording's frames as journal records, with each hour that it touches."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        lines = [line for line in file if line.strip()]
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = [line for line in raw.splitlines(keepends=True) if line.strip()]
     conn, at = wire.conn_id(7), HOUR_NS - 1_000 * wire.SECOND
     records: list[wire.Record] = [wire.connected(conn, at)]
     kinds = {"orderbook_delta": Kind.DELTA, "orderbook_snapshot": Kind.SNAPSHOT}

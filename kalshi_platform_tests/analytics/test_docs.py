@@ -1,0 +1,117 @@
+"""The snippets of docs/reading-the-archive.md run as they stand, and show what the archive holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.storage import archive
+from kalshi_platform_tests.analytics.recording import HOUR, record_hour
+from kalshi_platform_tests.storage.tables import settings_for
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
+SNIPPETS = dict(
+    re.findall(r"^## (\w+):[^\n]*\n+```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL | re.M)
+)
+mpl.use("Agg")
+
+
+def rows(root: Path, dataset: str) -> list[dict[str, Any]]:
+    (table,) = archive.read(root, dataset, HOUR)
+    found: list[dict[str, Any]] = table.to_pylist()
+    return found
+
+
+def polars_is_right(result: Any, root: Path) -> None:
+    spreads = [r for r in rows(root, "spreads") if r["verified"]]
+    wanted = {}
+    for ticker in {r["market_ticker"] for r in spreads}:
+        of = [r for r in spreads if r["market_ticker"] == ticker]
+        spans = [
+            ((b["ingest_ts"] - a["ingest_ts"]).total_seconds(), float(a["spread"]))
+            for a, b in zip(of, of[1:], strict=False)
+            if a["spread"] is not None
+        ]
+        wanted[ticker] = sum(s * t for t, s in spans) / sum(t for t, _ in spans)
+    assert dict(result.iter_rows()) == pytest.approx(wanted)
+
+
+def duckdb_is_right(result: Any, root: Path) -> None:
+    spreads = rows(root, "spreads")
+    counts = {t: sum(r["market_ticker"] == t for r in spreads) for t in ("M-0", "M-1", "M-2")}
+    busiest = min(counts, key=lambda t: (-counts[t], t))
+    wanted = [
+        r["mid"]
+        for r in spreads
+        if r["market_ticker"] == busiest and r["verified"] and r["mid"] is not None
+    ]
+    assert [Decimal(str(mid)) for mid in result["mid"]] == [Decimal(str(float(m))) for m in wanted]
+
+
+def pandas_is_right(result: Any, root: Path) -> None:
+    both = {(t, m) for t, m in result.index}
+    flow = {
+        (r["market_ticker"], r["second"].replace(second=0))
+        for r in rows(root, "imbalance")
+        if r["verified"]
+    }
+    assert both
+    assert {(t, m.to_pydatetime()) for t, m in both} <= flow
+    total = sum(
+        (
+            r["ofi"]
+            for r in rows(root, "imbalance")
+            if r["verified"]
+            and (r["market_ticker"], r["second"].replace(second=0))
+            in {(t, m.to_pydatetime()) for t, m in both}
+        ),
+        Decimal(0),
+    )
+    assert result["ofi"].sum() == pytest.approx(float(total))
+
+
+CHECKS: dict[str, Callable[[Any, Path], None]] = {
+    "Polars": polars_is_right,
+    "DuckDB": duckdb_is_right,
+    "pandas": pandas_is_right,
+}
+
+
+@pytest.fixture(scope="module")
+def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive with one hour, analytics included."""
+    root = tmp_path_factory.mktemp("archive")
+    record_hour(root)
+    compute_hour(
+        settings_for("http://127.0.0.1:1", "none", parquet_dir=root, use_clickhouse=False), HOUR
+    )
+    return root
+
+
+def test_there_is_a_snippet_for_each_reader() -> None:
+    assert SNIPPETS.keys() == CHECKS.keys()
+    for snippet in SNIPPETS.values():
+        code = [line for line in snippet.splitlines() if line and not line.startswith("import")]
+        assert len(code) <= 10
+
+
+@pytest.mark.parametrize("reader", CHECKS)
+def test_the_snippet_runs_and_its_result_is_right(
+    reader: str, archived: Path, tmp_path: Path
+) -> None:
+    if reader == "DuckDB":
+        pytest.importorskip("duckdb", reason="duckdb is a development dependency")
+    if reader == "pandas":
+        pytest.importorskip("pandas", reason="pandas is a development dependency")
+    names: dict[str, Any] = {"archive": str(archived), "chart": str(tmp_path / "chart.png")}
+    exec(compile(SNIPPETS[reader], f"{PAGE.name}: {reader}", "exec"), names)
+    CHECKS[reader](names["result"], archived)
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    names["plt"].close("all")

@@ -1,0 +1,59 @@
+"""docs/inventory.md: every command on it is run, in order, as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from kalshi_platform.settings import Settings
+from kalshi_platform_tests.inventory.planted import Planted
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "inventory.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^( *)```(bash|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+EXPECTED = re.compile(r"# exits (\d)$")
+
+
+def blocks(language: str) -> list[str]:
+    """The page's blocks of a language, indentation taken out."""
+    return [textwrap.dedent(m[3]) for m in BLOCK.finditer(PAGE) if m[2] == language]
+
+
+def test_every_command_does_what_the_page_says(
+    planted: Planted, migrated_once: Settings, start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=8, rate=400.0, rolling_markets=0)
+    (tmp_path / "infra").symlink_to(ROOT / "infra")
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("CH_")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CLICKHOUSE_URL": migrated_once.clickhouse_url,
+        "CLICKHOUSE_DATABASE": migrated_once.clickhouse_database,
+        "SIMULATOR_PORT": str(simulator.port),
+        "KALSHI_DATA_DIR": str(tmp_path / "data"),
+    }
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) > 10
+    for command in commands:
+        said = EXPECTED.search(command)
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == (int(said[1]) if said else 0), (
+            f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = planted.client.query(
+        "SELECT pos_total_est, inv_after_est FROM mm_decisions WHERE market_ticker = 'KXRAIN-26NOV22'"
+    ).result_rows
+    assert rows == [(17.0, 17.0)]
