@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -45,9 +44,9 @@ def plot(dataset: str, books: Books, table: pa.Table) -> bytes:
         figure = Figure(figsize=(9, 5), dpi=85, layout="constrained")
         figure.suptitle(f"{dataset}, {books.hour:%Y-%m-%d %H:00} UTC")
         drawing(figure, books, table)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB")
     png = io.BytesIO()
     picture.quantize(_COLOURS).save(png, "PNG", optimize=True)
     return png.getvalue()

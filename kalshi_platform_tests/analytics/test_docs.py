@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def polars_is_right(result: Any, root: Path) -> None:
         of = [r for r in spreads if r["market_ticker"] == ticker]
         spans = [
             ((b["ingest_ts"] - a["ingest_ts"]).total_seconds(), float(a["spread"]))
-            for a, b in zip(of, of[1:], strict=False)
+            for a, b in pairwise(of)
             if a["spread"] is not None
         ]
         wanted[ticker] = sum(s * t for t, s in spans) / sum(t for t, _ in spans)

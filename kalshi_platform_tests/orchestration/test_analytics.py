@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -59,19 +60,19 @@ def report(instance: dg.DagsterInstance, hour: str, *datasets: str) -> None:
 
 
 def requested(
-    instance: dg.DagsterInstance, cursor: object = None
-) -> tuple[set[tuple[str, str | None]], object]:
+    instance: dg.DagsterInstance, cursor: Any = None
+) -> tuple[set[tuple[str, str | None]], Any]:
     """(asset, partition) of what the sensor asks for in one tick, and its cursor."""
     result = dg.evaluate_automation_conditions(
         defs=DEFS,
         instance=instance,
         asset_selection=dg.AssetSelection.groups("analytics"),
-        cursor=cursor,  # type: ignore[arg-type]
+        cursor=cursor,
     )
     wanted = {
         (one.key.to_user_string(), partition)
         for one in result.results
-        for partition in result.get_requested_partitions(one.key)  # type: ignore[arg-type]
+        for partition in result.get_requested_partitions(one.key)
     }
     return wanted, result.cursor
 
@@ -96,14 +97,15 @@ def test_an_hour_is_computed_with_all_that_a_person_wants_to_see(
         picture = base64.b64decode(str(shown["plot"].value).split("base64,")[1].rstrip(")"))
         assert picture.startswith(b"\x89PNG")
         assert len(picture) < 100_000
-        assert len(shown["preview"].records) == 10  # type: ignore[union-attr]
+        assert isinstance(shown["preview"], dg.TableMetadataValue)
+        assert len(shown["preview"].records) == 10
 
 
 def test_one_dataset_alone_can_be_computed(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     record_hour(tmp_path)
     result = compute(instance, tmp_path, "depth")
-    assert [e.asset_key.to_user_string() for e in result.get_asset_materialization_events()] == [
-        "depth"
+    assert [e.asset_key for e in result.get_asset_materialization_events()] == [
+        dg.AssetKey("depth")
     ]
 
 

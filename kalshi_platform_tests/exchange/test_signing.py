@@ -1,0 +1,97 @@
+"""Signing: both kinds of key, and an unreadable key file is a sentence that says what to do."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from kalshi_platform.exchange.errors import CredentialsError
+from kalshi_platform.exchange.signing import PSS, Credentials, load_signer, signed_text
+
+PLAIN = serialization.NoEncryption()
+
+
+def pem(
+    key: rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey,
+    *,
+    secret: bytes = b"",
+) -> bytes:
+    protection = serialization.BestAvailableEncryption(secret) if secret else PLAIN
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection
+    )
+
+
+@pytest.fixture(scope="module")
+def rsa_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65_537, 2048)
+
+
+def test_the_signed_text_has_no_query_string() -> None:
+    assert (
+        signed_text(1_700, "get", "/trade-api/v2/markets?limit=5")
+        == b"1700GET/trade-api/v2/markets"
+    )
+
+
+def test_an_rsa_signature_verifies_as_pss_with_the_digests_salt(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    headers = Credentials("id", load_signer(tmp_path / "key.pem"), lambda: 1_700).headers(
+        "GET", "/trade-api/ws/v2"
+    )
+    assert headers["KALSHI-ACCESS-KEY"] == "id"
+    assert headers["KALSHI-ACCESS-TIMESTAMP"] == "1700"
+    signature = base64.b64decode(headers["KALSHI-ACCESS-SIGNATURE"])
+    rsa_key.public_key().verify(signature, b"1700GET/trade-api/ws/v2", PSS, hashes.SHA256())
+
+
+def test_an_ed25519_key_signs_the_text_itself(tmp_path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(pem(key))
+    signature = load_signer(tmp_path / "key.pem").sign(b"text")
+    key.public_key().verify(signature, b"text")
+
+
+def test_every_request_is_signed_anew(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
+    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    ticks = iter([1, 2])
+    credentials = Credentials("id", load_signer(tmp_path / "key.pem"), lambda: next(ticks))
+    first, second = (credentials.headers("GET", "/x") for _ in range(2))
+    assert first != second
+
+
+def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    content = {
+        "garbage": b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n",
+        "passphrase": pem(rsa_key, secret=b"pass"),
+        "curve": pem(ec.generate_private_key(ec.SECP256R1())),
+    }
+    remedy = {
+        "garbage": "not a PEM private key",
+        "passphrase": "Decrypt it first",
+        "curve": "RSA or Ed25519",
+    }
+    for name, text in content.items():
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(CredentialsError, match=remedy[name]) as error:
+            load_signer(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "c2VjcmV0" not in str(error.value)
+        assert error.value.__cause__ is None
+    with pytest.raises(CredentialsError, match="does not exist"):
+        load_signer(tmp_path / "none")
+    with pytest.raises(CredentialsError, match="is a folder"):
+        load_signer(tmp_path)
+
+
+def test_credentials_show_nothing(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
+    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    assert "my-key-id" not in repr(Credentials("my-key-id", load_signer(tmp_path / "key.pem")))

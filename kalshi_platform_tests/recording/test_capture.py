@@ -1,0 +1,154 @@
+"""Capture against a real exchange's manners: refusals, silence, resets, thousands of markets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from kalshi_platform.exchange.errors import CredentialsError
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.capture import Capture
+from kalshi_platform.recording.journal import Writer
+from kalshi_platform.simulator.server import Simulator
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+
+
+def credentials(simulator: Simulator) -> Credentials:
+    return Credentials(simulator.key_id, load_signer(simulator.key_file))
+
+
+def capture(simulator: Simulator, writer: Writer, tickers: list[str] | None = None) -> Capture:
+    return Capture(
+        simulator.ws_url, lambda: credentials(simulator), writer, tickers or list(simulator.books())
+    )
+
+
+def run(it: Capture, until: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Run it until the condition holds; what ends it earlier is raised."""
+
+    async def both() -> None:
+        running = asyncio.create_task(it.run())
+        deadline = time.monotonic() + timeout_s
+        while not until() and not running.done():
+            assert time.monotonic() < deadline, "waited too long"
+            await asyncio.sleep(0.02)
+        it.stop()
+        await running
+
+    asyncio.run(both())
+
+
+def notes(folder: Path, kind: str) -> list[dict[str, object]]:
+    found = []
+    for block in journal.read(folder, journal.beginning(folder)):
+        for record in block.batch.to_pylist():
+            if (
+                record["kind"] == Kind.NOTE
+                and (note := json.loads(record["frame"]))["kind"] == kind
+            ):
+                found.append(note["detail"])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.recording.capture.BACKOFF_MAX_S", 0.5)
+
+
+def test_a_silent_connection_is_left_and_the_cause_recorded(
+    start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.recording.capture.LIVENESS_S", 1.0)
+    simulator = start_simulator(markets=4, rate=200.0, heartbeat_seconds=0.3)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+    hung = False
+
+    def again() -> bool:
+        nonlocal hung
+        if not hung and it.counters.frames > 50:
+            hung = True
+            simulator.inject("hang")
+        return it.counters.connections == 2 and it.markets == (4, 4)
+
+    run(it, again)
+    writer.close()
+    assert [d["cause"] for d in notes(tmp_path, "disconnected")] == ["silent for 1 s", "stopped"]
+
+
+def test_a_quiet_exchange_that_pings_is_not_left(
+    start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.recording.capture.LIVENESS_S", 1.0)
+    simulator = start_simulator(markets=4, rate=0.0, heartbeat_seconds=0.3, rolling_markets=0)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+    ends = time.monotonic() + 4
+    run(it, lambda: time.monotonic() > ends)
+    writer.close()
+    assert it.counters.connections == 1
+    assert it.counters.last_heard_ns > time.time_ns() - 2_000_000_000
+
+
+@pytest.mark.parametrize("fault", ["dial502:2", "dial429:2"])
+def test_an_exchange_that_is_down_is_dialled_again(
+    fault: str, start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=4)
+    simulator.inject(fault)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+    run(it, lambda: it.markets == (4, 4))
+    writer.close()
+    assert it.counters.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"), [("dial401", "does not know PROD_KEYID"), ("skew", "clock")]
+)
+def test_a_refused_key_or_clock_ends_it_with_a_sentence(
+    fault: str, sentence: str, start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=4)
+    simulator.inject(fault)
+    writer = Writer(tmp_path)
+    with pytest.raises(CredentialsError, match=sentence):
+        run(capture(simulator, writer), lambda: False)
+    writer.close()
+
+
+def test_an_ed25519_key_opens_the_exchange_too(
+    start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=4)
+    key = ed25519.Ed25519PrivateKey.generate()
+    simulator.register("edward", key.public_key())
+    writer = Writer(tmp_path)
+    it = Capture(
+        simulator.ws_url,
+        lambda: Credentials("edward", Ed25519Signer(key)),
+        writer,
+        list(simulator.books()),
+    )
+    run(it, lambda: it.markets == (4, 4))
+    writer.close()
+
+
+def test_thousands_of_markets_come_on_one_sid_without_a_gap(
+    start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=2_500, rate=200.0, rolling_markets=0)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+    run(it, lambda: it.markets == (2_500, 2_500), timeout_s=60)
+    writer.close()
+    assert it.counters.gaps == 0
+    assert it.counters.connections == 1
