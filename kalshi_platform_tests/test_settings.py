@@ -78,7 +78,9 @@ def test_secrets_are_in_no_repr_and_no_error(
     assert error.value.__cause__ is None
 
 
-def test_a_password_in_a_url_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_a_url_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CLICKHOUSE_URL", "http://me:s3cr3t@host")
     with pytest.raises(SettingsError) as error:
         load()

@@ -72,7 +72,7 @@ def _depth(figure: Figure, books: Books, table: pa.Table) -> None:
     distances = {"": 0, "_1c": 1, "_2c": 2, "_5c": 5, "_10c": 10}
     for ticker, rows in _markets(books, table):
         bids, asks = (
-            [float(np.nanmedian(_numbers(rows, f"{side}_size{n}"))) for n in distances]
+            [_median(_believed(rows, f"{side}_size{n}")) for n in distances]
             for side in ("bid", "ask")
         )
         cents = list(distances.values())
@@ -101,7 +101,7 @@ def _imbalance(figure: Figure, books: Books, table: pa.Table) -> None:
     for ticker, rows in _markets(books, table):
         minutes = _minutes(books, rows["second"])
         _line(ratio, minutes, _believed(rows, "imbalance_5c"), ticker)
-        _line(flow, minutes, np.cumsum(_numbers(rows, "ofi")), ticker)
+        _line(flow, minutes, np.nancumsum(_believed(rows, "ofi")), ticker)
     ratio.set(title="imbalance within 5 cents of the busiest markets", ylim=(-1.05, 1.05))
     flow.set(
         title="order-flow imbalance, summed", ylabel="contracts", xlabel="minute", xlim=(0, 60)
@@ -145,6 +145,12 @@ def _minutes(books: Books, times: pa.ChunkedArray) -> Floats:
 def _believed(rows: pa.Table, name: str) -> Floats:
     """A column as floats, NaN where it is null or was not verified."""
     return np.where(rows["verified"].to_numpy(), _numbers(rows, name), np.nan)
+
+
+def _median(values: Floats) -> float:
+    """Of what is there; NaN, which is not drawn, where nothing is."""
+    there = values[~np.isnan(values)]
+    return float(np.median(there)) if len(there) else np.nan
 
 
 def _numbers(rows: pa.Table, name: str) -> Floats:

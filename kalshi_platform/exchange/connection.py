@@ -5,7 +5,6 @@ What a frame means is the session's affair (`session.py`); nothing here reads on
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 from urllib.parse import urlsplit

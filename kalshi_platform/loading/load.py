@@ -23,7 +23,14 @@ import tenacity
 
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Distrust, Rows, State, derive
-from kalshi_platform.loading.state import checkpoint, keep_hour_state, load, save
+from kalshi_platform.loading.state import (
+    UnreadableState,
+    checkpoint,
+    keep_hour_state,
+    load,
+    newest_before,
+    save,
+)
 from kalshi_platform.loading.stores import Store
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position, Writer, joined
@@ -194,18 +201,33 @@ class Load:
     def _resume(self) -> None:
         """Go to where the last load ended, and fulfil what it had planned."""
         cursor = self._cursor = self._read_cursor()
-        self._position = journal.beginning(self._folder)
-        if cursor.state_at is not None:
-            self._position = Position(*cursor.state_at)
-            self._state = load(self._folder / "load" / cursor.state_file)
-        else:
-            self._state = State(n=self._position.n)
+        self._state, self._position = self._books_before(cursor)
         self._replay(Position(*cursor.committed))
         self._pending.clear()
         self.committed = Position(*cursor.committed)
         if cursor.planned is not None:
             self._replay(Position(*cursor.planned))
             self._commit(self._position)
+
+    def _books_before(self, cursor: _Cursor) -> tuple[State, Position]:
+        """A state at or before what is committed, and its place in the journal."""
+        if cursor.state_at is not None:
+            try:
+                return load(self._folder / "load" / cursor.state_file), Position(*cursor.state_at)
+            except UnreadableState as error:
+                log.warning("%s The books are derived from an earlier record again.", error)
+        beginning = journal.beginning(self._folder)
+        state = newest_before(self._folder, cursor.committed[2])
+        if state is not None and state.n >= beginning.n:
+            return state, journal.find(self._folder, state.n)
+        if beginning.n and cursor.committed[2] > beginning.n:
+            raise JournalError(
+                f"The books at record {cursor.committed[2]} cannot be had: the states in"
+                f" {self._cursor_path.parent} are gone, and so is the journal's beginning. Move that"
+                " folder away to load what the journal still has; rows before the next snapshots then"
+                " have no book to stand on."
+            )
+        return State(n=beginning.n), beginning
 
     def _replay(self, until: Position) -> None:
         """Derive up to `until`, which is durable: it was committed or planned."""

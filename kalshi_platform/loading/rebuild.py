@@ -82,8 +82,7 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
         return None
     state = hour_state(folder, hour)
     if state is not None and state.n >= beginning.n:
-        segment = max(n for n in journal.segments(folder) if n <= state.n)
-        return state, Position(segment, 0, state.n)
+        return state, journal.find(folder, state.n)
     if beginning.n == 0:  # the journal's very first hour begins with no books at all
         first = next(journal.read(folder, beginning), None)
         if first is not None and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour:

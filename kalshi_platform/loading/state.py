@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -10,13 +12,20 @@ import msgspec
 import polars as pl
 import pyarrow as pa
 
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.columns import names, prices, quantities
 from kalshi_platform.loading.derive import LEVELS, Book, Connection, State
 from kalshi_platform.storage.archive import hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 
+log = logging.getLogger(__name__)
+
 ALIVE_NS = 30_000_000_000
 """The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
+
+
+class UnreadableState(PlatformError):
+    """A state file that is missing or damaged; the books can be had from an earlier one."""
 
 
 class _Head(msgspec.Struct):
@@ -40,14 +49,21 @@ def save(state: State, path: Path) -> None:
         ) as writer,
     ):
         writer.write_table(table)
+    with temporary.open("rb") as written:
+        os.fsync(
+            written.fileno()
+        )  # the cursor will name it: it must survive what the cursor survives
     temporary.replace(path)
 
 
 def load(path: Path) -> State:
-    """Read a state. Raises OSError or `pa.ArrowInvalid` for a file that is not one."""
-    with pa.OSFile(str(path), "rb") as file:
-        table = pa.ipc.open_file(file).read_all()
-    head = msgspec.json.decode(table.schema.metadata[b"state"], type=_Head)
+    """Read a state. Raises `UnreadableState` for a file that is missing or damaged."""
+    try:
+        with pa.OSFile(str(path), "rb") as file:
+            table = pa.ipc.open_file(file).read_all()
+        head = msgspec.json.decode(table.schema.metadata[b"state"], type=_Head)
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise UnreadableState(f"{path} cannot be read ({error}).") from None
     levels = pl.DataFrame(table.replace_schema_metadata(None)).cast(LEVELS)
     return State(head.n, head.version, head.connections, head.books, levels)
 
@@ -61,6 +77,20 @@ def hour_state(journal_folder: Path, hour: datetime) -> State | None:
     """The books before an hour's first record, or None where they were not kept."""
     found = sorted(_hour_folder(journal_folder).glob(f"{hour:%Y-%m-%dT%H}-*.state"))
     return load(found[0]) if found else None
+
+
+def newest_before(journal_folder: Path, n: int) -> State | None:
+    """The newest readable state of an hour's beginning at or before record `n`."""
+    kept = {
+        int(path.stem.rpartition("-")[2]): path
+        for path in _hour_folder(journal_folder).glob("*.state")
+    }
+    for first_n in sorted((k for k in kept if k <= n), reverse=True):
+        try:
+            return load(kept[first_n])
+        except UnreadableState as error:
+            log.warning("%s An earlier one is tried.", error)
+    return None
 
 
 def later_hour_begun(journal_folder: Path, hour: datetime) -> bool:

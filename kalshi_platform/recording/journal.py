@@ -371,6 +371,14 @@ def beginning(folder: Path) -> Position:
     return Position(first, 0, first)
 
 
+def find(folder: Path, n: int) -> Position:
+    """Where record `n` is, or will be. Raises `JournalError` where it is no longer kept."""
+    before = [first_n for first_n in segments(folder) if first_n <= n]
+    if not before:
+        raise JournalError(f"The journal in {folder} no longer has record {n}.")
+    return Position(before[-1], 0, n)
+
+
 def read(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Block]:
     """The blocks from `start` on, up to `limit` (the writer's `durable`) or to what can be read.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import httpx
 import msgspec
@@ -91,6 +91,17 @@ class SimulatorGateway:
         self._http = httpx.Client(
             base_url=f"http://127.0.0.1:{port}/simulator", timeout=10.0, trust_env=False
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def where(self) -> httpx.URL:
+        """Below which address all its requests go."""
+        return self._http.base_url
 
     def account(self, after_fill: int, tickers: Sequence[str], busiest: int) -> Account:
         """Everything at one instant. Raises `PaperError`."""

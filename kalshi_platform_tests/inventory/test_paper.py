@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.errors import SettingsError
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.recorder import Recorder
@@ -16,8 +18,15 @@ from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.orders import Account, Answered, Request
-from kalshi_platform.simulator.paper import Misbehaviour, PaperMarketMaker, Tampering
+from kalshi_platform.simulator.paper import (
+    Misbehaviour,
+    PaperMarketMaker,
+    SimulatorGateway,
+    Tampering,
+)
+from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage.clickhouse import insert_arrow
+from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import Planted
 
 SECOND = 1_000_000_000
@@ -126,3 +135,23 @@ def test_each_misbehaviour_turns_its_check_red_and_is_named(
     assert check.name in red
     found = breaks.examine(planted.client, [check], Parameters())
     assert kind in {each.kind for each in found}, [each.explanation for each in found]
+
+
+def test_it_takes_no_url_and_refuses_to_run_beside_a_real_key(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not [word for word in run("paper-mm", "--help").output.split() if "url" in word.lower()]
+    with SimulatorGateway(1) as gateway:
+        assert str(gateway.where).startswith("http://127.0.0.1:1/simulator")
+    monkeypatch.setenv("PROD_KEYID", "a-key")
+    monkeypatch.setenv("PROD_KEYFILE", "key.pem")
+    result = run("paper-mm")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SettingsError)
+    assert "PROD_KEYID is set" in str(result.exception)
+
+
+def test_the_real_pages_of_an_exchange_do_not_take_its_orders(simulator: Simulator) -> None:
+    orders_page = f"{simulator.rest_url}/portfolio/orders"
+    assert httpx.post(orders_page, json=[], trust_env=False).status_code in {404, 405}
+    assert httpx.post(f"{simulator.rest_url}/simulator/orders", json=[]).status_code == 404

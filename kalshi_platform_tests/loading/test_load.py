@@ -250,6 +250,31 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
     writer.close()
 
 
+@pytest.mark.parametrize("lost", ["the cursor's state", "all states but the hour's", "every state"])
+def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> None:
+    records = recording()
+    writer = journal_of(tmp_path / "journal", records)
+    root = tmp_path / "archive"
+    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    notes = tmp_path / "journal" / "load"
+    (state,) = notes.glob("*.state")
+    if lost == "the cursor's state":
+        state.write_bytes(state.read_bytes()[:50])
+    else:
+        state.unlink()
+    if lost == "every state":
+        shutil.rmtree(notes / "hours")
+    at = records[-1][0]
+    writer.append(at, wire.conn_id(1), Kind.DELTA, wire.delta("A-1", 403, "no", 5_100, 30))
+    writer.hand_over()
+    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    writer.close()
+    last = archived(root, "orderbook_events").sort("seq").tail(1)
+    assert last["seq"][0] == 403
+    assert float(last["size"][0]) == 1.0  # 0.70 from the snapshot, and 0.30
+    assert archived(root, "orderbook_events").height == 404
+
+
 def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
     tmp_path: Path,
 ) -> None:
