@@ -126,8 +126,9 @@ class Up:
         return int(answer.text) if answer.status_code == httpx.codes.OK else 0
 
     def runs(self) -> list[dg.DagsterRun]:
+        """The streamer's runs; schedules and automation have runs of their own."""
         with self.instance() as instance:
-            return list(instance.get_runs())
+            return list(instance.get_runs(dg.RunsFilter(job_name="stream_orderbook")))
 
 
 @pytest.fixture

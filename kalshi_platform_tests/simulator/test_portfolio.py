@@ -45,7 +45,7 @@ def test_own_orders_are_filled_and_never_taken_and_everybody_sees_them(seed: int
             placed += qty
         except OrderRejected as rejected:
             assert str(rejected) == "post_only_cross"
-        if resting := venue.portfolio.orders():
+        if (resting := venue.portfolio.orders()) and rng.random() < 0.8:
             gone = venue.portfolio.cancel(rng.choice(resting).client_order_id, now)
             cancelled += gone.remaining
         for delta in [*happened, *venue.happened()]:

@@ -28,6 +28,7 @@ from email.parser import BytesParser
 from email.policy import HTTP as MIME
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -104,6 +105,7 @@ class Server:
         query_id = http.query_params.get("query_id") or str(uuid.uuid4())
         spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(self._engine.spool))  # noqa: SIM115 - closed below, on every path
         try:
+            _check_origin(http)
             self._check_password(http)
             call = await self._read(http, spool, query_id)
             return await self._answer(http, call)
@@ -321,6 +323,20 @@ async def _unknown_path(http: Request) -> Response:
 async def _disconnected(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_origin(http: Request) -> None:
+    """Refuse what a web page of another site sends through its visitor's browser.
+
+    Such a page can reach the loopback interface, and the default password is empty. Browsers name
+    the page in `Origin`; other clients send none.
+    """
+    origin = http.headers.get("origin")
+    host = urlsplit(origin).hostname if origin else None
+    if origin is not None and host not in {"127.0.0.1", "localhost", "::1", http.url.hostname}:
+        raise ClickHouseError(
+            497, "ACCESS_DENIED", f"Requests from web pages of other sites are refused: {origin}."
+        )
 
 
 def _header(http: Request, name: str, otherwise: str = "") -> bytes:

@@ -285,3 +285,14 @@ def test_the_servers_port_is_on_loopback_only(clickhouse_url: str) -> None:
         pytest.skip("this machine has no address but loopback")
     with pytest.raises(OSError):
         socket.create_connection((own, port), timeout=2).close()
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 200), (None, 200)],
+)
+def test_a_web_page_of_another_site_is_refused(
+    clickhouse_url: str, origin: str | None, status: int
+) -> None:
+    headers = {"Origin": origin} if origin else {}
+    assert httpx.post(clickhouse_url, content="SELECT 1", headers=headers).status_code == status
