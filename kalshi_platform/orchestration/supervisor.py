@@ -46,6 +46,9 @@ RECYCLE_S = 24 * 3600.0
 """Age at which a run is relieved by a new one, so that its log does not grow for ever."""
 BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
 """Wait after the first failure, doubled by each further one up to the limit."""
+KILLED_S, KILLED_FAILURES = 60.0, 2
+"""A run that had frames so lately was well until something ended it: it counts as few failures, so
+that the next is there within a minute, however often that happens."""
 
 DIALLING = frozenset({"starting", "connecting"})
 QUIET = frozenset({"quiet", "maintenance"})
@@ -211,11 +214,25 @@ def _count(seen: Observation, state: State) -> State:
     if not ended.failed:
         return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
     failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1
+    if _had_recorded(seen, ended):
+        failures = min(failures, KILLED_FAILURES)
     return replace(
         state,
         counted=ended.run_id,
         failures=failures,
         not_before=ended.at + _backoff(failures, seen.jitter),
+    )
+
+
+def _had_recorded(seen: Observation, ended: Ended) -> bool:
+    """Whether frames came until shortly before the run ended: it works, something killed it."""
+    health = seen.health
+    return (
+        health is not None
+        and ended.process is not None
+        and health.process.identity.same(ended.process.identity)
+        and health.last_frame is not None
+        and ended.at - health.last_frame < KILLED_S
     )
 
 

@@ -230,8 +230,8 @@ def run(kills: int, seed: int, rate: float, say: Callable[[str], None]) -> Outco
             done = []
             for number in range(1, kills + 1):
                 # At any moment: also while the platform is still recovering from the last one.
-                time.sleep(dice.uniform(0.0, 6.0))
-                done.append(_kill(it, dice, wait=number == kills or dice.random() < 0.4))
+                time.sleep(dice.uniform(0.0, 5.0))
+                done.append(_kill(it, dice, wait=number == kills or dice.random() < 0.25))
                 how = done[-1].recovered_s
                 say(
                     f"{number}/{kills} {done[-1].target}: "

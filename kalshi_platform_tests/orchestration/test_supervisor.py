@@ -249,6 +249,23 @@ def test_the_wait_doubles_with_each_failure_up_to_the_limit() -> None:
     assert isinstance(decide(failed("run-11"), state, NOW + BACKOFF_LIMIT_S).action, Launch)
 
 
+def test_runs_that_recorded_until_they_were_killed_are_replaced_within_a_minute_every_time() -> (
+    None
+):
+    state = State()
+    for number in range(12):
+        killed = Observation(
+            ended=Ended(f"run-{number}", True, 20.0, NOW, WORKER), health=health(), jitter=1.0
+        )
+        state = decide(killed, state, NOW).state
+        assert state.not_before - NOW <= 20
+    for number in range(8):  # these never got a frame: something is wrong with them
+        ended = Ended(f"silent-{number}", True, 20.0, NOW, WORKER)
+        silent = Observation(ended=ended, health=health(frame_age=None), jitter=1.0)
+        state = decide(silent, state, NOW).state
+    assert state.not_before - NOW == BACKOFF_LIMIT_S
+
+
 def test_one_failure_is_counted_once_however_often_it_is_seen() -> None:
     once = decide(failed("run-1"), State(), NOW).state
     assert decide(failed("run-1"), once, NOW + 1).state == once
