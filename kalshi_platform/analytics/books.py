@@ -492,7 +492,7 @@ def _levels(rows: _Rows, frame: Ints, frames: Frames) -> Levels:
         wrong = price.min() if price.min() < 0 else price.max()
         raise ValueError(f"a level has the price {wrong / 1e4}, which no book can have")
     ladder = frames.market[at] * 2 + rows.side[level]
-    order = np.lexsort((price.astype(np.uint16), _narrow(ladder, 2 * len(frames.market))))
+    order = np.lexsort((price.astype(np.uint16), _narrow(ladder, int(ladder.max(initial=0)) + 1)))
     level, price, at, ladder = level[order], price[order], at[order], ladder[order]
 
     resets = np.append(np.flatnonzero(frames.cause <= SNAPSHOT), len(frames)).astype(np.int32)

@@ -20,6 +20,7 @@ COMMANDS = {
     "migrate": "Bring the ClickHouse schema up to date.",
     "sql": "Run SQL and print a table.",
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
+    "compact": "Make each sealed hour of the archive one sorted file.",
     "restore": "Bring the archive's hours back into ClickHouse.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",

@@ -16,7 +16,7 @@ from kalshi_platform.streamer import Health, Streamer
 log = logging.getLogger("kalshi_platform.stream")
 
 STATUS_S = 10.0
-DRAIN_S = 9.0
+DRAIN_S = 7.0
 
 
 @click.command()

@@ -438,7 +438,9 @@ def _explain_divergence(
         f"the engine has {_number(ours)} and the exchange said {_number(theirs)}"
         f" {_number(row['snapshot_age_s'])} s before"
     )
-    after, missing = _reconciled(look, episode) if "mm_fills" in look.tables else (0.0, 0.0)
+    after, missing, uncounted = (
+        _reconciled(look, episode) if "mm_fills" in look.tables else (0.0, 0.0, 0.0)
+    )
     if theirs and abs(ours + theirs) < _SAME:
         named = around.inv_convention or "none"
         kind = WRONG_CONVENTION
@@ -457,6 +459,9 @@ def _explain_divergence(
     elif over and lasted <= BRIEF:
         kind = TIMING
         said += f", for {lasted.total_seconds():.1f} s only"
+    elif uncounted:
+        kind = MISSING_FILL
+        said += f", and recorded fills of {_number(uncounted)} are not in pos_filled"
     elif episode.market_ticker in look.rolled:
         kind = ROLLED
         said += ", and inventory was rolled forward"
@@ -466,8 +471,10 @@ def _explain_divergence(
     return kind, said
 
 
-def _reconciled(look: _Look, episode: _Episode) -> tuple[float, float]:
-    """Fills since the snapshot, and what the snapshot has that no recorded fill accounts for."""
+def _reconciled(look: _Look, episode: _Episode) -> tuple[float, float, float]:
+    """Signed fills since the snapshot; what the snapshot has that no recorded fill accounts for; and
+    the recorded fills before it, where the engine still has the position from before them.
+    """
     row = episode.example
     with translated():
         found = look.client.query(
@@ -480,8 +487,10 @@ def _reconciled(look: _Look, episode: _Episode) -> tuple[float, float]:
         ).result_rows[0]
     after, before_ts, before_pos, between = found
     if before_ts <= _NEVER:
-        return float(after), 0.0  # no snapshot before it to count from
-    return float(after), float(row["snapshot_pos_filled"] - before_pos - between)
+        return float(after), 0.0, 0.0  # no snapshot before it to count from
+    missing = float(row["snapshot_pos_filled"] - before_pos - between)
+    stayed = abs(row["pos_filled"] - before_pos) < _SAME
+    return float(after), missing, float(between) if stayed else 0.0
 
 
 def _number(value: float) -> str:

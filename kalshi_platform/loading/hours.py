@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,8 @@ from kalshi_platform.storage.schema import (
 
 RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name)
 """The datasets that the recording itself makes."""
+COMPACTED = "hour-"
+"""A compacted hour's file begins so; the rest of its name is a digest of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def is_sealed(root: Path, hour: datetime) -> bool:
 
 
 def _manifest(root: Path, it: DatasetHour, verified: Mapping[str, float]) -> Manifest:
+    before = archive.read_manifest(root, it.dataset, it.hour)
     tally_parts = [
         Part(path.name, pq.read_metadata(path).num_rows, path.stat().st_size)
         for path in archive.files(root, it.dataset, it.hour)
@@ -138,7 +141,14 @@ def _manifest(root: Path, it: DatasetHour, verified: Mapping[str, float]) -> Man
         last=it.last.isoformat() if it.last else None,
         checksum=it.checksum,
         parts=tally_parts,
+        compacted=is_compacted([part.file for part in tally_parts]),
+        merged=before.merged if before else [],
     )
+
+
+def is_compacted(names: Sequence[str]) -> bool:
+    """Whether files of these names are an hour's one sorted file."""
+    return len(names) == 1 and names[0].startswith(COMPACTED)
 
 
 def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
@@ -150,7 +160,7 @@ def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
     parts = []
     for path in archive.files(root, dataset, hour):
         count = 0
-        for table in _tables(path, DATASETS[dataset].arrow):
+        for table in archive.batches(path, DATASETS[dataset].arrow):
             count += table.num_rows
             total = (total + checksum.rows_checksum(table)) % 2**64
             markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
@@ -163,16 +173,6 @@ def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
     return _Tally(rows, total, frozenset(markets), first, last, tuple(parts))
 
 
-def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path, read_dictionary=_dictionaries(schema)) as file:
-        for batch in file.iter_batches(batch_size=archive.ROW_GROUP_ROWS):
-            yield pa.Table.from_batches([batch])
-
-
-def _dictionaries(schema: pa.Schema) -> list[str]:
-    return [field.name for field in schema if pa.types.is_dictionary(field.type)]
-
-
 def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
     """The stream events that coverage and gap counts need, in order."""
     tables = []
@@ -181,7 +181,8 @@ def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
             table.column_names.index("kind"), "kind", table["kind"].cast(pa.string())
         )
         tables.append(plain.filter(pc.is_in(plain["kind"], pa.array(BREAKING))))
-    # Parts are in the order of their journal ranges, rows within them in the journal's.
+    # Parts are in the order of their journal ranges, rows within them in the journal's; a compacted
+    # hour keeps the journal's order among rows of one receive time.
     return [row for table in tables for row in table.to_pylist()]
 
 

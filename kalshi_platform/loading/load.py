@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 CHUNK_RECORDS = 65_536
 """Derived at a time: bounds memory while catching up."""
 STATE_EVERY_S = 30.0
+TROUBLE_PATIENCE_S = 1.5
+"""At the end, a store that takes nothing is given up after this: the journal has it all."""
 REFUSED_RETRY_S = 30.0
 """A store that refuses for good is asked again now and then: somebody may have mended it."""
 
@@ -56,8 +58,8 @@ class Pace:
     """The same for the first time, so that a newcomer sees something soon."""
 
 
-CLICKHOUSE_PACE = Pace(records=262_144, seconds=0.25, first_s=0.25)
-PARQUET_PACE = Pace(records=524_288, seconds=60.0, first_s=5.0)
+CLICKHOUSE_PACE = Pace(records=131_072, seconds=0.25, first_s=0.25)
+PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0)
 
 
 class _Cursor(msgspec.Struct, frozen=True):
@@ -120,8 +122,18 @@ class Load:
         self._stopping.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the end; True when everything was loaded in time, else the rest is left."""
-        self._thread.join(timeout_s)
+        """Wait for the end; True when everything was loaded in time, else the rest is left.
+
+        A store that is in trouble, and stays so for TROUBLE_PATIENCE_S, is not waited for.
+        """
+        now = time.monotonic()
+        ends, gives_up = now + timeout_s, now + TROUBLE_PATIENCE_S
+        while self._thread.is_alive() and (now := time.monotonic()) < ends:
+            if self.trouble is None:
+                gives_up = now + TROUBLE_PATIENCE_S
+            elif now >= gives_up:
+                break
+            self._thread.join(0.05)
         ended = not self._thread.is_alive()
         self._abandon.set()
         return ended and self.failure is None and self.trouble is None

@@ -1,13 +1,15 @@
 """An archived hour, built again: from the journal while that is kept, else from ClickHouse.
 
 From the journal every part is derived anew and replaces itself, name for name, so that a reader
-sees each row once at every instant. From ClickHouse, for hours whose files are lost or damaged, the
-hour becomes one file per dataset; what was there is put aside under a hidden name.
+sees each row once at every instant. A compacted hour is derived and compacted beside the archive, and
+exchanged for what is there if it has the same rows. From ClickHouse, for hours whose files are lost or
+damaged, the hour becomes one file per dataset; what was there is put aside under a hidden name.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import hours
+from kalshi_platform.loading import compaction, hours
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.loading.hours import HourReport
@@ -26,7 +28,7 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, clickhouse
-from kalshi_platform.storage.archive import HOUR, floor_hour, hour_of_ns
+from kalshi_platform.storage.archive import HOUR, Manifest, floor_hour, hour_of_ns
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
@@ -41,7 +43,8 @@ def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
     """Build a past hour again and seal it; the hour that is still open is only described.
 
     The report has no datasets where nothing of the hour is known anywhere. Raises `StoreRefused`
-    where neither the journal nor ClickHouse can give back what is lost.
+    where neither the journal nor ClickHouse can give back what is lost, `StoreUnavailable` while
+    somebody else changes sealed hours.
     """
     root = settings.archive_dir
     if floor_hour(datetime.now(UTC)) <= hour or not _passed(
@@ -49,11 +52,18 @@ def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
     ):
         return hours.describe(root, hour, complete=False)
     start = _in_journal(settings.journal_dir(shard), hour)
-    if start is not None:
-        _from_journal(settings.journal_dir(shard), start, root, hour, shard)
-    elif not _sound(root, hour):
-        _from_clickhouse(settings, root, hour)
-    return hours.seal(root, hour)
+    with archive.changing(root):
+        if _is_compacted(root, hour):
+            same = start is not None and _from_journal_compacted(
+                settings.journal_dir(shard), start, root, hour, shard
+            )
+            if not same and not _sound(root, hour):
+                _from_clickhouse(settings, root, hour)
+        elif start is not None:
+            _from_journal(settings.journal_dir(shard), start, root, hour, shard)
+        elif not _sound(root, hour):
+            _from_clickhouse(settings, root, hour)
+        return hours.seal(root, hour)
 
 
 def _passed(folder: Path, root: Path, hour: datetime) -> bool:
@@ -88,6 +98,57 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
         if first is not None and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour:
             return State(), beginning
     return None
+
+
+def _is_compacted(root: Path, hour: datetime) -> bool:
+    """Whether a compaction took in rows of the hour, be there parts beside them or not."""
+    return any(
+        any(path.name.startswith(hours.COMPACTED) for path in archive.files(root, name, hour))
+        or ((manifest := archive.read_manifest(root, name, hour)) is not None and manifest.merged)
+        for name in hours.RECORDED
+    )
+
+
+def _from_journal_compacted(
+    folder: Path, start: tuple[State, Position], root: Path, hour: datetime, shard: int
+) -> bool:
+    """Replace the hour's files by new ones of the same rows; False where the journal gives others.
+
+    It does where rows came late, in the journal of a later hour, or from another shard: what the
+    archive has then stays.
+    """
+    manifests = {name: archive.read_manifest(root, name, hour) for name in hours.RECORDED}
+    scratch = archive.staging(root, "rebuild", hour)
+    try:
+        _from_journal(folder, start, scratch, hour, shard)
+        built = []
+        for name in hours.RECORDED:
+            derived, manifest = archive.files(scratch, name, hour), manifests[name]
+            if not derived and manifest is None:
+                continue
+            staged = archive.staging(root, name, hour)
+            found = compaction.build(derived, DATASETS[name], staged) if derived else None
+            if manifest is None or found is None or not _same(manifest, found[0]):
+                log.warning(
+                    "%s of %s: the journal gives %s rows, the archive vouches for %s. The archive is"
+                    " not changed from the journal.",
+                    name,
+                    f"{hour:%Y-%m-%d %H:00} UTC",
+                    f"{found[0].rows:,}" if found else "no",
+                    f"{manifest.rows:,}" if manifest else "none",
+                )
+                return False
+            compaction.vouch(root, staged, manifest, found[1])
+            built.append((name, staged))
+    finally:
+        shutil.rmtree(scratch)
+    for name, staged in built:
+        archive.replace_hour(root, name, hour, staged)
+    return True
+
+
+def _same(manifest: Manifest, content: compaction.Content) -> bool:
+    return (manifest.rows, manifest.checksum) == (content.rows, content.checksum)
 
 
 def _from_journal(
@@ -196,25 +257,34 @@ def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
 def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
     """A dataset's hour as ClickHouse has it, in the archive's own types."""
     clock = "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
-    # Arrow has neither UUIDs nor names of enum values: both come as text.
-    columns = ", ".join(
-        f"toString({c.name}) AS {c.name}"
-        if "UUID" in c.clickhouse or "Enum" in c.clickhouse
-        else c.name
-        for c in dataset.columns
-    )
     order = ", ".join(
         c.name
         for c in dataset.columns
         if c.name in {clock, "conn_id", "sid", "seq", "side", "price"}
     )
     query = (
-        f"SELECT {columns} FROM {dataset.name}"  # noqa: S608 - names are the schema's own
+        f"SELECT {select_list(dataset)} FROM {dataset.name}"  # noqa: S608 - names are the schema's own
         f" WHERE {clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
         f" ORDER BY {order}"
     )
     with clickhouse.translated():
         found = client.query_arrow(query, parameters={"start": hour, "end": hour + HOUR})
+    return as_archived(found, dataset)
+
+
+def select_list(dataset: Dataset) -> str:
+    """A dataset's columns for a SELECT that is to be read as Arrow."""
+    # Arrow has neither UUIDs nor names of enum values: both come as text.
+    return ", ".join(
+        f"toString({c.name}) AS {c.name}"
+        if "UUID" in c.clickhouse or "Enum" in c.clickhouse
+        else c.name
+        for c in dataset.columns
+    )
+
+
+def as_archived(found: pa.Table, dataset: Dataset) -> pa.Table:
+    """What ClickHouse answered to `select_list`, in the archive's own types."""
     return pa.Table.from_arrays(
         [_as(found[field.name], field.type) for field in dataset.arrow], schema=dataset.arrow
     )

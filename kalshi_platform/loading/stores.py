@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, clickhouse
 from kalshi_platform.storage.archive import HOUR
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, LATEST_LEVELS
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, LATEST_LEVELS, Dataset
 
 log = logging.getLogger(__name__)
 
@@ -93,24 +94,34 @@ class ParquetStore:
                 continue
             table = concatenated([r.tables[name] for r in rows])
             for hour, part in by_hour(table):
-                path = archive.hour_folder(self._root, name, hour) / archive.part_name(
-                    self._shard, first_n, end_n
-                )
-                self.bytes_written += archive.write(path, [part], DATASETS[name].arrow)
+                self._write_part(DATASETS[name], hour, first_n, end_n, part)
                 touched.add(hour)
         for hour in sorted(touched):
-            if hour != max(touched) or hours.is_sealed(self._root, hour):
+            if hours.is_sealed(self._root, hour):
+                with archive.changing(self._root):
+                    self._seal(hour)
+            elif hour != max(touched):
                 self._seal(hour)
             elif self._open_hour_reported != hour:
                 self._open_hour_reported = hour
                 self._report(hours.describe(self._root, hour, complete=False))
 
+    def _write_part(
+        self, dataset: Dataset, hour: datetime, first_n: int, end_n: int, rows: pa.Table
+    ) -> None:
+        """Write an hour's part; rows that a compaction has taken in already are there."""
+        name = archive.part_name(self._shard, first_n, end_n)
+        late = hours.is_sealed(self._root, hour)
+        with archive.changing(self._root) if late else nullcontext():
+            manifest = archive.read_manifest(self._root, dataset.name, hour) if late else None
+            if manifest is None or name not in manifest.merged:
+                path = archive.hour_folder(self._root, dataset.name, hour) / name
+                self.bytes_written += archive.write(path, [rows], dataset.arrow)
+
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """Write the checkpoint, then seal every hour that this journal has passed."""
         if checkpoint.num_rows:
-            folder = archive.hour_folder(self._root, BOOK_CHECKPOINTS.name, hour)
-            path = folder / archive.part_name(self._shard, n, n)
-            self.bytes_written += archive.write(path, [checkpoint], BOOK_CHECKPOINTS.arrow)
+            self._write_part(BOOK_CHECKPOINTS, hour, n, n, checkpoint)
         passed = {h for name in hours.RECORDED for h in archive.hours(self._root, name) if h < hour}
         for earlier in sorted(passed):
             if not hours.is_sealed(self._root, earlier):

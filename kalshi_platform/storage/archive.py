@@ -1,29 +1,41 @@
 """The Parquet archive on disk: where an hour is, and how a file gets there whole or not at all.
 
     <root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-<shard>-<first n>-<end n>.parquet
+    <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour-<digest of the file>.parquet    once compacted
     <root>/<dataset>/date=YYYY-MM-DD/hour=HH/_manifest.json
+    <root>/.aside/    hours being built, hours replaced a moment ago, locks: no reader looks there
 
 Files are written under a name that no reader globs, synced, then renamed: a reader sees each row
 once, whenever it looks and whatever was killed. Names follow from the journal range alone, so
-writing a range again replaces the file with itself. What the rows mean is not known here.
+writing a range again replaces the file with itself. A whole hour is replaced by exchanging its folder
+(`replace_hour`). What the rows mean is not known here.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import filelock
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kalshi_platform.storage import swap
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 
 HOUR = timedelta(hours=1)
 MANIFEST = "_manifest.json"
+ASIDE = ".aside"
+GRACE_S = 60.0
+"""A replaced hour is kept for so long: whoever was just listing it lists all of it."""
 ROW_GROUP_ROWS = 262_144
 _TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
 
@@ -57,6 +69,10 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: list[Part]
     verified_by_market: dict[str, float] = {}
     """`verified_seconds` of each market."""
+    compacted: bool = False
+    """The hour is one sorted file, which `parts` names."""
+    merged: list[str] = []
+    """Names of the parts whose rows the compacted file took in: they are not to be written again."""
 
 
 def floor_hour(at: datetime) -> datetime:
@@ -113,10 +129,17 @@ def part_range(name: str) -> tuple[int, int, int] | None:
     return int(pieces[1]), int(pieces[2]), int(pieces[3])
 
 
-def write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+def write(
+    path: Path,
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    *,
+    level: int = 3,
+    sorted_by: Sequence[str] = (),
+) -> int:
     """Write one Parquet file, whole or not at all; returns its bytes.
 
-    Raises `StoreUnavailable` where the disk is full or failing, `StoreRefused` where it may not be
+    `level` is zstd's; `sorted_by` names the columns that the rows are sorted by, for the footer. Raises `StoreUnavailable` where the disk is full or failing, `StoreRefused` where it may not be
     written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
@@ -128,11 +151,16 @@ def write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
             temporary,
             schema,
             compression="zstd",
-            compression_level=3,
+            compression_level=level,
             use_dictionary=[n for n in names if n in schema.names],
             column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
             store_decimal_as_integer=True,
             write_statistics=True,
+            write_page_index=bool(sorted_by),
+            sorting_columns=[
+                pq.SortingColumn(schema.get_field_index(n), nulls_first=True) for n in sorted_by
+            ]
+            or None,
             data_page_version="2.0",
         ) as writer:
             for table in tables:
@@ -144,10 +172,11 @@ def write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
     return path.stat().st_size
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Put an hour's manifest beside its files."""
-    hour = datetime.fromisoformat(manifest.hour)
-    path = hour_folder(root, manifest.dataset, hour) / MANIFEST
+def write_manifest(root: Path, manifest: Manifest, folder: Path | None = None) -> None:
+    """Put an hour's manifest beside its files, or into the `folder` that will be the hour's."""
+    if folder is None:
+        folder = hour_folder(root, manifest.dataset, datetime.fromisoformat(manifest.hour))
+    path = folder / MANIFEST
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
@@ -176,11 +205,107 @@ def read(
     for path in files(root, dataset, hour):
         try:
             yield pq.read_table(path, columns=columns, partitioning=None)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreRefused(
-                f"{path} cannot be read ({error}). Materialise that hour again: it is rebuilt from the"
-                " journal while that is kept, else from ClickHouse."
-            ) from None
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from None
+
+
+def batches(path: Path, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterator[pa.Table]:
+    """A file's rows, at most `rows` at a time. Raises `StoreRefused` where it cannot be read."""
+    dictionaries = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    try:
+        with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
+            for batch in file.iter_batches(batch_size=rows):
+                yield pa.Table.from_batches([batch]).cast(schema)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+# -- a whole hour replaced ---------------------------------------------------------------------
+
+
+@contextmanager
+def changing(root: Path, timeout_s: float = 60.0) -> Iterator[None]:
+    """Whoever changes an hour that is sealed holds this: a late row, a rebuild, a compaction's swap.
+
+    The kernel drops it when its holder dies. Raises `StoreUnavailable` when it is not to be had.
+    """
+    with _locked(root, "changing.lock", timeout_s, "Sealed hours are being changed"):
+        yield
+
+
+@contextmanager
+def compacting(root: Path) -> Iterator[None]:
+    """Held by the one compaction of an archive. Raises `StoreUnavailable` while another runs."""
+    with _locked(root, "compaction.lock", 0, "Another compaction is at work"):
+        yield
+
+
+@contextmanager
+def _locked(root: Path, name: str, timeout_s: float, what: str) -> Iterator[None]:
+    path = root / ASIDE / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path, timeout=timeout_s, thread_local=False)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StoreUnavailable(
+            f"{what} in {root} ({path} is held). Try again when that is done."
+        ) from None
+    except OSError as error:
+        raise _disk_error(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def staging(root: Path, dataset: str, hour: datetime) -> Path:
+    """A new empty folder in which a dataset's hour can be built, on the archive's file system."""
+    path = root / ASIDE / dataset / f"{hour:%Y-%m-%d-%H}-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise _disk_error(path, error) from None
+    return path
+
+
+def replace_hour(root: Path, dataset: str, hour: datetime, staged: Path) -> None:
+    """Make the staged folder the hour's, in one step; what was there lies aside until `sweep`.
+
+    Everything in `staged` must be durable, and the caller must hold `changing`. A reader that listed
+    the hour before and opens it after finds no such file, and has to list again.
+    """
+    folder = hour_folder(root, dataset, hour)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            swap.exchange(staged, folder)
+        else:
+            staged.rename(folder)
+        _sync(folder.parent)
+        _sync(staged.parent)
+    except OSError as error:
+        raise _disk_error(folder, error) from None
+
+
+def sweep(root: Path) -> None:
+    """Remove what lies aside for longer than the grace; the caller must hold both locks.
+
+    It is either a replaced hour or the unfinished work of somebody who was killed.
+    """
+    for path in (root / ASIDE).glob("*/*"):
+        try:
+            if time.time() - path.stat().st_ctime > GRACE_S:  # an exchange sets it
+                shutil.rmtree(path)
+        except OSError as error:
+            raise _disk_error(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> StoreRefused:
+    return StoreRefused(
+        f"{path} cannot be read ({error}). Materialise that hour again: it is rebuilt from the"
+        " journal while that is kept, else from ClickHouse."
+    )
 
 
 def _settle(temporary: Path, path: Path) -> None:

@@ -87,6 +87,16 @@ def test_a_snapshot_that_the_fills_do_not_account_for_is_a_missing_fill(
     assert f"fills of {10 - recorded:g} were never recorded" in found.explanation
 
 
+def test_a_fill_that_was_recorded_and_not_counted_is_a_missing_fill(planted: Planted) -> None:
+    planted.snapshot(ago(300), 2)
+    planted.fill(ago(250), 10)
+    planted.snapshot(ago(200), 12)
+    planted.decision(ago(190), filled=2)
+    found = only(planted, audit.DIVERGENCE)
+    assert found.kind == breaks.MISSING_FILL
+    assert "recorded fills of 10 are not in pos_filled" in found.explanation
+
+
 def test_the_other_sign_is_a_wrong_convention(planted: Planted) -> None:
     planted.snapshot(ago(300), -7)
     planted.decision(ago(290), filled=7, inv_convention="no_positive")

@@ -24,6 +24,7 @@ repository.load_all_definitions()
 print(json.dumps({
     "assets": sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()),
     "jobs": sorted(job for job in repository.job_names if not job.startswith("__")),
+    "schedules": {s.name: s.default_status.value for s in repository.schedule_defs},
     "sensors": {s.name: s.default_status.value for s in repository.sensor_defs},
     "loaded": sorted({"polars", "chdb", "clickhouse_connect", "websockets"} & set(sys.modules)),
     "threads": threading.active_count() - before,
@@ -56,7 +57,17 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
             "spreads",
             "stream_events",
         ],
-        "jobs": ["inventory_qa", "mm_position_snapshots_job", "stream_orderbook"],
+        "jobs": [
+            "inventory_qa",
+            "mm_position_snapshots_job",
+            "parquet_compaction",
+            "stream_orderbook",
+        ],
+        "schedules": {
+            "inventory_qa_schedule": "RUNNING",
+            "mm_position_snapshots_schedule": "RUNNING",
+            "parquet_compaction_schedule": "RUNNING",
+        },
         "sensors": {"analytics_automation": "RUNNING", "streamer_supervisor": "RUNNING"},
         "loaded": [],
         "threads": 0,

@@ -1,0 +1,61 @@
+"""`compact`: the sealed hours of the archive, one sorted file each."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import click
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.loading import compaction
+from kalshi_platform.loading.compaction import Compacted
+from kalshi_platform.loading.restore import parse_hours
+from kalshi_platform.storage.errors import StoreError, StoreRefused
+
+
+@click.command()
+@click.option("--hour", help="2026-11-22-14, UTC: this hour alone.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Every sealed hour not compacted yet  [default]"
+)
+def command(hour: str | None, everything: bool) -> None:
+    """Make each sealed hour one file, sorted for reading.
+
+    Rows and checksum are held against the parts before these go. Readers and the streamer go on; a
+    compaction that was interrupted is taken up by the next.
+    """
+    if hour is not None and everything:
+        raise click.UsageError("Give --hour or --all, not both.")
+    root = platform_settings.load().archive_dir
+    if hour is None:
+        wanted = compaction.pending(root)
+    else:
+        first, last = parse_hours(hour)
+        if first != last:
+            raise click.UsageError("--hour is one hour; --all takes all of them.")
+        wanted = [first]
+    before = after = files = 0
+
+    def say(it: Compacted) -> None:
+        nonlocal before, after, files
+        before, after, files = before + it.bytes_before, after + it.bytes_after, files + 1
+        click.echo(
+            f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {it.rows:,} rows  {it.files_before} files →"
+            f" 1  {it.bytes_before:,} → {it.bytes_after:,} bytes  checksum {it.checksum}"
+        )
+
+    refusals: list[StoreError] = []
+
+    def refused(_: datetime, error: StoreError) -> None:
+        refusals.append(error)
+        click.echo(f"Not compacted: {error}", err=True)
+
+    compaction.compact(root, wanted, say, refused)
+    if hour is not None and refusals:
+        raise SystemExit(1)
+    if refusals:
+        raise StoreRefused(f"{len(refusals)} of {len(wanted)} hours were not compacted; see above.")
+    if not files:
+        click.echo("Nothing to compact: every sealed hour is one file per dataset already.")
+    else:
+        click.echo(f"{len(wanted)} hours compacted, {before:,} → {after:,} bytes.")

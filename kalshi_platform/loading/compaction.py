@@ -1,0 +1,326 @@
+"""Compaction: the parts of a sealed hour become one file, sorted for reading.
+
+The hour is built beside the archive, held against its parts and its manifest by row count and content
+checksum, and then exchanged for them in one step; a kill at any instant leaves the parts or the one
+file. Only what the manifest vouches for is taken: anything else is refused and left as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform.loading import hours
+from kalshi_platform.storage import archive, checksum
+from kalshi_platform.storage.archive import Manifest, Part, floor_hour
+from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.schema import (
+    BOOK_CHECKPOINTS,
+    DATASETS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    Dataset,
+)
+
+log = logging.getLogger(__name__)
+
+SORTED_BY = {
+    ORDERBOOK_EVENTS.name: (
+        "market_ticker",
+        "ingest_ts",
+        "conn_id",
+        "sid",
+        "seq",
+        "side",
+        "price",
+    ),
+    STREAM_EVENTS.name: ("ingest_ts",),  # else as journalled: an end comes after what it ends
+    BOOK_CHECKPOINTS.name: ("market_ticker", "side", "price"),
+}
+"""What an hour is sorted by. Nulls come first."""
+ROW_GROUP_ROWS = 65_536
+"""What a reader of one market reads at least; docs/data.md has the figures."""
+ZSTD_LEVEL = 9
+RANGE_ROWS = 2_000_000
+"""Sorted at a time, market by market: bounds memory, but for a market with more."""
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What became of one dataset's hour. Sizes are in bytes."""
+
+    dataset: str
+    hour: datetime
+    rows: int
+    files_before: int
+    bytes_before: int
+    bytes_after: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What files hold, by count and by content."""
+
+    rows: int
+    checksum: str
+    by_market: Counter[str]
+
+
+def pending(root: Path) -> list[datetime]:
+    """The sealed hours of which some dataset is not one compacted file yet, ascending."""
+    now = floor_hour(datetime.now(UTC))
+    parts = {
+        hour
+        for name in hours.RECORDED
+        for hour in archive.hours(root, name)
+        if hour < now and not hours.is_compacted([p.name for p in archive.files(root, name, hour)])
+    }
+    return [hour for hour in sorted(parts) if _is_sealed(root, hour)]
+
+
+def _is_sealed(root: Path, hour: datetime) -> bool:
+    try:
+        return hours.is_sealed(root, hour)
+    except StoreRefused:
+        return True  # a damaged manifest: told when the hour's turn comes
+
+
+def compact(
+    root: Path,
+    wanted: Iterable[datetime],
+    done: Callable[[Compacted], None],
+    refused: Callable[[datetime, StoreError], None],
+) -> None:
+    """Compact the `wanted` hours one after the other; an hour that is refused stops no other.
+
+    Raises `StoreUnavailable` where another compaction is at work.
+    """
+    with archive.compacting(root):
+        for hour in wanted:
+            try:
+                _sweep(root)
+                for compacted in compact_hour(root, hour):
+                    done(compacted)
+            except StoreError as error:
+                refused(hour, error)
+        _sweep(root)
+
+
+def _sweep(root: Path) -> None:
+    try:
+        with archive.changing(root, timeout_s=0):
+            archive.sweep(root)
+    except StoreUnavailable as error:
+        log.info("What lies aside stays there for now: %s", error)
+
+
+def compact_hour(root: Path, hour: datetime) -> Iterator[Compacted]:
+    """Compact the datasets of a sealed hour; those that are compacted already are passed over.
+
+    The caller holds `archive.compacting`. Raises `StoreRefused` where the hour is not sealed or its
+    files are not what its manifest says, `StoreUnavailable` where it changed meanwhile.
+    """
+    if floor_hour(datetime.now(UTC)) <= hour:
+        raise StoreRefused(
+            f"The hour {hour:%Y-%m-%d %H:00} UTC is still open: its files are the streamer's."
+        )
+    if not any(archive.files(root, name, hour) for name in hours.RECORDED):
+        raise StoreRefused(f"The archive in {root} has nothing of {hour:%Y-%m-%d %H:00} UTC.")
+    if not hours.is_sealed(root, hour):
+        raise StoreRefused(
+            f"The hour {hour:%Y-%m-%d %H:00} UTC is not sealed: the streamer may still write to it. It"
+            " is sealed when the streamer passes it, or when orderbook_events is materialised for it."
+        )
+    for name in hours.RECORDED:
+        files = archive.files(root, name, hour)
+        if files and not hours.is_compacted([path.name for path in files]):
+            yield _compact(root, DATASETS[name], hour)
+
+
+def _compact(root: Path, dataset: Dataset, hour: datetime) -> Compacted:
+    before = _look(root, dataset.name, hour)
+    manifest = archive.read_manifest(root, dataset.name, hour)
+    if manifest is None:
+        raise StoreRefused(f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC is not sealed.")
+    staged = archive.staging(root, dataset.name, hour)
+    content, part = build([path for path, *_ in before], dataset, staged)
+    _insist_on(manifest, content)
+    vouch(root, staged, manifest, part)
+    with archive.changing(root):
+        if _look(root, dataset.name, hour) != before:
+            raise StoreUnavailable(
+                f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and is as"
+                " it was. The next compaction takes it."
+            )
+        archive.replace_hour(root, dataset.name, hour, staged)
+    return Compacted(
+        dataset.name,
+        hour,
+        content.rows,
+        len(before),
+        sum(size for _, _, size, _ in before),
+        part.bytes,
+        content.checksum,
+    )
+
+
+def _look(root: Path, dataset: str, hour: datetime) -> list[tuple[Path, int, int, int]]:
+    """The hour's files and which ones they are: a file that was replaced looks different."""
+    return [
+        (path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
+        for path in archive.files(root, dataset, hour)
+    ]
+
+
+def _insist_on(manifest: Manifest, content: Content) -> None:
+    if (content.rows, content.checksum) != (manifest.rows, manifest.checksum):
+        raise StoreRefused(
+            f"{manifest.dataset} of {manifest.hour}: its files hold {content.rows:,} rows of checksum"
+            f" {content.checksum}, its manifest says {manifest.rows:,} of {manifest.checksum}. Nothing"
+            " was changed. Materialise that hour again, then compact it."
+        )
+
+
+def vouch(root: Path, staged: Path, manifest: Manifest, part: Part) -> None:
+    """Put the manifest of a compacted hour beside its one file; `manifest` is that of its parts."""
+    merged = {each.file for each in manifest.parts if archive.part_range(each.file)}
+    after = msgspec.structs.replace(
+        manifest,
+        bytes=part.bytes,
+        parts=[part],
+        compacted=True,
+        merged=sorted(merged | set(manifest.merged)),
+    )
+    archive.write_manifest(root, after, staged)
+
+
+# -- building ----------------------------------------------------------------------------------
+
+
+def build(sources: Sequence[Path], dataset: Dataset, staged: Path) -> tuple[Content, Part]:
+    """Write the rows of all `sources` into one sorted file in `staged`, and prove that it has them.
+
+    Its name follows from its bytes: a name never stands for two different files. Raises `StoreRefused`
+    where a file cannot be read or the proof fails.
+    """
+    schema = dataset.arrow
+    content = survey(sources, schema)
+    unnamed = staged / f"{hours.COMPACTED}0.parquet"
+    tables = _sorted(sources, dataset, content.by_market)
+    size = archive.write(
+        unnamed, tables, schema, level=ZSTD_LEVEL, sorted_by=SORTED_BY[dataset.name]
+    )
+    written = survey([unnamed], schema)
+    if written != content:
+        raise StoreRefused(
+            f"{unnamed} was written from {content.rows:,} rows of checksum {content.checksum} and reads"
+            f" as {written.rows:,} of {written.checksum}. Nothing was changed. Is the disk failing?"
+        )
+    with unnamed.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    path = unnamed.rename(staged / f"{hours.COMPACTED}{digest}.parquet")
+    return content, Part(path.name, content.rows, size)
+
+
+def survey(sources: Sequence[Path], schema: pa.Schema) -> Content:
+    """Read everything, and tell what there is."""
+    rows, total = 0, 0
+    by_market: Counter[str] = Counter()
+    for path in sources:
+        for table in archive.batches(path, schema):
+            rows += table.num_rows
+            total = (total + checksum.rows_checksum(table)) % 2**64
+            for entry in table["market_ticker"].value_counts().to_pylist():
+                by_market[entry["values"]] += entry["counts"]
+    return Content(rows, checksum.text(total), by_market)
+
+
+def _sorted(
+    sources: Sequence[Path], dataset: Dataset, by_market: Counter[str]
+) -> Iterator[pa.Table]:
+    """All rows in order, a row group at a time."""
+    keys = SORTED_BY[dataset.name]
+    ranges = _ranges(by_market) if keys[0] == "market_ticker" else [frozenset(by_market)]
+    for tickers in ranges:
+        pieces = [
+            table if len(ranges) == 1 else _of_markets(table, tickers)
+            for path in sources
+            for table in archive.batches(path, dataset.arrow)
+        ]
+        rows = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
+        order = _order(rows, keys)
+        for start in range(0, len(order), ROW_GROUP_ROWS):
+            yield _own_dictionaries(rows.take(pa.array(order[start : start + ROW_GROUP_ROWS])))
+
+
+def _ranges(by_market: Counter[str]) -> list[frozenset[str]]:
+    """The markets by name, in groups of at most RANGE_ROWS rows or of one market."""
+    groups: list[list[str]] = []
+    room = 0
+    for ticker, count in sorted(by_market.items()):
+        if not groups or count > room:
+            groups.append([])
+            room = RANGE_ROWS
+        groups[-1].append(ticker)
+        room -= count
+    return [frozenset(group) for group in groups]
+
+
+def _of_markets(table: pa.Table, tickers: frozenset[str]) -> pa.Table:
+    column = table["market_ticker"].combine_chunks()
+    wanted = pa.array([ticker in tickers for ticker in column.dictionary.to_pylist()], pa.bool_())
+    return table.filter(wanted.take(column.indices))
+
+
+def _order(rows: pa.Table, keys: Sequence[str]) -> npt.NDArray[np.uint32]:
+    """Where each row of the sorted table is now; equal rows stay in their order."""
+    numbers = pl.DataFrame({name: _number(rows[name].chunk(0)) for name in keys})
+    order: npt.NDArray[np.uint32] = (
+        numbers.select(pl.arg_sort_by(keys, maintain_order=True)).to_series().to_numpy()
+    )
+    return order
+
+
+def _number(array: pa.Array) -> npt.NDArray[np.int64]:
+    """Integers in the order of the values; null is before them all."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        values = array.dictionary.to_pylist()
+        rank = np.empty(len(values) + 1, np.int64)
+        rank[np.array(sorted(range(len(values)), key=values.__getitem__), np.int64)] = np.arange(
+            len(values)
+        )
+        codes = array.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
+        numbers = rank[codes]
+    elif pa.types.is_decimal(kind):
+        words = np.frombuffer(array.buffers()[1], np.int64)  # the low word: values are below 2**63
+        numbers = words[2 * array.offset : 2 * (array.offset + len(array)) : 2].copy()
+    else:
+        array = array.cast(pa.int64())
+        numbers = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    ordered: npt.NDArray[np.int64] = numbers
+    if array.null_count:
+        ordered[array.is_null().to_numpy(zero_copy_only=False)] = np.iinfo(np.int64).min
+    return ordered
+
+
+def _own_dictionaries(rows: pa.Table) -> pa.Table:
+    """Dictionaries of the values that occur alone: a row group has no use for the others."""
+    for at, field in enumerate(rows.schema):
+        if pa.types.is_dictionary(field.type):
+            own = pc.dictionary_encode(rows[field.name].cast(pa.string()))
+            rows = rows.set_column(at, field, own.cast(field.type))
+    return rows

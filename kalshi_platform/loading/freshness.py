@@ -1,0 +1,222 @@
+"""How old is the newest of everything, and which of the many reasons for age is it?
+
+A pure judgement over what the streamer says of itself (`health.json`) and how far ClickHouse is. It
+tells apart: a quiet exchange, its maintenance, a streamer that is down or hangs, a journal that does
+not become durable, and a store that is behind. Every judgement says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, time, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from kalshi_platform.processes import Identity
+
+EXCHANGE_ZONE = ZoneInfo("America/New_York")
+MAINTENANCE_DAY, MAINTENANCE_BEGINS, MAINTENANCE_ENDS = 3, time(3), time(5)
+"""The exchange's own schedule: Thursday 03:00 to 05:00, New York time."""
+REPORT_S = 30.0
+"""Oldest report of a living streamer, which writes one each second."""
+RESTART_S = 120.0
+"""How long a streamer may be stopped: it is relieved every day, and the supervisor takes its time."""
+DURABLE_S = 60.0
+"""How far the last durable write may be behind the last received frame."""
+HEARD_S = 60.0
+"""Oldest sign of life of an open connection: the exchange pings each 10 s."""
+CONNECT_S = 120.0
+"""How long a connection may be away before somebody should look."""
+BEHIND_S = 60.0
+"""How far a store may be behind the journal."""
+
+
+class Verdict(StrEnum):
+    """How bad it is."""
+
+    GOOD = "good"
+    WARN = "warn"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One sentence of what is, and one of what to do where something is to be done."""
+
+    verdict: Verdict
+    cause: str
+    """recording, nothing recorded, quiet, maintenance, starting, stopped, streamer down, streamer
+    hangs, disk, writer stuck, disconnected, silent, or `<store> behind`."""
+    sentence: str
+
+
+def maintenance(now: datetime) -> bool:
+    """Whether the exchange's weekly maintenance is on."""
+    there = now.astimezone(EXCHANGE_ZONE)
+    return (
+        there.weekday() == MAINTENANCE_DAY and MAINTENANCE_BEGINS <= there.time() < MAINTENANCE_ENDS
+    )
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The streamer's report; None where none has run. Raises ValueError for a damaged file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return None
+
+
+def behind(report: Mapping[str, Any] | None, store: str, now: datetime) -> bool:
+    """Whether the load says that this store lacks rows, and has been for some seconds."""
+    it = (report or {}).get("stores", {}).get(store)
+    if it is None:
+        return False
+    return bool(it["trouble"]) or (it["lag"] > 0 and _age(it["committed_ns"], now) > 10)
+
+
+def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: datetime) -> Judgement:
+    """What the report amounts to. `newest`: ClickHouse's newest row; None where it is not known.
+
+    Raises KeyError, TypeError or ValueError where the report lacks what a streamer writes.
+    """
+    if report is None:
+        return _good("nothing recorded", "Nothing to judge: no streamer has run here yet.")
+    return (
+        _process(report, now)
+        or _journal(report, now)
+        or _stores(report, newest, now)
+        or _exchange(report, now)
+    )
+
+
+def _process(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+    """Whether there is a streamer at all."""
+    updated = _age(report["updated_ns"], now)
+    who = Identity(int(report["pid"]), float(report["pid_started"]))
+    if report["state"] == "stopped":
+        if updated <= RESTART_S:
+            return _good("stopped", f"The streamer stopped {updated:.0f} s ago; a restart is due.")
+        return _warn(
+            "stopped",
+            f"The streamer was stopped {_told(updated)} ago. To record, switch the sensor"
+            " streamer_supervisor on, or run `kalshi-platform stream`.",
+        )
+    if not who.alive:
+        return _error(
+            "streamer down",
+            f"The streamer is down: process {who.pid} is gone, its last report is {_told(updated)} old."
+            " See that the daemon and the sensor streamer_supervisor run; they start a new one.",
+        )
+    if updated > REPORT_S:
+        return _error(
+            "streamer hangs",
+            f"The streamer hangs: process {who.pid} lives, its last report is {_told(updated)} old."
+            f" End it (`kill -9 {who.pid}`); the journal is kept and a new one goes on.",
+        )
+    return None
+
+
+def _journal(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+    """Whether what comes is kept."""
+    if report["state"] == "blocked":
+        return _error(
+            "disk",
+            "The disk does not keep up, so the exchange is not read."
+            f" {report['trouble'] or 'Make room, or give it a faster disk; it goes on by itself.'}",
+        )
+    unwritten = (report["last_frame_ns"] - report["last_durable_ns"]) / 1e9
+    if report["last_frame_ns"] and unwritten > DURABLE_S:
+        return _error(
+            "writer stuck",
+            "Frames come, but nothing has become durable for"
+            f" {_told(_age(report['last_durable_ns'], now))}."
+            f" {report['trouble'] or 'Look at the disk; end the run if it does not go on.'}",
+        )
+    return None
+
+
+def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -> Judgement | None:
+    """Whether what is kept reaches the stores."""
+    for name, it in sorted(report["stores"].items(), key=lambda item: not item[1]["refused"]):
+        if it["refused"]:
+            return _error(
+                f"{name} behind",
+                f"{name} refuses what is recorded; nothing is lost, it stays in the journal"
+                f" ({it['lag']:,} records). {it['trouble']}",
+            )
+        since = _age(it["committed_ns"] or report["started_ns"], now)
+        if it["lag"] and since > BEHIND_S + (60 if name == "parquet" else 0):
+            return _warn(
+                f"{name} behind",
+                f"{name} is {it['lag']:,} records behind, its last write was {_told(since)} ago; nothing"
+                f" is lost. {it['trouble'] or 'It catches up by itself; see the streamer run log if not.'}",
+            )
+    if newest is not None and report["last_durable_ns"] and "clickhouse" in report["stores"]:
+        late = report["last_durable_ns"] / 1e9 - newest.timestamp()
+        if late > BEHIND_S:
+            return _warn(
+                "clickhouse behind",
+                f"ClickHouse's newest row is {_told(late)} older than the journal's last write; nothing is"
+                " lost. It catches up by itself; see the streamer run's log if the age grows.",
+            )
+    return None
+
+
+def _exchange(report: Mapping[str, Any], now: datetime) -> Judgement:
+    """Whether anything comes."""
+    state = str(report["state"])
+    heard = _age(report["last_heard_ns"] or report["started_ns"], now)
+    frame = _told(_age(report["last_frame_ns"] or report["started_ns"], now))
+    if maintenance(now) and state != "streaming":
+        return _good("maintenance", "The exchange's weekly maintenance is on; nothing to do.")
+    if state in {"starting", "connecting"}:
+        return _dialling(heard)
+    if heard > HEARD_S:
+        return _warn(
+            "silent",
+            f"The connection is open, but nothing was heard for {_told(heard)}, not even a ping."
+            " The streamer dials anew by itself; if this stays, look at the network.",
+        )
+    if state == "quiet":
+        return _good(
+            "quiet", f"The exchange is quiet: heartbeats come, the last frame is {frame} old."
+        )
+    return _good("recording", f"Recording: the last frame is {frame} old.")
+
+
+def _dialling(heard: float) -> Judgement:
+    if heard <= CONNECT_S:
+        return _good("starting", "The streamer is connecting.")
+    return _error(
+        "disconnected",
+        f"The exchange has not been reached for {_told(heard)}."
+        " `kalshi-platform doctor` says why; the streamer keeps dialling.",
+    )
+
+
+def _age(ns: int, now: datetime) -> float:
+    """Seconds, counted by this machine's clock on both ends."""
+    return (now - datetime.fromtimestamp(0, now.tzinfo)) / timedelta(seconds=1) - ns / 1e9
+
+
+def _told(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def _good(cause: str, sentence: str) -> Judgement:
+    return Judgement(Verdict.GOOD, cause, sentence)
+
+
+def _warn(cause: str, sentence: str) -> Judgement:
+    return Judgement(Verdict.WARN, cause, sentence)
+
+
+def _error(cause: str, sentence: str) -> Judgement:
+    return Judgement(Verdict.ERROR, cause, sentence)

@@ -1,0 +1,323 @@
+"""Do the archive and ClickHouse hold the same rows? Hour by hour, by count and by content.
+
+Of a sealed hour, the manifest, the Parquet files and ClickHouse must agree on the rows of every
+recorded dataset: same number, same checksum (`storage.checksum`, which no order or encoding changes).
+There is no tolerance. What was found is kept in `$KALSHI_DATA_DIR/checks/hot_cold_parity.json`: a run
+verifies the newest hours that are new or whose files have changed, then those that differed, then
+what was last verified a week ago. No row is mended here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kalshi_platform.loading import hours
+from kalshi_platform.loading.continuity import Extent
+from kalshi_platform.loading.rebuild import as_archived, select_list
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import archive, checksum, clickhouse
+from kalshi_platform.storage.archive import HOUR, Manifest
+from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+
+log = logging.getLogger(__name__)
+
+HOURS_AT_A_TIME = 3
+ROWS_AT_A_TIME = 500_000
+"""Rows that are in memory at once, of either store."""
+AGAIN_AFTER = timedelta(days=7)
+_EXPIRES_SOON = timedelta(hours=2)
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One dataset's hour that is not the same everywhere. A checksum is empty where there is none."""
+
+    hour: str
+    dataset: str
+    what: str
+    """A sentence."""
+    rows_manifest: int
+    rows_parquet: int
+    rows_clickhouse: int
+    checksum_manifest: str
+    checksum_parquet: str
+    checksum_clickhouse: str
+
+
+class _Verdict(msgspec.Struct, frozen=True):
+    files: str
+    """What the hour's files looked like: names, sizes, times."""
+    at: float
+    rows: int
+    differences: list[Difference]
+
+
+class _Memory(msgspec.Struct, frozen=True):
+    clickhouse: str
+    """Of which server and database this tells."""
+    hours: dict[str, _Verdict]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What one run compared, and what is known of all hot hours."""
+
+    compared: tuple[datetime, ...]
+    rows: int
+    """Rows of those hours, in each store."""
+    equal: int
+    """Hours of which the last comparison found no difference."""
+    waiting: int
+    """Sealed hours still to be compared."""
+    behind: tuple[datetime, ...]
+    """Sealed hours that ClickHouse does not have whole yet."""
+    cold_only: int
+    """Sealed hours from before ClickHouse's first row."""
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    rows: int
+    total: int
+    fault: str = ""
+
+    @property
+    def checksum(self) -> str:
+        return checksum.text(self.total) if self.rows else ""
+
+
+def compare_hours(
+    settings: Settings,
+    client: clickhouse.Client,
+    hot: Extent,
+    now: datetime,
+    *,
+    behind: bool = False,
+    limit: int = HOURS_AT_A_TIME,
+) -> Parity:
+    """Compare up to `limit` hours, and tell what is known of all that are in both stores.
+
+    `behind`: ClickHouse's load says that it lags, so that a difference proves nothing yet. Raises what
+    ClickHouse raises; a file that cannot be read is a difference.
+    """
+    root = settings.archive_dir
+    path = settings.data_dir / "checks" / "hot_cold_parity.json"
+    where = f"{settings.clickhouse_url} {settings.clickhouse_database}"
+    known = _remembered(path, where)
+    sealed = _hot_hours(settings, now)
+    loaded = [h for h in sealed if h + HOUR <= hot.newest]
+    shared = [h for h in loaded if h + HOUR > hot.first]
+    files = {hour: _files(root, hour) for hour in shared}
+    verdicts = {
+        hour: verdict
+        for hour in shared
+        if (verdict := known.get(_key(hour))) is not None and verdict.files == files[hour]
+    }
+    late = [hour for hour in sealed if hour not in loaded]
+    compared = []
+    rows = 0
+    for hour in _due(shared, verdicts, now)[:limit]:
+        verdict = _compare(client, root, hour, files[hour], now)
+        if _files(root, hour) != files[hour]:
+            continue  # written anew under our eyes: the next run compares it
+        if verdict.differences and behind:
+            late.append(hour)
+            continue
+        verdicts[hour] = verdict
+        compared.append(hour)
+        rows += verdict.rows
+    _remember(path, _Memory(where, {_key(hour): v for hour, v in sorted(verdicts.items())}))
+    return Parity(
+        compared=tuple(compared),
+        rows=rows,
+        equal=sum(not v.differences for v in verdicts.values()),
+        waiting=len([h for h in shared if h not in verdicts and h not in late]),
+        behind=tuple(sorted(late)),
+        cold_only=len(loaded) - len(shared),
+        differences=tuple(d for hour in sorted(verdicts) for d in verdicts[hour].differences),
+    )
+
+
+def _hot_hours(settings: Settings, now: datetime) -> list[datetime]:
+    """The sealed hours of which ClickHouse has not begun to drop rows, ascending."""
+    root = settings.archive_dir
+    kept = timedelta(days=settings.hot_retention_days) - _EXPIRES_SOON
+    every = {hour for name in hours.RECORDED for hour in _hours_with_manifest(root, name)}
+    return sorted(hour for hour in every if now - hour < kept)
+
+
+def _hours_with_manifest(root: Path, dataset: str) -> Iterator[datetime]:
+    for path in (root / dataset).glob(f"date=*/hour=*/{archive.MANIFEST}"):
+        day = path.parent.parent.name.removeprefix("date=")
+        yield datetime.fromisoformat(f"{day}T{path.parent.name.removeprefix('hour=')}:00:00+00:00")
+
+
+def _due(
+    shared: Sequence[datetime], verdicts: Mapping[datetime, _Verdict], now: datetime
+) -> list[datetime]:
+    """Which hours to compare, in which order: new ones, those that differed, those of a week ago."""
+    new = [hour for hour in reversed(shared) if hour not in verdicts]
+    seen = sorted(verdicts, key=lambda hour: verdicts[hour].at)
+    differed = [hour for hour in seen if verdicts[hour].differences]
+    old = now.timestamp() - AGAIN_AFTER.total_seconds()
+    again = [h for h in seen if not verdicts[h].differences and verdicts[h].at < old]
+    return [*new, *differed, *again[:1]]
+
+
+# -- one hour ----------------------------------------------------------------------------------
+
+
+def _compare(
+    client: clickhouse.Client, root: Path, hour: datetime, files: str, now: datetime
+) -> _Verdict:
+    differences = []
+    rows = 0
+    for name in hours.RECORDED:
+        cold = _cold(root, DATASETS[name], hour)
+        hot = _hot(client, DATASETS[name], hour)
+        rows += cold.rows
+        found = _difference(_manifest(root, name, hour), cold, hot, hour, name)
+        if found is not None:
+            differences.append(found)
+    return _Verdict(files, now.timestamp(), rows, differences)
+
+
+def _manifest(root: Path, dataset: str, hour: datetime) -> _Side:
+    try:
+        manifest: Manifest | None = archive.read_manifest(root, dataset, hour)
+    except StoreRefused as error:
+        return _Side(0, 0, str(error))
+    return _Side(manifest.rows, int(manifest.checksum, 16)) if manifest else _Side(0, 0)
+
+
+def _cold(root: Path, dataset: Dataset, hour: datetime) -> _Side:
+    dictionaries = [field.name for field in dataset.arrow if pa.types.is_dictionary(field.type)]
+    rows, total = 0, 0
+    for path in archive.files(root, dataset.name, hour):
+        try:
+            with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
+                for batch in file.iter_batches(batch_size=archive.ROW_GROUP_ROWS):
+                    rows += batch.num_rows
+                    total += checksum.rows_checksum(pa.Table.from_batches([batch]))
+        except (pa.ArrowException, OSError) as error:
+            return _Side(rows, total % 2**64, f"{path} cannot be read ({error}).")
+    return _Side(rows, total % 2**64)
+
+
+def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
+    """Count and checksum of ClickHouse's rows, read minute by minute where they are many."""
+    clock = "ts" if dataset is BOOK_CHECKPOINTS else "ingest_ts"
+    span = f"{clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
+    with clickhouse.translated():
+        minutes = client.query(
+            f"SELECT toMinute({clock}, 'UTC') AS minute, count() FROM {dataset.name}"  # noqa: S608 - the schema's own names
+            f" WHERE {span} GROUP BY minute ORDER BY minute",
+            parameters={"start": hour, "end": hour + HOUR},
+        ).result_rows
+    rows, total = 0, 0
+    for first, end in _pieces(minutes):
+        with clickhouse.translated():
+            found = client.query_arrow(
+                f"SELECT {select_list(dataset)} FROM {dataset.name} WHERE {span}",  # noqa: S608
+                parameters={
+                    "start": hour + timedelta(minutes=first),
+                    "end": hour + timedelta(minutes=end),
+                },
+            )
+        rows += found.num_rows
+        total += checksum.rows_checksum(as_archived(found, dataset))
+    return _Side(rows, total % 2**64)
+
+
+def _pieces(minutes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """(first minute, end minute) of spans with about ROWS_AT_A_TIME rows, or one minute."""
+    first, held = 0, 0
+    for minute, count in minutes:
+        if held and held + count > ROWS_AT_A_TIME:
+            yield first, minute
+            first, held = minute, 0
+        held += count
+    if held:
+        yield first, 60
+
+
+def _difference(
+    manifest: _Side, cold: _Side, hot: _Side, hour: datetime, dataset: str
+) -> Difference | None:
+    said = []
+    fault = manifest.fault or cold.fault
+    if fault:
+        said.append(fault)
+    elif (manifest.rows, manifest.total) != (cold.rows, cold.total):
+        said.append(_apart("The files", cold, "the manifest", manifest))
+    if not cold.fault and (cold.rows, cold.total) != (hot.rows, hot.total):
+        said.append(_apart("ClickHouse", hot, "the archive", cold))
+    if not said:
+        return None
+    return Difference(
+        hour=f"{hour:%Y-%m-%d %H:00}",
+        dataset=dataset,
+        what=" ".join(said),
+        rows_manifest=manifest.rows,
+        rows_parquet=cold.rows,
+        rows_clickhouse=hot.rows,
+        checksum_manifest=manifest.checksum,
+        checksum_parquet=cold.checksum,
+        checksum_clickhouse=hot.checksum,
+    )
+
+
+def _apart(one: str, has: _Side, other: str, wanted: _Side) -> str:
+    if has.rows < wanted.rows:
+        return f"{one} lacks {wanted.rows - has.rows:,} of {other}'s {wanted.rows:,} rows."
+    if has.rows > wanted.rows:
+        return f"{one} has {has.rows - wanted.rows:,} rows more than {other}, of {has.rows:,}."
+    return f"{one} and {other} have {has.rows:,} rows each, with different values."
+
+
+# -- what is remembered ------------------------------------------------------------------------
+
+
+def _files(root: Path, hour: datetime) -> str:
+    """How an hour's files look from outside; another text means that they were written anew."""
+    found = []
+    for name in hours.RECORDED:
+        folder = archive.hour_folder(root, name, hour)
+        for path in sorted((*folder.glob("*.parquet"), *folder.glob(archive.MANIFEST))):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue  # replaced at this moment
+            found.append(f"{name}/{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
+    return checksum.text(checksum.rows_checksum(pa.table({"file": pa.array(found, pa.string())})))
+
+
+def _key(hour: datetime) -> str:
+    return f"{hour:%Y-%m-%dT%H}"
+
+
+def _remembered(path: Path, where: str) -> dict[str, _Verdict]:
+    try:
+        memory = msgspec.json.decode(path.read_bytes(), type=_Memory)
+    except FileNotFoundError:
+        return {}
+    except msgspec.DecodeError as error:
+        log.warning("%s is damaged (%s): every hour is compared anew.", path, error)
+        return {}
+    return memory.hours if memory.clickhouse == where else {}
+
+
+def _remember(path: Path, memory: _Memory) -> None:
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(msgspec.json.encode(memory))
+    temporary.replace(path)

@@ -1,0 +1,377 @@
+"""The checks on `orderbook_events`: is the recording whole, equal in both stores, sane and fresh?
+
+What each asks is in `kalshi_platform.loading` (continuity, parity, crossed_books, freshness); here the
+findings get a colour, a sentence and their tables. Where ClickHouse cannot be asked, the checks that
+need it are left as they were, and `fresh` says so.
+
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster import MetadataValue
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.storage import archive
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+
+if TYPE_CHECKING:
+    from kalshi_platform.loading.continuity import Extent
+    from kalshi_platform.settings import Settings
+    from kalshi_platform.storage.clickhouse import Client
+
+ASSET = ORDERBOOK_EVENTS.name
+SHOWN = 100
+"""Offenders in the UI."""
+NOT_RESYNCED_S = 60.0
+"""For how long a gap may keep its books in doubt."""
+DOCS = "docs/operations.md"
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+
+_CHECKED: Mapping[str, str] = {
+    "no_unexplained_gaps": (
+        "Every number of every subscription is there once, or a gap row names it"
+        " (infra/queries/lossless_proof.sql); gaps of the last hour were mended within a minute, and"
+        " no audited level differed from the exchange's."
+    ),
+    "hot_cold_parity": (
+        "Every sealed hour that is still hot has the same rows in Parquet and in ClickHouse: same"
+        " number, same content, no tolerance. Three hours a run."
+    ),
+    "books_uncrossed": (
+        "No verified book has its best yes bid at or above its best yes ask for more than 5 s."
+    ),
+    "fresh": "Frames come, become durable and reach ClickHouse; a quiet exchange is told apart.",
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the checks that need ClickHouse are given."""
+
+    settings: "Settings"
+    client: "Client"
+    hot: "Extent"
+    health: Mapping[str, Any] | None
+    now: datetime
+    proved: datetime | None
+    """Up to where the last run of `no_unexplained_gaps` left no doubt."""
+
+
+@dg.multi_asset_check(
+    name="order_book_checks",
+    specs=[
+        dg.AssetCheckSpec(
+            name, asset=ASSET, description=description, metadata={"docs": MetadataValue.path(DOCS)}
+        )
+        for name, description in _CHECKED.items()
+    ],
+    can_subset=True,
+)
+def order_book_checks(
+    context: dg.AssetCheckExecutionContext, platform: KalshiResource
+) -> Iterator[dg.AssetCheckResult]:
+    """Run the checks that were asked for, with one connection."""
+    from kalshi_platform.loading import continuity, freshness
+    from kalshi_platform.storage.clickhouse import connect
+
+    wanted = {key.name for key in context.selected_asset_check_keys}
+    now = datetime.now(UTC)
+    settings = platform.settings()
+    health_file = settings.journal_dir(0) / "health.json"
+    health: Mapping[str, Any] | None = None
+    damaged = ""
+    try:
+        health = freshness.read(health_file)
+    except ValueError as error:
+        damaged = (
+            f"{health_file} is damaged ({error}). A living streamer writes it anew each second."
+        )
+    hot: continuity.Extent | None = None
+    away = ""
+    if settings.use_clickhouse:
+        try:
+            with closing(connect(settings, log_comment=f"checks {context.run.run_id}")) as client:
+                hot = continuity.extent(client)
+                proved = _proved(context.instance) if "no_unexplained_gaps" in wanted else None
+                asked = _Asked(settings, client, hot, health, now, proved)
+                for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
+                    yield _nothing(name) if hot.empty else _IN_CLICKHOUSE[name](asked)
+        except PlatformError as error:
+            away = str(error)
+            context.log.warning(f"The checks that need ClickHouse are left as they were. {away}")
+    else:
+        for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
+            yield _passed(name, "Nothing to judge: ClickHouse is not used (USE_CLICKHOUSE=0).")
+    if "fresh" in wanted:
+        newest = hot.newest if hot is not None and not hot.empty else None
+        yield _fresh(health, newest, now, away, damaged)
+
+
+# -- the checks --------------------------------------------------------------------------------
+
+
+def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
+    from kalshi_platform.loading import continuity
+
+    proof = continuity.prove(
+        asked.client, asked.hot, asked.settings.hot_retention_days, asked.proved
+    )
+    noticed = continuity.gaps(asked.client, proof.until)
+    lasting = [gap for gap in noticed.named if gap["open_s"] > NOT_RESYNCED_S]
+    metadata: dict[str, Any] = {
+        "proved from": MetadataValue.timestamp(proof.since),
+        "proved to": MetadataValue.timestamp(proof.until),
+        "subscriptions": MetadataValue.int(proof.subscriptions),
+        "frames": MetadataValue.int(proof.frames),
+        "numbers named by gaps": MetadataValue.int(proof.named_holes),
+        "gaps in the last hour": MetadataValue.int(len(noticed.named)),
+        "longer than 60 s": MetadataValue.int(len(lasting)),
+        "mismatches in the last hour": MetadataValue.int(len(noticed.mismatches)),
+        **_tables(
+            {"offenders": proof.offenders, "gaps": lasting, "mismatches": noticed.mismatches}
+        ),
+    }
+    if proof.offenders:
+        holes = sum(row["unexplained_holes"] for row in proof.offenders)
+        doubled = sum(row["doubled"] for row in proof.offenders)
+        said = (
+            f"{holes:,} numbers are missing that no gap row names, {doubled:,} are stored more than"
+            f" once, in {len(proof.offenders)} subscriptions. Materialise the hours again from the"
+            " journal, then bring them back with `kalshi-platform restore`."
+        )
+        return _failed("no_unexplained_gaps", ERROR, said, metadata)
+    if lasting or noticed.mismatches:
+        said = (
+            f"{len(lasting)} gaps of the last hour kept books in doubt for more than"
+            f" {NOT_RESYNCED_S:.0f} s, and {len(noticed.mismatches)} audited levels differed from the"
+            " exchange's. The books are asked for anew by themselves; if it goes on, see the run's log."
+        )
+        return _failed("no_unexplained_gaps", WARN, said, metadata)
+    said = (
+        f"{proof.frames:,} numbered frames of {proof.subscriptions} subscriptions are all accounted for;"
+        f" {len(noticed.named)} gaps in the last hour, each named and mended."
+    )
+    return _passed("no_unexplained_gaps", said, metadata)
+
+
+def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
+    import msgspec
+
+    from kalshi_platform.loading.freshness import behind
+    from kalshi_platform.loading.parity import compare_hours
+
+    lags = behind(asked.health, "clickhouse", asked.now)
+    found = compare_hours(asked.settings, asked.client, asked.hot, asked.now, behind=lags)
+    offenders = [msgspec.to_builtins(each) for each in found.differences]
+    metadata: dict[str, Any] = {
+        "hours compared now": MetadataValue.text(
+            ", ".join(f"{hour:%Y-%m-%d %H:00}" for hour in found.compared) or "none"
+        ),
+        "rows compared now": MetadataValue.int(found.rows),
+        "hours equal": MetadataValue.int(found.equal),
+        "hours waiting": MetadataValue.int(found.waiting),
+        "hours that ClickHouse lacks yet": MetadataValue.int(len(found.behind)),
+        "hours older than ClickHouse": MetadataValue.int(found.cold_only),
+        **_tables({"offenders": offenders}),
+    }
+    if offenders:
+        hours = len({each["hour"] for each in offenders})
+        said = (
+            f"{len(offenders)} datasets of {hours} hours differ: {offenders[0]['dataset']} of"
+            f" {offenders[0]['hour']}: {offenders[0]['what']} Where the files are wrong, materialise the"
+            " hour again; where ClickHouse is, restore the hour into an empty database."
+        )
+        return _failed("hot_cold_parity", ERROR, said, metadata)
+    if not (found.equal or found.behind or found.waiting):
+        return _passed("hot_cold_parity", "Nothing to judge: no hour is sealed and hot yet.")
+    said = f"{found.equal} sealed hours are the same in both stores."
+    if found.waiting:
+        said += f" {found.waiting} wait for their turn."
+    if found.behind:
+        said += f" ClickHouse lags: {len(found.behind)} sealed hours are not whole there yet."
+    return _passed("hot_cold_parity", said, metadata)
+
+
+def _books_uncrossed(asked: _Asked) -> dg.AssetCheckResult:
+    from kalshi_platform.loading.crossed_books import LONGER_THAN_S, crossed_books
+
+    found = crossed_books(asked.client, asked.hot)
+    metadata: dict[str, Any] = {
+        "crossed": MetadataValue.int(len(found)),
+        "crossed now": MetadataValue.int(sum(bool(each["lasts"]) for each in found)),
+        "up to": MetadataValue.timestamp(asked.hot.newest),
+        **_tables({"offenders": found}),
+    }
+    if found:
+        markets = len({each["market_ticker"] for each in found})
+        said = (
+            f"{len(found)} times a verified book of {markets} markets was crossed for more than"
+            f" {LONGER_THAN_S:.0f} s. Compare with the exchange's page: if it shows another book, ours is"
+            " wrong; the audit asks for it anew."
+        )
+        return _failed("books_uncrossed", WARN, said, metadata)
+    return _passed("books_uncrossed", "No verified book is or stayed crossed.", metadata)
+
+
+_IN_CLICKHOUSE: Mapping[str, Callable[[_Asked], dg.AssetCheckResult]] = {
+    "no_unexplained_gaps": _no_unexplained_gaps,
+    "hot_cold_parity": _hot_cold_parity,
+    "books_uncrossed": _books_uncrossed,
+}
+
+
+def _fresh(
+    health: Mapping[str, Any] | None,
+    newest: datetime | None,
+    now: datetime,
+    away: str,
+    damaged: str,
+) -> dg.AssetCheckResult:
+    from kalshi_platform.loading import freshness
+
+    try:
+        judged = freshness.judge(health, newest, now)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        damaged = f"health.json is no streamer's report ({error!r}); a streamer writes it anew."
+    if damaged:
+        return _failed("fresh", WARN, damaged, {})
+    metadata: dict[str, Any] = {"cause": MetadataValue.text(judged.cause)}
+    ages = {key: int((health or {}).get(key) or 0) / 1e9 for key in _AGES}
+    for key, at in ages.items():
+        if at:
+            metadata[f"{_AGES[key]} (s ago)"] = MetadataValue.float(round(now.timestamp() - at, 1))
+    if newest is not None:
+        metadata["newest row in ClickHouse (s ago)"] = MetadataValue.float(
+            round((now - newest).total_seconds(), 1)
+        )
+    if judged.verdict is freshness.Verdict.ERROR:
+        return _failed("fresh", ERROR, judged.sentence, metadata)
+    if away:
+        return _failed(
+            "fresh",
+            WARN,
+            f"{away} What is recorded stays in the journal. {judged.sentence}",
+            metadata,
+        )
+    if judged.verdict is freshness.Verdict.WARN:
+        return _failed("fresh", WARN, judged.sentence, metadata)
+    return _passed("fresh", judged.sentence, metadata)
+
+
+_AGES = {
+    "last_frame_ns": "last frame",
+    "last_heard_ns": "last heard",
+    "last_durable_ns": "last durable write",
+    "updated_ns": "last report",
+}
+
+
+def _proved(instance: dg.DagsterInstance) -> datetime | None:
+    """From where on nothing has been proved, or what was found is still to be told.
+
+    After a clean run that is where it ended; after one with offenders it is where that began, so that
+    the check stays red until they are mended or retention has taken them.
+    """
+    key = dg.AssetCheckKey(dg.AssetKey(ASSET), "no_unexplained_gaps")
+    storage = instance.event_log_storage
+    for record in storage.get_asset_check_execution_history(key, limit=5):
+        event = record.event.dagster_event if record.event else None
+        evaluation = event.asset_check_evaluation_data if event else None
+        if evaluation is None or "proved to" not in evaluation.metadata:
+            continue
+        which = "proved from" if "offenders" in evaluation.metadata else "proved to"
+        at = evaluation.metadata[which].value
+        return datetime.fromtimestamp(at, UTC) if isinstance(at, float | int) else None
+    return None
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+def _nothing(name: str) -> dg.AssetCheckResult:
+    return _passed(name, "Nothing to judge: ClickHouse has no rows yet.")
+
+
+def _passed(
+    name: str, sentence: str, metadata: Mapping[str, Any] | None = None
+) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        passed=True, asset_key=ASSET, check_name=name, description=sentence, metadata=metadata or {}
+    )
+
+
+def _failed(
+    name: str, severity: dg.AssetCheckSeverity, sentence: str, metadata: Mapping[str, Any]
+) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        passed=False,
+        asset_key=ASSET,
+        check_name=name,
+        severity=severity,
+        description=sentence,
+        metadata=metadata,
+    )
+
+
+def _tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, MetadataValue]:
+    """Each non-empty list of findings as a table, the first `SHOWN` of them."""
+    return {
+        name: MetadataValue.table(
+            records=[
+                dg.TableRecord({key: _cell(value) for key, value in row.items()})
+                for row in rows[:SHOWN]
+            ],
+            schema=dg.TableSchema([dg.TableColumn(key) for key in rows[0]]),
+        )
+        for name, rows in found.items()
+        if rows
+    }
+
+
+def _cell(value: Any) -> str | int | float | bool:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds")
+    return (
+        value
+        if isinstance(value, str | int | float | bool)
+        else ""
+        if value is None
+        else str(value)
+    )
+
+
+# -- when they run -----------------------------------------------------------------------------
+
+order_book_checks_job = dg.define_asset_job(
+    "order_book_checks",
+    selection=dg.AssetSelection.checks(order_book_checks),
+    description="Every check on the recording: whole, equal in both stores, sane, fresh.",
+)
+
+
+@dg.schedule(
+    name="order_book_checks_schedule",
+    job=order_book_checks_job,
+    cron_schedule="4-59/5 * * * *",  # between the looks of the inventory's schedules
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+)
+def order_book_checks_schedule(platform: KalshiResource) -> dg.RunRequest | dg.SkipReason:
+    """Every five minutes, once anything has been recorded."""
+    settings = platform.settings()
+    recorded = (settings.journal_dir(0) / "health.json").exists()
+    if not recorded and archive.first_day(settings.archive_dir) is None:
+        return dg.SkipReason("Nothing has been recorded yet.")
+    return dg.RunRequest()
+
+
+CHECKS = (order_book_checks,)
+JOBS = (order_book_checks_job,)
+SCHEDULES = (order_book_checks_schedule,)
