@@ -29,7 +29,7 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 	@exec $(BIN)/kalshi-platform up
 
 test: install-dev ## The whole test suite
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 chaos: install-dev ## Kill everything, 200 times, and write docs/reliability.md
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)

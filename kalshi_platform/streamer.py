@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from kalshi_platform import __version__
-from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
+from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loading import audit
@@ -259,7 +259,7 @@ class Streamer:
         self._loop = asyncio.get_running_loop()
         exchange = self._settings.exchange
         watchlist = Watchlist(self._settings)
-        with RestClient(exchange) as rest:
+        with RestClient(exchange, sleep=self._sleep) as rest:
             tickers = await self._first_list(watchlist, rest)
             if self._stopping.is_set() or self._writer is None:
                 return
@@ -282,6 +282,11 @@ class Streamer:
                 for task in beside:
                     task.cancel()
                 await asyncio.gather(*beside, return_exceptions=True)
+
+    def _sleep(self, seconds: float) -> None:
+        """Between two tries of a REST request; the end of the streamer ends it."""
+        if self._stopping.wait(seconds):
+            raise Unreachable("The streamer ends; the exchange is not asked again.")
 
     async def _first_list(self, watchlist: Watchlist, rest: RestClient) -> list[str]:
         while not self._stopping.is_set():
