@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import analytics, compaction, inventory
+from kalshi_platform.orchestration import analytics, checks, compaction, inventory
 from kalshi_platform.orchestration.assets import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
@@ -12,9 +12,9 @@ from kalshi_platform.orchestration.streamer import stream_orderbook
 
 defs = dg.Definitions(
     assets=[*ASSETS, *analytics.ASSETS, *inventory.ASSETS],
-    asset_checks=inventory.CHECKS,
-    jobs=[stream_orderbook, *compaction.JOBS, *inventory.JOBS],
-    schedules=[*compaction.SCHEDULES, *inventory.SCHEDULES],
+    asset_checks=[*checks.CHECKS, *inventory.CHECKS],
+    jobs=[stream_orderbook, *checks.JOBS, *compaction.JOBS, *inventory.JOBS],
+    schedules=[*checks.SCHEDULES, *compaction.SCHEDULES, *inventory.SCHEDULES],
     sensors=[streamer_supervisor, analytics.analytics_automation],
     resources={"platform": KalshiResource()},
     executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow

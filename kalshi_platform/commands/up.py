@@ -38,6 +38,9 @@ LOOK_S = 0.25
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
 """How long to wait for each before the next is started anyway."""
 
+RECORDING_S = 90.0
+"""By then the first frames should be in the journal; if not, a person is told where to look."""
+
 # The streamer's run lives in the code server's session, and is drained with it, first of all.
 # Together the graces stay below 15 s.
 DAGSTER_STAGE, DAGSTER_GRACE_S = 0, 11.0
@@ -268,7 +271,14 @@ class _Platform:
         """Say when the streamer has written its first frames, and what troubles it."""
         path = self._settings.journal_dir() / "health.json"
         recording, trouble = False, ""
+        late_at = time.monotonic() + RECORDING_S
         while not self._over.wait(1.0):
+            if not recording and time.monotonic() >= late_at:
+                late_at = float("inf")
+                self.say(
+                    f"Nothing is recorded yet after {RECORDING_S:.0f} s. What the streamer's run says is in"
+                    f" the UI ({self._ui}/runs), and in {self._keeper.log_path('code-server')}."
+                )
             health = _health(path, since_ns=self._began_ns)
             if health is None:
                 continue

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.continuity import Extent
@@ -200,16 +199,14 @@ def _manifest(root: Path, dataset: str, hour: datetime) -> _Side:
 
 
 def _cold(root: Path, dataset: Dataset, hour: datetime) -> _Side:
-    dictionaries = [field.name for field in dataset.arrow if pa.types.is_dictionary(field.type)]
     rows, total = 0, 0
-    for path in archive.files(root, dataset.name, hour):
-        try:
-            with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
-                for batch in file.iter_batches(batch_size=archive.ROW_GROUP_ROWS):
-                    rows += batch.num_rows
-                    total += checksum.rows_checksum(pa.Table.from_batches([batch]))
-        except (pa.ArrowException, OSError) as error:
-            return _Side(rows, total % 2**64, f"{path} cannot be read ({error}).")
+    try:
+        for path in archive.files(root, dataset.name, hour):
+            for table in archive.batches(path, dataset.arrow):
+                rows += table.num_rows
+                total += checksum.rows_checksum(table)
+    except StoreRefused as error:
+        return _Side(rows, total % 2**64, str(error))
     return _Side(rows, total % 2**64)
 
 

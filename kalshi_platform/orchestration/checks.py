@@ -283,8 +283,10 @@ def _proved(instance: dg.DagsterInstance) -> datetime | None:
     storage = instance.event_log_storage
     for record in storage.get_asset_check_execution_history(key, limit=5):
         event = record.event.dagster_event if record.event else None
-        evaluation = event.asset_check_evaluation_data if event else None
-        if evaluation is None or "proved to" not in evaluation.metadata:
+        evaluation = event.event_specific_data if event else None  # of a planned run, another kind
+        if not isinstance(evaluation, dg.AssetCheckEvaluation) or (
+            "proved to" not in evaluation.metadata
+        ):
             continue
         which = "proved from" if "offenders" in evaluation.metadata else "proved to"
         at = evaluation.metadata[which].value

@@ -60,12 +60,14 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
         "jobs": [
             "inventory_qa",
             "mm_position_snapshots_job",
+            "order_book_checks",
             "parquet_compaction",
             "stream_orderbook",
         ],
         "schedules": {
             "inventory_qa_schedule": "RUNNING",
             "mm_position_snapshots_schedule": "RUNNING",
+            "order_book_checks_schedule": "RUNNING",
             "parquet_compaction_schedule": "RUNNING",
         },
         "sensors": {"analytics_automation": "RUNNING", "streamer_supervisor": "RUNNING"},

@@ -1,0 +1,113 @@
+"""Why nothing is new: every cause is told apart, with what to do about it."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kalshi_platform.loading.freshness import Verdict, behind, judge, maintenance, read
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+MAINTENANCE = datetime(2026, 11, 26, 9, tzinfo=UTC)  # a Thursday, 04:00 in New York
+GOOD, WARN, ERROR = Verdict.GOOD, Verdict.WARN, Verdict.ERROR
+
+
+def ago(seconds: float, now: datetime = NOW) -> int:
+    return int((now.timestamp() - seconds) * 1e9)
+
+
+def report(now: datetime = NOW, **others: Any) -> dict[str, Any]:
+    """What a healthy streamer, this very process, says of itself."""
+    store = {"lag": 0, "committed_ns": ago(1, now), "trouble": None, "refused": False}
+    return {
+        "pid": os.getpid(),
+        "pid_started": psutil.Process().create_time(),
+        "state": "streaming",
+        "started_ns": ago(600, now),
+        "updated_ns": ago(0.5, now),
+        "last_frame_ns": ago(1, now),
+        "last_heard_ns": ago(1, now),
+        "last_durable_ns": ago(1, now),
+        "stores": {"parquet": dict(store), "clickhouse": dict(store)},
+        "trouble": None,
+    } | others
+
+
+def lagging(name: str, **others: Any) -> dict[str, Any]:
+    made = report()
+    made["stores"][name] |= others
+    return made
+
+
+@pytest.mark.parametrize(
+    ("it", "verdict", "cause", "words"),
+    [
+        (report(), GOOD, "recording", "1 s old"),
+        (report(state="quiet", last_frame_ns=ago(7200)), GOOD, "quiet", "heartbeats come"),
+        (report(pid_started=1.0), ERROR, "streamer down", "is gone"),
+        (report(updated_ns=ago(90)), ERROR, "streamer hangs", "kill -9"),
+        (report(state="stopped", updated_ns=ago(20)), GOOD, "stopped", "restart is due"),
+        (report(state="stopped", updated_ns=ago(600)), WARN, "stopped", "streamer_supervisor"),
+        (report(state="blocked"), ERROR, "disk", "Make room"),
+        (report(last_durable_ns=ago(300)), ERROR, "writer stuck", "durable for 5 min"),
+        (report(state="connecting", last_heard_ns=ago(30)), GOOD, "starting", "connecting"),
+        (report(state="connecting", last_heard_ns=ago(600)), ERROR, "disconnected", "doctor"),
+        (report(last_heard_ns=ago(90)), WARN, "silent", "not even a ping"),
+        (
+            lagging("clickhouse", lag=9_000, committed_ns=ago(600), trouble="It is away."),
+            WARN,
+            "clickhouse behind",
+            "It is away.",
+        ),
+        (
+            lagging("clickhouse", lag=9, refused=True, trouble="Wrong password."),
+            ERROR,
+            "clickhouse behind",
+            "Wrong password.",
+        ),
+        (lagging("parquet", lag=9, committed_ns=ago(600)), WARN, "parquet behind", "600"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_cause_is_told_apart(
+    it: dict[str, Any], verdict: Verdict, cause: str, words: str
+) -> None:
+    judged = judge(it, NOW - timedelta(seconds=3), NOW)
+    assert (judged.verdict, judged.cause) == (verdict, cause)
+    assert words in judged.sentence or cause == "parquet behind"
+
+
+def test_clickhouse_without_the_newest_rows_is_behind() -> None:
+    judged = judge(report(), NOW - timedelta(minutes=10), NOW)
+    assert (judged.verdict, judged.cause) == (WARN, "clickhouse behind")
+
+
+def test_no_streamer_yet_is_nothing_to_judge(tmp_path: Path) -> None:
+    found = read(tmp_path / "health.json")
+    assert judge(found, None, NOW).cause == "nothing recorded"
+
+
+def test_maintenance_is_thursday_from_three_to_five_in_new_york_summer_and_winter() -> None:
+    assert maintenance(MAINTENANCE)
+    assert not maintenance(MAINTENANCE - timedelta(days=1))
+    assert not maintenance(MAINTENANCE + timedelta(hours=1))
+    assert maintenance(datetime(2026, 7, 2, 7, tzinfo=UTC))
+    assert not maintenance(datetime(2026, 7, 2, 9, tzinfo=UTC))
+
+
+def test_maintenance_excuses_an_exchange_that_is_away_but_no_dead_streamer() -> None:
+    away = report(MAINTENANCE, state="connecting", last_heard_ns=ago(3000, MAINTENANCE))
+    assert judge(away, None, MAINTENANCE).cause == "maintenance"
+    assert judge(away | {"pid_started": 1.0}, None, MAINTENANCE).verdict is ERROR
+
+
+def test_behind_is_what_the_load_says_and_not_a_moment_s_lag() -> None:
+    assert not behind(lagging("clickhouse", lag=100), "clickhouse", NOW)
+    assert behind(lagging("clickhouse", lag=100, committed_ns=ago(60)), "clickhouse", NOW)
+    assert behind(lagging("clickhouse", trouble="away"), "clickhouse", NOW)
+    assert not behind(None, "clickhouse", NOW)

@@ -1,0 +1,386 @@
+"""The checks on the recording: a sound one is green, each planted fault turns the right check red."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.loading import continuity
+from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.loading.load import Load
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.orchestration import checks
+from kalshi_platform.orchestration.assets import recorded_hour
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import archive, migrations
+from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform.storage.schema import STREAM_EVENTS
+from kalshi_platform_tests import wire
+from kalshi_platform_tests.loading.test_load import (
+    FIRST_HOUR,
+    SECOND_HOUR,
+    SMALL,
+    START_NS,
+    journal_of,
+    load_all,
+    recording,
+)
+from kalshi_platform_tests.storage.tables import insert
+
+NAMES = {"no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "fresh"}
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+CONN = wire.conn_id(1)
+
+
+@dataclass
+class Platform:
+    """A platform with two recorded hours, the first one sealed, and a streamer that is well."""
+
+    settings: Settings
+    client: Client
+    instance: dg.DagsterInstance
+
+    def record(self, records: Sequence[wire.Record]) -> None:
+        writer = journal_of(self.settings.journal_dir(), records)
+        for store in (
+            ParquetStore(self.settings.archive_dir, 0, lambda _: None),
+            ClickHouseStore(self.settings, str(writer.id)),
+        ):
+            load_all(Load(self.settings.journal_dir(), writer, store, SMALL))
+        writer.close()
+        self.health()
+
+    def health(self, **others: Any) -> None:
+        """What the streamer says: it heard the exchange now, and its journal ends with the records."""
+        now = time.time_ns()
+        last = int(continuity.extent(self.client).newest.timestamp() * 1e9)
+        store = {"lag": 0, "committed_ns": now, "trouble": None, "refused": False}
+        said = {
+            "pid": os.getpid(),
+            "pid_started": psutil.Process().create_time(),
+            "state": "quiet",
+            "started_ns": now,
+            "updated_ns": now,
+            "last_frame_ns": last,
+            "last_heard_ns": now,
+            "last_durable_ns": last,
+            "stores": {"parquet": store, "clickhouse": store},
+            "trouble": None,
+        }
+        path = self.settings.journal_dir() / "health.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(said | others))
+
+    def check(self, **overrides: str) -> dict[str, dg.AssetCheckEvaluation]:
+        return run_checks(self.instance, resource(self.settings, **overrides))
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 100)
+
+
+@pytest.fixture
+def empty(
+    tmp_path: Path,
+    clickhouse_url: str,
+    clickhouse_database: str,
+    instance: dg.DagsterInstance,
+) -> Iterator[Platform]:
+    settings = platform_settings.load(
+        _env_file=None,
+        kalshi_data_dir=tmp_path,
+        clickhouse_url=clickhouse_url,
+        clickhouse_database=clickhouse_database,
+        hot_retention_days=36_500,
+    )
+    migrations.migrate(settings)
+    with closing(connect(settings)) as client:
+        yield Platform(settings, client, instance)
+
+
+@pytest.fixture
+def recorded(empty: Platform) -> Platform:
+    empty.record(recording())
+    return empty
+
+
+def resource(settings: Settings, **overrides: str) -> KalshiResource:
+    return KalshiResource(
+        overrides={
+            "kalshi_data_dir": str(settings.data_dir),
+            "clickhouse_url": settings.clickhouse_url,
+            "clickhouse_database": settings.clickhouse_database,
+            "hot_retention_days": str(settings.hot_retention_days),
+            **overrides,
+        }
+    )
+
+
+def run_checks(
+    instance: dg.DagsterInstance, platform: KalshiResource
+) -> dict[str, dg.AssetCheckEvaluation]:
+    """Run the job `order_book_checks`; the evaluations by check."""
+    defs = dg.Definitions(
+        assets=[recorded_hour],
+        asset_checks=checks.CHECKS,
+        jobs=checks.JOBS,
+        resources={"platform": platform},
+        executor=dg.in_process_executor,
+    )
+    result = defs.resolve_job_def("order_book_checks").execute_in_process(instance=instance)
+    assert result.success
+    return {each.check_name: each for each in result.get_asset_check_evaluations()}
+
+
+def red(found: Mapping[str, dg.AssetCheckEvaluation]) -> dict[str, dg.AssetCheckSeverity]:
+    """The checks that did not pass, with how bad it is."""
+    return {name: each.severity for name, each in found.items() if not each.passed}
+
+
+def table(it: dg.AssetCheckEvaluation, name: str = "offenders") -> list[Mapping[str, Any]]:
+    """The rows of a table of the check's metadata."""
+    value = it.metadata[name]
+    assert isinstance(value, dg.TableMetadataValue)
+    return [record.data for record in value.records]
+
+
+def with_a_gap(*, resynced_after_s: int | None = 2) -> list[wire.Record]:
+    """Numbers 403 to 405 are lost, which is written down; the books come again or not."""
+    records = recording()
+    at = records[-1][0] + wire.SECOND
+    named = {"cause": "sequence", "expected": 403, "got": 406, "channel": "orderbook_delta"}
+    records.append((at, CONN, Kind.NOTE, wire.note("gap", named, sid=1)))
+    for seq, ticker in ((406, "A-1"), (407, "EMPTY-2")):
+        records.append((at, CONN, Kind.SNAPSHOT, wire.snapshot(ticker, seq, {4_000: 100}, {})))
+    if resynced_after_s is not None:
+        at += resynced_after_s * wire.SECOND
+        records.append((at, CONN, Kind.NOTE, wire.note("resynced", {}, sid=1)))
+    at += 120 * wire.SECOND
+    records.append((at, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
+    return records
+
+
+def test_a_sound_recording_is_green_and_says_what_was_looked_at(recorded: Platform) -> None:
+    found = recorded.check()
+    assert set(found) == NAMES
+    assert red(found) == {}
+    assert found["no_unexplained_gaps"].metadata["frames"].value == 402
+    assert found["hot_cold_parity"].metadata["hours equal"].value == 1
+    assert found["fresh"].metadata["cause"].value == "quiet"
+
+
+def test_a_row_that_clickhouse_lost_is_a_hole_and_a_difference(recorded: Platform) -> None:
+    recorded.client.command("DELETE FROM orderbook_events WHERE seq = 20")
+    found = recorded.check()
+    assert red(found) == {"no_unexplained_gaps": ERROR, "hot_cold_parity": ERROR}
+    (hole,) = table(found["no_unexplained_gaps"])
+    assert (hole["conn_id"], hole["sid"]) == ("00000000-0000-0000-0000-000000000001", 1)
+    assert (hole["unexplained_holes"], hole["doubled"]) == (1, 0)
+    (hour,) = table(found["hot_cold_parity"])
+    assert (hour["hour"], hour["dataset"]) == (f"{FIRST_HOUR:%Y-%m-%d %H:00}", "orderbook_events")
+    assert hour["rows_parquet"] == hour["rows_clickhouse"] + 1
+
+
+def test_a_row_that_is_stored_twice_is_doubled(recorded: Platform) -> None:
+    recorded.client.command(
+        "INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE seq = 21"
+    )
+    found = recorded.check()
+    assert red(found) == {"no_unexplained_gaps": ERROR, "hot_cold_parity": ERROR}
+    assert [row["doubled"] for row in table(found["no_unexplained_gaps"])] == [1]
+
+
+def test_a_value_that_was_changed_in_a_file_is_a_difference_of_that_hour(
+    recorded: Platform,
+) -> None:
+    assert red(recorded.check()) == {}
+    path = archive.files(recorded.settings.archive_dir, "orderbook_events", FIRST_HOUR)[0]
+    rows = pq.read_table(path, partitioning=None)
+    at = rows.schema.get_field_index("size")
+    changed = pc.add(rows["size"], pa.scalar(1)).cast(rows.schema.field("size").type)
+    pq.write_table(rows.set_column(at, "size", changed), path)
+    found = recorded.check()
+    assert red(found) == {"hot_cold_parity": ERROR}
+    (hour,) = table(found["hot_cold_parity"])
+    assert hour["rows_parquet"] == hour["rows_clickhouse"]
+    assert hour["checksum_parquet"] != hour["checksum_clickhouse"]
+
+
+def test_a_gap_that_is_named_and_mended_passes_and_without_its_row_it_is_a_hole(
+    empty: Platform,
+) -> None:
+    empty.record(with_a_gap())
+    found = empty.check()
+    assert red(found) == {}
+    assert found["no_unexplained_gaps"].metadata["numbers named by gaps"].value == 3
+    assert found["no_unexplained_gaps"].metadata["gaps in the last hour"].value == 1
+    empty.client.command("DELETE FROM stream_events WHERE kind = 'gap'")
+    found = empty.check()
+    assert red(found) == {"no_unexplained_gaps": ERROR}
+    assert [row["unexplained_holes"] for row in table(found["no_unexplained_gaps"])] == [3]
+
+
+@pytest.mark.parametrize("after_s", [None, 90])
+def test_a_gap_that_keeps_its_books_in_doubt_warns(empty: Platform, after_s: int | None) -> None:
+    empty.record(with_a_gap(resynced_after_s=after_s))
+    found = empty.check()
+    assert red(found) == {"no_unexplained_gaps": WARN}
+    (gap,) = table(found["no_unexplained_gaps"], "gaps")
+    assert (gap["expected"], gap["got"]) == (403, 406)
+    assert gap["open_s"] == (120 if after_s is None else after_s)
+    assert bool(gap["ended_at"]) is (after_s is not None)
+
+
+def test_a_level_that_differs_from_the_exchange_s_warns(recorded: Platform) -> None:
+    level = {"side": "yes", "price": "0.4800", "ours": "1.00", "theirs": "2.00"}
+    newest = continuity.extent(recorded.client).whole_until
+    row = {"kind": "mismatch", "market_ticker": "A-1", "ingest_ts": newest}
+    insert(recorded.client, STREAM_EVENTS, [row | {"detail": json.dumps(level)}])
+    found = recorded.check()
+    assert red(found) == {"no_unexplained_gaps": WARN}
+    (shown,) = table(found["no_unexplained_gaps"], "mismatches")
+    assert {name: shown[name] for name in level} == level
+
+
+def crossing(lasts_s: float, *, mended: bool) -> list[wire.Record]:
+    """The book of A-1 (yes 0.48, no 0.51) is crossed for a while, near the end of an hour's records."""
+    records = recording(50)
+    at, seq = records[-1][0] + wire.SECOND, 53
+    records.append((at, CONN, Kind.DELTA, wire.delta("A-1", seq, "no", 5_300, 100)))
+    at += int(lasts_s * wire.SECOND)
+    if mended:
+        frame = wire.delta("A-1", seq + 1, "no", 5_300, -100)
+        frame = frame.replace(b"28.97871Z", b"40.5Z")  # another matching event
+        records.append((at, CONN, Kind.DELTA, frame))
+    records.append((at + wire.SECOND, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
+    return records
+
+
+def test_a_book_that_stays_crossed_warns_and_one_that_was_so_for_a_moment_does_not(
+    empty: Platform,
+) -> None:
+    empty.record(crossing(20, mended=False))
+    found = empty.check()
+    assert red(found) == {"books_uncrossed": WARN}
+    (book,) = table(found["books_uncrossed"])
+    assert (book["market_ticker"], book["lasts"], book["seq"]) == ("A-1", True, 53)
+    assert book["lasted_s"] == 21.0
+    assert (book["yes_bid"], book["yes_ask"]) == ("0.4800", "0.4700")
+
+
+def test_a_book_that_is_crossed_only_this_moment_is_no_finding(empty: Platform) -> None:
+    empty.record(crossing(2, mended=False))
+    assert red(empty.check()) == {}
+
+
+def test_a_book_that_is_not_verified_is_not_judged(empty: Platform) -> None:
+    records = crossing(20, mended=False)
+    records.insert(
+        -2, (records[-2][0], CONN, Kind.NOTE, wire.note("gap", {"cause": "t"}, sid=1, ticker="A-1"))
+    )
+    empty.record(records)
+    found = empty.check()
+    assert found["books_uncrossed"].passed
+
+
+def test_a_crossed_book_of_a_computed_hour_is_told_later(empty: Platform) -> None:
+    records = crossing(20, mended=True)
+    late = int(SECOND_HOUR.timestamp()) * wire.SECOND + 10 * wire.SECOND
+    records.append((late, CONN, Kind.DELTA, wire.delta("A-1", 55, "yes", 4_700, 5)))
+    records.append((late, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
+    assert START_NS < late
+    empty.record(records)
+    assert red(empty.check()) == {}
+    compute_hour(empty.settings, FIRST_HOUR)
+    found = empty.check()
+    assert red(found) == {"books_uncrossed": WARN}
+    (book,) = table(found["books_uncrossed"])
+    assert (book["market_ticker"], book["lasts"], book["lasted_s"]) == ("A-1", False, 20.0)
+
+
+def test_an_old_report_of_the_streamer_is_red_with_what_to_do(recorded: Platform) -> None:
+    recorded.health(updated_ns=time.time_ns() - 90 * wire.SECOND)
+    found = recorded.check()
+    assert red(found) == {"fresh": ERROR}
+    assert f"kill -9 {os.getpid()}" in (found["fresh"].description or "")
+    recorded.health(pid_started=1.0)
+    assert "is gone" in (recorded.check()["fresh"].description or "")
+
+
+def test_a_damaged_report_is_named(recorded: Platform) -> None:
+    path = recorded.settings.journal_dir() / "health.json"
+    path.write_text("{")
+    assert str(path) in (recorded.check()["fresh"].description or "")
+    path.write_text("{}")
+    assert red(recorded.check()) == {"fresh": WARN}
+
+
+def test_with_nothing_recorded_or_no_clickhouse_the_checks_are_calm(empty: Platform) -> None:
+    for found in (empty.check(), empty.check(use_clickhouse="0")):
+        assert set(found) == NAMES
+        for each in found.values():
+            assert each.passed
+            assert (each.description or "").startswith("Nothing to judge: ")
+
+
+def test_with_clickhouse_away_fresh_says_so_and_the_others_keep_their_colour(
+    recorded: Platform,
+) -> None:
+    found = recorded.check(clickhouse_url="http://127.0.0.1:9")
+    assert red(found) == {"fresh": WARN}
+    assert set(found) == {"fresh"}
+    assert "cannot be reached" in (found["fresh"].description or "")
+
+
+def test_of_a_large_table_the_newest_span_is_proved_and_a_finding_stays_until_it_is_mended(
+    recorded: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def span(it: dg.AssetCheckEvaluation) -> tuple[Any, Any]:
+        return it.metadata["proved from"].value, it.metadata["proved to"].value
+
+    monkeypatch.setattr(continuity, "WHOLE_EVENTS", 0)
+    monkeypatch.setattr(continuity, "WINDOW", timedelta(seconds=30))
+    first = recorded.check()["no_unexplained_gaps"]
+    assert span(first)[1] - span(first)[0] == 30
+    recorded.client.command("DELETE FROM orderbook_events WHERE seq = 400")
+    lost = recorded.check()["no_unexplained_gaps"]
+    assert not lost.passed
+    assert span(lost)[0] < span(first)[0]  # a finding in the window was looked for everywhere
+    again = recorded.check()["no_unexplained_gaps"]
+    assert span(again)[0] == span(lost)[0]
+    assert not again.passed
+
+
+def test_the_schedule_runs_by_default_and_waits_for_a_recording(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    schedule = checks.order_book_checks_schedule
+    assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
+
+    def tick() -> object:
+        platform = KalshiResource(overrides={"kalshi_data_dir": str(tmp_path)})
+        context = dg.build_schedule_context(instance=instance, resources={"platform": platform})
+        return schedule(context)
+
+    assert isinstance(tick(), dg.SkipReason)
+    (tmp_path / "journal" / "shard-0").mkdir(parents=True)
+    (tmp_path / "journal" / "shard-0" / "health.json").write_text("{}")
+    assert isinstance(tick(), dg.RunRequest)
