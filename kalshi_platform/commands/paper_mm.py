@@ -82,7 +82,7 @@ def command(
         _begin(maker, ending)
         gateway.freeze(fault is Misbehaviour.STALE)
         click.echo(f"Quoting {markets} SIMULATED markets.")
-        _run(maker, spool, ending, interval, seconds)
+        _run(gateway, maker, spool, ending=ending, interval=interval, seconds=seconds)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -109,8 +109,10 @@ def _begin(maker: PaperMarketMaker, ending: threading.Event) -> None:
 
 
 def _run(
+    gateway: SimulatorGateway,
     maker: PaperMarketMaker,
     spool: Spool,
+    *,
     ending: threading.Event,
     interval: float,
     seconds: float | None,
@@ -131,5 +133,6 @@ def _run(
             break
     try:
         maker.end()
+        gateway.freeze(False)
     except PaperError as error:
         click.echo(f"Its orders stay: {error}", err=True)

@@ -1,14 +1,21 @@
 """Compaction: the parts of a sealed hour become one file, sorted for reading.
 
-The hour is built beside the archive, held against its parts and its manifest by row count and content
-checksum, and then exchanged for them in one step; a kill at any instant leaves the parts or the one
-file. Only what the manifest vouches for is taken: anything else is refused and left as it was.
+1. The hour is *built* beside the archive and held against its parts and its manifest, by row count and
+   content checksum. What no manifest vouches for is refused and left as it was.
+2. The new file's name is *announced*: a file of that name and no rows joins the parts.
+3. The folders are *exchanged* in one step. What was there lies aside for a while, then goes.
+
+A kill at any instant leaves the parts or the one file. The announcement is for readers that list names
+and leave out, without a word, those that are gone when they look closer (Arrow and DuckDB do): one that
+listed the parts and looks after the exchange is left with the announced name, which has every row then.
+One that opens the parts after the exchange finds no such file, and has to list again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +60,8 @@ SORTED_BY = {
 ROW_GROUP_ROWS = 65_536
 """What a reader of one market reads at least; docs/data.md has the figures."""
 ZSTD_LEVEL = 9
+LINGER_S = 0.5
+"""From announcement to exchange: whoever listed the hour before the announcement has looked by then."""
 RANGE_ROWS = 2_000_000
 """Sorted at a time, market by market: bounds memory, but for a market with more."""
 
@@ -144,54 +153,94 @@ def compact_hour(root: Path, hour: datetime) -> Iterator[Compacted]:
             f"The hour {hour:%Y-%m-%d %H:00} UTC is not sealed: the streamer may still write to it. It"
             " is sealed when the streamer passes it, or when orderbook_events is materialised for it."
         )
-    for name in hours.RECORDED:
-        files = archive.files(root, name, hour)
-        if files and not hours.is_compacted([path.name for path in files]):
-            yield _compact(root, DATASETS[name], hour)
+    withdraw(root, hour)
+    prepared = [
+        _prepare(root, DATASETS[name], hour)
+        for name in hours.RECORDED
+        if (files := archive.files(root, name, hour))
+        and not hours.is_compacted([path.name for path in files])
+    ]
+    announced = [_announce(root, it) for it in prepared]
+    time.sleep(LINGER_S)
+    for it, look in zip(prepared, announced, strict=True):
+        with archive.changing(root):
+            _insist_unchanged(root, it, look)
+            archive.replace_hour(root, it.dataset.name, hour, it.staged)
+        yield Compacted(
+            it.dataset.name,
+            hour,
+            it.content.rows,
+            len(it.before),
+            sum(size for _, _, size, _ in it.before),
+            it.part.bytes,
+            it.content.checksum,
+        )
 
 
-def _compact(root: Path, dataset: Dataset, hour: datetime) -> Compacted:
+Look = list[tuple[Path, int, int, int]]
+"""An hour's files and which ones they are: a file that was replaced looks different."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    dataset: Dataset
+    hour: datetime
+    before: Look
+    staged: Path
+    content: Content
+    part: Part
+
+
+def _prepare(root: Path, dataset: Dataset, hour: datetime) -> _Prepared:
     before = _look(root, dataset.name, hour)
     manifest = archive.read_manifest(root, dataset.name, hour)
     if manifest is None:
         raise StoreRefused(f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC is not sealed.")
     staged = archive.staging(root, dataset.name, hour)
     content, part = build([path for path, *_ in before], dataset, staged)
-    _insist_on(manifest, content)
-    vouch(root, staged, manifest, part)
-    with archive.changing(root):
-        if _look(root, dataset.name, hour) != before:
-            raise StoreUnavailable(
-                f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and is as"
-                " it was. The next compaction takes it."
-            )
-        archive.replace_hour(root, dataset.name, hour, staged)
-    return Compacted(
-        dataset.name,
-        hour,
-        content.rows,
-        len(before),
-        sum(size for _, _, size, _ in before),
-        part.bytes,
-        content.checksum,
-    )
-
-
-def _look(root: Path, dataset: str, hour: datetime) -> list[tuple[Path, int, int, int]]:
-    """The hour's files and which ones they are: a file that was replaced looks different."""
-    return [
-        (path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
-        for path in archive.files(root, dataset, hour)
-    ]
-
-
-def _insist_on(manifest: Manifest, content: Content) -> None:
     if (content.rows, content.checksum) != (manifest.rows, manifest.checksum):
         raise StoreRefused(
             f"{manifest.dataset} of {manifest.hour}: its files hold {content.rows:,} rows of checksum"
             f" {content.checksum}, its manifest says {manifest.rows:,} of {manifest.checksum}. Nothing"
             " was changed. Materialise that hour again, then compact it."
         )
+    vouch(root, staged, manifest, part)
+    return _Prepared(dataset, hour, before, staged, content, part)
+
+
+def _announce(root: Path, it: _Prepared) -> Look:
+    """Put a file of the new name and no rows beside the parts; returns what is there now."""
+    schema = it.dataset.arrow
+    with archive.changing(root):
+        _insist_unchanged(root, it, it.before)
+        path = archive.hour_folder(root, it.dataset.name, it.hour) / it.part.file
+        archive.write(path, [schema.empty_table()], schema)
+        return _look(root, it.dataset.name, it.hour)
+
+
+def withdraw(root: Path, hour: datetime) -> None:
+    """Take back what somebody who was killed had announced: it has no rows."""
+    with archive.changing(root):
+        for name in hours.RECORDED:
+            files = archive.files(root, name, hour)
+            for path in files if len(files) > 1 else ():
+                if path.name.startswith(hours.COMPACTED) and archive.is_empty(path):
+                    path.unlink()
+
+
+def _insist_unchanged(root: Path, it: _Prepared, look: Look) -> None:
+    if _look(root, it.dataset.name, it.hour) != look:
+        raise StoreUnavailable(
+            f"{it.dataset.name} of {it.hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and keeps"
+            " what it has. The next compaction takes it."
+        )
+
+
+def _look(root: Path, dataset: str, hour: datetime) -> Look:
+    return [
+        (path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
+        for path in archive.files(root, dataset, hour)
+    ]
 
 
 def vouch(root: Path, staged: Path, manifest: Manifest, part: Part) -> None:

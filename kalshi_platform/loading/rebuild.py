@@ -8,6 +8,7 @@ damaged, the hour becomes one file per dataset; what was there is put aside unde
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import shutil
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
 log = logging.getLogger(__name__)
 
-FROM_CLICKHOUSE = "clickhouse.parquet"
+FROM_CLICKHOUSE = "part-clickhouse.parquet"
 RANGE_RECORDS = 524_288
 """Journal records of one file, where nothing says how the hour was cut before."""
 
@@ -52,6 +53,7 @@ def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
     ):
         return hours.describe(root, hour, complete=False)
     start = _in_journal(settings.journal_dir(shard), hour)
+    compaction.withdraw(root, hour)
     with archive.changing(root):
         if _is_compacted(root, hour):
             same = start is not None and _from_journal_compacted(
@@ -143,8 +145,17 @@ def _from_journal_compacted(
     finally:
         shutil.rmtree(scratch)
     for name, staged in built:
-        archive.replace_hour(root, name, hour, staged)
+        if not _is_there(staged, archive.hour_folder(root, name, hour)):
+            archive.replace_hour(root, name, hour, staged)
     return True
+
+
+def _is_there(staged: Path, folder: Path) -> bool:
+    """Whether the hour is the staged file already, byte for byte: then no reader need be disturbed."""
+    names = [path.name for path in staged.glob("*.parquet")]
+    if names != [path.name for path in folder.glob("*.parquet")]:
+        return False
+    return all(filecmp.cmp(staged / name, folder / name, shallow=False) for name in names)
 
 
 def _same(manifest: Manifest, content: compaction.Content) -> bool:
@@ -224,7 +235,7 @@ def _sound(root: Path, hour: datetime) -> bool:
             if present:
                 return False
             continue
-        if present != {part.file for part in manifest.parts}:
+        if present != {part.file for part in manifest.parts if part.rows}:
             return False
     try:
         report = hours.describe(root, hour, complete=True)

@@ -65,7 +65,7 @@ class _Asked:
 
 
 @dg.multi_asset_check(
-    name="order_book_checks",
+    name="judge_order_book",
     specs=[
         dg.AssetCheckSpec(
             name, asset=ASSET, description=description, metadata={"docs": MetadataValue.path(DOCS)}

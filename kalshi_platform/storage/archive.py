@@ -220,6 +220,14 @@ def batches(path: Path, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterat
         raise _unreadable(path, error) from None
 
 
+def is_empty(path: Path) -> bool:
+    """Whether a file has no rows. Raises `StoreRefused` where it cannot be read."""
+    try:
+        return bool(pq.read_metadata(path).num_rows == 0)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
 # -- a whole hour replaced ---------------------------------------------------------------------
 
 

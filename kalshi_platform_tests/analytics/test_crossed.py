@@ -12,7 +12,8 @@ from kalshi_platform.analytics.crossed import COLUMNS, lasting
 from kalshi_platform.storage.schema import SPREADS
 
 HOUR = datetime(2026, 11, 22, 14, tzinfo=UTC)
-SPREADS_TYPES = pl.DataFrame(SPREADS.arrow.empty_table()).select(COLUMNS).schema
+TYPES = pl.Schema(pl.DataFrame(SPREADS.arrow.empty_table()).select(COLUMNS).schema)
+TYPES.update(market_ticker=pl.String(), conn_id=pl.String())
 
 
 def at(seconds: float) -> datetime:
@@ -20,26 +21,31 @@ def at(seconds: float) -> datetime:
 
 
 def state(
-    seconds: float, bid: str | None, ask: str | None, *, ts: float | None = None, **others: Any
+    seconds: float,
+    bid: str | None,
+    ask: str | None,
+    *,
+    ts: float | None = None,
+    ticker: str = "A",
+    verified: bool = True,
 ) -> dict[str, Any]:
     """A state that begins so many seconds into the hour; `ts` likewise, its own time unless told."""
     return {
-        "market_ticker": "A",
+        "market_ticker": ticker,
         "conn_id": "c",
         "sid": 1,
         "seq": int(seconds),
         "ts": at(seconds if ts is None else ts),
         "ingest_ts": at(seconds),
-        "verified": True,
+        "verified": verified,
         "yes_bid": Decimal(bid) if bid else None,
         "yes_ask": Decimal(ask) if ask else None,
-    } | others
+    }
 
 
 def found(*states: dict[str, Any], until: float = 1000.0) -> list[tuple[str, float, float, bool]]:
     """(market, seconds into the hour, seconds that it lasted, whether it lasts still)."""
-    schema = {**SPREADS_TYPES, "market_ticker": pl.String, "conn_id": pl.String}
-    frame = lasting(pl.DataFrame(list(states), schema=schema), at(until), 5.0)
+    frame = lasting(pl.DataFrame(list(states), schema=TYPES), at(until), 5.0)
     return [
         (row["market_ticker"], (row["since"] - HOUR).total_seconds(), row["lasted_s"], row["lasts"])
         for row in frame.to_dicts()
@@ -86,10 +92,9 @@ def test_a_state_is_known_to_the_end_of_its_hour_only_and_goes_on_with_the_next(
 
 
 def test_markets_are_told_apart_the_longest_first() -> None:
-    other = {"market_ticker": "B"}
     assert found(
         state(0, "0.55", "0.50"),
         state(10, "0.40", "0.50"),
-        state(0, "0.55", "0.50", **other),
-        state(30, "0.40", "0.50", **other),
+        state(0, "0.55", "0.50", ticker="B"),
+        state(30, "0.40", "0.50", ticker="B"),
     ) == [("B", 0.0, 30.0, False), ("A", 0.0, 10.0, False)]

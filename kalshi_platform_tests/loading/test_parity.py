@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import continuity, parity
-from kalshi_platform.loading.load import Load
+from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.parity import Parity, compare_hours
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, migrations
 from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
-    SMALL,
     journal_of,
     load_all,
     recording,
 )
+from kalshi_platform_tests.storage.tables import settings_for
 
+PACE = Pace(records=60, seconds=0.0, first_s=0.0)
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 
+@pytest.fixture(scope="module")
+def database(clickhouse_url: str) -> Iterator[str]:
+    """A migrated database for this module."""
+    name = f"test_{uuid.uuid4().hex}"
+    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
+    yield name
+    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+
+
 @pytest.fixture
-def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Settings:
-    made = platform_settings.load(
-        _env_file=None,
-        kalshi_data_dir=tmp_path,
-        clickhouse_url=clickhouse_url,
-        clickhouse_database=clickhouse_database,
-        hot_retention_days=36_500,
+def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
+    return settings_for(
+        clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
     )
-    migrations.migrate(made)
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +59,15 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
     """Two hours in both stores, the first one sealed."""
+    with closing(connect(settings)) as emptying:
+        for name in DATASETS:
+            emptying.command(f"TRUNCATE TABLE {name}")
     writer = journal_of(settings.journal_dir(), recording())
     for store in (
         ParquetStore(settings.archive_dir, 0, lambda _: None),
         ClickHouseStore(settings, str(writer.id)),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, SMALL))
+        load_all(Load(settings.journal_dir(), writer, store, PACE))
     writer.close()
     with closing(connect(settings)) as client:
         yield client
@@ -137,7 +146,7 @@ def test_a_file_that_is_gone_or_damaged_is_found(settings: Settings, client: Cli
 
 
 def test_a_difference_is_told_until_it_is_mended(settings: Settings, client: Client) -> None:
-    client.command("CREATE TABLE taken AS orderbook_events")
+    client.command("CREATE OR REPLACE TABLE taken AS orderbook_events")
     client.command("INSERT INTO taken SELECT * FROM orderbook_events WHERE seq = 20")
     client.command("DELETE FROM orderbook_events WHERE seq = 20")
     the_difference(settings, client)

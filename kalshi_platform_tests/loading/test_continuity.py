@@ -1,0 +1,104 @@
+"""The proof over a span of time gives what the proof over everything gives, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from kalshi_platform.loading import continuity
+from kalshi_platform.loading.continuity import Proof, extent, prove
+from kalshi_platform.storage.clickhouse import Client
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform_tests.storage.tables import insert, migrated, uuid
+
+BEGUN = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=10)
+
+
+@pytest.fixture
+def client(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
+    with migrated(clickhouse_url, clickhouse_database) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table is a large one, of which three hours are proved."""
+    monkeypatch.setattr(continuity, "WHOLE_EVENTS", 0)
+
+
+def keep(client: Client, frames: dict[int, float]) -> None:
+    """Deltas by number, each with the hour after BEGUN at which it came; and a last heartbeat."""
+    of = {"conn_id": uuid(1), "sid": 1}
+
+    def delta(seq: int, hours: float) -> dict[str, Any]:
+        level = {"type": "delta", "market_id": uuid(9), "market_ticker": "A", "side": "yes"}
+        return {**of, **level, "seq": seq, "price": Decimal("0.5"), "ingest_ts": at(hours)}
+
+    insert(client, ORDERBOOK_EVENTS, [delta(seq, hours) for seq, hours in frames.items()])
+    beginning = {**of, "kind": "subscribed", "ingest_ts": at(0)}
+    heartbeat = {"conn_id": uuid(0), "kind": "heartbeat", "ingest_ts": at(10)}
+    insert(client, STREAM_EVENTS, [beginning, heartbeat])
+
+
+def at(hours: float) -> datetime:
+    return BEGUN + timedelta(hours=hours)
+
+
+def proved(client: Client, since: datetime | None = None, retention_days: int = 30) -> Proof:
+    return prove(client, extent(client), retention_days, since)
+
+
+def test_a_small_table_is_proved_whole(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuity, "WHOLE_EVENTS", 100)
+    keep(client, {1: 1, 2: 2, 4: 3})
+    found = proved(client)
+    assert (found.since, found.until, found.frames) == (at(0), at(10), 3)
+    assert [row["unexplained_holes"] for row in found.offenders] == [1]
+
+
+def test_of_a_large_table_the_newest_hours_are_read(client: Client) -> None:
+    keep(client, {1: 1, 2: 2, 4: 3, 5: 8, 6: 9})
+    found = proved(client)
+    assert (found.since, found.frames, found.offenders) == (at(7), 2, ())
+
+
+def test_what_is_unproved_is_read_too(client: Client) -> None:
+    keep(client, {1: 1, 2: 2, 4: 3, 5: 8, 6: 9})
+    found = proved(client, since=at(1.5))
+    assert [row["unexplained_holes"] for row in found.offenders] == [1]
+
+
+def test_a_hole_in_the_window_is_found(client: Client) -> None:
+    keep(client, {1: 1, 2: 8, 4: 9})
+    (row,) = proved(client).offenders
+    assert (str(row["conn_id"]), row["sid"], row["unexplained_holes"]) == (uuid(1), 1, 1)
+
+
+def test_a_frame_that_a_clock_set_back_moves_over_the_window_s_edge_is_no_hole(
+    client: Client,
+) -> None:
+    keep(client, {1: 1, 2: 7.1, 3: 6.9, 4: 7.2})
+    found = proved(client)
+    assert (found.since, found.offenders) == (at(0), ())
+
+
+def test_what_only_one_table_has_yet_is_not_judged(client: Client) -> None:
+    keep(client, {1: 8, 2: 9, 4: 10.1})  # 3 is an answer that stream_events does not have yet
+    found = proved(client)
+    assert (found.until, found.frames, found.offenders) == (at(10), 2, ())
+
+
+def test_what_retention_takes_at_this_moment_is_not_judged(client: Client) -> None:
+    subscribed_long_ago = {"kind": "subscribed", "conn_id": uuid(1), "sid": 1}
+    frames = {100: 8.0, 101: 9.0}  # 1 to 99 were taken; the row of the subscription not yet
+    keep(client, frames)
+    client.command("TRUNCATE TABLE stream_events")
+    old = {**subscribed_long_ago, "ingest_ts": at(10) - timedelta(days=1, minutes=1)}
+    heartbeat = {"conn_id": uuid(0), "kind": "heartbeat", "ingest_ts": at(10)}
+    insert(client, STREAM_EVENTS, [old, heartbeat])
+    found = proved(client, since=at(0) - timedelta(days=3), retention_days=1)
+    assert (found.frames, found.offenders) == (2, ())
