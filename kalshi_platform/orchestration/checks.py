@@ -154,9 +154,10 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
             " exchange's. The books are asked for anew by themselves; if it goes on, see the run's log."
         )
         return _failed("no_unexplained_gaps", WARN, said, metadata)
+    lately = len(noticed.named)
     said = (
         f"{proof.frames:,} numbered frames of {proof.subscriptions} subscriptions are all accounted for;"
-        f" {len(noticed.named)} gaps in the last hour, each named and mended."
+        f" {f'{lately} gaps in the last hour, named and mended' if lately else 'no gap in the last hour'}."
     )
     return _passed("no_unexplained_gaps", said, metadata)
 

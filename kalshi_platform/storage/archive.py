@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kalshi_platform.storage import swap
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 HOUR = timedelta(hours=1)
 MANIFEST = "_manifest.json"
@@ -201,7 +201,10 @@ def read_manifest(root: Path, dataset: str, hour: datetime) -> Manifest | None:
 def read(
     root: Path, dataset: str, hour: datetime, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """The rows of an hour, file by file. Raises `StoreRefused` naming a file that cannot be read."""
+    """The rows of an hour, file by file.
+
+    Raises `StoreRefused` naming a file that cannot be read, `StoreUnavailable` one that went meanwhile.
+    """
     for path in files(root, dataset, hour):
         try:
             yield pq.read_table(path, columns=columns, partitioning=None)
@@ -309,7 +312,11 @@ def sweep(root: Path) -> None:
             raise _disk_error(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> StoreRefused:
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    if isinstance(error, FileNotFoundError):
+        return StoreUnavailable(
+            f"{path} went while its hour was read: the hour was compacted or rebuilt. Read it again."
+        )
     return StoreRefused(
         f"{path} cannot be read ({error}). Materialise that hour again: it is rebuilt from the"
         " journal while that is kept, else from ClickHouse."

@@ -21,6 +21,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.compact import command
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import compaction, hours
+from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ParquetStore
@@ -48,23 +49,29 @@ def record(settings: Settings, records: list[wire.Record]) -> None:
     writer.close()
 
 
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings of an archive of one sealed hour of two markets, and one that is not sealed."""
-    monkeypatch.setattr(compaction, "LINGER_S", 0.0)
-    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
-    made = platform_settings.load(kalshi_data_dir=tmp_path, use_clickhouse=False)
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: one sealed hour of two markets, and one that is not sealed."""
+    folder = tmp_path_factory.mktemp("recorded")
     conn = wire.conn_id(7)
-    other = [wire.connected(conn, START_NS)]
+    snapshot = wire.snapshot("B-3", 1, {}, {3_300: 5}, sid=4)
+    other = [wire.connected(conn, START_NS), (START_NS, conn, int(Kind.SNAPSHOT), snapshot)]
     for n in range(60):
         frame = wire.delta("B-3", 2 + n, "no", 3_300 + 100 * (n % 5), 11, sid=4)
-        at = START_NS + (n + 1) * wire.SECOND
-        other.append((at, conn, int(Kind.DELTA), frame))
-    other.insert(
-        1, (START_NS, conn, int(Kind.SNAPSHOT), wire.snapshot("B-3", 1, {}, {3_300: 5}, sid=4))
-    )
-    record(made, sorted([*recording(), *other], key=lambda it: it[0]))
-    return made
+        other.append((START_NS + (n + 1) * wire.SECOND, conn, int(Kind.DELTA), frame))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+        made = platform_settings.load(kalshi_data_dir=folder, use_clickhouse=False)
+        record(made, sorted([*recording(), *other], key=lambda it: it[0]))
+    return folder
+
+
+@pytest.fixture
+def settings(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of a recording that the test may change."""
+    monkeypatch.setattr(compaction, "LINGER_S", 0.0)
+    shutil.copytree(recorded, tmp_path / "data")
+    return platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
 
 
 def rows(root: Path, dataset: str, hour: datetime = FIRST_HOUR) -> pl.DataFrame:
@@ -122,7 +129,7 @@ def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
     groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
     of_one_market = 0
     for group in groups:
-        assert [column.column_index for column in group.sorting_columns][0] == 5
+        assert next(column.column_index for column in group.sorting_columns) == 5
         ticker = group.column(5).statistics
         of_one_market += ticker.min == ticker.max
     assert of_one_market == len(groups) > 2
@@ -275,7 +282,7 @@ def _pyarrow(folder: Path) -> list[int]:
 
 def _duckdb(folder: Path) -> list[int]:
     duckdb = pytest.importorskip("duckdb")
-    sql = f"SELECT seq FROM read_parquet('{folder}/date=*/hour=*/*.parquet')"  # noqa: S608
+    sql = f"SELECT seq FROM read_parquet('{folder}/date=*/hour=*/*.parquet')"
     with duckdb.connect() as connection:
         return [seq for (seq,) in connection.execute(sql).fetchall()]
 
@@ -303,7 +310,7 @@ def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
         while not ended.is_set():
             try:
                 got = sorted(reader(current / EVENTS))
-            except Exception:  # noqa: BLE001, S112 - a reader that says so may list again
+            except Exception:  # noqa: BLE001 - a reader that says so may list again
                 continue
             whole += got == expected
             if got != expected:
@@ -346,11 +353,8 @@ def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
 
 
 def _late_write(root: Path, table: pa.Table) -> None:
-    class Late:
-        tables = {EVENTS: table}
-
     store = ParquetStore(root, 0, lambda _: None)
-    store.write(90_000, 90_010, [Late()])  # type: ignore[list-item]
+    store.write(90_000, 90_010, [Rows(90_000, 90_010, {EVENTS: table})])
 
 
 def test_a_part_that_comes_while_its_hour_is_compacted_is_not_lost(

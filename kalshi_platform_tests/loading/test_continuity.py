@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -18,10 +19,21 @@ from kalshi_platform_tests.storage.tables import insert, migrated, uuid
 BEGUN = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=10)
 
 
-@pytest.fixture
-def client(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
-    with migrated(clickhouse_url, clickhouse_database) as client:
+@pytest.fixture(scope="module")
+def database(clickhouse_url: str) -> Iterator[Client]:
+    """A client of a migrated database for this module."""
+    name = f"test_{uuid4().hex}"
+    with migrated(clickhouse_url, name) as client:
         yield client
+        client.command(f"DROP DATABASE {name} SYNC")
+
+
+@pytest.fixture
+def client(database: Client) -> Client:
+    """The same with nothing in it."""
+    for dataset in (ORDERBOOK_EVENTS, STREAM_EVENTS):
+        database.command(f"TRUNCATE TABLE {dataset.name}")
+    return database
 
 
 @pytest.fixture(autouse=True)
