@@ -307,14 +307,21 @@ def _remembered(path: Path, where: str) -> dict[str, _Verdict]:
         memory = msgspec.json.decode(path.read_bytes(), type=_Memory)
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
-        log.warning("%s is damaged (%s): every hour is compared anew.", path, error)
+    except (msgspec.DecodeError, OSError) as error:
+        log.warning("%s cannot be read (%s): every hour is compared anew.", path, error)
         return {}
     return memory.hours if memory.clickhouse == where else {}
 
 
 def _remember(path: Path, memory: _Memory) -> None:
     temporary = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(msgspec.json.encode(memory))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(memory))
+        temporary.replace(path)
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): the next run compares these hours again. Make it writable.",
+            path,
+            error.strerror,
+        )

@@ -89,9 +89,9 @@ def order_book_checks(
     damaged = ""
     try:
         health = freshness.read(health_file)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         damaged = (
-            f"{health_file} is damaged ({error}). A living streamer writes it anew each second."
+            f"{health_file} cannot be read ({error}). A living streamer writes it anew each second."
         )
     hot: continuity.Extent | None = None
     away = ""

@@ -156,7 +156,6 @@ def write(
             column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
             store_decimal_as_integer=True,
             write_statistics=True,
-            write_page_index=bool(sorted_by),
             sorting_columns=[
                 pq.SortingColumn(schema.get_field_index(n), nulls_first=True) for n in sorted_by
             ]

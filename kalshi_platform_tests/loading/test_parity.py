@@ -190,3 +190,13 @@ def test_no_run_compares_more_hours_than_it_may(settings: Settings, client: Clie
     hot = continuity.extent(client)
     found = compare_hours(settings, client, hot, NOW, limit=0)
     assert (found.compared, found.waiting) == ((), 1)
+
+
+def test_a_memory_that_cannot_be_kept_costs_another_look_and_no_more(
+    settings: Settings, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    (settings.data_dir / "checks").write_text("in the way")
+    for _ in range(2):
+        found = compared(settings, client)
+        assert (found.compared, found.equal) == ((FIRST_HOUR,), 1)
+    assert "cannot be written" in caplog.text
