@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help install install-dev run test chaos check format lock clean
+.PHONY: help install install-dev run test chaos bench check format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,10 @@ test: install-dev ## The whole test suite
 
 chaos: install-dev ## Kill everything, 200 times, and write docs/reliability.md
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)
+
+bench: install ## The timings of analytics (5 million events) and of the live views (50 million)
+	@$(BIN)/python -m kalshi_platform.benchmarks.analytics
+	@$(BIN)/python -m kalshi_platform.benchmarks.live_views
 
 check: install-dev ## Formatting, lint, strict types
 	@$(BIN)/ruff format --check .
