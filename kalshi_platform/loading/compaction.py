@@ -125,7 +125,16 @@ def compact(
                     done(compacted)
             except StoreError as error:
                 refused(hour, error)
+            except OSError as error:
+                refused(hour, _disk_error(hour, error))
         _sweep(root)
+
+
+def _disk_error(hour: datetime, error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"{error.filename} cannot be had ({error.strerror}), so {hour:%Y-%m-%d %H:00} UTC stays as it is."
+        " Mend that; the next compaction takes it."
+    )
 
 
 def _sweep(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 import time
@@ -180,6 +181,20 @@ def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
     with pytest.raises(StoreRefused, match=r"cannot be read|its manifest says"):
         run(root)
     assert {p: p.read_bytes() for p in archive.files(root, EVENTS, FIRST_HOUR)} == left
+
+
+def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = settings.archive_dir
+    before = rows(root, EVENTS)
+    monkeypatch.setattr(swap, "_call", lambda *_: errno.EINVAL)
+    with pytest.raises(StoreRefused, match="cannot exchange two folders"):
+        run(root)
+    assert rows(root, EVENTS).equals(before)
+    monkeypatch.undo()
+    run(root)
+    assert rows(root, EVENTS).equals(before)
 
 
 class Killed(BaseException):
