@@ -56,10 +56,12 @@ class Pace:
     seconds: float
     first_s: float
     """The same for the first time, so that a newcomer sees something soon."""
+    gather_s: float = 0.0
+    """How long to gather before deriving: deriving few rows costs as much as many."""
 
 
-CLICKHOUSE_PACE = Pace(records=131_072, seconds=0.25, first_s=0.25)
-PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0)
+CLICKHOUSE_PACE = Pace(records=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
+PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0, gather_s=1.0)
 
 
 class _Cursor(msgspec.Struct, frozen=True):
@@ -169,6 +171,7 @@ class Load:
             if not self._pending:
                 self._writer.wait_beyond(self._position.n, 0.25)
                 began = time.monotonic()
+            self._gather()
             self._take()
             ending = self._stopping.is_set()
             if self._pending and (ending or self._full or time.monotonic() - began >= pace_s):
@@ -177,11 +180,14 @@ class Load:
                 if time.monotonic() - state_kept_at > STATE_EVERY_S:
                     self._keep_state()
                     state_kept_at = time.monotonic()
-            elif self._pending:
-                time.sleep(min(0.05, self._pace.seconds))
             if ending and not self._pending and self._position.n >= self._writer.durable.n:
                 self._keep_state()
                 return
+
+    def _gather(self) -> None:
+        """Let some records come together, unless there are many already or the end has come."""
+        if self._writer.durable.n - self._position.n < CHUNK_RECORDS:
+            self._stopping.wait(max(self._pace.gather_s, 0.05 if self._pending else 0.0))
 
     @property
     def _full(self) -> bool:
