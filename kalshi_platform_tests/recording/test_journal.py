@@ -193,6 +193,22 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         Writer(tmp_path / "file" / "journal")
 
 
+def test_a_read_only_disk_is_a_sentence_and_what_is_on_it_can_still_be_read(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        write(disk / "journal", 30)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(JournalError, match=r"Read-only.*KALSHI_DATA_DIR"):
+            Writer(disk / "journal")
+        assert len(frames(disk / "journal")) == 30
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_pruning_keeps_what_is_needed(tmp_path: Path) -> None:
     for opening in range(4):
         write(tmp_path, 10, first=10 * opening)
