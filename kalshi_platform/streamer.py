@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from kalshi_platform import __version__
@@ -27,6 +27,7 @@ from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unr
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loading import audit
+from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import Distrust
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
@@ -34,6 +35,7 @@ from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
+from kalshi_platform.recording.delays import Delay
 from kalshi_platform.recording.journal import JournalError, Writer
 from kalshi_platform.recording.markets import REFRESH_S, Watchlist
 from kalshi_platform.settings import Settings
@@ -86,6 +88,8 @@ class Health:
     lag_frames: int
     """The larger of the stores' lags."""
     stores: dict[str, StoreHealth]
+    delays_ms: dict[str, Delay]
+    """From receive to durable, since the start: in the journal, and in each store."""
     trouble: str | None
     """What is wrong, as a sentence."""
 
@@ -175,12 +179,14 @@ class Streamer:
 
     def _make_loads(self, writer: Writer) -> list[Load]:
         parquet = ParquetStore(self._settings.archive_dir, self._shard, self._reports.put)
+        derivation = Derivation(self._folder)
         loads = [
             Load(
                 self._folder,
                 writer,
                 parquet,
                 PARQUET_PACE,
+                derivation=derivation,
                 distrust=self._distrust,
                 observe=self._recent.saw,
             )
@@ -189,7 +195,9 @@ class Streamer:
             clickhouse = ClickHouseStore(
                 self._settings, str(writer.id), f"streamer shard {self._shard}"
             )
-            loads.append(Load(self._folder, writer, clickhouse, CLICKHOUSE_PACE))
+            loads.append(
+                Load(self._folder, writer, clickhouse, CLICKHOUSE_PACE, derivation=derivation)
+            )
         return loads
 
     # -- what the host asks ------------------------------------------------------------------------
@@ -243,6 +251,13 @@ class Streamer:
             journal_backlog_bytes=writer.backlog_bytes if writer else 0,
             lag_frames=max((s.lag for s in stores.values()), default=0),
             stores=stores,
+            delays_ms={
+                name: delays.so_far()
+                for name, delays in (
+                    *([("journal", writer.delays)] if writer else []),
+                    *((load.name, load.delays) for load in self._loads),
+                )
+            },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
         )
 
@@ -373,7 +388,7 @@ class Streamer:
         path = self._folder / "health.json"
         temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(dataclasses.asdict(self.health())))
+            temporary.write_bytes(msgspec.json.encode(self.health()))
             temporary.replace(path)
             self._health_unwritten = False
         except OSError as error:
@@ -393,7 +408,7 @@ class Streamer:
 def read_health(folder: Path) -> dict[str, object] | None:
     """What a streamer last said of itself, or None where none has run."""
     try:
-        found: dict[str, object] = json.loads((folder / "health.json").read_text())
+        found: dict[str, object] = msgspec.json.decode((folder / "health.json").read_bytes())
     except FileNotFoundError:
         return None
     return found

@@ -18,7 +18,7 @@ import click
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
-from kalshi_platform.exchange.connection import dial
+from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
@@ -156,7 +156,7 @@ def _websocket(settings: Settings) -> Finding:
     credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
 
     async def handshake() -> None:
-        connection = await dial(exchange.ws_url, credentials)
+        connection = await dial(exchange.ws_url, credentials, LiveConnection)
         await connection.close()
 
     asyncio.run(handshake())

@@ -206,9 +206,8 @@ async def _watch(exchange: Exchange, watcher: _Watcher, *, ladder: bool) -> None
 
 
 async def _connection(exchange: Exchange, watcher: _Watcher) -> str:
-    socket = await dial(
-        exchange.ws_url, Credentials(exchange.key_id, load_signer(exchange.key_file))
-    )
+    credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
+    socket = await dial(exchange.ws_url, credentials, LiveConnection)
     session = Session(watcher.tickers)
     watcher.restart()
     watcher.status = "connected"

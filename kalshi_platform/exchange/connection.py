@@ -6,11 +6,13 @@ What a frame means is the session's affair (`session.py`); nothing here reads on
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.frames import DATA_OPCODES
 
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import refusal
@@ -21,6 +23,8 @@ MAX_FRAME_BYTES = 96 << 20
 QUEUE_FRAMES = 2048
 """Frames that wait in memory for the reader before the socket is no longer read."""
 OPEN_TIMEOUT_S = 15.0
+Deliver = Callable[[list[bytes], int], None]
+"""Takes the messages of one read of the socket, and when it was read: ns since the epoch."""
 LIVENESS_S = 30.0
 """The server pings every 10 s or so: nothing at all for this long means the connection is dead."""
 
@@ -42,8 +46,52 @@ class LiveConnection(ClientConnection):
         return time.monotonic() - self.last_bytes_at
 
 
-async def dial(ws_url: str, credentials: Credentials) -> LiveConnection:
-    """Open one authenticated connection.
+class BatchedConnection(LiveConnection):
+    """Delivers the messages of one read of the socket together, stamped with the time of that read.
+
+    It has no `recv`, whose queue and coroutine for each message cost as much as the parsing.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._deliver: Deliver | None = None
+        self._came: list[bytes] = []
+        self._fragments: list[bytes] = []
+
+    def deliver_to(self, deliver: Deliver) -> None:
+        """Hand every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
+        self._deliver = deliver
+        self._hand_over(time.time_ns())
+
+    def data_received(self, data: bytes) -> None:
+        """Note the time, parse, deliver."""
+        recv_ns = time.time_ns()
+        super().data_received(data)
+        self._hand_over(recv_ns)
+
+    def process_event(self, event: Any) -> None:
+        """Collect messages instead of queueing them; all else goes its usual way."""
+        if self.response is None or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+        elif event.fin and not self._fragments:
+            self._came.append(bytes(event.data))
+        else:
+            self._fragments.append(event.data)
+            if event.fin:
+                self._came.append(b"".join(self._fragments))
+                self._fragments.clear()
+
+    def _hand_over(self, recv_ns: int) -> None:
+        if self._came and self._deliver is not None:
+            messages, self._came = self._came, []
+            self._deliver(messages, recv_ns)
+
+
+C = TypeVar("C", bound=LiveConnection)
+
+
+async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
+    """Open one authenticated connection of that kind.
 
     Raises `CredentialsError` where the key or the clock is refused, `Unreachable` where nobody
     answers or the exchange is down.
@@ -56,7 +104,7 @@ async def dial(ws_url: str, credentials: Credentials) -> LiveConnection:
         connection = await connect(
             ws_url,
             additional_headers=dict(credentials.headers("GET", parts.path)),
-            create_connection=LiveConnection,
+            create_connection=kind,
             max_size=MAX_FRAME_BYTES,
             max_queue=QUEUE_FRAMES,
             compression=None,
@@ -72,7 +120,7 @@ async def dial(ws_url: str, credentials: Credentials) -> LiveConnection:
         raise Unreachable(f"{ws_url} did not answer within {OPEN_TIMEOUT_S:.0f} s.") from None
     except (OSError, InvalidHandshake) as error:
         raise Unreachable(f"{ws_url} cannot be reached: {error}.") from None
-    if not isinstance(connection, LiveConnection):
+    if not isinstance(connection, kind):
         raise ExchangeError(
             "The WebSocket library did not use the connection class that it was given."
         )

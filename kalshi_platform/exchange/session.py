@@ -169,18 +169,35 @@ class Session:
 
     def receive(self, frame: bytes, now: float) -> Kind:
         """Take one frame in and say what it is. Notes that it caused belong before it."""
-        try:
-            head = decode_head(frame)
-        except DecodeError:
-            return Kind.MALFORMED
-        if head.seq:
-            sid = self._sids.get(head.sid)
-            if sid is not None and sid.next_seq == head.seq:
-                sid.next_seq += 1
+        return self.receive_run((frame,), now)[0]
+
+    def receive_run(self, frames: Iterable[bytes], now: float) -> list[Kind]:
+        """Take frames in and say what they are, up to the first that caused a note.
+
+        The notes belong before that frame, whose kind is the last of the list.
+        """
+        kinds = []
+        for frame in frames:
+            try:
+                head = decode_head(frame)
+            except DecodeError:
+                kinds.append(Kind.MALFORMED)
+                continue
+            if head.seq:
+                sid = self._sids.get(head.sid)
+                if sid is not None and sid.next_seq == head.seq:
+                    sid.next_seq += 1
+                else:
+                    self._number(head, now)
+            if head.type == "orderbook_delta":
+                kinds.append(Kind.DELTA)
             else:
-                self._number(head, now)
-        if head.type == "orderbook_delta":
-            return Kind.DELTA
+                kinds.append(self._not_a_delta(head, frame, now))
+            if self._notes:
+                break
+        return kinds
+
+    def _not_a_delta(self, head: Head, frame: bytes, now: float) -> Kind:
         if head.type == "orderbook_snapshot":
             return self._snapshot(head, frame, now)
         if head.type in {"subscribed", "ok", "unsubscribed", "error"}:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import contracts, dollars, price_units, qty_units
 from kalshi_platform.loading.derive import Rows, State
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.storage.schema import LATEST_LEVELS
 
 CACHE_S = 20.0
 """The exchange's cache (15 s), and some seconds for two clocks and the way."""
@@ -61,12 +61,12 @@ class Recent:
 
     def saw(self, rows: Rows, state: State) -> None:
         """The load has derived these rows, and this is the state after them."""
-        events = rows.tables[ORDERBOOK_EVENTS.name]
+        levels = rows.tables[LATEST_LEVELS.name]
         with self._lock:
             self._state = state
-            if events.num_rows:
+            if levels.num_rows:
                 columns = ["market_ticker", "side", "price", "ingest_ts"]
-                self._touched.append((state.version, events.select(columns)))
+                self._touched.append((state.version, levels.select(columns)))
             horizon = state.version - int(KEEP_S * 1e9)
             while self._touched and self._touched[0][0] < horizon:
                 self._touched.popleft()
@@ -84,7 +84,7 @@ class Recent:
         schema = {"market_ticker": pl.String, "side": pl.String, "price": pl.Int64}
         if not tables:
             return pl.DataFrame(schema=schema)
-        events = pl.concat(
+        levels = pl.concat(
             [
                 pl.DataFrame(t).with_columns(pl.col("market_ticker", "side").cast(pl.String))
                 for t in tables
@@ -92,7 +92,7 @@ class Recent:
         )
         at = pl.lit(since_ns // 1000).cast(pl.Datetime("us", "UTC"))
         return (
-            events.filter(pl.col("ingest_ts") >= at)
+            levels.filter(pl.col("ingest_ts") >= at)
             .select("market_ticker", "side", (pl.col("price") * 10_000).cast(pl.Int64))
             .unique()
         )

@@ -12,16 +12,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import msgspec
-import numpy as np
+import pyarrow as pa
 import tenacity
 
 from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derivation import CHUNK_RECORDS, Derivation, chunks
 from kalshi_platform.loading.derive import Distrust, Rows, State, derive
 from kalshi_platform.loading.state import (
     UnreadableState,
@@ -33,14 +34,13 @@ from kalshi_platform.loading.state import (
 )
 from kalshi_platform.loading.stores import Store
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, JournalError, Position, Writer, joined
-from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
+from kalshi_platform.recording.delays import Delays
+from kalshi_platform.recording.journal import JournalError, Position, Writer
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 
 log = logging.getLogger(__name__)
 
-CHUNK_RECORDS = 65_536
-"""Derived at a time: bounds memory while catching up."""
 STATE_EVERY_S = 30.0
 TROUBLE_PATIENCE_S = 1.5
 """At the end, a store that takes nothing is given up after this: the journal has it all."""
@@ -81,6 +81,7 @@ class Load:
         store: Store,
         pace: Pace,
         *,
+        derivation: Derivation | None = None,
         distrust: Callable[[Distrust], None] | None = None,
         observe: Callable[[Rows, State], None] | None = None,
     ) -> None:
@@ -88,6 +89,8 @@ class Load:
         self._writer = writer
         self._store = store
         self._pace = pace
+        self._derivation = derivation or Derivation(folder)
+        self._derivation.joins(store.name)
         self._distrust = distrust
         self._observe = observe
         self._cursor_path = folder / "load" / f"{store.name}.json"
@@ -102,6 +105,8 @@ class Load:
         """Everything before this is durable in the store."""
         self.committed_ns = 0
         """When the last range became durable there, by this machine's clock."""
+        self.delays = Delays()
+        """From receive to durable in the store, for order-book events."""
         self.trouble: str | None = None
         """Why the store takes nothing at the moment, as a sentence."""
         self.refused = False
@@ -195,26 +200,24 @@ class Load:
 
     def _take(self) -> None:
         """Derive what is durable, until there is enough for one write."""
-        blocks = journal.read(self._folder, self._position, self._writer.durable)
-        for block in chunks(blocks):
-            for piece, hour in at_hours(block, self._state.version):
-                if hour is not None:
-                    self._commit(self._position)
-                    self._begin_hour(hour)
-                    self._keep_state()
-                for distrust in self._derive(piece).distrusted:
-                    if self._distrust is not None:
-                        self._distrust(distrust)
+        durable = self._writer.durable
+        for step in self._derivation.steps(self.name, self._position, self._state, durable):
+            if step.hour is not None:
+                self._commit(self._position)
+                self._begin_hour(step.hour)
+                self._keep_state()
+            self._took(step.rows, step.state, step.end)
+            for distrust in step.rows.distrusted:
+                if self._distrust is not None:
+                    self._distrust(distrust)
             if self._full or self._abandon.is_set():
                 return
 
-    def _derive(self, piece: Block) -> Rows:
-        rows, self._state = derive(decode([piece]), self._state)
-        self._position = piece.end
+    def _took(self, rows: Rows, state: State, end: Position) -> None:
         self._pending.append(rows)
+        self._state, self._position = state, end
         if self._observe is not None:
-            self._observe(rows, self._state)
-        return rows
+            self._observe(rows, state)
 
     def _resume(self) -> None:
         """Go to where the last load ended, and fulfil what it had planned."""
@@ -255,7 +258,7 @@ class Load:
             piece = block
             if block.first_n + block.rows > until.n:
                 piece, _ = block.cut(until.n - block.first_n)
-            self._derive(piece)
+            self._took(*derive(decode([piece]), self._state), piece.end)
         if self._position.n != until.n:
             raise JournalError(
                 f"The load into {self.name} had come to record {until.n}, but the journal in"
@@ -283,6 +286,9 @@ class Load:
         self._pending.clear()
         self.committed = end
         self.committed_ns = time.time_ns()
+        for table in (r.tables[ORDERBOOK_EVENTS.name] for r in rows):
+            received_ns = table["ingest_ts"].cast(pa.int64()).to_numpy() * 1000
+            self.delays.add(received_ns, self.committed_ns)
 
     def _insist(self, act: Callable[[], None]) -> None:
         """Do it, for as long as the store takes to take it."""
@@ -367,39 +373,3 @@ def _patience(attempt: tenacity.RetryCallState) -> float:
 
 def _plain(position: Position) -> tuple[int, int, int]:
     return (position.segment, position.offset, position.n)
-
-
-def chunks(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Small blocks gathered into larger ones: a derivation costs the same for few rows."""
-    gathered: list[Block] = []
-    rows = 0
-    for block in blocks:
-        gathered.append(block)
-        rows += block.rows
-        if rows >= CHUNK_RECORDS:
-            yield joined(gathered)
-            gathered, rows = [], 0
-    if gathered:
-        yield joined(gathered)
-
-
-def at_hours(block: Block, newest_ns: int) -> Iterator[tuple[Block, datetime | None]]:
-    """The block cut before each first record of a later hour, with the hour that a piece begins.
-
-    `newest_ns` is the newest receive time before the block: a clock that steps back begins nothing.
-    """
-    begins = None
-    while True:
-        recv_ns = block.batch.column("recv_ns").to_numpy()
-        if not newest_ns:
-            newest_ns = int(recv_ns[0])
-        beyond = np.flatnonzero(recv_ns >= hour_start_ns(hour_of_ns(newest_ns) + HOUR))
-        if not len(beyond):
-            yield block, begins
-            return
-        at = int(beyond[0])
-        newest_ns = int(recv_ns[at])
-        if at:
-            before, block = block.cut(at)
-            yield before, begins
-        begins = hour_of_ns(newest_ns)

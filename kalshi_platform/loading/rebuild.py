@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from kalshi_platform.loading import compaction, hours
 from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derivation import at_hours, chunks
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.load import at_hours, chunks
 from kalshi_platform.loading.state import checkpoint, hour_state, later_hour_begun
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal

@@ -14,10 +14,11 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
-from kalshi_platform.exchange.connection import LIVENESS_S, LiveConnection, dial
+from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
@@ -150,7 +151,7 @@ class Capture:
 
     async def _connection(self, attempt: int) -> None:
         """One connection, from dial to end; both are notes in the journal."""
-        dialling = asyncio.ensure_future(dial(self._ws_url, self._credentials()))
+        dialling = asyncio.ensure_future(dial(self._ws_url, self._credentials(), BatchedConnection))
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({dialling, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -180,7 +181,7 @@ class Capture:
         try:
             cause = await self._converse(socket, session, conn)
         finally:
-            self.connected = False
+            self.connected = self._blocked = False
             self._drain_notes(session, conn)
             self._journal.note(
                 "disconnected",
@@ -196,68 +197,80 @@ class Capture:
         if session.fatal is not None:
             raise session.fatal
 
-    async def _converse(self, socket: LiveConnection, session: Session, conn: bytes) -> str:
-        """Read until the connection is of no more use; says why."""
-        reading = asyncio.create_task(self._read(socket, session, conn))
-        speaking = asyncio.create_task(self._speak(socket, session, conn))
+    async def _converse(self, socket: BatchedConnection, session: Session, conn: bytes) -> str:
+        """Go on until the connection is of no more use; says why."""
+        over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        due = asyncio.Event()
+
+        def deliver(frames: list[bytes], recv_ns: int) -> None:
+            if over.done():
+                return  # its end is being written down: what comes later is not of this recording
+            try:
+                self._keep(frames, recv_ns, session, conn, due)
+                if session.ended or session.fatal:
+                    over.set_result(session.ended or "refused")
+                elif self._journal.full and not self._blocked:
+                    self._stop_reading(socket)
+            except BaseException as error:  # noqa: BLE001 - raised where the connection is awaited
+                over.set_exception(error)
+
+        socket.deliver_to(deliver)
+        closing = asyncio.create_task(socket.wait_closed())
+        speaking = asyncio.create_task(self._speak(socket, session, conn, due))
         stopping = asyncio.create_task(self._stop.wait())
-        tasks = {reading, speaking, stopping}
+        tasks = (closing, speaking, stopping)
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {over, *tasks}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if over.done():
+                return over.result()
+            if stopping.done():
+                return "stopped"
+            return speaking.result() if speaking.done() else _closing(socket)
         finally:
+            if not over.done():
+                over.set_result("over")
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if stopping in done:
-            return "stopped"
-        return (reading if reading in done else speaking).result() or "ended"
 
-    async def _read(self, socket: LiveConnection, session: Session, conn: bytes) -> str:
-        journal, counters = self._journal, self.counters
-        receive, append, recv = session.receive, journal.append, socket.recv
-        clock, monotonic, delta = time.time_ns, time.monotonic, Kind.DELTA
-        try:
-            while True:
-                frame = await recv(decode=False)
-                recv_ns = clock()
-                kind = receive(frame, monotonic())
-                if session.has_notes:
-                    self._drain_notes(session, conn, recv_ns)
-                append(recv_ns, conn, kind, frame)
-                counters.frames += 1
-                counters.last_frame_ns = recv_ns
-                if kind is delta:
-                    counters.deltas += 1
-                    if counters.deltas & 1023:
-                        continue
-                elif kind is Kind.SNAPSHOT:
-                    counters.snapshots += 1
-                elif kind is Kind.MALFORMED:
-                    counters.malformed += 1
-                for command in session.commands(monotonic()):
-                    await socket.send(command, text=True)
-                if session.ended or session.fatal:
-                    return session.ended or "refused"
-                if journal.full:
-                    await self._wait_for_disk(journal)
-        except ConnectionClosed as closed:
-            return _closing(closed)
+    def _keep(
+        self, frames: list[bytes], recv_ns: int, session: Session, conn: bytes, due: asyncio.Event
+    ) -> None:
+        """Judge and journal what one read of the socket brought."""
+        counters, now, kept = self.counters, time.monotonic(), 0
+        while kept < len(frames):
+            kinds = session.receive_run(frames[kept:] if kept else frames, now)
+            until = kept + len(kinds)
+            if session.has_notes:
+                self._journal.extend(recv_ns, conn, kinds[:-1], frames[kept : until - 1])
+                self._drain_notes(session, conn, recv_ns)
+                self._journal.extend(recv_ns, conn, kinds[-1:], frames[until - 1 : until])
+            else:
+                self._journal.extend(recv_ns, conn, kinds, frames[kept:until])
+            kept = until
+            deltas = kinds.count(Kind.DELTA)
+            counters.deltas += deltas
+            if deltas < len(kinds):
+                counters.snapshots += kinds.count(Kind.SNAPSHOT)
+                counters.malformed += kinds.count(Kind.MALFORMED)
+                due.set()
+        counters.frames += len(frames)
+        counters.last_frame_ns = recv_ns
 
-    async def _wait_for_disk(self, journal: Writer) -> None:
+    def _stop_reading(self, socket: BatchedConnection) -> None:
         """Not reading lets TCP push back on the exchange, which may then end the subscription."""
         log.error(
             "The disk does not keep up: %d MiB wait for it, so the exchange is not read. %s",
-            journal.backlog_bytes >> 20,
-            journal.blocked or "",
+            self._journal.backlog_bytes >> 20,
+            self._journal.blocked or "",
         )
         self._blocked = True
-        try:
-            while journal.full:  # noqa: ASYNC110 - the journal's thread sets no asyncio event
-                await asyncio.sleep(TICK_S)
-        finally:
-            self._blocked = False
+        socket.transport.pause_reading()
 
-    async def _speak(self, socket: LiveConnection, session: Session, conn: bytes) -> str:
+    async def _speak(
+        self, socket: BatchedConnection, session: Session, conn: bytes, due: asyncio.Event
+    ) -> str:
         """Send what is due, and notice when the peer has gone silent."""
         try:
             while True:
@@ -272,12 +285,17 @@ class Capture:
                 session.warnings.clear()
                 if session.ended or session.fatal:
                     return session.ended or "refused"
-                if socket.silent_s > LIVENESS_S and not self._blocked:
+                if self._blocked:
+                    if not self._journal.full:
+                        self._blocked = False
+                        socket.transport.resume_reading()
+                elif socket.silent_s > LIVENESS_S:
                     return f"silent for {LIVENESS_S:.0f} s"
                 self.counters.last_heard_ns = time.time_ns() - int(socket.silent_s * 1e9)
-                await asyncio.sleep(2 * TICK_S)
-        except ConnectionClosed as closed:
-            return _closing(closed)
+                await _either(due, 2 * TICK_S)
+        except ConnectionClosed:
+            await socket.wait_closed()
+            return _closing(socket)
 
     def _drain_notes(self, session: Session, conn: bytes, recv_ns: int | None = None) -> None:
         for note in session.take_notes():
@@ -326,14 +344,24 @@ def _backoff_s(attempt: int) -> float:
     return random.uniform(BACKOFF_MIN_S / 2, ceiling)  # noqa: S311 - jitter, not a secret
 
 
-def _closing(closed: ConnectionClosed) -> str:
-    frame = closed.rcvd
+def _closing(socket: BatchedConnection) -> str:
+    frame = socket.protocol.close_rcvd
     if frame is None:
         return "the connection broke without a close frame"
     return f"closed by the exchange: {frame.code} {frame.reason}".rstrip()
 
 
-async def _close(socket: LiveConnection) -> None:
+async def _either(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, which is undone, or the time has passed."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+    event.clear()
+
+
+async def _close(socket: BatchedConnection) -> None:
     """Leave politely, but do not wait for a peer that is gone."""
     try:
         await asyncio.wait_for(socket.close(), 1.0)

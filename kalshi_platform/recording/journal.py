@@ -27,17 +27,20 @@ import threading
 import time
 import uuid
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.recording.delays import Delays
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +146,7 @@ class Writer:
         except JournalError:
             self._lock.release()
             raise
-        self._recv: list[int] = []
-        self._conn: list[bytes] = []
-        self._kind: list[int] = []
-        self._frame: list[bytes] = []
-        self._bytes = 0
+        self._batch = _Batch()
         self._queue: deque[_Batch] = deque()
         self._queued_bytes = 0
         self._wake = threading.Condition()
@@ -161,6 +160,8 @@ class Writer:
         self.flushed_ns = 0
         """When the last batch had reached the disk, by this machine's clock."""
         self.bytes_written = 0
+        self.delays = Delays()
+        """From receive to disk."""
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -168,12 +169,19 @@ class Writer:
 
     def append(self, recv_ns: int, conn: bytes, kind: int, frame: bytes) -> None:
         """Take one record. It is durable once `durable` has passed it."""
-        self._recv.append(recv_ns)
-        self._conn.append(conn)
-        self._kind.append(kind)
-        self._frame.append(frame)
-        self._bytes += len(frame) + 64
-        if self._bytes >= BATCH_BYTES or len(self._recv) >= BATCH_RECORDS:
+        self.extend(recv_ns, conn, (kind,), (frame,))
+
+    def extend(
+        self, recv_ns: int, conn: bytes, kinds: Sequence[int], frames: Sequence[bytes]
+    ) -> None:
+        """Take records that came together, in order."""
+        batch, count = self._batch, len(frames)
+        batch.recv.extend(array("q", (recv_ns,)) * count)
+        batch.conn.append((conn, count))
+        batch.kind.extend(kinds)
+        batch.frame.extend(frames)
+        batch.bytes += sum(map(len, frames)) + 64 * count
+        if batch.bytes >= BATCH_BYTES or len(batch.recv) >= BATCH_RECORDS:
             self.hand_over()
 
     def note(
@@ -193,10 +201,10 @@ class Writer:
 
     def hand_over(self) -> None:
         """Give what has come to the disk; called on every tick of capture's clock."""
-        if not self._recv:
+        batch = self._batch
+        if not batch.recv:
             return
-        batch = _Batch(self._recv, self._conn, self._kind, self._frame, self._bytes)
-        self._recv, self._conn, self._kind, self._frame, self._bytes = [], [], [], [], 0
+        self._batch = _Batch()
         with self._wake:
             self._queue.append(batch)
             self._queued_bytes += batch.bytes
@@ -205,7 +213,7 @@ class Writer:
     @property
     def backlog_bytes(self) -> int:
         """Bytes that wait for the disk."""
-        return self._queued_bytes + self._bytes
+        return self._queued_bytes + self._batch.bytes
 
     @property
     def full(self) -> bool:
@@ -226,7 +234,7 @@ class Writer:
     def next_n(self) -> int:
         """The number that the next record will get."""
         with self._wake:
-            return self._next_n + sum(len(b.recv) for b in self._queue) + len(self._recv)
+            return self._next_n + sum(len(b.recv) for b in self._queue) + len(self._batch.recv)
 
     def close(self, timeout_s: float = 8.0) -> None:
         """Write what is left, end the segment and let the lock go.
@@ -290,13 +298,15 @@ class Writer:
             self.flushed_ns = time.time_ns()
             self.durable = Position(self._segment, self._offset, self._next_n)
             self._wake.notify_all()
+        self.delays.add(np.frombuffer(batch.recv, np.int64), self.flushed_ns)
 
     def _encode(self, batch: _Batch) -> bytes:
+        conn = b"".join([conn * count for conn, count in batch.conn])
         arrays = pa.RecordBatch.from_arrays(
             [
-                pa.array(batch.recv, pa.int64()),
-                pa.array(batch.conn, pa.binary(16)),
-                pa.array(batch.kind, pa.uint8()),
+                _column(pa.int64(), len(batch.recv), batch.recv),
+                _column(pa.binary(16), len(batch.recv), conn),
+                _column(pa.uint8(), len(batch.recv), batch.kind),
                 pa.array(batch.frame, pa.binary()),
             ],
             schema=SCHEMA,
@@ -336,13 +346,20 @@ class Writer:
         os.close(self._fd)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
-    recv: list[int]
-    conn: list[bytes]
-    kind: list[int]
-    frame: list[bytes]
-    bytes: int
+    """Records on their way to the disk; not touched again once it is handed over."""
+
+    recv: array[int] = field(default_factory=lambda: array("q"))
+    conn: list[tuple[bytes, int]] = field(default_factory=list)
+    """Runs: a connection, and how many records in a row are its."""
+    kind: bytearray = field(default_factory=bytearray)
+    frame: list[bytes] = field(default_factory=list)
+    bytes: int = 0
+
+
+def _column(dtype: pa.DataType, rows: int, values: array[int] | bytes | bytearray) -> pa.Array:
+    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(values)])
 
 
 # -- reading -----------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def archived(root: Path, dataset: str) -> pl.DataFrame:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
 
 
 @pytest.fixture

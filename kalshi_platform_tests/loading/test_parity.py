@@ -53,7 +53,7 @@ def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ class Platform:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 100)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 100)
 
 
 @pytest.fixture(scope="module")
