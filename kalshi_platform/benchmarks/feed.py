@@ -132,6 +132,16 @@ def write_deltas(path: Path, frames: int, markets: int, seed: int = 1) -> int:
     return payload_bytes
 
 
+def payloads(path: Path, frames: int) -> list[bytes]:
+    """The JSON of the first frames of such a file."""
+    ends = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")[:frames]
+    with path.open("rb") as file:
+        data = file.read(int(ends[-1]))
+    starts = [0, *ends[:-1].tolist()]
+    header = 4  # of a message of 126 to 65,535 bytes
+    return [data[start + header : end] for start, end in zip(starts, ends, strict=True)]
+
+
 class _Peer:
     """One client's connection, spoken through the library's protocol without I/O."""
 
@@ -156,6 +166,18 @@ class _Peer:
         """One message."""
         self._protocol.send_text(json.dumps(message, separators=(",", ":")).encode() + b"\n")
         self._flush()
+
+    def keep_alive(self) -> None:
+        """Ping, as the exchange does, until the client goes."""
+        self.socket.settimeout(10.0)
+        while True:
+            try:
+                self._events()
+            except TimeoutError:
+                self._protocol.send_ping(b"heartbeat")
+                self._flush()
+            except ConnectionError:
+                return
 
     def _events(self) -> list[Any]:
         data = self.socket.recv(1 << 16)
@@ -211,22 +233,22 @@ def _subscribe(peer: _Peer, markets: int) -> None:
             return
 
 
-def _stream(peer: _Peer, path: Path, rate: float) -> None:
-    """Send all, at `rate` frames a second; 0: as fast as they are taken."""
+def _stream(peer: _Peer, path: Path, frames: int, rate: float) -> None:
+    """Send the first `frames`, at `rate` a second; 0: as fast as they are taken."""
+    ends = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")
+    ends = ends if frames < 0 else ends[:frames]
+    if not len(ends):
+        return
+    began, sent, offset = time.monotonic(), 0, 0
     with path.open("rb") as file:
-        if not rate:
-            peer.socket.sendfile(file)
-            return
-        ends = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")
-        began, sent, offset = time.monotonic(), 0, 0
         while sent < len(ends):
-            due = min(int((time.monotonic() - began) * rate), len(ends))
-            if due > sent:
-                end = int(ends[due - 1])
-                while offset < end:
-                    offset += os.sendfile(peer.socket.fileno(), file.fileno(), offset, end - offset)
-                sent = due
-            time.sleep(PACE_S)
+            due = min(int((time.monotonic() - began) * rate), len(ends)) if rate else len(ends)
+            end = int(ends[due - 1]) if due else 0
+            while offset < end:
+                offset += os.sendfile(peer.socket.fileno(), file.fileno(), offset, end - offset)
+            sent = due
+            if rate:
+                time.sleep(PACE_S)
 
 
 def _rest(markets: int) -> ThreadingHTTPServer:
@@ -259,8 +281,9 @@ def _say(**what: object) -> None:
 @click.command(help=__doc__)
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 @click.option("--markets", default=500, show_default=True)
+@click.option("--frames", default=-1, help="How many of the file's frames to send; -1: all.")
 @click.option("--rate", default=0.0, help="Frames a second; 0: as fast as they are taken.")
-def main(path: Path, markets: int, rate: float) -> None:
+def main(path: Path, markets: int, frames: int, rate: float) -> None:
     """Serve one client."""
     rest = _rest(markets)
     threading.Thread(target=rest.serve_forever, daemon=True).start()
@@ -272,13 +295,9 @@ def main(path: Path, markets: int, rate: float) -> None:
             peer = _Peer(connection)
             _subscribe(peer, markets)
             _say(began_ns=time.time_ns())
-            _stream(peer, path, rate)
+            _stream(peer, path, frames, rate)
             _say(sent_ns=time.time_ns())
-            try:
-                for _ in peer.messages():
-                    pass
-            except ConnectionError:
-                return
+            peer.keep_alive()
 
 
 if __name__ == "__main__":

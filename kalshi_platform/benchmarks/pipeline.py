@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, cast
 
+import polars as pl
 import psutil
 from websockets.asyncio.client import connect
 
@@ -33,6 +34,7 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.keys import own_key
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import Running, running
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform.streamer import read_health
 
 PATIENCE_S = 120.0
@@ -43,10 +45,11 @@ SMALL_LAG = 300_000
 class Feeder:
     """A feeder in a process of its own."""
 
-    def __init__(self, path: Path, markets: int, rate: float = 0.0) -> None:
+    def __init__(self, path: Path, markets: int, rate: float, frames: int) -> None:
         command = [sys.executable, "-m", "kalshi_platform.benchmarks.feed", str(path)]
+        options = ["--markets", str(markets), "--rate", str(rate), "--frames", str(frames)]
         self.process = subprocess.Popen(  # noqa: S603 - our own command, no shell
-            [*command, "--markets", str(markets), "--rate", str(rate)],
+            [*command, *options],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -68,9 +71,9 @@ class Feeder:
 
 
 @contextmanager
-def feeding(path: Path, markets: int, rate: float = 0.0) -> Iterator[Feeder]:
-    """A feeder for one client."""
-    feeder = Feeder(path, markets, rate)
+def feeding(path: Path, markets: int, rate: float = 0.0, frames: int = -1) -> Iterator[Feeder]:
+    """A feeder for one client; `frames`: how many of the file's, -1 for all."""
+    feeder = Feeder(path, markets, rate, frames)
     try:
         yield feeder
     finally:
@@ -83,7 +86,7 @@ def feeding(path: Path, markets: int, rate: float = 0.0) -> Iterator[Feeder]:
 def bare_loop(path: Path, frames: int, markets: int) -> float:
     """Frames a second that a loop takes which does nothing but receive."""
     with (
-        feeding(path, markets) as feeder,
+        feeding(path, markets, frames=frames) as feeder,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
     ):
         return process.submit(_receive_all, feeder.ws_url, frames, markets).result()
@@ -137,7 +140,6 @@ class Recorded:
     """Resident memory of the streamer at its highest."""
     delays_ms: dict[str, dict[str, float]]
     """Receive to durable, by place (journal, clickhouse, parquet): p50, p99, max."""
-    health: dict[str, Any]
 
 
 class Recorder:
@@ -166,13 +168,15 @@ class Recorder:
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform", "stream"],
-            env=_plain_environment() | environment,
+            env=plain_environment() | environment,
             cwd=folder,
             stderr=subprocess.DEVNULL,
         )
         self.seen = psutil.Process(self.process.pid)
         self.clickhouse = psutil.Process(url.process.pid)
         self.peak_bytes = 0
+        self.last: dict[str, Any] = {}
+        """Its last word."""
 
     def health(self) -> dict[str, Any]:
         """What it says of itself."""
@@ -200,37 +204,48 @@ class Recorder:
         """SIGTERM; its last word."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
-        return read_health(self.settings.journal_dir()) or {}
+        self.last = read_health(self.settings.journal_dir()) or {}
+        return self.last
 
+    def check(self, frames: int, last: dict[str, Any]) -> None:
+        """What was counted is really there: every delta once, with no gap, in both stores."""
+        if any(store["lag"] for store in last["stores"].values()):
+            raise RuntimeError(f"not everything was stored: {last}")
+        client = clickhouse.connect(self.settings)
+        counts = client.query(
+            "SELECT count(), uniqExact(seq) FROM orderbook_events WHERE type = 'delta'"
+        ).result_rows[0]
+        gaps = client.query("SELECT count() FROM stream_events WHERE kind = 'gap'").result_rows
+        client.close()
+        files = f"{self.settings.archive_dir}/{ORDERBOOK_EVENTS.name}/**/*.parquet"
+        cold = pl.scan_parquet(files).filter(pl.col("type") == "delta")
+        archived = cold.select(pl.len(), pl.col("seq").n_unique().alias("seqs")).collect().row(0)
+        if not counts == archived == (frames, frames) or gaps[0][0]:
+            raise RuntimeError(
+                f"{frames} frames were sent; ClickHouse has {counts}, Parquet {archived} (rows,"
+                f" numbers), with {gaps[0][0]} gaps"
+            )
 
-@contextmanager
-def recorder(folder: Path, feeder: Feeder) -> Iterator[Recorder]:
-    """A recorder of that feeder, with a ClickHouse of its own."""
-    with running(folder / "clickhouse") as url:
-        it = Recorder(folder, feeder, url)
-        try:
-            yield it
-        finally:
-            it.process.kill()
-            it.process.wait()
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
 
 
 def record(path: Path, frames: int, markets: int, rate: float = 0.0) -> Recorded:
     """Record all that the feeder sends."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        feeding(path, markets, rate) as feeder,
-        recorder(Path(folder), feeder) as it,
+        feeding(path, markets, rate, frames) as feeder,
+        running(Path(folder) / "clickhouse") as url,
+        closing(Recorder(Path(folder), feeder, url)) as it,
     ):
         began_ns = int(feeder.hear()["began_ns"])
         it.wait_for(frames)
         used = [_cpu(it.seen), _cpu(it.clickhouse), _cpu(psutil.Process(feeder.process.pid))]
         last = it.stop()
-        stores = last["stores"]
-        if any(store["lag"] for store in stores.values()):
-            raise RuntimeError(f"not everything was stored: {last}")
-        ended_ns = max(store["committed_ns"] for store in stores.values())
-        _check(it.settings, frames)
+        it.check(frames, last)
+        ended_ns = max(store["committed_ns"] for store in last["stores"].values())
         return Recorded(
             frames / (ended_ns - began_ns) * 1e9,
             frames / (last["last_frame_ns"] - began_ns) * 1e9,
@@ -238,21 +253,8 @@ def record(path: Path, frames: int, markets: int, rate: float = 0.0) -> Recorded
             1e6 * used[1] / frames,
             1e6 * used[2] / frames,
             it.peak_bytes / 2**20,
-            last.get("delays_ms", {}),
-            last,
+            last["delays_ms"],
         )
-
-
-def _check(settings: Settings, frames: int) -> None:
-    """What was counted is really there: every delta once, with no gap."""
-    client = clickhouse.connect(settings)
-    deltas = client.query(
-        "SELECT count(), uniqExact(seq) FROM orderbook_events WHERE type = 'delta'"
-    ).result_rows[0]
-    gaps = client.query("SELECT count() FROM stream_events WHERE kind = 'gap'").result_rows[0][0]
-    client.close()
-    if deltas != (frames, frames) or gaps:
-        raise RuntimeError(f"{frames} frames were sent, {deltas} are stored, with {gaps} gaps")
 
 
 def _cpu(process: psutil.Process) -> float:
@@ -260,7 +262,7 @@ def _cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _plain_environment() -> dict[str, str]:
+def plain_environment() -> dict[str, str]:
     """This environment without the platform's own settings."""
     known = {name.upper() for name in Settings.model_fields}
     return {name: value for name, value in os.environ.items() if name.upper() not in known}

@@ -1,0 +1,41 @@
+"""A measured figure, and how it stands to what was promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table. With neither bound it is there for comparison only."""
+
+    what: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+    beside: str = ""
+    """What it is to be read beside, measured in the same run."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the bound is kept; None where there is none."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        return None
+
+    @property
+    def bound(self) -> str:
+        """The bound, for people."""
+        if self.at_least is not None:
+            return f"≥ {number(self.at_least)}"
+        return f"≤ {number(self.at_most)}" if self.at_most is not None else ""
+
+
+def number(value: float) -> str:
+    """Three digits that count, thousands apart."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
