@@ -17,6 +17,11 @@ def names(values: pl.Series) -> pa.Array:
     return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), encoded.dictionary)
 
 
+def codes(values: pl.Series) -> pl.Series:
+    """A number for each value, from 0, in the order in which they first come."""
+    return pl.Series(values.to_arrow().dictionary_encode().indices).cast(pl.Int64)
+
+
 def text(values: pl.Series) -> pa.Array:
     """Text that does not repeat."""
     return values.to_arrow().cast(pa.string())

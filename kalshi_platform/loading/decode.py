@@ -1,6 +1,6 @@
 """Journal blocks to columns, without any memory of what came before.
 
-Deltas and snapshots go through Polars' NDJSON reader in one piece. Whatever does not fit its narrow
+Deltas go through Arrow's JSON reader and snapshots through Polars', each in one piece. Whatever does not fit its narrow
 path (legacy forms, odd decimals, garbage) is taken frame by frame, by the same code that the wire
 watcher uses, and what even that cannot read becomes a `malformed` row that carries the raw frame.
 Prices are 1e-4 dollars and sizes 1e-2 contracts, in 64-bit integers, as the wire quoted them.
@@ -11,15 +11,17 @@ from __future__ import annotations
 import base64
 import io
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json as pj
 
 from kalshi_platform.exchange.book import SIDES, BookError, delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import (
@@ -64,25 +66,27 @@ LEVELS = _schema(_FRAME, _MARKET, {"side": pl.String, "price": pl.Int64, "qty": 
 SNAPSHOTS = _schema(_FRAME, _MARKET, {"levels": pl.UInt32})
 STREAM = _schema(_FRAME, {"kind": pl.String, "market_ticker": pl.String, "detail": pl.String})
 
-_WIRE_DELTA = pl.Schema(
-    {
-        "sid": pl.UInt32(),
-        "seq": pl.UInt64(),
-        "msg": pl.Struct(
-            {
-                "market_ticker": pl.String,
-                "market_id": pl.String,
-                "side": pl.String,
-                "price_dollars": pl.String,
-                "delta_fp": pl.String,
-                "price": pl.Int64,
-                "delta": pl.Int64,
-                "ts": pl.String,
-                "ts_ms": pl.Int64,
-                "client_order_id": pl.String,
-            }
+_WIRE_DELTA = pa.schema(
+    [
+        pa.field("sid", pa.uint32()),
+        pa.field("seq", pa.uint64()),
+        pa.field(
+            "msg",
+            pa.struct(
+                [
+                    pa.field("market_ticker", pa.string()),
+                    pa.field("market_id", pa.string()),
+                    pa.field("side", pa.string()),
+                    pa.field("price_dollars", pa.string()),
+                    pa.field("delta_fp", pa.string()),
+                    pa.field("price", pa.int64()),
+                    pa.field("delta", pa.int64()),
+                    pa.field("ts", pa.string()),
+                    pa.field("client_order_id", pa.string()),
+                ]
+            ),
         ),
-    }
+    ]
 )
 _WIRE_LEVELS = pl.List(pl.List(pl.String))
 _WIRE_SNAPSHOT = pl.Schema(
@@ -104,9 +108,10 @@ _WIRE_SNAPSHOT = pl.Schema(
         ),
     }
 )
+_MSG = _WIRE_DELTA.field("msg").type
 _PRICE_TEXT = r"^[01]\.\d{4}$"
 _QTY_TEXT = r"^-?\d{1,14}\.\d{2}$"
-_TS_FORMAT = "%Y-%m-%dT%H:%M:%S%.fZ"
+_TS_TEXT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$"
 _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 KNOWN_TYPES = frozenset(
@@ -199,52 +204,77 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(deltas, malformed)"""
     if records.is_empty():
         return pl.DataFrame(schema=DELTAS), pl.DataFrame(schema=STREAM)
-    wire = _ndjson(records["frame"], _WIRE_DELTA)
+    wire = _json(records["frame"], _WIRE_DELTA)
     if wire is None:
         return _delta_frames(records)
-    wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
-    price, qty = pl.col("price_dollars"), pl.col("delta_fp")
-    market_id = pl.col("market_id").fill_null("")
+    msg = wire["msg"].combine_chunks()
+    sent = {field.name: msg.field(i) for i, field in enumerate(_MSG)}
+    price = _each_value(sent["price_dollars"], lambda text: _units(text, _PRICE_TEXT))
+    qty = _each_value(sent["delta_fp"], lambda text: _units(text, _QTY_TEXT))
+    wide = records.select("n", "recv_ns", "conn").with_columns(
+        pl.Series("sid", wire["sid"]),
+        pl.Series("seq", wire["seq"]),
+        _each_value(sent["market_ticker"], lambda text: text).alias("market_ticker"),
+        _each_value(pc.fill_null(sent["market_id"], ""), _uuid_or_null).alias("market_id"),
+        _each_value(
+            sent["side"], lambda text: text.replace_strict(SIDES, SIDES, default=None)
+        ).alias("side"),
+        price.alias("price"),
+        qty.alias("qty"),
+        _times(sent["ts"]).alias("ts"),
+        _each_value(pc.fill_null(sent["client_order_id"], ""), lambda text: text).alias(
+            "client_order_id"
+        ),
+        pl.Series("cents", sent["price"]),
+        pl.Series("count", sent["delta"]),
+        pl.Series("no_price_text", pc.is_null(sent["price_dollars"])),
+        pl.Series("no_qty_text", pc.is_null(sent["delta_fp"])),
+    )
     wide = wide.with_columns(
-        pl.when(price.is_not_null())
-        .then(pl.when(price.str.contains(_PRICE_TEXT)).then(_units(price)))
-        .otherwise(pl.col("price") * 100)
-        .alias("price"),
-        pl.when(qty.is_not_null())
-        .then(pl.when(qty.str.contains(_QTY_TEXT)).then(_units(qty)))
-        .otherwise(pl.col("delta") * 100)
-        .alias("qty"),
-        pl.col("ts")
-        .str.to_datetime(_TS_FORMAT, time_unit="us", time_zone="UTC", strict=False)
-        .alias("at"),
-        pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
-        pl.col("client_order_id").fill_null(""),
+        pl.when("no_price_text").then(pl.col("cents") * 100).otherwise("price").alias("price"),
+        pl.when("no_qty_text").then(pl.col("count") * 100).otherwise("qty").alias("qty"),
     )
-    plain = (
-        pl.col("seq").is_not_null()
-        & pl.col("sid").is_not_null()
-        & pl.col("market_ticker").is_not_null()
-        & pl.col("side").is_in(SIDES)
-        & pl.col("price").is_between(0, ONE_DOLLAR)
-        & pl.col("qty").is_not_null()
-        & pl.col("at").is_not_null()
-        & pl.col("market_id").str.contains(_UUID_TEXT)
-    ).fill_null(value=False)
+    plain = pl.all_horizontal(pl.col(DELTAS.names()).is_not_null()) & pl.col("price").is_between(
+        0, ONE_DOLLAR
+    )
     is_plain = wide.select(plain.alias("plain"))["plain"]
-    good = (
-        wide.filter(is_plain)
-        .with_columns(pl.col("at").alias("ts"))
-        .select(DELTAS.names())
-        .cast(DELTAS)
-    )
+    good = wide.filter(is_plain).select(DELTAS.names()).cast(DELTAS)
     if bool(is_plain.all()):
         return good, pl.DataFrame(schema=STREAM)
     slow, malformed = _delta_frames(records.filter(~is_plain))
     return pl.concat([good, slow]).sort("n"), malformed
 
 
-def _units(text: pl.Expr) -> pl.Expr:
-    return text.str.replace(".", "", literal=True).cast(pl.Int64, strict=False)
+def _each_value(texts: pa.Array, convert: Callable[[pl.Series], pl.Series]) -> pl.Series:
+    """What `convert` makes of each text, done once for each that is different."""
+    encoded = texts.dictionary_encode()
+    return convert(pl.Series(encoded.dictionary)).gather(pl.Series(encoded.indices))
+
+
+def _units(text: pl.Series, pattern: str) -> pl.Series:
+    """A decimal's digits as one integer; null for what does not look like `pattern`."""
+    digits = text.str.replace(".", "", literal=True).cast(pl.Int64, strict=False)
+    return digits.set(~text.str.contains(pattern), None)
+
+
+def _uuid_or_null(text: pl.Series) -> pl.Series:
+    """The market's UUID, zero where none was sent; null for what is none."""
+    known = text.set(text == "", ZERO_UUID)
+    return known.set(~known.str.contains(_UUID_TEXT), None)
+
+
+def _times(text: pa.Array) -> pl.Series:
+    """RFC 3339 times in UTC; null for what does not look like `_TS_TEXT`."""
+    series = pl.Series(text)
+    odd = ~series.str.contains(_TS_TEXT)
+    if odd.any():
+        text = pc.if_else(odd.to_arrow(), pa.scalar(None, pa.string()), text)
+    try:
+        return pl.Series(text.cast(pa.timestamp("us", "UTC")))
+    except pa.ArrowInvalid:  # the 31st of February
+        return series.set(odd, None).str.to_datetime(
+            "%Y-%m-%dT%H:%M:%S%.fZ", time_unit="us", time_zone="UTC", strict=False
+        )
 
 
 def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -322,8 +352,8 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
         pl.col("level").list.get(1, null_on_oob=True),
     )
     levels = levels.with_columns(
-        pl.when(price.str.contains(_PRICE_TEXT)).then(_units(price)).alias("price"),
-        pl.when(qty.str.contains(_QTY_TEXT)).then(_units(qty)).alias("qty"),
+        price.map_batches(lambda text: _units(text, _PRICE_TEXT), pl.Int64).alias("price"),
+        qty.map_batches(lambda text: _units(text, _QTY_TEXT), pl.Int64).alias("qty"),
         (pl.col("level").list.len() == 2).fill_null(value=False).alias("pair"),
     )
     odd_level = ~(
@@ -466,15 +496,44 @@ def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
     return None
 
 
-def _ndjson(frames: pl.Series, schema: pl.Schema) -> pl.DataFrame | None:
-    """All frames in one read; None where they are not one line of the expected shape each."""
-    lines = pc.binary_join_element_wise(frames.to_arrow(), _NOTHING, _NEWLINE)
-    text = lines.buffers()[2][: int(pc.sum(pc.binary_length(lines)).as_py())]
+def _json(frames: pl.Series, schema: pa.Schema) -> pa.Table | None:
+    """All frames in one read; None where one is not of the expected shape.
+
+    Each frame is one JSON value: its head was decoded when it came. The reader takes any bytes for
+    text, so that is looked at first.
+    """
+    data = frames.to_arrow()
+    text = data.buffers()[2][: int(pc.sum(pc.binary_length(data)).as_py())]
+    if not _is_text(text):
+        return None
     try:
-        table = pl.read_ndjson(io.BytesIO(text), schema=schema)
+        table = pj.read_json(
+            pa.BufferReader(text),
+            read_options=pj.ReadOptions(use_threads=False, block_size=max(text.size, 1)),
+            parse_options=pj.ParseOptions(
+                explicit_schema=schema, unexpected_field_behavior="ignore"
+            ),
+        )
+    except pa.ArrowInvalid:
+        return None
+    return table if table.num_rows == len(frames) else None
+
+
+def _is_text(data: pa.Buffer) -> bool:
+    if np.frombuffer(data, np.uint8).max(initial=0) < 0x80:
+        return True
+    try:
+        data.to_pybytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _ndjson(frames: pl.Series, schema: pl.Schema) -> pl.DataFrame | None:
+    """The same by Polars' reader, for lists within lists."""
+    lines = b"\n".join(frames.to_list())
+    try:
+        table = pl.read_ndjson(io.BytesIO(lines), schema=schema)
     except pl.exceptions.PolarsError:
         return None
     return table if table.height == len(frames) else None
-
-
-_NOTHING, _NEWLINE = (pa.scalar(text, pa.large_binary()) for text in (b"", b"\n"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.decode import Decoded, decode
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position, joined
@@ -40,6 +41,22 @@ class Step:
     end: Position
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Records within one hour, decoded: all that can be done without the books before them."""
+
+    hour: datetime | None
+    decoded: Decoded
+    end: Position
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    pieces: list[_Piece]
+    newest_ns: int
+    """Newest receive time up to its end."""
+
+
 class Derivation:
     """Steps through one journal, shared by the loads of its stores, which are threads."""
 
@@ -48,6 +65,9 @@ class Derivation:
         self._lock = threading.Lock()
         self._kept: dict[int, Step] = {}
         """By the number of the first record, in the order of derivation."""
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._ahead: tuple[int, Future[_Chunk]] | None = None
+        """The chunk that is being decoded ahead, by the number of its first record."""
         self._reached: dict[str, int] = {}
         """The record that each load has come to; -1: it has not begun."""
 
@@ -65,19 +85,29 @@ class Derivation:
     def _step(self, load: str, start: Position, state: State, limit: Position) -> Step:
         with self._lock:  # whoever comes second waits for the first instead of deriving it again
             if start.n not in self._kept:
-                block = next(chunks(journal.read(self._folder, start, limit)), None)
-                if block is None:
-                    raise JournalError(
-                        f"The journal in {self._folder} no longer has record {start.n}, which was"
-                        " written to it: its segment was cut short by somebody else."
-                    )
-                for piece, hour in at_hours(block, state.version):
-                    rows, state = derive(decode([piece]), state)
-                    self._kept[piece.first_n] = Step(hour, rows, state, piece.end)
+                chunk = self._chunk(start, state.version, limit)
+                self._look_ahead(chunk, limit)
+                for piece in chunk.pieces:
+                    rows, state = derive(piece.decoded, state)
+                    self._kept[piece.decoded.first_n] = Step(piece.hour, rows, state, piece.end)
             step = self._kept[start.n]
             self._reached[load] = step.end.n
             self._forget()
             return step
+
+    def _chunk(self, start: Position, newest_ns: int, limit: Position) -> _Chunk:
+        """The next records, decoded: by now perhaps, if somebody looked ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == start.n:
+            return ahead[1].result()
+        return _decode_chunk(self._folder, start, newest_ns, limit)
+
+    def _look_ahead(self, chunk: _Chunk, limit: Position) -> None:
+        """Decode the next chunk while this one is derived, where that much waits already."""
+        end = chunk.pieces[-1].end
+        if limit.n - end.n >= CHUNK_RECORDS:
+            task = self._decoder.submit(_decode_chunk, self._folder, end, chunk.newest_ns, limit)
+            self._ahead = (end.n, task)
 
     def _forget(self) -> None:
         """Let go of what every load has passed, and of more than is worth keeping."""
@@ -86,6 +116,20 @@ class Derivation:
         needed_from = max(needed_from, newest - KEPT_RECORDS)
         kept = [n for n, step in self._kept.items() if needed_from < step.end.n <= newest]
         self._kept = {n: self._kept[n] for n in kept[-KEPT_STEPS:]}
+
+
+def _decode_chunk(folder: Path, start: Position, newest_ns: int, limit: Position) -> _Chunk:
+    block = next(chunks(journal.read(folder, start, limit)), None)
+    if block is None:
+        raise JournalError(
+            f"The journal in {folder} no longer has record {start.n}, which was written to it: its"
+            " segment was cut short by somebody else."
+        )
+    pieces = []
+    for piece, hour in at_hours(block, newest_ns):
+        pieces.append(_Piece(hour, decode([piece]), piece.end))
+        newest_ns = max(newest_ns, pieces[-1].decoded.newest_recv_ns)
+    return _Chunk(pieces, newest_ns)
 
 
 def chunks(blocks: Iterator[Block]) -> Iterator[Block]:

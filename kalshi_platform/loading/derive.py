@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
-from kalshi_platform.loading.columns import names, prices, quantities, text, times
+from kalshi_platform.loading.columns import codes, names, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.storage.schema import LATEST_LEVELS, ORDERBOOK_EVENTS, STREAM_EVENTS
 
@@ -220,9 +220,7 @@ def _with_sizes(events: pl.DataFrame, state: State) -> pl.DataFrame:
         pl.lit(CARRY, pl.Int8).alias("type"),
     )
     both = pl.concat([carry, events])
-    book = ["conn", "market_ticker"]
-    books = both.select(book).unique(maintain_order=True).with_row_index("book")
-    both = both.join(books, on=book, how="left", maintain_order="left")
+    both = both.with_columns(_books(both))
     both = both.with_columns(
         (pl.col("type") == MARKER).cast(pl.Int64).cum_sum().over("book").alias("epoch")
     )
@@ -233,6 +231,12 @@ def _with_sizes(events: pl.DataFrame, state: State) -> pl.DataFrame:
     ) * _PRICES + pl.col("price")
     both = both.with_columns(key.alias("level"))
     return both.with_columns(pl.col("qty").cum_sum().over("level").alias("size"))
+
+
+def _books(events: pl.DataFrame) -> pl.Series:
+    """A number for each (connection, market): cheaper to group by than their texts."""
+    conns = codes(events["conn"])
+    return codes(codes(events["market_ticker"]) * conns.len() + conns).alias("book")
 
 
 # -- which books can be believed ---------------------------------------------------------------
@@ -401,12 +405,16 @@ def _final_levels(sized: pl.DataFrame, books: dict[str, Book]) -> pl.DataFrame:
         schema={"market_ticker": pl.String, "conn": pl.String},
         orient="row",
     )
-    last_epoch = sized.group_by("book").agg(pl.col("epoch").max().alias("last_epoch"))
+    last = (
+        sized.group_by("book")
+        .agg(pl.col("market_ticker", "conn").first(), pl.col("epoch").max())
+        .join(newest, on=["market_ticker", "conn"], how="semi")
+        .select("book", "epoch")
+    )
     return (
-        sized.join(newest, on=["market_ticker", "conn"], how="semi", maintain_order="left")
-        .join(last_epoch, on="book", maintain_order="left")
-        .filter((pl.col("epoch") == pl.col("last_epoch")) & (pl.col("type") != MARKER))
+        sized.filter(pl.col("type") != MARKER)
         .unique(subset="level", keep="last", maintain_order=True)
+        .join(last, on=["book", "epoch"], how="semi", maintain_order="left")
     )
 
 
@@ -423,11 +431,14 @@ def _changed_levels(
     based = [ticker for ticker, book in books.items() if book.based]
     columns = ["market_id", "market_ticker", "side", "price", "size", "ts", "recv_ns"]
     changed = final.filter(pl.col("type") != CARRY)
+    changed = changed.select(columns).filter(pl.col("market_ticker").is_in(based))
     markers = (
         sized.filter(pl.col("type") == MARKER)
         .unique(subset="market_ticker", keep="last", maintain_order=True)
         .select("market_ticker", pl.col("recv_ns").alias("dropped_ns"))
     )
+    if markers.is_empty():  # nothing but a snapshot drops a level
+        return changed
     dropped = (
         sized.filter(pl.col("type") != MARKER)
         .unique(subset=["market_ticker", "side", "price"], keep="last", maintain_order=True)
@@ -439,9 +450,8 @@ def _changed_levels(
             pl.col("dropped_ns").alias("recv_ns"),
         )
     )
-    return pl.concat([changed.select(columns), dropped.select(columns)]).filter(
-        pl.col("market_ticker").is_in(based)
-    )
+    dropped = dropped.select(columns).filter(pl.col("market_ticker").is_in(based))
+    return pl.concat([changed, dropped])
 
 
 # -- rows to Arrow -----------------------------------------------------------------------------
