@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter while others want it. The loads want it often and for
+moments, capture all the time: at Python's own 5 ms they waited for most of their time."""
 HEALTH_S = 1.0
 PRUNE_S = 600.0
 RETRY_LIST_S = 5.0
@@ -128,6 +132,7 @@ class Streamer:
                 "PROD_KEYID is not set, and the exchange simulator is not running either. Set PROD_KEYID"
                 " and PROD_KEYFILE, or start it: kalshi-platform simulate."
             )
+        sys.setswitchinterval(SWITCH_S)
         load_signer(exchange.key_file)  # refuse a bad key before anything is opened
         writer = self._writer = Writer(self._folder)
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
