@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.orchestration.supervisor import (
@@ -59,6 +60,7 @@ def observe(instance: dg.DagsterInstance, shard: int, health_file: Path) -> Obse
         ended=_ended(ended[0]) if ended else None,
         health=health,
         jitter=random.random(),  # noqa: S311
+        server_since=psutil.Process().create_time(),  # sensors are evaluated in the code server
     )
 
 

@@ -22,11 +22,14 @@ from kalshi_platform.processes import Identity
 
 START_S = 60.0
 """From the launch to the process, and from the process to its first health report."""
+ORPHAN_S = 20.0
+"""The same for a run that a code server launched which has been replaced since: it may have been
+killed before it had started the worker, and nobody else will."""
 QUEUE_S = 600.0
 """How long a run may wait in the queue before it is withdrawn."""
-HEALTH_S = 30.0
+HEALTH_S = 20.0
 """Oldest health report of a living streamer, which writes one each second."""
-DURABLE_S = 60.0
+DURABLE_S = 25.0
 """How far the last durable write may be behind the last received frame."""
 FRAME_S = 120.0
 """Oldest last frame of a streamer that claims to be receiving."""
@@ -36,7 +39,7 @@ pings each 10 s, and capture dials anew after half a minute without."""
 CONNECT_S = 900.0
 """Oldest sign of life while capture dials: it has a back-off of its own, and a new run dials no
 better."""
-GRACE_S = 15.0
+GRACE_S = 10.0
 """From a cancellation to the kill."""
 FLUSH_S = 120.0
 """The same for a streamer that is seen to go on writing."""
@@ -125,6 +128,8 @@ class Observation:
     health: Health | None = None
     jitter: float = 0.0
     """A random number in [0, 1), so that shards do not restart in step."""
+    server_since: float = 0.0
+    """Since when the code server runs that launches workers now."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +316,7 @@ def _waiting(seen: Observation, run: Run, state: State, now: float) -> Decision:
 
 def _starting(seen: Observation, run: Run, state: State, now: float) -> Decision:
     age = now - run.since
-    if age > START_S:
+    if age > _start_patience_s(seen, run):
         return Decision(
             Fail(run), f"The worker of run {run.name} did not come up within {age:.0f} s.", state
         )
@@ -321,7 +326,7 @@ def _starting(seen: Observation, run: Run, state: State, now: float) -> Decision
 def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
     age = now - run.since
     if run.process is None:
-        return _nameless(run, state, age)
+        return _nameless(seen, run, state, age)
     if not run.process.alive:
         return _gone(run, run.process.identity, state)
     health = seen.health if _reports(seen, run) else None
@@ -343,8 +348,12 @@ def _well(run: Run, who: Identity, health: Health | None) -> str:
     return f"Run {run.name} records (process {who.pid}, {claim}).{trouble}"
 
 
-def _nameless(run: Run, state: State, age: float) -> Decision:
-    if age > START_S:
+def _start_patience_s(seen: Observation, run: Run) -> float:
+    return ORPHAN_S if run.since < seen.server_since else START_S
+
+
+def _nameless(seen: Observation, run: Run, state: State, age: float) -> Decision:
+    if age > _start_patience_s(seen, run):
         return Decision(Fail(run), f"Run {run.name} has named no process in {age:.0f} s.", state)
     return _wait(f"Run {run.name} is starting.", state)
 

@@ -57,6 +57,8 @@ class Kill:
     at: float
     recovered_s: float | None
     """Seconds until frames came and ClickHouse had them; None: the next kill came first."""
+    of_streamer: bool = False
+    """Whether a living streamer was among what was killed."""
 
 
 @dataclass
@@ -253,6 +255,7 @@ def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
     while not victims:  # what is down already cannot be killed: choose another
         target = dice.choices(names, [TARGETS[n] for n in names])[0]
         victims = it.victims(target)
+    of_streamer = it.streamer_pid() in {victim.pid for victim in victims}
     at = time.time()
     for victim in victims:
         try:
@@ -263,9 +266,9 @@ def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
         it.process.wait()
         it.start()
     if not wait:
-        return Kill(target, at, None)
+        return Kill(target, at, None, of_streamer)
     _wait(lambda: it.recovered(at), f"recovery from the end of {target}", it)
-    return Kill(target, at, time.time() - at)
+    return Kill(target, at, time.time() - at, of_streamer)
 
 
 def _idle(it: Platform) -> bool:
@@ -330,7 +333,7 @@ def _judge(it: Platform, simulator: Simulator, kills: list[Kill], minutes: float
         ends=kinds.get("disconnected", 0),
         unmarked_kills=max(_connections_cut(settings, streamer_kills) - marked, 0),
         gaps=kinds.get("gap", 0),
-        journal_delay_s=_delays(records, streamer_kills),
+        journal_delay_s=_delays(settings, kills),
     )
 
 
@@ -352,16 +355,28 @@ def _connections_cut(settings: Settings, kills: list[Kill]) -> int:
     return min(cut, len(kills)) if kills else cut
 
 
-def _delays(records: list[tuple[int, int]], kills: list[Kill]) -> list[float]:
-    """Age of the newest journalled frame at each kill of a streamer that was recording."""
-    stamps = sorted(ns / 1e9 for ns, kind in records if kind != Kind.NOTE)
-    series = pl.Series(stamps)
+def _delays(settings: Settings, kills: list[Kill]) -> list[float]:
+    """Age of the newest journalled frame at each kill of a streamer whose connection was open."""
+    folder = settings.journal_dir()
+    spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
+    for block in journal.read(folder, journal.beginning(folder)):
+        for record in block.batch.to_pylist():
+            at = record["recv_ns"] / 1e9
+            if record["kind"] != Kind.NOTE:
+                spans[-1][0], spans[-1][1] = min(spans[-1][0], at), at
+            elif b'"kind":"connected"' in record["frame"]:
+                spans.append([float("inf"), 0.0, float("inf")])
+            elif spans and (
+                b'"kind":"disconnected"' in record["frame"]
+                or b'"kind":"started"' in record["frame"]
+            ):
+                spans[-1][2] = min(spans[-1][2], at)
     delays = []
     for kill in kills:
-        index = series.search_sorted(kill.at) - 1
-        if index >= 0 and (age := kill.at - stamps[index]) < 2.0:  # older: it was not recording
-            delays.append(age)
-    return delays
+        recording = [s for s in spans if s[0] <= kill.at < s[2]]
+        if kill.of_streamer and recording:
+            delays.append(kill.at - recording[-1][1])
+    return [max(delay, 0.0) for delay in delays]
 
 
 def _records(settings: Settings) -> list[tuple[int, int]]:

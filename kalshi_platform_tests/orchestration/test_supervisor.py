@@ -19,6 +19,7 @@ from kalshi_platform.orchestration.supervisor import (
     HEALTH_S,
     HEALTHY_S,
     HEARD_S,
+    ORPHAN_S,
     QUEUE_S,
     RECYCLE_S,
     START_S,
@@ -74,6 +75,22 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
     "a run waits for ever": (Observation((run(Phase.WAITING, QUEUE_S + 1),)), Cancel),
     "a worker comes up": (Observation((run(Phase.STARTING, 5),)), Wait),
     "a worker never comes up": (Observation((run(Phase.STARTING, START_S + 1),)), Fail),
+    "a worker's launcher was killed before it came up": (
+        Observation((run(Phase.STARTING, ORPHAN_S + 1),), server_since=NOW - 5),
+        Fail,
+    ),
+    "a worker comes up though its launcher was replaced": (
+        Observation((run(Phase.STARTING, ORPHAN_S - 1),), server_since=NOW - 5),
+        Wait,
+    ),
+    "a worker and its launcher were killed before it named itself": (
+        Observation((run(Phase.STARTED, ORPHAN_S + 1),), server_since=NOW - 5),
+        Fail,
+    ),
+    "a worker is slow to come up, its launcher is there": (
+        Observation((run(Phase.STARTING, ORPHAN_S + 1),), server_since=NOW - 900),
+        Wait,
+    ),
     "a started run has not named its process yet": (Observation((run(Phase.STARTED, 5),)), Wait),
     "a started run never names its process": (
         Observation((run(Phase.STARTED, START_S + 1),)),
