@@ -8,8 +8,8 @@ with; here the size after an event is a running sum within (book, snapshot, side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +32,7 @@ LEVELS = pl.Schema(
         "size": pl.Int64,
     }
 )
+LEVEL_KEY = ["market_ticker", "side", "price"]
 MARKER, LEVEL, DELTA = 0, 1, 2
 CARRY = -1
 _PRICES = 1 << 14
@@ -95,6 +96,11 @@ class Rows:
     """By dataset: orderbook_events, stream_events, latest_levels."""
     distrusted: tuple[Distrust, ...] = ()
 
+    def of(self, datasets: Container[str]) -> Rows:
+        """The same, of these datasets only."""
+        kept = {name: table for name, table in self.tables.items() if name in datasets}
+        return replace(self, tables=kept)
+
 
 def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
     """Rows of one journal range, and the state after it.
@@ -105,7 +111,9 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         raise ValueError(
             f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
         )
-    sized = _with_sizes(_events(decoded, state), state)
+    events = _events(decoded, state)
+    renewed = _renewed(events, state)
+    sized = _with_sizes(events, state, renewed)
     status = _Status(state)
     extra = pl.DataFrame(
         list(status.follow(_happenings(decoded, sized), _last_heard(decoded))),
@@ -129,7 +137,11 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
     )
     connections = _connections_after(status.connections, decoded)
     return rows, State(
-        decoded.end_n, version, connections, status.books, _levels_after(final, sized, state)
+        decoded.end_n,
+        version,
+        connections,
+        status.books,
+        _levels_after(final, renewed, status.books, state),
     )
 
 
@@ -198,13 +210,33 @@ def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
         yield n, conn, bool(msgspec.json.decode(detail)["use_yes_price"])
 
 
-def _with_sizes(events: pl.DataFrame, state: State) -> pl.DataFrame:
+def _renewed(events: pl.DataFrame, state: State) -> pl.Series:
+    """The markets whose books begin anew in this range: by a snapshot, or on another connection."""
+    known = pl.DataFrame(
+        [(ticker, book.conn) for ticker, book in state.books.items()],
+        schema={"market_ticker": pl.String, "known_conn": pl.String},
+        orient="row",
+    )
+    return (
+        events.group_by("market_ticker", "conn")
+        .agg((pl.col("type") == MARKER).any().alias("snapshot"))
+        .join(known, on="market_ticker", how="left")
+        .filter(pl.col("snapshot") | pl.col("conn").ne_missing(pl.col("known_conn")))
+        .get_column("market_ticker")
+        .unique()
+    )
+
+
+def _with_sizes(events: pl.DataFrame, state: State, renewed: pl.Series) -> pl.DataFrame:
     """Add `epoch` (snapshots of the book so far) and `size` (the level's size after the event).
 
-    The levels that the touched markets had before go in front, as rows of type CARRY.
+    In front, as rows of type CARRY, go the levels that were there before: those that an event
+    touches, and of a renewed book all, so that it is seen which ones are gone.
     """
-    tickers = events["market_ticker"].unique()
-    carry = state.levels.filter(pl.col("market_ticker").is_in(tickers.implode())).select(
+    begins_anew = pl.col("market_ticker").is_in(renewed.implode())
+    touched = events.select(LEVEL_KEY).unique()
+    steady = state.levels.filter(~begins_anew).join(touched, on=LEVEL_KEY, how="semi")
+    carry = pl.concat([state.levels.filter(begins_anew), steady]).select(
         pl.lit(0, pl.UInt64).alias("n"),
         pl.lit(0, pl.Int64).alias("recv_ns"),
         "conn",
@@ -418,9 +450,15 @@ def _final_levels(sized: pl.DataFrame, books: dict[str, Book]) -> pl.DataFrame:
     )
 
 
-def _levels_after(final: pl.DataFrame, sized: pl.DataFrame, state: State) -> pl.DataFrame:
-    touched = sized["market_ticker"].unique()
-    untouched = state.levels.filter(~pl.col("market_ticker").is_in(touched.implode()))
+def _levels_after(
+    final: pl.DataFrame, renewed: pl.Series, books: dict[str, Book], state: State
+) -> pl.DataFrame:
+    untouched = state.levels.filter(~pl.col("market_ticker").is_in(renewed.implode())).join(
+        final, on=LEVEL_KEY, how="anti"
+    )
+    gone = state.books.keys() - books.keys()
+    if gone:
+        untouched = untouched.filter(~pl.col("market_ticker").is_in(gone))
     return pl.concat([untouched, final.filter(pl.col("size") != 0).select(LEVELS.names())])
 
 
@@ -441,8 +479,8 @@ def _changed_levels(
         return changed
     dropped = (
         sized.filter(pl.col("type") != MARKER)
-        .unique(subset=["market_ticker", "side", "price"], keep="last", maintain_order=True)
-        .join(final, on=["market_ticker", "side", "price"], how="anti", maintain_order="left")
+        .unique(subset=LEVEL_KEY, keep="last", maintain_order=True)
+        .join(final, on=LEVEL_KEY, how="anti", maintain_order="left")
         .join(markers, on="market_ticker", maintain_order="left")
         .with_columns(
             pl.lit(0, pl.Int64).alias("size"),

@@ -61,7 +61,7 @@ class Pace:
 
 
 CLICKHOUSE_PACE = Pace(records=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
-PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0, gather_s=1.0)
+PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
 
 
 class _Cursor(msgspec.Struct, frozen=True):
@@ -214,7 +214,7 @@ class Load:
                 return
 
     def _took(self, rows: Rows, state: State, end: Position) -> None:
-        self._pending.append(rows)
+        self._pending.append(rows.of(self._store.datasets))
         self._state, self._position = state, end
         if self._observe is not None:
             self._observe(rows, state)

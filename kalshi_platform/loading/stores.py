@@ -31,6 +31,8 @@ class Store(Protocol):
     """Where rows go. Every method may be called again with the same arguments, to no effect."""
 
     name: str
+    datasets: frozenset[str]
+    """What it takes of the rows."""
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Make the rows of journal records first_n to end_n - 1 durable.
@@ -46,6 +48,7 @@ class ClickHouseStore:
     """Inserts with deterministic tokens: a range that was inserted is not inserted again."""
 
     name = "clickhouse"
+    datasets = frozenset(DATASETS)
 
     def __init__(self, settings: Settings, journal_id: str, log_comment: str = "") -> None:
         self._settings = settings
@@ -78,6 +81,7 @@ class ParquetStore:
     """One file per hour that the range touches, named for the range."""
 
     name = "parquet"
+    datasets = frozenset(name for name, dataset in DATASETS.items() if dataset.archived)
 
     def __init__(self, root: Path, shard: int, report: Callable[[HourReport], None]) -> None:
         self._root = root
@@ -90,8 +94,6 @@ class ParquetStore:
         """Write the range's files; an hour that was sealed before is sealed anew."""
         touched: set[datetime] = set()
         for name in rows[0].tables:
-            if not DATASETS[name].archived:
-                continue
             table = concatenated([r.tables[name] for r in rows])
             for hour, part in by_hour(table):
                 self._write_part(DATASETS[name], hour, first_n, end_n, part)

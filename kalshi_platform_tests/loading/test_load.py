@@ -132,7 +132,7 @@ class Dying:
     """A store that works, and dies of something that nobody expects at a chosen call."""
 
     def __init__(self, store: ParquetStore | ClickHouseStore, calls: int, *, after: bool) -> None:
-        self.name = store.name
+        self.name, self.datasets = store.name, store.datasets
         self._store = store
         self._left = calls
         self._after = after
@@ -205,6 +205,7 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
 ) -> None:
     class Flaky:
         name = "parquet"
+        datasets = ParquetStore.datasets
 
         def __init__(self) -> None:
             self.store = ParquetStore(tmp_path / "archive", 0, lambda _: None)
@@ -231,6 +232,7 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
 ) -> None:
     class Refusing:
         name = "clickhouse"
+        datasets = ParquetStore.datasets
 
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
             raise StoreRefused("the table is missing", code=60, name="UNKNOWN_TABLE")
