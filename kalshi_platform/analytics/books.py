@@ -5,11 +5,6 @@ their first receive time, frames within one by `seq`, whatever order the rows co
 with the hour's checkpoint or with a snapshot, which replaces all levels, an empty one too; deltas of
 a subscription before its first snapshot say nothing of the book and are left out, as in `book_at`.
 
-The best price after each frame is the highest level that stands then. Each level stands for runs of
-frames; "the highest run over every frame" is found for all frames at once by covering each run with
-two blocks of a power of two and pushing maxima down from the long blocks to the short ones (a sparse
-table, backwards): O(n log n) in whole-array steps.
-
 Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
 µs since the epoch.
 """
@@ -17,6 +12,7 @@ Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -28,74 +24,31 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.analytics.best import Best, best
 from kalshi_platform.analytics.columns import Array, Bools, Ints
+from kalshi_platform.analytics.frames import (
+    CHECKPOINT,
+    DELTA,
+    DOUBT,
+    MAX_PRICE,
+    NO,
+    NO_LEVEL,
+    NO_TIME,
+    NONE,
+    SECOND_US,
+    SNAPSHOT,
+    YES,
+    Codes,
+    Frames,
+    Levels,
+    differs,
+)
+from kalshi_platform.analytics.ladder import SIDES, Side, side_at
 
-Codes = npt.NDArray[np.int32]
-YES, NO, NO_LEVEL = 0, 1, -1
-CHECKPOINT, SNAPSHOT, DELTA, DOUBT = 0, 1, 2, 3
-CAUSES = ["checkpoint", "snapshot", "delta", "doubt"]
-NO_TIME = np.iinfo(np.int64).min
-NONE = -1
-SECOND_US = 1_000_000
-_MAX_PRICE = (1 << 16) - 1  # prices are sorted as 16-bit digits
 _KEY = ["conn_id", "sid", "seq", "market_ticker"]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
 """The columns of orderbook_events that the books are made from."""
 _DOUBTS = ("gap", "disconnected", "unsubscribed", "left", "started")
-
-
-@dataclass(frozen=True)
-class Frames:
-    """One value per frame, markets by ticker and frames within a market in their order.
-
-    A frame is a delta, a whole snapshot, the checkpoint that begins the hour, or a doubt: the moment
-    from which a book can no longer be believed. Doubts change no level.
-    """
-
-    market: Codes
-    book: Codes
-    seq: Ints
-    """0 for doubts."""
-    ts: Ints
-    """Exchange time, NO_TIME where there is none."""
-    ingest_us: Ints
-    clock_us: Ints
-    """Receive time that never steps back within a market, even where the machine's clock did."""
-    cause: npt.NDArray[np.int8]
-    verified: Bools
-    """The book can be believed after this frame: no gap since its snapshot."""
-
-    def __len__(self) -> int:
-        return len(self.market)
-
-    @cached_property
-    def begins(self) -> Bools:
-        """Whether the frame is its market's first."""
-        return _differs(self.market)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Runs of frames over which a level stood with one size, by market, side, price and frame."""
-
-    ladder: Codes
-    """Market and side: 2 * market + side."""
-    price: Ints
-    size: Ints
-    start: Codes
-    """The first frame of the run."""
-    end: Codes
-    """The first frame after it."""
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best bid of a side after every frame."""
-
-    price: Ints
-    """NONE: the side is empty."""
-    size: Ints
-    """0: the side is empty."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +69,12 @@ class Books:
     @cached_property
     def best_yes(self) -> Best:
         """The best YES bid after every frame."""
-        return _best(self, YES)
+        return best(self.levels, YES, len(self.frames))
 
     @cached_property
     def best_no(self) -> Best:
         """The best NO bid after every frame; the best YES ask is 1 - that."""
-        return _best(self, NO)
+        return best(self.levels, NO, len(self.frames))
 
     @cached_property
     def seconds(self) -> Codes:
@@ -132,6 +85,18 @@ class Books:
             self.frames.market[1:] != self.frames.market[:-1]
         )
         return np.flatnonzero(last).astype(np.int32)
+
+    @cached_property
+    def sides(self) -> dict[str, Side]:
+        """What rests on the bid and on the ask side of the YES market at the end of each of `seconds`."""
+        at = self.seconds
+
+        def of(side: int) -> Side:
+            best = self.best_yes if side == YES else self.best_no
+            return side_at(self.frames, self.levels, best, side, at)
+
+        with ThreadPoolExecutor(len(SIDES)) as pool:  # numpy works without the interpreter's lock
+            return dict(zip(SIDES, pool.map(of, SIDES.values()), strict=True))
 
 
 @dataclass(frozen=True)
@@ -174,11 +139,13 @@ class _Names:
         parts = [np.empty(0, dtype=np.int64)]
         for chunk in column.chunks:
             encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
-            known = [
-                self.codes.setdefault(v, len(self.codes)) for v in encoded.dictionary.to_pylist()
-            ]
+            values = encoded.dictionary.to_pylist()
             indices = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-            parts.append(np.array(known or [0], dtype=np.int64)[indices])
+            there = np.flatnonzero(np.bincount(indices, minlength=len(values)))
+            codes = np.zeros(max(len(values), 1), dtype=np.int64)
+            for i in there[: len(values)].tolist():  # values that no row has are left out
+                codes[i] = self.codes.setdefault(values[i], len(self.codes))
+            parts.append(codes[indices])
         return np.concatenate(parts)
 
 
@@ -337,7 +304,7 @@ def _ordered(
     gaps = sum(it["kind"] == "gap" for it in doubts)
     if not len(frame):
         return _nothing(hour, gaps)
-    at = rows.take(np.flatnonzero(_differs(frame)))
+    at = rows.take(np.flatnonzero(differs(frame)))
     columns: dict[str, Array] = {
         "book": at.book,
         "seq": at.seq,
@@ -384,7 +351,7 @@ def _after_checkpoint(rows: _Rows, n_books: int) -> _Rows:
 
 
 def _frame_numbers(rows: _Rows) -> Ints:
-    return np.cumsum(_differs(rows.book) | _differs(rows.seq)) - 1
+    return np.cumsum(differs(rows.book) | differs(rows.seq)) - 1
 
 
 def _based(rows: _Rows, frame: Ints) -> tuple[_Rows, Ints]:
@@ -488,7 +455,7 @@ def _frames(columns: dict[str, Array], book_market: Ints) -> Frames:
 def _levels(rows: _Rows, frame: Ints, frames: Frames) -> Levels:
     level = np.flatnonzero(rows.side != NO_LEVEL)
     price, at = rows.price[level], frame[level].astype(np.int32)
-    if len(price) and (price.min() < 0 or price.max() > _MAX_PRICE):
+    if len(price) and (price.min() < 0 or price.max() > MAX_PRICE):
         wrong = price.min() if price.min() < 0 else price.max()
         raise ValueError(f"a level has the price {wrong / 1e4}, which no book can have")
     ladder = frames.market[at] * 2 + rows.side[level]
@@ -504,54 +471,7 @@ def _levels(rows: _Rows, frame: Ints, frames: Frames) -> Levels:
     return Levels(ladder[stands], price[stands], size[stands], at[stands], end[stands])
 
 
-# -- the best ----------------------------------------------------------------------------------
-
-
-def _best(of: Books, side: int) -> Best:
-    runs = np.flatnonzero(of.levels.ladder % 2 == side).astype(np.int32)
-    # Within a market and side runs are numbered by price: the greatest number is the best price.
-    top = _topmost(of.levels.start[runs], of.levels.end[runs], runs, len(of.frames))
-    there = top >= 0
-    if not len(runs):
-        return Best(np.full(len(top), NONE, np.int64), np.zeros(len(top), np.int64))
-    return Best(
-        np.where(there, of.levels.price[top], NONE), np.where(there, of.levels.size[top], 0)
-    )
-
-
-def _topmost(start: Codes, end: Codes, number: Codes, n: int) -> Codes:
-    """For each of `n` places the greatest number of the runs over it, NONE where there is none.
-
-    Runs come by ascending number; run i covers the places start[i] to end[i] - 1.
-    """
-    table = np.full(n, NONE, dtype=np.int32)
-    if not len(start):
-        return table
-    exponent = (np.frexp((end - start).astype(np.float64))[1] - 1).astype(np.int8)
-    order = np.argsort(exponent, kind="stable")
-    edges = np.searchsorted(exponent[order], np.arange(int(exponent.max()) + 2))
-    for k in range(int(exponent.max()), -1, -1):
-        # table[i] speaks for the block of 2**(k + 1) places from i; now for its two halves
-        half = 1 << k
-        if half < n:
-            halved = table.copy()
-            np.maximum(table[half:], table[:-half], out=halved[half:])
-            table = halved
-        these = order[edges[k] : edges[k + 1]]
-        for place in (start[these], end[these] - half):
-            # of places that come twice the last is kept, which is the greatest
-            table[place] = np.maximum(table[place], number[these])
-    return table
-
-
 # -- small things ------------------------------------------------------------------------------
-
-
-def _differs(values: Array) -> Bools:
-    """Whether each value differs from the one before; the first does."""
-    differs = np.ones(len(values), dtype=np.bool_)
-    np.not_equal(values[1:], values[:-1], out=differs[1:])
-    return differs
 
 
 def _running_max(values: Ints, group: Array) -> Ints:

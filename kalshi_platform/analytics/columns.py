@@ -41,8 +41,9 @@ def floats(values: Floats, valid: Bools) -> pa.Array:
     return pa.array(values, pa.float64(), mask=~valid)
 
 
-def names(codes: npt.NDArray[np.int32], values: list[str]) -> pa.Array:
-    """Text that repeats, from codes into `values`."""
+def names(codes: npt.NDArray[np.int32], values: list[str], valid: Bools | None = None) -> pa.Array:
+    """Text that repeats, from codes into `values`; null where not `valid`."""
     return pa.DictionaryArray.from_arrays(
-        pa.array(codes, pa.int32()), pa.array(values, pa.string())
+        pa.array(codes, pa.int32(), mask=None if valid is None else ~valid),
+        pa.array(values, pa.string()),
     )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.analytics.books import NONE, SECOND_US, Books
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Array, Bools, Ints, decimals, names, times
-from kalshi_platform.analytics.ladder import SIDES, Side, ladder
+from kalshi_platform.analytics.frames import NONE, SECOND_US
+from kalshi_platform.analytics.ladder import CENTS, Side
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.storage.schema import DEPTH, NOTIONAL, PRICE, QTY
-
-CENTS = (0, 1, 2, 5, 10)
-"""Distances from the best; 0: at the best."""
 
 
 def depth(books: Books) -> pa.Table:
@@ -30,8 +28,7 @@ def depth(books: Books) -> pa.Table:
     Asks are the NO bids, each at 1 - its price. An empty side has sizes, levels and notional of 0 and
     no best price. `verified` is that of the second's end.
     """
-    sides = {name: ladder(books, side, cents=CENTS, best=()) for name, side in SIDES.items()}
-    at = books.seconds
+    sides, at = books.sides, books.seconds
     notional = {
         "bid": sides["bid"].value,
         "ask": sides["ask"].all * ONE_DOLLAR - sides["ask"].value,
@@ -66,7 +63,7 @@ def _side(side: Side, notional: Ints, rows: Ints, *, ask: bool) -> list[pa.Array
     price = ONE_DOLLAR - best if ask else best
     return [
         decimals(price, PRICE, best != NONE),
-        *(decimals(side.within[cents][rows], QTY) for cents in CENTS),
+        *(decimals(side.within[cents][rows], QTY) for cents in (0, *CENTS)),
         decimals(side.all[rows], QTY),
         pa.array(side.levels[rows], pa.uint32()),
         decimals(notional[rows], NOTIONAL),

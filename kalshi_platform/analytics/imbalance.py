@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.analytics.books import DELTA, SECOND_US, Best, Books
+from kalshi_platform.analytics.best import Best
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Array, Bools, Ints, decimals, floats, names, times
 from kalshi_platform.analytics.depth import changed
-from kalshi_platform.analytics.ladder import SIDES, ladder
+from kalshi_platform.analytics.frames import DELTA, SECOND_US
 from kalshi_platform.storage.schema import IMBALANCE, QTY
 
-LEVELS, CENTS = 5, 5
+CENTS = 5
 
 
 def imbalance(books: Books) -> pa.Table:
@@ -36,13 +37,10 @@ def imbalance(books: Books) -> pa.Table:
     `verified`: the book could be believed all through the second, from the frame before it on.
     """
     at = books.seconds
-    sizes = {
-        name: ladder(books, side, cents=(0, CENTS), best=(LEVELS,)) for name, side in SIDES.items()
-    }
-    bid, ask = sizes["bid"], sizes["ask"]
+    bid, ask = books.sides["bid"], books.sides["ask"]
     pairs = [
         (bid.within[0], ask.within[0]),
-        (bid.over[LEVELS], ask.over[LEVELS]),
+        (bid.over, ask.over),
         (bid.within[CENTS], ask.within[CENTS]),
     ]
     ratios = [((b - a) / np.where(b + a > 0, b + a, 1), b + a > 0) for b, a in pairs]

@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kalshi_platform.analytics.books import DOUBT, SECOND_US, Books
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Floats
+from kalshi_platform.analytics.frames import DOUBT, SECOND_US
 from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
 
 BUSIEST = 3

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.analytics.books import CAUSES, NO_TIME, NONE, Best, Books
+from kalshi_platform.analytics.best import Best
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Bools, decimals, floats, names, times
+from kalshi_platform.analytics.frames import CAUSES, NO_TIME, NONE
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.storage.schema import MID, PRICE, QTY, SPREADS
 

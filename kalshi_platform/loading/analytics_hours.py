@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.analytics.books import EVENT_COLUMNS, Books, books
+from kalshi_platform.analytics import replay
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
@@ -27,15 +29,11 @@ from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, checksum, clickhouse
 from kalshi_platform.storage.archive import Manifest, Part
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     ANALYTICS,
-    BOOK_CHECKPOINTS,
     DEPTH,
     IMBALANCE,
-    ORDERBOOK_EVENTS,
     SPREADS,
-    STREAM_EVENTS,
     Dataset,
 )
 
@@ -60,24 +58,6 @@ class Computed:
     report: HourReport
 
 
-def read_books(root: Path, hour: datetime) -> Books:
-    """The books of an archived hour.
-
-    Raises `StoreRefused` naming a file that cannot be read, or the hour where it has none.
-    """
-    if not any(archive.files(root, name, hour) for name in hours.RECORDED):
-        raise StoreRefused(
-            f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {root}, so nothing can be"
-            " computed. Materialise orderbook_events of that hour first."
-        )
-    return books(
-        hour,
-        archive.read(root, ORDERBOOK_EVENTS.name, hour, EVENT_COLUMNS),
-        archive.read(root, BOOK_CHECKPOINTS.name, hour),
-        archive.read(root, STREAM_EVENTS.name, hour),
-    )
-
-
 def compute_hour(
     settings: Settings, hour: datetime, wanted: Collection[str] = tuple(COMPUTED)
 ) -> Computed:
@@ -89,7 +69,7 @@ def compute_hour(
     """
     root = settings.archive_dir
     complete = hours.is_sealed(root, hour)  # before reading: what is sealed later is read later
-    of_hour = read_books(root, hour)
+    of_hour = replay.read(root, hour)
     tables: dict[str, pa.Table] = {}
     reports = []
     for dataset in ANALYTICS:
@@ -121,7 +101,9 @@ def _archive(
         for path in (*archive.files(root, dataset.name, hour), folder / archive.MANIFEST):
             path.unlink(missing_ok=True)
         return None
-    size = archive.write(folder / FILE, [table], dataset.arrow)
+    with ThreadPoolExecutor(1) as beside:  # both take their time, and neither holds the other up
+        summed = beside.submit(checksum.rows_checksum, table)
+        size = archive.write(folder / FILE, [table], dataset.arrow)
     span = pc.min_max(table[_clock(dataset)]).as_py()
     report = DatasetHour(
         dataset=dataset.name,
@@ -136,7 +118,7 @@ def _archive(
         coverage=None,
         first=span["min"],
         last=span["max"],
-        checksum=checksum.text(checksum.rows_checksum(table)),
+        checksum=checksum.text(summed.result()),
         path=str(folder),
     )
     archive.write_manifest(root, _manifest(report))

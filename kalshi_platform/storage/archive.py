@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -26,10 +26,12 @@ from pathlib import Path
 import filelock
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kalshi_platform.storage import swap
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.schema import DATASETS
 
 HOUR = timedelta(hours=1)
 MANIFEST = "_manifest.json"
@@ -161,6 +163,8 @@ def write(
             ]
             or None,
             data_page_version="2.0",
+            # Arrow's own schema would name the dictionaries, and for those it ignores the statistics.
+            store_schema=False,
         ) as writer:
             for table in tables:
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
@@ -198,15 +202,33 @@ def read_manifest(root: Path, dataset: str, hour: datetime) -> Manifest | None:
 
 
 def read(
-    root: Path, dataset: str, hour: datetime, columns: list[str] | None = None
+    root: Path,
+    dataset: str,
+    hour: datetime,
+    columns: list[str] | None = None,
+    tickers: Collection[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """The rows of an hour, file by file.
+    """The rows of an hour, file by file; with `tickers` of those markets alone, "" for rows of none.
 
     Raises `StoreRefused` naming a file that cannot be read, `StoreUnavailable` one that went meanwhile.
     """
+    schema = DATASETS[dataset].arrow
+    dictionaries = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    wanted = None
+    if tickers is not None:
+        # Of a column that is read as a dictionary Arrow does not use the statistics.
+        dictionaries.remove("market_ticker")
+        wanted = pc.field("market_ticker").isin(sorted(tickers))
     for path in files(root, dataset, hour):
         try:
-            yield pq.read_table(path, columns=columns, partitioning=None)
+            table = pq.read_table(
+                path,
+                columns=columns,
+                partitioning=None,
+                filters=wanted,
+                read_dictionary=dictionaries,
+            )
+            yield table.cast(pa.schema([schema.field(name) for name in table.column_names]))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from None
 

@@ -79,12 +79,14 @@ class Script:
         self.add(Kind.SNAPSHOT, wire.snapshot(ticker, self.seq, yes, no))
 
 
+KINDS = ("delta",) * 12 + ("snapshot",) * 3 + ("gap", "doubt", "left", "reconnect", "negative")
+
+
 @st.composite
-def scripts(draw: st.DrawFn) -> Script:
+def scripts(draw: st.DrawFn, kinds: Sequence[str] = KINDS) -> Script:
     """Snapshots, deltas, gaps, breaks and departures of three markets, over some seconds."""
     script = Script()
     script.connect()
-    kinds = ["delta"] * 12 + ["snapshot"] * 3 + ["gap", "doubt", "left", "reconnect", "negative"]
     for _ in range(draw(st.integers(1, 60))):
         script.at += 1000 * draw(st.sampled_from(STEPS_US))
         step, ticker = draw(st.sampled_from(kinds)), draw(st.sampled_from(TICKERS))

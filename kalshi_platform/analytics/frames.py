@@ -1,0 +1,76 @@
+"""The words that an hour's books are written in: frames, and the runs over which levels stand.
+
+Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
+µs since the epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kalshi_platform.analytics.columns import Array, Bools, Ints
+
+Codes = npt.NDArray[np.int32]
+YES, NO, NO_LEVEL = 0, 1, -1
+CHECKPOINT, SNAPSHOT, DELTA, DOUBT = 0, 1, 2, 3
+CAUSES = ["checkpoint", "snapshot", "delta", "doubt"]
+NO_TIME = np.iinfo(np.int64).min
+NONE = -1
+SECOND_US = 1_000_000
+MAX_PRICE = (1 << 16) - 1
+"""Prices are sorted as 16-bit digits."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """One value per frame, markets by ticker and frames within a market in their order.
+
+    A frame is a delta, a whole snapshot, the checkpoint that begins the hour, or a doubt: the moment
+    from which a book can no longer be believed. Doubts change no level.
+    """
+
+    market: Codes
+    book: Codes
+    seq: Ints
+    """0 for doubts."""
+    ts: Ints
+    """Exchange time, NO_TIME where there is none."""
+    ingest_us: Ints
+    clock_us: Ints
+    """Receive time that never steps back within a market, even where the machine's clock did."""
+    cause: npt.NDArray[np.int8]
+    verified: Bools
+    """The book can be believed after this frame: no gap since its snapshot."""
+
+    def __len__(self) -> int:
+        return len(self.market)
+
+    @cached_property
+    def begins(self) -> Bools:
+        """Whether the frame is its market's first."""
+        return differs(self.market)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Runs of frames over which a level stood with one size, by market, side, price and frame."""
+
+    ladder: Codes
+    """Market and side: 2 * market + side."""
+    price: Ints
+    size: Ints
+    start: Codes
+    """The first frame of the run."""
+    end: Codes
+    """The first frame after it."""
+
+
+def differs(values: Array) -> Bools:
+    """Whether each value differs from the one before; the first does."""
+    found = np.ones(len(values), dtype=np.bool_)
+    np.not_equal(values[1:], values[:-1], out=found[1:])
+    return found

@@ -1,0 +1,228 @@
+"""Replay: an archived hour's books after every event, or whole at chosen instants.
+
+    hour = read(Path("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
+    after_events(hour, levels=5)     one row per event: the five best levels of both sides after it
+    at_instants(hour, instants)      every level of every book at each of the instants
+
+An hour stands on its own: its `orderbook_events`, `book_checkpoints` and `stream_events` are all that
+is read, in whatever files they are, compacted or not. What comes out follows from the rows alone. Tables
+are Arrow: `polars.from_arrow` takes them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kalshi_platform.analytics.books import EVENT_COLUMNS, Books, books
+from kalshi_platform.analytics.columns import Array, Ints, decimals, names, times
+from kalshi_platform.analytics.frames import (
+    CAUSES,
+    DOUBT,
+    NO,
+    NO_TIME,
+    NONE,
+    SECOND_US,
+    YES,
+    Codes,
+)
+from kalshi_platform.analytics.ladder import Top, seen_from, top_at
+from kalshi_platform.exchange.numbers import ONE_DOLLAR
+from kalshi_platform.storage import archive
+from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.schema import (
+    BOOK_CHECKPOINTS,
+    NAME,
+    ORDERBOOK_EVENTS,
+    PRICE,
+    QTY,
+    STREAM_EVENTS,
+    TIME,
+)
+
+_SIDES = ["yes", "no"]
+_HOUR = timedelta(hours=1)
+_LEVELS_MAX = 99
+
+
+def read(root: Path, hour: datetime, tickers: Collection[str] | None = None) -> Books:
+    """The books of an archived hour: of all its markets, or of `tickers` alone, which reads less.
+
+    `root` is the archive's folder (PARQUET_DIR), `hour` the hour's first instant. A ticker that the
+    hour does not know is left out. Raises ValueError for an `hour` without a time zone, `StoreRefused`
+    naming a file that cannot be read, or the hour where nothing is recorded of it.
+    """
+    if hour.tzinfo is None:
+        raise ValueError(f"the hour {hour} has no time zone; hours of the archive are UTC")
+    hour = archive.floor_hour(hour)
+    recorded = (ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
+    if not any(archive.files(root, name, hour) for name in recorded):
+        raise StoreRefused(
+            f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {root}, so nothing can be"
+            " computed. Materialise orderbook_events of that hour first."
+        )
+    return books(
+        hour,
+        archive.read(root, ORDERBOOK_EVENTS.name, hour, EVENT_COLUMNS, tickers),
+        archive.read(root, BOOK_CHECKPOINTS.name, hour, tickers=tickers),
+        # Rows without a market are of all markets: those of a connection, or of the recorder.
+        archive.read(
+            root, STREAM_EVENTS.name, hour, tickers=None if tickers is None else {*tickers, ""}
+        ),
+    )
+
+
+def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = None) -> pa.Table:
+    """The best `levels` of both sides after every event, of all markets or of `tickers`.
+
+    One row per event, markets by ticker and events of a market in their order: a delta, a whole
+    snapshot, the `checkpoint` that is the hour's opening state, or a `doubt`, from which on the book
+    cannot be believed (`verified` is false until the next snapshot). Columns, in dollars and contracts:
+
+        market_ticker, ts, ingest_ts, conn_id, sid, seq, cause, verified      as in `spreads`
+        yes_bid_1, yes_bid_size_1, yes_ask_1, yes_ask_size_1                  the best
+        yes_bid_2, …                                                          one worse, up to `levels`
+
+    YES asks are the NO bids, each at 1 - its price. Where a side has fewer levels they are null. A row
+    takes about 70 bytes and 64 for each level: of many busy markets take a few at a time. Raises
+    ValueError for `levels` below 1 or above 99.
+    """
+    if not 1 <= levels <= _LEVELS_MAX:
+        raise ValueError(f"levels is {levels}; it goes from 1 to {_LEVELS_MAX}")
+    frames = of.frames
+    rows = _frames_of(of, tickers)
+    book = frames.book[rows]
+    table = {
+        "market_ticker": names(frames.market[rows], of.tickers),
+        "ts": times(frames.ts[rows], frames.ts[rows] != NO_TIME),
+        "ingest_ts": times(frames.ingest_us[rows]),
+        "conn_id": names(of.book_conn[book], of.conns),
+        "sid": pa.array(of.book_sid[book], pa.uint32()),
+        "seq": pa.array(frames.seq[rows], pa.uint64()),
+        "cause": names(frames.cause[rows].astype(np.int32), CAUSES),
+        "verified": pa.array(frames.verified[rows]),
+    }
+    bid, ask = (_top(of, side, rows, levels) for side in (YES, NO))
+    for rank in range(levels):
+        has_bid, has_ask = bid.price[rank] != NONE, ask.price[rank] != NONE
+        table |= {
+            f"yes_bid_{rank + 1}": decimals(bid.price[rank], PRICE, has_bid),
+            f"yes_bid_size_{rank + 1}": decimals(bid.size[rank], QTY, has_bid),
+            f"yes_ask_{rank + 1}": decimals(ONE_DOLLAR - ask.price[rank], PRICE, has_ask),
+            f"yes_ask_size_{rank + 1}": decimals(ask.size[rank], QTY, has_ask),
+        }
+    return pa.table(table)
+
+
+AT_INSTANTS = pa.schema(
+    [
+        pa.field("market_ticker", NAME, nullable=False),
+        pa.field("at", TIME, nullable=False),
+        pa.field("last_event_ts", TIME, nullable=False),
+        pa.field("verified", pa.bool_(), nullable=False),
+        pa.field("side", NAME),
+        pa.field("price", PRICE),
+        pa.field("size", QTY),
+    ]
+)
+"""The columns of `at_instants`."""
+
+
+def at_instants(
+    of: Books, instants: Iterable[datetime], tickers: Collection[str] | None = None
+) -> pa.Table:
+    """Every level of every book, or of those of `tickers`, at each of the `instants`.
+
+    What the view `book_at` says, for many books at once: events received at that very microsecond
+    count, and `price` is a bid on its side's own scale. Rows go by market, instant, side (yes first)
+    and price. A book that is empty has one row without side, price and size; a market that was not
+    known yet has none. `last_event_ts` is the receive time of the newest event by then. Raises
+    ValueError for an instant without a time zone or outside of the hour.
+    """
+    frames = of.frames
+    wanted_us = np.unique(np.array([_us(of, at) for at in instants], dtype=np.int64))
+    if not len(frames) or not len(wanted_us):
+        return AT_INSTANTS.empty_table()
+    market = _markets(of, tickers)
+    span = int(frames.clock_us.max()) - int(frames.clock_us.min()) + 2
+    base = int(frames.clock_us.min())
+    key = frames.market.astype(np.int64) * span + (frames.clock_us - base)
+    when = np.tile(wanted_us, len(market))
+    market = np.repeat(market, len(wanted_us))
+    within = np.clip(when - base, -1, span - 2)
+    at = np.searchsorted(key, market * span + within, side="right") - 1
+    known = (at >= 0) & (frames.market[at] == market)
+    at, when = at[known], when[known]
+
+    # At which of the places each run stands, one row for each; and one for each empty book.
+    start, end = seen_from(of.levels, at, len(frames))
+    run = np.repeat(np.arange(len(start)), end - start)
+    place = np.arange(len(run)) - np.repeat(np.cumsum(end - start) - end, end - start)
+    bare = np.flatnonzero(np.bincount(place, minlength=len(at)) == 0)
+    place = np.concatenate([place, bare])
+    run = np.concatenate([run, np.full(len(bare), NONE)])
+    order = np.argsort(place, kind="stable")
+    place, run = place[order], run[order]
+    there = run != NONE
+    told = np.maximum.accumulate(np.where(frames.cause != DOUBT, np.arange(len(frames)), 0))
+    return pa.Table.from_arrays(
+        [
+            names(frames.market[at[place]], of.tickers),
+            times(when[place]),
+            times(frames.ingest_us[told[at[place]]]),
+            pa.array(frames.verified[at[place]]),
+            names(_of(of.levels.ladder % 2, run), _SIDES, there),
+            decimals(_of(of.levels.price, run), PRICE, there),
+            decimals(_of(of.levels.size, run), QTY, there),
+        ],
+        schema=AT_INSTANTS,
+    )
+
+
+def _of(values: Array, run: Ints) -> Array:
+    """The runs' values, anything where there is no run."""
+    return values[run] if len(values) else np.zeros(len(run), dtype=values.dtype)
+
+
+def _us(of: Books, at: datetime) -> int:
+    if at.tzinfo is None:
+        raise ValueError(f"the instant {at} has no time zone")
+    if not of.hour <= at < of.hour + _HOUR:
+        raise ValueError(
+            f"the instant {at} is not within the hour from {of.hour}; read the hour that it is in"
+        )
+    return int(of.hour.timestamp()) * SECOND_US + (at - of.hour) // timedelta(microseconds=1)
+
+
+def _markets(of: Books, tickers: Collection[str] | None) -> Ints:
+    if tickers is None:
+        return np.arange(len(of.tickers))
+    wanted = set(tickers)
+    return np.array([i for i, ticker in enumerate(of.tickers) if ticker in wanted], np.int64)
+
+
+def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
+    if tickers is None:
+        return np.arange(len(of.frames), dtype=np.int32)
+    wanted = np.zeros(len(of.tickers), dtype=np.bool_)
+    wanted[_markets(of, tickers)] = True
+    return np.flatnonzero(wanted[of.frames.market]).astype(np.int32)
+
+
+def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
+    """The best levels of a side after each of the frames `rows`, worked out where the side changes."""
+    if levels == 1:
+        best = of.best_yes if side == YES else of.best_no
+        return Top(best.price[rows][None], best.size[rows][None])
+    of_side = of.levels.ladder % 2 == side
+    changes = np.append(of.frames.begins, False)
+    changes[of.levels.start[of_side]] = True
+    changes[of.levels.end[of_side]] = True
+    fresh = changes[rows]
+    top = top_at(of.frames, of.levels, side, rows[fresh], levels)
+    latest = np.cumsum(fresh) - 1
+    return Top(top.price[:, latest], top.size[:, latest])
