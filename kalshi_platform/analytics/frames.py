@@ -49,6 +49,10 @@ class Frames:
     def __len__(self) -> int:
         return len(self.market)
 
+    def bounds(self, markets: int) -> Ints:
+        """The first frame of each of so many markets, and the first after them all."""
+        return np.searchsorted(self.market, np.arange(markets + 1))
+
     @cached_property
     def begins(self) -> Bools:
         """Whether the frame is its market's first."""
@@ -67,6 +71,12 @@ class Levels:
     """The first frame of the run."""
     end: Codes
     """The first frame after it."""
+
+    def between(self, first: int, last: int) -> Levels:
+        """The runs of the markets from `first` to `last`."""
+        edges = np.searchsorted(self.ladder, [2 * first, 2 * last + 2])
+        these = slice(int(edges[0]), int(edges[1]))
+        return Levels(*(getattr(self, name)[these] for name in self.__dataclass_fields__))
 
 
 def differs(values: Array) -> Bools:

@@ -103,14 +103,19 @@ def top_at(frames: Frames, levels: Levels, side: int, at: Codes, count: int) -> 
     return found
 
 
-def seen_from(levels: Levels, at: Codes, n: int) -> tuple[Ints, Ints]:
+def seen_from(levels: Levels, at: Codes) -> tuple[Ints, Ints]:
     """From which of the frames `at` each run is seen: from the first, up to but without the second.
 
-    `at` ascends, and the same frame may come more than once; `n` is the number of all frames.
+    `at` ascends, and the same frame may come more than once.
     """
-    before = np.zeros(n + 1, dtype=np.int64)  # how many places come before a frame
-    before[1:] = np.cumsum(np.bincount(at, minlength=n))
-    return before[levels.start], before[levels.end]
+    if not len(levels.start):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    base, last = int(levels.start.min()), int(levels.end.max())
+    earlier, inside = np.searchsorted(at, [base, last])
+    # How many places come before each frame from `base` to `last`.
+    before = np.full(last - base + 1, earlier, dtype=np.int64)
+    before[1:] += np.cumsum(np.bincount(at[earlier:inside] - base, minlength=last - base))
+    return before[levels.start - base], before[levels.end - base]
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,9 @@ class _Runs:
 
 
 def _seen(frames: Frames, levels: Levels, side: int, at: Codes) -> _Runs:
-    start, end = seen_from(levels, at, len(frames))
+    if len(at):
+        levels = levels.between(frames.market[at[0]], frames.market[at[-1]])
+    start, end = seen_from(levels, at)
     seen = np.flatnonzero((start < end) & (levels.ladder % 2 == side))
     market, price = levels.ladder[seen] // 2, levels.price[seen]
     key = market.astype(np.int64) * _SPAN + price

@@ -159,7 +159,7 @@ def at_instants(
     at, when = at[known], when[known]
 
     # At which of the places each run stands, one row for each; and one for each empty book.
-    start, end = seen_from(of.levels, at, len(frames))
+    start, end = seen_from(of.levels, at)
     run = np.repeat(np.arange(len(start)), end - start)
     place = np.arange(len(run)) - np.repeat(np.cumsum(end - start) - end, end - start)
     bare = np.flatnonzero(np.bincount(place, minlength=len(at)) == 0)
@@ -208,9 +208,9 @@ def _markets(of: Books, tickers: Collection[str] | None) -> Ints:
 def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
     if tickers is None:
         return np.arange(len(of.frames), dtype=np.int32)
-    wanted = np.zeros(len(of.tickers), dtype=np.bool_)
-    wanted[_markets(of, tickers)] = True
-    return np.flatnonzero(wanted[of.frames.market]).astype(np.int32)
+    bounds = of.frames.bounds(len(of.tickers))
+    pieces = [np.arange(bounds[m], bounds[m + 1], dtype=np.int32) for m in _markets(of, tickers)]
+    return np.concatenate([np.empty(0, np.int32), *pieces])
 
 
 def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
@@ -218,11 +218,16 @@ def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
     if levels == 1:
         best = of.best_yes if side == YES else of.best_no
         return Top(best.price[rows][None], best.size[rows][None])
-    of_side = of.levels.ladder % 2 == side
-    changes = np.append(of.frames.begins, False)
-    changes[of.levels.start[of_side]] = True
-    changes[of.levels.end[of_side]] = True
-    fresh = changes[rows]
-    top = top_at(of.frames, of.levels, side, rows[fresh], levels)
+    if not len(rows):
+        return Top(np.empty((levels, 0), np.int64), np.empty((levels, 0), np.int64))
+    frames = of.frames
+    runs = of.levels.between(frames.market[rows[0]], frames.market[rows[-1]])
+    of_side = runs.ladder % 2 == side
+    first = int(rows[0])
+    changes = np.append(frames.begins[first : int(rows[-1]) + 1], False)
+    changes[runs.start[of_side] - first] = True
+    changes[runs.end[of_side] - first] = True
+    fresh = changes[rows - first]
+    top = top_at(frames, of.levels, side, rows[fresh], levels)
     latest = np.cumsum(fresh) - 1
     return Top(top.price[:, latest], top.size[:, latest])

@@ -1,4 +1,6 @@
-"""How fast an hour's spreads, depth and imbalance are made: `python -m kalshi_platform.benchmarks.analytics`.
+"""How fast an hour's spreads, depth and imbalance are made, and how fast it is replayed.
+
+`python -m kalshi_platform.benchmarks.analytics`
 
 The hour is synthetic: `--markets` books that walk at random, `--events` deltas spread over the hour
 with a few markets taking most of them, written to an archive of its own as the streamer writes it.
@@ -10,8 +12,11 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,13 +25,19 @@ import numpy as np
 import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.columns import decimals, times
+from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour
 from kalshi_platform.storage import archive
 from kalshi_platform.storage.schema import NAME, ORDERBOOK_EVENTS, PRICE, QTY, ZERO_UUID
 
 HOUR = datetime(2026, 11, 22, 14, tzinfo=UTC)
 PARTS = 12
+LEVELS = 5
+FLOOR = 1_000_000.0
+"""Events a second that are asked of each."""
+PEAK_GIB = 2.0
 
 
 def synthetic_hour(root: Path, events: int, markets: int, seed: int = 1) -> None:
@@ -86,32 +97,82 @@ def synthetic_hour(root: Path, events: int, markets: int, seed: int = 1) -> None
         archive.write(folder / archive.part_name(0, start, end), [table], table.schema)
 
 
-def measure(root: Path, dataset: str) -> tuple[float, int, int, float]:
-    """Seconds, rows, bytes and peak GiB of one dataset, from archive to archive, in this process."""
-    own = platform_settings.load(parquet_dir=root, use_clickhouse=False)
+@dataclass(frozen=True)
+class Measured:
+    """What one piece of work took, in a process of its own."""
+
+    seconds: float
+    peak_gib: float
+    """The process's greatest resident memory, interpreter and libraries included."""
+
+
+def _timed(work: Callable[[Path], object], root: Path) -> Measured:
     began = time.perf_counter()
-    (report,) = compute_hour(own, HOUR, [dataset]).report.datasets
+    work(root)
     took = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return took, report.rows, report.bytes, peak
+    return Measured(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def _compute(root: Path, datasets: Sequence[str]) -> None:
+    own = platform_settings.load(parquet_dir=root, use_clickhouse=False)
+    compute_hour(own, HOUR, datasets)
+
+
+def _replay_best(root: Path) -> None:
+    of = replay.read(root, HOUR)
+    for group in _groups(of.tickers):
+        replay.after_events(of, 1, group)
+
+
+def _replay_ladders(root: Path) -> None:
+    of = replay.read(root, HOUR)
+    for group in _groups(of.tickers):
+        replay.after_events(of, LEVELS, group)
+
+
+def _replay_instants(root: Path) -> None:
+    of = replay.read(root, HOUR)
+    replay.at_instants(of, [HOUR + timedelta(minutes=m) for m in range(60)])
+
+
+def _groups(tickers: list[str]) -> Iterator[list[str]]:
+    """Some markets at a time, as a reader of a whole hour takes them."""
+    for first in range(0, len(tickers), 50):
+        yield tickers[first : first + 50]
+
+
+WORK: dict[str, Callable[[Path], object]] = {
+    **{name: partial(_compute, datasets=[name]) for name in COMPUTED},
+    "all three at once": partial(_compute, datasets=list(COMPUTED)),
+    "replay, best after every event": _replay_best,
+    f"replay, {LEVELS} levels after every event": _replay_ladders,
+    "replay, whole books at 60 instants": _replay_instants,
+}
+"""From archive to archive; the replays from archive to Arrow tables in memory."""
+
+
+def figures(events: int = 5_000_000, markets: int = 1_000) -> list[Figure]:
+    """Each dataset and each replay: events/s and peak memory."""
+    found = []
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        synthetic_hour(root, events, markets)
+        for name, work in WORK.items():
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                measured = process.submit(_timed, work, root).result()
+            asked = None if name == "all three at once" else FLOOR
+            found.append(Figure(name, events / measured.seconds, "events/s", asked))
+            found.append(Figure(f"{name}: peak memory", measured.peak_gib, "GiB", PEAK_GIB))
+    return found
 
 
 @click.command(help=__doc__)
 @click.option("--events", default=5_000_000, show_default=True)
 @click.option("--markets", default=1_000, show_default=True)
 def main(events: int, markets: int) -> None:
-    """Write the hour, then time each dataset in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        synthetic_hour(root, events, markets)
-        for name in COMPUTED:
-            with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                took, rows, size, peak = process.submit(measure, root, name).result()
-            click.echo(
-                f"{name:10} {took:6.2f} s  {events / took:10,.0f} events/s  peak {peak:.2f} GiB"
-                f"  {rows:,} rows  {size / 2**20:,.1f} MiB"
-            )
+    """Write the hour, then time each piece of work in a process of its own."""
+    show(figures(events, markets))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,35 @@
 """How long the live views take on a full table: `python -m kalshi_platform.benchmarks.live_views`.
 
 An embedded ClickHouse of its own is filled with `--rows` order-book events of the last 24 hours over
-`--markets` markets, a tenth of them in the busiest one, with hourly checkpoints and the book now. Each
-question is then asked eleven times; the median and the slowest are shown, in ms, transport included.
+`--markets` markets, a tenth of them in the busiest one, with hourly checkpoints, heartbeats and the book
+now. `book_at` is asked for markets and instants drawn at random, and for the busiest market at random
+instants; every other question eleven times. All in ms, transport and client included.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.benchmarks.figures import Figure, show
+from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.embedded import running
 
 TIMES = 11
+SAMPLES = 300
+"""Of book_at: enough for the 99th percentile to be more than the one slowest."""
+BUSIEST = "KXBENCH-T00000"
+LIMIT_MS, P50_MS, P99_MS, FRESH_MS = 100.0, 20.0, 100.0, 1000.0
 _BATCH = 5_000_000
 _ZERO = "toUUID('00000000-0000-0000-0000-000000000001')"
 
@@ -54,20 +64,32 @@ SELECT {_ZERO}, market_ticker, side, price, size, now64(6, 'UTC'), 1 FROM ({_LEV
 """  # noqa: S608 - a constant
 _CHECKPOINTS = f"""
 INSERT INTO book_checkpoints
-SELECT toStartOfHour(now('UTC')) - toIntervalHour(arrayJoin(range(24))), {_ZERO}, 1, 0, {_ZERO}, market_ticker, true, side, price, size
-FROM ({_LEVELS})
+SELECT ts, {_ZERO}, 1, greatest(0, toInt64({{rows:UInt64}} * (1 - dateDiff('second', ts, now('UTC')) / 86400))),
+    {_ZERO}, market_ticker, true, side, price, size
+FROM (SELECT *, toStartOfHour(now('UTC')) - toIntervalHour(arrayJoin(range(24))) AS ts FROM ({_LEVELS}))
 """  # noqa: S608 - a constant
+_HEARTBEATS = f"""
+INSERT INTO stream_events
+SELECT now64(6, 'UTC') - toIntervalSecond(10 * number), {_ZERO}, 0, 0, 'heartbeat', '', '{{}}'
+FROM numbers(8640)
+"""  # noqa: S608 - a constant
+_CHANGE = f"""
+INSERT INTO latest_levels (market_id, market_ticker, side, price, size, ingest_ts, version)
+SELECT {_ZERO}, '{BUSIEST}', 'yes', toDecimal32(0.0001, 4), {{size:UInt32}}, now64(6, 'UTC'), 1 + {{size:UInt32}}
+"""
 QUESTIONS = {
     "top_of_book, all": "SELECT * FROM top_of_book",
-    "top_of_book, one market": "SELECT * FROM top_of_book WHERE market_ticker = 'KXBENCH-T00000'",
+    "top_of_book, one market": "SELECT * FROM top_of_book WHERE market_ticker = {ticker:String}",
     "live_depth, all": "SELECT * FROM live_depth",
-    "live_depth, one market": "SELECT * FROM live_depth WHERE market_ticker = 'KXBENCH-T00000'",
+    "live_depth, one market": "SELECT * FROM live_depth WHERE market_ticker = {ticker:String}",
     "live_imbalance, all": "SELECT * FROM live_imbalance",
-    "live_imbalance, one market": "SELECT * FROM live_imbalance WHERE market_ticker = 'KXBENCH-T00000'",
-    "rolling_stats, 1 minute": "SELECT * FROM rolling_stats(ticker = 'KXBENCH-T00000', minutes = 1)",
-    "rolling_stats, 5 minutes": "SELECT * FROM rolling_stats(ticker = 'KXBENCH-T00000', minutes = 5)",
-    "book_at, now": "SELECT * FROM book_at(ticker = 'KXBENCH-T00000', at = now64(6))",
-}  # each of the busiest market, the worst case
+    "live_imbalance, one market": "SELECT * FROM live_imbalance WHERE market_ticker = {ticker:String}",
+    "rolling_stats, 1 minute": "SELECT * FROM rolling_stats(ticker = {ticker:String}, minutes = 1)",
+    "rolling_stats, 5 minutes": "SELECT * FROM rolling_stats(ticker = {ticker:String}, minutes = 5)",
+}
+"""Each of the busiest market, the worst case."""
+SEEN = "SELECT bid_levels, bid_size_all FROM live_depth WHERE market_ticker = {ticker:String}"
+BOOK_AT = "SELECT * FROM book_at(ticker = {ticker:String}, at = {at:DateTime64(6, 'UTC')})"
 
 
 def fill(client: Client, rows: int, markets: int) -> None:
@@ -80,32 +102,91 @@ def fill(client: Client, rows: int, markets: int) -> None:
             "markets": markets,
         }
         client.command(_EVENTS, parameters=given)
-    for statement in (_LATEST, _CHECKPOINTS):
-        client.command(statement, parameters={"markets": markets})
+    for statement in (_LATEST, _CHECKPOINTS, _HEARTBEATS):
+        client.command(statement, parameters={"rows": rows, "markets": markets})
+
+
+def ask(client: Client, question: str, parameters: dict[str, object] | None = None) -> float:
+    """How long an answer takes, in ms."""
+    began = time.perf_counter()
+    client.query(question, parameters=parameters)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _percentiles(name: str, took: Sequence[float]) -> list[Figure]:
+    hundredths = statistics.quantiles(took, n=100)
+    return [
+        Figure(f"{name}: median", statistics.median(took), "ms", P50_MS),
+        Figure(f"{name}: 99th percentile", hundredths[98], "ms", P99_MS),
+    ]
+
+
+def measure(client: Client, markets: int, seed: int = 1) -> list[Figure]:
+    """Ask a filled database every question."""
+    found = []
+    rng = random.Random(seed)  # noqa: S311 - a draw, not a secret
+    now = datetime.now(UTC)
+    asked = {
+        "book_at, any market, any instant": lambda: f"KXBENCH-T{rng.randrange(markets):05d}",
+        "book_at, the busiest market": lambda: BUSIEST,
+    }
+    for name, ticker in asked.items():
+        took = [
+            ask(client, BOOK_AT, {"ticker": ticker(), "at": now - timedelta(seconds=s)})
+            for s in (rng.uniform(0, 23 * 3600) for _ in range(SAMPLES))
+        ]
+        found += _percentiles(name, took)
+    for name, question in QUESTIONS.items():
+        took = [ask(client, question, {"ticker": BUSIEST}) for _ in range(TIMES)]
+        found += [
+            Figure(f"{name}: median", statistics.median(took), "ms"),
+            Figure(f"{name}: slowest of {TIMES}", max(took), "ms", LIMIT_MS),
+        ]
+    return [
+        *found,
+        Figure("a change is seen in live_depth after", _freshness(client), "ms", FRESH_MS),
+    ]
+
+
+def _freshness(client: Client) -> float:
+    """The longest of some times from sending a change to an answer that has it, in ms."""
+    slowest = 0.0
+    busiest = {"ticker": BUSIEST}
+    for size in range(1, TIMES + 1):
+        before = client.query(SEEN, parameters=busiest).first_row
+        began = time.perf_counter()
+        client.command(_CHANGE, parameters={"size": size})
+        while client.query(SEEN, parameters=busiest).first_row == before:
+            pass
+        slowest = max(slowest, 1000 * (time.perf_counter() - began))
+    return slowest
+
+
+def prepared(settings: Settings, rows: int, markets: int) -> Client:
+    """A client of a database that holds the made-up events."""
+    migrations.migrate(settings)
+    client = connect(settings)
+    fill(client, rows, markets)
+    return client
+
+
+def figures(rows: int = 50_000_000, markets: int = 1_000) -> list[Figure]:
+    """Fill, then ask."""
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "clickhouse") as url:
+        settings = platform_settings.load(clickhouse_url=url, clickhouse_database="bench")
+        client = prepared(settings, rows, markets)
+        try:
+            return measure(client, markets)
+        finally:
+            client.close()
 
 
 @click.command(help=__doc__)
 @click.option("--rows", default=50_000_000, show_default=True)
 @click.option("--markets", default=1_000, show_default=True)
 def main(rows: int, markets: int) -> None:
-    """Fill, then ask."""
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "clickhouse") as url:
-        settings = platform_settings.load(clickhouse_url=url, clickhouse_database="bench")
-        migrations.migrate(settings)
-        client = connect(settings)
-        began = time.perf_counter()
-        fill(client, rows, markets)
-        click.echo(f"{rows:,} events of {markets:,} markets in {time.perf_counter() - began:.0f} s")
-        for name, question in QUESTIONS.items():
-            took = []
-            for _ in range(TIMES):
-                began = time.perf_counter()
-                client.query(question)
-                took.append(1000 * (time.perf_counter() - began))
-            click.echo(
-                f"{name:28} median {statistics.median(took):6.0f} ms, slowest {max(took):6.0f}"
-            )
-        client.close()
+    """Fill, ask, and print."""
+    show(figures(rows, markets))
 
 
 if __name__ == "__main__":
