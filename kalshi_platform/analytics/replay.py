@@ -95,6 +95,8 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
         raise ValueError(f"levels is {levels}; it goes from 1 to {_LEVELS_MAX}")
     frames = of.frames
     rows = _frames_of(of, tickers)
+    # A doubt about what was in doubt already says nothing; a market never begins with one.
+    rows = rows[(frames.cause[rows] != DOUBT) | frames.verified[rows - 1]]
     book = frames.book[rows]
     table = {
         "market_ticker": names(frames.market[rows], of.tickers),
@@ -224,7 +226,8 @@ def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
     runs = of.levels.between(frames.market[rows[0]], frames.market[rows[-1]])
     of_side = runs.ladder % 2 == side
     first = int(rows[0])
-    changes = np.append(frames.begins[first : int(rows[-1]) + 1], False)
+    after = int(np.searchsorted(frames.market, frames.market[rows[-1]], side="right"))
+    changes = np.append(frames.begins[first:after], False)
     changes[runs.start[of_side] - first] = True
     changes[runs.end[of_side] - first] = True
     fresh = changes[rows - first]

@@ -19,8 +19,13 @@ from kalshi_platform_tests.storage.tables import settings_for
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
 SNIPPETS = dict(
-    re.findall(r"^## (\w+):[^\n]*\n+```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL | re.M)
+    re.findall(
+        r"^## (\w+):[^\n]*\n(?:(?!##|```)[^\n]*\n)*```python\n(.*?)```",
+        PAGE.read_text("utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
 )
+TICKER = "M-1"
 mpl.use("Agg")
 
 
@@ -78,10 +83,22 @@ def pandas_is_right(result: Any, root: Path) -> None:
     assert result["ofi"].sum() == pytest.approx(float(total))
 
 
+def replay_is_right(result: Any, root: Path) -> None:
+    spreads = [r for r in rows(root, "spreads") if r["market_ticker"] == TICKER and r["verified"]]
+    mids = {r["seq"]: float(r["mid"]) for r in spreads if r["mid"] is not None}
+    told = dict(result.select("seq", "mid").iter_rows())
+    assert len(told) > 40
+    shared = told.keys() & mids.keys()  # every change of the best is an event
+    assert len(shared) >= 10
+    assert {seq: told[seq] for seq in shared} == pytest.approx({seq: mids[seq] for seq in shared})
+    assert result["imbalance"].is_between(-1, 1).all()
+
+
 CHECKS: dict[str, Callable[[Any, Path], None]] = {
     "Polars": polars_is_right,
     "DuckDB": duckdb_is_right,
     "pandas": pandas_is_right,
+    "Replay": replay_is_right,
 }
 
 
@@ -99,7 +116,7 @@ def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_is_a_snippet_for_each_reader() -> None:
     assert SNIPPETS.keys() == CHECKS.keys()
     for snippet in SNIPPETS.values():
-        code = [line for line in snippet.splitlines() if line and not line.startswith("import")]
+        code = [line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]
         assert len(code) <= 10
 
 
@@ -112,6 +129,7 @@ def test_the_snippet_runs_and_its_result_is_right(
     if reader == "pandas":
         pytest.importorskip("pandas", reason="pandas is a development dependency")
     names: dict[str, Any] = {"archive": str(archived), "chart": str(tmp_path / "chart.png")}
+    names |= {"hour": HOUR, "ticker": TICKER}
     exec(compile(SNIPPETS[reader], f"{PAGE.name}: {reader}", "exec"), names)
     CHECKS[reader](names["result"], archived)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
