@@ -17,34 +17,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kalshi_platform.analytics.books import Books
+from kalshi_platform.analytics.activity import Activity
 from kalshi_platform.analytics.columns import Floats
-from kalshi_platform.analytics.frames import DOUBT, SECOND_US
+from kalshi_platform.analytics.frames import SECOND_US
 from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
 
-BUSIEST = 3
-"""Markets that get a line of their own."""
 _COLOURS = 48  # of the picture: a third of the bytes, and no difference to be seen
 
 
-def busiest(books: Books, count: int = BUSIEST) -> list[str]:
-    """The markets with the most frames in the hour, busiest first."""
-    frames = np.bincount(
-        books.frames.market[books.frames.cause != DOUBT], minlength=len(books.tickers)
-    )
-    order = np.lexsort((np.arange(len(frames)), -frames))
-    return [books.tickers[i] for i in order[:count] if frames[i]]
+def plot(dataset: str, of: Activity, table: pa.Table) -> bytes:
+    """The picture of one dataset's hour, as PNG. The same rows give the same picture.
 
-
-def plot(dataset: str, books: Books, table: pa.Table) -> bytes:
-    """The picture of one dataset's hour, as PNG. The same rows give the same picture."""
+    Of `table` the rows of the busiest markets are drawn.
+    """
     drawing = _DRAWINGS[dataset]
     with mpl.rc_context(
         {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9}
     ):
         figure = Figure(figsize=(9, 5), dpi=85, layout="constrained")
-        figure.suptitle(f"{dataset}, {books.hour:%Y-%m-%d %H:00} UTC")
-        drawing(figure, books, table)
+        figure.suptitle(f"{dataset}, {of.hour:%Y-%m-%d %H:00} UTC")
+        drawing(figure, of, table)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
@@ -53,25 +45,23 @@ def plot(dataset: str, books: Books, table: pa.Table) -> bytes:
     return png.getvalue()
 
 
-def _spreads(figure: Figure, books: Books, table: pa.Table) -> None:
+def _spreads(figure: Figure, of: Activity, table: pa.Table) -> None:
     mid, spread, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    for ticker, rows in _markets(books, table):
-        minutes = _minutes(books, rows["ingest_ts"])
+    for ticker, rows in _markets(of, table):
+        minutes = _minutes(of, rows["ingest_ts"])
         _line(mid, minutes, _believed(rows, "mid"), ticker)
         _line(spread, minutes, 100 * _believed(rows, "spread"), ticker)
-    minute = (books.frames.clock_us - _start_us(books)) // (60 * SECOND_US)
-    happened = np.bincount(np.clip(minute[books.frames.cause != DOUBT], 0, 59), minlength=60)
-    rate.stairs(happened / 60, np.arange(61), fill=True, alpha=0.5)
+    rate.stairs(of.by_minute / 60, np.arange(61), fill=True, alpha=0.5)
     mid.set(title="mid of the busiest markets", ylabel="dollars")
     spread.set(title="spread", ylabel="cents")
     rate.set(title="frames of all markets", ylabel="per second", xlabel="minute", xlim=(0, 60))
     _legend(mid)
 
 
-def _depth(figure: Figure, books: Books, table: pa.Table) -> None:
+def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
     profile, over_time = figure.subplots(1, 2)
     distances = {"": 0, "_1c": 1, "_2c": 2, "_5c": 5, "_10c": 10}
-    for ticker, rows in _markets(books, table):
+    for ticker, rows in _markets(of, table):
         bids, asks = (
             [_median(_believed(rows, f"{side}_size{n}")) for n in distances]
             for side in ("bid", "ask")
@@ -79,7 +69,7 @@ def _depth(figure: Figure, books: Books, table: pa.Table) -> None:
         cents = list(distances.values())
         (line,) = profile.plot([-c for c in cents], bids, "o-", label=ticker, ms=3)
         profile.plot(cents, asks, "s--", color=line.get_color(), ms=3)
-        minutes = _minutes(books, rows["second"])
+        minutes = _minutes(of, rows["second"])
         _line(over_time, minutes, _believed(rows, "bid_size_10c"), ticker)
         over_time.plot(
             minutes,
@@ -97,10 +87,10 @@ def _depth(figure: Figure, books: Books, table: pa.Table) -> None:
     _legend(profile)
 
 
-def _imbalance(figure: Figure, books: Books, table: pa.Table) -> None:
+def _imbalance(figure: Figure, of: Activity, table: pa.Table) -> None:
     ratio, flow = figure.subplots(2, 1, sharex=True)
-    for ticker, rows in _markets(books, table):
-        minutes = _minutes(books, rows["second"])
+    for ticker, rows in _markets(of, table):
+        minutes = _minutes(of, rows["second"])
         _line(ratio, minutes, _believed(rows, "imbalance_5c"), ticker)
         _line(flow, minutes, np.nancumsum(_believed(rows, "ofi")), ticker)
     ratio.set(title="imbalance within 5 cents of the busiest markets", ylim=(-1.05, 1.05))
@@ -110,16 +100,16 @@ def _imbalance(figure: Figure, books: Books, table: pa.Table) -> None:
     _legend(ratio)
 
 
-_DRAWINGS: dict[str, Callable[[Figure, Books, pa.Table], None]] = {
+_DRAWINGS: dict[str, Callable[[Figure, Activity, pa.Table], None]] = {
     SPREADS.name: _spreads,
     DEPTH.name: _depth,
     IMBALANCE.name: _imbalance,
 }
 
 
-def _markets(books: Books, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+def _markets(of: Activity, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     tickers = table["market_ticker"].cast(pa.string())
-    for ticker in busiest(books):
+    for ticker in of.busiest():
         rows = table.filter(pc.equal(tickers, ticker))
         if rows.num_rows:
             yield ticker, rows
@@ -134,12 +124,12 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="upper right", fontsize=7)
 
 
-def _start_us(books: Books) -> int:
-    return int(books.hour.timestamp()) * SECOND_US
+def _start_us(of: Activity) -> int:
+    return int(of.hour.timestamp()) * SECOND_US
 
 
-def _minutes(books: Books, times: pa.ChunkedArray) -> Floats:
-    us = times.cast(pa.int64()).to_numpy() - _start_us(books)
+def _minutes(of: Activity, times: pa.ChunkedArray) -> Floats:
+    us = times.cast(pa.int64()).to_numpy() - _start_us(of)
     return np.asarray(us / (60 * SECOND_US), dtype=np.float64)
 
 

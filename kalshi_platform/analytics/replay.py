@@ -1,8 +1,8 @@
 """Replay: an archived hour's books after every event, or whole at chosen instants.
 
-    hour = read(Path("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
-    after_events(hour, levels=5)     one row per event: the five best levels of both sides after it
-    at_instants(hour, instants)      every level of every book at each of the instants
+    of = read(Path("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
+    after_events(of, levels=5)     one row per event: the five best levels of both sides after it
+    at_instants(of, instants)      every level of every book at each of the instants
 
 An hour stands on its own: its `orderbook_events`, `book_checkpoints` and `stream_events` are all that
 is read, in whatever files they are, compacted or not. What comes out follows from the rows alone. Tables
@@ -11,14 +11,14 @@ are Arrow: `polars.from_arrow` takes them as they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.analytics.books import EVENT_COLUMNS, Books, books
+from kalshi_platform.analytics.books import EVENT_COLUMNS, GROUP_ROWS, Books, books_in_groups
 from kalshi_platform.analytics.columns import Array, Ints, decimals, names, times
 from kalshi_platform.analytics.frames import (
     CAUSES,
@@ -56,6 +56,20 @@ def read(root: Path, hour: datetime, tickers: Collection[str] | None = None) -> 
     hour does not know is left out. Raises ValueError for an `hour` without a time zone, `StoreRefused`
     naming a file that cannot be read, or the hour where nothing is recorded of it.
     """
+    return next(_read(root, hour, tickers, rows=None))
+
+
+def read_in_groups(root: Path, hour: datetime, rows: int = GROUP_ROWS) -> Iterator[Books]:
+    """All books of an archived hour, some markets at a time: of about `rows` rows together.
+
+    For an hour that is too large to be taken at once. Groups go by ticker; errors are those of `read`.
+    """
+    return _read(root, hour, None, rows=rows)
+
+
+def _read(
+    root: Path, hour: datetime, tickers: Collection[str] | None, *, rows: int | None
+) -> Iterator[Books]:
     if hour.tzinfo is None:
         raise ValueError(f"the hour {hour} has no time zone; hours of the archive are UTC")
     hour = archive.floor_hour(hour)
@@ -65,14 +79,14 @@ def read(root: Path, hour: datetime, tickers: Collection[str] | None = None) -> 
             f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {root}, so nothing can be"
             " computed. Materialise orderbook_events of that hour first."
         )
-    return books(
+    # Rows without a market are of all markets: those of a connection, or of the recorder.
+    of_stream = None if tickers is None else {*tickers, ""}
+    yield from books_in_groups(
         hour,
         archive.read(root, ORDERBOOK_EVENTS.name, hour, EVENT_COLUMNS, tickers),
         archive.read(root, BOOK_CHECKPOINTS.name, hour, tickers=tickers),
-        # Rows without a market are of all markets: those of a connection, or of the recorder.
-        archive.read(
-            root, STREAM_EVENTS.name, hour, tickers=None if tickers is None else {*tickers, ""}
-        ),
+        archive.read(root, STREAM_EVENTS.name, hour, tickers=of_stream),
+        rows=rows,
     )
 
 

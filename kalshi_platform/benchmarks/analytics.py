@@ -12,7 +12,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics import replay
+from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import decimals, times
 from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour
@@ -118,35 +119,22 @@ def _compute(root: Path, datasets: Sequence[str]) -> None:
     compute_hour(own, HOUR, datasets)
 
 
-def _replay_best(root: Path) -> None:
-    of = replay.read(root, HOUR)
-    for group in _groups(of.tickers):
-        replay.after_events(of, 1, group)
+def _replay(root: Path, work: Callable[[Books], object]) -> None:
+    for of in replay.read_in_groups(root, HOUR):
+        work(of)
 
 
-def _replay_ladders(root: Path) -> None:
-    of = replay.read(root, HOUR)
-    for group in _groups(of.tickers):
-        replay.after_events(of, LEVELS, group)
-
-
-def _replay_instants(root: Path) -> None:
-    of = replay.read(root, HOUR)
-    replay.at_instants(of, [HOUR + timedelta(minutes=m) for m in range(60)])
-
-
-def _groups(tickers: list[str]) -> Iterator[list[str]]:
-    """Some markets at a time, as a reader of a whole hour takes them."""
-    for first in range(0, len(tickers), 50):
-        yield tickers[first : first + 50]
-
-
+_INSTANTS = [HOUR + timedelta(minutes=m) for m in range(60)]
 WORK: dict[str, Callable[[Path], object]] = {
     **{name: partial(_compute, datasets=[name]) for name in COMPUTED},
     "all three at once": partial(_compute, datasets=list(COMPUTED)),
-    "replay, best after every event": _replay_best,
-    f"replay, {LEVELS} levels after every event": _replay_ladders,
-    "replay, whole books at 60 instants": _replay_instants,
+    "replay, best after every event": partial(_replay, work=replay.after_events),
+    f"replay, {LEVELS} levels after every event": partial(
+        _replay, work=partial(replay.after_events, levels=LEVELS)
+    ),
+    "replay, whole books at 60 instants": partial(
+        _replay, work=partial(replay.at_instants, instants=_INSTANTS)
+    ),
 }
 """From archive to archive; the replays from archive to Arrow tables in memory."""
 

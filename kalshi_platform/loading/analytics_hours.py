@@ -10,16 +10,19 @@ that a kill at any instant leaves the old hour or the new one. Formulas are in `
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.analytics import replay
+from kalshi_platform.analytics.activity import Activity
 from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
@@ -28,7 +31,7 @@ from kalshi_platform.loading import hours
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, checksum, clickhouse
-from kalshi_platform.storage.archive import Manifest, Part
+from kalshi_platform.storage.archive import MANIFEST, Manifest, Part
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     DEPTH,
@@ -38,6 +41,7 @@ from kalshi_platform.storage.schema import (
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FILE = "hour.parquet"
 INSERT_ROWS = 1 << 20
@@ -51,10 +55,9 @@ COMPUTED: dict[str, Callable[[Books], pa.Table]] = {
 
 @dataclass(frozen=True)
 class Computed:
-    """An hour as it was computed: its books, its rows by dataset, and the report on them."""
+    """An hour as it was computed: what happened in it, and the report on its datasets."""
 
-    books: Books
-    tables: dict[str, pa.Table]
+    activity: Activity
     report: HourReport
 
 
@@ -63,66 +66,110 @@ def compute_hour(
 ) -> Computed:
     """Compute the `wanted` datasets of an hour from its archived files and write them.
 
-    An hour that is not sealed is computed as it is, and said not to be complete. The report has the
-    datasets that have rows; one without rows leaves neither file nor partition. Raises `StoreRefused`
-    and `StoreUnavailable` as the stores do; what was written until then is whole.
+    Some markets are computed while those before are written, so that memory does not grow with the
+    hour. An hour that is not sealed is computed as it is, and said not to be complete. The report has
+    the datasets that have rows; one without rows leaves neither file nor partition. Raises
+    `StoreRefused` and `StoreUnavailable` as the stores do; what was written until then is whole.
     """
     root = settings.archive_dir
     complete = hours.is_sealed(root, hour)  # before reading: what is sealed later is read later
-    of_hour = replay.read(root, hour)
-    tables: dict[str, pa.Table] = {}
-    reports = []
-    for dataset in ANALYTICS:
-        if dataset.name not in wanted:
-            continue
-        table = COMPUTED[dataset.name](of_hour)
-        tables[dataset.name] = table
-        report = _archive(root, dataset, of_hour, table, complete=complete)
-        if report is not None:
-            reports.append(report)
-        if settings.use_clickhouse:
-            client = clickhouse.connect(settings, log_comment=f"{dataset.name} {hour:%Y-%m-%dT%H}")
+    activity = Activity(hour)
+    outputs = [_Output(root, d, hour) for d in ANALYTICS if d.name in wanted]
+    with ExitStack() as files:
+        for tables in _ahead(_tables(root, hour, [it.dataset.name for it in outputs], activity)):
+            for output, table in zip(outputs, tables, strict=True):
+                output.add(table, files)
+    reports = [it.report(complete=complete, gaps=activity.gaps) for it in outputs]
+    if settings.use_clickhouse:
+        for output in outputs:
+            name = output.dataset.name
+            client = clickhouse.connect(settings, log_comment=f"{name} {hour:%Y-%m-%dT%H}")
             try:
-                replace_hour(client, dataset, hour, table)
+                replace_hour(client, output.dataset, hour, output.written())
             finally:
                 client.close()
-    return Computed(of_hour, tables, HourReport(hour, complete, tuple(reports)))
+    told = tuple(report for report in reports if report is not None)
+    return Computed(activity, HourReport(hour, complete, told))
+
+
+def _tables(
+    root: Path, hour: datetime, names: list[str], activity: Activity
+) -> Iterator[list[pa.Table]]:
+    """The rows of the named datasets, some markets at a time."""
+    for of in replay.read_in_groups(root, hour):
+        activity.add(of)
+        yield [COMPUTED[name](of) for name in names]
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each worked out while the one before it is used."""
+    with ThreadPoolExecutor(1) as worker:
+        pending = worker.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = worker.submit(next, items, None)
+            yield item
 
 
 # -- the archive -------------------------------------------------------------------------------
 
 
-def _archive(
-    root: Path, dataset: Dataset, of_hour: Books, table: pa.Table, *, complete: bool
-) -> DatasetHour | None:
-    hour = of_hour.hour
-    folder = archive.hour_folder(root, dataset.name, hour)
-    if not table.num_rows:
-        for path in (*archive.files(root, dataset.name, hour), folder / archive.MANIFEST):
-            path.unlink(missing_ok=True)
-        return None
-    with ThreadPoolExecutor(1) as beside:  # both take their time, and neither holds the other up
-        summed = beside.submit(checksum.rows_checksum, table)
-        size = archive.write(folder / FILE, [table], dataset.arrow)
-    span = pc.min_max(table[_clock(dataset)]).as_py()
-    report = DatasetHour(
-        dataset=dataset.name,
-        hour=hour,
-        complete=complete,
-        rows=table.num_rows,
-        files=1,
-        bytes=size,
-        markets=len(pc.unique(table["market_ticker"].combine_chunks().indices)),
-        gaps=of_hour.gaps,
-        verified_seconds=None,
-        coverage=None,
-        first=span["min"],
-        last=span["max"],
-        checksum=checksum.text(summed.result()),
-        path=str(folder),
-    )
-    archive.write_manifest(root, _manifest(report))
-    return report
+class _Output:
+    """A dataset's file of the hour, in the making, and what is known of it so far."""
+
+    def __init__(self, root: Path, dataset: Dataset, hour: datetime) -> None:
+        self.dataset = dataset
+        self._root, self._hour = root, hour
+        self._folder = archive.hour_folder(root, dataset.name, hour)
+        self._write: Callable[[pa.Table], None] | None = None
+        self._rows, self._markets, self._checksum = 0, 0, 0
+        self._first: datetime | None = None
+        self._last: datetime | None = None
+
+    def add(self, table: pa.Table, files: ExitStack) -> None:
+        """Take the rows of some markets; the file is there when `files` is closed."""
+        if not table.num_rows:
+            return
+        if self._write is None:
+            path = self._folder / FILE
+            self._write = files.enter_context(archive.writing(path, self.dataset.arrow))
+        self._write(table)
+        span = pc.min_max(table["ingest_ts" if self.dataset is SPREADS else "second"]).as_py()
+        self._first = min(self._first or span["min"], span["min"])
+        self._last = max(self._last or span["max"], span["max"])
+        self._rows += table.num_rows
+        self._markets += len(pc.unique(table["market_ticker"].combine_chunks().indices))
+        self._checksum = (self._checksum + checksum.rows_checksum(table)) % 2**64
+
+    def written(self) -> Iterator[pa.Table]:
+        """The file's rows."""
+        if self._rows:
+            yield from archive.batches(self._folder / FILE, self.dataset.arrow, INSERT_ROWS)
+
+    def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
+        """Put the manifest beside the file and say what it says; without rows take both away."""
+        name = self.dataset.name
+        if not self._rows:
+            for path in (*archive.files(self._root, name, self._hour), self._folder / MANIFEST):
+                path.unlink(missing_ok=True)
+            return None
+        report = DatasetHour(
+            dataset=name,
+            hour=self._hour,
+            complete=complete,
+            rows=self._rows,
+            files=1,
+            bytes=(self._folder / FILE).stat().st_size,
+            markets=self._markets,
+            gaps=gaps,
+            verified_seconds=None,
+            coverage=None,
+            first=self._first,
+            last=self._last,
+            checksum=checksum.text(self._checksum),
+            path=str(self._folder),
+        )
+        archive.write_manifest(self._root, _manifest(report))
+        return report
 
 
 def _manifest(it: DatasetHour) -> Manifest:
@@ -143,37 +190,35 @@ def _manifest(it: DatasetHour) -> Manifest:
     )
 
 
-def _clock(dataset: Dataset) -> str:
-    return "ingest_ts" if dataset is SPREADS else "second"
-
-
 # -- ClickHouse --------------------------------------------------------------------------------
 
 
 def replace_hour(
-    client: clickhouse.Client, dataset: Dataset, hour: datetime, table: pa.Table
+    client: clickhouse.Client, dataset: Dataset, hour: datetime, tables: Iterable[pa.Table]
 ) -> None:
-    """Put `table` in the place of whatever ClickHouse has of the dataset's hour, at one instant.
+    """Put the rows of `tables` in the place of whatever ClickHouse has of the dataset's hour, at one instant.
 
-    The rows are collected in a table of their own first. It may have been left behind by a run that was
+    They are collected in a table of their own first. It may have been left behind by a run that was
     killed; it is made anew each time, so nothing in it can be doubled or missing.
     """
-    partition = str(
-        int(hour.timestamp())
-    )  # the partition's id: the hour in seconds since the epoch
+    # the partition's id: the hour in seconds since the epoch
+    partition = str(int(hour.timestamp()))
     staging = f"{dataset.name}_staging_{hour:%Y%m%d%H}"
     with clickhouse.translated():
-        if not table.num_rows:
-            client.command(f"ALTER TABLE {dataset.name} DROP PARTITION ID '{partition}'")
-            return
         client.command(f"DROP TABLE IF EXISTS {staging} SYNC")
         client.command(f"CREATE TABLE {staging} AS {dataset.name}")
-    for first in range(0, table.num_rows, INSERT_ROWS):
-        piece = table.slice(first, INSERT_ROWS)
-        token = f"{dataset.name}:{hour:%Y-%m-%dT%H}:{first}:{checksum.text(checksum.rows_checksum(piece))}"
-        clickhouse.insert_arrow(client, staging, piece, token)
+    rows = 0
+    for table in tables:
+        if table.num_rows:
+            summed = checksum.text(checksum.rows_checksum(table))
+            token = f"{dataset.name}:{hour:%Y-%m-%dT%H}:{rows}:{summed}"
+            clickhouse.insert_arrow(client, staging, table, token)
+            rows += table.num_rows
     with clickhouse.translated():
-        client.command(
-            f"ALTER TABLE {dataset.name} REPLACE PARTITION ID '{partition}' FROM {staging}"
-        )
+        if rows:
+            client.command(
+                f"ALTER TABLE {dataset.name} REPLACE PARTITION ID '{partition}' FROM {staging}"
+            )
+        else:
+            client.command(f"ALTER TABLE {dataset.name} DROP PARTITION ID '{partition}'")
         client.command(f"DROP TABLE IF EXISTS {staging} SYNC")

@@ -23,9 +23,12 @@ from kalshi_platform.storage.schema import (
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
     import pyarrow as pa
 
-    from kalshi_platform.analytics.books import Books
+    from kalshi_platform.analytics.activity import Activity
 
 ANALYTICS_POOL = "analytics"
 """Hours are computed one after the other: each may use both cores and a gigabyte."""
@@ -94,14 +97,17 @@ def analytics_hour(
         raise dg.RetryRequested(RETRIES, RETRY_S * 2**context.retry_number) from error
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    busiest = computed.activity.busiest()
     for report in computed.report.datasets:
-        table = computed.tables[report.dataset]
+        table = _rows_of(
+            platform.settings().archive_dir, report.dataset, computed.activity.hour, busiest
+        )
         yield dg.MaterializeResult(
             asset_key=report.dataset,
             metadata={
                 **hour_metadata(report, platform.source),
-                "plot": _picture(report.dataset, computed.books, table),
-                "preview": _preview(computed.books, table),
+                "plot": _picture(report.dataset, computed.activity, table),
+                "preview": _preview(busiest[:1], table),
             },
         )
     if empty := wanted - {report.dataset for report in computed.report.datasets}:
@@ -110,22 +116,28 @@ def analytics_hour(
         )
 
 
-def _picture(dataset: str, books: "Books", table: "pa.Table") -> MetadataValue:
+def _rows_of(root: "Path", dataset: str, hour: "datetime", tickers: list[str]) -> "pa.Table":
+    """The hour's rows of some markets, as they were written."""
+    import pyarrow as pa
+
+    from kalshi_platform.storage import archive
+
+    return pa.concat_tables(archive.read(root, dataset, hour, tickers=tickers))
+
+
+def _picture(dataset: str, activity: "Activity", table: "pa.Table") -> MetadataValue:
     from kalshi_platform.analytics.plots import plot
 
-    encoded = base64.b64encode(plot(dataset, books, table)).decode()
+    encoded = base64.b64encode(plot(dataset, activity, table)).decode()
     return MetadataValue.md(f"![{dataset}](data:image/png;base64,{encoded})")
 
 
-def _preview(books: "Books", table: "pa.Table") -> MetadataValue:
-    """The busiest market's last rows of the hour."""
+def _preview(tickers: list[str], table: "pa.Table") -> MetadataValue:
+    """The last rows of the hour of these markets."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from kalshi_platform.analytics.plots import busiest
-
-    tickers = table["market_ticker"].cast(pa.string())
-    rows = table.filter(pc.is_in(tickers, pa.array(busiest(books, 1), pa.string())))
+    rows = table.filter(pc.is_in(table["market_ticker"].cast(pa.string()), pa.array(tickers)))
     last = rows.slice(max(rows.num_rows - PREVIEW_ROWS, 0)).to_pylist()
     return MetadataValue.table(
         records=[

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -139,10 +139,21 @@ def write(
     level: int = 3,
     sorted_by: Sequence[str] = (),
 ) -> int:
-    """Write one Parquet file, whole or not at all; returns its bytes.
+    """Write one Parquet file, whole or not at all; returns its bytes. All else is as in `writing`."""
+    with writing(path, schema, level=level, sorted_by=sorted_by) as add:
+        for table in tables:
+            add(table)
+    return path.stat().st_size
 
-    `level` is zstd's; `sorted_by` names the columns that the rows are sorted by, for the footer. Raises `StoreUnavailable` where the disk is full or failing, `StoreRefused` where it may not be
-    written.
+
+@contextmanager
+def writing(
+    path: Path, schema: pa.Schema, *, level: int = 3, sorted_by: Sequence[str] = ()
+) -> Iterator[Callable[[pa.Table], None]]:
+    """A Parquet file that takes table after table, and is there once the block is left without an error.
+
+    `level` is zstd's; `sorted_by` names the columns that the rows are sorted by, for the footer. Raises
+    `StoreUnavailable` where the disk is full or failing, `StoreRefused` where it may not be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     delta = ["seq", "ts", "ingest_ts"]
@@ -166,13 +177,14 @@ def write(
             # Arrow's own schema would name the dictionaries, and for those it ignores the statistics.
             store_schema=False,
         ) as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            yield lambda table: writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         _settle(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from None
-    return path.stat().st_size
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_manifest(root: Path, manifest: Manifest, folder: Path | None = None) -> None:

@@ -116,7 +116,11 @@ def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_is_a_snippet_for_each_reader() -> None:
     assert SNIPPETS.keys() == CHECKS.keys()
     for snippet in SNIPPETS.values():
-        code = [line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]
+        code = [
+            line
+            for line in snippet.splitlines()
+            if line and not line.startswith(("import", "from"))
+        ]
         assert len(code) <= 10
 
 

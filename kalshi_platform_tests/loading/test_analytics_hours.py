@@ -82,7 +82,8 @@ def test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed(
 
 
 def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings) -> None:
-    table = compute_hour(recorded, HOUR).tables[SPREADS.name]
+    compute_hour(recorded, HOUR)
+    (table,) = archive.read(recorded.archive_dir, SPREADS.name, HOUR)
     client = connect(recorded)
     staging = f"spreads_staging_{HOUR:%Y%m%d%H}"
     try:
@@ -90,12 +91,12 @@ def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings
         client.command(f"CREATE TABLE {staging} AS spreads")
         client.command(f"INSERT INTO {staging} SELECT * FROM spreads LIMIT 5")
         client.command("TRUNCATE TABLE spreads")
-        replace_hour(client, SPREADS, HOUR, table)
+        replace_hour(client, SPREADS, HOUR, [table])
         assert client.query("SELECT count() FROM spreads").first_row == (table.num_rows,)
         # killed after the rows were put in place: the staging table is still there, whole
         client.command(f"CREATE TABLE {staging} AS spreads")
         client.command(f"INSERT INTO {staging} SELECT * FROM spreads")
-        replace_hour(client, SPREADS, HOUR, table)
+        replace_hour(client, SPREADS, HOUR, [table])
         assert client.query("SELECT count() FROM spreads").first_row == (table.num_rows,)
         assert client.query(f"EXISTS TABLE {staging}").first_row == (0,)
     finally:
@@ -103,7 +104,8 @@ def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings
 
 
 def test_an_hour_is_replaced_and_its_neighbours_stay(recorded: Settings) -> None:
-    table = compute_hour(recorded, HOUR).tables[SPREADS.name]
+    compute_hour(recorded, HOUR)
+    (table,) = archive.read(recorded.archive_dir, SPREADS.name, HOUR)
     later = HOUR + timedelta(hours=1)
     moved = table.set_column(
         2,
@@ -112,11 +114,11 @@ def test_an_hour_is_replaced_and_its_neighbours_stay(recorded: Settings) -> None
     )
     client = connect(recorded)
     try:
-        replace_hour(client, SPREADS, later, moved)
-        replace_hour(client, SPREADS, HOUR, table.slice(0, 7))
+        replace_hour(client, SPREADS, later, [moved])
+        replace_hour(client, SPREADS, HOUR, [table.slice(0, 7)])
         counts = "SELECT toStartOfHour(ingest_ts) AS h, count() FROM spreads GROUP BY h ORDER BY h"
         assert [n for _, n in client.query(counts).result_rows] == [7, table.num_rows]
-        replace_hour(client, SPREADS, HOUR, table.slice(0, 0))
+        replace_hour(client, SPREADS, HOUR, [table.slice(0, 0)])
         assert [n for _, n in client.query(counts).result_rows] == [table.num_rows]
     finally:
         client.close()
