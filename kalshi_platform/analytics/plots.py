@@ -84,6 +84,8 @@ def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
         ylabel="contracts",
     )
     over_time.set(title="within 10 cents: bids above, asks below 0", xlabel="minute", xlim=(0, 60))
+    for axes in (profile, over_time):  # beside a market with millions the others are to be seen too
+        axes.set_yscale("symlog", linthresh=100)
     _legend(profile)
 
 

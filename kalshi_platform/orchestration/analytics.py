@@ -105,9 +105,9 @@ def analytics_hour(
         yield dg.MaterializeResult(
             asset_key=report.dataset,
             metadata={
-                **hour_metadata(report, platform.source),
                 "plot": _picture(report.dataset, computed.activity, table),
                 "preview": _preview(busiest[:1], table),
+                **hour_metadata(report, platform.source),
             },
         )
     if empty := wanted - {report.dataset for report in computed.report.datasets}:

@@ -38,6 +38,7 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
         metadata={
             "dagster/column_schema": column_schema(dataset),
             "dagster/table_name": dataset.name,
+            "docs": dg.MetadataValue.path("docs/data.md"),
         },
         skippable=True,  # an hour with no data is missing, not empty
     )
@@ -90,6 +91,7 @@ latest_levels = dg.AssetSpec(
     metadata={
         "dagster/column_schema": column_schema(LATEST_LEVELS),
         "dagster/table_name": LATEST_LEVELS.name,
+        "docs": dg.MetadataValue.path("docs/data.md"),
     },
 )
 

@@ -15,6 +15,7 @@ import dagster as dg
 from dagster import MetadataValue
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:
@@ -29,6 +30,17 @@ _OWNER = ["team:trading"]
 _KINDS = {"clickhouse"}
 
 
+def _about(table: str) -> dict[str, Any]:
+    """What the UI tells of a table: its columns, and where it is described."""
+    return {
+        "dagster/table_name": table,
+        "dagster/column_schema": dg.TableSchema(
+            [dg.TableColumn(field.name, str(field.type)) for field in TABLES[table].arrow]
+        ),
+        "docs": MetadataValue.path("docs/inventory.md"),
+    }
+
+
 def _written_by_engines(name: str, description: str) -> dg.AssetSpec:
     return dg.AssetSpec(
         name,
@@ -37,7 +49,7 @@ def _written_by_engines(name: str, description: str) -> dg.AssetSpec:
         kinds=_KINDS,
         owners=_OWNER,
         tags={"layer": "live"},
-        metadata={"dagster/table_name": name},
+        metadata=_about(name),
     )
 
 
@@ -54,7 +66,7 @@ mm_order_responses = _written_by_engines("mm_order_responses", "What the exchang
     kinds=_KINDS,
     owners=_OWNER,
     tags={"layer": "raw"},
-    metadata={"dagster/table_name": "mm_position_snapshots"},
+    metadata=_about("mm_position_snapshots"),
     description=(
         "What the exchange itself says that we hold: signed, YES positive, settled markets included."
         " A report that fails, or that is older than our last fill, writes nothing."

@@ -110,3 +110,18 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     in_the_way.write_text("a file")
     with pytest.raises(SettingsError, match=r"KALSHI_DATA_DIR is .*data"):
         prepare(in_the_way, tmp_path / "code.sock")
+
+
+def test_every_asset_says_what_it_is_whose_it_is_and_where_it_is_described() -> None:
+    from kalshi_platform.definitions import defs
+
+    for spec in defs.resolve_all_asset_specs():
+        name = spec.key.to_user_string()
+        assert spec.description, name
+        assert spec.group_name in {"recording", "analytics", "inventory"}, name
+        assert spec.owners, name
+        assert spec.kinds, name
+        assert spec.tags["layer"] in {"raw", "derived", "live"}, name
+        assert spec.metadata["dagster/column_schema"].columns, name
+        page = shipped("dagster.yaml").parent / str(spec.metadata["docs"].value)
+        assert page.is_file(), f"{name} is described in {page}, which is not there"
