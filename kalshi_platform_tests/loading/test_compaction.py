@@ -443,3 +443,73 @@ def test_the_command_compacts_one_hour_or_all_and_says_what_it_refuses(
     again = CliRunner().invoke(command, ["--all"])
     assert again.exit_code == 0
     assert "Nothing to compact" in again.stdout
+
+
+# -- what a reader of one market reads ---------------------------------------------------------
+
+
+def _polars_of(folder: Path, ticker: str) -> int:
+    scan = pl.scan_parquet(folder / "**/*.parquet", hive_partitioning=True)
+    return scan.filter(pl.col("market_ticker") == ticker).collect().height
+
+
+def _pyarrow_of(folder: Path, ticker: str) -> int:
+    found = ds.dataset(folder, format="parquet", partitioning="hive").to_table(
+        filter=ds.field("market_ticker") == ticker
+    )
+    return int(found.num_rows)
+
+
+def _duckdb_of(folder: Path, ticker: str) -> int:
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is a development dependency")
+    sql = "SELECT count(seq), count(size) FROM read_parquet(?) WHERE market_ticker = ?"
+    found = duckdb.execute(sql, [f"{folder}/*/*/*.parquet", ticker]).fetchone()
+    return int(found[0])
+
+
+@pytest.mark.parametrize("count", [_polars_of, _pyarrow_of, _duckdb_of])
+def test_of_a_compacted_hour_a_reader_of_one_market_reads_that_markets_row_groups_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, count: Callable[[Path, str], int]
+) -> None:
+    monkeypatch.setattr(compaction, "ROW_GROUP_ROWS", 16)
+    root = settings.archive_dir
+    run(root)
+    (path,) = archive.files(root, EVENTS, FIRST_HOUR)
+    ticker = "B-3"
+    wanted = rows(root, EVENTS).filter(pl.col("market_ticker") == ticker).height
+    for other in archive.hour_folder(root, EVENTS, SECOND_HOUR).glob("*.parquet"):
+        other.unlink()
+    # Whoever reads another row group meets zeros where compressed pages should be.
+    damaged = bytearray(path.read_bytes())
+    metadata = pq.read_metadata(path)
+    skipped = 0
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        columns = {
+            group.column(i).path_in_schema: group.column(i) for i in range(metadata.num_columns)
+        }
+        of = columns["market_ticker"].statistics
+        if of.min <= ticker <= of.max:
+            continue
+        skipped += 1
+        for column in columns.values():
+            start = column.dictionary_page_offset or column.data_page_offset
+            damaged[start : start + column.total_compressed_size] = bytes(
+                column.total_compressed_size
+            )
+    path.write_bytes(damaged)
+    assert skipped > 0
+    assert count(root / EVENTS, ticker) == wanted > 0
+    with pytest.raises(Exception):  # noqa: B017 - each reader has its own
+        count(root / EVENTS, rows_of_another(metadata, ticker))
+
+
+def rows_of_another(metadata: pq.FileMetaData, ticker: str) -> str:
+    """A market whose rows are in none of the row groups that `ticker` may be in."""
+    names = [
+        c for c in range(metadata.num_columns) if metadata.schema.column(c).name == "market_ticker"
+    ]
+    for i in range(metadata.num_row_groups):
+        of = metadata.row_group(i).column(names[0]).statistics
+        if not of.min <= ticker <= of.max:
+            return str(of.min)
+    raise AssertionError("there is no other market")
