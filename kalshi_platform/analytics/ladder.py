@@ -2,9 +2,10 @@
 
 Such frames are called places here. What does not depend on where the best is (all, levels, value) is
 summed up over the beginnings and ends of runs alone. For the rest, a side's sizes are laid out as a
-matrix, prices downwards in the rows and places in the columns, some markets beside each other; it is
-filled by running sums from each run's beginning and end, a block of bounded size at a time. No loop per
-event.
+matrix, prices downwards in the rows and places in the columns, many stretches of places beside each
+other, and filled by running sums from each run's beginning and end. A stretch has rows for the levels
+that can matter in it alone: down to the farthest that is asked for below its lowest best, or to enough
+levels that stand all through it. No loop per event.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import numpy as np
 
 from kalshi_platform.analytics.best import Best
 from kalshi_platform.analytics.columns import Array, Ints
-from kalshi_platform.analytics.frames import NO, NONE, YES, Codes, Frames, Levels, differs
+from kalshi_platform.analytics.frames import (
+    MAX_PRICE,
+    NO,
+    NONE,
+    YES,
+    Codes,
+    Frames,
+    Levels,
+    differs,
+)
 
 CENT = 100
 """In units of price."""
@@ -26,10 +36,12 @@ BEST_LEVELS = 5
 """How many best levels are summed up."""
 SIDES = {"bid": YES, "ask": NO}
 """Sides of the YES market: its bids are YES bids, its asks are NO bids."""
-_CELLS = 1 << 20
+_CELLS = 1 << 19
 """Of a matrix: what fits a processor's cache, by and large."""
-_SPAN = 1 << 17
-"""More than any price, and than any price with a distance subtracted."""
+_STRETCH = 512
+"""Places of a stretch: short, so that few levels matter in it."""
+_SPAN = 1 << 16
+"""More than any price."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,9 @@ class Top:
 def side_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes) -> Side:
     """The side (YES or NO) after each of the frames `at`, which ascend."""
     runs = _seen(frames, levels, side, at)
-    n = len(at)
     price = best.price[at]
+    near = _near(runs, price, BEST_LEVELS, reach=max(CENTS) * CENT)
+    n = len(at)
     found = Side(
         price,
         {0: best.size[at]} | {cents: np.zeros(n, dtype=np.int64) for cents in CENTS},
@@ -72,8 +85,8 @@ def side_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes) ->
         runs.summed(1),
         runs.summed(runs.size * runs.price),
     )
-    rows = {cents: runs.rows_from(price, cents * CENT) for cents in CENTS}
-    for block in runs.blocks():
+    rows = {cents: near.rows_from(price - cents * CENT) for cents in CENTS}
+    for block in near.blocks():
         where = slice(block.first, block.first + block.width)
         (last,) = block.ranks((BEST_LEVELS,))
         sums = block.sums()
@@ -85,21 +98,21 @@ def side_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes) ->
     return found
 
 
-def top_at(frames: Frames, levels: Levels, side: int, at: Codes, count: int) -> Top:
+def top_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes, *, count: int) -> Top:
     """The `count` best levels of the side (YES or NO) after each of the frames `at`, which ascend."""
-    runs = _seen(frames, levels, side, at)
+    near = _near(_seen(frames, levels, side, at), best.price[at], count, reach=0)
     found = Top(
         np.full((count, len(at)), NONE, dtype=np.int64),
         np.zeros((count, len(at)), dtype=np.int64),
     )
-    for block in runs.blocks():
+    for block in near.blocks():
         where = slice(block.first, block.first + block.width)
+        highest = near.levels[near.stretch_at[where]]
         for rank, row in enumerate(block.ranks(range(1, count + 1))):
             there = row < block.height
-            size = block.cells(block.sizes, row)
-            found.size[rank, where] = np.where(there, size, 0)
-            level = runs.highest[runs.market_at[where]] - np.where(there, row, 0)
-            found.price[rank, where] = np.where(there, runs.prices[level], NONE)
+            found.size[rank, where] = np.where(there, block.cells(block.sizes, row), 0)
+            price = near.prices[np.where(there, highest + row, 0)]
+            found.price[rank, where] = np.where(there, price, NONE)
     return found
 
 
@@ -126,20 +139,8 @@ class _Runs:
     size: Ints
     start: Ints
     end: Ints
-    row: Ints
-    """Of the run's level: 0 for its market's highest."""
     market_at: Codes
     """The market of each place."""
-    prices: Ints
-    """The prices of all levels, by market, ascending."""
-    keys: Ints
-    """Market and price of each of them, as one number."""
-    highest: Ints
-    """Each market's highest level, into `prices`."""
-    heights: Ints
-    """How many levels each market has."""
-    bounds: Ints
-    """Each market's first run."""
 
     def summed(self, amount: Array | int) -> Ints:
         """At each place the sum of what the runs that stand there count for."""
@@ -149,65 +150,115 @@ class _Runs:
         total: Ints = np.cumsum(change[:-1])
         return total
 
-    def rows_from(self, best: Ints, distance: int) -> Ints:
-        """Of each place the row of the lowest level that is at most `distance` below the best."""
-        if not len(best):
-            return best
-        key = self.market_at.astype(np.int64) * _SPAN + np.maximum(best - distance, 0)
-        fresh = differs(key)
-        market = self.market_at[fresh]
-        level = np.searchsorted(self.keys, key[fresh])
-        row = np.maximum(self.highest[market] - level, 0)
-        found: Ints = row[np.cumsum(fresh) - 1]
-        return found
-
-    def blocks(self) -> Iterator[_Block]:
-        """The places in pieces, each as a matrix of at most _CELLS sizes."""
-        height_at = np.maximum(self.heights[self.market_at], 1)
-        first, n = 0, len(self.market_at)
-        while first < n:
-            height = np.maximum.accumulate(height_at[first : first + _CELLS // height_at[first]])
-            fits = height * np.arange(1, len(height) + 1) <= _CELLS
-            width = max(int(np.count_nonzero(fits)), 1)
-            last = first + width
-            markets = self.market_at[first], self.market_at[last - 1]
-            these = np.arange(self.bounds[markets[0]], self.bounds[markets[1] + 1])
-            these = these[(self.start[these] < last) & (self.end[these] > first)]
-            if len(these):
-                yield _Block(
-                    first,
-                    width,
-                    int(height[width - 1]),
-                    _matrix(self, these, first, width, int(height[width - 1])),
-                )
-            first = last
-
 
 def _seen(frames: Frames, levels: Levels, side: int, at: Codes) -> _Runs:
     if len(at):
         levels = levels.between(frames.market[at[0]], frames.market[at[-1]])
     start, end = seen_from(levels, at)
     seen = np.flatnonzero((start < end) & (levels.ladder % 2 == side))
-    market, price = levels.ladder[seen] // 2, levels.price[seen]
-    key = market.astype(np.int64) * _SPAN + price
+    return _Runs(levels.price[seen], levels.size[seen], start[seen], end[seen], frames.market[at])
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Runs cut to stretches of places, of the levels that matter there, by stretch, row and place."""
+
+    size: Ints
+    start: Ints
+    end: Ints
+    row: Ints
+    """Of the run's level: 0 for the stretch's highest."""
+    edges: Ints
+    """The first place of each stretch, and the end of all."""
+    stretch_at: Ints
+    """The stretch of each place."""
+    bounds: Ints
+    """The first run of each stretch, and the end of all."""
+    levels: Ints
+    """The first level of each stretch, into `keys` and `prices`, and the end of all."""
+    keys: Ints
+    """Stretch and price of each level as one number, the highest price first."""
+    prices: Ints
+
+    def rows_from(self, lowest: Ints) -> Ints:
+        """Of each place the row of the lowest level whose price is not below `lowest`."""
+        if not len(lowest):
+            return lowest
+        key = self.stretch_at * _SPAN + (MAX_PRICE - np.maximum(lowest, 0))
+        fresh = np.flatnonzero(differs(key))
+        level = np.searchsorted(self.keys, key[fresh], side="right") - 1
+        row = np.maximum(level - self.levels[self.stretch_at[fresh]], 0)
+        found: Ints = np.repeat(row, np.diff(np.append(fresh, len(key))))
+        return found
+
+    def blocks(self) -> Iterator[_Block]:
+        """Some stretches at a time, as a matrix of about _CELLS sizes at most."""
+        heights = np.maximum(np.diff(self.levels), 1)
+        begun = 0
+        while begun < len(heights):
+            some = slice(begun, begun + _CELLS // _STRETCH)
+            tallest = np.maximum.accumulate(heights[some])
+            cells = tallest * (self.edges[1:][some] - self.edges[begun])
+            count = max(int(np.count_nonzero(cells <= _CELLS)), 1)
+            runs = slice(self.bounds[begun], self.bounds[begun + count])
+            first, last = int(self.edges[begun]), int(self.edges[begun + count])
+            if runs.start < runs.stop:
+                height = int(tallest[count - 1])
+                sizes = _matrix(self, runs, first, last - first, height)
+                yield _Block(first, last - first, height, sizes)
+            begun += count
+
+
+def _near(runs: _Runs, best: Ints, count: int, *, reach: int) -> _Near:
+    """Leave out the levels that are never among the `count` best, nor within `reach` of the best."""
+    n = len(runs.market_at)
+    begins = np.flatnonzero(differs(runs.market_at)) if n else np.empty(0, dtype=np.int64)
+    since = np.arange(n) - np.repeat(begins, np.diff(np.append(begins, n)))
+    edges = np.append(np.flatnonzero(since % _STRETCH == 0), n)
+    stretches = len(edges) - 1
+    stretch_at = np.repeat(np.arange(stretches), np.diff(edges))
+
+    first = stretch_at[runs.start]
+    pieces = stretch_at[runs.end - 1] - first + 1
+    run = np.repeat(np.arange(len(pieces)), pieces)
+    stretch = np.arange(len(run)) + np.repeat(first - np.cumsum(pieces) + pieces, pieces)
+    # Sorted as one number: stretch, price downwards, and the run, which keeps the order of places.
+    bits = len(run).bit_length()
+    key = stretch * _SPAN + (MAX_PRICE - runs.price[run])
+    key = (key << bits) | np.arange(len(run))
+    key.sort()
+    order = key & ((1 << bits) - 1)
+    key >>= bits
+    run, stretch = run[order], key // _SPAN
+    price = MAX_PRICE - key % _SPAN
+    start = np.maximum(runs.start[run], edges[stretch])
+    end = np.minimum(runs.end[run], edges[stretch + 1])
+
+    stands = np.cumsum((start == edges[stretch]) & (end == edges[stretch + 1]))
+    before = np.append(0, stands)[np.searchsorted(stretch, np.arange(stretches))]
+    enough = np.flatnonzero((stands - before[stretch] == count) & (np.diff(stands, prepend=0) > 0))
+    floor = np.full(stretches, -1, dtype=np.int64)
+    floor[stretch[enough]] = price[enough]
+    if n:
+        lowest = np.minimum.reduceat(np.where(best == NONE, MAX_PRICE, best), edges[:-1])
+        floor = np.minimum(floor, lowest - reach)
+    keep = np.flatnonzero(price >= floor[stretch])
+    key, stretch = key[keep], stretch[keep]
     fresh = differs(key)
     level = np.cumsum(fresh) - 1
-    markets = int(frames.market.max(initial=-1)) + 1
-    keys = key[fresh]
-    edges = np.searchsorted(keys, np.arange(markets + 1) * _SPAN)
-    highest = edges[1:] - 1
-    return _Runs(
-        price,
-        levels.size[seen],
-        start[seen],
-        end[seen],
-        highest[market] - level,
-        frames.market[at],
-        price[fresh],
-        keys,
-        highest,
-        np.diff(edges),
-        np.searchsorted(market, np.arange(markets + 1)),
+    bounds = np.searchsorted(stretch, np.arange(stretches + 1))
+    levels = np.append(level, level[-1] + 1 if len(level) else 0)[bounds]
+    return _Near(
+        runs.size[run[keep]],
+        start[keep],
+        end[keep],
+        level - levels[stretch],
+        edges,
+        stretch_at,
+        bounds,
+        levels,
+        key[fresh],
+        price[keep][fresh],
     )
 
 
@@ -251,17 +302,18 @@ class _Block:
         return values
 
 
-def _matrix(runs: _Runs, these: Ints, first: int, width: int, height: int) -> Array:
-    size = runs.size[these]
+def _matrix(near: _Near, runs: slice, first: int, width: int, height: int) -> Array:
+    size = near.size[runs]
     # A sum over all levels of the greatest size fits 32 bits: half the memory to be moved.
     kind = np.int32 if height * int(size.max()) < 1 << 31 else np.int64
+    size = size.astype(kind)
     changes = np.zeros((height, width + 1), dtype=kind)
     flat = changes.reshape(-1)
-    row = runs.row[these] * (width + 1)
-    # Of one level runs do not overlap, and where one market's places end another's begin: no cell is
-    # named twice in either line.
-    flat[row + np.maximum(runs.start[these] - first, 0)] += size.astype(kind)
-    flat[row + np.minimum(runs.end[these] - first, width)] -= size.astype(kind)
+    row = near.row[runs] * (width + 1) - first
+    # Of one level runs do not overlap, and where one stretch ends another begins: no cell is named
+    # twice in either line.
+    flat[row + near.start[runs]] += size
+    flat[row + near.end[runs]] -= size
     for line in changes:
         np.cumsum(line, out=line)
     return changes

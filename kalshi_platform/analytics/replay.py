@@ -231,8 +231,8 @@ def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
 
 def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
     """The best levels of a side after each of the frames `rows`, worked out where the side changes."""
+    best = of.best_yes if side == YES else of.best_no
     if levels == 1:
-        best = of.best_yes if side == YES else of.best_no
         return Top(best.price[rows][None], best.size[rows][None])
     if not len(rows):
         return Top(np.empty((levels, 0), np.int64), np.empty((levels, 0), np.int64))
@@ -245,6 +245,6 @@ def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
     changes[runs.start[of_side] - first] = True
     changes[runs.end[of_side] - first] = True
     fresh = changes[rows - first]
-    top = top_at(frames, of.levels, side, rows[fresh], levels)
+    top = top_at(frames, of.levels, best, side, rows[fresh], count=levels)
     latest = np.cumsum(fresh) - 1
     return Top(top.price[:, latest], top.size[:, latest])
