@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalshi_platform.analytics.books import Books, books
+from kalshi_platform.analytics import ladder
+from kalshi_platform.analytics.books import Books, books, books_in_groups
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
@@ -259,3 +260,22 @@ def recorded(path: Path) -> list[tuple[datetime, list[wire.Record]]]:
             records.append((at, conn, kind, line))
     hours = {datetime.fromtimestamp(r[0] // wire.SECOND // 3600 * 3600, UTC) for r in records}
     return [(hour, records) for hour in sorted(hours)]
+
+
+@given(script=scripts(), rows=st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_however_the_work_is_cut_the_rows_are_the_same(script: Script, rows: int) -> None:
+    tables = hour_tables(script.records, HOUR)
+    given_ = [
+        [tables[name]] if tables[name] is not None else []
+        for name in ("orderbook_events", "book_checkpoints", "stream_events")
+    ]
+    for compute, _ in DATASETS.values():
+        whole = compute(books(HOUR, *given_)).to_pylist()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ladder, "_STRETCH", 3)
+            patched.setattr(ladder, "_CELLS", 32)
+            groups = [compute(of).to_pylist() for of in books_in_groups(HOUR, *given_, rows=rows)]
+        assert [row for group in groups for row in group] == whole
+        tickers = [{row["market_ticker"] for row in group} for group in groups]
+        assert sum(map(len, tickers)) == len(set().union(*tickers))
