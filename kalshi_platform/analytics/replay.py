@@ -12,8 +12,10 @@ are Arrow: `polars.from_arrow` takes them as they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,7 @@ from kalshi_platform.storage.schema import (
     TIME,
 )
 
+T = TypeVar("T")
 _SIDES = ["yes", "no"]
 _HOUR = timedelta(hours=1)
 _LEVELS_MAX = 99
@@ -62,9 +65,19 @@ def read(root: Path, hour: datetime, tickers: Collection[str] | None = None) -> 
 def read_in_groups(root: Path, hour: datetime, rows: int = GROUP_ROWS) -> Iterator[Books]:
     """All books of an archived hour, some markets at a time: of about `rows` rows together.
 
-    For an hour that is too large to be taken at once. Groups go by ticker; errors are those of `read`.
+    For an hour that is too large to be taken at once. Groups go by ticker, and each is made while the
+    one before it is used. Errors are those of `read`.
     """
-    return _read(root, hour, None, rows=rows)
+    return ahead(_read(root, hour, None, rows=rows))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each worked out while the one before it is used."""
+    with ThreadPoolExecutor(1) as worker:
+        pending = worker.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = worker.submit(next, items, None)
+            yield item
 
 
 def _read(
@@ -122,15 +135,11 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
         "cause": names(frames.cause[rows].astype(np.int32), CAUSES),
         "verified": pa.array(frames.verified[rows]),
     }
-    bid, ask = (_top(of, side, rows, levels) for side in (YES, NO))
+    with ThreadPoolExecutor(2) as pool:  # numpy works without the interpreter's lock
+        sides = list(pool.map(lambda side: _side(of, side, rows, levels), (YES, NO)))
     for rank in range(levels):
-        has_bid, has_ask = bid.price[rank] != NONE, ask.price[rank] != NONE
-        table |= {
-            f"yes_bid_{rank + 1}": decimals(bid.price[rank], PRICE, has_bid),
-            f"yes_bid_size_{rank + 1}": decimals(bid.size[rank], QTY, has_bid),
-            f"yes_ask_{rank + 1}": decimals(ONE_DOLLAR - ask.price[rank], PRICE, has_ask),
-            f"yes_ask_size_{rank + 1}": decimals(ask.size[rank], QTY, has_ask),
-        }
+        for columns in sides:
+            table |= columns[rank]
     return pa.table(table)
 
 
@@ -227,6 +236,23 @@ def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
     bounds = of.frames.bounds(len(of.tickers))
     pieces = [np.arange(bounds[m], bounds[m + 1], dtype=np.int32) for m in _markets(of, tickers)]
     return np.concatenate([np.empty(0, np.int32), *pieces])
+
+
+def _side(of: Books, side: int, rows: Codes, levels: int) -> list[dict[str, pa.Array]]:
+    """The columns of one side of the YES market, rank by rank."""
+    top = _top(of, side, rows, levels)
+    found = []
+    for rank, (price, size) in enumerate(zip(top.price, top.size, strict=True), start=1):
+        name, there = ("ask" if side == NO else "bid"), price != NONE
+        found.append(
+            {
+                f"yes_{name}_{rank}": decimals(
+                    ONE_DOLLAR - price if side == NO else price, PRICE, there
+                ),
+                f"yes_{name}_size_{rank}": decimals(size, QTY, there),
+            }
+        )
+    return found
 
 
 def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,7 +39,6 @@ from kalshi_platform.storage.schema import (
 )
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 FILE = "hour.parquet"
 INSERT_ROWS = 1 << 20
@@ -76,7 +73,9 @@ def compute_hour(
     activity = Activity(hour)
     outputs = [_Output(root, d, hour) for d in ANALYTICS if d.name in wanted]
     with ExitStack() as files:
-        for tables in _ahead(_tables(root, hour, [it.dataset.name for it in outputs], activity)):
+        for tables in replay.ahead(
+            _tables(root, hour, [it.dataset.name for it in outputs], activity)
+        ):
             for output, table in zip(outputs, tables, strict=True):
                 output.add(table, files)
     reports = [it.report(complete=complete, gaps=activity.gaps) for it in outputs]
@@ -99,15 +98,6 @@ def _tables(
     for of in replay.read_in_groups(root, hour):
         activity.add(of)
         yield [COMPUTED[name](of) for name in names]
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each worked out while the one before it is used."""
-    with ThreadPoolExecutor(1) as worker:
-        pending = worker.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = worker.submit(next, items, None)
-            yield item
 
 
 # -- the archive -------------------------------------------------------------------------------
