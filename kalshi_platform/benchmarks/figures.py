@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import click
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,10 @@ def number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def show(figures: Iterable[Figure]) -> None:
+    """A line for each, for one benchmark by itself."""
+    for it in figures:
+        verdict = {True: "kept", False: "NOT KEPT", None: ""}[it.holds]
+        click.echo(f"{it.what:48} {number(it.value):>12} {it.unit:15} {it.bound:12} {verdict}")
