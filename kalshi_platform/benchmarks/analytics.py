@@ -153,9 +153,7 @@ def figures(events: int = 5_000_000, markets: int = 1_000) -> list[Figure]:
                 measured = process.submit(_timed, work, root).result()
             asked = None if name == "all three at once" else FLOOR
             found.append(Figure(name, events / measured.seconds, "events/s", at_least=asked))
-            found.append(
-                Figure(f"{name}: peak memory", measured.peak_gib, "GiB", at_most=PEAK_GIB)
-            )
+            found.append(Figure(f"{name}: peak memory", measured.peak_gib, "GiB", at_most=PEAK_GIB))
     return found
 
 
