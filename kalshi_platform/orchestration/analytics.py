@@ -106,8 +106,8 @@ def analytics_hour(
             asset_key=report.dataset,
             metadata={
                 "plot": _picture(report.dataset, computed.activity, table),
-                "preview": _preview(busiest[:1], table),
                 **hour_metadata(report, platform.source),
+                "preview": _preview(busiest[:1], table),
             },
         )
     if empty := wanted - {report.dataset for report in computed.report.datasets}:
