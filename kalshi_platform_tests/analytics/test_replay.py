@@ -215,6 +215,16 @@ def test_some_markets_read_alone_replay_as_they_do_among_all(tmp_path: Path) -> 
     assert set(books["at"].to_pylist()) == set(instants)
 
 
+def test_some_markets_after_the_others_are_all_of_them(tmp_path: Path) -> None:
+    record_hour(tmp_path)
+    everything = replay.after_events(replay.read(tmp_path, ARCHIVED), LEVELS).to_pylist()
+    groups = [
+        replay.after_events(of, LEVELS) for of in replay.read_in_groups(tmp_path, ARCHIVED, 150)
+    ]
+    assert len(groups) == 3
+    assert [row for group in groups for row in group.to_pylist()] == everything
+
+
 def test_an_hour_of_no_market_that_is_known_replays_into_nothing(tmp_path: Path) -> None:
     record_hour(tmp_path)
     nothing = replay.read(tmp_path, ARCHIVED, ["M-9"])
