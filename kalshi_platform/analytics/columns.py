@@ -21,13 +21,17 @@ def decimals(unscaled: Ints, kind: pa.Decimal128Type, valid: Bools | None = None
 
     Raises ValueError where one has more digits than the type.
     """
+    if valid is not None and valid.all():
+        valid = None
     low = unscaled if valid is None else np.where(valid, unscaled, 0)
-    if len(low) and max(int(low.max()), -int(low.min())) >= 10**kind.precision:
+    lowest, highest = int(low.min(initial=0)), int(low.max(initial=0))
+    if max(highest, -lowest) >= 10**kind.precision:
         raise ValueError(f"a value has more than the {kind.precision} digits of {kind}")
-    words = np.empty((len(low), 2), dtype=np.int64)
+    words = np.zeros((len(low), 2), dtype=np.int64)
     words[:, 0] = low
-    words[:, 1] = low >> 63  # the sign, carried into the high word
-    validity = None if valid is None or valid.all() else pa.array(valid).buffers()[1]
+    if lowest < 0:
+        words[:, 1] = low >> 63  # the sign, carried into the high word
+    validity = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
     return pa.Array.from_buffers(kind, len(low), [validity, pa.py_buffer(words)])
 
 
