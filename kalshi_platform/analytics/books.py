@@ -182,7 +182,8 @@ class _Recorded:
             *((pair // conns).tolist(), (pair % conns).tolist(), (key & _SID).tolist()), strict=True
         )
         codes = [self._books.setdefault(triple, len(self._books)) for triple in triples]
-        return np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+        numbers: Codes = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
+        return numbers
 
     def by_book(self) -> tuple[list[_Rows], _Owners]:
         """The rows with the numbers of their books in order, and whose those are."""

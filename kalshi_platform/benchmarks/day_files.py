@@ -24,12 +24,14 @@ def figures(events: int = 50_000, markets: int = 50) -> list[Figure]:
     hours = [midnight + timedelta(hours=n) for n in range(24)]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        size, parts = 0, []
+        size = 0
+        parts: list[Path] = []
         for number, hour in enumerate(hours):
             synthetic_hour(root, events, markets, seed=number, hour=hour)
             of_hour = archive.files(root, ORDERBOOK_EVENTS.name, hour)
             _, file = compaction.build(of_hour, ORDERBOOK_EVENTS, _room(root, hour.isoformat()))
-            size, parts = size + file.bytes, parts + of_hour
+            size += file.bytes
+            parts += of_hour
         content, whole = compaction.build(parts, ORDERBOOK_EVENTS, _room(root, "day"))
     return [
         Figure("24 hour files", size / content.rows, "bytes an event"),

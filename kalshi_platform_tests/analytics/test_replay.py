@@ -122,13 +122,14 @@ def test_at_any_instant_the_books_are_those_of_the_slow_replay(
         if 0 <= us < 3_600_000_000
     } | {HOUR + timedelta(microseconds=us) for us in offsets}
     got = whole(replay.at_instants(computed(hour_tables(script.records, HOUR)), instants))
-    wanted = {}
+    wanted: dict[tuple[str, datetime], tuple[bool, datetime, Sides]] = {}
     for state in states:
         for at in instants:
             us = (at - HOUR) // timedelta(microseconds=1) + HOUR_NS // 1000
             if state.at_us <= us:
-                last = wanted.get((state.ticker, at), (None, HOUR, None))[1]
-                if state.cause != "doubt":
+                if state.cause == "doubt":
+                    last = wanted[state.ticker, at][1]
+                else:
                     last = reference.EPOCH + timedelta(microseconds=state.at_us)
                 wanted[state.ticker, at] = (state.verified, last, (state.yes, state.no))
     assert got == wanted
