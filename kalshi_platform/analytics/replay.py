@@ -240,10 +240,12 @@ def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
 
 def _side(of: Books, side: int, rows: Codes, levels: int) -> list[dict[str, pa.Array]]:
     """The columns of one side of the YES market, rank by rank."""
-    top = _top(of, side, rows, levels)
+    top, latest = _top(of, side, rows, levels)
+    name = "ask" if side == NO else "bid"
     found = []
-    for rank, (price, size) in enumerate(zip(top.price, top.size, strict=True), start=1):
-        name, there = ("ask" if side == NO else "bid"), price != NONE
+    for rank in range(1, levels + 1):
+        price, size = top.price[rank - 1][latest], top.size[rank - 1][latest]
+        there = price != NONE
         found.append(
             {
                 f"yes_{name}_{rank}": decimals(
@@ -255,13 +257,13 @@ def _side(of: Books, side: int, rows: Codes, levels: int) -> list[dict[str, pa.A
     return found
 
 
-def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
-    """The best levels of a side after each of the frames `rows`, worked out where the side changes."""
+def _top(of: Books, side: int, rows: Codes, levels: int) -> tuple[Top, Array]:
+    """The best levels of a side where it changes, and which of those places holds at each frame of `rows`."""
     best = of.best_yes if side == YES else of.best_no
     if levels == 1:
-        return Top(best.price[rows][None], best.size[rows][None])
+        return Top(best.price[None], best.size[None]), rows
     if not len(rows):
-        return Top(np.empty((levels, 0), np.int64), np.empty((levels, 0), np.int64))
+        return Top(np.empty((levels, 0), np.int64), np.empty((levels, 0), np.int64)), rows
     frames = of.frames
     runs = of.levels.between(frames.market[rows[0]], frames.market[rows[-1]])
     of_side = runs.ladder % 2 == side
@@ -272,5 +274,4 @@ def _top(of: Books, side: int, rows: Codes, levels: int) -> Top:
     changes[runs.end[of_side] - first] = True
     fresh = changes[rows - first]
     top = top_at(frames, of.levels, best, side, rows[fresh], count=levels)
-    latest = np.cumsum(fresh) - 1
-    return Top(top.price[:, latest], top.size[:, latest])
+    return top, np.cumsum(fresh) - 1
