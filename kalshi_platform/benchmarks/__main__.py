@@ -22,7 +22,16 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from kalshi_platform.benchmarks import feed, memory, pipeline, report, stored, whole
+from kalshi_platform.benchmarks import (
+    analytics,
+    feed,
+    live_views,
+    memory,
+    pipeline,
+    report,
+    stored,
+    whole,
+)
 from kalshi_platform.benchmarks.figures import Figure, number
 from kalshi_platform.benchmarks.memory import Soak
 from kalshi_platform.benchmarks.pipeline import Recorded
@@ -84,6 +93,16 @@ class Bench:
         figures += _delays(pipeline.record(deltas, int(RATE * size.steady_s), MARKETS, RATE))
         self._say(f"{FEW} markets, then {MANY}")
         figures.append(self._scaling())
+        self._say(f"an hour of {size.events:,} events: spreads, depth, imbalance, replay")
+        figures += analytics.figures(size.events)
+        self._say(f"live views over {size.rows:,} events")
+        figures += live_views.figures(size.rows)
+        self._say("idle")
+        figures.append(whole.idle(deltas, FEW, size.idle_s))
+        if recorded_flow is None:
+            self._say("no recorded flow is here: bytes for each event are not measured")
+        else:
+            figures += stored.figures(*recorded_flow)
         soaks = []
         many = self._deltas(MANY, int(RATE * size.soak_s))
         for path, markets, seconds, away in (
@@ -94,12 +113,6 @@ class Bench:
             self._say(f"memory over {seconds:.0f} s, {markets} markets")
             soaks.append(memory.soak(path, markets, RATE, seconds, away=away))
             figures += soaks[-1].figures()
-        self._say("idle")
-        figures.append(whole.idle(deltas, FEW, size.idle_s))
-        if recorded_flow is None:
-            self._say("no recorded flow is here: bytes for each event are not measured")
-        else:
-            figures += stored.figures(*recorded_flow)
         return Results(figures, recorded, soaks)
 
     def _deltas(self, markets: int, frames: int) -> Path:

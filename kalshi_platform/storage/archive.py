@@ -38,6 +38,8 @@ MANIFEST = "_manifest.json"
 ASIDE = ".aside"
 GRACE_S = 60.0
 """A replaced hour is kept for so long: whoever was just listing it lists all of it."""
+_NOT_LOOKED_FOR = {"conn_id", "market_id", "client_order_id"}
+"""Columns of one value, or of values without an order: their least and greatest help no reader."""
 ROW_GROUP_ROWS = 262_144
 _TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
 
@@ -168,7 +170,7 @@ def writing(
             use_dictionary=[n for n in names if n in schema.names],
             column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
             store_decimal_as_integer=True,
-            write_statistics=True,
+            write_statistics=[n for n in schema.names if n not in _NOT_LOOKED_FOR],
             sorting_columns=[
                 pq.SortingColumn(schema.get_field_index(n), nulls_first=True) for n in sorted_by
             ]
