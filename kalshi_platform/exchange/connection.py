@@ -17,6 +17,7 @@ from websockets.frames import DATA_OPCODES
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import refusal
 from kalshi_platform.exchange.signing import Credentials
+from kalshi_platform.loopback import is_loopback
 
 MAX_FRAME_BYTES = 96 << 20
 """The exchange's own limit is 64 MiB; the library's default of 1 MiB would cut wide books off."""
@@ -98,7 +99,7 @@ async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
     """
     parts = urlsplit(ws_url)
     options: dict[str, Any] = {}
-    if parts.hostname in {"127.0.0.1", "localhost", "::1"}:
+    if is_loopback(parts.hostname or ""):
         options["proxy"] = None
     try:
         connection = await connect(

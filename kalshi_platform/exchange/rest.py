@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -46,6 +45,7 @@ from kalshi_platform.exchange.errors import (
     Unreachable,
 )
 from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
@@ -136,9 +136,7 @@ class RestClient:
         self._http = httpx.Client(
             timeout=TIMEOUT,
             headers={"User-Agent": f"kalshi-platform/{__version__}"},
-            trust_env=not _is_loopback(
-                urlsplit(self._base).hostname or ""
-            ),  # no proxy to ourselves
+            trust_env=not is_loopback(urlsplit(self._base).hostname or ""),  # no proxy to ourselves
         )
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((RateLimited, Unreachable)),
@@ -508,10 +506,3 @@ def _batches(tickers: Iterable[str]) -> Iterator[list[str]]:
         characters += length
     if batch:
         yield batch
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
