@@ -177,6 +177,7 @@ def test_a_wrong_key_is_told_and_not_tried_again(
 ) -> None:
     simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
     other = tmp_path / "other.pem"
+    other.touch(mode=0o600)
     other.write_bytes(
         ed25519.Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM,
