@@ -22,6 +22,7 @@ COMMANDS = {
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
     "compact": "Make each sealed hour of the archive one sorted file.",
     "restore": "Bring the archive's hours back into ClickHouse.",
+    "export": "Hours of the archive for publication, without what is your own.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "paper-mm": "A market maker on paper, for the simulator only.",
