@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform.exchange.frames import DecodeError
+
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A part of an answer."""
@@ -226,13 +228,13 @@ def read_refusal(body: bytes | bytearray) -> Refusal:
     """
     try:
         answer = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except DecodeError:
         return Refusal(message=" ".join(body[:200].decode(errors="replace").split()))
     if not isinstance(answer, dict):
         return Refusal(message=str(answer)[:200])
     error = answer.get("error", answer)
     if not isinstance(error, dict):
-        return Refusal(message=str(error))
+        return Refusal(message=str(error)[:200])
     message = error.get("message") or error.get("msg")
     return Refusal(
         *(str(part or "") for part in (error.get("code"), message, error.get("details")))

@@ -44,6 +44,7 @@ from kalshi_platform.exchange.errors import (
     RateLimited,
     Unreachable,
 )
+from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Exchange
@@ -352,7 +353,7 @@ class RestClient:
             if inside not in members and default is None:
                 raise ProtocolError(f"GET {path}: the exchange's answer has no {inside!r}.")
             return msgspec.json.decode(members[inside], type=kind) if inside in members else default
-        except msgspec.DecodeError as error:
+        except DecodeError as error:
             raise ProtocolError(
                 f"GET {path}: the exchange's answer cannot be read: {error}."
             ) from error

@@ -433,3 +433,8 @@ def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Ex
 
 def _quiet(exchange: Exchange) -> RestClient:
     return RestClient(exchange, signed=False, sleep=lambda _: None)
+
+
+@pytest.mark.parametrize("body", [b'{"error":"\x9d"}', b"[" * 100_000, b"\xff\xfe<html>"])
+def test_an_error_answer_that_is_no_json_is_still_a_refusal(body: bytes) -> None:
+    assert isinstance(refusal(400, body, {}), ExchangeError)
