@@ -302,6 +302,8 @@ class Session:
         self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
     ) -> None:
         code, text = body.get("code"), str(body.get("msg", ""))
+        if not isinstance(code, int):
+            code = None  # it may be anything, also what has no hash
         if code in TERMINAL_ERRORS:
             self.ended = f"error {code}, {TERMINAL_ERRORS[code]}"
         elif code == AUTHENTICATION_REQUIRED:
