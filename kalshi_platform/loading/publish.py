@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import __version__
+from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.compaction import SORTED_BY, own_dictionaries
 from kalshi_platform.storage import archive, checksum
@@ -79,7 +80,7 @@ _LIFECYCLE = (
     " settlement_value price_level_structure price_ranges exchange_index additional_metadata strike_type"
     " floor_strike cap_strike name title yes_sub_title no_sub_title rules_primary rules_secondary"
 )
-_ENVELOPE = frozenset({"type", "id", "sid", "seq"})
+ENVELOPE = frozenset({"type", "id", "sid", "seq"})
 FRAMES: Mapping[str, frozenset[str]] = {
     kind: frozenset(fields.split())
     for kind, fields in {
@@ -347,7 +348,7 @@ def public_detail(kind: str, detail: str) -> str:
     """The `detail` of an event, with the listed fields alone."""
     try:
         found = msgspec.json.decode(detail)
-    except msgspec.DecodeError:
+    except DecodeError:
         return "{}"
     if not isinstance(found, dict):
         return "{}"
@@ -358,7 +359,7 @@ def public_detail(kind: str, detail: str) -> str:
                 0
             ]  # what follows is the exchange's free text
     else:
-        kept = _only(found, _ENVELOPE)
+        kept = _only(found, ENVELOPE)
         body = found.get("msg")
         if isinstance(body, dict) and kind in FRAMES:
             kept["msg"] = _only(body, FRAMES[kind])
@@ -388,7 +389,7 @@ def _ids_in(detail: str) -> Iterator[str]:
     """Values of own fields, at any depth; a raw frame may itself be a text within."""
     try:
         waiting = [msgspec.json.decode(detail)]
-    except msgspec.DecodeError:
+    except DecodeError:
         return
     while waiting:
         value = waiting.pop()
