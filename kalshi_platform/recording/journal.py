@@ -128,7 +128,7 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         except OSError as error:
             raise JournalError(
                 f"The journal folder {folder} cannot be made ({error.strerror})."
