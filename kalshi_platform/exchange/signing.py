@@ -7,6 +7,7 @@ with PSS over SHA-256 (salt as long as the digest), Ed25519 keys sign the text i
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import shlex
 import stat
@@ -20,6 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 
 from kalshi_platform.exchange.errors import CredentialsError
+
+for _library in ("websockets.client", "httpcore"):
+    # Asked for DEBUG, say by the root logger, they write out every header: key id and signatures.
+    logging.getLogger(_library).setLevel(logging.INFO)
 
 PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 
