@@ -88,6 +88,14 @@ class BatchedConnection(LiveConnection):
             self._deliver(messages, recv_ns)
 
 
+class _Dial(connect):
+    """Follows no redirect: what was signed for one server is shown to no other."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """The answer, whatever it was, is final."""
+        return exc
+
+
 C = TypeVar("C", bound=LiveConnection)
 
 
@@ -102,7 +110,7 @@ async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
     if is_loopback(parts.hostname or ""):
         options["proxy"] = None
     try:
-        connection = await connect(
+        connection = await _Dial(
             ws_url,
             additional_headers=dict(credentials.headers("GET", parts.path)),
             create_connection=kind,

@@ -70,6 +70,10 @@ TICKERS_AT_ONCE = 100
 TICKER_CHARACTERS_AT_ONCE = 4_000
 """Far below the 8 kB at which proxies begin to refuse a URL."""
 
+PIECE_BYTES = 65_536
+LONGEST_ANSWER_BYTES = 64 << 20
+"""A page of a thousand markets is some 2 MB."""
+
 WORRYING_SKEW_S = 5.0
 """The exchange takes signatures that are about 10 s old; its Date header knows whole seconds."""
 
@@ -381,7 +385,10 @@ class RestClient:
         given = {name: value for name, value in params.items() if value is not None}
         sent = time.time()
         try:
-            answer = self._http.get(self._base + path, params=given, headers=dict(headers))
+            with self._http.stream(
+                "GET", self._base + path, params=given, headers=dict(headers)
+            ) as answer:
+                body = _bounded(path, answer)
         except httpx.TimeoutException as error:
             raise Unreachable(f"The exchange at {self._base} did not answer in time.") from error
         except httpx.TransportError as error:
@@ -392,10 +399,8 @@ class RestClient:
         now_s = (sent + time.time()) / 2
         self._clock_skew_s = clock_skew_s(answer.headers, now_s)
         if answer.status_code == httpx.codes.OK:
-            return answer.content
-        raise refusal(
-            answer.status_code, answer.content, answer.headers, what=f"GET {path}", now_s=now_s
-        )
+            return body
+        raise refusal(answer.status_code, body, answer.headers, what=f"GET {path}", now_s=now_s)
 
     def _remedy_for_silence(self) -> str:
         if self._exchange.simulated:
@@ -467,6 +472,19 @@ def _credentials_sentence(status: int, said: Refusal, what: str, skew_s: float |
         f"The exchange does not accept our key for {what} (HTTP {status}, {said})."
         " Check PROD_KEYID, PROD_KEYFILE and what the key may do."
     )
+
+
+def _bounded(path: str, answer: httpx.Response) -> bytes:
+    """The body of an answer, unpacked, unless it has no reasonable end."""
+    body = bytearray()
+    for piece in answer.iter_bytes(PIECE_BYTES):
+        body += piece
+        if len(body) > LONGEST_ANSWER_BYTES:
+            raise ProtocolError(
+                f"GET {path}: the answer is longer than {LONGEST_ANSWER_BYTES >> 20} MiB, and was not read"
+                " to its end. Is KALSHI_REST_URL the exchange's?"
+            )
+    return bytes(body)
 
 
 class _TickerBook(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -410,8 +411,10 @@ def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Ex
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
             said = answer(parts.path, parse_qs(parts.query))
-            body = json.dumps(said).encode()
+            body = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(404 if said is None else 200)
+            if isinstance(said, bytes):
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -438,3 +441,13 @@ def _quiet(exchange: Exchange) -> RestClient:
 @pytest.mark.parametrize("body", [b'{"error":"\x9d"}', b"[" * 100_000, b"\xff\xfe<html>"])
 def test_an_error_answer_that_is_no_json_is_still_a_refusal(body: bytes) -> None:
     assert isinstance(refusal(400, body, {}), ExchangeError)
+
+
+def test_an_answer_without_a_reasonable_end_is_not_read_to_it() -> None:
+    bomb = gzip.compress(bytes(200 << 20), 9)  # 200 MiB in 200 kB
+    with (
+        _scripted(lambda *_: bomb) as exchange,
+        _quiet(exchange) as client,
+        pytest.raises(ProtocolError, match="longer than 64 MiB"),
+    ):
+        client.status()

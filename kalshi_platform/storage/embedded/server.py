@@ -193,7 +193,8 @@ class Server:
             return
         decompressor = Decompressor(encoding)
         async for piece in http.stream():
-            spool.write(decompressor.decompress(piece))
+            for unpacked in decompressor.decompress(piece):
+                spool.write(unpacked)
         decompressor.finish()
 
     async def _answer(self, http: Request, call: _Call) -> Response:
