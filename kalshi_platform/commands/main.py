@@ -12,6 +12,7 @@ import click
 
 from kalshi_platform import __version__
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.printable import printable
 
 COMMANDS = {
     "up": "Everything: ClickHouse, migrations, the Dagster UI and the streamer.",
@@ -57,5 +58,5 @@ def run() -> None:
     try:
         main()
     except PlatformError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
         sys.exit(1)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from kalshi_platform.exchange.frames import DecodeError
+from kalshi_platform.printable import printable
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,7 +218,7 @@ class Refusal:
 
     def __str__(self) -> str:
         parts = dict.fromkeys(part for part in (self.code, self.message, self.details) if part)
-        return ": ".join(parts)
+        return printable(": ".join(parts))
 
 
 def read_refusal(body: bytes | bytearray) -> Refusal:
