@@ -144,10 +144,10 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
                     ("sql", "exit 0", ("SELECT count() FROM orderbook_events",), {}),
                     ("qa", "exit 1", (), {}),  # CH_PASSWORD is not ClickHouse's
                     ("sql", "exit 1", ("SELECT 1",), {"CLICKHOUSE_PASSWORD": WRONG_PASSWORD}),
-                    ("sql", "exit 1", ("SELECT * FROM nowhere",), {}),
-                    ("doctor", "exit 1", (), {"PROD_KEYID": WRONG_ID}),
-                    ("doctor", "exit 1", (), {"PROD_KEYFILE": wrong}),
-                    ("doctor", "exit 1", (), {"CLICKHOUSE_PASSWORD": WRONG_PASSWORD}),
+                    (
+                        *("doctor", "exit 1", ()),
+                        {"PROD_KEYFILE": wrong, "CLICKHOUSE_PASSWORD": WRONG_PASSWORD},
+                    ),
                     ("watch", "exit 1", ("--ticker", "A-1"), {"PROD_KEYID": WRONG_ID}),
                     (
                         "stream",
