@@ -132,7 +132,6 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
     try:
         up.says("Recording: ")
         until(lambda: rows(at) > 0, up.logs)
-        until(lambda: bool(up.reported()), up.logs)
         elsewhere = str(folder / "elsewhere")
         wrong = str(keys / "wrong.pem")
         wrong_url = f"http://{USER}:{WRONG_PASSWORD}@127.0.0.1:1"
@@ -172,6 +171,7 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
         assert b"count()" in ended[1].result()
         for each in ended:
             each.result()
+        until(lambda: bool(up.reported()), up.logs)
         it.said |= dump(at)
         observe(it, up, at)
         it.said["what up printed"] = up.output.encode()
