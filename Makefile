@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help install install-dev run test chaos bench bench-quick check format lock clean
+.PHONY: help install install-dev run test chaos bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,17 @@ check: install-dev ## Formatting, lint, strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+$(VENV)/.installed-security: $(VENV)/.installed-dev requirements-security.lock
+	@$(PIP) install --no-deps --require-hashes -r requirements-security.lock
+	@touch $@
+
+fuzz: $(VENV)/.installed-security ## Fuzz what reads bytes from elsewhere, a minute each (FUZZ_ARGS="--seconds 600 frames")
+	@$(BIN)/python -m kalshi_platform_tests.fuzz.campaign $(FUZZ_ARGS)
+
+audit: $(VENV)/.installed-security ## Known vulnerabilities of the locked dependencies; writes sbom.json (CycloneDX)
+	@$(BIN)/pip-audit --disable-pip --require-hashes --strict --format cyclonedx-json --output sbom.json -r requirements.lock
+	@$(BIN)/pip-audit --disable-pip --require-hashes --strict -r requirements-dev.lock
+
 format: install-dev ## Put the code in the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -56,6 +67,7 @@ format: install-dev ## Put the code in the one format
 lock: ## Resolve the dependencies anew (needs uv)
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group security -c requirements-dev.lock -o requirements-security.lock
 
 clean: ## Remove the environment; recorded data stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -199,7 +199,7 @@ class Keeper:
         """Start a program. Raises `PlatformError` when it cannot even be executed."""
         if self._undertaker is None:
             self._undertaker = self._start_undertaker()
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         log = self.log_path(program.name)
         self._turn_log(log)
         try:

@@ -10,14 +10,17 @@ import functools
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kalshi_platform.errors import SettingsError
+from kalshi_platform.loopback import is_loopback
 
+ENV_FILE = Path(".env")
 PRODUCTION_WS_URL = "wss://external-api-ws.kalshi.com/trade-api/ws/v2"
 PRODUCTION_REST_URL = "https://external-api.kalshi.com/trade-api/v2"
 
@@ -43,7 +46,7 @@ class Settings(BaseSettings):
     """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True
     )
 
     prod_keyid: SecretStr | None = None
@@ -184,6 +187,8 @@ def load(**overrides: Any) -> Settings:
             f"{missing} is not set: the exchange needs both PROD_KEYID and PROD_KEYFILE."
             " Set both to record the exchange, or neither to use the simulator."
         )
+    if settings.has_key:
+        _insist_on_tls(settings)
     if str(settings.parquet_dir or "").startswith("s3:"):
         raise SettingsError(
             "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."
@@ -195,6 +200,31 @@ def load(**overrides: Any) -> Settings:
 def current() -> Settings:
     """The process's settings, read once."""
     return load()
+
+
+def secrets_in_file() -> list[str]:
+    """The variables of `.env` that hold a secret, by name; none where there is no such file."""
+    secret = {
+        name
+        for name, field in Settings.model_fields.items()
+        if SecretStr in (field.annotation, *get_args(field.annotation))
+    }
+    return sorted(
+        n for n, value in dotenv_values(ENV_FILE).items() if value and n.lower() in secret
+    )
+
+
+def _insist_on_tls(settings: Settings) -> None:
+    """Whoever sees a signed request pass can be us for the seconds that its signature is good."""
+    exchange = settings.exchange
+    for name, url in (("KALSHI_WS_URL", exchange.ws_url), ("KALSHI_REST_URL", exchange.rest_url)):
+        parts = urlsplit(url)
+        if parts.scheme not in {"https", "wss"} and not is_loopback(parts.hostname or ""):
+            raise SettingsError(
+                f"{name} is {url!r}: a key is set, and without TLS everybody on the way could use what it"
+                f" signs. Give a {'wss' if name == 'KALSHI_WS_URL' else 'https'}:// address, or unset"
+                " PROD_KEYID and PROD_KEYFILE where it is a simulator."
+            )
 
 
 def _sentence(error: ValidationError) -> str:

@@ -62,6 +62,28 @@ def test_a_bad_value_is_a_sentence_that_names_the_variable(
     assert name in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("KALSHI_WS_URL", "ws://simulator:8765/trade-api/ws/v2"),
+        ("KALSHI_REST_URL", "http://10.0.0.7/trade-api/v2"),
+    ],
+)
+def test_a_key_signs_nothing_that_others_on_the_way_could_read(
+    name: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, url)
+    assert load().exchange.simulated  # without a key: the bundled simulator, on any machine
+    monkeypatch.setenv("PROD_KEYID", "s3cr3t-key")
+    monkeypatch.setenv("PROD_KEYFILE", "key.pem")
+    with pytest.raises(SettingsError, match="without TLS") as error:
+        load()
+    assert name in str(error.value)
+    assert "s3cr3t" not in str(error.value)
+    monkeypatch.setenv(name, "ws://127.0.0.1:8765/trade-api/ws/v2")
+    assert not load().exchange.simulated
+
+
 def test_secrets_are_in_no_repr_and_no_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

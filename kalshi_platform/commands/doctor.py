@@ -21,7 +21,7 @@ from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
-from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
@@ -35,7 +35,6 @@ REPORT_BAD_S = 15.0
 """A living streamer reports once a second."""
 UNWRITTEN_BAD_S = 15.0
 """Frames that came so long before the last durable write are not being kept."""
-READABLE_BY_OTHERS = 0o077
 
 
 class Mark(Enum):
@@ -98,7 +97,12 @@ def examine() -> Iterator[tuple[str, Finding]]:
 
 def _settings(settings: Settings) -> Finding:
     what = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
-    return Finding(Mark.GOOD, f"recording {what}; data in {settings.data_dir}")
+    text = f"recording {what}; data in {settings.data_dir}"
+    secret = platform_settings.secrets_in_file()
+    if secret and open_to_others(platform_settings.ENV_FILE.stat().st_mode):
+        told = f"{text}; other users of this machine can read {', '.join(secret)} in .env"
+        return Finding(Mark.ODD, told, "chmod 600 .env")
+    return Finding(Mark.GOOD, text)
 
 
 def _key_file(settings: Settings) -> Finding:
@@ -107,9 +111,13 @@ def _key_file(settings: Settings) -> Finding:
             Mark.SKIPPED, "PROD_KEYID and PROD_KEYFILE are not set: the simulator has its own"
         )
     path = settings.exchange.key_file
-    load_signer(path)
-    if path.stat().st_mode & READABLE_BY_OTHERS:
-        return Finding(Mark.ODD, f"{path} is open to other users", f"chmod 600 {path}")
+    load_signer(path)  # refuses what this user could have closed
+    if open_to_others(path.stat().st_mode):
+        return Finding(
+            Mark.ODD,
+            f"{path} holds a private key, and other users of this machine can read it",
+            "have its owner close it (chmod 600), or mount the secret with mode 0400",
+        )
     return Finding(Mark.GOOD, f"{path} holds a private key")
 
 

@@ -12,6 +12,7 @@ import click
 
 from kalshi_platform import __version__
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.printable import printable
 
 COMMANDS = {
     "up": "Everything: ClickHouse, migrations, the Dagster UI and the streamer.",
@@ -22,6 +23,7 @@ COMMANDS = {
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
     "compact": "Make each sealed hour of the archive one sorted file.",
     "restore": "Bring the archive's hours back into ClickHouse.",
+    "export": "Hours of the archive for publication, without what is your own.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "paper-mm": "A market maker on paper, for the simulator only.",
@@ -56,5 +58,5 @@ def run() -> None:
     try:
         main()
     except PlatformError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
         sys.exit(1)

@@ -18,6 +18,7 @@ from rich.text import Text
 from urllib3 import HTTPResponse
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.printable import printable
 from kalshi_platform.storage.clickhouse import Client, broken_answer, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
@@ -212,4 +213,4 @@ def _shown(cell: str) -> str:
     """A cell on one line."""
     if cell == _NULL:
         return "NULL"
-    return cell.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
+    return printable(cell)

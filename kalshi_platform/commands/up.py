@@ -212,7 +212,7 @@ class _Platform:
 
     def _webserver(self) -> Program:
         argv = (
-            *(sys.executable, "-m", "dagster_webserver"),
+            *(sys.executable, "-m", "kalshi_platform.orchestration.webserver"),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--workspace", str(self._home.workspace)),
         )

@@ -35,6 +35,7 @@ from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.printable import printable
 from kalshi_platform.settings import Exchange
 
 LADDER_LEVELS = 12
@@ -131,7 +132,7 @@ class _Watcher:
             self._held_back = 0
         if self.rate is not None:
             self._next_line_at = now + 1 / self.rate
-        click.echo(line)
+        click.echo(printable(line))
 
     def _apply(self, kind: Kind, frame: bytes) -> tuple[str, bool]:
         """(line, whether it must be shown)"""

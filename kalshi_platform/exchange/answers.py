@@ -13,6 +13,9 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform.exchange.frames import DecodeError
+from kalshi_platform.printable import printable
+
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A part of an answer."""
@@ -215,7 +218,7 @@ class Refusal:
 
     def __str__(self) -> str:
         parts = dict.fromkeys(part for part in (self.code, self.message, self.details) if part)
-        return ": ".join(parts)
+        return printable(": ".join(parts))
 
 
 def read_refusal(body: bytes | bytearray) -> Refusal:
@@ -226,13 +229,13 @@ def read_refusal(body: bytes | bytearray) -> Refusal:
     """
     try:
         answer = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except DecodeError:
         return Refusal(message=" ".join(body[:200].decode(errors="replace").split()))
     if not isinstance(answer, dict):
         return Refusal(message=str(answer)[:200])
     error = answer.get("error", answer)
     if not isinstance(error, dict):
-        return Refusal(message=str(error))
+        return Refusal(message=str(error)[:200])
     message = error.get("message") or error.get("msg")
     return Refusal(
         *(str(part or "") for part in (error.get("code"), message, error.get("details")))

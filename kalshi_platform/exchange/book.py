@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kalshi_platform.exchange.frames import Delta, Snapshot
-from kalshi_platform.exchange.numbers import ONE_DOLLAR, dollars, price_units, qty_units
+from kalshi_platform.exchange.numbers import (
+    ONE_DOLLAR,
+    cents_units,
+    dollars,
+    price_units,
+    qty_units,
+)
 
 SIDES = ("yes", "no")
 Ladder = dict[int, int]
@@ -52,13 +58,13 @@ def delta_change(delta: Delta, *, use_yes_price: bool = False) -> LevelChange:
         if delta.price_dollars is not None:
             price = price_units(delta.price_dollars)
         elif delta.price is not None:
-            price = delta.price * 100
+            price = cents_units(delta.price)
         else:
             raise BookError("the delta has no price")
         if delta.delta_fp is not None:
             qty = qty_units(delta.delta_fp)
         elif delta.delta is not None:
-            qty = delta.delta * 100
+            qty = cents_units(delta.delta)
         else:
             raise BookError("the delta has no quantity")
     except ValueError as error:
@@ -101,7 +107,7 @@ def _levels(snapshot: Snapshot, side: str) -> list[tuple[int, int]]:
     if text is not None:
         return [(price_units(price), qty_units(str(size))) for price, size in text]
     cents = snapshot.yes if side == "yes" else snapshot.no
-    return [(price * 100, size * 100) for price, size in cents or []]
+    return [(cents_units(price), cents_units(size)) for price, size in cents or []]
 
 
 @dataclass

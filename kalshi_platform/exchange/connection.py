@@ -17,6 +17,7 @@ from websockets.frames import DATA_OPCODES
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import refusal
 from kalshi_platform.exchange.signing import Credentials
+from kalshi_platform.loopback import is_loopback
 
 MAX_FRAME_BYTES = 96 << 20
 """The exchange's own limit is 64 MiB; the library's default of 1 MiB would cut wide books off."""
@@ -87,6 +88,14 @@ class BatchedConnection(LiveConnection):
             self._deliver(messages, recv_ns)
 
 
+class _Dial(connect):
+    """Follows no redirect: what was signed for one server is shown to no other."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """The answer, whatever it was, is final."""
+        return exc
+
+
 C = TypeVar("C", bound=LiveConnection)
 
 
@@ -98,10 +107,10 @@ async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
     """
     parts = urlsplit(ws_url)
     options: dict[str, Any] = {}
-    if parts.hostname in {"127.0.0.1", "localhost", "::1"}:
+    if is_loopback(parts.hostname or ""):
         options["proxy"] = None
     try:
-        connection = await connect(
+        connection = await _Dial(
             ws_url,
             additional_headers=dict(credentials.headers("GET", parts.path)),
             create_connection=kind,

@@ -8,9 +8,12 @@ load decodes millions of bodies by columns instead (`loading/decode.py`).
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+Sid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Kind(IntEnum):
@@ -30,13 +33,13 @@ class Head(msgspec.Struct, gc=False):
     """The part that every frame has. `sid` and `seq` are 0 where the frame carries none."""
 
     type: str
-    sid: int = 0
-    seq: int = 0
+    sid: Sid = 0
+    seq: Seq = 0
 
 
 class _MarketOf(msgspec.Struct, gc=False):
     market_ticker: str = ""
-    market_id: str = ""
+    market_id: str | None = None
 
 
 class SnapshotHead(msgspec.Struct, gc=False):
@@ -50,8 +53,8 @@ class Reply(msgspec.Struct):
 
     type: str
     id: int = 0
-    sid: int = 0
-    seq: int = 0
+    sid: Sid = 0
+    seq: Seq = 0
     msg: Any = None
 
 
@@ -60,21 +63,21 @@ class Delta(msgspec.Struct):
 
     market_ticker: str
     side: str
-    market_id: str = ""
+    market_id: str | None = None
     price_dollars: str | None = None
     delta_fp: str | None = None
     price: int | None = None
     delta: int | None = None
     ts: str | None = None
     ts_ms: int | None = None
-    client_order_id: str = ""
+    client_order_id: str | None = None
 
 
 class Snapshot(msgspec.Struct):
     """Body of an `orderbook_snapshot`. The key of an empty side is absent (or null)."""
 
     market_ticker: str
-    market_id: str = ""
+    market_id: str | None = None
     yes_dollars_fp: list[tuple[str, str]] | None = None
     no_dollars_fp: list[tuple[str, str]] | None = None
     yes_dollars: list[tuple[str, int | str]] | None = None
@@ -96,8 +99,8 @@ decode_snapshot_head = msgspec.json.Decoder(SnapshotHead).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
 _delta = msgspec.json.Decoder(_DeltaFrame).decode
 _snapshot = msgspec.json.Decoder(_SnapshotFrame).decode
-DecodeError = (msgspec.DecodeError, UnicodeDecodeError)
-"""What decoding raises on bytes that are not what they should be."""
+DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises on bytes that are not what they should be; the last for brackets without end."""
 
 
 def decode_delta(frame: bytes) -> Delta:

@@ -6,22 +6,21 @@ No float touches a price or a size. Both wire forms are read: fixed-point string
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Decimal
 
 PRICE_SCALE = 4
 QTY_SCALE = 2
 ONE_DOLLAR = 10**PRICE_SCALE
+_DECIMAL = re.compile(r"-?[0-9]{1,14}(\.[0-9]{1,12})?")
+"""Far more than any price or size. `Decimal` alone would take 1e999999999, and a minute over it."""
 
 
 def fixed_point(text: str, scale: int) -> int:
     """`text` as an integer count of 10**-scale units; raises ValueError where it is not exact."""
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        raise ValueError(f"{text!r} is not a decimal number") from None
-    if not value.is_finite():
-        raise ValueError(f"{text!r} is not a finite number")
-    scaled = value.scaleb(scale)
+    if not _DECIMAL.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is not a decimal number, or out of all proportion")
+    scaled = Decimal(text).scaleb(scale)
     units = int(scaled)
     if units != scaled:
         raise ValueError(f"{text!r} has more than {scale} decimals")
@@ -36,6 +35,13 @@ def price_units(dollars: str) -> int:
 def qty_units(contracts: str) -> int:
     """Contracts ("300.00") to 1e-2 contracts (30000)."""
     return fixed_point(contracts, QTY_SCALE)
+
+
+def cents_units(whole: int) -> int:
+    """The wire's integers of before March 2026, cents or contracts, to our units: a hundred of either."""
+    if abs(whole) >= 10**14:
+        raise ValueError(f"{whole:.3e} is out of all proportion")
+    return whole * 100
 
 
 def dollars(price: int) -> str:

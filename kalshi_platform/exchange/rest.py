@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -45,7 +44,9 @@ from kalshi_platform.exchange.errors import (
     RateLimited,
     Unreachable,
 )
+from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
@@ -68,6 +69,10 @@ EVENTS_PAGE = 200
 TICKERS_AT_ONCE = 100
 TICKER_CHARACTERS_AT_ONCE = 4_000
 """Far below the 8 kB at which proxies begin to refuse a URL."""
+
+PIECE_BYTES = 65_536
+LONGEST_ANSWER_BYTES = 64 << 20
+"""A page of a thousand markets is some 2 MB."""
 
 WORRYING_SKEW_S = 5.0
 """The exchange takes signatures that are about 10 s old; its Date header knows whole seconds."""
@@ -136,9 +141,7 @@ class RestClient:
         self._http = httpx.Client(
             timeout=TIMEOUT,
             headers={"User-Agent": f"kalshi-platform/{__version__}"},
-            trust_env=not _is_loopback(
-                urlsplit(self._base).hostname or ""
-            ),  # no proxy to ourselves
+            trust_env=not is_loopback(urlsplit(self._base).hostname or ""),  # no proxy to ourselves
         )
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((RateLimited, Unreachable)),
@@ -354,7 +357,7 @@ class RestClient:
             if inside not in members and default is None:
                 raise ProtocolError(f"GET {path}: the exchange's answer has no {inside!r}.")
             return msgspec.json.decode(members[inside], type=kind) if inside in members else default
-        except msgspec.DecodeError as error:
+        except DecodeError as error:
             raise ProtocolError(
                 f"GET {path}: the exchange's answer cannot be read: {error}."
             ) from error
@@ -382,7 +385,10 @@ class RestClient:
         given = {name: value for name, value in params.items() if value is not None}
         sent = time.time()
         try:
-            answer = self._http.get(self._base + path, params=given, headers=dict(headers))
+            with self._http.stream(
+                "GET", self._base + path, params=given, headers=dict(headers)
+            ) as answer:
+                body = _bounded(path, answer)
         except httpx.TimeoutException as error:
             raise Unreachable(f"The exchange at {self._base} did not answer in time.") from error
         except httpx.TransportError as error:
@@ -393,10 +399,8 @@ class RestClient:
         now_s = (sent + time.time()) / 2
         self._clock_skew_s = clock_skew_s(answer.headers, now_s)
         if answer.status_code == httpx.codes.OK:
-            return answer.content
-        raise refusal(
-            answer.status_code, answer.content, answer.headers, what=f"GET {path}", now_s=now_s
-        )
+            return body
+        raise refusal(answer.status_code, body, answer.headers, what=f"GET {path}", now_s=now_s)
 
     def _remedy_for_silence(self) -> str:
         if self._exchange.simulated:
@@ -470,6 +474,19 @@ def _credentials_sentence(status: int, said: Refusal, what: str, skew_s: float |
     )
 
 
+def _bounded(path: str, answer: httpx.Response) -> bytes:
+    """The body of an answer, unpacked, unless it has no reasonable end."""
+    body = bytearray()
+    for piece in answer.iter_bytes(PIECE_BYTES):
+        body += piece
+        if len(body) > LONGEST_ANSWER_BYTES:
+            raise ProtocolError(
+                f"GET {path}: the answer is longer than {LONGEST_ANSWER_BYTES >> 20} MiB, and was not read"
+                " to its end. Is KALSHI_REST_URL the exchange's?"
+            )
+    return bytes(body)
+
+
 class _TickerBook(msgspec.Struct):
     ticker: str
     orderbook_fp: Orderbook
@@ -508,10 +525,3 @@ def _batches(tickers: Iterable[str]) -> Iterator[list[str]]:
         characters += length
     if batch:
         yield batch
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False

@@ -30,6 +30,7 @@ from kalshi_platform.exchange.frames import (
     decode_reply,
     decode_snapshot_head,
 )
+from kalshi_platform.printable import printable
 
 CHANNEL = "orderbook_delta"
 BATCH = 500
@@ -45,6 +46,8 @@ RECOVERY_MIN_S, RECOVERY_MAX_S = 1.0, 30.0
 CALM_S = 60.0
 """So long without a gap, and recovery is prompt again."""
 
+LONGEST_TEXT = 500
+"""Of what the exchange says in an error; the frame itself is recorded whole."""
 TERMINAL_ERRORS = {10: "channel error", 25: "buffer overflow: this client read too slowly"}
 TRY_AGAIN_ERRORS = {18, 27}
 AUTHENTICATION_REQUIRED = 9
@@ -301,7 +304,9 @@ class Session:
     def _error(
         self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
     ) -> None:
-        code, text = body.get("code"), str(body.get("msg", ""))
+        code, text = body.get("code"), printable(str(body.get("msg", ""))[:LONGEST_TEXT])
+        if not isinstance(code, int):
+            code = None  # it may be anything, also what has no hash
         if code in TERMINAL_ERRORS:
             self.ended = f"error {code}, {TERMINAL_ERRORS[code]}"
         elif code == AUTHENTICATION_REQUIRED:

@@ -7,6 +7,10 @@ with PSS over SHA-256 (salt as long as the digest), Ed25519 keys sign the text i
 from __future__ import annotations
 
 import base64
+import logging
+import os
+import shlex
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 
 from kalshi_platform.exchange.errors import CredentialsError
+
+for _library in ("websockets.client", "httpcore"):
+    # Asked for DEBUG, say by the root logger, they write out every header: key id and signatures.
+    logging.getLogger(_library).setLevel(logging.INFO)
 
 PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 
@@ -56,9 +64,20 @@ def signed_text(timestamp_ms: int | str, method: str, path: str) -> bytes:
 
 
 def load_signer(key_file: Path) -> Signer:
-    """Read a PEM private key. Raises `CredentialsError` saying what is wrong with the file."""
+    """Read a PEM private key. Raises `CredentialsError` saying what is wrong with the file.
+
+    As ssh does, it refuses a key of this user's own that others may read: the remedy is one command.
+    What this user cannot mend passes, and `doctor` points it out (`open_to_others`): a file of
+    somebody else's, such as root's in a container, or on a read-only mount, as secrets are mounted.
+    """
     try:
-        pem = key_file.read_bytes()
+        with key_file.open("rb") as file:
+            if _is_carelessly_open(file.fileno()):
+                raise CredentialsError(
+                    f"Key file {key_file} can be read by other users of this machine, so it is not used."
+                    f" Close it to them: chmod 600 {shlex.quote(str(key_file))}"
+                )
+            pem = file.read()
     except FileNotFoundError:
         raise CredentialsError(
             f"Key file {key_file} does not exist. Set PROD_KEYFILE to the private key that the exchange gave you."
@@ -90,6 +109,18 @@ def load_signer(key_file: Path) -> Signer:
     raise CredentialsError(
         f"Key file {key_file} holds a {type(key).__name__}; the exchange takes RSA or Ed25519 keys."
     )
+
+
+def open_to_others(mode: int) -> bool:
+    """Whether a file's mode lets its group or everybody read, change or run it."""
+    return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
+def _is_carelessly_open(descriptor: int) -> bool:
+    found = os.fstat(descriptor)
+    if not open_to_others(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    return not os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
 
 
 class Credentials:

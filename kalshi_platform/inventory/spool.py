@@ -218,7 +218,7 @@ class Spool:
 def _taken(folder: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(folder / "spool.lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InventoryError(

@@ -321,7 +321,7 @@ def _sorted(
         rows = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
         order = _order(rows, keys)
         for start in range(0, len(order), ROW_GROUP_ROWS):
-            yield _own_dictionaries(rows.take(pa.array(order[start : start + ROW_GROUP_ROWS])))
+            yield own_dictionaries(rows.take(pa.array(order[start : start + ROW_GROUP_ROWS])))
 
 
 def _ranges(by_market: Counter[str]) -> list[frozenset[str]]:
@@ -375,7 +375,7 @@ def _number(array: pa.Array) -> npt.NDArray[np.int64]:
     return ordered
 
 
-def _own_dictionaries(rows: pa.Table) -> pa.Table:
+def own_dictionaries(rows: pa.Table) -> pa.Table:
     """Dictionaries of the values that occur alone: a row group has no use for the others."""
     for at, field in enumerate(rows.schema):
         if pa.types.is_dictionary(field.type):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,23 @@ _MSG = _WIRE_DELTA.field("msg").type
 _PRICE_TEXT = r"^[01]\.\d{4}$"
 _QTY_TEXT = r"^-?\d{1,14}\.\d{2}$"
 _TS_TEXT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$"
+_RFC_3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
+)
+_ODD_SNAPSHOT = "|".join(
+    [
+        r'\\|"\s+:|"(?:market_ticker|market_id)":[^"]|[\[,][^"\[\]]',
+        *(
+            f'"{key}":.*"{key}":'
+            for key in (
+                *("sid", "seq", "msg", "market_ticker", "market_id"),
+                *("yes_dollars_fp", "no_dollars_fp"),
+            )
+        ),
+    ]
+)
+"""What Polars' reader takes otherwise than the slow path: numbers where texts should be, and keys that
+come twice, however they are written. (Arrow's refuses both.) 0.3 µs a kB."""
 _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 KNOWN_TYPES = frozenset(
@@ -301,7 +319,7 @@ def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
                 change.price,
                 change.qty,
                 at,
-                delta.client_order_id,
+                delta.client_order_id or "",
             )
         )
     return (
@@ -327,11 +345,13 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
     wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
     market_id = pl.col("market_id").fill_null("")
     wide = wide.with_columns(
-        pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id")
+        pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
+        _odd(records["frame"], _ODD_SNAPSHOT).alias("odd"),
     )
     legacy = pl.any_horizontal(pl.col("yes_dollars", "no_dollars", "yes", "no").is_not_null())
     plain = (
         ~legacy
+        & ~pl.col("odd")
         & pl.col("seq").is_not_null()
         & pl.col("sid").is_not_null()
         & pl.col("market_ticker").is_not_null()
@@ -472,7 +492,7 @@ def _text(frame: bytes) -> str:
         return "base64:" + base64.b64encode(frame).decode()
 
 
-def _market_id(text: str) -> str:
+def _market_id(text: str | None) -> str:
     if not text:
         return ZERO_UUID
     try:
@@ -483,17 +503,20 @@ def _market_id(text: str) -> str:
 
 def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
     """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
-    if ts is not None:
-        try:
-            at = datetime.fromisoformat(ts)
-        except ValueError:
-            raise BookError(f"ts {ts!r} is not an RFC 3339 time") from None
-        if at.tzinfo is None:
-            raise BookError(f"ts {ts!r} has no time zone")
-        return at
-    if ts_ms is not None:
-        return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
+    try:
+        if ts is not None:
+            if not _RFC_3339.fullmatch(ts):
+                raise BookError(f"ts {ts[:40]!r} is not an RFC 3339 time")
+            return datetime.fromisoformat(ts).astimezone(UTC)
+        if ts_ms is not None:
+            return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
+    except (ValueError, OverflowError, OSError):
+        raise BookError(f"ts {ts or ts_ms!r} is no time that there is") from None
     return None
+
+
+def _odd(frames: pl.Series, what: str) -> pl.Series:
+    return frames.cast(pl.String).str.contains(what)
 
 
 def _json(frames: pl.Series, schema: pa.Schema) -> pa.Table | None:

@@ -38,7 +38,7 @@ def prepare(data_dir: Path, socket: Path) -> Home:
     server = {"grpc_server": {"socket": str(socket), "location_name": code["location_name"]}}
     home = Home(folder, folder / "workspace.yaml", code["module_name"], code["location_name"])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         _write(folder / "dagster.yaml", _relocated(instance, data_dir))
         _write(home.workspace, {"load_from": [server]})
     except OSError as error:

@@ -23,6 +23,7 @@ from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials
+from kalshi_platform.printable import printable
 from kalshi_platform.recording.journal import Writer
 
 log = logging.getLogger(__name__)
@@ -348,7 +349,7 @@ def _closing(socket: BatchedConnection) -> str:
     frame = socket.protocol.close_rcvd
     if frame is None:
         return "the connection broke without a close frame"
-    return f"closed by the exchange: {frame.code} {frame.reason}".rstrip()
+    return printable(f"closed by the exchange: {frame.code} {frame.reason}".rstrip())
 
 
 async def _either(event: asyncio.Event, seconds: float) -> None:

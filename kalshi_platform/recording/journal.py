@@ -128,7 +128,7 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         except OSError as error:
             raise JournalError(
                 f"The journal folder {folder} cannot be made ({error.strerror})."
@@ -450,17 +450,22 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
         while size is None or offset < size:
             message = _message(file, offset)
             if message is None:
+                if size is not None:  # it had been whole
+                    raise _corrupt(path, offset, expected or start.n, "a batch without an end")
                 return
             try:
                 stream = pa.ipc.open_stream(header + message)
                 batch, metadata = stream.read_next_batch_with_custom_metadata()
+                first_n, crc = int(metadata["n"]), int(metadata["crc32"])
             except StopIteration:  # the end mark
                 return
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError, MemoryError) as error:
                 raise _corrupt(path, offset, expected or start.n, str(error)) from None
-            first_n, crc = int(metadata["n"]), int(metadata["crc32"])
+            except (KeyError, TypeError, ValueError):
+                why = "a batch without its number and checksum"
+                raise _corrupt(path, offset, expected or start.n, why) from None
             begins_right = first_n <= start.n if expected is None else first_n == expected
-            if not begins_right or _checksum(batch) != crc:
+            if not begins_right or not _has_shape(batch) or _checksum(batch) != crc:
                 why = "checksum or numbering does not fit"
                 raise _corrupt(path, offset, expected or start.n, why)
             begin = Position(start.segment, offset, first_n)
@@ -474,6 +479,7 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:
     """One whole IPC message, or None where the file ends before it does."""
+    there = os.fstat(file.fileno()).st_size - offset  # a damaged length may be of any size
     file.seek(offset)
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -481,14 +487,13 @@ def _message(file: io.BufferedReader, offset: int) -> bytes | None:
     metadata_bytes = int.from_bytes(prefix[4:], "little")
     if metadata_bytes == 0:
         return prefix  # the end mark
+    if metadata_bytes > there - 8:
+        return None
     metadata = file.read(metadata_bytes)
-    if len(metadata) < metadata_bytes:
-        return None
     body_bytes = _body_length(metadata)
-    body = file.read(body_bytes)
-    if len(body) < body_bytes:
+    if body_bytes > there - 8 - metadata_bytes:
         return None
-    return prefix + metadata + body
+    return prefix + metadata + file.read(body_bytes)
 
 
 def _body_length(metadata: bytes) -> int:
@@ -504,6 +509,14 @@ def _body_length(metadata: bytes) -> int:
     if field == 0:
         return 0
     return int.from_bytes(metadata[table + field : table + field + 8], "little")
+
+
+def _has_shape(batch: pa.RecordBatch) -> bool:
+    """Whether the batch has our columns, and as many rows as its buffers: the checksum is of these alone."""
+    conn = batch.column(1) if batch.schema.equals(SCHEMA) else None
+    if conn is None or any(column.null_count for column in batch.columns):
+        return False
+    return bool(conn.buffers()[1].size == 16 * batch.num_rows)
 
 
 def _checksum(batch: pa.RecordBatch) -> int:

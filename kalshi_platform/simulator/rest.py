@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kalshi_platform.browsers import OwnPagesOnly
 from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
@@ -30,10 +32,11 @@ from kalshi_platform.simulator.venue import Venue
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def application(venue: Venue) -> Starlette:
-    """Every page over one venue."""
+def application(venue: Venue, *, loopback: bool = True) -> Starlette:
+    """Every page over one venue; `loopback` says that it listens on that interface alone."""
     return Starlette(
         routes=[*_exchange_routes(venue), *_simulator_routes(venue)],
+        middleware=[Middleware(OwnPagesOnly, loopback=loopback)],
         lifespan=_lifespan(venue),
         exception_handlers={404: _no_such_page, 405: _no_such_page},
     )

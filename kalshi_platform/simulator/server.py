@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.simulator import keys, replay, rest
 from kalshi_platform.simulator.book import BookView
 from kalshi_platform.simulator.config import SimulatorConfig
@@ -142,7 +143,7 @@ class Simulator:
         venue = Venue(config, _exchange(config), self._keys)
         server = _Server(
             uvicorn.Config(
-                rest.application(venue),
+                rest.application(venue, loopback=is_loopback(config.host)),
                 ws=ClientSocket,
                 lifespan="on",
                 log_config=None,

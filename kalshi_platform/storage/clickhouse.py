@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from clickhouse_connect.driver.httputil import get_pool_manager
 from urllib3 import PoolManager
 from urllib3.exceptions import HTTPError
 
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
@@ -115,7 +115,7 @@ def connect(
     Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user or database.
     """
     url = urlsplit(settings.clickhouse_url)
-    local = _is_loopback(url.hostname or "")
+    local = is_loopback(url.hostname or "")
     with translated(settings):
         return clickhouse_connect.get_client(
             interface="https" if url.scheme == "https" else "http",
@@ -309,12 +309,3 @@ def _local_pool() -> PoolManager:
     """Connections to this machine, never through the environment's proxy; shared by all clients."""
     pool: PoolManager = get_pool_manager()
     return pool
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False

@@ -132,9 +132,35 @@ def test_without_a_key_and_without_a_simulator_it_says_so(patient: Patient) -> N
         assert lines[name].startswith("·")
 
 
-def test_a_key_file_that_others_can_read_is_pointed_out(patient: Patient) -> None:
+def test_a_key_file_that_others_can_read_is_refused(patient: Patient) -> None:
     patient.key_file.chmod(0o644)
-    assert patient.examined()["key file"].endswith(f"chmod 600 {patient.key_file}")
+    line = patient.examined()["key file"]
+    assert line.startswith("✗")
+    assert line.endswith(f"chmod 600 {patient.key_file}")
+
+
+def test_a_key_file_that_only_its_owner_could_close_is_pointed_out(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient.key_file.chmod(0o444)
+    monkeypatch.setattr("os.geteuid", lambda: patient.key_file.stat().st_uid + 1)
+    line = patient.examined()["key file"]
+    assert line.startswith("!")
+    assert "mode 0400" in line
+
+
+def test_secrets_in_an_env_file_that_others_can_read_are_pointed_out(patient: Patient) -> None:
+    env = patient.key_file.parent / ".env"
+    env.write_text("CLICKHOUSE_PASSWORD=\nSIMULATOR_RATE=10\n")
+    assert patient.examined()["settings"].startswith("✓")
+    env.write_text("CLICKHOUSE_PASSWORD=hidden-word\n")
+    patient.set(CLICKHOUSE_PASSWORD="")  # the environment wins over the file
+    line = patient.examined()["settings"]
+    assert line.startswith("!")
+    assert "CLICKHOUSE_PASSWORD in .env" in line
+    assert "hidden-word" not in line
+    env.chmod(0o600)
+    assert patient.examined()["settings"].startswith("✓")
 
 
 @pytest.mark.parametrize("content", [None, b"not a key"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -177,6 +178,7 @@ def test_a_wrong_key_is_told_and_not_tried_again(
 ) -> None:
     simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
     other = tmp_path / "other.pem"
+    other.touch(mode=0o600)
     other.write_bytes(
         ed25519.Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM,
@@ -409,8 +411,10 @@ def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Ex
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
             said = answer(parts.path, parse_qs(parts.query))
-            body = json.dumps(said).encode()
+            body = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(404 if said is None else 200)
+            if isinstance(said, bytes):
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -432,3 +436,18 @@ def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Ex
 
 def _quiet(exchange: Exchange) -> RestClient:
     return RestClient(exchange, signed=False, sleep=lambda _: None)
+
+
+@pytest.mark.parametrize("body", [b'{"error":"\x9d"}', b"[" * 100_000, b"\xff\xfe<html>"])
+def test_an_error_answer_that_is_no_json_is_still_a_refusal(body: bytes) -> None:
+    assert isinstance(refusal(400, body, {}), ExchangeError)
+
+
+def test_an_answer_without_a_reasonable_end_is_not_read_to_it() -> None:
+    bomb = gzip.compress(bytes(200 << 20), 9)  # 200 MiB in 200 kB
+    with (
+        _scripted(lambda *_: bomb) as exchange,
+        _quiet(exchange) as client,
+        pytest.raises(ProtocolError, match="longer than 64 MiB"),
+    ):
+        client.status()

@@ -253,3 +253,13 @@ def test_a_deleted_line_of_the_recording_is_one_gap() -> None:
         session.receive(line, 0.0)
     (gap,) = gaps(session)
     assert gap["missing"] == 3
+
+
+@pytest.mark.parametrize("code", [[], {}, None, "10", 10.0, [10]])
+def test_an_error_of_no_known_form_ends_nothing(code: object) -> None:
+    session = Session(["A-1"])
+    subscribed(session)
+    frame = {"type": "error", "sid": 1, "seq": 1, "msg": {"code": code, "msg": "what"}}
+    assert session.receive(json.dumps(frame).encode(), 1.0) is Kind.CONTROL
+    assert session.ended is None
+    assert len(session.warnings) == 1

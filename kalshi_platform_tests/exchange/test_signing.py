@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -26,6 +29,12 @@ def pem(
     )
 
 
+def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
 @pytest.fixture(scope="module")
 def rsa_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65_537, 2048)
@@ -41,7 +50,7 @@ def test_the_signed_text_has_no_query_string() -> None:
 def test_an_rsa_signature_verifies_as_pss_with_the_digests_salt(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey
 ) -> None:
-    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    write(tmp_path / "key.pem", pem(rsa_key))
     headers = Credentials("id", load_signer(tmp_path / "key.pem"), lambda: 1_700).headers(
         "GET", "/trade-api/ws/v2"
     )
@@ -53,13 +62,13 @@ def test_an_rsa_signature_verifies_as_pss_with_the_digests_salt(
 
 def test_an_ed25519_key_signs_the_text_itself(tmp_path: Path) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
-    (tmp_path / "key.pem").write_bytes(pem(key))
+    write(tmp_path / "key.pem", pem(key))
     signature = load_signer(tmp_path / "key.pem").sign(b"text")
     key.public_key().verify(signature, b"text")
 
 
 def test_every_request_is_signed_anew(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
-    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    write(tmp_path / "key.pem", pem(rsa_key))
     ticks = iter([1, 2])
     credentials = Credentials("id", load_signer(tmp_path / "key.pem"), lambda: next(ticks))
     first, second = (credentials.headers("GET", "/x") for _ in range(2))
@@ -80,7 +89,7 @@ def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
         "curve": "RSA or Ed25519",
     }
     for name, text in content.items():
-        (tmp_path / name).write_bytes(text)
+        write(tmp_path / name, text)
         with pytest.raises(CredentialsError, match=remedy[name]) as error:
             load_signer(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
@@ -93,5 +102,32 @@ def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
 
 
 def test_credentials_show_nothing(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
-    (tmp_path / "key.pem").write_bytes(pem(rsa_key))
+    write(tmp_path / "key.pem", pem(rsa_key))
     assert "my-key-id" not in repr(Credentials("my-key-id", load_signer(tmp_path / "key.pem")))
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o666, 0o777])
+def test_a_key_that_others_can_read_is_refused_with_the_command_that_closes_it(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, mode: int
+) -> None:
+    path = write(tmp_path / "my key.pem", pem(rsa_key), mode)
+    with pytest.raises(CredentialsError, match="can be read by other users") as error:
+        load_signer(path)
+    subprocess.run(str(error.value).partition("to them: ")[2], shell=True, check=True)
+    load_signer(path)
+
+
+def test_a_key_that_this_user_cannot_close_is_used(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "key.pem", pem(rsa_key), 0o444)
+    with monkeypatch.context() as on_a_read_only_mount:
+        on_a_read_only_mount.setattr(
+            os, "fstatvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID)
+        )
+        load_signer(path)
+    with monkeypatch.context() as somebody_elses:
+        somebody_elses.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+        load_signer(path)
+    with pytest.raises(CredentialsError):
+        load_signer(path)

@@ -216,3 +216,21 @@ def test_pruning_keeps_what_is_needed(tmp_path: Path) -> None:
     removed = journal.prune(tmp_path, 25, older_than_s=0)
     assert [p.stem for p in removed] == [f"{0:020d}", f"{10:020d}"]
     assert frames(tmp_path)[0] == b"frame 20"
+
+
+def test_a_damaged_length_or_count_is_damage_and_not_fewer_records(tmp_path: Path) -> None:
+    """Every byte of a segment's first batch, changed: its records, or an error, and never a silence."""
+    write(tmp_path, 21)
+    path = journal.segment_path(tmp_path, 0)
+    whole = path.read_bytes()
+    first, *_ = journal.read(tmp_path, journal.beginning(tmp_path))
+    durable = Position(0, len(whole), 21)
+    for at in range(first.begin.offset, first.end.offset):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        try:
+            blocks = list(journal.read(tmp_path, journal.beginning(tmp_path), durable))
+        except JournalError as error:
+            assert "good up to record" in str(error)
+        else:
+            kept = [f for block in blocks for f in block.batch.column("frame").to_pylist()]
+            assert kept == [b"frame %d" % n for n in range(21)]

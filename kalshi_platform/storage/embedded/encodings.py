@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import lz4.frame
@@ -13,6 +14,8 @@ from kalshi_platform.storage.embedded.answers import ClickHouseError
 PREFERENCE = ("lz4", "zstd", "gzip", "deflate")
 """Order in which an encoding is chosen among those that the client takes; ClickHouse's own."""
 
+STEP_BYTES, STEP_BYTES_ZSTD = 16_384, 256
+"""Of a body, unpacked at a time: at most some 16 MiB come of it. zstd makes 128 KiB of four bytes."""
 _GZIP_WBITS = 16 + zlib.MAX_WBITS
 
 
@@ -92,19 +95,24 @@ class Decompressor:
                 )
         self._fresh = True
 
-    def decompress(self, data: bytes) -> bytes:
-        """The next piece. Raises `ClickHouseError` for bytes that are not of the encoding."""
-        pieces = []
-        try:
-            while data:
-                if self._current.eof:
-                    self._new()
-                pieces.append(self._current.decompress(data))
-                self._fresh = False
-                data = (self._current.unused_data or b"") if self._current.eof else b""
-        except (zlib.error, RuntimeError, zstandard.ZstdError) as error:
-            raise self._broken(str(error)) from error
-        return b"".join(pieces)
+    def decompress(self, data: bytes) -> Iterator[bytes]:
+        """What the next bytes of the body come to, in pieces that fit into memory whatever they are.
+
+        Raises `ClickHouseError` for bytes that are not of the encoding.
+        """
+        step = STEP_BYTES_ZSTD if self._encoding == "zstd" else STEP_BYTES
+        for begin in range(0, len(data), step):
+            rest = data[begin : begin + step]
+            try:
+                while rest:
+                    if self._current.eof:
+                        self._new()
+                    unpacked = self._current.decompress(rest)
+                    self._fresh = False
+                    rest = (self._current.unused_data or b"") if self._current.eof else b""
+                    yield unpacked
+            except (zlib.error, RuntimeError, zstandard.ZstdError) as error:
+                raise self._broken(str(error)) from error
 
     def finish(self) -> None:
         """Raises `ClickHouseError` where the body ends within a frame."""

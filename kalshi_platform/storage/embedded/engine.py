@@ -474,7 +474,7 @@ def make_writable(path: Path) -> None:
     if any(sign in str(path) for sign in "?&<>"):
         raise StoreError(f"The data folder {path} has one of ? & < > in its name: give another.")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o750, parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.write_bytes(b"1")
         probe.unlink()

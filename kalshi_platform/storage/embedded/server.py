@@ -28,7 +28,6 @@ from email.parser import BytesParser
 from email.policy import HTTP as MIME
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -36,6 +35,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from kalshi_platform.browsers import refusal
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
 from kalshi_platform.storage.embedded.confinement import confine
 from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
@@ -81,8 +82,10 @@ class _Call:
 class Server:
     """Answers HTTP for one engine."""
 
-    def __init__(self, engine: Engine, user: str, password: str) -> None:
+    def __init__(self, engine: Engine, user: str, password: str, *, loopback: bool = True) -> None:
+        """`loopback`: whether it listens on that interface alone."""
         self._engine = engine
+        self._loopback = loopback
         self._user = user.encode()
         self._password = password.encode()
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
@@ -105,7 +108,7 @@ class Server:
         query_id = http.query_params.get("query_id") or str(uuid.uuid4())
         spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(self._engine.spool))  # noqa: SIM115 - closed below, on every path
         try:
-            _check_origin(http)
+            _check_origin(http, loopback=self._loopback)
             self._check_password(http)
             call = await self._read(http, spool, query_id)
             return await self._answer(http, call)
@@ -190,7 +193,8 @@ class Server:
             return
         decompressor = Decompressor(encoding)
         async for piece in http.stream():
-            spool.write(decompressor.decompress(piece))
+            for unpacked in decompressor.decompress(piece):
+                spool.write(unpacked)
         decompressor.finish()
 
     async def _answer(self, http: Request, call: _Call) -> Response:
@@ -325,18 +329,13 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _check_origin(http: Request) -> None:
+def _check_origin(http: Request, *, loopback: bool) -> None:
     """Refuse what a web page of another site sends through its visitor's browser.
 
-    Such a page can reach the loopback interface, and the default password is empty. Browsers name
-    the page in `Origin`; other clients send none.
+    Such a page can reach the loopback interface, and the default password is empty.
     """
-    origin = http.headers.get("origin")
-    host = urlsplit(origin).hostname if origin else None
-    if origin is not None and host not in {"127.0.0.1", "localhost", "::1", http.url.hostname}:
-        raise ClickHouseError(
-            497, "ACCESS_DENIED", f"Requests from web pages of other sites are refused: {origin}."
-        )
+    if why := refusal(http.headers, loopback=loopback):
+        raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 
 def _header(http: Request, name: str, otherwise: str = "") -> bytes:
@@ -419,15 +418,21 @@ def serve(
 
     On Linux the calling thread is confined to `path` for good (confinement.py): give `serve` a
     process of its own. `ready` is called with the port once requests are answered. Raises `StoreError` where the
-    port is taken, or the folder is in use, not writable or on a full disk.
+    port is taken, the folder is in use, not writable or on a full disk, or other machines could come
+    in without a password.
     """
     folder = path.expanduser().absolute()
+    if not password and not is_loopback(host):
+        raise StoreError(
+            f"--host {host} opens the database to other machines, and CLICKHOUSE_PASSWORD is empty: whoever"
+            " reaches the port could read and change everything. Set a password, or leave --host out."
+        )
     listener = _bind(host, port)
     with listener:
         make_writable(folder)
         confine(folder)
         engine = Engine(folder)
-        server = Server(engine, user, password)
+        server = Server(engine, user, password, loopback=is_loopback(host))
         _run(server, engine, listener, ready)
         server.stop()
         if not engine.end_queries(END_QUERIES_S / 3):

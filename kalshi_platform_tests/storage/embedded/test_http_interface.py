@@ -288,11 +288,22 @@ def test_the_servers_port_is_on_loopback_only(clickhouse_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"),
-    [("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 200), (None, 200)],
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Host": "evil.example:8123", "Origin": "http://evil.example:8123"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),  # as an <img> sends it
+        ({}, 200),
+    ],
 )
 def test_a_web_page_of_another_site_is_refused(
-    clickhouse_url: str, origin: str | None, status: int
+    web: httpx.Client, clickhouse_url: str, headers: dict[str, str], status: int
 ) -> None:
-    headers = {"Origin": origin} if origin else {}
-    assert httpx.post(clickhouse_url, content="SELECT 1", headers=headers).status_code == status
+    for answer in (
+        web.post(clickhouse_url, content="SELECT 1", headers=headers),
+        web.get(clickhouse_url, params={"query": "SELECT 1"}, headers=headers),
+    ):
+        assert answer.status_code == status
+        assert (answer.headers.get("X-ClickHouse-Exception-Code") == "497") == (status == 403)

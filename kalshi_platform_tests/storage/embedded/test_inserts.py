@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from kalshi_platform.storage.embedded.encodings import Decompressor, compressor
 from kalshi_platform_tests.storage.embedded.conftest import Ask
 
 ROWS = [(1, "one"), (2, "zwei ü"), (3, "tab\there")]
@@ -232,3 +233,15 @@ def test_a_body_that_breaks_off_stores_nothing(
     client.close()
     ask("INSERT INTO t FORMAT CSV", DATA["CSV"]).raise_for_status()
     assert table() == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "lz4", "zstd"])
+def test_a_body_is_unpacked_in_pieces_that_fit_into_memory(encoding: str) -> None:
+    packed = compressor(encoding)
+    zeros = bytes(1 << 20)
+    bomb = b"".join(packed.compress(zeros) for _ in range(64)) + packed.flush()
+    body = Decompressor(encoding)
+    sizes = [len(piece) for piece in body.decompress(bomb)]
+    body.finish()
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= 17 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import signal
 import socket
 import subprocess
@@ -213,3 +214,19 @@ def _wait_for_query(url: str) -> None:
     while _ask(url, "SELECT count() FROM system.processes").text == "1\n":
         assert time.monotonic() < deadline, "the query never started"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_it_is_not_opened_to_other_machines_without_a_password(tmp_path: Path, host: str) -> None:
+    command = [sys.executable, "-m", "kalshi_platform", "clickhouse", "--port", "0"]
+    ended = subprocess.run(
+        [*command, "--host", host, "--path", str(tmp_path)],
+        env={**os.environ, "CLICKHOUSE_PASSWORD": ""},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "CLICKHOUSE_PASSWORD is empty" in ended.stderr
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,431 @@
+"""Secrets stay where they were given: a whole session of the platform is searched for them, byte by byte.
+
+And what else can be seen of that session from outside: where it listens, and to whom it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.exchange.connection import LiveConnection, dial
+from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.loopback import is_loopback
+from kalshi_platform.recording import journal
+from kalshi_platform.simulator.config import SimulatorConfig
+from kalshi_platform.simulator.server import Simulator, running
+from kalshi_platform_tests.commands.test_up import Up, free_ports, until
+
+KEY_ID = "5ec7e7-key-id-0f-a-session"
+WRONG_ID = "5ec7e7-another-key-id"
+USER, PASSWORD = "somebody", "5ec7e7-clickhouse-word"
+WRONG_PASSWORD = "5ec7e7-wrong-word"
+QA_PASSWORD = "5ec7e7-word-of-qa"
+
+
+def new_key(path: Path) -> rsa.RSAPrivateKey:
+    key = rsa.generate_private_key(65_537, 2048)
+    path.touch(mode=0o600)
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return key
+
+
+def secrets_of(*keys: rsa.RSAPrivateKey) -> set[bytes]:
+    """Everything that must be nowhere, in each form that it could take."""
+    words = {KEY_ID, WRONG_ID, PASSWORD, WRONG_PASSWORD, QA_PASSWORD}
+    found = {word.encode() for word in words}
+    found |= {base64.b64encode(f"{USER}:{word}".encode()) for word in words}
+    for key in keys:
+        private = key.private_numbers()
+        numbers = (private.d, private.p, private.q)
+        found |= {n.to_bytes((n.bit_length() + 7) // 8, "big")[8:40] for n in numbers}
+        found |= {str(n).encode()[:40] for n in numbers} | {
+            f"{n:x}".encode()[8:48] for n in numbers
+        }
+        for form in (
+            serialization.PrivateFormat.PKCS8,
+            serialization.PrivateFormat.TraditionalOpenSSL,
+        ):
+            pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+            found |= {line for line in pem.splitlines() if len(line) == 64}
+    return found
+
+
+@dataclass
+class Session:
+    """What a session of the platform said, wrote and was seen to do."""
+
+    folder: Path
+    secrets: set[bytes]
+    said: dict[str, bytes] = field(default_factory=dict)
+    """Output of each command, command lines, answers of ClickHouse."""
+    listening: set[tuple[str, int, str]] = field(default_factory=set)
+    """(address, port, program)"""
+    answers: dict[str, int] = field(default_factory=dict)
+    """HTTP status of what a web page of another site asks for."""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """`up` with a key and passwords, and every command beside it, also with the wrong ones."""
+    folder = tmp_path_factory.mktemp("session")
+    keys = tmp_path_factory.mktemp("keys")
+    right, wrong = new_key(keys / "right.pem"), new_key(keys / "wrong.pem")
+    with running(SimulatorConfig(markets=3, rate=100, rolling_markets=0)) as simulator:
+        simulator.register(KEY_ID, right.public_key())
+        yield _live_through(folder, keys, simulator, secrets_of(right, wrong))
+
+
+def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[bytes]) -> Session:
+    ui, clickhouse = free_ports(2)
+    env = {
+        "PROD_KEYID": KEY_ID,
+        "PROD_KEYFILE": str(keys / "right.pem"),
+        "KALSHI_WS_URL": simulator.ws_url,
+        "KALSHI_REST_URL": simulator.rest_url,
+        "MARKET_TICKERS": ",".join(simulator.books()),
+        "CLICKHOUSE_USER": USER,
+        "CLICKHOUSE_PASSWORD": PASSWORD,
+        "CH_PASSWORD": QA_PASSWORD,
+        "NO_COLOR": "1",
+    }
+    up = Up(folder / "data", ui, clickhouse, **env)
+    it = Session(folder, secrets)
+    at = f"http://127.0.0.1:{clickhouse}"
+    command = Commands(
+        it, {**os.environ, **env, "KALSHI_DATA_DIR": str(up.data), "CLICKHOUSE_URL": at}
+    )
+    up.start()
+    try:
+        up.says("Recording: ")
+        until(lambda: rows(at) > 0, up.logs)
+        elsewhere = str(folder / "elsewhere")
+        wrong = str(keys / "wrong.pem")
+        wrong_url = f"http://{USER}:{WRONG_PASSWORD}@127.0.0.1:1"
+        with ThreadPoolExecutor(4) as threads:
+            ended = [
+                threads.submit(command, verb, expected, *args, **env)
+                for verb, expected, args, env in (
+                    ("doctor", "exit 0", (), {}),
+                    ("sql", "exit 0", ("SELECT count() FROM orderbook_events",), {}),
+                    ("qa", "exit 1", (), {}),  # CH_PASSWORD is not ClickHouse's
+                    ("sql", "exit 1", ("SELECT 1",), {"CLICKHOUSE_PASSWORD": WRONG_PASSWORD}),
+                    (
+                        *("doctor", "exit 1", ()),
+                        {"PROD_KEYFILE": wrong, "CLICKHOUSE_PASSWORD": WRONG_PASSWORD},
+                    ),
+                    ("watch", "exit 1", ("--ticker", "A-1"), {"PROD_KEYID": WRONG_ID}),
+                    (
+                        "stream",
+                        "exit 1",
+                        (),
+                        {"KALSHI_DATA_DIR": f"{elsewhere}-1", "PROD_KEYFILE": wrong},
+                    ),
+                    (
+                        *("stream", "for 4 s", ()),
+                        {"KALSHI_DATA_DIR": elsewhere, "CLICKHOUSE_PASSWORD": WRONG_PASSWORD},
+                    ),
+                    ("migrate", "exit 1", (), {"HOT_RETENTION_DAYS": "soon"}),
+                    ("migrate", "exit 1", (), {"CLICKHOUSE_URL": wrong_url}),
+                    (
+                        "stream",
+                        "exit 1",
+                        (),
+                        {"KALSHI_WS_URL": "ws://exchange.example/trade-api/ws/v2"},
+                    ),
+                )
+            ]
+        assert b"count()" in ended[1].result()
+        for each in ended:
+            each.result()
+        until(lambda: bool(up.reported()), up.logs)
+        it.said |= dump(at)
+        observe(it, up, at)
+        it.said["what up printed"] = up.output.encode()
+        up.end(signal.SIGINT)
+    finally:
+        for process in up.family():
+            process.kill()
+    return it
+
+
+class Commands:
+    """Runs the command line in the session's environment, and keeps what it says."""
+
+    def __init__(self, session: Session, env: dict[str, str]) -> None:
+        self._session = session
+        self._env = env
+        self._numbers = itertools.count()
+
+    def __call__(self, verb: str, expected: str, *args: str, **env: str) -> bytes:
+        """Run it; `expected` is its exit code, or for how long it may run before SIGTERM."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kalshi_platform", verb, *args],
+            env={**self._env, **env},
+            cwd=self._session.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        name = f"{next(self._numbers)}: {verb} {' '.join(env)}"
+        command_line = psutil.Process(process.pid).cmdline()
+        self._session.said[f"ps of {name}"] = " ".join(command_line).encode()
+        if expected.startswith("for "):
+            time.sleep(float(expected.split()[1]))
+            process.terminate()
+        out, _ = process.communicate(timeout=60)
+        self._session.said[name] = out
+        if expected.startswith("exit"):
+            assert process.returncode == int(expected.split()[1]), out.decode()
+        return out
+
+
+def rows(url: str) -> int:
+    answer = _asked(url, "SELECT count() FROM kalshi.orderbook_events")
+    return int(answer.text) if answer is not None and answer.is_success else 0
+
+
+def _asked(url: str, query: str) -> httpx.Response | None:
+    headers = {"X-ClickHouse-User": USER, "X-ClickHouse-Key": PASSWORD}
+    with suppress(httpx.HTTPError):
+        return httpx.post(url, content=query, headers=headers, trust_env=False)
+    return None
+
+
+def dump(url: str) -> dict[str, bytes]:
+    """Every row of every table of ours, and of what the engine keeps of queries and errors."""
+    names = _asked(
+        url,
+        "SELECT database || '.' || name FROM system.tables WHERE database = 'kalshi'"
+        " AND NOT startsWith(name, 'book_at') AND engine NOT LIKE '%View' OR database = 'system'"
+        " AND (name LIKE '%_log' OR name IN ('errors', 'processes', 'settings', 'warnings'))",
+    )
+    assert names is not None
+    found = {}
+    for name in names.raise_for_status().text.split():
+        answer = _asked(url, f"SELECT * FROM {name} FORMAT TSV")
+        assert answer is not None
+        found[f"ClickHouse's {name}"] = answer.raise_for_status().content
+    assert found["ClickHouse's kalshi.orderbook_events"]
+    return found
+
+
+def observe(it: Session, up: Up, clickhouse: str) -> None:
+    for process in up.family():
+        with suppress(psutil.NoSuchProcess):
+            it.said[f"ps {process.pid}"] = " ".join(process.cmdline()).encode()
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    it.listening.add((*connection.laddr, process.name()))
+    ui = f"http://127.0.0.1:{up.port}"
+    mutation = {"query": "mutation { reloadWorkspace { __typename } }"}
+    link = {
+        "Sec-Fetch-Site": "cross-site",
+        "Sec-Fetch-Mode": "navigate",
+        "Sec-Fetch-Dest": "document",
+    }
+    page = {"Origin": "https://evil.example"}
+    pointed = {"Host": "evil.example", "Origin": "http://evil.example"}
+    with httpx.Client(trust_env=False, timeout=30) as web:
+        it.answers = {
+            "own page": web.post(
+                f"{ui}/graphql", json=mutation, headers={"Origin": ui}
+            ).status_code,
+            "no page": web.post(f"{ui}/graphql", json=mutation).status_code,
+            "link": web.get(f"{ui}/runs", headers=link).status_code,
+            "form of a page": web.post(f"{ui}/graphql", params=mutation, headers=page).status_code,
+            "image on a page": web.get(
+                f"{ui}/graphql", params=mutation, headers={**link, "Sec-Fetch-Mode": "no-cors"}
+            ).status_code,
+            "name pointed here": web.post(
+                f"{ui}/graphql", json=mutation, headers=pointed
+            ).status_code,
+            "event of a page": web.post(
+                f"{ui}/report_asset_materialization/x", headers=page
+            ).status_code,
+            "query of a page": web.post(clickhouse, content="SELECT 1", headers=page).status_code,
+        }
+
+
+# -- the search ---------------------------------------------------------------------------------
+
+
+def unpacked(path: Path) -> Iterator[bytes]:
+    """A file's bytes, and what they hold when compression is taken off."""
+    yield path.read_bytes()
+    if path.suffix == ".parquet":
+        yield str(pq.read_table(path, partitioning=None).to_pydict()).encode()
+    elif path.suffix == journal.SUFFIX:
+        with pa.ipc.open_stream(path) as stream, suppress(pa.ArrowInvalid):
+            for batch in stream:
+                yield from batch.column("frame").to_pylist()
+    elif path.suffix == ".db":
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            database.text_factory = bytes
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
+                for row in database.execute(f'SELECT * FROM "{table.decode()}"'):
+                    for value in row:
+                        if isinstance(value, bytes):
+                            yield value
+                            with suppress(zlib.error, ValueError):
+                                packed = (
+                                    bytes.fromhex(value.decode()) if value[:2] == b"78" else value
+                                )
+                                yield zlib.decompress(packed)
+
+
+def found_in(haystack: bytes, secrets: set[bytes]) -> set[bytes]:
+    return {secret for secret in secrets if secret in haystack}
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_anything_that_a_session_said_or_wrote(session: Session) -> None:
+    leaks = {
+        name: found
+        for name, text in session.said.items()
+        if (found := found_in(text, session.secrets))
+    }
+    searched = 0
+    kinds = set()
+    for path in session.folder.rglob("*"):
+        if path.is_file():
+            kinds.add(path.suffix)
+            for piece in unpacked(path):
+                searched += len(piece)
+                if found := found_in(piece, session.secrets) | found_in(
+                    piece, {b"KALSHI-ACCESS-SIGNATURE"}
+                ):
+                    leaks[str(path)] = found
+    assert leaks == {}
+    assert {".parquet", ".arrows", ".db", ".log", ".json"} <= kinds
+    assert any(
+        path.name.endswith(".err") for path in session.folder.rglob("*")
+    )  # of Dagster's runs
+    assert searched > 1_000_000
+
+
+@pytest.mark.slow
+def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> None:
+    table = pa.table({"detail": [f"user {KEY_ID}"] * 3})
+    pq.write_table(table, tmp_path / "a.parquet", compression="gzip")
+    with closing(sqlite3.connect(tmp_path / "a.db")) as database:
+        database.execute("CREATE TABLE t (a BLOB)")
+        database.execute("INSERT INTO t VALUES (?)", [zlib.compress(PASSWORD.encode() * 9)])
+        database.commit()
+    writer = journal.Writer(tmp_path / "journal")
+    for _ in range(50):
+        writer.note("error", {"said": WRONG_PASSWORD})
+    writer.close()
+    [segment] = (tmp_path / "journal").glob(f"*{journal.SUFFIX}")
+    for path in (tmp_path / "a.parquet", tmp_path / "a.db", segment):
+        packed, *pieces = unpacked(path)
+        assert path.suffix != ".db" or not found_in(packed, session.secrets)
+        assert any(found_in(piece, session.secrets) for piece in pieces)
+
+
+@pytest.mark.slow
+def test_everything_listens_on_the_loopback_interface_alone(session: Session) -> None:
+    assert len(session.listening) >= 2  # ClickHouse and the UI; the code server has a socket file
+    assert {address for address, *_ in session.listening if not is_loopback(address)} == set()
+
+
+@pytest.mark.slow
+def test_the_ui_and_clickhouse_answer_no_other_site(session: Session) -> None:
+    answers = dict(session.answers)
+    assert [answers.pop(name) for name in ("own page", "no page", "link")] == [200, 200, 200]
+    assert set(answers.values()) == {403}
+
+
+@pytest.mark.slow
+def test_what_is_private_is_closed_to_other_users_of_the_machine(session: Session) -> None:
+    data = session.folder / "data"
+    for name in ("journal/shard-0", "clickhouse", "dagster", "logs"):
+        assert (data / name).stat().st_mode & 0o007 == 0, name
+
+
+# -- in memory ----------------------------------------------------------------------------------
+
+
+def test_nothing_that_holds_a_secret_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    key = new_key(tmp_path / "key.pem")
+    settings = platform_settings.load(
+        prod_keyid=KEY_ID,
+        prod_keyfile=tmp_path / "key.pem",
+        clickhouse_user=USER,
+        clickhouse_password=PASSWORD,
+        ch_password=QA_PASSWORD,
+    )
+    exchange = settings.exchange
+    signer = load_signer(exchange.key_file)
+    credentials = Credentials(exchange.key_id, signer)
+    client = RestClient(exchange)
+    shown = []
+    for it in (settings, exchange, signer, credentials, client):
+        shown += [repr(it), str(it), f"{it}", f"{[it]}"]
+    shown += [settings.model_dump_json(), str(settings.model_dump())]
+    try:
+        raise RuntimeError(settings, exchange, credentials, client)
+    except RuntimeError as error:
+        shown += [repr(error), *traceback.format_exception(error)]
+    client.close()
+    assert found_in("\n".join(shown).encode(), secrets_of(key)) == set()
+
+
+def test_the_libraries_log_no_signed_header_even_when_asked_for_everything(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    key = new_key(tmp_path / "key.pem")
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO, logger="websockets.server")  # the simulator's, not ours
+    with running(SimulatorConfig(markets=1, rate=0, rolling_markets=0)) as simulator:
+        simulator.register(KEY_ID, key.public_key())
+        credentials = Credentials(KEY_ID, load_signer(tmp_path / "key.pem"))
+
+        async def shake_hands() -> None:
+            await (await dial(simulator.ws_url, credentials, LiveConnection)).close()
+
+        asyncio.run(shake_hands())
+        exchange = platform_settings.Exchange(
+            simulator.ws_url, simulator.rest_url, KEY_ID, tmp_path / "key.pem", simulated=True
+        )
+        with RestClient(exchange, credentials=credentials) as client:
+            client.balance()
+    assert caplog.records
+    assert found_in(caplog.text.encode(), secrets_of(key)) == set()
+    assert not re.search("access-signature", caplog.text, re.IGNORECASE)
+    assert json.dumps(KEY_ID) not in caplog.text
