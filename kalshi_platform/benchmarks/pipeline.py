@@ -38,7 +38,7 @@ from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform.streamer import read_health
 
 PATIENCE_S = 120.0
-SMALL_LAG = 300_000
+SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
 """Records that a store may still gather for its next write, with nothing wrong."""
 
 
@@ -190,12 +190,13 @@ class Recorder:
         progress, patience = -1, time.monotonic() + PATIENCE_S
         while True:
             now = self.health()
-            lag = max((s["lag"] for s in now.get("stores", {}).values()), default=frames)
+            lags = {name: store["lag"] for name, store in now.get("stores", {}).items()}
             done = now.get("journal_records", 0)
-            if done >= frames and lag <= SMALL_LAG:
+            if done >= frames and all(lag <= SMALL_LAG[name] for name, lag in lags.items()):
                 return
-            if done - lag != progress:
-                progress, patience = done - lag, time.monotonic() + PATIENCE_S
+            if done - sum(lags.values()) != progress:
+                progress = done - sum(lags.values())
+                patience = time.monotonic() + PATIENCE_S
             if time.monotonic() > patience:
                 raise RuntimeError(f"nothing moves any more: {now}")
             time.sleep(0.5)

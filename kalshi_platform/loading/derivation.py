@@ -25,14 +25,16 @@ from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
 CHUNK_RECORDS = 65_536
 """Derived at a time: bounds memory while catching up."""
 KEPT_RECORDS = 4 * CHUNK_RECORDS
-KEPT_STEPS = 64
-"""So much is kept for the other loads: more than comes while one of them writes, tens of MB."""
+KEPT_STEPS = 8
+"""So much is kept for the other loads: more than comes while one of them writes. Each step holds all
+books, so that there are few."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A range of the journal, derived."""
 
+    begin: Position
     hour: datetime | None
     """The hour that its first record begins; None within an hour."""
     rows: Rows
@@ -85,15 +87,24 @@ class Derivation:
     def _step(self, load: str, start: Position, state: State, limit: Position) -> Step:
         with self._lock:  # whoever comes second waits for the first instead of deriving it again
             if start.n not in self._kept:
+                limit = self._up_to_what_is_kept(start, limit)
                 chunk = self._chunk(start, state.version, limit)
                 self._look_ahead(chunk, limit)
+                begin = start
                 for piece in chunk.pieces:
                     rows, state = derive(piece.decoded, state)
-                    self._kept[piece.decoded.first_n] = Step(piece.hour, rows, state, piece.end)
+                    self._kept[begin.n] = Step(begin, piece.hour, rows, state, piece.end)
+                    begin = piece.end
             step = self._kept[start.n]
             self._reached[load] = step.end.n
             self._forget()
             return step
+
+    def _up_to_what_is_kept(self, start: Position, limit: Position) -> Position:
+        """A load that was behind meets the other's steps again, instead of cutting across them for ever."""
+        place = (start.segment, start.offset)
+        begins = [step.begin for step in self._kept.values()]
+        return min((b for b in begins if (b.segment, b.offset) > place), default=limit)
 
     def _chunk(self, start: Position, newest_ns: int, limit: Position) -> _Chunk:
         """The next records, decoded: by now perhaps, if somebody looked ahead."""
@@ -110,12 +121,15 @@ class Derivation:
             self._ahead = (end.n, task)
 
     def _forget(self) -> None:
-        """Let go of what every load has passed, and of more than is worth keeping."""
-        needed_from = min(self._reached.values())
-        newest = next(reversed(self._kept.values())).end.n
-        needed_from = max(needed_from, newest - KEPT_RECORDS)
-        kept = [n for n, step in self._kept.items() if needed_from < step.end.n <= newest]
-        self._kept = {n: self._kept[n] for n in kept[-KEPT_STEPS:]}
+        """Let go of what every load has passed that is anywhere near, and of more than is worth it.
+
+        A load that is farther behind, its store away perhaps, comes back to the steps of that time.
+        """
+        steps = list(self._kept.values())
+        near = [n for n in self._reached.values() if n < 0 or n >= steps[0].begin.n]
+        needed_from = max(min(near, default=0), steps[-1].end.n - KEPT_RECORDS)
+        kept = [step for step in steps if needed_from < step.end.n <= steps[-1].end.n]
+        self._kept = {step.begin.n: step for step in kept[-KEPT_STEPS:]}
 
 
 def _decode_chunk(folder: Path, start: Position, newest_ns: int, limit: Position) -> _Chunk:
