@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 
 import httpx
@@ -15,9 +14,6 @@ from kalshi_platform_tests.storage import two_shards
 # Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
 
-ON_CLUSTER = os.environ.get("CLICKHOUSE_CLUSTER") == two_shards.CLUSTER
-_of_cluster = iter(two_shards.DATABASES)
-
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 
 
@@ -27,7 +23,7 @@ def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     With CLICKHOUSE_CLUSTER=two it is one that stands in for a cluster: storage/two_shards.py.
     """
-    start = two_shards.running if ON_CLUSTER else running
+    start = two_shards.running if two_shards.ON_CLUSTER else running
     with start(tmp_path_factory.mktemp("clickhouse")) as url:
         yield url
 
@@ -35,10 +31,10 @@ def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def clickhouse_database(clickhouse_url: str) -> Iterator[str]:
     """The name of a database that is empty now and dropped afterwards."""
-    if ON_CLUSTER:
-        yield next(_of_cluster)
+    name = two_shards.database_name()
+    if two_shards.ON_CLUSTER:
+        yield name
         return
-    name = f"test_{uuid.uuid4().hex}"
     with httpx.Client(verify=False) as client:  # plain HTTP: no certificates to load
         client.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
         yield name

@@ -17,9 +17,11 @@ The second runs a module's tests against it: see the fixtures in conftest.py.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,15 @@ _REPLICATED = re.compile(r"\bReplicated(\w*MergeTree)\('[^']*', '[^']*'(?:, )?")
 _WINDOW = re.compile(r"\breplicated_(deduplication_window\s*=\s*\d+), replicated_\w+ = \d+")
 
 
+ON_CLUSTER = os.environ.get("CLICKHOUSE_CLUSTER") == CLUSTER
+_unused = iter(DATABASES)
+
+
+def database_name() -> str:
+    """The name of a database that no test has used; on the cluster, one that is cut in two."""
+    return next(_unused) if ON_CLUSTER else f"test_{uuid.uuid4().hex}"
+
+
 def sharded() -> list[str]:
     """The tables that a cluster cuts by market."""
     cluster = Cluster(CLUSTER, "any")
@@ -68,6 +79,8 @@ def in_one_process(sql: str, tables: list[str]) -> str:
         into[1] in tables or "_staging_" in into[1]
     ):
         return f"INSERT INTO {into[1]}_local{sql[into.end() :]}"
+    if (emptied := re.fullmatch(r"TRUNCATE TABLE (\w+)", sql)) and emptied[1] in tables:
+        return f"{sql}_local"
     if not _ON_CLUSTER.search(sql):
         return sql
     sql = _ON_CLUSTER.sub("", sql)
