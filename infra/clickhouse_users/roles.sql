@@ -16,13 +16,14 @@ CREATE ROLE IF NOT EXISTS kalshi_operator;
 CREATE ROLE IF NOT EXISTS kalshi_admin;
 
 -- readonly = 2: settings of a query (log_comment, Grafana's time-out) may be given, within these bounds.
+-- MIN 1, for 0 means no bound at all.
 CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_reader SETTINGS
     readonly = 2 CONST,
-    max_memory_usage = 4000000000 MAX 4000000000,
-    max_execution_time = 30 MAX 120,
-    max_result_rows = 1000000 MAX 10000000,
+    max_memory_usage = 4000000000 MIN 1 MAX 4000000000,
+    max_execution_time = 30 MIN 1 MAX 120,
+    max_result_rows = 1000000 MIN 1 MAX 10000000,
     result_overflow_mode = 'throw' CONST,
-    max_threads = 4 MAX 8,
+    max_threads = 4 MIN 1 MAX 8,
     distributed_product_mode = 'global'
 TO kalshi_reader;
 

@@ -67,7 +67,8 @@ def refusal(error: BaseException, settings: Settings | None) -> str | None:
         )
     return (
         f"{place} does not speak TLS as we do ({reason}). Check the port in CLICKHOUSE_URL"
-        " (8443 by habit; 8123 is plain http)."
+        " (8443 by habit; 8123 is plain http), and whether the server wants a client certificate"
+        " (CLICKHOUSE_CLIENT_CERT_FILE)."
     )
 
 

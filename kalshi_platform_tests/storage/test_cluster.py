@@ -241,8 +241,8 @@ ASKED = [
     "loading/test_analytics_hours.py",
     "loading/test_restore.py",
 ]
-OF_ONE_SERVER = ["what_retention_has_taken", "killed_anywhere", "clickhouse_lost", "value_that_was"]
-"""They delete rows, or fill a staging table, by statements of their own that a Distributed table has not."""
+OF_ONE_SERVER = ["killed_anywhere", "told_until_it_is_mended"]
+"""They make tables of their own like a Distributed one."""
 
 
 @pytest.mark.slow
