@@ -38,7 +38,7 @@ RETAINED: Mapping[str, str] = {
 FOR_EVER_DAYS = 20_000
 """From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
 
-_CLUSTERS = "SELECT DISTINCT cluster FROM system.clusters ORDER BY cluster"
+_CLUSTERS = "SELECT cluster, uniqExact(shard_num), count() FROM system.clusters GROUP BY cluster"
 _RECORD = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (
@@ -226,6 +226,22 @@ def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:
             )
 
 
+def size_of(client: Client, cluster: str) -> tuple[int, int]:
+    """How many shards and hosts a cluster has. Raises `StoreRefused` where the server knows none such."""
+    with translated():
+        known = {
+            str(name): (int(shards), int(hosts))
+            for name, shards, hosts in client.query(_CLUSTERS).result_rows
+        }
+    if cluster not in known:
+        raise StoreRefused(
+            f"CLICKHOUSE_CLUSTER is {cluster!r}, but the server knows"
+            f" {', '.join(sorted(known)) or 'no cluster'}. Give one of these (they are in"
+            " system.clusters), or unset it for a single server."
+        )
+    return known[cluster]
+
+
 def _cluster(settings: Settings) -> Cluster | None:
     """The cluster to spread over. Raises `StoreRefused` where the server knows none of that name."""
     name = settings.clickhouse_cluster
@@ -233,16 +249,9 @@ def _cluster(settings: Settings) -> Cluster | None:
         return None
     client = connect(settings, database=False, log_comment="migrate")
     try:
-        with translated(settings):
-            known = [str(row[0]) for row in client.query(_CLUSTERS).result_rows]
+        size_of(client, name)
     finally:
         client.close()
-    if name not in known:
-        raise StoreRefused(
-            f"CLICKHOUSE_CLUSTER is {name!r}, but the server knows"
-            f" {', '.join(known) or 'no cluster'}. Give one of these (they are in system.clusters), or"
-            " unset it for a single server."
-        )
     return Cluster(name, settings.clickhouse_database)
 
 

@@ -101,13 +101,9 @@ def rows_of(client: Client) -> None:
     insert(client, ORDERBOOK_EVENTS, [*snapshot, *deltas])
     happened = [("snapshot", 1), ("heartbeat", 0), ("gap", 40), ("error", 41), ("mismatch", 0)]
     insert(client, STREAM_EVENTS, [{**frame, "kind": kind, "seq": seq} for kind, seq in happened])
-    insert(
-        client,
-        STREAM_EVENTS,
-        [{"conn_id": uuid(2), "sid": 1, "ingest_ts": at, "kind": "disconnected"}]
-        # a market's row, so that rolling statistics have where to begin
-        + [{**frame, "market_ticker": TICKER, "kind": "snapshot", "seq": 1}],
-    )
+    lost = {"conn_id": uuid(2), "sid": 1, "ingest_ts": at, "kind": "disconnected"}
+    begun = {**frame, "market_ticker": TICKER, "kind": "snapshot", "seq": 1}  # for rolling_stats
+    insert(client, STREAM_EVENTS, [lost, begun])
     insert(
         client,
         LATEST_LEVELS,
