@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.commands import doctor
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
 from kalshi_platform.storage.cluster import DEDUPLICATION_SECONDS, Cluster, place
@@ -169,6 +170,14 @@ def test_where_rows_are_is_read_from_the_server(client: Client, url: str) -> Non
     assert found is not None
     assert found.target == f"{client.database}.spreads_local ON CLUSTER '{CLUSTER}'"
     assert place(client, "no_such_table") is None
+
+
+def test_doctor_names_the_cluster_or_those_that_there_are(url: str) -> None:
+    check, _ = doctor.CHECKS["ClickHouse"]
+    settings = settings_for(url, "default", clickhouse_cluster=CLUSTER)
+    assert check(settings).text.endswith("; cluster two: 2 shards on 2 hosts")
+    with pytest.raises(StoreRefused, match="the server knows"):
+        check(settings.model_copy(update={"clickhouse_cluster": "three"}))
 
 
 @pytest.mark.parametrize(
