@@ -8,7 +8,7 @@
 --
 -- The database is `kalshi`; where CLICKHOUSE_DATABASE is another one, replace the name. Names that end in
 -- _local are a cluster's tables behind the Distributed ones. `*` at the end of a name needs ClickHouse
--- 24.10. On a cluster keep users in Keeper (infra/kubernetes/clickhouse.yaml), so that every host has them.
+-- 24.10. On a cluster run cluster.sql too.
 
 CREATE ROLE IF NOT EXISTS kalshi_reader;
 CREATE ROLE IF NOT EXISTS kalshi_writer;
@@ -73,8 +73,5 @@ GRANT INSERT, ALTER DELETE ON kalshi.imbalance_local TO kalshi_operator;
 GRANT INSERT, CREATE TABLE, DROP TABLE, SYSTEM SYNC REPLICA ON kalshi.spreads_staging_* TO kalshi_operator;
 GRANT INSERT, CREATE TABLE, DROP TABLE, SYSTEM SYNC REPLICA ON kalshi.depth_staging_* TO kalshi_operator;
 GRANT INSERT, CREATE TABLE, DROP TABLE, SYSTEM SYNC REPLICA ON kalshi.imbalance_staging_* TO kalshi_operator;
-GRANT CLUSTER ON *.* TO kalshi_operator;
 
--- REMOTE: to make a Distributed table. CLUSTER: ON CLUSTER.
 GRANT SELECT, INSERT, SHOW, CREATE DATABASE, CREATE TABLE, CREATE VIEW, ALTER, DROP TABLE, DROP VIEW, TRUNCATE, OPTIMIZE, SYSTEM SYNC REPLICA ON kalshi.* TO kalshi_admin;
-GRANT CLUSTER, REMOTE ON *.* TO kalshi_admin;

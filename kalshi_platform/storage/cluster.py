@@ -86,12 +86,14 @@ class Cluster:
         which tables are cut. Raises `StoreRefused` for what it does not understand.
         """
         tokens = _tokens(statement)
-        match [token.text.upper() for token in tokens[:3]]:
+        match [token.text.upper() for token in tokens[:4]]:
             case ["CREATE", "TABLE", *_]:
                 return self._create_table(statement, tokens)
             case ["CREATE", "VIEW", *_]:
                 return self._create_view(statement, tokens, 2)
-            case ["CREATE", "MATERIALIZED", "VIEW"]:
+            case ["CREATE", "OR", "REPLACE", "VIEW"]:
+                return self._create_view(statement, tokens, 4)
+            case ["CREATE", "MATERIALIZED", "VIEW", _]:
                 return self._create_materialized_view(statement, tokens)
             case ["ALTER", "TABLE", *_]:
                 return self._alter(statement, tokens)

@@ -2,8 +2,6 @@
 their own, with the files that go into the image. What is missing of a container is the container.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -230,6 +230,32 @@ def test_a_materialized_view_reads_and_writes_the_tables_of_its_own_shard() -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("statement", "meaning"),
+    [
+        (
+            "CREATE OR REPLACE VIEW v AS SELECT 1",
+            ["CREATE OR REPLACE VIEW kalshi.v ON CLUSTER 'two' AS SELECT 1"],
+        ),
+        ("DROP VIEW IF EXISTS v", ["DROP VIEW IF EXISTS kalshi.v ON CLUSTER 'two'"]),
+        (
+            "DROP TABLE IF EXISTS t",
+            [
+                "DROP TABLE IF EXISTS kalshi.t ON CLUSTER 'two' SYNC",
+                "DROP TABLE IF EXISTS kalshi.t_local ON CLUSTER 'two' SYNC",
+            ],
+        ),
+        ("INSERT INTO t SELECT * FROM t", ["INSERT INTO t SELECT * FROM t"]),
+    ],
+)
+def test_other_statements_reach_every_host_or_go_through_the_distributed_table(
+    statement: str, meaning: list[str]
+) -> None:
+    cluster = Cluster(CLUSTER, "kalshi")
+    cluster.spread(TABLE)
+    assert cluster.spread(statement) == meaning
+
+
 def test_names_in_texts_and_comments_are_left_alone() -> None:
     made, over = Cluster(CLUSTER, "kalshi").spread(
         "CREATE TABLE IF NOT EXISTS t -- ENGINE = Memory\n(\n    market_ticker String COMMENT 'ENGINE ='\n)"
