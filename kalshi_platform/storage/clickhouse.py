@@ -326,7 +326,7 @@ def _root(error: BaseException) -> str:
 
 
 @functools.cache
-def _local_pool(**files: str) -> PoolManager:
+def _local_pool(**files: Any) -> PoolManager:
     """Connections to this machine, never through the environment's proxy; shared by all clients."""
     pool: PoolManager = get_pool_manager(**files)
     return pool

@@ -9,24 +9,17 @@ from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster, Place, place
 from kalshi_platform.storage.errors import StoreRefused
 
-__all__ = ["drop", "replacing"]
-
-
-def drop(client: Client, table: str, partition: str) -> None:
-    """Drop the partition with that id, where there is one."""
-    with translated():
-        client.command(
-            f"ALTER TABLE {_where(client, table).target} DROP PARTITION ID '{partition}'"
-        )
+__all__ = ["replacing"]
 
 
 @contextmanager
 def replacing(client: Client, table: str, partition: str, staging: str) -> Iterator[str]:
     """Yields a new empty table like `table`; what the body inserts there takes the partition's place.
 
-    All that is inserted must belong to the partition with that id. A table `staging` that an earlier
-    run left behind is made anew. Where the body raises, `table` stays as it is. On a cluster each shard
-    changes over at one instant, and so does a market, which is on one shard.
+    Nothing inserted: the partition is dropped. All that is inserted must belong to the partition with that
+    id. A table `staging` that an earlier run left behind is made anew. Where the body raises, `table` stays
+    as it is. On a cluster each shard changes over at one instant, and so does a market, which is on one
+    shard.
     """
     where = _where(client, table)
     tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
@@ -41,11 +34,15 @@ def replacing(client: Client, table: str, partition: str, staging: str) -> Itera
         if where.cluster is not None:
             # whichever replica does the replacing must have all the rows
             client.command(f"SYSTEM SYNC REPLICA{on} {from_table}")
-        client.command(
-            f"ALTER TABLE {where.target} REPLACE PARTITION ID '{partition}' FROM {from_table}",
-            # a shard with no row of the new partition must lose its old ones, too
-            settings=_from_nothing(client) if where.cluster is not None else None,
-        )
+        ((rows,),) = client.query(f"SELECT count() FROM {staging}").result_rows  # noqa: S608 - our names
+        if rows:
+            client.command(
+                f"ALTER TABLE {where.target} REPLACE PARTITION ID '{partition}' FROM {from_table}",
+                # a shard with no row of the new partition must lose its old ones, too
+                settings=_from_nothing(client) if where.cluster is not None else None,
+            )
+        else:
+            client.command(f"ALTER TABLE {where.target} DROP PARTITION ID '{partition}'")
         _remove(client, where, tables)
 
 

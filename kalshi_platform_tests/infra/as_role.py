@@ -29,7 +29,7 @@ ROLES = ROOT / "infra" / "clickhouse_users" / "roles.sql"
 
 def grants(role: str) -> list[str]:
     """The GRANT statements that give a role its rights, those of roles that it has included."""
-    found = []
+    found: list[str] = []
     for statement in statements(ROLES.read_text(encoding="utf-8")):
         match = re.fullmatch(r"(GRANT .+) TO (\w+)", " ".join(statement.split()))
         if match is None or match[2] != role:

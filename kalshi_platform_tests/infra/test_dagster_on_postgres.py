@@ -17,7 +17,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.simulator.server import Simulator

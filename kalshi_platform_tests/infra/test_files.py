@@ -12,7 +12,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from kalshi_platform.settings import Settings
 

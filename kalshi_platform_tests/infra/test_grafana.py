@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect
@@ -144,7 +144,7 @@ def test_a_panel_s_query_runs_and_shows_what_was_recorded(client: Client, panel:
     assert found.result_rows
     if panel.kind == "timeseries":
         assert found.column_names[0] == "time"
-        assert found.column_types[0].base_type.startswith("DateTime")
+        assert str(found.column_types[0].base_type).startswith("DateTime")
         numbers = [kind.python_type in (int, float) for kind in found.column_types[1:]]
         texts = sum(kind.base_type == "String" for kind in found.column_types[1:])
         assert any(numbers)
