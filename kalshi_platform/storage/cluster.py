@@ -89,10 +89,8 @@ class Cluster:
         match [token.text.upper() for token in tokens[:4]]:
             case ["CREATE", "TABLE", *_]:
                 return self._create_table(statement, tokens)
-            case ["CREATE", "VIEW", *_]:
-                return self._create_view(statement, tokens, 2)
-            case ["CREATE", "OR", "REPLACE", "VIEW"]:
-                return self._create_view(statement, tokens, 4)
+            case ["CREATE", "VIEW", *_] | ["CREATE", "OR", "REPLACE", "VIEW"]:
+                return self._create_view(statement, tokens)
             case ["CREATE", "MATERIALIZED", "VIEW", _]:
                 return self._create_materialized_view(statement, tokens)
             case ["ALTER", "TABLE", *_]:
@@ -147,7 +145,8 @@ class Cluster:
             f" ENGINE = Distributed('{self.name}', '{self.database}', '{table}{LOCAL}', {SHARDING_KEY})"
         )
 
-    def _create_view(self, sql: str, tokens: Sequence[_Token], at: int) -> list[str]:
+    def _create_view(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
+        at = 2 if tokens[1].says("VIEW") else 4
         name = tokens[_after_if(tokens, at, ("IF", "NOT", "EXISTS"))]
         return [self._everywhere(sql, name)]
 

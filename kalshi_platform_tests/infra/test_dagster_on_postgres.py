@@ -4,6 +4,7 @@ their own, with the files that go into the image. What is missing of a container
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -53,6 +54,8 @@ def home(tmp_path: Path, postgres_port: int, monkeypatch: pytest.MonkeyPatch) ->
     """A DAGSTER_HOME of the deployed files; the environment is the code location's."""
     folder = tmp_path / "home"
     shutil.copytree(INFRA, folder)
+    for made in re.findall(r"/opt/dagster/(\S+)", (ROOT / "infra/docker/Dockerfile").read_text()):
+        (folder / made).mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     workspace = folder / "workspace.yaml"
@@ -121,7 +124,7 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
         "MARKET_TICKERS": ",".join(simulator.books()),
     }.items():
         monkeypatch.setenv(name, value)
-    deployed = sorted(path.name for path in home.iterdir())
+    deployed = sorted(home.rglob("*"))
     health = tmp_path / "data" / "journal" / "shard-0" / "health.json"
 
     def state() -> dict[str, Any]:
@@ -167,8 +170,7 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
         ended = instance.get_run_by_id(run.run_id)
         assert ended is not None
         assert ended.is_finished
-    # read-only in a container
-    assert sorted(path.name for path in home.iterdir()) == deployed
+    assert sorted(home.rglob("*")) == deployed  # it may be read-only
 
 
 @needs_postgres
