@@ -299,6 +299,8 @@ def _away(error: BaseException, settings: Settings | None) -> str:
     remedy = "Start it (kalshi-platform clickhouse), or check CLICKHOUSE_URL."
     if settings is not None and not settings.embedded_clickhouse:
         remedy = "Check CLICKHOUSE_URL, and that the server runs."
+        if tls.may_want_a_certificate(error, settings):
+            remedy += " If it wants a client certificate, set CLICKHOUSE_CLIENT_CERT_FILE."
     return f"{_place(settings)} cannot be reached ({_root(error)}). {remedy}"
 
 

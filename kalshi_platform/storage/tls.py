@@ -9,7 +9,7 @@ from typing import Any
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.errors import StoreRefused
 
-__all__ = ["certificates", "refusal"]
+__all__ = ["certificates", "may_want_a_certificate", "refusal"]
 
 
 def certificates(settings: Settings) -> dict[str, Any]:
@@ -69,6 +69,22 @@ def refusal(error: BaseException, settings: Settings | None) -> str | None:
         f"{place} does not speak TLS as we do ({reason}). Check the port in CLICKHOUSE_URL"
         " (8443 by habit; 8123 is plain http), and whether the server wants a client certificate"
         " (CLICKHOUSE_CLIENT_CERT_FILE)."
+    )
+
+
+def may_want_a_certificate(error: BaseException, settings: Settings) -> bool:
+    """Whether a connection that broke may have been refused for want of a client certificate.
+
+    With TLS 1.3 the client believes itself let in before the server has looked: the refusal is then no
+    more than a connection that ends.
+    """
+    return (
+        settings.clickhouse_url.startswith("https:")
+        and settings.clickhouse_client_cert_file is None
+        and any(
+            isinstance(each, ConnectionResetError | BrokenPipeError | ConnectionAbortedError)
+            for each in _causes(error)
+        )
     )
 
 

@@ -17,7 +17,7 @@ from kalshi_platform.commands import doctor
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.errors import StoreError
 from kalshi_platform_tests.storage.tables import settings_for
 from kalshi_platform_tests.storage.tls_front import Authority, Pair, in_front_of
 
@@ -47,7 +47,7 @@ def own(authority: Authority) -> Pair:
 
 def said(url: str, **files: Any) -> str:
     """The sentence that connecting ends with."""
-    with pytest.raises(StoreRefused) as error:
+    with pytest.raises(StoreError) as error:
         connect(settings_for(url, "default", **files), database=False)
     return str(error.value)
 

@@ -7,7 +7,7 @@ import queue
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -104,7 +104,8 @@ def in_front_of(port: int, own: Pair, clients: Path | None = None) -> Iterator[i
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         behind, ahead = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pipe(reader, ahead), pipe(behind, writer))
+        with suppress(asyncio.CancelledError):  # the end of the test
+            await asyncio.gather(pipe(reader, ahead), pipe(behind, writer))
 
     async def serve(started: Callable[[int], None]) -> None:
         async with await asyncio.start_server(take, "127.0.0.1", 0, ssl=context) as server:
