@@ -64,6 +64,14 @@ class Settings(BaseSettings):
     clickhouse_user: str = "default"
     clickhouse_password: SecretStr = SecretStr("")
     clickhouse_database: str = Field("kalshi", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    clickhouse_cluster: str | None = Field(None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """Spread the tables over this cluster of the server's configuration; None: a single server."""
+    clickhouse_ca_file: Path | None = None
+    clickhouse_client_cert_file: Path | None = None
+    clickhouse_client_key_file: Path | None = None
+    """TLS to ClickHouse: the authority that signed its certificate, and our own, if it asks for one."""
+    clickhouse_timeout_seconds: int = Field(120, ge=1)
+    """Silence after which a query is given up."""
     hot_retention_days: int = Field(30, ge=1, le=36_500)
 
     kalshi_data_dir: Path = Path("data")
@@ -98,6 +106,10 @@ class Settings(BaseSettings):
         "prod_keyfile",
         "kalshi_ws_url",
         "kalshi_rest_url",
+        "clickhouse_cluster",
+        "clickhouse_ca_file",
+        "clickhouse_client_cert_file",
+        "clickhouse_client_key_file",
         "parquet_dir",
         "archive_begins",
         "ch_host",
@@ -189,6 +201,19 @@ def load(**overrides: Any) -> Settings:
         )
     if settings.has_key:
         _insist_on_tls(settings)
+    if (settings.clickhouse_client_cert_file is None) != (
+        settings.clickhouse_client_key_file is None
+    ):
+        raise SettingsError(
+            "CLICKHOUSE_CLIENT_CERT_FILE and CLICKHOUSE_CLIENT_KEY_FILE belong together: set both or neither."
+        )
+    if not settings.clickhouse_url.startswith("https:") and (
+        settings.clickhouse_ca_file or settings.clickhouse_client_cert_file
+    ):
+        raise SettingsError(
+            f"CLICKHOUSE_URL is {settings.clickhouse_url!r}, which is not encrypted, but certificates for"
+            " it are set. Give https://…, or unset CLICKHOUSE_CA_FILE and CLICKHOUSE_CLIENT_CERT_FILE."
+        )
     if str(settings.parquet_dir or "").startswith("s3:"):
         raise SettingsError(
             "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."

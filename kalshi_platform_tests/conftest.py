@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from kalshi_platform.storage.embedded import running
+from kalshi_platform_tests.storage import two_shards
 
 # Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
@@ -19,15 +19,22 @@ pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 
 @pytest.fixture(scope="session")
 def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an embedded ClickHouse of this test run; user `default`, no password."""
-    with running(tmp_path_factory.mktemp("clickhouse")) as url:
+    """The URL of an embedded ClickHouse of this test run; user `default`, no password.
+
+    With CLICKHOUSE_CLUSTER=two it is one that stands in for a cluster: storage/two_shards.py.
+    """
+    start = two_shards.running if two_shards.ON_CLUSTER else running
+    with start(tmp_path_factory.mktemp("clickhouse")) as url:
         yield url
 
 
 @pytest.fixture
 def clickhouse_database(clickhouse_url: str) -> Iterator[str]:
     """The name of a database that is empty now and dropped afterwards."""
-    name = f"test_{uuid.uuid4().hex}"
+    name = two_shards.database_name()
+    if two_shards.ON_CLUSTER:
+        yield name
+        return
     with httpx.Client(verify=False) as client:  # plain HTTP: no certificates to load
         client.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
         yield name

@@ -25,7 +25,7 @@ from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_o
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, connect, server_version
+from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
 from kalshi_platform.storage.migrations import State
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
@@ -200,11 +200,20 @@ def _clickhouse(settings: Settings) -> Finding:
         return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
     with closing(connect(settings, database=False, log_comment="doctor")) as client:
         version = server_version(client)
-    told = f"{settings.clickhouse_url} answers, version {version[0]}.{version[1]}"
+        cluster = _cluster(client, settings.clickhouse_cluster)
+    told = f"{settings.clickhouse_url} answers, version {version[0]}.{version[1]}{cluster}"
     if version < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         return Finding(Mark.BAD, told, f"the platform needs {wanted} or newer: upgrade it")
     return Finding(Mark.GOOD, told)
+
+
+def _cluster(client: Client, name: str | None) -> str:
+    """What there is to say of the cluster that the tables are spread over."""
+    if name is None:
+        return ""
+    shards, hosts = migrations.size_of(client, name)
+    return f"; cluster {name}: {shards} shards on {hosts} hosts"
 
 
 def _schema(settings: Settings) -> Finding:

@@ -28,7 +28,7 @@ from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, checksum, clickhouse
+from kalshi_platform.storage import archive, checksum, clickhouse, partitions
 from kalshi_platform.storage.archive import MANIFEST, Manifest, Part
 from kalshi_platform.storage.schema import (
     ANALYTICS,
@@ -194,21 +194,11 @@ def replace_hour(
     # the partition's id: the hour in seconds since the epoch
     partition = str(int(hour.timestamp()))
     staging = f"{dataset.name}_staging_{hour:%Y%m%d%H}"
-    with clickhouse.translated():
-        client.command(f"DROP TABLE IF EXISTS {staging} SYNC")
-        client.command(f"CREATE TABLE {staging} AS {dataset.name}")
     rows = 0
-    for table in tables:
-        if table.num_rows:
-            summed = checksum.text(checksum.rows_checksum(table))
-            token = f"{dataset.name}:{hour:%Y-%m-%dT%H}:{rows}:{summed}"
-            clickhouse.insert_arrow(client, staging, table, token)
-            rows += table.num_rows
-    with clickhouse.translated():
-        if rows:
-            client.command(
-                f"ALTER TABLE {dataset.name} REPLACE PARTITION ID '{partition}' FROM {staging}"
-            )
-        else:
-            client.command(f"ALTER TABLE {dataset.name} DROP PARTITION ID '{partition}'")
-        client.command(f"DROP TABLE IF EXISTS {staging} SYNC")
+    with partitions.replacing(client, dataset.name, partition, staging) as collected:
+        for table in tables:
+            if table.num_rows:
+                summed = checksum.text(checksum.rows_checksum(table))
+                token = f"{dataset.name}:{hour:%Y-%m-%dT%H}:{rows}:{summed}"
+                clickhouse.insert_arrow(client, collected, table, token)
+                rows += table.num_rows

@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Settings
+from kalshi_platform.storage import tls
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 __all__ = [
@@ -41,8 +42,12 @@ MINIMUM_VERSION = (24, 8)
 """Oldest ClickHouse that the platform is made for."""
 
 CONNECT_TIMEOUT_S = 5
-RECEIVE_TIMEOUT_S = 120
-"""Silence after which a query is given up: long enough for a big merge to delay an insert."""
+
+ON_CLUSTER: Mapping[str, Any] = {
+    "distributed_foreground_insert": 1,  # an insert is acknowledged when every shard has its rows
+    "distributed_product_mode": "global",  # IN and JOIN see the rows of all shards
+}
+"""Settings of every query where tables are Distributed (CLICKHOUSE_CLUSTER)."""
 
 WIRE_CODEC = "lz4"
 """Of inserted Arrow batches: a tenth to a third faster than none even on loopback, where zstd is not."""
@@ -106,16 +111,24 @@ def connect(
     *,
     database: bool = True,
     log_comment: str = "",
-    receive_timeout_s: int = RECEIVE_TIMEOUT_S,
+    receive_timeout_s: int | None = None,
 ) -> Client:
     """A client of the configured ClickHouse; threads may share it.
 
     `database=False` leaves the database out, for a server where it does not exist yet.
-    `log_comment` goes into every query's row of system.query_log.
-    Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user or database.
+    `log_comment` goes into every query's row of system.query_log. `receive_timeout_s` is the silence
+    after which a query is given up, CLICKHOUSE_TIMEOUT_SECONDS unless it is given here.
+    Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user, database or
+    certificate.
     """
     url = urlsplit(settings.clickhouse_url)
     local = is_loopback(url.hostname or "")
+    files = tls.certificates(settings)
+    password = settings.clickhouse_password.get_secret_value()
+    every_query = {
+        **(ON_CLUSTER if settings.clickhouse_cluster is not None else {}),
+        **({"log_comment": log_comment} if log_comment else {}),
+    }
     with translated(settings):
         return clickhouse_connect.get_client(
             interface="https" if url.scheme == "https" else "http",
@@ -123,16 +136,19 @@ def connect(
             port=url.port or (8443 if url.scheme == "https" else 8123),
             proxy_path=url.path,
             username=settings.clickhouse_user,
-            password=settings.clickhouse_password.get_secret_value(),
+            password=password,
             database=settings.clickhouse_database if database else None,
             connect_timeout=CONNECT_TIMEOUT_S,
-            send_receive_timeout=receive_timeout_s,
+            send_receive_timeout=receive_timeout_s or settings.clickhouse_timeout_seconds,
             compress=False if local else "zstd",  # of answers
-            pool_mgr=_local_pool() if local else None,
+            pool_mgr=_local_pool(**files) if local else None,
+            **files,
+            # a client certificate logs in by itself, unless there is a password
+            tls_mode="strict" if "client_cert" in files and password else None,
             autogenerate_session_id=False,  # a session serves one query at a time
             show_clickhouse_errors="scrub",
             tz_mode="aware",  # a time without a zone is a trap
-            settings={"log_comment": log_comment} if log_comment else None,
+            settings=every_query or None,
         )
 
 
@@ -174,6 +190,7 @@ def insert_arrow(
             body.getvalue().to_pybytes(),
             settings={
                 "async_insert": 0,
+                "distributed_foreground_insert": 1,
                 **_deduplicate(client),
                 "insert_deduplication_token": token,
                 "max_insert_block_size": rows.num_rows,
@@ -205,6 +222,8 @@ def translated(settings: Settings | None = None) -> Iterator[None]:
     except driver.Error as error:
         raise _translate(error, settings) from error
     except (HTTPError, OSError) as error:
+        if handshake := tls.refusal(error, settings):
+            raise StoreRefused(handshake) from error
         raise StoreUnavailable(_away(error, settings)) from error
 
 
@@ -269,6 +288,8 @@ def _without_code(error: driver.Error, message: str, settings: Settings | None) 
         if int(status[1]) >= 500:
             return StoreUnavailable(f"{sentence} A proxy before it, or it is starting.")
         return StoreRefused(f"{sentence} Check CLICKHOUSE_URL.")
+    if handshake := tls.refusal(error, settings):
+        return StoreRefused(handshake)
     if isinstance(error, driver.OperationalError):
         return StoreUnavailable(_away(error, settings))
     return StoreRefused(f"ClickHouse client: {message.rstrip('.')}.")
@@ -278,6 +299,8 @@ def _away(error: BaseException, settings: Settings | None) -> str:
     remedy = "Start it (kalshi-platform clickhouse), or check CLICKHOUSE_URL."
     if settings is not None and not settings.embedded_clickhouse:
         remedy = "Check CLICKHOUSE_URL, and that the server runs."
+        if tls.may_want_a_certificate(error, settings):
+            remedy += " If it wants a client certificate, set CLICKHOUSE_CLIENT_CERT_FILE."
     return f"{_place(settings)} cannot be reached ({_root(error)}). {remedy}"
 
 
@@ -305,7 +328,7 @@ def _root(error: BaseException) -> str:
 
 
 @functools.cache
-def _local_pool() -> PoolManager:
+def _local_pool(**files: Any) -> PoolManager:
     """Connections to this machine, never through the environment's proxy; shared by all clients."""
-    pool: PoolManager = get_pool_manager()
+    pool: PoolManager = get_pool_manager(**files)
     return pool

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.clickhouse import Client, connect, translated
+from kalshi_platform.storage.cluster import Cluster, place
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform.storage.statements import statements
@@ -37,6 +38,7 @@ RETAINED: Mapping[str, str] = {
 FOR_EVER_DAYS = 20_000
 """From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
 
+_CLUSTERS = "SELECT cluster, uniqExact(shard_num), count() FROM system.clusters GROUP BY cluster"
 _RECORD = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (
@@ -126,12 +128,18 @@ def standing(client: Client, migrations: Sequence[Migration] | None = None) -> l
 def migrate(settings: Settings, migrations: Sequence[Migration] | None = None) -> list[Migration]:
     """Create the database where it is missing and apply what is pending; returns what was applied.
 
-    Raises `StoreRefused` before anything is changed if an applied file has changed since.
+    On a cluster (CLICKHOUSE_CLUSTER) the same files make replicated tables on every host and
+    Distributed ones over them: see cluster.py.
+
+    Raises `StoreRefused` before anything is changed if an applied file has changed since, or if the
+    database was made for a single server and a cluster is asked for, or the other way round.
     """
     migrations = available() if migrations is None else migrations
-    _create_database(settings)
+    cluster = _cluster(settings)
+    _create_database(settings, cluster)
     client = connect(settings, log_comment="migrate")
     try:
+        _refuse_another_kind(client, settings)
         now = {s.version: s.state for s in standing(client, migrations)}
         if changed := [str(m) for m in migrations if now[m.version] is State.CHANGED]:
             raise StoreRefused(
@@ -139,10 +147,13 @@ def migrate(settings: Settings, migrations: Sequence[Migration] | None = None) -
                 f" {settings.clickhouse_database}. Restore the file, and put the change in a new one."
             )
         pending = [m for m in migrations if now[m.version] is State.PENDING]
-        for migration in pending:
-            _apply(client, migration)
+        for migration in migrations:
+            # of the applied ones too: later ones stand on them
+            means = _meaning(migration, cluster)
+            if migration in pending:
+                _apply(client, migration, means, cluster)
         keep(client, settings.hot_retention_days)
-        _leave_statistics_out(client)
+        _leave_statistics_out(client, cluster)
         return pending
     finally:
         client.close()
@@ -170,13 +181,14 @@ def keep(client: Client, days: int) -> list[str]:
     altered = []
     with translated():
         for table, column in RETAINED.items():
+            where = place(client, table)
+            if where is None:
+                continue  # not one of this set of migrations
             created = client.query(
                 "SELECT create_table_query FROM system.tables"
                 " WHERE database = currentDatabase() AND name = {table:String}",
-                parameters={"table": table},
-            ).first_row
-            if not created:
-                continue  # not one of this set of migrations
+                parameters={"table": where.table},
+            ).result_rows[0]
             found = _TTL.search(str(created[0]))
             if (int(found[1]) if found else None) == wanted:
                 continue
@@ -185,12 +197,12 @@ def keep(client: Client, days: int) -> list[str]:
                 if wanted is None
                 else f"MODIFY TTL toDateTime({column}) + toIntervalDay({wanted:d})"
             )
-            client.command(f"ALTER TABLE {table} {change}")
+            client.command(f"ALTER TABLE {where.target} {change}")
             altered.append(table)
     return altered
 
 
-def _leave_statistics_out(client: Client) -> None:
+def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:
     """No column statistics, which newer servers add to every part by themselves.
 
     No query here is planned by them, and in a part of some thousand rows they weigh a third of the
@@ -206,19 +218,80 @@ def _leave_statistics_out(client: Client) -> None:
             " AND engine LIKE '%MergeTree' AND create_table_query NOT LIKE '%auto_statistics_types%'"
         )
         for (table,) in tables.result_rows:
+            on = "" if cluster is None else f" {cluster.clause}"
             client.command(
-                "ALTER TABLE {table:Identifier} MODIFY SETTING auto_statistics_types = ''",
-                parameters={"table": table},
+                "ALTER TABLE {database:Identifier}.{table:Identifier}"
+                f"{on} MODIFY SETTING auto_statistics_types = ''",
+                parameters={"database": client.database, "table": table},
             )
 
 
-def _create_database(settings: Settings) -> None:
+def size_of(client: Client, cluster: str) -> tuple[int, int]:
+    """How many shards and hosts a cluster has. Raises `StoreRefused` where the server knows none such."""
+    with translated():
+        known = {
+            str(name): (int(shards), int(hosts))
+            for name, shards, hosts in client.query(_CLUSTERS).result_rows
+        }
+    if cluster not in known:
+        raise StoreRefused(
+            f"CLICKHOUSE_CLUSTER is {cluster!r}, but the server knows"
+            f" {', '.join(sorted(known)) or 'no cluster'}. Give one of these (they are in"
+            " system.clusters), or unset it for a single server."
+        )
+    return known[cluster]
+
+
+def _cluster(settings: Settings) -> Cluster | None:
+    """The cluster to spread over. Raises `StoreRefused` where the server knows none of that name."""
+    name = settings.clickhouse_cluster
+    if name is None:
+        return None
+    client = connect(settings, database=False, log_comment="migrate")
+    try:
+        size_of(client, name)
+    finally:
+        client.close()
+    return Cluster(name, settings.clickhouse_database)
+
+
+def _refuse_another_kind(client: Client, settings: Settings) -> None:
+    """Tables that hold rows do not turn into Distributed ones, nor back."""
+    with translated():
+        (applied, distributed), *_ = client.query(
+            "SELECT countIf(name = 'schema_migrations'), countIf(engine = 'Distributed')"
+            " FROM system.tables WHERE database = currentDatabase()"
+        ).result_rows
+    database = settings.clickhouse_database
+    if settings.clickhouse_cluster is not None and applied and not distributed:
+        raise StoreRefused(
+            f"CLICKHOUSE_CLUSTER is set, but database {database} was made for a single server. Give"
+            " another CLICKHOUSE_DATABASE and fill it: kalshi-platform restore --from PARQUET_DIR."
+        )
+    if settings.clickhouse_cluster is None and distributed:
+        raise StoreRefused(
+            f"Database {database} is spread over a cluster, and CLICKHOUSE_CLUSTER is not set. Set it."
+        )
+
+
+def _meaning(migration: Migration, cluster: Cluster | None) -> list[str]:
+    """The statements to run for a migration."""
+    found = list(statements(migration.sql))
+    return found if cluster is None else [each for one in found for each in cluster.spread(one)]
+
+
+def _create_database(settings: Settings, cluster: Cluster | None) -> None:
     client = connect(settings, database=False, log_comment="migrate")
     name = {"name": settings.clickhouse_database}
     try:
         with translated(settings):
             # looked up first, for a user who may use the database but not create one
-            if not client.query(
+            if cluster is not None:
+                client.command(
+                    f"CREATE DATABASE IF NOT EXISTS {{name:Identifier}} {cluster.clause}",
+                    parameters=name,
+                )
+            elif not client.query(
                 "SELECT 1 FROM system.databases WHERE name = {name:String}", parameters=name
             ).row_count:
                 client.command("CREATE DATABASE IF NOT EXISTS {name:Identifier}", parameters=name)
@@ -252,11 +325,13 @@ def _stand(
     return Standing(version, migration.name, state, applied[2])
 
 
-def _apply(client: Client, migration: Migration) -> None:
+def _apply(
+    client: Client, migration: Migration, means: Sequence[str], cluster: Cluster | None
+) -> None:
+    record = [_RECORD] if cluster is None else cluster.spread(_RECORD)
     with translated():
-        for statement in statements(migration.sql):
+        for statement in [*means, *record]:
             client.command(statement)
-        client.command(_RECORD)
         client.command(
             "INSERT INTO schema_migrations (version, name, checksum, applied_at)"
             " SELECT {version:UInt32}, {name:String}, {checksum:String}, now64(3)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform_tests.inventory.planted import Planted
 from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
 
 Run = Callable[..., Result]
 
@@ -26,7 +26,7 @@ Run = Callable[..., Result]
 @pytest.fixture(scope="module")
 def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
     """Settings of a database that the tests of a module share, one after the other."""
-    name = f"test_{uuid.uuid4().hex}"
+    name = database_name()
     settings = settings_for(clickhouse_url, name)
     migrations.migrate(settings)
     yield settings

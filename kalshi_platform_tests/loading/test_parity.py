@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -30,6 +29,7 @@ from kalshi_platform_tests.loading.test_load import (
     recording,
 )
 from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
 
 PACE = Pace(records=60, seconds=0.0, first_s=0.0)
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -38,7 +38,7 @@ NOW = datetime(2026, 11, 23, tzinfo=UTC)
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[str]:
     """A migrated database for this module."""
-    name = f"test_{uuid.uuid4().hex}"
+    name = database_name()
     migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
     yield name
     httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()

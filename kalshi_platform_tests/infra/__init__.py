@@ -1,0 +1,1 @@
+"""What `infra/` holds is held against the platform and against real engines."""

@@ -1,0 +1,99 @@
+"""An embedded engine whose one user has the rights of a role of infra/clickhouse_users, and no others.
+
+The engine keeps users in a file only: CREATE ROLE and CREATE USER are not to be had. So a role's GRANT
+statements, word for word, become the rights of its user `default`; the engine itself enforces them. What is
+not shown: roles, profiles and users as objects, and passwords. A role's settings profile becomes the user's.
+
+    python -m kalshi_platform_tests.infra.as_role FOLDER ROLE
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+from xml.sax.saxutils import escape
+
+import click
+
+from kalshi_platform.storage.embedded import engine, serve
+from kalshi_platform.storage.statements import statements
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = ROOT / "infra" / "clickhouse_users" / "roles.sql"
+
+
+def grants(role: str) -> list[str]:
+    """The GRANT statements that give a role its rights, those of roles that it has included."""
+    found: list[str] = []
+    for statement in statements(ROLES.read_text(encoding="utf-8")):
+        match = re.fullmatch(r"(GRANT .+) TO (\w+)", " ".join(statement.split()))
+        if match is None or match[2] != role:
+            continue
+        inherited = re.fullmatch(r"GRANT (kalshi_\w+)", match[1])
+        found += grants(inherited[1]) if inherited else [match[1]]
+    return found
+
+
+def profile(role: str) -> str:
+    """The role's settings profile as users.xml has it: values, and the bounds of each."""
+    for statement in statements(ROLES.read_text(encoding="utf-8")):
+        match = re.fullmatch(
+            r"CREATE SETTINGS PROFILE .* SETTINGS (.+) TO ([\w, ]+)", " ".join(statement.split())
+        )
+        if match is None or role not in match[2].split(", "):
+            continue
+        values, bounds = "", ""
+        for each in match[1].split(", "):
+            one = re.fullmatch(r"(\w+) = (\S+)(?: (CONST)|(?: MIN (\d+) MAX (\d+)))?", each)
+            assert one is not None, each
+            values += f"<{one[1]}>{one[2].strip(chr(39))}</{one[1]}>"
+            if one[3]:
+                bounds += f"<{one[1]}><readonly/></{one[1]}>"
+            elif one[4]:
+                bounds += f"<{one[1]}><min>{one[4]}</min><max>{one[5]}</max></{one[1]}>"
+        return f"{values}<constraints>{bounds}</constraints>"
+    raise AssertionError(f"{role} has no settings profile")
+
+
+@contextmanager
+def running(folder: Path, role: str) -> Iterator[str]:
+    """Serve `folder` to a user with the rights of `role`; yields the URL."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(folder), role], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield cast(IO[str], child.stdout).readline().strip()
+    finally:
+        child.terminate()
+        child.communicate(timeout=30)
+
+
+def main(folder: Path, role: str) -> None:
+    """Serve until told to end."""
+    module: Any = engine
+    own = "".join(f"<query>{escape(grant)}</query>" for grant in grants(role))
+    module._USERS = re.sub(
+        r"<grants>.*</grants>", f"<grants>{own}</grants>", module._USERS, flags=re.DOTALL
+    )
+    module._USERS = module._USERS.replace(
+        "</default></profiles>", f"{profile(role)}</default></profiles>"
+    )
+    rewritten: Any = engine.Engine
+    # it takes rights that no role has; the tests name their database in full
+    rewritten._make_default_database_plain = lambda self, kept: None
+    serve(
+        path=folder,
+        port=0,
+        user="default",
+        password="",
+        ready=lambda port: click.echo(f"http://127.0.0.1:{port}"),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,232 @@
+"""Deployment files: what they name is there, what they set is known, and nothing is left open."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from kalshi_platform.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra"
+COMPOSE = INFRA / "compose" / "compose.yaml"
+DOCKERFILE = INFRA / "docker" / "Dockerfile"
+KUBERNETES = sorted((INFRA / "kubernetes").glob("*.yaml"))
+OURS = {name.upper() for name in Settings.model_fields}
+DAGSTERS = set(
+    re.findall(
+        r"env: (\w+)",
+        "".join(path.read_text() for path in sorted((INFRA / "dagster").glob("*.yaml"))),
+    )
+)
+"""What our Dagster files read from the environment."""
+OTHERS = {
+    "clickhouse": {
+        *("CLICKHOUSE_USER", "CLICKHOUSE_PASSWORD", "CLICKHOUSE_DEFAULT_ACCESS_MANAGEMENT"),
+        *(f"KALSHI_{role}_PASSWORD" for role in ("READER", "WRITER", "OPERATOR", "ADMIN")),
+    },
+    "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD"},
+    "grafana": {"CLICKHOUSE_HOST", "KALSHI_READER_PASSWORD"},
+}
+"""What images that are not ours, and our files inside them, read."""
+
+
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
+    return loaded
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one]
+
+
+def everywhere(value: Any, key: str) -> Iterator[Any]:
+    """The values of `key` at any depth."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name == key:
+                yield inner
+            yield from everywhere(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from everywhere(inner, key)
+
+
+def images() -> list[str]:
+    found = [str(image) for image in everywhere(compose(), "image")]
+    for path in KUBERNETES:
+        for image in (i for one in documents(path) for i in everywhere(one, "image")):
+            found.append(
+                image if isinstance(image, str) else f"{image['repository']}:{image['tag']}"
+            )
+    return [*found, *re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)]
+
+
+def test_the_dockerfile_has_nothing_that_its_linter_finds() -> None:
+    binary = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([binary, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_is_one_by_compose_s_own_schema() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, COMPOSE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.stem)
+def test_manifests_are_what_kubernetes_takes(path: Path) -> None:
+    """Those of Kubernetes itself; the operator's kinds and the chart's values have no schema here."""
+    for one in documents(path):
+        if path.stem == "dagster-values" or "altinity.com" in one["apiVersion"]:
+            continue
+        kubernetes_validate.validate(one, "1.34", strict=True)
+
+
+def test_every_image_has_a_version() -> None:
+    for image in images():
+        name, _, tag = image.partition(":")
+        assert re.match(r"\d+\.\d+", tag), f"{name} has no version: {tag!r}"
+
+
+def test_our_image_is_of_this_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    ours = {image for image in images() if image.startswith("kalshi-platform:")}
+    assert ours == {f"kalshi-platform:{version[1]}"}
+
+
+def test_ports_are_published_on_the_loopback_interface_only() -> None:
+    for name, service in compose()["services"].items():
+        for port in service.get("ports", []):
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port), f"{name}: {port}"
+        assert service.get("network_mode") in {None, "service:code-location"}, name
+        assert not service.get("privileged")
+    for path in KUBERNETES:
+        for kind in (t for one in documents(path) for t in everywhere(one, "type")):
+            assert kind not in {"LoadBalancer", "NodePort"}, path
+
+
+def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
+    for name, service in compose()["services"].items():
+        known = OTHERS.get(name, OURS | DAGSTERS)
+        unknown = {
+            variable
+            for variable in service.get("environment", {})
+            if variable not in known and not variable.startswith("GF_")
+        }
+        assert not unknown, f"{name}: {sorted(unknown)}"
+    for path in KUBERNETES:
+        for env in (e for one in documents(path) for e in everywhere(one, "env")):
+            unknown = {each["name"] for each in env} - OURS - DAGSTERS
+            assert not unknown, f"{path.name}: {sorted(unknown)}"
+    for variable in re.findall(r"^(?:ENV|   ) (\w+)=", DOCKERFILE.read_text(), re.MULTILINE):
+        assert variable in OURS | DAGSTERS | {"PATH", "PYTHONUNBUFFERED", "DAGSTER_HOME"} or (
+            variable.startswith("PIP_")
+        )
+
+
+def test_every_variable_that_dagster_s_files_read_is_set() -> None:
+    for name in ("code-location", "webserver", "daemon"):
+        environment = compose()["services"][name]["environment"]
+        assert set(environment) >= DAGSTERS, name
+    (stateful,) = [
+        one
+        for one in documents(INFRA / "kubernetes" / "code-location.yaml")
+        if one["kind"] == "StatefulSet"
+    ]
+    (env,) = everywhere(stateful, "env")
+    assert {each["name"] for each in env} | {"DAGSTER_LOCAL_DIR"} >= DAGSTERS  # the image sets that
+
+
+def test_the_compose_file_s_own_variables_are_in_its_example() -> None:
+    used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
+    example = (COMPOSE.parent / ".env.example").read_text()
+    assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    file = compose()
+    for name, service in file["services"].items():
+        if build := service.get("build"):
+            context = (COMPOSE.parent / build["context"]).resolve()
+            assert context == ROOT
+            assert (context / build["dockerfile"]).is_file()
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            there = (
+                (COMPOSE.parent / source).exists()
+                if source.startswith(".")
+                else source in file["volumes"]
+            )
+            assert there, f"{name}: {source}"
+    ignored = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text()
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE):
+        for source in line.split():
+            assert (ROOT / source).exists(), source
+            assert f"!{source.split('/')[0]}\n" in ignored, (
+                f"{source} is not in the build's context"
+            )
+    script = COMPOSE.parent / "clickhouse" / "10-users.sh"
+    assert os.access(script, os.X_OK)
+    for source in re.findall(r"/opt/clickhouse_users/(\S+)", script.read_text()):
+        assert (INFRA / "clickhouse_users" / source).is_file()
+
+
+def test_secrets_are_references() -> None:
+    for path in KUBERNETES:
+        text = path.read_text(encoding="utf-8")
+        for one in documents(path):
+            assert one.get("kind") != "Secret", path
+        for env in (e for one in documents(path) for e in everywhere(one, "env")):
+            for each in env:
+                if re.search(r"PASSWORD|KEYID", each["name"]):
+                    assert "secretKeyRef" in each["valueFrom"], f"{path.name}: {each['name']}"
+        written = re.findall(r"^\s*(\S*[Pp]assword): \S", text, re.MULTILINE)
+        assert all("k8s_secret_" in name for name in written), path
+    for service in compose()["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if name.endswith("PASSWORD"):
+                assert re.fullmatch(r"\$\{\w+:\?.+\}", value), name
+
+
+def test_our_containers_run_without_rights() -> None:
+    assert re.search(r"^USER 10001:10001$", DOCKERFILE.read_text(), re.MULTILINE)
+    for name, service in compose()["services"].items():
+        if str(service["image"]).startswith("kalshi-platform:"):
+            assert service["read_only"], name
+            assert service["cap_drop"] == ["ALL"], name
+    for path in ("code-location", "migrate"):
+        for one in documents(INFRA / "kubernetes" / f"{path}.yaml"):
+            for container in (c for each in everywhere(one, "containers") for c in each):
+                assert container["securityContext"]["readOnlyRootFilesystem"], path
+
+
+def test_the_image_s_first_process_signals_the_whole_group() -> None:
+    entry = re.search(r"^ENTRYPOINT (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert entry is not None
+    assert entry[1] == '["tini", "-g", "--"]'
+    for name, service in compose()["services"].items():
+        assert "entrypoint" not in service, name
+    # the chart and our manifests give `args`, which leave the entry point as it is
+    for path in ("code-location", "migrate"):
+        for one in documents(INFRA / "kubernetes" / f"{path}.yaml"):
+            for container in (c for each in everywhere(one, "containers") for c in each):
+                assert "command" not in container
+                assert container["args"]
+
+
+def test_the_chart_is_of_dagster_s_version() -> None:
+    import dagster
+
+    values = (INFRA / "kubernetes" / "dagster-values.yaml").read_text()
+    assert f"--version {dagster.__version__}" in values
