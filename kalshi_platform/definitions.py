@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import analytics, checks, compaction, inventory
+from kalshi_platform.orchestration import (
+    analytics,
+    checks,
+    compaction,
+    console,
+    inventory,
+    retention,
+)
+from kalshi_platform.orchestration.alerts import alerts
 from kalshi_platform.orchestration.assets import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
 
+console.adopt()
+
 defs = dg.Definitions(
     assets=[*ASSETS, *analytics.ASSETS, *inventory.ASSETS],
     asset_checks=[*checks.CHECKS, *inventory.CHECKS],
-    jobs=[stream_orderbook, *checks.JOBS, *compaction.JOBS, *inventory.JOBS],
-    schedules=[*checks.SCHEDULES, *compaction.SCHEDULES, *inventory.SCHEDULES],
-    sensors=[streamer_supervisor, analytics.analytics_automation],
+    jobs=[
+        stream_orderbook,
+        *checks.JOBS,
+        *compaction.JOBS,
+        *inventory.JOBS,
+        *retention.JOBS,
+    ],
+    schedules=[
+        *checks.SCHEDULES,
+        *compaction.SCHEDULES,
+        *inventory.SCHEDULES,
+        *retention.SCHEDULES,
+    ],
+    sensors=[streamer_supervisor, analytics.analytics_automation, alerts],
     resources={"platform": KalshiResource()},
     executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow
 )

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
@@ -81,6 +81,28 @@ class Settings(BaseSettings):
 
     audit_interval_seconds: float = Field(60.0, gt=0)
 
+    dagster_run_retention_days: int = Field(7, ge=1)
+    dagster_tick_retention_days: int = Field(7, ge=1)
+
+    dagster_ui_url: str = "http://127.0.0.1:3000"
+    alert_slack_webhook_url: SecretStr | None = None
+    alert_webhook_url: SecretStr | None = None
+    alert_email_to: Annotated[tuple[str, ...], NoDecode] = ()
+    alert_email_from: str | None = None
+    smtp_host: str | None = None
+    smtp_port: int = Field(587, ge=1, le=65_535)
+    smtp_security: Literal["starttls", "tls", "none"] = "starttls"
+    smtp_user: str | None = None
+    smtp_password: SecretStr | None = None
+    alert_reminder_hours: float = Field(6.0, gt=0)
+
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(None, ge=1, le=65_535)
+    """Where `metrics` listens; None: `up` does not start it."""
+
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
     ch_host: str | None = None
     ch_port: int | None = Field(None, ge=1, le=65_535)
     ch_user: str | None = None
@@ -94,7 +116,7 @@ class Settings(BaseSettings):
     simulator_rate: float = Field(200.0, gt=0)
     """Order-book deltas a second, over all simulated markets."""
 
-    @field_validator("market_tickers", "market_series", mode="before")
+    @field_validator("market_tickers", "market_series", "alert_email_to", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -117,13 +139,38 @@ class Settings(BaseSettings):
         "ch_user",
         "ch_password",
         "ch_database",
+        "alert_slack_webhook_url",
+        "alert_webhook_url",
+        "alert_email_from",
+        "smtp_host",
+        "smtp_user",
+        "smtp_password",
+        "metrics_port",
         mode="before",
     )
     @classmethod
     def _blank_is_unset(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
-    @field_validator("clickhouse_url", "kalshi_ws_url", "kalshi_rest_url")
+    @field_validator("alert_slack_webhook_url", "alert_webhook_url")
+    @classmethod
+    def _is_webhook(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            try:
+                parts = urlsplit(value.get_secret_value())
+                good = parts.scheme in {"http", "https"} and bool(parts.hostname)
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError("is not a URL such as https://host/path")
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_capitals(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("clickhouse_url", "kalshi_ws_url", "kalshi_rest_url", "dagster_ui_url")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
         if value is not None:
@@ -214,6 +261,13 @@ def load(**overrides: Any) -> Settings:
             f"CLICKHOUSE_URL is {settings.clickhouse_url!r}, which is not encrypted, but certificates for"
             " it are set. Give https://…, or unset CLICKHOUSE_CA_FILE and CLICKHOUSE_CLIENT_CERT_FILE."
         )
+    if settings.alert_email_to:
+        for name in ("smtp_host", "alert_email_from"):
+            if getattr(settings, name) is None:
+                raise SettingsError(
+                    f"{name.upper()} is not set: ALERT_EMAIL_TO needs a mail server to send by and an"
+                    " address to send from. Set both SMTP_HOST and ALERT_EMAIL_FROM."
+                )
     if str(settings.parquet_dir or "").startswith("s3:"):
         raise SettingsError(
             "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."
@@ -252,12 +306,16 @@ def _insist_on_tls(settings: Settings) -> None:
             )
 
 
+_SECRET = ("PASSWORD", "KEY", "WEBHOOK")
+"""Settings whose value is in no error."""
+
+
 def _sentence(error: ValidationError) -> str:
     def one(item: Any) -> str:
         name = str(item["loc"][0]).upper() if item["loc"] else "settings"
         reason = str(item["msg"]).removeprefix("Value error, ")
         value = item.get("input")
-        secret = "PASSWORD" in name or "KEY" in name or "@" in str(value)
+        secret = any(word in name for word in _SECRET) or "@" in str(value)
         shown = "" if secret else f" is {value!r}:"
         return f"{name}{shown} {reason}"
 

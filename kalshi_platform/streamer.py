@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -60,6 +60,10 @@ class StoreHealth:
     committed_ns: int
     trouble: str | None
     refused: bool
+    rows: dict[str, int] = field(default_factory=dict)
+    """Written since the start, by dataset."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """Writes that were not taken since the start, by ClickHouse's error code."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Health:
     """From receive to durable, since the start: in the journal, and in each store."""
     trouble: str | None
     """What is wrong, as a sentence."""
+    disconnects: dict[str, int] = field(default_factory=dict)
+    """Connections that ended since the start, by cause."""
 
 
 class Streamer:
@@ -228,7 +234,14 @@ class Streamer:
         counters = capture.counters if capture else None
         followed, synced = capture.markets if capture else (0, 0)
         stores = {
-            load.name: StoreHealth(load.lag, load.committed_ns, load.trouble, load.refused)
+            load.name: StoreHealth(
+                load.lag,
+                load.committed_ns,
+                load.trouble,
+                load.refused,
+                dict(load.rows),
+                dict(load.errors),
+            )
             for load in self._loads
         }
         troubles = [writer.blocked if writer else None, *(s.trouble for s in stores.values())]
@@ -264,6 +277,7 @@ class Streamer:
                 )
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
+            disconnects=dict(counters.disconnects) if counters else {},
         )
 
     # -- threads -----------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import httpx
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
@@ -22,11 +23,15 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
+from kalshi_platform.monitoring import channels
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
 from kalshi_platform.storage.migrations import State
+
+if TYPE_CHECKING:
+    from kalshi_platform.monitoring.growth import Growth
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
 """The exchange refuses signatures about 10 s off; the measurement itself is good to a second."""
@@ -35,6 +40,9 @@ REPORT_BAD_S = 15.0
 """A living streamer reports once a second."""
 UNWRITTEN_BAD_S = 15.0
 """Frames that came so long before the last durable write are not being kept."""
+GIB = 1 << 30
+FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
+_CHANNELS = "set ALERT_SLACK_WEBHOOK_URL, ALERT_WEBHOOK_URL or ALERT_EMAIL_TO"
 
 
 class Mark(Enum):
@@ -62,8 +70,9 @@ class Finding:
 
 
 @click.command()
-def command() -> None:
-    """Check settings, key, clock, exchange, markets, ClickHouse, schema, disk and streamer.
+@click.option("--test-alert", is_flag=True, help="Send a test message to every alert channel, too.")
+def command(*, test_alert: bool) -> None:
+    """Check settings, key, exchange, ClickHouse, disk and growth, streamer, Dagster, alerts, metrics.
 
     A line each. Exits 1 if any of them is wrong. Nothing is changed.
     """
@@ -71,8 +80,30 @@ def command() -> None:
     for name, finding in examine():
         click.echo(finding.line(name))
         failed |= finding.mark is Mark.BAD
+    if test_alert:
+        for name, finding in send_test_alerts():
+            click.echo(finding.line(name))
+            failed |= finding.mark is Mark.BAD
     if failed:
         raise SystemExit(1)
+
+
+def send_test_alerts() -> Iterator[tuple[str, Finding]]:
+    """A message to each channel that the settings name."""
+    try:
+        targets = channels.configured(platform_settings.current())
+    except SettingsError:
+        return  # said before
+    if not targets:
+        yield "test alert", Finding(Mark.BAD, "no channel is set", _CHANNELS)
+    for channel in targets:
+        name = f"test alert, {channel.name}"
+        try:
+            channel.send(channels.trial(time.time()))
+        except PlatformError as error:
+            yield name, Finding(Mark.BAD, str(error))
+        else:
+            yield name, Finding(Mark.GOOD, "was taken; look whether it came")
 
 
 def examine() -> Iterator[tuple[str, Finding]]:
@@ -319,6 +350,79 @@ def _judge(report: dict[str, Any], now_ns: int) -> Finding:
     return Finding(Mark.GOOD, text)
 
 
+def _growth(settings: Settings) -> Finding:
+    """What is kept, and when the data folder's disk is full at the present rate."""
+    from kalshi_platform.monitoring import growth  # loads Arrow
+
+    found = growth.measure(settings)
+    told = "; ".join(_told_growth(each) for each in found if each.bytes or each.per_day)
+    if not any(each.per_day for each in found):
+        return Finding(Mark.SKIPPED, "; ".join(filter(None, (told, "too young to tell"))))
+    here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
+    days = growth.days_until_full(here, growth.free_bytes(settings.data_dir))
+    if days is None or days > 365:
+        return Finding(Mark.GOOD, f"{told}; the disk lasts for more than a year")
+    text = f"{told}; the disk is full in {days:.0f} days"
+    remedy = "see docs/operations.md, What is kept how long"
+    if days < FULL_ODD_DAYS:
+        return Finding(Mark.BAD if days < FULL_BAD_DAYS else Mark.ODD, text, remedy)
+    return Finding(Mark.GOOD, text)
+
+
+def _told_growth(it: Growth) -> str:
+    size = f"{it.what} {it.bytes / GIB:.2f} GiB"
+    if it.per_day is None:
+        return size
+    rate = f"{it.per_day / GIB:.2f} a day"
+    bound = "" if it.settles_at is None else f", up to {max(it.settles_at, it.bytes) / GIB:.2f}"
+    return f"{size} ({rate}{bound})"
+
+
+def _daemon(settings: Settings) -> Finding:
+    from kalshi_platform.orchestration import daemon  # loads Dagster
+
+    folder = daemon.home(settings.data_dir)
+    if folder is None:
+        return Finding(Mark.SKIPPED, "Dagster has not run here yet")
+    found = daemon.look(folder)
+    if not found.silent:
+        return Finding(Mark.GOOD, "its schedules, sensors and queue go on")
+    beat = found.last_beat
+    told = f"its last sign of life is of {beat:%Y-%m-%d %H:%M:%S} UTC" if beat else "it has not run"
+    if not found.streamers:
+        return Finding(Mark.SKIPPED, f"{told}; nothing that needs it runs either")
+    return Finding(
+        Mark.BAD,
+        f"{told} ({', '.join(found.silent)}): nothing restarts a streamer that ends, and nothing alerts",
+        "start it again (make run, or dagster-daemon run)",
+    )
+
+
+def _alerts(settings: Settings) -> Finding:
+    names = [channel.name for channel in channels.configured(settings)]
+    if not names:
+        return Finding(Mark.SKIPPED, f"nobody is told of what goes wrong: {_CHANNELS}")
+    return Finding(Mark.GOOD, f"told to {', '.join(names)}; --test-alert tries them")
+
+
+def _metrics(settings: Settings) -> Finding:
+    if settings.metrics_port is None:
+        return Finding(Mark.SKIPPED, "METRICS_PORT is not set: none are served")
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
+    host = everywhere.get(settings.metrics_host, settings.metrics_host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.metrics_port}/metrics"
+    try:
+        answer = httpx.get(url, timeout=5.0, trust_env=False)
+    except httpx.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        return Finding(Mark.BAD, f"{url} does not answer ({reason})", "kalshi-platform metrics")
+    if "kalshi_disk_free_bytes" not in answer.text:
+        return Finding(
+            Mark.BAD, f"{url} is somebody else's", "set METRICS_PORT to a port that is free"
+        )
+    return Finding(Mark.GOOD, f"{url} answers")
+
+
 CHECKS: Mapping[str, tuple[Callable[[Settings], Finding], str | None]] = {
     "key file": (_key_file, None),
     "clock": (_clock, None),
@@ -329,6 +433,10 @@ CHECKS: Mapping[str, tuple[Callable[[Settings], Finding], str | None]] = {
     "schema": (_schema, "ClickHouse"),
     "data folder": (_data_folder, None),
     "archive": (_archive, None),
+    "growth": (_growth, "data folder"),
     "streamer": (_streamer, None),
+    "Dagster daemon": (_daemon, None),
+    "alerts": (_alerts, None),
+    "metrics": (_metrics, None),
 }
 """Each check, and the one without which it is not worth asking."""

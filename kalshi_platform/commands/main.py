@@ -6,12 +6,15 @@ Commands are loaded when they are called, so that `sql` does not wait for Dagste
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from contextlib import suppress
 
 import click
 
-from kalshi_platform import __version__
-from kalshi_platform.errors import PlatformError
+from kalshi_platform import __version__, logs
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.printable import printable
 
 COMMANDS = {
@@ -26,9 +29,12 @@ COMMANDS = {
     "export": "Hours of the archive for publication, without what is your own.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
+    "metrics": "Serve metrics of every shard to Prometheus.",
     "paper-mm": "A market maker on paper, for the simulator only.",
-    "doctor": "Check settings, key, clock, exchange, ClickHouse, disk and schema.",
+    "doctor": "Check everything: settings, exchange, ClickHouse, disk, streamer, Dagster, alerts.",
 }
+SERVICES = frozenset({"up", "stream", "clickhouse", "simulate", "metrics", "paper-mm"})
+"""Commands that go on, and log what they do. The others print an answer."""
 
 
 class _LazyGroup(click.Group):
@@ -49,8 +55,13 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kalshi-platform")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Record the Kalshi order book without loss, and ask it anything."""
+    with suppress(SettingsError):  # said by the command itself
+        settings = platform_settings.current()
+        if settings.log_format == "json" or ctx.invoked_subcommand in SERVICES:
+            logs.configure(settings)
 
 
 def run() -> None:
@@ -58,5 +69,15 @@ def run() -> None:
     try:
         main()
     except PlatformError as error:
-        click.echo(printable(f"Error: {error}"), err=True)
+        if _in_json():
+            logging.getLogger(logs.PLATFORM).error("%s", error)
+        else:
+            click.echo(printable(f"Error: {error}"), err=True)
         sys.exit(1)
+
+
+def _in_json() -> bool:
+    try:
+        return platform_settings.current().log_format == "json"
+    except SettingsError:
+        return False

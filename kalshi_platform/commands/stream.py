@@ -8,12 +8,14 @@ import threading
 
 import click
 
+from kalshi_platform import logs
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.settings import Settings
 from kalshi_platform.streamer import Health, Streamer
 
-log = logging.getLogger("kalshi_platform.stream")
+log = logging.getLogger(__name__)
 
 STATUS_S = 10.0
 DRAIN_S = 7.0
@@ -25,13 +27,15 @@ def command() -> None:
 
     SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told by the load
     settings = platform_settings.load()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    with logs.bound(shard=0):
+        _stream(settings, stopping)
+
+
+def _stream(settings: Settings, stopping: threading.Event) -> None:
     streamer = Streamer(settings)
     streamer.start()
     if settings.exchange.simulated:

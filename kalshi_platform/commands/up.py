@@ -33,6 +33,8 @@ from kalshi_platform.orchestration.home import Home, prepare
 from kalshi_platform.processes import Keeper, Program, require_free_port
 from kalshi_platform.settings import Settings
 
+log = logging.getLogger(__name__)
+
 LOOK_S = 0.25
 """Between two looks at the programs."""
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
@@ -46,6 +48,7 @@ RECORDING_S = 90.0
 DAGSTER_STAGE, DAGSTER_GRACE_S = 0, 11.0
 # The paper market maker takes its orders out of the simulator, and needs that for it.
 PAPER_STAGE, PAPER_GRACE_S = 0, 4.0
+METRICS_GRACE_S = 2.0
 SIMULATOR_STAGE, SIMULATOR_GRACE_S = 1, 1.0
 CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S = 2, 2.5
 
@@ -68,7 +71,9 @@ def command(port: int) -> None:
         load_signer(settings.exchange.key_file)  # a key that cannot be used is said here and now
     with _sole_user(settings.data_dir), _signals() as ending, _socket_folder() as sockets:
         check_ports(settings, port)
-        home = prepare(settings.data_dir, sockets / "code.sock")
+        home = prepare(
+            settings.data_dir, sockets / "code.sock", settings.dagster_tick_retention_days
+        )
         _Platform(settings, port, home, sockets / "code.sock", ending).run()
 
 
@@ -82,6 +87,8 @@ def check_ports(settings: Settings, port: int) -> None:
             "Set EMBEDDED_CLICKHOUSE_PORT to another one; or, if it is a ClickHouse that you want to"
             " use, set CLICKHOUSE_URL to it, spelt `http://localhost:…`.",
         )
+    if settings.metrics_port is not None:
+        require_free_port(settings.metrics_port, "the metrics", "Set METRICS_PORT to another one.")
     if _own_simulator(settings):
         require_free_port(
             settings.simulator_port,
@@ -133,7 +140,10 @@ class _Platform:
         """What was said of ClickHouse; the streamer finds the same, and need not repeat it."""
 
     def say(self, sentence: str) -> None:
-        """One line on the console, with the time."""
+        """One line on the console, with the time; in JSON a line of the log."""
+        if self._settings.log_format == "json":
+            log.info("%s", sentence)
+            return
         self._console.print(f"{datetime.now().astimezone():%H:%M:%S}  {sentence}", markup=False)
 
     def run(self) -> None:
@@ -169,6 +179,8 @@ class _Platform:
         if not self._ending.wished:
             start(self._webserver())
             start(self._daemon())
+        if settings.metrics_port is not None:
+            start(self._own("metrics", DAGSTER_STAGE, METRICS_GRACE_S, lambda: True))
         if self._wait_for("webserver", UI_S):
             self._summary()
         threading.Thread(target=self._announce, name="announce", daemon=True).start()
@@ -207,6 +219,7 @@ class _Platform:
             *("--socket", str(self._socket)),
             *("--module-name", self._home.module),
             *("--location-name", self._home.location),
+            *self._log_format(),
         )
         return Program("code-server", argv, self._socket.exists, DAGSTER_STAGE, DAGSTER_GRACE_S)
 
@@ -215,6 +228,7 @@ class _Platform:
             *(sys.executable, "-m", "kalshi_platform.orchestration.webserver"),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--workspace", str(self._home.workspace)),
+            *self._log_format(),
         )
         ready = _answers(f"{self._ui}/server_info")
         return Program("webserver", argv, ready, DAGSTER_STAGE, DAGSTER_GRACE_S)
@@ -223,8 +237,13 @@ class _Platform:
         argv = (
             *(sys.executable, "-m", "dagster._daemon", "run"),
             *("--workspace", str(self._home.workspace)),
+            *self._log_format(),
         )
         return Program("daemon", argv, lambda: True, DAGSTER_STAGE, DAGSTER_GRACE_S)
+
+    def _log_format(self) -> tuple[str, ...]:
+        """Dagster's programs have a JSON of their own, with `event` and `timestamp`."""
+        return ("--log-format", "json") if self._settings.log_format == "json" else ()
 
     def _pings(self) -> bool:
         return _answers(f"{self._settings.clickhouse_url}/ping")()
@@ -241,6 +260,7 @@ class _Platform:
             "KALSHI_DATA_DIR": str(self._settings.data_dir),
             "DAGSTER_HOME": str(self._home.folder),
             "PYTHONUNBUFFERED": "1",
+            "DAGSTER_UI_URL": os.environ.get("DAGSTER_UI_URL", self._ui),
         }
 
     # -- what a person is told -----------------------------------------------------------------
@@ -259,9 +279,17 @@ class _Platform:
             "ClickHouse": clickhouse,
             "Parquet": str(settings.archive_dir),
             "Recording": _recorded(settings),
+            "Metrics": (
+                f"http://{settings.metrics_host}:{settings.metrics_port}/metrics"
+                if settings.metrics_port is not None
+                else "not served (METRICS_PORT)"
+            ),
             "Logs": str(self._keeper.log_dir),
             "Stop": "Ctrl-C",
         }
+        if settings.log_format == "json":
+            log.info("%s", "; ".join(f"{name}: {value}" for name, value in lines.items()))
+            return
         self._console.print()
         for name, value in lines.items():
             self._console.print(f"  {name:<12}{value}", markup=False)

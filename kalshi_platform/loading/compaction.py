@@ -137,6 +137,15 @@ def _disk_error(hour: datetime, error: OSError) -> StoreUnavailable:
     )
 
 
+def sweep(root: Path) -> None:
+    """Remove replaced hours and unfinished work that nobody needs; each compaction does it, too.
+
+    Raises `StoreUnavailable` where a compaction is at work.
+    """
+    with archive.compacting(root):
+        _sweep(root)
+
+
 def _sweep(root: Path) -> None:
     try:
         with archive.changing(root, timeout_s=0):

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,7 +38,7 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.delays import Delays
 from kalshi_platform.recording.journal import JournalError, Position, Writer
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,10 @@ class Load:
         """Why the store takes nothing at the moment, as a sentence."""
         self.refused = False
         """Whether that trouble is of the kind that no retry mends."""
+        self.rows: Counter[str] = Counter()
+        """Written to the store since the start, by dataset; what only mirrors them is left out."""
+        self.errors: Counter[str] = Counter()
+        """Writes that were not taken since the start: by ClickHouse's code, `unreachable`, `disk`."""
         self.failure: BaseException | None = None
         """What ended this load: a damaged journal, or a bug."""
         self._thread = threading.Thread(target=self._run, name=f"load-{store.name}", daemon=True)
@@ -283,6 +288,10 @@ class Load:
         self._write_cursor(
             msgspec.structs.replace(self._cursor, committed=_plain(end), planned=None)
         )
+        for each in rows:
+            self.rows.update(
+                {n: t.num_rows for n, t in each.tables.items() if DATASETS[n].archived}
+            )
         self._pending.clear()
         self.committed = end
         self.committed_ns = time.time_ns()
@@ -295,6 +304,7 @@ class Load:
 
         def before_sleep(attempt: tenacity.RetryCallState) -> None:
             error = attempt.outcome.exception() if attempt.outcome else None
+            self.errors[_code(error)] += 1
             self.refused = isinstance(error, StoreRefused)
             sentence = self._disk_sentence(error) if isinstance(error, OSError) else str(error)
             if self.trouble != sentence:
@@ -369,6 +379,12 @@ def _patience(attempt: tenacity.RetryCallState) -> float:
     if isinstance(error, StoreUnavailable | OSError):
         return tenacity.wait_random_exponential(multiplier=0.2, max=10)(attempt)
     return REFUSED_RETRY_S
+
+
+def _code(error: BaseException | None) -> str:
+    if isinstance(error, StoreError):
+        return "unreachable" if error.code is None else f"{error.code} {error.name}".strip()
+    return "disk"
 
 
 def _plain(position: Position) -> tuple[int, int, int]:

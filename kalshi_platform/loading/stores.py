@@ -53,7 +53,7 @@ class ClickHouseStore:
     def __init__(self, settings: Settings, journal_id: str, log_comment: str = "") -> None:
         self._settings = settings
         self._journal_id = journal_id
-        self._log_comment = log_comment
+        self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:

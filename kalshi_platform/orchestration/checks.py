@@ -97,7 +97,7 @@ def order_book_checks(
     away = ""
     if settings.use_clickhouse:
         try:
-            with closing(connect(settings, log_comment=f"checks {context.run.run_id}")) as client:
+            with closing(connect(settings, log_comment="checks")) as client:
                 hot = continuity.extent(client)
                 proved = _proved(context.instance) if "no_unexplained_gaps" in wanted else None
                 asked = _Asked(settings, client, hot, health, now, proved)

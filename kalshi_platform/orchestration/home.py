@@ -30,10 +30,14 @@ class Home:
     """The code location's name."""
 
 
-def prepare(data_dir: Path, socket: Path) -> Home:
-    """Write both files into the folder. Raises `SettingsError` when it cannot be written."""
+def prepare(data_dir: Path, socket: Path, tick_days: int) -> Home:
+    """Write both files into the folder; ticks that did something stay `tick_days`.
+
+    Raises `SettingsError` when the folder cannot be written.
+    """
     folder = data_dir / "dagster"
     instance = _read("dagster.yaml")
+    instance["retention"] = _retention(instance["retention"], tick_days)
     code = _read("workspace.yaml")["load_from"][0]["python_module"]
     server = {"grpc_server": {"socket": str(socket), "location_name": code["location_name"]}}
     home = Home(folder, folder / "workspace.yaml", code["module_name"], code["location_name"])
@@ -67,6 +71,15 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         + yaml.safe_dump(content, sort_keys=False),
         encoding="utf-8",
     )
+
+
+def _retention(shipped_as: dict[str, Any], tick_days: int) -> dict[str, Any]:
+    """The same rules; skipped ticks, which are nearly all, stay as long as the file says."""
+    skipped = shipped_as["sensor"]["purge_after_days"]["skipped"]
+    did_something = dict.fromkeys(("success", "failure"), tick_days)
+    return {
+        kind: {"purge_after_days": {"skipped": skipped, **did_something}} for kind in shipped_as
+    }
 
 
 def _relocated(value: Any, data_dir: Path) -> Any:

@@ -151,7 +151,7 @@ def inventory_checks(
     checks = [check for check in audit.CHECKS if check.name in wanted]
     parameters = audit.Parameters(limit=SHOWN)
     try:
-        with closing(connect(settings, log_comment=f"inventory_qa {context.run.run_id}")) as client:
+        with closing(connect(settings, log_comment="inventory_qa")) as client:
             outcomes = audit.sweep(client, checks, parameters)
             still_open = breaks.update(client, checks, parameters)
     except PlatformError as error:

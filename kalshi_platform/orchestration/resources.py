@@ -5,18 +5,25 @@ The rooms are imported when they are used: loading the code location opens nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import dagster as dg
+from dagster._core.execution.context.compute import current_execution_context
 from pydantic import Field
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
     from kalshi_platform.loading.hours import HourReport
     from kalshi_platform.streamer import Streamer
+
+
+PARTITION_TAG = "dagster/partition"
 
 
 class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -27,6 +34,14 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         description="Settings that win over the environment, by lower-case name. No secrets here:"
         " the UI shows this.",
     )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Self]:
+        """While it is in use, every ClickHouse query carries the ids of who asks (`log_comment`)."""
+        from kalshi_platform.storage import clickhouse
+
+        with clickhouse.called_by(lambda: identify(context)):
+            yield self
 
     def settings(self) -> Settings:
         """The settings. Raises `SettingsError` naming the variable."""
@@ -62,3 +77,27 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def source(self) -> str:
         """Where the data comes from: `exchange` or `simulator`."""
         return "simulator" if self.settings().exchange.simulated else "exchange"
+
+
+def identify(context: dg.InitResourceContext) -> dict[str, str]:
+    """Who asks now, by Dagster's ids: the run and its job; the op, with its assets, checks, partition."""
+    ids: dict[str, str] = {}
+    if context.run is not None:
+        ids |= {"run_id": context.run.run_id, "job": context.run.job_name}
+        if partition := context.run.tags.get(PARTITION_TAG):
+            ids["partition"] = partition
+        if (shard := context.run.tags.get(SHARD_TAG)) is not None:
+            ids["shard"] = shard
+    step = current_execution_context.get()
+    if step is not None:
+        op = step.op_execution_context
+        ids["op"] = op.op.name
+        if op.has_assets_def:
+            ids["assets"] = _names(op.selected_asset_keys)
+        if op.selected_asset_check_keys:
+            ids["checks"] = ",".join(sorted(key.name for key in op.selected_asset_check_keys))
+    return {name: value for name, value in ids.items() if value}
+
+
+def _names(keys: Iterable[dg.AssetKey]) -> str:
+    return ",".join(sorted(key.to_user_string() for key in keys))

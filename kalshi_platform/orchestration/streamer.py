@@ -6,7 +6,6 @@ Its heartbeat goes to the run's output (stderr), not to the event log, which not
 """
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.console import output_log
 from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import (
     PROCESS_TAG,
@@ -67,8 +67,8 @@ def record_shard(
 ) -> None:
     """Record one shard until told to end."""
     introduce(context)
-    with output_log(), as_failure():
-        shard = int(context.run.tags.get(SHARD_TAG, "0"))
+    shard = int(context.run.tags.get(SHARD_TAG, "0"))
+    with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
         source = platform.source
         context.instance.add_run_tags(context.run_id, {SHARD_TAG: str(shard), SOURCE_TAG: source})
         streamer = platform.streamer(shard)
@@ -235,19 +235,3 @@ def as_failure() -> Iterator[None]:
         yield
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-
-
-@contextmanager
-def output_log() -> Iterator[None]:
-    """The platform's log goes to stderr, which Dagster keeps with the run."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("kalshi_platform")
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)

@@ -12,7 +12,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -66,6 +66,8 @@ class Counters:
     """Receive time of the last frame, this machine's clock; 0 before the first."""
     last_heard_ns: int = 0
     """When bytes of any kind last came, pings included."""
+    disconnects: dict[str, int] = field(default_factory=dict)
+    """Connections that ended, by cause, without the exchange's own words."""
 
 
 class Capture:
@@ -183,6 +185,9 @@ class Capture:
             cause = await self._converse(socket, session, conn)
         finally:
             self.connected = self._blocked = False
+            ends = self.counters.disconnects
+            kind = cause.partition(":")[0]
+            ends[kind] = ends.get(kind, 0) + 1
             self._drain_notes(session, conn)
             self._journal.note(
                 "disconnected",

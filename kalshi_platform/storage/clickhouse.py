@@ -7,10 +7,12 @@ Which tables there are is not said here (migrations.py), nor what goes into them
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +34,8 @@ __all__ = [
     "TRANSIENT",
     "Client",
     "broken_answer",
+    "called_by",
+    "comment",
     "connect",
     "insert_arrow",
     "server_version",
@@ -86,7 +90,8 @@ TRANSIENT: Mapping[int, str] = {
 }
 """ClickHouse's codes that pass by themselves, or once somebody has made room. All others stay."""
 
-logging.getLogger("clickhouse_connect").setLevel(logging.ERROR)  # what it warns of it raises, too
+for _name in ("clickhouse_connect", "urllib3"):  # what they warn of is raised, too
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _WRONG_USER = {
     192,
@@ -106,6 +111,31 @@ _WORDS_OF_DRIVER = re.compile(
 _TAIL_OF_DRIVER = re.compile(r"\s*(\(version [^()]*(\([^()]*\))?[^()]*\))?\s*(\(for url [^)]*\))?$")
 
 
+_caller: ContextVar[Callable[[], Mapping[str, str]] | None] = ContextVar("caller", default=None)
+
+
+@contextmanager
+def called_by(identify: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    """While it lasts, queries of clients made in this thread say in `log_comment` who asked.
+
+    `identify` gives the ids when a client is made, so that one scope serves many callers.
+    """
+    before = _caller.get()
+    _caller.set(identify)
+    try:
+        yield
+    finally:
+        _caller.set(before)
+
+
+def comment(what: str) -> str:
+    """The `log_comment` of who asks now: JSON with `what` and the caller's ids, else `what` alone."""
+    identify = _caller.get()
+    if identify is None:
+        return what
+    return json.dumps({"what": what, **identify()}, ensure_ascii=False)
+
+
 def connect(
     settings: Settings,
     *,
@@ -116,8 +146,9 @@ def connect(
     """A client of the configured ClickHouse; threads may share it.
 
     `database=False` leaves the database out, for a server where it does not exist yet.
-    `log_comment` goes into every query's row of system.query_log. `receive_timeout_s` is the silence
-    after which a query is given up, CLICKHOUSE_TIMEOUT_SECONDS unless it is given here.
+    `log_comment` goes into every query's row of system.query_log, with the ids of `called_by`.
+    `receive_timeout_s` is the silence after which a query is given up, CLICKHOUSE_TIMEOUT_SECONDS
+    unless it is given here.
     Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user, database or
     certificate.
     """
@@ -127,7 +158,7 @@ def connect(
     password = settings.clickhouse_password.get_secret_value()
     every_query = {
         **(ON_CLUSTER if settings.clickhouse_cluster is not None else {}),
-        **({"log_comment": log_comment} if log_comment else {}),
+        **({"log_comment": said} if (said := comment(log_comment)) else {}),
     }
     with translated(settings):
         return clickhouse_connect.get_client(
@@ -196,7 +227,7 @@ def insert_arrow(
                 "max_insert_block_size": rows.num_rows,
                 "min_insert_block_size_rows": rows.num_rows,
                 "min_insert_block_size_bytes": 0,
-                **({"log_comment": log_comment} if log_comment else {}),
+                **({"log_comment": comment(log_comment)} if log_comment else {}),
                 **(settings or {}),
             },
             fmt="ArrowStream",

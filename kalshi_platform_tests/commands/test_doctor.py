@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -12,15 +13,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from click.testing import CliRunner
+from dagster._daemon.types import DaemonHeartbeat
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
+from kalshi_platform.monitoring import metrics
+from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.orchestration.observation import SHARD_TAG
+from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
+from kalshi_platform.recording import journal
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.monitoring.servers import web_server
 
 StartSimulator = Callable[..., Simulator]
 
@@ -67,9 +76,9 @@ class Patient:
                 self._monkeypatch.setenv(name, value)
         platform_settings.current.cache_clear()
 
-    def examined(self) -> dict[str, str]:
+    def examined(self, *argv: str) -> dict[str, str]:
         """Each check's line, by its name."""
-        result = CliRunner().invoke(doctor.command)
+        result = CliRunner().invoke(doctor.command, argv)
         lines = result.stdout.splitlines()
         assert result.exit_code == any(line.startswith("✗") for line in lines), result.output
         return {line.split(" — ")[0][2:]: line for line in lines}
@@ -101,7 +110,9 @@ def patient(
 def test_a_platform_that_is_well_has_no_complaint(patient: Patient) -> None:
     report(patient.data)
     lines = patient.examined()
-    assert [line[0] for line in lines.values()] == ["✓"] * 11, lines
+    not_set_up = {"growth", "Dagster daemon", "alerts", "metrics"}
+    assert {name for name, line in lines.items() if line[0] != "✓"} == not_set_up, lines
+    assert len(lines) == 15
     assert "7 frames not loaded yet" in lines["streamer"]
     assert not patient.data.joinpath("parquet").exists()
 
@@ -263,3 +274,85 @@ def test_a_streamer_is_judged_by_its_report(
     finding = check(platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path))
     assert finding.mark.value == mark
     assert sentence in finding.text
+
+
+def checked(name: str, folder: Path, **overrides: Any) -> doctor.Finding:
+    """One check alone."""
+    check, _ = doctor.CHECKS[name]
+    settings = platform_settings.load(
+        _env_file=None, kalshi_data_dir=folder, use_clickhouse=False, **overrides
+    )
+    return check(settings)
+
+
+def test_a_disk_that_will_be_full_is_found_before_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "journal" / "shard-0"
+    folder.mkdir(parents=True)
+    for number in range(3):  # a segment each hour
+        path = journal.segment_path(folder, number * 1000)
+        path.write_bytes(b"x" * (1 << 20))
+        os.utime(path, (1e9 + 3600 * number, 1e9 + 3600 * number))
+    usage = shutil.disk_usage(tmp_path)
+    for free_mib, days, mark in ((10_000, None, "✓"), (30, 1, "✗"), (24 * 20, 20, "!")):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _, free=free_mib << 20: usage._replace(free=free)
+        )
+        found = checked("growth", tmp_path, journal_retention_hours=24 * 100)
+        assert found.mark.value == mark
+        assert f"full in {days} days" in found.text or days is None
+    settled = checked("growth", tmp_path, journal_retention_hours=2)
+    assert settled.mark.value == "✓"
+    assert "more than a year" in settled.text
+
+
+@pytest.mark.parametrize(("streamers", "mark"), [(0, "·"), (1, "✗")])
+def test_a_daemon_that_is_dead_matters_while_a_streamer_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamers: int, mark: str
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert checked("Dagster daemon", tmp_path).mark.value == "·"
+    home = prepare(tmp_path, tmp_path / "code.sock", 7)
+    with dg.DagsterInstance.from_config(str(home.folder)) as instance:
+        for _ in range(streamers):
+            instance.create_run_for_job(
+                stream_orderbook, tags={SHARD_TAG: "0"}, status=dg.DagsterRunStatus.STARTED
+            )
+        found = checked("Dagster daemon", tmp_path)
+        assert found.mark.value == mark
+        for kind in instance.get_required_daemon_types():
+            beat = DaemonHeartbeat(time.time(), kind, "one", [])
+            instance.add_daemon_heartbeat(beat)
+    assert checked("Dagster daemon", tmp_path).mark.value == "✓"
+
+
+def test_alert_channels_are_named_and_tried(tmp_path: Path, patient: Patient) -> None:
+    assert checked("alerts", tmp_path).mark.value == "·"
+    assert "no channel is set" in patient.examined("--test-alert")["test alert"]
+    with web_server() as web:
+        patient.set(ALERT_WEBHOOK_URL=web.url, ALERT_SLACK_WEBHOOK_URL="http://127.0.0.1:9/s3cr3t")
+        lines = patient.examined("--test-alert")
+        assert lines["alerts"].startswith("✓ alerts — told to slack, webhook")
+        assert lines["test alert, webhook"].startswith("✓")
+        assert lines["test alert, slack"].startswith("✗")
+        assert "s3cr3t" not in "".join(lines.values())
+        assert [body["notices"][0]["title"] for body in web.bodies] == ["This is a test"]
+
+
+def test_a_metrics_endpoint_that_does_not_answer_or_is_anothers_is_found(tmp_path: Path) -> None:
+    assert checked("metrics", tmp_path).mark.value == "·"
+    settings = platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path)
+    thread, server = metrics.serve(settings, "127.0.0.1", 0)
+    try:
+        assert checked("metrics", tmp_path, metrics_port=server.server_port).mark.value == "✓"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    found = checked("metrics", tmp_path, metrics_port=server.server_port)
+    assert found.mark.value == "✗"
+    assert "does not answer" in found.text
+    with web_server() as web:
+        port = int(web.url.split(":")[2].split("/")[0])
+        assert "somebody else's" in checked("metrics", tmp_path, metrics_port=port).text

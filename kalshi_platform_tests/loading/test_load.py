@@ -222,9 +222,12 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
             self.store.begin_hour(hour, checkpoint, n)
 
     writer = journal_of(tmp_path / "journal", recording(200))
-    load_all(Load(tmp_path / "journal", writer, Flaky(), SMALL))
+    load = Load(tmp_path / "journal", writer, Flaky(), SMALL)
+    load_all(load)
     writer.close()
     assert archived(tmp_path / "archive", "orderbook_events").height == 203
+    assert load.rows["orderbook_events"] == 203  # each once, however often it was tried
+    assert load.errors["unreachable"] > 0
 
 
 def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole(
@@ -249,6 +252,8 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
     assert load.refused
     assert load.trouble == "the table is missing"
     assert load.lag == len(records)
+    assert load.errors["60 UNKNOWN_TABLE"] >= 1
+    assert not load.rows
     writer.close()
 
 
@@ -295,6 +300,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
     assert load.join(30)
     writer.close()
     assert archived(tmp_path / "archive", "orderbook_events").height == 53
+    assert load.errors["disk"] >= 1
 
 
 def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_seals_it_anew(

@@ -11,9 +11,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml  # type: ignore[import-untyped]
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.scheduler.instigation import TickStatus
 
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.orchestration.home import prepare, shipped
+from kalshi_platform.settings import Settings
 
 LOAD = """
 import json, sys, threading
@@ -62,6 +65,7 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
             "mm_position_snapshots_job",
             "order_book_checks",
             "parquet_compaction",
+            "retention",
             "stream_orderbook",
         ],
         "schedules": {
@@ -69,8 +73,13 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
             "mm_position_snapshots_schedule": "RUNNING",
             "order_book_checks_schedule": "RUNNING",
             "parquet_compaction_schedule": "RUNNING",
+            "retention_schedule": "RUNNING",
         },
-        "sensors": {"analytics_automation": "RUNNING", "streamer_supervisor": "RUNNING"},
+        "sensors": {
+            "alerts": "RUNNING",
+            "analytics_automation": "RUNNING",
+            "streamer_supervisor": "RUNNING",
+        },
         "loaded": [],
         "threads": 0,
     }
@@ -87,7 +96,7 @@ def test_workspace_yaml_names_the_module_that_hands_out_the_definitions() -> Non
 
 def test_dagster_accepts_the_files_and_keeps_everything_in_the_data_folder(tmp_path: Path) -> None:
     data = tmp_path / "somewhere else"
-    home = prepare(data, tmp_path / "code.sock")
+    home = prepare(data, tmp_path / "code.sock", 7)
     with dg.DagsterInstance.from_config(str(home.folder)) as instance:
         assert not instance.telemetry_enabled
         assert not instance.nux_enabled
@@ -100,8 +109,19 @@ def test_dagster_accepts_the_files_and_keeps_everything_in_the_data_folder(tmp_p
     assert config["storage"]["sqlite"]["base_dir"] == str(data / "dagster" / "storage")
 
 
-def test_dagster_dev_in_the_root_and_up_share_one_history() -> None:
+def test_ticks_stay_as_long_as_the_settings_say(tmp_path: Path) -> None:
+    prepare(tmp_path, tmp_path / "code.sock", 3)
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        for kind in InstigatorType:
+            days = instance.get_tick_retention_settings(kind)
+            assert (days[TickStatus.SKIPPED], days[TickStatus.SUCCESS]) == (1, 3)
+
+
+def test_dagster_dev_in_the_root_and_up_share_one_history_and_one_retention() -> None:
     root = yaml.safe_load(shipped("dagster.yaml").read_text())
+    ticks = Settings.model_fields["dagster_tick_retention_days"].default
+    for kind in root["retention"].values():
+        assert kind["purge_after_days"] == {"skipped": 1, "success": ticks, "failure": ticks}
     assert root["storage"]["sqlite"]["base_dir"] == "data/dagster/storage"
 
 
@@ -109,7 +129,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     in_the_way = tmp_path / "data"
     in_the_way.write_text("a file")
     with pytest.raises(SettingsError, match=r"KALSHI_DATA_DIR is .*data"):
-        prepare(in_the_way, tmp_path / "code.sock")
+        prepare(in_the_way, tmp_path / "code.sock", 7)
 
 
 def test_every_asset_says_what_it_is_whose_it_is_and_where_it_is_described() -> None:

@@ -82,6 +82,7 @@ def test_a_silent_connection_is_left_and_the_cause_recorded(
     run(it, again)
     writer.close()
     assert [d["cause"] for d in notes(tmp_path, "disconnected")] == ["silent for 1 s", "stopped"]
+    assert it.counters.disconnects == {"silent for 1 s": 1, "stopped": 1}
 
 
 def test_a_quiet_exchange_that_pings_is_not_left(

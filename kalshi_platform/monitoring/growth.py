@@ -1,0 +1,172 @@
+"""How much the platform keeps, how fast that grows, and when the disk is full.
+
+Sizes are what files take on the disk. Rates are of the last day, or of as much of it as was recorded;
+None where there is too little to tell. What a retention bounds grows to `settles_at` and no further.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from kalshi_platform.loading.hours import is_sealed
+from kalshi_platform.monitoring.metrics import folder_bytes
+from kalshi_platform.recording import journal
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import archive, queries
+from kalshi_platform.storage.clickhouse import Client, connect, translated
+from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.storage.migrations import FOR_EVER_DAYS, RETAINED
+from kalshi_platform.storage.schema import DATASETS
+
+DAY_S = 86_400.0
+LEAST_S = 600.0
+"""A rate of less than ten minutes is none."""
+HORIZON_DAYS = 3650
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One of the things that are kept."""
+
+    what: str
+    bytes: int
+    per_day: float | None
+    """Bytes a day at the present rate."""
+    settles_at: float | None
+    """Bytes at which its retention holds it, at that rate; None: it grows for ever."""
+    path: Path | None
+    """Where it is; None: on another machine."""
+
+
+def measure(settings: Settings) -> list[Growth]:
+    """Everything that is kept, as it is now. ClickHouse is left out where it cannot be asked."""
+    found = [_journal(settings), _archive(settings), _dagster(settings)]
+    if settings.use_clickhouse:
+        try:
+            with closing(connect(settings, log_comment="growth")) as client:
+                found.append(_clickhouse(settings, client))
+        except StoreError:
+            pass  # said by whoever needs it
+    return found
+
+
+def days_until_full(growths: Iterable[Growth], free: int) -> float | None:
+    """Days until `free` bytes are used up at the present rates; None: not within ten years."""
+    known = [(each, each.per_day) for each in growths if each.per_day]
+    for day in range(1, HORIZON_DAYS + 1):
+        if sum(_added(each, rate, day) for each, rate in known) > free:
+            return float(day - 1)
+    return None
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where a folder is, or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def on_disk_of(it: Growth, folder: Path) -> bool:
+    """Whether a thing takes its room from the disk that a folder is on."""
+    return it.path is not None and _device(it.path) == _device(folder)
+
+
+def _device(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _added(it: Growth, per_day: float, days: float) -> float:
+    """Bytes more than now, after so many days."""
+    grown = per_day * days
+    if it.settles_at is None:
+        return grown
+    return min(grown, max(it.settles_at - it.bytes, 0.0))
+
+
+def _journal(settings: Settings) -> Growth:
+    """All shards. The segments' times of change say how long they took to fill."""
+    folder = settings.journal_dir(0).parent
+    per_day: float | None = None
+    for shard in sorted(folder.glob("shard-*")):
+        paths = [journal.segment_path(shard, first_n) for first_n in journal.segments(shard)]
+        rate = _rate([(path.stat().st_mtime, path.stat().st_size) for path in paths])
+        if rate is not None:
+            per_day = (per_day or 0.0) + rate
+    days = settings.journal_retention_hours / 24
+    settles_at = None if per_day is None else per_day * days
+    return Growth("journal", folder_bytes(folder), per_day, settles_at, folder)
+
+
+def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
+    """Bytes a day of files that were filled one after the other, from their ends and sizes."""
+    if len(ended) < 2:
+        return None
+    ended = sorted(ended)
+    spent_s = ended[-1][0] - ended[0][0]
+    return sum(size for _, size in ended[1:]) / spent_s * DAY_S if spent_s >= LEAST_S else None
+
+
+def _archive(settings: Settings) -> Growth:
+    """The sealed hours of the last day: what is open is not compacted, and would count too much."""
+    root = settings.archive_dir
+    this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    sealed = [
+        hour
+        for hour in (this_hour - timedelta(hours=back) for back in range(1, 26))
+        if is_sealed(root, hour)
+    ]
+    per_hour = [
+        sum(
+            path.stat().st_size
+            for name, dataset in DATASETS.items()
+            if dataset.archived
+            for path in archive.files(root, name, hour)
+        )
+        for hour in sealed
+    ]
+    per_day = sum(per_hour) / len(per_hour) * 24 if per_hour else None
+    return Growth("Parquet archive", folder_bytes(root), per_day, None, root)
+
+
+def _clickhouse(settings: Settings, client: Client) -> Growth:
+    """The tables that keep HOT_RETENTION_DAYS: bytes of a row, times the rows of the last day."""
+    with translated(settings):
+        rows = client.query(
+            queries.text("growth/hot_tables"), parameters={"tables": list(RETAINED)}
+        ).result_rows
+        spans = client.query(queries.text("growth/last_day")).first_row
+    total = sum(int(row[1]) for row in rows)
+    events = next((int(row[2]) for row in rows if row[0] == "orderbook_events"), 0)
+    per_day = None
+    if events and spans and spans[1] >= LEAST_S:
+        lately, seconds = int(spans[0]), min(float(spans[1]), DAY_S)
+        per_day = total / events * lately / seconds * DAY_S
+    bounded = settings.hot_retention_days < FOR_EVER_DAYS
+    settles_at = per_day * settings.hot_retention_days if per_day and bounded else None
+    path = settings.data_dir / "clickhouse" if settings.embedded_clickhouse else None
+    size = folder_bytes(path) if path is not None else total
+    return Growth("ClickHouse", size, per_day, settles_at, path)
+
+
+def _dagster(settings: Settings) -> Growth:
+    """Dagster's own storage, where it is in files: what was written in the last day and is there yet.
+
+    Most of it are runs, which go after DAGSTER_RUN_RETENTION_DAYS.
+    """
+    folder = settings.data_dir / "dagster"
+    now = time.time()
+    runs = [path.stat() for path in folder.glob("storage/history/runs/*-*.db")]
+    oldest = min((it.st_mtime for it in runs), default=now)
+    span_s = min(now - oldest, DAY_S)
+    lately = [it.st_blocks * 512 for it in runs if it.st_mtime > now - DAY_S]
+    per_day = sum(lately) / span_s * DAY_S if span_s >= LEAST_S else None
+    settles_at = None if per_day is None else per_day * settings.dagster_run_retention_days
+    return Growth("Dagster", folder_bytes(folder), per_day, settles_at, folder)

@@ -1,0 +1,180 @@
+"""What Dagster keeps of the past, and letting it go: runs, their events, check results, their files.
+
+Dagster purges ticks by itself (`retention` in dagster.yaml), and after 30 days what automation conditions
+came to (80 kB for each asset and change); nothing else. A run goes with all its
+events, so one that holds the latest materialisation of a partition or the latest result of a check stays
+for as long as it does: without it the partition would be missing again. Measured with Dagster 1.13: deleting
+a run leaves its SQLite file (131 kB) and its check results behind, so these are removed here.
+No decision about settings is taken here; `retention.py` says when and for how long.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+from dagster import DagsterRunStatus as Status
+from dagster._core.storage.event_log.schema import (
+    AssetCheckExecutionsTable as Checks,
+)
+from dagster._core.storage.event_log.schema import (
+    SqlEventLogStorageTable as Events,
+)
+from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+from sqlalchemy import delete, func, select
+from sqlalchemy.sql import Select
+
+ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
+ORPHAN_S = 3600.0
+"""A file of no run is left alone for so long: its run may be about to be recorded."""
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What went, and what stayed though it is old."""
+
+    runs: int
+    kept: int
+    """Old runs that hold the latest word on a partition or a check."""
+    left: int
+    """Old runs for which the time was not enough; the next time takes them."""
+    check_results: int
+    files_bytes: int
+
+
+def let_go(instance: dg.DagsterInstance, older_than: datetime, within_s: float) -> Gone:
+    """Delete finished runs that ended before `older_than`, the oldest first, for at most `within_s`.
+
+    Runs that have not finished are never touched, however old.
+    """
+    deadline = time.monotonic() + within_s
+    storage = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        raise TypeError(
+            f"{type(storage).__name__} is no SQL storage: its runs are not ours to judge"
+        )
+    holding = _holders(storage)
+    old = instance.get_run_ids(dg.RunsFilter(statuses=ENDED, updated_before=older_than))
+    surplus = [run_id for run_id in reversed(old) if run_id not in holding]  # newest come first
+    deleted = freed = 0
+    for run_id in surplus:
+        if time.monotonic() > deadline:
+            break
+        instance.delete_run(run_id)
+        instance.compute_log_manager.delete_logs(prefix=[run_id])
+        freed += _remove_shard(storage, run_id)
+        deleted += 1
+    if (schedules := instance.schedule_storage) is not None:  # Dagster's own limit is 30 days
+        schedules.purge_asset_evaluations(before=older_than.timestamp())
+    return Gone(
+        runs=deleted,
+        kept=len(old) - len(surplus),
+        left=len(surplus) - deleted,
+        check_results=_delete_check_results(storage, older_than),
+        files_bytes=freed + _sweep(instance, older_than),
+    )
+
+
+def _holders(storage: SqlEventLogStorage) -> set[str]:
+    """Runs that hold the latest materialisation of a partition, or the latest result of a check."""
+    latest_events = (
+        select(func.max(Events.c.id))
+        .where(Events.c.dagster_event_type == dg.DagsterEventType.ASSET_MATERIALIZATION.value)
+        .where(Events.c.asset_key.is_not(None))
+        .group_by(Events.c.asset_key, Events.c.partition)
+    )
+    with storage.index_connection() as index:
+        materialised = index.execute(select(Events.c.run_id).where(Events.c.id.in_(latest_events)))
+        checked = index.execute(select(Checks.c.run_id).where(Checks.c.id.in_(_latest_results())))
+        return {str(run_id) for (run_id,) in [*materialised.fetchall(), *checked.fetchall()]}
+
+
+def _latest_results() -> Select[tuple[int]]:
+    return select(func.max(Checks.c.id)).group_by(
+        Checks.c.asset_key, Checks.c.check_name, Checks.c.partition
+    )
+
+
+def _delete_check_results(storage: SqlEventLogStorage, older_than: datetime) -> int:
+    """Delete old check results, but the latest of each check; returns how many."""
+    naive_utc = older_than.astimezone(UTC).replace(tzinfo=None)
+    with storage.index_connection() as index:
+        result = index.execute(
+            delete(Checks)
+            .where(Checks.c.create_timestamp < naive_utc)
+            .where(Checks.c.id.not_in(_latest_results()))
+        )
+        return int(result.rowcount)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _sweep(instance: dg.DagsterInstance, older_than: datetime) -> int:
+    """Remove the files of runs that are no more, and output that is old; returns their bytes."""
+    known = set(instance.get_run_ids())
+    newest = min(older_than.timestamp(), time.time() - ORPHAN_S)
+    freed = 0
+    storage = instance.event_log_storage
+    if isinstance(storage, SqliteEventLogStorage):
+        for run_id in set(storage.get_all_run_ids()) - known:
+            if _modified(Path(storage.path_for_shard(run_id))) < time.time() - ORPHAN_S:
+                freed += _remove_shard(storage, run_id)
+    finished = set(instance.get_run_ids(dg.RunsFilter(statuses=ENDED)))
+    for folder in _run_folders(instance):
+        if (folder.name in finished or folder.name not in known) and _modified(folder) < newest:
+            freed += _remove(folder)
+    return freed
+
+
+def _remove_shard(storage: SqlEventLogStorage, run_id: str) -> int:
+    """Remove a run's own SQLite file, where it has one."""
+    if not isinstance(storage, SqliteEventLogStorage):
+        return 0
+    shard = Path(storage.path_for_shard(run_id))
+    return sum(_remove(shard.with_name(shard.name + end)) for end in ("", "-wal", "-shm"))
+
+
+def _run_folders(instance: dg.DagsterInstance) -> Iterator[Path]:
+    """Folders named for runs: what their steps printed, and what they handed on."""
+    roots = [Path(instance.storage_directory())]
+    manager = instance.compute_log_manager
+    if isinstance(manager, LocalComputeLogManager):
+        roots.append(Path(manager._base_dir))
+    for root in roots:
+        if root.is_dir():
+            yield from (path for path in root.iterdir() if path.is_dir() and _is_run(path.name))
+
+
+def _is_run(name: str) -> bool:
+    return len(name) == 36 and name.count("-") == 4
+
+
+def _modified(path: Path) -> float:
+    """When a file, or the newest file below a folder, was written; now, where it is gone."""
+    try:
+        below = [path, *path.rglob("*")] if path.is_dir() else [path]
+        return max(each.stat().st_mtime for each in below)
+    except FileNotFoundError:
+        return time.time()
+
+
+def _remove(path: Path) -> int:
+    """Remove a file or folder; returns the bytes that it had."""
+    try:
+        if path.is_dir():
+            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+            shutil.rmtree(path)
+        else:
+            size = path.stat().st_size
+            path.unlink()
+    except FileNotFoundError:
+        return 0
+    return size

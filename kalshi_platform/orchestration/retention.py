@@ -1,0 +1,137 @@
+"""`retention`: once a day, what is past its time goes, and what is kept is measured.
+
+Each part is tried even if another failed; the run then fails and says which. How Dagster's own history
+is let go is in `history.py`. The journal is pruned by its streamer every ten minutes, which alone knows
+what the stores have: here it is measured only.
+
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster import MetadataValue
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.resources import KalshiResource
+
+if TYPE_CHECKING:
+    from kalshi_platform.settings import Settings
+
+WITHIN_S = 1200.0
+"""Time for deleting runs; what is left goes tomorrow. A year of them is gone after a few days."""
+
+
+@dg.op(description="Lets go of what is past its retention, and measures what is kept.")
+def let_go(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
+    """Everything that has a retention, one part after the other."""
+    settings = platform.settings()
+    metadata: dict[str, MetadataValue] = {}
+    failures: list[str] = []
+    parts: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+        "Dagster's history": lambda: _history(context.instance, settings),
+        "ClickHouse": lambda: _hot_tables(settings),
+        "the archive's replaced hours": lambda: _replaced_hours(settings),
+        "what is kept": lambda: _kept(settings),
+    }
+    for name, part in parts.items():
+        try:
+            metadata |= part()
+        except (PlatformError, OSError) as error:
+            failures.append(f"{name}: {error}")
+            context.log.error(failures[-1])
+    if failures:
+        raise dg.Failure(description=" ".join(failures), metadata=metadata, allow_retries=False)
+    context.add_output_metadata(metadata)
+
+
+def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str, Any]:
+    from kalshi_platform.orchestration import history
+
+    days = timedelta(days=settings.dagster_run_retention_days)
+    gone = history.let_go(instance, datetime.now(UTC) - days, WITHIN_S)
+    return {
+        "runs deleted": MetadataValue.int(gone.runs),
+        "old runs kept for what they made": MetadataValue.int(gone.kept),
+        "old runs left for tomorrow": MetadataValue.int(gone.left),
+        "check results deleted": MetadataValue.int(gone.check_results),
+        "bytes of run files deleted": MetadataValue.int(gone.files_bytes),
+    }
+
+
+def _hot_tables(settings: "Settings") -> Mapping[str, Any]:
+    """HOT_RETENTION_DAYS takes effect here, too: nobody has to restart anything."""
+    from kalshi_platform.storage import migrations
+    from kalshi_platform.storage.clickhouse import connect
+
+    if not settings.use_clickhouse:
+        return {}
+    with closing(connect(settings, log_comment="retention")) as client:
+        altered = migrations.keep(client, settings.hot_retention_days)
+    return {
+        "days kept in ClickHouse": MetadataValue.int(settings.hot_retention_days),
+        "tables whose retention changed": MetadataValue.text(", ".join(altered) or "none"),
+    }
+
+
+def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
+    from kalshi_platform.loading import compaction
+    from kalshi_platform.monitoring.metrics import folder_bytes
+    from kalshi_platform.storage.archive import ASIDE
+    from kalshi_platform.storage.errors import StoreUnavailable
+
+    aside = settings.archive_dir / ASIDE
+    before = folder_bytes(aside)
+    if not before:
+        return {"bytes of replaced hours deleted": MetadataValue.int(0)}
+    try:
+        compaction.sweep(settings.archive_dir)
+    except StoreUnavailable:
+        return {}  # a compaction is at work, and does the same
+    freed = max(before - folder_bytes(aside), 0)
+    return {"bytes of replaced hours deleted": MetadataValue.int(freed)}
+
+
+def _kept(settings: "Settings") -> Mapping[str, Any]:
+    """Sizes and rates: the UI draws each number over the days."""
+    from kalshi_platform.monitoring import growth
+
+    metadata: dict[str, Any] = {}
+    found = growth.measure(settings)
+    for each in found:
+        metadata[f"{each.what} (bytes)"] = MetadataValue.int(each.bytes)
+        if each.per_day is not None:
+            metadata[f"{each.what} (bytes a day)"] = MetadataValue.int(round(each.per_day))
+    here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
+    free = growth.free_bytes(settings.data_dir)
+    metadata["free (bytes)"] = MetadataValue.int(free)
+    until = growth.days_until_full(here, free)
+    if until is not None:
+        metadata["days until the disk is full"] = MetadataValue.float(until)
+    return metadata
+
+
+@dg.job(
+    description=(
+        "Lets go of old runs, check results and replaced hours, applies HOT_RETENTION_DAYS, and measures"
+        " what is kept. docs/operations.md says what stays how long."
+    )
+)
+def retention() -> None:
+    """One step: `let_go`."""
+    let_go()
+
+
+retention_schedule = dg.ScheduleDefinition(
+    name="retention_schedule",
+    job=retention,
+    cron_schedule="37 3 * * *",  # between two hours' work
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+)
+
+JOBS = (retention,)
+SCHEDULES = (retention_schedule,)

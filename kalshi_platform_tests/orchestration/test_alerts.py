@@ -1,0 +1,311 @@
+"""`alerts` on a real Dagster instance, telling a real web server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import DagsterRunStatus as Status
+
+from kalshi_platform.monitoring import incidents
+from kalshi_platform.monitoring.incidents import CALM_S, Severity
+from kalshi_platform.orchestration import alerts as module
+from kalshi_platform.orchestration.alerts import FEED_ERROR_S, FEED_WARN_S, WELL_S, alerts
+from kalshi_platform.orchestration.observation import SHARD_TAG
+from kalshi_platform.orchestration.streamer import stream_orderbook
+from kalshi_platform.processes import Identity
+from kalshi_platform_tests.monitoring.servers import Web, web_server
+from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
+
+SECRET = "s3cr3t"
+
+
+class Outcome(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """What the planted job and checks come to."""
+
+    good: bool = True
+
+
+@dg.op
+def work(outcome: Outcome) -> None:
+    if not outcome.good:
+        raise dg.Failure(description="The planted reason. Mend it.", allow_retries=False)
+
+
+@dg.job
+def planted() -> None:
+    work()
+
+
+@dg.asset
+def orderbook_events() -> None:
+    """Stands in for the recorded one."""
+
+
+@dg.multi_asset_check(
+    specs=[
+        dg.AssetCheckSpec(name, asset="orderbook_events") for name in ("severe", "mild", "fresh")
+    ]
+)
+def checks(outcome: Outcome) -> Iterator[dg.AssetCheckResult]:
+    for name in ("severe", "mild", "fresh"):
+        yield dg.AssetCheckResult(
+            passed=outcome.good,
+            asset_key="orderbook_events",
+            check_name=name,
+            severity=dg.AssetCheckSeverity.WARN if name == "mild" else dg.AssetCheckSeverity.ERROR,
+            description=f"{name}: two numbers are missing.",
+        )
+
+
+checks_job = dg.define_asset_job("checks_job", dg.AssetSelection.checks(checks))
+
+
+def definitions(*, good: bool) -> dg.Definitions:
+    return dg.Definitions(
+        assets=[orderbook_events],
+        asset_checks=[checks],
+        jobs=[planted, checks_job],
+        resources={"outcome": Outcome(good=good)},
+    )
+
+
+class Watch:
+    """Ticks of the sensor, with a clock that the test moves."""
+
+    def __init__(
+        self, instance: dg.DagsterInstance, web: Web, folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.instance = instance
+        self.web = web
+        self.platform = StandInPlatform(
+            overrides={
+                "kalshi_data_dir": folder,
+                "use_clickhouse": "0",
+                "alert_webhook_url": web.url,
+            }
+        )
+        self.cursor: str | None = None
+        self.ahead_s = 0.0
+        true_time = time.time
+        monkeypatch.setattr(time, "time", lambda: true_time() + self.ahead_s)
+
+    def run(self, job: str, *, good: bool) -> str:
+        """A run of a planted job, in this process."""
+        found = definitions(good=good).resolve_job_def(job)
+        return found.execute_in_process(instance=self.instance, raise_on_error=False).run_id
+
+    def tick(self, after_s: float = 0.0) -> list[dict[str, Any]]:
+        """What is told at a tick so much later."""
+        self.ahead_s += after_s
+        before = len(self.web.bodies)
+        with dg.build_sensor_context(
+            instance=self.instance,
+            cursor=self.cursor,
+            resources={"platform": self.platform},
+            definitions=definitions(good=True),
+        ) as context:
+            result = alerts(context)
+        assert isinstance(result, dg.SensorResult)
+        assert result.skip_reason is not None
+        self.said = result.skip_reason.skip_message or ""
+        self.cursor = result.cursor
+        return [notice for body in self.web.bodies[before:] for notice in body["notices"]]
+
+    def report(self, **values: Any) -> None:
+        """A streamer's report, of one that is well but for `values`."""
+        own, now = Identity.own(), int((time.time() + self.ahead_s) * 1e9)
+        times = ("updated_ns", "started_ns", "last_frame_ns", "last_heard_ns", "last_durable_ns")
+        folder = self.platform.settings().journal_dir(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
+        told = {**well, **dict.fromkeys(times, now), "stores": {}, **values}
+        (folder / "health.json").write_text(json.dumps(told))
+
+
+@pytest.fixture
+def watch(
+    instance: dg.DagsterInstance,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Watch]:
+    with web_server() as web:
+        yield Watch(instance, web, str(tmp_path_factory.mktemp("data")), monkeypatch)
+
+
+def test_nothing_wrong_is_said_to_nobody(watch: Watch) -> None:
+    assert watch.tick() == []
+    assert watch.said == "Nothing is wrong."
+
+
+def test_a_failed_run_is_told_once_with_its_reason_and_its_page_and_its_end(watch: Watch) -> None:
+    run_id = watch.run("planted", good=False)
+    (notice,) = watch.tick()
+    assert (notice["event"], notice["title"]) == ("opened", "Run of planted failed")
+    assert notice["sentence"] == "The planted reason. Mend it."
+    assert notice["link"] == f"http://127.0.0.1:3000/runs/{run_id}"
+    assert notice["runbook"] == "docs/operations.md: A run failed"
+    watch.run("planted", good=False)
+    assert watch.tick(30) == []
+    watch.run("planted", good=True)
+    assert watch.tick(30) == []
+    (over,) = watch.tick(CALM_S)
+    assert (over["event"], over["key"]) == ("resolved", "run:planted")
+
+
+def test_hours_that_fail_together_are_one_incident(watch: Watch) -> None:
+    for hour in range(20):
+        run = watch.instance.create_run_for_job(
+            planted, tags={"dagster/partition": f"2026-11-20-{hour:02d}:00"}
+        )
+        watch.instance.report_run_failed(run, "The worker is gone.")
+    (notice,) = watch.tick()
+    assert notice["title"].startswith("Run of planted failed (2026-11-20-19:00, ")
+    assert notice["title"].endswith(" and 17 more)")
+    assert notice["sentence"].endswith("The worker is gone.")
+
+
+def test_a_streamer_run_that_was_replaced_is_over_when_the_next_one_has_lasted(
+    watch: Watch,
+) -> None:
+    tags = {SHARD_TAG: "0"}
+    failed = watch.instance.create_run_for_job(stream_orderbook, tags=tags)
+    watch.instance.report_engine_event("The worker was killed by SIGKILL.", failed)
+    watch.instance.report_run_failed(failed)  # as the code server does
+    run = watch.instance.create_run_for_job(stream_orderbook, tags=tags, status=Status.STARTING)
+    watch.instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name), run.run_id
+    )
+    (notice,) = watch.tick()
+    assert notice["title"] == "Run of stream_orderbook failed (shard 0)"
+    assert notice["sentence"] == "The worker was killed by SIGKILL."
+    assert watch.tick(WELL_S / 2) == []
+    (over,) = watch.tick(WELL_S + CALM_S)
+    assert over["event"] == "resolved"
+
+
+def test_a_canceled_run_is_somebodys_wish(watch: Watch) -> None:
+    watch.instance.report_run_canceled(watch.instance.create_run_for_job(planted))
+    assert watch.tick() == []
+
+
+def test_a_failed_run_that_nobody_repeats_is_no_news_after_a_day(watch: Watch) -> None:
+    watch.run("planted", good=False)
+    assert len(watch.tick()) == 1
+    (over,) = watch.tick(25 * 3600)
+    assert over["event"] == "resolved"
+
+
+def test_a_failed_check_is_told_and_its_recovery_too_and_mild_ones_are_not(watch: Watch) -> None:
+    watch.run("checks_job", good=False)
+    (notice,) = watch.tick()
+    assert notice["title"] == "Check severe of orderbook_events failed"
+    assert notice["severity"] == "critical"
+    assert notice["sentence"] == "severe: two numbers are missing."
+    assert "checkDetail=severe" in notice["link"]
+    watch.run("checks_job", good=True)
+    watch.tick(30)
+    (over,) = watch.tick(CALM_S)
+    assert (over["event"], over["key"]) == ("resolved", "check:orderbook_events:severe")
+
+
+def test_a_check_that_runs_just_now_keeps_its_last_result(watch: Watch) -> None:
+    watch.run("checks_job", good=False)
+    watch.tick()
+    job = definitions(good=True).resolve_job_def("checks_job")
+    watch.instance.create_run_for_job(job)  # plans its checks
+    assert watch.tick(30) == []
+    assert watch.tick(CALM_S) == []
+
+
+def test_a_dead_streamer_is_told_when_nobody_has_replaced_it(watch: Watch) -> None:
+    watch.report()
+    assert watch.tick() == []
+    watch.report(pid_started=1.0)
+    assert watch.tick(30) == []
+    (notice,) = watch.tick(FEED_ERROR_S)
+    assert notice["title"] == "Feed of shard 0: streamer down"
+    assert notice["severity"] == "critical"
+    watch.report()
+    watch.tick(30)
+    watch.report()
+    watch.ahead_s += CALM_S
+    watch.report()
+    (over,) = watch.tick()
+    assert over["event"] == "resolved"
+
+
+def test_a_store_that_is_away_is_told_later_and_mildly(watch: Watch) -> None:
+    store = {"lag": 9, "committed_ns": 1, "trouble": "ClickHouse is away.", "refused": False}
+    watch.report(stores={"clickhouse": store})
+    assert watch.tick() == []
+    watch.ahead_s += FEED_WARN_S
+    watch.report(stores={"clickhouse": store})
+    (notice,) = watch.tick()
+    assert (notice["severity"], notice["title"]) == (
+        "warning",
+        "Feed of shard 0: clickhouse behind",
+    )
+
+
+def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour_ns = 3600 * 10**9
+    for _ in range(3):
+        watch.ahead_s += FEED_WARN_S
+        now_ns = int((time.time() + watch.ahead_s) * 1e9)
+        watch.report(state="quiet", last_frame_ns=now_ns - hour_ns)
+        assert watch.tick() == []
+    thursday = datetime(2026, 11, 26, 8, 30, tzinfo=UTC)  # 03:30 in New York
+    watch.ahead_s = thursday.timestamp() - time.time()
+    monkeypatch.setattr(module, "FEED_ERROR_S", 0.0)
+    an_hour_ago = int((thursday.timestamp() - 3600) * 1e9)
+    watch.report(state="connecting", last_frame_ns=an_hour_ago, last_heard_ns=an_hour_ago)
+    assert watch.tick() == []
+    watch.ahead_s += 3 * 3600
+    watch.report(state="connecting", last_frame_ns=an_hour_ago, last_heard_ns=an_hour_ago)
+    (notice,) = watch.tick()
+    assert notice["title"] == "Feed of shard 0: disconnected"
+
+
+def test_a_damaged_report_is_told_and_does_not_end_the_tick(watch: Watch) -> None:
+    watch.report()
+    path = watch.platform.settings().journal_dir(0) / "health.json"
+    path.write_text('{"pid": 1')
+    watch.tick()
+    watch.ahead_s += FEED_WARN_S
+    (notice,) = watch.tick()
+    assert notice["title"] == "Feed of shard 0: no report"
+
+
+def test_a_channel_that_is_down_is_in_the_ticks_words_without_its_secret(watch: Watch) -> None:
+    watch.web.statuses = [500]
+    watch.run("planted", good=False)
+    assert watch.tick() == []
+    assert "webhook: The host of ALERT_WEBHOOK_URL" in watch.said
+    assert SECRET not in watch.said + (watch.cursor or "")
+    watch.web.statuses = [200]
+    (notice,) = watch.tick(incidents.BACKOFF_S)
+    assert notice["event"] == "opened"
+
+
+def test_without_a_channel_the_tick_says_what_is_wrong(watch: Watch) -> None:
+    watch.platform = StandInPlatform(overrides=watch.platform.overrides | {"alert_webhook_url": ""})
+    watch.run("planted", good=False)
+    assert watch.tick() == []
+    assert "1 open: Run of planted failed" in watch.said
+    assert "No channel is set" in watch.said
+    assert incidents.counts(incidents.read(watch.cursor))[Severity.WARNING] == 1
+
+
+def test_a_cursor_that_is_no_ledger_is_begun_anew(watch: Watch) -> None:
+    watch.cursor = "{"
+    watch.run("planted", good=False)
+    (notice,) = watch.tick()
+    assert notice["event"] == "opened"

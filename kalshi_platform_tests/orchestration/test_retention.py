@@ -1,0 +1,219 @@
+"""`retention` on a real instance on disk: what went is gone for good, what must stay is there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import DagsterRunStatus as Status
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+
+from kalshi_platform.orchestration import history
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.orchestration.retention import retention
+from kalshi_platform.orchestration.streamer import stream_orderbook
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.clickhouse import connect
+
+HOURS = dg.HourlyPartitionsDefinition(start_date="2026-11-01-00:00", timezone="UTC")
+KEY = dg.AssetKey("recorded")
+CHECK = dg.AssetCheckKey(KEY, "sound")
+SOON = timedelta(seconds=5)
+
+
+@dg.asset(partitions_def=HOURS)
+def recorded() -> dg.MaterializeResult[None]:
+    return dg.MaterializeResult(metadata={"rows": 1})
+
+
+@dg.asset_check(asset="recorded")
+def sound() -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=True)
+
+
+@dg.op
+def work() -> None:
+    return None
+
+
+@dg.job
+def nothing_lasting() -> None:
+    work()
+
+
+DEFS = dg.Definitions(
+    assets=[recorded],
+    asset_checks=[sound],
+    jobs=[
+        nothing_lasting,
+        dg.define_asset_job("record", dg.AssetSelection.assets("recorded")),
+        dg.define_asset_job("check", dg.AssetSelection.checks(sound)),
+    ],
+)
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance on disk, as `up` has it."""
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as made:
+        yield made
+
+
+def run(instance: dg.DagsterInstance, job: str, hour: str | None = None) -> str:
+    found = DEFS.resolve_job_def(job)
+    return found.execute_in_process(instance=instance, partition_key=hour).run_id
+
+
+def let_go(instance: dg.DagsterInstance, within_s: float = 60.0) -> history.Gone:
+    """With every run that has finished by now being old."""
+    return history.let_go(instance, datetime.now(UTC) + SOON, within_s)
+
+
+def shard(instance: dg.DagsterInstance, run_id: str) -> Path:
+    storage = instance.event_log_storage
+    assert isinstance(storage, SqliteEventLogStorage)
+    return Path(storage.path_for_shard(run_id))
+
+
+def test_a_run_that_made_nothing_goes_with_its_events_and_its_file(
+    instance: dg.DagsterInstance,
+) -> None:
+    run_id = run(instance, "nothing_lasting")
+    assert shard(instance, run_id).exists()
+    gone = let_go(instance)
+    assert (gone.runs, gone.kept, gone.left) == (1, 0, 0)
+    assert gone.files_bytes > 100_000
+    assert instance.get_run_by_id(run_id) is None
+    assert not shard(instance, run_id).exists()
+
+
+def test_every_partition_stays_materialised_and_only_what_was_made_anew_goes(
+    instance: dg.DagsterInstance,
+) -> None:
+    hours = ["2026-11-02-00:00", "2026-11-02-01:00"]
+    first = [run(instance, "record", hour) for hour in hours]
+    anew = run(instance, "record", hours[0])
+    before = instance.get_status_by_partition(KEY, hours, HOURS)
+    gone = let_go(instance)
+    assert (gone.runs, gone.kept) == (1, 2)
+    assert instance.get_run_by_id(first[0]) is None
+    assert instance.get_run_by_id(first[1]) is not None
+    assert instance.get_run_by_id(anew) is not None
+    assert instance.get_materialized_partitions(KEY) == set(hours)
+    assert instance.get_status_by_partition(KEY, hours, HOURS) == before
+
+
+def test_the_latest_result_of_a_check_stays_and_the_ones_before_go(
+    instance: dg.DagsterInstance,
+) -> None:
+    runs = [run(instance, "check") for _ in range(4)]
+    gone = let_go(instance)
+    assert (gone.runs, gone.kept, gone.check_results) == (3, 1, 3)
+    history_of = instance.event_log_storage.get_asset_check_execution_history(CHECK, limit=10)
+    assert [each.run_id for each in history_of] == [runs[-1]]
+
+
+def test_what_is_not_old_and_what_has_not_finished_is_left_alone(
+    instance: dg.DagsterInstance,
+) -> None:
+    young = run(instance, "nothing_lasting")
+    streaming = instance.create_run_for_job(stream_orderbook, status=Status.STARTED)
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    assert history.let_go(instance, an_hour_ago, 60.0).runs == 0
+    assert let_go(instance).runs == 1
+    assert instance.get_run_by_id(young) is None
+    assert instance.get_run_by_id(streaming.run_id) is not None
+
+
+def test_what_the_time_is_not_enough_for_is_left_and_said(instance: dg.DagsterInstance) -> None:
+    for _ in range(3):
+        run(instance, "nothing_lasting")
+    gone = let_go(instance, within_s=-1.0)
+    assert (gone.runs, gone.left) == (0, 3)
+    assert let_go(instance).left == 0
+
+
+def test_files_that_a_kill_left_behind_go_and_those_of_a_new_run_stay(
+    instance: dg.DagsterInstance,
+) -> None:
+    run_id = run(instance, "nothing_lasting")
+    instance.delete_run(run_id)  # and then killed, before its file was removed
+    orphan = shard(instance, run_id)
+    let_go(instance)
+    assert orphan.exists()  # it might be about to be recorded
+    long_ago = time.time() - 2 * history.ORPHAN_S
+    os.utime(orphan, (long_ago, long_ago))
+    let_go(instance)
+    assert not orphan.exists()
+
+
+def test_what_an_old_run_printed_goes_even_where_the_run_stays(
+    instance: dg.DagsterInstance,
+) -> None:
+    kept = run(instance, "record", "2026-11-02-00:00")
+    folder = Path(instance.storage_directory()) / kept
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "out").write_text("said long ago")
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (1e9, 1e9))
+    let_go(instance)
+    assert instance.get_run_by_id(kept) is not None
+    assert not folder.exists()
+
+
+def retained(
+    instance: dg.DagsterInstance, overrides: Mapping[str, str], *, good: bool = True
+) -> dict[str, Any]:
+    """What a run of the job says in its metadata."""
+    found = retention.execute_in_process(
+        instance=instance,
+        resources={"platform": KalshiResource(overrides=dict(overrides))},
+        raise_on_error=False,
+    )
+    assert found.success == good
+    if not good:
+        failed = found.failure_data_for_node("let_go")
+        assert failed is not None
+        assert failed.user_failure_data is not None
+        return {"failure": failed.user_failure_data.description}
+    (output,) = [event.step_output_data for event in found.all_events if event.is_successful_output]
+    return {name: value.value for name, value in output.metadata.items()}
+
+
+def test_the_job_says_what_went_and_what_is_kept_and_a_change_of_days_takes_effect(
+    instance: dg.DagsterInstance, clickhouse_url: str, clickhouse_database: str, tmp_path: Path
+) -> None:
+    overrides = {
+        "kalshi_data_dir": str(tmp_path / "data"),
+        "clickhouse_url": clickhouse_url,
+        "clickhouse_database": clickhouse_database,
+    }
+    settings = KalshiResource(overrides=overrides).settings()
+    migrations.migrate(settings)
+    run(instance, "nothing_lasting")
+    said = retained(instance, overrides | {"hot_retention_days": "5"})
+    assert said["runs deleted"] == 0  # it is not seven days old
+    assert "orderbook_events" in said["tables whose retention changed"]
+    assert said["free (bytes)"] > 0
+    assert said["ClickHouse (bytes)"] >= 0
+    with closing(connect(settings)) as client:
+        ddl = client.command("SHOW CREATE TABLE orderbook_events")
+    assert "toIntervalDay(5)" in str(ddl)
+    again = retained(instance, overrides | {"hot_retention_days": "5"})
+    assert again["tables whose retention changed"] == "none"
+
+
+def test_a_clickhouse_that_is_away_fails_the_run_and_nothing_else_is_left_out(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    overrides = {"kalshi_data_dir": str(tmp_path), "clickhouse_url": "http://127.0.0.1:9"}
+    said = retained(instance, overrides, good=False)
+    assert said["failure"].startswith("ClickHouse: ClickHouse at http://127.0.0.1:9 cannot")
