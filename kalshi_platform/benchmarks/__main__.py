@@ -29,6 +29,7 @@ from kalshi_platform.benchmarks import (
     memory,
     pipeline,
     report,
+    stages,
     stored,
     whole,
 )
@@ -85,6 +86,8 @@ class Bench:
         figures.append(whole.first_row())
         deltas = self._deltas(MARKETS, max(size.frames, int(RATE * size.soak_s)))
         figures += self._decoding(deltas)
+        self._say("each stage alone")
+        figures += stages.figures(deltas, MARKETS)
         self._say(f"the bare loop and the recorder, {size.frames:,} frames, {MARKETS} markets")
         bare = pipeline.bare_loop(deltas, size.frames, MARKETS)
         recorded = pipeline.record(deltas, size.frames, MARKETS)

@@ -142,6 +142,27 @@ def payloads(path: Path, frames: int) -> list[bytes]:
     return [data[start + header : end] for start, end in zip(starts, ends, strict=True)]
 
 
+def snapshots(markets: int) -> Iterator[bytes]:
+    """The snapshots of the first connection, as JSON."""
+    for market in range(markets):
+        yield _encoded(_snapshot(market, market + 1))
+
+
+def _snapshot(market: int, seq: int) -> dict[str, Any]:
+    levels = [[f"0.{p}00", "500.00"] for p in range(30, 50)]
+    message = {
+        "market_ticker": ticker(market),
+        "market_id": market_id(market),
+        "yes_dollars_fp": levels,
+        "no_dollars_fp": levels,
+    }
+    return {"type": "orderbook_snapshot", "sid": 1, "seq": seq, "msg": message}
+
+
+def _encoded(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
 class _Peer:
     """One client's connection, spoken through the library's protocol without I/O."""
 
@@ -164,7 +185,7 @@ class _Peer:
 
     def send(self, message: dict[str, Any]) -> None:
         """One message."""
-        self._protocol.send_text(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        self._protocol.send_text(_encoded(message))
         self._flush()
 
     def keep_alive(self) -> None:
@@ -215,14 +236,7 @@ def _subscribe(peer: _Peer, markets: int) -> None:
         else:
             continue
         for name in tickers:
-            levels = [[f"0.{p}00", "500.00"] for p in range(30, 50)]
-            message = {
-                "market_ticker": name,
-                "market_id": market_id(int(name[-5:])),
-                "yes_dollars_fp": levels,
-                "no_dollars_fp": levels,
-            }
-            peer.send({"type": "orderbook_snapshot", "sid": 1, "seq": seq, "msg": message})
+            peer.send(_snapshot(int(name[-5:]), seq))
             seq += 1
             told += 1
         if told == markets:

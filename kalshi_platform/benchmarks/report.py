@@ -10,6 +10,7 @@ from matplotlib.figure import Figure as Plot
 from kalshi_platform.benchmarks.figures import Figure, number
 from kalshi_platform.benchmarks.memory import BOUND_MIB, Soak
 from kalshi_platform.benchmarks.pipeline import Recorded
+from kalshi_platform.benchmarks.stages import UNIT
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "performance.md"
@@ -47,7 +48,7 @@ def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
         )
     lines += [
         "",
-        "![Where the time goes, and memory over time](images/performance.png)",
+        "![Rates, where the time goes, and memory over time](images/performance.png)",
         "",
         "CPU for each frame at full speed, both stores: "
         f"streamer {recorded.streamer_us:.1f} µs, ClickHouse {recorded.clickhouse_us:.1f} µs,"
@@ -59,13 +60,20 @@ def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
 
 
 def plot(figures: Sequence[Figure], recorded: Recorded, soaks: Sequence[Soak]) -> Plot:
-    """Rates beside the bare loop, and memory over time."""
-    picture = Plot(figsize=(10, 3.6), layout="constrained")
-    left, right = picture.subplots(1, 2)
+    """Rates beside the bare loop, the stages, and memory over time."""
+    picture = Plot(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = picture.subplots(1, 3)
     rates = [it for it in figures if it.unit in {"frames/s", "events/s"}]
     left.barh([it.what for it in rates], [it.value for it in rates], color="#3a7ca5")
-    left.set_xlabel("a second, in this run")
+    left.set_xscale("log")
+    left.set_xlabel("frames or events a second")
     left.invert_yaxis()
+    stages = [it for it in figures if it.unit == UNIT]
+    middle.barh([it.what for it in stages], [it.value for it in stages], color="#d98324")
+    middle.set_xlabel(f"CPU, {UNIT}, each stage alone")
+    middle.invert_yaxis()
+    for panel in (left, middle):
+        panel.tick_params(axis="y", labelsize=7)
     for soak in soaks:
         right.plot([s / 60 for s in soak.seconds], soak.mib, label=soak.what)
     right.axhline(BOUND_MIB, color="grey", linewidth=0.8, linestyle="--")

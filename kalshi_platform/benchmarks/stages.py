@@ -1,0 +1,121 @@
+"""Where the time goes: each stage of the way from the socket to the stores, alone, on the same frames.
+
+CPU of one core, in microseconds for each frame, medians. Alone a stage finds its data in the cache and
+shares the machine with nobody, so that the stages together take less than the recorder as a whole.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State as Connection
+from websockets.uri import parse_uri
+
+from kalshi_platform.benchmarks import feed
+from kalshi_platform.benchmarks.figures import Figure
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import Block, Writer, joined
+from kalshi_platform.storage import archive
+from kalshi_platform.storage.clickhouse import WIRE_CODEC
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+
+TIMES = 5
+READ_BYTES = 256 << 10
+"""What asyncio reads of a socket at once."""
+UNIT = "µs a frame"
+
+
+def figures(deltas: Path, markets: int, frames: int = 65_536) -> list[Figure]:
+    """Every stage."""
+    payloads = feed.payloads(deltas, frames)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        block, state = _journalled(folder / "journal", payloads, markets)
+        decoded = decode([block])
+        rows, _ = derive(decoded, state)
+        events = rows.tables[ORDERBOOK_EVENTS.name]
+
+        def parquet() -> None:
+            archive.write(folder / "part.parquet", [events], events.schema)
+
+        stages: dict[str, Callable[[], object]] = {
+            "WebSocket frames (websockets)": lambda: _parse(payloads),
+            "numbers and kinds (session)": lambda: _judge(payloads),
+            "journal: Arrow, zstd, checksum, sync": lambda: _keep(folder / "kept", payloads),
+            "JSON to columns": lambda: decode([block]),
+            "books and rows": lambda: derive(decoded, state),
+            "Parquet file": parquet,
+            "Arrow batch for ClickHouse": lambda: _batch(rows),
+        }
+        return [Figure(what, _cpu_us(work, frames), UNIT) for what, work in stages.items()]
+
+
+def _cpu_us(work: Callable[[], object], frames: int) -> float:
+    took = []
+    for _ in range(TIMES):
+        began = time.process_time()
+        work()
+        took.append(time.process_time() - began)
+    return 1e6 * statistics.median(took) / frames
+
+
+def _parse(payloads: list[bytes]) -> None:
+    wire = b"".join(Frame(Opcode.TEXT, p).serialize(mask=False) for p in payloads[:8_192])
+    protocol = ClientProtocol(parse_uri("ws://127.0.0.1/"), state=Connection.OPEN)
+    for _ in range(len(payloads) // 8_192):
+        for start in range(0, len(wire), READ_BYTES):
+            protocol.receive_data(wire[start : start + READ_BYTES])
+            for event in protocol.events_received():
+                bytes(event.data)  # type: ignore[union-attr]
+
+
+def _judge(payloads: list[bytes]) -> None:
+    session, done = Session(), 0
+    while done < len(payloads):
+        done += len(session.receive_run(payloads[done : done + 1_000], 0.0))
+        session.take_notes()
+
+
+def _keep(folder: Path, payloads: list[bytes]) -> None:
+    writer = Writer(folder)
+    for start in range(0, len(payloads), 1_000):
+        part = payloads[start : start + 1_000]
+        writer.extend(time.time_ns(), bytes(16), [Kind.DELTA] * len(part), part)
+    writer.close()
+
+
+def _batch(rows: Rows) -> None:
+    table = rows.tables[ORDERBOOK_EVENTS.name].combine_chunks()
+    options = pa.ipc.IpcWriteOptions(compression=WIRE_CODEC, unify_dictionaries=True)
+    with pa.ipc.new_stream(io.BytesIO(), table.schema, options=options) as stream:
+        stream.write_table(table)
+
+
+def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[Block, State]:
+    """The frames as the journal gives them back, and the books before them."""
+    writer = Writer(folder)
+    conn = bytes(15) + b"\1"
+    writer.note("connected", {"use_yes_price": False}, conn=conn)
+    for snapshot in feed.snapshots(markets):
+        writer.append(time.time_ns(), conn, Kind.SNAPSHOT, snapshot)
+    before = writer.next_n
+    for start in range(0, len(payloads), 1_000):
+        part = payloads[start : start + 1_000]
+        writer.extend(time.time_ns(), conn, [Kind.DELTA] * len(part), part)
+    writer.close()
+    whole = joined(list(journal.read(folder, journal.beginning(folder))))
+    books, deltas = whole.cut(before)
+    _, state = derive(decode([books]), State())
+    return deltas, state
