@@ -291,6 +291,7 @@ ASKED = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_what_is_asked_of_one_server_is_answered_by_two_shards(tmp_path: Path) -> None:
     """Tests of views, checks and hours, again, on Distributed tables over two shards."""
     root = Path(__file__).parents[1]
@@ -301,7 +302,7 @@ def test_what_is_asked_of_one_server_is_answered_by_two_shards(tmp_path: Path) -
         cwd=root.parent,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=380,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
