@@ -268,36 +268,41 @@ def test_names_in_texts_and_comments_are_left_alone() -> None:
 
 
 ASKED = [
-    "storage/test_live_views.py",
-    "storage/test_views.py",
-    "storage/test_lossless_proof.py",
-    "inventory/test_checks.py",
-    "loading/test_parity.py",
-    "loading/test_analytics_hours.py",
-    "loading/test_restore.py",
+    "storage/test_live_views.py::test_live_depth_and_imbalance_are_those_of_the_definitions",
+    "storage/test_live_views.py::test_rolling_statistics_are_those_of_the_definitions[5-0]",
+    "storage/test_views.py::test_book_at_is_the_book_that_a_reader_of_every_event_had[0]",
+    "storage/test_views.py::test_an_hour_stands_on_its_checkpoint_alone",
+    "storage/test_views.py::test_top_of_book_turns_no_bids_into_yes_asks",
+    "storage/test_lossless_proof.py::test_a_gap_row_never_hides_a_hole_elsewhere",
+    "storage/test_lossless_proof.py::test_random_losses_are_counted_as_python_counts_them[1]",
+    "inventory/test_checks.py::test_a_spike_that_returns_within_the_second_is_a_drift",
+    "inventory/test_checks.py::test_an_action_of_another_market_explains_nothing",
+    "inventory/test_checks.py::test_the_last_decision_may_lie_before_the_window",
+    "inventory/test_checks.py::test_a_decision_is_held_against_the_snapshot_at_or_before_it",
+    "inventory/test_checks.py::test_a_roll_is_found_for_as_long_as_it_lasts",
+    "inventory/test_checks.py::test_an_engine_that_has_just_begun_needs_no_snapshot_yet",
+    "loading/test_parity.py::test_equal_stores_are_equal_and_an_hour_is_compared_once",
+    "loading/test_parity.py::test_a_row_that_clickhouse_lost_is_found",
+    "loading/test_analytics_hours.py::test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed",
+    "loading/test_analytics_hours.py::test_an_hour_is_replaced_and_its_neighbours_stay",
+    "loading/test_restore.py::test_restored_twice_is_there_once_and_the_book_is_the_same",
 ]
-OF_ONE_SERVER = ["killed_anywhere", "told_until_it_is_mended"]
-"""They make tables of their own like a Distributed one."""
-MORE_OF_THE_SAME = ["every_kind", "hole_without", "very_beginning", "never_hides", "stored_twice"]
-LEFT_OUT = [*OF_ONE_SERVER, *MORE_OF_THE_SAME]
+"""A choice: `CLICKHOUSE_CLUSTER=two pytest FILE` runs any module on two shards."""
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_what_is_asked_of_one_server_is_answered_by_two_shards(tmp_path: Path) -> None:
-    """Whole modules of tests, again, on Distributed tables over two shards."""
+    """Tests of views, checks and hours, again, on Distributed tables over two shards."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [
-            *command,
-            *("-k", f"not ({' or '.join(LEFT_OUT)})", f"--basetemp={tmp_path / 'cluster'}"),
-            *(str(root / name) for name in ASKED),
-        ],
+        [*command, f"--basetemp={tmp_path / 'cluster'}", *(f"{root}/{name}" for name in ASKED)],
         env={**os.environ, "CLICKHOUSE_CLUSTER": CLUSTER},
         cwd=root.parent,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=380,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
