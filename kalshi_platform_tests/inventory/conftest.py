@@ -56,6 +56,10 @@ def run(migrated_once: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("CLICKHOUSE_DATABASE", migrated_once.clickhouse_database)
     for name in ("HOST", "PORT", "USER", "PASSWORD", "DATABASE", "SECURE"):
         monkeypatch.delenv(f"CH_{name}", raising=False)
-    platform_settings.current.cache_clear()
-    yield lambda *args: CliRunner().invoke(main, args, catch_exceptions=True)
+
+    def invoke(*args: str) -> Result:
+        platform_settings.current.cache_clear()  # each command is a process of its own
+        return CliRunner().invoke(main, args, catch_exceptions=True)
+
+    yield invoke
     platform_settings.current.cache_clear()
