@@ -381,8 +381,10 @@ def test_the_schedule_runs_by_default_and_waits_for_a_recording(
 
     def tick() -> object:
         platform = KalshiResource(overrides={"kalshi_data_dir": str(tmp_path)})
-        context = dg.build_schedule_context(instance=instance, resources={"platform": platform})
-        return schedule(context)
+        with dg.build_schedule_context(
+            instance=instance, resources={"platform": platform}
+        ) as context:
+            return schedule(context)
 
     assert isinstance(tick(), dg.SkipReason)
     (tmp_path / "journal" / "shard-0").mkdir(parents=True)
