@@ -28,6 +28,7 @@ RETAINED: Mapping[str, str] = {
     "orderbook_events": "ingest_ts",
     "stream_events": "ingest_ts",
     "book_checkpoints": "ts",
+    "trades": "ingest_ts",
     "spreads": "ingest_ts",
     "depth": "second",
     "imbalance": "second",
