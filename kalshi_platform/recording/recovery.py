@@ -40,6 +40,10 @@ class Memory:
     """Receive time of its last record, 0 where it is new."""
     trades: Recent
 
+    def last_heard(self, now_ns: int, now: float) -> float | None:
+        """That time by a monotonic clock that shows `now` at `now_ns`; None where it is new."""
+        return now - (now_ns - self.last_ns) / 1e9 if self.last_ns else None
+
 
 @dataclass(frozen=True)
 class Found:
