@@ -462,7 +462,9 @@ class Session:
         detail = {"cause": "subscription_ended", "channel": side.channel, "reason": cause}
         self._notes.append(Note("gap", detail, side.sid or 0))
         self.warnings.append(f"Channel {side.channel} ended ({cause}): it is subscribed to anew.")
-        for number in [n for n, p in self._pending.items() if p.ask and p.ask.channel == side.channel]:
+        for number in [
+            n for n, p in self._pending.items() if p.ask and p.ask.channel == side.channel
+        ]:
             del self._pending[number]
         side.ended(now)
 
@@ -478,7 +480,7 @@ class Session:
                 else:
                     params |= {"sids": [side.sid], "action": ask.action}
                 cmd = "subscribe" if ask.action == "subscribe" else "update_subscription"
-                yield self._command(cmd, ask.action, params, ask.tickers, now, ask)
+                yield self._command(cmd, ask.action, params, ask.tickers, now, ask=ask)
 
     # -- commands out ------------------------------------------------------------------------
 
@@ -572,6 +574,7 @@ class Session:
         params: dict[str, Any],
         tickers: Sequence[str],
         now: float,
+        *,
         ask: Ask | None = None,
     ) -> bytes:
         number = self._next_id

@@ -62,7 +62,9 @@ def find(rest: RestClient, loss: Loss, recent: Recent) -> Found:
         return Found((), f"it lasted {span_s:.0f} s, which is more than the {LONGEST_S} s to fetch")
     since_s, until_s = loss.since_ns // 10**9 - MARGIN_S, loss.until_ns // 10**9 + 1 + MARGIN_S
     if len(recent) >= RECENT_TRADES and recent[0][0] > since_s * 10**9:
-        return Found((), "more trades came since than are remembered, so what is missing is not known")
+        return Found(
+            (), "more trades came since than are remembered, so what is missing is not known"
+        )
     known = ids(frame for _, frame in recent)
     frames: list[bytes] = []
     for number, (trade, sent) in enumerate(rest.trades_as_sent(min_ts=since_s, max_ts=until_s)):

@@ -137,7 +137,9 @@ TRADES = Dataset(
     (
         _CONN,
         _SID,
-        Column("seq", pa.uint64(), "UInt64", "position on the sid; 0: fetched after a gap, by REST"),
+        Column(
+            "seq", pa.uint64(), "UInt64", "position on the sid; 0: fetched after a gap, by REST"
+        ),
         Column("trade_id", pa.string(), "String", "the exchange's name for the trade"),
         _TICKER,
         Column("yes_price", *_TRADE_PRICE, "dollars for a YES contract"),
