@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import analytics, checks, compaction, inventory
+from kalshi_platform.orchestration import analytics, catalog, checks, compaction, inventory
 from kalshi_platform.orchestration.assets import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
 
 defs = dg.Definitions(
-    assets=[*ASSETS, *analytics.ASSETS, *inventory.ASSETS],
+    assets=[*ASSETS, *catalog.ASSETS, *analytics.ASSETS, *inventory.ASSETS],
     asset_checks=[*checks.CHECKS, *inventory.CHECKS],
-    jobs=[stream_orderbook, *checks.JOBS, *compaction.JOBS, *inventory.JOBS],
-    schedules=[*checks.SCHEDULES, *compaction.SCHEDULES, *inventory.SCHEDULES],
+    jobs=[stream_orderbook, *catalog.JOBS, *checks.JOBS, *compaction.JOBS, *inventory.JOBS],
+    schedules=[
+        *catalog.SCHEDULES,
+        *checks.SCHEDULES,
+        *compaction.SCHEDULES,
+        *inventory.SCHEDULES,
+    ],
     sensors=[streamer_supervisor, analytics.analytics_automation],
     resources={"platform": KalshiResource()},
     executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow

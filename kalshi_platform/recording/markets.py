@@ -74,6 +74,25 @@ def _insist(found: list[Market], what: str) -> list[Market]:
     return found
 
 
+def wish_of(settings: Settings) -> Wish:
+    """What the settings want recorded. Raises `SettingsError` where that is nothing."""
+    file = _TickerFile(settings.market_file) if settings.market_file else None
+    return _wish(settings, file.tickers if file else ())
+
+
+def _wish(settings: Settings, from_file: Sequence[str]) -> Wish:
+    wish = Wish(
+        tuple(dict.fromkeys([*settings.market_tickers, *from_file])),
+        settings.market_series,
+        frozenset(settings.market_events),
+        settings.every_market,
+        qty_units(str(settings.market_min_volume)),
+    )
+    if not wish.tickers and not wish.follows_openings:
+        raise SettingsError(NOTHING)
+    return wish
+
+
 class Watchlist:
     """The markets to follow. All but `Look.take` belongs to one thread: the event loop's."""
 
@@ -82,15 +101,7 @@ class Watchlist:
         self._settings = settings
         self._clock = clock
         self._file = _TickerFile(settings.market_file) if settings.market_file else None
-        wish = Wish(
-            tuple(dict.fromkeys([*settings.market_tickers, *self._from_file])),
-            settings.market_series,
-            frozenset(settings.market_events),
-            settings.every_market,
-            qty_units(str(settings.market_min_volume)),
-        )
-        if not wish.tickers and not wish.follows_openings:
-            raise SettingsError(NOTHING)
+        wish = _wish(settings, self._from_file)
         self._roster = Roster(wish)
         self._unchecked: tuple[str, ...] = wish.tickers
         self._whole_s = self._looked_s = float("-inf")
