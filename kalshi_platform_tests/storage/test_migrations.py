@@ -116,7 +116,7 @@ def test_the_retention_is_altered_only_when_it_differs(
     def ttls() -> set[str]:
         rows = client.query(
             "SELECT create_table_query FROM system.tables WHERE database = currentDatabase()"
-            " AND name IN ('orderbook_events', 'stream_events', 'book_checkpoints')"
+            " AND name IN ('orderbook_events', 'stream_events', 'book_checkpoints', 'trades')"
         ).result_rows
         return {found for (sql,) in rows for found in re.findall(r"toIntervalDay\(\d+\)", sql)}
 
