@@ -383,7 +383,8 @@ class Session:
         self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
     ) -> None:
         code, text = body.get("code"), str(body.get("msg", ""))
-        if code in TERMINAL_ERRORS:
+        of_books = self._book_sid in {None, reply.sid} or not reply.sid
+        if code in TERMINAL_ERRORS and of_books:
             self.ended = f"error {code}, {TERMINAL_ERRORS[code]}"
         elif code == AUTHENTICATION_REQUIRED:
             self.fatal = CredentialsError(

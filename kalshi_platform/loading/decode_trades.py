@@ -99,8 +99,8 @@ def trades(
         )
     )
     plain = pl.all_horizontal(
-        pl.col("sid", "seq", "market_ticker", "ts_ms", "no_price").is_not_null(),
-        pl.col("trade_id").fill_null("") != "",
+        pl.col("sid", "seq").is_not_null(),
+        pl.col("trade_id", "market_ticker") != "",
         pl.col("yes_price", "no_price").is_between(0, ONE_DOLLAR),
         pl.col("qty") > 0,
         pl.col("taker_outcome_side").is_in(SIDES),

@@ -294,10 +294,10 @@ def test_a_file_of_tickers_is_read_again_when_it_changes(tmp_path: Path) -> None
     file.write_text("# my markets\nKXA-1-T0  # the first\n\nKXA-1-T0\n")
     rest = Rest(market("KXA-1-T0"), market("KXA-1-T1"), market("KXA-1-T2"))
     watching = Watching(rest, market_file=file, market_tickers="KXA-1-T2")
-    assert watching.turn() == ["KXA-1-T2", "KXA-1-T0"]
+    assert set(watching.turn() or ()) == {"KXA-1-T2", "KXA-1-T0"}
     write(file, "KXA-1-T1\nNOPE\n")
     watching.now += 1
-    assert watching.turn() == ["KXA-1-T2", "KXA-1-T1"]
+    assert set(watching.turn() or ()) == {"KXA-1-T2", "KXA-1-T1"}
 
 
 @pytest.mark.parametrize("spoil", ["gone", "empty", "not text", "two words"])
