@@ -36,7 +36,8 @@ def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.recording.markets.REFRESH_S", 0.5)
     monkeypatch.setattr("kalshi_platform.recording.roster.LEAVE_AFTER_S", 4.0)
     monkeypatch.setattr("kalshi_platform.recording.roster.CACHED_S", 0.0)
-    monkeypatch.setattr("kalshi_platform.recording.recovery.AFTER_S", 0.5)
+    monkeypatch.setattr("kalshi_platform.recording.recovery.MARGIN_S", 0)
+    monkeypatch.setattr("kalshi_platform.recording.recovery.AFTER_S", 1.5)
     monkeypatch.setattr("kalshi_platform.exchange.side_channel.REFUSED_AGAIN_S", 1.0)
 
 
@@ -195,7 +196,7 @@ def test_trades_that_the_stream_missed_are_fetched_and_no_book_is_doubted(
         settled = set(simulator.trades())
         before = streamer.health().trades
         wait_for(lambda: streamer.health().trades > before + 40, "trades after the fault")
-        time.sleep(2.0)
+        time.sleep(3.0)
         simulator.pause()
         time.sleep(0.5)
         assert streamer.health().synced == 8
@@ -224,7 +225,7 @@ def test_trades_of_the_time_between_two_starts_are_fetched_too(
     time.sleep(2.0)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().trades > 20, "trades")
-        time.sleep(1.5)
+        time.sleep(2.5)
         simulator.pause()
         time.sleep(0.5)
     there = {row[0]: row for row in recorded(settings)}

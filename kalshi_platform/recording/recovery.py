@@ -7,6 +7,7 @@ without a `seq`, so that all that follows (rows, stores, rebuilds) knows of one 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import RECENT_TRADES, Loss
 from kalshi_platform.recording.journal import Position
 
-AFTER_S = 20.0
-"""So long after a loss REST is asked: its answers are cached for 15 s."""
 MARGIN_S = 10
 """Our clock and the exchange's may be so far apart."""
+AFTER_S = 30.0
+"""So long after a loss REST is asked. Its answers are cached for 15 s; and what it lists of the margin
+must have come over the stream by then, or it would be kept twice."""
 LONGEST_S = 3_600
 MOST_TRADES = 50_000
 """Beyond either, a loss is only named: on the whole exchange that is more than REST gives in a while."""
 
-Recent = Sequence[tuple[int, bytes]]
+Recent = Sequence[tuple[int, bytes]] | deque[tuple[int, bytes]]
 """(receive time in ns, frame) of the trades that the stream brought lately."""
 
 
@@ -55,25 +57,31 @@ class Found:
     """Why nothing was fetched, as a sentence."""
 
 
-def find(rest: RestClient, loss: Loss, recent: Recent) -> Found:
-    """The trades of a loss that are not in `recent`. Raises `ExchangeError` where REST does not answer."""
+def ask(rest: RestClient, loss: Loss) -> Found:
+    """The trades that REST lists around a loss, of its markets. Raises `ExchangeError` where it cannot."""
     span_s = (loss.until_ns - loss.since_ns) / 1e9
     if span_s > LONGEST_S:
         return Found((), f"it lasted {span_s:.0f} s, which is more than the {LONGEST_S} s to fetch")
-    since_s, until_s = loss.since_ns // 10**9 - MARGIN_S, loss.until_ns // 10**9 + 1 + MARGIN_S
-    if len(recent) >= RECENT_TRADES and recent[0][0] > since_s * 10**9:
+    frames: dict[str, bytes] = {}  # pages that move on while they are read tell some twice
+    listed = rest.trades_as_sent(
+        min_ts=loss.since_ns // 10**9 - MARGIN_S, max_ts=loss.until_ns // 10**9 + 1 + MARGIN_S
+    )
+    for number, (trade, sent) in enumerate(listed):
+        if number >= MOST_TRADES:
+            return Found((), f"the exchange lists more than {MOST_TRADES:,} trades of that time")
+        if trade.ticker in loss.tickers:
+            frames[trade.trade_id] = _frame(loss.lost.sid, sent)
+    return Found(tuple(reversed(frames.values())))
+
+
+def missed(listed: Found, loss: Loss, recent: Recent) -> Found:
+    """Those of `listed` that the stream has not brought."""
+    if len(recent) >= RECENT_TRADES and recent[0][0] > loss.since_ns - MARGIN_S * 10**9:
         return Found(
             (), "more trades came since than are remembered, so what is missing is not known"
         )
     known = ids(frame for _, frame in recent)
-    frames: list[bytes] = []
-    for number, (trade, sent) in enumerate(rest.trades_as_sent(min_ts=since_s, max_ts=until_s)):
-        if number >= MOST_TRADES:
-            return Found((), f"the exchange lists more than {MOST_TRADES:,} trades of that time")
-        if trade.ticker in loss.tickers and trade.trade_id not in known:
-            known.add(trade.trade_id)  # pages that move on while they are read tell some twice
-            frames.append(_frame(loss.lost.sid, sent))
-    return Found(tuple(reversed(frames)))
+    return Found(tuple(f for f in listed.frames if trade_id(f) not in known), listed.reason)
 
 
 def _frame(sid: int, sent: bytes) -> bytes:

@@ -116,9 +116,8 @@ class Upkeep:
     async def _recovered(self, loss: Loss, capture: Capture) -> Found:
         for _ in range(RECOVERY_TRIES):
             try:
-                return await asyncio.to_thread(
-                    recovery.find, self._rest, loss, list(capture.recent_trades)
-                )
+                listed = await asyncio.to_thread(recovery.ask, self._rest, loss)
+                return recovery.missed(listed, loss, capture.recent_trades)
             except ExchangeError as error:
                 log.warning("Missed trades cannot be fetched now: %s", error)
                 reason = str(error)
