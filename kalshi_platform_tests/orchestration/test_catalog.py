@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def materialise(
     defs = dg.Definitions(
         assets=catalog.ASSETS, jobs=catalog.JOBS, resources={"platform": platform}
     )
-    job = defs.get_job_def("market_catalog_job")
+    job = defs.resolve_job_def("market_catalog_job")
     return job.execute_in_process(instance=instance, raise_on_error=False)
 
 
@@ -104,8 +105,12 @@ def test_every_market_of_the_exchange_is_catalogued_with_its_grid_and_its_times(
 
 
 def test_a_market_stays_and_is_read_until_it_is_finalized(
-    instance: dg.DagsterInstance, start_simulator: StartSimulator, platform_of: Make
+    instance: dg.DagsterInstance,
+    start_simulator: StartSimulator,
+    platform_of: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.market_catalog.BACK", timedelta(0))
     simulator = start_simulator(markets=4, rate=50.0, rolling_markets=2, rolling_seconds=2.0)
     platform, settings = platform_of(simulator, market_series="KXBTCUP,KXETHUP")
     materialise(instance, platform)
