@@ -210,6 +210,8 @@ def _time_ms(trade: TradeFrame) -> int:
 
 def table(of: pl.DataFrame) -> pa.Table:
     """Decoded trades in the stores' own columns."""
+    if of.is_empty():
+        return DATASET.arrow.empty_table()
     return pa.Table.from_arrays(
         [
             names(of["conn"]),

@@ -76,7 +76,7 @@ def take(settings: Settings, rest: RestClient) -> Catalog:
 
     if wish.everything:
         keep(rest.markets(min_close_ts=since, mve_filter="exclude"))
-    for series in () if wish.everything else wish.series:
+    for series in wish.series:
         keep(rest.markets(series_ticker=series, min_close_ts=since))
     for event in sorted(wish.events):
         keep(rest.markets(event_ticker=event))

@@ -61,7 +61,7 @@ class Look:
         for event in sorted(self.wish.events):
             found += _insist(rest.markets(event_ticker=event), f"MARKET_EVENTS: {event}")
         if self.wish.everything:
-            return found + rest.markets(min_close_ts=not_closed, mve_filter="exclude")
+            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude")
         for series in self.wish.series:
             of_series = rest.markets(series_ticker=series, min_close_ts=not_closed)
             found += _insist(of_series, f"MARKET_SERIES: {series}")
@@ -118,8 +118,8 @@ class Watchlist:
             self._roster.heed(event, self._clock())
 
     def unsettle(self) -> None:
-        """Life events were missed: look at everything again soon."""
-        self._whole_s = self._looked_s = float("-inf")
+        """Life events were missed: ask REST soon, which tells of every change since the last look."""
+        self._roster.unsure = True
 
     def reread(self) -> None:
         """Read MARKET_FILE again if it has changed."""
