@@ -319,7 +319,9 @@ class Capture:
         for lost in session.take_lost():
             ahead_ns = time.time_ns() - int(time.monotonic() * 1e9)
             since_ns, until_ns = (int(at * 1e9) + ahead_ns for at in (lost.since, lost.until))
-            tickers = session.tickers | self._tickers_then
+            tickers = session.tickers
+            if lost.cause == "connection":
+                tickers |= self._tickers_then
             if self._on_lost is not None:
                 self._on_lost(Loss(lost, conn, since_ns, until_ns, tickers))
 
