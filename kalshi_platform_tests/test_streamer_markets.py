@@ -101,7 +101,14 @@ def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trad
         wait_for(lambda: streamer.health().synced >= 16, "books")
         first = set(simulator.books())
         settled = set(simulator.trades())
-        time.sleep(13)
+        wait_for(
+            lambda: (
+                len(set(simulator.books()) - first) > 36
+                and len(ledger(simulator)) > len(settled) + 300
+            ),
+            "several generations",
+            60,
+        )
         health = streamer.health()
         simulator.pause()
         time.sleep(0.5)

@@ -1,5 +1,6 @@
 -- Trades, and what the markets are. Columns are those of kalshi_platform/storage/schema.py; a test
--- compares them. Retention of `trades` is HOT_RETENTION_DAYS, as of the other recorded tables.
+-- compares them. Codecs are those that 001_order_book.sql measured for columns of the same kind. Retention
+-- of `trades` is HOT_RETENTION_DAYS, as of the other recorded tables.
 
 -- Numbers of the trade channel count per sid, as those of the books do. A trade without one (seq 0) was
 -- fetched from the exchange's REST interface, after the stream had missed it.

@@ -26,6 +26,8 @@ MARGIN_S = 10
 AFTER_S = 30.0
 """So long after a loss REST is asked. Its answers are cached for 15 s; and what it lists of the margin
 must have come over the stream by then, or it would be kept twice."""
+REMEMBERED_S = 60
+"""Of so much before its end the journal is asked for trades at a start: more than the margin."""
 LONGEST_S = 3_600
 MOST_TRADES = 50_000
 """Beyond either, a loss is only named: on the whole exchange that is more than REST gives in a while."""
@@ -119,5 +121,5 @@ def remembered(folder: Path, before_n: int) -> Memory:
         trades += zip(
             found.column("recv_ns").to_pylist(), found.column("frame").to_pylist(), strict=True
         )
-    horizon = last_ns - 3 * MARGIN_S * 10**9
+    horizon = last_ns - REMEMBERED_S * 10**9
     return Memory(last_ns, [(at, frame) for at, frame in trades if at >= horizon])
