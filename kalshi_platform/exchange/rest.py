@@ -293,10 +293,12 @@ class RestClient:
         params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
         return self._pages("/markets/trades", Trade, "trades", params)
 
-    def trades_as_sent(self, *, min_ts: int, max_ts: int) -> Iterator[tuple[Trade, bytes]]:
-        """`trades()` of all markets, each with the JSON text that the exchange sent."""
+    def trades_as_sent(
+        self, *, ticker: str | None = None, min_ts: int, max_ts: int
+    ) -> Iterator[tuple[Trade, bytes]]:
+        """`trades()`, each with the JSON text that the exchange sent."""
         path = "/markets/trades"
-        params: Params = {"min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
+        params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
         for raw in self._pages(path, msgspec.Raw, "trades", params):
             yield self._decode(path, bytes(raw), Trade, inside=None), bytes(raw)
 

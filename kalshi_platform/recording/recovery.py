@@ -8,13 +8,15 @@ without a `seq`, so that all that follows (rows, stores, rebuilds) knows of one 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.exchange.answers import Trade
 from kalshi_platform.exchange.frames import DecodeError, Kind, trade_id
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recording import journal
@@ -31,6 +33,11 @@ REMEMBERED_S = 60
 LONGEST_S = 3_600
 MOST_TRADES = 50_000
 """Beyond either, a loss is only named: on the whole exchange that is more than REST gives in a while."""
+ASKED_ALONE = 40
+"""Up to so many markets are asked for one by one: two seconds of the lowest tier's limit."""
+
+LONG_BYTES = 8 << 20
+"""A journal segment of more than so much reaches back far enough by itself."""
 
 Recent = Sequence[tuple[int, bytes]] | deque[tuple[int, bytes]]
 """(receive time in ns, frame) of the trades that the stream brought lately."""
@@ -64,16 +71,24 @@ def ask(rest: RestClient, loss: Loss) -> Found:
     span_s = (loss.until_ns - loss.since_ns) / 1e9
     if span_s > LONGEST_S:
         return Found((), f"it lasted {span_s:.0f} s, which is more than the {LONGEST_S} s to fetch")
-    frames: dict[str, bytes] = {}  # pages that move on while they are read tell some twice
-    listed = rest.trades_as_sent(
-        min_ts=loss.since_ns // 10**9 - MARGIN_S, max_ts=loss.until_ns // 10**9 + 1 + MARGIN_S
-    )
-    for number, (trade, sent) in enumerate(listed):
+    trades: dict[str, tuple[datetime, bytes]] = {}  # pages that move on while read tell some twice
+    for number, (trade, sent) in enumerate(_listed(rest, loss)):
         if number >= MOST_TRADES:
             return Found((), f"the exchange lists more than {MOST_TRADES:,} trades of that time")
         if trade.ticker in loss.tickers:
-            frames[trade.trade_id] = _frame(loss.lost.sid, sent)
-    return Found(tuple(reversed(frames.values())))
+            trades[trade.trade_id] = (trade.created_time, _frame(loss.lost.sid, sent))
+    return Found(tuple(frame for _, frame in sorted(trades.values())))
+
+
+def _listed(rest: RestClient, loss: Loss) -> Iterator[tuple[Trade, bytes]]:
+    """Market by market where they are few, else all of the exchange's trades of that time."""
+    few = len(loss.tickers) <= ASKED_ALONE
+    for ticker in sorted(loss.tickers) if few else (None,):
+        yield from rest.trades_as_sent(
+            ticker=ticker,
+            min_ts=loss.since_ns // 10**9 - MARGIN_S,
+            max_ts=loss.until_ns // 10**9 + 1 + MARGIN_S,
+        )
 
 
 def missed(listed: Found, loss: Loss, recent: Recent) -> Found:
@@ -107,6 +122,8 @@ def remembered(folder: Path, before_n: int) -> Memory:
     Reads the last segment, or the last two where the last is short.
     """
     earlier = [first_n for first_n in journal.segments(folder) if first_n < before_n][-2:]
+    if earlier and journal.segment_path(folder, earlier[-1]).stat().st_size > LONG_BYTES:
+        del earlier[:-1]
     last_ns = 0
     trades: list[tuple[int, bytes]] = []
     if not earlier:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kalshi_platform.exchange.answers import Trade
@@ -32,9 +33,9 @@ class Rest:
 
     def __init__(self, *numbered: tuple[int, str]) -> None:
         self._numbered = numbered
-        self.span: dict[str, int] = {}
+        self.span: dict[str, Any] = {}
 
-    def trades_as_sent(self, **span: int) -> Iterator[tuple[Trade, bytes]]:
+    def trades_as_sent(self, **span: Any) -> Iterator[tuple[Trade, bytes]]:
         self.span = span
         for number, ticker in self._numbered:
             sent: dict[str, Any] = {
@@ -43,12 +44,11 @@ class Rest:
                 "count_fp": "1.00",
                 "yes_price_dollars": "0.4000",
                 "no_price_dollars": "0.6000",
-                "created_time": "2026-09-21T14:13:20.5Z",
+                "created_time": f"2026-09-21T14:13:{number:02d}Z",
                 "taker_outcome_side": "yes",
                 "taker_book_side": "bid",
             }
-            text = json.dumps(sent).encode()
-            yield Trade(**sent), text
+            yield msgspec.json.decode(json.dumps(sent), type=Trade), json.dumps(sent).encode()
 
 
 def find(rest: Rest, of: Loss, recent: list[tuple[int, bytes]]) -> recovery.Found:
@@ -63,9 +63,17 @@ def test_only_what_the_stream_did_not_bring_is_found_oldest_first() -> None:
     assert found.reason == ""
     noon = wire.NOON_NS // wire.SECOND
     assert rest.span == {
+        "ticker": "A-1",
         "min_ts": noon - recovery.MARGIN_S,
         "max_ts": noon + 6 + recovery.MARGIN_S,
     }
+
+
+def test_many_markets_are_asked_for_at_once() -> None:
+    many = [f"T-{n}" for n in range(recovery.ASKED_ALONE + 1)]
+    rest = Rest((1, "T-1"), (2, "OTHER"))
+    assert len(find(rest, loss(5.0, *many), []).frames) == 1
+    assert rest.span["ticker"] is None
 
 
 def test_a_loss_that_lasted_too_long_is_not_fetched_and_says_so() -> None:
