@@ -147,7 +147,8 @@ class SideChannel:
             for ticker in ask.tickers:
                 if self._carried.pop(ticker, 0) is None and ticker not in self._to_drop:
                     again[ticker] = None
-                self._to_drop.pop(ticker, None)
+                elif refused:
+                    self._to_drop.pop(ticker, None)  # else it may be carried all the same
         if ask.action == "subscribe":
             self._deaf(now, "subscription")
         self._not_before = now + (REFUSED_AGAIN_S if refused else AGAIN_S)
