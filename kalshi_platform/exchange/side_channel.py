@@ -65,6 +65,8 @@ class SideChannel:
         self._cause = "connection"
         self._carried: dict[str, None] = {}
         """Tickers that the exchange has been asked to carry."""
+        self._touched: set[str] = set()
+        """Tickers that it may carry: asked for once, and not known to be dropped since."""
         self._to_add: dict[str, None] = {}
         self._to_drop: dict[str, None] = {}
         self._refused: dict[str, None] = {}
@@ -72,6 +74,7 @@ class SideChannel:
         self._asked = False
         """A subscribe is on its way."""
         self._not_before = 0.0
+        self._refused_until = 0.0
 
     # -- what is wanted ----------------------------------------------------------------------
 
@@ -86,7 +89,7 @@ class SideChannel:
         """Carry this market no longer."""
         self._to_add.pop(ticker, None)
         self._refused.pop(ticker, None)
-        if ticker in self._carried:
+        if ticker in self._touched:
             self._to_drop[ticker] = None
 
     # -- commands out ------------------------------------------------------------------------
@@ -95,7 +98,7 @@ class SideChannel:
         """What is to be sent, for as long as the caller takes it."""
         if now < self._not_before:
             return
-        if self._refused:
+        if self._refused and now >= self._refused_until:
             self._to_add.update(self._refused)
             self._refused.clear()
         if self.sid is None:
@@ -117,6 +120,7 @@ class SideChannel:
         for ticker in tickers:
             del self._to_add[ticker]
             self._carried[ticker] = None
+            self._touched.add(ticker)
         self._unanswered += 1
         return Ask(self.channel, action, tickers)
 
@@ -131,6 +135,8 @@ class SideChannel:
     def confirmed(self, ask: Ask, now: float) -> None:
         """The exchange has done what was asked."""
         self._answered(ask)
+        if ask.action == "delete_markets":
+            self._touched.difference_update(t for t in ask.tickers if t not in self._carried)
         whole = self.sid is not None and not self._unanswered and not self._to_add
         if whole and self.unheard_since is not None:
             self._lose(self.unheard_since, now, self._cause)
@@ -143,15 +149,17 @@ class SideChannel:
             wanted = self._carried.keys() | self._to_add.keys()
             self._to_drop.update((t, None) for t in ask.tickers if t not in wanted)
         else:
-            again = self._refused if refused else self._to_add
+            later = refused and ask.action == "add_markets"
+            again = self._refused if later else self._to_add
             for ticker in ask.tickers:
                 if self._carried.pop(ticker, 0) is None and ticker not in self._to_drop:
                     again[ticker] = None
-                elif refused:
-                    self._to_drop.pop(ticker, None)  # else it may be carried all the same
         if ask.action == "subscribe":
             self._deaf(now, "subscription")
-        self._not_before = now + (REFUSED_AGAIN_S if refused else AGAIN_S)
+        if refused and ask.action == "add_markets":
+            self._refused_until = now + REFUSED_AGAIN_S  # others may join meanwhile
+        else:
+            self._not_before = now + (REFUSED_AGAIN_S if refused else AGAIN_S)
 
     def _answered(self, ask: Ask) -> None:
         if ask.action == "subscribe":
@@ -168,6 +176,7 @@ class SideChannel:
         self._to_add = {t: None for t in self._carried if t not in self._to_drop} | self._to_add
         self._to_drop.clear()
         self._carried.clear()
+        self._touched.clear()
         self._not_before = now + AGAIN_S
 
     def gap(self, missing: int, now: float) -> None:
