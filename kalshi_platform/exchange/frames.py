@@ -92,7 +92,8 @@ class Trade(msgspec.Struct):
     One that REST told has `ticker` and `created_time` in the place of `market_ticker` and `ts_ms`.
     """
 
-    trade_id: str
+    trade_id: str = ""
+    """Empty where the exchange sent none, as in documented frames of before March 2026."""
     market_ticker: str = ""
     ticker: str = ""
     yes_price_dollars: str | None = None

@@ -177,7 +177,7 @@ def decode(blocks: Sequence[Block]) -> Decoded:
     deltas, bad_deltas = _deltas(records.filter(kind == Kind.DELTA))
     snapshots, levels, bad_snapshots = _snapshots(records.filter(kind == Kind.SNAPSHOT))
     trades, bad_trades = decode_trades.trades(
-        records.filter(kind == Kind.TRADE), _ndjson, _malformed_row, STREAM
+        records.filter(kind == Kind.TRADE), _json, _malformed_row, STREAM
     )
     rest = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT, Kind.TRADE]))
     stream = pl.DataFrame(

@@ -45,24 +45,30 @@ TRADES = pl.Schema(
 )
 """Prices are 1e-4 dollars, qty 1e-2 contracts, ts_ms the exchange's time in Unix milliseconds."""
 
-WIRE = pl.Schema(
-    {
-        "sid": pl.UInt32(),
-        "seq": pl.UInt64(),
-        "msg": pl.Struct(
-            {
-                "trade_id": pl.String,
-                "market_ticker": pl.String,
-                "yes_price_dollars": pl.String,
-                "no_price_dollars": pl.String,
-                "count_fp": pl.String,
-                "taker_outcome_side": pl.String,
-                "taker_book_side": pl.String,
-                "is_block_trade": pl.Boolean,
-                "ts_ms": pl.Int64,
-            }
+_TEXTS = (
+    "trade_id",
+    "market_ticker",
+    "yes_price_dollars",
+    "no_price_dollars",
+    "count_fp",
+    "taker_outcome_side",
+    "taker_book_side",
+)
+WIRE = pa.schema(
+    [
+        pa.field("sid", pa.uint32()),
+        pa.field("seq", pa.uint64()),
+        pa.field(
+            "msg",
+            pa.struct(
+                [
+                    *(pa.field(name, pa.string()) for name in _TEXTS),
+                    pa.field("is_block_trade", pa.bool_()),
+                    pa.field("ts_ms", pa.int64()),
+                ]
+            ),
         ),
-    }
+    ]
 )
 _PRICE_TEXT = r"^[01]\.\d{4}$"
 _QTY_TEXT = r"^\d{1,14}\.\d{2}$"
@@ -74,23 +80,23 @@ class TradeError(ValueError):
 
 def trades(
     records: pl.DataFrame,
-    ndjson: Callable[[pl.Series, pl.Schema], pl.DataFrame | None],
+    read_json: Callable[[pl.Series, pa.Schema], pa.Table | None],
     malformed: Malformed,
     stream: pl.Schema,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(trades, malformed): `records` are journal records of kind TRADE.
 
-    `ndjson`, `malformed` and `stream` are how the decoding at large reads lines and keeps what it
+    `read_json`, `malformed` and `stream` are how the decoding at large reads lines and keeps what it
     cannot read.
     """
     if records.is_empty():
         return pl.DataFrame(schema=TRADES), pl.DataFrame(schema=stream)
-    wire = ndjson(records["frame"], WIRE)
+    wire = read_json(records["frame"], WIRE)
     if wire is None:
         return _frames(records, malformed, stream)
     wide = (
         records.select("n", "recv_ns", "conn")
-        .hstack(wire.unnest("msg"))
+        .hstack(pl.DataFrame(wire).unnest("msg"))
         .with_columns(
             _units("yes_price_dollars", _PRICE_TEXT).alias("yes_price"),
             _units("no_price_dollars", _PRICE_TEXT).alias("no_price"),
@@ -145,8 +151,8 @@ def _frames(
 
 def _row(record: Mapping[str, Any], head: Head, trade: TradeFrame) -> tuple[Any, ...]:
     ticker = trade.market_ticker or trade.ticker
-    if not trade.trade_id or not ticker:
-        raise TradeError("the trade has no trade_id or no market_ticker")
+    if not ticker:
+        raise TradeError("the trade has no market_ticker")
     yes = _price("yes_price", trade.yes_price_dollars, trade.yes_price)
     no = _price("no_price", trade.no_price_dollars, trade.no_price)
     if yes is None and no is None:

@@ -140,7 +140,12 @@ TRADES = Dataset(
         Column(
             "seq", pa.uint64(), "UInt64", "position on the sid; 0: fetched after a gap, by REST"
         ),
-        Column("trade_id", pa.string(), "String", "the exchange's name for the trade"),
+        Column(
+            "trade_id",
+            pa.string(),
+            "String",
+            "the exchange's name for the trade; empty if it sent none",
+        ),
         _TICKER,
         Column("yes_price", *_TRADE_PRICE, "dollars for a YES contract"),
         Column("no_price", *_TRADE_PRICE, "dollars for a NO contract: 1 - yes_price"),

@@ -72,10 +72,12 @@ def test_the_current_form_becomes_a_row_with_the_wires_own_numbers() -> None:
 
 
 def test_integer_cents_and_contracts_give_the_same_row() -> None:
-    old = {k: CURRENT[k] for k in ("trade_id", "market_ticker", "taker_side", "ts")}
+    old = {k: CURRENT[k] for k in ("market_ticker", "taker_side", "ts")}
     legacy = frame(**old, yes_price=36, no_price=64, count=136)
     at = datetime(2022, 11, 22, 20, 44, 1, tzinfo=UTC)
-    assert rows(legacy) == ([{**ROW, "ts": at}], [])
+    assert rows(legacy) == ([{**ROW, "trade_id": "", "ts": at}], [])
+    dual = frame(**old, yes_price=36, yes_price_dollars="0.360", count=136, count_fp="136.00")
+    assert rows(dual) == rows(legacy)
 
 
 def test_a_trade_that_rest_told_gives_the_same_row_without_a_number() -> None:
@@ -95,7 +97,7 @@ def test_odd_and_plain_frames_keep_the_journals_order() -> None:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ({"trade_id": ""}, "no trade_id"),
+        ({"trade_id": 7}, "Expected `str`"),
         ({"market_ticker": ""}, "no market_ticker"),
         ({"yes_price_dollars": "1.0001"}, "outside 0 to"),
         ({"yes_price_dollars": "0.36001"}, "more than 4 decimals"),
