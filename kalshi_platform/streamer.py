@@ -301,7 +301,7 @@ class Streamer:
                 unheard_since=memory.last_heard(time.time_ns(), time.monotonic()),
                 recent_trades=memory.trades,
                 on_life_events=upkeep.heed,
-                on_lost=upkeep.mourn,
+                on_lost=upkeep.make_up_for,
             )
             self._capture = capture
             if self._stopping.is_set():

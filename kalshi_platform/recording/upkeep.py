@@ -61,7 +61,7 @@ class Upkeep:
         """What the exchange tells of markets' lives."""
         self._watchlist.heed(events)
 
-    def mourn(self, loss: Loss) -> None:
+    def make_up_for(self, loss: Loss) -> None:
         """Something was missed: trades are fetched, life events make up for themselves at REST."""
         if loss.lost.channel == TRADES:
             self._losses.put_nowait(loss)
