@@ -6,6 +6,7 @@ import dagster as dg
 
 from kalshi_platform.orchestration import (
     analytics,
+    catalog,
     checks,
     compaction,
     console,
@@ -21,16 +22,18 @@ from kalshi_platform.orchestration.streamer import stream_orderbook
 console.adopt()
 
 defs = dg.Definitions(
-    assets=[*ASSETS, *analytics.ASSETS, *inventory.ASSETS],
+    assets=[*ASSETS, *catalog.ASSETS, *analytics.ASSETS, *inventory.ASSETS],
     asset_checks=[*checks.CHECKS, *inventory.CHECKS],
     jobs=[
         stream_orderbook,
+        *catalog.JOBS,
         *checks.JOBS,
         *compaction.JOBS,
         *inventory.JOBS,
         *retention.JOBS,
     ],
     schedules=[
+        *catalog.SCHEDULES,
         *checks.SCHEDULES,
         *compaction.SCHEDULES,
         *inventory.SCHEDULES,

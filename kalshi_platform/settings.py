@@ -54,7 +54,12 @@ class Settings(BaseSettings):
     kalshi_ws_url: str | None = None
     kalshi_rest_url: str | None = None
     market_tickers: Annotated[tuple[str, ...], NoDecode] = ()
+    market_file: Path | None = None
     market_series: Annotated[tuple[str, ...], NoDecode] = ()
+    market_events: Annotated[tuple[str, ...], NoDecode] = ()
+    market_all: bool = False
+    market_min_volume: int = Field(0, ge=0)
+    """Contracts that a market must have traded before MARKET_ALL follows it."""
 
     use_clickhouse: bool = True
     embedded_clickhouse_port: int = Field(8123, ge=1, le=65_535)
@@ -116,7 +121,9 @@ class Settings(BaseSettings):
     simulator_rate: float = Field(200.0, gt=0)
     """Order-book deltas a second, over all simulated markets."""
 
-    @field_validator("market_tickers", "market_series", "alert_email_to", mode="before")
+    @field_validator(
+        "market_tickers", "market_series", "market_events", "alert_email_to", mode="before"
+    )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -132,6 +139,7 @@ class Settings(BaseSettings):
         "clickhouse_ca_file",
         "clickhouse_client_cert_file",
         "clickhouse_client_key_file",
+        "market_file",
         "parquet_dir",
         "archive_begins",
         "ch_host",
@@ -209,6 +217,17 @@ class Settings(BaseSettings):
         )
 
     @property
+    def names_markets(self) -> bool:
+        """Whether any MARKET_ setting says what to record."""
+        named = self.market_tickers or self.market_file or self.market_series or self.market_events
+        return bool(named) or self.market_all
+
+    @property
+    def every_market(self) -> bool:
+        """Whether all markets are recorded: on request, and of the simulator where none are named."""
+        return self.market_all or (self.exchange.simulated and not self.names_markets)
+
+    @property
     def data_dir(self) -> Path:
         """Where everything local lives, absolute."""
         return self.kalshi_data_dir.expanduser().absolute()
@@ -268,6 +287,11 @@ def load(**overrides: Any) -> Settings:
                     f"{name.upper()} is not set: ALERT_EMAIL_TO needs a mail server to send by and an"
                     " address to send from. Set both SMTP_HOST and ALERT_EMAIL_FROM."
                 )
+    if settings.market_min_volume and not settings.market_all:
+        raise SettingsError(
+            f"MARKET_MIN_VOLUME is {settings.market_min_volume}, but it is the floor of MARKET_ALL, which"
+            " is not set. Set MARKET_ALL=1 or take the floor out. See .env.example."
+        )
     if str(settings.parquet_dir or "").startswith("s3:"):
         raise SettingsError(
             "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."

@@ -17,8 +17,10 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import psutil
@@ -38,17 +40,18 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
 from kalshi_platform.recording.delays import Delay
 from kalshi_platform.recording.journal import JournalError, Writer
-from kalshi_platform.recording.markets import REFRESH_S, Watchlist
+from kalshi_platform.recording.recovery import Memory, remembered
+from kalshi_platform.recording.upkeep import Upkeep
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SWITCH_S = 0.0005
 """How long a thread may keep the interpreter while others want it. The loads want it often and for
 moments, capture all the time: at Python's own 5 ms they waited for most of their time."""
 HEALTH_S = 1.0
 PRUNE_S = 600.0
-RETRY_LIST_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Health:
     frames: int
     deltas: int
     snapshots: int
+    trades: int
     gaps: int
     malformed: int
     connections: int
@@ -119,6 +123,8 @@ class Streamer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        self._began_n = 0
+        """The first journal record of this start."""
         self._started_ns = time.time_ns()
         self._process_started = psutil.Process().create_time()
         self._threads: list[threading.Thread] = []
@@ -141,6 +147,7 @@ class Streamer:
         sys.setswitchinterval(SWITCH_S)
         load_signer(exchange.key_file)  # refuse a bad key before anything is opened
         writer = self._writer = Writer(self._folder)
+        self._began_n = writer.next_n
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
         writer.note("started", {"version": __version__, "shard": self._shard, "torn": torn})
         writer.hand_over()
@@ -260,6 +267,7 @@ class Streamer:
             frames=counters.frames if counters else 0,
             deltas=counters.deltas if counters else 0,
             snapshots=counters.snapshots if counters else 0,
+            trades=counters.trades if counters else 0,
             gaps=counters.gaps if counters else 0,
             malformed=counters.malformed if counters else 0,
             connections=counters.connections if counters else 0,
@@ -292,54 +300,69 @@ class Streamer:
     async def _record(self) -> None:
         self._loop = asyncio.get_running_loop()
         exchange = self._settings.exchange
-        watchlist = Watchlist(self._settings)
         with RestClient(exchange, sleep=self._sleep) as rest:
-            tickers = await self._first_list(watchlist, rest)
-            if self._stopping.is_set() or self._writer is None:
+            upkeep = Upkeep(self._settings, rest)
+            tickers, memory = await asyncio.gather(
+                self._unless_stopped(upkeep.first_list()), asyncio.to_thread(self._remembered)
+            )
+            if tickers is None or self._stopping.is_set() or self._writer is None:
                 return
             capture = Capture(
                 exchange.ws_url,
                 lambda: Credentials(exchange.key_id, load_signer(exchange.key_file)),
                 self._writer,
                 tickers,
+                unheard_since=memory.last_heard(time.time_ns(), time.monotonic()),
+                recent_trades=memory.trades,
+                on_life_events=upkeep.heed,
+                on_lost=upkeep.make_up_for,
             )
             self._capture = capture
             if self._stopping.is_set():
                 capture.stop()
+            recording = asyncio.create_task(capture.run())
             beside = [
-                asyncio.create_task(self._keep_list(watchlist, rest, capture)),
+                asyncio.create_task(upkeep.keep_looking()),
+                asyncio.create_task(upkeep.keep_following(capture)),
+                asyncio.create_task(upkeep.keep_recovering(capture)),
                 asyncio.create_task(self._keep_auditing(rest, capture)),
             ]
             try:
-                await capture.run()
+                done, _ = await asyncio.wait(
+                    {recording, *beside}, return_when=asyncio.FIRST_COMPLETED
+                )
+                if recording not in done:  # none of the others ends but by a fault
+                    capture.stop()
+                    await recording
+                for task in done:
+                    task.result()
             finally:
                 for task in beside:
                     task.cancel()
                 await asyncio.gather(*beside, return_exceptions=True)
 
+    async def _unless_stopped(self, waiting: Awaitable[T]) -> T | None:
+        """What is waited for, or None where the streamer is to end before it comes."""
+        task = asyncio.ensure_future(waiting)
+        while not task.done() and not self._stopping.is_set():
+            await asyncio.wait({task}, timeout=0.25)
+        if not task.done():
+            task.cancel()
+            return None
+        return task.result()
+
+    def _remembered(self) -> Memory:
+        """What the journal knew before this start."""
+        try:
+            return remembered(self._folder, self._began_n)
+        except JournalError as error:
+            log.warning("Trades since the last end are not fetched: %s", error)
+            return Memory(0, ())
+
     def _sleep(self, seconds: float) -> None:
         """Between two tries of a REST request; the end of the streamer ends it."""
         if self._stopping.wait(seconds):
             raise Unreachable("The streamer ends; the exchange is not asked again.")
-
-    async def _first_list(self, watchlist: Watchlist, rest: RestClient) -> list[str]:
-        while not self._stopping.is_set():
-            try:
-                return await asyncio.to_thread(watchlist.refresh, rest)
-            except CredentialsError:
-                raise
-            except ExchangeError as error:
-                log.warning("%s Trying again in %.0f s.", error, RETRY_LIST_S)
-                await asyncio.sleep(RETRY_LIST_S)
-        return []
-
-    async def _keep_list(self, watchlist: Watchlist, rest: RestClient, capture: Capture) -> None:
-        while watchlist.follows_openings:
-            await asyncio.sleep(REFRESH_S)
-            try:
-                capture.follow(await asyncio.to_thread(watchlist.refresh, rest))
-            except ExchangeError as error:
-                log.warning("The list of markets stays as it is: %s", error)
 
     async def _keep_auditing(self, rest: RestClient, capture: Capture) -> None:
         """Hold our books against the exchange's REST books, some markets at a time."""

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from kalshi_platform.exchange.frames import Kind
-from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.recording.journal import NO_CONNECTION, SCHEMA, Block, Position
 
 Record = tuple[int, bytes, int, bytes]
@@ -55,6 +55,29 @@ def snapshot(ticker: str, seq: int, yes: Levels, no: Levels, *, sid: int = 1) ->
                 [dollars(p), contracts(q)] for p, q in sorted(levels.items())
             ]
     return _frame("orderbook_snapshot", sid, seq, body)
+
+
+def trade_id(number: int) -> str:
+    """A trade's id, the same in every run."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"trade {number}"))
+
+
+def trade(ticker: str, seq: int, yes: int, qty: int, *, sid: int = 2, number: int = 0) -> bytes:
+    """A trade frame in the current form; `yes` in 1e-4 dollars, `qty` in 1e-2 contracts."""
+    body = {
+        "trade_id": trade_id(number or seq),
+        "market_ticker": ticker,
+        "yes_price_dollars": dollars(yes),
+        "no_price_dollars": dollars(ONE_DOLLAR - yes),
+        "count_fp": contracts(qty),
+        "taker_side": "no",
+        "taker_outcome_side": "no",
+        "taker_book_side": "ask",
+        "is_block_trade": False,
+        "ts": 1786085188,
+        "ts_ms": 1786085188978,
+    }
+    return _frame("trade", sid, seq, body)
 
 
 def ok(seq: int, *, sid: int = 1) -> bytes:

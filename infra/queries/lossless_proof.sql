@@ -2,14 +2,16 @@
 -- sequenced channel:
 --
 --   min_seq, max_seq    the first and the last number kept
---   frames              how many different numbers are kept, orderbook_events and stream_events together
+--   frames              how many different numbers are kept, in orderbook_events, trades and
+--                       stream_events together
 --   holes               numbers missing up to max_seq: from 1 where the subscription's beginning is
 --                       kept (its `subscribed` row), from min_seq where retention has taken it
 --   named_holes         those of them that a `gap` row names: its detail has "expected" and "got",
 --                       and names the numbers from expected to got − 1
 --   unexplained_holes   holes that no gap row names. Must be 0, or something was lost unnoticed
---   doubled             numbers stored more than once. Must be 0. A delta is one row; a snapshot is one
---                       number, with a row for each level and one row in stream_events
+--   doubled             numbers stored more than once. Must be 0. A delta or a trade is one row; a
+--                       snapshot is one number, with a row for each level and one row in stream_events.
+--                       Trades without a number (seq 0) were fetched after a gap, and are not counted
 --
 -- Run: kalshi-platform sql --file infra/queries/lossless_proof.sql
 --
@@ -24,6 +26,18 @@ WITH
             groupBitmapStateIf(seq, type = 'snapshot') AS snapshot_seqs,
             countIf(type = 'delta')                    AS single_rows
         FROM orderbook_events
+        GROUP BY conn_id, sid
+    ),
+    trade AS
+    (
+        SELECT
+            conn_id,
+            sid,
+            groupBitmapState(seq)                AS seqs,
+            groupBitmapStateIf(seq, seq = 0)     AS snapshot_seqs, -- none
+            count()                              AS single_rows
+        FROM trades
+        WHERE seq > 0
         GROUP BY conn_id, sid
     ),
     stream AS
@@ -63,6 +77,8 @@ WITH
         FROM
         (
             SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM book
+            UNION ALL
+            SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM trade
             UNION ALL
             SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM stream
         )

@@ -29,7 +29,8 @@ from websockets.asyncio.client import connect
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks import feed
 from kalshi_platform.exchange.connection import MAX_FRAME_BYTES, QUEUE_FRAMES
-from kalshi_platform.exchange.session import BATCH, CHANNEL
+from kalshi_platform.exchange.session import CHANNEL
+from kalshi_platform.exchange.side_channel import BATCH
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.keys import own_key
 from kalshi_platform.storage import clickhouse, migrations

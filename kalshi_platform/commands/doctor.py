@@ -25,6 +25,7 @@ from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
 from kalshi_platform.monitoring import channels
 from kalshi_platform.processes import Identity
+from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
@@ -203,26 +204,32 @@ def _websocket(settings: Settings) -> Finding:
 
 
 def _markets(settings: Settings) -> Finding:
-    tickers, series = settings.market_tickers, settings.market_series
-    if not tickers and not series:
-        if settings.exchange.simulated:
-            return Finding(Mark.GOOD, "all of the simulator's")
+    if not settings.names_markets and settings.exchange.simulated:
+        return Finding(Mark.GOOD, "all of the simulator's")
+    if not settings.names_markets:
         return Finding(
             Mark.BAD,
             "there is nothing to record",
-            "set MARKET_TICKERS or MARKET_SERIES (for example MARKET_SERIES=KXHIGHNY)",
+            "set MARKET_SERIES (for example MARKET_SERIES=KXHIGHNY), MARKET_EVENTS, MARKET_TICKERS,"
+            " MARKET_FILE or MARKET_ALL",
         )
+    wish = wish_of(settings)
     with RestClient(settings.exchange, attempts=2) as client:
-        unknown = sorted(client.unknown_tickers(tickers))
-        open_now = {client.series(one).ticker: len(client.open_markets(one)) for one in series}
+        unknown = sorted(client.unknown_tickers(wish.tickers))
+        open_now = {client.series(one).ticker: len(client.open_markets(one)) for one in wish.series}
+        of_event = {one: len(client.markets(event_ticker=one)) for one in sorted(wish.events)}
+    unknown += [one for one, count in of_event.items() if not count]
     if unknown:
         return Finding(
             Mark.BAD,
             f"the exchange knows no {', '.join(unknown)}",
-            "correct MARKET_TICKERS: as in the address of a market's page, in capitals",
+            "correct MARKET_TICKERS, MARKET_FILE or MARKET_EVENTS: as in the address of a market's page,"
+            " in capitals",
         )
-    parts = [f"{len(tickers)} tickers, all known"] if tickers else []
+    parts = ["all of the exchange's"] if wish.everything else []
+    parts += [f"{len(wish.tickers)} tickers, all known"] if wish.tickers else []
     parts += [f"{one}: {count} open" for one, count in open_now.items()]
+    parts += [f"{one}: {count} markets" for one, count in of_event.items()]
     return Finding(Mark.GOOD, "; ".join(parts))
 
 

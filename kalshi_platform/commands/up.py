@@ -358,10 +358,16 @@ def _recorded(settings: Settings) -> str:
             f"{settings.simulator_markets} SIMULATED markets: no PROD_KEYID is set."
             " Set PROD_KEYID and PROD_KEYFILE to record the exchange."
         )
-    wanted = [*settings.market_tickers, *(f"series {name}" for name in settings.market_series)]
+    wanted = [
+        *(["every market"] if settings.market_all else []),
+        *settings.market_tickers,
+        *([f"the markets in {settings.market_file}"] if settings.market_file else []),
+        *(f"series {name}" for name in settings.market_series),
+        *(f"event {name}" for name in settings.market_events),
+    ]
     shown = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
     return (
-        f"{shown or 'no market: set MARKET_TICKERS or MARKET_SERIES'} at {settings.exchange.ws_url}"
+        f"{shown or 'no market: set MARKET_SERIES or MARKET_TICKERS'} at {settings.exchange.ws_url}"
     )
 
 

@@ -74,6 +74,7 @@ class Market(Answer, frozen=True):
     """initialized, inactive, active, closed, determined, disputed, amended or finalized."""
     market_type: str = ""
     title: str = ""
+    yes_sub_title: str = ""
     open_time: datetime | None = None
     close_time: datetime | None = None
     latest_expiration_time: datetime | None = None

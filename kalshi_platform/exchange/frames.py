@@ -27,6 +27,9 @@ class Kind(IntEnum):
     """Any other readable frame: acks, errors, other channels, types not known yet."""
     MALFORMED = 4
     """Bytes that are no JSON object with a type."""
+    TRADE = 5
+    """A trade of the trade channel. Without a `seq`: one that the stream had missed, as REST told it.
+    Journals from before trades were recorded have none."""
 
 
 class Head(msgspec.Struct, gc=False):
@@ -86,6 +89,53 @@ class Snapshot(msgspec.Struct):
     no: list[tuple[int, int]] | None = None
 
 
+class Trade(msgspec.Struct):
+    """Body of a `trade`: fixed-point fields, or integer cents and contracts before March 2026.
+
+    One that REST told has `ticker` and `created_time` in the place of `market_ticker` and `ts_ms`.
+    """
+
+    trade_id: str = ""
+    """Empty where the exchange sent none, as in documented frames of before March 2026."""
+    market_ticker: str = ""
+    ticker: str = ""
+    yes_price_dollars: str | None = None
+    no_price_dollars: str | None = None
+    yes_price: int | None = None
+    no_price: int | None = None
+    count_fp: str | None = None
+    count: int | None = None
+    taker_outcome_side: str = ""
+    taker_book_side: str = ""
+    taker_side: str = ""
+    is_block_trade: bool = False
+    ts: int | None = None
+    """Unix seconds."""
+    ts_ms: int | None = None
+    created_time: str | None = None
+
+
+class _TradeId(msgspec.Struct, gc=False):
+    trade_id: str = ""
+
+
+class LifeEvent(msgspec.Struct, frozen=True):
+    """Body of a `market_lifecycle_v2`, as far as recording depends on it. Times are Unix seconds."""
+
+    market_ticker: str
+    event_type: str
+    """created, activated, deactivated, close_date_updated, determined, settled, and others."""
+    open_ts: int | None = None
+    close_ts: int | None = None
+    additional_metadata: dict[str, Any] | None = None
+
+    @property
+    def event_ticker(self) -> str:
+        """The market's event, where it is told: when a market is created."""
+        ticker = (self.additional_metadata or {}).get("event_ticker")
+        return ticker if isinstance(ticker, str) else ""
+
+
 class _DeltaFrame(msgspec.Struct):
     msg: Delta
 
@@ -94,11 +144,26 @@ class _SnapshotFrame(msgspec.Struct):
     msg: Snapshot
 
 
+class _TradeFrame(msgspec.Struct):
+    msg: Trade
+
+
+class _TradeIdFrame(msgspec.Struct):
+    msg: _TradeId
+
+
+class _LifeFrame(msgspec.Struct):
+    msg: LifeEvent
+
+
 decode_head = msgspec.json.Decoder(Head).decode
 decode_snapshot_head = msgspec.json.Decoder(SnapshotHead).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
 _delta = msgspec.json.Decoder(_DeltaFrame).decode
 _snapshot = msgspec.json.Decoder(_SnapshotFrame).decode
+_trade = msgspec.json.Decoder(_TradeFrame).decode
+_trade_id = msgspec.json.Decoder(_TradeIdFrame).decode
+_life = msgspec.json.Decoder(_LifeFrame).decode
 DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises on bytes that are not what they should be; the last for brackets without end."""
 
@@ -111,3 +176,18 @@ def decode_delta(frame: bytes) -> Delta:
 def decode_snapshot(frame: bytes) -> Snapshot:
     """The body of a snapshot frame; raises one of `DecodeError`."""
     return _snapshot(frame).msg
+
+
+def decode_trade(frame: bytes) -> Trade:
+    """The body of a trade frame; raises one of `DecodeError`."""
+    return _trade(frame).msg
+
+
+def trade_id(frame: bytes) -> str:
+    """The id of a trade frame, empty where it has none; raises one of `DecodeError`."""
+    return _trade_id(frame).msg.trade_id
+
+
+def decode_life_event(frame: bytes) -> LifeEvent:
+    """The body of a `market_lifecycle_v2` frame; raises one of `DecodeError`."""
+    return _life(frame).msg

@@ -202,17 +202,23 @@ class RestClient:
         event_ticker: str | None = None,
         tickers: Iterable[str] | None = None,
         mve_filter: str | None = None,
+        min_close_ts: int | None = None,
+        min_updated_ts: int | None = None,
     ) -> list[Market]:
         """Every market that fits. `status` is unopened, open, paused, closed or settled.
 
         `mve_filter` only or exclude: multivariate combinations are nearly all of the catalogue, so
         give "exclude" when nothing else narrows the question. Unknown tickers are simply missing.
+        Times are Unix seconds: markets that close at `min_close_ts` or later (no status with it), or of
+        which something but trading changed after `min_updated_ts` (nothing with it but `mve_filter`).
         """
         params: Params = {
             "status": status,
             "series_ticker": series_ticker,
             "event_ticker": event_ticker,
             "mve_filter": mve_filter,
+            "min_close_ts": min_close_ts,
+            "min_updated_ts": min_updated_ts,
             "limit": PAGE,
         }
         if tickers is None:
@@ -289,6 +295,15 @@ class RestClient:
         """Trades, newest first; `min_ts` and `max_ts` are Unix seconds."""
         params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
         return self._pages("/markets/trades", Trade, "trades", params)
+
+    def trades_as_sent(
+        self, *, ticker: str | None = None, min_ts: int, max_ts: int
+    ) -> Iterator[tuple[Trade, bytes]]:
+        """`trades()`, each with the JSON text that the exchange sent."""
+        path = "/markets/trades"
+        params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
+        for raw in self._pages(path, msgspec.Raw, "trades", params):
+            yield self._decode(path, bytes(raw), Trade, inside=None), bytes(raw)
 
     # -- the portfolio -------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 It knows of the wire what a recorder must: which sid is the order book's, the next number of every
 sid, which markets still owe a snapshot. `seq` counts per sid across all its markets; `ok`,
-`unsubscribed` and sid-scoped errors consume numbers as data does.
+`unsubscribed` and sid-scoped errors consume numbers as data does. Channels beside the books (trades, life
+events) are side_channel.py's; nothing that befalls them touches a book.
 
 A market that owes a snapshot has an owner who brings it back: this session asks again
 (`get_snapshot`; a second `subscribe` would be a silent no-op), at a pace that slows while gaps go
@@ -25,16 +26,25 @@ from kalshi_platform.exchange.frames import (
     DecodeError,
     Head,
     Kind,
+    LifeEvent,
     Reply,
     decode_head,
+    decode_life_event,
     decode_reply,
     decode_snapshot_head,
+)
+from kalshi_platform.exchange.side_channel import (
+    BATCH,
+    LIFECYCLE,
+    TRADES,
+    Ask,
+    Lost,
+    SideChannel,
+    side_channels,
 )
 from kalshi_platform.printable import printable
 
 CHANNEL = "orderbook_delta"
-BATCH = 500
-"""Tickers in one command: some 20 kB, far below any frame limit."""
 IN_FLIGHT = 8
 """Commands sent and not answered; the exchange allows 10,000 a second, politeness fewer."""
 REPLY_PATIENCE_S = 15.0
@@ -43,6 +53,8 @@ SNAPSHOT_PATIENCE_S = 10.0
 ASKS_BEFORE_RECONNECT = 5
 RECOVERY_MIN_S, RECOVERY_MAX_S = 1.0, 30.0
 """Between two rounds of snapshot requests: doubles with every gap, up to the maximum."""
+LOOK_S = 0.25
+"""Between two looks for markets that owe a snapshot, where the last one found none: each looks at all."""
 CALM_S = 60.0
 """So long without a gap, and recovery is prompt again."""
 
@@ -52,6 +64,7 @@ TERMINAL_ERRORS = {10: "channel error", 25: "buffer overflow: this client read t
 TRY_AGAIN_ERRORS = {18, 27}
 AUTHENTICATION_REQUIRED = 9
 MARKET_LIMIT = 26
+REPLIES = frozenset(["subscribed", "ok", "unsubscribed", "error"])
 
 
 @dataclass(frozen=True)
@@ -97,12 +110,24 @@ class _Pending:
     at: float
     action: str
     tickers: Sequence[str] = field(default_factory=tuple)
+    ask: Ask | None = None
+    """What a channel beside the books asked for."""
 
 
 class Session:
     """The state of one connection. Feed it every frame; send what `commands` returns."""
 
-    def __init__(self, tickers: Iterable[str] = (), *, use_yes_price: bool = False) -> None:
+    def __init__(
+        self,
+        tickers: Iterable[str] = (),
+        *,
+        use_yes_price: bool = False,
+        beside: Iterable[str] = (),
+        unheard_since: float | None = None,
+    ) -> None:
+        """`beside` the books, these channels: TRADES, LIFECYCLE. `unheard_since` is when the
+        connection before this one was last heard, None where there was none.
+        """
         self.use_yes_price = use_yes_price
         self.ended: str | None = None
         """Why this connection is of no more use; the caller dials anew."""
@@ -110,15 +135,21 @@ class Session:
         """An error that dialling anew will not mend."""
         self.warnings: list[str] = []
         """Sentences for the log; the caller takes them away."""
+        self.life_events: list[LifeEvent] = []
+        """What the exchange told of markets' lives; the caller takes them away."""
+        self._side = side_channels(beside, unheard_since)
         self._notes: list[Note] = []
         self._sids: dict[int, _Sid] = {}
         self._book_sid: int | None = None
         self._markets: dict[str, _Market] = {}
+        self._new: dict[str, None] = {}
+        """Markets that the subscription has not been asked to carry."""
         self._leaving: set[str] = set()
         self._pending: dict[int, _Pending] = {}
         self._subscribe_sent_at: float | None = None
         self._next_id = 1
         self._next_recovery_at = 0.0
+        self._next_look_at = 0.0
         self._recovery_interval = RECOVERY_MIN_S
         self._last_gap_at = float("-inf")
         self.follow(tickers)
@@ -142,12 +173,37 @@ class Session:
             self._leaving.discard(ticker)
             if ticker not in self._markets:
                 self._markets[ticker] = _Market()
+                self._new[ticker] = None
+                for side in self._side.values():
+                    side.want(ticker)
         for ticker in [t for t in self._markets if t not in wanted]:
             if self._markets.pop(ticker).added:
                 self._leaving.add(ticker)
+            self._new.pop(ticker, None)
+            for side in self._side.values():
+                side.drop(ticker)
             self._notes.append(Note("left", {}, self._book_sid or 0, ticker))
             for sid in self._sids.values():
                 self._arrived(sid, ticker, now=None)
+
+    def take_lost(self) -> list[Lost]:
+        """What the channels beside the books have missed since the last call."""
+        lost: list[Lost] = []
+        for side in self._side.values():
+            lost += side.lost
+            side.lost.clear()
+        return lost
+
+    def unheard_since(self, last_heard: float) -> float | None:
+        """Since when a channel beside the books is deaf, should this connection, last heard then, have
+        ended. None: there was nothing to hear yet.
+        """
+        since = [
+            last_heard if side.unheard_since is None else side.unheard_since
+            for side in self._side.values()
+            if side.sid is not None or side.unheard_since is not None
+        ]
+        return min(since, default=None)
 
     def distrust(self, ticker: str, cause: str, detail: dict[str, Any]) -> None:
         """Somebody found a book to be wrong: record it, and ask for a snapshot."""
@@ -156,6 +212,7 @@ class Session:
             return
         market.synced = False
         market.asked_at = None
+        self._next_look_at = 0.0
         self._notes.append(Note("gap", {"cause": cause, **detail}, self._book_sid or 0, ticker))
 
     @property
@@ -203,13 +260,20 @@ class Session:
     def _not_a_delta(self, head: Head, frame: bytes, now: float) -> Kind:
         if head.type == "orderbook_snapshot":
             return self._snapshot(head, frame, now)
-        if head.type in {"subscribed", "ok", "unsubscribed", "error"}:
+        if head.type == TRADES:
+            self._side_heard(head.sid, now)
+            return Kind.TRADE
+        if head.type in REPLIES:
+            self._side_heard(head.sid, now)
             self._reply(frame, now)
+        elif head.type == LIFECYCLE:
+            self._side_heard(head.sid, now)
+            self._life_event(frame)
         return Kind.CONTROL
 
     def _number(self, head: Head, now: float) -> None:
         """The first number of a sid, or one that is not the next."""
-        sid = self._sids.setdefault(head.sid, _Sid())
+        sid = self._sids.setdefault(head.sid, _Sid(TRADES if head.type == TRADES else ""))
         expected = sid.next_seq
         sid.next_seq = head.seq + 1
         if head.seq == expected:
@@ -224,12 +288,16 @@ class Session:
         }
         self._notes.append(Note("gap", detail, head.sid))
         if not books:
+            side = self._side_of(head.sid)
+            if side is not None and head.seq > expected:
+                side.gap(head.seq - expected, now)
             return
         if now - self._last_gap_at > CALM_S:
             self._recovery_interval = RECOVERY_MIN_S
         else:
             self._recovery_interval = min(self._recovery_interval * 2, RECOVERY_MAX_S)
         self._last_gap_at = now
+        self._next_look_at = 0.0
         waiting = set()
         for ticker, market in self._markets.items():
             if market.added:
@@ -292,22 +360,34 @@ class Session:
         if reply.type == "subscribed":
             number = body.get("sid")
             if isinstance(number, int):
-                self._sids.setdefault(number, _Sid()).channel = str(body.get("channel", ""))
-                if body.get("channel") == CHANNEL:
-                    self._book_sid = number
+                self._begun(number, str(body.get("channel", "")), now)
         elif reply.type == "unsubscribed":
+            side = self._side_of(reply.sid)
             if reply.sid == self._book_sid:
                 self.ended = "the exchange ended the order-book subscription"
-        elif reply.type == "error":
+            elif side is not None:
+                self._side_ended(side, "unsubscribed", now)
+        elif reply.type == "error" and not self._side_error(reply, body, pending, now):
             self._error(reply, body, pending, now)
+        if pending is not None and pending.ask is not None and reply.type in {"subscribed", "ok"}:
+            side = self._side[pending.ask.channel]
+            if side.sid is None and reply.sid:  # it was open already: the answer is an ok
+                self._begun(reply.sid, side.channel, now)
+            side.confirmed(pending.ask, now)
+
+    def _begun(self, sid: int, channel: str, now: float) -> None:
+        self._sids.setdefault(sid, _Sid()).channel = channel
+        if channel == CHANNEL:
+            self._book_sid = sid
+        elif channel in self._side:
+            self._side[channel].begun(sid, now)
 
     def _error(
         self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
     ) -> None:
-        code, text = body.get("code"), printable(str(body.get("msg", ""))[:LONGEST_TEXT])
-        if not isinstance(code, int):
-            code = None  # it may be anything, also what has no hash
-        if code in TERMINAL_ERRORS:
+        code, text = _said(body)
+        of_books = self._book_sid in {None, reply.sid} or not reply.sid
+        if code in TERMINAL_ERRORS and of_books:
             self.ended = f"error {code}, {TERMINAL_ERRORS[code]}"
         elif code == AUTHENTICATION_REQUIRED:
             self.fatal = CredentialsError(
@@ -325,7 +405,10 @@ class Session:
                 market = self._markets.get(ticker)
                 if market is not None and not market.synced:
                     market.asked_at = None
-                    market.added = pending.action == "get_snapshot"
+                    self._next_look_at = 0.0
+                    if pending.action != "get_snapshot":
+                        market.added = False
+                        self._new[ticker] = None
         else:
             self.warnings.append(f"The exchange answered error {code}: {text or 'no text'}.")
         if (
@@ -335,25 +418,95 @@ class Session:
         ):
             self.ended = self.ended or f"subscribing was refused: error {code}, {text}"
 
+    # -- beside the books ----------------------------------------------------------------------
+
+    def _side_of(self, sid: int) -> SideChannel | None:
+        return next((s for s in self._side.values() if sid and s.sid == sid), None)
+
+    def _side_heard(self, sid: int, now: float) -> None:
+        for side in self._side.values():
+            if side.sid == sid:
+                side.heard_at = now
+
+    def _life_event(self, frame: bytes) -> None:
+        try:
+            self.life_events.append(decode_life_event(frame))
+        except DecodeError:
+            self.warnings.append(
+                "The exchange told something of a market's life that cannot be read; the frame is in"
+                " stream_events."
+            )
+
+    def _side_error(
+        self, reply: Reply, body: dict[str, Any], pending: _Pending | None, now: float
+    ) -> bool:
+        """Whether an error is of a channel beside the books; if so it is dealt with."""
+        ask = pending.ask if pending is not None else None
+        side = self._side[ask.channel] if ask is not None else self._side_of(reply.sid)
+        if side is None:
+            return False
+        code, text = _said(body)
+        if code in TERMINAL_ERRORS:
+            self._side_ended(side, f"error {code}, {TERMINAL_ERRORS[code]}", now)
+        elif ask is None:
+            self.warnings.append(f"The exchange answered error {code} on {side.channel}: {text}.")
+        else:
+            refused = code not in TRY_AGAIN_ERRORS
+            side.failed(ask, now, refused=refused)
+            if refused:
+                detail = {"channel": side.channel, "action": ask.action, "code": code, "msg": text}
+                self._notes.append(Note("refused", detail, side.sid or 0))
+                self.warnings.append(
+                    f"The exchange refuses channel {side.channel} (error {code}, {text}): the books are"
+                    " recorded without it, and it is asked for again in some minutes."
+                )
+        return True
+
+    def _side_ended(self, side: SideChannel, cause: str, now: float) -> None:
+        detail = {"cause": "subscription_ended", "channel": side.channel, "reason": cause}
+        self._notes.append(Note("gap", detail, side.sid or 0))
+        self.warnings.append(f"Channel {side.channel} ended ({cause}): it is subscribed to anew.")
+        for number in [
+            n for n, p in self._pending.items() if p.ask and p.ask.channel == side.channel
+        ]:
+            del self._pending[number]
+        side.ended(now)
+
+    def _side_commands(self, now: float) -> Iterator[bytes]:
+        for side in self._side.values():
+            asks = side.asks(now)
+            while len(self._pending) < IN_FLIGHT and (ask := next(asks, None)) is not None:
+                params: dict[str, Any] = {"skip_ticker_ack": True}
+                if ask.tickers:
+                    params["market_tickers"] = list(ask.tickers)
+                if ask.action == "subscribe":
+                    params["channels"] = [ask.channel]
+                else:
+                    params |= {"sids": [side.sid], "action": ask.action}
+                cmd = "subscribe" if ask.action == "subscribe" else "update_subscription"
+                yield self._command(cmd, ask.action, params, ask.tickers, now, ask=ask)
+
     # -- commands out ------------------------------------------------------------------------
 
     def commands(self, now: float) -> Iterator[bytes]:
         """The commands that are due. Call often (ten times a second) and after every reply."""
         if self.ended or self.fatal:
             return
+        self._expire(now)
         if self._book_sid is None:
             yield from self._subscribe(now)
+            if not self._markets:
+                yield from self._side_commands(now)  # life events tell when there is something
             return
-        self._expire(now)
         if self._leaving:
             for batch in _batches(sorted(self._leaving)):
                 yield self._update("delete_markets", batch, now)
             self._leaving.clear()
-        new = [ticker for ticker, market in self._markets.items() if not market.added]
-        for batch in _batches(new):
+        for batch in _batches(list(self._new)):
             if len(self._pending) >= IN_FLIGHT:
                 return
             yield self._ask("add_markets", batch, now)
+        yield from self._side_commands(now)
         yield from self._recover(now)
 
     def _subscribe(self, now: float) -> Iterator[bytes]:
@@ -374,7 +527,7 @@ class Session:
             self.ended = f"no reply to subscribe within {REPLY_PATIENCE_S:.0f} s"
 
     def _recover(self, now: float) -> Iterator[bytes]:
-        if now < self._next_recovery_at:
+        if now < self._next_recovery_at or now < self._next_look_at:
             return
         owed = [
             ticker
@@ -384,6 +537,7 @@ class Session:
             and (market.asked_at is None or now - market.asked_at > SNAPSHOT_PATIENCE_S)
         ]
         if not owed:
+            self._next_look_at = now + LOOK_S
             return
         if any(self._markets[t].asks >= ASKS_BEFORE_RECONNECT for t in owed):
             self.ended = (
@@ -404,6 +558,7 @@ class Session:
         for ticker in tickers:
             market = self._markets[ticker]
             market.added = True
+            self._new.pop(ticker, None)
             market.asked_at = now
             market.asks += 1
 
@@ -417,17 +572,33 @@ class Session:
         return self._command("update_subscription", action, params, tickers, now)
 
     def _command(
-        self, cmd: str, action: str, params: dict[str, Any], tickers: Sequence[str], now: float
+        self,
+        cmd: str,
+        action: str,
+        params: dict[str, Any],
+        tickers: Sequence[str],
+        now: float,
+        *,
+        ask: Ask | None = None,
     ) -> bytes:
         number = self._next_id
         self._next_id += 1
-        self._pending[number] = _Pending(now, action, tickers)
+        self._pending[number] = _Pending(now, action, tickers, ask)
         return msgspec.json.encode({"id": number, "cmd": cmd, "params": params})
 
     def _expire(self, now: float) -> None:
         """A reply that never came must not hold up the others; the snapshots tell what is owed."""
         for number in [n for n, p in self._pending.items() if now - p.at > REPLY_PATIENCE_S]:
-            del self._pending[number]
+            ask = self._pending.pop(number).ask
+            if ask is not None:
+                self._side[ask.channel].failed(ask, now, refused=False)
+
+
+def _said(body: dict[str, Any]) -> tuple[int | None, str]:
+    """Code and text of an error; either may be anything, also what has no hash or moves the cursor."""
+    code = body.get("code")
+    text = printable(str(body.get("msg", ""))[:LONGEST_TEXT])
+    return (code if isinstance(code, int) else None), text
 
 
 def _batches(tickers: Sequence[str]) -> Iterator[Sequence[str]]:

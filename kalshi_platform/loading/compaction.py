@@ -38,6 +38,7 @@ from kalshi_platform.storage.schema import (
     DATASETS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
+    TRADES,
     Dataset,
 )
 
@@ -55,6 +56,7 @@ SORTED_BY = {
     ),
     STREAM_EVENTS.name: ("ingest_ts",),  # else as journalled: an end comes after what it ends
     BOOK_CHECKPOINTS.name: ("market_ticker", "side", "price"),
+    TRADES.name: ("market_ticker", "ingest_ts", "conn_id", "sid", "seq"),
 }
 """What an hour is sorted by. Nulls come first."""
 ROW_GROUP_ROWS = 65_536

@@ -123,7 +123,8 @@ def _proof(client: clickhouse.Client, since: datetime, until: datetime) -> Seque
     text = queries.text("lossless_proof")
     if text.count(_BEGIN) != 1:
         raise ValueError("lossless_proof.sql no longer begins with one WITH at the left margin")
-    spans = "".join(_SPAN.format(table=table) for table in ("orderbook_events", "stream_events"))
+    tables = ("orderbook_events", "trades", "stream_events")
+    spans = "".join(_SPAN.format(table=table) for table in tables)
     parameters = {"database": client.database, "since": since, "until": until}
     return _rows(client, text.replace(_BEGIN, _BEGIN + spans), parameters)
 

@@ -36,6 +36,7 @@ from kalshi_platform.exchange.frames import (
     decode_snapshot,
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
+from kalshi_platform.loading import decode_trades
 from kalshi_platform.recording.journal import Block
 from kalshi_platform.storage.schema import ZERO_UUID
 
@@ -171,6 +172,7 @@ class Decoded:
     """One row per level of the snapshots."""
     snapshots: pl.DataFrame
     """One row per snapshot, empty ones included."""
+    trades: pl.DataFrame
     stream: pl.DataFrame
     """Everything else, notes and malformed frames included."""
     newest_recv_ns: int
@@ -192,7 +194,10 @@ def decode(blocks: Sequence[Block]) -> Decoded:
     kind = pl.col("kind")
     deltas, bad_deltas = _deltas(records.filter(kind == Kind.DELTA))
     snapshots, levels, bad_snapshots = _snapshots(records.filter(kind == Kind.SNAPSHOT))
-    rest = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT]))
+    trades, bad_trades = decode_trades.trades(
+        records.filter(kind == Kind.TRADE), _json, _malformed_row, STREAM
+    )
+    rest = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT, Kind.TRADE]))
     stream = pl.DataFrame(
         [_stream_row(record) for record in rest.iter_rows(named=True)], schema=STREAM, orient="row"
     )
@@ -202,7 +207,8 @@ def decode(blocks: Sequence[Block]) -> Decoded:
         deltas,
         levels,
         snapshots,
-        pl.concat([stream, bad_deltas, bad_snapshots]).sort("n"),
+        trades,
+        pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
         int(pc.max(table["recv_ns"]).as_py()),
     )
 
@@ -457,12 +463,19 @@ def _stream_row(record: dict[str, Any]) -> tuple[Any, ...]:
         head, reply = decode_head(record["frame"]), decode_reply(record["frame"])
     except DecodeError as error:
         return _malformed_row(record, str(error))
+    if head.type == "subscribed" and isinstance(reply.msg, dict):
+        head.sid = _sid_of(reply.msg)  # the proof asks whether a sid's beginning is kept
     return (
         *_frame_columns(record, head),
         head.type if head.type in KNOWN_TYPES else "unknown",
         _ticker_of(reply),
         _text(record["frame"]),
     )
+
+
+def _sid_of(begun: Mapping[str, Any]) -> int:
+    sid = begun.get("sid")
+    return sid if isinstance(sid, int) and 0 < sid < 1 << 32 else 0
 
 
 def _ticker_of(reply: Reply) -> str:

@@ -18,9 +18,10 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
+from kalshi_platform.loading import decode_trades
 from kalshi_platform.loading.columns import codes, names, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
-from kalshi_platform.storage.schema import LATEST_LEVELS, ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.storage.schema import LATEST_LEVELS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
 LEVELS = pl.Schema(
     {
@@ -93,7 +94,8 @@ class Rows:
     first_n: int
     end_n: int
     tables: dict[str, pa.Table]
-    """By dataset: orderbook_events, stream_events, latest_levels."""
+    """By dataset, in the order of writing: orderbook_events, trades, stream_events, latest_levels. Where
+    a range's stream_events are, its events and trades are, too."""
     distrusted: tuple[Distrust, ...] = ()
 
     def of(self, datasets: Container[str]) -> Rows:
@@ -130,6 +132,7 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         decoded.end_n,
         {
             ORDERBOOK_EVENTS.name: _event_table(sized.filter(pl.col("type") >= LEVEL)),
+            TRADES.name: decode_trades.table(decoded.trades),
             STREAM_EVENTS.name: _stream_table(stream),
             LATEST_LEVELS.name: _latest_table(_changed_levels(sized, final, status.books), version),
         },
@@ -405,7 +408,8 @@ def _last_heard(decoded: Decoded) -> dict[str, int]:
 def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
     """(connection, sid, last number, last receive time) of the frames of this range."""
     columns = ["n", "conn", "sid", "seq", "recv_ns"]
-    parts = [frame.select(columns) for frame in (decoded.deltas, decoded.snapshots, decoded.stream)]
+    frames = (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
+    parts = [frame.select(columns) for frame in frames]
     return list(
         pl.concat(parts)
         .sort("n", maintain_order=True)

@@ -20,9 +20,10 @@ from kalshi_platform.storage.schema import (
     DATASETS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
+    TRADES,
 )
 
-RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name)
+RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name, TRADES.name)
 """The datasets that the recording itself makes."""
 COMPACTED = "hour-"
 """A compacted hour's file begins so; the rest of its name is a digest of its bytes."""

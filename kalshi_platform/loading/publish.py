@@ -38,6 +38,7 @@ from kalshi_platform.storage.schema import (
     DATASETS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
+    TRADES,
     Dataset,
 )
 
@@ -45,6 +46,7 @@ PUBLIC = (
     ORDERBOOK_EVENTS.name,
     STREAM_EVENTS.name,
     BOOK_CHECKPOINTS.name,
+    TRADES.name,
     *(dataset.name for dataset in ANALYTICS),
 )
 """The datasets of which nothing is private once they have been scrubbed."""
@@ -67,6 +69,7 @@ NOTES: Mapping[str, frozenset[str]] = {
         "gap": "cause expected got missing channel seq side price size",
         "resynced": "expected got markets seconds",
         "left": "",
+        "refused": "channel action code",
         "unknown_market": "",
         "audit": "markets levels mismatches",
         "mismatch": "side price ours theirs",

@@ -38,6 +38,7 @@ _STATES = ("starting", "connecting", "streaming", "quiet", "blocked", "stopped")
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "frames": ("kalshi_frames", "Frames received."),
     "deltas": ("kalshi_deltas", "Order-book deltas received."),
+    "trades": ("kalshi_trades", "Trades received."),
     "snapshots": ("kalshi_snapshots", "Order-book snapshots received."),
     "malformed": ("kalshi_malformed_frames", "Frames that are not what the exchange documents."),
     "gaps": ("kalshi_gaps", "Gaps noticed; each is named by a row of stream_events."),
@@ -174,6 +175,7 @@ class _Report(msgspec.Struct):
     last_durable_ns: int
     frames: int
     deltas: int
+    trades: int
     snapshots: int
     malformed: int
     gaps: int

@@ -15,10 +15,11 @@ from kalshi_platform.storage.schema import (
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
+    TRADES,
     Dataset,
 )
 
-RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS)
+RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, TRADES)
 """What the streamer writes, hour by hour."""
 
 REBUILD_POOL = "rebuild"

@@ -11,7 +11,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -20,8 +21,9 @@ from websockets.exceptions import ConnectionClosed
 
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.frames import Kind, LifeEvent
 from kalshi_platform.exchange.session import Session
+from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.printable import printable
 from kalshi_platform.recording.journal import Writer
@@ -50,6 +52,10 @@ class CaptureState(Enum):
 
 
 QUIET_AFTER_S = 30.0
+BESIDE = (LIFECYCLE, TRADES)
+"""What is recorded beside the books, in the order in which it is subscribed to."""
+RECENT_TRADES = 32_768
+"""Trades that are kept in memory, to tell those that the stream has missed from the others."""
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Counters:
     frames: int = 0
     deltas: int = 0
     snapshots: int = 0
+    trades: int = 0
     malformed: int = 0
     gaps: int = 0
     connections: int = 0
@@ -68,6 +75,17 @@ class Counters:
     """When bytes of any kind last came, pings included."""
     disconnects: dict[str, int] = field(default_factory=dict)
     """Connections that ended, by cause, without the exchange's own words."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a channel beside the books has missed, and of which markets."""
+
+    lost: Lost
+    conn: bytes
+    since_ns: int
+    until_ns: int
+    tickers: frozenset[str]
 
 
 class Capture:
@@ -81,7 +99,14 @@ class Capture:
         tickers: Iterable[str],
         *,
         use_yes_price: bool = False,
+        unheard_since: float | None = None,
+        recent_trades: Iterable[tuple[int, bytes]] = (),
+        on_life_events: Callable[[Sequence[LifeEvent]], None] | None = None,
+        on_lost: Callable[[Loss], None] | None = None,
     ) -> None:
+        """`unheard_since`: when the recording before this one ended, by the monotonic clock, and the
+        last trades that it had. The callbacks run in the event loop's thread and must be quick.
+        """
         self._ws_url = ws_url
         self._credentials = credentials
         self._journal = journal
@@ -90,6 +115,12 @@ class Capture:
         self._stop = asyncio.Event()
         self._session: Session | None = None
         self._distrusted: list[tuple[str, str, dict[str, object]]] = []
+        self._on_life_events = on_life_events
+        self._on_lost = on_lost
+        self._unheard_since = unheard_since
+        self._tickers_then: frozenset[str] = frozenset()
+        self.recent_trades = deque(recent_trades, RECENT_TRADES)
+        """(receive time in ns, frame) of the newest trades, whichever connection they came over."""
         self._blocked = False
         self.counters = Counters()
         self.connected = False
@@ -131,6 +162,13 @@ class Capture:
         """Put a note into the journal for somebody else. Call in the event loop's thread."""
         self._journal.note(kind, detail, market_ticker=market_ticker)
 
+    def recover(self, loss: Loss, frames: Sequence[bytes], detail: Mapping[str, object]) -> None:
+        """Keep trades that the stream had missed. Call in the event loop's thread."""
+        now_ns = time.time_ns()
+        self._journal.extend(now_ns, loss.conn, [Kind.TRADE] * len(frames), list(frames))
+        self.recent_trades.extend((now_ns, frame) for frame in frames)
+        self._journal.note("recovered", detail, conn=loss.conn, sid=loss.lost.sid)
+
     async def run(self) -> None:
         """Stay connected until `stop`. Raises `ExchangeError` for what dialling cannot mend."""
         ticking = asyncio.create_task(self._tick())
@@ -164,7 +202,12 @@ class Capture:
         socket = await dialling
         identity = uuid.uuid4()
         conn = identity.bytes
-        session = self._session = Session(self._tickers, use_yes_price=self._use_yes_price)
+        session = self._session = Session(
+            self._tickers,
+            use_yes_price=self._use_yes_price,
+            beside=BESIDE,
+            unheard_since=self._unheard_since,
+        )
         self.counters.connections += 1
         self._journal.note(
             "connected",
@@ -188,6 +231,9 @@ class Capture:
             ends = self.counters.disconnects
             kind = cause.partition(":")[0]
             ends[kind] = ends.get(kind, 0) + 1
+            silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
+            self._unheard_since = session.unheard_since(max(began, time.monotonic() - silent_s))
+            self._tickers_then = session.tickers
             self._drain_notes(session, conn)
             self._journal.note(
                 "disconnected",
@@ -260,9 +306,30 @@ class Capture:
             if deltas < len(kinds):
                 counters.snapshots += kinds.count(Kind.SNAPSHOT)
                 counters.malformed += kinds.count(Kind.MALFORMED)
-                due.set()
+                if trades := kinds.count(Kind.TRADE):
+                    counters.trades += trades
+                    run = zip(frames[until - len(kinds) : until], kinds, strict=True)
+                    self.recent_trades.extend((recv_ns, f) for f, k in run if k == Kind.TRADE)
+                if deltas + trades < len(kinds):
+                    due.set()
+                self._pass_on(session, conn)
         counters.frames += len(frames)
         counters.last_frame_ns = recv_ns
+
+    def _pass_on(self, session: Session, conn: bytes) -> None:
+        """Tell of life events and losses. Losses are told in wall time, which REST understands."""
+        if session.life_events:
+            events, session.life_events = session.life_events, []
+            if self._on_life_events is not None:
+                self._on_life_events(events)
+        for lost in session.take_lost():
+            ahead_ns = time.time_ns() - int(time.monotonic() * 1e9)
+            since_ns, until_ns = (int(at * 1e9) + ahead_ns for at in (lost.since, lost.until))
+            tickers = session.tickers
+            if lost.cause == "connection":
+                tickers |= self._tickers_then
+            if self._on_lost is not None:
+                self._on_lost(Loss(lost, conn, since_ns, until_ns, tickers))
 
     def _stop_reading(self, socket: BatchedConnection) -> None:
         """Not reading lets TCP push back on the exchange, which may then end the subscription."""

@@ -6,6 +6,7 @@ are after it. Its own books are the truth that a recorder is measured against.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -142,6 +143,47 @@ class Exchange:
         happened, self._happened = self._happened, []
         return happened
 
+    def close_early(self, seconds: float) -> list[Happening]:
+        """Let the busiest rolling market close so many seconds from now, and tell of it.
+
+        Raises SimulatorError where no market rolls.
+        """
+        early = next((each for each in self._active if each.listing.rolling), None)
+        if early is None:
+            raise SimulatorError("No rolling market is open, so none can close early.")
+        close_s = math.ceil(self.now_ns / SECOND + seconds)
+        early.listing = dataclasses.replace(early.listing, close_ns=close_s * SECOND)
+        early.updated_us = self.now_ns // 1000
+        self._at(close_s * SECOND, lambda at: self._close(early, at))
+        self._tell_life(early, "close_date_updated", self.now_ns, close_ts=close_s)
+        return self.happened()
+
+    def halt(self, seconds: float) -> list[Happening]:
+        """Deactivate the busiest market for a while, and tell of it.
+
+        Raises SimulatorError where no market is open.
+        """
+        if not self._active:
+            raise SimulatorError("No market is open, so none can be halted.")
+        halted = self._active[0]
+        halted.status = market.INACTIVE
+        halted.updated_us = self.now_ns // 1000
+        self._reweigh()
+        self._tell_life(halted, "deactivated", self.now_ns, is_deactivated=True)
+        self._at(self.now_ns + int(seconds * SECOND), lambda at: self._reactivate(halted, at))
+        return self.happened()
+
+    def _reactivate(self, halted: Market, at_ns: int) -> None:
+        if halted.status == market.INACTIVE:  # else it has closed meanwhile
+            halted.status = market.ACTIVE
+            halted.updated_us = at_ns // 1000
+            self._reweigh()
+            self._tell_life(halted, "activated", at_ns, is_deactivated=False)
+
+    def _tell_life(self, of: Market, event_type: str, at_ns: int, **more: object) -> None:
+        msg = {"market_ticker": of.ticker, "event_type": event_type, **more}
+        self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+
     def _uncross(self, crossed: Market, level: int, at_ns: int) -> None:
         left = min(crossed.book.sizes[YES][level], 100)
         if left:
@@ -182,7 +224,6 @@ class Exchange:
             top_touched = top_touched or level >= best[side]
             self._happened.append(Delta(chosen, side, level, qty, ts_us))
         self.deltas += len(changes)
-        chosen.updated_us = ts_us
         if top_touched:
             self._happened.append(Quote(chosen, ts_us))
 
@@ -253,6 +294,8 @@ class Exchange:
 
     def _close(self, closed: Market, at_ns: int) -> None:
         # nor is a scheduled close; orders in flight trickle in for some milliseconds
+        if closed.status not in {market.ACTIVE, market.INACTIVE}:
+            return  # it had closed early
         rng = self._random
         self.portfolio.cancel_all(closed, at_ns)
         closed.status = market.CLOSED

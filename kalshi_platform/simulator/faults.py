@@ -57,6 +57,25 @@ KINDS: dict[str, Kind] = {
     ),
     "error10": Kind(Target.CONNECTION, "-", None, "ends the order-book subscription with error 10"),
     "error25": Kind(Target.CONNECTION, "-", None, "ends every subscription with error 25"),
+    "trade_gap": Kind(Target.CONNECTION, "trades", 1, "loses trades; their seq is used up"),
+    "trade_error10": Kind(
+        Target.CONNECTION, "-", None, "ends the trade subscription with error 10; the books go on"
+    ),
+    "trade_refused": Kind(
+        Target.CONNECTION, "subscriptions", 1, "refuses subscriptions to trades with error 8"
+    ),
+    "lifecycle_gap": Kind(
+        Target.CONNECTION,
+        "messages",
+        1,
+        "loses messages about markets' lives; their seq is used up",
+    ),
+    "lifecycle_refused": Kind(
+        Target.CONNECTION,
+        "subscriptions",
+        1,
+        "refuses subscriptions to markets' lives with error 8",
+    ),
     "drop": Kind(Target.CONNECTION, "-", None, "resets the TCP connection"),
     "close": Kind(Target.CONNECTION, "close code", 1001, "closes the WebSocket cleanly"),
     "hang": Kind(
@@ -75,6 +94,12 @@ KINDS: dict[str, Kind] = {
     "rest500": Kind(Target.REST, "requests", 1, "500"),
     "stale_rest": Kind(Target.REST, "seconds", 60, "the REST order books stay as they are now"),
     "crossed": Kind(Target.EXCHANGE, "seconds", 2, "crosses the busiest market's book, for real"),
+    "close_early": Kind(
+        Target.EXCHANGE, "seconds", 2, "moves the busiest rolling market's close, and tells of it"
+    ),
+    "halt": Kind(
+        Target.EXCHANGE, "seconds", 2, "deactivates the busiest market for a while, and tells of it"
+    ),
 }
 
 _WRITTEN = re.compile(r"(?P<name>[a-z_0-9]+)(:(?P<arg>\d+(\.\d+)?))?(@(?P<at>\d+(\.\d+)?))?")

@@ -9,6 +9,7 @@ from kalshi_platform.simulator.grid import Grid
 
 INITIALIZED = "initialized"
 ACTIVE = "active"
+INACTIVE = "inactive"
 CLOSED = "closed"
 DETERMINED = "determined"
 FINALIZED = "finalized"
@@ -50,6 +51,7 @@ class Market:
     """Sum of price times quantity of all trades, in 1e-6 dollars."""
     open_interest: int = 0
     updated_us: int = 0
+    """When something of it changed that is not trading."""
     halted: bool = False
     """Left out of the order flow for now, while it stays open."""
     settled_ns: int | None = None

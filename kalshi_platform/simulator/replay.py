@@ -32,7 +32,21 @@ from kalshi_platform.simulator.session import ORDERBOOK, Session
 
 BYTES_AT_A_TIME = 1024 * 1024
 _A_DAY = 86_400 * SECOND
-_CHANGES_NUMBERS = {"negative", "unknown_type", "huge", "error10", "error25", "crossed"}
+_CHANGES_NUMBERS = {
+    "negative",
+    "unknown_type",
+    "huge",
+    "error10",
+    "error25",
+    "crossed",
+    "trade_gap",
+    "trade_error10",
+    "trade_refused",
+    "lifecycle_gap",
+    "lifecycle_refused",
+    "close_early",
+    "halt",
+}
 
 
 class _Frame(msgspec.Struct):
@@ -107,6 +121,16 @@ class Recording:
     def cross(self, seconds: float) -> list[Happening]:
         """Raises SimulatorError: recorded books stay as they are."""
         raise SimulatorError(f"A recording cannot be crossed for {seconds} s; its books are fixed.")
+
+    def close_early(self, seconds: float) -> list[Happening]:
+        """Raises SimulatorError: recorded lives stay as they are."""
+        raise SimulatorError(
+            f"No market of a recording closes in {seconds} s; its lives are fixed."
+        )
+
+    def halt(self, seconds: float) -> list[Happening]:
+        """Raises SimulatorError: recorded lives stay as they are."""
+        raise SimulatorError(f"A recording cannot be halted for {seconds} s; its lives are fixed.")
 
 
 class ReplaySession:

@@ -175,6 +175,12 @@ class Simulator:
         """Every market's book now: the truth, past every cache."""
         return self._call(lambda venue: venue.exchange.books())
 
+    def trades(self) -> dict[str, dict[str, Any]]:
+        """The last trades as REST has them, by id: the truth, past every page."""
+        return self._call(
+            lambda venue: {each.trade_id: each.rest() for each in venue.exchange.trades}
+        )
+
     def state(self) -> dict[str, Any]:
         """Connections, subscriptions and counts."""
         return self._call(lambda venue: venue.state())

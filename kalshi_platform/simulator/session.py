@@ -27,6 +27,13 @@ SEQUENCED = {ORDERBOOK, TRADE, LIFECYCLE}
 PRIVATE = {"fill", "market_positions", "user_orders"}
 CHANNELS = SEQUENCED | PRIVATE | {TICKER}
 
+_BESIDE = {
+    "trade_gap": (TRADE, "gap"),
+    "trade_refused": (TRADE, "refused"),
+    "trade_error10": (TRADE, "error10"),
+    "lifecycle_gap": (LIFECYCLE, "gap"),
+    "lifecycle_refused": (LIFECYCLE, "refused"),
+}
 _ON_DELTAS = {"gap", "duplicate", "truncated", "negative"}
 _MORE_THAN_ANY_LEVEL = -1_000_000_000_00
 SNAPSHOTS_AT_A_TIME = 100
@@ -95,6 +102,10 @@ class Session:
         self._last_sid = last_sid
         self._out: list[bytes] = []
         self._tampering: Counter[str] = Counter()
+        self._losing: Counter[str] = Counter()
+        """Messages still to be lost, by channel."""
+        self._refusing: Counter[str] = Counter()
+        """Subscriptions still to be refused, by channel."""
         self._faults_to_come: list[tuple[str, int]] = []
         self._command_second = (0, 0)
         self.sent: Counter[str] = Counter()
@@ -151,9 +162,9 @@ class Session:
                     self._send_on(quote, "ticker", happening.wire())
             elif isinstance(happening, Trade):
                 if trade is not None and trade.wants(happening.market.ticker):
-                    self._send_on(trade, "trade", happening.wire())
+                    self._send_or_lose(trade, "trade", happening.wire())
             elif isinstance(happening, LifeEvent) and life is not None:
-                self._send_on(life, happening.kind, happening.msg)
+                self._send_or_lose(life, happening.kind, happening.msg)
             elif isinstance(happening, Cleared) and happening.market.ticker in live:
                 self._send_snapshot(subscribed[ORDERBOOK], happening.market.ticker)
 
@@ -167,6 +178,8 @@ class Session:
         book = self._subscriptions.get(ORDERBOOK)
         if fault in _ON_DELTAS:
             self._tampering[fault] += count
+        elif fault in _BESIDE:
+            self._tamper_beside(fault, count)
         elif book is None or not book.live:
             self._faults_to_come.append((fault, count))
         elif fault == "malformed":
@@ -181,6 +194,16 @@ class Session:
             self._end(book, 10)
         elif fault == "error25":
             self.overflow()
+
+    def _tamper_beside(self, fault: str, count: int) -> None:
+        """What goes wrong with the channels beside the books."""
+        channel, what = _BESIDE[fault]
+        if what == "gap":
+            self._losing[channel] += count
+        elif what == "refused":
+            self._refusing[channel] += count
+        elif channel in self._subscriptions:
+            self._end(self._subscriptions[channel], 10)
 
     def overflow(self) -> None:
         """The client does not keep up: every subscription ends with error 25."""
@@ -252,6 +275,10 @@ class Session:
         tickers = params.tickers()
         if ORDERBOOK in params.channels and not tickers:
             raise Refused(14)
+        for channel in params.channels:
+            if self._refusing[channel]:
+                self._refusing[channel] -= 1
+                raise Refused(8)
         for channel in dict.fromkeys(params.channels):
             known = self._subscriptions.get(channel)
             if known is None:
@@ -345,6 +372,14 @@ class Session:
 
     def _send_on(self, on: _Subscription, kind: str, msg: str, command_id: int = 0) -> None:
         self._send(kind, frames.envelope(kind, on.sid, on.next_seq(), msg, command_id))
+
+    def _send_or_lose(self, on: _Subscription, kind: str, msg: str) -> None:
+        if self._losing[on.channel]:
+            self._losing[on.channel] -= 1
+            self.sent["lost"] += 1
+            on.next_seq()
+        else:
+            self._send_on(on, kind, msg)
 
     def _send_snapshot(self, book: _Subscription, ticker: str, command_id: int = 0) -> None:
         market = self._source.market(ticker)

@@ -161,8 +161,8 @@ class Venue:
     def inject(self, fault: Fault) -> None:
         """Let it go wrong, after the fault's own delay.
 
-        Raises SimulatorError for a fault that a replay cannot have, and for `crossed` where no
-        book can be crossed now.
+        Raises SimulatorError for a fault that a replay cannot have, and for `crossed`, `close_early`
+        and `halt` where there is no market for it now.
         """
         if isinstance(self.exchange, Recording):
             replay.check(fault)
@@ -193,8 +193,13 @@ class Venue:
         self._begun[fault.name] += 1
         if fault.name == "stale_rest":
             self.stale_until = time.monotonic() + (fault.argument or 0)
-        elif fault.name == "crossed":
-            self._publish(self.exchange.cross(fault.argument or 0))
+        elif fault.target is Target.EXCHANGE:
+            happen = {
+                "crossed": self.exchange.cross,
+                "close_early": self.exchange.close_early,
+                "halt": self.exchange.halt,
+            }[fault.name]
+            self._publish(happen(fault.argument or 0))
         elif fault.target in self._armed:
             self._armed[fault.target][fault.name] += fault.count
         elif self._sessions:

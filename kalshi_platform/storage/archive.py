@@ -159,7 +159,9 @@ def writing(
     """
     temporary = path.with_name(f".{path.name}.tmp")
     delta = ["seq", "ts", "ingest_ts"]
-    names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + ["price", "qty", "size"]
+    names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
+        *("price", "qty", "size", "yes_price", "no_price")
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(

@@ -29,6 +29,7 @@ RETAINED: Mapping[str, str] = {
     "orderbook_events": "ingest_ts",
     "stream_events": "ingest_ts",
     "book_checkpoints": "ts",
+    "trades": "ingest_ts",
     "spreads": "ingest_ts",
     "depth": "second",
     "imbalance": "second",
@@ -164,7 +165,9 @@ def differences(client: Client) -> list[str]:
     found = []
     for dataset in DATASETS.values():
         with translated():
-            described = client.query(f"DESCRIBE TABLE {dataset.name}").result_rows
+            described = client.query(
+                f"DESCRIBE TABLE {dataset.name}", settings={"print_pretty_type_names": 0}
+            ).result_rows
         there = {str(row[0]): str(row[1]) for row in described}
         wanted = {column.name: column.clickhouse for column in dataset.columns}
         found += [

@@ -131,6 +131,86 @@ BOOK_CHECKPOINTS = Dataset(
     "Every live book as it was at the hour's first instant: one row per level, at least one per market.",
 )
 
+_TRADE_PRICE = (PRICE, "Decimal(9, 4)")
+TRADES = Dataset(
+    "trades",
+    (
+        _CONN,
+        _SID,
+        Column(
+            "seq", pa.uint64(), "UInt64", "position on the sid; 0: fetched after a gap, by REST"
+        ),
+        Column(
+            "trade_id",
+            pa.string(),
+            "String",
+            "the exchange's name for the trade; empty if it sent none",
+        ),
+        _TICKER,
+        Column("yes_price", *_TRADE_PRICE, "dollars for a YES contract"),
+        Column("no_price", *_TRADE_PRICE, "dollars for a NO contract: 1 - yes_price"),
+        Column("qty", QTY, "Decimal(18, 2)", "contracts"),
+        Column(
+            "taker_outcome_side",
+            NAME,
+            "Enum8('yes' = 1, 'no' = 2)",
+            "the outcome that the taker bought",
+        ),
+        Column(
+            "taker_book_side",
+            NAME,
+            "Enum8('bid' = 1, 'ask' = 2)",
+            "the taker's side of the YES book: bid bought YES, ask bought NO",
+        ),
+        Column("is_block_trade", pa.bool_(), "Bool", "agreed away from the book"),
+        Column("ts", pa.timestamp("ms", "UTC"), "DateTime64(3, 'UTC')", "exchange time"),
+        _INGEST,
+    ),
+    "Every trade of the followed markets, as everybody sees it.",
+)
+
+_RANGE = pa.struct([pa.field(name, PRICE, False) for name in ("start", "end", "step")])
+_MAYBE_TIME = (TIME, "Nullable(DateTime64(6, 'UTC'))")
+MARKET_CATALOG = Dataset(
+    "market_catalog",
+    (
+        _TICKER,
+        Column("event_ticker", *_TEXT, "the market's event"),
+        Column("series_ticker", *_TEXT, "the event's series: event_ticker up to its first hyphen"),
+        Column("title", pa.string(), "String", "the question"),
+        Column("yes_sub_title", pa.string(), "String", "what YES stands for"),
+        Column("market_type", *_TEXT, "binary or scalar"),
+        Column("status", *_TEXT, "initialized, inactive, active, closed, determined, finalized, …"),
+        Column("result", *_TEXT, "yes, no, scalar, or empty while it is open"),
+        Column("open_time", *_MAYBE_TIME, "when trading begins", True),
+        Column("close_time", *_MAYBE_TIME, "when trading ends; may still be moved", True),
+        Column("latest_expiration_time", *_MAYBE_TIME, "when it is settled at the latest", True),
+        Column("settlement_ts", *_MAYBE_TIME, "when it was settled", True),
+        Column(
+            "settlement_value",
+            PRICE,
+            "Nullable(Decimal(9, 4))",
+            "what a YES contract paid, dollars",
+            True,
+        ),
+        Column("price_level_structure", *_TEXT, "the price grid's name, an opaque label"),
+        Column(
+            "price_ranges",
+            pa.list_(pa.field("item", _RANGE, False)),
+            "Array(Tuple(start Decimal(9, 4), end Decimal(9, 4), step Decimal(9, 4)))",
+            "the price grid: from start to end dollars in steps of step",
+        ),
+        Column(
+            "last_price", PRICE, "Nullable(Decimal(9, 4))", "of the last trade, YES dollars", True
+        ),
+        Column("volume", QTY, "Nullable(Decimal(18, 2))", "contracts traded so far", True),
+        Column("open_interest", QTY, "Nullable(Decimal(18, 2))", "contracts outstanding", True),
+        Column("as_of", TIME, "DateTime64(6, 'UTC')", "when this was read from the exchange"),
+    ),
+    "What the followed markets are: titles, price grids, opening and closing times, results.",
+    archived=False,
+)
+
 LATEST_LEVELS = Dataset(
     "latest_levels",
     (
@@ -258,5 +338,13 @@ ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
 
 DATASETS = {
     d.name: d
-    for d in (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, LATEST_LEVELS, *ANALYTICS)
+    for d in (
+        ORDERBOOK_EVENTS,
+        STREAM_EVENTS,
+        BOOK_CHECKPOINTS,
+        TRADES,
+        LATEST_LEVELS,
+        *ANALYTICS,
+        MARKET_CATALOG,
+    )
 }

@@ -125,6 +125,19 @@ def test_open_markets_of_a_series_are_its_own(client: RestClient) -> None:
     assert client.open_markets("NO-SUCH-SERIES") == []
 
 
+def test_markets_are_narrowed_by_their_close_and_by_what_has_changed(
+    start_simulator: StartSimulator,
+) -> None:
+    simulator = start_simulator(markets=6, rate=50, rolling_markets=2, rolling_seconds=600)
+    with RestClient(exchange_of(simulator)) as client:
+        now = int(time.time())
+        rolling = {m.ticker for m in client.markets(min_updated_ts=now - 1_200)}
+        assert len(rolling) == 4, "two that are open, two that come next; the others only traded"
+        closing = {m.ticker for m in client.markets(min_close_ts=now + 86_400)}
+        assert len(closing) == 4
+        assert not closing & rolling
+
+
 def test_a_name_that_is_not_there_is_told(client: RestClient) -> None:
     with pytest.raises(ExchangeError, match=r"/markets/NO%2FSUCH.*Check the name"):
         client.market("NO/SUCH")

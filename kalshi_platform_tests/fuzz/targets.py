@@ -23,6 +23,7 @@ import polars as pl
 from kalshi_platform.exchange.answers import read_refusal
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
+from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES
 from kalshi_platform.loading import decode as decoding
 from kalshi_platform.loading import publish
 from kalshi_platform.loading.decode import Decoded, decode
@@ -57,7 +58,7 @@ FRAME_SEEDS = [
 ]
 
 
-PARTS = ("deltas", "levels", "snapshots", "stream")
+PARTS = ("deltas", "levels", "snapshots", "trades", "stream")
 
 
 # -- frames: the fast path against the slow one -------------------------------------------------
@@ -80,7 +81,7 @@ def check_frames(found: Sequence[bytes]) -> None:
     with mock.patch.multiple(decoding, _json=_refuse, _ndjson=_refuse):
         slow = decode(wire.blocks(records))
     _same(fast, slow)
-    kept = sorted([*fast.deltas["n"], *fast.snapshots["n"], *fast.stream["n"]])
+    kept = sorted([*fast.deltas["n"], *fast.snapshots["n"], *fast.trades["n"], *fast.stream["n"]])
     assert kept == list(range(len(records))), "a record was lost or doubled"
     halves = [decode([block]) for block in wire.blocks(records, [len(records) // 2])]
     for part in PARTS:
@@ -88,7 +89,7 @@ def check_frames(found: Sequence[bytes]) -> None:
         assert cut.equals(getattr(fast, part)), f"its neighbours changed a frame: {part}"
     rows, _ = derive(fast, State())
     events = rows.tables["stream_events"].num_rows
-    assert events >= len(records) - fast.deltas.height
+    assert events >= len(records) - fast.deltas.height - fast.trades.height
 
 
 def _refuse(*_: object) -> None:
@@ -109,7 +110,7 @@ def session() -> Iterator[Run]:
     """Whatever comes in whatever order: a kind for each frame, commands that are JSON, no error."""
 
     def run(data: bytes) -> None:
-        conversation = Session(["A-1", "B-2", "C-3"])
+        conversation = Session(["A-1", "B-2", "C-3"], beside=(TRADES, LIFECYCLE))
         now = 0.0
         for n, frame in enumerate(inputs.frames(data)):
             for command in conversation.commands(now):

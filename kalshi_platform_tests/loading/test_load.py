@@ -34,7 +34,9 @@ SMALL = Pace(records=40, seconds=0.0, first_s=0.0)
 
 
 def recording(frames: int = 400, step_s: float = 1.0) -> list[wire.Record]:
-    """One connection over the turn of an hour: two markets, a heartbeat every ten frames."""
+    """One connection over the turn of an hour: two markets, a trade every seven frames and a heartbeat
+    every ten.
+    """
     conn, at = wire.conn_id(1), START_NS
     records: list[wire.Record] = [
         wire.started(at),
@@ -46,6 +48,9 @@ def recording(frames: int = 400, step_s: float = 1.0) -> list[wire.Record]:
         at += int(step_s * wire.SECOND)
         frame = wire.delta("A-1", 3 + n, "yes", 4_800 if n % 3 else 4_600, 5 if n % 2 else 7)
         records.append((at, conn, Kind.DELTA, frame))
+        if n % 7 == 6:
+            trade = wire.trade("A-1", n // 7 + 1, 4_800, 5)
+            records.append((at, conn, Kind.TRADE, trade))
         if n % 10 == 9:
             records.append((at, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
     return records
@@ -180,20 +185,23 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
     writer.close()
     assert deaths > 3
     expected = sum(k == Kind.DELTA for _, _, k, _ in records) + 3
+    trades = sum(k == Kind.TRADE for _, _, k, _ in records)
+    others = len(records) - (expected - 3) - trades
     if kind == "parquet":
         events = archived(tmp_path / "archive", "orderbook_events")
         assert events.height == expected
         assert not events.is_duplicated().any()
-        assert archived(tmp_path / "archive", "stream_events").height == len(records) - (
-            expected - 3
-        )
+        assert archived(tmp_path / "archive", "stream_events").height == others
+        of_trades = archived(tmp_path / "archive", "trades")
+        assert of_trades.height == of_trades["trade_id"].n_unique() == trades
     else:
         client = clickhouse.connect(settings)
         assert client.query(
             "SELECT count(), uniqExact(seq, side, price) FROM orderbook_events"
         ).result_rows == [(expected, expected)]
-        assert client.query("SELECT count() FROM stream_events").result_rows == [
-            (len(records) - (expected - 3),)
+        assert client.query("SELECT count() FROM stream_events").result_rows == [(others,)]
+        assert client.query("SELECT count(), uniqExact(trade_id) FROM trades").result_rows == [
+            (trades, trades)
         ]
         assert client.query(
             "SELECT uniqExact(market_ticker) FROM book_checkpoints"
@@ -388,7 +396,7 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
     shutil.rmtree(settings.journal_dir())
     sealed = {
         name: archive.read_manifest(root, name, FIRST_HOUR)
-        for name in ("orderbook_events", "stream_events")
+        for name in ("orderbook_events", "stream_events", "trades")
     }
     archive.files(root, "orderbook_events", FIRST_HOUR)[0].unlink()
     report = rebuild(settings, FIRST_HOUR)

@@ -54,7 +54,12 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(archived: Setting
     first = restore(archived, archived.archive_dir, None, quiet)
     again = restore(archived, archived.archive_dir, None, quiet)
     assert first == again
-    assert {it.dataset for it in first} == {"orderbook_events", "stream_events", "book_checkpoints"}
+    assert {it.dataset for it in first} == {
+        "orderbook_events",
+        "stream_events",
+        "book_checkpoints",
+        "trades",
+    }
     client = clickhouse.connect(archived)
     assert client.query(
         "SELECT count(), uniqExact(seq, side, price) FROM orderbook_events"
@@ -78,7 +83,7 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(archived: Setting
 def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
     hours = sorted({it.hour for it in restore(archived, archived.archive_dir, None, quiet)})
     clickhouse.connect(archived).command("TRUNCATE TABLE orderbook_events")
-    for other in ("stream_events", "book_checkpoints"):
+    for other in ("stream_events", "book_checkpoints", "trades"):
         clickhouse.connect(archived).command(f"TRUNCATE TABLE {other}")
     done = restore(archived, archived.archive_dir, (hours[1], hours[1]), quiet)
     assert {it.hour for it in done} == {hours[1]}

@@ -51,6 +51,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         last_durable_ns=now,
         frames=1000,
         deltas=900,
+        trades=80,
         snapshots=90,
         gaps=2,
         malformed=1,

@@ -52,6 +52,7 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
             "depth",
             "imbalance",
             "latest_levels",
+            "market_catalog",
             "mm_decisions",
             "mm_order_actions",
             "mm_order_responses",
@@ -59,9 +60,11 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
             "orderbook_events",
             "spreads",
             "stream_events",
+            "trades",
         ],
         "jobs": [
             "inventory_qa",
+            "market_catalog_job",
             "mm_position_snapshots_job",
             "order_book_checks",
             "parquet_compaction",
@@ -70,6 +73,7 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
         ],
         "schedules": {
             "inventory_qa_schedule": "RUNNING",
+            "market_catalog_schedule": "RUNNING",
             "mm_position_snapshots_schedule": "RUNNING",
             "order_book_checks_schedule": "RUNNING",
             "parquet_compaction_schedule": "RUNNING",

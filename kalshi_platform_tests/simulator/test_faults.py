@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,108 @@ def test_a_fault_is_written_as_name_argument_and_time() -> None:
     assert Fault.parse("gap") == Fault("gap", 1, 0)
     assert Fault.parse("gap:3@10") == Fault("gap", 3, 10)
     assert Fault.parse(" hang@2.5 ") == Fault("hang", None, 2.5)
+
+
+class Beside:
+    """A session on trades and life events, with a fault asked for before either is subscribed to."""
+
+    def __init__(self, fault: str) -> None:
+        self.exchange = Exchange(
+            markets=4, rate=400, seed=3, now_ns=NOON, rolling_markets=2, rolling_seconds=10
+        )
+        self.session = Session(self.exchange, random.Random(1))
+        asked = Fault.parse(fault)
+        if asked.target is not Target.EXCHANGE:
+            self.session.tamper(asked.name, asked.count)
+
+    def subscribe(self, *channels: str) -> list[dict[str, Any]]:
+        for number, channel in enumerate(channels, 1):
+            command = {"id": number, "cmd": "subscribe", "params": {"channels": [channel]}}
+            self.session.receive(json.dumps(command))
+            self.session.work()
+        return [json.loads(frame) for frame in self.session.take()]
+
+    def heard(self, seconds: float = 30) -> list[dict[str, Any]]:
+        self.session.publish(self.exchange.advance(NOON + int(seconds * SECOND)))
+        return [json.loads(frame) for frame in self.session.take()]
+
+
+@pytest.mark.parametrize("channel", ["trade", "market_lifecycle_v2"])
+def test_a_gap_beside_the_books_loses_the_channels_messages_and_their_seqs(channel: str) -> None:
+    fault = {"trade": "trade_gap:3", "market_lifecycle_v2": "lifecycle_gap:3"}[channel]
+    line = Beside(fault)
+    line.subscribe("trade", "market_lifecycle_v2")
+    seqs: dict[int, list[int]] = {}
+    for frame in line.heard():
+        seqs.setdefault(frame["sid"], []).append(frame["seq"])
+    lossy, whole = (1, 2) if channel == "trade" else (2, 1)
+    assert seqs[lossy] == list(range(4, 4 + len(seqs[lossy])))
+    assert seqs[whole] == list(range(1, 1 + len(seqs[whole])))
+
+
+@pytest.mark.parametrize("channel", ["trade", "market_lifecycle_v2"])
+def test_a_refused_channel_is_let_in_when_it_has_been_refused_often_enough(channel: str) -> None:
+    fault = {"trade": "trade_refused:2", "market_lifecycle_v2": "lifecycle_refused:2"}[channel]
+    line = Beside(fault)
+    answers = line.subscribe(channel, channel, channel)
+    assert [a["type"] for a in answers] == ["error", "error", "subscribed"]
+    assert answers[0]["msg"]["code"] == 8
+
+
+def test_the_trade_subscription_alone_ends_with_error_10() -> None:
+    line = Beside("gap")
+    line.subscribe("trade", "market_lifecycle_v2")
+    line.session.tamper("trade_error10", 1)
+    (end,) = [json.loads(frame) for frame in line.session.take()]
+    assert (end["type"], end["sid"], end["msg"]["code"]) == ("error", 1, 10)
+    assert {frame["sid"] for frame in line.heard()} == {2}
+
+
+def test_an_early_close_is_told_and_closes_the_market_then_and_once() -> None:
+    line = Beside("close_early:2")
+    line.subscribe("market_lifecycle_v2")
+    line.session.publish(line.exchange.close_early(2))
+    (told,) = [json.loads(frame)["msg"] for frame in line.session.take()]
+    ticker = told["market_ticker"]
+    assert told["event_type"] == "close_date_updated"
+    assert told["close_ts"] == NOON // SECOND + 2
+    line.heard(1.9)
+    early = line.exchange.market(ticker)
+    assert early is not None
+    assert early.status == "active"
+    line.heard(2.1)
+    assert early.status == "closed"
+    events = [
+        f["msg"]["event_type"] for f in line.heard(60) if f["msg"].get("market_ticker") == ticker
+    ]
+    assert events.count("determined") == 1
+
+
+def test_a_halted_market_is_inactive_for_a_while_and_both_ends_are_told() -> None:
+    line = Beside("halt:3")
+    line.subscribe("market_lifecycle_v2", "trade")
+    line.session.publish(line.exchange.halt(3))
+    (told,) = [json.loads(frame)["msg"] for frame in line.session.take()]
+    ticker = told["market_ticker"]
+    halted = line.exchange.market(ticker)
+    assert halted is not None
+    assert (told["event_type"], halted.status) == ("deactivated", "inactive")
+    during = line.heard(2.9)
+    assert ticker not in {f["msg"]["market_ticker"] for f in during if f["type"] == "trade"}
+    after = [f["msg"] for f in line.heard(3.1) if f["msg"].get("event_type") == "activated"]
+    assert [m["market_ticker"] for m in after] == [ticker]
+    assert halted.status == "active"
+
+
+def test_markets_that_have_merely_traded_are_not_among_the_updated_ones() -> None:
+    line = Beside("gap")
+    before = {each.ticker: each.updated_us for each in line.exchange.markets()}
+    line.heard(3)
+    assert line.exchange.deltas
+    assert all(
+        each.updated_us == before.get(each.ticker, each.updated_us)
+        for each in line.exchange.markets()
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kalshi_platform.storage.clickhouse import Client
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 from kalshi_platform_tests.storage.tables import insert, migrated, uuid
 
 PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
@@ -35,10 +35,16 @@ class Subscription:
         self._of = {"conn_id": uuid(conn), "sid": sid, "ingest_ts": AT}
         self._events: list[dict[str, Any]] = []
         self._stream: list[dict[str, Any]] = []
+        self._trades: list[dict[str, Any]] = []
         self.happened("subscribed")
 
     def delta(self, seq: int) -> None:
         self._level("delta", seq, "0.5")
+
+    def trade(self, seq: int) -> None:
+        row = {"seq": seq, "trade_id": f"t{len(self._trades)}", "market_ticker": "A"}
+        sides = {"taker_outcome_side": "yes", "taker_book_side": "bid"}
+        self._trades.append({**self._of, **row, **sides})
 
     def snapshot(self, seq: int, levels: int = 3) -> None:
         for level in range(levels):
@@ -56,6 +62,7 @@ class Subscription:
         """Insert everything."""
         insert(client, ORDERBOOK_EVENTS, self._events)
         insert(client, STREAM_EVENTS, self._stream)
+        insert(client, TRADES, self._trades)
 
 
 def proof(client: Client) -> list[dict[str, Any]]:
@@ -103,6 +110,18 @@ def test_subscriptions_are_judged_apart_and_unnumbered_ones_not_at_all(client: C
         (uuid(2), 1),
     ]
     assert all(r["unexplained_holes"] == r["doubled"] == 0 for r in rows)
+
+
+def test_a_trade_subscription_is_proved_like_the_books(client: Client) -> None:
+    one = Subscription(1, 2)
+    one.happened("ok", 1)
+    for seq in (2, 3, 6, 7, 9, 9):
+        one.trade(seq)
+    one.happened("gap", expected=4, got=6, channel="trade")
+    one.trade(0)  # fetched after the gap
+    one.trade(0)
+    one.keep(client)
+    assert judged(client) == {"holes": 3, "named_holes": 2, "unexplained_holes": 1, "doubled": 1}
 
 
 def test_a_hole_without_a_gap_row_is_unexplained(client: Client) -> None:

@@ -22,7 +22,9 @@ def test_the_tables_have_the_columns_of_the_schema(
     clickhouse_url: str, clickhouse_database: str, dataset: Dataset
 ) -> None:
     with migrated(clickhouse_url, clickhouse_database) as client:
-        described = client.query(f"DESCRIBE TABLE {dataset.name}").result_rows
+        described = client.query(
+            f"DESCRIBE TABLE {dataset.name}", settings={"print_pretty_type_names": 0}
+        ).result_rows
     assert [row[:2] for row in described] == [(c.name, c.clickhouse) for c in dataset.columns]
 
 
@@ -116,7 +118,7 @@ def test_the_retention_is_altered_only_when_it_differs(
     def ttls() -> set[str]:
         rows = client.query(
             "SELECT create_table_query FROM system.tables WHERE database = currentDatabase()"
-            " AND name IN ('orderbook_events', 'stream_events', 'book_checkpoints')"
+            " AND name IN ('orderbook_events', 'stream_events', 'book_checkpoints', 'trades')"
         ).result_rows
         return {found for (sql,) in rows for found in re.findall(r"toIntervalDay\(\d+\)", sql)}
 
