@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     kalshi_rest_url: str | None = None
     market_tickers: Annotated[tuple[str, ...], NoDecode] = ()
     market_series: Annotated[tuple[str, ...], NoDecode] = ()
+    stream_shards: int = Field(1, ge=1, le=64)
+    """Streamers that share the markets, each with a connection and a journal of its own."""
 
     use_clickhouse: bool = True
     embedded_clickhouse_port: int = Field(8123, ge=1, le=65_535)
@@ -226,9 +228,19 @@ class Settings(BaseSettings):
             and self.clickhouse_url == f"http://127.0.0.1:{self.embedded_clickhouse_port}"
         )
 
+    @property
+    def stores(self) -> frozenset[str]:
+        """Names of the stores that the journals are loaded into."""
+        return frozenset({"parquet", "clickhouse"} if self.use_clickhouse else {"parquet"})
+
+    @property
+    def journals_dir(self) -> Path:
+        """Where every shard's journal is."""
+        return self.data_dir / "journal"
+
     def journal_dir(self, shard: int = 0) -> Path:
         """Folder of one shard's journal."""
-        return self.data_dir / "journal" / f"shard-{shard}"
+        return self.journals_dir / f"shard-{shard}"
 
 
 def load(**overrides: Any) -> Settings:

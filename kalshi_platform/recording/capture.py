@@ -24,7 +24,7 @@ from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.printable import printable
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.journal import NO_CONNECTION, Writer
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Capture:
         self._use_yes_price = use_yes_price
         self._stop = asyncio.Event()
         self._session: Session | None = None
+        self._conn = NO_CONNECTION
         self._distrusted: list[tuple[str, str, dict[str, object]]] = []
         self._blocked = False
         self.counters = Counters()
@@ -178,6 +179,7 @@ class Capture:
         )
         log.info("Connected as %s: %d markets.", identity, len(self._tickers))
         self.connected = True
+        self._conn = conn
         before = self.counters.frames
         began = time.monotonic()
         cause = "unexpected"
@@ -185,6 +187,7 @@ class Capture:
             cause = await self._converse(socket, session, conn)
         finally:
             self.connected = self._blocked = False
+            self._conn = NO_CONNECTION
             ends = self.counters.disconnects
             kind = cause.partition(":")[0]
             ends[kind] = ends.get(kind, 0) + 1
@@ -334,6 +337,7 @@ class Capture:
                         "last_heard_ns": self.counters.last_heard_ns,
                         "backlog_bytes": self._journal.backlog_bytes,
                     },
+                    conn=self._conn,
                 )
             await asyncio.sleep(TICK_S)
 

@@ -10,6 +10,7 @@ import time
 
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -22,10 +23,11 @@ empty snapshot of its close come up to some seconds later."""
 
 
 class Watchlist:
-    """The markets to follow, kept current."""
+    """One shard's markets to follow, kept current."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shard: int = 0) -> None:
         self._settings = settings
+        self._shard = shard
         self._fixed: tuple[str, ...] | None = None
         self._last_seen: dict[str, float] = {}
 
@@ -40,7 +42,7 @@ class Watchlist:
         return s.exchange.simulated and not s.market_tickers and not s.market_series
 
     def refresh(self, rest: RestClient) -> list[str]:
-        """The tickers to follow now.
+        """The tickers that this shard follows now; there may be none.
 
         Raises `SettingsError` when there is nothing to follow, `ExchangeError` when the exchange
         does not answer.
@@ -58,7 +60,7 @@ class Watchlist:
                 "There is nothing to record: set MARKET_TICKERS or MARKET_SERIES (for example"
                 " MARKET_SERIES=KXHIGHNY)."
             )
-        return wanted
+        return share(wanted, self._shard, self._settings.stream_shards)
 
     def _known(self, rest: RestClient) -> tuple[str, ...]:
         asked = self._settings.market_tickers
