@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     market_all: bool = False
     market_min_volume: int = Field(0, ge=0)
     """Contracts that a market must have traded before MARKET_ALL follows it."""
+    stream_shards: int = Field(1, ge=1, le=64)
+    """Streamers that share the markets, each with a connection and a journal of its own."""
 
     use_clickhouse: bool = True
     embedded_clickhouse_port: int = Field(8123, ge=1, le=65_535)
@@ -245,9 +247,19 @@ class Settings(BaseSettings):
             and self.clickhouse_url == f"http://127.0.0.1:{self.embedded_clickhouse_port}"
         )
 
+    @property
+    def stores(self) -> frozenset[str]:
+        """Names of the stores that the journals are loaded into."""
+        return frozenset({"parquet", "clickhouse"} if self.use_clickhouse else {"parquet"})
+
+    @property
+    def journals_dir(self) -> Path:
+        """Where every shard's journal is."""
+        return self.data_dir / "journal"
+
     def journal_dir(self, shard: int = 0) -> Path:
         """Folder of one shard's journal."""
-        return self.data_dir / "journal" / f"shard-{shard}"
+        return self.journals_dir / f"shard-{shard}"
 
 
 def load(**overrides: Any) -> Settings:

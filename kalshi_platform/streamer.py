@@ -3,6 +3,9 @@
     capture (asyncio) ──▶ journal's writer ──▶ load into Parquet
                                           └──▶ load into ClickHouse
 
+A shard that STREAM_SHARDS no longer has is only *drained*: what its journal still has is brought to the
+stores, without a connection, and then it is done.
+
 It is hosted by the `stream` command and by Dagster's `stream_orderbook`, which see only this class.
 Once a second it writes `health.json` beside the journal, for whoever supervises it.
 """
@@ -26,10 +29,11 @@ import msgspec
 import psutil
 
 from kalshi_platform import __version__
+from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
-from kalshi_platform.loading import audit
+from kalshi_platform.loading import audit, passage
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import Distrust
 from kalshi_platform.loading.hours import HourReport
@@ -43,6 +47,7 @@ from kalshi_platform.recording.journal import JournalError, Writer
 from kalshi_platform.recording.recovery import Memory, remembered
 from kalshi_platform.recording.upkeep import Upkeep
 from kalshi_platform.settings import Settings
+from kalshi_platform.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,8 @@ class StoreHealth:
     lag: int
     """Durable journal records that it does not have yet."""
     committed_ns: int
+    loaded_ns: int
+    """It has everything that was received up to then."""
     trouble: str | None
     refused: bool
     rows: dict[str, int] = field(default_factory=dict)
@@ -76,8 +83,10 @@ class Health:
     pid: int
     pid_started: float
     shard: int
+    shards: int
+    """Among how many it shares the markets."""
     state: str
-    """starting, connecting, streaming, quiet, blocked or stopped."""
+    """starting, connecting, streaming, quiet, blocked, draining or stopped."""
     started_ns: int
     updated_ns: int
     last_frame_ns: int
@@ -108,6 +117,9 @@ class Health:
     """Connections that ended since the start, by cause."""
 
 
+DRAINING = "draining"
+
+
 class Streamer:
     """Capture and load of one shard, in background threads."""
 
@@ -116,7 +128,9 @@ class Streamer:
         self._shard = shard
         self._folder = settings.journal_dir(shard)
         self._reports: queue.Queue[HourReport] = queue.Queue()
+        self._drains = shard >= settings.stream_shards
         self._writer: Writer | None = None
+        self._parquet: ParquetStore | None = None
         self._loads: list[Load] = []
         self._recent = audit.Recent()
         self._capture: Capture | None = None
@@ -136,18 +150,16 @@ class Streamer:
         """Take the journal's lock and begin.
 
         Raises `JournalError` where another streamer holds it or the disk refuses, `CredentialsError`
-        where the key cannot be used.
+        where the key cannot be used, `SettingsError` for a shard that never was.
         """
-        exchange = self._settings.exchange
-        if exchange.simulated and not exchange.key_file.exists():
-            raise CredentialsError(
-                "PROD_KEYID is not set, and the exchange simulator is not running either. Set PROD_KEYID"
-                " and PROD_KEYFILE, or start it: kalshi-platform simulate."
-            )
+        if self._drains:
+            self._insist_on_a_journal()
+        else:
+            self._insist_on_a_key()  # refuse a bad one before anything is opened
         sys.setswitchinterval(SWITCH_S)
-        load_signer(exchange.key_file)  # refuse a bad key before anything is opened
         writer = self._writer = Writer(self._folder)
         self._began_n = writer.next_n
+        self._arrive(writer)
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
         writer.note("started", {"version": __version__, "shard": self._shard, "torn": torn})
         writer.hand_over()
@@ -157,8 +169,39 @@ class Streamer:
         self._loads = self._make_loads(writer)
         for load in self._loads:
             load.start()
-        self._spawn("capture", self._run_capture)
+        if self._drains:
+            for load in self._loads:
+                load.drain()
+        else:
+            self._spawn("capture", self._run_capture)
         self._spawn("health", self._run_health)
+
+    def _arrive(self, writer: Writer) -> None:
+        try:
+            passage.arrive(self._settings.journals_dir, self._shard, empty=not writer.next_n)
+        except OSError as error:
+            writer.close()
+            raise JournalError(
+                f"{self._folder / passage.FILE} cannot be written ({error.strerror}). Make room, and make"
+                " the folder writable."
+            ) from None
+
+    def _insist_on_a_journal(self) -> None:
+        if self._shard not in passage.shards(self._settings.journals_dir):
+            raise SettingsError(
+                f"There is no shard {self._shard}: STREAM_SHARDS is {self._settings.stream_shards}, which"
+                f" makes shards 0 to {self._settings.stream_shards - 1}, and {self._folder} has no journal"
+                " of an earlier one."
+            )
+
+    def _insist_on_a_key(self) -> None:
+        exchange = self._settings.exchange
+        if exchange.simulated and not exchange.key_file.exists():
+            raise CredentialsError(
+                "PROD_KEYID is not set, and the exchange simulator is not running either. Set PROD_KEYID"
+                " and PROD_KEYFILE, or start it: kalshi-platform simulate."
+            )
+        load_signer(exchange.key_file)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Stop reading, bring what was received to the stores, let the lock go.
@@ -177,8 +220,17 @@ class Streamer:
         for load in self._loads:
             load.drain()
         loaded = [load.join(max(deadline - time.monotonic(), 0.1)) for load in self._loads]
+        if closed and self._parquet is not None and loaded[0]:
+            self._rest(self._parquet)
         self._write_health()
         return closed and all(loaded)
+
+    def _rest(self, parquet: ParquetStore) -> None:
+        """The archive has the whole journal: no hour waits for this shard any more."""
+        try:
+            parquet.drained(seal=self._drains)
+        except (StoreError, OSError) as error:
+            log.error("Hours that only waited for shard %d stay open: %s", self._shard, error)
 
     def _close_journal(self, timeout_s: float) -> bool:
         try:
@@ -196,7 +248,12 @@ class Streamer:
         thread.start()
 
     def _make_loads(self, writer: Writer) -> list[Load]:
-        parquet = ParquetStore(self._settings.archive_dir, self._shard, self._reports.put)
+        parquet = self._parquet = ParquetStore(
+            self._settings.archive_dir,
+            self._shard,
+            self._reports.put,
+            self._settings.journals_dir,
+        )
         derivation = Derivation(self._folder)
         loads = [
             Load(
@@ -231,6 +288,11 @@ class Streamer:
         except queue.Empty:
             return None
 
+    @property
+    def drained(self) -> bool:
+        """Whether a shard that is only drained has nothing left to do."""
+        return self._drains and bool(self._loads) and not any(load.lag for load in self._loads)
+
     def failure(self) -> BaseException | None:
         """What ended a background part, if one did."""
         return self._failure or next((load.failure for load in self._loads if load.failure), None)
@@ -244,6 +306,7 @@ class Streamer:
             load.name: StoreHealth(
                 load.lag,
                 load.committed_ns,
+                load.loaded_ns,
                 load.trouble,
                 load.refused,
                 dict(load.rows),
@@ -253,12 +316,15 @@ class Streamer:
         }
         troubles = [writer.blocked if writer else None, *(s.trouble for s in stores.values())]
         failure = self.failure()
-        state = capture.state if capture else CaptureState.STARTING
+        state = (capture.state if capture else CaptureState.STARTING).value
+        if self._drains:
+            state = DRAINING
         return Health(
             pid=os.getpid(),
             pid_started=self._process_started,
             shard=self._shard,
-            state=CaptureState.STOPPED.value if self._stopping.is_set() else state.value,
+            shards=self._settings.stream_shards,
+            state=CaptureState.STOPPED.value if self._stopping.is_set() else state,
             started_ns=self._started_ns,
             updated_ns=time.time_ns(),
             last_frame_ns=counters.last_frame_ns if counters else 0,
@@ -301,7 +367,7 @@ class Streamer:
         self._loop = asyncio.get_running_loop()
         exchange = self._settings.exchange
         with RestClient(exchange, sleep=self._sleep) as rest:
-            upkeep = Upkeep(self._settings, rest)
+            upkeep = Upkeep(self._settings, rest, self._shard)
             tickers, memory = await asyncio.gather(
                 self._unless_stopped(upkeep.first_list()), asyncio.to_thread(self._remembered)
             )
@@ -445,6 +511,19 @@ class Streamer:
         for path in journal.prune(self._folder, needed, older_than_s):
             log.info("Journal segment %s is past its retention: removed.", path.name)
         prune_hour_states(self._folder, journal.beginning(self._folder).n)
+        if self._shard == 0:
+            self._prune_drained(older_than_s)
+
+    def _prune_drained(self, older_than_s: float) -> None:
+        """The same for shards that are no longer configured, and have nobody of their own."""
+        settings, journals = self._settings, self._settings.journals_dir
+        waiting = passage.left_over(journals, settings.stream_shards, settings.stores)
+        for shard in passage.shards(journals):
+            if shard >= settings.stream_shards and shard not in waiting:
+                folder = settings.journal_dir(shard)
+                for path in journal.prune(folder, sys.maxsize, older_than_s):
+                    log.info("Journal segment %s of shard %d: removed.", path.name, shard)
+                prune_hour_states(folder, journal.beginning(folder).n)
 
 
 def read_health(folder: Path) -> dict[str, object] | None:

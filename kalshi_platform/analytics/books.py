@@ -51,7 +51,7 @@ EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
 """The columns of orderbook_events that the books are made from."""
 GROUP_ROWS = 1 << 20
 _SID = (1 << 32) - 1
-_DOUBTS = ("gap", "disconnected", "unsubscribed", "left", "started")
+_DOUBTS = ("gap", "disconnected", "unsubscribed", "left")
 
 
 @dataclass(frozen=True)
@@ -461,8 +461,6 @@ def _doubts(
     for it in happenings:
         if it["market_ticker"]:
             hit = owned.market == market_of.get(it["market_ticker"], NONE)
-        elif it["kind"] == "started":
-            hit = np.ones(len(owned.market), dtype=np.bool_)
         else:
             hit = owned.conn == conn_of.get(it["conn_id"], NONE)
             if it["kind"] != "disconnected":

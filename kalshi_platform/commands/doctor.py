@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
+from kalshi_platform.loading import passage
 from kalshi_platform.monitoring import channels
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording.markets import wish_of
@@ -116,7 +118,7 @@ def examine() -> Iterator[tuple[str, Finding]]:
         yield "settings", Finding(Mark.BAD, str(error))
         return
     yield "settings", _settings(settings)
-    for name, (check, stands_on) in CHECKS.items():
+    for name, (check, stands_on) in _checks(settings).items():
         if stands_on in found and found[stands_on].mark in {Mark.BAD, Mark.SKIPPED}:
             found[name] = Finding(Mark.SKIPPED, f"not looked at: see {stands_on}")
         else:
@@ -302,13 +304,15 @@ def _disk(folder: Path, variable: str) -> Finding:
     return Finding(Mark.GOOD, text)
 
 
-def _streamer(settings: Settings) -> Finding:
-    path = settings.journal_dir(0) / "health.json"
+def _streamer(settings: Settings, shard: int = 0) -> Finding:
+    path = settings.journal_dir(shard) / "health.json"
     try:
         report = json.loads(path.read_bytes())
+        if shard >= settings.stream_shards:
+            return _left_over(report, shard)
         return _judge(report, time.time_ns())
     except FileNotFoundError:
-        return Finding(Mark.SKIPPED, "none has run here yet")
+        return _unreported(settings, shard)
     except OSError as error:
         return Finding(Mark.BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
     except (ValueError, KeyError, TypeError) as error:
@@ -317,6 +321,38 @@ def _streamer(settings: Settings) -> Finding:
             f"{path} is no streamer's report ({error!r})",
             "remove it; the streamer writes it anew",
         )
+
+
+def _unreported(settings: Settings, shard: int) -> Finding:
+    """A shard of which there is no report."""
+    if shard >= settings.stream_shards:
+        return _left_over({"pid": 0, "pid_started": 0.0}, shard)
+    if any(settings.journals_dir.glob("shard-*/health.json")):
+        return Finding(
+            Mark.ODD,
+            "none has run here yet: its share of the markets is not recorded",
+            f"run kalshi-platform stream --shard {shard} (streamer_supervisor does that)",
+        )
+    return Finding(Mark.SKIPPED, "none has run here yet")
+
+
+def _left_over(report: dict[str, Any], shard: int) -> Finding:
+    """A shard that is no longer configured, and whose journal may have what a store lacks."""
+    alive = Identity(int(report["pid"]), float(report["pid_started"])).alive
+    if alive and report["state"] == "draining":
+        text = f"no longer configured; {int(report['lag_frames']):,} records are being loaded"
+        return Finding(Mark.ODD, f"{text}; {report['trouble']}" if report["trouble"] else text)
+    if alive:
+        return Finding(
+            Mark.ODD,
+            f"no longer configured, yet process {report['pid']} records it",
+            "restart it, so that every market has one shard (streamer_supervisor does that)",
+        )
+    return Finding(
+        Mark.ODD,
+        "no longer configured, and not drained: a store may lack some of its journal",
+        f"run kalshi-platform stream --shard {shard} (streamer_supervisor does that)",
+    )
 
 
 def _judge(report: dict[str, Any], now_ns: int) -> Finding:
@@ -430,7 +466,8 @@ def _metrics(settings: Settings) -> Finding:
     return Finding(Mark.GOOD, f"{url} answers")
 
 
-CHECKS: Mapping[str, tuple[Callable[[Settings], Finding], str | None]] = {
+Check = tuple[Callable[[Settings], Finding], str | None]
+CHECKS: Mapping[str, Check] = {
     "key file": (_key_file, None),
     "clock": (_clock, None),
     "exchange REST": (_rest, None),
@@ -447,3 +484,14 @@ CHECKS: Mapping[str, tuple[Callable[[Settings], Finding], str | None]] = {
     "metrics": (_metrics, None),
 }
 """Each check, and the one without which it is not worth asking."""
+
+
+def _checks(settings: Settings) -> dict[str, Check]:
+    """The checks, with a line for each shard where there are several."""
+    shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+    if len(shards) == 1:
+        return dict(CHECKS)
+    each: dict[str, Check] = {
+        f"shard {shard}": (functools.partial(_streamer, shard=shard), None) for shard in shards
+    }
+    return {name: check for name, check in CHECKS.items() if name != "streamer"} | each

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Sequence
 
 import click
 
 from kalshi_platform import logs
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.loading import passage
 from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.processes import exit_words
 from kalshi_platform.settings import Settings
 from kalshi_platform.streamer import Health, Streamer
 
@@ -19,10 +26,19 @@ log = logging.getLogger(__name__)
 
 STATUS_S = 10.0
 DRAIN_S = 7.0
+END_S = 9.5
+"""For the processes of all shards to end when asked to, before they are killed."""
 
 
 @click.command()
-def command() -> None:
+@click.option(
+    "--shard",
+    type=click.IntRange(0),
+    help="One shard of STREAM_SHARDS, in this process. One that is no longer configured is drained:"
+    " what its journal still has is loaded, and the command ends.  [default: all, a process each]",
+)
+@click.option("--parent", type=int, hidden=True, help="End when this process is no longer ours.")
+def command(shard: int | None, parent: int | None) -> None:
     """Capture and load in the foreground, without Dagster.
 
     SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s.
@@ -31,18 +47,41 @@ def command() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with logs.bound(shard=0):
-        _stream(settings, stopping)
+    shards = _shards(settings) if shard is None else [shard]
+    if len(shards) > 1:
+        _record_all(shards, stopping)
+        return
+    if parent is not None and settings.log_format == "text":
+        _say_which(shards[0])
+    with logs.bound(shard=shards[0]):
+        _record(settings, shards[0], stopping, parent)
 
 
-def _stream(settings: Settings, stopping: threading.Event) -> None:
-    streamer = Streamer(settings)
+def _say_which(shard: int) -> None:
+    """Several processes speak on one terminal; in JSON each line says its shard anyway."""
+    each = logging.Formatter(logs.TEXT.replace("%(message)s", f"shard {shard}: %(message)s"))
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(each)
+
+
+def _shards(settings: Settings) -> list[int]:
+    """Every shard of the settings, and those of former settings that have not been drained."""
+    return passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+
+
+# -- one shard, in this process ----------------------------------------------------------------
+
+
+def _record(
+    settings: Settings, shard: int, stopping: threading.Event, parent: int | None = None
+) -> None:
+    streamer = Streamer(settings, shard)
     streamer.start()
     if settings.exchange.simulated:
         log.info("No exchange key: recording the bundled simulator. The data is simulated.")
     failure = None
     waited = STATUS_S
-    while not stopping.is_set() and failure is None:
+    while not (stopping.is_set() or streamer.drained or failure is not None):
         report = streamer.next_report(timeout_s=0.5)
         if report is not None:
             log.info("%s", _hour(report))
@@ -51,6 +90,9 @@ def _stream(settings: Settings, stopping: threading.Event) -> None:
         if waited >= STATUS_S:
             waited = 0.0
             log.info("%s", _status(streamer.health()))
+        if parent is not None and os.getppid() != parent:
+            log.warning("The process that keeps all shards is gone; this one ends too.")
+            break
     complete = streamer.stop(DRAIN_S)
     if failure is not None:
         raise (
@@ -80,3 +122,35 @@ def _left(health: Health) -> str:
     behind = {name: store.lag for name, store in health.stores.items() if store.lag}
     what = ", ".join(f"{lag:,} records wait for {name}" for name, lag in behind.items())
     return f"{what or 'the last write did not end in time'}. They are in the journal, and loaded at the next start."
+
+
+# -- all shards, a process each ----------------------------------------------------------------
+
+
+def _record_all(shards: Sequence[int], stopping: threading.Event) -> None:
+    """Until asked to end, or one of them fails: then all end, for whoever keeps this command alive."""
+    log.info("Shards %s, a process each.", ", ".join(map(str, shards)))
+    children = {shard: _spawn(shard) for shard in shards}
+    failed: dict[int, int] = {}
+    while not (stopping.wait(0.2) or failed or all(c.poll() == 0 for c in children.values())):
+        failed = {shard: status for shard, child in children.items() if (status := child.poll())}
+    for child in children.values():
+        child.terminate()
+    deadline = time.monotonic() + END_S
+    for shard, child in children.items():
+        try:
+            status = child.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            status = child.wait()
+        if status not in {0, -signal.SIGTERM}:  # the latter had not come up yet
+            failed[shard] = status
+    if failed:
+        said = ", ".join(f"shard {k} ({exit_words(status)})" for k, status in failed.items())
+        raise PlatformError(f"Ended, and so all shards were: {said}. Its last words are above.")
+
+
+def _spawn(shard: int) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-m", "kalshi_platform", "stream"]
+    options = ["--shard", str(shard), "--parent", str(os.getpid())]
+    return subprocess.Popen([*argv, *options])  # noqa: S603

@@ -72,7 +72,10 @@ def command(port: int) -> None:
     with _sole_user(settings.data_dir), _signals() as ending, _socket_folder() as sockets:
         check_ports(settings, port)
         home = prepare(
-            settings.data_dir, sockets / "code.sock", settings.dagster_tick_retention_days
+            settings.data_dir,
+            sockets / "code.sock",
+            settings.dagster_tick_retention_days,
+            settings.stream_shards,
         )
         _Platform(settings, port, home, sockets / "code.sock", ending).run()
 
@@ -296,9 +299,10 @@ class _Platform:
         self._console.print()
 
     def _announce(self) -> None:
-        """Say when the streamer has written its first frames, and what troubles it."""
-        path = self._settings.journal_dir() / "health.json"
-        recording, trouble = False, ""
+        """Say when the streamers have written their first frames, and what troubles them."""
+        recording = False
+        troubles: dict[int, str] = {}
+        shards = self._settings.stream_shards
         late_at = time.monotonic() + RECORDING_S
         while not self._over.wait(1.0):
             if not recording and time.monotonic() >= late_at:
@@ -307,19 +311,23 @@ class _Platform:
                     f"Nothing is recorded yet after {RECORDING_S:.0f} s. What the streamer's run says is in"
                     f" the UI ({self._ui}/runs), and in {self._keeper.log_path('code-server')}."
                 )
-            health = _health(path, since_ns=self._began_ns)
-            if health is None:
-                continue
-            if not recording and health["frames"] and health["state"] != "stopped":
+            healths = {
+                shard: health
+                for shard in range(shards)
+                if (health := _health(self._settings, shard, since_ns=self._began_ns)) is not None
+            }
+            frames = sum(it["frames"] for it in healths.values() if it["state"] != "stopped")
+            if not recording and frames:
                 recording = True
-                frames = health["frames"]
                 self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
-            now = health["trouble"] or ""
-            if now and now not in (trouble, self._clickhouse_trouble):
-                self.say(now)
-            elif trouble and not now:
-                self.say("The streamer is well again.")
-            trouble = now
+            for shard, health in healths.items():
+                whose = "" if shards == 1 else f"Shard {shard}: "
+                now, before = health["trouble"] or "", troubles.get(shard, "")
+                if now and now not in (before, self._clickhouse_trouble):
+                    self.say(f"{whose}{now}")
+                elif before and not now:
+                    self.say(f"{whose}The streamer is well again.")
+                troubles[shard] = now
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
@@ -381,9 +389,10 @@ def _answers(url: str) -> Callable[[], bool]:
     return ask
 
 
-def _health(path: Path, since_ns: int) -> dict[str, Any] | None:
+def _health(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:
     """What the streamer says of itself, unless that is older than `since_ns` or damaged."""
     try:
+        path = settings.journal_dir(shard) / "health.json"
         health: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None

@@ -3,22 +3,25 @@
 A book is verified from its snapshot to whatever breaks it: a gap on its sid, the end of its
 connection, a negative level, being left. A market is followed from its first sight in the hour (or
 the hour's first instant, where the checkpoint has it) until it is left or the hour ends; time that
-the recorder was not there counts as followed and not verified.
+its recorder was not there counts as followed and not verified. A recorder that was killed leaves no
+word in the hour: its connections fall silent, whatever other shards record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
 
-BREAKING = ("snapshot", "gap", "disconnected", "unsubscribed", "left", "started")
+BREAKING = ("snapshot", "gap", "disconnected", "unsubscribed", "left")
 """The kinds of stream_events that coverage depends on."""
 SILENCE = timedelta(seconds=30)
-"""Three heartbeats: with nothing recorded for longer, the recorder was away."""
+"""Three heartbeats: with nothing recorded of a connection for longer, its recorder was away."""
+ANY = ""
+"""In the place of a connection: a heartbeat of a version that did not say which was alive."""
 
 
 @dataclass
@@ -51,12 +54,13 @@ def coverage(
     end: datetime,
     checkpoint: Iterable[tuple[str, str, int, bool]],
     events: Iterable[dict[str, Any]],
-    last_record: datetime,
+    signs: Mapping[str, datetime],
 ) -> Coverage:
     """Coverage of `start` to `end`.
 
     `checkpoint`: (market_ticker, conn_id, sid, verified) at `start`. `events`: stream_events of the
-    hour in order, those of BREAKING suffice. `last_record`: the last sign of the recorder in it.
+    hour in order, those of BREAKING suffice. `signs`: each connection's last sign of life in it, and
+    that of all connections under ANY.
     """
     markets: dict[str, _Market] = {}
     for ticker, conn, sid, verified in checkpoint:
@@ -78,11 +82,11 @@ def coverage(
             broken_at = at - timedelta(seconds=_span_s(event)) if kind == "disconnected" else at
             for market in markets.values():
                 same_sid = kind == "disconnected" or market.sid == event["sid"]
-                if kind == "started" or (market.conn == conn and same_sid):
+                if market.conn == conn and same_sid:
                     _end(market, broken_at)
-    horizon = last_record if end - last_record > SILENCE else end
     for market in markets.values():
-        _end(market, horizon)
+        sign = max(signs.get(market.conn, start), signs.get(ANY, start))
+        _end(market, sign if end - sign > SILENCE else end)
     followed = sum(
         (((m.followed_to or end) - m.followed_from).total_seconds() for m in markets.values()), 0.0
     )

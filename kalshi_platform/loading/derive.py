@@ -134,7 +134,7 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
             ORDERBOOK_EVENTS.name: _event_table(sized.filter(pl.col("type") >= LEVEL)),
             TRADES.name: decode_trades.table(decoded.trades),
             STREAM_EVENTS.name: _stream_table(stream),
-            LATEST_LEVELS.name: _latest_table(_changed_levels(sized, final, status.books), version),
+            LATEST_LEVELS.name: _latest_table(_changed_levels(sized, final, status.books), state),
         },
         tuple(status.distrusted),
     )
@@ -550,7 +550,10 @@ def _stream_table(stream: pl.DataFrame) -> pa.Table:
     )
 
 
-def _latest_table(levels: pl.DataFrame, version: int) -> pa.Table:
+def _latest_table(levels: pl.DataFrame, before: State) -> pa.Table:
+    """`version` is each level's own time: the book of another shard may be newer than this range's
+    beginning, and older than its end. It does not step back where the clock did."""
+    version = levels["recv_ns"].clip(lower_bound=before.version).cast(pl.UInt64)
     return pa.Table.from_arrays(
         [
             names(levels["market_id"]),
@@ -560,7 +563,7 @@ def _latest_table(levels: pl.DataFrame, version: int) -> pa.Table:
             quantities(levels["size"]),
             levels["ts"].to_arrow(),
             times(levels["recv_ns"]),
-            pa.repeat(pa.scalar(version, pa.uint64()), levels.height),
+            version.to_arrow(),
         ],
         schema=LATEST_LEVELS.arrow,
     )

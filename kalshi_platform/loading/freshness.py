@@ -7,9 +7,9 @@ not become durable, and a store that is behind. Every judgement says what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,23 @@ def behind(report: Mapping[str, Any] | None, store: str, now: datetime) -> bool:
     return bool(it["trouble"]) or (it["lag"] > 0 and _age(it["committed_ns"], now) > 10)
 
 
+def loaded_to(reports: Iterable[Mapping[str, Any] | None], store: str) -> datetime | None:
+    """Up to when the store has what all shards have received; None where nothing limits that.
+
+    A shard that stopped with everything loaded sets no limit. One that was killed does, and has its rest
+    loaded when it is started again.
+    """
+    limits = [
+        it["loaded_ns"]
+        for report in reports
+        if report is not None
+        and (it := report["stores"].get(store)) is not None
+        and "loaded_ns" in it  # a report of an earlier version has none
+        and (report["state"] != "stopped" or it["lag"])
+    ]
+    return datetime.fromtimestamp(min(limits) / 1e9, UTC) if limits else None
+
+
 def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: datetime) -> Judgement:
     """What the report amounts to. `newest`: ClickHouse's newest row; None where it is not known.
 
@@ -91,6 +108,42 @@ def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: dateti
         or _journal(report, now)
         or _stores(report, newest, now)
         or _exchange(report, now)
+    )
+
+
+def judge_shard(
+    report: Mapping[str, Any] | None,
+    shard: int,
+    configured: int,
+    newest: datetime | None,
+    now: datetime,
+) -> Judgement:
+    """`judge`, or for a shard beyond those that are configured, `left_over`."""
+    if shard < configured:
+        return judge(report, newest, now)
+    return left_over(report, shard, now)
+
+
+def never_run(shard: int) -> Judgement:
+    """Of a configured shard of which there is no report, while others record."""
+    return _warn(
+        "not started",
+        "No streamer has run here yet, so its share of the markets is not recorded. The sensor"
+        f" streamer_supervisor starts it, or `kalshi-platform stream --shard {shard}` does.",
+    )
+
+
+def left_over(report: Mapping[str, Any] | None, shard: int, now: datetime) -> Judgement:
+    """The same for a shard that is no longer configured: a store may lack what its journal has."""
+    command = f"`kalshi-platform stream --shard {shard}`"
+    if report is not None and report["state"] == "draining" and _process(report, now) is None:
+        return _stores(report, None, now) or _good(
+            "draining", f"Shard {shard} is no longer configured, and is being drained."
+        )
+    return _warn(
+        "not drained",
+        f"Shard {shard} is no longer configured, and its journal may have records that no store has;"
+        f" its hours stay open. The sensor streamer_supervisor drains it, or {command} does.",
     )
 
 

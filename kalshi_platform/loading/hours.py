@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kalshi_platform.loading.coverage import BREAKING, Coverage, coverage
+from kalshi_platform.loading.coverage import ANY, BREAKING, Coverage, coverage
 from kalshi_platform.storage import archive, checksum
 from kalshi_platform.storage.archive import HOUR, Manifest, Part
 from kalshi_platform.storage.schema import (
@@ -21,6 +23,7 @@ from kalshi_platform.storage.schema import (
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
     TRADES,
+    ZERO_UUID,
 )
 
 RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name, TRADES.name)
@@ -182,9 +185,10 @@ def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
             table.column_names.index("kind"), "kind", table["kind"].cast(pa.string())
         )
         tables.append(plain.filter(pc.is_in(plain["kind"], pa.array(BREAKING))))
-    # Parts are in the order of their journal ranges, rows within them in the journal's; a compacted
-    # hour keeps the journal's order among rows of one receive time.
-    return [row for table in tables for row in table.to_pylist()]
+    # By time, for the parts of several shards lie side by side. What has the same time comes in the
+    # order of its journal, as in a compacted hour.
+    rows = [row for table in tables for row in table.to_pylist()]
+    return sorted(rows, key=itemgetter("ingest_ts"))
 
 
 def _coverage(
@@ -200,16 +204,28 @@ def _coverage(
                 row["sid"],
                 row["verified"],
             )
-    last = _last_record(root, hour)
+    signs = _signs(root, hour)
+    last = max(signs.values(), default=hour)
     end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
-    return coverage(hour, end, books.values(), stream, last)
+    return coverage(hour, end, books.values(), stream, signs)
 
 
-def _last_record(root: Path, hour: datetime) -> datetime:
-    """The newest receive time in the hour's files, or the hour's start."""
-    newest = hour
+def _signs(root: Path, hour: datetime) -> dict[str, datetime]:
+    """Each connection's newest receive time in the hour's files; see `coverage`."""
+    newest: dict[str, datetime] = {}
     for name in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name):
-        for table in archive.read(root, name, hour, ["ingest_ts"]):
-            at = pc.max(table["ingest_ts"]).as_py()
-            newest = max(newest, at) if at is not None else newest
+        for table in archive.read(root, name, hour, ["conn_id", "ingest_ts"]):
+            found = pl.DataFrame(table).group_by("conn_id").agg(pl.col("ingest_ts").max())
+            for conn, at in found.cast({"conn_id": pl.String}).iter_rows():
+                newest[conn] = max(newest.get(conn, hour), at)
+    newest.pop(ZERO_UUID, None)  # happened to no connection
+    columns = ["kind", "conn_id", "detail", "ingest_ts"]
+    for table in archive.read(root, STREAM_EVENTS.name, hour, columns):
+        beats = pl.DataFrame(table).filter(
+            pl.col("kind").cast(pl.String) == "heartbeat",
+            pl.col("conn_id").cast(pl.String) == ZERO_UUID,
+            ~pl.col("detail").str.contains(r'"state":"(?:starting|connecting|stopped)"'),
+        )
+        for at in beats["ingest_ts"].tail(1):
+            newest[ANY] = max(newest.get(ANY, hour), at)
     return newest

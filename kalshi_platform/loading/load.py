@@ -106,6 +106,8 @@ class Load:
         """Everything before this is durable in the store."""
         self.committed_ns = 0
         """When the last range became durable there, by this machine's clock."""
+        self.loaded_ns = 0
+        """Everything received up to then is there."""
         self.delays = Delays()
         """From receive to durable in the store, for order-book events."""
         self.trouble: str | None = None
@@ -231,6 +233,7 @@ class Load:
         self._replay(Position(*cursor.committed))
         self._pending.clear()
         self.committed = Position(*cursor.committed)
+        self.loaded_ns = self._state.version
         if cursor.planned is not None:
             self._replay(Position(*cursor.planned))
             self._commit(self._position)
@@ -295,6 +298,7 @@ class Load:
         self._pending.clear()
         self.committed = end
         self.committed_ns = time.time_ns()
+        self.loaded_ns = self._state.version
         for table in (r.tables[ORDERBOOK_EVENTS.name] for r in rows):
             received_ns = table["ingest_ts"].cast(pa.int64()).to_numpy() * 1000
             self.delays.add(received_ns, self.committed_ns)

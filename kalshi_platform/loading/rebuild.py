@@ -11,22 +11,23 @@ from __future__ import annotations
 import filecmp
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import compaction, hours
+from kalshi_platform.loading import compaction, hours, passage
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derivation import at_hours, chunks
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.state import checkpoint, hour_state, later_hour_begun
+from kalshi_platform.loading.state import checkpoint, hour_state
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, JournalError, Position
+from kalshi_platform.recording.journal import Block, Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import archive, clickhouse
 from kalshi_platform.storage.archive import HOUR, Manifest, floor_hour, hour_of_ns
@@ -40,58 +41,77 @@ RANGE_RECORDS = 524_288
 """Journal records of one file, where nothing says how the hour was cut before."""
 
 
-def rebuild(settings: Settings, hour: datetime, shard: int = 0) -> HourReport:
-    """Build a past hour again and seal it; the hour that is still open is only described.
+@dataclass(frozen=True)
+class _Source:
+    """One shard's journal, from the books before an hour's first record on."""
+
+    shard: int
+    folder: Path
+    state: State
+    position: Position
+
+
+def rebuild(settings: Settings, hour: datetime) -> HourReport:
+    """Build a past hour again and seal it; one that is still open, or that a shard has not passed yet,
+    is only described.
 
     The report has no datasets where nothing of the hour is known anywhere. Raises `StoreRefused`
-    where neither the journal nor ClickHouse can give back what is lost, `StoreUnavailable` while
+    where neither the journals nor ClickHouse can give back what is lost, `StoreUnavailable` while
     somebody else changes sealed hours.
     """
     root = settings.archive_dir
-    if floor_hour(datetime.now(UTC)) <= hour or not _passed(
-        settings.journal_dir(shard), root, hour
-    ):
+    if floor_hour(datetime.now(UTC)) <= hour or not _passed(settings, hour):
         return hours.describe(root, hour, complete=False)
-    start = _in_journal(settings.journal_dir(shard), hour)
+    sources = _in_journals(settings, hour)
     compaction.withdraw(root, hour)
     with archive.changing(root):
         if _is_compacted(root, hour):
-            same = start is not None and _from_journal_compacted(
-                settings.journal_dir(shard), start, root, hour, shard
-            )
+            same = bool(sources) and _from_journals_compacted(sources, root, hour)
             if not same and not _sound(root, hour):
                 _from_clickhouse(settings, root, hour)
-        elif start is not None:
-            _from_journal(settings.journal_dir(shard), start, root, hour, shard)
-        elif not _sound(root, hour):
-            _from_clickhouse(settings, root, hour)
+        else:
+            strangers = _parts_of_others(sources, root, hour)
+            if None not in strangers:  # else what ClickHouse gave holds the journals' rows too
+                for source in sources:
+                    _from_journal(source, root, hour)
+            if (strangers or not sources) and not _sound(root, hour):
+                _from_clickhouse(settings, root, hour)
         return hours.seal(root, hour)
 
 
-def _passed(folder: Path, root: Path, hour: datetime) -> bool:
-    """Whether the streamer is done with the hour: until then its files are the streamer's alone."""
-    if hours.is_sealed(root, hour) or later_hour_begun(folder, hour):
+def _passed(settings: Settings, hour: datetime) -> bool:
+    """Whether every shard is done with the hour: until then its files are the streamers' alone."""
+    if hours.is_sealed(settings.archive_dir, hour):
         return True
-    try:
-        journal.beginning(folder)
-    except JournalError:
-        return True  # no streamer here
-    return any(
-        hours.is_sealed(root, later)
-        for later in archive.hours(root, hours.RECORDED[1])
-        if later > hour
-    )
+    waiting = passage.behind(settings.journals_dir, hour)
+    if waiting:
+        log.info("The hour %s is open: shards %s have not passed it.", hour, waiting)
+    return not waiting
+
+
+def _parts_of_others(sources: Sequence[_Source], root: Path, hour: datetime) -> set[int | None]:
+    """Whose parts the hour has besides these journals'; None: not from a journal at all."""
+    whose = {cut[0] if (cut := archive.part_range(name)) else None for name in _parts(root, hour)}
+    return whose - {source.shard for source in sources}
 
 
 # -- from the journal --------------------------------------------------------------------------
 
 
+def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
+    """The journals that still have the hour, of whatever shard: configured or not."""
+    found = []
+    for shard in passage.shards(settings.journals_dir):
+        folder = settings.journal_dir(shard)
+        start = _in_journal(folder, hour)
+        if start is not None:
+            found.append(_Source(shard, folder, *start))
+    return found
+
+
 def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
     """The books before the hour's first record, and where that record is; None if not kept."""
-    try:
-        beginning = journal.beginning(folder)
-    except JournalError:
-        return None
+    beginning = journal.beginning(folder)
     state = hour_state(folder, hour)
     if state is not None and state.n >= beginning.n:
         return state, journal.find(folder, state.n)
@@ -111,18 +131,17 @@ def _is_compacted(root: Path, hour: datetime) -> bool:
     )
 
 
-def _from_journal_compacted(
-    folder: Path, start: tuple[State, Position], root: Path, hour: datetime, shard: int
-) -> bool:
-    """Replace the hour's files by new ones of the same rows; False where the journal gives others.
+def _from_journals_compacted(sources: Sequence[_Source], root: Path, hour: datetime) -> bool:
+    """Replace the hour's files by new ones of the same rows; False where the journals give others.
 
-    It does where rows came late, in the journal of a later hour, or from another shard: what the
-    archive has then stays.
+    They do where rows came late, in the journal of a later hour, or where a shard's journal no longer
+    has the hour: what the archive has then stays.
     """
     manifests = {name: archive.read_manifest(root, name, hour) for name in hours.RECORDED}
     scratch = archive.staging(root, "rebuild", hour)
     try:
-        _from_journal(folder, start, scratch, hour, shard)
+        for source in sources:
+            _from_journal(source, scratch, hour)
         built = []
         for name in hours.RECORDED:
             derived, manifest = archive.files(scratch, name, hour), manifests[name]
@@ -132,8 +151,8 @@ def _from_journal_compacted(
             found = compaction.build(derived, DATASETS[name], staged) if derived else None
             if manifest is None or found is None or not _same(manifest, found[0]):
                 log.warning(
-                    "%s of %s: the journal gives %s rows, the archive vouches for %s. The archive is"
-                    " not changed from the journal.",
+                    "%s of %s: the journals give %s rows, the archive vouches for %s. The archive"
+                    " is not changed from the journals.",
                     name,
                     f"{hour:%Y-%m-%d %H:00} UTC",
                     f"{found[0].rows:,}" if found else "no",
@@ -162,17 +181,15 @@ def _same(manifest: Manifest, content: compaction.Content) -> bool:
     return (manifest.rows, manifest.checksum) == (content.rows, content.checksum)
 
 
-def _from_journal(
-    folder: Path, start: tuple[State, Position], root: Path, hour: datetime, shard: int
-) -> None:
-    state, position = start
+def _from_journal(source: _Source, root: Path, hour: datetime) -> None:
+    state, shard = source.state, source.shard
     books = checkpoint(state, hour) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
     if books.num_rows:
         _write(root, BOOK_CHECKPOINTS, hour, archive.part_name(shard, state.n, state.n), books)
     edges = _edges(root, hour, shard)
     pending: list[Rows] = []
     first_n = state.n
-    for piece in _pieces(folder, position, hour, edges):
+    for piece in _pieces(source.folder, source.position, hour, edges):
         rows, state = derive(decode([piece]), state)
         pending.append(rows)
         if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
@@ -183,14 +200,19 @@ def _from_journal(
 
 
 def _edges(root: Path, hour: datetime, shard: int) -> set[int]:
-    """Where the hour was cut into parts, by the names of its files and what its manifests list."""
+    """Where a shard's part of the hour was cut."""
+    cuts = [cut for name in _parts(root, hour) if (cut := archive.part_range(name))]
+    return {n for of, first_n, end_n in cuts if of == shard for n in (first_n, end_n)}
+
+
+def _parts(root: Path, hour: datetime) -> set[str]:
+    """The names of the hour's files, those that are there and those that its manifests list."""
     names = set()
     for dataset in hours.RECORDED:
         names |= {path.name for path in archive.files(root, dataset, hour)}
         manifest = archive.read_manifest(root, dataset, hour)
         names |= {part.file for part in manifest.parts} if manifest else set()
-    ranges = [cut for name in names if (cut := archive.part_range(name)) and cut[0] == shard]
-    return {n for _, first_n, end_n in ranges for n in (first_n, end_n)}
+    return names
 
 
 def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -> Iterator[Block]:

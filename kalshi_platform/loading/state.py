@@ -93,12 +93,6 @@ def newest_before(journal_folder: Path, n: int) -> State | None:
     return None
 
 
-def later_hour_begun(journal_folder: Path, hour: datetime) -> bool:
-    """Whether an hour after this one has begun, as far as the states that are kept tell."""
-    after = f"{hour:%Y-%m-%dT%H}~"  # sorts behind every name of this hour
-    return any(path.name > after for path in _hour_folder(journal_folder).glob("*.state"))
-
-
 def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:
     """Forget the states of hours whose records the journal no longer has."""
     for path in _hour_folder(journal_folder).glob("*.state"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -16,15 +16,25 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import hours
+from kalshi_platform.loading import hours, passage
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse
+from kalshi_platform.storage import archive, clickhouse, queries
 from kalshi_platform.storage.archive import HOUR
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, LATEST_LEVELS, Dataset
+from kalshi_platform.storage.errors import StoreUnavailable
+from kalshi_platform.storage.schema import (
+    BOOK_CHECKPOINTS,
+    DATASETS,
+    LATEST_LEVELS,
+    STREAM_EVENTS,
+    Dataset,
+)
 
 log = logging.getLogger(__name__)
+
+SEAL_PATIENCE_S = 2.0
+"""For the archive's lock, when hours are to be sealed: recording's files do not wait for a rebuild."""
 
 
 class Store(Protocol):
@@ -55,6 +65,8 @@ class ClickHouseStore:
         self._journal_id = journal_id
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
+        self._from_before: datetime | None = None
+        """Oldest row that this process has written of what came before it began to record."""
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events."""
@@ -63,6 +75,25 @@ class ClickHouseStore:
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
             self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}")
+        self._forget_former_books(rows)
+
+    def _forget_former_books(self, rows: Sequence[Rows]) -> None:
+        """Take from `latest_levels` what a book's newest snapshot no longer has.
+
+        A load knows only the books of its own journal. A market that has moved has levels there that
+        another shard put, before its new shard's first snapshot or, loaded late, after it. So both
+        look: who writes snapshots, and who has written the rest of a former life.
+        """
+        streams = [r.tables[STREAM_EVENTS.name] for r in rows]
+        times = [pc.min(t["ingest_ts"]).as_py() for r in rows for t in r.tables.values()]
+        kinds = {kind for table in streams for kind in table["kind"].unique().to_pylist()}
+        since = min((at for at in [*times, self._from_before] if at is not None), default=None)
+        self._from_before = None if "started" in kinds else since
+        if since is not None and kinds & {"snapshot", "started"}:
+            with clickhouse.translated():
+                self._connected().command(
+                    queries.text("forget_former_books"), parameters={"since": since}
+                )
 
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """The books at the hour's first instant, for `book_at`."""
@@ -72,48 +103,88 @@ class ClickHouseStore:
     def _insert(self, name: str, table: pa.Table, token: str) -> None:
         if not table.num_rows:
             return
+        clickhouse.insert_arrow(self._connected(), name, table, token)
+
+    def _connected(self) -> clickhouse.Client:
         if self._client is None:
             self._client = clickhouse.connect(self._settings, log_comment=self._log_comment)
-        clickhouse.insert_arrow(self._client, name, table, token)
+        return self._client
 
 
 class ParquetStore:
-    """One file per hour that the range touches, named for the range."""
+    """One file per hour that the range touches, named for the range.
+
+    Other shards write beside it, and an hour is sealed once, by whoever finds that all have passed it
+    (`passage`). Without `journals` it is alone, and seals what it has passed.
+    """
 
     name = "parquet"
     datasets = frozenset(name for name, dataset in DATASETS.items() if dataset.archived)
 
-    def __init__(self, root: Path, shard: int, report: Callable[[HourReport], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        shard: int,
+        report: Callable[[HourReport], None],
+        journals: Path | None = None,
+    ) -> None:
         self._root = root
         self._shard = shard
         self._report = report
+        self._journals = journals
+        self._passed = passage.passed(journals, shard).before if journals else passage.NOTHING
+        """What comes for an earlier hour is late: the others need not wait for it."""
+        self._looked_to = self._everywhere
+        """Up to here, hours were looked for that all have passed and nobody has sealed."""
+        self._looked_back = False
         self._open_hour_reported: datetime | None = None
         self.bytes_written = 0
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Write the range's files; an hour that was sealed before is sealed anew."""
-        touched: set[datetime] = set()
-        for name in rows[0].tables:
-            table = concatenated([r.tables[name] for r in rows])
-            for hour, part in by_hour(table):
-                self._write_part(DATASETS[name], hour, first_n, end_n, part)
-                touched.add(hour)
-        for hour in sorted(touched):
-            if hours.is_sealed(self._root, hour):
+        pieces = [
+            (hour, DATASETS[name], part)
+            for name in rows[0].tables
+            for hour, part in by_hour(concatenated([r.tables[name] for r in rows]))
+        ]
+        touched = sorted({hour for hour, _, _ in pieces})
+        late = {
+            hour
+            for hour in touched
+            if hour < max(touched[-1], self._passed) or hours.is_sealed(self._root, hour)
+        }
+        news = [hour for hour in touched if hour not in late and self._is_first_of(hour)]
+        for hour, dataset, part in pieces:
+            self._write_part(dataset, hour, first_n, end_n, part, late=hour in late)
+        for hour in sorted(late):
+            if hour < self._everywhere or hours.is_sealed(self._root, hour):
                 with archive.changing(self._root):
                     self._seal(hour)
-            elif hour != max(touched):
-                self._seal(hour)
-            elif self._open_hour_reported != hour:
-                self._open_hour_reported = hour
-                self._report(hours.describe(self._root, hour, complete=False))
+        for hour in news:
+            self._open_hour_reported = hour
+            self._report(hours.describe(self._root, hour, complete=False))
+        self._seal_passed()
+
+    def _is_first_of(self, hour: datetime) -> bool:
+        """Whether nobody has told of this open hour, which has no rows of another shard."""
+        if self._open_hour_reported == hour:
+            return False
+        ours = f"part-{self._shard}-"
+        present = archive.files(self._root, STREAM_EVENTS.name, hour)
+        return all(path.name.startswith(ours) for path in present)
 
     def _write_part(
-        self, dataset: Dataset, hour: datetime, first_n: int, end_n: int, rows: pa.Table
+        self,
+        dataset: Dataset,
+        hour: datetime,
+        first_n: int,
+        end_n: int,
+        rows: pa.Table,
+        *,
+        late: bool,
     ) -> None:
         """Write an hour's part; rows that a compaction has taken in already are there."""
         name = archive.part_name(self._shard, first_n, end_n)
-        late = hours.is_sealed(self._root, hour)
         with archive.changing(self._root) if late else nullcontext():
             manifest = archive.read_manifest(self._root, dataset.name, hour) if late else None
             if manifest is None or name not in manifest.merged:
@@ -121,13 +192,51 @@ class ParquetStore:
                 self.bytes_written += archive.write(path, [rows], dataset.arrow)
 
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        """Write the checkpoint, then seal every hour that this journal has passed."""
+        """Write the checkpoint, say how far this journal is, and seal what all have passed."""
         if checkpoint.num_rows:
-            self._write_part(BOOK_CHECKPOINTS, hour, n, n, checkpoint)
-        passed = {h for name in hours.RECORDED for h in archive.hours(self._root, name) if h < hour}
-        for earlier in sorted(passed):
-            if not hours.is_sealed(self._root, earlier):
-                self._seal(earlier)
+            late = hours.is_sealed(self._root, hour)
+            self._write_part(BOOK_CHECKPOINTS, hour, n, n, checkpoint, late=late)
+        if self._journals is not None:
+            passage.advance(self._journals, self._shard, hour)
+        self._passed = hour
+        self._seal_passed(look_back=True)
+
+    def drained(self, *, seal: bool) -> None:
+        """Nothing more will come of this journal for now: no hour waits for it.
+
+        Hours that waited for it alone are sealed with the next write of another shard, or here.
+        """
+        if self._journals is not None:
+            passage.rest(self._journals, self._shard)
+            if seal:
+                self._seal_passed(look_back=True)
+
+    @property
+    def _everywhere(self) -> datetime:
+        """Every earlier hour has been passed by all."""
+        return self._passed if self._journals is None else passage.everywhere(self._journals)
+
+    def _seal_passed(self, *, look_back: bool = False) -> None:
+        """Seal what all have passed and nobody has sealed; later, where it cannot be done now.
+
+        `look_back`: also what was left from before this process.
+        """
+        if look_back and not self._looked_back:
+            self._looked_back, self._looked_to = True, passage.NOTHING
+        limit = self._everywhere
+        if limit <= self._looked_to:
+            return
+        with ExitStack() as held:
+            try:
+                held.enter_context(archive.changing(self._root, SEAL_PATIENCE_S))
+            except StoreUnavailable as error:
+                log.info("Hours are sealed with the next write: %s", error)
+                return
+            passed = {h for name in hours.RECORDED for h in archive.hours(self._root, name)}
+            for hour in sorted(h for h in passed if self._looked_to <= h < limit):
+                if not hours.is_sealed(self._root, hour):
+                    self._seal(hour)
+        self._looked_to = limit
 
     def _seal(self, hour: datetime) -> None:
         report = hours.seal(self._root, hour)

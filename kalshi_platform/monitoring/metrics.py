@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading import freshness
+from kalshi_platform.loading import freshness, passage
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 
@@ -33,7 +33,7 @@ _VERDICTS = {
     freshness.Verdict.WARN: 1.0,
     freshness.Verdict.ERROR: 2.0,
 }
-_STATES = ("starting", "connecting", "streaming", "quiet", "blocked", "stopped")
+_STATES = ("starting", "connecting", "streaming", "quiet", "blocked", "draining", "stopped")
 
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "frames": ("kalshi_frames", "Frames received."),
@@ -199,20 +199,22 @@ class _Shard:
 
 
 def _shards(settings: Settings, now: datetime) -> list[_Shard]:
-    """Every shard that has a journal here, by number."""
-    folders = settings.journal_dir(0).parent.glob("shard-*")
-    numbered = [(folder.name.removeprefix("shard-"), folder) for folder in folders]
+    """Every shard that has run here, by number; of those that are no longer configured, only what is not
+    drained yet."""
+    configured = settings.stream_shards
+    wanted = passage.supervised(settings.journals_dir, configured, settings.stores)
     return [
-        _shard(number, folder, now)
-        for number, folder in sorted(numbered, key=lambda each: (len(each[0]), each[0]))
-        if number.isdigit()
+        _shard(shard, configured, settings.journal_dir(shard), now)
+        for shard in wanted
+        if settings.journal_dir(shard).is_dir()
     ]
 
 
-def _shard(number: str, folder: Path, now: datetime) -> _Shard:
+def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
+    number = str(shard)
     try:
         raw = freshness.read(folder / "health.json")
-        judged = freshness.judge(raw, None, now)
+        judged = freshness.judge_shard(raw, shard, configured, None, now)
         report = msgspec.convert(raw, _Report | None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         judged = freshness.Judgement(freshness.Verdict.WARN, "no report", str(error))

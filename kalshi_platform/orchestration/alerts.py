@@ -18,12 +18,11 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as CheckStatus,
 )
 
-from kalshi_platform.loading import freshness
+from kalshi_platform.loading import freshness, passage
 from kalshi_platform.monitoring import incidents
 from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.orchestration.sensors import SHARDS
 from kalshi_platform.settings import Settings
 
 TICK_S = 30
@@ -102,7 +101,7 @@ def conditions(
 
 def feed(settings: Settings, now: float) -> Iterator[Condition]:
     """A shard whose frames do not come, are not kept or do not reach a store."""
-    for shard in SHARDS:
+    for shard in passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores):
         judged, since = _judge(settings, shard, now)
         if judged.verdict is freshness.Verdict.GOOD:
             continue
@@ -125,7 +124,8 @@ def _judge(settings: Settings, shard: int, now: float) -> tuple[freshness.Judgem
     report: Mapping[str, Any] | None = None
     try:
         report = freshness.read(path)
-        judged = freshness.judge(report, None, datetime.fromtimestamp(now, UTC))
+        at = datetime.fromtimestamp(now, UTC)
+        judged = freshness.judge_shard(report, shard, settings.stream_shards, None, at)
         since = int((report or {}).get("last_frame_ns") or 0) / 1e9
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         sentence = f"{path} is no streamer's report ({error}). A living streamer writes it anew."

@@ -9,7 +9,7 @@ No `from __future__ import annotations` in modules that define ops: Dagster read
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kalshi_platform.settings import Settings
     from kalshi_platform.storage.clickhouse import Client
 
+Reports = Mapping[int, Mapping[str, Any] | None]
+"""What each shard's streamer says of itself."""
 ASSET = ORDERBOOK_EVENTS.name
 SHOWN = 100
 """Offenders in the UI."""
@@ -58,7 +60,9 @@ class _Asked:
     settings: "Settings"
     client: "Client"
     hot: "Extent"
-    health: Mapping[str, Any] | None
+    whole: "Extent"
+    """`hot`, up to where ClickHouse has what every shard has received."""
+    health: "Reports"
     now: datetime
     proved: datetime | None
     """Up to where the last run of `no_unexplained_gaps` left no doubt."""
@@ -84,15 +88,7 @@ def order_book_checks(
     wanted = {key.name for key in context.selected_asset_check_keys}
     now = datetime.now(UTC)
     settings = platform.settings()
-    health_file = settings.journal_dir(0) / "health.json"
-    health: Mapping[str, Any] | None = None
-    damaged = ""
-    try:
-        health = freshness.read(health_file)
-    except (OSError, ValueError) as error:
-        damaged = (
-            f"{health_file} cannot be read ({error}). A living streamer writes it anew each second."
-        )
+    health, damaged = _reports(settings)
     hot: continuity.Extent | None = None
     away = ""
     if settings.use_clickhouse:
@@ -100,7 +96,10 @@ def order_book_checks(
             with closing(connect(settings, log_comment="checks")) as client:
                 hot = continuity.extent(client)
                 proved = _proved(context.instance) if "no_unexplained_gaps" in wanted else None
-                asked = _Asked(settings, client, hot, health, now, proved)
+                limit = (
+                    freshness.loaded_to(health.values(), "clickhouse") if len(health) > 1 else None
+                )
+                asked = _Asked(settings, client, hot, _limited(hot, limit), health, now, proved)
                 for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
                     yield _nothing(name) if hot.empty else _IN_CLICKHOUSE[name](asked)
         except PlatformError as error:
@@ -111,7 +110,33 @@ def order_book_checks(
             yield _passed(name, "Nothing to judge: ClickHouse is not used (USE_CLICKHOUSE=0).")
     if "fresh" in wanted:
         newest = hot.newest if hot is not None and not hot.empty else None
-        yield _fresh(health, newest, now, away, damaged)
+        yield _fresh(health, newest, now, away, damaged, configured=settings.stream_shards)
+
+
+def _reports(settings: "Settings") -> tuple[Reports, str]:
+    """What each shard says, and a sentence where one cannot be read."""
+    from kalshi_platform.loading import freshness, passage
+
+    shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+    reports: dict[int, Mapping[str, Any] | None] = {}
+    damaged = ""
+    for shard in shards:
+        path = settings.journal_dir(shard) / "health.json"
+        try:
+            reports[shard] = freshness.read(path)
+        except (OSError, ValueError) as error:
+            damaged = (
+                f"{path} cannot be read ({error}). A living streamer writes it anew each second."
+            )
+    return reports, damaged
+
+
+def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
+    """With several shards, the newest row says only how far the first of them is."""
+    if limit is None:
+        return hot
+    limit = max(limit, hot.first)
+    return replace(hot, newest=min(hot.newest, limit), whole_until=min(hot.whole_until, limit))
 
 
 # -- the checks --------------------------------------------------------------------------------
@@ -121,7 +146,7 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
     from kalshi_platform.loading import continuity
 
     proof = continuity.prove(
-        asked.client, asked.hot, asked.settings.hot_retention_days, asked.proved
+        asked.client, asked.whole, asked.settings.hot_retention_days, asked.proved
     )
     noticed = continuity.gaps(asked.client, proof.until)
     lasting = [gap for gap in noticed.named if gap["open_s"] > NOT_RESYNCED_S]
@@ -168,8 +193,8 @@ def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
     from kalshi_platform.loading.freshness import behind
     from kalshi_platform.loading.parity import compare_hours
 
-    lags = behind(asked.health, "clickhouse", asked.now)
-    found = compare_hours(asked.settings, asked.client, asked.hot, asked.now, behind=lags)
+    lags = any(behind(report, "clickhouse", asked.now) for report in asked.health.values())
+    found = compare_hours(asked.settings, asked.client, asked.whole, asked.now, behind=lags)
     offenders = [msgspec.to_builtins(each) for each in found.differences]
     metadata: dict[str, Any] = {
         "hours compared now": MetadataValue.text(
@@ -229,41 +254,76 @@ _IN_CLICKHOUSE: Mapping[str, Callable[[_Asked], dg.AssetCheckResult]] = {
 
 
 def _fresh(
-    health: Mapping[str, Any] | None,
+    reports: Reports,
     newest: datetime | None,
     now: datetime,
     away: str,
     damaged: str,
+    *,
+    configured: int,
 ) -> dg.AssetCheckResult:
     from kalshi_platform.loading import freshness
 
+    worst: tuple[int, freshness.Judgement] | None = None
+    order = [freshness.Verdict.GOOD, freshness.Verdict.WARN, freshness.Verdict.ERROR]
     try:
-        judged = freshness.judge(health, newest, now)
+        for shard, report in reports.items():
+            if report is None and any(reports.values()) and shard < configured:
+                judged = freshness.never_run(shard)
+            else:
+                judged = freshness.judge_shard(report, shard, configured, newest, now)
+            if worst is None or order.index(judged.verdict) > order.index(worst[1].verdict):
+                worst = (shard, judged)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         damaged = f"health.json is no streamer's report ({error!r}); a streamer writes it anew."
-    if damaged:
+    if damaged or worst is None:
         return _failed("fresh", WARN, damaged, {})
+    shard, judged = worst
+    sentence = judged.sentence if len(reports) == 1 else f"Shard {shard}: {judged.sentence}"
     metadata: dict[str, Any] = {"cause": MetadataValue.text(judged.cause)}
-    ages = {key: int((health or {}).get(key) or 0) / 1e9 for key in _AGES}
-    for key, at in ages.items():
-        if at:
-            metadata[f"{_AGES[key]} (s ago)"] = MetadataValue.float(round(now.timestamp() - at, 1))
+    metadata |= _ages(reports[shard] or {}, now)
     if newest is not None:
         metadata["newest row in ClickHouse (s ago)"] = MetadataValue.float(
             round((now - newest).total_seconds(), 1)
         )
+    if len(reports) > 1:
+        metadata |= _tables({"shards": [_row(k, it, now) for k, it in reports.items()]})
     if judged.verdict is freshness.Verdict.ERROR:
-        return _failed("fresh", ERROR, judged.sentence, metadata)
+        return _failed("fresh", ERROR, sentence, metadata)
     if away:
         return _failed(
-            "fresh",
-            WARN,
-            f"{away} What is recorded stays in the journal. {judged.sentence}",
-            metadata,
+            "fresh", WARN, f"{away} What is recorded stays in the journal. {sentence}", metadata
         )
     if judged.verdict is freshness.Verdict.WARN:
-        return _failed("fresh", WARN, judged.sentence, metadata)
-    return _passed("fresh", judged.sentence, metadata)
+        return _failed("fresh", WARN, sentence, metadata)
+    return _passed("fresh", sentence, metadata)
+
+
+def _ages(report: Mapping[str, Any], now: datetime) -> dict[str, MetadataValue]:
+    """How old the newest of everything is; what has not happened yet is left out."""
+    ages = {key: int(report.get(key) or 0) / 1e9 for key in _AGES}
+    return {
+        f"{_AGES[key]} (s ago)": MetadataValue.float(round(now.timestamp() - at, 1))
+        for key, at in ages.items()
+        if at
+    }
+
+
+def _row(shard: int, report: Mapping[str, Any] | None, now: datetime) -> dict[str, Any]:
+    """A shard's line in the table of all shards."""
+    it = report or {}
+    ages = {key: value.value for key, value in _ages(it, now).items()}
+    return {
+        "shard": shard,
+        "state": it.get("state", "none has run"),
+        "markets": it.get("markets", 0),
+        "synced": it.get("synced", 0),
+        "frames": it.get("frames", 0),
+        "gaps": it.get("gaps", 0),
+        "not loaded yet": it.get("lag_frames", 0),
+        **{f"{name} (s ago)": ages.get(f"{name} (s ago)") for name in _AGES.values()},
+        "trouble": it.get("trouble"),
+    }
 
 
 _AGES = {
@@ -369,7 +429,7 @@ order_book_checks_job = dg.define_asset_job(
 def order_book_checks_schedule(platform: KalshiResource) -> dg.RunRequest | dg.SkipReason:
     """Every five minutes, once anything has been recorded."""
     settings = platform.settings()
-    recorded = (settings.journal_dir(0) / "health.json").exists()
+    recorded = any(settings.journals_dir.glob("shard-*/health.json"))
     if not recorded and archive.first_day(settings.archive_dir) is None:
         return dg.SkipReason("Nothing has been recorded yet.")
     return dg.RunRequest()

@@ -30,14 +30,16 @@ class Home:
     """The code location's name."""
 
 
-def prepare(data_dir: Path, socket: Path, tick_days: int) -> Home:
-    """Write both files into the folder; ticks that did something stay `tick_days`.
+def prepare(data_dir: Path, socket: Path, tick_days: int, shards: int = 1) -> Home:
+    """Write both files into the folder; ticks that did something stay `tick_days`, and so many streamers
+    have room beside all other runs.
 
     Raises `SettingsError` when the folder cannot be written.
     """
     folder = data_dir / "dagster"
     instance = _read("dagster.yaml")
     instance["retention"] = _retention(instance["retention"], tick_days)
+    instance["concurrency"]["runs"]["max_concurrent_runs"] += shards - 1
     code = _read("workspace.yaml")["load_from"][0]["python_module"]
     server = {"grpc_server": {"socket": str(socket), "location_name": code["location_name"]}}
     home = Home(folder, folder / "workspace.yaml", code["module_name"], code["location_name"])

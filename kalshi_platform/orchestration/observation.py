@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import psutil
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.orchestration.supervisor import (
+    DRAINING,
+    HEALTH_S,
     Ended,
     Health,
     Observation,
@@ -27,6 +30,8 @@ from kalshi_platform.processes import Identity
 
 log = logging.getLogger(__name__)
 
+JOB = "stream_orderbook"
+STOPPED = "stopped"
 SHARD_TAG = "kalshi/shard"
 """On every streamer run: which share of the markets it records."""
 PROCESS_TAG = "kalshi/process"
@@ -45,7 +50,13 @@ _PHASES = {
 _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 
 
-def observe(instance: dg.DagsterInstance, shard: int, health_file: Path) -> Observation:
+def observe(
+    instance: dg.DagsterInstance,
+    shard: int,
+    health_file: Path,
+    shards: int = 1,
+    in_the_way: str | None = None,
+) -> Observation:
     """Look at one shard. Processes are looked at before runs are called active: a run that
     ends in between is seen ended, not dead.
     """
@@ -61,7 +72,35 @@ def observe(instance: dg.DagsterInstance, shard: int, health_file: Path) -> Obse
         health=health,
         jitter=random.random(),  # noqa: S311
         server_since=psutil.Process().create_time(),  # sensors are evaluated in the code server
+        shards=shards,
+        in_the_way=in_the_way,
     )
+
+
+def active_shards(instance: dg.DagsterInstance) -> set[int]:
+    """The shards that have a run which is not over."""
+    records = instance.get_run_records(dg.RunsFilter(job_name=JOB, statuses=list(_PHASES)))
+    return {int(record.dagster_run.tags.get(SHARD_TAG, "0")) for record in records}
+
+
+def others_in_the_way(
+    health_files: Mapping[int, Path], shard: int, shards: int, now: float
+) -> str | None:
+    """Who records by another number of shards: a sentence, or None where nobody does."""
+    for other, path in health_files.items():
+        health = read_health(path) if other != shard else None
+        if (
+            health is not None
+            and health.process.alive
+            and now - health.updated < HEALTH_S
+            and health.state not in {DRAINING, STOPPED}
+            and health.shards != shards
+        ):
+            return (
+                f"Process {health.process.identity.pid} records shard {other} of {health.shards}, and"
+                f" STREAM_SHARDS is {shards}: it ends first."
+            )
+    return None
 
 
 def waiting_runs(instance: dg.DagsterInstance, shard: int) -> int:
@@ -87,6 +126,7 @@ def read_health(path: Path) -> Health | None:
             state=str(raw["state"]),
             last_heard=_seconds(raw["last_heard_ns"]),
             trouble=raw["trouble"],
+            shards=int(raw.get("shards", 1)),
         )
     except FileNotFoundError:
         return None

@@ -7,7 +7,7 @@ waits: a process that needs time gets it until the next tick.
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,9 @@ from dagster import DagsterRunStatus as Status
 from kalshi_platform.orchestration.observation import (
     SHARD_TAG,
     SOURCE_TAG,
+    active_shards,
     observe,
+    others_in_the_way,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -32,8 +34,8 @@ from kalshi_platform.orchestration.supervisor import (
     Wait,
     decide,
 )
+from kalshi_platform.settings import Settings
 
-SHARDS: tuple[int, ...] = (0,)
 TICK_S = 10
 _STEPS = 4
 """Decisions in one tick: a run marked as failed may be replaced in the same tick."""
@@ -45,8 +47,9 @@ _STEPS = 4
     minimum_interval_seconds=TICK_S,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Keeps exactly one streamer run per shard alive: launches it, fails it when its process"
-        " is gone, replaces it when it is stale, and backs off when it keeps failing."
+        "Keeps exactly one streamer run per shard (STREAM_SHARDS) alive: launches it, fails it when"
+        " its process is gone, replaces it when it is stale, and backs off when it keeps failing."
+        " Drains the journals of shards that are no longer configured."
         " To stop the recording, stop this sensor first, then terminate the run."
     ),
 )
@@ -55,27 +58,50 @@ def streamer_supervisor(
 ) -> dg.SensorResult:
     """One tick: every shard gets what it needs."""
     states = read_cursor(context.cursor)
-    launches: list[dg.RunRequest] = []
-    reasons: list[str] = []
-    for shard in SHARDS:
-        decision = _supervise(context, platform, shard, states.get(shard, State()))
-        states[shard] = decision.state
-        reasons.append(decision.reason if len(SHARDS) == 1 else f"{shard}: {decision.reason}")
-        if isinstance(decision.action, Launch):
-            launches.append(_request(shard, platform.source))
+    shards = _shards(context.instance, platform.settings())
+    decisions = {
+        shard: _supervise(context, platform, shard, shards, states.get(shard, State()))
+        for shard in shards
+    }
+    launches = [
+        _request(shard, platform.source)
+        for shard, decision in decisions.items()
+        if isinstance(decision.action, Launch)
+    ]
+    reasons = [
+        decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
+        for shard, decision in decisions.items()
+    ]
     return dg.SensorResult(
         run_requests=launches,
         skip_reason=None if launches else dg.SkipReason(" ".join(reasons)),
-        cursor=write_cursor(states),
+        cursor=write_cursor({shard: decision.state for shard, decision in decisions.items()}),
     )
 
 
+def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:
+    """Those of the settings, and those of former settings that are not over or not drained yet."""
+    from kalshi_platform.loading import passage
+
+    configured = settings.stream_shards
+    known = passage.supervised(settings.journals_dir, configured, settings.stores)
+    return sorted({*known, *active_shards(instance)})
+
+
 def _supervise(
-    context: dg.SensorEvaluationContext, platform: KalshiResource, shard: int, state: State
+    context: dg.SensorEvaluationContext,
+    platform: KalshiResource,
+    shard: int,
+    shards: Sequence[int],
+    state: State,
 ) -> Decision:
-    health_file = platform.settings().journal_dir(shard) / "health.json"
+    settings = platform.settings()
+    files = {each: settings.journal_dir(each) / "health.json" for each in shards}
+    configured = settings.stream_shards
     for _ in range(_STEPS):
-        seen = observe(context.instance, shard, health_file)
+        records = shard < configured
+        blocker = others_in_the_way(files, shard, configured, time.time()) if records else None
+        seen = observe(context.instance, shard, files[shard], configured, blocker)
         decision = decide(seen, state, time.time())
         state = decision.state
         if isinstance(decision.action, Wait | Launch):

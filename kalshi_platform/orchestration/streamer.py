@@ -76,9 +76,14 @@ def record_shard(
         try:
             streamer.start()
             context.log.info(f"Recording shard {shard} from the {source}.")
-            for report in unreported(context.instance, platform, datetime.now(UTC)):
-                host.report(report)
+            if shard == 0:  # one of them tells it, and this one there always is
+                for report in unreported(context.instance, platform, datetime.now(UTC)):
+                    host.report(report)
             host.record(shard, config.recycle_after_s)
+            host.stop()
+            context.log.info(
+                f"Drained: shard {shard} is no longer configured, and all it had is stored."
+            )
         except DagsterExecutionInterruptedError:
             call_it_canceled(context, flushed=host.stop())
             raise
@@ -95,7 +100,9 @@ def record_shard(
     executor_def=dg.in_process_executor,
     tags={SHARD_TAG: "0", "dagster/priority": "100"},
     description=(
-        "The recording itself: one long run per shard, kept alive by streamer_supervisor."
+        "The recording itself: one long run per shard (STREAM_SHARDS), kept alive by"
+        " streamer_supervisor. A run of a shard that is no longer configured loads what its journal"
+        " still has, and ends."
         " Terminate it and the supervisor starts it again; stop the sensor first to stop it."
     ),
 )
@@ -114,10 +121,11 @@ class _Host:
         self._unsaid: HourReport | None = None
 
     def record(self, shard: int, recycle_after_s: float) -> None:
-        """Until the streamer fails (`dg.Failure`) or a successor may take over (`_Relieved`)."""
+        """Until the streamer fails (`dg.Failure`), a successor may take over (`_Relieved`), or, where
+        a shard is only drained, nothing is left."""
         began = time.monotonic()
         beat = looked = 0.0
-        while True:
+        while not self._streamer.drained:
             report = self._streamer.next_report(timeout_s=1.0)
             if report is not None:
                 self.report(report)

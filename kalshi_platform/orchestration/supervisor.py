@@ -11,6 +11,9 @@ received frame and by the age of the last durable write. All times are seconds s
     started         → process gone: failed. Stale: canceled. A day old: a successor is queued,
                       for which it makes room by itself
     canceling       → let it flush; killed when it does not end
+
+When STREAM_SHARDS changes, every run that took its share of another number is canceled, and none is
+launched before all of those have ended: a market leaves its old shard before it joins the new one.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ that the next is there within a minute, however often that happens."""
 
 DIALLING = frozenset({"starting", "connecting"})
 QUIET = frozenset({"quiet", "maintenance"})
+DRAINING = "draining"
+"""The rest of a shard that is no longer configured is loaded; nothing is received."""
 BLOCKED = "blocked"
 """The disk refuses or is too slow. What was received waits in memory, and a new run would lose it:
 such a streamer is never judged stale while it goes on saying so."""
@@ -117,6 +122,8 @@ class Health:
     """Anything from the exchange, pings included."""
     trouble: str | None = None
     """What is wrong, in the streamer's own words."""
+    shards: int = 1
+    """Among how many it shares the markets."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,10 @@ class Observation:
     """A random number in [0, 1), so that shards do not restart in step."""
     server_since: float = 0.0
     """Since when the code server runs that launches workers now."""
+    shards: int = 1
+    """How many there are to be, by the settings."""
+    in_the_way: str | None = None
+    """Who still records by another number of shards, and so perhaps this shard's markets."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +307,8 @@ def _without_run(seen: Observation, state: State, now: float) -> Decision:
             " (`kalshi-platform stream`?). End it, and a run takes over.",
             state,
         )
+    if seen.in_the_way is not None:
+        return _wait(f"{seen.in_the_way} Then this shard starts.", state)
     if now < state.not_before:
         return _wait(
             f"{_times(state.failures)} in a row; the next start is in"
@@ -332,20 +345,29 @@ def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
     health = seen.health if _reports(seen, run) else None
     if health is None and age <= START_S:
         return _wait(f"Run {run.name} is starting.", state)
+    if health is not None and health.shards != seen.shards:
+        return Decision(Cancel(run), _outdated(run, health, seen), state)
     complaint = _complaint(health, age, now)
     if complaint is not None:
         return Decision(
             Cancel(run), f"Run {run.name} is stale: {complaint}", _blame(seen, run, state, now)
         )
-    if age >= RECYCLE_S:
-        return _relief(seen, run, state)
-    return _wait(_well(run, run.process.identity, health), state)
+    return _relief(seen, run, state) if age >= RECYCLE_S else _going(run, health, state)
 
 
-def _well(run: Run, who: Identity, health: Health | None) -> str:
+def _outdated(run: Run, health: Health, seen: Observation) -> str:
+    return (
+        f"Run {run.name} shares the markets among {health.shards}, and STREAM_SHARDS is"
+        f" {seen.shards}: it ends, and the next one takes its new share."
+    )
+
+
+def _going(run: Run, health: Health | None, state: State) -> Decision:
+    who = run.process.identity.pid if run.process is not None else 0
     claim = health.state if health is not None else "starting"
     trouble = f" {health.trouble}" if health is not None and health.trouble else ""
-    return f"Run {run.name} records (process {who.pid}, {claim}).{trouble}"
+    does = "drains" if claim == DRAINING else "records"
+    return _wait(f"Run {run.name} {does} (process {who}, {claim}).{trouble}", state)
 
 
 def _start_patience_s(seen: Observation, run: Run) -> float:
@@ -414,7 +436,7 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
         return f"it has reported no health in {age:.0f} s."
     if now - health.updated > HEALTH_S:
         return f"its last health report is {now - health.updated:.0f} s old."
-    if health.state == BLOCKED:
+    if health.state in {BLOCKED, DRAINING}:
         return None
     started = now - age
     frame = started if health.last_frame is None else health.last_frame

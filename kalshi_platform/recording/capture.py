@@ -26,7 +26,7 @@ from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.printable import printable
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.journal import NO_CONNECTION, Writer
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class Capture:
         self._use_yes_price = use_yes_price
         self._stop = asyncio.Event()
         self._session: Session | None = None
+        self._conn = NO_CONNECTION
         self._distrusted: list[tuple[str, str, dict[str, object]]] = []
         self._on_life_events = on_life_events
         self._on_lost = on_lost
@@ -221,6 +222,7 @@ class Capture:
         )
         log.info("Connected as %s: %d markets.", identity, len(self._tickers))
         self.connected = True
+        self._conn = conn
         before = self.counters.frames
         began = time.monotonic()
         cause = "unexpected"
@@ -228,6 +230,7 @@ class Capture:
             cause = await self._converse(socket, session, conn)
         finally:
             self.connected = self._blocked = False
+            self._conn = NO_CONNECTION
             ends = self.counters.disconnects
             kind = cause.partition(":")[0]
             ends[kind] = ends.get(kind, 0) + 1
@@ -401,6 +404,7 @@ class Capture:
                         "last_heard_ns": self.counters.last_heard_ns,
                         "backlog_bytes": self._journal.backlog_bytes,
                     },
+                    conn=self._conn,
                 )
             await asyncio.sleep(TICK_S)
 

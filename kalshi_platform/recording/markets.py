@@ -18,6 +18,7 @@ from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recording.roster import Roster, Wish
+from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,13 @@ def _wish(settings: Settings, from_file: Sequence[str]) -> Wish:
 
 
 class Watchlist:
-    """The markets to follow. All but `Look.take` belongs to one thread: the event loop's."""
+    """One shard's markets to follow. All but `Look.take` belongs to one thread: the event loop's."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float], shard: int = 0) -> None:
         """`clock` gives Unix seconds. Raises `SettingsError` where nothing is wished for."""
         self._settings = settings
         self._clock = clock
+        self._shard = shard
         self._file = _TickerFile(settings.market_file) if settings.market_file else None
         wish = _wish(settings, self._from_file)
         self._roster = Roster(wish)
@@ -181,9 +183,13 @@ class Watchlist:
     # -- what to follow ------------------------------------------------------------------------
 
     def wanted(self) -> list[str] | None:
-        """The tickers to follow now; None where nothing can have changed since the last call."""
+        """The tickers that this shard follows now; None where nothing can have changed since the last
+        call.
+        """
         now_s = self._clock()
-        return self._roster.wanted(now_s) if self._roster.is_due(now_s) else None
+        if not self._roster.is_due(now_s):
+            return None
+        return share(self._roster.wanted(now_s), self._shard, self._settings.stream_shards)
 
 
 class _TickerFile:

@@ -36,10 +36,10 @@ RECOVERY_RETRY_S = 30.0
 class Upkeep:
     """The markets that a capture follows, and the trades that its stream has missed."""
 
-    def __init__(self, settings: Settings, rest: RestClient) -> None:
+    def __init__(self, settings: Settings, rest: RestClient, shard: int) -> None:
         """Raises `SettingsError` where the settings name nothing to record."""
         self._rest = rest
-        self._watchlist = Watchlist(settings, time.time)
+        self._watchlist = Watchlist(settings, time.time, shard)
         self._losses: asyncio.Queue[Loss] = asyncio.Queue()
 
     async def first_list(self) -> list[str]:

@@ -34,9 +34,9 @@ from kalshi_platform_tests.monitoring.servers import web_server
 StartSimulator = Callable[..., Simulator]
 
 
-def report(data: Path, **values: Any) -> None:
+def report(data: Path, shard: int = 0, **values: Any) -> None:
     """Write a streamer's health file, of a streamer that is well but for `values`."""
-    folder = data / "journal" / "shard-0"
+    folder = data / "journal" / f"shard-{shard}"
     folder.mkdir(parents=True, exist_ok=True)
     own, now = Identity.own(), time.time_ns()
     well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
@@ -115,6 +115,20 @@ def test_a_platform_that_is_well_has_no_complaint(patient: Patient) -> None:
     assert len(lines) == 15
     assert "7 frames not loaded yet" in lines["streamer"]
     assert not patient.data.joinpath("parquet").exists()
+
+
+def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: Patient) -> None:
+    patient.set(STREAM_SHARDS="2")
+    report(patient.data)
+    report(patient.data, 1, pid_started=1.0)
+    report(patient.data, 2, pid_started=1.0)
+    (patient.data / "journal" / "shard-2" / f"{0:020d}.arrows").touch()
+    lines = patient.examined()
+    assert lines["shard 0"].startswith("✓")
+    assert lines["shard 1"].startswith("✗ shard 1 — process")
+    assert lines["shard 2"].startswith("! shard 2 — no longer configured, and not drained")
+    assert "kalshi-platform stream --shard 2" in lines["shard 2"]
+    assert "streamer" not in lines
 
 
 def test_nothing_secret_is_printed(patient: Patient) -> None:

@@ -34,6 +34,7 @@ def health(shard: int = 0, **values: Any) -> Health:
     store = StoreHealth(
         lag=7,
         committed_ns=now - SECOND_NS,
+        loaded_ns=now - SECOND_NS,
         trouble=None,
         refused=False,
         rows={"orderbook_events": 990, "stream_events": 10},
@@ -43,6 +44,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         pid=own.pid,
         pid_started=own.started,
         shard=shard,
+        shards=2,
         state="streaming",
         started_ns=now - 60 * SECOND_NS,
         updated_ns=now,
@@ -71,7 +73,9 @@ def health(shard: int = 0, **values: Any) -> Health:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path, use_clickhouse=False)
+    return platform_settings.load(
+        _env_file=None, kalshi_data_dir=tmp_path, use_clickhouse=False, stream_shards=2
+    )
 
 
 def leave(settings: Settings, *reports: Health) -> None:

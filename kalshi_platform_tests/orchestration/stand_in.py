@@ -69,6 +69,7 @@ class StandInStreamer:
         self.refuses: PlatformError | None = None
         self.fault: BaseException | None = None
         self.stopped = threading.Event()
+        self.drained = False
 
     def start(self) -> None:
         if self.refuses is not None:

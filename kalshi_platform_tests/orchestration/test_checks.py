@@ -68,7 +68,7 @@ class Platform:
         writer.close()
         self.health()
 
-    def health(self, **others: Any) -> None:
+    def health(self, shard: int = 0, **others: Any) -> None:
         """What the streamer says: it heard the exchange now, and its journal ends with the records."""
         now = time.time_ns()
         last = int(continuity.extent(self.client).newest.timestamp() * 1e9)
@@ -85,7 +85,7 @@ class Platform:
             "stores": {"parquet": store, "clickhouse": store},
             "trouble": None,
         }
-        path = self.settings.journal_dir() / "health.json"
+        path = self.settings.journal_dir(shard) / "health.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(said | others))
 
@@ -337,6 +337,54 @@ def test_a_damaged_report_is_named(recorded: Platform) -> None:
     assert str(path) in (recorded.check()["fresh"].description or "")
     path.write_text("{}")
     assert red(recorded.check()) == {"fresh": WARN}
+
+
+def test_of_several_shards_the_worst_is_told_and_all_are_shown(recorded: Platform) -> None:
+    last = int(continuity.extent(recorded.client).newest.timestamp() * 1e9)
+    store = {"lag": 0, "loaded_ns": last, "committed_ns": 0, "trouble": None, "refused": False}
+    stores = {"parquet": store, "clickhouse": store}
+    for shard in (0, 1):
+        recorded.health(shard, stores=stores)
+    well = recorded.check(stream_shards="2")
+    assert red(well) == {}
+    recorded.health(1, stores=stores, pid_started=1.0)
+    fresh = recorded.check(stream_shards="2")["fresh"]
+    assert (fresh.description or "").startswith("Shard 1: The streamer is down")
+    table = fresh.metadata["shards"]
+    assert isinstance(table, dg.TableMetadataValue)
+    assert [record.data["shard"] for record in table.records] == [0, 1]
+
+
+def test_a_shard_that_has_never_run_beside_one_that_records_is_yellow(recorded: Platform) -> None:
+    found = recorded.check(stream_shards="2")
+    assert red(found) == {"fresh": WARN}
+    assert "Shard 1: No streamer has run here yet" in (found["fresh"].description or "")
+
+
+def test_the_proof_goes_as_far_as_the_shard_that_is_least_far(recorded: Platform) -> None:
+    """ClickHouse has rows of the one from after what it lacks of the other."""
+    newest = continuity.extent(recorded.client).newest
+    behind = int((newest - timedelta(seconds=60)).timestamp() * 1e9)
+    for shard, loaded in ((0, int(newest.timestamp() * 1e9)), (1, behind)):
+        store = {
+            "lag": 1,
+            "loaded_ns": loaded,
+            "committed_ns": 0,
+            "trouble": None,
+            "refused": False,
+        }
+        recorded.health(shard, stores={"parquet": store, "clickhouse": store})
+    proved = recorded.check(stream_shards="2")["no_unexplained_gaps"].metadata["proved to"].value
+    assert proved == pytest.approx(behind / 1e9)
+
+
+def test_a_shard_that_is_no_longer_configured_and_not_drained_is_yellow(recorded: Platform) -> None:
+    folder = recorded.settings.journal_dir(4)
+    folder.mkdir(parents=True)
+    (folder / f"{0:020d}.arrows").touch()
+    found = recorded.check()
+    assert red(found) == {"fresh": WARN}
+    assert "kalshi-platform stream --shard 4" in (found["fresh"].description or "")
 
 
 def test_with_nothing_recorded_or_no_clickhouse_the_checks_are_calm(empty: Platform) -> None:

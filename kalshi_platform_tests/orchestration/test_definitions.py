@@ -113,6 +113,15 @@ def test_dagster_accepts_the_files_and_keeps_everything_in_the_data_folder(tmp_p
     assert config["storage"]["sqlite"]["base_dir"] == str(data / "dagster" / "storage")
 
 
+def test_every_shard_has_a_place_of_its_own_among_the_runs(tmp_path: Path) -> None:
+    def places(shards: int) -> int:
+        home = prepare(tmp_path / str(shards), tmp_path / "code.sock", 7, shards)
+        config = yaml.safe_load((home.folder / "dagster.yaml").read_text())
+        return int(config["concurrency"]["runs"]["max_concurrent_runs"])
+
+    assert places(5) == places(1) + 4
+
+
 def test_ticks_stay_as_long_as_the_settings_say(tmp_path: Path) -> None:
     prepare(tmp_path, tmp_path / "code.sock", 3)
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:

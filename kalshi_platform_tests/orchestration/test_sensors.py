@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import psutil
@@ -20,7 +21,11 @@ from kalshi_platform.orchestration.sensors import read_cursor, streamer_supervis
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.orchestration.supervisor import GRACE_S, State
 from kalshi_platform.processes import Identity
-from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
+from kalshi_platform_tests.orchestration.stand_in import (
+    StandInPlatform,
+    StandInStreamer,
+    hour_report,
+)
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
 MEEK = "import time; print(1, flush=True); time.sleep(60)"
@@ -70,9 +75,9 @@ def reason(result: dg.SensorResult) -> str:
     return result.skip_reason.skip_message or ""
 
 
-def started_run(instance: dg.DagsterInstance, who: Identity | None) -> str:
+def started_run(instance: dg.DagsterInstance, who: Identity | None, shard: int = 0) -> str:
     """A run that Dagster believes to be running."""
-    tags = {SHARD_TAG: "0"} | ({PROCESS_TAG: str(who)} if who else {})
+    tags = {SHARD_TAG: str(shard)} | ({PROCESS_TAG: str(who)} if who else {})
     run = instance.create_run_for_job(stream_orderbook, tags=tags, status=Status.STARTING)
     instance.report_dagster_event(
         dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name),
@@ -81,8 +86,10 @@ def started_run(instance: dg.DagsterInstance, who: Identity | None) -> str:
     return run.run_id
 
 
-def write_health(platform: StandInPlatform, who: Identity, *, age_s: float = 0.0) -> None:
-    folder = platform.settings().journal_dir(0)
+def write_health(
+    platform: StandInPlatform, who: Identity, *, age_s: float = 0.0, shard: int = 0, **others: Any
+) -> None:
+    folder = platform.settings().journal_dir(shard)
     folder.mkdir(parents=True, exist_ok=True)
     at = time.time_ns() - int(age_s * 1e9)
     (folder / "health.json").write_text(
@@ -99,6 +106,7 @@ def write_health(platform: StandInPlatform, who: Identity, *, age_s: float = 0.0
                 "lag_frames": 0,
                 "state": "streaming",
             }
+            | others
         )
     )
 
@@ -242,3 +250,122 @@ def test_what_is_remembered_outlives_the_tick(
     assert not result.run_requests
     assert "3 failures in a row" in reason(result)
     assert read_cursor(result.cursor)[0] == state
+
+
+# -- several shards ----------------------------------------------------------------------------
+
+
+def with_shards(platform: StandInPlatform, shards: int) -> StandInPlatform:
+    """The platform, once STREAM_SHARDS has been changed."""
+    return StandInPlatform(overrides=platform.overrides | {"stream_shards": str(shards)})
+
+
+def launched(result: dg.SensorResult) -> list[str]:
+    return sorted(request.tags[SHARD_TAG] for request in result.run_requests or [])
+
+
+def journal(platform: StandInPlatform, shard: int) -> None:
+    """A journal that somebody has written."""
+    folder = platform.settings().journal_dir(shard)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{0:020d}.arrows").touch()
+
+
+def end(instance: dg.DagsterInstance, run_id: str) -> None:
+    """A run that was told to end, and did."""
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    if not run.is_finished:
+        instance.report_run_canceled(run)
+
+
+def test_every_shard_has_a_run_and_each_is_killed_and_replaced_alone(
+    instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
+) -> None:
+    two = with_shards(platform, 2)
+    assert launched(tick(instance, two)) == ["0", "1"]
+    workers += [Worker(MEEK), Worker(MEEK)]
+    runs = [started_run(instance, workers[shard].identity, shard) for shard in (0, 1)]
+    for shard in (0, 1):
+        write_health(two, workers[shard].identity, shard=shard, shards=2)
+    quiet = tick(instance, two)
+    assert not quiet.run_requests
+    assert reason(quiet).count("records") == 2
+    for killed, lives in ((1, 0), (0, 1)):
+        workers[killed].end()
+        tick(instance, two, quiet.cursor)
+        assert status(instance, runs[killed]) is Status.FAILURE
+        assert status(instance, runs[lives]) is Status.STARTED
+        assert workers[lives].identity.alive
+        soon = json.dumps({str(killed): {"failures": 1, "counted": runs[killed]}})
+        assert launched(tick(instance, two, soon)) == [str(killed)]
+        workers.append(Worker(MEEK))
+        workers[killed] = workers[-1]
+        runs[killed] = started_run(instance, workers[killed].identity, killed)
+        write_health(two, workers[killed].identity, shard=killed, shards=2)
+
+
+def test_with_a_shard_more_every_run_ends_before_the_first_new_one_starts(
+    instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
+) -> None:
+    workers.append(Worker(STUBBORN))  # it takes its time to flush
+    former = started_run(instance, workers[0].identity)
+    write_health(platform, workers[0].identity)
+    two = with_shards(platform, 2)
+    first = tick(instance, two)
+    assert status(instance, former) is Status.CANCELING
+    assert launched(first) == []
+    assert f"Process {workers[0].identity.pid} records shard 0 of 1" in reason(first)
+    workers[0].end()
+    end(instance, former)
+    assert launched(tick(instance, two, first.cursor)) == ["0", "1"]
+
+
+def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_replaced(
+    instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
+) -> None:
+    two = with_shards(platform, 2)
+    workers += [Worker(MEEK), Worker(MEEK)]
+    runs = [started_run(instance, workers[shard].identity, shard) for shard in (0, 1)]
+    for shard in (0, 1):
+        journal(two, shard)
+        write_health(two, workers[shard].identity, shard=shard, shards=2)
+    first = tick(instance, platform)  # STREAM_SHARDS is 1 again
+    assert {status(instance, run) for run in runs} <= {Status.CANCELING, Status.CANCELED}
+    assert "0" not in launched(
+        first
+    )  # shard 1 still had its markets; the drain waits for itself alone
+    for shard in (0, 1):
+        workers[shard].process.wait()
+        end(instance, runs[shard])
+    lag = {"parquet": {"lag": 3}}
+    write_health(platform, workers[1].identity, shard=1, state="stopped", shards=2, stores=lag)
+    second = tick(instance, platform, first.cursor)
+    assert launched(second) == ["0", "1"]
+    workers.append(Worker(MEEK))
+    drain = started_run(instance, workers[2].identity, 1)
+    write_health(platform, workers[2].identity, shard=1, state="draining", last_frame_ns=0)
+    later = json.dumps({"0": {"not_before": 1e12, "counted": runs[0]}})
+    assert "drains" in reason(tick(instance, platform, later))
+    workers[2].end()
+    end(instance, drain)
+    done = {"parquet": {"lag": 0}}
+    write_health(platform, workers[2].identity, shard=1, state="stopped", stores=done)
+    third = tick(instance, platform, second.cursor)
+    assert launched(third) == ["0"]
+    assert set(read_cursor(third.cursor)) == {0}
+
+
+def test_a_run_that_has_drained_its_shard_ends_well(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    streamer = StandInStreamer(hour_report())
+    streamer.when_dry = lambda which: setattr(which, "drained", True)
+    platform.streamers.append(streamer)
+    result = stream_orderbook.execute_in_process(
+        instance=instance, resources={"platform": platform}, tags={SHARD_TAG: "3"}
+    )
+    assert result.success
+    assert streamer.stopped.is_set()
+    reported = instance.fetch_materializations(dg.AssetKey("orderbook_events"), limit=5).records
+    assert [record.partition_key for record in reported] == ["2026-11-20-14:00"]

@@ -12,6 +12,7 @@ from kalshi_platform.orchestration.supervisor import (
     BACKOFF_LIMIT_S,
     BACKOFF_S,
     CONNECT_S,
+    DRAINING,
     DURABLE_S,
     FLUSH_S,
     FRAME_S,
@@ -123,6 +124,22 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
     "never a frame though it claims to be live": (
         Observation((STARTED,), health=health(frame_age=None, durable_age=None)),
         Cancel,
+    ),
+    "it took its share of another number of shards": (
+        Observation((STARTED,), health=health(), shards=2),
+        Cancel,
+    ),
+    "it drains a shard that is no longer configured, and hears nothing": (
+        Observation((STARTED,), health=health(frame_age=None, state=DRAINING)),
+        Wait,
+    ),
+    "a draining process hangs": (
+        Observation((STARTED,), health=health(age=HEALTH_S + 1, state=DRAINING)),
+        Cancel,
+    ),
+    "nothing runs, and others still record by the former number": (
+        Observation(in_the_way="Process 7 records shard 1 of 2."),
+        Wait,
     ),
     "the exchange is quiet": (
         Observation(
@@ -312,6 +329,15 @@ def test_a_stale_run_is_one_failure_however_it_ends(ends_as_failure: bool) -> No
     decision = decide(ended, state, NOW + 1)
     assert decision.state.failures == 2
     assert isinstance(decision.action, Wait)
+
+
+def test_a_run_that_makes_room_for_another_number_of_shards_is_no_failure() -> None:
+    two = replace(health(), shards=2)
+    state = decide(Observation((STARTED,), health=two), State(), NOW).state
+    ended = Observation(ended=Ended("run-1", False, 20.0, NOW + 5))
+    after = decide(ended, state, NOW + 10)
+    assert isinstance(after.action, Launch)
+    assert after.state.failures == 0
 
 
 # -- any world comes to rights ---------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""How far each shard has come, and so which hours may be sealed: those that every journal has passed.
+
+    <data>/journal/shard-<k>/passed.json
+
+Each shard writes down, durably, up to which hour the archive has everything of its journal. A shard
+that is down, or that is no longer configured and has not been drained, holds its hours open: nobody
+else can know what its journal has of them. One whose journal the archive has whole, and to which
+nobody writes, *rests*, and holds nothing. All shards are on machines of one clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from kalshi_platform.recording import journal
+from kalshi_platform.storage.archive import hour_of_ns
+
+log = logging.getLogger(__name__)
+
+FILE = "passed.json"
+NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Passed(msgspec.Struct, frozen=True):
+    """What one shard says."""
+
+    before: datetime
+    """Of every earlier hour, the archive has what the journal has."""
+    resting: bool = False
+    """Of every hour, until somebody writes to the journal again."""
+
+
+def shards(journals: Path) -> list[int]:
+    """The shards of which a journal is kept, configured or not."""
+    return sorted(
+        int(number)
+        for folder in journals.glob("shard-*")
+        if (number := folder.name.removeprefix("shard-")).isdigit() and journal.segments(folder)
+    )
+
+
+def arrive(journals: Path, shard: int, *, empty: bool) -> None:
+    """Somebody is about to write to a journal; call before its first record. `empty`: it has none.
+
+    An hour that is over before the first record comes need not wait for it.
+    """
+    known = _read(journals, shard)
+    if empty or (known is not None and known.resting):
+        # The mark is there before the clock is read again: whoever seals this hour, which is
+        # after it has ended, sees it.
+        hour = None
+        while hour != (now := _now()):
+            hour = now
+            _write(journals, shard, Passed(hour))
+    elif known is None:
+        _write(journals, shard, Passed(NOTHING))
+
+
+def advance(journals: Path, shard: int, hour: datetime) -> None:
+    """The archive has everything that came before the first record of `hour`."""
+    _write(journals, shard, Passed(hour))
+
+
+def rest(journals: Path, shard: int) -> None:
+    """The archive has the whole journal, and nobody writes to it."""
+    _write(journals, shard, Passed(passed(journals, shard).before, resting=True))
+
+
+def passed(journals: Path, shard: int) -> Passed:
+    """What a shard last said; nothing where it has said nothing that can be read."""
+    return _read(journals, shard) or Passed(NOTHING)
+
+
+def everywhere(journals: Path) -> datetime:
+    """Every earlier hour has been passed by every journal."""
+    limits = [known.before for k in shards(journals) if not (known := passed(journals, k)).resting]
+    return min(limits, default=_now())
+
+
+def behind(journals: Path, hour: datetime) -> list[int]:
+    """The shards that the hour waits for."""
+    return [
+        k
+        for k in shards(journals)
+        if not (known := passed(journals, k)).resting and known.before <= hour
+    ]
+
+
+def supervised(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
+    """The shards that somebody has to look after: the configured ones, and who is `left_over`."""
+    return [*range(configured), *left_over(journals, configured, stores)]
+
+
+def left_over(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
+    """The shards that are no longer configured and have not been drained: a store may lack records."""
+    return [
+        k
+        for k in shards(journals)
+        if k >= configured and not _ended_whole(journals / f"shard-{k}" / "health.json", stores)
+    ]
+
+
+def _ended_whole(health: Path, stores: Collection[str]) -> bool:
+    """Whether the last streamer of a journal stopped with everything in every store."""
+    try:
+        said = msgspec.json.decode(health.read_bytes(), type=_Stopped)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return False
+    return said.state == "stopped" and all(
+        (store := said.stores.get(name)) is not None and store.lag == 0 for name in stores
+    )
+
+
+class _Lag(msgspec.Struct):
+    lag: int
+
+
+class _Stopped(msgspec.Struct):
+    """What is looked at of a streamer's report."""
+
+    state: str
+    stores: dict[str, _Lag]
+
+
+def _now() -> datetime:
+    return hour_of_ns(time.time_ns())  # the clock of the journal's records
+
+
+def _read(journals: Path, shard: int) -> Passed | None:
+    path = _path(journals, shard)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Passed)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        log.warning(
+            "%s is damaged (%s): its shard passes no hour until it writes it anew.", path, error
+        )
+        return None
+
+
+def _write(journals: Path, shard: int, what: Passed) -> None:
+    path = _path(journals, shard)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.encode(what))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _path(journals: Path, shard: int) -> Path:
+    return journals / f"shard-{shard}" / FILE
