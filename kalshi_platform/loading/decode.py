@@ -501,7 +501,7 @@ def _market_id(text: str | None) -> str:
         raise BookError(f"market_id {text!r} is not a UUID") from None
 
 
-def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
+def _exchange_time(ts: str | None, ts_ms: object) -> datetime | None:
     """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
     try:
         if ts is not None:
@@ -509,6 +509,8 @@ def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
                 raise BookError(f"ts {ts[:40]!r} is not an RFC 3339 time")
             return datetime.fromisoformat(ts).astimezone(UTC)
         if ts_ms is not None:
+            if not isinstance(ts_ms, int) or isinstance(ts_ms, bool):
+                raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
             return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
     except (ValueError, OverflowError, OSError):
         raise BookError(f"ts {ts or ts_ms!r} is no time that there is") from None
