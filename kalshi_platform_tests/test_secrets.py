@@ -48,6 +48,8 @@ WRONG_ID = "5ec7e7-another-key-id"
 USER, PASSWORD = "somebody", "5ec7e7-clickhouse-word"
 WRONG_PASSWORD = "5ec7e7-wrong-word"
 QA_PASSWORD = "5ec7e7-word-of-qa"
+SLACK_PATH, WEBHOOK_PATH = "5ec7e7-path-of-slack", "5ec7e7-path-of-a-webhook"
+SMTP_PASSWORD = "5ec7e7-word-of-mail"
 
 
 def new_key(path: Path) -> rsa.RSAPrivateKey:
@@ -66,6 +68,7 @@ def new_key(path: Path) -> rsa.RSAPrivateKey:
 def secrets_of(*keys: rsa.RSAPrivateKey) -> set[bytes]:
     """Everything that must be nowhere, in each form that it could take."""
     words = {KEY_ID, WRONG_ID, PASSWORD, WRONG_PASSWORD, QA_PASSWORD}
+    words |= {SLACK_PATH, WEBHOOK_PATH, SMTP_PASSWORD}
     found = {word.encode() for word in words}
     found |= {base64.b64encode(f"{USER}:{word}".encode()) for word in words}
     for key in keys:
@@ -110,7 +113,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[bytes]) -> Session:
-    ui, clickhouse = free_ports(2)
+    ui, clickhouse, metrics = free_ports(3)
     env = {
         "PROD_KEYID": KEY_ID,
         "PROD_KEYFILE": str(keys / "right.pem"),
@@ -120,6 +123,15 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
         "CLICKHOUSE_USER": USER,
         "CLICKHOUSE_PASSWORD": PASSWORD,
         "CH_PASSWORD": QA_PASSWORD,
+        "METRICS_PORT": str(metrics),
+        "ALERT_SLACK_WEBHOOK_URL": f"http://127.0.0.1:9/{SLACK_PATH}",  # nobody answers there
+        "ALERT_WEBHOOK_URL": f"{simulator.control_url}/{WEBHOOK_PATH}",  # a 404
+        "ALERT_EMAIL_TO": "desk@example.test",
+        "ALERT_EMAIL_FROM": "platform@example.test",
+        "SMTP_HOST": "127.0.0.1",
+        "SMTP_PORT": "9",
+        "SMTP_USER": USER,
+        "SMTP_PASSWORD": SMTP_PASSWORD,
         "NO_COLOR": "1",
     }
     up = Up(folder / "data", ui, clickhouse, **env)
@@ -140,6 +152,7 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
                 threads.submit(command, verb, expected, *args, **env)
                 for verb, expected, args, env in (
                     ("doctor", "exit 0", (), {}),
+                    ("doctor", "exit 1", ("--test-alert",), {"LOG_FORMAT": "json"}),
                     ("sql", "exit 0", ("SELECT count() FROM orderbook_events",), {}),
                     ("qa", "exit 1", (), {}),  # CH_PASSWORD is not ClickHouse's
                     ("sql", "exit 1", ("SELECT 1",), {"CLICKHOUSE_PASSWORD": WRONG_PASSWORD}),
@@ -168,7 +181,8 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
                     ),
                 )
             ]
-        assert b"count()" in ended[1].result()
+        assert b"ALERT_WEBHOOK_URL" in ended[1].result()
+        assert b"count()" in ended[2].result()
         for each in ended:
             each.result()
         until(lambda: bool(up.reported()), up.logs)
@@ -357,7 +371,7 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_everything_listens_on_the_loopback_interface_alone(session: Session) -> None:
-    assert len(session.listening) >= 2  # ClickHouse and the UI; the code server has a socket file
+    assert len(session.listening) >= 3  # ClickHouse, the UI, the metrics; not the code server
     assert {address for address, *_ in session.listening if not is_loopback(address)} == set()
 
 

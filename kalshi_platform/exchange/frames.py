@@ -72,7 +72,8 @@ class Delta(msgspec.Struct):
     price: int | None = None
     delta: int | None = None
     ts: str | None = None
-    ts_ms: int | None = None
+    ts_ms: Any = None
+    """Milliseconds since the epoch. Looked at where `ts` is missing, so it may be anything where it is not."""
     client_order_id: str | None = None
 
 

@@ -514,18 +514,20 @@ def _market_id(text: str | None) -> str:
         raise BookError(f"market_id {text!r} is not a UUID") from None
 
 
-def _exchange_time(ts: str | None, ts_ms: int | None) -> datetime | None:
+def _exchange_time(ts: str | None, ts_ms: object) -> datetime | None:
     """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
+    if ts is None and ts_ms is None:
+        return None
+    if ts is not None and not _RFC_3339.fullmatch(ts):
+        raise BookError(f"ts {ts[:40]!r} is not an RFC 3339 time")
     try:
         if ts is not None:
-            if not _RFC_3339.fullmatch(ts):
-                raise BookError(f"ts {ts[:40]!r} is not an RFC 3339 time")
             return datetime.fromisoformat(ts).astimezone(UTC)
-        if ts_ms is not None:
+        if isinstance(ts_ms, int) and not isinstance(ts_ms, bool):
             return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
     except (ValueError, OverflowError, OSError):
-        raise BookError(f"ts {ts or ts_ms!r} is no time that there is") from None
-    return None
+        raise BookError(f"ts {str(ts or ts_ms)[:40]!r} is no time that there is") from None
+    raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
 
 
 def _odd(frames: pl.Series, what: str) -> pl.Series:

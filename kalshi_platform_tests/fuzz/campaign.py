@@ -9,6 +9,7 @@ many inputs were run and how much of the code they reached; an input that broke 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -91,7 +92,16 @@ def _fuzz(name: str, seconds: int) -> None:
         for number, seed in enumerate(target.seeds):
             (Path(corpus) / f"seed-{number}").write_bytes(seed)
         limits = [*LIMITS, f"-max_total_time={seconds}", f"-artifact_prefix={FOUND}/{name}-"]
-        atheris.Setup([sys.argv[0], *limits, corpus], run, enable_python_coverage=True)
+
+        def kept(data: bytes) -> None:
+            try:
+                run(data)
+            except BaseException:  # the fuzzer ends the process without a word where it is
+                digest = hashlib.sha256(data).hexdigest()[:16]
+                (FOUND / f"{name}-broken-{digest}").write_bytes(data)
+                raise
+
+        atheris.Setup([sys.argv[0], *limits, corpus], kept, enable_python_coverage=True)
         atheris.Fuzz()
 
 

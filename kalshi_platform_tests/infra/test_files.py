@@ -135,6 +135,11 @@ def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
         )
 
 
+def test_the_ui_is_behind_the_check_of_who_asks() -> None:
+    command = compose()["services"]["webserver"]["command"]
+    assert command[:3] == ["python", "-m", "kalshi_platform.orchestration.webserver"]
+
+
 def test_every_variable_that_dagster_s_files_read_is_set() -> None:
     for name in ("code-location", "webserver", "daemon"):
         environment = compose()["services"][name]["environment"]
