@@ -1,4 +1,8 @@
-"""Memory of the streamer over minutes at a steady rate, and while ClickHouse is away."""
+"""Memory of the streamer at a steady rate, also while ClickHouse is away, and that nothing is lost.
+
+`python -m kalshi_platform.benchmarks.memory --seconds 3600 --away` is an hour of it: ClickHouse is killed
+at the start and comes back at the end; every frame must then be in both stores once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kalshi_platform.benchmarks.figures import Figure
+import click
+
+from kalshi_platform.benchmarks import feed
+from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.benchmarks.pipeline import Recorder, feeding
 from kalshi_platform.storage.embedded import running
 
@@ -70,3 +77,20 @@ def soak(path: Path, markets: int, rate: float, seconds: float, *, away: bool = 
         it.wait_for(frames)
         it.check(frames, it.stop())
         return Soak(what, at, mib, it.last)
+
+
+@click.command(help=__doc__)
+@click.option("--markets", default=500, show_default=True)
+@click.option("--rate", default=10_000.0, show_default=True, help="Frames a second.")
+@click.option("--seconds", default=600.0, show_default=True)
+@click.option("--away", is_flag=True, help="Without ClickHouse meanwhile.")
+def main(markets: int, rate: float, seconds: float, away: bool) -> None:
+    """Lay out the frames, record them, look at the memory, count the rows."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        path = Path(folder) / "deltas.bin"
+        feed.write_deltas(path, int(rate * seconds), markets)
+        show(soak(path, markets, rate, seconds, away=away).figures())
+
+
+if __name__ == "__main__":
+    main()
