@@ -408,27 +408,6 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     assert sum(r["mismatches"] for r in rounds) == 0
 
 
-def test_rolling_markets_join_and_leave_the_running_streamer(
-    start_simulator: StartSimulator,
-    settings_for: Callable[..., Settings],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("kalshi_platform.streamer.REFRESH_S", 0.5)
-    monkeypatch.setattr("kalshi_platform.recording.markets.LEAVE_AFTER_S", 4.0)
-    simulator = start_simulator(markets=6, rolling_markets=3, rolling_seconds=4.0, rate=300.0)
-    settings = settings_for(simulator)
-    with streaming(settings) as streamer:
-        wait_for(lambda: streamer.health().synced >= 6, "books")
-        time.sleep(10)
-        health = streamer.health()
-    assert health.connections == 1
-    assert health.gaps == 0
-    (followed,) = query(settings, "SELECT uniq(market_ticker) FROM orderbook_events")[0]
-    assert followed > 6
-    assert query(settings, "SELECT count() > 0 FROM stream_events WHERE kind = 'left'") == [(True,)]
-    assert_lossless(settings)
-
-
 def _environment(settings: Settings) -> dict[str, str]:
     return {
         **os.environ,

@@ -96,20 +96,20 @@ class Trade(msgspec.Struct):
     One that REST told has `ticker` and `created_time` in the place of `market_ticker` and `ts_ms`.
     """
 
-    trade_id: str = ""
-    """Empty where the exchange sent none, as in documented frames of before March 2026."""
-    market_ticker: str = ""
-    ticker: str = ""
+    trade_id: str | None = None
+    """None where the exchange sent none, as in documented frames of before March 2026."""
+    market_ticker: str | None = None
+    ticker: str | None = None
     yes_price_dollars: str | None = None
     no_price_dollars: str | None = None
     yes_price: int | None = None
     no_price: int | None = None
     count_fp: str | None = None
     count: int | None = None
-    taker_outcome_side: str = ""
-    taker_book_side: str = ""
-    taker_side: str = ""
-    is_block_trade: bool = False
+    taker_outcome_side: str | None = None
+    taker_book_side: str | None = None
+    taker_side: str | None = None
+    is_block_trade: bool | None = None
     ts: int | None = None
     """Unix seconds."""
     ts_ms: int | None = None

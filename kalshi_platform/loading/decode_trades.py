@@ -17,7 +17,7 @@ import pyarrow as pa
 from kalshi_platform.exchange.book import SIDES
 from kalshi_platform.exchange.frames import DecodeError, Head, decode_head, decode_trade
 from kalshi_platform.exchange.frames import Trade as TradeFrame
-from kalshi_platform.exchange.numbers import ONE_DOLLAR, price_units, qty_units
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, cents_units, price_units, qty_units
 from kalshi_platform.loading.columns import names, prices, quantities, text, times
 from kalshi_platform.storage.schema import TRADES as DATASET
 
@@ -53,7 +53,12 @@ _TEXTS = (
     "count_fp",
     "taker_outcome_side",
     "taker_book_side",
+    "ticker",
+    "taker_side",
+    "created_time",
 )
+_INTEGERS = ("ts_ms", "ts", "yes_price", "no_price", "count")
+"""Also those that only the slow path reads: what is wrong of type is so on both."""
 WIRE = pa.schema(
     [
         pa.field("sid", pa.uint32()),
@@ -64,7 +69,7 @@ WIRE = pa.schema(
                 [
                     *(pa.field(name, pa.string()) for name in _TEXTS),
                     pa.field("is_block_trade", pa.bool_()),
-                    pa.field("ts_ms", pa.int64()),
+                    *(pa.field(name, pa.int64()) for name in _INTEGERS),
                 ]
             ),
         ),
@@ -160,38 +165,40 @@ def _row(record: Mapping[str, Any], head: Head, trade: TradeFrame) -> tuple[Any,
     if trade.count_fp is not None:
         qty = qty_units(trade.count_fp)
     elif trade.count is not None:
-        qty = trade.count * 100
+        qty = cents_units(trade.count)
     else:
         raise TradeError("the trade has no count")
     if qty <= 0:
         raise TradeError(f"count {qty / 100:.2f} is not above zero")
     outcome = trade.taker_outcome_side or trade.taker_side
     if outcome not in SIDES:
-        raise TradeError(f"taker side {outcome!r} is neither yes nor no")
+        raise TradeError(f"taker side {outcome and outcome[:40]!r} is neither yes nor no")
     # Told since May 2026; before, the taker who bought YES was the bid by definition.
     book_side = trade.taker_book_side or BOOK_SIDES[SIDES.index(outcome)]
     if book_side not in BOOK_SIDES:
-        raise TradeError(f"taker_book_side {book_side!r} is neither bid nor ask")
+        raise TradeError(f"taker_book_side {book_side[:40]!r} is neither bid nor ask")
     return (
         record["n"],
         record["recv_ns"],
         record["conn"],
         head.sid,
         head.seq,
-        trade.trade_id,
+        trade.trade_id or "",
         ticker,
         ONE_DOLLAR - no if yes is None and no is not None else yes,
         ONE_DOLLAR - yes if no is None and yes is not None else no,
         qty,
         outcome,
         book_side,
-        trade.is_block_trade,
+        trade.is_block_trade or False,
         _time_ms(trade),
     )
 
 
 def _price(name: str, dollars: str | None, cents: int | None) -> int | None:
-    price = price_units(dollars) if dollars is not None else None if cents is None else cents * 100
+    price = None if cents is None else cents_units(cents)
+    if dollars is not None:
+        price = price_units(dollars)
     if price is not None and not 0 <= price <= ONE_DOLLAR:
         raise TradeError(f"{name} {price} is outside 0 to {ONE_DOLLAR}")
     return price
@@ -205,7 +212,7 @@ def _time_ms(trade: TradeFrame) -> int:
     elif trade.created_time is not None:
         at = datetime.fromisoformat(trade.created_time)
         if at.tzinfo is None:
-            raise TradeError(f"created_time {trade.created_time!r} has no time zone")
+            raise TradeError(f"created_time {trade.created_time[:40]!r} has no time zone")
         at_ms = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
     else:
         raise TradeError("the trade has no time")

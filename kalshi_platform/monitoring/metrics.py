@@ -38,8 +38,8 @@ _STATES = ("starting", "connecting", "streaming", "quiet", "blocked", "draining"
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "frames": ("kalshi_frames", "Frames received."),
     "deltas": ("kalshi_deltas", "Order-book deltas received."),
-    "trades": ("kalshi_trades", "Trades received."),
     "snapshots": ("kalshi_snapshots", "Order-book snapshots received."),
+    "trades": ("kalshi_trades", "Trades received."),
     "malformed": ("kalshi_malformed_frames", "Frames that are not what the exchange documents."),
     "gaps": ("kalshi_gaps", "Gaps noticed; each is named by a row of stream_events."),
     "connections": ("kalshi_connections", "Connections made; all but the first are reconnects."),
@@ -175,7 +175,6 @@ class _Report(msgspec.Struct):
     last_durable_ns: int
     frames: int
     deltas: int
-    trades: int
     snapshots: int
     malformed: int
     gaps: int
@@ -185,6 +184,7 @@ class _Report(msgspec.Struct):
     markets: int
     synced: int
     stores: dict[str, _Store]
+    trades: int = 0
     disconnects: dict[str, int] = {}
     delays_ms: dict[str, _Delay] = {}
 

@@ -97,7 +97,7 @@ def test_odd_and_plain_frames_keep_the_journals_order() -> None:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ({"trade_id": 7}, "Expected `str`"),
+        ({"trade_id": 7}, "Expected `str"),
         ({"market_ticker": ""}, "no market_ticker"),
         ({"yes_price_dollars": "1.0001"}, "outside 0 to"),
         ({"yes_price_dollars": "0.36001"}, "more than 4 decimals"),
@@ -146,6 +146,36 @@ def test_a_trade_frame_of_an_old_journal_stays_a_stream_event() -> None:
     derived, _ = derive(decode(wire.blocks(records)), State())
     assert derived.tables["trades"].num_rows == 0
     assert derived.tables["stream_events"].to_pylist()[1]["kind"] == "trade"
+
+
+ODD: dict[str, list[Any]] = {
+    "trade_id": [None, "", 7, "x"],
+    "market_ticker": [None, "", "Ü", 5],
+    "ticker": [None, "A-1", 5],
+    "yes_price_dollars": [None, "0.36", "1.0000", "-0.1000", "1e3", 0.36],
+    "no_price_dollars": [None, "0.6400", "0.64", "x"],
+    "yes_price": [None, 36, "36", 10**30],
+    "count_fp": [None, "136", "0.00", "1" * 30, "-1.00", 5],
+    "count": [None, 136, 1.5, 10**20],
+    "taker_outcome_side": [None, "", "yes", "maybe"],
+    "taker_book_side": [None, "", "bid", "left"],
+    "taker_side": [None, "yes", 5],
+    "is_block_trade": [None, True, "no"],
+    "ts": [None, 5, "soon", 10**18],
+    "ts_ms": [None, 5, -5, 1.0, 10**15, 10**30],
+    "created_time": [None, "2022-11-22T20:44:01Z", "2022-11-22", 5],
+}
+
+
+@given(st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in ODD.items()}))
+@settings(max_examples=300, deadline=None)
+def test_a_frame_means_the_same_on_both_paths(odd: dict[str, Any]) -> None:
+    sent = frame(7, **{**CURRENT, **odd})
+    alone = rows(sent)
+    beside = rows(sent, frame(8, **{**CURRENT, "ts_ms": "this sends all to the slow path"}))
+    assert beside[0] == alone[0]
+    assert beside[1][: len(alone[1])] == alone[1]
+    assert len(alone[0]) + len(alone[1]) == 1
 
 
 FORMS: dict[str, Callable[[int, int, int], bytes]] = {

@@ -177,7 +177,7 @@ def test_a_difference_under_a_lagging_load_proves_nothing(
 def test_hours_from_before_clickhouse_are_not_held_against_it(
     settings: Settings, client: Client
 ) -> None:
-    for table in ("orderbook_events", "stream_events", "book_checkpoints"):
+    for table in ("orderbook_events", "stream_events", "book_checkpoints", "trades"):
         clock = "ts" if table == "book_checkpoints" else "ingest_ts"
         client.command(f"DELETE FROM {table} WHERE {clock} < '{SECOND_HOUR:%Y-%m-%d %H:%M:%S}'")
     hot = continuity.extent(client)
