@@ -197,7 +197,7 @@ def machine() -> str:
 )
 def main(quick: bool, recorded: tuple[Path, Path] | None) -> None:
     """Measure, show, write."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         results = Bench(QUICK if quick else FULL, Path(folder), console.log).run(recorded)
     table = Table("what", "measured", "", "promised", "", "beside", title=machine())

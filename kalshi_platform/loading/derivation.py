@@ -24,8 +24,8 @@ from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
 
 CHUNK_RECORDS = 65_536
 """Derived at a time: bounds memory while catching up."""
-KEPT_RECORDS = 4 * CHUNK_RECORDS
 KEPT_STEPS = 8
+KEPT_RECORDS = KEPT_STEPS * CHUNK_RECORDS
 """So much is kept for the other loads: more than comes while one of them writes. Each step holds all
 books, so that there are few."""
 
@@ -125,10 +125,12 @@ class Derivation:
 
         A load that is farther behind, its store away perhaps, comes back to the steps of that time.
         """
-        steps = list(self._kept.values())
-        near = [n for n in self._reached.values() if n < 0 or n >= steps[0].begin.n]
-        needed_from = max(min(near, default=0), steps[-1].end.n - KEPT_RECORDS)
-        kept = [step for step in steps if needed_from < step.end.n <= steps[-1].end.n]
+        steps = sorted(self._kept.values(), key=lambda step: step.end.n)
+        newest = steps[-1]
+        worth = min(KEPT_RECORDS, KEPT_STEPS * (newest.end.n - newest.begin.n))
+        near = [n for n in self._reached.values() if n < 0 or n >= newest.end.n - worth]
+        needed_from = max(min(near, default=0), newest.end.n - KEPT_RECORDS)
+        kept = [step for step in steps if step.end.n > needed_from]
         self._kept = {step.begin.n: step for step in kept[-KEPT_STEPS:]}
 
 
