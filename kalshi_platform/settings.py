@@ -7,6 +7,7 @@ documents each variable for its readers; a test holds the two together.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kalshi_platform.errors import SettingsError
@@ -82,7 +83,17 @@ class Settings(BaseSettings):
     hot_retention_days: int = Field(30, ge=1, le=36_500)
 
     kalshi_data_dir: Path = Path("data")
-    parquet_dir: Path | None = None
+    parquet_dir: str | None = None
+    s3_endpoint_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("s3_endpoint_url", "aws_endpoint_url_s3", "aws_endpoint_url"),
+    )
+    aws_region: str | None = Field(
+        None, validation_alias=AliasChoices("aws_region", "aws_default_region")
+    )
+    aws_access_key_id: SecretStr | None = None
+    aws_secret_access_key: SecretStr | None = None
+    aws_session_token: SecretStr | None = None
     archive_begins: date | None = None
     journal_retention_hours: int = Field(48, ge=1)
 
@@ -143,6 +154,11 @@ class Settings(BaseSettings):
         "clickhouse_client_key_file",
         "market_file",
         "parquet_dir",
+        "s3_endpoint_url",
+        "aws_region",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "aws_session_token",
         "archive_begins",
         "ch_host",
         "ch_port",
@@ -180,7 +196,28 @@ class Settings(BaseSettings):
     def _in_capitals(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
 
-    @field_validator("clickhouse_url", "kalshi_ws_url", "kalshi_rest_url", "dagster_ui_url")
+    @field_validator("parquet_dir", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("parquet_dir")
+    @classmethod
+    def _is_place(cls, value: str | None) -> str | None:
+        scheme, separator, place = (value or "").partition("://")
+        if not separator:
+            return value
+        if scheme != "s3":
+            raise ValueError("is neither a folder nor s3://bucket/prefix")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#@]*)?", place):
+            raise ValueError(
+                "is not s3://bucket/prefix; keys and the store's address have settings of their own"
+            )
+        return value
+
+    @field_validator(
+        "clickhouse_url", "kalshi_ws_url", "kalshi_rest_url", "dagster_ui_url", "s3_endpoint_url"
+    )
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
         if value is not None:
@@ -236,8 +273,21 @@ class Settings(BaseSettings):
 
     @property
     def archive_dir(self) -> Path:
-        """Root of the Parquet archive, absolute."""
-        return (self.parquet_dir or self.data_dir / "parquet").expanduser().absolute()
+        """Root of the Parquet archive, absolute; of one on object storage, of what it does not have yet."""
+        if self.archive_base is not None:
+            return self.data_dir / "outbox"
+        return Path(self.parquet_dir or self.data_dir / "parquet").expanduser().absolute()
+
+    @property
+    def archive_base(self) -> str | None:
+        """`bucket/prefix` of an archive on object storage; None for one on a local disk."""
+        scheme, _, place = (self.parquet_dir or "").partition("://")
+        return "/".join(piece for piece in place.split("/") if piece) if scheme == "s3" else None
+
+    @property
+    def archive_url(self) -> str:
+        """The archive as its readers call it: an absolute path, or s3://bucket/prefix."""
+        return f"s3://{self.archive_base}" if self.archive_base else str(self.archive_dir)
 
     @property
     def embedded_clickhouse(self) -> bool:
@@ -304,9 +354,10 @@ def load(**overrides: Any) -> Settings:
             f"MARKET_MIN_VOLUME is {settings.market_min_volume}, but it is the floor of MARKET_ALL, which"
             " is not set. Set MARKET_ALL=1 or take the floor out. See .env.example."
         )
-    if str(settings.parquet_dir or "").startswith("s3:"):
+    if (settings.aws_access_key_id is None) != (settings.aws_secret_access_key is None):
         raise SettingsError(
-            "PARQUET_DIR is on object storage, which this version cannot write yet. Give a local folder."
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together: set both, or neither to have"
+            " the key found as Amazon's tools find it."
         )
     return settings
 
@@ -342,7 +393,7 @@ def _insist_on_tls(settings: Settings) -> None:
             )
 
 
-_SECRET = ("PASSWORD", "KEY", "WEBHOOK")
+_SECRET = ("PASSWORD", "KEY", "TOKEN", "WEBHOOK")
 """Settings whose value is in no error."""
 
 

@@ -47,6 +47,7 @@ from kalshi_platform.recording.journal import JournalError, Writer
 from kalshi_platform.recording.recovery import Memory, remembered
 from kalshi_platform.recording.upkeep import Upkeep
 from kalshi_platform.settings import Settings
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class Streamer:
 
     def _make_loads(self, writer: Writer) -> list[Load]:
         parquet = self._parquet = ParquetStore(
-            self._settings.archive_dir,
+            open_archive(self._settings),
             self._shard,
             self._reports.put,
             self._settings.journals_dir,

@@ -22,7 +22,9 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_setting_is_documented_and_nothing_else_is() -> None:
-    documented = set(re.findall(r"^#([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    documented = set(
+        re.findall(r"^#([A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    )
     assert documented == {name.upper() for name in Settings.model_fields}
 
 
@@ -31,7 +33,7 @@ def test_the_defaults_in_the_example_are_the_defaults(
 ) -> None:
     defaults = load()
     example = (ROOT / ".env.example").read_text()
-    (tmp_path / ".env").write_text(re.sub(r"^#([A-Z_]+=)", r"\1", example, flags=re.MULTILINE))
+    (tmp_path / ".env").write_text(re.sub(r"^#([A-Z0-9_]+=)", r"\1", example, flags=re.MULTILINE))
     assert load() == defaults
 
 
@@ -50,7 +52,11 @@ def test_without_a_key_it_is_the_simulator_and_with_one_the_exchange(tmp_path: P
         ("HOT_RETENTION_DAYS", "soon", "integer"),
         ("CLICKHOUSE_DATABASE", "a; DROP TABLE x", "pattern"),
         ("PROD_KEYID", "only-the-id", "PROD_KEYFILE is not set"),
-        ("PARQUET_DIR", "s3://bucket/path", "object storage"),
+        ("PARQUET_DIR", "gs://bucket/path", "neither a folder nor s3://bucket/prefix"),
+        ("PARQUET_DIR", "s3://", "is not s3://bucket/prefix"),
+        ("PARQUET_DIR", "s3://bucket/path?region=x", "is not s3://bucket/prefix"),
+        ("S3_ENDPOINT_URL", "minio:9000", "is not a URL"),
+        ("AWS_ACCESS_KEY_ID", "only-the-id", "belong together"),
     ],
 )
 def test_a_bad_value_is_a_sentence_that_names_the_variable(
@@ -89,6 +95,9 @@ def test_secrets_are_in_no_repr_and_no_error(
 ) -> None:
     monkeypatch.setenv("CLICKHOUSE_PASSWORD", "s3cr3t-password")
     monkeypatch.setenv("PROD_KEYID", "s3cr3t-key")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "s3cr3t-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-key")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "s3cr3t-token")
     monkeypatch.setenv("PROD_KEYFILE", str(tmp_path / "key.pem"))
     settings = load()
     for text in (repr(settings), str(settings), repr(settings.exchange)):
@@ -98,6 +107,33 @@ def test_secrets_are_in_no_repr_and_no_error(
         load()
     assert "s3cr3t" not in str(error.value)
     assert error.value.__cause__ is None
+
+
+def test_an_archive_is_a_folder_or_on_object_storage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = load(parquet_dir=tmp_path / "archive")
+    assert (here.archive_base, here.archive_url) == (None, str(tmp_path / "archive"))
+    assert here.archive_dir == tmp_path / "archive"
+    monkeypatch.setenv("PARQUET_DIR", "s3://bucket/some/prefix/")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    there = load()
+    assert (there.archive_base, there.archive_url) == (
+        "bucket/some/prefix",
+        "s3://bucket/some/prefix",
+    )
+    assert there.archive_dir == there.data_dir / "outbox"
+    assert (there.s3_endpoint_url, there.aws_region) == ("http://127.0.0.1:9000", "eu-central-1")
+
+
+def test_a_key_in_the_archives_address_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PARQUET_DIR", "s3://id:s3cr3t@bucket/prefix")
+    with pytest.raises(SettingsError) as error:
+        load()
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_a_password_in_a_url_is_refused_without_being_shown(

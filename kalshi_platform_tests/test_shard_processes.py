@@ -25,7 +25,7 @@ from kalshi_platform.loading import compaction, hours, passage
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive, floor_hour
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.streamer import Streamer, read_health
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
@@ -118,7 +118,7 @@ def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both
     settings = settings_for(simulator, stream_shards=2)
     root, journals = settings.archive_dir, settings.journals_dir
     shares = [share(sorted(simulator.books()), number, 2) for number in (0, 1)]
-    turn = archive.floor_hour(datetime.now(UTC)) - timedelta(hours=3)
+    turn = floor_hour(datetime.now(UTC)) - timedelta(hours=3)
     ends = turn - timedelta(hours=1)
     clock = Clock(tmp_path / "clock")
     clock.set(turn - timedelta(minutes=5))
@@ -135,10 +135,10 @@ def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both
         clock.set(turn - timedelta(seconds=1))
         wait_for(lambda: passage.passed(journals, 0).before == turn, "shard 0 past the hour")
         time.sleep(1.0)
-        assert not hours.is_sealed(root, ends)
+        assert not hours.is_sealed(LocalArchive(root), ends)
         assert passage.behind(journals, ends) == [1]
         processes[1] = shard(settings, 1, clock, logs[1])
-        wait_for(lambda: hours.is_sealed(root, ends), "the seal")
+        wait_for(lambda: hours.is_sealed(LocalArchive(root), ends), "the seal")
         wait_for(lambda: health(settings, 1, "synced") == len(shares[1]), "shard 1's books")
         simulator.pause()
         time.sleep(1.0)
@@ -158,13 +158,13 @@ def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both
     kinds = dict(query(settings, "SELECT kind, count() FROM stream_events GROUP BY kind"))
     assert kinds["connected"] == kinds["disconnected"] == 3
     # the first hour is compacted to the same rows, and sealed hours stay as they are
-    before = hours.describe(root, ends, complete=True)
+    before = hours.describe(LocalArchive(root), ends, complete=True)
     assert [d.checksum for d in before.datasets] == [
-        getattr(archive.read_manifest(root, d.dataset, ends), "checksum", "")
+        getattr(LocalArchive(root).read_manifest(d.dataset, ends), "checksum", "")
         for d in before.datasets
     ]
-    compaction.compact(root, [ends], lambda _: None, _raise)
-    after = hours.describe(root, ends, complete=True)
+    compaction.compact(LocalArchive(root), [ends], lambda _: None, _raise)
+    after = hours.describe(LocalArchive(root), ends, complete=True)
     assert [(d.rows, d.checksum) for d in after.datasets] == [
         (d.rows, d.checksum) for d in before.datasets
     ]

@@ -1,6 +1,6 @@
 """Replay: an archived hour's books after every event, or whole at chosen instants.
 
-    of = read(Path("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
+    of = read(archive_at("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
     after_events(of, levels=5)     one row per event: the five best levels of both sides after it
     at_instants(of, instants)      every level of every book at each of the instants
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +33,7 @@ from kalshi_platform.analytics.frames import (
 )
 from kalshi_platform.analytics.ladder import Top, seen_from, top_at
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import Archive, floor_hour
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -52,23 +51,23 @@ _HOUR = timedelta(hours=1)
 _LEVELS_MAX = 99
 
 
-def read(root: Path, hour: datetime, tickers: Collection[str] | None = None) -> Books:
+def read(archive: Archive, hour: datetime, tickers: Collection[str] | None = None) -> Books:
     """The books of an archived hour: of all its markets, or of `tickers` alone, which reads less.
 
-    `root` is the archive's folder (PARQUET_DIR), `hour` the hour's first instant. A ticker that the
+    `archive` is what `storage.archive.archive_at` opens, `hour` the hour's first instant. A ticker that the
     hour does not know is left out. Raises ValueError for an `hour` without a time zone, `StoreRefused`
     naming a file that cannot be read, or the hour where nothing is recorded of it.
     """
-    return next(_read(root, hour, tickers, rows=None))
+    return next(_read(archive, hour, tickers, rows=None))
 
 
-def read_in_groups(root: Path, hour: datetime, rows: int = GROUP_ROWS) -> Iterator[Books]:
+def read_in_groups(archive: Archive, hour: datetime, rows: int = GROUP_ROWS) -> Iterator[Books]:
     """All books of an archived hour, some markets at a time: of about `rows` rows together.
 
     For an hour that is too large to be taken at once. Groups go by ticker, and each is made while the
     one before it is used. Errors are those of `read`.
     """
-    return ahead(_read(root, hour, None, rows=rows))
+    return ahead(_read(archive, hour, None, rows=rows))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -81,24 +80,24 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _read(
-    root: Path, hour: datetime, tickers: Collection[str] | None, *, rows: int | None
+    archive: Archive, hour: datetime, tickers: Collection[str] | None, *, rows: int | None
 ) -> Iterator[Books]:
     if hour.tzinfo is None:
         raise ValueError(f"the hour {hour} has no time zone; hours of the archive are UTC")
-    hour = archive.floor_hour(hour)
+    hour = floor_hour(hour)
     recorded = (ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
-    if not any(archive.files(root, name, hour) for name in recorded):
+    if not any(archive.files(name, hour) for name in recorded):
         raise StoreRefused(
-            f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {root}, so nothing can be"
+            f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {archive}, so nothing can be"
             " computed. Materialise orderbook_events of that hour first."
         )
     # Rows without a market are of all markets: those of a connection, or of the recorder.
     of_stream = None if tickers is None else {*tickers, ""}
     yield from books_in_groups(
         hour,
-        archive.read(root, ORDERBOOK_EVENTS.name, hour, EVENT_COLUMNS, tickers),
-        archive.read(root, BOOK_CHECKPOINTS.name, hour, tickers=tickers),
-        archive.read(root, STREAM_EVENTS.name, hour, tickers=of_stream),
+        archive.read(ORDERBOOK_EVENTS.name, hour, EVENT_COLUMNS, tickers),
+        archive.read(BOOK_CHECKPOINTS.name, hour, tickers=tickers),
+        archive.read(STREAM_EVENTS.name, hour, tickers=of_stream),
         rows=rows,
     )
 

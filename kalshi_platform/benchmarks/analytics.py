@@ -30,7 +30,7 @@ from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import decimals, times
 from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive, part_name
 from kalshi_platform.storage.schema import NAME, ORDERBOOK_EVENTS, PRICE, QTY, ZERO_UUID
 
 HOUR = datetime(2026, 11, 22, 14, tzinfo=UTC)
@@ -96,8 +96,9 @@ def synthetic_hour(
             ],
             schema=ORDERBOOK_EVENTS.arrow,
         )
-        folder = archive.hour_folder(root, ORDERBOOK_EVENTS.name, hour)
-        archive.write(folder / archive.part_name(0, start, end), [table], table.schema)
+        LocalArchive(root).write(
+            ORDERBOOK_EVENTS.name, hour, part_name(0, start, end), [table], table.schema
+        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _compute(root: Path, datasets: Sequence[str]) -> None:
 
 
 def _replay(root: Path, work: Callable[[Books], object]) -> None:
-    for of in replay.read_in_groups(root, HOUR):
+    for of in replay.read_in_groups(LocalArchive(root), HOUR):
         work(of)
 
 

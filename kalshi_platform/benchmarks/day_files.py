@@ -14,7 +14,7 @@ import click
 from kalshi_platform.benchmarks.analytics import HOUR, synthetic_hour
 from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.loading import compaction
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import File, LocalArchive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 
 
@@ -25,10 +25,10 @@ def figures(events: int = 50_000, markets: int = 50) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = 0
-        parts: list[Path] = []
+        parts: list[File] = []
         for number, hour in enumerate(hours):
             synthetic_hour(root, events, markets, seed=number, hour=hour)
-            of_hour = archive.files(root, ORDERBOOK_EVENTS.name, hour)
+            of_hour = LocalArchive(root).files(ORDERBOOK_EVENTS.name, hour)
             _, file = compaction.build(of_hour, ORDERBOOK_EVENTS, _room(root, hour.isoformat()))
             size += file.bytes
             parts += of_hour

@@ -27,7 +27,7 @@ from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, State, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Writer, joined
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import write_durably
 from kalshi_platform.storage.clickhouse import WIRE_CODEC
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 
@@ -48,7 +48,7 @@ def figures(deltas: Path, markets: int, frames: int = 65_536) -> list[Figure]:
         events = rows.tables[ORDERBOOK_EVENTS.name]
 
         def parquet() -> None:
-            archive.write(folder / "part.parquet", [events], events.schema)
+            write_durably(folder / "part.parquet", [events], events.schema)
 
         stages: dict[str, Callable[[], object]] = {
             "WebSocket frames (websockets)": lambda: _parse(payloads),

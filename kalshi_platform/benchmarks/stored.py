@@ -12,8 +12,6 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks.figures import Figure, number
 from kalshi_platform.exchange.frames import Kind, decode_head
@@ -22,7 +20,8 @@ from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.journal import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse, migrations
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns, open_archive, rows_of
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
@@ -43,13 +42,13 @@ def figures(frames: Path, received: Path) -> list[Figure]:
         )
         migrations.migrate(settings)
         _load(settings, lines, times)
-        root = settings.archive_dir
-        compact(root, pending(root), lambda _: None, _refused)
+        archive = open_archive(settings)
+        compact(archive, pending(archive), lambda _: None, _refused)
         rows, cold = 0, 0
-        for hour in archive.hours(root, ORDERBOOK_EVENTS.name):
-            for path in archive.files(root, ORDERBOOK_EVENTS.name, hour):
-                rows += pq.read_metadata(path).num_rows
-                cold += path.stat().st_size
+        for hour in archive.hours(ORDERBOOK_EVENTS.name):
+            for file in archive.files(ORDERBOOK_EVENTS.name, hour):
+                rows += rows_of(file)
+                cold += file.bytes
         client = clickhouse.connect(settings)
         client.command("OPTIMIZE TABLE orderbook_events FINAL")
         parts = "SELECT sum(rows), sum(bytes_on_disk) FROM system.parts WHERE active AND table = 'orderbook_events'"
@@ -73,12 +72,12 @@ def _load(settings: Settings, lines: list[bytes], times: list[int]) -> None:
     for frame, at in zip(lines, times, strict=True):
         kind = _KINDS.get(decode_head(frame).type, Kind.CONTROL)
         writer.append(at, conn, kind, frame)
-    hour_after = archive.hour_start_ns(archive.hour_of_ns(times[-1]) + archive.HOUR)
+    hour_after = hour_start_ns(hour_of_ns(times[-1]) + HOUR)
     writer.note("heartbeat", {}, recv_ns=hour_after)  # with it the last hour is over
     writer.hand_over()
     if not writer.wait_durable(writer.next_n, 60.0):
         raise RuntimeError("the journal took too long")
-    parquet = ParquetStore(settings.archive_dir, 0, lambda _: None)
+    parquet = ParquetStore(open_archive(settings), 0, lambda _: None)
     hot = ClickHouseStore(settings, str(writer.id))
     for load in (
         Load(folder, writer, parquet, PARQUET_PACE),

@@ -10,6 +10,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import compaction
 from kalshi_platform.loading.compaction import Compacted
 from kalshi_platform.loading.restore import parse_hours
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 
 
@@ -26,9 +27,9 @@ def command(hour: str | None, everything: bool) -> None:
     """
     if hour is not None and everything:
         raise click.UsageError("Give --hour or --all, not both.")
-    root = platform_settings.load().archive_dir
+    archive = open_archive(platform_settings.load())
     if hour is None:
-        wanted = compaction.pending(root)
+        wanted = compaction.pending(archive)
     else:
         first, last = parse_hours(hour)
         if first != last:
@@ -50,7 +51,7 @@ def command(hour: str | None, everything: bool) -> None:
         refusals.append(error)
         click.echo(f"Not compacted: {error}", err=True)
 
-    compaction.compact(root, wanted, say, refused)
+    compaction.compact(archive, wanted, say, refused)
     if hour is not None and refusals:
         raise SystemExit(1)
     if refusals:

@@ -30,7 +30,9 @@ from kalshi_platform.processes import Identity
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import ObjectArchive, open_archive
 from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
+from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.migrations import State
 
 if TYPE_CHECKING:
@@ -284,7 +286,14 @@ def _data_folder(settings: Settings) -> Finding:
 
 
 def _archive(settings: Settings) -> Finding:
-    return _disk(settings.archive_dir, "PARQUET_DIR")
+    archive = open_archive(settings)
+    if not isinstance(archive, ObjectArchive):
+        return _disk(settings.archive_dir, "PARQUET_DIR")
+    try:
+        archive.probe()
+    except StoreError as error:
+        return Finding(Mark.BAD, str(error))
+    return Finding(Mark.GOOD, f"{archive} can be written and read")
 
 
 def _disk(folder: Path, variable: str) -> Finding:

@@ -9,6 +9,7 @@ import click
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.publish import PUBLIC, Published, publish
 from kalshi_platform.loading.restore import parse_hours
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreRefused
 
 
@@ -42,7 +43,7 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
             "`export` writes for publication: give --public. For a copy with your own order ids in it,"
             " copy the archive's folder (PARQUET_DIR); its files are whole at any time."
         )
-    root = platform_settings.load().archive_dir
+    archive = open_archive(platform_settings.load())
     told: list[Published] = []
 
     def done(it: Published) -> None:
@@ -51,7 +52,7 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
 
     span = parse_hours(hours) if hours else None
     publish(
-        root,
+        archive,
         to,
         span=span,
         wanted=datasets or PUBLIC,
@@ -59,7 +60,7 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
         left=lambda why: click.echo(why, err=True),
     )
     if not told:
-        raise StoreRefused(f"The archive in {root} has no sealed hour of that span.")
+        raise StoreRefused(f"The archive in {archive} has no sealed hour of that span.")
     click.echo(
         f"{sum(it.rows for it in told):,} rows of {len(told)} hours are in {to}, read back and free of"
         f" own order ids. Cleared or left out: {sum(_touched(it) for it in told):,} rows."

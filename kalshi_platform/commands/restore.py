@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.loading.restore import Restored, parse_hours, restore
 from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import archive_at, open_archive
 
 
 @click.command()
 @click.option(
     "--from",
-    "root",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="The archive  [default: PARQUET_DIR]",
+    "location",
+    help="The archive, a folder or s3://bucket/prefix  [default: PARQUET_DIR]",
 )
 @click.option("--hours", help="2026-11-22-14, or 2026-11-22-14..2026-11-23-02; default: all.")
-def command(root: Path | None, hours: str | None) -> None:
+def command(location: str | None, hours: str | None) -> None:
     """Bring the archive's hours back into ClickHouse, and prove that they are the same.
 
     Applies the migrations first. May be run again after an interruption: nothing goes in twice.
@@ -32,7 +30,9 @@ def command(root: Path | None, hours: str | None) -> None:
         )
     span = parse_hours(hours) if hours else None
     migrations.migrate(settings)
-    done = restore(settings, root or settings.archive_dir, span, _say)
+    done = restore(
+        settings, archive_at(location) if location else open_archive(settings), span, _say
+    )
     rows = sum(it.rows for it in done)
     click.echo(f"{rows:,} rows of {len(done)} hours are in ClickHouse; counts and checksums agree.")
 

@@ -280,7 +280,7 @@ class _Platform:
         lines = {
             "Dagster UI": self._ui,
             "ClickHouse": clickhouse,
-            "Parquet": str(settings.archive_dir),
+            "Parquet": settings.archive_url,
             "Recording": _recorded(settings),
             "Metrics": (
                 f"http://{settings.metrics_host}:{settings.metrics_port}/metrics"

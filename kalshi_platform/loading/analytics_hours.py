@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,8 +27,8 @@ from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.hours import DatasetHour, HourReport
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, checksum, clickhouse, partitions
-from kalshi_platform.storage.archive import MANIFEST, Manifest, Part
+from kalshi_platform.storage import checksum, clickhouse, partitions
+from kalshi_platform.storage.archive import Archive, File, Manifest, Part, batches, open_archive
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     DEPTH,
@@ -68,13 +67,13 @@ def compute_hour(
     the datasets that have rows; one without rows leaves neither file nor partition. Raises
     `StoreRefused` and `StoreUnavailable` as the stores do; what was written until then is whole.
     """
-    root = settings.archive_dir
-    complete = hours.is_sealed(root, hour)  # before reading: what is sealed later is read later
+    archive = open_archive(settings)
+    complete = hours.is_sealed(archive, hour)  # before reading: what is sealed later is read later
     activity = Activity(hour)
-    outputs = [_Output(root, d, hour) for d in ANALYTICS if d.name in wanted]
+    outputs = [_Output(archive, d, hour) for d in ANALYTICS if d.name in wanted]
     with ExitStack() as files:
         for tables in replay.ahead(
-            _tables(root, hour, [it.dataset.name for it in outputs], activity)
+            _tables(archive, hour, [it.dataset.name for it in outputs], activity)
         ):
             for output, table in zip(outputs, tables, strict=True):
                 output.add(table, files)
@@ -92,10 +91,10 @@ def compute_hour(
 
 
 def _tables(
-    root: Path, hour: datetime, names: list[str], activity: Activity
+    archive: Archive, hour: datetime, names: list[str], activity: Activity
 ) -> Iterator[list[pa.Table]]:
     """The rows of the named datasets, some markets at a time."""
-    for of in replay.read_in_groups(root, hour):
+    for of in replay.read_in_groups(archive, hour):
         activity.add(of)
         yield [COMPUTED[name](of) for name in names]
 
@@ -106,10 +105,9 @@ def _tables(
 class _Output:
     """A dataset's file of the hour, in the making, and what is known of it so far."""
 
-    def __init__(self, root: Path, dataset: Dataset, hour: datetime) -> None:
+    def __init__(self, archive: Archive, dataset: Dataset, hour: datetime) -> None:
         self.dataset = dataset
-        self._root, self._hour = root, hour
-        self._folder = archive.hour_folder(root, dataset.name, hour)
+        self._archive, self._hour = archive, hour
         self._write: Callable[[pa.Table], None] | None = None
         self._rows, self._markets, self._checksum = 0, 0, 0
         self._first: datetime | None = None
@@ -120,8 +118,8 @@ class _Output:
         if not table.num_rows:
             return
         if self._write is None:
-            path = self._folder / FILE
-            self._write = files.enter_context(archive.writing(path, self.dataset.arrow))
+            writing = self._archive.writing(self.dataset.name, self._hour, FILE, self.dataset.arrow)
+            self._write = files.enter_context(writing)
         self._write(table)
         span = pc.min_max(table["ingest_ts" if self.dataset is SPREADS else "second"]).as_py()
         self._first = min(self._first or span["min"], span["min"])
@@ -133,14 +131,19 @@ class _Output:
     def written(self) -> Iterator[pa.Table]:
         """The file's rows."""
         if self._rows:
-            yield from archive.batches(self._folder / FILE, self.dataset.arrow, INSERT_ROWS)
+            yield from batches(self._file, self.dataset.arrow, INSERT_ROWS)
+
+    @property
+    def _file(self) -> File:
+        """The file, once it is there."""
+        there = self._archive.files(self.dataset.name, self._hour)
+        return next(file for file in there if file.name == FILE)
 
     def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
         """Put the manifest beside the file and say what it says; without rows take both away."""
         name = self.dataset.name
         if not self._rows:
-            for path in (*archive.files(self._root, name, self._hour), self._folder / MANIFEST):
-                path.unlink(missing_ok=True)
+            self._archive.remove_hour(name, self._hour)
             return None
         report = DatasetHour(
             dataset=name,
@@ -148,7 +151,7 @@ class _Output:
             complete=complete,
             rows=self._rows,
             files=1,
-            bytes=(self._folder / FILE).stat().st_size,
+            bytes=self._file.bytes,
             markets=self._markets,
             gaps=gaps,
             verified_seconds=None,
@@ -156,9 +159,9 @@ class _Output:
             first=self._first,
             last=self._last,
             checksum=checksum.text(self._checksum),
-            path=str(self._folder),
+            path=self._archive.where(name, self._hour),
         )
-        archive.write_manifest(self._root, _manifest(report))
+        self._archive.write_manifest(_manifest(report))
         return report
 
 

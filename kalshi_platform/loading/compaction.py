@@ -30,8 +30,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.loading import hours
-from kalshi_platform.storage import archive, checksum
-from kalshi_platform.storage.archive import Manifest, Part, floor_hour
+from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive import (
+    Archive,
+    File,
+    Manifest,
+    Part,
+    batches,
+    floor_hour,
+    local_file,
+    part_range,
+    rows_of,
+    stage_manifest,
+    write_durably,
+)
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -90,27 +102,29 @@ class Content:
     by_market: Counter[str]
 
 
-def pending(root: Path) -> list[datetime]:
+def pending(archive: Archive) -> list[datetime]:
     """The sealed hours of which some dataset is not one compacted file yet, ascending."""
+    if not archive.exchanges:
+        return []
     now = floor_hour(datetime.now(UTC))
     parts = {
         hour
         for name in hours.RECORDED
-        for hour in archive.hours(root, name)
-        if hour < now and not hours.is_compacted([p.name for p in archive.files(root, name, hour)])
+        for hour in archive.hours(name)
+        if hour < now and not hours.is_compacted([file.name for file in archive.files(name, hour)])
     }
-    return [hour for hour in sorted(parts) if _is_sealed(root, hour)]
+    return [hour for hour in sorted(parts) if _is_sealed(archive, hour)]
 
 
-def _is_sealed(root: Path, hour: datetime) -> bool:
+def _is_sealed(archive: Archive, hour: datetime) -> bool:
     try:
-        return hours.is_sealed(root, hour)
+        return hours.is_sealed(archive, hour)
     except StoreRefused:
         return True  # a damaged manifest: told when the hour's turn comes
 
 
 def compact(
-    root: Path,
+    archive: Archive,
     wanted: Iterable[datetime],
     done: Callable[[Compacted], None],
     refused: Callable[[datetime, StoreError], None],
@@ -119,17 +133,17 @@ def compact(
 
     Raises `StoreUnavailable` where another compaction is at work.
     """
-    with archive.compacting(root):
+    with archive.compacting():
         for hour in wanted:
             try:
-                _sweep(root)
-                for compacted in compact_hour(root, hour):
+                _sweep(archive)
+                for compacted in compact_hour(archive, hour):
                     done(compacted)
             except StoreError as error:
                 refused(hour, error)
             except OSError as error:
                 refused(hour, _disk_error(hour, error))
-        _sweep(root)
+        _sweep(archive)
 
 
 def _disk_error(hour: datetime, error: OSError) -> StoreUnavailable:
@@ -139,24 +153,24 @@ def _disk_error(hour: datetime, error: OSError) -> StoreUnavailable:
     )
 
 
-def sweep(root: Path) -> None:
+def sweep(archive: Archive) -> None:
     """Remove replaced hours and unfinished work that nobody needs; each compaction does it, too.
 
     Raises `StoreUnavailable` where a compaction is at work.
     """
-    with archive.compacting(root):
-        _sweep(root)
+    with archive.compacting():
+        _sweep(archive)
 
 
-def _sweep(root: Path) -> None:
+def _sweep(archive: Archive) -> None:
     try:
-        with archive.changing(root, timeout_s=0):
-            archive.sweep(root)
+        with archive.changing(timeout_s=0):
+            archive.sweep()
     except StoreUnavailable as error:
         log.info("What lies aside stays there for now: %s", error)
 
 
-def compact_hour(root: Path, hour: datetime) -> Iterator[Compacted]:
+def compact_hour(archive: Archive, hour: datetime) -> Iterator[Compacted]:
     """Compact the datasets of a sealed hour; those that are compacted already are passed over.
 
     The caller holds `archive.compacting`. Raises `StoreRefused` where the hour is not sealed or its
@@ -166,106 +180,98 @@ def compact_hour(root: Path, hour: datetime) -> Iterator[Compacted]:
         raise StoreRefused(
             f"The hour {hour:%Y-%m-%d %H:00} UTC is still open: its files are the streamer's."
         )
-    if not any(archive.files(root, name, hour) for name in hours.RECORDED):
-        raise StoreRefused(f"The archive in {root} has nothing of {hour:%Y-%m-%d %H:00} UTC.")
-    if not hours.is_sealed(root, hour):
+    if not any(archive.files(name, hour) for name in hours.RECORDED):
+        raise StoreRefused(f"The archive in {archive} has nothing of {hour:%Y-%m-%d %H:00} UTC.")
+    if not hours.is_sealed(archive, hour):
         raise StoreRefused(
             f"The hour {hour:%Y-%m-%d %H:00} UTC is not sealed: the streamer may still write to it. It"
             " is sealed when the streamer passes it, or when orderbook_events is materialised for it."
         )
-    withdraw(root, hour)
+    if not archive.exchanges:
+        return  # it was sorted before it was sent
+    withdraw(archive, hour)
     prepared = [
-        _prepare(root, DATASETS[name], hour)
+        _prepare(archive, DATASETS[name], hour)
         for name in hours.RECORDED
-        if (files := archive.files(root, name, hour))
-        and not hours.is_compacted([path.name for path in files])
+        if (files := archive.files(name, hour))
+        and not hours.is_compacted([file.name for file in files])
     ]
-    announced = [_announce(root, it) for it in prepared]
+    announced = [_announce(archive, it) for it in prepared]
     time.sleep(LINGER_S)
     for it, look in zip(prepared, announced, strict=True):
-        with archive.changing(root):
-            _insist_unchanged(root, it, look)
-            archive.replace_hour(root, it.dataset.name, hour, it.staged)
+        with archive.changing():
+            _insist_unchanged(archive, it, look)
+            archive.replace_hour(it.dataset.name, hour, it.staged)
         yield Compacted(
             it.dataset.name,
             hour,
             it.content.rows,
             len(it.before),
-            sum(size for _, _, size, _ in it.before),
+            sum(file.bytes for file in it.before),
             it.part.bytes,
             it.content.checksum,
         )
-
-
-Look = list[tuple[Path, int, int, int]]
-"""An hour's files and which ones they are: a file that was replaced looks different."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
     dataset: Dataset
     hour: datetime
-    before: Look
+    before: list[File]
     staged: Path
     content: Content
     part: Part
 
 
-def _prepare(root: Path, dataset: Dataset, hour: datetime) -> _Prepared:
-    before = _look(root, dataset.name, hour)
-    manifest = archive.read_manifest(root, dataset.name, hour)
+def _prepare(archive: Archive, dataset: Dataset, hour: datetime) -> _Prepared:
+    before = archive.files(dataset.name, hour)
+    manifest = archive.read_manifest(dataset.name, hour)
     if manifest is None:
         raise StoreRefused(f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC is not sealed.")
-    staged = archive.staging(root, dataset.name, hour)
-    content, part = build([path for path, *_ in before], dataset, staged)
+    staged = archive.staging(dataset.name, hour)
+    content, part = build(before, dataset, staged)
     if (content.rows, content.checksum) != (manifest.rows, manifest.checksum):
         raise StoreRefused(
             f"{manifest.dataset} of {manifest.hour}: its files hold {content.rows:,} rows of checksum"
             f" {content.checksum}, its manifest says {manifest.rows:,} of {manifest.checksum}. Nothing"
             " was changed. Materialise that hour again, then compact it."
         )
-    vouch(root, staged, manifest, part)
+    vouch(staged, manifest, part)
     return _Prepared(dataset, hour, before, staged, content, part)
 
 
-def _announce(root: Path, it: _Prepared) -> Look:
+def _announce(archive: Archive, it: _Prepared) -> list[File]:
     """Put a file of the new name and no rows beside the parts; returns what is there now."""
     schema = it.dataset.arrow
-    with archive.changing(root):
-        _insist_unchanged(root, it, it.before)
-        path = archive.hour_folder(root, it.dataset.name, it.hour) / it.part.file
-        archive.write(path, [schema.empty_table()], schema)
-        return _look(root, it.dataset.name, it.hour)
+    with archive.changing():
+        _insist_unchanged(archive, it, it.before)
+        archive.write(it.dataset.name, it.hour, it.part.file, [schema.empty_table()], schema)
+        return archive.files(it.dataset.name, it.hour)
 
 
-def withdraw(root: Path, hour: datetime) -> None:
+def withdraw(archive: Archive, hour: datetime) -> None:
     """Take back what somebody who was killed had announced: it has no rows."""
-    with archive.changing(root):
+    if not archive.exchanges:
+        return
+    with archive.changing():
         for name in hours.RECORDED:
-            files = archive.files(root, name, hour)
-            for path in files if len(files) > 1 else ():
-                if path.name.startswith(hours.COMPACTED) and archive.is_empty(path):
-                    path.unlink()
+            files = archive.files(name, hour)
+            for file in files if len(files) > 1 else ():
+                if file.name.startswith(hours.COMPACTED) and not rows_of(file):
+                    archive.remove(file)
 
 
-def _insist_unchanged(root: Path, it: _Prepared, look: Look) -> None:
-    if _look(root, it.dataset.name, it.hour) != look:
+def _insist_unchanged(archive: Archive, it: _Prepared, look: list[File]) -> None:
+    if archive.files(it.dataset.name, it.hour) != look:
         raise StoreUnavailable(
             f"{it.dataset.name} of {it.hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and keeps"
             " what it has. The next compaction takes it."
         )
 
 
-def _look(root: Path, dataset: str, hour: datetime) -> Look:
-    return [
-        (path, (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns)
-        for path in archive.files(root, dataset, hour)
-    ]
-
-
-def vouch(root: Path, staged: Path, manifest: Manifest, part: Part) -> None:
+def vouch(staged: Path, manifest: Manifest, part: Part) -> None:
     """Put the manifest of a compacted hour beside its one file; `manifest` is that of its parts."""
-    merged = {each.file for each in manifest.parts if archive.part_range(each.file)}
+    merged = {each.file for each in manifest.parts if part_range(each.file)}
     after = msgspec.structs.replace(
         manifest,
         bytes=part.bytes,
@@ -273,13 +279,13 @@ def vouch(root: Path, staged: Path, manifest: Manifest, part: Part) -> None:
         compacted=True,
         merged=sorted(merged | set(manifest.merged)),
     )
-    archive.write_manifest(root, after, staged)
+    stage_manifest(staged, after)
 
 
 # -- building ----------------------------------------------------------------------------------
 
 
-def build(sources: Sequence[Path], dataset: Dataset, staged: Path) -> tuple[Content, Part]:
+def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[Content, Part]:
     """Write the rows of all `sources` into one sorted file in `staged`, and prove that it has them.
 
     Its name follows from its bytes: a name never stands for two different files. Raises `StoreRefused`
@@ -289,10 +295,10 @@ def build(sources: Sequence[Path], dataset: Dataset, staged: Path) -> tuple[Cont
     content = survey(sources, schema)
     unnamed = staged / f"{hours.COMPACTED}0.parquet"
     tables = _sorted(sources, dataset, content.by_market)
-    size = archive.write(
+    size = write_durably(
         unnamed, tables, schema, level=ZSTD_LEVEL, sorted_by=SORTED_BY[dataset.name]
     )
-    written = survey([unnamed], schema)
+    written = survey([local_file(unnamed)], schema)
     if written != content:
         raise StoreRefused(
             f"{unnamed} was written from {content.rows:,} rows of checksum {content.checksum} and reads"
@@ -304,12 +310,12 @@ def build(sources: Sequence[Path], dataset: Dataset, staged: Path) -> tuple[Cont
     return content, Part(path.name, content.rows, size)
 
 
-def survey(sources: Sequence[Path], schema: pa.Schema) -> Content:
+def survey(sources: Sequence[File], schema: pa.Schema) -> Content:
     """Read everything, and tell what there is."""
     rows, total = 0, 0
     by_market: Counter[str] = Counter()
-    for path in sources:
-        for table in archive.batches(path, schema):
+    for file in sources:
+        for table in batches(file, schema):
             rows += table.num_rows
             total = (total + checksum.rows_checksum(table)) % 2**64
             for entry in table["market_ticker"].value_counts().to_pylist():
@@ -318,7 +324,7 @@ def survey(sources: Sequence[Path], schema: pa.Schema) -> Content:
 
 
 def _sorted(
-    sources: Sequence[Path], dataset: Dataset, by_market: Counter[str]
+    sources: Sequence[File], dataset: Dataset, by_market: Counter[str]
 ) -> Iterator[pa.Table]:
     """All rows in order, a row group at a time."""
     keys = SORTED_BY[dataset.name]
@@ -326,8 +332,8 @@ def _sorted(
     for tickers in ranges:
         pieces = [
             table if len(ranges) == 1 else _of_markets(table, tickers)
-            for path in sources
-            for table in archive.batches(path, dataset.arrow)
+            for file in sources
+            for table in batches(file, dataset.arrow)
         ]
         rows = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
         order = _order(rows, keys)

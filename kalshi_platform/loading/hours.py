@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kalshi_platform.loading.coverage import ANY, BREAKING, Coverage, coverage
-from kalshi_platform.storage import archive, checksum
-from kalshi_platform.storage.archive import HOUR, Manifest, Part
+from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive import HOUR, Archive, Manifest, Part, batches, rows_of
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -73,14 +71,14 @@ class _Tally:
     parts: tuple[Part, ...]
 
 
-def describe(root: Path, hour: datetime, *, complete: bool) -> HourReport:
+def describe(archive: Archive, hour: datetime, *, complete: bool) -> HourReport:
     """Count and check everything that the archive holds of an hour."""
-    tallies = {name: tally for name in RECORDED if (tally := _tally(root, name, hour)).parts}
+    tallies = {name: tally for name in RECORDED if (tally := _tally(archive, name, hour)).parts}
     if not tallies:
         return HourReport(hour, complete, ())
-    stream = _stream(root, hour)
+    stream = _stream(archive, hour)
     gaps = sum(event["kind"] == "gap" for event in stream)
-    covered = _coverage(root, hour, stream, complete=complete)
+    covered = _coverage(archive, hour, stream, complete=complete)
     return HourReport(
         hour,
         complete,
@@ -99,7 +97,7 @@ def describe(root: Path, hour: datetime, *, complete: bool) -> HourReport:
                 first=tally.first,
                 last=tally.last,
                 checksum=checksum.text(tally.checksum),
-                path=str(archive.hour_folder(root, name, hour)),
+                path=archive.where(name, hour),
             )
             for name, tally in tallies.items()
         ),
@@ -107,28 +105,47 @@ def describe(root: Path, hour: datetime, *, complete: bool) -> HourReport:
     )
 
 
-def seal(root: Path, hour: datetime) -> HourReport:
-    """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent."""
-    report = describe(root, hour, complete=True)
+def seal(
+    archive: Archive, hour: datetime, taken: Mapping[str, Sequence[str]] | None = None
+) -> HourReport:
+    """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent.
+
+    `taken`: by dataset, the parts that have become one sorted file just now.
+    """
+    report = describe(archive, hour, complete=True)
     for dataset in report.datasets:
-        archive.write_manifest(root, _manifest(root, dataset, report.verified_by_market))
+        merged = (taken or {}).get(dataset.dataset, ())
+        archive.write_manifest(_manifest(archive, dataset, report.verified_by_market, merged))
     return report
 
 
-def is_sealed(root: Path, hour: datetime) -> bool:
+def is_sealed(archive: Archive, hour: datetime) -> bool:
     """Whether an hour that has data also has its manifests."""
-    present = [name for name in RECORDED if archive.files(root, name, hour)]
+    present = [name for name in RECORDED if archive.files(name, hour)]
     return bool(present) and all(
-        (manifest := archive.read_manifest(root, name, hour)) is not None and manifest.complete
+        (manifest := archive.read_manifest(name, hour)) is not None and manifest.complete
         for name in present
     )
 
 
-def _manifest(root: Path, it: DatasetHour, verified: Mapping[str, float]) -> Manifest:
-    before = archive.read_manifest(root, it.dataset, it.hour)
+def unsealed(archive: Archive, since: datetime, before: datetime) -> list[datetime]:
+    """The hours from `since` to before `before` of which some dataset has files and no manifest."""
+    return sorted(
+        {
+            hour
+            for name in RECORDED
+            for hour, listed in archive.listing(name, since, before).items()
+            if hour < before and listed.files and listed.manifest is None
+        }
+    )
+
+
+def _manifest(
+    archive: Archive, it: DatasetHour, verified: Mapping[str, float], merged: Sequence[str]
+) -> Manifest:
+    before = archive.read_manifest(it.dataset, it.hour)
     tally_parts = [
-        Part(path.name, pq.read_metadata(path).num_rows, path.stat().st_size)
-        for path in archive.files(root, it.dataset, it.hour)
+        Part(file.name, rows_of(file), file.bytes) for file in archive.files(it.dataset, it.hour)
     ]
     return Manifest(
         dataset=it.dataset,
@@ -146,7 +163,7 @@ def _manifest(root: Path, it: DatasetHour, verified: Mapping[str, float]) -> Man
         checksum=it.checksum,
         parts=tally_parts,
         compacted=is_compacted([part.file for part in tally_parts]),
-        merged=before.merged if before else [],
+        merged=sorted({*merged, *(before.merged if before else [])}),
     )
 
 
@@ -155,16 +172,16 @@ def is_compacted(names: Sequence[str]) -> bool:
     return len(names) == 1 and names[0].startswith(COMPACTED)
 
 
-def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
+def _tally(archive: Archive, dataset: str, hour: datetime) -> _Tally:
     clock = "ts" if dataset == BOOK_CHECKPOINTS.name else "ingest_ts"
     rows, total = 0, 0
     markets: set[str] = set()
     first: datetime | None = None
     last: datetime | None = None
     parts = []
-    for path in archive.files(root, dataset, hour):
+    for file in archive.files(dataset, hour):
         count = 0
-        for table in archive.batches(path, DATASETS[dataset].arrow):
+        for table in batches(file, DATASETS[dataset].arrow):
             count += table.num_rows
             total = (total + checksum.rows_checksum(table)) % 2**64
             markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
@@ -173,14 +190,14 @@ def _tally(root: Path, dataset: str, hour: datetime) -> _Tally:
                 first = span["min"] if first is None else min(first, span["min"])
                 last = span["max"] if last is None else max(last, span["max"])
         rows += count
-        parts.append(Part(path.name, count, path.stat().st_size))
+        parts.append(Part(file.name, count, file.bytes))
     return _Tally(rows, total, frozenset(markets), first, last, tuple(parts))
 
 
-def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
+def _stream(archive: Archive, hour: datetime) -> list[dict[str, Any]]:
     """The stream events that coverage and gap counts need, in order."""
     tables = []
-    for table in archive.read(root, STREAM_EVENTS.name, hour):
+    for table in archive.read(STREAM_EVENTS.name, hour):
         plain = table.set_column(
             table.column_names.index("kind"), "kind", table["kind"].cast(pa.string())
         )
@@ -192,11 +209,11 @@ def _stream(root: Path, hour: datetime) -> list[dict[str, Any]]:
 
 
 def _coverage(
-    root: Path, hour: datetime, stream: list[dict[str, Any]], *, complete: bool
+    archive: Archive, hour: datetime, stream: list[dict[str, Any]], *, complete: bool
 ) -> Coverage:
     books: dict[str, tuple[str, str, int, bool]] = {}
     columns = ["market_ticker", "conn_id", "sid", "verified"]
-    for table in archive.read(root, BOOK_CHECKPOINTS.name, hour, columns):
+    for table in archive.read(BOOK_CHECKPOINTS.name, hour, columns):
         for row in table.group_by(columns).aggregate([]).to_pylist():
             books[row["market_ticker"]] = (
                 row["market_ticker"],
@@ -204,23 +221,23 @@ def _coverage(
                 row["sid"],
                 row["verified"],
             )
-    signs = _signs(root, hour)
+    signs = _signs(archive, hour)
     last = max(signs.values(), default=hour)
     end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
     return coverage(hour, end, books.values(), stream, signs)
 
 
-def _signs(root: Path, hour: datetime) -> dict[str, datetime]:
+def _signs(archive: Archive, hour: datetime) -> dict[str, datetime]:
     """Each connection's newest receive time in the hour's files; see `coverage`."""
     newest: dict[str, datetime] = {}
     for name in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name):
-        for table in archive.read(root, name, hour, ["conn_id", "ingest_ts"]):
+        for table in archive.read(name, hour, ["conn_id", "ingest_ts"]):
             found = pl.DataFrame(table).group_by("conn_id").agg(pl.col("ingest_ts").max())
             for conn, at in found.cast({"conn_id": pl.String}).iter_rows():
                 newest[conn] = max(newest.get(conn, hour), at)
     newest.pop(ZERO_UUID, None)  # happened to no connection
     columns = ["kind", "conn_id", "detail", "ingest_ts"]
-    for table in archive.read(root, STREAM_EVENTS.name, hour, columns):
+    for table in archive.read(STREAM_EVENTS.name, hour, columns):
         beats = pl.DataFrame(table).filter(
             pl.col("kind").cast(pl.String) == "heartbeat",
             pl.col("conn_id").cast(pl.String) == ZERO_UUID,

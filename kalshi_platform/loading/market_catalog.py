@@ -16,12 +16,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import ProtocolError
@@ -29,7 +27,8 @@ from kalshi_platform.exchange.numbers import PRICE_SCALE, QTY_SCALE, fixed_point
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse
+from kalshi_platform.storage import clickhouse
+from kalshi_platform.storage.archive import File, open_archive, table_of
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import MARKET_CATALOG, NAME
 
@@ -53,11 +52,6 @@ class Catalog:
     as_of: datetime
 
 
-def path_of(settings: Settings) -> Path:
-    """Where the file is."""
-    return settings.archive_dir / MARKET_CATALOG.name / FILE
-
-
 def take(settings: Settings, rest: RestClient) -> Catalog:
     """Read every market that the settings name, and those catalogued before that can still change.
 
@@ -65,7 +59,7 @@ def take(settings: Settings, rest: RestClient) -> Catalog:
     before cannot be read.
     """
     as_of = datetime.fromtimestamp(time.time(), UTC)
-    before = _before(path_of(settings))
+    before = _before(settings)
     wish = wish_of(settings)
     newest = pc.max(before["as_of"]).as_py()
     since = int(((newest or as_of) - BACK).timestamp())
@@ -92,18 +86,17 @@ def take(settings: Settings, rest: RestClient) -> Catalog:
     return Catalog(read, known.take(order), known.num_rows - before.num_rows, as_of)
 
 
-def store(settings: Settings, catalog: Catalog) -> Path:
+def store(settings: Settings, catalog: Catalog) -> File:
     """Write the file, and what ClickHouse lacks; returns the file.
 
     A ClickHouse that knows fewer markets than the file (a new one) gets them all. Raises what the stores
     raise; doing it again adds nothing.
     """
-    path = path_of(settings)
-    archive.write(
-        path, [catalog.known], MARKET_CATALOG.arrow, level=9, sorted_by=("market_ticker",)
+    file = open_archive(settings).write_whole(
+        MARKET_CATALOG.name, FILE, catalog.known, level=9, sorted_by=("market_ticker",)
     )
     if not settings.use_clickhouse:
-        return path
+        return file
     name = MARKET_CATALOG.name
     with closing(clickhouse.connect(settings, log_comment=name)) as client:
         with clickhouse.translated():
@@ -112,18 +105,19 @@ def store(settings: Settings, catalog: Catalog) -> Path:
         rows = catalog.known if lacks else catalog.read
         token = f"{name}:{catalog.as_of.isoformat()}:{rows.num_rows}"
         clickhouse.insert_arrow(client, name, rows, token)
-    return path
+    return file
 
 
-def _before(path: Path) -> pa.Table:
+def _before(settings: Settings) -> pa.Table:
     schema = MARKET_CATALOG.arrow
-    if not path.exists():
+    file = open_archive(settings).whole(MARKET_CATALOG.name, FILE)
+    if file is None:
         return schema.empty_table()
     try:
-        return pq.read_table(path, partitioning=None).cast(schema)
-    except (pa.ArrowException, OSError) as error:
+        return table_of(file, schema)
+    except StoreRefused:
         raise StoreRefused(
-            f"{path} cannot be read ({error}). Restore it from a backup; or move it away, and markets"
+            f"{file.path} cannot be read. Restore it from a backup; or move it away, and markets"
             " that are no longer listed are missing from the new one."
         ) from None
 

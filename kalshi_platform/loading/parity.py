@@ -22,8 +22,8 @@ from kalshi_platform.loading import hours
 from kalshi_platform.loading.continuity import Extent
 from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, checksum, clickhouse
-from kalshi_platform.storage.archive import HOUR, Manifest
+from kalshi_platform.storage import checksum, clickhouse
+from kalshi_platform.storage.archive import HOUR, Archive, Manifest, batches, open_archive
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
@@ -108,25 +108,26 @@ def compare_hours(
     `behind`: ClickHouse's load says that it lags, so that a difference proves nothing yet. Raises what
     ClickHouse raises; a file that cannot be read is a difference.
     """
-    root = settings.archive_dir
+    archive = open_archive(settings)
     path = settings.data_dir / "checks" / "hot_cold_parity.json"
     where = f"{settings.clickhouse_url} {settings.clickhouse_database}"
     known = _remembered(path, where)
-    sealed = _hot_hours(settings, now)
+    kept = timedelta(days=settings.hot_retention_days) - _EXPIRES_SOON
+    looks = _sealed(archive, now - kept)
+    sealed = sorted(looks)
     loaded = [h for h in sealed if h + HOUR <= hot.newest]
     shared = [h for h in loaded if h + HOUR > hot.first]
-    files = {hour: _files(root, hour) for hour in shared}
     verdicts = {
         hour: verdict
         for hour in shared
-        if (verdict := known.get(_key(hour))) is not None and verdict.files == files[hour]
+        if (verdict := known.get(_key(hour))) is not None and verdict.files == looks[hour]
     }
     late = [hour for hour in sealed if hour not in loaded]
     compared = []
     rows = 0
     for hour in _due(shared, verdicts, now)[:limit]:
-        verdict = _compare(client, root, hour, files[hour], now)
-        if _files(root, hour) != files[hour]:
+        verdict = _compare(client, archive, hour, looks[hour], now)
+        if _sealed(archive, hour, hour).get(hour) != looks[hour]:
             continue  # written anew under our eyes: the next run compares it
         if verdict.differences and behind:
             late.append(hour)
@@ -146,18 +147,27 @@ def compare_hours(
     )
 
 
-def _hot_hours(settings: Settings, now: datetime) -> list[datetime]:
-    """The sealed hours of which ClickHouse has not begun to drop rows, ascending."""
-    root = settings.archive_dir
-    kept = timedelta(days=settings.hot_retention_days) - _EXPIRES_SOON
-    every = {hour for name in hours.RECORDED for hour in _hours_with_manifest(root, name)}
-    return sorted(hour for hour in every if now - hour < kept)
+def _sealed(archive: Archive, first: datetime, last: datetime | None = None) -> dict[datetime, str]:
+    """The sealed hours after `first`, and how their files look from outside.
 
-
-def _hours_with_manifest(root: Path, dataset: str) -> Iterator[datetime]:
-    for path in (root / dataset).glob(f"date=*/hour=*/{archive.MANIFEST}"):
-        day = path.parent.parent.name.removeprefix("date=")
-        yield datetime.fromisoformat(f"{day}T{path.parent.name.removeprefix('hour=')}:00:00+00:00")
+    Another text means that they were written anew.
+    """
+    found: dict[datetime, list[str]] = {}
+    sealed = set()
+    for name in hours.RECORDED:
+        for hour, listed in archive.listing(name, first, last).items():
+            if listed.manifest is not None:
+                sealed.add(hour)
+            for file in (*listed.files, listed.manifest):
+                if file is not None:
+                    text = f"{name}/{file.name}:{file.bytes}:{file.version}"
+                    found.setdefault(hour, []).append(text)
+    return {
+        hour: checksum.text(
+            checksum.rows_checksum(pa.table({"file": pa.array(found[hour], pa.string())}))
+        )
+        for hour in sorted(sealed)
+    }
 
 
 def _due(
@@ -176,33 +186,33 @@ def _due(
 
 
 def _compare(
-    client: clickhouse.Client, root: Path, hour: datetime, files: str, now: datetime
+    client: clickhouse.Client, archive: Archive, hour: datetime, files: str, now: datetime
 ) -> _Verdict:
     differences = []
     rows = 0
     for name in hours.RECORDED:
-        cold = _cold(root, DATASETS[name], hour)
+        cold = _cold(archive, DATASETS[name], hour)
         hot = _hot(client, DATASETS[name], hour)
         rows += cold.rows
-        found = _difference(_manifest(root, name, hour), cold, hot, hour, name)
+        found = _difference(_manifest(archive, name, hour), cold, hot, hour, name)
         if found is not None:
             differences.append(found)
     return _Verdict(files, now.timestamp(), rows, differences)
 
 
-def _manifest(root: Path, dataset: str, hour: datetime) -> _Side:
+def _manifest(archive: Archive, dataset: str, hour: datetime) -> _Side:
     try:
-        manifest: Manifest | None = archive.read_manifest(root, dataset, hour)
+        manifest: Manifest | None = archive.read_manifest(dataset, hour)
     except StoreRefused as error:
         return _Side(0, 0, str(error))
     return _Side(manifest.rows, int(manifest.checksum, 16)) if manifest else _Side(0, 0)
 
 
-def _cold(root: Path, dataset: Dataset, hour: datetime) -> _Side:
+def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
     rows, total = 0, 0
     try:
-        for path in archive.files(root, dataset.name, hour):
-            for table in archive.batches(path, dataset.arrow):
+        for file in archive.files(dataset.name, hour):
+            for table in batches(file, dataset.arrow):
                 rows += table.num_rows
                 total += checksum.rows_checksum(table)
     except StoreRefused as error:
@@ -282,20 +292,6 @@ def _apart(one: str, has: _Side, other: str, wanted: _Side) -> str:
 
 
 # -- what is remembered ------------------------------------------------------------------------
-
-
-def _files(root: Path, hour: datetime) -> str:
-    """How an hour's files look from outside; another text means that they were written anew."""
-    found = []
-    for name in hours.RECORDED:
-        folder = archive.hour_folder(root, name, hour)
-        for path in sorted((*folder.glob("*.parquet"), *folder.glob(archive.MANIFEST))):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue  # replaced at this moment
-            found.append(f"{name}/{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
-    return checksum.text(checksum.rows_checksum(pa.table({"file": pa.array(found, pa.string())})))
 
 
 def _key(hour: datetime) -> str:

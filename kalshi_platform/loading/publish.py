@@ -29,8 +29,18 @@ from kalshi_platform import __version__
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.compaction import SORTED_BY, own_dictionaries
-from kalshi_platform.storage import archive, checksum
-from kalshi_platform.storage.archive import Manifest, Part
+from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive import (
+    Archive,
+    File,
+    LocalArchive,
+    Manifest,
+    Part,
+    batches,
+    local_file,
+    stage_manifest,
+    write_durably,
+)
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     ANALYTICS,
@@ -137,7 +147,7 @@ class Published:
 
 
 def publish(
-    root: Path,
+    archive: Archive,
     to: Path,
     *,
     span: tuple[datetime, datetime] | None,
@@ -145,41 +155,48 @@ def publish(
     done: Callable[[Published], None],
     left: Callable[[str], None],
 ) -> None:
-    """Copy the sealed hours of `span` (None: all) of the `wanted` datasets from `root` to `to`.
+    """Copy the sealed hours of `span` (None: all) of the `wanted` datasets from `archive` to `to`.
 
     `done` is told of each hour, `left` of what is not published and why. Hours that `to` has already
     are replaced, each in one step. Raises `StoreRefused` where `to` is or touches the archive, holds
     anything but published hours, where an hour is not what its manifest says, or where something of the
     recorder's own is found in what was written (which is then not put in place).
     """
-    _insist_apart(root, to)
+    _insist_apart(archive, to)
     _mark(to)
-    there = {name: set(archive.hours(root, name)) for name in sorted(wanted)}
-    with archive.compacting(to):
+    public = LocalArchive(to)
+    there = {name: set(archive.hours(name)) for name in sorted(wanted)}
+    with public.compacting():
         for hour in sorted(set().union(*there.values())):
             if span is not None and not span[0] <= hour <= span[1]:
                 continue
-            own = own_ids(root, hour)
+            own = own_ids(archive, hour)
             for name in (name for name, of_it in there.items() if hour in of_it):
-                manifest = archive.read_manifest(root, name, hour)
+                manifest = archive.read_manifest(name, hour)
                 if manifest is None or not manifest.complete:
                     left(f"{name} of {hour:%Y-%m-%d %H:00} UTC is not sealed: left out.")
                     continue
-                staged = archive.staging(to, name, hour)
+                staged = public.staging(name, hour)
                 try:
-                    done(_publish_hour(root, to, DATASETS[name], manifest, staged=staged, own=own))
+                    done(
+                        _publish_hour(
+                            archive, public, DATASETS[name], manifest, staged=staged, own=own
+                        )
+                    )
                 except BaseException:
                     shutil.rmtree(staged, ignore_errors=True)  # it may hold what must not go out
                     raise
-        with archive.changing(to):
-            archive.sweep(to)
+        with public.changing():
+            public.sweep()
 
 
-def _insist_apart(root: Path, to: Path) -> None:
-    ours, theirs = root.resolve(), to.resolve()
+def _insist_apart(archive: Archive, to: Path) -> None:
+    if not isinstance(archive, LocalArchive):
+        return
+    ours, theirs = archive.root.resolve(), to.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise StoreRefused(
-            f"--to {to} is in the archive, {root}, or holds it. Give a folder apart from it."
+            f"--to {to} is in the archive, {archive}, or holds it. Give a folder apart from it."
         )
 
 
@@ -204,8 +221,8 @@ def _mark(to: Path) -> None:
 
 
 def _publish_hour(
-    root: Path,
-    to: Path,
+    archive: Archive,
+    to: LocalArchive,
     dataset: Dataset,
     manifest: Manifest,
     *,
@@ -214,22 +231,21 @@ def _publish_hour(
 ) -> Published:
     hour = datetime.fromisoformat(manifest.hour)
     told = Published(dataset.name, hour)
-    sources = archive.files(root, dataset.name, hour)
+    sources = archive.files(dataset.name, hour)
     source, written = _Content(dataset), _Content(dataset)
     sorted_by = (
         SORTED_BY.get(dataset.name, ()) if hours.is_compacted([p.name for p in sources]) else ()
     )
     parts = []
-    for path in sources:
+    for file in sources:
         before = written.rows
-        tables = _scrubbed(path, dataset, source, written, told)
-        size = archive.write(
-            staged / path.name, tables, dataset.arrow, level=ZSTD_LEVEL, sorted_by=sorted_by
-        )
+        path = staged / file.name
+        tables = _scrubbed(file, dataset, source, written, told)
+        size = write_durably(path, tables, dataset.arrow, level=ZSTD_LEVEL, sorted_by=sorted_by)
         if written.rows == before:
-            (staged / path.name).unlink()  # a file without rows says nothing
+            path.unlink()  # a file without rows says nothing
         else:
-            name = _rename(staged / path.name)
+            name = _rename(path)
             parts.append(Part(name, written.rows - before, size))
     if (source.rows, source.checksum) != (manifest.rows, manifest.checksum):
         raise StoreRefused(
@@ -251,16 +267,16 @@ def _publish_hour(
         compacted=hours.is_compacted([part.file for part in parts]),
         merged=[],
     )
-    archive.write_manifest(to, after, staged)
-    with archive.changing(to):
-        archive.replace_hour(to, dataset.name, hour, staged)
+    stage_manifest(staged, after)
+    with to.changing():
+        to.replace_hour(dataset.name, hour, staged)
     return told
 
 
 def _scrubbed(
-    path: Path, dataset: Dataset, source: _Content, written: _Content, told: Published
+    file: File, dataset: Dataset, source: _Content, written: _Content, told: Published
 ) -> Iterator[pa.Table]:
-    for table in archive.batches(path, dataset.arrow):
+    for table in batches(file, dataset.arrow):
         source.add(table)
         if dataset is ORDERBOOK_EVENTS:
             table = _without_own_orders(table, told)  # noqa: PLW2901 - the same rows, scrubbed
@@ -377,12 +393,12 @@ def _only(found: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
 # -- proof -------------------------------------------------------------------------------------
 
 
-def own_ids(root: Path, hour: datetime) -> set[str]:
+def own_ids(archive: Archive, hour: datetime) -> set[str]:
     """Every id of the recorder's own that the archive has in an hour, long enough to search for."""
     found: set[str] = set()
-    for table in archive.read(root, ORDERBOOK_EVENTS.name, hour, ["client_order_id"]):
+    for table in archive.read(ORDERBOOK_EVENTS.name, hour, ["client_order_id"]):
         found.update(table["client_order_id"].cast(pa.string()).unique().to_pylist())
-    for table in archive.read(root, STREAM_EVENTS.name, hour, ["kind", "detail"]):
+    for table in archive.read(STREAM_EVENTS.name, hour, ["kind", "detail"]):
         private = pc.invert(pc.is_in(table["kind"].cast(pa.string()), pa.array([*NOTES, *FRAMES])))
         for detail in table["detail"].filter(private).to_pylist():
             found.update(_ids_in(detail))
@@ -412,7 +428,7 @@ def _read_back(
     """Raise `StoreRefused` unless the files hold what was written, and nothing of the recorder's own."""
     found = _Content(dataset)
     for path in paths:
-        for table in archive.batches(path, dataset.arrow):
+        for table in batches(local_file(path), dataset.arrow):
             found.add(table)
             for at, column in enumerate(table.schema):
                 texts = _texts(table[at])

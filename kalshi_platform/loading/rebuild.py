@@ -8,7 +8,6 @@ damaged, the hour becomes one file per dataset; what was there is put aside unde
 
 from __future__ import annotations
 
-import filecmp
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import compaction, hours, passage
+from kalshi_platform.loading import compaction, hours, passage, sealing
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derivation import at_hours, chunks
 from kalshi_platform.loading.derive import Rows, State, derive
@@ -29,8 +28,18 @@ from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Position
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse
-from kalshi_platform.storage.archive import HOUR, Manifest, floor_hour, hour_of_ns
+from kalshi_platform.storage import clickhouse
+from kalshi_platform.storage.archive import (
+    HOUR,
+    Archive,
+    LocalArchive,
+    Manifest,
+    floor_hour,
+    hour_of_ns,
+    open_archive,
+    part_name,
+    part_range,
+)
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
@@ -59,29 +68,29 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
     where neither the journals nor ClickHouse can give back what is lost, `StoreUnavailable` while
     somebody else changes sealed hours.
     """
-    root = settings.archive_dir
+    archive = open_archive(settings)
     if floor_hour(datetime.now(UTC)) <= hour or not _passed(settings, hour):
-        return hours.describe(root, hour, complete=False)
+        return hours.describe(archive, hour, complete=False)
     sources = _in_journals(settings, hour)
-    compaction.withdraw(root, hour)
-    with archive.changing(root):
-        if _is_compacted(root, hour):
-            same = bool(sources) and _from_journals_compacted(sources, root, hour)
-            if not same and not _sound(root, hour):
-                _from_clickhouse(settings, root, hour)
+    compaction.withdraw(archive, hour)
+    with archive.changing():
+        if _is_compacted(archive, hour):
+            same = bool(sources) and _from_journals_compacted(sources, archive, hour)
+            if not same and not _sound(archive, hour):
+                _from_clickhouse(settings, archive, hour)
         else:
-            strangers = _parts_of_others(sources, root, hour)
+            strangers = _parts_of_others(sources, archive, hour)
             if None not in strangers:  # else what ClickHouse gave holds the journals' rows too
                 for source in sources:
-                    _from_journal(source, root, hour)
-            if (strangers or not sources) and not _sound(root, hour):
-                _from_clickhouse(settings, root, hour)
-        return hours.seal(root, hour)
+                    _from_journal(source, archive, hour)
+            if (strangers or not sources) and not _sound(archive, hour):
+                _from_clickhouse(settings, archive, hour)
+        return sealing.seal(archive, hour)
 
 
 def _passed(settings: Settings, hour: datetime) -> bool:
     """Whether every shard is done with the hour: until then its files are the streamers' alone."""
-    if hours.is_sealed(settings.archive_dir, hour):
+    if hours.is_sealed(open_archive(settings), hour):
         return True
     waiting = passage.behind(settings.journals_dir, hour)
     if waiting:
@@ -89,9 +98,11 @@ def _passed(settings: Settings, hour: datetime) -> bool:
     return not waiting
 
 
-def _parts_of_others(sources: Sequence[_Source], root: Path, hour: datetime) -> set[int | None]:
+def _parts_of_others(
+    sources: Sequence[_Source], archive: Archive, hour: datetime
+) -> set[int | None]:
     """Whose parts the hour has besides these journals'; None: not from a journal at all."""
-    whose = {cut[0] if (cut := archive.part_range(name)) else None for name in _parts(root, hour)}
+    whose = {cut[0] if (cut := part_range(name)) else None for name in _parts(archive, hour)}
     return whose - {source.shard for source in sources}
 
 
@@ -122,32 +133,33 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
     return None
 
 
-def _is_compacted(root: Path, hour: datetime) -> bool:
+def _is_compacted(archive: Archive, hour: datetime) -> bool:
     """Whether a compaction took in rows of the hour, be there parts beside them or not."""
     return any(
-        any(path.name.startswith(hours.COMPACTED) for path in archive.files(root, name, hour))
-        or ((manifest := archive.read_manifest(root, name, hour)) is not None and manifest.merged)
+        any(file.name.startswith(hours.COMPACTED) for file in archive.files(name, hour))
+        or ((manifest := archive.read_manifest(name, hour)) is not None and manifest.merged)
         for name in hours.RECORDED
     )
 
 
-def _from_journals_compacted(sources: Sequence[_Source], root: Path, hour: datetime) -> bool:
+def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
     """Replace the hour's files by new ones of the same rows; False where the journals give others.
 
     They do where rows came late, in the journal of a later hour, or where a shard's journal no longer
     has the hour: what the archive has then stays.
     """
-    manifests = {name: archive.read_manifest(root, name, hour) for name in hours.RECORDED}
-    scratch = archive.staging(root, "rebuild", hour)
+    manifests = {name: archive.read_manifest(name, hour) for name in hours.RECORDED}
+    folder_of_parts = archive.staging("rebuild", hour)
+    scratch = LocalArchive(folder_of_parts)
     try:
         for source in sources:
             _from_journal(source, scratch, hour)
         built = []
         for name in hours.RECORDED:
-            derived, manifest = archive.files(scratch, name, hour), manifests[name]
+            derived, manifest = scratch.files(name, hour), manifests[name]
             if not derived and manifest is None:
                 continue
-            staged = archive.staging(root, name, hour)
+            staged = archive.staging(name, hour)
             found = compaction.build(derived, DATASETS[name], staged) if derived else None
             if manifest is None or found is None or not _same(manifest, found[0]):
                 log.warning(
@@ -159,58 +171,49 @@ def _from_journals_compacted(sources: Sequence[_Source], root: Path, hour: datet
                     f"{manifest.rows:,}" if manifest else "none",
                 )
                 return False
-            compaction.vouch(root, staged, manifest, found[1])
+            compaction.vouch(staged, manifest, found[1])
             built.append((name, staged))
     finally:
-        shutil.rmtree(scratch)
+        shutil.rmtree(folder_of_parts)
     for name, staged in built:
-        if not _is_there(staged, archive.hour_folder(root, name, hour)):
-            archive.replace_hour(root, name, hour, staged)
+        archive.replace_hour(name, hour, staged)
     return True
-
-
-def _is_there(staged: Path, folder: Path) -> bool:
-    """Whether the hour is the staged file already, byte for byte: then no reader need be disturbed."""
-    names = [path.name for path in staged.glob("*.parquet")]
-    if names != [path.name for path in folder.glob("*.parquet")]:
-        return False
-    return all(filecmp.cmp(staged / name, folder / name, shallow=False) for name in names)
 
 
 def _same(manifest: Manifest, content: compaction.Content) -> bool:
     return (manifest.rows, manifest.checksum) == (content.rows, content.checksum)
 
 
-def _from_journal(source: _Source, root: Path, hour: datetime) -> None:
+def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     state, shard = source.state, source.shard
     books = checkpoint(state, hour) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
     if books.num_rows:
-        _write(root, BOOK_CHECKPOINTS, hour, archive.part_name(shard, state.n, state.n), books)
-    edges = _edges(root, hour, shard)
+        _write(archive, BOOK_CHECKPOINTS, hour, part_name(shard, state.n, state.n), books)
+    edges = _edges(archive, hour, shard)
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source.folder, source.position, hour, edges):
         rows, state = derive(decode([piece]), state)
         pending.append(rows)
         if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
-            _write_range(root, hour, shard, first_n, pending)
+            _write_range(archive, hour, shard, first_n, pending)
             pending, first_n = [], state.n
     if pending:
-        _write_range(root, hour, shard, first_n, pending)
+        _write_range(archive, hour, shard, first_n, pending)
 
 
-def _edges(root: Path, hour: datetime, shard: int) -> set[int]:
+def _edges(archive: Archive, hour: datetime, shard: int) -> set[int]:
     """Where a shard's part of the hour was cut."""
-    cuts = [cut for name in _parts(root, hour) if (cut := archive.part_range(name))]
+    cuts = [cut for name in _parts(archive, hour) if (cut := part_range(name))]
     return {n for of, first_n, end_n in cuts if of == shard for n in (first_n, end_n)}
 
 
-def _parts(root: Path, hour: datetime) -> set[str]:
+def _parts(archive: Archive, hour: datetime) -> set[str]:
     """The names of the hour's files, those that are there and those that its manifests list."""
     names = set()
     for dataset in hours.RECORDED:
-        names |= {path.name for path in archive.files(root, dataset, hour)}
-        manifest = archive.read_manifest(root, dataset, hour)
+        names |= {file.name for file in archive.files(dataset, hour)}
+        manifest = archive.read_manifest(dataset, hour)
         names |= {part.file for part in manifest.parts} if manifest else set()
     return names
 
@@ -230,29 +233,31 @@ def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -
             yield rest
 
 
-def _write_range(root: Path, hour: datetime, shard: int, first_n: int, pending: list[Rows]) -> None:
-    name = archive.part_name(shard, first_n, pending[-1].end_n)
+def _write_range(
+    archive: Archive, hour: datetime, shard: int, first_n: int, pending: list[Rows]
+) -> None:
+    name = part_name(shard, first_n, pending[-1].end_n)
     for dataset in DATASETS.values():
         if not dataset.archived or dataset.name not in pending[0].tables:
             continue
         table = concatenated([rows.tables[dataset.name] for rows in pending])
         for of_hour, piece in by_hour(table):
             if of_hour == hour:
-                _write(root, dataset, hour, name, piece)
+                _write(archive, dataset, hour, name, piece)
 
 
-def _write(root: Path, dataset: Dataset, hour: datetime, name: str, table: pa.Table) -> None:
-    archive.write(archive.hour_folder(root, dataset.name, hour) / name, [table], dataset.arrow)
+def _write(archive: Archive, dataset: Dataset, hour: datetime, name: str, table: pa.Table) -> None:
+    archive.write(dataset.name, hour, name, [table], dataset.arrow)
 
 
 # -- from ClickHouse ---------------------------------------------------------------------------
 
 
-def _sound(root: Path, hour: datetime) -> bool:
+def _sound(archive: Archive, hour: datetime) -> bool:
     """Whether the hour's files are all there and hold what its manifests say."""
     for dataset in hours.RECORDED:
-        manifest = archive.read_manifest(root, dataset, hour)
-        present = {path.name for path in archive.files(root, dataset, hour)}
+        manifest = archive.read_manifest(dataset, hour)
+        present = {file.name for file in archive.files(dataset, hour)}
         if manifest is None:
             if present:
                 return False
@@ -260,31 +265,31 @@ def _sound(root: Path, hour: datetime) -> bool:
         if present != {part.file for part in manifest.parts if part.rows}:
             return False
     try:
-        report = hours.describe(root, hour, complete=True)
+        report = hours.describe(archive, hour, complete=True)
     except StoreError as error:
         log.warning("%s", error)
         return False
     return bool(report.datasets) and all(
-        (m := archive.read_manifest(root, d.dataset, hour)) is not None and m.checksum == d.checksum
+        (m := archive.read_manifest(d.dataset, hour)) is not None and m.checksum == d.checksum
         for d in report.datasets
     )
 
 
-def _from_clickhouse(settings: Settings, root: Path, hour: datetime) -> None:
+def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> None:
     if not settings.use_clickhouse:
         raise StoreRefused(_lost(hour, "ClickHouse is not in use (USE_CLICKHOUSE=0)"))
     client = clickhouse.connect(settings, log_comment=f"rebuild {hour:%Y-%m-%dT%H}")
     for name in hours.RECORDED:
         dataset = DATASETS[name]
         table = select_hour(client, dataset, hour)
-        manifest = archive.read_manifest(root, name, hour)
+        manifest = archive.read_manifest(name, hour)
         if manifest is not None and table.num_rows < manifest.rows:
             why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
             raise StoreRefused(_lost(hour, why))
-        for path in archive.files(root, name, hour):
-            path.rename(path.with_name(f".{path.name}.replaced"))
+        for file in archive.files(name, hour):
+            archive.put_aside(file)
         if table.num_rows:
-            _write(root, dataset, hour, FROM_CLICKHOUSE, table)
+            _write(archive, dataset, hour, FROM_CLICKHOUSE, table)
 
 
 def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:

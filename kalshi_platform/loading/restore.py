@@ -7,18 +7,15 @@ interrupted can be run again. The book now (`latest_levels`) is derived from the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.rebuild import select_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, checksum, clickhouse, queries
+from kalshi_platform.storage import checksum, clickhouse, queries
+from kalshi_platform.storage.archive import Archive, batches
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -60,7 +57,7 @@ def parse_hours(text: str) -> tuple[datetime, datetime]:
 
 def restore(
     settings: Settings,
-    root: Path,
+    archive: Archive,
     span: tuple[datetime, datetime] | None,
     progress: Callable[[Restored], None],
 ) -> list[Restored]:
@@ -72,29 +69,29 @@ def restore(
     client = clickhouse.connect(settings, log_comment="restore")
     done = []
     for name in RESTORED:
-        for hour in archive.hours(root, name):
+        for hour in archive.hours(name):
             if span is not None and not span[0] <= hour <= span[1]:
                 continue
-            restored = _hour(client, root, name, hour)
+            restored = _hour(client, archive, name, hour)
             progress(restored)
             done.append(restored)
     if not done:
         raise StoreRefused(
-            f"The archive in {root} has no hour of that span. `--from` is the folder that holds orderbook_events/."
+            f"The archive in {archive} has no hour of that span. `--from` is the folder that holds orderbook_events/."
         )
     with clickhouse.translated():
         client.command(queries.text("latest_levels_from_events"))
     return done
 
 
-def _hour(client: clickhouse.Client, root: Path, name: str, hour: datetime) -> Restored:
+def _hour(client: clickhouse.Client, archive: Archive, name: str, hour: datetime) -> Restored:
     dataset = DATASETS[name]
     rows, total = 0, 0
-    for path in archive.files(root, name, hour):
-        for number, table in enumerate(_tables(path, dataset.arrow)):
+    for file in archive.files(name, hour):
+        for number, table in enumerate(batches(file, dataset.arrow, BATCH_ROWS)):
             content = checksum.rows_checksum(table)
             token = (
-                f"restore:{name}:{hour:%Y-%m-%dT%H}:{path.name}:{number}:{checksum.text(content)}"
+                f"restore:{name}:{hour:%Y-%m-%dT%H}:{file.name}:{number}:{checksum.text(content)}"
             )
             clickhouse.insert_arrow(client, name, table, token)
             rows += table.num_rows
@@ -112,10 +109,3 @@ def _hour(client: clickhouse.Client, root: Path, name: str, hour: datetime) -> R
 def _in_clickhouse(client: clickhouse.Client, name: str, hour: datetime) -> tuple[int, int]:
     table = select_hour(client, DATASETS[name], hour)
     return table.num_rows, checksum.rows_checksum(table)
-
-
-def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    dictionaries = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-    with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            yield pa.Table.from_batches([batch]).cast(schema)

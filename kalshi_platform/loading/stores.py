@@ -16,12 +16,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import hours, passage
+from kalshi_platform.loading import hours, passage, sealing
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse, queries
-from kalshi_platform.storage.archive import HOUR
+from kalshi_platform.storage import clickhouse, queries
+from kalshi_platform.storage.archive import HOUR, Archive, floor_hour, part_name
 from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -123,12 +123,12 @@ class ParquetStore:
 
     def __init__(
         self,
-        root: Path,
+        archive: Archive,
         shard: int,
         report: Callable[[HourReport], None],
         journals: Path | None = None,
     ) -> None:
-        self._root = root
+        self._archive = archive
         self._shard = shard
         self._report = report
         self._journals = journals
@@ -138,7 +138,6 @@ class ParquetStore:
         """Up to here, hours were looked for that all have passed and nobody has sealed."""
         self._looked_back = False
         self._open_hour_reported: datetime | None = None
-        self.bytes_written = 0
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Write the range's files; an hour that was sealed before is sealed anew."""
@@ -151,18 +150,18 @@ class ParquetStore:
         late = {
             hour
             for hour in touched
-            if hour < max(touched[-1], self._passed) or hours.is_sealed(self._root, hour)
+            if hour < max(touched[-1], self._passed) or hours.is_sealed(self._archive, hour)
         }
         news = [hour for hour in touched if hour not in late and self._is_first_of(hour)]
         for hour, dataset, part in pieces:
             self._write_part(dataset, hour, first_n, end_n, part, late=hour in late)
         for hour in sorted(late):
-            if hour < self._everywhere or hours.is_sealed(self._root, hour):
-                with archive.changing(self._root):
+            if hour < self._everywhere or hours.is_sealed(self._archive, hour):
+                with self._archive.changing():
                     self._seal(hour)
         for hour in news:
             self._open_hour_reported = hour
-            self._report(hours.describe(self._root, hour, complete=False))
+            self._report(hours.describe(self._archive, hour, complete=False))
         self._seal_passed()
 
     def _is_first_of(self, hour: datetime) -> bool:
@@ -170,8 +169,8 @@ class ParquetStore:
         if self._open_hour_reported == hour:
             return False
         ours = f"part-{self._shard}-"
-        present = archive.files(self._root, STREAM_EVENTS.name, hour)
-        return all(path.name.startswith(ours) for path in present)
+        present = self._archive.files(STREAM_EVENTS.name, hour)
+        return all(file.name.startswith(ours) for file in present)
 
     def _write_part(
         self,
@@ -184,17 +183,16 @@ class ParquetStore:
         late: bool,
     ) -> None:
         """Write an hour's part; rows that a compaction has taken in already are there."""
-        name = archive.part_name(self._shard, first_n, end_n)
-        with archive.changing(self._root) if late else nullcontext():
-            manifest = archive.read_manifest(self._root, dataset.name, hour) if late else None
+        name = part_name(self._shard, first_n, end_n)
+        with self._archive.changing() if late else nullcontext():
+            manifest = self._archive.read_manifest(dataset.name, hour) if late else None
             if manifest is None or name not in manifest.merged:
-                path = archive.hour_folder(self._root, dataset.name, hour) / name
-                self.bytes_written += archive.write(path, [rows], dataset.arrow)
+                self._archive.write(dataset.name, hour, name, [rows], dataset.arrow)
 
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """Write the checkpoint, say how far this journal is, and seal what all have passed."""
         if checkpoint.num_rows:
-            late = hours.is_sealed(self._root, hour)
+            late = hours.is_sealed(self._archive, hour)
             self._write_part(BOOK_CHECKPOINTS, hour, n, n, checkpoint, late=late)
         if self._journals is not None:
             passage.advance(self._journals, self._shard, hour)
@@ -228,18 +226,16 @@ class ParquetStore:
             return
         with ExitStack() as held:
             try:
-                held.enter_context(archive.changing(self._root, SEAL_PATIENCE_S))
+                held.enter_context(self._archive.changing(SEAL_PATIENCE_S))
             except StoreUnavailable as error:
                 log.info("Hours are sealed with the next write: %s", error)
                 return
-            passed = {h for name in hours.RECORDED for h in archive.hours(self._root, name)}
-            for hour in sorted(h for h in passed if self._looked_to <= h < limit):
-                if not hours.is_sealed(self._root, hour):
-                    self._seal(hour)
+            for hour in hours.unsealed(self._archive, self._looked_to, limit):
+                self._seal(hour)
         self._looked_to = limit
 
     def _seal(self, hour: datetime) -> None:
-        report = hours.seal(self._root, hour)
+        report = sealing.seal(self._archive, hour)
         log.info("Sealed %s: %s", f"{hour:%Y-%m-%d %H:00}", _brief(report))
         self._report(report)
 
@@ -268,7 +264,7 @@ def by_hour(table: pa.Table) -> list[tuple[datetime, pa.Table]]:
     if not table.num_rows:
         return []
     span = pc.min_max(table["ingest_ts"]).as_py()
-    hour, last = archive.floor_hour(span["min"]), archive.floor_hour(span["max"])
+    hour, last = floor_hour(span["min"]), floor_hour(span["max"])
     if hour == last:
         return [(hour, table)]
     pieces = []

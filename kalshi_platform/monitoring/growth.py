@@ -18,7 +18,8 @@ from kalshi_platform.loading.hours import is_sealed
 from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.recording import journal
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, queries
+from kalshi_platform.storage import queries
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.migrations import FOR_EVER_DAYS, RETAINED
@@ -116,24 +117,34 @@ def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
 
 def _archive(settings: Settings) -> Growth:
     """The sealed hours of the last day: what is open is not compacted, and would count too much."""
-    root = settings.archive_dir
+    archive = open_archive(settings)
     this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     sealed = [
         hour
         for hour in (this_hour - timedelta(hours=back) for back in range(1, 26))
-        if is_sealed(root, hour)
+        if is_sealed(archive, hour)
     ]
     per_hour = [
         sum(
-            path.stat().st_size
+            file.bytes
             for name, dataset in DATASETS.items()
             if dataset.archived
-            for path in archive.files(root, name, hour)
+            for file in archive.files(name, hour)
         )
         for hour in sealed
     ]
     per_day = sum(per_hour) / len(per_hour) * 24 if per_hour else None
-    return Growth("Parquet archive", folder_bytes(root), per_day, None, root)
+    if settings.archive_base is None:
+        root = settings.archive_dir
+        return Growth("Parquet archive", folder_bytes(root), per_day, None, root)
+    size = sum(
+        file.bytes
+        for name, dataset in DATASETS.items()
+        if dataset.archived
+        for listed in archive.listing(name).values()
+        for file in listed.files
+    )
+    return Growth("Parquet archive", size, per_day, None, None)
 
 
 def _clickhouse(settings: Settings, client: Client) -> Growth:

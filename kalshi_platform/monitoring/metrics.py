@@ -365,7 +365,10 @@ def _disks(settings: Settings) -> Iterator[Metric]:
     size = GaugeMetricFamily(
         "kalshi_disk_size_bytes", "Size of the file system where a folder is.", labels=["folder"]
     )
-    for name, folder in (("data", settings.data_dir), ("archive", settings.archive_dir)):
+    folders = {"data": settings.data_dir}
+    if settings.archive_base is None:  # object storage has no end
+        folders["archive"] = settings.archive_dir
+    for name, folder in folders.items():
         there = next(path for path in (folder, *folder.parents) if path.exists())
         usage = shutil.disk_usage(there)
         free.add_metric([name], float(usage.free))

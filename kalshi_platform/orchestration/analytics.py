@@ -24,7 +24,6 @@ from kalshi_platform.storage.schema import (
 
 if TYPE_CHECKING:
     from datetime import datetime
-    from pathlib import Path
 
     import pyarrow as pa
 
@@ -99,9 +98,7 @@ def analytics_hour(
         raise dg.Failure(description=str(error), allow_retries=False) from error
     busiest = computed.activity.busiest()
     for report in computed.report.datasets:
-        table = _rows_of(
-            platform.settings().archive_dir, report.dataset, computed.activity.hour, busiest
-        )
+        table = _rows_of(platform, report.dataset, computed.activity.hour, busiest)
         yield dg.MaterializeResult(
             asset_key=report.dataset,
             metadata={
@@ -116,13 +113,16 @@ def analytics_hour(
         )
 
 
-def _rows_of(root: "Path", dataset: str, hour: "datetime", tickers: list[str]) -> "pa.Table":
+def _rows_of(
+    platform: KalshiResource, dataset: str, hour: "datetime", tickers: list[str]
+) -> "pa.Table":
     """The hour's rows of some markets, as they were written."""
     import pyarrow as pa
 
-    from kalshi_platform.storage import archive
+    from kalshi_platform.storage.archive import open_archive
 
-    return pa.concat_tables(archive.read(root, dataset, hour, tickers=tickers))
+    archive = open_archive(platform.settings())
+    return pa.concat_tables(archive.read(dataset, hour, tickers=tickers))
 
 
 def _picture(dataset: str, activity: "Activity", table: "pa.Table") -> MetadataValue:

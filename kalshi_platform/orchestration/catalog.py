@@ -56,7 +56,7 @@ def market_catalog(platform: KalshiResource) -> dg.MaterializeResult[None]:
     try:
         with RestClient(settings.exchange) as rest:
             catalog = catalogue.take(settings, rest)
-        path = catalogue.store(settings, catalog)
+        file = catalogue.store(settings, catalog)
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     statuses = Counter(catalog.known["status"].to_pylist())
@@ -69,7 +69,7 @@ def market_catalog(platform: KalshiResource) -> dg.MaterializeResult[None]:
             "statuses": MetadataValue.json(dict(sorted(statuses.items()))),
             "as of": MetadataValue.timestamp(catalog.as_of),
             "source": MetadataValue.text(platform.source),
-            "path": MetadataValue.path(str(path)),
+            "path": MetadataValue.path(file.path),
             "preview": _preview(catalog.read),
         }
     )

@@ -18,7 +18,7 @@ from dagster import MetadataValue
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 
 if TYPE_CHECKING:
@@ -430,7 +430,7 @@ def order_book_checks_schedule(platform: KalshiResource) -> dg.RunRequest | dg.S
     """Every five minutes, once anything has been recorded."""
     settings = platform.settings()
     recorded = any(settings.journals_dir.glob("shard-*/health.json"))
-    if not recorded and archive.first_day(settings.archive_dir) is None:
+    if not recorded and open_archive(settings).first_day() is None:
         return dg.SkipReason("Nothing has been recorded yet.")
     return dg.RunRequest()
 

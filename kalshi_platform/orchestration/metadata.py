@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
@@ -11,11 +12,15 @@ from dagster import MetadataValue
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import open_archive
+from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.schema import Dataset
 
 if TYPE_CHECKING:
     from kalshi_platform.loading.hours import DatasetHour, HourReport
+
+
+log = logging.getLogger(__name__)
 
 
 def _begins() -> date:
@@ -25,7 +30,13 @@ def _begins() -> date:
         settings = platform_settings.load()
     except SettingsError:
         return today  # told in full by whatever runs first
-    return settings.archive_begins or archive.first_day(settings.archive_dir) or today
+    try:
+        return settings.archive_begins or open_archive(settings).first_day() or today
+    except StoreError as error:  # object storage that is away: recording does not wait for it
+        log.warning(
+            "Partitions begin today, until this is loaded again. Set ARCHIVE_BEGINS. %s", error
+        )
+        return today
 
 
 HOURS = dg.HourlyPartitionsDefinition(

@@ -56,14 +56,16 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def is_sealed(self, hour: datetime) -> bool:
         """Whether the archive has data of an hour, and has it whole."""
         from kalshi_platform.loading import hours
+        from kalshi_platform.storage.archive import open_archive
 
-        return hours.is_sealed(self.settings().archive_dir, hour)
+        return hours.is_sealed(open_archive(self.settings()), hour)
 
     def describe(self, hour: datetime) -> HourReport:
         """What the archive holds of an hour. Reads all of it."""
         from kalshi_platform.loading import hours
+        from kalshi_platform.storage.archive import open_archive
 
-        return hours.describe(self.settings().archive_dir, hour, complete=self.is_sealed(hour))
+        return hours.describe(open_archive(self.settings()), hour, complete=self.is_sealed(hour))
 
     def rebuild(self, hour: datetime) -> HourReport:
         """A sealed hour, built again; the open one as it is. Raises `PlatformError` when nothing

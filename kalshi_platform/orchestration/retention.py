@@ -80,7 +80,7 @@ def _hot_tables(settings: "Settings") -> Mapping[str, Any]:
 def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
     from kalshi_platform.loading import compaction
     from kalshi_platform.monitoring.metrics import folder_bytes
-    from kalshi_platform.storage.archive import ASIDE
+    from kalshi_platform.storage.archive import ASIDE, open_archive
     from kalshi_platform.storage.errors import StoreUnavailable
 
     aside = settings.archive_dir / ASIDE
@@ -88,7 +88,7 @@ def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
     if not before:
         return {"bytes of replaced hours deleted": MetadataValue.int(0)}
     try:
-        compaction.sweep(settings.archive_dir)
+        compaction.sweep(open_archive(settings))
     except StoreUnavailable:
         return {}  # a compaction is at work, and does the same
     freed = max(before - folder_bytes(aside), 0)

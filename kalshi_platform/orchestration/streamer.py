@@ -28,6 +28,7 @@ from kalshi_platform.orchestration.observation import (
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.supervisor import RECYCLE_S
 from kalshi_platform.processes import Identity
+from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import STREAM_EVENTS
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def unreported(
     past = [this_hour - timedelta(hours=back) for back in range(_CATCH_UP_HOURS, 0, -1)]
     # stream_events has rows in every hour that was recorded at all.
     said = _said_complete(instance, STREAM_EVENTS.name, [partition_key(hour) for hour in past])
+    tries = 3
     for hour in past:
         key = partition_key(hour)
         if key in said:
@@ -204,6 +206,13 @@ def unreported(
         try:
             if platform.is_sealed(hour):
                 yield platform.describe(hour)
+        except StoreUnavailable as error:
+            log.warning(
+                "Hour %s cannot be had now, and is reported after the next start: %s", key, error
+            )
+            tries -= 1
+            if not tries:  # the archive is away, and each hour would be waited for
+                return
         except (PlatformError, OSError, ValueError) as error:  # a damaged file, whichever
             log.error("Hour %s cannot be read: %s. Materialise it to build it again.", key, error)
 

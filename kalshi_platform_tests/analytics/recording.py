@@ -12,7 +12,7 @@ from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import State, derive
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive, part_name, write_durably
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS
 from kalshi_platform_tests import wire
 
@@ -54,15 +54,15 @@ def record_hour(
         records.append((at, conn, Kind.DELTA, wire.delta(ticker, seq, side, price, qty)))
     state = State()
     for block in wire.blocks(records, [begins, (begins + len(records)) // 2]):
-        name = archive.part_name(0, block.first_n, block.first_n + block.rows)
+        name = part_name(0, block.first_n, block.first_n + block.rows)
         if block.first_n == begins:
-            folder = archive.hour_folder(root, BOOK_CHECKPOINTS.name, HOUR)
+            folder = LocalArchive(root).folder(BOOK_CHECKPOINTS.name, HOUR)
             books = checkpoint(state, HOUR)
-            archive.write(folder / archive.part_name(0, begins, begins), [books], books.schema)
+            write_durably(folder / part_name(0, begins, begins), [books], books.schema)
         rows, state = derive(decode([block]), state)
         for dataset in ("orderbook_events", "stream_events"):
             for hour, piece in by_hour(rows.tables[dataset]):
-                folder = archive.hour_folder(root, dataset, hour)
-                archive.write(folder / name, [piece], DATASETS[dataset].arrow)
+                folder = LocalArchive(root).folder(dataset, hour)
+                write_durably(folder / name, [piece], DATASETS[dataset].arrow)
     if sealed:
-        hours.seal(root, HOUR)
+        hours.seal(LocalArchive(root), HOUR)

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 
 from kalshi_platform.loading.analytics_hours import compute_hour
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.storage.tables import settings_for
 
@@ -30,7 +30,7 @@ mpl.use("Agg")
 
 
 def rows(root: Path, dataset: str) -> list[dict[str, Any]]:
-    (table,) = archive.read(root, dataset, HOUR)
+    (table,) = LocalArchive(root).read(dataset, HOUR)
     found: list[dict[str, Any]] = table.to_pylist()
     return found
 

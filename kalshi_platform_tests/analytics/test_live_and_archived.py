@@ -12,9 +12,11 @@ import pytest
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import archive, migrations
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.streamer import Streamer
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 BOOK = ["yes_bid", "bid_size", "bid_size_5c", "bid_size_all", "bid_levels", "bid_notional"]
@@ -51,7 +53,7 @@ def test_after_a_recording_the_last_depth_and_imbalance_are_the_live_ones(
         time.sleep(0.05)
     streamer.stop()
 
-    hours = archive.hours(settings.archive_dir, "orderbook_events")
+    hours = LocalArchive(settings.archive_dir).hours("orderbook_events")
     for hour in hours:
         compute_hour(settings, hour)
     client = connect(settings)
@@ -78,9 +80,7 @@ def test_after_a_recording_the_last_depth_and_imbalance_are_the_live_ones(
         ).result_rows
     finally:
         client.close()
-    depth = pl.concat(
-        pl.read_parquet(archive.files(settings.archive_dir, "depth", hour)) for hour in hours
-    )
+    depth = pl.concat(pl.read_parquet(paths(settings.archive_dir, "depth", hour)) for hour in hours)
     last = depth.sort("market_ticker", "second").group_by("market_ticker").last()
     assert last.height == live.height == 12
     for name in BOOK:

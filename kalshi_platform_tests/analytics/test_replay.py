@@ -18,6 +18,7 @@ from kalshi_platform.analytics import replay
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.book import State as BookState
 from kalshi_platform.exchange.frames import Kind, decode_delta, decode_head, decode_snapshot
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
@@ -202,8 +203,8 @@ def test_recorded_frames_replay_as_the_exchanges_own_rules_have_them(recording: 
 
 def test_some_markets_read_alone_replay_as_they_do_among_all(tmp_path: Path) -> None:
     record_hour(tmp_path)
-    everything = replay.read(tmp_path, ARCHIVED)
-    alone = replay.read(tmp_path, ARCHIVED, ["M-1"])
+    everything = replay.read(LocalArchive(tmp_path), ARCHIVED)
+    alone = replay.read(LocalArchive(tmp_path), ARCHIVED, ["M-1"])
     assert alone.tickers == ["M-1"]
     table = replay.after_events(alone, LEVELS)
     assert table.num_rows > 100
@@ -218,9 +219,12 @@ def test_some_markets_read_alone_replay_as_they_do_among_all(tmp_path: Path) -> 
 
 def test_some_markets_after_the_others_are_all_of_them(tmp_path: Path) -> None:
     record_hour(tmp_path)
-    everything = replay.after_events(replay.read(tmp_path, ARCHIVED), LEVELS).to_pylist()
+    everything = replay.after_events(
+        replay.read(LocalArchive(tmp_path), ARCHIVED), LEVELS
+    ).to_pylist()
     groups = [
-        replay.after_events(of, LEVELS) for of in replay.read_in_groups(tmp_path, ARCHIVED, 150)
+        replay.after_events(of, LEVELS)
+        for of in replay.read_in_groups(LocalArchive(tmp_path), ARCHIVED, 150)
     ]
     assert len(groups) == 3
     assert [row for group in groups for row in group.to_pylist()] == everything
@@ -228,18 +232,18 @@ def test_some_markets_after_the_others_are_all_of_them(tmp_path: Path) -> None:
 
 def test_an_hour_of_no_market_that_is_known_replays_into_nothing(tmp_path: Path) -> None:
     record_hour(tmp_path)
-    nothing = replay.read(tmp_path, ARCHIVED, ["M-9"])
+    nothing = replay.read(LocalArchive(tmp_path), ARCHIVED, ["M-9"])
     assert replay.after_events(nothing, 2).num_rows == 0
     assert replay.at_instants(nothing, [ARCHIVED]).schema == replay.AT_INSTANTS
 
 
 def test_what_cannot_be_answered_is_refused_by_name(tmp_path: Path) -> None:
     record_hour(tmp_path)
-    of = replay.read(tmp_path, ARCHIVED)
+    of = replay.read(LocalArchive(tmp_path), ARCHIVED)
     with pytest.raises(StoreRefused, match="Nothing is recorded of the hour 2026-09-21 16:00"):
-        replay.read(tmp_path, ARCHIVED + timedelta(hours=1))
+        replay.read(LocalArchive(tmp_path), ARCHIVED + timedelta(hours=1))
     with pytest.raises(ValueError, match="no time zone"):
-        replay.read(tmp_path, ARCHIVED.replace(tzinfo=None))
+        replay.read(LocalArchive(tmp_path), ARCHIVED.replace(tzinfo=None))
     with pytest.raises(ValueError, match="no time zone"):
         replay.at_instants(of, [ARCHIVED.replace(tzinfo=None)])
     with pytest.raises(ValueError, match="not within the hour"):

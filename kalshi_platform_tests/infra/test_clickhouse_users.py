@@ -13,7 +13,8 @@ from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, migrations
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
@@ -78,7 +79,7 @@ def load_into(settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording(200))
     for store in (
         ClickHouseStore(settings, str(writer.id)),
-        ParquetStore(settings.archive_dir, 0, lambda _: None),
+        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
     ):
         load_all(Load(settings.journal_dir(), writer, store, Pace(40, 0.0, 0.0)))
     writer.close()
@@ -97,7 +98,7 @@ def test_the_writer_streams_and_harms_nothing(as_one: As) -> None:
 def test_the_operator_computes_hours_too_and_harms_nothing(as_one: As) -> None:
     settings = as_one("kalshi_operator")
     load_into(settings)
-    assert archive.read_manifest(settings.archive_dir, "orderbook_events", FIRST_HOUR)
+    assert LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
     for _ in range(2):
         compute_hour(settings, FIRST_HOUR)
     with closing(connect(settings)) as client:

@@ -11,11 +11,13 @@ import pytest
 
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour, replace_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, checksum, migrations
+from kalshi_platform.storage import checksum, migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import ANALYTICS, SPREADS, Dataset
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.storage.tables import settings_for
 
 
@@ -52,7 +54,7 @@ def digests(root: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name in COMPUTED
-        for path in archive.hour_folder(root, name, HOUR).iterdir()
+        for path in LocalArchive(root).folder(name, HOUR).iterdir()
     }
 
 
@@ -65,7 +67,7 @@ def test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed(
     second = compute_hour(recorded, HOUR)
     assert digests(recorded.archive_dir) == before
     assert first.report == second.report
-    cold = pa.concat_tables(archive.read(recorded.archive_dir, dataset.name, HOUR))
+    cold = pa.concat_tables(LocalArchive(recorded.archive_dir).read(dataset.name, HOUR))
     assert cold.schema == dataset.arrow
     assert cold.num_rows > 0
     client = connect(recorded)
@@ -83,7 +85,7 @@ def test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed(
 
 def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings) -> None:
     compute_hour(recorded, HOUR)
-    (table,) = archive.read(recorded.archive_dir, SPREADS.name, HOUR)
+    (table,) = LocalArchive(recorded.archive_dir).read(SPREADS.name, HOUR)
     client = connect(recorded)
     staging = f"spreads_staging_{HOUR:%Y%m%d%H}"
     try:
@@ -105,7 +107,7 @@ def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings
 
 def test_an_hour_is_replaced_and_its_neighbours_stay(recorded: Settings) -> None:
     compute_hour(recorded, HOUR)
-    (table,) = archive.read(recorded.archive_dir, SPREADS.name, HOUR)
+    (table,) = LocalArchive(recorded.archive_dir).read(SPREADS.name, HOUR)
     later = HOUR + timedelta(hours=1)
     moved = table.set_column(
         2,
@@ -136,7 +138,7 @@ def test_an_hour_that_is_still_open_says_so_and_is_computed_again_when_sealed(
     record_hour(tmp_path)
     sealed = compute_hour(settings, HOUR).report
     assert {d.complete for d in sealed.datasets} == {True}
-    manifest = archive.read_manifest(tmp_path, SPREADS.name, HOUR)
+    manifest = LocalArchive(tmp_path).read_manifest(SPREADS.name, HOUR)
     assert manifest is not None
     assert manifest.complete
     assert manifest.rows == sealed.datasets[0].rows
@@ -158,4 +160,4 @@ def test_one_dataset_alone_can_be_computed(tmp_path: Path) -> None:
     record_hour(tmp_path)
     report = compute_hour(settings, HOUR, ["depth"]).report
     assert [d.dataset for d in report.datasets] == ["depth"]
-    assert not archive.files(tmp_path, "spreads", HOUR)
+    assert not paths(tmp_path, "spreads", HOUR)

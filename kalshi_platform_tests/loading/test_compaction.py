@@ -27,9 +27,11 @@ from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, swap
+from kalshi_platform.storage import swap
+from kalshi_platform.storage.archive import LocalArchive, Manifest, floor_hour, local
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -45,7 +47,7 @@ EVENTS = "orderbook_events"
 
 def record(settings: Settings, records: list[wire.Record]) -> None:
     writer = journal_of(settings.journal_dir(), records)
-    store = ParquetStore(settings.archive_dir, 0, lambda _: None)
+    store = ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None)
     load_all(Load(settings.journal_dir(), writer, store, SMALL))
     writer.close()
 
@@ -77,7 +79,7 @@ def settings(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def rows(root: Path, dataset: str, hour: datetime = FIRST_HOUR) -> pl.DataFrame:
     """The hour's rows, in an order of their own."""
-    table = pa.concat_tables(archive.read(root, dataset, hour)).unify_dictionaries()
+    table = pa.concat_tables(LocalArchive(root).read(dataset, hour)).unify_dictionaries()
     return pl.DataFrame(pl.from_arrow(table)).cast({pl.Categorical: pl.String}).sort(pl.all())
 
 
@@ -88,16 +90,18 @@ def run(root: Path, *wanted: datetime) -> list[compaction.Compacted]:
     def refused(_: datetime, error: StoreError) -> None:
         raise error
 
-    compaction.compact(root, wanted or compaction.pending(root), done.append, refused)
+    compaction.compact(
+        LocalArchive(root), wanted or compaction.pending(LocalArchive(root)), done.append, refused
+    )
     return done
 
 
 def names(root: Path, dataset: str = EVENTS) -> list[str]:
-    return [path.name for path in archive.files(root, dataset, FIRST_HOUR)]
+    return [path.name for path in paths(root, dataset, FIRST_HOUR)]
 
 
-def sealed(root: Path, dataset: str = EVENTS) -> archive.Manifest:
-    manifest = archive.read_manifest(root, dataset, FIRST_HOUR)
+def sealed(root: Path, dataset: str = EVENTS) -> Manifest:
+    manifest = LocalArchive(root).read_manifest(dataset, FIRST_HOUR)
     assert manifest is not None
     return manifest
 
@@ -110,10 +114,10 @@ def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
     root = settings.archive_dir
     before = {name: rows(root, name) for name in (EVENTS, "stream_events")}
     manifest, files = sealed(root), names(root)
-    described = hours.describe(root, FIRST_HOUR, complete=True)
-    assert compaction.pending(root) == [FIRST_HOUR]
+    described = hours.describe(LocalArchive(root), FIRST_HOUR, complete=True)
+    assert compaction.pending(LocalArchive(root)) == [FIRST_HOUR]
     done = {it.dataset: it for it in run(root)}
-    assert compaction.pending(root) == []
+    assert compaction.pending(LocalArchive(root)) == []
     assert done[EVENTS].files_before == len(files) > 1
     for name, table in before.items():
         assert hours.is_compacted(names(root, name))
@@ -122,7 +126,7 @@ def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
     assert (now.rows, now.checksum, now.compacted) == (manifest.rows, manifest.checksum, True)
     assert [part.file for part in now.parts] == names(root)
     assert now.merged == sorted(files)
-    (path,) = archive.files(root, EVENTS, FIRST_HOUR)
+    (path,) = paths(root, EVENTS, FIRST_HOUR)
     table = pq.read_table(path, partitioning=None)
     plain = pl.DataFrame(pl.from_arrow(table)).cast({pl.Categorical: pl.String})
     assert plain.equals(plain.sort(compaction.SORTED_BY[EVENTS], nulls_last=False))
@@ -134,19 +138,19 @@ def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
         ticker = group.column(5).statistics
         of_one_market += ticker.min == ticker.max
     assert of_one_market == len(groups) > 2
-    after = hours.describe(root, FIRST_HOUR, complete=True)
+    after = hours.describe(LocalArchive(root), FIRST_HOUR, complete=True)
     assert [(d.rows, d.checksum, d.gaps, d.coverage) for d in after.datasets] == [
         (d.rows, d.checksum, d.gaps, d.coverage) for d in described.datasets
     ]
-    assert hours.is_sealed(root, FIRST_HOUR)
-    assert not hours.is_sealed(root, SECOND_HOUR)
+    assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
 
 
 def test_an_hour_that_is_open_or_not_sealed_or_nowhere_is_refused(settings: Settings) -> None:
     root = settings.archive_dir
     for hour, why in (
         (SECOND_HOUR, "not sealed"),
-        (archive.floor_hour(datetime.now().astimezone()), "still open"),
+        (floor_hour(datetime.now().astimezone()), "still open"),
         (FIRST_HOUR.replace(year=2020), "has nothing"),
     ):
         with pytest.raises(StoreRefused, match=why):
@@ -156,7 +160,7 @@ def test_an_hour_that_is_open_or_not_sealed_or_nowhere_is_refused(settings: Sett
 
 def test_two_compactions_at_once_are_excluded_and_it_is_said(settings: Settings) -> None:
     with (
-        archive.compacting(settings.archive_dir),
+        LocalArchive(settings.archive_dir).compacting(),
         pytest.raises(StoreUnavailable, match="Another compaction is at work"),
     ):
         run(settings.archive_dir)
@@ -167,7 +171,7 @@ def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
     damage: str, settings: Settings
 ) -> None:
     root = settings.archive_dir
-    path = archive.files(root, EVENTS, FIRST_HOUR)[1]
+    path = paths(root, EVENTS, FIRST_HOUR)[1]
     whole = path.read_bytes()
     if damage == "cut short":
         path.write_bytes(whole[:200])
@@ -177,10 +181,10 @@ def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
         path.unlink()
     else:
         shutil.copy(path, path.with_name("copy.parquet"))
-    left = {p: p.read_bytes() for p in archive.files(root, EVENTS, FIRST_HOUR)}
+    left = {p: p.read_bytes() for p in paths(root, EVENTS, FIRST_HOUR)}
     with pytest.raises(StoreRefused, match=r"cannot be read|its manifest says"):
         run(root)
-    assert {p: p.read_bytes() for p in archive.files(root, EVENTS, FIRST_HOUR)} == left
+    assert {p: p.read_bytes() for p in paths(root, EVENTS, FIRST_HOUR)} == left
 
 
 def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
@@ -220,7 +224,7 @@ def _deaths(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> None:
         return acting
 
     for owner, name in (
-        (archive, "_sync"),
+        (local, "sync"),
         (swap, "exchange"),
         (Path, "mkdir"),
         (Path, "rename"),
@@ -247,7 +251,7 @@ def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
         shutil.rmtree(root)
         shutil.copytree(parts, root)
         with monkeypatch.context() as patched:
-            patched.setattr(archive, "GRACE_S", -1.0)
+            patched.setattr(local, "GRACE_S", -1.0)
             _deaths(patched, step, after=after)
             try:
                 run(root)
@@ -256,12 +260,12 @@ def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
             else:
                 break
         assert rows(root, EVENTS).equals(before)
-        assert hours.is_sealed(root, FIRST_HOUR)
-        monkeypatch.setattr(archive, "GRACE_S", -1.0)
+        assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
+        monkeypatch.setattr(local, "GRACE_S", -1.0)
         run(root)
         assert rows(root, EVENTS).equals(before)
         assert hours.is_compacted(names(root))
-        assert [it.name for it in (root / archive.ASIDE).glob("*/*")] == []
+        assert [it.name for it in (root / local.ASIDE).glob("*/*")] == []
     assert deaths > 8
 
 
@@ -351,13 +355,13 @@ def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
     root = settings.archive_dir
     run(root)
     before = rows(root, EVENTS)
-    late = next(archive.read(root, EVENTS, SECOND_HOUR))
+    late = next(LocalArchive(root).read(EVENTS, SECOND_HOUR))
     at = late.schema.get_field_index("ingest_ts")
     stamps = pa.array([FIRST_HOUR] * late.num_rows, late.schema.field(at).type)
     _late_write(root, late.set_column(at, late.schema.field(at), stamps))
     assert rows(root, EVENTS).height == before.height + late.num_rows == sealed(root).rows
     assert not sealed(root).compacted
-    assert compaction.pending(root) == [FIRST_HOUR]
+    assert compaction.pending(LocalArchive(root)) == [FIRST_HOUR]
     run(root)
     assert hours.is_compacted(names(root))
     assert sealed(root).rows == before.height + late.num_rows
@@ -368,7 +372,7 @@ def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
 
 
 def _late_write(root: Path, table: pa.Table) -> None:
-    store = ParquetStore(root, 0, lambda _: None)
+    store = ParquetStore(LocalArchive(root), 0, lambda _: None)
     store.write(90_000, 90_010, [Rows(90_000, 90_010, {EVENTS: table})])
 
 
@@ -377,7 +381,7 @@ def test_a_part_that_comes_while_its_hour_is_compacted_is_not_lost(
 ) -> None:
     root = settings.archive_dir
     before = rows(root, EVENTS)
-    late = next(archive.read(root, EVENTS, FIRST_HOUR))
+    late = next(LocalArchive(root).read(EVENTS, FIRST_HOUR))
     vouch = compaction.vouch
 
     def meanwhile(*arguments: Any) -> None:
@@ -401,7 +405,7 @@ def test_a_compacted_hour_is_rebuilt_from_the_journal_as_one_file_with_the_same_
     root = settings.archive_dir
     run(root)
     before, manifest = rows(root, EVENTS), sealed(root)
-    (path,) = archive.files(root, EVENTS, FIRST_HOUR)
+    (path,) = paths(root, EVENTS, FIRST_HOUR)
     if damage == "compacted file lost":
         path.unlink()
     elif damage == "compacted file damaged":
@@ -417,13 +421,13 @@ def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = settings.archive_dir
-    _late_write(root, next(archive.read(root, EVENTS, FIRST_HOUR)))
+    _late_write(root, next(LocalArchive(root).read(EVENTS, FIRST_HOUR)))
     run(root)
     before = rows(root, EVENTS)
     rebuild(settings, FIRST_HOUR)
     assert rows(root, EVENTS).equals(before)
     assert "not changed from the journal" in caplog.text
-    archive.files(root, EVENTS, FIRST_HOUR)[0].unlink()
+    paths(root, EVENTS, FIRST_HOUR)[0].unlink()
     with pytest.raises(StoreRefused, match="cannot be rebuilt"):
         rebuild(settings, FIRST_HOUR)
 
@@ -474,10 +478,10 @@ def test_of_a_compacted_hour_a_reader_of_one_market_reads_that_markets_row_group
     monkeypatch.setattr(compaction, "ROW_GROUP_ROWS", 16)
     root = settings.archive_dir
     run(root)
-    (path,) = archive.files(root, EVENTS, FIRST_HOUR)
+    (path,) = paths(root, EVENTS, FIRST_HOUR)
     ticker = "B-3"
     wanted = rows(root, EVENTS).filter(pl.col("market_ticker") == ticker).height
-    for other in archive.hour_folder(root, EVENTS, SECOND_HOUR).glob("*.parquet"):
+    for other in LocalArchive(root).folder(EVENTS, SECOND_HOUR).glob("*.parquet"):
         other.unlink()
     # Whoever reads another row group meets zeros where compressed pages should be.
     damaged = bytearray(path.read_bytes())

@@ -22,13 +22,15 @@ from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.journal import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse, migrations
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import LocalArchive, floor_hour, hour_of_ns
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.archived import paths
 
 HOUR_NS = 3600 * wire.SECOND
 START_NS = wire.NOON_NS // HOUR_NS * HOUR_NS + 3_500 * wire.SECOND  # 100 s before the hour
-FIRST_HOUR = archive.hour_of_ns(START_NS)
+FIRST_HOUR = hour_of_ns(START_NS)
 SECOND_HOUR = FIRST_HOUR + timedelta(hours=1)
 SMALL = Pace(records=40, seconds=0.0, first_s=0.0)
 
@@ -103,14 +105,14 @@ def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_
         Load(
             tmp_path / "journal",
             writer,
-            ParquetStore(tmp_path / "archive", 0, reports.append),
+            ParquetStore(LocalArchive(tmp_path / "archive"), 0, reports.append),
             SMALL,
         )
     )
     writer.close()
     root = tmp_path / "archive"
-    assert hours.is_sealed(root, FIRST_HOUR)
-    assert not hours.is_sealed(root, SECOND_HOUR)
+    assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
     assert [(r.hour, r.complete) for r in reports] == [
         (FIRST_HOUR, False),
         (FIRST_HOUR, True),
@@ -125,7 +127,7 @@ def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_
     last_sizes = {(r["side"], r["price"]): r["size"] for r in before.to_dicts()}
     at_hour = {(r["side"], r["price"]): r["size"] for r in checkpoint.to_dicts() if r["side"]}
     assert at_hour == last_sizes
-    manifest = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    manifest = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.rows == before.height
     assert manifest.markets == 1
@@ -168,7 +170,7 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
 
     def store() -> ParquetStore | ClickHouseStore:
         if kind == "parquet":
-            return ParquetStore(tmp_path / "archive", 0, lambda _: None)
+            return ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
         return ClickHouseStore(settings, str(writer.id))
 
     deaths = 0
@@ -216,7 +218,7 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
         datasets = ParquetStore.datasets
 
         def __init__(self) -> None:
-            self.store = ParquetStore(tmp_path / "archive", 0, lambda _: None)
+            self.store = ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
             self.dice = random.Random(1)
 
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
@@ -270,7 +272,11 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     records = recording()
     writer = journal_of(tmp_path / "journal", records)
     root = tmp_path / "archive"
-    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
+        )
+    )
     notes = tmp_path / "journal" / "load"
     (state,) = notes.glob("*.state")
     if lost == "the cursor's state":
@@ -282,7 +288,11 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     at = records[-1][0]
     writer.append(at, wire.conn_id(1), Kind.DELTA, wire.delta("A-1", 403, "no", 5_100, 30))
     writer.hand_over()
-    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
+        )
+    )
     writer.close()
     last = archived(root, "orderbook_events").sort("seq").tail(1)
     assert last["seq"][0] == 403
@@ -297,7 +307,10 @@ def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
     in_the_way = tmp_path / "journal" / "load" / "parquet.tmp"  # where the cursor is written first
     in_the_way.mkdir(parents=True)
     load = Load(
-        tmp_path / "journal", writer, ParquetStore(tmp_path / "archive", 0, lambda _: None), SMALL
+        tmp_path / "journal",
+        writer,
+        ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None),
+        SMALL,
     )
     load.start()
     while load.trouble is None:
@@ -328,17 +341,21 @@ def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_sea
     ]
     writer = journal_of(tmp_path / "journal", [*records, *late])
     root = tmp_path / "archive"
-    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
+        )
+    )
     writer.close()
     events = archived(root, "orderbook_events")
     assert events.height == 3 + 200 + 5
-    manifest = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    manifest = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.rows == events.filter(pl.col("ingest_ts") < SECOND_HOUR).height
     for hour in (FIRST_HOUR, SECOND_HOUR):
-        for path in archive.files(root, "orderbook_events", hour):
+        for path in paths(root, "orderbook_events", hour):
             stamps = pl.read_parquet(path)["ingest_ts"]
-            assert {archive.floor_hour(stamp) for stamp in stamps} == {hour}
+            assert {floor_hour(stamp) for stamp in stamps} == {hour}
 
 
 def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_counts_as_uncovered(
@@ -354,10 +371,14 @@ def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_count
     ]
     writer = journal_of(tmp_path / "journal", records)
     root = tmp_path / "archive"
-    load_all(Load(tmp_path / "journal", writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
+        )
+    )
     writer.close()
-    assert archive.files(root, "book_checkpoints", SECOND_HOUR) == []
-    first = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    assert paths(root, "book_checkpoints", SECOND_HOUR) == []
+    first = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert first is not None
     assert first.verified_seconds == pytest.approx(2 * 60)
     assert first.coverage == pytest.approx(0.6)
@@ -372,10 +393,17 @@ def test_an_hour_rebuilt_from_the_journal_is_the_same_file_by_file(
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            settings.journal_dir(),
+            writer,
+            ParquetStore(LocalArchive(root), 0, lambda _: None),
+            SMALL,
+        )
+    )
     writer.close()
     before = {path: pl.read_parquet(path) for path in root.rglob("*.parquet")}
-    lost = archive.files(root, "orderbook_events", FIRST_HOUR)
+    lost = paths(root, "orderbook_events", FIRST_HOUR)
     lost[0].unlink()
     lost[1].write_bytes(lost[1].read_bytes()[:100])
     report = rebuild(settings, FIRST_HOUR)
@@ -390,33 +418,45 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            settings.journal_dir(),
+            writer,
+            ParquetStore(LocalArchive(root), 0, lambda _: None),
+            SMALL,
+        )
+    )
     load_all(Load(settings.journal_dir(), writer, ClickHouseStore(settings, str(writer.id)), SMALL))
     writer.close()
     shutil.rmtree(settings.journal_dir())
     sealed = {
-        name: archive.read_manifest(root, name, FIRST_HOUR)
+        name: LocalArchive(root).read_manifest(name, FIRST_HOUR)
         for name in ("orderbook_events", "stream_events", "trades")
     }
-    archive.files(root, "orderbook_events", FIRST_HOUR)[0].unlink()
+    paths(root, "orderbook_events", FIRST_HOUR)[0].unlink()
     report = rebuild(settings, FIRST_HOUR)
     for dataset in report.datasets:
         manifest = sealed[dataset.dataset]
         assert manifest is not None
         assert dataset.checksum == manifest.checksum
         assert dataset.rows == manifest.rows
-    assert [p.name for p in archive.files(root, "orderbook_events", FIRST_HOUR)] == [
-        FROM_CLICKHOUSE
-    ]
+    assert [p.name for p in paths(root, "orderbook_events", FIRST_HOUR)] == [FROM_CLICKHOUSE]
 
 
 def test_an_hour_that_nobody_has_any_more_is_a_sentence(tmp_path: Path, settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(Load(settings.journal_dir(), writer, ParquetStore(root, 0, lambda _: None), SMALL))
+    load_all(
+        Load(
+            settings.journal_dir(),
+            writer,
+            ParquetStore(LocalArchive(root), 0, lambda _: None),
+            SMALL,
+        )
+    )
     writer.close()
     shutil.rmtree(settings.journal_dir())
-    archive.files(root, "orderbook_events", FIRST_HOUR)[0].unlink()
+    paths(root, "orderbook_events", FIRST_HOUR)[0].unlink()
     with pytest.raises(StoreRefused, match="cannot be rebuilt"):
         rebuild(settings, FIRST_HOUR)
 

@@ -18,9 +18,11 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.parity import Parity, compare_hours
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, migrations
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -64,7 +66,7 @@ def client(settings: Settings) -> Iterator[Client]:
             emptying.command(f"TRUNCATE TABLE {name}")
     writer = journal_of(settings.journal_dir(), recording())
     for store in (
-        ParquetStore(settings.archive_dir, 0, lambda _: None),
+        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
         ClickHouseStore(settings, str(writer.id)),
     ):
         load_all(Load(settings.journal_dir(), writer, store, PACE))
@@ -85,7 +87,7 @@ def the_difference(settings: Settings, client: Client) -> parity.Difference:
 
 
 def in_first_hour(settings: Settings) -> int:
-    manifest = archive.read_manifest(settings.archive_dir, "orderbook_events", FIRST_HOUR)
+    manifest = LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
     return manifest.rows
 
@@ -127,7 +129,7 @@ def test_a_row_that_clickhouse_has_twice_is_found(settings: Settings, client: Cl
 
 def test_a_value_that_was_changed_in_a_file_is_found(settings: Settings, client: Client) -> None:
     compared(settings, client)  # already found equal: the file's change alone brings it back
-    path = archive.files(settings.archive_dir, "orderbook_events", FIRST_HOUR)[-1]
+    path = paths(settings.archive_dir, "orderbook_events", FIRST_HOUR)[-1]
     table = pq.read_table(path, partitioning=None)
     changed = pc.add(table["qty"], pa.scalar(1)).cast(table.schema.field("qty").type)
     pq.write_table(table.set_column(table.schema.get_field_index("qty"), "qty", changed), path)
@@ -138,7 +140,7 @@ def test_a_value_that_was_changed_in_a_file_is_found(settings: Settings, client:
 
 
 def test_a_file_that_is_gone_or_damaged_is_found(settings: Settings, client: Client) -> None:
-    first, second = archive.files(settings.archive_dir, "orderbook_events", FIRST_HOUR)[:2]
+    first, second = paths(settings.archive_dir, "orderbook_events", FIRST_HOUR)[:2]
     first.unlink()
     assert "The files" in the_difference(settings, client).what
     second.write_bytes(second.read_bytes()[:100])

@@ -20,10 +20,11 @@ from kalshi_platform.loading import compaction, hours, publish
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.publish import public_detail
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive, write_durably
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_compaction import record, rows
 from kalshi_platform_tests.loading.test_load import FIRST_HOUR, START_NS, recording
 
@@ -97,7 +98,7 @@ def settings(
     made = platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
     if request.param == "compacted":
         monkeypatch.setattr(compaction, "LINGER_S", 0.0)
-        list(compaction.compact_hour(made.archive_dir, FIRST_HOUR))
+        list(compaction.compact_hour(LocalArchive(made.archive_dir), FIRST_HOUR))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
     return made
@@ -156,7 +157,7 @@ def test_what_is_published_is_the_hour_without_anything_of_ones_own(
     cleared = rows(root, "orderbook_events").with_columns(client_order_id=pl.lit(""))
     assert rows(to, "orderbook_events").equals(cleared.sort(pl.all()))
     assert numbers(to) == numbers(root)
-    for table in archive.read(to, "stream_events", FIRST_HOUR):
+    for table in LocalArchive(to).read("stream_events", FIRST_HOUR):
         kinds = set(table["kind"].cast(pa.string()).to_pylist())
         assert kinds <= {*publish.NOTES, *publish.FRAMES, publish.WITHHELD}
 
@@ -164,10 +165,10 @@ def test_what_is_published_is_the_hour_without_anything_of_ones_own(
 def test_a_published_hour_is_an_archives_hour(settings: Settings, tmp_path: Path) -> None:
     root, to = settings.archive_dir, tmp_path / "public"
     export(to)
-    assert hours.is_sealed(to, FIRST_HOUR)
-    for it in hours.describe(to, FIRST_HOUR, complete=True).datasets:
-        manifest = archive.read_manifest(to, it.dataset, FIRST_HOUR)
-        original = archive.read_manifest(root, it.dataset, FIRST_HOUR)
+    assert hours.is_sealed(LocalArchive(to), FIRST_HOUR)
+    for it in hours.describe(LocalArchive(to), FIRST_HOUR, complete=True).datasets:
+        manifest = LocalArchive(to).read_manifest(it.dataset, FIRST_HOUR)
+        original = LocalArchive(root).read_manifest(it.dataset, FIRST_HOUR)
         assert manifest is not None
         assert original is not None
         assert (manifest.rows, manifest.checksum, manifest.markets) == (
@@ -178,9 +179,9 @@ def test_a_published_hour_is_an_archives_hour(settings: Settings, tmp_path: Path
         assert manifest.compacted == original.compacted
         assert manifest.coverage == it.coverage == original.coverage
         assert [part.file for part in manifest.parts] == [
-            path.name for path in archive.files(to, it.dataset, FIRST_HOUR)
+            path.name for path in paths(to, it.dataset, FIRST_HOUR)
         ]
-        (one, *_) = archive.read(to, it.dataset, FIRST_HOUR)
+        (one, *_) = LocalArchive(to).read(it.dataset, FIRST_HOUR)
         assert one.schema.names == DATASETS[it.dataset].arrow.names
     shutil.copytree(to, tmp_path / "again" / "parquet")
     again = platform_settings.load(kalshi_data_dir=tmp_path / "again", use_clickhouse=False)
@@ -210,15 +211,15 @@ def test_a_leak_is_found_before_the_hour_is_in_place(
         planted.setattr(publish, "FRAMES", {**publish.FRAMES, "fill": fields})
         planted.setattr(publish, "own_ids", lambda *_: {f"{OWN}order-f"})
         assert "still holds an id of own orders" in str(export(to).exception)
-        assert not archive.hours(to, "stream_events")
+        assert not LocalArchive(to).hours("stream_events")
     to = tmp_path / "other"
     with monkeypatch.context() as planted:
         planted.setattr(publish, "_without_own_orders", lambda table, _: table)
         assert "still holds" in str(export(to).exception)
     assert OWN not in texts(tmp_path / "public") + texts(to)
-    assert not archive.hours(to, "orderbook_events")
-    part = archive.files(root, "orderbook_events", FIRST_HOUR)[0]
-    archive.write(part, [], DATASETS["orderbook_events"].arrow)
+    assert not LocalArchive(to).hours("orderbook_events")
+    part = paths(root, "orderbook_events", FIRST_HOUR)[0]
+    write_durably(part, [], DATASETS["orderbook_events"].arrow)
     assert "its manifest says" in str(export(to).exception)
 
 

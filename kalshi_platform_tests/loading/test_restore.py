@@ -15,6 +15,7 @@ from kalshi_platform.loading.restore import Restored, parse_hours, restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform_tests.loading.test_load import SMALL, journal_of, load_all, recording
 
@@ -37,7 +38,7 @@ def archived(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
         Load(
             settings.journal_dir(),
             writer,
-            ParquetStore(settings.archive_dir, 0, lambda _: None),
+            ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
             SMALL,
         )
     )
@@ -51,8 +52,8 @@ def levels(settings: Settings) -> list[Sequence[Any]]:
 
 
 def test_restored_twice_is_there_once_and_the_book_is_the_same(archived: Settings) -> None:
-    first = restore(archived, archived.archive_dir, None, quiet)
-    again = restore(archived, archived.archive_dir, None, quiet)
+    first = restore(archived, LocalArchive(archived.archive_dir), None, quiet)
+    again = restore(archived, LocalArchive(archived.archive_dir), None, quiet)
     assert first == again
     assert {it.dataset for it in first} == {
         "orderbook_events",
@@ -81,21 +82,23 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(archived: Setting
 
 
 def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
-    hours = sorted({it.hour for it in restore(archived, archived.archive_dir, None, quiet)})
+    hours = sorted(
+        {it.hour for it in restore(archived, LocalArchive(archived.archive_dir), None, quiet)}
+    )
     clickhouse.connect(archived).command("TRUNCATE TABLE orderbook_events")
     for other in ("stream_events", "book_checkpoints", "trades"):
         clickhouse.connect(archived).command(f"TRUNCATE TABLE {other}")
-    done = restore(archived, archived.archive_dir, (hours[1], hours[1]), quiet)
+    done = restore(archived, LocalArchive(archived.archive_dir), (hours[1], hours[1]), quiet)
     assert {it.hour for it in done} == {hours[1]}
 
 
 def test_rows_that_are_there_already_and_differ_are_refused(archived: Settings) -> None:
-    restore(archived, archived.archive_dir, None, quiet)
+    restore(archived, LocalArchive(archived.archive_dir), None, quiet)
     clickhouse.connect(archived).command(
         "INSERT INTO orderbook_events SELECT * REPLACE (seq + 1000 AS seq) FROM orderbook_events LIMIT 1"
     )
     with pytest.raises(StoreRefused, match="empty database"):
-        restore(archived, archived.archive_dir, None, quiet)
+        restore(archived, LocalArchive(archived.archive_dir), None, quiet)
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-11-22", "2026-11-22-14..2026-11-22-13"])

@@ -24,9 +24,11 @@ from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.journal import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, clickhouse, migrations
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -117,7 +119,7 @@ class Shard:
 
     def store(self) -> ParquetStore:
         root, journals = self.settings.archive_dir, self.settings.journals_dir
-        return ParquetStore(root, self.number, self.reports.append, journals)
+        return ParquetStore(LocalArchive(root), self.number, self.reports.append, journals)
 
     def load(self, writer: Writer) -> None:
         load_all(Load(self.folder, writer, self.store(), SMALL))
@@ -144,17 +146,17 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     slow.load(writer)
     fast.record(life(0, "A-1", 0, 200))
     root = settings.archive_dir
-    assert not hours.is_sealed(root, FIRST_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     assert passage.behind(settings.journals_dir, FIRST_HOUR) == [1]
     assert rebuild(settings, FIRST_HOUR).complete is False  # not by hand either
-    assert not hours.is_sealed(root, FIRST_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     writer.append(*wire.started(at(101)))
     writer.hand_over()
     assert writer.wait_durable(writer.next_n, 10)
     slow.load(writer)
-    assert hours.is_sealed(root, FIRST_HOUR)
+    assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     assert (fast.sealed(), slow.sealed()) == ([], [FIRST_HOUR])
-    manifest = archive.read_manifest(root, "orderbook_events", FIRST_HOUR)
+    manifest = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.markets == 2
     assert manifest.rows == (99 + 2) + (88 + 2)
@@ -176,8 +178,8 @@ def test_a_killed_shard_holds_its_hours_open_until_it_is_back_and_has_passed_the
     killed.record(life(1, "B-2", 0, 60), load=False)  # in the journal, in no store
     lives.record(life(0, "A-1", 0, 4_000))
     root = settings.archive_dir
-    assert not hours.is_sealed(root, FIRST_HOUR)
-    assert not hours.is_sealed(root, SECOND_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
+    assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
     killed.record(life(1, "B-2", 3_710, 3_800, conn=21))
     assert killed.sealed() == [FIRST_HOUR, SECOND_HOUR]
     assert archived(root, "orderbook_events").height == (4_000 + 2) + (60 + 2) + (90 + 2)
@@ -218,7 +220,7 @@ def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_come
     shard = Shard(settings, 0)
     store = shard.store()
     writer = shard.writer(life(0, "A-1", 0, 150))
-    with archive.changing(settings.archive_dir):
+    with LocalArchive(settings.archive_dir).changing():
         load_all(Load(shard.folder, writer, store, SMALL))
         assert archived(settings.archive_dir, "orderbook_events").height == 150 + 2
         assert shard.sealed() == []
@@ -251,8 +253,8 @@ def test_processes_that_load_seal_and_compact_at_once_leave_every_row_once_and_e
     refused: list[str] = []
     while any(process.poll() is None for process in processes):
         compaction.compact(
-            root,
-            compaction.pending(root),
+            LocalArchive(root),
+            compaction.pending(LocalArchive(root)),
             lambda _: None,
             lambda _, error: refused.append(str(error)),
         )
@@ -263,19 +265,23 @@ def test_processes_that_load_seal_and_compact_at_once_leave_every_row_once_and_e
     assert not events.select("conn_id", "seq", "side", "price").is_duplicated().any()
     sealed = Counter(line for said in told for line in said.split("\n") if line)
     passed = [
-        hour for hour in archive.hours(root, "orderbook_events") if hours.is_sealed(root, hour)
+        hour
+        for hour in LocalArchive(root).hours("orderbook_events")
+        if hours.is_sealed(LocalArchive(root), hour)
     ]
     assert len(passed) == 6  # all but the one that goes on
     assert set(sealed) == {f"{hour:%Y-%m-%d %H}" for hour in passed}
     for hour in passed:
         for name, found in content(root, hour).items():
-            manifest = archive.read_manifest(root, name, hour)
+            manifest = LocalArchive(root).read_manifest(name, hour)
             assert manifest is not None
             assert (manifest.rows, manifest.checksum) == (found.rows, found.checksum)
     # What was refused had been caught between a late row and its seal; nothing of that lasts.
-    compaction.compact(root, compaction.pending(root), lambda _: None, _raise)
+    compaction.compact(
+        LocalArchive(root), compaction.pending(LocalArchive(root)), lambda _: None, _raise
+    )
     assert all(
-        hours.is_compacted([p.name for p in archive.files(root, name, hour)])
+        hours.is_compacted([p.name for p in paths(root, name, hour)])
         for hour in passed
         for name in content(root, hour)
     )
@@ -288,13 +294,14 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.recording.journal import Writer
+from kalshi_platform.storage.archive import LocalArchive
 data, shard = Path(sys.argv[1]), int(sys.argv[2])
 settings = platform_settings.load(kalshi_data_dir=data, use_clickhouse=False, stream_shards=2)
 folder = settings.journal_dir(shard)
 def told(report):
     if report.complete:
         print(f"{report.hour:%Y-%m-%d %H}")
-store = ParquetStore(settings.archive_dir, shard, told, settings.journals_dir)
+store = ParquetStore(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
 writer = Writer(folder)
 load = Load(folder, writer, store, Pace(records=60, seconds=0.0, first_s=0.0))
 load.start()
@@ -357,7 +364,7 @@ def test_late_rows_of_one_shard_wait_for_the_other_then_seal_anew(settings: Sett
     assert other.sealed() == [FIRST_HOUR]
     one.record(late[2:])
     assert one.sealed() == [FIRST_HOUR]
-    manifest = archive.read_manifest(settings.archive_dir, "orderbook_events", FIRST_HOUR)
+    manifest = LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
     events = archived(settings.archive_dir, "orderbook_events")
     assert manifest is not None
     assert manifest.rows == events.filter(pl.col("ingest_ts") < SECOND_HOUR).height
@@ -371,10 +378,11 @@ def two_hours(settings: Settings) -> None:
 
 
 def content(root: Path, hour: datetime = FIRST_HOUR) -> dict[str, compaction.Content]:
+    archive = LocalArchive(root)
     return {
-        name: compaction.survey(archive.files(root, name, hour), DATASETS[name].arrow)
+        name: compaction.survey(archive.files(name, hour), DATASETS[name].arrow)
         for name in hours.RECORDED
-        if archive.files(root, name, hour)
+        if archive.files(name, hour)
     }
 
 
@@ -386,12 +394,12 @@ def test_an_hour_of_two_shards_is_rebuilt_from_both_journals(
     root = settings.archive_dir
     before = content(root)
     if compacted:
-        compaction.compact(root, [FIRST_HOUR], lambda _: None, _raise)
-        (path,) = archive.files(root, "orderbook_events", FIRST_HOUR)
+        compaction.compact(LocalArchive(root), [FIRST_HOUR], lambda _: None, _raise)
+        (path,) = paths(root, "orderbook_events", FIRST_HOUR)
         path.write_bytes(path.read_bytes()[:100])
     else:
         for shard in (0, 1):
-            files = archive.files(root, "orderbook_events", FIRST_HOUR)
+            files = paths(root, "orderbook_events", FIRST_HOUR)
             next(path for path in files if path.name.startswith(f"part-{shard}-")).unlink()
     report = rebuild(settings, FIRST_HOUR)
     assert report.complete
@@ -407,15 +415,13 @@ def test_what_one_journal_no_longer_has_comes_from_clickhouse_and_nothing_is_dou
     root = hot.archive_dir
     before = content(root)
     shutil.rmtree(hot.journal_dir(1))
-    lost = archive.files(root, "orderbook_events", FIRST_HOUR)
+    lost = paths(root, "orderbook_events", FIRST_HOUR)
     next(path for path in lost if path.name.startswith("part-1-")).unlink()
     for _ in range(2):  # the second time the hour is whole, and the other journal adds nothing
         report = rebuild(hot, FIRST_HOUR)
         assert report.complete
         assert content(root) == before
-    assert [path.name for path in archive.files(root, "orderbook_events", FIRST_HOUR)] == [
-        FROM_CLICKHOUSE
-    ]
+    assert [path.name for path in paths(root, "orderbook_events", FIRST_HOUR)] == [FROM_CLICKHOUSE]
 
 
 def test_a_shard_killed_unseen_is_not_believed_to_the_end_of_the_hour_and_the_other_is(
@@ -425,7 +431,7 @@ def test_a_shard_killed_unseen_is_not_believed_to_the_end_of_the_hour_and_the_ot
     Shard(settings, 1).record(life(1, "B-2", 0, 40))
     Shard(settings, 0).record(life(0, "A-1", 0, 150))
     Shard(settings, 1).record(life(1, "B-2", 140, 150, conn=21))
-    manifest = archive.read_manifest(settings.archive_dir, "stream_events", FIRST_HOUR)
+    manifest = LocalArchive(settings.archive_dir).read_manifest("stream_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.verified_by_market == pytest.approx({"A-1": 100, "B-2": 40}, abs=0.1)
 
@@ -435,11 +441,11 @@ def test_the_start_of_one_shard_casts_no_doubt_on_the_books_of_another(settings:
     killed = Shard(settings, 1)
     killed.record(life(1, "B-2", 0, 30))
     killed.record(life(1, "B-2", 60, 130, conn=21))
-    manifest = archive.read_manifest(settings.archive_dir, "stream_events", FIRST_HOUR)
+    manifest = LocalArchive(settings.archive_dir).read_manifest("stream_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.verified_by_market == pytest.approx({"A-1": 100, "B-2": 70}, abs=0.1)
     names = ("orderbook_events", "stream_events", "book_checkpoints")
-    rows = [list(archive.read(settings.archive_dir, name, FIRST_HOUR)) for name in names]
+    rows = [list(LocalArchive(settings.archive_dir).read(name, FIRST_HOUR)) for name in names]
     events, stream, checkpoints = rows
     found = books(FIRST_HOUR, events, checkpoints, stream)
     doubted = found.frames.market[~found.frames.verified]
@@ -459,11 +465,11 @@ def test_a_market_that_moves_in_an_hour_is_covered_by_its_shards_one_after_the_o
     Shard(settings, 1).record([*life(1, "M-1", 0, 50), end])
     Shard(settings, 1).store().drained(seal=False)
     Shard(settings, 0).record(life(0, "M-1", 60, 130))
-    manifest = archive.read_manifest(settings.archive_dir, "stream_events", FIRST_HOUR)
+    manifest = LocalArchive(settings.archive_dir).read_manifest("stream_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.verified_by_market == pytest.approx({"M-1": 90}, abs=0.1)
-    compaction.compact(settings.archive_dir, [FIRST_HOUR], lambda _: None, _raise)
-    after = hours.describe(settings.archive_dir, FIRST_HOUR, complete=True)
+    compaction.compact(LocalArchive(settings.archive_dir), [FIRST_HOUR], lambda _: None, _raise)
+    after = hours.describe(LocalArchive(settings.archive_dir), FIRST_HOUR, complete=True)
     assert after.verified_by_market == manifest.verified_by_market
 
 
@@ -560,7 +566,7 @@ def test_a_market_that_two_shards_record_for_a_while_has_the_book_of_the_newest_
 def test_a_restore_of_a_market_that_moved_gives_the_new_shards_book(hot: Settings) -> None:
     Shard(hot, 1).record(holding(11, 0, 10, {5_000: 100, 4_800: 700}))
     Shard(hot, 0).record(holding(10, 20, 30, {5_000: 300, 4_700: 50}))
-    restore(hot, hot.archive_dir, None, lambda _: None)
+    restore(hot, LocalArchive(hot.archive_dir), None, lambda _: None)
     assert book(hot) == {("yes", 5_000): 400, ("yes", 4_700): 50}
 
 

@@ -12,8 +12,8 @@ import pytest
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.monitoring import growth
 from kalshi_platform.monitoring.growth import Growth, days_until_full
-from kalshi_platform.storage import archive, migrations
-from kalshi_platform.storage.archive import Manifest
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import LocalArchive, Manifest, part_name
 from kalshi_platform.storage.clickhouse import connect
 
 
@@ -47,9 +47,9 @@ def test_the_archive_grows_by_its_sealed_hours(tmp_path: Path) -> None:
     this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     for back, size in ((1, 1000), (2, 3000), (0, 9999)):  # the open hour does not count
         hour = this_hour - timedelta(hours=back)
-        folder = archive.hour_folder(settings.archive_dir, "orderbook_events", hour)
+        folder = LocalArchive(settings.archive_dir).folder("orderbook_events", hour)
         folder.mkdir(parents=True)
-        (folder / archive.part_name(0, 0, 1)).write_bytes(b"x" * size)
+        (folder / part_name(0, 0, 1)).write_bytes(b"x" * size)
         if back:
             manifest = Manifest(
                 dataset="orderbook_events",
@@ -66,7 +66,7 @@ def test_the_archive_grows_by_its_sealed_hours(tmp_path: Path) -> None:
                 checksum="",
                 parts=[],
             )
-            archive.write_manifest(settings.archive_dir, manifest)
+            LocalArchive(settings.archive_dir).write_manifest(manifest)
     (it,) = [each for each in growth.measure(settings) if each.what == "Parquet archive"]
     assert it.per_day == 2000 * 24
     assert it.settles_at is None

@@ -14,9 +14,10 @@ from kalshi_platform.orchestration.analytics import analytics_automation, analyt
 from kalshi_platform.orchestration.assets import recorded_hour
 from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.schema import ANALYTICS
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
+from kalshi_platform_tests.archived import paths
 
 NAMES = {dataset.name for dataset in ANALYTICS}
 DEFS = dg.Definitions(
@@ -89,7 +90,7 @@ def test_an_hour_is_computed_with_all_that_a_person_wants_to_see(
         assert event.partition == LATE
         shown = event.metadata
         name = event.asset_key.to_user_string()
-        (table,) = archive.read(tmp_path, name, HOUR)
+        (table,) = LocalArchive(tmp_path).read(name, HOUR)
         assert shown["rows"].value == table.num_rows
         assert shown["markets"].value == 3
         assert shown["complete"].value is True
@@ -127,7 +128,7 @@ def test_with_clickhouse_away_the_files_are_written_and_the_step_is_tried_again(
     assert not result.success
     retries = result.filter_events(lambda event: event.is_step_up_for_retry)
     assert len(retries) == 5
-    assert archive.files(tmp_path, "spreads", HOUR)
+    assert paths(tmp_path, "spreads", HOUR)
 
 
 def test_the_newest_and_a_late_hour_are_both_asked_for(instance: dg.DagsterInstance) -> None:

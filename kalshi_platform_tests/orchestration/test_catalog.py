@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.market_catalog import path_of
+from kalshi_platform.loading.market_catalog import FILE
 from kalshi_platform.orchestration import catalog
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
@@ -69,6 +69,10 @@ def hot(settings: Settings, columns: str) -> dict[str, tuple[Any, ...]]:
     client = clickhouse.connect(settings)
     sql = f"SELECT market_ticker, {columns} FROM market_catalog FINAL"
     return {row[0]: tuple(row[1:]) for row in client.query(sql).result_rows}
+
+
+def path_of(settings: Settings) -> Path:
+    return settings.archive_dir / "market_catalog" / FILE
 
 
 def cold(settings: Settings, *columns: str) -> dict[str, tuple[Any, ...]]:

@@ -30,10 +30,12 @@ from kalshi_platform.orchestration import checks
 from kalshi_platform.orchestration.assets import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import archive, migrations
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS, STREAM_EVENTS, ZERO_UUID
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -61,7 +63,7 @@ class Platform:
     def record(self, records: Sequence[wire.Record]) -> None:
         writer = journal_of(self.settings.journal_dir(), records)
         for store in (
-            ParquetStore(self.settings.archive_dir, 0, lambda _: None),
+            ParquetStore(LocalArchive(self.settings.archive_dir), 0, lambda _: None),
             ClickHouseStore(self.settings, str(writer.id)),
         ):
             load_all(Load(self.settings.journal_dir(), writer, store, PACE))
@@ -219,7 +221,7 @@ def test_a_value_that_was_changed_in_a_file_is_a_difference_of_that_hour(
     recorded: Platform,
 ) -> None:
     assert red(recorded.check()) == {}
-    path = archive.files(recorded.settings.archive_dir, "orderbook_events", FIRST_HOUR)[0]
+    path = paths(recorded.settings.archive_dir, "orderbook_events", FIRST_HOUR)[0]
     rows = pq.read_table(path, partitioning=None)
     at = rows.schema.get_field_index("size")
     changed = pc.add(rows["size"], pa.scalar(1)).cast(rows.schema.field("size").type)

@@ -16,10 +16,11 @@ from kalshi_platform.orchestration.compaction import (
 )
 from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage import archive
+from kalshi_platform.storage.archive import LocalArchive, floor_hour, part_name, write_durably
 from kalshi_platform.storage.schema import STREAM_EVENTS, ZERO_UUID
+from kalshi_platform_tests.archived import paths
 
-HOUR = archive.floor_hour(datetime.now(UTC)) - timedelta(hours=2)
+HOUR = floor_hour(datetime.now(UTC)) - timedelta(hours=2)
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def root(tmp_path: Path) -> Path:
             "market_ticker": "",
             "detail": "{}",
         }
-        path = archive.hour_folder(tmp_path / "parquet", STREAM_EVENTS.name, HOUR)
+        path = LocalArchive(tmp_path / "parquet").folder(STREAM_EVENTS.name, HOUR)
         table = pa.Table.from_pylist([row], schema=STREAM_EVENTS.arrow)
-        archive.write(path / archive.part_name(0, n, n + 1), [table], STREAM_EVENTS.arrow)
-    hours.seal(tmp_path / "parquet", HOUR)
+        write_durably(path / part_name(0, n, n + 1), [table], STREAM_EVENTS.arrow)
+    hours.seal(LocalArchive(tmp_path / "parquet"), HOUR)
     return tmp_path / "parquet"
 
 
@@ -62,7 +63,7 @@ def test_the_job_compacts_what_is_pending_and_observes_the_hours_without_materia
     assert observed.partition == partition_key(HOUR)
     assert observed.metadata["files before"].value == 3
     assert instance.get_latest_materialization_event(dg.AssetKey(STREAM_EVENTS.name)) is None
-    (path,) = archive.files(root, STREAM_EVENTS.name, HOUR)
+    (path,) = paths(root, STREAM_EVENTS.name, HOUR)
     assert path.name.startswith(hours.COMPACTED)
     again = run(instance, root)
     assert again.success
@@ -72,7 +73,7 @@ def test_the_job_compacts_what_is_pending_and_observes_the_hours_without_materia
 def test_an_hour_that_is_refused_fails_the_run_with_its_sentence(
     instance: dg.DagsterInstance, root: Path
 ) -> None:
-    archive.files(root, STREAM_EVENTS.name, HOUR)[0].unlink()
+    paths(root, STREAM_EVENTS.name, HOUR)[0].unlink()
     result = run(instance, root)
     assert not result.success
     (failed,) = result.get_step_failure_events()

@@ -1,0 +1,34 @@
+"""Sealing an hour: what waits of it is sent, then it is written down that the hour is complete.
+
+On a local disk parts are where readers look from the first moment, and nothing waits. On object
+storage the hour becomes one sorted file here, before anybody sees it (`storage.archive.objects`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from kalshi_platform.loading import compaction, hours
+from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.storage.archive import Archive, File, Sort
+from kalshi_platform.storage.schema import DATASETS
+
+
+def seal(archive: Archive, hour: datetime) -> HourReport:
+    """Send what waits of an hour and seal it. Idempotent, also after a kill at any step.
+
+    Raises `StoreUnavailable` where the archive is away, and `StoreRefused` where it takes nothing, or
+    has something else than what was sent.
+    """
+    taken = {name: archive.send(name, hour, _sort(name)) for name in hours.RECORDED}
+    return hours.seal(archive, hour, taken)
+
+
+def _sort(name: str) -> Sort:
+    def sort(parts: Sequence[File], folder: Path) -> Path:
+        _, part = compaction.build(parts, DATASETS[name], folder)
+        return folder / part.file
+
+    return sort

@@ -1,0 +1,67 @@
+"""The Parquet archive: where an hour is, and how a file gets there whole or not at all.
+
+layout      names and hours
+files       one Parquet file, written and read
+interface   what an archive does: `Archive`, and an hour's `Manifest`
+local       on a local disk
+objects     on object storage
+troubles    what an object store's errors mean
+opening     the archive that the settings name
+"""
+
+from kalshi_platform.storage.archive.files import (
+    File,
+    batches,
+    local_file,
+    rows_of,
+    table_of,
+)
+from kalshi_platform.storage.archive.interface import Archive, Listed, Manifest, Part, Sort
+from kalshi_platform.storage.archive.layout import (
+    HOUR,
+    MANIFEST,
+    floor_hour,
+    hour_of_ns,
+    hour_path,
+    hour_start_ns,
+    part_name,
+    part_range,
+)
+from kalshi_platform.storage.archive.local import (
+    ASIDE,
+    LocalArchive,
+    durably,
+    stage_manifest,
+    write_durably,
+)
+from kalshi_platform.storage.archive.objects import ObjectArchive
+from kalshi_platform.storage.archive.opening import archive_at, open_archive
+
+__all__ = [
+    "ASIDE",
+    "HOUR",
+    "MANIFEST",
+    "Archive",
+    "File",
+    "Listed",
+    "LocalArchive",
+    "Manifest",
+    "ObjectArchive",
+    "Part",
+    "Sort",
+    "archive_at",
+    "batches",
+    "durably",
+    "floor_hour",
+    "hour_of_ns",
+    "hour_path",
+    "hour_start_ns",
+    "local_file",
+    "open_archive",
+    "part_name",
+    "part_range",
+    "rows_of",
+    "stage_manifest",
+    "table_of",
+    "write_durably",
+]

@@ -1,0 +1,351 @@
+"""The archive on a local disk.
+
+    <root>/.aside/    hours being built, hours replaced a moment ago, locks: no reader looks there
+
+Files are written under a name that no reader globs, synced, then renamed. Names follow from the journal
+range alone, so writing a range again replaces the file with itself. A whole hour is replaced by
+exchanging its folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
+from pathlib import Path
+
+import filelock
+import pyarrow as pa
+
+from kalshi_platform.storage import swap
+from kalshi_platform.storage.archive.files import Add, File, local_file, parquet_writer
+from kalshi_platform.storage.archive.interface import (
+    Archive,
+    Listed,
+    Manifest,
+    Sort,
+    decoded,
+    encoded,
+)
+from kalshi_platform.storage.archive.layout import MANIFEST, hour_of_path, hour_path
+from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+
+ASIDE = ".aside"
+GRACE_S = 60.0
+"""A replaced hour is kept for so long: whoever was just listing it lists all of it."""
+LISTINGS = 20
+"""How often a folder is listed whose files go while they are looked at."""
+_TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
+
+
+class LocalArchive(Archive):
+    """An archive below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def folder(self, dataset: str, hour: datetime) -> Path:
+        """Where a dataset's hour is."""
+        return self.root / hour_path(dataset, hour)
+
+    # -- what there is -------------------------------------------------------------------------
+
+    def hours(self, dataset: str) -> list[datetime]:
+        """See `Archive`."""
+        return sorted(
+            hour
+            for folder in (self.root / dataset).glob("date=*/hour=*")
+            if (hour := hour_of_path(str(folder))) is not None and any(folder.glob("*.parquet"))
+        )
+
+    def first_day(self) -> date | None:
+        """See `Archive`."""
+        days = [folder.name.removeprefix("date=") for folder in self.root.glob("*/date=*")]
+        return date.fromisoformat(min(days)) if days else None
+
+    def files(self, dataset: str, hour: datetime) -> list[File]:
+        """See `Archive`."""
+        return list(_listed(self.folder(dataset, hour)).files)
+
+    def listing(
+        self, dataset: str, first: datetime | None = None, last: datetime | None = None
+    ) -> Mapping[datetime, Listed]:
+        """See `Archive`."""
+        found = {}
+        for folder in (self.root / dataset).glob("date=*/hour=*"):
+            hour = hour_of_path(str(folder))
+            if hour is None or (first and hour < first) or (last and hour > last):
+                continue
+            listed = _listed(folder)
+            if listed.files or listed.manifest:
+                found[hour] = listed
+        return found
+
+    def read_manifest(self, dataset: str, hour: datetime) -> Manifest | None:
+        """See `Archive`."""
+        path = self.folder(dataset, hour) / MANIFEST
+        try:
+            return decoded(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return None
+
+    def where(self, dataset: str, hour: datetime) -> str:
+        """See `Archive`."""
+        return str(self.folder(dataset, hour))
+
+    # -- one file --------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
+        """See `Archive`."""
+        with durably(self.folder(dataset, hour) / name, schema) as add:
+            yield add
+
+    def remove(self, file: File) -> None:
+        """See `Archive`."""
+        path = Path(file.path)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(path, error) from None
+
+    def put_aside(self, file: File) -> None:
+        """See `Archive`."""
+        path = Path(file.path)
+        try:
+            path.rename(path.with_name(f".{path.name}.replaced"))
+        except OSError as error:
+            raise disk_error(path, error) from None
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """See `Archive`."""
+        hour = datetime.fromisoformat(manifest.hour)
+        stage_manifest(self.folder(manifest.dataset, hour), manifest)
+
+    def remove_hour(self, dataset: str, hour: datetime) -> None:
+        """See `Archive`."""
+        for file in self.files(dataset, hour):
+            self.remove(file)
+        (self.folder(dataset, hour) / MANIFEST).unlink(missing_ok=True)
+
+    # -- a dataset without hours ---------------------------------------------------------------
+
+    def whole(self, dataset: str, name: str) -> File | None:
+        """See `Archive`."""
+        try:
+            return local_file(self.root / dataset / name)
+        except FileNotFoundError:
+            return None
+
+    def write_whole(
+        self,
+        dataset: str,
+        name: str,
+        table: pa.Table,
+        *,
+        level: int = 3,
+        sorted_by: Sequence[str] = (),
+    ) -> File:
+        """See `Archive`."""
+        path = self.root / dataset / name
+        write_durably(path, [table], table.schema, level=level, sorted_by=sorted_by)
+        return local_file(path)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def send(self, dataset: str, hour: datetime, sort: Sort) -> list[str]:
+        """See `Archive`."""
+        return []
+
+    # -- a whole hour replaced -----------------------------------------------------------------
+
+    @contextmanager
+    def changing(self, timeout_s: float = 60.0) -> Iterator[None]:
+        """See `Archive`."""
+        path = self.root / ASIDE / "changing.lock"
+        with locked(path, timeout_s, f"Sealed hours are being changed in {self}"):
+            yield
+
+    @contextmanager
+    def compacting(self) -> Iterator[None]:
+        """See `Archive`."""
+        path = self.root / ASIDE / "compaction.lock"
+        with locked(path, 0, f"Another compaction is at work in {self}"):
+            yield
+
+    def staging(self, dataset: str, hour: datetime) -> Path:
+        """See `Archive`. The folder is on the archive's own file system."""
+        return new_folder(self.root / ASIDE, dataset, hour)
+
+    def replace_hour(self, dataset: str, hour: datetime, staged: Path) -> None:
+        """See `Archive`. One step; what was there lies aside until `sweep`.
+
+        Everything in `staged` must be durable. A reader that listed the hour before and opens it after
+        finds no such file, and has to list again.
+        """
+        folder = self.folder(dataset, hour)
+        if _same_files(staged, folder):
+            return
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                swap.exchange(staged, folder)
+            else:
+                staged.rename(folder)
+            sync(folder.parent)
+            sync(staged.parent)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+
+    def sweep(self) -> None:
+        """See `Archive`. What lies aside for longer than the grace goes."""
+        for path in (self.root / ASIDE).glob("*/*"):
+            try:
+                if time.time() - path.stat().st_ctime > GRACE_S:  # an exchange sets it
+                    shutil.rmtree(path)
+            except OSError as error:
+                raise disk_error(path, error) from None
+
+
+def _listed(folder: Path) -> Listed:
+    """What a folder holds. One that is exchanged meanwhile is listed again, so that no file is left out."""
+    for _ in range(LISTINGS):
+        try:
+            files = [local_file(path) for path in sorted(folder.glob("*.parquet"))]
+            manifest = folder / MANIFEST
+            return Listed(tuple(files), local_file(manifest) if manifest.exists() else None)
+        except FileNotFoundError as error:
+            gone = error.filename
+    raise StoreUnavailable(f"{gone} is named in its folder and cannot be found there. Remove it.")
+
+
+def _same_files(staged: Path, folder: Path) -> bool:
+    names = [path.name for path in staged.glob("*.parquet")]
+    if names != [path.name for path in folder.glob("*.parquet")]:
+        return False
+    return all(filecmp.cmp(staged / name, folder / name, shallow=False) for name in names)
+
+
+# -- local files, also those of a staged hour ------------------------------------------------------
+
+
+@contextmanager
+def durably(
+    path: Path, schema: pa.Schema, *, level: int = 3, sorted_by: Sequence[str] = ()
+) -> Iterator[Add]:
+    """A Parquet file that takes table after table, and is there once the block is left without an error.
+
+    All else is as in `parquet_writer`, but for what it raises: `StoreUnavailable` where the disk is full
+    or failing, `StoreRefused` where it may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with parquet_writer(temporary, schema, level=level, sorted_by=sorted_by) as add:
+            yield add
+        _settle(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_durably(
+    path: Path,
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    *,
+    level: int = 3,
+    sorted_by: Sequence[str] = (),
+) -> int:
+    """Write one Parquet file, whole or not at all; returns its bytes. All else is as in `durably`."""
+    with durably(path, schema, level=level, sorted_by=sorted_by) as add:
+        for table in tables:
+            add(table)
+    return path.stat().st_size
+
+
+def stage_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put a manifest into the folder that is, or will be, the hour's. Raises as `write_durably`."""
+    path = folder / MANIFEST
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(encoded(manifest))
+        _settle(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def new_folder(aside: Path, dataset: str, hour: datetime) -> Path:
+    """A new empty folder below `aside`. Raises as `write_durably`."""
+    path = aside / dataset / f"{hour:%Y-%m-%d-%H}-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    return path
+
+
+@contextmanager
+def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
+    """Hold a lock that the kernel drops when its holder dies.
+
+    Raises `StoreUnavailable` when it is not to be had; `what` says what its holder does.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path, timeout=timeout_s, thread_local=False)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StoreUnavailable(f"{what} ({path} is held). Try again when that is done.") from None
+    except OSError as error:
+        raise disk_error(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Make a finished file durable, then visible."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or what a folder names, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
+    """What to say of a file that a disk did not take."""
+    name = errno.errorcode.get(error.errno or 0, "")
+    if name in _TRANSIENT:
+        what = (
+            "No space is left"
+            if name in {"ENOSPC", "EDQUOT"}
+            else f"The disk failed ({error.strerror})"
+        )
+        return StoreUnavailable(
+            f"{what} for {path}. Make room; the load goes on by itself.", name=name
+        )
+    return StoreRefused(
+        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR to a folder that this user can write.",
+        name=name,
+    )

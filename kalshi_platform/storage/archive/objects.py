@@ -1,0 +1,441 @@
+"""The archive on object storage: S3, or whatever speaks its language.
+
+A store of objects takes one object whole or not at all, and lists what it has; it cannot rename, and
+cannot exchange many objects for one. Between the arrival of a compacted hour and the removal of its parts
+a reader would see rows twice, in the other order none. So nothing is ever exchanged here:
+
+- Parts *wait* on the local disk, below `waiting`, in the archive's own layout.
+- When an hour is sealed, its parts become one sorted file there, which is *sent* as one object,
+  `hour-sorted.parquet`. It is compacted before anybody sees it, and is not touched again.
+- Rows that come late are one more object, under the name of their part.
+
+Every step that a reader can see is the arrival of one object with rows that were not there before. An hour
+that is open is therefore not in the bucket; it is in ClickHouse, and below `waiting`.
+
+A kill repeats and never doubles: parts that are to become the sorted object are set apart first, by one
+rename, and go when the object has been read back; until then the same parts make the same rows under the
+same name. Locks and parts are local, so whoever writes shares the data folder: the shards' streamers,
+rebuilds. Readers may be anywhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive.files import Add, File, batches, local_file
+from kalshi_platform.storage.archive.interface import (
+    Archive,
+    Listed,
+    Manifest,
+    Sort,
+    decoded,
+    encoded,
+)
+from kalshi_platform.storage.archive.layout import (
+    MANIFEST,
+    floor_hour,
+    hour_of_path,
+    hour_path,
+    part_range,
+)
+from kalshi_platform.storage.archive.local import (
+    LocalArchive,
+    disk_error,
+    durably,
+    sync,
+    write_durably,
+)
+from kalshi_platform.storage.archive.troubles import object_store_error
+from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.schema import DATASETS
+
+SCHEME = "s3://"
+SORTED = "hour-sorted.parquet"
+"""The one object that an hour's parts become."""
+LEAVING = ".leaving"
+PROBE = ".probe"
+DAYS_LISTED_SINGLY = 45
+"""Of a longer span the whole dataset is listed: a thousand objects come with one request."""
+
+
+class ObjectArchive(Archive):
+    """An archive below `s3://<bucket>/<prefix>`; `base` is that without the scheme."""
+
+    exchanges = False
+
+    def __init__(self, base: str, filesystem: fs.FileSystem, waiting: Path) -> None:
+        self._base = base
+        self._filesystem = filesystem
+        self._waiting = LocalArchive(waiting)
+        self._leaving = LocalArchive(waiting / LEAVING)
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self._base}"
+
+    # -- what there is -------------------------------------------------------------------------
+
+    def hours(self, dataset: str) -> list[datetime]:
+        """See `Archive`. Those that wait are among them."""
+        return [hour for hour, listed in self.listing(dataset).items() if listed.files]
+
+    def first_day(self) -> date | None:
+        """See `Archive`."""
+        days = [date.fromisoformat(name.removeprefix("date=")) for name in self._days()]
+        here = self._waiting.first_day()
+        return min([*days, here] if here else days, default=None)
+
+    def _days(self) -> Iterator[str]:
+        for dataset in self._list(self._base):
+            if dataset.type is fs.FileType.Directory:
+                for day in self._list(dataset.path):
+                    if day.base_name.startswith("date="):
+                        yield day.base_name
+
+    def files(self, dataset: str, hour: datetime) -> list[File]:
+        """See `Archive`. Of an hour of which nothing has been sent yet, the parts that wait."""
+        here = self._here(dataset, hour)  # first: what is sent meanwhile is found there
+        return list(self._sent(dataset, hour).files) or here
+
+    def listing(
+        self, dataset: str, first: datetime | None = None, last: datetime | None = None
+    ) -> Mapping[datetime, Listed]:
+        """See `Archive`. An hour of which something waits has no manifest yet, or no longer."""
+        waiting = {
+            hour
+            for room in (self._waiting, self._leaving)
+            for hour in room.hours(dataset)
+            if (first is None or hour >= first) and (last is None or hour <= last)
+        }
+        here = {hour: self._here(dataset, hour) for hour in waiting}
+        found: dict[datetime, list[File]] = {}
+        for folder in self._folders(dataset, first, last):
+            for info in self._list(folder, recursive=True):
+                hour = hour_of_path(info.path.rpartition("/")[0])
+                inside = hour is not None and (first or hour) <= hour <= (last or hour)
+                if hour is not None and inside and (file := self._file(info)):
+                    found.setdefault(hour, []).append(file)
+        listed = {hour: _sorted_out(files) for hour, files in found.items()}
+        for hour, parts in here.items():
+            if parts:
+                there = listed[hour].files if hour in listed else ()
+                listed[hour] = Listed(there or tuple(parts), None)
+        return dict(sorted(listed.items()))
+
+    def _folders(
+        self, dataset: str, first: datetime | None, last: datetime | None
+    ) -> Iterator[str]:
+        """What to list for a span: an hour, some days, or everything."""
+        if first is not None and first == last:
+            yield f"{self._base}/{hour_path(dataset, first)}"
+            return
+        today = floor_hour(datetime.now(UTC))
+        days = ((last or today).date() - first.date()).days + 1 if first else None
+        if first is None or days is None or days > DAYS_LISTED_SINGLY:
+            yield f"{self._base}/{dataset}"
+            return
+        for n in range(days):
+            yield f"{self._base}/{dataset}/date={first.date() + timedelta(days=n)}"
+
+    def read_manifest(self, dataset: str, hour: datetime) -> Manifest | None:
+        """See `Archive`."""
+        key = f"{self._key(dataset, hour)}/{MANIFEST}"
+        try:
+            with self._asking(key), self._filesystem.open_input_stream(key) as stream:
+                text = stream.read()
+        except FileNotFoundError:
+            return None
+        return decoded(text, f"{SCHEME}{key}")
+
+    def where(self, dataset: str, hour: datetime) -> str:
+        """See `Archive`."""
+        return f"{SCHEME}{self._key(dataset, hour)}"
+
+    # -- one file --------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
+        """See `Archive`. A part waits for `send`; a file of another name goes there at once."""
+        if part_range(name):
+            with self._waiting.writing(dataset, hour, name, schema) as add:
+                yield add
+            return
+        folder = self.staging(dataset, hour)
+        try:
+            with durably(folder / name, schema) as add:
+                yield add
+            self._put_new(folder / name, f"{self._key(dataset, hour)}/{name}")
+        finally:
+            shutil.rmtree(folder)
+
+    def remove(self, file: File) -> None:
+        """See `Archive`."""
+        if not file.path.startswith(SCHEME):
+            self._waiting.remove(file)
+            return
+        try:
+            with self._asking(file.key):
+                self._filesystem.delete_file(file.key)
+        except FileNotFoundError:
+            pass
+
+    def put_aside(self, file: File) -> None:
+        """See `Archive`."""
+        if not file.path.startswith(SCHEME):
+            self._waiting.put_aside(file)
+            return
+        folder = file.key.rpartition("/")[0]
+        with self._asking(file.key):
+            self._filesystem.move(file.key, f"{folder}/.{file.name}.replaced")
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """See `Archive`."""
+        hour = datetime.fromisoformat(manifest.hour)
+        self._put_bytes(encoded(manifest), f"{self._key(manifest.dataset, hour)}/{MANIFEST}")
+
+    def remove_hour(self, dataset: str, hour: datetime) -> None:
+        """See `Archive`."""
+        listed = self._sent(dataset, hour)
+        for file in (*listed.files, listed.manifest):
+            if file is not None:
+                self.remove(file)
+
+    def probe(self) -> None:
+        """Put one object, read it, remove it. Raises what the store has against it."""
+        key = f"{self._base}/{PROBE}"
+        self._put_bytes(b"kalshi_platform doctor", key)
+        with self._asking(key):
+            with self._filesystem.open_input_stream(key) as stream:
+                stream.read()
+            self._filesystem.delete_file(key)
+            self._filesystem.get_file_info(fs.FileSelector(self._base, allow_not_found=True))
+
+    # -- a dataset without hours ---------------------------------------------------------------
+
+    def whole(self, dataset: str, name: str) -> File | None:
+        """See `Archive`."""
+        key = f"{self._base}/{dataset}/{name}"
+        with self._asking(key):
+            info = self._filesystem.get_file_info(key)
+        return self._file(info)
+
+    def write_whole(
+        self,
+        dataset: str,
+        name: str,
+        table: pa.Table,
+        *,
+        level: int = 3,
+        sorted_by: Sequence[str] = (),
+    ) -> File:
+        """See `Archive`."""
+        folder = self.staging(dataset, floor_hour(datetime.now(UTC)))
+        key = f"{self._base}/{dataset}/{name}"
+        try:
+            write_durably(folder / name, [table], table.schema, level=level, sorted_by=sorted_by)
+            self._put_new(folder / name, key)
+        finally:
+            shutil.rmtree(folder)
+        return self._file_of_key(key)
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def send(self, dataset: str, hour: datetime, sort: Sort) -> list[str]:
+        """See `Archive`. The caller must hold `changing` where somebody else may send."""
+        key = f"{self._key(dataset, hour)}/{SORTED}"
+        if not self._leaving.files(dataset, hour) and self._waiting.files(dataset, hour):
+            with self._asking(key):
+                there = self._filesystem.get_file_info(key).type is fs.FileType.File
+            if there:
+                return self._send_late(dataset, hour)
+            self._set_apart(dataset, hour)
+        parts = self._leaving.files(dataset, hour)
+        if parts:
+            folder = self.staging(dataset, hour)
+            try:
+                self._put(path := sort(parts, folder), key)
+                self._insist_arrived(dataset, path, key)
+            finally:
+                shutil.rmtree(folder)
+            self._let_go(dataset, hour)
+        late = self._send_late(dataset, hour) if self._waiting.files(dataset, hour) else []
+        return [*(part.name for part in parts), *late]
+
+    def _send_late(self, dataset: str, hour: datetime) -> list[str]:
+        """What came after the hour's sorted object: an object each, as it is."""
+        parts = self._waiting.files(dataset, hour)
+        for part in parts:
+            key = f"{self._key(dataset, hour)}/{part.name}"
+            self._put(Path(part.path), key)
+            self._insist_arrived(dataset, Path(part.path), key)
+            self._waiting.remove(part)
+        return []
+
+    def _set_apart(self, dataset: str, hour: datetime) -> None:
+        """From here on, no part joins those that are about to be sent."""
+        source, target = (room.folder(dataset, hour) for room in (self._waiting, self._leaving))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():  # what was put aside there
+                target.rename(target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}"))
+            source.rename(target)
+            sync(target.parent)
+            sync(source.parent)
+        except OSError as error:
+            raise disk_error(target, error) from None
+
+    def _let_go(self, dataset: str, hour: datetime) -> None:
+        """Remove the parts that have arrived: all at once, for some of them would make another object."""
+        folder, target = self._leaving.folder(dataset, hour), self.staging(dataset, hour)
+        try:
+            folder.rename(target)
+            sync(folder.parent)
+            shutil.rmtree(target)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+
+    def _insist_arrived(self, dataset: str, path: Path, key: str) -> None:
+        """Read an object back, and hold it against the file that it was made of."""
+        sent, there = (
+            _content(file, dataset) for file in (local_file(path), self._file_of_key(key))
+        )
+        if sent != there:
+            raise StoreRefused(
+                f"{SCHEME}{key} was sent with {sent[0]:,} rows of checksum {sent[1]} and reads as {there[0]:,} of"
+                f" {there[1]}. What was sent is kept in {self._waiting}. Does something else write there?"
+            )
+
+    # -- a whole hour replaced -----------------------------------------------------------------
+
+    def changing(self, timeout_s: float = 60.0) -> AbstractContextManager[None]:
+        """See `Archive`. Whoever shares the data folder is excluded."""
+        return self._waiting.changing(timeout_s)
+
+    def compacting(self) -> AbstractContextManager[None]:
+        """See `Archive`."""
+        return self._waiting.compacting()
+
+    def staging(self, dataset: str, hour: datetime) -> Path:
+        """See `Archive`."""
+        return self._waiting.staging(dataset, hour)
+
+    def replace_hour(self, dataset: str, hour: datetime, staged: Path) -> None:
+        """See `Archive`. For an hour whose object is lost or damaged: what has the same rows stays.
+
+        Raises `StoreRefused` for an hour of several objects, which nothing can exchange in one step.
+        """
+        (path,) = staged.glob("*.parquet")
+        there = self._sent(dataset, hour).files
+        if len(there) > 1:
+            raise StoreRefused(
+                f"{self.where(dataset, hour)} has {len(there)} objects, which cannot be exchanged for one in one"
+                " step. Rename those that are damaged, then materialise the hour again."
+            )
+        if not there or not _reads_as(there[0], path, dataset):
+            self._put(path, there[0].key if there else f"{self._key(dataset, hour)}/{SORTED}")
+        shutil.rmtree(staged)
+
+    def sweep(self) -> None:
+        """See `Archive`."""
+        self._waiting.sweep()
+
+    # -- asking the store ------------------------------------------------------------------------
+
+    def _key(self, dataset: str, hour: datetime) -> str:
+        return f"{self._base}/{hour_path(dataset, hour)}"
+
+    def _here(self, dataset: str, hour: datetime) -> list[File]:
+        rooms = (self._waiting, self._leaving)
+        return sorted(
+            (file for room in rooms for file in room.files(dataset, hour)), key=lambda f: f.name
+        )
+
+    def _sent(self, dataset: str, hour: datetime) -> Listed:
+        infos = self._list(self._key(dataset, hour))
+        return _sorted_out([file for info in infos if (file := self._file(info))])
+
+    def _list(self, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+        with self._asking(folder):
+            return list(
+                self._filesystem.get_file_info(
+                    fs.FileSelector(folder, recursive=recursive, allow_not_found=True)
+                )
+            )
+
+    def _file(self, info: fs.FileInfo) -> File | None:
+        ours = info.base_name == MANIFEST or info.base_name.endswith(".parquet")
+        if info.type is not fs.FileType.File or not ours:
+            return None
+        return File(f"{SCHEME}{info.path}", info.size, str(info.mtime_ns), self._filesystem)
+
+    def _file_of_key(self, key: str) -> File:
+        with self._asking(key):
+            info = self._filesystem.get_file_info(key)
+        return File(f"{SCHEME}{key}", info.size or 0, str(info.mtime_ns), self._filesystem)
+
+    def _put_new(self, path: Path, key: str) -> None:
+        """Send a file, unless the object is that already, byte for byte: then no reader is disturbed."""
+        with self._asking(key):
+            info = self._filesystem.get_file_info(key)
+            if info.type is fs.FileType.File and info.size == path.stat().st_size:
+                with self._filesystem.open_input_stream(key) as stream:
+                    if stream.read() == path.read_bytes():
+                        return
+        self._put(path, key)
+
+    def _put(self, path: Path, key: str) -> None:
+        """Send a file; it is there whole or not at all."""
+        try:
+            source = pa.memory_map(str(path))
+        except OSError as error:
+            raise disk_error(path, error) from None
+        with source:
+            self._put_bytes(source.read_buffer(), key)
+
+    def _put_bytes(self, content: pa.Buffer | bytes, key: str) -> None:
+        with self._asking(key):
+            stream = self._filesystem.open_output_stream(key)
+            stream.write(content)
+            stream.close()  # in no `finally`: of an upload that failed, closing would make an object
+
+    @contextmanager
+    def _asking(self, key: str) -> Iterator[None]:
+        """Errors of the store as ours; `FileNotFoundError` as it is."""
+        try:
+            yield
+        except OSError as error:
+            trouble = object_store_error(f"{SCHEME}{key}", error)
+            if trouble is None:
+                raise
+            raise trouble from None
+
+
+def _sorted_out(files: Sequence[File]) -> Listed:
+    manifest = [file for file in files if file.name == MANIFEST]
+    parquet = [file for file in files if file.name != MANIFEST]
+    return Listed(
+        tuple(sorted(parquet, key=lambda file: file.name)), manifest[0] if manifest else None
+    )
+
+
+def _content(file: File, dataset: str) -> tuple[int, str]:
+    rows, total = 0, 0
+    for table in batches(file, DATASETS[dataset].arrow):
+        rows += table.num_rows
+        total += checksum.rows_checksum(table)
+    return rows, checksum.text(total % 2**64)
+
+
+def _reads_as(there: File, path: Path, dataset: str) -> bool:
+    try:
+        return _content(there, dataset) == _content(local_file(path), dataset)
+    except StoreRefused:
+        return False  # damaged
