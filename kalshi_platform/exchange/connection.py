@@ -13,8 +13,10 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.frames import DATA_OPCODES
+from websockets.protocol import State
 
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
+from kalshi_platform.exchange.framing import Framing
 from kalshi_platform.exchange.rest import refusal
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.loopback import is_loopback
@@ -24,6 +26,7 @@ MAX_FRAME_BYTES = 96 << 20
 QUEUE_FRAMES = 2048
 """Frames that wait in memory for the reader before the socket is no longer read."""
 OPEN_TIMEOUT_S = 15.0
+_BLANK_LINE = b"\r\n\r\n"
 Deliver = Callable[[list[bytes], int], None]
 """Takes the messages of one read of the socket, and when it was read: ns since the epoch."""
 LIVENESS_S = 30.0
@@ -50,7 +53,8 @@ class LiveConnection(ClientConnection):
 class BatchedConnection(LiveConnection):
     """Delivers the messages of one read of the socket together, stamped with the time of that read.
 
-    It has no `recv`, whose queue and coroutine for each message cost as much as the parsing.
+    It has no `recv`, whose queue and coroutine for each message cost as much as the library's parsing;
+    and that is spared where a message is all that there is to a frame (`framing.py`).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -58,6 +62,9 @@ class BatchedConnection(LiveConnection):
         self._deliver: Deliver | None = None
         self._came: list[bytes] = []
         self._fragments: list[bytes] = []
+        self._tail = b""
+        """The last bytes of the answer to the handshake so far; frames begin behind its blank line."""
+        self._framing = Framing(MAX_FRAME_BYTES)
 
     def deliver_to(self, deliver: Deliver) -> None:
         """Hand every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
@@ -65,22 +72,41 @@ class BatchedConnection(LiveConnection):
         self._hand_over(time.time_ns())
 
     def data_received(self, data: bytes) -> None:
-        """Note the time, parse, deliver."""
+        """Note the time, cut into messages, deliver."""
         recv_ns = time.time_ns()
-        super().data_received(data)
+        self.last_bytes_at = time.monotonic()
+        if self.protocol.state is State.CONNECTING:
+            data = self._shake_hands(data)
+        if data:
+            self._framing.feed(data, self._came, self._library)
         self._hand_over(recv_ns)
 
     def process_event(self, event: Any) -> None:
         """Collect messages instead of queueing them; all else goes its usual way."""
         if self.response is None or event.opcode not in DATA_OPCODES:
             super().process_event(event)
-        elif event.fin and not self._fragments:
-            self._came.append(bytes(event.data))
-        else:
-            self._fragments.append(event.data)
-            if event.fin:
-                self._came.append(b"".join(self._fragments))
-                self._fragments.clear()
+            return
+        self._fragments.append(bytes(event.data))
+        if event.fin:
+            self._came.append(b"".join(self._fragments))
+            self._fragments.clear()
+
+    def _shake_hands(self, data: bytes) -> bytes:
+        """Give the library the answer to the handshake; returns the frames that came behind it."""
+        answer = self._tail + data
+        self._tail = answer[1 - len(_BLANK_LINE) :]
+        blank = answer.find(_BLANK_LINE)
+        behind = len(answer) - blank - len(_BLANK_LINE) if blank >= 0 else 0
+        head, behind_it = data[: len(data) - behind], data[len(data) - behind :]
+        super().data_received(head)
+        if behind_it and self.protocol.state is State.CONNECTING:  # refused: a body, not frames
+            super().data_received(behind_it)
+            return b""
+        return behind_it
+
+    def _library(self, frame: bytes) -> bool:
+        super().data_received(frame)
+        return not self._fragments and self.protocol.state is State.OPEN
 
     def _hand_over(self, recv_ns: int) -> None:
         if self._came and self._deliver is not None:
