@@ -23,8 +23,9 @@ from kalshi_platform.benchmarks import feed
 from kalshi_platform.benchmarks.figures import Figure
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Writer, joined
 from kalshi_platform.storage.archive import write_durably

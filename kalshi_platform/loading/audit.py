@@ -17,7 +17,8 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import contracts, dollars, price_units, qty_units
-from kalshi_platform.loading.derive import Rows, State
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.derive import Rows
 from kalshi_platform.storage.schema import LATEST_LEVELS
 
 CACHE_S = 20.0

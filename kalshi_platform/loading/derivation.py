@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded, decode
-from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError, Position, joined
 from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns

@@ -8,74 +8,35 @@ with; here the size after an event is a running sum within (book, snapshot, side
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.loading import decode_trades
+from kalshi_platform.loading.books import (
+    PACKED,
+    Book,
+    Connection,
+    State,
+    in_words,
+    level_number,
+    market_of,
+    numbered,
+    on_ladder,
+)
 from kalshi_platform.loading.columns import codes, names, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.storage.schema import LATEST_LEVELS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
-LEVELS = pl.Schema(
-    {
-        "conn": pl.String,
-        "market_ticker": pl.String,
-        "market_id": pl.String,
-        "side": pl.String,
-        "price": pl.Int64,
-        "size": pl.Int64,
-    }
-)
-LEVEL_KEY = ["market_ticker", "side", "price"]
 MARKER, LEVEL, DELTA = 0, 1, 2
 CARRY = -1
-_PRICES = 1 << 14
-"""More than ONE_DOLLAR: prices as digits of a composite key."""
-
-
-class Book(msgspec.Struct, frozen=True):
-    """What is known of one market's newest book, besides its levels."""
-
-    conn: str
-    sid: int
-    market_id: str
-    based: bool
-    """It began with a snapshot. A book without one holds only the changes that came since."""
-    verified: bool
-    """Based, without a gap since, and its connection is open."""
-    left: bool = False
-    """No longer followed; what still comes is in flight."""
-
-
-class Connection(msgspec.Struct, frozen=True):
-    """An open connection."""
-
-    use_yes_price: bool
-    last_recv_ns: int
-    seqs: dict[int, int]
-    """The last number of each sid."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything that the rows of the next range depend on."""
-
-    n: int = 0
-    """The next journal record."""
-    version: int = 0
-    """Newest receive time so far, in ns; it never steps back, even where the clock did."""
-    connections: dict[str, Connection] = field(default_factory=dict)
-    books: dict[str, Book] = field(default_factory=dict)
-    """By market ticker."""
-    levels: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=LEVELS))
-    """Levels of the books, sizes other than 0."""
 
 
 @dataclass(frozen=True)
@@ -113,46 +74,49 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         raise ValueError(
             f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
         )
-    events = _events(decoded, state)
-    renewed = _renewed(events, state)
-    sized = _with_sizes(events, state, renewed)
+    events, numbers = _events(decoded, state)
+    markets = _Markets(events, state, numbers)
+    events, sized = _with_sizes(events, state, markets)
+    heard = _heard(decoded)
     status = _Status(state)
-    extra = pl.DataFrame(
-        list(status.follow(_happenings(decoded, sized), _last_heard(decoded))),
-        schema=STREAM,
-        orient="row",
-    )
+    last_heard = {conn: recv_ns for conn, _, _, recv_ns in heard}
+    happened = status.follow(_happenings(decoded, events, markets), last_heard)
+    extra = pl.DataFrame(list(happened), schema=STREAM, orient="row")
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
     )
-    final = _final_levels(sized, status.books)
+    final = _final_levels(sized, status.books, markets)
     version = max(state.version, decoded.newest_recv_ns)
+    changed = _changed_levels(events, sized, final, status.books, markets)
     rows = Rows(
         decoded.first_n,
         decoded.end_n,
         {
-            ORDERBOOK_EVENTS.name: _event_table(sized.filter(pl.col("type") >= LEVEL)),
+            ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL)),
             TRADES.name: decode_trades.table(decoded.trades),
             STREAM_EVENTS.name: _stream_table(stream),
-            LATEST_LEVELS.name: _latest_table(_changed_levels(sized, final, status.books), state),
+            LATEST_LEVELS.name: _latest_table(changed, state),
         },
         tuple(status.distrusted),
     )
-    connections = _connections_after(status.connections, decoded)
     return rows, State(
         decoded.end_n,
         version,
-        connections,
+        _connections_after(status.connections, heard),
         status.books,
-        _levels_after(final, renewed, status.books, state),
+        {ticker: numbers[ticker] for ticker in status.books},
+        _levels_after(final, status.books, state, markets),
     )
 
 
 # -- events ------------------------------------------------------------------------------------
 
 
-def _events(decoded: Decoded, state: State) -> pl.DataFrame:
-    """Snapshot markers, their levels and the deltas in the journal's order, on one price scale."""
+def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Snapshot markers, their levels and the deltas in the journal's order, on one price scale.
+
+    Beside them the number of each market, which is the column `market`, those of `state` included.
+    """
     common = ["n", "recv_ns", "conn", "sid", "seq", "market_id", "market_ticker"]
     no_level = [
         pl.lit(None, pl.String).alias("side"),
@@ -191,7 +155,9 @@ def _events(decoded: Decoded, state: State) -> pl.DataFrame:
             .otherwise(pl.col("price"))
             .alias("price")
         )
-    return events
+    market, numbers = numbered(events["market_ticker"], state.numbers)
+    events = events.with_columns(market.alias("market"))
+    return events.with_columns(level_number().alias("level")), numbers
 
 
 def _yes_priced(decoded: Decoded, state: State) -> list[str]:
@@ -213,65 +179,96 @@ def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
         yield n, conn, bool(msgspec.json.decode(detail)["use_yes_price"])
 
 
-def _renewed(events: pl.DataFrame, state: State) -> pl.Series:
-    """The markets whose books begin anew in this range: by a snapshot, or on another connection."""
-    known = pl.DataFrame(
-        [(ticker, book.conn) for ticker, book in state.books.items()],
-        schema={"market_ticker": pl.String, "known_conn": pl.String},
-        orient="row",
-    )
-    return (
-        events.group_by("market_ticker", "conn")
-        .agg((pl.col("type") == MARKER).any().alias("snapshot"))
-        .join(known, on="market_ticker", how="left")
-        .filter(pl.col("snapshot") | pl.col("conn").ne_missing(pl.col("known_conn")))
-        .get_column("market_ticker")
-        .unique()
-    )
+class _Markets:
+    """Numbers for what the events and the books before them name: markets, connections, books.
 
-
-def _with_sizes(events: pl.DataFrame, state: State, renewed: pl.Series) -> pl.DataFrame:
-    """Add `epoch` (snapshots of the book so far) and `size` (the level's size after the event).
-
-    In front, as rows of type CARRY, go the levels that were there before: those that an event
-    touches, and of a renewed book all, so that it is seen which ones are gone.
+    A book is a market on a connection.
     """
-    begins_anew = pl.col("market_ticker").is_in(renewed.implode())
-    touched = events.select(LEVEL_KEY).unique()
-    steady = state.levels.filter(~begins_anew).join(touched, on=LEVEL_KEY, how="semi")
-    carry = pl.concat([state.levels.filter(begins_anew), steady]).select(
-        pl.lit(0, pl.UInt64).alias("n"),
-        pl.lit(0, pl.Int64).alias("recv_ns"),
-        "conn",
-        pl.lit(0, pl.UInt32).alias("sid"),
-        pl.lit(0, pl.UInt64).alias("seq"),
-        "market_id",
-        "market_ticker",
-        "side",
-        "price",
-        pl.col("size").alias("qty"),
-        pl.lit(None, pl.Datetime("us", "UTC")).alias("ts"),
-        pl.lit("").alias("client_order_id"),
+
+    def __init__(self, events: pl.DataFrame, state: State, numbers: dict[str, int]) -> None:
+        encoded = events["conn"].to_arrow().dictionary_encode()
+        self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
+        for book in state.books.values():
+            self._conns.setdefault(book.conn, len(self._conns))
+        self._numbers = numbers
+        market = events["market"]
+        conn = pl.Series(encoded.indices).cast(pl.Int64)
+        self.of_events = market * len(self._conns) + conn
+        """The book of each event."""
+        self._before = np.full(len(numbers) and max(numbers.values()) + 1, -1)
+        """The book that each market had before, by the market's number; -1 where it had none."""
+        self._before[[numbers[ticker] for ticker in state.books]] = self.books(state.books)
+        marker = events["type"] == MARKER
+        self.any_snapshot = bool(marker.any())
+        self.renewed = market.filter(marker | (self.of_events != self.before(market))).unique()
+        """The markets whose books begin anew in this range: by a snapshot, or on another connection."""
+
+    def before(self, markets: pl.Series) -> pl.Series:
+        """The book that each of these markets had before; -1 where it had none."""
+        return pl.Series(self._before[markets.to_numpy()], dtype=pl.Int64)
+
+    def books(self, books: Mapping[str, Book]) -> list[int]:
+        """The number of each. Raises KeyError for what is neither among the events nor before."""
+        width = len(self._conns)
+        return [self._numbers[t] * width + self._conns[book.conn] for t, book in books.items()]
+
+    def numbers(self, tickers: Iterable[str]) -> pl.Series:
+        """The markets' numbers."""
+        return pl.Series([self._numbers[ticker] for ticker in tickers], dtype=pl.Int64)
+
+    def in_words(self, levels: pl.DataFrame, books: dict[str, Book]) -> pl.DataFrame:
+        """Market, side and price of rows that have a `level`."""
+        return in_words(levels, books, self._numbers)
+
+
+def _with_sizes(
+    events: pl.DataFrame, state: State, markets: _Markets
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(the events with `book` and `size`, the level's size after the event; what that is made from)
+
+    The latter has a row for each event, and in front of them, as rows of type CARRY, the levels that
+    were there before: those that an event touches, and of a renewed book all, so that it is seen which
+    ones are gone. Its `ladder` is a book between two snapshots, its `standing` a level of that.
+    """
+    level = pl.col("level")
+    wanted = level.is_in(events["level"].drop_nulls().unique().implode())
+    if not markets.renewed.is_empty():
+        wanted |= market_of(level).is_in(markets.renewed.implode())
+    carry = state.packed.filter(wanted)
+    carry = carry.select(
+        pl.lit(None, pl.UInt32).alias("row"),
         pl.lit(CARRY, pl.Int8).alias("type"),
+        markets.before(carry.select(market_of(level)).to_series()).alias("book"),
+        "level",
+        pl.col("size").alias("qty"),
     )
-    both = pl.concat([carry, events])
-    both = both.with_columns(_books(both))
-    both = both.with_columns(
-        (pl.col("type") == MARKER).cast(pl.Int64).cum_sum().over("book").alias("epoch")
+    both = pl.concat(
+        [
+            carry,
+            events.select(
+                pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
+                "type",
+                markets.of_events.alias("book"),
+                "level",
+                "qty",
+            ),
+        ]
     )
-    epochs = 1 + both.height  # more than any book's snapshots
-    key = (
-        (pl.col("book").cast(pl.Int64) * epochs + pl.col("epoch")) * 2
-        + (pl.col("side") == "no").cast(pl.Int64)
-    ) * _PRICES + pl.col("price")
-    both = both.with_columns(key.alias("level"))
-    return both.with_columns(pl.col("qty").cum_sum().over("level").alias("size"))
+    both = both.with_columns(_ladders(both, any_snapshot=markets.any_snapshot).alias("ladder"))
+    both = both.with_columns(on_ladder().alias("standing"))
+    both = both.with_columns(pl.col("qty").cum_sum().over("standing").alias("size"))
+    sized = both.slice(carry.height)
+    return events.with_columns(sized["book"], sized["size"]), both
 
 
-def _books(events: pl.DataFrame) -> pl.Series:
-    """A number for each (connection, market): cheaper to group by than their texts."""
-    conns = codes(events["conn"])
-    return codes(codes(events["market_ticker"]) * conns.len() + conns).alias("book")
+def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
+    """A number for each book as it stands between two snapshots; later ones have higher numbers."""
+    if not any_snapshot:
+        return rows["book"]
+    epoch = rows.select(
+        (pl.col("type") == MARKER).cast(pl.Int64).cum_sum().over("book")
+    ).to_series()
+    return codes(rows["book"]) * (1 + rows.height) + epoch  # more than any book's snapshots
 
 
 # -- which books can be believed ---------------------------------------------------------------
@@ -279,19 +276,23 @@ def _books(events: pl.DataFrame) -> pl.Series:
 _BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed")
 
 
-def _happenings(decoded: Decoded, sized: pl.DataFrame) -> list[dict[str, Any]]:
+def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
     """The few events that change what is believed of a book, in order."""
     columns = ["n", "recv_ns", "conn", "sid", "seq", "kind", "market_ticker", "market_id", "detail"]
     nothing = [pl.lit("").alias("market_id")]
-    deltas = sized.filter(pl.col("type") == DELTA)
-    first = deltas.unique(subset="book", keep="first", maintain_order=True)
+    breaks = decoded.stream.filter(pl.col("kind").is_in(_BREAKS)).with_columns(nothing)
+    deltas = events.filter(pl.col("type") == DELTA)
+    if markets.renewed.is_empty() and breaks.is_empty():
+        first = deltas.clear()  # all of books that are known, and nothing in between
+    else:
+        first = deltas.unique(subset="book", keep="first", maintain_order=True)
     below_zero = deltas.filter(pl.col("size") < 0)
     snapshots = decoded.snapshots.with_columns(
         pl.lit("snapshot").alias("kind"), pl.lit("").alias("detail")
     )
     level = pl.format("{}|{}|{}", "side", "price", "size").alias("detail")
     parts = [
-        decoded.stream.filter(pl.col("kind").is_in(_BREAKS)).with_columns(nothing),
+        breaks,
         snapshots,
         first.with_columns(pl.lit("delta").alias("kind"), pl.lit("").alias("detail")),
         below_zero.with_columns(pl.lit("below_zero").alias("kind"), level),
@@ -401,29 +402,24 @@ def _killed_row(
     return (started["n"], started["recv_ns"], conn, 0, 0, "disconnected", "", body)
 
 
-def _last_heard(decoded: Decoded) -> dict[str, int]:
-    return {conn: newest for conn, _, _, newest in _heard(decoded)}
-
-
 def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
     """(connection, sid, last number, last receive time) of the frames of this range."""
-    columns = ["n", "conn", "sid", "seq", "recv_ns"]
     frames = (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
-    parts = [frame.select(columns) for frame in frames]
-    return list(
-        pl.concat(parts)
-        .sort("n", maintain_order=True)
-        .group_by("conn", "sid", maintain_order=True)
-        .agg(pl.col("seq").max(), pl.col("recv_ns").last())  # notes have no number
-        .iter_rows()
-    )
+    last = [
+        pl.col("n").last(),
+        pl.col("seq").max(),
+        pl.col("recv_ns").last(),
+    ]  # notes have no number
+    parts = [frame.group_by("conn", "sid").agg(last) for frame in frames]
+    both = pl.concat(parts).sort("n").group_by("conn", "sid", maintain_order=True).agg(last)
+    return list(both.drop("n").iter_rows())
 
 
 def _connections_after(
-    connections: dict[str, Connection], decoded: Decoded
+    connections: dict[str, Connection], heard: list[tuple[str, int, int, int]]
 ) -> dict[str, Connection]:
     after = dict(connections)
-    for conn, sid, seq, recv_ns in _heard(decoded):
+    for conn, sid, seq, recv_ns in heard:
         known = after.get(conn)
         if known is not None:
             seqs = known.seqs | {sid: seq} if seq else known.seqs
@@ -434,65 +430,71 @@ def _connections_after(
 # -- levels after ------------------------------------------------------------------------------
 
 
-def _final_levels(sized: pl.DataFrame, books: dict[str, Book]) -> pl.DataFrame:
+def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets) -> pl.DataFrame:
     """The last row of every level of the touched markets' newest books, size 0 included."""
-    newest = pl.DataFrame(
-        [(ticker, book.conn) for ticker, book in books.items()],
-        schema={"market_ticker": pl.String, "conn": pl.String},
-        orient="row",
-    )
-    last = (
-        sized.group_by("book")
-        .agg(pl.col("market_ticker", "conn").first(), pl.col("epoch").max())
-        .join(newest, on=["market_ticker", "conn"], how="semi")
-        .select("book", "epoch")
-    )
-    return (
-        sized.filter(pl.col("type") != MARKER)
-        .unique(subset="level", keep="last", maintain_order=True)
-        .join(last, on=["book", "epoch"], how="semi", maintain_order="left")
-    )
+    newest = pl.Series(markets.books(books), dtype=pl.Int64)
+    rows = sized.filter(pl.col("book").is_in(newest.implode()))
+    if markets.any_snapshot:
+        last = rows.group_by("book").agg(pl.col("ladder").max())["ladder"]
+        rows = rows.filter((pl.col("type") != MARKER) & pl.col("ladder").is_in(last.implode()))
+    return rows.unique(subset="standing", keep="last", maintain_order=True)
 
 
 def _levels_after(
-    final: pl.DataFrame, renewed: pl.Series, books: dict[str, Book], state: State
+    final: pl.DataFrame, books: dict[str, Book], state: State, markets: _Markets
 ) -> pl.DataFrame:
-    untouched = state.levels.filter(~pl.col("market_ticker").is_in(renewed.implode())).join(
-        final, on=LEVEL_KEY, how="anti"
+    level = pl.col("level")
+    over = [markets.renewed, markets.numbers(state.books.keys() - books.keys())]
+    untouched = ~level.is_in(final["level"].implode())
+    if any(not some.is_empty() for some in over):
+        untouched &= ~market_of(level).is_in(pl.concat(over).implode())
+    return pl.concat(
+        [
+            state.packed.filter(untouched),
+            final.filter(pl.col("size") != 0).select(PACKED.names()),
+        ]
     )
-    gone = state.books.keys() - books.keys()
-    if gone:
-        untouched = untouched.filter(~pl.col("market_ticker").is_in(gone))
-    return pl.concat([untouched, final.filter(pl.col("size") != 0).select(LEVELS.names())])
 
 
 def _changed_levels(
-    sized: pl.DataFrame, final: pl.DataFrame, books: dict[str, Book]
+    events: pl.DataFrame,
+    sized: pl.DataFrame,
+    final: pl.DataFrame,
+    books: dict[str, Book],
+    markets: _Markets,
 ) -> pl.DataFrame:
     """What `latest_levels` must learn: levels that events touched, and those that a snapshot dropped."""
-    based = [ticker for ticker, book in books.items() if book.based]
+    based = markets.numbers(ticker for ticker, book in books.items() if book.based).implode()
     columns = ["market_id", "market_ticker", "side", "price", "size", "ts", "recv_ns"]
-    changed = final.filter(pl.col("type") != CARRY)
-    changed = changed.select(columns).filter(pl.col("market_ticker").is_in(based))
-    markers = (
-        sized.filter(pl.col("type") == MARKER)
-        .unique(subset="market_ticker", keep="last", maintain_order=True)
-        .select("market_ticker", pl.col("recv_ns").alias("dropped_ns"))
-    )
-    if markers.is_empty():  # nothing but a snapshot drops a level
+    touched = final.filter((pl.col("type") != CARRY) & market_of(pl.col("level")).is_in(based))
+    changed = events.select(columns)[touched["row"]]
+    if not markets.any_snapshot:  # nothing but a snapshot drops a level
         return changed
-    dropped = (
+    markers = (
+        events.filter(pl.col("type") == MARKER)
+        .unique(subset="market", keep="last", maintain_order=True)
+        .select("market", pl.col("recv_ns").alias("dropped_ns"))
+    )
+    gone = (
         sized.filter(pl.col("type") != MARKER)
-        .unique(subset=LEVEL_KEY, keep="last", maintain_order=True)
-        .join(final, on=LEVEL_KEY, how="anti", maintain_order="left")
-        .join(markers, on="market_ticker", maintain_order="left")
-        .with_columns(
+        .unique(subset="level", keep="last", maintain_order=True)
+        .filter(~pl.col("level").is_in(final["level"].implode()))
+        .select("level")
+        .filter(market_of(pl.col("level")).is_in(based))
+    )
+    dropped = (
+        markets.in_words(gone, books)
+        .join(markers, on="market", maintain_order="left")
+        .select(
+            "market_id",
+            "market_ticker",
+            "side",
+            "price",
             pl.lit(0, pl.Int64).alias("size"),
             pl.lit(None, pl.Datetime("us", "UTC")).alias("ts"),
             pl.col("dropped_ns").alias("recv_ns"),
         )
     )
-    dropped = dropped.select(columns).filter(pl.col("market_ticker").is_in(based))
     return pl.concat([changed, dropped])
 
 

@@ -22,9 +22,10 @@ import msgspec
 import pyarrow as pa
 import tenacity
 
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derivation import CHUNK_RECORDS, Derivation, chunks
-from kalshi_platform.loading.derive import Distrust, Rows, State, derive
+from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.state import (
     UnreadableState,
     checkpoint,

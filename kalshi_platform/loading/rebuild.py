@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.loading import compaction, hours, passage, sealing
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derivation import at_hours, chunks
-from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.state import checkpoint, hour_state
 from kalshi_platform.loading.stores import by_hour, concatenated

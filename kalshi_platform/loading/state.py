@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.loading.books import LEVELS, Book, Connection, State
 from kalshi_platform.loading.columns import names, prices, quantities
-from kalshi_platform.loading.derive import LEVELS, Book, Connection, State
 from kalshi_platform.storage.archive import hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 
@@ -65,7 +65,7 @@ def load(path: Path) -> State:
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, msgspec.DecodeError) as error:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
     levels = pl.DataFrame(table.replace_schema_metadata(None)).cast(LEVELS)
-    return State(head.n, head.version, head.connections, head.books, levels)
+    return State.of(head.n, head.version, head.connections, head.books, levels)
 
 
 def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:

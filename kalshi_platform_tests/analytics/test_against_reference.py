@@ -23,8 +23,9 @@ from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import State, derive
+from kalshi_platform.loading.derive import derive
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
 from kalshi_platform_tests import wire

@@ -26,8 +26,9 @@ from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES
 from kalshi_platform.loading import decode as decoding
 from kalshi_platform.loading import publish
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded, decode
-from kalshi_platform.loading.derive import State, derive
+from kalshi_platform.loading.derive import derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError, Writer
 from kalshi_platform.storage.embedded import running

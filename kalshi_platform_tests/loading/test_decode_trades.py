@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import State, derive
+from kalshi_platform.loading.derive import derive
 from kalshi_platform_tests import wire
 
 SHARED_FRAMES = Path(__file__).resolve().parents[2].parent / "shared" / "frames"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform.loading import derivation
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded
 from kalshi_platform.loading.derivation import Derivation
-from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Position, Writer
 from kalshi_platform_tests.loading.test_load import journal_of, recording

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from kalshi_platform.exchange.book import Book, BookError, delta_change
 from kalshi_platform.exchange.frames import Kind, decode_delta, decode_head, decode_snapshot
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import Rows, State, derive
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform_tests import wire
 
 TICKERS = ("A-1", "B-2", "C-3")

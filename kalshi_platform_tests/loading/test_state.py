@@ -9,7 +9,7 @@ from threading import Barrier
 import pytest
 
 from kalshi_platform.loading import state
-from kalshi_platform.loading.derive import State
+from kalshi_platform.loading.books import State
 
 
 def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
