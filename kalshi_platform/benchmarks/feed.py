@@ -37,6 +37,8 @@ LAG = 20_000
 START_US = 1_790_000_000_000_000
 STEP_US = 137
 PACE_S = 0.005
+CALM_S = 0.5
+"""A client that has all its books and asks for nothing for so long has subscribed to all it wants."""
 
 
 _TEXT = [
@@ -178,9 +180,13 @@ class _Peer:
                     return
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """The client's commands."""
+        """The client's commands, until none comes for as long as the socket waits."""
         while True:
-            for event in self._events():
+            try:
+                events = self._events()
+            except TimeoutError:
+                return
+            for event in events:
                 if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
                     yield json.loads(bytes(event.data))
 
@@ -217,7 +223,7 @@ class _Peer:
 
 
 def _subscribe(peer: _Peer, markets: int) -> None:
-    """Answer commands until every market has had its snapshot."""
+    """Answer commands until every market has had its snapshot, and the client asks for no more."""
     seq, sids, told = 1, 0, 0
     for command in peer.messages():
         params = command.get("params", {})
@@ -241,11 +247,10 @@ def _subscribe(peer: _Peer, markets: int) -> None:
             seq += 1
             told += 1
         if told == markets:
-            if seq != first_seq(markets):
-                raise RuntimeError(
-                    f"the deltas begin at {first_seq(markets)}, the snapshots end at {seq}"
-                )
-            return
+            peer.socket.settimeout(CALM_S)
+    if seq != first_seq(markets):
+        raise RuntimeError(f"the deltas begin at {first_seq(markets)}, the snapshots end at {seq}")
+    peer.socket.settimeout(None)
 
 
 def _stream(peer: _Peer, path: Path, frames: int, rate: float) -> None:

@@ -116,10 +116,11 @@ async def _receive(ws_url: str, frames: int, markets: int) -> float:
             await socket.send(json.dumps(command | {"id": 1 + start}))
         for _ in range(feed.first_seq(markets)):  # subscribed, snapshots, oks
             await socket.recv(decode=False)
+        await socket.recv(decode=False)
         began = time.perf_counter()
-        for _ in range(frames):
+        for _ in range(frames - 1):
             await socket.recv(decode=False)
-        return frames / (time.perf_counter() - began)
+        return (frames - 1) / (time.perf_counter() - began)
 
 
 # -- the recorder ------------------------------------------------------------------------------

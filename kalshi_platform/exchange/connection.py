@@ -61,7 +61,8 @@ class BatchedConnection(LiveConnection):
         super().__init__(*args, **options)
         self._deliver: Deliver | None = None
         self._came: list[bytes] = []
-        self._fragments: list[bytes] = []
+        self._begun: bytearray | None = None
+        """The fragments so far of a message of several."""
         self._tail = b""
         """The last bytes of the answer to the handshake so far; frames begin behind its blank line."""
         self._framing = Framing(MAX_FRAME_BYTES)
@@ -86,10 +87,11 @@ class BatchedConnection(LiveConnection):
         if self.response is None or event.opcode not in DATA_OPCODES:
             super().process_event(event)
             return
-        self._fragments.append(bytes(event.data))
+        self._begun = self._begun or bytearray()
+        self._begun += event.data
         if event.fin:
-            self._came.append(b"".join(self._fragments))
-            self._fragments.clear()
+            self._came.append(bytes(self._begun))
+            self._begun = None
 
     def _shake_hands(self, data: bytes) -> bytes:
         """Give the library the answer to the handshake; returns the frames that came behind it."""
@@ -106,7 +108,7 @@ class BatchedConnection(LiveConnection):
 
     def _library(self, frame: bytes) -> bool:
         super().data_received(frame)
-        return not self._fragments and self.protocol.state is State.OPEN
+        return self._begun is None and self.protocol.state is State.OPEN
 
     def _hand_over(self, recv_ns: int) -> None:
         if self._came and self._deliver is not None:
