@@ -33,6 +33,14 @@ CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_writer SETTINGS
     distributed_product_mode = 'global'
 TO kalshi_writer, kalshi_operator, kalshi_admin;
 
+-- No query is compiled: the fourth run of a question would take four times as long, for a tenth off long
+-- scans (docs/performance.md). Who scans a lot may set them to 1 for that query.
+CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_no_compiling SETTINGS
+    compile_expressions = 0,
+    compile_aggregate_expressions = 0,
+    compile_sort_description = 0
+TO kalshi_reader, kalshi_writer, kalshi_operator;
+
 GRANT SELECT, SHOW ON kalshi.* TO kalshi_reader;
 
 GRANT SELECT, SHOW ON kalshi.* TO kalshi_writer;

@@ -61,6 +61,10 @@ _USERS = """<clickhouse>
   <profiles><default>
     <implicit_select>0</implicit_select>
     <allow_introspection_functions>0</allow_introspection_functions>
+    <!-- no compiling: a question's fourth run would take four times as long, for a tenth off long scans -->
+    <compile_expressions>0</compile_expressions>
+    <compile_aggregate_expressions>0</compile_aggregate_expressions>
+    <compile_sort_description>0</compile_sort_description>
   </default></profiles>
   <users><default>
     <password></password>

@@ -209,8 +209,10 @@ class Server:
             return Response(b"", headers=self._headers(call, done, result=False))
         answer = self._engine.query(call.request, call.statement, call.sql)
         try:
-            first = cast(Piece, await self._in_thread(http, call, answer.fetch))
-            second = await self._in_thread(http, call, answer.fetch)
+            # in one go: each way to a thread and back is time that a small answer waits
+            first, second = await self._in_thread(
+                http, call, lambda: (cast(Piece, answer.fetch()), answer.fetch())
+            )
             if second is None:
                 return await self._whole(http, call, first)
         except BaseException:

@@ -307,3 +307,20 @@ def test_a_web_page_of_another_site_is_refused(
     ):
         assert answer.status_code == status
         assert (answer.headers.get("X-ClickHouse-Exception-Code") == "497") == (status == 403)
+
+
+def test_a_question_that_is_asked_again_and_again_is_not_compiled(ask: Ask) -> None:
+    """Its fourth run would wait for the compiler; who wants that for a query of his own sets it."""
+
+    def compiled_by(sql: str, **settings: str) -> int:
+        count = "SELECT sum(value) FROM system.events WHERE event = 'CompileFunction'"
+        before = int(ask(count).text)
+        for _ in range(6):
+            assert ask(sql, **settings).status_code == 200
+        return int(ask(count).text) - before
+
+    sums = "SELECT sum((number * 3 + 7) % 11), max(number * 5 - 2) FROM numbers(10) GROUP BY number % 3"
+    assert compiled_by(sums) == 0
+    assert (
+        compiled_by(sums, compile_expressions="1", compile_aggregate_expressions="1") > 0
+    )  # so the count counts
