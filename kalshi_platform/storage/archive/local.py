@@ -349,6 +349,7 @@ def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
             f"{what} for {path}. Make room; the load goes on by itself.", name=name
         )
     return StoreRefused(
-        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR to a folder that this user can write.",
+        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR (KALSHI_DATA_DIR, where the archive is on"
+        " object storage) to a folder that this user can write.",
         name=name,
     )
