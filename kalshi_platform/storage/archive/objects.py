@@ -66,7 +66,7 @@ LEAVING = ".leaving"
 REPLACED = ".replaced"
 PROBE = ".probe"
 BLOCK = 32 << 20
-"""Bytes of a file that are sent, or held against it, at a time."""
+"""Bytes of an object that are held against its file at a time."""
 KILLED_S = 86_400.0
 """Nothing is exchanged here, so what lies aside is work under way, which may take long, or of somebody killed."""
 DAYS_LISTED_SINGLY = 45
@@ -414,9 +414,7 @@ class ObjectArchive(Archive):
     def _put_bytes(self, content: pa.Buffer | bytes, key: str) -> None:
         with self._asking(key):
             stream = self._filesystem.open_output_stream(key)
-            for start in range(0, len(content), BLOCK):
-                stream.write(content[start : start + BLOCK])
-                stream.flush()  # what is under way is held in memory
+            stream.write(content)
             stream.close()  # in no `finally`: of an upload that failed, closing would make an object
 
     @contextmanager
