@@ -205,7 +205,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_place(cls, value: str | None) -> str | None:
         scheme, separator, place = (value or "").partition("://")
-        if not separator:
+        if not separator and not scheme.lower().startswith("s3:"):
             return value
         if scheme != "s3":
             raise ValueError("is neither a folder nor s3://bucket/prefix")
@@ -402,7 +402,7 @@ def _sentence(error: ValidationError) -> str:
         name = str(item["loc"][0]).upper() if item["loc"] else "settings"
         reason = str(item["msg"]).removeprefix("Value error, ")
         value = item.get("input")
-        secret = any(word in name for word in _SECRET) or "@" in str(value)
+        secret = any(word in name for word in _SECRET) or bool({"@", "?"} & set(str(value)))
         shown = "" if secret else f" is {value!r}:"
         return f"{name}{shown} {reason}"
 

@@ -25,6 +25,8 @@ class ObjectStore:
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.fault: Fault | None = None
+        self.lost: Fault | None = None
+        """As `fault`, but the request is done: its answer alone is lost."""
         self._port = 0
         self._server: BaseWSGIServer | None = None
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -57,6 +59,7 @@ class ObjectStore:
             scheme="http",
             allow_bucket_creation=True,
             allow_bucket_deletion=True,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=10),
         )
 
     def objects(self) -> list[str]:
@@ -79,6 +82,11 @@ class ObjectStore:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start(f"{status} Fault", [("Content-Length", "0")])
             return [b""]
+        status = self.lost(environ["REQUEST_METHOD"], path) if self.lost else None
+        if status is not None:
+            b"".join(self._moto(environ, lambda *_: lambda _: None))
+            start(f"{status} Lost", [("Content-Length", "0")])
+            return [b""]
         answer: Iterable[bytes] = self._moto(environ, start)
         return answer
 
@@ -98,7 +106,7 @@ def object_store() -> Iterator[ObjectStore]:
         store.files().create_dir(BUCKET)
         yield store
     finally:
-        store.fault = None
+        store.fault = store.lost = None
         if store._server is None:
             store.start()
         files = store.files()

@@ -53,6 +53,7 @@ def test_without_a_key_it_is_the_simulator_and_with_one_the_exchange(tmp_path: P
         ("CLICKHOUSE_DATABASE", "a; DROP TABLE x", "pattern"),
         ("PROD_KEYID", "only-the-id", "PROD_KEYFILE is not set"),
         ("PARQUET_DIR", "gs://bucket/path", "neither a folder nor s3://bucket/prefix"),
+        ("PARQUET_DIR", "s3:bucket/path", "neither a folder nor s3://bucket/prefix"),
         ("PARQUET_DIR", "s3://", "is not s3://bucket/prefix"),
         ("PARQUET_DIR", "s3://bucket/path?region=x", "is not s3://bucket/prefix"),
         ("S3_ENDPOINT_URL", "minio:9000", "is not a URL"),
@@ -127,10 +128,13 @@ def test_an_archive_is_a_folder_or_on_object_storage(
     assert (there.s3_endpoint_url, there.aws_region) == ("http://127.0.0.1:9000", "eu-central-1")
 
 
+@pytest.mark.parametrize(
+    "address", ["s3://id:s3cr3t@bucket/prefix", "s3://bucket/prefix?secret_key=s3cr3t"]
+)
 def test_a_key_in_the_archives_address_is_refused_without_being_shown(
-    monkeypatch: pytest.MonkeyPatch,
+    address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PARQUET_DIR", "s3://id:s3cr3t@bucket/prefix")
+    monkeypatch.setenv("PARQUET_DIR", address)
     with pytest.raises(SettingsError) as error:
         load()
     assert "s3cr3t" not in str(error.value)

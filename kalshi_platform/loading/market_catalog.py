@@ -115,7 +115,9 @@ def _before(settings: Settings) -> pa.Table:
         return schema.empty_table()
     try:
         return table_of(file, schema)
-    except StoreRefused:
+    except StoreRefused as error:
+        if error.name:  # the object store's refusal, with its own remedy
+            raise
         raise StoreRefused(
             f"{file.path} cannot be read. Restore it from a backup; or move it away, and markets"
             " that are no longer listed are missing from the new one."

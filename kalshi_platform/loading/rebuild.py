@@ -75,6 +75,7 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
     sources = _in_journals(settings, hour)
     compaction.withdraw(archive, hour)
     with archive.changing():
+        _finish_sealing(archive, hour)
         if _is_compacted(archive, hour):
             same = bool(sources) and _from_journals_compacted(sources, archive, hour)
             if not same and not _sound(archive, hour):
@@ -87,6 +88,16 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
             if (strangers or not sources) and not _sound(archive, hour):
                 _from_clickhouse(settings, archive, hour)
         return sealing.seal(archive, hour)
+
+
+def _finish_sealing(archive: Archive, hour: datetime) -> None:
+    """Of an hour whose sealing was killed, some datasets have been sent and others wait."""
+    if archive.exchanges or hours.is_sealed(archive, hour) or not _is_compacted(archive, hour):
+        return
+    try:
+        sealing.seal(archive, hour)
+    except StoreRefused as error:
+        log.warning("%s", error)
 
 
 def _passed(settings: Settings, hour: datetime) -> bool:
@@ -287,8 +298,9 @@ def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> No
         if manifest is not None and table.num_rows < manifest.rows:
             why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
             raise StoreRefused(_lost(hour, why))
-        for file in archive.files(name, hour):
-            archive.put_aside(file)
+        while there := archive.files(name, hour):  # what was sent, then what waits behind it
+            for file in there:
+                archive.put_aside(file)
         if table.num_rows:
             _write(archive, dataset, hour, FROM_CLICKHOUSE, table)
 

@@ -7,6 +7,7 @@ storage the hour becomes one sorted file here, before anybody sees it (`storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
@@ -22,8 +23,12 @@ def seal(archive: Archive, hour: datetime) -> HourReport:
     Raises `StoreUnavailable` where the archive is away, and `StoreRefused` where it takes nothing, or
     has something else than what was sent.
     """
-    taken = {name: archive.send(name, hour, _sort(name)) for name in hours.RECORDED}
-    return hours.seal(archive, hour, taken)
+    with ExitStack() as sending:
+        taken = {
+            name: sending.enter_context(archive.sending(name, hour, _sort(name)))
+            for name in hours.RECORDED
+        }
+        return hours.seal(archive, hour, taken)
 
 
 def _sort(name: str) -> Sort:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from kalshi_platform.loading.hours import is_sealed
+from kalshi_platform.loading.hours import RECORDED
 from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.recording import journal
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
-from kalshi_platform.storage.archive import open_archive
+from kalshi_platform.storage.archive import Listed, open_archive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.migrations import FOR_EVER_DAYS, RETAINED
@@ -119,19 +119,17 @@ def _archive(settings: Settings) -> Growth:
     """The sealed hours of the last day: what is open is not compacted, and would count too much."""
     archive = open_archive(settings)
     this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    sealed = [
-        hour
-        for hour in (this_hour - timedelta(hours=back) for back in range(1, 26))
-        if is_sealed(archive, hour)
-    ]
+    names = [name for name, dataset in DATASETS.items() if dataset.archived]
+    span = (this_hour - timedelta(hours=25), this_hour - timedelta(hours=1))
+    of_hours: dict[datetime, dict[str, Listed]] = {}
+    for name in names:
+        for hour, listed in archive.listing(name, *span).items():
+            of_hours.setdefault(hour, {})[name] = listed
     per_hour = [
-        sum(
-            file.bytes
-            for name, dataset in DATASETS.items()
-            if dataset.archived
-            for file in archive.files(name, hour)
-        )
-        for hour in sealed
+        sum(file.bytes for listed in by_name.values() for file in listed.files)
+        for by_name in of_hours.values()
+        if (recorded := [by_name[n] for n in RECORDED if n in by_name and by_name[n].files])
+        and all(listed.manifest is not None for listed in recorded)
     ]
     per_day = sum(per_hour) / len(per_hour) * 24 if per_hour else None
     if settings.archive_base is None:
@@ -139,8 +137,7 @@ def _archive(settings: Settings) -> Growth:
         return Growth("Parquet archive", folder_bytes(root), per_day, None, root)
     size = sum(
         file.bytes
-        for name, dataset in DATASETS.items()
-        if dataset.archived
+        for name in names
         for listed in archive.listing(name).values()
         for file in listed.files
     )

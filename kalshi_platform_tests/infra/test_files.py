@@ -156,7 +156,7 @@ def test_every_variable_that_dagster_s_files_read_is_set() -> None:
 def test_the_compose_file_s_own_variables_are_in_its_example() -> None:
     used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
     example = (COMPOSE.parent / ".env.example").read_text()
-    assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
+    assert used == set(re.findall(r"^#?([A-Z0-9_]+)=", example, re.MULTILINE))
 
 
 def test_every_file_that_is_named_is_there() -> None:

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import compact as compact_command
 from kalshi_platform.commands import doctor
-from kalshi_platform.loading import compaction, continuity, hours
+from kalshi_platform.loading import compaction, continuity, hours, passage
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.load import Load, Pace
@@ -45,11 +45,12 @@ from kalshi_platform.storage.archive import (
     local,
     objects,
     open_archive,
+    part_name,
     table_of,
 )
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
-from kalshi_platform.storage.schema import MARKET_CATALOG
+from kalshi_platform.storage.schema import MARKET_CATALOG, SPREADS
 from kalshi_platform.streamer import Streamer
 from kalshi_platform_tests import object_store
 from kalshi_platform_tests.analytics.test_docs import PAGE, SNIPPETS
@@ -332,6 +333,45 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
     assert deaths > 8
 
 
+@pytest.mark.usefixtures("_events_alone")
+def test_rows_that_seal_their_hour_are_there_once_when_a_kill_makes_the_load_write_them_again(
+    store: ObjectStore, settings: Settings, expected: pl.DataFrame, tmp_path: Path
+) -> None:
+    """An hour that all have passed gets its first rows, is sealed with them, and the load dies before
+    it has noted that: it writes the range that it had planned once more."""
+    made = settings_of(store, tmp_path / "made", use_clickhouse=False)
+    record(made)
+    table = pa.concat_tables(open_archive(made).read(EVENTS, FIRST_HOUR))
+    archive = open_archive(settings)
+
+    def load_planned() -> None:
+        into = parquet(settings)
+        into._passed = SECOND_HOUR
+        into.write(0, 60, [Rows(0, 60, {EVENTS: table})])
+
+    step = deaths = 0
+    while True:
+        step += 1
+        shutil.rmtree(settings.archive_dir, ignore_errors=True)
+        archive.remove_hour(EVENTS, FIRST_HOUR)
+        with pytest.MonkeyPatch.context() as patched:
+            _deaths(patched, step, after=False)
+            try:
+                load_planned()
+            except Killed:
+                deaths += 1
+            else:
+                break
+        load_planned()
+        assert globbed(store, settings).equals(expected), step
+        assert hours.is_sealed(archive, FIRST_HOUR)
+        manifest = archive.read_manifest(EVENTS, FIRST_HOUR)
+        assert manifest is not None
+        assert (manifest.rows, len(manifest.merged)) == (expected.height, 1)
+    assert deaths > 8
+    assert LocalArchive(settings.archive_dir).hours(EVENTS) == []
+
+
 # -- readers -----------------------------------------------------------------------------------
 
 
@@ -444,6 +484,38 @@ def test_an_hour_that_waits_is_built_again_and_sent_by_a_rebuild(
     assert globbed(store, settings).equals(expected)
 
 
+@pytest.mark.parametrize("step", ["set apart", "sent in part"])
+def test_a_rebuild_finishes_a_sealing_that_was_killed(
+    step: str, store: ObjectStore, settings: Settings, expected: pl.DataFrame
+) -> None:
+    calls = 0
+    put = objects.ObjectArchive._put
+
+    def killed(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if step == "set apart" or calls == 2:
+            raise Killed
+        put(*arguments)
+
+    writer = journal_of(settings.journal_dir(), recording())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(objects.ObjectArchive, "_put", killed)
+        load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
+        load.start()
+        load.drain()
+        assert not load.join(120)
+    writer.close()
+    sent = [key for key in keys(store, settings) if key.endswith(".parquet")]
+    assert len(sent) == calls - 1
+    passage.advance(settings.journals_dir, 0, SECOND_HOUR)
+    report = rebuild(settings, FIRST_HOUR)
+    assert report.complete
+    assert {it.dataset for it in report.datasets} == {*hours.RECORDED} - {"book_checkpoints"}
+    assert globbed(store, settings).equals(expected)
+    assert not list((settings.archive_dir / objects.LEAVING).rglob("*.parquet"))
+
+
 def test_both_stores_are_equal_and_what_is_lost_comes_back_from_clickhouse(
     store: ObjectStore, with_clickhouse: Settings, expected: pl.DataFrame
 ) -> None:
@@ -469,6 +541,15 @@ def test_both_stores_are_equal_and_what_is_lost_comes_back_from_clickhouse(
     rebuild(settings, FIRST_HOUR)
     assert globbed(store, settings).equals(expected)
     assert compared().differences == ()
+    archive = open_archive(settings)
+    (file,) = archive.files(EVENTS, FIRST_HOUR)
+    again = next(archive.read(EVENTS, FIRST_HOUR)).slice(0, 7)
+    archive.write(EVENTS, FIRST_HOUR, part_name(0, 90_000, 90_010), [again], again.schema)
+    with store.files().open_output_stream(file.key) as stream:
+        stream.write(b"PAR1 no longer")
+    rebuild(settings, FIRST_HOUR)  # ClickHouse has what waits behind a damaged object, too
+    assert globbed(store, settings).equals(expected)
+    assert len(list((settings.archive_dir / objects.REPLACED).iterdir())) == 1
 
 
 def test_an_empty_clickhouse_is_filled_from_the_bucket(
@@ -512,6 +593,18 @@ def test_an_hours_analytics_are_computed_from_the_bucket_and_put_there(
     open_hour = compute_hour(settings, SECOND_HOUR)  # its rows wait here
     assert not open_hour.report.complete
     assert open_hour.report.datasets
+
+
+def test_a_sweep_takes_nothing_from_under_an_hour_that_is_being_computed(
+    store: ObjectStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", -1.0)
+    archive = open_archive(settings)
+    table = SPREADS.arrow.empty_table()
+    with archive.writing(SPREADS.name, FIRST_HOUR, "hour.parquet", table.schema) as add:
+        compaction.sweep(archive)
+        add(table)
+    assert [file.name for file in archive.files(SPREADS.name, FIRST_HOUR)] == ["hour.parquet"]
 
 
 def test_the_market_catalogue_is_one_object_that_each_reading_replaces(
@@ -575,6 +668,30 @@ def test_a_store_that_fails_now_and_then_gets_everything_exactly_once(
     writer.close()
     assert min(asked.values()) > 9, asked
     assert globbed(store, settings).equals(expected)
+
+
+def test_an_upload_whose_last_answer_is_lost_is_not_sent_for_ever(
+    store: ObjectStore, settings: Settings, tmp_path: Path
+) -> None:
+    """The object is there: that is seen before it is sent again."""
+    archive = open_archive(settings)
+    assert isinstance(archive, objects.ObjectArchive)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * (45 << 10))
+    key = f"{settings.archive_base}/large.parquet"
+    lost = iter([503] * 2)  # as often as the client asks
+    store.lost = lambda method, asked: (
+        next(lost, None) if method == "POST" and "uploadId" in asked else None
+    )
+    try:
+        with pytest.raises(StoreUnavailable, match="during CompleteMultipartUpload"):
+            archive._send(path, key)
+        store.requests.clear()
+        archive._send(path, key)
+    finally:
+        store.lost = None
+    assert not [r for r in store.requests if r.startswith(("PUT", "POST"))]
+    assert keys(store, settings) == ["large.parquet"]
 
 
 def test_an_upload_that_fails_in_the_middle_makes_no_object(

@@ -120,10 +120,26 @@ def batches(file: File, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterat
             file.filesystem.open_input_file(file.key) as source,
             pq.ParquetFile(source, read_dictionary=_dictionaries(schema)) as parquet,
         ):
-            for batch in parquet.iter_batches(batch_size=rows):
-                yield pa.Table.from_batches([batch]).cast(schema)
+            for groups in _groups(parquet.metadata, rows):
+                for batch in parquet.iter_batches(batch_size=rows, row_groups=groups):
+                    yield pa.Table.from_batches([batch]).cast(schema)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from None
+
+
+def _groups(footer: pq.FileMetaData, rows: int) -> Iterator[list[int]]:
+    """Row groups of at most `rows` rows together, or one: what is asked for at once is fetched at once."""
+    groups: list[int] = []
+    held = 0
+    for group in range(footer.num_row_groups):
+        more = footer.row_group(group).num_rows
+        if groups and held + more > rows:
+            yield groups
+            groups, held = [], 0
+        groups.append(group)
+        held += more
+    if groups:
+        yield groups
 
 
 def rows_of(file: File) -> int:

@@ -198,11 +198,15 @@ class Archive(ABC):
     # -- sending ---------------------------------------------------------------------------
 
     @abstractmethod
-    def send(self, dataset: str, hour: datetime, sort: Sort) -> list[str]:
-        """Bring what waits of an hour to where readers look; returns the names of the parts in it.
+    def sending(
+        self, dataset: str, hour: datetime, sort: Sort
+    ) -> AbstractContextManager[list[str]]:
+        """Bring what waits of an hour to where readers look; gives the names of the parts in its sorted file.
 
-        `sort` makes the files that it is given one sorted file in a folder, and names that. Where parts
-        are written to where readers look, nothing waits. May be called again after a kill.
+        `sort` makes the files that it is given one sorted file in a folder, and names that. In the block
+        those names are to be written down in the hour's manifest: what was sent is forgotten once it is
+        left without an error, and sent again where somebody was killed before. Where parts are written to
+        where readers look, nothing waits.
         """
 
     # -- a whole hour replaced -----------------------------------------------------------------

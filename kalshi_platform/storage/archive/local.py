@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date, datetime
 from pathlib import Path
 
@@ -162,9 +162,11 @@ class LocalArchive(Archive):
 
     # -- sending -------------------------------------------------------------------------------
 
-    def send(self, dataset: str, hour: datetime, sort: Sort) -> list[str]:
+    def sending(
+        self, dataset: str, hour: datetime, sort: Sort
+    ) -> AbstractContextManager[list[str]]:
         """See `Archive`."""
-        return []
+        return nullcontext([])
 
     # -- a whole hour replaced -----------------------------------------------------------------
 
@@ -206,11 +208,12 @@ class LocalArchive(Archive):
         except OSError as error:
             raise disk_error(folder, error) from None
 
-    def sweep(self) -> None:
+    def sweep(self, grace_s: float | None = None) -> None:
         """See `Archive`. What lies aside for longer than the grace goes."""
+        grace_s = GRACE_S if grace_s is None else grace_s
         for path in (self.root / ASIDE).glob("*/*"):
             try:
-                if time.time() - path.stat().st_ctime > GRACE_S:  # an exchange sets it
+                if time.time() - path.stat().st_ctime > grace_s:  # an exchange sets it
                     shutil.rmtree(path)
             except OSError as error:
                 raise disk_error(path, error) from None
@@ -346,6 +349,7 @@ def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
             f"{what} for {path}. Make room; the load goes on by itself.", name=name
         )
     return StoreRefused(
-        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR to a folder that this user can write.",
+        f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR (KALSHI_DATA_DIR, where the archive is on"
+        " object storage) to a folder that this user can write.",
         name=name,
     )

@@ -13,8 +13,9 @@ Every step that a reader can see is the arrival of one object with rows that wer
 that is open is therefore not in the bucket; it is in ClickHouse, and below `waiting`.
 
 A kill repeats and never doubles: parts that are to become the sorted object are set apart first, by one
-rename, and go when the object has been read back; until then the same parts make the same rows under the
-same name. Locks and parts are local, so whoever writes shares the data folder: the shards' streamers,
+rename, and go when the object has been read back and the hour's manifest names them as merged. Until then
+the same parts make the same rows under the same name, and one that is written again replaces itself where
+it is. Locks and parts are local, so whoever writes shares the data folder: the shards' streamers,
 rebuilds. Readers may be anywhere.
 """
 
@@ -62,7 +63,12 @@ SCHEME = "s3://"
 SORTED = "hour-sorted.parquet"
 """The one object that an hour's parts become."""
 LEAVING = ".leaving"
+REPLACED = ".replaced"
 PROBE = ".probe"
+BLOCK = 32 << 20
+"""Bytes of an object that are held against its file at a time."""
+KILLED_S = 86_400.0
+"""Nothing is exchanged here, so what lies aside is work under way, which may take long, or of somebody killed."""
 DAYS_LISTED_SINGLY = 45
 """Of a longer span the whole dataset is listed: a thousand objects come with one request."""
 
@@ -165,16 +171,15 @@ class ObjectArchive(Archive):
     def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
         """See `Archive`. A part waits for `send`; a file of another name goes there at once."""
         if part_range(name):
-            with self._waiting.writing(dataset, hour, name, schema) as add:
+            leaves = (self._leaving.folder(dataset, hour) / name).exists()
+            room = self._leaving if leaves else self._waiting
+            with room.writing(dataset, hour, name, schema) as add:
                 yield add
             return
-        folder = self.staging(dataset, hour)
-        try:
+        with self._scratch(dataset, hour) as folder:
             with durably(folder / name, schema) as add:
                 yield add
-            self._put_new(folder / name, f"{self._key(dataset, hour)}/{name}")
-        finally:
-            shutil.rmtree(folder)
+            self._send(folder / name, f"{self._key(dataset, hour)}/{name}")
 
     def remove(self, file: File) -> None:
         """See `Archive`."""
@@ -190,7 +195,13 @@ class ObjectArchive(Archive):
     def put_aside(self, file: File) -> None:
         """See `Archive`."""
         if not file.path.startswith(SCHEME):
-            self._waiting.put_aside(file)
+            path = Path(file.path)
+            target = self._waiting.root / REPLACED / f"{uuid.uuid4().hex[:8]}-{file.name}"
+            try:
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+            except OSError as error:
+                raise disk_error(path, error) from None
             return
         folder = file.key.rpartition("/")[0]
         with self._asking(file.key):
@@ -237,55 +248,44 @@ class ObjectArchive(Archive):
         sorted_by: Sequence[str] = (),
     ) -> File:
         """See `Archive`."""
-        folder = self.staging(dataset, floor_hour(datetime.now(UTC)))
         key = f"{self._base}/{dataset}/{name}"
-        try:
+        with self._scratch(dataset, floor_hour(datetime.now(UTC))) as folder:
             write_durably(folder / name, [table], table.schema, level=level, sorted_by=sorted_by)
-            self._put_new(folder / name, key)
-        finally:
-            shutil.rmtree(folder)
-        return self._file_of_key(key)
+            self._send(folder / name, key)
+        with self._asking(key):
+            info = self._filesystem.get_file_info(key)
+        return self._known(info)
 
-    # -- sending ---------------------------------------------------------------------------
+    # -- sending -------------------------------------------------------------------------------
 
-    def send(self, dataset: str, hour: datetime, sort: Sort) -> list[str]:
+    @contextmanager
+    def sending(self, dataset: str, hour: datetime, sort: Sort) -> Iterator[list[str]]:
         """See `Archive`. The caller must hold `changing` where somebody else may send."""
         key = f"{self._key(dataset, hour)}/{SORTED}"
-        if not self._leaving.files(dataset, hour) and self._waiting.files(dataset, hour):
-            with self._asking(key):
-                there = self._filesystem.get_file_info(key).type is fs.FileType.File
-            if there:
-                return self._send_late(dataset, hour)
+        if (
+            not self._leaving.files(dataset, hour)
+            and self._waiting.files(dataset, hour)
+            and not self._is_there(key)
+        ):
             self._set_apart(dataset, hour)
         parts = self._leaving.files(dataset, hour)
         if parts:
-            folder = self.staging(dataset, hour)
-            try:
-                self._put(path := sort(parts, folder), key)
-                self._insist_arrived(dataset, path, key)
-            finally:
-                shutil.rmtree(folder)
-            self._let_go(dataset, hour)
-        late = self._send_late(dataset, hour) if self._waiting.files(dataset, hour) else []
-        return [*(part.name for part in parts), *late]
-
-    def _send_late(self, dataset: str, hour: datetime) -> list[str]:
-        """What came after the hour's sorted object: an object each, as it is."""
-        parts = self._waiting.files(dataset, hour)
-        for part in parts:
-            key = f"{self._key(dataset, hour)}/{part.name}"
-            self._put(Path(part.path), key)
-            self._insist_arrived(dataset, Path(part.path), key)
+            with self._scratch(dataset, hour) as folder:
+                self._send(sort(parts, folder), key)
+        late = self._waiting.files(dataset, hour)
+        for part in late:  # an object each, as it is
+            self._send(Path(part.path), f"{self._key(dataset, hour)}/{part.name}")
+        yield [part.name for part in parts]
+        for part in late:
             self._waiting.remove(part)
-        return []
+        if parts:
+            self._let_go(dataset, hour)
 
     def _set_apart(self, dataset: str, hour: datetime) -> None:
         """From here on, no part joins those that are about to be sent."""
         source, target = (room.folder(dataset, hour) for room in (self._waiting, self._leaving))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():  # what was put aside there
-                target.rename(target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}"))
             source.rename(target)
             sync(target.parent)
             sync(source.parent)
@@ -301,17 +301,6 @@ class ObjectArchive(Archive):
             shutil.rmtree(target)
         except OSError as error:
             raise disk_error(folder, error) from None
-
-    def _insist_arrived(self, dataset: str, path: Path, key: str) -> None:
-        """Read an object back, and hold it against the file that it was made of."""
-        sent, there = (
-            _content(file, dataset) for file in (local_file(path), self._file_of_key(key))
-        )
-        if sent != there:
-            raise StoreRefused(
-                f"{SCHEME}{key} was sent with {sent[0]:,} rows of checksum {sent[1]} and reads as {there[0]:,} of"
-                f" {there[1]}. What was sent is kept in {self._waiting}. Does something else write there?"
-            )
 
     # -- a whole hour replaced -----------------------------------------------------------------
 
@@ -340,12 +329,12 @@ class ObjectArchive(Archive):
                 " step. Rename those that are damaged, then materialise the hour again."
             )
         if not there or not _reads_as(there[0], path, dataset):
-            self._put(path, there[0].key if there else f"{self._key(dataset, hour)}/{SORTED}")
+            self._send(path, there[0].key if there else f"{self._key(dataset, hour)}/{SORTED}")
         shutil.rmtree(staged)
 
     def sweep(self) -> None:
         """See `Archive`."""
-        self._waiting.sweep()
+        self._waiting.sweep(KILLED_S)
 
     # -- asking the store ------------------------------------------------------------------------
 
@@ -372,24 +361,46 @@ class ObjectArchive(Archive):
 
     def _file(self, info: fs.FileInfo) -> File | None:
         ours = info.base_name == MANIFEST or info.base_name.endswith(".parquet")
-        if info.type is not fs.FileType.File or not ours:
-            return None
+        return self._known(info) if info.type is fs.FileType.File and ours else None
+
+    def _known(self, info: fs.FileInfo) -> File:
         return File(f"{SCHEME}{info.path}", info.size, str(info.mtime_ns), self._filesystem)
 
-    def _file_of_key(self, key: str) -> File:
+    def _is_there(self, key: str) -> bool:
         with self._asking(key):
-            info = self._filesystem.get_file_info(key)
-        return File(f"{SCHEME}{key}", info.size or 0, str(info.mtime_ns), self._filesystem)
+            return bool(self._filesystem.get_file_info(key).type is fs.FileType.File)
 
-    def _put_new(self, path: Path, key: str) -> None:
-        """Send a file, unless the object is that already, byte for byte: then no reader is disturbed."""
+    @contextmanager
+    def _scratch(self, dataset: str, hour: datetime) -> Iterator[Path]:
+        """A folder of a local disk, for the time of the block."""
+        folder = self.staging(dataset, hour)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def _send(self, path: Path, key: str) -> None:
+        """Make a file the object, and read it back; where it is that already, no reader is disturbed."""
+        if self._holds(key, path):
+            return
+        self._put(path, key)
+        if not self._holds(key, path):
+            raise StoreRefused(
+                f"{SCHEME}{key} does not read as it was sent. The rows are kept in {self._waiting}. Does"
+                " something else write there?"
+            )
+
+    def _holds(self, key: str, path: Path) -> bool:
+        """Whether the object is there and is the file, byte for byte."""
         with self._asking(key):
             info = self._filesystem.get_file_info(key)
-            if info.type is fs.FileType.File and info.size == path.stat().st_size:
-                with self._filesystem.open_input_stream(key) as stream:
-                    if stream.read() == path.read_bytes():
-                        return
-        self._put(path, key)
+            if info.type is not fs.FileType.File or info.size != path.stat().st_size:
+                return False
+            with self._filesystem.open_input_stream(key) as there, path.open("rb") as here:
+                while block := here.read(BLOCK):
+                    if there.read(len(block)) != block:
+                        return False
+        return True
 
     def _put(self, path: Path, key: str) -> None:
         """Send a file; it is there whole or not at all."""

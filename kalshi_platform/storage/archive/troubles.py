@@ -26,6 +26,8 @@ _ALLOWED = (
 _BUCKET = "there is no such bucket. Create it, or set PARQUET_DIR to one that exists"
 _REGION = "the bucket is in another region. Set AWS_REGION to the bucket's"
 _CLOCK = "this machine's clock is off. Turn NTP on"
+_PASSING = {"NO_SUCH_UPLOAD", "NoSuchUpload"}
+"""An upload in parts that has come to its end before: the answer to that was lost, or somebody aborted it."""
 _REFUSALS = {
     "ACCESS_DENIED": _ALLOWED,
     "AccessDenied": _ALLOWED,
@@ -58,7 +60,8 @@ def object_store_error(where: str, error: Exception) -> StoreUnavailable | Store
     refusal = _REFUSALS.get(name) or _REFUSALS.get(found["name"])
     if refusal is None and status == 301:
         refusal = _REGION
-    if refusal is None and 400 <= status < 500 and status not in {408, 429}:
+    passing = status in {408, 429} or name in _PASSING or found["name"] in _PASSING
+    if refusal is None and 400 <= status < 500 and not passing:
         refusal = f"it answers {status}. Look at what the store's own log says of it"
     if refusal is not None:
         return StoreRefused(
