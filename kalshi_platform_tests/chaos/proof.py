@@ -124,7 +124,7 @@ def prove(settings: Settings, simulator: Simulator) -> Proof:
         rows_hot=rows_hot,
         rows_cold=rows_cold,
         doubled=sum(it["doubled"] for it in subscriptions)
-        + sum(_doubled(settings, dataset) for dataset in _KEYS)
+        + sum(doubled(settings, dataset) for dataset in _KEYS)
         + sum(abs(rows_hot[dataset] - rows_cold[dataset]) for dataset in _KEYS),
         unexplained=sum(it["unexplained_holes"] for it in subscriptions),
         books_differ=len(levels ^ _truth(simulator, open_markets)),
@@ -161,7 +161,7 @@ def _cold_rows(settings: Settings, dataset: str, where: str) -> int:
     return int(rows.collect().item())
 
 
-def _doubled(settings: Settings, dataset: str) -> int:
+def doubled(settings: Settings, dataset: str) -> int:
     """Rows of the archive that are there once more."""
     repeated = archived(settings, dataset).group_by(_KEYS[dataset]).len()
     extra = repeated.select((pl.col("len") - 1).cast(pl.Int64).sum())

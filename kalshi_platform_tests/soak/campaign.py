@@ -76,7 +76,7 @@ def run(load: Load, every_s: float, say: Say) -> Outcome:
             _settle(it, say)
             it.stop()
             say("Everything has ended; now the proof.")
-            return _judge(it, simulator, sampler, load, restarts, doctor)
+            return _judge(it, simulator, sampler, load=load, restarts=restarts, doctor=doctor)
         finally:
             it.kill()
 
@@ -118,6 +118,7 @@ def _judge(
     it: Platform,
     simulator: Simulator,
     sampler: Sampler,
+    *,
     load: Load,
     restarts: list[Restart],
     doctor: subprocess.CompletedProcess[str],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -114,7 +116,8 @@ def parts(shards: int) -> list[Part]:
     """All of them, those that take the streamers along first: the others then live long enough."""
     return [
         Part("everything", "Ctrl-C to `up`, and `up` again", _up),
-        Part(CODE_SERVER, "SIGTERM", _program(CODE_SERVER)),
+        # alone it would wait for its runs for ever, and start no other
+        Part(f"{CODE_SERVER} with its runs", "SIGTERM to the group", _program(CODE_SERVER)),
         Part(CLICKHOUSE, "SIGTERM", _program(CLICKHOUSE)),
         *(
             Part(f"streamer of shard {n}", "its run terminated in Dagster", _streamer(n))
@@ -149,10 +152,8 @@ def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
                     after[what] = time.time() - at
         return len(after) == 2
 
-    try:
+    with contextlib.suppress(OutOfPatience):  # the figure that is missing says so
         it.wait(back, f"recovery from the restart of {part.name}")
-    except OutOfPatience:
-        pass  # the figure that is missing says so
     return Restart(part.name, part.how, at, after.get("recording"), after.get("supervised"))
 
 
@@ -166,7 +167,7 @@ def _program(name: str) -> Callable[[Platform, Simulator], Done]:
     def begin(it: Platform, _: Simulator) -> Done:
         former = it.programs(name)
         for process in former:
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # each program of `up` leads its group
         gone = {process.pid for process in former}
 
         def done() -> bool:
