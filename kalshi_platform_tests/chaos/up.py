@@ -72,6 +72,7 @@ class Platform:
             "KALSHI_REST_URL": simulator.rest_url,
             "STREAM_SHARDS": str(shards),
             "NO_COLOR": "1",
+            "TMPDIR": str(folder),  # what is killed cannot clean up after itself
         }
         key = self.settings.exchange.key_file
         key.parent.mkdir(parents=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -116,8 +115,7 @@ def parts(shards: int) -> list[Part]:
     """All of them, those that take the streamers along first: the others then live long enough."""
     return [
         Part("everything", "Ctrl-C to `up`, and `up` again", _up),
-        # alone it would wait for its runs for ever, and start no other
-        Part(f"{CODE_SERVER} with its runs", "SIGTERM to the group", _program(CODE_SERVER)),
+        Part(CODE_SERVER, "SIGTERM; its runs, the streamers, end with it", _program(CODE_SERVER)),
         Part(CLICKHOUSE, "SIGTERM", _program(CLICKHOUSE)),
         *(
             Part(f"streamer of shard {n}", "its run terminated in Dagster", _streamer(n))
@@ -167,7 +165,7 @@ def _program(name: str) -> Callable[[Platform, Simulator], Done]:
     def begin(it: Platform, _: Simulator) -> Done:
         former = it.programs(name)
         for process in former:
-            os.killpg(process.pid, signal.SIGTERM)  # each program of `up` leads its group
+            process.send_signal(signal.SIGTERM)
         gone = {process.pid for process in former}
 
         def done() -> bool:
