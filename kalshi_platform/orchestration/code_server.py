@@ -36,7 +36,7 @@ def ask_to_end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     signal.signal(signal.SIGINT, ask_to_end)  # Dagster gives SIGTERM the same handler
-    dagster()
+    dagster()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -208,6 +208,7 @@ def plot(outcome: Outcome) -> Figure:
     for (store, name), colour in zip(_STORES.items(), _COLOURS, strict=True):
         late = [it.late_s.get(store, float("nan")) for it in outcome.samples]
         lag.plot(minutes, late, label=name, color=colour)
+    lag.set_yscale("symlog", linthresh=1.0)  # a second of one store beside the minute of the other
     lag.set_ylabel("seconds behind the journal")
     lag.set_xlabel("minutes")
     for panel in (memory, rate, lag):

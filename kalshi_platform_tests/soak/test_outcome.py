@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from kalshi_platform.benchmarks.memory import BOUND_MIB
-from kalshi_platform.settings import Settings
+from kalshi_platform.settings import load
 from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, Kept, Proof, doubled
 from kalshi_platform_tests.soak.outcome import JUDGED_S, Load, Markets, Outcome
 from kalshi_platform_tests.soak.report import page, write
@@ -138,7 +138,7 @@ def test_the_picture_lies_beside_the_page(tmp_path: Path) -> None:
 
 
 def test_a_row_that_two_files_of_the_archive_have_is_counted_as_doubled(tmp_path: Path) -> None:
-    settings = Settings(kalshi_data_dir=tmp_path)
+    settings = load(kalshi_data_dir=tmp_path)
     hour = settings.archive_dir / "trades" / "date=2026-11-22" / "hour=14"
     hour.mkdir(parents=True)
     pl.DataFrame({"trade_id": ["a", "b", "c"]}).write_parquet(hour / "part-1.parquet")
