@@ -97,7 +97,7 @@ class Platform:
         """Ctrl-C."""
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(30)
+            self.process.wait(60)
 
     def kill(self) -> None:
         """Leave no process of it, whatever state it is in."""

@@ -24,7 +24,7 @@ from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform_tests.chaos.proof import archived, prove
-from kalshi_platform_tests.chaos.up import OutOfPatience, Platform
+from kalshi_platform_tests.chaos.up import PATIENCE_S, OutOfPatience, Platform
 from kalshi_platform_tests.chaos.up import folder as temporary
 from kalshi_platform_tests.soak.outcome import Load, Markets, Outcome
 from kalshi_platform_tests.soak.report import PAGE, write
@@ -34,8 +34,8 @@ from kalshi_platform_tests.soak.samples import Sample, Sampler
 LOAD = Load(minutes=30, rate=2_000, markets=200, rolling=40, rolling_s=120, shards=2, seed=1)
 RESTARTS_END = 2 / 3
 """The share of the time over which the restarts are spread; the rest shows whether memory is flat."""
-LEAST_CALM_S = 30.0
-DOCTOR_S = 120.0
+LEAST_CALM_S = 60.0
+"""So long after the last restart trades that it cost have been fetched, which takes half a minute."""
 Say = Callable[[str], None]
 
 
@@ -61,16 +61,8 @@ def run(load: Load, every_s: float, say: Say) -> Outcome:
             it.start()
             it.wait(lambda: it.recovered(0.0), "the first recording")
             sampler.start()
-            restarts = _restart_all(it, simulator, load, say)
-            doctor = subprocess.run(
-                [sys.executable, "-m", "kalshi_platform", "doctor"],
-                cwd=folder,
-                env=it.environment,
-                capture_output=True,
-                text=True,
-                timeout=DOCTOR_S,
-                check=False,
-            )
+            restarts = _restart_all(it, simulator, sampler, load, say)
+            doctor = _doctor(it)
             sampler.stop()
             simulator.pause()
             _settle(it, say)
@@ -81,28 +73,43 @@ def run(load: Load, every_s: float, say: Say) -> Outcome:
             it.kill()
 
 
-def _restart_all(it: Platform, simulator: Simulator, load: Load, say: Say) -> list[Restart]:
+def _restart_all(
+    it: Platform, simulator: Simulator, sampler: Sampler, load: Load, say: Say
+) -> list[Restart]:
     """Each part in its turn; a recovery that takes longer than its share delays the next."""
     began = time.time()
     every = parts(load.shards)
     apart_s = load.minutes * 60 * RESTARTS_END / len(every)
     done = []
     for number, part in enumerate(every):
-        _sleep_until(began + (number + 0.5) * apart_s)
+        sampler.sleep_until(began + (number + 0.5) * apart_s)
         say(f"{part.name}: {part.how}")
         done.append(restart(it, simulator, part))
         one = done[-1]
         say(
             f"{part.name}: recording again in {one.recording_s:.1f} s, supervised in {one.supervised_s:.1f} s"
             if one.recording_s is not None and one.supervised_s is not None
-            else f"{part.name}: NOT recovered; health: {it.healths()}"
+            else f"{part.name}: NOT recovered. {one.trouble}"
         )
-    _sleep_until(max(began + load.minutes * 60, time.time() + LEAST_CALM_S))
+    sampler.sleep_until(max(began + load.minutes * 60, time.time() + LEAST_CALM_S))
     return done
 
 
-def _sleep_until(at: float) -> None:
-    time.sleep(max(at - time.time(), 0.0))
+def _doctor(it: Platform) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kalshi_platform", "doctor"]
+    try:
+        return subprocess.run(
+            command,
+            cwd=it.data.parent,
+            env=it.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return subprocess.CompletedProcess(command, 1, str(error))
 
 
 def _settle(it: Platform, say: Say) -> None:
@@ -162,7 +169,7 @@ def _judge(
         trades_looked_at=len(last_trades),
         hours_sealed=[partition_key(hour) for hour in sealed],
         doctor_exit=doctor.returncode,
-        doctor=(doctor.stdout + doctor.stderr).splitlines(),
+        doctor=doctor.stdout.splitlines(),
     )
 
 

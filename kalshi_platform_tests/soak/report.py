@@ -119,6 +119,8 @@ def _restarts(outcome: Outcome) -> list[str]:
         " rows. Supervised again: the web page answers and `streamer_supervisor` has looked at the"
         " streamers, which it does every 10 s. Both from the beginning of the end.",
         "",
+        *(f"- {it.name}: {it.trouble}" for it in outcome.restarts if it.trouble),
+        *([""] if any(it.trouble for it in outcome.restarts) else []),
     ]
 
 
@@ -146,7 +148,8 @@ def _memory(outcome: Outcome) -> list[str]:
         f"| all | | | | | | {total:.1%} |",
         "",
         "Resident memory, which counts what processes share in each of them; medians over the first,"
-        " the middle and the last fifth of the time. Growth is over the"
+        " the middle and the last fifth of the time. CPU of a process that came and went between two looks"
+        " is not in it. Growth is over the"
         f" {outcome.calm_s / 60:.1f} minutes after the last restart: the last fifth over the second one."
         f"{judged}",
         "",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +99,8 @@ class Restart:
     """Until another is in its place, frames come, every book is whole and both stores take rows."""
     supervised_s: float | None
     """Until the page answers and the supervisor has looked at the streamers; None: not in time."""
+    trouble: str = ""
+    """Why it did not come back."""
 
     @property
     def recovered(self) -> bool:
@@ -136,7 +138,7 @@ def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
     """Do it, and wait for the recovery, up to `PATIENCE_S`."""
     dagster = Dagster(it)
     at = time.time()
-    done = part.begin(it, simulator)
+    done: Done
     replaced_at: float | None = None
     after: dict[str, float] = {}
 
@@ -150,9 +152,14 @@ def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
                     after[what] = time.time() - at
         return len(after) == 2
 
-    with contextlib.suppress(OutOfPatience):  # the figure that is missing says so
+    trouble = ""
+    try:
+        done = part.begin(it, simulator)
         it.wait(back, f"recovery from the restart of {part.name}")
-    return Restart(part.name, part.how, at, after.get("recording"), after.get("supervised"))
+    except (OutOfPatience, httpx.HTTPError, subprocess.TimeoutExpired) as error:
+        trouble = str(error)  # told in the report, and the soak goes on
+    recording_s, supervised_s = after.get("recording"), after.get("supervised")
+    return Restart(part.name, part.how, at, recording_s, supervised_s, trouble)
 
 
 def _up(it: Platform, _: Simulator) -> Done:

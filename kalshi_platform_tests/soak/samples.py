@@ -57,7 +57,8 @@ class Sampler:
         """Markets that were open at a look, and at how many."""
         self.first_open: frozenset[str] = frozenset()
         """Those of the first look."""
-        self.failure: BaseException | None = None
+        self._failure: BaseException | None = None
+        self._failed = threading.Event()
         self._spent: dict[str, float] = defaultdict(float)
         self._last: dict[tuple[int, float], float] = {}
         self._over = threading.Event()
@@ -67,20 +68,25 @@ class Sampler:
         """Begin."""
         self._thread.start()
 
+    def sleep_until(self, at: float) -> None:
+        """Until then, seconds since the epoch. Raises what ended the looking before its time."""
+        if self._failed.wait(max(at - time.time(), 0.0)) and self._failure is not None:
+            raise self._failure
+
     def stop(self) -> None:
-        """End. Raises what ended the looking before its time."""
+        """End."""
         self._over.set()
         self._thread.join()
-        if self.failure is not None:
-            raise self.failure
+        self.sleep_until(0.0)
 
     def _run(self) -> None:
         try:
             while not self._over.wait(self._every_s):
                 self.samples.append(self._look())
                 self._say(self.samples[-1])
-        except BaseException as error:  # noqa: BLE001 - told to the caller of stop
-            self.failure = error
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits for it
+            self._failure = error
+            self._failed.set()
 
     def _look(self) -> Sample:
         now = time.time()
