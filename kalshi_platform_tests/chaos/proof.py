@@ -91,33 +91,38 @@ class Proof:
 
 
 def prove(settings: Settings, simulator: Simulator) -> Proof:
+    """Start the ClickHouse of the data folder alone, and compare."""
+    with clickhouse_running(settings.data_dir / "clickhouse") as url:
+        return compare(settings.model_copy(update={"clickhouse_url": str(url)}), simulator)
+
+
+def compare(settings: Settings, simulator: Simulator) -> Proof:
     """Read everything and compare. The simulator must have been paused before the last frame."""
     frames, journalled = _journalled(settings)
     cold = {what: _cold_rows(settings, dataset, where) for what, (dataset, where) in _ROWS.items()}
     rows_cold = {dataset: _cold_rows(settings, dataset, "true") for dataset in _KEYS}
     open_markets = simulator.open_markets()
-    with clickhouse_running(settings.data_dir / "clickhouse") as url:
-        client = clickhouse.connect(settings.model_copy(update={"clickhouse_url": str(url)}))
+    client = clickhouse.connect(settings)
 
-        def query(sql: str) -> list[Any]:
-            return list(client.query(sql).result_rows)
+    def query(sql: str) -> list[Any]:
+        return list(client.query(sql).result_rows)
 
-        def count(table: str, where: str = "true") -> int:
-            return int(query(f"SELECT count() FROM {table} WHERE {where}")[0][0])
+    def count(table: str, where: str = "true") -> int:
+        return int(query(f"SELECT count() FROM {table} WHERE {where}")[0][0])
 
-        hot = {what: count(*of) for what, of in _ROWS.items()}
-        rows_hot = {dataset: count(dataset) for dataset in _KEYS}
-        proof = client.query(PROOF.read_text().strip().rstrip(";"))
-        subscriptions = [dict(zip(proof.column_names, r, strict=True)) for r in proof.result_rows]
-        kinds = dict(query("SELECT kind, count() FROM stream_events GROUP BY kind"))
-        spans = count("stream_events", "kind = 'disconnected' AND detail LIKE '%\"span_s\"%'")
-        levels = {
-            (ticker, side, f"{price:.4f}", f"{size:.2f}")
-            for ticker, side, price, size in query(
-                "SELECT market_ticker, side, price, size FROM latest_levels FINAL WHERE size > 0"
-            )
-            if ticker in open_markets
-        }
+    hot = {what: count(*of) for what, of in _ROWS.items()}
+    rows_hot = {dataset: count(dataset) for dataset in _KEYS}
+    proof = client.query(PROOF.read_text().strip().rstrip(";"))
+    subscriptions = [dict(zip(proof.column_names, r, strict=True)) for r in proof.result_rows]
+    kinds = dict(query("SELECT kind, count() FROM stream_events GROUP BY kind"))
+    spans = count("stream_events", "kind = 'disconnected' AND detail LIKE '%\"span_s\"%'")
+    levels = {
+        (ticker, side, f"{price:.4f}", f"{size:.2f}")
+        for ticker, side, price, size in query(
+            "SELECT market_ticker, side, price, size FROM latest_levels FINAL WHERE size > 0"
+        )
+        if ticker in open_markets
+    }
     return Proof(
         frames=frames,
         kept={what: Kept(journalled[what], hot[what], cold[what]) for what in _ROWS},
