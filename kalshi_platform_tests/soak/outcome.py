@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ STREAMER = "streamer"
 ENOUGH = 0.95
 """Of the wished rate, or it was another soak."""
 JUDGED_S = 300.0
-"""Growth is judged over so long a calm; a shorter one is a start that goes on."""
+"""Growth is judged over so long a time without a restart; a shorter one is a start that goes on."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,15 @@ class Outcome:
         return [it for it in self.samples if it.at > over]
 
     @property
-    def calm_s(self) -> float:
+    def steady(self) -> Sequence[Sample]:
+        """The longest part of the calm within one hour: to seal one takes memory for some minutes."""
+        hours = itertools.groupby(self.calm, lambda it: int(it.at // 3600))
+        return max(([*looks] for _, looks in hours), key=len, default=[])
+
+    @property
+    def steady_s(self) -> float:
         """How long that was."""
-        return self.calm[-1].at - self.calm[0].at if self.calm else 0.0
+        return self.steady[-1].at - self.steady[0].at if self.steady else 0.0
 
     @property
     def roles(self) -> list[str]:
@@ -102,8 +109,8 @@ class Outcome:
         return max(it.mib[role] for it in self.samples if role in it.mib)
 
     def growth(self, role: str) -> float | None:
-        """Over the calm: the last fifth over the second one, medians; None for too few looks."""
-        seen = [it.mib[role] for it in self.calm if role in it.mib]
+        """Over the steady part: the last fifth over the second one, medians; None for too few looks."""
+        seen = [it.mib[role] for it in self.steady if role in it.mib]
         fifth = len(seen) // 5
         if not fifth:
             return None
@@ -172,8 +179,8 @@ class Outcome:
             most <= BOUND_MIB,
         )
         grown = [g for role in streamers if (g := self.growth(role)) is not None]
-        if grown and self.calm_s >= JUDGED_S:
-            found[f"a streamer does not grow in the calm (at most {FLAT})"] = (
+        if grown and self.steady_s >= JUDGED_S:
+            found[f"a streamer does not grow at rest from restarts (at most {FLAT})"] = (
                 f"{max(grown):.2f} times",
                 max(grown) <= FLAT,
             )

@@ -127,7 +127,7 @@ def _restarts(outcome: Outcome) -> list[str]:
 def _memory(outcome: Outcome) -> list[str]:
     judged = (
         ""
-        if outcome.calm_s >= JUDGED_S
+        if outcome.steady_s >= JUDGED_S
         else f" Under {JUDGED_S / 60:.0f} minutes it is not judged."
     )
     rows = []
@@ -142,15 +142,16 @@ def _memory(outcome: Outcome) -> list[str]:
     return [
         "## Memory and CPU",
         "",
-        "| | start, MiB | middle | end | most | growth in the calm | CPU, of a core |",
+        "| | start, MiB | middle | end | most | growth | CPU, of a core |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *rows,
         f"| all | | | | | | {total:.1%} |",
         "",
         "Resident memory, which counts what processes share in each of them; medians over the first,"
         " the middle and the last fifth of the time. CPU of a process that came and went between two looks"
-        " is not in it. Growth is over the"
-        f" {outcome.calm_s / 60:.1f} minutes after the last restart: the last fifth over the second one."
+        " is not in it. Growth is the last fifth over the second one, of the longest"
+        f" {outcome.steady_s / 60:.1f} minutes without a restart and without the turn of an hour, whose seal"
+        " takes memory for some minutes."
         f"{judged}",
         "",
     ]

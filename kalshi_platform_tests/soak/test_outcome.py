@@ -17,7 +17,7 @@ from kalshi_platform_tests.soak.report import page, write
 from kalshi_platform_tests.soak.restarts import Restart, parts
 from kalshi_platform_tests.soak.samples import Sample
 
-RATE, EVERY_S = 1_000.0, 10.0
+BEGAN, RATE, EVERY_S = 3_600.0 * 400_000, 1_000.0, 10.0
 SHARD = "streamer of shard 0"
 PROOF = Proof(
     frames=60,
@@ -38,7 +38,7 @@ def looks(mib: list[float], rate: float = RATE) -> list[Sample]:
     """One every ten seconds; the streamer has that memory."""
     return [
         Sample(
-            at=1_000.0 + EVERY_S * n,
+            at=BEGAN + EVERY_S * n,
             mib={SHARD: memory},
             cpu_s={SHARD: 3.0 * n},
             lag={"clickhouse": 10 * n, "parquet": 100},
@@ -58,7 +58,7 @@ FLAT = [300.0] * 50
 SOUND = Outcome(
     load=Load(minutes=8, rate=RATE, markets=5, rolling=2, rolling_s=60, shards=1, seed=1),
     samples=looks(FLAT),
-    restarts=[Restart("daemon", "SIGTERM", 1_005.0, 2.0, 4.0)],
+    restarts=[Restart("daemon", "SIGTERM", BEGAN + 5.0, 2.0, 4.0)],
     shed_s=0.0,
     proof=PROOF,
     markets=Markets(opened=3, recorded=8, left=2, missed=frozenset()),
@@ -87,10 +87,10 @@ BROKEN = {
     ),
     "a trade that is missing": replace(SOUND, trades_missing=1),
     "a part that does not record again": replace(
-        SOUND, restarts=[Restart("ClickHouse", "SIGTERM", 1_005.0, None, 4.0)]
+        SOUND, restarts=[Restart("ClickHouse", "SIGTERM", BEGAN + 5.0, None, 4.0)]
     ),
     "a part that nobody supervises": replace(
-        SOUND, restarts=[Restart("daemon", "SIGTERM", 1_005.0, 2.0, None)]
+        SOUND, restarts=[Restart("daemon", "SIGTERM", BEGAN + 5.0, 2.0, None)]
     ),
     "doctor": replace(SOUND, doctor_exit=1, doctor=["disk: it is full"]),
     "too much memory": replace(SOUND, samples=looks([*FLAT[1:], BOUND_MIB + 1])),
@@ -117,12 +117,24 @@ def test_memory_is_judged_for_growth_after_the_restarts_only_and_over_enough_tim
     climbing = looks([100.0 + 4 * n for n in range(20)] + [180.0] * 60)
     late = replace(SOUND.restarts[0], at=climbing[20].at)
     settled = replace(SOUND, samples=climbing, restarts=[late])
-    assert settled.calm_s >= JUDGED_S
+    assert settled.steady_s >= JUDGED_S
     assert settled.sound, settled.promises
     short = replace(SOUND, samples=looks([300.0 + 5 * n for n in range(20)]))
-    assert short.calm_s < JUDGED_S
+    assert short.steady_s < JUDGED_S
     assert short.sound
     assert "Under 5 minutes it is not judged" in page(short, "soak.png")
+
+
+def test_what_the_seal_of_an_hour_takes_is_no_growth() -> None:
+    begins = 3_600.0 - EVERY_S * 20
+    sealing = [
+        replace(it, at=it.at + begins) for it in looks([300.0] * 20 + [450.0] * 6 + [350.0] * 40)
+    ]
+    late = replace(SOUND.restarts[0], at=BEGAN + begins)
+    turned = replace(SOUND, samples=sealing, restarts=[late])
+    assert turned.steady[0].at == BEGAN + 3_600.0
+    assert turned.steady_s >= JUDGED_S
+    assert turned.sound, turned.promises
 
 
 def test_every_shard_and_every_program_is_restarted() -> None:
