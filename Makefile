@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help install install-dev run test chaos bench bench-quick check fuzz audit format lock clean
+.PHONY: help install install-dev run test chaos soak bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,9 @@ test: install-dev ## The whole test suite
 
 chaos: install-dev ## Kill everything, 200 times, and write docs/reliability.md
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)
+
+soak: install-dev ## 30 minutes of load, each part restarted once, and docs/soak.md (SOAK_ARGS="--minutes 4")
+	@$(BIN)/python -m kalshi_platform_tests.soak.campaign $(SOAK_ARGS)
 
 # A recorded order flow, for the bytes that an event takes; without it that row is left out.
 RECORDED ?= ../shared/frames/ws_legacy_cents_2025-11-30

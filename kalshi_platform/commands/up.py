@@ -218,7 +218,8 @@ class _Platform:
         # Not `dagster code-server start`: that is a proxy, which outlives the server behind it
         # when that is killed, and then answers with errors for ever.
         argv = (
-            *(sys.executable, "-m", "dagster", "api", "grpc", "--lazy-load-user-code"),
+            *(sys.executable, "-m", "kalshi_platform.orchestration.code_server"),
+            *("api", "grpc", "--lazy-load-user-code"),
             *("--socket", str(self._socket)),
             *("--module-name", self._home.module),
             *("--location-name", self._home.location),

@@ -29,6 +29,7 @@ from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.keys import KEY_ID, KeyRing, PublicKey
+from kalshi_platform.simulator.market import ACTIVE
 from kalshi_platform.simulator.pages import BASE
 from kalshi_platform.simulator.replay import Recording
 from kalshi_platform.simulator.venue import Venue
@@ -174,6 +175,14 @@ class Simulator:
     def books(self) -> dict[str, BookView]:
         """Every market's book now: the truth, past every cache."""
         return self._call(lambda venue: venue.exchange.books())
+
+    def open_markets(self) -> frozenset[str]:
+        """The tickers of the markets that are traded now."""
+        return self._call(
+            lambda venue: frozenset(
+                each.ticker for each in venue.exchange.markets() if each.status == ACTIVE
+            )
+        )
 
     def trades(self) -> dict[str, dict[str, Any]]:
         """The last trades as REST has them, by id: the truth, past every page."""

@@ -15,5 +15,5 @@ def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_ever
     said: list[str] = []
     outcome = run(kills=5, seed=11, rate=600.0, say=said.append)
     assert outcome.sound, (said, outcome)
-    assert outcome.frames > 2_000
+    assert outcome.proof.frames > 2_000
     assert "journalled frames lost | 0" in report(outcome, 600.0, 11)

@@ -1,0 +1,65 @@
+"""The campaigns' proof: it finds nothing in a good recording, and everything that is done to one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import clickhouse
+from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, compare
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+from kalshi_platform_tests.test_streamer import settings_for, streaming, wait_for
+
+__all__ = ["settings_for"]  # the fixture
+
+
+def parts(settings: Settings, dataset: str) -> list[Path]:
+    return sorted((settings.archive_dir / dataset).glob("**/*.parquet"))
+
+
+def test_a_recording_is_sound_until_a_row_is_lost_or_doubled_in_either_store(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=12, rate=800.0, rolling_markets=4, rolling_seconds=20.0)
+    settings = settings_for(simulator)
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().synced >= 12, "the books")
+        simulator.inject("gap:2")
+        wait_for(lambda: streamer.health().gaps > 0, "the gap")
+        time.sleep(6.0)  # one market closes, and another opens
+        simulator.pause()
+        time.sleep(1.0)
+        wait_for(lambda: streamer.health().synced == streamer.health().markets, "the last books")
+    good = compare(settings, simulator)
+    assert good.sound, good
+    assert good.gaps == 1
+    assert min(good.kept[what].journalled for what in (DELTAS, TRADES, LIVES)) > 0
+
+    trades = parts(settings, "trades")[0]
+    aside = trades.with_suffix(".aside")
+    trades.rename(aside)
+    cold_lost = compare(settings, simulator)
+    assert cold_lost.kept[TRADES].lost > 0
+    assert not cold_lost.sound
+    aside.rename(trades)
+
+    copy = shutil.copy(trades, trades.with_name("again.parquet"))
+    cold_doubled = compare(settings, simulator)
+    assert cold_doubled.doubled > 0
+    assert not cold_doubled.sound
+    Path(copy).unlink()
+
+    client = clickhouse.connect(settings)
+    one = "(conn_id, seq) = (SELECT conn_id, max(seq) - 1 FROM orderbook_events WHERE type = 'delta' GROUP BY conn_id)"
+    client.command(f"INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE {one}")
+    hot_doubled = compare(settings, simulator)
+    assert hot_doubled.doubled > 0
+    client.command(f"ALTER TABLE orderbook_events DELETE WHERE {one}", {"mutations_sync": 1})
+    hot_lost = compare(settings, simulator)
+    assert (hot_lost.lost, hot_lost.unexplained) == (1, 1)
+
+    client.command("TRUNCATE TABLE latest_levels")
+    assert compare(settings, simulator).books_differ > 0

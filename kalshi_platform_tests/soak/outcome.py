@@ -1,0 +1,199 @@
+"""What a soak found, and which of the promises it kept. No I/O."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kalshi_platform.benchmarks.memory import BOUND_MIB, FLAT
+from kalshi_platform_tests.chaos.proof import Proof
+from kalshi_platform_tests.soak.restarts import Restart
+from kalshi_platform_tests.soak.samples import Sample
+
+STREAMER = "streamer"
+ENOUGH = 0.95
+"""Of the wished rate, or it was another soak."""
+JUDGED_S = 300.0
+"""Growth is judged over so long a time without a restart; a shorter one is a start that goes on."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What was asked for."""
+
+    minutes: float
+    rate: float
+    """Deltas a second."""
+    markets: int
+    rolling: int
+    rolling_s: float
+    shards: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Markets:
+    """Markets that came and went."""
+
+    opened: int
+    """Of those that were open at a look: how many were not at the first."""
+    recorded: int
+    left: int
+    missed: frozenset[str]
+    """Open at two looks or more, and without a snapshot."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found."""
+
+    load: Load
+    samples: Sequence[Sample]
+    restarts: Sequence[Restart]
+    shed_s: float
+    """Seconds of order flow that the simulator skipped, because the machine did not keep up."""
+    proof: Proof
+    markets: Markets
+    trades_missing: int
+    """Of the exchange's last trades, those that are not in the archive."""
+    trades_looked_at: int
+    hours_sealed: Sequence[str]
+    doctor_exit: int
+    doctor: Sequence[str] = field(default_factory=list)
+    """What `doctor` said where it was not content."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first look to the last."""
+        return self.samples[-1].at - self.samples[0].at
+
+    @property
+    def sent_a_second(self) -> float:
+        """Deltas of the exchange."""
+        return (self.samples[-1].sent - self.samples[0].sent) / self.seconds
+
+    @property
+    def calm(self) -> Sequence[Sample]:
+        """The looks after the last restart was over."""
+        over = max((it.over for it in self.restarts), default=0.0)
+        return [it for it in self.samples if it.at > over]
+
+    @property
+    def steady(self) -> Sequence[Sample]:
+        """The longest part of the calm within one hour: to seal one takes memory for some minutes."""
+        hours = itertools.groupby(self.calm, lambda it: int(it.at // 3600))
+        return max(([*looks] for _, looks in hours), key=len, default=[])
+
+    @property
+    def steady_s(self) -> float:
+        """How long that was."""
+        return self.steady[-1].at - self.steady[0].at if self.steady else 0.0
+
+    @property
+    def roles(self) -> list[str]:
+        """Every role that was seen, by name."""
+        return sorted({role for it in self.samples for role in it.mib})
+
+    def mib(self, role: str, part: int) -> float | None:
+        """Median memory over a fifth of the time, 0 to 4; None where the role was not there."""
+        fifth = max(len(self.samples) // 5, 1)
+        seen = [it.mib[role] for it in self.samples[part * fifth :][:fifth] if role in it.mib]
+        return statistics.median(seen) if seen else None
+
+    def most_mib(self, role: str) -> float:
+        """The most memory that a role was seen with."""
+        return max(it.mib[role] for it in self.samples if role in it.mib)
+
+    def growth(self, role: str) -> float | None:
+        """Over the steady part: the last fifth over the second one, medians; None for too few looks."""
+        seen = [it.mib[role] for it in self.steady if role in it.mib]
+        fifth = len(seen) // 5
+        if not fifth:
+            return None
+        return statistics.median(seen[-fifth:]) / statistics.median(seen[fifth : 2 * fifth])
+
+    def cpu(self, role: str) -> float:
+        """The share of a core that a role took."""
+        first, last = (it.cpu_s.get(role, 0.0) for it in (self.samples[0], self.samples[-1]))
+        return (last - first) / self.seconds
+
+    def lag(self, store: str, *, calm: bool = False) -> tuple[float, float, float]:
+        """Records that a store lacked: median, 99th of a hundred, most."""
+        return _spread([it.lag[store] for it in self._looks(calm) if store in it.lag])
+
+    def late(self, store: str, *, calm: bool = False) -> tuple[float, float, float]:
+        """By how many seconds: median, 99th of a hundred, most."""
+        return _spread([it.late_s[store] for it in self._looks(calm) if store in it.late_s])
+
+    def _looks(self, calm: bool) -> Sequence[Sample]:
+        return self.calm if calm else self.samples
+
+    @property
+    def promises(self) -> dict[str, tuple[str, bool]]:
+        """What is promised: what was found, and whether it was kept."""
+        proof = self.proof
+        found: dict[str, tuple[str, bool]] = {
+            f"at least {ENOUGH:.0%} of the rate is sent": (
+                f"{self.sent_a_second:,.0f} deltas/s",
+                self.sent_a_second >= ENOUGH * self.load.rate,
+            ),
+            "no journalled frame is lost": (f"{proof.lost}", not proof.lost),
+            "no row is doubled": (f"{proof.doubled}", not proof.doubled),
+            "no number is missing without a `gap` row": (
+                f"{proof.unexplained}",
+                not proof.unexplained,
+            ),
+            "books at the end are the exchange's (levels that differ)": (
+                f"{proof.books_differ}",
+                not proof.books_differ,
+            ),
+            "connections begun / ended by a row": (
+                f"{proof.connections} / {proof.ends}",
+                proof.connections == proof.ends,
+            ),
+            "every market that opened was recorded (missed)": (
+                f"{len(self.markets.missed)} of {self.markets.recorded}",
+                not self.markets.missed,
+            ),
+            "the exchange's last trades are all there (missing)": (
+                f"{self.trades_missing} of {self.trades_looked_at:,}",
+                not self.trades_missing,
+            ),
+            "every part came back": (
+                f"{sum(it.recovered for it in self.restarts)} of {len(self.restarts)}",
+                all(it.recovered for it in self.restarts),
+            ),
+            "`doctor` is content at the end": (
+                f"exit {self.doctor_exit}",
+                self.doctor_exit == 0,
+            ),
+        }
+        streamers = [role for role in self.roles if role.startswith(STREAMER)]
+        most = max((self.most_mib(role) for role in streamers), default=0.0)
+        found[f"a streamer stays below {BOUND_MIB:.0f} MiB"] = (
+            f"{most:.0f} MiB",
+            most <= BOUND_MIB,
+        )
+        grown = [g for role in streamers if (g := self.growth(role)) is not None]
+        if grown and self.steady_s >= JUDGED_S:
+            found[f"a streamer does not grow at rest from restarts (at most {FLAT})"] = (
+                f"{max(grown):.2f} times",
+                max(grown) <= FLAT,
+            )
+        return found
+
+    @property
+    def sound(self) -> bool:
+        """Whether every promise was kept."""
+        return all(kept for _, kept in self.promises.values())
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    if not values:
+        return (0.0, 0.0, 0.0)
+    median, high, most = np.percentile(values, [50, 99, 100])
+    return (float(median), float(high), float(most))

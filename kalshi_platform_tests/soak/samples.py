@@ -1,0 +1,157 @@
+"""The platform looked at every few seconds: memory and CPU by role, lag, rate, disk, markets."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kalshi_platform.simulator.server import Simulator
+from kalshi_platform_tests.chaos.up import Platform, program_of
+
+CAMPAIGN = "exchange simulator and this campaign"
+OTHERS = "runs and helpers"
+FRESH_S = 5.0
+"""An older report of a streamer says nothing of now: it is being restarted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look. Memory is resident, MiB; CPU is seconds since the start."""
+
+    at: float
+    """Seconds since the epoch."""
+    mib: dict[str, float]
+    """By role; a role that is down is left out."""
+    cpu_s: dict[str, float]
+    lag: dict[str, int]
+    """Journalled records that a store lacks, of all shards that report."""
+    late_s: dict[str, float]
+    """How old the oldest of them are: of the shard that is further behind."""
+    sent: int
+    """Deltas of the exchange since it began."""
+    journalled: int
+    """Records in all journals."""
+    journal_bytes: int
+    disk_bytes: int
+    """The whole data folder, the journal included."""
+    open_markets: int
+    followed: int
+
+
+class Sampler:
+    """Looks in a thread of its own, until it is told to stop."""
+
+    def __init__(
+        self, it: Platform, simulator: Simulator, every_s: float, say: Callable[[Sample], None]
+    ) -> None:
+        self._it, self._simulator, self._every_s, self._say = it, simulator, every_s, say
+        self.samples: list[Sample] = []
+        self.seen_open: dict[str, int] = {}
+        """Markets that were open at a look, and at how many."""
+        self.first_open: frozenset[str] = frozenset()
+        """Those of the first look."""
+        self._failure: BaseException | None = None
+        self._failed = threading.Event()
+        self._spent: dict[str, float] = defaultdict(float)
+        self._last: dict[tuple[int, float], float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def sleep_until(self, at: float) -> None:
+        """Until then, seconds since the epoch. Raises what ended the looking before its time."""
+        if self._failed.wait(max(at - time.time(), 0.0)) and self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End."""
+        self._over.set()
+        self._thread.join()
+        self.sleep_until(0.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._over.wait(self._every_s):
+                self.samples.append(self._look())
+                self._say(self.samples[-1])
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits for it
+            self._failure = error
+            self._failed.set()
+
+    def _look(self) -> Sample:
+        now = time.time()
+        fresh = [h for h in self._it.healths() if h and now - h["updated_ns"] / 1e9 < FRESH_S]
+        open_markets = self._simulator.open_markets()
+        self.first_open = self.first_open or open_markets
+        for ticker in open_markets:
+            self.seen_open[ticker] = self.seen_open.get(ticker, 0) + 1
+        stores = [(name, h["updated_ns"], s) for h in fresh for name, s in h["stores"].items()]
+        names = sorted({name for name, _, _ in stores})
+        late = {
+            name: [(at - s["loaded_ns"]) / 1e9 * bool(s["lag"]) for n, at, s in stores if n == name]
+            for name in names
+        }
+        mib = self._processes()
+        return Sample(
+            at=now,
+            mib=mib,
+            cpu_s=dict(self._spent),
+            lag={name: sum(s["lag"] for n, _, s in stores if n == name) for name in names},
+            late_s={name: max(ages) for name, ages in late.items()},
+            sent=self._simulator.state()["deltas"],
+            journalled=sum(h["journal_records"] for h in self._it.healths() if h),
+            journal_bytes=_size(self._it.settings.journals_dir),
+            disk_bytes=_size(self._it.data),
+            open_markets=len(open_markets),
+            followed=sum(h["markets"] for h in fresh),
+        )
+
+    def _processes(self) -> dict[str, float]:
+        """Resident memory by role; what they have spent since the last look is added up."""
+        shard_of = {pid: shard for shard, pid in self._it.streamers().items()}
+        mib: dict[str, float] = defaultdict(float)
+        seen: dict[tuple[int, float], float] = {}
+        for process in [*self._it.family(), psutil.Process()]:
+            try:
+                with process.oneshot():
+                    key = (process.pid, process.create_time())
+                    times, resident = process.cpu_times(), process.memory_info().rss
+                    role = self._role(process, shard_of)
+            except psutil.Error:
+                continue
+            mib[role] += resident / 2**20
+            seen[key] = times.user + times.system
+            self._spent[role] += seen[key] - self._last.get(key, 0.0)
+        self._last = seen
+        return dict(mib)
+
+    def _role(self, process: psutil.Process, shard_of: dict[int, int]) -> str:
+        if process.pid == os.getpid():
+            return CAMPAIGN
+        if process.pid in shard_of:
+            return f"streamer of shard {shard_of[process.pid]}"
+        if self._it.process is not None and process.pid == self._it.process.pid:
+            return "up"
+        return program_of(process) or OTHERS
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files; those that vanish meanwhile count for nothing."""
+    total = 0
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.lstat(Path(directory) / name).st_size
+            except FileNotFoundError:
+                continue
+    return total
