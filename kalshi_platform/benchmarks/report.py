@@ -62,11 +62,10 @@ def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
 def plot(figures: Sequence[Figure], recorded: Recorded, soaks: Sequence[Soak]) -> Plot:
     """Rates beside the bare loop, the stages, and memory over time."""
     picture = Plot(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = picture.subplots(1, 3)
+    left, middle, right = picture.subplots(1, 3, width_ratios=(1, 1, 1.6))
     rates = [it for it in figures if it.unit in {"frames/s", "events/s"}]
-    left.barh([it.what for it in rates], [it.value for it in rates], color="#3a7ca5")
-    left.set_xscale("log")
-    left.set_xlabel("frames or events a second")
+    left.barh([it.what for it in rates], [it.value / 1e6 for it in rates], color="#3a7ca5")
+    left.set_xlabel("million frames or events a second")
     left.invert_yaxis()
     stages = [it for it in figures if it.unit == UNIT]
     middle.barh([it.what for it in stages], [it.value for it in stages], color="#d98324")
@@ -80,5 +79,5 @@ def plot(figures: Sequence[Figure], recorded: Recorded, soaks: Sequence[Soak]) -
     right.set_ylim(bottom=0)
     right.set_xlabel("minutes")
     right.set_ylabel("MiB, resident, of the streamer")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="lower right")
     return picture
