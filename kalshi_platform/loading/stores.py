@@ -6,6 +6,7 @@ Neither knows the other: ClickHouse may be away for an hour while Parquet goes o
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import datetime
@@ -16,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import hours, passage, sealing
+from kalshi_platform.loading import arrival, hours, passage, sealing
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.settings import Settings
@@ -65,17 +66,21 @@ class ClickHouseStore:
         self._journal_id = journal_id
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
+        self._sure = False
+        """Whether nothing has gone wrong since: what is inserted now is inserted for the first time."""
         self._from_before: datetime | None = None
         """Oldest row that this process has written of what came before it began to record."""
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events."""
+        sure, self._sure = self._sure, False
         for name in rows[0].tables:
             table = concatenated([r.tables[name] for r in rows])
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
-            self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}")
+            self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}", sure=sure)
         self._forget_former_books(rows)
+        self._sure = True
 
     def _forget_former_books(self, rows: Sequence[Rows]) -> None:
         """Take from `latest_levels` what a book's newest snapshot no longer has.
@@ -98,12 +103,19 @@ class ClickHouseStore:
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """The books at the hour's first instant, for `book_at`."""
         token = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
-        self._insert(BOOK_CHECKPOINTS.name, checkpoint, token)
+        sure, self._sure = self._sure, False
+        self._insert(BOOK_CHECKPOINTS.name, checkpoint, token, sure=sure)
+        self._sure = sure
 
-    def _insert(self, name: str, table: pa.Table, token: str) -> None:
+    def _insert(self, name: str, table: pa.Table, token: str, *, sure: bool) -> None:
         if not table.num_rows:
             return
-        clickhouse.insert_arrow(self._connected(), name, table, token)
+        if sure:
+            clickhouse.insert_arrow(self._connected(), name, table, token)
+        elif name == LATEST_LEVELS.name:  # the newest version of a level wins: twice is as once
+            clickhouse.insert_arrow(self._connected(), name, table, f"{token}:{uuid.uuid4()}")
+        else:
+            arrival.insist(self._connected(), name, table, token)
 
     def _connected(self) -> clickhouse.Client:
         if self._client is None:

@@ -13,8 +13,13 @@ import httpx
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import derive
 from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.stores import ClickHouseStore
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import joined
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import running
@@ -176,6 +181,43 @@ def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
     assert load.join(30), load.failure or load.trouble
     writer.close()
     assert_each_row_once(settings, 90)
+
+
+@pytest.mark.parametrize("lost", ["orderbook_events", "trades", "stream_events"])
+def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
+    lost: str, tmp_path: Path, clickhouse_url: str, clickhouse_database: str
+) -> None:
+    """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
+    settings = make(clickhouse_url, clickhouse_database, tmp_path)
+    migrations.migrate(settings)
+    writer = journal_of(tmp_path / "journal", recording(300))
+    writer.close()
+    block = joined(
+        list(journal.read(tmp_path / "journal", journal.beginning(tmp_path / "journal")))
+    )
+    rows, _ = derive(decode([block]), State())
+    client = clickhouse.connect(settings)
+
+    def counts() -> dict[str, int]:
+        return {
+            name: int(client.query(f"SELECT count() FROM {name}").result_rows[0][0])
+            for name in ("orderbook_events", "trades", "stream_events")
+        }
+
+    def write(store: ClickHouseStore) -> None:
+        store.write(rows.first_n, rows.end_n, [rows])
+
+    first = ClickHouseStore(settings, "journal")
+    write(first)
+    whole = counts()
+    assert all(whole.values())
+    client.command(f"ALTER TABLE {lost} DELETE WHERE true SETTINGS mutations_sync = 2")
+    write(first)
+    assert counts()[lost] == 0, "the token alone keeps them out: that is what this is about"
+    for _ in range(2):  # each as a streamer that was killed, too
+        write(ClickHouseStore(settings, "journal"))
+        assert counts() == whole
+    client.close()
 
 
 def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_path: Path) -> None:
