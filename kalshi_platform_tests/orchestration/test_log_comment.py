@@ -124,7 +124,7 @@ def test_the_streamers_own_thread_writes_with_the_ids_of_the_run_that_made_it(
     with called_by(lambda: {"run_id": "abc", "shard": "1"}):
         store = ClickHouseStore(settings, "journal", "streamer shard 1")
     rows = pa.table({"n": pa.array([1], pa.uint8())})
-    thread = threading.Thread(target=lambda: store._insert("noted", rows, "token"))
+    thread = threading.Thread(target=lambda: store._insert("noted", rows, "token", sure=True))
     thread.start()
     thread.join()
     with closing(connect(settings)) as client:
