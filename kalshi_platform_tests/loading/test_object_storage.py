@@ -790,7 +790,7 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
     while (health := streamer.health()).deltas < 300 or health.stores["parquet"].lag > 1_000:
         assert time.monotonic() < deadline, health
         time.sleep(0.1)
-    assert streamer.stop()
+    assert streamer.stop(60)
     assert [key for key in keys(store, settings) if key.endswith(".parquet")] == []
     waiting = LocalArchive(settings.archive_dir)
     recorded = waiting.hours(EVENTS)
