@@ -25,7 +25,7 @@ def write(
     """Write both."""
     _, _, notes = PAGE.read_text().partition(NOTES) if PAGE.exists() else ("", "", "\n")
     PAGE.write_text(page(figures, recorded, machine) + NOTES + notes)
-    plot(figures, recorded, soaks).savefig(PICTURE, dpi=110)
+    plot(figures, soaks).savefig(PICTURE, dpi=110)
 
 
 def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
@@ -59,7 +59,7 @@ def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
     return "\n".join(lines)
 
 
-def plot(figures: Sequence[Figure], recorded: Recorded, soaks: Sequence[Soak]) -> Plot:
+def plot(figures: Sequence[Figure], soaks: Sequence[Soak]) -> Plot:
     """Rates beside the bare loop, the stages, and memory over time."""
     picture = Plot(figsize=(13, 3.8), layout="constrained")
     left, middle, right = picture.subplots(1, 3, width_ratios=(1, 1, 1.6))

@@ -190,7 +190,7 @@ class _Markets:
         self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
         for book in state.books.values():
             self._conns.setdefault(book.conn, len(self._conns))
-        self._numbers = numbers
+        self.numbering = numbers
         market = events["market"]
         conn = pl.Series(encoded.indices).cast(pl.Int64)
         self.of_events = market * len(self._conns) + conn
@@ -210,15 +210,11 @@ class _Markets:
     def books(self, books: Mapping[str, Book]) -> list[int]:
         """The number of each. Raises KeyError for what is neither among the events nor before."""
         width = len(self._conns)
-        return [self._numbers[t] * width + self._conns[book.conn] for t, book in books.items()]
+        return [self.numbering[t] * width + self._conns[book.conn] for t, book in books.items()]
 
     def numbers(self, tickers: Iterable[str]) -> pl.Series:
         """The markets' numbers."""
-        return pl.Series([self._numbers[ticker] for ticker in tickers], dtype=pl.Int64)
-
-    def in_words(self, levels: pl.DataFrame, books: dict[str, Book]) -> pl.DataFrame:
-        """Market, side and price of rows that have a `level`."""
-        return in_words(levels, books, self._numbers)
+        return pl.Series([self.numbering[ticker] for ticker in tickers], dtype=pl.Int64)
 
 
 def _with_sizes(
@@ -483,7 +479,7 @@ def _changed_levels(
         .filter(market_of(pl.col("level")).is_in(based))
     )
     dropped = (
-        markets.in_words(gone, books)
+        in_words(gone, books, markets.numbering)
         .join(markers, on="market", maintain_order="left")
         .select(
             "market_id",

@@ -32,6 +32,7 @@ from kalshi_platform.storage.archive import LocalArchive, Manifest, floor_hour, 
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.deaths import Killed, die_at
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -201,39 +202,17 @@ def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
     assert rows(root, EVENTS).equals(before)
 
 
-class Killed(BaseException):
-    """Nobody catches it: the process is gone."""
-
-
-def _deaths(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> None:
-    """Die at the step-th act on the disk, before or after it."""
-    left = step
-
-    def dying(act: Callable[..., Any]) -> Callable[..., Any]:
-        def acting(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            mine = left == 0
-            if mine and not after:
-                raise Killed
-            result = act(*arguments, **named)
-            if mine:
-                raise Killed
-            return result
-
-        return acting
-
-    for owner, name in (
-        (local, "sync"),
-        (swap, "exchange"),
-        (Path, "mkdir"),
-        (Path, "rename"),
-        (Path, "replace"),
-        (Path, "write_bytes"),
-        (pq.ParquetWriter, "write_table"),
-        (shutil, "rmtree"),
-    ):
-        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+_ACTS: tuple[tuple[Any, str], ...] = (
+    (local, "sync"),
+    (swap, "exchange"),
+    (Path, "mkdir"),
+    (Path, "rename"),
+    (Path, "replace"),
+    (Path, "write_bytes"),
+    (pq.ParquetWriter, "write_table"),
+    (shutil, "rmtree"),
+)
+"""What a compaction does on the disk."""
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -252,7 +231,7 @@ def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
         shutil.copytree(parts, root)
         with monkeypatch.context() as patched:
             patched.setattr(local, "GRACE_S", -1.0)
-            _deaths(patched, step, after=after)
+            die_at(patched, step, _ACTS, after=after)
             try:
                 run(root)
             except Killed:

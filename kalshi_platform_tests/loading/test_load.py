@@ -135,6 +135,11 @@ def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_
     assert manifest.coverage == 1.0
 
 
+def archive_all(folder: Path, writer: Writer, root: Path) -> None:
+    """Load a journal into an archive of one shard."""
+    load_all(Load(folder, writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL))
+
+
 class Dying:
     """A store that works, and dies of something that nobody expects at a chosen call."""
 
@@ -272,11 +277,7 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     records = recording()
     writer = journal_of(tmp_path / "journal", records)
     root = tmp_path / "archive"
-    load_all(
-        Load(
-            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
-        )
-    )
+    archive_all(tmp_path / "journal", writer, root)
     notes = tmp_path / "journal" / "load"
     (state,) = notes.glob("*.state")
     if lost == "the cursor's state":
@@ -288,11 +289,7 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     at = records[-1][0]
     writer.append(at, wire.conn_id(1), Kind.DELTA, wire.delta("A-1", 403, "no", 5_100, 30))
     writer.hand_over()
-    load_all(
-        Load(
-            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
-        )
-    )
+    archive_all(tmp_path / "journal", writer, root)
     writer.close()
     last = archived(root, "orderbook_events").sort("seq").tail(1)
     assert last["seq"][0] == 403
@@ -341,11 +338,7 @@ def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_sea
     ]
     writer = journal_of(tmp_path / "journal", [*records, *late])
     root = tmp_path / "archive"
-    load_all(
-        Load(
-            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
-        )
-    )
+    archive_all(tmp_path / "journal", writer, root)
     writer.close()
     events = archived(root, "orderbook_events")
     assert events.height == 3 + 200 + 5
@@ -371,11 +364,7 @@ def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_count
     ]
     writer = journal_of(tmp_path / "journal", records)
     root = tmp_path / "archive"
-    load_all(
-        Load(
-            tmp_path / "journal", writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL
-        )
-    )
+    archive_all(tmp_path / "journal", writer, root)
     writer.close()
     assert paths(root, "book_checkpoints", SECOND_HOUR) == []
     first = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
@@ -393,14 +382,7 @@ def test_an_hour_rebuilt_from_the_journal_is_the_same_file_by_file(
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(
-        Load(
-            settings.journal_dir(),
-            writer,
-            ParquetStore(LocalArchive(root), 0, lambda _: None),
-            SMALL,
-        )
-    )
+    archive_all(settings.journal_dir(), writer, root)
     writer.close()
     before = {path: pl.read_parquet(path) for path in root.rglob("*.parquet")}
     lost = paths(root, "orderbook_events", FIRST_HOUR)
@@ -418,14 +400,7 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(
-        Load(
-            settings.journal_dir(),
-            writer,
-            ParquetStore(LocalArchive(root), 0, lambda _: None),
-            SMALL,
-        )
-    )
+    archive_all(settings.journal_dir(), writer, root)
     load_all(Load(settings.journal_dir(), writer, ClickHouseStore(settings, str(writer.id)), SMALL))
     writer.close()
     shutil.rmtree(settings.journal_dir())
@@ -446,14 +421,7 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
 def test_an_hour_that_nobody_has_any_more_is_a_sentence(tmp_path: Path, settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
-    load_all(
-        Load(
-            settings.journal_dir(),
-            writer,
-            ParquetStore(LocalArchive(root), 0, lambda _: None),
-            SMALL,
-        )
-    )
+    archive_all(settings.journal_dir(), writer, root)
     writer.close()
     shutil.rmtree(settings.journal_dir())
     paths(root, "orderbook_events", FIRST_HOUR)[0].unlink()

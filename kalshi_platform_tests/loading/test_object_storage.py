@@ -54,6 +54,7 @@ from kalshi_platform.storage.schema import MARKET_CATALOG, SPREADS
 from kalshi_platform.streamer import Streamer
 from kalshi_platform_tests import object_store
 from kalshi_platform_tests.analytics.test_docs import PAGE, SNIPPETS
+from kalshi_platform_tests.deaths import Killed, die_at
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -257,41 +258,20 @@ def test_late_rows_are_an_object_more_and_written_again_they_are_there_once(
     assert LocalArchive(settings.archive_dir).hours(EVENTS) == [SECOND_HOUR]
 
 
-class Killed(BaseException):
-    """Nobody catches it: the process is gone."""
+def _half_removed(folder: Any) -> None:
+    for path in [p for p in Path(folder).rglob("*") if p.is_file()][:1]:
+        path.unlink()
 
 
-def _deaths(monkeypatch: pytest.MonkeyPatch, step: int, *, after: bool) -> None:
-    """Die at the step-th act on the disk or the store, before or after it."""
-    left = step
-    rmtree = shutil.rmtree
-
-    def dying(act: Callable[..., Any]) -> Callable[..., Any]:
-        def acting(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            left -= 1
-            mine = left == 0
-            if mine and not after:
-                if act is rmtree:  # in the middle of it
-                    for path in [p for p in Path(*arguments).rglob("*") if p.is_file()][:1]:
-                        path.unlink()
-                raise Killed
-            result = act(*arguments, **named)
-            if mine:
-                raise Killed
-            return result
-
-        return acting
-
-    for owner, name in (
-        (local, "sync"),
-        (Path, "rename"),
-        (Path, "replace"),
-        (objects.ObjectArchive, "_put_bytes"),
-        (shutil, "rmtree"),
-        (LocalArchive, "remove"),
-    ):
-        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+_ACTS: tuple[tuple[Any, str], ...] = (
+    (local, "sync"),
+    (Path, "rename"),
+    (Path, "replace"),
+    (objects.ObjectArchive, "_put_bytes"),
+    (shutil, "rmtree"),
+    (LocalArchive, "remove"),
+)
+"""What sending does on the disk and to the store."""
 
 
 @pytest.mark.usefixtures("_events_alone")
@@ -316,7 +296,7 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
         archive = open_archive(settings)
         archive.remove_hour(EVENTS, FIRST_HOUR)
         with pytest.MonkeyPatch.context() as patched:
-            _deaths(patched, step, after=after)
+            die_at(patched, step, _ACTS, after=after, midway={"rmtree": _half_removed})
             try:
                 parquet(settings).begin_hour(SECOND_HOUR, empty, 300)
             except Killed:
@@ -355,7 +335,7 @@ def test_rows_that_seal_their_hour_are_there_once_when_a_kill_makes_the_load_wri
         shutil.rmtree(settings.archive_dir, ignore_errors=True)
         archive.remove_hour(EVENTS, FIRST_HOUR)
         with pytest.MonkeyPatch.context() as patched:
-            _deaths(patched, step, after=False)
+            die_at(patched, step, _ACTS, after=False, midway={"rmtree": _half_removed})
             try:
                 load_planned()
             except Killed:
