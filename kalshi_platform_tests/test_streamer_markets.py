@@ -166,7 +166,7 @@ def test_an_early_close_and_a_halt_are_taken_from_the_exchanges_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kalshi_platform.recording.roster.LEAVE_AFTER_S", 2.0)
-    simulator = start_simulator(markets=4, rolling_markets=2, rolling_seconds=900.0, rate=100.0)
+    simulator = start_simulator(markets=4, rolling_markets=2, rate=100.0)
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 4, "books")

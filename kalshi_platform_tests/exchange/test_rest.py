@@ -128,7 +128,7 @@ def test_open_markets_of_a_series_are_its_own(client: RestClient) -> None:
 def test_markets_are_narrowed_by_their_close_and_by_what_has_changed(
     start_simulator: StartSimulator,
 ) -> None:
-    simulator = start_simulator(markets=6, rate=50, rolling_markets=2, rolling_seconds=600)
+    simulator = start_simulator(markets=6, rate=50, rolling_markets=2)
     with RestClient(exchange_of(simulator)) as client:
         now = int(time.time())
         rolling = {m.ticker for m in client.markets(min_updated_ts=now - 1_200)}
