@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
+from kalshi_platform.storage.arrival import Key
+
 _TIME = pa.timestamp("ms", "UTC")
 _TEXTS = pa.list_(pa.string())
 
 
 class Table:
-    """One table: its name and the Arrow schema of its rows."""
+    """One table: its name, the Arrow schema of its rows, and what tells one row from another."""
 
-    def __init__(self, name: str, columns: Mapping[str, pa.DataType]) -> None:
+    def __init__(self, name: str, columns: Mapping[str, pa.DataType], key: tuple[str, ...]) -> None:
         self.name = name
+        self.key = Key("ts", ("market_ticker", "engine_instance_id", *key))
         self.arrow = pa.schema([pa.field(c, kind, nullable=False) for c, kind in columns.items()])
 
     @property
@@ -54,6 +57,7 @@ DECISIONS = Table(
         "reason_codes": _TEXTS,
         "inv_convention": pa.string(),
     },
+    ("decision_id",),
 )
 ORDER_ACTIONS = Table(
     "mm_order_actions",
@@ -65,6 +69,7 @@ ORDER_ACTIONS = Table(
         **_floats("price", "price_cents", "size"),
         **_texts("replace_of_client_order_id", "request_json"),
     },
+    ("action_id",),
 )
 ORDER_RESPONSES = Table(
     "mm_order_responses",
@@ -76,6 +81,7 @@ ORDER_RESPONSES = Table(
         "latency_ms": pa.float64(),
         "response_json": pa.string(),
     },
+    ("action_id", "status", "response_json"),
 )
 FILLS = Table(
     "mm_fills",
@@ -86,6 +92,7 @@ FILLS = Table(
         **_floats("price", "price_cents", "size", "fee"),
         **_texts("decision_id", "fill_id", "raw_json"),
     },
+    ("fill_id", "raw_json"),
 )
 POSITION_SNAPSHOTS = Table(
     "mm_position_snapshots",
@@ -95,6 +102,7 @@ POSITION_SNAPSHOTS = Table(
         **_floats("pos_filled", "avg_cost"),
         **_texts("source", "raw_json"),
     },
+    ("source", "raw_json"),
 )
 TABLES = {
     table.name: table

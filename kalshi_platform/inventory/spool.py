@@ -2,7 +2,8 @@
 
 `put` only appends to a list in memory. One thread writes what has come to a file, once a second;
 another inserts the files in order and removes each when ClickHouse has it. A file is one insert, and
-its name is the insert's token: however often it is sent, its rows are stored once. With ClickHouse
+its name is the insert's token: however often it is sent, its rows are stored once, and it is removed when
+they have been seen there. With ClickHouse
 away the files wait, past the end of the engine too: the next engine on the folder sends them.
 
 What a kill can take is what has come since the last file, at most `flush_s`.
@@ -26,7 +27,8 @@ import pyarrow as pa
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.semantics import InventoryError
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
+from kalshi_platform.storage.arrival import insist
+from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.errors import StoreError
 
 FLUSH_S = 1.0
@@ -205,7 +207,7 @@ class Spool:
             with pa.OSFile(str(path)) as file:
                 rows = pa.ipc.open_file(file).read_all()
             try:
-                insert_arrow(client, name, rows, path.stem)
+                insist(client, name, rows, path.stem, TABLES[name].key)
             except StoreError as error:
                 stuck.add(name)
                 refused = error

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.rebuild import select_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse, queries
+from kalshi_platform.storage import arrival, checksum, clickhouse, queries
 from kalshi_platform.storage.archive import Archive, batches
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
@@ -93,7 +93,7 @@ def _hour(client: clickhouse.Client, archive: Archive, name: str, hour: datetime
             token = (
                 f"restore:{name}:{hour:%Y-%m-%dT%H}:{file.name}:{number}:{checksum.text(content)}"
             )
-            clickhouse.insert_arrow(client, name, table, token)
+            arrival.insist(client, name, table, token, arrival.KEYS[name])
             rows += table.num_rows
             total = (total + content) % 2**64
     found_rows, found_total = _in_clickhouse(client, name, hour)

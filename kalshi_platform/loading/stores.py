@@ -17,11 +17,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading import arrival, hours, passage, sealing
+from kalshi_platform.loading import hours, passage, sealing
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, queries
+from kalshi_platform.storage import arrival, clickhouse, queries
 from kalshi_platform.storage.archive import HOUR, Archive, floor_hour, part_name
 from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import (
@@ -115,7 +115,7 @@ class ClickHouseStore:
         elif name == LATEST_LEVELS.name:  # the newest version of a level wins: twice is as once
             clickhouse.insert_arrow(self._connected(), name, table, f"{token}:{uuid.uuid4()}")
         else:
-            arrival.insist(self._connected(), name, table, token)
+            arrival.insist(self._connected(), name, table, token, arrival.KEYS[name])
 
     def _connected(self) -> clickhouse.Client:
         if self._client is None:

@@ -169,6 +169,36 @@ def test_a_file_that_is_sent_twice_is_stored_once(
         assert count(planted, "mm_decisions") == 1
 
 
+def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
+    planted: Planted, migrated_once: Settings, tmp_path: Path
+) -> None:
+    """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
+    folder = tmp_path / "spool"
+    gone = Recorder("engine-1", "1", settings=away(migrated_once), spool=folder)
+    gone.decision(held(), Quoted())
+    sent = gone.action("T", "o", ActionType.CANCEL)
+    gone.response(sent, "cancelled", latency_ms=3.5, response={"order": "x" * 500})
+    gone.fill("T", "f-1", Contract.NO, Decimal("1.25"), Decimal("0.55"), at=AT)
+    gone.snapshot(held().position, source="positions", raw={"position_fp": "-3.50"})
+    gone.close(0.1)
+    files = {file: file.read_bytes() for file in folder.glob("*.arrow")}
+    each_once = dict.fromkeys(TABLES, 1)
+
+    def send() -> dict[str, int]:
+        for file, content in files.items():
+            file.write_bytes(content)
+        heir = Spool(folder, migrated_once)
+        assert heir.drain()
+        heir.close()
+        return {name: count(planted, name) for name in TABLES}
+
+    assert send() == each_once
+    for name in TABLES:
+        planted.client.command(f"ALTER TABLE {name} DELETE WHERE true SETTINGS mutations_sync = 2")
+    for _ in range(2):  # the second as after one more kill before the file was removed
+        assert send() == each_once
+
+
 def test_a_table_that_is_missing_holds_up_no_other(
     planted: Planted, migrated_once: Settings, tmp_path: Path
 ) -> None:
