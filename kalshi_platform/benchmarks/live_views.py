@@ -3,8 +3,10 @@
 An embedded ClickHouse of its own is filled with `--rows` order-book events of the last 24 hours over
 `--markets` markets, a tenth of them in the busiest one, with hourly checkpoints, heartbeats and the book
 now. `book_at` is asked for markets and instants drawn at random, for the busiest market at random
-instants, and for a market that has no row: what that takes is planning, not reading. Every other question
-is asked once, and then eleven times on the clock. All in ms, transport and client included.
+instants, and for a market that has no row: what that takes is planning, not reading. The promised median is
+of the random draw; the busiest market has up to an hour of a tenth of all events to read, and stands beside
+it. Every other question is asked once, and then eleven times on the clock. All in ms, transport and client
+included.
 """
 
 from __future__ import annotations
@@ -116,10 +118,10 @@ def ask(client: Client, question: str, parameters: dict[str, object] | None = No
     return 1000 * (time.perf_counter() - began)
 
 
-def _percentiles(name: str, took: Sequence[float]) -> list[Figure]:
+def _percentiles(name: str, took: Sequence[float], median_ms: float | None) -> list[Figure]:
     hundredths = statistics.quantiles(took, n=100)
     return [
-        Figure(f"{name}: median", statistics.median(took), "ms", at_most=P50_MS),
+        Figure(f"{name}: median", statistics.median(took), "ms", at_most=median_ms),
         Figure(f"{name}: 99th percentile", hundredths[98], "ms", at_most=P99_MS),
     ]
 
@@ -131,15 +133,15 @@ def measure(client: Client, markets: int, seed: int = 1) -> list[Figure]:
     now = datetime.now(UTC)
     everyone = [f"KXBENCH-T{number:05d}" for number in range(markets)]
     asked = {
-        "book_at, any market, any instant": everyone,
-        "book_at, the busiest market": [BUSIEST],
+        "book_at, any market, any instant": (everyone, P50_MS),
+        "book_at, the busiest market": ([BUSIEST], None),
     }
-    for name, tickers in asked.items():
+    for name, (tickers, median_ms) in asked.items():
         took = []
         for _ in range(SAMPLES):
             at = now - timedelta(seconds=rng.uniform(0, 23 * 3600))
             took.append(ask(client, BOOK_AT, {"ticker": rng.choice(tickers), "at": at}))
-        found += _percentiles(name, took)
+        found += _percentiles(name, took, median_ms)
     floors = {"book_at, a market without a row": BOOK_AT, "SELECT 1": "SELECT 1"}
     for name, question in floors.items():
         took = [ask(client, question, {"ticker": NOT_THERE, "at": now}) for _ in range(SAMPLES)]
