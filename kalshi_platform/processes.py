@@ -1,6 +1,7 @@
 """Processes: who they are, programs kept running, and an end that leaves none behind.
 
-A process is its pid and its start time together; a pid alone may already be somebody else's.
+A process is its pid and its birth together; a pid alone may already be somebody else's. Births are told
+apart without the wall clock: setting it must make no living process look like a stranger.
 Knows nothing of what the programs do: `commands/up.py` says which, `orchestration` asks who lives.
 
 Each program leads a session of its own, so that Ctrl-C in the terminal reaches only its keeper,
@@ -14,6 +15,7 @@ children only, on Linux only, and in no order.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -28,8 +30,9 @@ import psutil
 
 from kalshi_platform.errors import PlatformError
 
-START_TIME_SLACK_S = 1.0
-"""Start times are derived from the boot time, which moves a little when the clock is set."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_START_TIME = 19
+"""Which of the words behind the name in /proc/<pid>/stat is the start, in ticks since boot; proc(5)."""
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Waits before the first, second, … restart in a row; the last one repeats."""
@@ -49,10 +52,11 @@ class PortTaken(PlatformError):
 
 @dataclass(frozen=True)
 class Identity:
-    """One process, for good: `started` is psutil's `create_time`, seconds since the epoch."""
+    """One process, for good."""
 
     pid: int
     started: float
+    """Its `birth`."""
 
     def __str__(self) -> str:
         return f"{self.pid}@{self.started!r}"
@@ -66,17 +70,18 @@ class Identity:
     @classmethod
     def own(cls) -> Identity:
         """This very process."""
-        return cls(os.getpid(), psutil.Process().create_time())
+        return cls.of(os.getpid())
 
-    def same(self, other: Identity) -> bool:
-        """Whether both are one process."""
-        return self.pid == other.pid and abs(self.started - other.started) <= START_TIME_SLACK_S
+    @classmethod
+    def of(cls, pid: int) -> Identity:
+        """Whoever has this pid now. Raises `psutil.NoSuchProcess` where nobody has."""
+        return cls(pid, birth(pid))
 
     def find(self) -> psutil.Process | None:
         """The living process, or None: gone, a zombie, or its pid is somebody else's now."""
         try:
             process = psutil.Process(self.pid)
-            if not self.same(Identity(self.pid, process.create_time())):
+            if birth(self.pid) != self.started:
                 return None
             return None if process.status() == psutil.STATUS_ZOMBIE else process
         except psutil.NoSuchProcess:
@@ -96,6 +101,31 @@ class Identity:
             process.send_signal(number)
             return True
         return False
+
+
+def birth(pid: int) -> float:
+    """When the process with this pid began, in seconds that no setting of the clock changes.
+
+    On Linux since its boot, from an origin that is each boot's own (its id), so that nobody is taken for
+    one of the boot before; elsewhere the kernel's own time of the start, since the epoch. Raises
+    `psutil.NoSuchProcess` where there is none.
+    """
+    if sys.platform != "linux":
+        return psutil.Process(pid).create_time()
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    ticks = int(stat.rpartition(b")")[2].split()[_START_TIME])
+    return _origin() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+@functools.cache
+def _origin() -> float:
+    try:
+        return float(int(_BOOT_ID.read_text()[:8], 16))
+    except FileNotFoundError:
+        return 0.0  # a sandbox without one, which does not outlive a boot either
 
 
 def require_free_port(port: int, purpose: str, remedy: str) -> None:
@@ -159,8 +189,7 @@ class Session:
         # While any member lives the leader's pid stays taken as the session's id. A stranger
         # with that pid means that all of them have ended and the number was handed on.
         with contextlib.suppress(psutil.NoSuchProcess):
-            now = psutil.Process(self.leader.pid)
-            if not self.leader.same(Identity(now.pid, now.create_time())):
+            if birth(self.leader.pid) != self.leader.started:
                 return []
         found = []
         for process in psutil.process_iter():
@@ -265,7 +294,7 @@ class Keeper:
 
     def _register(self, program: Program, pid: int) -> None:
         try:
-            leader = Identity(pid, psutil.Process(pid).create_time())
+            leader = Identity.of(pid)
         except psutil.NoSuchProcess:
             return  # it has ended already, and a process of its that stayed would be its first
         session = Session(leader, program.stage, program.grace_s)

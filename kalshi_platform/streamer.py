@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import psutil
 
 from kalshi_platform import __version__
 from kalshi_platform.errors import SettingsError
@@ -40,6 +39,7 @@ from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.processes import Identity
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
 from kalshi_platform.recording.delays import Delay
@@ -141,7 +141,7 @@ class Streamer:
         self._began_n = 0
         """The first journal record of this start."""
         self._started_ns = time.time_ns()
-        self._process_started = psutil.Process().create_time()
+        self._process_started = Identity.own().started
         self._threads: list[threading.Thread] = []
         self._health_unwritten = False
 

@@ -183,15 +183,33 @@ def test_a_keeper_killed_without_a_word_leaves_nobody_and_they_end_in_order(
 
 
 def test_a_pid_that_is_somebody_elses_now_is_neither_found_nor_signalled() -> None:
-    stranger = Identity(os.getpid(), psutil.Process().create_time() - 100)
+    stranger = Identity(os.getpid(), Identity.own().started - 100)
     assert not stranger.alive
     assert stranger.send(signal.SIGKILL) is False
     assert Session(stranger, 0, 1.0).members() == []
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the kernel keeps the time of a start"
+)
+def test_a_clock_that_is_set_makes_no_process_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
+    )
+    identity = Identity.of(child.pid)
+    # the kernel's boot time is the wall clock less the time since: setting the clock moves it
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1_000_000.0)
+    assert psutil.Process(child.pid).create_time() < 1_000_000_000
+    assert identity.alive
+    assert Identity.parse(str(identity)) == Identity.of(child.pid)
+    assert [each.pid for each in Session(identity, 0, 1.0).members()] == [child.pid]
+    assert identity.send(signal.SIGTERM)
+    assert child.wait() == -signal.SIGTERM
+
+
 def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
-    identity = Identity(child.pid, psutil.Process(child.pid).create_time())
+    identity = Identity.of(child.pid)
     until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
     assert not identity.alive
     child.wait()

@@ -246,7 +246,7 @@ def _had_recorded(seen: Observation, ended: Ended) -> bool:
     return (
         health is not None
         and ended.process is not None
-        and health.process.identity.same(ended.process.identity)
+        and health.process.identity == ended.process.identity
         and health.last_frame is not None
         and ended.at - health.last_frame < KILLED_S
     )
@@ -288,7 +288,7 @@ def _reports(seen: Observation, run: Run) -> bool:
         seen.health is not None
         and run.process is not None
         and seen.health.process.alive
-        and seen.health.process.identity.same(run.process.identity)
+        and seen.health.process.identity == run.process.identity
     )
 
 
@@ -467,7 +467,7 @@ def _may_go_on(seen: Observation, process: Process, age: float, now: float) -> b
     health = seen.health
     writes = (
         health is not None
-        and health.process.identity.same(process.identity)
+        and health.process.identity == process.identity
         and now - health.updated < HEALTH_S
         and health.last_durable is not None
         and now - health.last_durable < GRACE_S

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from kalshi_platform.loading.freshness import Verdict, behind, judge, maintenance, read
+from kalshi_platform.processes import Identity
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 MAINTENANCE = datetime(2026, 11, 26, 9, tzinfo=UTC)  # a Thursday, 04:00 in New York
@@ -26,7 +26,7 @@ def report(now: datetime = NOW, **others: Any) -> dict[str, Any]:
     store = {"lag": 0, "committed_ns": ago(1, now), "trouble": None, "refused": False}
     return {
         "pid": os.getpid(),
-        "pid_started": psutil.Process().create_time(),
+        "pid_started": Identity.own().started,
         "state": "streaming",
         "started_ns": ago(600, now),
         "updated_ns": ago(0.5, now),

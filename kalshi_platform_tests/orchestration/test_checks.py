@@ -15,7 +15,6 @@ from typing import Any
 
 import dagster as dg
 import httpx
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,6 +28,7 @@ from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.orchestration import checks
 from kalshi_platform.orchestration.assets import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive
@@ -77,7 +77,7 @@ class Platform:
         store = {"lag": 0, "committed_ns": now, "trouble": None, "refused": False}
         said = {
             "pid": os.getpid(),
-            "pid_started": psutil.Process().create_time(),
+            "pid_started": Identity.own().started,
             "state": "quiet",
             "started_ns": now,
             "updated_ns": now,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psutil
 import pytest
 from dagster import DagsterRunStatus as Status
 
@@ -38,7 +37,7 @@ class Worker:
         self.process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.process.stdout.readline()
-        self.identity = Identity(self.process.pid, psutil.Process(self.process.pid).create_time())
+        self.identity = Identity.of(self.process.pid)
 
     def end(self) -> None:
         self.process.kill()
