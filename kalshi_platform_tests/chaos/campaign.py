@@ -25,7 +25,6 @@ import psutil
 from kalshi_platform import __version__
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
-from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.chaos.proof import Proof, prove
@@ -44,8 +43,8 @@ class Kill:
     at: float
     recovered_s: float | None
     """Seconds until frames came and ClickHouse had them; None: the next kill came first."""
-    of_streamer: bool = False
-    """Whether a living streamer was among what was killed."""
+    shards: frozenset[int] = frozenset()
+    """Those whose living streamer was among what was killed."""
 
 
 @dataclass
@@ -78,8 +77,8 @@ TARGETS = {
 """What is killed, and how often beside the others."""
 
 
-def run(kills: int, seed: int, rate: float, say: Callable[[str], None]) -> Outcome:
-    """Run one campaign."""
+def run(kills: int, seed: int, rate: float, say: Callable[[str], None], shards: int = 1) -> Outcome:
+    """Run one campaign. Of several shards' streamers a kill takes one."""
     dice = random.Random(seed)
     began = time.monotonic()
     with (
@@ -94,7 +93,7 @@ def run(kills: int, seed: int, rate: float, say: Callable[[str], None]) -> Outco
             )
         ) as simulator,
     ):
-        it = Platform(folder, simulator, markets=MARKETS)
+        it = Platform(folder, simulator, markets=MARKETS, shards=shards)
         it.start()
         try:
             it.wait(lambda: it.recovered(0.0), "the first recording")
@@ -122,8 +121,9 @@ def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
     victims: list[psutil.Process] = []
     while not victims:  # what is down already cannot be killed: choose another
         target = dice.choices(names, [TARGETS[n] for n in names])[0]
-        victims = _victims(it, target)
-    of_streamer = not {p.pid for p in victims}.isdisjoint(it.streamers().values())
+        victims = _victims(it, target, dice)
+    pids = {p.pid for p in victims}
+    shards = frozenset(shard for shard, pid in it.streamers().items() if pid in pids)
     at = time.time()
     for victim in victims:
         try:
@@ -134,31 +134,34 @@ def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
         it.process.wait()
         it.start()
     if not wait:
-        return Kill(target, at, None, of_streamer)
+        return Kill(target, at, None, shards)
     it.wait(lambda: it.recovered(at), f"recovery from the end of {target}")
-    return Kill(target, at, time.time() - at, of_streamer)
+    return Kill(target, at, time.time() - at, shards)
 
 
-def _victims(it: Platform, target: str) -> list[psutil.Process]:
+def _victims(it: Platform, target: str, dice: random.Random) -> list[psutil.Process]:
     """The processes that a kill of `target` ends."""
     if target == EVERYTHING:
         return it.family()
-    streamers = it.streamers().values() if STREAMER in target else ()
     found = it.programs(target, CODE_SERVER) if CODE_SERVER in target else it.programs(target)
-    return found + [p for p in it.family() if p.pid in streamers]
+    streamers = it.streamers() if STREAMER in target else {}
+    one = dice.choice(list(streamers.values())) if streamers else None
+    return found + [p for p in it.family() if p.pid == one]
 
 
 def _judge(it: Platform, simulator: Simulator, kills: list[Kill], minutes: float) -> Outcome:
     proof = prove(it.settings, simulator)
-    streamer_kills = [k for k in kills if k.target == EVERYTHING or STREAMER in k.target]
-    cut = _connections_cut(it.settings, streamer_kills)
-    delays = _delays(it.settings, kills)
+    cut, delays = 0, []
+    for shard in range(it.shards):
+        folder = it.settings.journal_dir(shard)
+        cut += _connections_cut(folder, kills)
+        delays += _delays(folder, [k for k in kills if shard in k.shards])
     return Outcome(kills, minutes, proof, max(cut - proof.spans, 0), delays)
 
 
-def _connections_cut(settings: Settings, kills: list[Kill]) -> int:
-    """How many connections were open at a kill: between their `connected` and the next start."""
-    folder = settings.journal_dir()
+def _connections_cut(folder: Path, kills: list[Kill]) -> int:
+    """How many connections of a journal were open at a kill: from `connected` to the next start."""
+    ending = [k for k in kills if k.target == EVERYTHING or STREAMER in k.target]
     open_since: dict[bytes, int] = {}
     cut = 0
     for block in journal.read(folder, journal.beginning(folder)):
@@ -171,12 +174,11 @@ def _connections_cut(settings: Settings, kills: list[Kill]) -> int:
             elif b'"kind":"started"' in record["frame"]:
                 cut += len(open_since)
                 open_since.clear()
-    return min(cut, len(kills)) if kills else cut
+    return min(cut, len(ending)) if ending else cut
 
 
-def _delays(settings: Settings, kills: list[Kill]) -> list[float]:
-    """Age of the newest journalled frame at each kill of a streamer whose connection was open."""
-    folder = settings.journal_dir()
+def _delays(folder: Path, kills: list[Kill]) -> list[float]:
+    """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
     for block in journal.read(folder, journal.beginning(folder)):
         for record in block.batch.to_pylist():
@@ -193,7 +195,7 @@ def _delays(settings: Settings, kills: list[Kill]) -> list[float]:
     delays = []
     for kill in kills:
         recording = [s for s in spans if s[0] <= kill.at < s[2]]
-        if kill.of_streamer and recording:
+        if recording:
             delays.append(kill.at - recording[-1][1])
     return [max(delay, 0.0) for delay in delays]
 
@@ -201,7 +203,7 @@ def _delays(settings: Settings, kills: list[Kill]) -> list[float]:
 # -- the report --------------------------------------------------------------------------------
 
 
-def report(outcome: Outcome, rate: float, seed: int) -> str:
+def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
     """The campaign as a page of the docs."""
     proof = outcome.proof
     by_target: Counter[str] = Counter(k.target for k in outcome.kills)
@@ -212,7 +214,8 @@ def report(outcome: Outcome, rate: float, seed: int) -> str:
         " same campaign, shorter, is part of `make test`.",
         "",
         f"{len(outcome.kills)} kills (`kill -9`) in {outcome.minutes:.0f} minutes, {MARKETS} markets,"
-        f" {rate:,.0f} deltas a second, seed {seed}; version {__version__}, Python"
+        f" {rate:,.0f} deltas a second, {'one shard' if shards == 1 else f'{shards} shards'}, seed {seed};"
+        f" version {__version__}, Python"
         f" {platform.python_version()}, {os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}.",
         "",
         "| | |",
@@ -260,10 +263,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1_000.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--report", type=Path, default=REPORT)
     given = parser.parse_args()
-    outcome = run(given.kills, given.seed, given.rate, lambda line: print(line, flush=True))  # noqa: T201
-    text = report(outcome, given.rate, given.seed)
+    outcome = run(
+        given.kills,
+        given.seed,
+        given.rate,
+        lambda line: print(line, flush=True),  # noqa: T201
+        given.shards,
+    )
+    text = report(outcome, given.rate, given.seed, given.shards)
     given.report.write_text(text)
     print(text)  # noqa: T201
     sys.exit(0 if outcome.sound else 1)

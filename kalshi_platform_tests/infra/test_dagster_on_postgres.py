@@ -135,7 +135,8 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
         code = stack.enter_context(
             process(
                 tmp_path / "code.log",
-                *("dagster", "api", "grpc", "--host", "127.0.0.1"),
+                *("kalshi_platform.orchestration.code_server", "api", "grpc"),
+                *("--host", "127.0.0.1"),
                 *("--port", os.environ["CODE_PORT"]),
                 *("--module-name", "kalshi_platform.definitions"),
             )

@@ -140,6 +140,17 @@ def test_the_ui_is_behind_the_check_of_who_asks() -> None:
     assert command[:3] == ["python", "-m", "kalshi_platform.orchestration.webserver"]
 
 
+def test_the_code_server_is_the_one_that_ends_when_it_is_asked_to() -> None:
+    ours = ["python", "-m", "kalshi_platform.orchestration.code_server", "api", "grpc"]
+    assert compose()["services"]["code-location"]["command"][:5] == ours
+    (args,) = [
+        args
+        for one in documents(INFRA / "kubernetes" / "code-location.yaml")
+        for args in everywhere(one, "args")
+    ]
+    assert args[:5] == ours
+
+
 def test_every_variable_that_dagster_s_files_read_is_set() -> None:
     for name in ("code-location", "webserver", "daemon"):
         environment = compose()["services"][name]["environment"]
