@@ -87,6 +87,15 @@ def kinds(settings: Settings) -> dict[str, int]:
     return dict(query(settings, sql))
 
 
+def hears_of_lives(settings: Settings) -> bool:
+    """Whether the exchange has said that it will tell of markets' lives."""
+    sql = (
+        "SELECT count() FROM stream_events"
+        " WHERE kind = 'subscribed' AND detail LIKE '%market_lifecycle_v2%'"
+    )
+    return query(settings, sql) != [(0,)]
+
+
 def recovered(settings: Settings) -> list[dict[str, Any]]:
     sql = "SELECT detail FROM stream_events WHERE kind = 'recovered' ORDER BY ingest_ts"
     return [json.loads(detail) for (detail,) in query(settings, sql)]
@@ -170,6 +179,7 @@ def test_an_early_close_and_a_halt_are_taken_from_the_exchanges_messages(
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 4, "books")
+        wait_for(lambda: hears_of_lives(settings), "the lifecycle subscription")
         simulator.inject("halt:1")
         simulator.inject("close_early:1")
         wait_for(lambda: streamer.health().markets == 3, "the close")

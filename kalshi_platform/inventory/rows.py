@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
-from kalshi_platform.storage.arrival import Key
+from kalshi_platform.storage.schema import Key
 
 _TIME = pa.timestamp("ms", "UTC")
 _TEXTS = pa.list_(pa.string())

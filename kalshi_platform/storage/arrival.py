@@ -13,7 +13,6 @@ of those nothing is looked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -28,18 +27,8 @@ from kalshi_platform.storage.schema import (
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
     TRADES,
+    Key,
 )
-
-
-@dataclass(frozen=True)
-class Key:
-    """What tells a table's row from those of every other insert."""
-
-    clock: str
-    """The column by whose day the table is partitioned."""
-    columns: tuple[str, ...]
-    """Of text, whole numbers, UUIDs or decimals; null where the table's may be."""
-
 
 TRIES = 5
 """New tokens before the server is taken to be away: it cannot be killed that often by chance."""

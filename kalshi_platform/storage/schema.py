@@ -50,6 +50,16 @@ class Dataset:
         return pa.schema([pa.field(c.name, c.arrow, c.nullable) for c in self.columns])
 
 
+@dataclass(frozen=True)
+class Key:
+    """What tells a table's row from those of every other insert."""
+
+    clock: str
+    """The column by whose day the table is partitioned."""
+    columns: tuple[str, ...]
+    """Of text, whole numbers, UUIDs or decimals; null where the table's may be."""
+
+
 _UUID = (NAME, "UUID")
 _TEXT = (NAME, "LowCardinality(String)")
 

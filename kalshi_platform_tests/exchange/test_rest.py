@@ -39,8 +39,8 @@ from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.settings import Exchange
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.server import Simulator
+from kalshi_platform_tests.simulator_fixtures import StartSimulator, long_lives
 
-StartSimulator = Callable[..., Simulator]
 RECORDED = Path(__file__).resolve().parents[3] / "shared" / "frames" / "rest_demo_2026-06-11.jsonl"
 
 
@@ -128,10 +128,11 @@ def test_open_markets_of_a_series_are_its_own(client: RestClient) -> None:
 def test_markets_are_narrowed_by_their_close_and_by_what_has_changed(
     start_simulator: StartSimulator,
 ) -> None:
-    simulator = start_simulator(markets=6, rate=50, rolling_markets=2)
+    lifetime_s = long_lives(2)
+    simulator = start_simulator(markets=6, rate=50, rolling_markets=2, rolling_seconds=lifetime_s)
     with RestClient(exchange_of(simulator)) as client:
         now = int(time.time())
-        rolling = {m.ticker for m in client.markets(min_updated_ts=now - 1_200)}
+        rolling = {m.ticker for m in client.markets(min_updated_ts=now - 2 * int(lifetime_s))}
         assert len(rolling) == 4, "two that are open, two that come next; the others only traded"
         closing = {m.ticker for m in client.markets(min_close_ts=now + 86_400)}
         assert len(closing) == 4
