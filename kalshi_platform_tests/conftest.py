@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -13,6 +14,11 @@ from kalshi_platform_tests.storage import two_shards
 
 # Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
+
+# A shell starts what it puts into the background with SIGINT ignored. Dagster gives SIGTERM the same
+# handler, and programs that are started inherit what is ignored: none of them could be asked to end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 
