@@ -125,7 +125,7 @@ def _origin() -> float:
     try:
         return float(int(_BOOT_ID.read_text()[:8], 16))
     except FileNotFoundError:
-        return 0.0  # a sandbox without one, which does not outlive a boot either
+        return 0.0  # some sandboxes have none: there the ticks alone tell boots apart
 
 
 def require_free_port(port: int, purpose: str, remedy: str) -> None:

@@ -1,10 +1,9 @@
 """A local spool between an engine and ClickHouse: rows in, files on disk, inserts when it answers.
 
 `put` only appends to a list in memory. One thread writes what has come to a file, once a second;
-another inserts the files in order and removes each when ClickHouse has it. A file is one insert, and
-its name is the insert's token: however often it is sent, its rows are stored once, and it is removed when
-they have been seen there. With ClickHouse
-away the files wait, past the end of the engine too: the next engine on the folder sends them.
+another inserts the files in order and removes each when its rows have been seen in ClickHouse. A file is
+one insert, and its name is the insert's token: however often it is sent, its rows are stored once. With
+ClickHouse away the files wait, past the end of the engine too: the next engine on the folder sends them.
 
 What a kill can take is what has come since the last file, at most `flush_s`.
 """

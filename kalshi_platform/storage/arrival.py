@@ -64,7 +64,7 @@ def insist(client: clickhouse.Client, name: str, table: pa.Table, token: str, ke
             clickhouse.insert_arrow(client, name, part, f"{token}:{day}:{again}")
     raise StoreUnavailable(
         f"ClickHouse acknowledged {table.num_rows:,} rows of {name} {TRIES + 1} times, and has not got"
-        " them. If they are older than HOT_RETENTION_DAYS, it lets go of them at once."
+        " them. Recorded rows that are older than HOT_RETENTION_DAYS it lets go of at once."
     )
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
-from datetime import UTC, datetime, timedelta
-
-import pyarrow as pa
-
-from kalshi_platform.storage import arrival, clickhouse
+from kalshi_platform.storage import arrival
 from kalshi_platform.storage.schema import STREAM_EVENTS
-from kalshi_platform_tests.storage.tables import migrated
+from kalshi_platform_tests.storage.tables import arrow, migrated, one_row, uuid
 
 TEXTS = [
     *("\\", "'", "\t", "\n", "\r", "\0", "a\0b", "\x01\x02", "\b\f\v\a", "\x7f", "\x1b[0m"),
@@ -20,29 +15,18 @@ TEXTS = [
 
 
 def test_no_text_hides_a_row_that_is_there(clickhouse_url: str, clickhouse_database: str) -> None:
+    name = STREAM_EVENTS.name
+    said = [(text[:40], "detail") for text in TEXTS] + [("TICKER", text) for text in TEXTS]
     with migrated(clickhouse_url, clickhouse_database) as client:
-        _each_once(client)
-
-
-def _each_once(client: clickhouse.Client) -> None:
-    name, schema = STREAM_EVENTS.name, STREAM_EVENTS.arrow
-    plain = pa.schema(
-        [(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in schema]
-    )
-    began = datetime.now(UTC)
-    rows = [(text[:40], "detail") for text in TEXTS] + [("TICKER", text) for text in TEXTS]
-    for number, (ticker, detail) in enumerate(rows, 1):
-        row = {
-            "ingest_ts": began + timedelta(microseconds=number),
-            "conn_id": str(uuid.uuid4()),
-            "sid": 1,
-            "seq": 0,
-            "kind": "malformed",
-            "market_ticker": ticker,
-            "detail": detail,
-        }
-        table = pa.Table.from_pylist([row], schema=plain).cast(schema)
-        for _ in range(2):
-            arrival.insist(client, name, table, str(number), arrival.KEYS[name])
-        there = client.query(f"SELECT count() FROM {name}").result_rows[0][0]
-        assert there == number, (ticker, detail)
+        for number, (ticker, detail) in enumerate(said, 1):
+            row = {
+                "conn_id": uuid(number),
+                "kind": "malformed",
+                "market_ticker": ticker,
+                "detail": detail,
+            }
+            table = arrow(STREAM_EVENTS, [row])
+            for _ in range(2):
+                arrival.insist(client, name, table, str(number), arrival.KEYS[name])
+            there = one_row(client, f"SELECT count() FROM {name}")
+            assert there == (number,), (ticker, detail)
