@@ -90,6 +90,8 @@ class Health:
     """starting, connecting, streaming, quiet, blocked, draining or stopped."""
     started_ns: int
     updated_ns: int
+    updated_monotonic_ns: int
+    """The same moment by `time.monotonic_ns`, which the machine's processes share and nobody sets."""
     last_frame_ns: int
     last_heard_ns: int
     """Bytes of any kind from the exchange, pings included."""
@@ -328,6 +330,7 @@ class Streamer:
             state=CaptureState.STOPPED.value if self._stopping.is_set() else state,
             started_ns=self._started_ns,
             updated_ns=time.time_ns(),
+            updated_monotonic_ns=time.monotonic_ns(),
             last_frame_ns=counters.last_frame_ns if counters else 0,
             last_heard_ns=counters.last_heard_ns if counters else 0,
             last_durable_ns=writer.flushed_ns if writer else 0,

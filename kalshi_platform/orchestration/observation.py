@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,15 @@ def read_health(path: Path) -> Health | None:
     try:
         raw: dict[str, Any] = json.loads(path.read_bytes())
         identity = Identity(int(raw["pid"]), float(raw["pid_started"]))
+        alive = identity.alive
+        set_ns = _clock_set_by_ns(raw) if alive else 0
         return Health(
-            process=Process(identity, identity.alive),
-            updated=raw["updated_ns"] / 1e9,
-            last_frame=_seconds(raw["last_frame_ns"]),
-            last_durable=_seconds(raw["last_durable_ns"]),
+            process=Process(identity, alive),
+            updated=(raw["updated_ns"] + set_ns) / 1e9,
+            last_frame=_seconds(raw["last_frame_ns"], set_ns),
+            last_durable=_seconds(raw["last_durable_ns"], set_ns),
             state=str(raw["state"]),
-            last_heard=_seconds(raw["last_heard_ns"]),
+            last_heard=_seconds(raw["last_heard_ns"], set_ns),
             trouble=raw["trouble"],
             shards=int(raw.get("shards", 1)),
         )
@@ -135,8 +138,22 @@ def read_health(path: Path) -> Health | None:
         return None
 
 
-def _seconds(ns: int | None) -> float | None:
-    return ns / 1e9 if ns else None  # 0: has not happened yet
+def _clock_set_by_ns(raw: Mapping[str, Any]) -> int:
+    """By how much the wall clock was set since the report, or went on while the machine slept.
+
+    Without it, a living streamer would look hung after a step ahead, and a hung one well after a step
+    back. The report must be of this boot, which a living process has proved: monotonic time begins anew
+    with each.
+    """
+    monotonic_ns = raw.get("updated_monotonic_ns")
+    if monotonic_ns is None:  # a streamer of an earlier version goes on while this one is installed
+        return 0
+    age_ns = time.monotonic_ns() - int(monotonic_ns)
+    return time.time_ns() - age_ns - int(raw["updated_ns"])
+
+
+def _seconds(ns: int | None, set_ns: int) -> float | None:
+    return (ns + set_ns) / 1e9 if ns else None  # 0: has not happened yet
 
 
 def _run(record: dg.RunRecord) -> Run:

@@ -48,6 +48,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         state="streaming",
         started_ns=now - 60 * SECOND_NS,
         updated_ns=now,
+        updated_monotonic_ns=time.monotonic_ns(),
         last_frame_ns=now - 2 * SECOND_NS,
         last_heard_ns=now,
         last_durable_ns=now,

@@ -97,6 +97,7 @@ def write_health(
                 "pid": who.pid,
                 "pid_started": who.started,
                 "updated_ns": at,
+                "updated_monotonic_ns": time.monotonic_ns() - int(age_s * 1e9),
                 "last_frame_ns": at,
                 "last_durable_ns": at,
                 "last_heard_ns": at,
@@ -178,6 +179,23 @@ def test_a_hung_streamer_is_interrupted_then_killed_then_failed(
     third = tick(instance, platform, second.cursor)
     assert status(instance, run_id) is Status.CANCELED
     assert not third.run_requests or third.skip_reason is None
+
+
+@pytest.mark.parametrize("set_by_s", [3600, -3600], ids=["ahead", "back"])
+@pytest.mark.parametrize("age_s", [1, 300], ids=["well", "hung"])
+def test_setting_the_clock_ends_no_streamer_that_is_well_and_hides_none_that_hangs(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    worker: Worker,
+    set_by_s: int,
+    age_s: int,
+) -> None:
+    run_id = started_run(instance, worker.identity)
+    at = time.time_ns() - (age_s + set_by_s) * 10**9  # by the clock as it was before it was set
+    times = ("updated_ns", "last_frame_ns", "last_durable_ns", "last_heard_ns")
+    write_health(platform, worker.identity, age_s=age_s, **dict.fromkeys(times, at))
+    tick(instance, platform)
+    assert (status(instance, run_id) is Status.STARTED) == (age_s == 1)
 
 
 def test_an_interrupt_reaches_the_worker_without_its_code_server(
