@@ -317,8 +317,11 @@ def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
     thread = threading.Thread(target=read_on)
     thread.start()
     for root in roots:
-        current = root
-        time.sleep(0.02)
+        current, before = root, whole
+        deadline = time.monotonic() + 60
+        while whole < before + 2:  # one may have begun with the root before
+            assert time.monotonic() < deadline, "nothing was read"
+            time.sleep(0.001)
         run(root)
         time.sleep(0.02)
     ended.set()

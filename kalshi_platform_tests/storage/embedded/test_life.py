@@ -66,7 +66,7 @@ def test_sigterm_ends_it_with_exit_0_also_under_long_queries(tmp_path: Path) -> 
                 trickle + "max_threads = 1",
             )
         ]
-        _wait_for_query(url)
+        _wait_for_queries(url, 2)
         _ask(url, "INSERT INTO t VALUES (1)").raise_for_status()
         url.process.terminate()
         assert url.process.wait(timeout=10) == 0
@@ -87,8 +87,8 @@ def test_ctrl_c_ends_it_with_exit_0(tmp_path: Path) -> None:
 
 def test_a_request_under_way_is_finished_after_sigterm(tmp_path: Path) -> None:
     with running(tmp_path) as url, concurrent.futures.ThreadPoolExecutor() as pool:
-        under_way = pool.submit(_ask, url, "SELECT sleep(1.5)")
-        _wait_for_query(url)
+        under_way = pool.submit(_ask, url, "SELECT sleep(3)")
+        _wait_for_queries(url, 1, elapsed_s=0)
         url.process.terminate()
         assert under_way.result().text == "0\n"
         assert url.process.wait(timeout=10) == 0
@@ -209,10 +209,13 @@ def test_an_error_in_the_middle_of_an_answer_is_not_logged(tmp_path: Path) -> No
         assert url.process.stderr.read() == ""
 
 
-def _wait_for_query(url: str) -> None:
-    deadline = time.monotonic() + 10
-    while _ask(url, "SELECT count() FROM system.processes").text == "1\n":
-        assert time.monotonic() < deadline, "the query never started"
+def _wait_for_queries(url: str, count: int, elapsed_s: float = 0.5) -> None:
+    """Until so many are well under way: an answer that trickles has begun by then."""
+    others = f"query NOT LIKE '%processes%' AND elapsed >= {elapsed_s}"
+    sql = f"SELECT count() FROM system.processes WHERE {others}"
+    deadline = time.monotonic() + 60
+    while _ask(url, sql).text != f"{count}\n":
+        assert time.monotonic() < deadline, "the queries never started"
         time.sleep(0.05)
 
 
