@@ -41,7 +41,8 @@ from kalshi_platform.loopback import is_loopback
 from kalshi_platform.recording import journal
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
-from kalshi_platform_tests.commands.test_up import Up, free_ports, until
+from kalshi_platform_tests.commands.test_up import Up, until
+from kalshi_platform_tests.ports import free_ports
 
 KEY_ID = "5ec7e7-key-id-0f-a-session"
 WRONG_ID = "5ec7e7-another-key-id"
@@ -144,6 +145,7 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
     try:
         up.says("Recording: ")
         until(lambda: rows(at) > 0, up.logs)
+        until(lambda: answers(f"http://127.0.0.1:{metrics}/metrics"), up.logs)
         elsewhere = str(folder / "elsewhere")
         wrong = str(keys / "wrong.pem")
         wrong_url = f"http://{USER}:{WRONG_PASSWORD}@127.0.0.1:1"
@@ -191,8 +193,7 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
         it.said["what up printed"] = up.output.encode()
         up.end(signal.SIGINT)
     finally:
-        for process in up.family():
-            process.kill()
+        up.kill()
     return it
 
 
@@ -219,11 +220,17 @@ class Commands:
         if expected.startswith("for "):
             time.sleep(float(expected.split()[1]))
             process.terminate()
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=180)
         self._session.said[name] = out
         if expected.startswith("exit"):
             assert process.returncode == int(expected.split()[1]), out.decode()
         return out
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, trust_env=False, timeout=60).is_success
+    return False
 
 
 def rows(url: str) -> int:
@@ -234,7 +241,7 @@ def rows(url: str) -> int:
 def _asked(url: str, query: str) -> httpx.Response | None:
     headers = {"X-ClickHouse-User": USER, "X-ClickHouse-Key": PASSWORD}
     with suppress(httpx.HTTPError):
-        return httpx.post(url, content=query, headers=headers, trust_env=False)
+        return httpx.post(url, content=query, headers=headers, trust_env=False, timeout=60)
     return None
 
 
@@ -272,7 +279,7 @@ def observe(it: Session, up: Up, clickhouse: str) -> None:
     }
     page = {"Origin": "https://evil.example"}
     pointed = {"Host": "evil.example", "Origin": "http://evil.example"}
-    with httpx.Client(trust_env=False, timeout=30) as web:
+    with httpx.Client(trust_env=False, timeout=60) as web:
         it.answers = {
             "own page": web.post(
                 f"{ui}/graphql", json=mutation, headers={"Origin": ui}
@@ -325,6 +332,7 @@ def found_in(haystack: bytes, secrets: set[bytes]) -> set[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whichever comes first lives through the session
 def test_no_secret_is_in_anything_that_a_session_said_or_wrote(session: Session) -> None:
     leaks = {
         name: found
@@ -351,6 +359,7 @@ def test_no_secret_is_in_anything_that_a_session_said_or_wrote(session: Session)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whichever comes first lives through the session
 def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> None:
     table = pa.table({"detail": [f"user {KEY_ID}"] * 3})
     pq.write_table(table, tmp_path / "a.parquet", compression="gzip")
@@ -370,12 +379,14 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whichever comes first lives through the session
 def test_everything_listens_on_the_loopback_interface_alone(session: Session) -> None:
     assert len(session.listening) >= 3  # ClickHouse, the UI, the metrics; not the code server
     assert {address for address, *_ in session.listening if not is_loopback(address)} == set()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whichever comes first lives through the session
 def test_the_ui_and_clickhouse_answer_no_other_site(session: Session) -> None:
     answers = dict(session.answers)
     assert [answers.pop(name) for name in ("own page", "no page", "link")] == [200, 200, 200]
@@ -383,6 +394,7 @@ def test_the_ui_and_clickhouse_answer_no_other_site(session: Session) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whichever comes first lives through the session
 def test_what_is_private_is_closed_to_other_users_of_the_machine(session: Session) -> None:
     data = session.folder / "data"
     for name in ("journal/shard-0", "clickhouse", "dagster", "logs"):

@@ -8,7 +8,7 @@ from kalshi_platform_tests.chaos.campaign import report, run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_every_end_is_told() -> (
     None
 ):

@@ -24,7 +24,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.streamer import read_health
-from kalshi_platform_tests.commands.test_up import free_ports
+from kalshi_platform_tests.ports import free_ports
 
 PATIENCE_S = 150.0
 BEHIND = 20_000
@@ -147,11 +147,16 @@ class Platform:
         )
 
     def idle(self) -> bool:
-        """Whether nothing comes any more, and what came is stored. Takes two seconds."""
+        """Whether nothing comes any more, and what came is stored. Takes two seconds.
+
+        Two reports must say so, not one twice: a streamer that gets no time writes none.
+        """
         before = self.healths()
         time.sleep(2.0)
         return all(
-            was["frames"] == now["frames"] and now["stores"]["clickhouse"]["lag"] < 50
+            was["updated_ns"] < now["updated_ns"]
+            and was["frames"] == now["frames"]
+            and now["stores"]["clickhouse"]["lag"] < 50
             for was, now in zip(before, self.healths(), strict=True)
         )
 

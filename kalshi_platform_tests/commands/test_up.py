@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
@@ -19,15 +19,7 @@ import psutil
 import pytest
 
 from kalshi_platform.processes import Identity
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody had a moment ago."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+from kalshi_platform_tests.ports import free_ports
 
 
 @contextmanager
@@ -39,7 +31,7 @@ def taken_port() -> Iterator[int]:
 
 
 def until(condition: Callable[[], bool], why: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # Dagster's programs take long to come up on a busy machine
     while not condition():
         assert time.monotonic() < deadline, why()
         time.sleep(0.1)
@@ -74,7 +66,7 @@ class Up:
         """Ask for the end: it comes, well, and leaves nobody."""
         assert self.process is not None
         self.process.send_signal(number)
-        assert self.process.wait(timeout=30) == 0, self.output
+        assert self.process.wait(timeout=90) == 0, self.output
         assert self.family() == []
 
     @property
@@ -106,8 +98,19 @@ class Up:
                 continue
         return found
 
-    def one(self, verb: str) -> psutil.Process:
-        return next(p for p in self.family() if p.cmdline()[-1:] == [verb])
+    def one(self, fits: Callable[[list[str]], bool]) -> psutil.Process:
+        """The process with such arguments; others of the family may be ending just now."""
+        for process in self.family():
+            with suppress(psutil.Error):
+                if fits(process.cmdline()):
+                    return process
+        raise AssertionError("none is such a process")
+
+    def kill(self) -> None:
+        """Leave nobody."""
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def instance(self) -> dg.DagsterInstance:
         return dg.DagsterInstance.from_config(str(self.data / "dagster"))
@@ -143,11 +146,11 @@ def up(tmp_path: Path) -> Iterator[Up]:
         NO_COLOR="1",
     )
     yield made
-    for process in made.family():
-        process.kill()
+    made.kill()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: Up) -> None:
     # From nothing: rows, a green partition, a UI, and it is said that the data is simulated.
     up.start()
@@ -165,12 +168,12 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     )
 
     # What dies comes back, and the recording goes on in the same run.
-    up.one("simulate").kill()
+    up.one(lambda argv: argv[-1:] == ["simulate"]).kill()
     up.says("simulator ended (killed by SIGKILL); it starts again in 1 s.")
-    up.one("clickhouse").kill()
+    up.one(lambda argv: argv[-1:] == ["clickhouse"]).kill()
     up.says("clickhouse ended (killed by SIGKILL); it starts again in 1 s.")
     until(lambda: up.count("stream_events", "kind = 'connected'") == 2, up.logs)
-    next(p for p in up.family() if "grpc" in p.cmdline()).kill()
+    up.one(lambda argv: "grpc" in argv).kill()
     up.says("code-server ended (killed by SIGKILL); it starts again in 1 s.")
     assert [each.run_id for each in up.runs()] == [run.run_id]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+
+from kalshi_platform_tests.ports import free_ports
 
 USER, PASSWORD, DATABASE = "dagster", "only-for-this-test", "dagster"
 
@@ -44,8 +45,7 @@ def running() -> Iterator[int]:
         if as_user is not None:
             for path in (folder, folder / "password"):
                 os.chown(path, as_user.pw_uid, as_user.pw_gid)
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = int(taken.getsockname()[1])
+        [port] = free_ports(1)
         _run(
             as_user,
             *(places / "initdb", "--pgdata", folder / "data", "--username", USER, "--no-sync"),

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.infra import postgres
+from kalshi_platform_tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra" / "dagster"
@@ -56,8 +56,7 @@ def home(tmp_path: Path, postgres_port: int, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(INFRA, folder)
     for made in re.findall(r"/opt/dagster/(\S+)", (ROOT / "infra/docker/Dockerfile").read_text()):
         (folder / made).mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    [port] = free_ports(1)
     workspace = folder / "workspace.yaml"
     workspace.write_text(workspace.read_text().replace("port: 4000", f"port: {port}"))
     values = {
@@ -97,7 +96,7 @@ def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
             child.wait(10)
 
 
-def eventually(what: str, found: Callable[[], Any], seconds: float = 90.0) -> Any:
+def eventually(what: str, found: Callable[[], Any], seconds: float = 180.0) -> Any:
     """What `found` returns as soon as that is something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -109,6 +108,7 @@ def eventually(what: str, found: Callable[[], Any], seconds: float = 90.0) -> An
 
 @needs_postgres
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
     home: Path,
     tmp_path: Path,
@@ -165,7 +165,7 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
         eventually("the open hour is reported", lambda: instance.get_materialized_partitions(key))
 
         os.killpg(code.pid, signal.SIGTERM)  # what `tini -g` does
-        code.wait(30)
+        code.wait(90)
         assert state()["state"] == "stopped"
         assert state()["lag_frames"] == 0
         ended = instance.get_run_by_id(run.run_id)

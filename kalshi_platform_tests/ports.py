@@ -1,0 +1,29 @@
+"""Ports for programs that a test starts later, and perhaps again."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+
+FIRST, EACH = 12_000, 2_000
+"""Below those that the kernel gives to whoever dials or asks for any, between the choice and the use."""
+_dice = random.SystemRandom()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody has, and that no other worker of pytest is given."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    own = range(FIRST + worker * EACH, FIRST + (worker + 1) * EACH)
+    found: list[int] = []
+    for port in _dice.sample(own, len(own)):
+        if len(found) == count:
+            return found
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+    raise AssertionError(f"no {count} ports are free in {own}")
