@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -30,7 +30,7 @@ from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.streamer import Streamer, read_health
+from kalshi_platform.streamer import Health, Streamer, read_health
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,10 +76,11 @@ def streaming(settings: Settings) -> Iterator[Streamer]:
     try:
         yield streamer
     finally:
-        streamer.stop()
+        streamer.stop(60.0)  # the promise of 10 s is tested on processes
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
+    """The time is for a machine that has other things to do: processes take long to come up there."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
@@ -132,6 +133,19 @@ def truth(simulator: Simulator, tickers: set[str]) -> set[Level]:
         for side, ladder in (("yes", book.yes), ("no", book.no))
         for price, size in ladder.items()
     }
+
+
+def wait_for_the_last_frames(
+    settings: Settings, simulator: Simulator, tickers: Collection[str] | None = None
+) -> None:
+    """Until ClickHouse has the books of the exchange, which is paused; all, or those of `tickers`.
+
+    What is still on its way to a recording that ends is not recorded: it is nobody's fault, and the
+    books would not be the exchange's.
+    """
+    of = set(simulator.books() if tickers is None else tickers)
+    last = truth(simulator, of)
+    wait_for(lambda: {it for it in latest(settings) if it[0] in of} == last, "the last frames")
 
 
 def assert_lossless(settings: Settings) -> None:
@@ -244,23 +258,36 @@ def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole
         "huge:2",
         "close",
     ]
+    # What a fault leaves behind at once. Frames alone would not tell that it has been met: they come
+    # while it is still on its way, and the next fault, a reset perhaps, would take it back.
+    leaves = {
+        "drop": "connections",
+        "error25": "connections",
+        "close": "connections",
+        "gap": "gaps",
+        "truncated": "gaps",
+        "negative": "gaps",
+        "malformed": "malformed",
+    }
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 16, "books")
+
+        def met_and_mended(fault: str, before: Health) -> bool:
+            trace = leaves.get(fault.partition(":")[0])
+            if trace is not None and getattr(streamer.health(), trace) <= getattr(before, trace):
+                return False
+            now = streamer.health()
+            return now.frames > before.frames + 300 and now.synced == 16
+
         for fault in faults:
             seen = streamer.health()
             simulator.inject(fault)
-            disconnects = fault in {"drop", "error25", "close"}
             wait_for(
-                lambda s=seen, d=disconnects: (
-                    streamer.health().frames > s.frames + 300  # type: ignore[misc]
-                    and (not d or streamer.health().connections > s.connections)
-                    and streamer.health().synced == 16
-                ),
+                lambda f=fault, s=seen: met_and_mended(f, s),  # type: ignore[misc]
                 f"recovery from {fault}",
             )
         simulator.pause()
-        time.sleep(1.0)
-        wait_for(lambda: streamer.health().synced == 16, "books")
+        wait_for_the_last_frames(settings, simulator)
     kinds = dict(query(settings, "SELECT kind, count() FROM stream_events GROUP BY kind"))
     assert kinds["connected"] == kinds["disconnected"] == 4
     assert kinds["gap"] >= 3
@@ -276,18 +303,20 @@ def test_stopping_under_load_leaves_everything_received_in_both_stores(
 ) -> None:
     simulator = start_simulator(markets=30, rate=8_000.0)
     settings = settings_for(simulator)
-    environment = _environment(settings)
     process = subprocess.Popen(
         [sys.executable, "-m", "kalshi_platform", "stream"],
-        env=environment,
+        env=_environment(settings),
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: _frames(settings) > 20_000, "frames")
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=10)
+    try:
+        wait_for(lambda: _frames(settings) > 20_000, "frames")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, log
-    assert "all that was received is stored" in log
+    assert "all that was received is stored" in log  # said only where it took no more than 7 s
     deltas = sum(kind == 1 for kind, _ in journalled(settings))
     assert deltas > 15_000
     assert query(settings, "SELECT count() FROM orderbook_events WHERE type = 'delta'") == [
@@ -303,19 +332,22 @@ def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
     settings = settings_for(simulator)
     dice = random.Random(7)
     for _ in range(6):
+        before = _records(settings)
         process = subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform", "stream"],
             env=_environment(settings),
             stderr=subprocess.DEVNULL,
         )
-        _wait_for_recording(settings, process.pid)
-        time.sleep(dice.uniform(0.0, 1.5))
-        process.kill()
-        process.wait()
+        try:
+            _wait_for_recording(settings, process.pid, before)
+            time.sleep(dice.uniform(0.0, 1.5))
+        finally:
+            process.kill()
+            process.wait()
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 12, "books")
         simulator.pause()
-        time.sleep(1.0)
+        wait_for_the_last_frames(settings, simulator)
     deltas = sum(kind == 1 for kind, _ in journalled(settings))
     assert query(settings, "SELECT count() FROM orderbook_events WHERE type = 'delta'") == [
         (deltas,)
@@ -341,6 +373,10 @@ def test_without_clickhouse_parquet_goes_on_and_clickhouse_catches_up_exactly_on
     streamer = Streamer(away)
     streamer.start()
     wait_for(lambda: streamer.health().stores["parquet"].committed_ns > 0, "the first file")
+    wait_for(
+        lambda: streamer.health().frames > 500, "frames"
+    )  # the file may be older than they are
+    wait_for(lambda: streamer.health().stores["clickhouse"].trouble is not None, "the trouble")
     health = streamer.health()
     assert health.stores["clickhouse"].trouble is not None
     assert "127.0.0.1:9" in health.stores["clickhouse"].trouble
@@ -405,14 +441,15 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     monkeypatch.setattr("kalshi_platform.loading.audit.CACHE_S", 3.0)
     simulator = start_simulator(markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0)
     settings = settings_for(simulator, audit_interval_seconds=2.0)
+
+    def audits() -> list[dict[str, int]]:
+        sql = "SELECT detail FROM stream_events WHERE kind = 'audit'"
+        return [json.loads(detail) for (detail,) in query(settings, sql)]
+
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 8, "books")
-        time.sleep(10)
-    rounds = [
-        json.loads(d)
-        for (d,) in query(settings, "SELECT detail FROM stream_events WHERE kind = 'audit'")
-    ]
-    assert rounds
+        wait_for(lambda: len(audits()) >= 3, "three rounds")
+    rounds = audits()
     assert sum(r["levels"] for r in rounds) > 100
     assert sum(r["mismatches"] for r in rounds) == 0
 
@@ -428,8 +465,22 @@ def _environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def _wait_for_recording(settings: Settings, pid: int) -> None:
-    wait_for(lambda: _pid(settings) == pid and _frames(settings) > 200, "frames")
+def _wait_for_recording(settings: Settings, pid: int, before: int) -> None:
+    """Until a process has brought frames to the disk: what it has in memory alone dies with it."""
+    wait_for(lambda: _pid(settings) == pid and _durable(settings) > before + 200, "frames")
+
+
+def _records(settings: Settings) -> int:
+    """Records in the journal; nobody writes to it."""
+    folder = settings.journal_dir()
+    if not journal.segments(folder):
+        return 0
+    return sum(block.rows for block in journal.read(folder, journal.beginning(folder)))
+
+
+def _durable(settings: Settings) -> int:
+    health = read_health(settings.journal_dir())
+    return int(str(health["journal_records"])) if health else 0
 
 
 def _frames(settings: Settings) -> int:

@@ -36,8 +36,10 @@ def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.recording.markets.REFRESH_S", 0.5)
     monkeypatch.setattr("kalshi_platform.recording.roster.LEAVE_AFTER_S", 4.0)
     monkeypatch.setattr("kalshi_platform.recording.roster.CACHED_S", 0.0)
-    monkeypatch.setattr("kalshi_platform.recording.recovery.MARGIN_S", 0)
-    monkeypatch.setattr("kalshi_platform.recording.recovery.AFTER_S", 1.5)
+    # What was on its way when a connection ended is a margin before its last frame; and what REST lists
+    # of the margin after the loss must have come over the stream when REST is asked.
+    monkeypatch.setattr("kalshi_platform.recording.recovery.MARGIN_S", 1)
+    monkeypatch.setattr("kalshi_platform.recording.recovery.AFTER_S", 4.0)
     monkeypatch.setattr("kalshi_platform.exchange.side_channel.REFUSED_AGAIN_S", 1.0)
 
 
@@ -96,6 +98,12 @@ def hears_of_lives(settings: Settings) -> bool:
     return query(settings, sql) != [(0,)]
 
 
+def wait_for_trades(settings: Settings, trades: set[str]) -> None:
+    """Until ClickHouse has these trades: what is on its way when a recording ends is not recorded."""
+    sql = "SELECT trade_id FROM trades"
+    wait_for(lambda: trades <= {name for (name,) in query(settings, sql)}, "the last trades")
+
+
 def recovered(settings: Settings) -> list[dict[str, Any]]:
     sql = "SELECT detail FROM stream_events WHERE kind = 'recovered' ORDER BY ingest_ts"
     return [json.loads(detail) for (detail,) in query(settings, sql)]
@@ -104,10 +112,12 @@ def recovered(settings: Settings) -> list[dict[str, Any]]:
 def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trade_is_there_once(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
-    simulator = start_simulator(markets=16, rolling_markets=12, rolling_seconds=3.0, rate=600.0)
+    # A market is told of one lifetime before it opens: so long may this machine have other things to do.
+    simulator = start_simulator(markets=16, rolling_markets=12, rolling_seconds=6.0, rate=600.0)
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 16, "books")
+        wait_for(lambda: streamer.health().trades > 0, "trades, which are subscribed to after them")
         first = set(simulator.books())
         settled = set(simulator.trades())
         wait_for(
@@ -116,19 +126,18 @@ def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trad
                 and len(ledger(simulator)) > len(settled) + 300
             ),
             "several generations",
-            60,
         )
         health = streamer.health()
         simulator.pause()
-        time.sleep(0.5)
+        traded = ledger(simulator)
+        # What joined while recording went on was joined before its first trade; the others from then on.
+        expected = {n for n, t in traded.items() if n not in settled or t[1] not in first}
+        wait_for_trades(settings, expected)
     assert (health.connections, health.gaps) == (1, 0)
     joined = {t for (t,) in query(settings, "SELECT DISTINCT market_ticker FROM orderbook_events")}
     assert len(joined - first) >= 20, "several generations came"
     assert kinds(settings)["left"] >= 12
     there = {row[0]: row for row in recorded(settings)}
-    traded = ledger(simulator)
-    # What joined while recording went on was joined before its first trade; the others from then on.
-    expected = {n for n, t in traded.items() if n not in settled or t[1] not in first}
     assert expected <= there.keys()
     assert there == {n: traded[n] for n in there}
     assert len(expected) > 300
@@ -143,13 +152,16 @@ def test_a_market_is_followed_before_it_opens_and_the_polls_are_few(
 ) -> None:
     """The clock and the exchange's messages do it: REST is asked once, at the start."""
     monkeypatch.setattr("kalshi_platform.recording.markets.REFRESH_S", 600.0)
-    simulator = start_simulator(markets=4, rolling_markets=4, rolling_seconds=4.0, rate=200.0)
+    # A market is told of one lifetime before it opens, once, and joined five seconds before.
+    simulator = start_simulator(markets=4, rolling_markets=4, rolling_seconds=8.0, rate=200.0)
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 4, "books")
+        wait_for(lambda: hears_of_lives(settings), "the lifecycle subscription")
         first = set(simulator.books())
+        sql = "SELECT DISTINCT market_ticker FROM trades"
         wait_for(
-            lambda: len({t["ticker"] for t in simulator.trades().values()} - first) >= 3,
+            lambda: len({ticker for (ticker,) in query(settings, sql)} - first) >= 3,
             "trades of markets that were not listed yet",
         )
     first_seen = dict(
@@ -213,12 +225,14 @@ def test_trades_that_the_stream_missed_are_fetched_and_no_book_is_doubted(
         if fault != "trade_refused":
             wait_for(lambda: streamer.health().trades > 20, "trades")
             simulator.inject(fault)
+        else:
+            wait_for(lambda: "refused" in kinds(settings), "the refusal")
         settled = set(simulator.trades())
         before = streamer.health().trades
         wait_for(lambda: streamer.health().trades > before + 40, "trades after the fault")
-        time.sleep(3.0)
+        wait_for(lambda: bool(recovered(settings)), "those that were missed")
         simulator.pause()
-        time.sleep(0.5)
+        wait_for_trades(settings, simulator.trades().keys() - settled)
         assert streamer.health().synced == 8
     there = {row[0]: row for row in recorded(settings)}
     traded = ledger(simulator)
@@ -245,9 +259,9 @@ def test_trades_of_the_time_between_two_starts_are_fetched_too(
     time.sleep(2.0)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().trades > 20, "trades")
-        time.sleep(2.5)
+        wait_for(lambda: bool(recovered(settings)), "those that were missed")
         simulator.pause()
-        time.sleep(0.5)
+        wait_for_trades(settings, simulator.trades().keys() - settled)
     there = {row[0]: row for row in recorded(settings)}
     traded = ledger(simulator)
     assert traded.keys() - settled <= there.keys()
@@ -263,19 +277,26 @@ def test_refused_channels_leave_the_books_alone_and_lost_life_events_are_made_up
     simulator.inject("lifecycle_refused:2")
     simulator.inject("trade_refused:2")
     settings = settings_for(simulator)
+
+    def joined() -> set[str]:
+        sql = "SELECT DISTINCT market_ticker FROM orderbook_events"
+        return {ticker for (ticker,) in query(settings, sql)}
+
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 6, "books")
-        first = set(simulator.books())
         wait_for(lambda: streamer.health().trades > 20, "trades, at last")
+        wait_for(lambda: hears_of_lives(settings), "life events, at last")
+        first = set(simulator.books())
         simulator.inject("lifecycle_gap:3")
-        time.sleep(6)
+        wait_for(lambda: streamer.health().gaps > 0, "the gap")
+        wait_for(lambda: len(joined() - first) >= 4, "markets that came since")
+        wait_for(lambda: "market_lifecycle_v2" in kinds(settings), "life events after the gap")
         health = streamer.health()
     assert health.connections == 1
     happened = kinds(settings)
     assert happened["refused"] == 4
     assert happened["market_lifecycle_v2"] > 0
-    joined = {t for (t,) in query(settings, "SELECT DISTINCT market_ticker FROM orderbook_events")}
-    assert len(joined - first) >= 4
+    assert len(joined() - first) >= 4
     assert_lossless(settings)
 
 

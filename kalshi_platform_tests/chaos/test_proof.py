@@ -11,7 +11,12 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, compare
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.test_streamer import settings_for, streaming, wait_for
+from kalshi_platform_tests.test_streamer import (
+    settings_for,
+    streaming,
+    wait_for,
+    wait_for_the_last_frames,
+)
 
 __all__ = ["settings_for"]  # the fixture
 
@@ -31,8 +36,8 @@ def test_a_recording_is_sound_until_a_row_is_lost_or_doubled_in_either_store(
         wait_for(lambda: streamer.health().gaps > 0, "the gap")
         time.sleep(6.0)  # one market closes, and another opens
         simulator.pause()
-        time.sleep(1.0)
         wait_for(lambda: streamer.health().synced == streamer.health().markets, "the last books")
+        wait_for_the_last_frames(settings, simulator, simulator.open_markets())
     good = compare(settings, simulator)
     assert good.sound, good
     assert good.gaps == 1
