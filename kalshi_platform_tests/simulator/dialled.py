@@ -18,7 +18,7 @@ from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.simulator.server import Simulator
 
 PATH = "/trade-api/ws/v2"
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 60
 
 
 class Dialled:

@@ -135,7 +135,7 @@ def test_a_hang_is_silence_on_an_open_socket_then_a_reset(start_simulator: Start
     simulator = start_simulator(heartbeat_seconds=0.05)
     with Dialled(simulator) as client:
         client.subscribe(list(simulator.books()))
-        simulator.inject("hang:1.5")
+        simulator.inject("hang:6")  # what was on its way has come by then, and the silence too
         time.sleep(0.2)
         while not client.silent_for(0.4):  # what was on its way
             next(client.frames())
@@ -152,7 +152,7 @@ def test_a_slow_line_delivers_everything_in_the_end(start_simulator: StartSimula
         texts = client.texts()
         while ledger.kinds["orderbook_delta"] == 0:
             ledger.feed(next(texts))
-        simulator.inject("slow:2")
+        simulator.inject("slow:8")  # long beside the silences that are listened for
         for text in client.texts_at_hand(0.3):
             ledger.feed(text)
         deltas = simulator.state()["deltas"]
@@ -173,14 +173,18 @@ def test_a_fault_without_a_connection_waits_for_the_next_one(simulator: Simulato
 
 def test_a_fault_can_come_later(simulator: Simulator) -> None:
     with Dialled(simulator) as client:
-        simulator.inject("close:1012@0.2")
         client.send({"id": 1, "cmd": "list_subscriptions"})
         assert b'"ok"' in next(client.texts())
+        asked_at = time.monotonic()
+        simulator.inject("close:1012@0.5")
         assert Opcode.CLOSE in {frame.opcode for frame in client.frames()}
+        assert time.monotonic() - asked_at >= 0.49
 
 
 def test_a_client_that_does_not_read_is_told_error_25(start_simulator: StartSimulator) -> None:
-    simulator = start_simulator(rate=20_000, max_backlog_bytes=1_000_000)
+    # A machine that is busy makes up for time in steps of a megabyte and more: twice the limit, from
+    # which on a client is cut off, must not be reached in one.
+    simulator = start_simulator(rate=20_000, max_backlog_bytes=4_000_000)
     with Dialled(simulator) as client:
         client.subscribe(list(simulator.books()))
         while simulator.state()["connections"][0]["sent"].get("error", 0) == 0:
