@@ -50,12 +50,12 @@ time.sleep(300)
 """
 
 
-def program(name: str, script: str, *args: str, stage: int = 0, grace_s: float = 5.0) -> Program:
+def program(name: str, script: str, *args: str, stage: int = 0, grace_s: float = 60.0) -> Program:
     return Program(name, (sys.executable, "-c", script, *args), lambda: True, stage, grace_s)
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
@@ -157,7 +157,7 @@ from kalshi_platform.processes import Keeper, Program
 keeper = Keeper(Path(sys.argv[1]), os.environ, print)
 for stage, name in enumerate(["first", "second"]):
     argv = (sys.executable, "-c", sys.argv[2], sys.argv[3], name)
-    keeper.start(Program(name, argv, lambda: True, stage, 5.0))
+    keeper.start(Program(name, argv, lambda: True, stage, 60.0))
 time.sleep(300)
 """
 

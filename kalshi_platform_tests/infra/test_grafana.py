@@ -30,7 +30,6 @@ from kalshi_platform_tests.storage.two_shards import database_name
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 TICKER = "KXSHOWN-26"
-NOW = datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ def queries() -> list[Panel]:
 
 def as_the_plugin_sends_it(sql: str) -> str:
     """The macros of Grafana's ClickHouse plugin, for the last hour in steps of ten seconds."""
-    start, end = (int((NOW + timedelta(minutes=m)).timestamp()) for m in (-60, 5))
+    now = datetime.now(UTC)  # not that of the import: hundreds of tests may come between
+    start, end = (int((now + timedelta(minutes=m)).timestamp()) for m in (-60, 5))
     sql = re.sub(
         r"\$__timeFilter\((\w+)\)", rf"\1 >= toDateTime({start}) AND \1 <= toDateTime({end})", sql
     )
@@ -82,7 +82,7 @@ def as_the_plugin_sends_it(sql: str) -> str:
 
 def rows_of(client: Client) -> None:
     """What a minute of recording leaves behind, and a market maker with a break."""
-    at = NOW - timedelta(seconds=60)
+    at = datetime.now(UTC) - timedelta(seconds=60)
     book = {"market_id": uuid(9), "market_ticker": TICKER}
     frame = {"conn_id": uuid(1), "sid": 1, "ingest_ts": at}
     levels = [("yes", "0.45", 5), ("yes", "0.44", 9), ("no", "0.52", 3)]
@@ -156,7 +156,7 @@ def test_what_is_counted_as_an_open_gap(client: Client) -> None:
     (panel,) = [p for p in queries() if p.title == "Open gaps"]
     sql = as_the_plugin_sends_it(panel.sql)
     assert client.query(sql).first_row == (1,)
-    resync = {"conn_id": uuid(1), "sid": 1, "ingest_ts": NOW, "kind": "resynced"}
+    resync = {"conn_id": uuid(1), "sid": 1, "ingest_ts": datetime.now(UTC), "kind": "resynced"}
     insert(client, STREAM_EVENTS, [resync])
     assert client.query(sql).first_row == (0,)
 

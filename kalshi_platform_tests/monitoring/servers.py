@@ -102,6 +102,7 @@ def mail_server(user: str = "", password: str = "") -> Iterator[Mail]:
         authenticator=authenticate if user else None,
         auth_required=bool(user),
         auth_require_tls=False,
+        ready_timeout=60.0,
     )
     controller.start()
     try:

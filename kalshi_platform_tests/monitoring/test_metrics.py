@@ -171,7 +171,7 @@ def test_it_is_served_over_http_and_a_port_that_is_taken_is_named(settings: Sett
     thread, server = metrics.serve(settings, "127.0.0.1", 0)
     port = server.server_port
     try:
-        answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+        answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=60)
         assert parsed(answer.raise_for_status().text)["kalshi_frames_total"] == {("0",): 1000}
         with pytest.raises(PlatformError, match=rf"127\.0\.0\.1:{port} .*METRICS_PORT"):
             metrics.serve(settings, "127.0.0.1", port)

@@ -120,7 +120,7 @@ def test_a_market_stays_and_is_read_until_it_is_finalized(
     materialise(instance, platform)
     first = set(cold(settings))
     assert first
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all(status == "finalized" for status, _ in seen(settings, first)):
         assert time.monotonic() < deadline
         time.sleep(1.0)
