@@ -113,6 +113,7 @@ def assert_nothing_lost(settings: Settings) -> None:
     assert_lossless(settings)
 
 
+@pytest.mark.timeout(600)
 def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both(
     tmp_path: Path, start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
@@ -185,6 +186,7 @@ def streaming(*streamers: Streamer) -> Iterator[None]:
             streamer.stop(60.0)
 
 
+@pytest.mark.timeout(600)
 def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_exchanges(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
@@ -224,6 +226,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
     assert kinds["gap"] == 0
 
 
+@pytest.mark.timeout(600)
 def test_stream_keeps_a_process_for_each_shard_and_ends_them_all(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
 ) -> None:

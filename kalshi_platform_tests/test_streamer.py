@@ -325,6 +325,7 @@ def test_stopping_under_load_leaves_everything_received_in_both_stores(
     assert_lossless(settings)
 
 
+@pytest.mark.timeout(600)
 def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
@@ -365,6 +366,7 @@ def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
     assert_lossless(settings)
 
 
+@pytest.mark.timeout(600)
 def test_without_clickhouse_parquet_goes_on_and_clickhouse_catches_up_exactly_once(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:

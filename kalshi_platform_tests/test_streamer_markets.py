@@ -109,6 +109,7 @@ def recovered(settings: Settings) -> list[dict[str, Any]]:
     return [json.loads(detail) for (detail,) in query(settings, sql)]
 
 
+@pytest.mark.timeout(600)
 def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trade_is_there_once(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
