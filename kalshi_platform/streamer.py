@@ -217,8 +217,8 @@ class Streamer:
             return True
         if self._loop is not None and self._capture is not None:
             self._loop.call_soon_threadsafe(self._capture.stop)
-        for thread in self._threads:
-            thread.join(max(min(3.0, deadline - time.monotonic()), 0.1))
+        for thread in self._threads:  # the rest of the time is for what they received
+            thread.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
         closed = self._close_journal(max(deadline - time.monotonic() - 2.0, 1.0))
         for load in self._loads:
             load.drain()
