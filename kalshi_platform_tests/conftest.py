@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from kalshi_platform.storage.embedded import running
 from kalshi_platform_tests.storage import two_shards
@@ -19,6 +21,15 @@ os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
 # handler, and programs that are started inherit what is ignored: none of them could be asked to end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
+hypothesis_settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("untimed")
+
+DATABASE_TIMEOUT_S = 120.0
+"""For making or dropping a database: every table of it is a folder that the disk must forget."""
 
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 
@@ -41,7 +52,8 @@ def clickhouse_database(clickhouse_url: str) -> Iterator[str]:
     if two_shards.ON_CLUSTER:
         yield name
         return
-    with httpx.Client(verify=False) as client:  # plain HTTP: no certificates to load
+    # plain HTTP: no certificates to load
+    with httpx.Client(verify=False, timeout=DATABASE_TIMEOUT_S) as client:
         client.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
         yield name
         client.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()

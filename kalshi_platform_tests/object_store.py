@@ -72,7 +72,7 @@ class ObjectStore:
     def insist_on_keys(self, on: bool) -> None:
         """Whether requests need a key of a user of the store; it has no users."""
         count = b"0" if on else b"1000000000"
-        httpx.post(f"{self.url}/moto-api/reset-auth", content=count).raise_for_status()
+        httpx.post(f"{self.url}/moto-api/reset-auth", content=count, timeout=60).raise_for_status()
 
     def _answer(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         path = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"

@@ -42,7 +42,7 @@ def test_after_a_recording_the_last_depth_and_imbalance_are_the_live_ones(
     migrations.migrate(settings)
     streamer = Streamer(settings)
     streamer.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while streamer.health().synced < 12 or streamer.health().frames < 2_000:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def test_after_a_recording_the_last_depth_and_imbalance_are_the_live_ones(
     while streamer.health().frames < before + 500:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    streamer.stop()
+    assert streamer.stop(60), "not everything is in both stores"
 
     hours = LocalArchive(settings.archive_dir).hours("orderbook_events")
     for hour in hours:

@@ -198,7 +198,7 @@ def test_frames_right_behind_the_handshake_are_delivered_however_they_come(piece
             credentials = Credentials("id", Ed25519Signer(ed25519.Ed25519PrivateKey.generate()))
             connection = await dial(url, credentials, BatchedConnection)
             connection.deliver_to(lambda messages, _: delivered.extend(messages))
-            await asyncio.wait_for(connection.wait_closed(), 10)
+            await asyncio.wait_for(connection.wait_closed(), 60)
             end = connection.protocol.close_rcvd
             assert end is not None
             return end.code, end.reason

@@ -29,6 +29,7 @@ from kalshi_platform.exchange.errors import (
 )
 from kalshi_platform.exchange.rest import (
     ATTEMPTS,
+    BASIC,
     TICKERS_AT_ONCE,
     Pace,
     RestClient,
@@ -214,7 +215,7 @@ def test_a_wrong_key_is_told_and_not_tried_again(
     assert sleeps == []
 
 
-@pytest.mark.parametrize(("off_s", "where"), [(-65, "behind"), (65, "ahead of")])
+@pytest.mark.parametrize(("off_s", "where"), [(-650, "behind"), (650, "ahead of")])
 def test_a_clock_that_is_off_is_measured(
     start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch, off_s: int, where: str
 ) -> None:
@@ -231,14 +232,16 @@ def test_a_clock_that_is_off_is_measured(
             "kalshi_platform.exchange.rest.clock_skew_s",
             lambda headers, now_s: true_skew(headers, now_s + off_s),
         )
-        with pytest.raises(CredentialsError, match=rf"6[3-7] s {where}.*NTP"):
+        # right to about a second, and to what the answer took on its way through a busy machine
+        with pytest.raises(CredentialsError, match=rf"6[3-7]\d s {where}.*NTP"):
             client.balance()
 
 
 def test_an_agreeing_clock_shows_no_skew(client: RestClient) -> None:
+    asked = time.monotonic()
     client.status()
     assert client.clock_skew_s is not None
-    assert abs(client.clock_skew_s) < 3
+    assert abs(client.clock_skew_s) < 2 + time.monotonic() - asked
 
 
 def test_a_cached_answer_is_as_old_as_its_age() -> None:
@@ -386,14 +389,15 @@ def test_the_account_s_own_limit_is_kept(start_simulator: StartSimulator) -> Non
     with _scripted(answer) as scripted:
         exchange = exchange_of(simulator, rest_url=scripted.rest_url)
         with RestClient(exchange, sleep=slept.append) as client:
+            # on a clock that stands still: what a busy machine takes would count as waited
+            client._pace = Pace(BASIC, clock=lambda: 0.0, sleep=slept.append)
             for _ in range(3):
                 client.status()
     assert [path.removeprefix("/trade-api/v2") for path in paths] == [
         "/account/limits",
         *["/exchange/status"] * 3,
     ]
-    assert len(slept) == 2  # one request a second: the first is free, the next two wait
-    assert slept[1] > slept[0] > 0.5
+    assert slept == [1.0, 2.0]  # one request a second: the first is free, the next two wait
 
 
 def test_a_token_bucket_lets_a_burst_go_and_then_keeps_the_rate() -> None:

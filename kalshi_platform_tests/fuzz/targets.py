@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -426,7 +426,8 @@ def _received(connection: socket.socket) -> bytes:
     try:
         return connection.recv(65_536)
     except TimeoutError:
-        connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # it has answered at this moment, and gone
+            connection.shutdown(socket.SHUT_WR)
         connection.settimeout(ANSWER_S)
         return connection.recv(65_536)
 

@@ -16,6 +16,7 @@ from kalshi_platform.inventory import audit
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.inventory.planted import Planted
 from kalshi_platform_tests.storage.tables import settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
@@ -30,7 +31,9 @@ def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
     settings = settings_for(clickhouse_url, name)
     migrations.migrate(settings)
     yield settings
-    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
 
 
 @pytest.fixture

@@ -9,20 +9,25 @@ from typing import Any
 
 from kalshi_platform.storage.clickhouse import Client
 
-NOW = datetime.now(UTC).replace(microsecond=0)
 TICKER = "KXPLANTED-26NOV22"
 _NAMESPACE = uuid.UUID(int=5)
 
 
 def ago(seconds: float) -> datetime:
-    """A moment before the tests began."""
-    return NOW - timedelta(seconds=seconds)
+    """A moment before the test began."""
+    return Planted.begun - timedelta(seconds=seconds)
 
 
 class Planted:
-    """The tables of one database."""
+    """The tables of one database, for one test."""
+
+    begun = datetime.now(UTC).replace(microsecond=0)
+    """What `ago` counts from: when the newest was made. The modules are read long before the last of
+    their tests runs, and the checks look two hours back.
+    """
 
     def __init__(self, client: Client) -> None:
+        Planted.begun = datetime.now(UTC).replace(microsecond=0)
         self.client = client
         self._n = 0
 

@@ -16,6 +16,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.storage.tables import settings_for
 
 OLDER = """
@@ -33,14 +34,18 @@ FILE = migrations.folder() / "010_inventory_observability.sql"
 def older(clickhouse_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Client]:
     """An empty database, for the command line too."""
     name = f"test_{uuid.uuid4().hex}"
-    httpx.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
+    httpx.post(
+        clickhouse_url, content=f"CREATE DATABASE {name}", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLICKHOUSE_URL", clickhouse_url)
     monkeypatch.setenv("CLICKHOUSE_DATABASE", name)
     platform_settings.current.cache_clear()
     with closing(connect(settings_for(clickhouse_url, name))) as client:
         yield client
-    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
     platform_settings.current.cache_clear()
 
 

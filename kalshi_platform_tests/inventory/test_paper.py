@@ -153,5 +153,7 @@ def test_it_takes_no_url_and_refuses_to_run_beside_a_real_key(
 
 def test_the_real_pages_of_an_exchange_do_not_take_its_orders(simulator: Simulator) -> None:
     orders_page = f"{simulator.rest_url}/portfolio/orders"
-    assert httpx.post(orders_page, json=[], trust_env=False).status_code in {404, 405}
-    assert httpx.post(f"{simulator.rest_url}/simulator/orders", json=[]).status_code == 404
+    assert httpx.post(orders_page, json=[], trust_env=False, timeout=60).status_code in {404, 405}
+    assert (
+        httpx.post(f"{simulator.rest_url}/simulator/orders", json=[], timeout=60).status_code == 404
+    )

@@ -149,14 +149,18 @@ def test_pages_that_are_older_than_the_last_fill_are_not_taken(
 ) -> None:
     ticker = tickers(simulator)[0]
     hold(simulator, ticker, 100)
-    httpx.post(f"{simulator.control_url}/portfolio", json={"frozen": True}).raise_for_status()
+    httpx.post(
+        f"{simulator.control_url}/portfolio", json={"frozen": True}, timeout=60
+    ).raise_for_status()
     assert by_ticker(positions.take(rest))[ticker].position == 1  # frozen after the fill
     hold(simulator, ticker, 100, age_s=-1.0)
     slept: list[float] = []
     with pytest.raises(PositionsBehind, match="Nothing was written"):
         positions.take(rest, sleep=slept.append)
     assert len(slept) == positions.ATTEMPTS - 1
-    httpx.post(f"{simulator.control_url}/portfolio", json={"frozen": False}).raise_for_status()
+    httpx.post(
+        f"{simulator.control_url}/portfolio", json={"frozen": False}, timeout=60
+    ).raise_for_status()
 
 
 def test_a_market_that_was_just_filled_is_left_for_another_look(
@@ -164,8 +168,9 @@ def test_a_market_that_was_just_filled_is_left_for_another_look(
 ) -> None:
     quiet, busy = tickers(simulator)[:2]
     hold(simulator, quiet, 100)
+    now = datetime.now(UTC)  # the report's clock: however long it takes to begin, the fill is new
     hold(simulator, busy, 200, age_s=0.0)
-    found = positions.take(rest, attempts=1)
+    found = positions.take(rest, attempts=1, clock=lambda: now)
     assert list(by_ticker(found)) == [quiet]
     assert found.left_out == {busy: "it was filled at that moment"}
     later = positions.take(rest, clock=lambda: datetime.now(UTC) + positions.QUIET)

@@ -164,9 +164,6 @@ def test_python_m_runs_it_too_and_clickhouse_away_exits_1_in_one_line(
     tmp_path: Path, planted: Planted, migrated_once: Settings
 ) -> None:
     plant_all(planted)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
     url = urlsplit(migrated_once.clickhouse_url)
     argv = [sys.executable, "-m", "kalshi_platform.qa.mm_inventory_qa"]
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
@@ -180,14 +177,16 @@ def test_python_m_runs_it_too_and_clickhouse_away_exits_1_in_one_line(
         check=False,
     )
     assert found.returncode == 2, found.stderr
-    away = subprocess.run(
-        [*argv, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else's
+        away = subprocess.run(
+            [*argv, "--host", "127.0.0.1", "--port", str(nobody.getsockname()[1])],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert away.returncode == 1
     assert away.stderr.count("\n") == 1
     assert "cannot be reached" in away.stderr

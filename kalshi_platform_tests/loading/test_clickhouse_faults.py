@@ -23,7 +23,8 @@ from kalshi_platform.recording.journal import joined
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import running
-from kalshi_platform_tests.loading.test_load import SMALL, journal_of, recording
+from kalshi_platform_tests.loading.test_load import PATIENCE_S, SMALL, journal_of, recording
+from kalshi_platform_tests.ports import free_ports
 
 Fault = Callable[["Front"], bool]
 """Does its mischief to a request; True where the request has been answered (or cut off)."""
@@ -111,7 +112,7 @@ def make(url: str, database: str, data: Path) -> Settings:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
     monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.3)
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 30.0)
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
 
 
 def assert_each_row_once(settings: Settings, deltas: int) -> None:
@@ -157,7 +158,7 @@ def test_a_fault_of_an_insert_leaves_each_row_once(
         load = Load(tmp_path / "journal", writer, store, SMALL)
         load.start()
         load.drain()
-        assert load.join(40), load.failure or load.trouble
+        assert load.join(PATIENCE_S), load.failure or load.trouble
     writer.close()
     assert_each_row_once(direct, 90)
 
@@ -169,16 +170,15 @@ def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
     writer = journal_of(tmp_path / "journal", recording(90))
     load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
     load.start()
-    deadline = time.monotonic() + 20
-    while load.trouble is None:
-        assert time.monotonic() < deadline
+    deadline = time.monotonic() + PATIENCE_S
+    while "UNKNOWN_TABLE" not in str(load.trouble):
+        assert time.monotonic() < deadline, load.trouble
         time.sleep(0.05)
     assert load.refused
-    assert "UNKNOWN_TABLE" in load.trouble
     assert load.lag == writer.durable.n
     migrations.migrate(settings)
     load.drain()
-    assert load.join(30), load.failure or load.trouble
+    assert load.join(PATIENCE_S), load.failure or load.trouble
     writer.close()
     assert_each_row_once(settings, 90)
 
@@ -222,8 +222,8 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
 
 def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_path: Path) -> None:
     data = tmp_path / "clickhouse"
-    with running(data) as first:
-        port = int(first.rpartition(":")[2])
+    (port,) = free_ports(1)
+    with running(data, port=port) as first:
         settings = make(str(first), "kalshi", tmp_path)
         migrations.migrate(settings)
     writer = journal_of(tmp_path / "journal", recording(2_000))
@@ -236,6 +236,6 @@ def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_pat
             server.process.wait()
     with running(data, port=port):
         load.drain()
-        assert load.join(60), load.failure or load.trouble
+        assert load.join(PATIENCE_S), load.failure or load.trouble
         assert_each_row_once(settings, 2_000)
     writer.close()

@@ -314,18 +314,23 @@ def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
             if got != expected:
                 wrong.append(got)
 
+    def wait_for_a_reading() -> None:
+        before, deadline = whole, time.monotonic() + 60
+        while whole == before and not wrong:
+            assert time.monotonic() < deadline, "nobody reads"
+            time.sleep(0.005)
+
     thread = threading.Thread(target=read_on)
     thread.start()
-    for root in roots:
-        current, before = root, whole
-        deadline = time.monotonic() + 60
-        while whole < before + 2:  # one may have begun with the root before
-            assert time.monotonic() < deadline, "nothing was read"
-            time.sleep(0.001)
-        run(root)
-        time.sleep(0.02)
-    ended.set()
-    thread.join()
+    try:
+        for root in roots:
+            current = root
+            wait_for_a_reading()
+            run(root)
+            wait_for_a_reading()
+    finally:
+        ended.set()
+        thread.join()
     assert wrong == []
     assert whole > len(roots)
     assert sorted(reader(roots[-1] / EVENTS)) == expected

@@ -14,7 +14,7 @@ from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Position, Writer
-from kalshi_platform_tests.loading.test_load import journal_of, recording
+from kalshi_platform_tests.loading.test_load import PATIENCE_S, journal_of, recording
 
 
 def follow(
@@ -85,7 +85,7 @@ def test_a_load_that_was_behind_meets_the_other_again(
         if n % 17:
             continue
         writer.hand_over()
-        assert writer.wait_durable(n + 1, 10)
+        assert writer.wait_durable(n + 1, PATIENCE_S)
         behind = n < 300
         for name in ("hot",) if behind else ("cold", "hot"):
             at.setdefault(name, (journal.beginning(folder), State()))

@@ -79,6 +79,8 @@ def store() -> Iterator[ObjectStore]:
 def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
     monkeypatch.setattr("kalshi_platform.loading.load._patience", lambda _: 0.05)
+    # A store that is back is waited for, also where the attempt that finds it comes late.
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
 
 
 @pytest.fixture
@@ -389,19 +391,29 @@ def test_whoever_reads_while_hours_are_sealed_and_rows_come_late_gets_each_row_o
             except Exception as error:  # noqa: BLE001 - an empty archive is an error to some
                 troubles.append(str(error))
 
-    thread = threading.Thread(target=read_on)
-    thread.start()
-    time.sleep(0.1)
-    table = next(LocalArchive(settings.archive_dir).read(EVENTS, FIRST_HOUR)).slice(0, 5)
+    def wait_for_a_reading_of(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while count not in map(len, reads):
+            assert time.monotonic() < deadline, (count, set(map(len, reads)), troubles[-1:])
+            time.sleep(0.02)
+
+    tables = list(LocalArchive(settings.archive_dir).read(EVENTS, FIRST_HOUR))
+    sealed = sum(table.num_rows for table in tables)
+    table = tables[0].slice(0, 5)
     seq = pa.array([10_000 + n for n in range(5)], table.schema.field("seq").type)
     at = table.schema.get_field_index("seq")
-    parquet(settings).begin_hour(SECOND_HOUR, pa.table({}), 300)
-    time.sleep(0.2)
-    for n in range(3):
-        late(settings, table.set_column(at, table.schema.field(at), seq), 90_000 + 10 * n)
-    time.sleep(0.2)
-    ended.set()
-    thread.join()
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    try:
+        time.sleep(0.1)
+        parquet(settings).begin_hour(SECOND_HOUR, pa.table({}), 300)
+        wait_for_a_reading_of(sealed)
+        for n in range(3):
+            late(settings, table.set_column(at, table.schema.field(at), seq), 90_000 + 10 * n)
+            wait_for_a_reading_of(sealed + 5 * (n + 1))
+    finally:
+        ended.set()
+        thread.join()
     hour = sorted(_polars(store, f"{settings.archive_url}/{FIRST}"))
     whole = [n for n in hour if n < 10_000]
     assert len(whole) > 100
@@ -614,6 +626,7 @@ def test_a_store_that_goes_away_and_comes_back_gets_everything_exactly_once(
     assert "cannot be had (NETWORK_CONNECTION" in str(load.trouble)
     assert not load.refused
     store.start()
+    wait_for(lambda: load.lag == 0, load)
     load.drain()
     assert load.join(120), load.failure or load.trouble
     writer.close()
@@ -766,20 +779,22 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
     shutil.copy(simulator.key_file, key_file)
     streamer = Streamer(settings)
     streamer.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while (health := streamer.health()).deltas < 300 or health.stores["parquet"].lag > 1_000:
         assert time.monotonic() < deadline, health
         time.sleep(0.1)
     assert streamer.stop(60)
-    assert [key for key in keys(store, settings) if key.endswith(".parquet")] == []
-    waiting = LocalArchive(settings.archive_dir)
-    recorded = waiting.hours(EVENTS)
-    count = sum(table.num_rows for hour in recorded for table in waiting.read(EVENTS, hour))
+    # An hour that is open waits here; one that ended meanwhile has been sent.
+    open_hour = f"/hour={hour_of_ns(time.time_ns()):%H}/"
+    assert [k for k in keys(store, settings) if open_hour in k and k.endswith(".parquet")] == []
+    archive = open_archive(settings)
+    recorded = archive.hours(EVENTS)
+    count = sum(table.num_rows for hour in recorded for table in archive.read(EVENTS, hour))
     writer = Writer(settings.journal_dir())
     hour_after = hour_of_ns(time.time_ns()) + HOUR
     writer.note("heartbeat", {}, recv_ns=hour_start_ns(hour_after))
     writer.hand_over()
-    assert writer.wait_durable(writer.next_n, 10)
+    assert writer.wait_durable(writer.next_n, 60)
     for into in (parquet(settings), ClickHouseStore(settings, str(writer.id))):
         load_all(Load(settings.journal_dir(), writer, into, PACE))
     writer.close()

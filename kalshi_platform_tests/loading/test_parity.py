@@ -23,6 +23,7 @@ from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -43,7 +44,9 @@ def database(clickhouse_url: str) -> Iterator[str]:
     name = database_name()
     migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
     yield name
-    httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
 
 
 @pytest.fixture

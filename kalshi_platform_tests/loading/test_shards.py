@@ -31,6 +31,7 @@ from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
+    PATIENCE_S,
     SECOND_HOUR,
     SMALL,
     START_NS,
@@ -114,7 +115,7 @@ class Shard:
         for record in records:
             writer.append(*record)
         writer.hand_over()
-        assert writer.wait_durable(writer.next_n, 10)
+        assert writer.wait_durable(writer.next_n, PATIENCE_S)
         return writer
 
     def store(self) -> ParquetStore:
@@ -152,7 +153,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     writer.append(*wire.started(at(101)))
     writer.hand_over()
-    assert writer.wait_durable(writer.next_n, 10)
+    assert writer.wait_durable(writer.next_n, PATIENCE_S)
     slow.load(writer)
     assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     assert (fast.sealed(), slow.sealed()) == ([], [FIRST_HOUR])
@@ -197,6 +198,7 @@ def test_a_shard_that_rests_holds_nothing_and_what_waited_for_it_is_sealed_with_
     stops.store().drained(seal=False)
     writer.append(at(151), wire.conn_id(10), Kind.DELTA, wire.delta("A-1", 152, "yes", 100, 3))
     writer.hand_over()
+    assert writer.wait_durable(writer.next_n, PATIENCE_S)
     load_all(Load(lives.folder, writer, store, SMALL))
     assert lives.sealed() == [FIRST_HOUR]
     writer.close()
@@ -226,7 +228,7 @@ def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_come
         assert shard.sealed() == []
     writer.append(*wire.started(at(151)))
     writer.hand_over()
-    assert writer.wait_durable(writer.next_n, 10)
+    assert writer.wait_durable(writer.next_n, PATIENCE_S)
     load_all(Load(shard.folder, writer, store, SMALL))
     assert shard.sealed() == [FIRST_HOUR]
     writer.close()
@@ -359,7 +361,7 @@ def test_late_rows_of_one_shard_wait_for_the_other_then_seal_anew(settings: Sett
     other.load(waiting)
     waiting.append(*wire.started(at(110)))
     waiting.hand_over()
-    assert waiting.wait_durable(waiting.next_n, 10)
+    assert waiting.wait_durable(waiting.next_n, PATIENCE_S)
     other.load(waiting)
     assert other.sealed() == [FIRST_HOUR]
     one.record(late[2:])

@@ -16,7 +16,7 @@ def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "2026-11-23T02-000000000000007.state"
-    both_have_written = Barrier(2, timeout=10)
+    both_have_written = Barrier(2, timeout=60)
     replace = Path.replace
 
     def replace_when_both_have_written(self: Path, target: Path) -> Path:

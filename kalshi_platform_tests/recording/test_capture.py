@@ -31,7 +31,7 @@ def capture(simulator: Simulator, writer: Writer, tickers: list[str] | None = No
     )
 
 
-def run(it: Capture, until: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def run(it: Capture, until: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Run it until the condition holds; what ends it earlier is raised."""
 
     async def both() -> None:
@@ -66,7 +66,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_connection_is_left_and_the_cause_recorded(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.recording.capture.LIVENESS_S", 1.0)
+    liveness = "kalshi_platform.recording.capture.LIVENESS_S"
     simulator = start_simulator(markets=4, rate=200.0, heartbeat_seconds=0.3)
     writer = Writer(tmp_path)
     it = capture(simulator, writer)
@@ -77,6 +77,9 @@ def test_a_silent_connection_is_left_and_the_cause_recorded(
         if not hung and it.counters.frames > 50:
             hung = True
             simulator.inject("hang")
+            monkeypatch.setattr(liveness, 1.0)
+        elif it.counters.disconnects:
+            monkeypatch.setattr(liveness, 60.0)  # a busy machine may be silent for a second, too
         return it.counters.connections == 2 and it.markets == (4, 4)
 
     run(it, again)
@@ -85,18 +88,25 @@ def test_a_silent_connection_is_left_and_the_cause_recorded(
     assert it.counters.disconnects == {"silent for 1 s": 1, "stopped": 1}
 
 
+@pytest.mark.slow
 def test_a_quiet_exchange_that_pings_is_not_left(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.recording.capture.LIVENESS_S", 1.0)
+    # Less is shorter than a busy machine may keep both sides from running.
+    monkeypatch.setattr("kalshi_platform.recording.capture.LIVENESS_S", 10.0)
     simulator = start_simulator(markets=4, rate=0.0, heartbeat_seconds=0.3, rolling_markets=0)
     writer = Writer(tmp_path)
     it = capture(simulator, writer)
-    ends = time.monotonic() + 4
-    run(it, lambda: time.monotonic() > ends)
+    counters = it.counters
+
+    def heard_without_frames() -> bool:
+        quiet_ns = counters.last_heard_ns - counters.last_frame_ns
+        return it.markets == (4, 4) and quiet_ns > 11_000_000_000
+
+    run(it, heard_without_frames)
     writer.close()
-    assert it.counters.connections == 1
-    assert it.counters.last_heard_ns > time.time_ns() - 2_000_000_000
+    assert counters.connections == 1
+    assert counters.disconnects == {"stopped": 1}
 
 
 @pytest.mark.parametrize("fault", ["dial502:2", "dial429:2"])
@@ -149,7 +159,7 @@ def test_thousands_of_markets_come_on_one_sid_without_a_gap(
     simulator = start_simulator(markets=2_500, rate=200.0, rolling_markets=0)
     writer = Writer(tmp_path)
     it = capture(simulator, writer)
-    run(it, lambda: it.markets == (2_500, 2_500), timeout_s=60)
+    run(it, lambda: it.markets == (2_500, 2_500), timeout_s=120)
     writer.close()
     assert it.counters.gaps == 0
     assert it.counters.connections == 1

@@ -142,8 +142,8 @@ while True:
     n += 1
     if n % 50 == 0:
         writer.hand_over()
-        writer.wait_durable(n, 5)
-        print(n, flush=True)
+        if writer.wait_durable(n, 60):
+            print(n, flush=True)
 """
 
 
@@ -153,10 +153,10 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_durable(tmp_path: Path) -> 
             [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
-        child.stdout.readline()
+        first = child.stdout.readline()
         time.sleep(0.05 + 0.037 * attempt)
         child.send_signal(signal.SIGKILL)
-        durable = int(child.stdout.read().split()[-1])
+        durable = int((first + child.stdout.read()).split()[-1])  # maybe no other came meanwhile
         child.wait()
         found = frames(tmp_path)
         assert len(found) >= durable
@@ -173,7 +173,7 @@ def test_a_full_disk_is_named_reading_goes_on_later_and_nothing_is_lost(tmp_path
         for n in range(2_000):
             writer.append(n, CONN, 1, os.urandom(64))
         writer.hand_over()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while writer.blocked is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert writer.blocked is not None
@@ -182,7 +182,7 @@ def test_a_full_disk_is_named_reading_goes_on_later_and_nothing_is_lost(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    assert writer.wait_durable(2_000, 10)
+    assert writer.wait_durable(2_000, 60)
     writer.close()
     assert len(frames(tmp_path)) == 2_000
 

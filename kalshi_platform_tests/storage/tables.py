@@ -28,9 +28,12 @@ def settings_for(url: str, database: str, **others: Any) -> Settings:
 
 
 @contextmanager
-def migrated(url: str, database: str) -> Iterator[Client]:
-    """A client of a database with every migration applied."""
-    settings = settings_for(url, database)
+def migrated(url: str, database: str, *, retention_days: int = 36_500) -> Iterator[Client]:
+    """A client of a database with every migration applied.
+
+    It keeps what the tests put into it for a hundred years: the days of their rows are fixed, and pass.
+    """
+    settings = settings_for(url, database, hot_retention_days=retention_days)
     migrations.migrate(settings)
     client = connect(settings)
     try:

@@ -122,7 +122,7 @@ def test_the_retention_is_altered_only_when_it_differs(
         ).result_rows
         return {found for (sql,) in rows for found in re.findall(r"toIntervalDay\(\d+\)", sql)}
 
-    with migrated(clickhouse_url, clickhouse_database) as client:
+    with migrated(clickhouse_url, clickhouse_database, retention_days=30) as client:
         assert ttls() == {"toIntervalDay(30)"}
         assert migrations.keep(client, 30) == []
         assert set(migrations.keep(client, 7)) == set(migrations.RETAINED)

@@ -123,7 +123,7 @@ def in_front_of(port: int, own: Pair, clients: Path | None = None) -> Iterator[i
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield ports.get(timeout=10)
+        yield ports.get(timeout=60)
     finally:
         loop.call_soon_threadsafe(ended.set)
         thread.join(10)

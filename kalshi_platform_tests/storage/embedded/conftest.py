@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,23 @@ import httpx
 import pytest
 
 Ask = Callable[..., httpx.Response]
+FOR_EVER = "SELECT sum(cityHash64(number)) FROM numbers(1000000000000) SETTINGS max_threads = 1"
+PATIENCE_S = 60.0
+"""For what takes a moment, on a machine that is busy with other things."""
+
+
+def running_now(ask: Ask, mark: str) -> int:
+    """How many queries with this mark in their text are running."""
+    query = "SELECT count() FROM system.processes WHERE query LIKE {like:String} AND query NOT LIKE '%system.processes%'"
+    return int(ask(query, param_like=f"%{mark}%").text)
+
+
+def wait_until_running(ask: Ask, mark: str, count: int) -> None:
+    """Wait until so many of them are."""
+    deadline = time.monotonic() + PATIENCE_S
+    while running_now(ask, mark) != count:
+        assert time.monotonic() < deadline, f"never {count} of the queries running"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from kalshi_platform_tests.storage.embedded.conftest import Ask
+from kalshi_platform_tests.storage.embedded.conftest import FOR_EVER, Ask, wait_until_running
 
 
 def test_settings_do_not_leak_between_requests(ask: Ask) -> None:
@@ -68,10 +68,14 @@ def test_a_session_that_was_never_opened_is_not_found(ask: Ask) -> None:
 def test_a_session_serves_one_request_at_a_time(ask: Ask) -> None:
     session = uuid.uuid4().hex
     ask("SET max_block_size = 99", session_id=session).raise_for_status()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda _: ask("SELECT sleep(0.5)", session_id=session), range(2)))
-    codes = sorted(answer.headers.get("X-ClickHouse-Exception-Code", "none") for answer in answers)
-    assert codes == ["373", "none"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, f"{FOR_EVER}, log_comment = '{session}'", session_id=session)
+        wait_until_running(ask, session, 1)
+        second = ask("SELECT 1", session_id=session)
+        assert second.headers["X-ClickHouse-Exception-Code"] == "373"
+        ask(f"KILL QUERY WHERE Settings['log_comment'] = '{session}' SYNC").raise_for_status()
+        assert first.result().headers["X-ClickHouse-Exception-Code"] == "394"
+    assert ask("SELECT 1", session_id=session).text == "1\n"
 
 
 @pytest.mark.parametrize("timeout", ["x", "-1", "3601"])

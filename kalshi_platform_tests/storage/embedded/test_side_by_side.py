@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import http.client
-import time
 import uuid
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from kalshi_platform_tests.storage.embedded.conftest import Ask
-
-FOR_EVER = "SELECT sum(cityHash64(number)) FROM numbers(1000000000000) SETTINGS max_threads = 1"
-
-
-def _running(ask: Ask, mark: str) -> int:
-    query = "SELECT count() FROM system.processes WHERE query LIKE {like:String} AND query NOT LIKE '%system.processes%'"
-    return int(ask(query, param_like=f"%{mark}%").text)
-
-
-def _wait_until(ask: Ask, mark: str, count: int) -> None:
-    deadline = time.monotonic() + 10
-    while _running(ask, mark) != count:
-        assert time.monotonic() < deadline, f"never {count} of the queries running"
-        time.sleep(0.05)
+from kalshi_platform_tests.storage.embedded.conftest import (
+    FOR_EVER,
+    PATIENCE_S,
+    Ask,
+    running_now,
+    wait_until_running,
+)
 
 
 def test_inserts_queries_and_ping_go_on_under_a_long_query(ask: Ask, clickhouse_url: str) -> None:
@@ -33,11 +24,11 @@ def test_inserts_queries_and_ping_go_on_under_a_long_query(ask: Ask, clickhouse_
     mark = uuid.uuid4().hex
     with concurrent.futures.ThreadPoolExecutor() as pool:
         long = pool.submit(ask, f"{FOR_EVER}, log_comment = '{mark}'")
-        _wait_until(ask, mark, 1)
+        wait_until_running(ask, mark, 1)
         for number in range(20):
             ask("INSERT INTO t FORMAT CSV", b"%d\n" % number).raise_for_status()
         assert ask("SELECT count() FROM t").text == "20\n"
-        assert httpx.get(f"{clickhouse_url}/ping").text == "Ok.\n"
+        assert httpx.get(f"{clickhouse_url}/ping", timeout=PATIENCE_S).text == "Ok.\n"
         assert not long.done()
         killed = ask(f"KILL QUERY WHERE Settings['log_comment'] = '{mark}' SYNC")
         killed.raise_for_status()
@@ -70,17 +61,17 @@ def test_a_query_ends_when_its_client_goes_away(
     body = FOR_EVER.replace("sum(cityHash64(number))", columns) + f", log_comment = '{mark}'"
     client = http.client.HTTPConnection(str(address.hostname), address.port)
     client.request("POST", "/", body)
-    _wait_until(ask, mark, 1)
+    wait_until_running(ask, mark, 1)
     client.close()
-    _wait_until(ask, mark, 0)
+    wait_until_running(ask, mark, 0)
 
 
 def test_an_answer_that_nobody_reads_on_is_given_up(ask: Ask, clickhouse_url: str) -> None:
     mark = uuid.uuid4().hex
     query = "SELECT number, randomString(1000) FROM numbers(1000000000) FORMAT RowBinary"
     body = f"{query} SETTINGS log_comment = '{mark}'"
-    with httpx.stream("POST", clickhouse_url, content=body) as answer:
+    with httpx.stream("POST", clickhouse_url, content=body, timeout=PATIENCE_S) as answer:
         pieces = answer.iter_raw()
         assert sum(len(next(pieces)) for _ in range(200)) > 0
-        assert _running(ask, mark) == 1
-    _wait_until(ask, mark, 0)
+        assert running_now(ask, mark) == 1
+    wait_until_running(ask, mark, 0)
