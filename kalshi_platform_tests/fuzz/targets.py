@@ -347,7 +347,8 @@ def http() -> Iterator[Run]:
         secret.write_text(TOKEN)
         with running(Path(name) / "clickhouse") as url:
             address = (urlsplit(url).hostname or "", urlsplit(url).port or 0)
-            assert b"200 OK" in asked(address, _post(b"CREATE TABLE t (s String) ENGINE = Memory"))
+            create = _post(b"CREATE TABLE t (s String) ENGINE = Memory")
+            assert b"200 OK" in asked(address, create, ANSWER_S)
 
             def run(data: bytes) -> None:
                 request = request_of(_varied(data), str(secret).encode())
@@ -358,7 +359,7 @@ def http() -> Iterator[Run]:
                 assert list(host.iterdir()) == [secret], "a file of the host was made"
 
             yield run
-            assert asked(address, b"GET /ping HTTP/1.0\r\n\r\n").endswith(b"Ok.\n")
+            assert asked(address, b"GET /ping HTTP/1.0\r\n\r\n", ANSWER_S).endswith(b"Ok.\n")
         shutil.rmtree(host)
 
 
@@ -409,9 +410,12 @@ def _post(body: bytes, options: bytes = b"", head: bytes = b"") -> bytes:
     )
 
 
-def asked(address: tuple[str, int], request: bytes) -> bytes:
-    """Everything that the server answers until it closes; one that waits for more is told there is none."""
-    with socket.create_connection(address, timeout=PATIENCE_S) as connection:
+def asked(address: tuple[str, int], request: bytes, patience_s: float = PATIENCE_S) -> bytes:
+    """Everything that the server answers until it closes.
+
+    One that waits for more is told after `patience_s` that there is none, which also ends a query.
+    """
+    with socket.create_connection(address, timeout=patience_s) as connection:
         connection.sendall(request)
         pieces = []
         try:
