@@ -210,6 +210,7 @@ class Streamer:
         """Stop reading, bring what was received to the stores, let the lock go.
 
         True where everything is in every store; what is not stays in the journal for the next start.
+        Reading that does not end in time is left behind, with what it had not handed over.
         """
         deadline = time.monotonic() + timeout_s
         self._stopping.set()
@@ -219,6 +220,9 @@ class Streamer:
             self._loop.call_soon_threadsafe(self._capture.stop)
         for thread in self._threads:  # the rest of the time is for what they received
             thread.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
+        ended = self._capture is None or self._capture.ended
+        if not ended:
+            log.error("Reading did not end in time: the next start marks what it may have cost.")
         closed = self._close_journal(max(deadline - time.monotonic() - 2.0, 1.0))
         for load in self._loads:
             load.drain()
@@ -226,7 +230,7 @@ class Streamer:
         if closed and self._parquet is not None and loaded[0]:
             self._rest(self._parquet)
         self._write_health()
-        return closed and all(loaded)
+        return ended and closed and all(loaded)
 
     def _rest(self, parquet: ParquetStore) -> None:
         """The archive has the whole journal: no hour waits for this shard any more."""

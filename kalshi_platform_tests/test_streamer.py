@@ -411,6 +411,29 @@ def test_a_wrong_password_is_a_sentence_without_the_password_and_costs_no_frame(
     assert_lossless(right)
 
 
+def test_reading_that_does_not_end_in_time_is_not_called_stored_and_is_marked(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings]
+) -> None:
+    simulator = start_simulator(markets=4, rate=500.0, rolling_markets=0)
+    settings = settings_for(simulator)
+    streamer = Streamer(settings)
+    streamer.start()
+    wait_for(lambda: caught_up(streamer), "books")
+    assert streamer._loop is not None
+    streamer._loop.call_soon_threadsafe(time.sleep, 8.0)
+    time.sleep(0.1)
+    assert streamer.stop(5.0) is False
+    for thread in streamer._threads:
+        thread.join()
+    with streaming(settings) as streamer:
+        wait_for(lambda: caught_up(streamer), "books again")
+    ends = query(
+        settings, "SELECT count() FROM stream_events WHERE detail LIKE '%ended without closing%'"
+    )
+    assert ends == [(1,)]
+    assert_lossless(settings)
+
+
 def test_a_second_streamer_is_refused_in_a_sentence(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:

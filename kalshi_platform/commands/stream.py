@@ -121,7 +121,9 @@ def _hour(report: HourReport) -> str:
 def _left(health: Health) -> str:
     behind = {name: store.lag for name, store in health.stores.items() if store.lag}
     what = ", ".join(f"{lag:,} records wait for {name}" for name, lag in behind.items())
-    return f"{what or 'the last write did not end in time'}. They are in the journal, and loaded at the next start."
+    if not what:
+        return "not everything ended in time; the log above says what. The next start goes on from the journal."
+    return f"{what}. They are in the journal, and loaded at the next start."
 
 
 # -- all shards, a process each ----------------------------------------------------------------

@@ -125,6 +125,8 @@ class Capture:
         self._blocked = False
         self.counters = Counters()
         self.connected = False
+        self.ended = False
+        """Whether `run` is over, and what it received was handed to the journal's writer."""
 
     @property
     def state(self) -> CaptureState:
@@ -190,6 +192,7 @@ class Capture:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
             self._journal.hand_over()
+            self.ended = True
 
     async def _connection(self, attempt: int) -> None:
         """One connection, from dial to end; both are notes in the journal."""

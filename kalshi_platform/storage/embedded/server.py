@@ -275,8 +275,10 @@ class Server:
         gone = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait([cast(Any, result), gone], return_when=asyncio.FIRST_COMPLETED)
-            if not result.done() and call.statement.reads_only:
+            while not result.done() and call.statement.reads_only:
                 await loop.run_in_executor(None, self._engine.kill, call.request.tag)
+                # one that had not begun yet was not found: it is looked for again
+                await asyncio.wait([cast(Any, result)], timeout=0.5)
             return await asyncio.shield(result)
         finally:
             gone.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import http.client
+import time
 import uuid
 from urllib.parse import urlsplit
 
@@ -63,6 +64,19 @@ def test_a_query_ends_when_its_client_goes_away(
     client.request("POST", "/", body)
     wait_until_running(ask, mark, 1)
     client.close()
+    wait_until_running(ask, mark, 0)
+
+
+def test_queries_end_whose_clients_were_gone_before_they_began(
+    ask: Ask, clickhouse_url: str
+) -> None:
+    mark = uuid.uuid4().hex
+    address = urlsplit(clickhouse_url)
+    for _ in range(150):  # more than are answered at a time, so that some wait
+        client = http.client.HTTPConnection(str(address.hostname), address.port)
+        client.request("POST", "/", f"{FOR_EVER}, log_comment = '{mark}'")
+        client.close()
+    time.sleep(2)  # they may not have begun yet
     wait_until_running(ask, mark, 0)
 
 
