@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
 from kalshi_platform.errors import PlatformError
@@ -152,12 +153,16 @@ class _Host:
         self._unsaid = None
 
     def stop(self) -> bool:
-        """Drain and flush; then say what is still unsaid. True where every store has everything."""
-        flushed = self._streamer.stop(timeout_s=DRAIN_S)
-        if self._unsaid is not None:
-            self.report(self._unsaid)
-        while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
-            self.report(report)
+        """Drain and flush; then say what is still unsaid. True where every store has everything.
+
+        Who asks again for the end, as a supervisor and a person may do at once, does not break it off.
+        """
+        with capture_interrupts():
+            flushed = self._streamer.stop(timeout_s=DRAIN_S)
+            if self._unsaid is not None:
+                self.report(self._unsaid)
+            while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
+                self.report(report)
         return flushed
 
 

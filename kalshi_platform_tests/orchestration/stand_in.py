@@ -66,6 +66,7 @@ class StandInStreamer:
         self.reports = deque(reports)
         self.on_stop: list[HourReport] = []
         self.when_dry: Callable[[StandInStreamer], None] = lambda _: None
+        self.when_stopping: Callable[[StandInStreamer], None] = lambda _: None
         self.refuses: PlatformError | None = None
         self.fault: BaseException | None = None
         self.stopped = threading.Event()
@@ -100,6 +101,7 @@ class StandInStreamer:
         )
 
     def stop(self, timeout_s: float = 10.0) -> bool:
+        self.when_stopping(self)
         self.reports.extend(self.on_stop)
         self.on_stop = []
         self.stopped.set()

@@ -104,6 +104,18 @@ def test_an_interrupt_ends_in_a_flushed_streamer_and_a_canceled_run(
     assert run.status is Status.CANCELED
 
 
+def test_a_second_interrupt_does_not_break_the_flush_off(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    streamer = StandInStreamer()
+    streamer.when_dry = streamer.when_stopping = interrupt
+    streamer.on_stop = [hour_report()]
+    run = execute(instance, platform, streamer)
+    assert streamer.stopped.is_set()
+    assert reported(instance, "orderbook_events") == [("2026-11-20-14:00", True)]
+    assert run.status is Status.CANCELED
+
+
 def test_hours_sealed_by_the_flush_are_reported_too(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
