@@ -11,8 +11,10 @@ import argparse
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +31,6 @@ from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.chaos.proof import Proof, prove
 from kalshi_platform_tests.chaos.up import CLICKHOUSE, CODE_SERVER, DAEMON, Platform
-from kalshi_platform_tests.chaos.up import folder as temporary
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 MARKETS = 24
@@ -77,22 +78,16 @@ TARGETS = {
 """What is killed, and how often beside the others."""
 
 
-def run(kills: int, seed: int, rate: float, say: Callable[[str], None], shards: int = 1) -> Outcome:
-    """Run one campaign. Of several shards' streamers a kill takes one."""
+def run(
+    folder: Path, kills: int, seed: int, rate: float, say: Callable[[str], None], shards: int = 1
+) -> Outcome:
+    """Run one campaign in an empty folder. Of several shards' streamers a kill takes one."""
     dice = random.Random(seed)
     began = time.monotonic()
-    with (
-        temporary("chaos-") as folder,
-        running(
-            SimulatorConfig(
-                markets=MARKETS,
-                rolling_markets=0,
-                rate=rate,
-                seed=seed,
-                key_file=folder / "key.pem",
-            )
-        ) as simulator,
-    ):
+    config = SimulatorConfig(
+        markets=MARKETS, rolling_markets=0, rate=rate, seed=seed, key_file=folder / "key.pem"
+    )
+    with running(config) as simulator:
         it = Platform(folder, simulator, markets=MARKETS, shards=shards)
         it.start()
         try:
@@ -266,7 +261,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--report", type=Path, default=REPORT)
     given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    print(f"Its data is in {folder}, and stays there unless all is well.")  # noqa: T201
     outcome = run(
+        folder,
         given.kills,
         given.seed,
         given.rate,
@@ -276,6 +274,8 @@ def main() -> None:
     text = report(outcome, given.rate, given.seed, given.shards)
     given.report.write_text(text)
     print(text)  # noqa: T201
+    if outcome.sound:
+        shutil.rmtree(folder)
     sys.exit(0 if outcome.sound else 1)
 
 

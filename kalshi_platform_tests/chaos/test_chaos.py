@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kalshi_platform_tests.chaos.campaign import report, run
+from kalshi_platform_tests.chaos.up import folder as temporary
 
 
 @pytest.mark.slow
@@ -13,7 +14,8 @@ def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_ever
     None
 ):
     said: list[str] = []
-    outcome = run(kills=5, seed=11, rate=600.0, say=said.append)
+    with temporary("chaos-") as folder:
+        outcome = run(folder, kills=5, seed=11, rate=600.0, say=said.append)
     assert outcome.sound, (said, outcome)
     assert outcome.proof.frames > 2_000
     assert "journalled frames lost | 0" in report(outcome, 600.0, 11)
