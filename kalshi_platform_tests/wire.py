@@ -113,7 +113,7 @@ def blocks(records: Sequence[Record], cuts: Iterable[int] = ()) -> list[Block]:
     """The records as blocks, cut at the given numbers."""
     edges = sorted({0, len(records), *(c for c in cuts if 0 < c < len(records))})
     return [
-        Block(start, batch(records[start:end]), Position(0, start, start), Position(0, end, end))
+        Block(start, batch(records[start:end]), (Position(0, start, start),), Position(0, end, end))
         for start, end in itertools.pairwise(edges)
     ]
 

@@ -28,6 +28,7 @@ import time
 import uuid
 import zlib
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,12 +82,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Block:
-    """One batch of the journal, decoded."""
+    """Consecutive records of the journal, decoded: a batch, a part of one, or several (`joined`)."""
 
     first_n: int
     batch: pa.RecordBatch
-    begin: Position
-    """Where its batch begins; `begin.n` is less than `first_n` for the rest of a batch."""
+    begins: tuple[Position, ...]
+    """Where each of its batches begins; of the first, the block may be the rest alone."""
     end: Position
     """Where the next block begins."""
 
@@ -97,10 +98,17 @@ class Block:
 
     def cut(self, at: int) -> tuple[Block, Block]:
         """The block in two, the second beginning with its record `at` (0 < at < rows)."""
-        middle = Position(self.begin.segment, self.begin.offset, self.first_n + at)
+        n = self.first_n + at
+        before = bisect_right(self.begins, n, key=lambda begin: begin.n)
+        holder = self.begins[before - 1]  # the batch that has record n
         return (
-            Block(self.first_n, self.batch.slice(0, at), self.begin, middle),
-            Block(middle.n, self.batch.slice(at), self.begin, self.end),
+            Block(
+                self.first_n,
+                self.batch.slice(0, at),
+                self.begins[:before] if holder.n < n else self.begins[: before - 1],
+                Position(holder.segment, holder.offset, n),
+            ),
+            Block(n, self.batch.slice(at), self.begins[before - 1 :], self.end),
         )
 
 
@@ -109,7 +117,8 @@ def joined(blocks: Sequence[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
     batch = pa.concat_batches([block.batch for block in blocks])
-    return Block(blocks[0].first_n, batch, blocks[0].begin, blocks[-1].end)
+    begins = tuple(begin for block in blocks for begin in block.begins)
+    return Block(blocks[0].first_n, batch, begins, blocks[-1].end)
 
 
 @dataclass(frozen=True)
@@ -400,9 +409,11 @@ def read(folder: Path, start: Position, limit: Position | None = None) -> Iterat
     """The blocks from `start` on, up to `limit` (the writer's `durable`) or to what can be read.
 
     Raises `JournalError`, saying where it is good up to, for damage that is not a torn tail, and
-    for a `start` whose segment has been removed.
+    for a `start` whose record has been removed.
     """
     position = start
+    if any(position.segment < first_n <= position.n for first_n in segments(folder)):
+        position = find(folder, position.n)  # it names a segment that ends before its record
     while True:
         path = segment_path(folder, position.segment)
         if not path.exists():
@@ -474,7 +485,7 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
             if expected > start.n:
                 skip = max(start.n - first_n, 0)
                 end = Position(start.segment, offset, expected)
-                yield Block(first_n + skip, batch.slice(skip), begin, end)
+                yield Block(first_n + skip, batch.slice(skip), (begin,), end)
 
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:

@@ -79,7 +79,13 @@ TARGETS = {
 
 
 def run(
-    folder: Path, kills: int, seed: int, rate: float, say: Callable[[str], None], shards: int = 1
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    rate: float,
+    shards: int = 1,
+    say: Callable[[str], None],
 ) -> Outcome:
     """Run one campaign in an empty folder. Of several shards' streamers a kill takes one."""
     dice = random.Random(seed)
@@ -265,11 +271,11 @@ def main() -> None:
     print(f"Its data is in {folder}, and stays there unless all is well.")  # noqa: T201
     outcome = run(
         folder,
-        given.kills,
-        given.seed,
-        given.rate,
-        lambda line: print(line, flush=True),  # noqa: T201
-        given.shards,
+        kills=given.kills,
+        seed=given.seed,
+        rate=given.rate,
+        shards=given.shards,
+        say=lambda line: print(line, flush=True),  # noqa: T201
     )
     text = report(outcome, given.rate, given.seed, given.shards)
     given.report.write_text(text)

@@ -193,7 +193,7 @@ def _is_well(health: dict[str, Any], since: float) -> bool:
         and health["last_frame_ns"] / 1e9 > since
         and health["synced"] == health["markets"]
         and psutil.pid_exists(health["pid"])
-        and all(s["trouble"] is None for s in health["stores"].values())
+        and health["trouble"] is None
         and health["stores"]["clickhouse"]["committed_ns"] / 1e9 > since
         and health["stores"]["clickhouse"]["lag"] < BEHIND
     )

@@ -61,9 +61,13 @@ def recording(frames: int = 400, step_s: float = 1.0) -> list[wire.Record]:
     return records
 
 
-def journal_of(folder: Path, records: Sequence[wire.Record]) -> Writer:
+def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) -> Writer:
+    """A journal of so many segments, and the last one's writer."""
     writer = Writer(folder)
     for n, record in enumerate(records):
+        if n and n % -(-len(records) // openings) == 0:
+            writer.close()
+            writer = Writer(folder)
         writer.append(*record)
         if n % 23 == 0:
             writer.hand_over()
@@ -169,13 +173,17 @@ class Dying:
             raise RuntimeError("killed after")
 
 
+@pytest.mark.parametrize("chunk", [30, 10_000])
 @pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
 def test_a_load_that_dies_at_any_step_leaves_each_row_once(
-    kind: str, tmp_path: Path, settings: Settings
+    kind: str, chunk: int, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies again and again, before and after every kind of write, at random distances."""
+    """Dies again and again, before and after every kind of write, at random distances; in a journal of
+    many openings, of which one chunk holds a part of one, or all.
+    """
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", chunk)
     records = recording()
-    writer = journal_of(tmp_path / "journal", records)
+    writer = journal_of(tmp_path / "journal", records, openings=9)
     dice = random.Random(3)
 
     def store() -> ParquetStore | ClickHouseStore:
@@ -185,7 +193,7 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
 
     deaths = 0
     while True:
-        dying = Dying(store(), dice.randint(1, 4), after=dice.random() < 0.5)
+        dying = Dying(store(), dice.randint(1, 4 if chunk == 30 else 2), after=dice.random() < 0.5)
         load = Load(tmp_path / "journal", writer, dying, Pace(dice.randint(5, 90), 0.0, 0.0))
         load.start()
         load.drain()

@@ -122,13 +122,45 @@ def test_reading_starts_at_any_record(tmp_path: Path) -> None:
         assert frames(tmp_path, Position(segment, 0, n)) == [b"frame %d" % i for i in range(n, 80)]
 
 
-def test_a_block_cut_in_two_reads_on_from_the_cut(tmp_path: Path) -> None:
-    write(tmp_path, 30, batch=100)
-    (first, *rest) = journal.read(tmp_path, journal.beginning(tmp_path))
-    whole = journal.joined([first, *rest])
-    head, tail = whole.cut(11)
-    assert head.rows + tail.rows == 30
-    assert frames(tmp_path, head.end) == [b"frame %d" % n for n in range(11, 30)]
+@given(
+    openings=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    batch=st.integers(1, 12),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_block_of_many_segments_cut_anywhere_reads_on_from_the_cut(
+    openings: list[int],
+    batch: int,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    total = 0
+    for count in openings:
+        write(folder, count, first=total, batch=batch)
+        total += count
+    edges = st.sets(st.integers(1, total - 1)) if total > 1 else st.just(set[int]())
+    rest = journal.joined(list(journal.read(folder, journal.beginning(folder))))
+    for edge in sorted(data.draw(edges)):
+        head, rest = rest.cut(edge - rest.first_n)
+        assert head.first_n + head.rows == edge == rest.first_n == head.end.n
+        assert (
+            head.end.segment == journal.find(folder, edge).segment
+        )  # which may be all that is kept
+        assert frames(folder, head.end) == [b"frame %d" % n for n in range(edge, total)]
+    assert rest.end.n == total
+
+
+def test_a_position_that_names_a_segment_before_its_record_is_read_from_its_record(
+    tmp_path: Path,
+) -> None:
+    for opening in range(4):
+        write(tmp_path, 20, first=20 * opening)
+    for n in (20, 25, 40, 59, 79):
+        expected = [b"frame %d" % i for i in range(n, 80)]
+        assert frames(tmp_path, Position(0, 300, n)) == expected
+    journal.segment_path(tmp_path, 0).unlink()
+    assert frames(tmp_path, Position(0, 300, 25)) == [b"frame %d" % i for i in range(25, 80)]
 
 
 KILLED = """
@@ -225,7 +257,7 @@ def test_a_damaged_length_or_count_is_damage_and_not_fewer_records(tmp_path: Pat
     whole = path.read_bytes()
     first, *_ = journal.read(tmp_path, journal.beginning(tmp_path))
     durable = Position(0, len(whole), 21)
-    for at in range(first.begin.offset, first.end.offset):
+    for at in range(first.begins[0].offset, first.end.offset):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         try:
             blocks = list(journal.read(tmp_path, journal.beginning(tmp_path), durable))
