@@ -301,8 +301,12 @@ class Streamer:
         return self._drains and bool(self._loads) and not any(load.lag for load in self._loads)
 
     def failure(self) -> BaseException | None:
-        """What ended a background part, if one did."""
-        return self._failure or next((load.failure for load in self._loads if load.failure), None)
+        """What ended the recording, if something did; of a shard that is only drained, its loads.
+
+        A load that was stopped is no reason to stop recording: it is told as trouble, and begins again.
+        """
+        stopped = [load.failure for load in self._loads if load.failure] if self._drains else []
+        return self._failure or next(iter(stopped), None)
 
     def health(self) -> Health:
         """How it is now."""

@@ -443,6 +443,42 @@ def test_a_second_streamer_is_refused_in_a_sentence(
         Streamer(settings).start()
 
 
+def test_a_damaged_journal_stops_the_loads_loudly_while_recording_goes_on(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.5)
+    simulator = start_simulator(markets=4, rate=200.0)
+    settings = settings_for(simulator)
+    recorded_only = settings.model_copy(update={"use_clickhouse": False})
+    for _ in range(2):
+        with streaming(recorded_only) as streamer:
+            wait_for(lambda: streamer.health().deltas > 500, "books")
+    # Parquet has it all and would not look back: both begin with what is damaged.
+    shutil.rmtree(settings.journal_dir() / "load")
+    shutil.rmtree(settings.archive_dir)
+    segment = journal.segment_path(settings.journal_dir(), 0)
+    whole = segment.read_bytes()
+    segment.write_bytes(whole[: len(whole) // 2])
+
+    with streaming(settings) as streamer:
+        wait_for(lambda: all(s.refused for s in streamer.health().stores.values()), "the damage")
+        begun = streamer.health().frames
+        wait_for(lambda: streamer.health().frames > begun + 500, "more frames")
+        health = streamer.health()
+        assert streamer.failure() is None
+        assert health.connections == 1
+        assert health.synced == health.markets == 4
+        assert "is good up to record" in str(health.trouble)
+        assert {name for s in health.stores.values() for name in s.errors} == {"damage"}
+        assert all(s.lag > 500 for s in health.stores.values())
+        segment.write_bytes(whole)
+        wait_for(lambda: streamer.health().trouble is None, "the loads to go on")
+        wait_for(lambda: caught_up(streamer), "all of it")
+    assert_lossless(settings)
+
+
 def test_unknown_tickers_and_a_missing_key_are_sentences(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:

@@ -9,7 +9,6 @@ takes as once. A store that is away costs nothing but the wait: the journal keep
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,8 @@ import msgspec
 import pyarrow as pa
 import tenacity
 
+from kalshi_platform import durable
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derivation import CHUNK_RECORDS, Derivation, chunks
@@ -48,6 +49,8 @@ TROUBLE_PATIENCE_S = 1.5
 """At the end, a store that takes nothing is given up after this: the journal has it all."""
 REFUSED_RETRY_S = 30.0
 """A store that refuses for good is asked again now and then: somebody may have mended it."""
+RESTART_S = 30.0
+"""A load that was stopped, by damage to the journal or a fault, begins again after this."""
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,40 @@ class Load:
         """Everything received up to then is there."""
         self.delays = Delays()
         """From receive to durable in the store, for order-book events."""
-        self.trouble: str | None = None
-        """Why the store takes nothing at the moment, as a sentence."""
-        self.refused = False
-        """Whether that trouble is of the kind that no retry mends."""
         self.rows: Counter[str] = Counter()
         """Written to the store since the start, by dataset; what only mirrors them is left out."""
         self.errors: Counter[str] = Counter()
-        """Writes that were not taken since the start: by ClickHouse's code, `unreachable`, `disk`."""
+        """Writes that were not taken since the start: by ClickHouse's code, `unreachable`, `disk`; and
+        how often the load was stopped, by `damage` to the journal or by a `fault`."""
         self.failure: BaseException | None = None
-        """What ended this load: a damaged journal, or a bug."""
+        """What stopped this load: a damaged journal, or a bug. It begins again now and then, from its
+        cursor, as a new process would: recording does not end for it."""
+        self._trouble: str | None = None
+        self._refused = False
         self._thread = threading.Thread(target=self._run, name=f"load-{store.name}", daemon=True)
 
     @property
     def name(self) -> str:
         """The store's name."""
         return self._store.name
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing gets into the store at the moment, as a sentence."""
+        if self.failure is None:
+            return self._trouble
+        if isinstance(self.failure, PlatformError):
+            return str(self.failure)
+        return (
+            f"The load into {self.name} stopped by a fault of the program"
+            f" ({type(self.failure).__name__}: {self.failure}); the journal keeps what is not loaded."
+            " Please report it, with the log."
+        )
+
+    @property
+    def refused(self) -> bool:
+        """Whether that trouble is of the kind that no retry mends."""
+        return self.failure is not None or self._refused
 
     def start(self) -> None:
         """Begin where the last load ended."""
@@ -151,7 +172,7 @@ class Load:
             self._thread.join(0.05)
         ended = not self._thread.is_alive()
         self._abandon.set()
-        return ended and self.failure is None and self.trouble is None
+        return ended and self.trouble is None
 
     @property
     def lag(self) -> int:
@@ -168,13 +189,22 @@ class Load:
     # -- the loading thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self._load()
-        except _Abandoned:
-            return
-        except BaseException as error:  # noqa: BLE001 - told to the streamer, which ends for it
-            self.failure = error
-            log.error("The load into %s ended: %s", self.name, error)
+        """Load until the end; what stops that is told, and the rest is begun again from the cursor."""
+        while True:
+            try:
+                self._load()
+            except _Abandoned:
+                return
+            except BaseException as error:  # a panic of Polars is no Exception
+                known = isinstance(error, PlatformError)
+                if self.failure is None or str(error) != str(self.failure):
+                    log.error("The load into %s stopped: %s", self.name, error, exc_info=not known)
+                self.failure = error
+                self.errors["damage" if known else "fault"] += 1
+            else:
+                return
+            if self._stopping.wait(RESTART_S):
+                return
 
     def _load(self) -> None:
         self._resume()
@@ -193,6 +223,9 @@ class Load:
                 if time.monotonic() - state_kept_at > STATE_EVERY_S:
                     self._keep_state()
                     state_kept_at = time.monotonic()
+            if self.failure is not None and not self._pending:
+                log.warning("The load into %s goes on.", self.name)
+                self.failure = None
             if ending and not self._pending and self._position.n >= self._writer.durable.n:
                 self._keep_state()
                 return
@@ -310,10 +343,10 @@ class Load:
         def before_sleep(attempt: tenacity.RetryCallState) -> None:
             error = attempt.outcome.exception() if attempt.outcome else None
             self.errors[_code(error)] += 1
-            self.refused = isinstance(error, StoreRefused)
+            self._refused = isinstance(error, StoreRefused)
             sentence = self._disk_sentence(error) if isinstance(error, OSError) else str(error)
-            if self.trouble != sentence:
-                self.trouble = sentence
+            if self._trouble != sentence:
+                self._trouble = sentence
                 log.error("What is not in %s yet stays in the journal: %s", self.name, sentence)
 
         retrying = tenacity.Retrying(
@@ -323,9 +356,9 @@ class Load:
             before_sleep=before_sleep,
         )
         retrying(act)
-        if self.trouble is not None:
+        if self._trouble is not None:
             log.warning("%s takes rows again.", self.name)
-        self.trouble, self.refused = None, False
+        self._trouble, self._refused = None, False
 
     def _disk_sentence(self, error: OSError) -> str:
         where = error.filename or self._cursor_path.parent
@@ -357,8 +390,10 @@ class Load:
             return _Cursor(_plain(journal.beginning(self._folder)))
         except msgspec.DecodeError as error:
             raise JournalError(
-                f"{self._cursor_path} is damaged ({error}). Move it away to load the journal from its"
-                " beginning: what is in the stores already is not stored twice."
+                f"{self._cursor_path} is damaged ({error}), and nothing else says how far {self.name} is."
+                " Restore it from a backup. Without one, move it away and give the store an empty place (a"
+                " new CLICKHOUSE_DATABASE, or PARQUET_DIR): the journal is loaded from its beginning, and"
+                " what the old place has of it already would be there twice."
             ) from None
 
     def _write_cursor(self, cursor: _Cursor) -> None:
@@ -367,12 +402,7 @@ class Load:
 
     def _put_cursor(self, cursor: _Cursor) -> None:
         self._cursor_path.parent.mkdir(exist_ok=True)
-        temporary = self._cursor_path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(cursor))
-            file.flush()
-            os.fdatasync(file.fileno())
-        temporary.replace(self._cursor_path)
+        durable.replace(self._cursor_path, msgspec.json.encode(cursor))
 
 
 class _Abandoned(Exception):

@@ -11,7 +11,6 @@ nobody writes, *rests*, and holds nothing. All shards are on machines of one clo
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from kalshi_platform import durable
 from kalshi_platform.recording import journal
 from kalshi_platform.storage.archive import hour_of_ns
 
@@ -147,18 +147,7 @@ def _read(journals: Path, shard: int) -> Passed | None:
 
 
 def _write(journals: Path, shard: int, what: Passed) -> None:
-    path = _path(journals, shard)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(what))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    durable.replace(_path(journals, shard), msgspec.json.encode(what))
 
 
 def _path(journals: Path, shard: int) -> Path:

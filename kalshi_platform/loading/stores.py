@@ -66,21 +66,22 @@ class ClickHouseStore:
         self._journal_id = journal_id
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
-        self._sure = False
-        """Whether nothing has gone wrong since: what is inserted now is inserted for the first time."""
+        self._sure_from: int | None = None
+        """From this record on, what is inserted is inserted for the first time; None: who knows."""
         self._from_before: datetime | None = None
         """Oldest row that this process has written of what came before it began to record."""
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events."""
-        sure, self._sure = self._sure, False
+        sure = self._sure_from is not None and first_n >= self._sure_from
+        self._sure_from = None  # until all of this is there
         for name in rows[0].tables:
             table = concatenated([r.tables[name] for r in rows])
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
             self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}", sure=sure)
         self._forget_former_books(rows)
-        self._sure = True
+        self._sure_from = end_n
 
     def _forget_former_books(self, rows: Sequence[Rows]) -> None:
         """Take from `latest_levels` what a book's newest snapshot no longer has.
@@ -103,9 +104,8 @@ class ClickHouseStore:
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """The books at the hour's first instant, for `book_at`."""
         token = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
-        sure, self._sure = self._sure, False
-        self._insert(BOOK_CHECKPOINTS.name, checkpoint, token, sure=sure)
-        self._sure = sure
+        self._sure_from = None  # nothing tells one that is begun once more
+        self._insert(BOOK_CHECKPOINTS.name, checkpoint, token, sure=False)
 
     def _insert(self, name: str, table: pa.Table, token: str, *, sure: bool) -> None:
         if not table.num_rows:

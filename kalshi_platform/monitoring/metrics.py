@@ -315,7 +315,7 @@ def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
     errors = CounterMetricFamily(
         "kalshi_store_errors",
         "Writes that the store did not take, by ClickHouse's error code; `unreachable` and `disk`"
-        " where there is none.",
+        " where there is none. Loads that were stopped: `damage` to the journal, or a `fault`.",
         labels=[*labels, "code"],
     )
     for shard in shards:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,6 +57,8 @@ class Outcome:
     proof: Proof
     unmarked_kills: int
     """Kills of the streamer without a `disconnected` row that gives cause and span."""
+    hours_ended: int = 0
+    """Ends of hours that the campaign went over: where parts are cut and hours are sealed."""
     journal_delay_s: list[float] = field(default_factory=list)
     """For each kill of the streamer: age of the last journalled frame at that moment."""
 
@@ -89,7 +91,7 @@ def run(
 ) -> Outcome:
     """Run one campaign in an empty folder. Of several shards' streamers a kill takes one."""
     dice = random.Random(seed)
-    began = time.monotonic()
+    began, hour = time.monotonic(), time.time() // 3600
     config = SimulatorConfig(
         markets=MARKETS, rolling_markets=0, rate=rate, seed=seed, key_file=folder / "key.pem"
     )
@@ -112,7 +114,8 @@ def run(
             time.sleep(2.0)
             it.wait(lambda: it.recovered(0.0) and it.idle(), "the last frame to be stored")
             it.stop()
-            return _judge(it, simulator, done, (time.monotonic() - began) / 60)
+            outcome = _judge(it, simulator, done, (time.monotonic() - began) / 60)
+            return replace(outcome, hours_ended=int(time.time() // 3600 - hour))
         finally:
             it.kill()
 
@@ -221,6 +224,7 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         "",
         "| | |",
         "|---|---:|",
+        f"| ends of hours within | {outcome.hours_ended} |",
         f"| frames in the journal | {proof.frames:,} |",
         f"| rows in ClickHouse, `orderbook_events` | {proof.rows_hot['orderbook_events']:,} |",
         f"| rows in Parquet, `orderbook_events` | {proof.rows_cold['orderbook_events']:,} |",

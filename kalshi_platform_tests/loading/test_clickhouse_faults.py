@@ -212,10 +212,16 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
     whole = counts()
     assert all(whole.values())
     client.command(f"ALTER TABLE {lost} DELETE WHERE true SETTINGS mutations_sync = 2")
-    write(first)
+    token = f"journal:{rows.first_n}-{rows.end_n}:{lost}"
+    clickhouse.insert_arrow(client, lost, rows.tables[lost], token)
     assert counts()[lost] == 0, "the token alone keeps them out: that is what this is about"
-    for _ in range(2):  # each as a streamer that was killed, too
-        write(ClickHouseStore(settings, "journal"))
+    # Each as a streamer that was killed, too, or as one whose load began again.
+    for store in (
+        first,
+        ClickHouseStore(settings, "journal"),
+        ClickHouseStore(settings, "journal"),
+    ):
+        write(store)
         assert counts() == whole
     client.close()
 

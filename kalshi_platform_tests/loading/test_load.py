@@ -157,6 +157,7 @@ class Dying:
         self._store = store
         self._left = calls
         self._after = after
+        self.dead = False
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         self._call(lambda: self._store.write(first_n, end_n, rows))
@@ -166,6 +167,7 @@ class Dying:
 
     def _call(self, act: Callable[[], None]) -> None:
         self._left -= 1
+        self.dead = self._left <= 0
         if self._left == 0 and not self._after:
             raise RuntimeError("killed before")
         act()
@@ -227,6 +229,60 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
         assert client.query(
             "SELECT uniqExact(market_ticker) FROM book_checkpoints"
         ).result_rows == [(2,)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
+def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_once(
+    kind: str, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.01)
+    records = recording()
+    writer = journal_of(tmp_path / "journal", records, openings=9)
+    store = (
+        ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
+        if kind == "parquet"
+        else ClickHouseStore(settings, str(writer.id))
+    )
+    faults = [Dying(store, calls, after=calls % 2 == 0) for calls in (1, 2, 3, 4)]
+
+    class Faulty:
+        """Dies of one fault after the other, then of none."""
+
+        name, datasets = store.name, store.datasets
+
+        def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
+            self._now().write(first_n, end_n, rows)
+
+        def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+            self._now().begin_hour(hour, checkpoint, n)
+
+        def _now(self) -> Dying | ParquetStore | ClickHouseStore:
+            return next((it for it in faults if not it.dead), store)
+
+    said = []
+    load = Load(tmp_path / "journal", writer, Faulty(), SMALL)
+    load.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while load.lag or load.committed is None or load.trouble:
+        if load.trouble:
+            assert load.refused
+            said.append(load.trouble)
+        assert time.monotonic() < deadline, (load.lag, load.trouble)
+        time.sleep(0.001)
+    load.drain()
+    assert load.join(PATIENCE_S)
+    writer.close()
+    assert load.errors == {"fault": 4}
+    assert any("stopped by a fault of the program (RuntimeError: killed" in it for it in said)
+    expected = sum(k == Kind.DELTA for _, _, k, _ in records) + 3
+    if kind == "parquet":
+        events = archived(tmp_path / "archive", "orderbook_events")
+        assert events.height == events.unique().height == expected
+        return
+    counts = clickhouse.connect(settings).query(
+        "SELECT count(), uniqExact(seq, side, price) FROM orderbook_events"
+    )
+    assert counts.result_rows == [(expected, expected)]
 
 
 def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
@@ -314,6 +370,22 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     assert last["seq"][0] == 403
     assert float(last["size"][0]) == 1.0  # 0.70 from the snapshot, and 0.30
     assert archived(root, "orderbook_events").height == 404
+
+
+def test_a_damaged_cursor_stops_the_load_and_nothing_is_stored_twice(tmp_path: Path) -> None:
+    writer = journal_of(tmp_path / "journal", recording(50))
+    archive_all(tmp_path / "journal", writer, tmp_path / "archive")
+    cursor = tmp_path / "journal" / "load" / "parquet.json"
+    cursor.write_bytes(cursor.read_bytes()[:20])
+    store = ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
+    load = Load(tmp_path / "journal", writer, store, SMALL)
+    load.start()
+    load.drain()
+    assert load.join(PATIENCE_S) is False
+    assert f"{cursor} is damaged" in str(load.trouble)
+    assert load.refused
+    writer.close()
+    assert archived(tmp_path / "archive", "orderbook_events").height == 53
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
