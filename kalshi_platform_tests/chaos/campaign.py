@@ -160,7 +160,7 @@ def _judge(it: Platform, simulator: Simulator, kills: list[Kill], minutes: float
         folder = it.settings.journal_dir(shard)
         cut += _connections_cut(folder, kills)
         delays += _delays(folder, [k for k in kills if shard in k.shards])
-    return Outcome(kills, minutes, proof, max(cut - proof.spans, 0), delays)
+    return Outcome(kills, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays)
 
 
 def _connections_cut(folder: Path, kills: list[Kill]) -> int:
