@@ -102,9 +102,12 @@ class Derivation:
             return step
 
     def _up_to_what_is_kept(self, start: Position, limit: Position) -> Position:
-        """A load that was behind meets the other's steps again, instead of cutting across them for ever."""
+        """A load that was behind meets the other's steps again, instead of cutting across them for ever.
+
+        Not those that begin an hour: that may be within a batch, and the journal is read by batches.
+        """
         place = (start.segment, start.offset)
-        begins = [step.begin for step in self._kept.values()]
+        begins = [step.begin for step in self._kept.values() if step.hour is None]
         return min((b for b in begins if (b.segment, b.offset) > place), default=limit)
 
     def _chunk(self, start: Position, newest_ns: int, limit: Position) -> _Chunk:

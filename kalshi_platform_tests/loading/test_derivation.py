@@ -31,15 +31,17 @@ def follow(
     return at, rows
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_loads_that_take_turns_in_any_way_get_the_same_rows(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derivation, "CHUNK_RECORDS", 30)
-    monkeypatch.setattr(derivation, "KEPT_RECORDS", 120)
+    """Over ends of hours, of segments and of what is kept, wherever they fall."""
     dice = random.Random(seed)
+    monkeypatch.setattr(derivation, "CHUNK_RECORDS", dice.choice((10, 30, 80)))
+    monkeypatch.setattr(derivation, "KEPT_RECORDS", 120)
+    monkeypatch.setattr(derivation, "KEPT_STEPS", dice.choice((2, 4, 8)))
     folder = tmp_path / "journal"
-    writer = journal_of(folder, recording(600))
+    writer = journal_of(folder, recording(600, dice.choice((1.0, 60.0))), dice.randint(1, 40))
     start = (journal.beginning(folder), State())
     _, alone = follow(joined(folder, "alone"), "alone", start, writer.durable, -1)
     shared = joined(folder, "hot", "cold")
