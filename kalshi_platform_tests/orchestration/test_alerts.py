@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 import pytest
@@ -119,7 +120,7 @@ class Watch:
 
     def report(self, **values: Any) -> None:
         """A streamer's report, of one that is well but for `values`."""
-        own, now = Identity.own(), int((time.time() + self.ahead_s) * 1e9)
+        own, now = Identity.own(), int(time.time() * 1e9)
         times = ("updated_ns", "started_ns", "last_frame_ns", "last_heard_ns", "last_durable_ns")
         folder = self.platform.settings().journal_dir(0)
         folder.mkdir(parents=True, exist_ok=True)
@@ -259,13 +260,14 @@ def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
     hour_ns = 3600 * 10**9
     for _ in range(3):
         watch.ahead_s += FEED_WARN_S
-        now_ns = int((time.time() + watch.ahead_s) * 1e9)
-        watch.report(state="quiet", last_frame_ns=now_ns - hour_ns)
+        watch.report(state="quiet", last_frame_ns=int(time.time() * 1e9) - hour_ns)
         assert watch.tick() == []
-    thursday = datetime(2026, 11, 26, 8, 30, tzinfo=UTC)  # 03:30 in New York
-    watch.ahead_s = thursday.timestamp() - time.time()
+    there = datetime.fromtimestamp(time.time(), ZoneInfo("America/New_York")) + timedelta(days=1)
+    thursday = there + timedelta(days=(3 - there.weekday()) % 7)
+    begun = thursday.replace(hour=3, minute=30, second=0).timestamp()
+    watch.ahead_s += begun - time.time()
     monkeypatch.setattr(module, "FEED_ERROR_S", 0.0)
-    an_hour_ago = int((thursday.timestamp() - 3600) * 1e9)
+    an_hour_ago = int((begun - 3600) * 1e9)
     watch.report(state="connecting", last_frame_ns=an_hour_ago, last_heard_ns=an_hour_ago)
     assert watch.tick() == []
     watch.ahead_s += 3 * 3600
