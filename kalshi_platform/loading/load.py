@@ -134,13 +134,14 @@ class Load:
     @property
     def trouble(self) -> str | None:
         """Why nothing gets into the store at the moment, as a sentence."""
-        if self.failure is None:
+        failure = self.failure  # the load's thread may end it at any moment
+        if failure is None:
             return self._trouble
-        if isinstance(self.failure, PlatformError):
-            return str(self.failure)
+        if isinstance(failure, PlatformError):
+            return str(failure)
         return (
             f"The load into {self.name} stopped by a fault of the program"
-            f" ({type(self.failure).__name__}: {self.failure}); the journal keeps what is not loaded."
+            f" ({type(failure).__name__}: {failure}); the journal keeps what is not loaded."
             " Please report it, with the log."
         )
 
@@ -262,6 +263,7 @@ class Load:
 
     def _resume(self) -> None:
         """Go to where the last load ended, and fulfil what it had planned."""
+        self._pending.clear()
         cursor = self._cursor = self._read_cursor()
         self._state, self._position = self._books_before(cursor)
         self._replay(Position(*cursor.committed))
