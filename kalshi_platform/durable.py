@@ -1,4 +1,4 @@
-"""Small files that say how far something is: replaced in one step, which a power failure leaves done or not."""
+"""What must survive a power failure: files, their names, and small files replaced in one step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ def replace(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or what a folder names, durable. Raises `OSError` where the disk refuses."""
+    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)

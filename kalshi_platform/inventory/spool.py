@@ -23,6 +23,7 @@ from typing import Any
 import filelock
 import pyarrow as pa
 
+from kalshi_platform.durable import sync
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.semantics import InventoryError
 from kalshi_platform.settings import Settings
@@ -162,7 +163,7 @@ class Spool:
             file.flush()
             os.fsync(file.fileno())
         draft.rename(self._folder / f"{stem}{SUFFIX}")
-        _sync(self._folder)
+        sync(self._folder)
 
     # -- to ClickHouse -------------------------------------------------------------------------
 
@@ -230,11 +231,3 @@ def _taken(folder: Path) -> filelock.BaseFileLock:
             f"The spool {folder} cannot be written ({error.strerror}). Give a folder that can."
         ) from None
     return lock
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -39,6 +39,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from kalshi_platform.durable import sync
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording.delays import Delays
@@ -341,7 +342,7 @@ class Writer:
         header = self._take()
         _write_all(self._fd, header, 0)
         os.fdatasync(self._fd)
-        _sync_folder(self._folder)
+        sync(self._folder)
         self._segment, self._offset = first_n, len(header)
 
     def _end_segment(self) -> None:
@@ -582,7 +583,7 @@ def _identity(folder: Path) -> uuid.UUID:
     if not path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"format": 1, "id": str(uuid.uuid4())}) + "\n")
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     return identity(folder)
 
@@ -611,15 +612,3 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(path: Path) -> None:
-    _sync(path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import filecmp
-import os
 import shutil
 import time
 import uuid
@@ -23,6 +22,7 @@ from pathlib import Path
 import filelock
 import pyarrow as pa
 
+from kalshi_platform.durable import sync
 from kalshi_platform.storage import swap
 from kalshi_platform.storage.archive.files import Add, File, local_file, parquet_writer
 from kalshi_platform.storage.archive.interface import (
@@ -325,15 +325,6 @@ def _settle(temporary: Path, path: Path) -> None:
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or what a folder names, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:

@@ -31,6 +31,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from kalshi_platform.durable import sync
 from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive.files import Add, File, batches, local_file
 from kalshi_platform.storage.archive.interface import (
@@ -52,7 +53,6 @@ from kalshi_platform.storage.archive.local import (
     LocalArchive,
     disk_error,
     durably,
-    sync,
     write_durably,
 )
 from kalshi_platform.storage.archive.troubles import object_store_error
