@@ -26,8 +26,8 @@ def dagster():
     worker = spawn.Process(target=run, args=[ready])
     worker.start()
     ready.wait()
-    print("serving", flush=True)
     try:
+        print("serving", flush=True)  # and the signal may come at once
         time.sleep(600)
     except KeyboardInterrupt:
         worker.join()
