@@ -36,16 +36,17 @@ from kalshi_platform.loading import audit, passage
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import Distrust
 from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load, reached
 from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
 from kalshi_platform.recording.delays import Delay
-from kalshi_platform.recording.journal import JournalError, Writer
+from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.recording.recovery import Memory, remembered
 from kalshi_platform.recording.upkeep import Upkeep
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreError
@@ -160,7 +161,7 @@ class Streamer:
         else:
             self._insist_on_a_key()  # refuse a bad one before anything is opened
         sys.setswitchinterval(SWITCH_S)
-        writer = self._writer = Writer(self._folder)
+        writer = self._writer = Writer(self._folder, reached=reached(self._folder))
         self._began_n = writer.next_n
         self._arrive(writer)
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
@@ -169,6 +170,8 @@ class Streamer:
         writer.wait_durable(writer.next_n, 5.0)
         if writer.torn:
             log.warning("The journal's last segment was torn by a kill: %s", writer.torn)
+        if writer.damage:
+            log.error("%s", writer.damage)
         self._loads = self._make_loads(writer)
         for load in self._loads:
             load.start()

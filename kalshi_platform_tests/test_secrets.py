@@ -39,6 +39,7 @@ from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.commands.test_up import Up, until
@@ -367,7 +368,7 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
         database.execute("CREATE TABLE t (a BLOB)")
         database.execute("INSERT INTO t VALUES (?)", [zlib.compress(PASSWORD.encode() * 9)])
         database.commit()
-    writer = journal.Writer(tmp_path / "journal")
+    writer = Writer(tmp_path / "journal")
     for _ in range(50):
         writer.note("error", {"said": WRONG_PASSWORD})
     writer.close()

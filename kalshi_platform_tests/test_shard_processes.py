@@ -100,7 +100,7 @@ def deltas(settings: Settings) -> int:
     return sum(
         block.batch.column("kind").to_pylist().count(int(Kind.DELTA))
         for number in passage.shards(settings.journals_dir)
-        for block in journal.read(
+        for block in journal.blocks(
             settings.journal_dir(number), journal.beginning(settings.journal_dir(number))
         )
     )

@@ -111,7 +111,7 @@ def journalled(settings: Settings) -> list[tuple[int, bytes]]:
     folder = settings.journal_dir()
     return [
         (kind, frame)
-        for block in journal.read(folder, journal.beginning(folder))
+        for block in journal.blocks(folder, journal.beginning(folder))
         for kind, frame in zip(
             block.batch.column("kind").to_pylist(),
             block.batch.column("frame").to_pylist(),
@@ -536,7 +536,7 @@ def _records(settings: Settings) -> int:
     folder = settings.journal_dir()
     if not journal.segments(folder):
         return 0
-    return sum(block.rows for block in journal.read(folder, journal.beginning(folder)))
+    return sum(block.rows for block in journal.blocks(folder, journal.beginning(folder)))
 
 
 def _durable(settings: Settings) -> int:

@@ -494,10 +494,11 @@ def _doubts(
 
 
 def _instant_us(it: dict[str, Any]) -> int:
-    """When a doubt begins: a connection had been dead for a while when its end was written down."""
+    """When a doubt begins: a connection had been dead for a while when its end was written down, or
+    frames had been missing for a while when a later one showed it."""
     at: datetime = it["ingest_ts"]
     us = int(at.timestamp()) * SECOND_US + at.microsecond
-    if it["kind"] != "disconnected":
+    if it["kind"] not in {"disconnected", "gap"}:
         return us
     span_s = float(msgspec.json.decode(it["detail"]).get("span_s", 0.0))
     return us - round(span_s * SECOND_US)

@@ -28,7 +28,8 @@ from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, Writer, joined
+from kalshi_platform.recording.journal import Block, joined
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.archive import write_durably
 from kalshi_platform.storage.clickhouse import WIRE_CODEC
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
@@ -131,7 +132,7 @@ def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[Bloc
         part = payloads[start : start + 1_000]
         writer.extend(time.time_ns(), conn, [Kind.DELTA] * len(part), part)
     writer.close()
-    whole = joined(list(journal.read(folder, journal.beginning(folder))))
+    whole = joined(list(journal.blocks(folder, journal.beginning(folder))))
     books, deltas = whole.cut(before)
     _, state = derive(decode([books]), State())
     return deltas, state

@@ -18,7 +18,7 @@ from kalshi_platform.exchange.frames import Kind, decode_head
 from kalshi_platform.loading.compaction import compact, pending
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns, open_archive, rows_of

@@ -42,6 +42,25 @@ class Book(msgspec.Struct, frozen=True):
     """No longer followed; what still comes is in flight."""
 
 
+class Lost(msgspec.Struct, frozen=True):
+    """Records of the journal are gone in which a connection may have had frames."""
+
+    since_ns: int
+    """Receive time of the last record before them."""
+    last: dict[int, int]
+    """The last number of each sid then, until its next frame shows what it lost."""
+
+
+class OpenGap(msgspec.Struct, frozen=True):
+    """Frames of a sid are missing, and not every book of it has had a snapshot since."""
+
+    expected: int
+    got: int
+    since_ns: int
+    markets: int
+    waiting: frozenset[str]
+
+
 class Connection(msgspec.Struct, frozen=True):
     """An open connection."""
 
@@ -49,6 +68,13 @@ class Connection(msgspec.Struct, frozen=True):
     last_recv_ns: int
     seqs: dict[int, int]
     """The last number of each sid."""
+    lost: Lost | None = None
+    gaps: dict[int, OpenGap] = {}
+    """By sid, those that came to light by lost records; capture closes its own."""
+
+    def believes(self, sid: int) -> bool:
+        """Whether the frames of a sid are known to be whole."""
+        return self.lost is None or sid not in self.lost.last
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ def coverage(
                 if kind == "left":
                     markets[ticker].followed_to = at
         else:
-            broken_at = at - timedelta(seconds=_span_s(event)) if kind == "disconnected" else at
+            dated_back = kind in {"disconnected", "gap"}
+            broken_at = at - timedelta(seconds=_span_s(event)) if dated_back else at
             for market in markets.values():
                 same_sid = kind == "disconnected" or market.sid == event["sid"]
                 if market.conn == conn and same_sid:
@@ -101,5 +102,6 @@ def _end(market: _Market, at: datetime) -> None:
 
 
 def _span_s(event: dict[str, Any]) -> float:
-    """For how long the connection had been dead when its end was written down."""
+    """For how long the connection had been dead when its end was written down, or frames may have been
+    missing when a later one showed it."""
     return float(msgspec.json.decode(event["detail"]).get("span_s", 0.0))

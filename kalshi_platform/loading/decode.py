@@ -37,7 +37,7 @@ from kalshi_platform.exchange.frames import (
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading import decode_trades
-from kalshi_platform.recording.journal import Block
+from kalshi_platform.recording.journal import Block, Hole, Stretch
 from kalshi_platform.storage.schema import ZERO_UUID
 
 
@@ -176,6 +176,28 @@ class Decoded:
     stream: pl.DataFrame
     """Everything else, notes and malformed frames included."""
     newest_recv_ns: int
+    lost: bool = False
+    """The records cannot be read: see `journal.Hole`. `newest_recv_ns` is that of the next one."""
+
+
+def lost(hole: Hole) -> Decoded:
+    """A hole of the journal, in the place of its records."""
+    return Decoded(
+        hole.first_n,
+        hole.first_n + hole.rows,
+        pl.DataFrame(schema=DELTAS),
+        pl.DataFrame(schema=LEVELS),
+        pl.DataFrame(schema=SNAPSHOTS),
+        pl.DataFrame(schema=decode_trades.TRADES),
+        pl.DataFrame(schema=STREAM),
+        hole.until_ns,
+        lost=True,
+    )
+
+
+def decoded(stretch: Stretch) -> Decoded:
+    """Decode a stretch of the journal."""
+    return lost(stretch) if isinstance(stretch, Hole) else decode([stretch])
 
 
 def decode(blocks: Sequence[Block]) -> Decoded:

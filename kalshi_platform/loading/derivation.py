@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import Decoded, decode
+from kalshi_platform.loading.decode import Decoded, decoded
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, JournalError, Position, joined
+from kalshi_platform.recording.journal import Block, Hole, JournalError, Position, Stretch, joined
 from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
 
 CHUNK_RECORDS = 65_536
@@ -139,39 +139,49 @@ class Derivation:
 
 
 def _decode_chunk(folder: Path, start: Position, newest_ns: int, limit: Position) -> _Chunk:
-    block = next(chunks(journal.read(folder, start, limit)), None)
-    if block is None:
+    stretch = next(chunks(journal.read(folder, start, limit)), None)
+    if stretch is None:
         raise JournalError(
             f"The journal in {folder} no longer has record {start.n}, which was written to it: its"
             " segment was cut short by somebody else."
         )
     pieces = []
-    for piece, hour in at_hours(block, newest_ns):
-        pieces.append(_Piece(hour, decode([piece]), piece.end))
-        newest_ns = max(newest_ns, pieces[-1].decoded.newest_recv_ns)
+    for piece, hour in at_hours(stretch, newest_ns):
+        it = decoded(piece)
+        pieces.append(_Piece(hour, it, piece.end))
+        if not it.lost:
+            newest_ns = max(newest_ns, it.newest_recv_ns)
     return _Chunk(pieces, newest_ns)
 
 
-def chunks(blocks: Iterator[Block]) -> Iterator[Block]:
+def chunks(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
     """Small blocks gathered into larger ones: a derivation costs the same for few rows."""
     gathered: list[Block] = []
     rows = 0
-    for block in blocks:
-        gathered.append(block)
-        rows += block.rows
-        if rows >= CHUNK_RECORDS:
+    for it in stretches:
+        is_hole = isinstance(it, Hole)
+        if not isinstance(it, Hole):
+            gathered.append(it)
+            rows += it.rows
+        if gathered and (is_hole or rows >= CHUNK_RECORDS):
             yield joined(gathered)
             gathered, rows = [], 0
+        if is_hole:
+            yield it
     if gathered:
         yield joined(gathered)
 
 
-def at_hours(block: Block, newest_ns: int) -> Iterator[tuple[Block, datetime | None]]:
-    """The block cut before each first record of a later hour, with the hour that a piece begins.
+def at_hours(stretch: Stretch, newest_ns: int) -> Iterator[tuple[Stretch, datetime | None]]:
+    """A block cut before each first record of a later hour, with the hour that a piece begins.
 
-    `newest_ns` is the newest receive time before the block: a clock that steps back begins nothing.
+    `newest_ns` is the newest receive time before it: a clock that steps back begins nothing. Nor does
+    a hole: the record after it does.
     """
-    begins = None
+    if isinstance(stretch, Hole):
+        yield stretch, None
+        return
+    block, begins = stretch, None
     while True:
         recv_ns = block.batch.column("recv_ns").to_numpy()
         if not newest_ns:

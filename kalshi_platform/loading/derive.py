@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -24,6 +25,8 @@ from kalshi_platform.loading.books import (
     PACKED,
     Book,
     Connection,
+    Lost,
+    OpenGap,
     State,
     in_words,
     level_number,
@@ -33,7 +36,14 @@ from kalshi_platform.loading.books import (
 )
 from kalshi_platform.loading.columns import codes, names, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
-from kalshi_platform.storage.schema import LATEST_LEVELS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
+from kalshi_platform.storage.schema import (
+    DATASETS,
+    LATEST_LEVELS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    TRADES,
+    ZERO_UUID,
+)
 
 MARKER, LEVEL, DELTA = 0, 1, 2
 CARRY = -1
@@ -74,13 +84,17 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         raise ValueError(
             f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
         )
+    if decoded.lost:
+        return _lost(decoded, state)
     events, numbers = _events(decoded, state)
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
     heard = _heard(decoded)
-    status = _Status(state)
-    last_heard = {conn: recv_ns for conn, _, _, recv_ns in heard}
-    happened = status.follow(_happenings(decoded, events, markets), last_heard)
+    status = _Status(state, {conn: recv_ns for conn, _, _, recv_ns in heard})
+    happenings = _happenings(decoded, events, markets)
+    if doubtful := _doubtful(decoded, state, heard):
+        happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
+    happened = status.follow(happenings)
     extra = pl.DataFrame(list(happened), schema=STREAM, orient="row")
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
@@ -106,6 +120,33 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         status.books,
         {ticker: numbers[ticker] for ticker in status.books},
         _levels_after(final, status.books, state, markets),
+    )
+
+
+def _lost(decoded: Decoded, state: State) -> tuple[Rows, State]:
+    """A hole of the journal: what its records said of which connection shows with their next frames."""
+    detail = {
+        "cause": DAMAGED,
+        "channel": "journal",
+        "record": decoded.first_n,
+        "until_record": decoded.end_n,
+    }
+    body = msgspec.json.encode(detail).decode()
+    at = state.version or decoded.newest_recv_ns
+    row = (decoded.first_n, at, ZERO_UUID, 0, 0, "gap", "", body)
+    empty = {
+        name: DATASETS[name].arrow.empty_table() for name in (ORDERBOOK_EVENTS.name, TRADES.name)
+    }
+    tables = empty | {
+        STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row")),
+        LATEST_LEVELS.name: LATEST_LEVELS.arrow.empty_table(),
+    }
+    connections = {}
+    for conn, it in state.connections.items():
+        since_ns = it.lost.since_ns if it.lost and it.lost.last else at
+        connections[conn] = msgspec.structs.replace(it, lost=Lost(since_ns, it.seqs))
+    return Rows(decoded.first_n, decoded.end_n, tables), replace(
+        state, n=decoded.end_n, connections=connections
     )
 
 
@@ -161,14 +202,12 @@ def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int
 
 
 def _yes_priced(decoded: Decoded, state: State) -> list[str]:
-    """Connections whose no bids are quoted at 1 - p."""
+    """Connections whose no bids are quoted at 1 - p.
+
+    One whose beginning is not in the journal is taken to quote them as this platform asks for them.
+    """
     opened = {conn: flag for _, conn, flag in _opened(decoded.stream)}
     known = {conn: c.use_yes_price for conn, c in state.connections.items()} | opened
-    strangers = set(decoded.deltas["conn"].unique()) | set(decoded.snapshots["conn"].unique())
-    for conn in strangers - known.keys():
-        raise ValueError(
-            f"connection {conn} has frames from record {decoded.first_n} on, and no beginning"
-        )
     return [conn for conn, flag in known.items() if flag]
 
 
@@ -269,6 +308,8 @@ def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
 
 # -- which books can be believed ---------------------------------------------------------------
 
+DAMAGED = "journal_damaged"
+"""The cause of a gap whose frames had been received: the journal no longer has them."""
 _BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed")
 
 
@@ -301,47 +342,153 @@ def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> li
     )
 
 
+def _doubtful(decoded: Decoded, state: State, heard: list[tuple[str, int, int, int]]) -> set[str]:
+    """Connections of which the journal may lack frames: records were lost, or its beginning is not there."""
+    known = state.connections.keys() | {conn for _, conn, _ in _opened(decoded.stream)}
+    lost = {conn for conn, it in state.connections.items() if it.lost is not None}
+    return {conn for conn, _, seq, _ in heard if conn in lost or (seq and conn not in known)}
+
+
+def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
+    """The first numbered frame of each sid of these connections, as happenings."""
+    columns = ["n", "recv_ns", "conn", "sid", "seq"]
+    frames = pl.concat(
+        frame.select(columns).filter(pl.col("conn").is_in(conns), pl.col("seq") > 0)
+        for frame in (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
+    )
+    first = frames.sort("n").unique(subset=["conn", "sid"], keep="first", maintain_order=True)
+    return [
+        {**row, "kind": "first", "market_ticker": "", "market_id": "", "detail": ""}
+        for row in first.iter_rows(named=True)
+    ]
+
+
 class _Status:
     """Follows which connections are open and which books are verified."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, last_heard: dict[str, int]) -> None:
         self.connections = dict(state.connections)
         self.books = dict(state.books)
+        self._last_heard = last_heard
+        """The newest receive time of each connection in the range."""
         self.distrusted: list[Distrust] = []
 
-    def follow(
-        self, happenings: list[dict[str, Any]], last_heard: dict[str, int]
-    ) -> Iterator[tuple[Any, ...]]:
+    def follow(self, happenings: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Take the happenings in order; yields the stream rows that they call for."""
         for it in happenings:
             kind, conn, ticker = it["kind"], it["conn"], it["market_ticker"]
-            if kind == "snapshot":
+            if kind == "first":
+                yield from self._first_frame(it)
+            elif kind == "snapshot":
                 self.books[ticker] = Book(
                     conn, it["sid"], it["market_id"], based=True, verified=True
                 )
+                yield from self._arrived(it, conn, it["sid"])
             elif kind == "delta":
                 yield from self._first_delta(it)
             elif kind == "below_zero":
                 yield from self._below_zero(it)
             elif kind == "connected":
-                flag = bool(msgspec.json.decode(it["detail"])["use_yes_price"])
-                self.connections[conn] = Connection(flag, it["recv_ns"], {})
+                yield from self._connected(it)
             elif kind == "disconnected":
                 self._close(conn)
             elif kind == "started":
                 for open_conn in list(self.connections):
-                    yield _killed_row(it, open_conn, self.connections[open_conn], last_heard)
-                    self._close(open_conn)
+                    yield from self._end(it, open_conn, "the recorder ended without closing")
             elif kind == "left":
-                book = self.books.get(ticker)
-                if book is not None:
-                    self.books[ticker] = msgspec.structs.replace(book, verified=False, left=True)
+                yield from self._left(it)
             elif kind == "gap" and ticker:
                 self._doubt(ticker)
             elif kind in {"gap", "unsubscribed"}:
                 self._doubt(
                     *(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, it["sid"]))
                 )
+
+    def _left(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        if (book := self.books.get(it["market_ticker"])) is not None:
+            left = msgspec.structs.replace(book, verified=False, left=True)
+            self.books[it["market_ticker"]] = left
+            yield from self._arrived(it, book.conn, book.sid)
+
+    def _first_frame(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The next frame of a sid after lost records, or the first one of a connection without beginning."""
+        conn, sid, got = it["conn"], it["sid"], it["seq"]
+        connection = self.connections.get(conn)
+        if connection is None:
+            yield from self._end_lost(it)
+            connection = Connection(False, it["recv_ns"], {}, Lost(it["recv_ns"], {}))
+            body = {"use_yes_price": False, "assumed": "its beginning is not in the journal"}
+            yield _row(it, conn, 0, "connected", body)
+        if (lost := connection.lost) is None or (sid in connection.seqs and sid not in lost.last):
+            return
+        expected = lost.last.get(sid, 0) + 1
+        left = Lost(lost.since_ns, {other: seq for other, seq in lost.last.items() if other != sid})
+        self.connections[conn] = msgspec.structs.replace(connection, lost=left)
+        if got == expected:
+            return
+        markets = [
+            t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid) and not b.left
+        ]
+        detail = {
+            "cause": DAMAGED,
+            "channel": "orderbook_delta" if markets else "journal",
+            "expected": expected,
+            "got": got,
+            "missing": got - expected,
+            "span_s": round((it["recv_ns"] - lost.since_ns) / 1e9, 6),
+        }
+        yield _row(it, conn, sid, "gap", detail)
+        self._doubt(*markets)
+        self.distrusted += [Distrust(t, DAMAGED, {"record": it["n"]}) for t in markets]
+        if markets:
+            gap = OpenGap(expected, got, it["recv_ns"], len(markets), frozenset(markets))
+            gaps = connection.gaps | {sid: gap}
+            self.connections[conn] = msgspec.structs.replace(connection, lost=left, gaps=gaps)
+
+    def _arrived(self, it: dict[str, Any], conn: str, sid: int) -> Iterator[tuple[Any, ...]]:
+        """A book has its snapshot, or is no longer followed: perhaps a gap waited for it."""
+        connection = self.connections.get(conn)
+        gap = connection.gaps.get(sid) if connection is not None else None
+        if connection is None or gap is None or it["market_ticker"] not in gap.waiting:
+            return
+        waiting = gap.waiting - {it["market_ticker"]}
+        gaps = {other: g for other, g in connection.gaps.items() if other != sid}
+        if waiting:
+            gaps[sid] = msgspec.structs.replace(gap, waiting=waiting)
+        else:
+            detail = {
+                "expected": gap.expected,
+                "got": gap.got,
+                "markets": gap.markets,
+                "seconds": round((it["recv_ns"] - gap.since_ns) / 1e9, 6),
+            }
+            yield _row(it, conn, sid, "resynced", detail)
+        self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
+
+    def _connected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        yield from self._end_lost(it)
+        flag = bool(msgspec.json.decode(it["detail"])["use_yes_price"])
+        self.connections[it["conn"]] = Connection(flag, it["recv_ns"], {})
+
+    def _end_lost(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """A shard has one connection at a time: where another begins, those before have ended, and it
+        was in lost records that they did."""
+        cause = "its end is not in the journal"
+        lost = [conn for conn, open_ in self.connections.items() if open_.lost is not None]
+        for conn in lost:
+            yield from self._end(it, conn, cause)
+
+    def _end(self, it: dict[str, Any], conn: str, cause: str) -> Iterator[tuple[Any, ...]]:
+        """The end of a connection that nobody has written down."""
+        connection = self.connections[conn]
+        last_ns = max(connection.last_recv_ns, self._last_heard.get(conn, 0))
+        detail = {
+            "cause": cause,
+            "last_frame": datetime.fromtimestamp(last_ns // 1_000_000_000, UTC).isoformat(),
+            "span_s": round((it["recv_ns"] - last_ns) / 1e9, 6),
+        }
+        yield _row(it, conn, 0, "disconnected", detail)
+        self._close(conn)
 
     def _first_delta(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The first delta of a book in this range: it may be of a book that has no snapshot."""
@@ -369,8 +516,8 @@ class _Status:
 
     def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
         self.distrusted.append(Distrust(it["market_ticker"], cause, detail))
-        body = msgspec.json.encode({"cause": cause, **detail}).decode()
-        return (it["n"], it["recv_ns"], it["conn"], it["sid"], 0, "gap", it["market_ticker"], body)
+        body = {"cause": cause, **detail}
+        return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
 
     def _close(self, conn: str) -> None:
         self.connections.pop(conn, None)
@@ -384,18 +531,12 @@ class _Status:
                 self.books[ticker] = msgspec.structs.replace(book, verified=False)
 
 
-def _killed_row(
-    started: dict[str, Any], conn: str, connection: Connection, last_heard: dict[str, int]
+def _row(
+    it: dict[str, Any], conn: str, sid: int, kind: str, detail: dict[str, Any], *, ticker: str = ""
 ) -> tuple[Any, ...]:
-    """The end of a connection that nobody lived to write down."""
-    last_ns = max(connection.last_recv_ns, last_heard.get(conn, 0))
-    detail = {
-        "cause": "the recorder ended without closing",
-        "last_frame": datetime.fromtimestamp(last_ns // 1_000_000_000, UTC).isoformat(),
-        "span_s": round((started["recv_ns"] - last_ns) / 1e9, 6),
-    }
+    """A row of stream_events at a happening."""
     body = msgspec.json.encode(detail).decode()
-    return (started["n"], started["recv_ns"], conn, 0, 0, "disconnected", "", body)
+    return (it["n"], it["recv_ns"], conn, sid, 0, kind, ticker, body)
 
 
 def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
@@ -419,7 +560,8 @@ def _connections_after(
         known = after.get(conn)
         if known is not None:
             seqs = known.seqs | {sid: seq} if seq else known.seqs
-            after[conn] = Connection(known.use_yes_price, max(known.last_recv_ns, recv_ns), seqs)
+            last_ns = max(known.last_recv_ns, recv_ns)
+            after[conn] = msgspec.structs.replace(known, last_recv_ns=last_ns, seqs=seqs)
     return after
 
 

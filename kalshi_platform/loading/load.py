@@ -24,7 +24,7 @@ import tenacity
 from kalshi_platform import durable
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import CHUNK_RECORDS, Derivation, chunks
 from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.state import (
@@ -38,7 +38,8 @@ from kalshi_platform.loading.state import (
 from kalshi_platform.loading.stores import Store
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.delays import Delays
-from kalshi_platform.recording.journal import JournalError, Position, Writer
+from kalshi_platform.recording.journal import JournalError, Position
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS
 
@@ -250,8 +251,7 @@ class Load:
                 self._keep_state()
             self._took(step.rows, step.state, step.end)
             for distrust in step.rows.distrusted:
-                if self._distrust is not None:
-                    self._distrust(distrust)
+                self._tell(distrust)
             if self._full or self._abandon.is_set():
                 return
 
@@ -296,13 +296,16 @@ class Load:
 
     def _replay(self, until: Position) -> None:
         """Derive up to `until`, which is durable: it was committed or planned."""
-        for block in chunks(journal.read(self._folder, self._position)):
+        doubted: dict[str, Distrust] = {}
+        for stretch in chunks(journal.read(self._folder, self._position)):
             if self._position.n >= until.n:
                 break
-            piece = block
-            if block.first_n + block.rows > until.n:
-                piece, _ = block.cut(until.n - block.first_n)
-            self._took(*derive(decode([piece]), self._state), piece.end)
+            piece = stretch
+            if stretch.first_n + stretch.rows > until.n:
+                piece, _ = stretch.cut(until.n - stretch.first_n)
+            rows, state = derive(decoded(piece), self._state)
+            self._took(rows, state, piece.end)
+            doubted.update({it.market_ticker: it for it in rows.distrusted})
         if self._position.n != until.n:
             raise JournalError(
                 f"The load into {self.name} had come to record {until.n}, but the journal in"
@@ -310,6 +313,13 @@ class Load:
                 f" {self._cursor_path.parent} away to load the journal from its beginning."
             )
         self._position = until
+        for it in doubted.values():  # and their snapshots may never have been asked for
+            if (book := self._state.books.get(it.market_ticker)) and not book.verified:
+                self._tell(it)
+
+    def _tell(self, it: Distrust) -> None:
+        if self._distrust is not None:
+            self._distrust(it)
 
     def _begin_hour(self, hour: datetime) -> None:
         books, n = checkpoint(self._state, hour), self._position.n
@@ -405,6 +415,21 @@ class Load:
     def _put_cursor(self, cursor: _Cursor) -> None:
         self._cursor_path.parent.mkdir(exist_ok=True)
         durable.replace(self._cursor_path, msgspec.json.encode(cursor))
+
+
+def reached(folder: Path) -> int:
+    """The record that a journal's loads have come to, or were about to: none before it is to be written.
+
+    A cursor that cannot be read says nothing here; its load does.
+    """
+    ends = [0]
+    for path in (folder / "load").glob("*.json"):
+        try:
+            cursor = msgspec.json.decode(path.read_bytes(), type=_Cursor)
+        except msgspec.DecodeError:
+            continue
+        ends += [place[2] for place in (cursor.committed, cursor.planned) if place is not None]
+    return max(ends)
 
 
 class _Abandoned(Exception):

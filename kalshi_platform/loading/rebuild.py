@@ -18,16 +18,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import compaction, hours, passage, sealing
 from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import at_hours, chunks
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.state import checkpoint, hour_state
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, Position
+from kalshi_platform.recording.journal import Block, Hole, Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import (
@@ -82,10 +83,12 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
                 _from_clickhouse(settings, archive, hour)
         else:
             strangers = _parts_of_others(sources, archive, hour)
+            whole = bool(sources) and not strangers
             if None not in strangers:  # else what ClickHouse gave holds the journals' rows too
-                for source in sources:
-                    _from_journal(source, archive, hour)
-            if (strangers or not sources) and not _sound(archive, hour):
+                whole &= _from_journals(sources, archive, hour)
+            # parts that nobody has vouched for yet are all that their loads wrote
+            vouched = not sources or strangers or hours.is_sealed(archive, hour)
+            if not whole and vouched and not _sound(archive, hour):
                 _from_clickhouse(settings, archive, hour)
         return sealing.seal(archive, hour)
 
@@ -140,7 +143,10 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
         return state, journal.find(folder, state.n)
     if beginning.n == 0:  # the journal's very first hour begins with no books at all
         first = next(journal.read(folder, beginning), None)
-        if first is not None and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour:
+        if (
+            isinstance(first, Block)
+            and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour
+        ):
             return State(), beginning
     return None
 
@@ -152,6 +158,31 @@ def _is_compacted(archive: Archive, hour: datetime) -> bool:
         or ((manifest := archive.read_manifest(name, hour)) is not None and manifest.merged)
         for name in hours.RECORDED
     )
+
+
+def _from_journals(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
+    """Derive each journal's parts anew; False where a damaged one no longer has all of the hour.
+
+    What was loaded before the damage stays: of that one, no part is changed from there on.
+    """
+    whole = True
+    for source in sources:
+        try:
+            _from_journal(source, archive, hour)
+        except _LostRecords as error:
+            log.warning("%s", error)
+            whole = False
+    return whole
+
+
+class _LostRecords(PlatformError):
+    """A journal that lacks records of the hour: a damaged segment was set aside."""
+
+    def __init__(self, folder: Path, hour: datetime) -> None:
+        super().__init__(
+            f"The journal in {folder} has lost records of {hour:%Y-%m-%d %H:00} UTC:"
+            " the hour is not built from it."
+        )
 
 
 def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
@@ -185,6 +216,9 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
                 return False
             compaction.vouch(staged, manifest, found[1])
             built.append((name, staged))
+    except _LostRecords as error:
+        log.warning("%s", error)
+        return False
     finally:
         shutil.rmtree(folder_of_parts)
     for name, staged in built:
@@ -205,7 +239,7 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source.folder, source.position, hour, edges):
-        rows, state = derive(decode([piece]), state)
+        rows, state = derive(decoded(piece), state)
         pending.append(rows)
         if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
             _write_range(archive, hour, shard, first_n, pending)
@@ -231,12 +265,17 @@ def _parts(archive: Archive, hour: datetime) -> set[str]:
 
 
 def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -> Iterator[Block]:
-    """The hour's blocks, cut at the edges; ends at the first record of a later hour."""
+    """The hour's blocks, cut at the edges; ends at the first record of a later hour.
+
+    Raises `_LostRecords` where some of the hour's are lost.
+    """
     newest_ns = 0
-    for block in chunks(journal.read(folder, position)):
-        for piece, begins in at_hours(block, newest_ns):
+    for stretch in chunks(journal.read(folder, position)):
+        for piece, begins in at_hours(stretch, newest_ns):
             if begins is not None and begins > hour:
                 return
+            if isinstance(piece, Hole):
+                raise _LostRecords(folder, hour)
             newest_ns = max(newest_ns, pc.max(piece.batch.column("recv_ns")).as_py())
             rest = piece
             for edge in sorted(e for e in edges if rest.first_n < e < rest.first_n + rest.rows):

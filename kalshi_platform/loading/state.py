@@ -117,7 +117,7 @@ def checkpoint(state: State, hour: datetime) -> pa.Table:
             book.conn,
             book.sid,
             book.market_id,
-            book.verified,
+            book.verified and state.connections[book.conn].believes(book.sid),
             state.connections[book.conn].seqs.get(book.sid, 0),
         )
         for ticker, book in sorted(state.books.items())

@@ -26,7 +26,8 @@ from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.printable import printable
-from kalshi_platform.recording.journal import NO_CONNECTION, Writer
+from kalshi_platform.recording.journal import NO_CONNECTION
+from kalshi_platform.recording.writer import Writer
 
 log = logging.getLogger(__name__)
 

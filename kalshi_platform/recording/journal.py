@@ -8,43 +8,35 @@ A journal is a folder of segments, each an Arrow IPC stream (zstd) that any Arro
     frame    binary             the bytes from the wire; a JSON object for a note
 
 Records are numbered through all segments without a hole; a segment is named for its first number,
-and each batch carries its own (`n`) and a checksum (`crc32`) in its metadata. A writer never appends
-to a segment that it did not begin, so a tail torn by a kill stays where it is, for anyone to see,
-and is named by a note in the segment that follows.
+and each batch carries its own (`n`) and a checksum (`crc32`) in its metadata. A writer
+(`recording.writer`) never appends to a segment that it did not begin, so a tail torn by a kill stays
+where it is, for anyone to see, and is named by a note in the segment that follows.
 
-The lock is the kernel's: it falls with its holder, and two writers cannot be.
+A segment that the disk has damaged stops whoever reads it, and is restored from a backup. Where there
+is none, somebody renames it, `.damaged` behind its name: then every batch of it that is whole is read,
+and what is lost comes as a `Hole`. Nothing else makes one.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import json
-import logging
+import mmap
 import os
-import threading
+import re
 import time
 import uuid
 import zlib
-from array import array
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-import filelock
-import msgspec
-import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.durable import sync
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.exchange.frames import Kind
-from kalshi_platform.recording.delays import Delays
-
-log = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -55,14 +47,11 @@ SCHEMA = pa.schema(
     ]
 )
 NO_CONNECTION = bytes(16)
-SEGMENT_BYTES = 128 << 20
-BATCH_RECORDS = 32_768
-BATCH_BYTES = 8 << 20
-"""A batch is handed over when it holds so much, or at the next tick of capture's clock."""
-BACKLOG_BYTES = 64 << 20
-"""Beyond this much waiting for the disk, capture stops reading the socket."""
-RETRY_S = 1.0
 SUFFIX = ".arrows"
+SET_ASIDE = ".damaged"
+"""Behind a segment's name: there is no better copy of it."""
+_BEGINS = re.compile(rb"\xff{4}..\x00\x00", re.DOTALL)
+"""So begins every message of a segment: Arrow's mark, and the length of the metadata, below 64 KiB."""
 
 
 class JournalError(PlatformError):
@@ -113,6 +102,32 @@ class Block:
         )
 
 
+@dataclass(frozen=True)
+class Hole:
+    """Consecutive records that a damaged segment had, and that cannot be read any more."""
+
+    first_n: int
+    rows: int
+    """How many there were."""
+    until_ns: int
+    """Receive time of the first record after them."""
+    end: Position
+    """Where that is."""
+
+    def cut(self, at: int) -> tuple[Hole, Hole]:
+        """The hole in two, as a block."""
+        n = self.first_n + at
+        within = Position(self.end.segment, self.end.offset, n)
+        return (
+            Hole(self.first_n, at, self.until_ns, within),
+            Hole(n, self.rows - at, self.until_ns, self.end),
+        )
+
+
+Stretch = Block | Hole
+"""What reading a journal gives."""
+
+
 def joined(blocks: Sequence[Block]) -> Block:
     """Consecutive blocks as one."""
     if len(blocks) == 1:
@@ -122,267 +137,25 @@ def joined(blocks: Sequence[Block]) -> Block:
     return Block(blocks[0].first_n, batch, begins, blocks[-1].end)
 
 
-@dataclass(frozen=True)
-class Torn:
-    """A segment whose end cannot be read, as a kill in mid-write leaves it."""
-
-    segment: str
-    good_up_to_byte: int
-    good_up_to_n: int
-    bytes_left: int
-
-
-class Writer:
-    """Appends to a journal. `append` and `hand_over` belong to one thread: capture's."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        except OSError as error:
-            raise JournalError(
-                f"The journal folder {folder} cannot be made ({error.strerror})."
-                " Set KALSHI_DATA_DIR to a folder that this user can write."
-            ) from None
-        self._lock = _lock(folder)
-        try:
-            self.id = _identity(folder)
-            self.torn, start = _end(folder)
-            self._next_n = start
-            self._open_segment(start)
-        except OSError as error:
-            self._lock.release()
-            raise _cannot_write(folder, error) from None
-        except JournalError:
-            self._lock.release()
-            raise
-        self._batch = _Batch()
-        self._queue: deque[_Batch] = deque()
-        self._queued_bytes = 0
-        self._wake = threading.Condition()
-        self._closing = False
-        self.blocked: str | None = None
-        """Why nothing can be written at the moment, as a sentence; None when all is well."""
-        self.durable = Position(start, self._offset, start)
-        """Everything before this is on disk."""
-        self.durable_recv_ns = 0
-        """Receive time of the last record on disk."""
-        self.flushed_ns = 0
-        """When the last batch had reached the disk, by this machine's clock."""
-        self.bytes_written = 0
-        self.delays = Delays()
-        """From receive to disk."""
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
-
-    # -- capture's side ----------------------------------------------------------------------
-
-    def append(self, recv_ns: int, conn: bytes, kind: int, frame: bytes) -> None:
-        """Take one record. It is durable once `durable` has passed it."""
-        self.extend(recv_ns, conn, (kind,), (frame,))
-
-    def extend(
-        self, recv_ns: int, conn: bytes, kinds: Sequence[int], frames: Sequence[bytes]
-    ) -> None:
-        """Take records that came together, in order."""
-        batch, count = self._batch, len(frames)
-        batch.recv.extend(array("q", (recv_ns,)) * count)
-        batch.conn.append((conn, count))
-        batch.kind.extend(kinds)
-        batch.frame.extend(frames)
-        batch.bytes += sum(map(len, frames)) + 64 * count
-        if batch.bytes >= BATCH_BYTES or len(batch.recv) >= BATCH_RECORDS:
-            self.hand_over()
-
-    def note(
-        self,
-        kind: str,
-        detail: Mapping[str, object],
-        *,
-        conn: bytes = NO_CONNECTION,
-        sid: int = 0,
-        market_ticker: str = "",
-        recv_ns: int | None = None,
-    ) -> None:
-        """Record something that happened."""
-        body = {"kind": kind, "sid": sid, "market_ticker": market_ticker, "detail": detail}
-        at = time.time_ns() if recv_ns is None else recv_ns
-        self.append(at, conn, Kind.NOTE, msgspec.json.encode(body))
-
-    def hand_over(self) -> None:
-        """Give what has come to the disk; called on every tick of capture's clock."""
-        batch = self._batch
-        if not batch.recv:
-            return
-        self._batch = _Batch()
-        with self._wake:
-            self._queue.append(batch)
-            self._queued_bytes += batch.bytes
-            self._wake.notify_all()
-
-    @property
-    def backlog_bytes(self) -> int:
-        """Bytes that wait for the disk."""
-        return self._queued_bytes + self._batch.bytes
-
-    @property
-    def full(self) -> bool:
-        """Whether capture must stop reading."""
-        return self.backlog_bytes > BACKLOG_BYTES
-
-    def wait_durable(self, n: int, timeout_s: float) -> bool:
-        """Wait until every record before number `n` is on disk."""
-        with self._wake:
-            return self._wake.wait_for(lambda: self.durable.n >= n, timeout_s)
-
-    def wait_beyond(self, n: int, timeout_s: float) -> bool:
-        """Wait until there is a durable record with number `n` or greater."""
-        with self._wake:
-            return self._wake.wait_for(lambda: self.durable.n > n, timeout_s)
-
-    @property
-    def next_n(self) -> int:
-        """The number that the next record will get."""
-        with self._wake:
-            return self._next_n + sum(len(b.recv) for b in self._queue) + len(self._batch.recv)
-
-    def close(self, timeout_s: float = 8.0) -> None:
-        """Write what is left, end the segment and let the lock go.
-
-        Raises `JournalError` where the disk would not take the rest within `timeout_s`.
-        """
-        self.hand_over()
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise JournalError(
-                f"{self.backlog_bytes:,} bytes could not be written to {self._folder} before the end:"
-                f" {self.blocked or 'the disk is slow'}. They are lost, and the next start marks the gap."
-            )
-        self._lock.release()
-
-    # -- the writing thread ------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    break
-                batch = self._queue[0]
-            self._write(batch)
-        self._end_segment()
-
-    def _write(self, batch: _Batch) -> None:
-        """Write one batch, for as long as it takes; what stands half-written is cut off first."""
-        data: bytes | None = None
-        while True:
-            try:
-                if self._offset >= SEGMENT_BYTES:
-                    self._end_segment()
-                    self._open_segment(self._next_n)
-                    data = None
-                if data is None:
-                    data = self._encode(batch)
-                _write_all(self._fd, data, self._offset)
-                os.fdatasync(self._fd)
-                break
-            except OSError as error:
-                sentence = _disk_sentence(self._folder, error)
-                if self.blocked != sentence:
-                    self.blocked = sentence
-                    log.error("%s Reading stops when %d MiB wait.", sentence, BACKLOG_BYTES >> 20)
-                time.sleep(RETRY_S)
-        self._offset += len(data)
-        self._next_n += len(batch.recv)
-        self.bytes_written += len(data)
-        if self.blocked:
-            log.warning("The journal is being written again.")
-            self.blocked = None
-        with self._wake:
-            self._queue.popleft()
-            self._queued_bytes -= batch.bytes
-            self.durable_recv_ns = batch.recv[-1]
-            self.flushed_ns = time.time_ns()
-            self.durable = Position(self._segment, self._offset, self._next_n)
-            self._wake.notify_all()
-        self.delays.add(np.frombuffer(batch.recv, np.int64), self.flushed_ns)
-
-    def _encode(self, batch: _Batch) -> bytes:
-        conn = b"".join([conn * count for conn, count in batch.conn])
-        arrays = pa.RecordBatch.from_arrays(
-            [
-                _column(pa.int64(), len(batch.recv), batch.recv),
-                _column(pa.binary(16), len(batch.recv), conn),
-                _column(pa.uint8(), len(batch.recv), batch.kind),
-                pa.array(batch.frame, pa.binary()),
-            ],
-            schema=SCHEMA,
-        )
-        metadata = {"n": str(self._next_n), "crc32": str(_checksum(arrays))}
-        self._stream.write_batch(arrays, custom_metadata=metadata)
-        return self._take()
-
-    def _take(self) -> bytes:
-        data = self._buffer.getvalue()
-        self._buffer.seek(0)
-        self._buffer.truncate()
-        return data
-
-    def _open_segment(self, first_n: int) -> None:
-        path = self._folder / f"{first_n:020d}{SUFFIX}"
-        if path.exists():  # begun, and torn before its first record was whole: keep it, aside
-            path.rename(path.with_name(f"{path.name}.torn-{time.time_ns()}"))
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        self._buffer = io.BytesIO()
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        self._stream = pa.ipc.new_stream(pa.PythonFile(self._buffer, "w"), SCHEMA, options=options)
-        header = self._take()
-        _write_all(self._fd, header, 0)
-        os.fdatasync(self._fd)
-        sync(self._folder)
-        self._segment, self._offset = first_n, len(header)
-
-    def _end_segment(self) -> None:
-        self._stream.close()
-        try:
-            _write_all(self._fd, self._take(), self._offset)
-            os.fdatasync(self._fd)
-        except OSError as error:
-            # Only the end mark is missing; every record is there.
-            log.warning("Segment %d has no end mark: %s", self._segment, error.strerror)
-        os.close(self._fd)
-
-
-@dataclass
-class _Batch:
-    """Records on their way to the disk; not touched again once it is handed over."""
-
-    recv: array[int] = field(default_factory=lambda: array("q"))
-    conn: list[tuple[bytes, int]] = field(default_factory=list)
-    """Runs: a connection, and how many records in a row are its."""
-    kind: bytearray = field(default_factory=bytearray)
-    frame: list[bytes] = field(default_factory=list)
-    bytes: int = 0
-
-
-def _column(dtype: pa.DataType, rows: int, values: array[int] | bytes | bytearray) -> pa.Array:
-    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(values)])
-
-
 # -- reading -----------------------------------------------------------------------------------
 
 
 def segments(folder: Path) -> list[int]:
     """First numbers of the journal's segments, ascending."""
-    return sorted(int(path.stem) for path in folder.glob(f"*{SUFFIX}"))
+    names = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{SET_ASIDE}")]
+    return sorted({int(path.name.partition(".")[0]) for path in names})
 
 
 def segment_path(folder: Path, first_n: int) -> Path:
-    """Where a segment is."""
-    return folder / f"{first_n:020d}{SUFFIX}"
+    """Where a segment is; under its own name where it is not there."""
+    path = folder / f"{first_n:020d}{SUFFIX}"
+    aside = set_aside(path)
+    return aside if not path.exists() and aside.exists() else path
+
+
+def set_aside(path: Path) -> Path:
+    """The name of a segment of which there is no better copy."""
+    return path.with_name(path.name + SET_ASIDE)
 
 
 def identity(folder: Path) -> uuid.UUID:
@@ -406,11 +179,12 @@ def find(folder: Path, n: int) -> Position:
     return Position(before[-1], 0, n)
 
 
-def read(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Block]:
+def read(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Stretch]:
     """The blocks from `start` on, up to `limit` (the writer's `durable`) or to what can be read.
 
-    Raises `JournalError`, saying where it is good up to, for damage that is not a torn tail, and
-    for a `start` whose record has been removed.
+    Every record is in a block, or in a hole where a segment was set aside. Raises `JournalError`, saying
+    where it is good up to, for damage that is not a torn tail, and for a `start` whose record has been
+    removed.
     """
     position = start
     if any(position.segment < first_n <= position.n for first_n in segments(folder)):
@@ -420,23 +194,57 @@ def read(folder: Path, start: Position, limit: Position | None = None) -> Iterat
         if not path.exists():
             raise JournalError(
                 f"The journal segment {path.name}, which holds record {position.n}, is gone from {folder}."
+                f" Restore it from a backup; without one, make an empty file {set_aside(path).name} there:"
+                " what follows is loaded then, and gap rows name what is lost."
             )
         end_of_file = limit.offset if limit and limit.segment == position.segment else None
-        for block in _read_segment(path, position, end_of_file):
+        aside = path.name.endswith(SET_ASIDE)
+        blocks = (
+            _read_damaged(path, position, end_of_file, _following(folder, position.segment))
+            if aside
+            else read_segment(path, position, end_of_file)
+        )
+        for block in blocks:
+            if block.first_n > position.n:
+                yield _hole(position, block)
             yield block
             position = block.end
         if limit is not None and position.segment >= limit.segment:
             return
-        following = next((n for n in segments(folder) if n > position.segment), None)
+        following = _following(folder, position.segment)
         if following is None:
             return
-        if following != position.n:
+        if following != position.n and not aside:
             raise JournalError(
                 f"The journal in {folder} is good up to record {position.n - 1}; its next segment begins"
                 f" at {following}: {following - position.n} records of {path.name} cannot be read."
-                " Nothing was deleted; restore that file from a backup, or load what follows it by itself."
+                f" {_remedy(path)}"
             )
-        position = Position(following, 0, following)
+        position = Position(following, 0, position.n)
+
+
+def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Block]:
+    """As `read`, for those who want every record. Raises `JournalError` where some are lost, too."""
+    for it in read(folder, start, limit):
+        if isinstance(it, Hole):
+            raise JournalError(
+                f"The journal in {folder} has lost its records {it.first_n} to {it.first_n + it.rows - 1}."
+            )
+        yield it
+
+
+def _following(folder: Path, segment: int) -> int | None:
+    return next((n for n in segments(folder) if n > segment), None)
+
+
+def _hole(position: Position, following: Block) -> Hole:
+    begin = following.begins[0]
+    return Hole(
+        position.n,
+        following.first_n - position.n,
+        following.batch.column("recv_ns")[0].as_py(),
+        Position(begin.segment, begin.offset, following.first_n),
+    )
 
 
 def prune(folder: Path, needed_n: int, older_than_s: float) -> list[Path]:
@@ -452,13 +260,15 @@ def prune(folder: Path, needed_n: int, older_than_s: float) -> list[Path]:
     return removed
 
 
-def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Block]:
+def read_segment(path: Path, start: Position, size: int | None) -> Iterator[Block]:
+    """The blocks of one segment from `start` on, up to byte `size` or to a torn tail."""
     with path.open("rb") as file:
         header = _message(file, 0)
         if header is None:
             return
         offset = max(start.offset, len(header))
-        expected: int | None = None
+        # after a segment that was set aside, the first record is not the one that comes next
+        expected = start.segment if start.n < start.segment else None
         while size is None or offset < size:
             message = _message(file, offset)
             if message is None:
@@ -466,27 +276,52 @@ def _read_segment(path: Path, start: Position, size: int | None) -> Iterator[Blo
                     raise _corrupt(path, offset, expected or start.n, "a batch without an end")
                 return
             try:
-                stream = pa.ipc.open_stream(header + message)
-                batch, metadata = stream.read_next_batch_with_custom_metadata()
-                first_n, crc = int(metadata["n"]), int(metadata["crc32"])
+                found = _batch(header, message)
             except StopIteration:  # the end mark
                 return
-            except (pa.ArrowException, OSError, MemoryError) as error:
+            except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
                 raise _corrupt(path, offset, expected or start.n, str(error)) from None
-            except (KeyError, TypeError, ValueError):
-                why = "a batch without its number and checksum"
-                raise _corrupt(path, offset, expected or start.n, why) from None
-            begins_right = first_n <= start.n if expected is None else first_n == expected
-            if not begins_right or not _has_shape(batch) or _checksum(batch) != crc:
-                why = "checksum or numbering does not fit"
-                raise _corrupt(path, offset, expected or start.n, why)
-            begin = Position(start.segment, offset, first_n)
+            begins_right = found.n <= start.n if expected is None else found.n == expected
+            if not begins_right:
+                raise _corrupt(path, offset, expected or start.n, "its numbering does not fit")
+            begin = Position(start.segment, offset, found.n)
             offset += len(message)
-            expected = first_n + int(batch.num_rows)
+            expected = found.end_n
             if expected > start.n:
-                skip = max(start.n - first_n, 0)
-                end = Position(start.segment, offset, expected)
-                yield Block(first_n + skip, batch.slice(skip), (begin,), end)
+                yield _block(found, begin, start.n, Position(start.segment, offset, expected))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    n: int
+    batch: pa.RecordBatch
+
+    @property
+    def end_n(self) -> int:
+        return self.n + int(self.batch.num_rows)
+
+
+def _batch(header: bytes, message: bytes) -> _Batch:
+    """A batch whose checksum is right.
+
+    Raises `StopIteration` for an end mark; `pa.ArrowException`, `OSError`, `MemoryError` or `ValueError`
+    for what is no batch of ours.
+    """
+    stream = pa.ipc.open_stream(header + message)
+    batch, metadata = stream.read_next_batch_with_custom_metadata()
+    try:
+        first_n, crc = int(metadata["n"]), int(metadata["crc32"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("a batch without its number and checksum") from None
+    if not _has_shape(batch) or checksum(batch) != crc:
+        raise ValueError("checksum does not fit")
+    return _Batch(first_n, batch)
+
+
+def _block(found: _Batch, begin: Position, start_n: int, end: Position) -> Block:
+    """What a batch has from record `start_n` on."""
+    skip = max(start_n - found.n, 0)
+    return Block(found.n + skip, found.batch.slice(skip), (begin,), end)
 
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:
@@ -531,7 +366,8 @@ def _has_shape(batch: pa.RecordBatch) -> bool:
     return bool(conn.buffers()[1].size == 16 * batch.num_rows)
 
 
-def _checksum(batch: pa.RecordBatch) -> int:
+def checksum(batch: pa.RecordBatch) -> int:
+    """CRC 32 of the records, as a batch carries it."""
     crc = 0
     for column in batch.columns:
         if column.offset:
@@ -545,70 +381,94 @@ def _checksum(batch: pa.RecordBatch) -> int:
 def _corrupt(path: Path, offset: int, n: int, why: str) -> JournalError:
     return JournalError(
         f"Journal segment {path} is corrupt at byte {offset} ({why}): good up to record {n - 1}."
-        " Nothing was deleted; restore the file from a backup."
+        f" {_remedy(path)}"
     )
 
 
-# -- opening -----------------------------------------------------------------------------------
-
-
-def _lock(folder: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(folder / "lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise JournalError(
-            f"Another streamer is writing to {folder}. Stop it first, or set KALSHI_DATA_DIR to"
-            " another folder."
-        ) from None
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-    return lock
-
-
-def _cannot_write(folder: Path, error: OSError) -> JournalError:
-    return JournalError(
-        f"{_disk_sentence(folder, error)} Or set KALSHI_DATA_DIR to another folder."
+def _remedy(path: Path) -> str:
+    return (
+        "Nothing was deleted; restore the file from a backup. Without one, rename it to"
+        f" {set_aside(path).name}: what can still be read of it is loaded then, and gap rows name the rest."
     )
 
 
-def _disk_sentence(folder: Path, error: OSError) -> str:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return f"No space is left for the journal in {folder}: make room."
-    return f"The journal in {folder} cannot be written ({error.strerror}): check the disk and its permissions."
+# -- what is left of a damaged segment ---------------------------------------------------------
 
 
-def _identity(folder: Path) -> uuid.UUID:
-    path = folder / "journal.json"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"format": 1, "id": str(uuid.uuid4())}) + "\n")
-        sync(temporary)
-        temporary.replace(path)
-    return identity(folder)
+@dataclass(frozen=True)
+class Whole:
+    """Where a batch is that can be read."""
+
+    offset: int
+    end_offset: int
+    n: int
+    end_n: int
 
 
-def _end(folder: Path) -> tuple[Torn | None, int]:
-    """What the last segment's tail looks like, and the first number that is free."""
-    existing = segments(folder)
-    if not existing:
-        return None, 0
-    first_n = existing[-1]
-    path = segment_path(folder, first_n)
-    position = Position(first_n, 0, first_n)
-    for block in _read_segment(path, position, None):
-        position = block.end
+def _read_damaged(
+    path: Path, start: Position, size: int | None, following: int | None
+) -> Iterator[Block]:
+    """The batches of a segment that was set aside, whatever is between them."""
+    status = path.stat()
+    header = SCHEMA.serialize().to_pybytes()
     with path.open("rb") as file:
-        tail = path.stat().st_size - position.offset
-        complete = _message(file, position.offset)
-    if tail == 0 or (complete is not None and len(complete) == tail):
-        return None, position.n
-    return Torn(path.name, position.offset, position.n - 1, tail), position.n
+        for it in believed(path, status.st_size, status.st_mtime_ns, following):
+            if it.end_n <= start.n or (size is not None and it.end_offset > size):
+                continue
+            message = _message(file, it.offset)
+            if message is None:
+                raise _corrupt(path, it.offset, it.n, "it became shorter while it was read")
+            begin = Position(start.segment, it.offset, it.n)
+            end = Position(start.segment, it.end_offset, it.end_n)
+            yield _block(_batch(header, message), begin, start.n, end)
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written
+@lru_cache(maxsize=4)
+def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tuple[Whole, ...]:
+    """The whole batches of a damaged segment whose numbers can be believed, in order.
+
+    A batch's number is not in its checksum: after damage it is believed where the next batch, or the
+    `following` segment, begins at the number at which this one ends. Which they are depends on the file
+    alone, not on where the reading begins, so that a range that is read twice has the same holes.
+    `size` and `mtime_ns` say to the cache which content it was.
+    """
+    number = int(path.name.partition(".")[0])
+    found = list(whole_batches(path))
+    next_n = [*(it.n for it in found[1:]), following]
+    expected, kept = number, list[Whole]()
+    for it, then in zip(found, next_n, strict=True):
+        if it.n < expected or (following is not None and it.end_n > following):
+            continue
+        if it.n == expected or it.end_n == then:
+            kept.append(it)
+            expected = it.end_n
+    return tuple(kept)
+
+
+def whole_batches(path: Path) -> Iterator[Whole]:
+    """Whatever has the form and the checksum of a batch, wherever it begins."""
+    header = SCHEMA.serialize().to_pybytes()
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            at = 0
+            while (begins := _BEGINS.search(content, at)) is not None:
+                offset = begins.start()
+                at = offset + 1
+                message = _message(file, offset)
+                try:
+                    it = _batch(header, message) if message is not None else None
+                except (StopIteration, pa.ArrowException, OSError, MemoryError, ValueError):
+                    continue
+                if message is not None and it is not None and it.batch.num_rows:
+                    at = offset + len(message)
+                    yield Whole(offset, at, it.n, it.end_n)
+
+
+def bytes_after(path: Path, offset: int) -> int:
+    """Bytes of a segment after `offset`, should there be more than an end mark."""
+    with path.open("rb") as file:
+        left = path.stat().st_size - offset
+        complete = _message(file, offset)
+    return 0 if complete is not None and len(complete) == left else left

@@ -129,6 +129,8 @@ def remembered(folder: Path, before_n: int) -> Memory:
     if not earlier:
         return Memory(0, ())
     for block in journal.read(folder, Position(earlier[0], 0, earlier[0])):
+        if isinstance(block, journal.Hole):
+            continue
         if block.first_n >= before_n:
             break
         recv_ns = block.batch.column("recv_ns")

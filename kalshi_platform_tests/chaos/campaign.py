@@ -168,7 +168,7 @@ def _connections_cut(folder: Path, kills: list[Kill]) -> int:
     ending = [k for k in kills if k.target == EVERYTHING or STREAMER in k.target]
     open_since: dict[bytes, int] = {}
     cut = 0
-    for block in journal.read(folder, journal.beginning(folder)):
+    for block in journal.blocks(folder, journal.beginning(folder)):
         notes = block.batch.to_pylist()
         for record in (r for r in notes if r["kind"] == Kind.NOTE):
             if b'"kind":"connected"' in record["frame"]:
@@ -184,7 +184,7 @@ def _connections_cut(folder: Path, kills: list[Kill]) -> int:
 def _delays(folder: Path, kills: list[Kill]) -> list[float]:
     """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
-    for block in journal.read(folder, journal.beginning(folder)):
+    for block in journal.blocks(folder, journal.beginning(folder)):
         for record in block.batch.to_pylist():
             at = record["recv_ns"] / 1e9
             if record["kind"] != Kind.NOTE:

@@ -152,7 +152,7 @@ def _journalled(settings: Settings) -> tuple[int, Counter[str]]:
     kinds = np.zeros(len(Kind), np.int64)
     found: Counter[str] = Counter()
     for folder in sorted(settings.journals_dir.glob("shard-*")):
-        for block in journal.read(folder, journal.beginning(folder)):
+        for block in journal.blocks(folder, journal.beginning(folder)):
             of = block.batch.column("kind").cast(pa.int64())
             kinds += np.bincount(of.to_numpy(), minlength=len(Kind))
             others = block.batch.column("frame").filter(pc.equal(of, int(Kind.CONTROL)))

@@ -193,7 +193,7 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
     writer = journal_of(tmp_path / "journal", recording(300))
     writer.close()
     block = joined(
-        list(journal.read(tmp_path / "journal", journal.beginning(tmp_path / "journal")))
+        list(journal.blocks(tmp_path / "journal", journal.beginning(tmp_path / "journal")))
     )
     rows, _ = derive(decode([block]), State())
     client = clickhouse.connect(settings)

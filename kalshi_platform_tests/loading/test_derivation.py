@@ -13,7 +13,8 @@ from kalshi_platform.loading.decode import Decoded
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Position, Writer
+from kalshi_platform.recording.journal import Position
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform_tests.loading.test_load import PATIENCE_S, journal_of, recording
 
 

@@ -21,7 +21,7 @@ from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.archive import LocalArchive, floor_hour, hour_of_ns

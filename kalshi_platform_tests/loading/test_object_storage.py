@@ -31,7 +31,7 @@ from kalshi_platform.loading.parity import compare_hours
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import migrations

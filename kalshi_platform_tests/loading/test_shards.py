@@ -22,7 +22,7 @@ from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.archive import LocalArchive
@@ -295,7 +295,7 @@ from pathlib import Path
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ParquetStore
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.archive import LocalArchive
 data, shard = Path(sys.argv[1]), int(sys.argv[2])
 settings = platform_settings.load(kalshi_data_dir=data, use_clickhouse=False, stream_shards=2)

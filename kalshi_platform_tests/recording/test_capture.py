@@ -16,7 +16,7 @@ from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
@@ -48,7 +48,7 @@ def run(it: Capture, until: Callable[[], bool], timeout_s: float = 60.0) -> None
 
 def notes(folder: Path, kind: str) -> list[dict[str, object]]:
     found = []
-    for block in journal.read(folder, journal.beginning(folder)):
+    for block in journal.blocks(folder, journal.beginning(folder)):
         for record in block.batch.to_pylist():
             if (
                 record["kind"] == Kind.NOTE

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import JournalError, Position, Writer
+from kalshi_platform.recording.journal import JournalError, Position
+from kalshi_platform.recording.writer import Writer
 
 CONN = bytes(range(16))
 
 
 def frames(folder: Path, start: Position | None = None) -> list[bytes]:
-    found = journal.read(folder, start or journal.beginning(folder))
+    found = journal.blocks(folder, start or journal.beginning(folder))
     return [value for block in found for value in block.batch.column("frame").to_pylist()]
 
 
@@ -140,7 +141,7 @@ def test_a_block_of_many_segments_cut_anywhere_reads_on_from_the_cut(
         write(folder, count, first=total, batch=batch)
         total += count
     edges = st.sets(st.integers(1, total - 1)) if total > 1 else st.just(set[int]())
-    rest = journal.joined(list(journal.read(folder, journal.beginning(folder))))
+    rest = journal.joined(list(journal.blocks(folder, journal.beginning(folder))))
     for edge in sorted(data.draw(edges)):
         head, rest = rest.cut(edge - rest.first_n)
         assert head.first_n + head.rows == edge == rest.first_n == head.end.n
@@ -165,7 +166,7 @@ def test_a_position_that_names_a_segment_before_its_record_is_read_from_its_reco
 KILLED = """
 import sys, time
 from pathlib import Path
-from kalshi_platform.recording.journal import Writer
+from kalshi_platform.recording.writer import Writer
 writer = Writer(Path(sys.argv[1]))
 n = writer.next_n
 while True:
@@ -254,12 +255,12 @@ def test_a_damaged_length_or_count_is_damage_and_not_fewer_records(tmp_path: Pat
     write(tmp_path, 21)
     path = journal.segment_path(tmp_path, 0)
     whole = path.read_bytes()
-    first, *_ = journal.read(tmp_path, journal.beginning(tmp_path))
+    first, *_ = journal.blocks(tmp_path, journal.beginning(tmp_path))
     durable = Position(0, len(whole), 21)
     for at in range(first.begins[0].offset, first.end.offset):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         try:
-            blocks = list(journal.read(tmp_path, journal.beginning(tmp_path), durable))
+            blocks = list(journal.blocks(tmp_path, journal.beginning(tmp_path), durable))
         except JournalError as error:
             assert "good up to record" in str(error)
         else:

@@ -15,8 +15,8 @@ from kalshi_platform.exchange.frames import Kind, decode_trade
 from kalshi_platform.exchange.side_channel import TRADES, Lost
 from kalshi_platform.recording import recovery
 from kalshi_platform.recording.capture import RECENT_TRADES, Loss
-from kalshi_platform.recording.journal import Writer
 from kalshi_platform.recording.recovery import Memory, ask, missed, remembered
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform_tests import wire
 
 SINCE = wire.NOON_NS
