@@ -50,6 +50,8 @@ NO_CONNECTION = bytes(16)
 SUFFIX = ".arrows"
 SET_ASIDE = ".damaged"
 """Behind a segment's name: there is no better copy of it."""
+_MARK = b"\xff\xff\xff\xff"
+_END_MARK = _MARK + bytes(4)
 _BEGINS = re.compile(rb"\xff{4}..\x00\x00", re.DOTALL)
 """So begins every message of a segment: Arrow's mark, and the length of the metadata, below 64 KiB."""
 
@@ -273,17 +275,17 @@ def read_segment(path: Path, start: Position, size: int | None) -> Iterator[Bloc
             message = _message(file, offset)
             if message is None:
                 if size is not None:  # it had been whole
-                    raise _corrupt(path, offset, expected or start.n, "a batch without an end")
+                    raise corrupt(path, offset, expected or start.n, "a batch without an end")
                 return
             try:
                 found = _batch(header, message)
             except StopIteration:  # the end mark
                 return
             except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
-                raise _corrupt(path, offset, expected or start.n, str(error)) from None
+                raise corrupt(path, offset, expected or start.n, str(error)) from None
             begins_right = found.n <= start.n if expected is None else found.n == expected
             if not begins_right:
-                raise _corrupt(path, offset, expected or start.n, "its numbering does not fit")
+                raise corrupt(path, offset, expected or start.n, "its numbering does not fit")
             begin = Position(start.segment, offset, found.n)
             offset += len(message)
             expected = found.end_n
@@ -331,10 +333,10 @@ def _message(file: io.BufferedReader, offset: int) -> bytes | None:
     prefix = file.read(8)
     if len(prefix) < 8:
         return None
+    if prefix == _END_MARK:
+        return prefix
     metadata_bytes = int.from_bytes(prefix[4:], "little")
-    if metadata_bytes == 0:
-        return prefix  # the end mark
-    if metadata_bytes > there - 8:
+    if not prefix.startswith(_MARK) or not 0 < metadata_bytes <= there - 8:
         return None
     metadata = file.read(metadata_bytes)
     body_bytes = _body_length(metadata)
@@ -378,7 +380,8 @@ def checksum(batch: pa.RecordBatch) -> int:
     return crc
 
 
-def _corrupt(path: Path, offset: int, n: int, why: str) -> JournalError:
+def corrupt(path: Path, offset: int, n: int, why: str) -> JournalError:
+    """That a segment cannot be read beyond record `n` - 1, and what to do."""
     return JournalError(
         f"Journal segment {path} is corrupt at byte {offset} ({why}): good up to record {n - 1}."
         f" {_remedy(path)}"
@@ -417,7 +420,7 @@ def _read_damaged(
                 continue
             message = _message(file, it.offset)
             if message is None:
-                raise _corrupt(path, it.offset, it.n, "it became shorter while it was read")
+                raise corrupt(path, it.offset, it.n, "it became shorter while it was read")
             begin = Position(start.segment, it.offset, it.n)
             end = Position(start.segment, it.end_offset, it.end_n)
             yield _block(_batch(header, message), begin, start.n, end)
@@ -434,9 +437,9 @@ def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tup
     """
     number = int(path.name.partition(".")[0])
     found = list(whole_batches(path))
-    next_n = [*(it.n for it in found[1:]), following]
     expected, kept = number, list[Whole]()
-    for it, then in zip(found, next_n, strict=True):
+    for i, it in enumerate(found):
+        then = found[i + 1].n if i + 1 < len(found) else following
         if it.n < expected or (following is not None and it.end_n > following):
             continue
         if it.n == expected or it.end_n == then:
@@ -445,14 +448,13 @@ def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tup
     return tuple(kept)
 
 
-def whole_batches(path: Path) -> Iterator[Whole]:
-    """Whatever has the form and the checksum of a batch, wherever it begins."""
+def whole_batches(path: Path, at: int = 0) -> Iterator[Whole]:
+    """Whatever has the form and the checksum of a batch, wherever it begins from byte `at` on."""
     header = SCHEMA.serialize().to_pybytes()
     with path.open("rb") as file:
         if not path.stat().st_size:
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            at = 0
             while (begins := _BEGINS.search(content, at)) is not None:
                 offset = begins.start()
                 at = offset + 1
@@ -461,9 +463,12 @@ def whole_batches(path: Path) -> Iterator[Whole]:
                     it = _batch(header, message) if message is not None else None
                 except (StopIteration, pa.ArrowException, OSError, MemoryError, ValueError):
                     continue
-                if message is not None and it is not None and it.batch.num_rows:
-                    at = offset + len(message)
-                    yield Whole(offset, at, it.n, it.end_n)
+                if message is None or it is None or not it.batch.num_rows:
+                    continue
+                end = offset + len(message)
+                yield Whole(offset, end, it.n, it.end_n)
+                if end == len(content) or content[end : end + len(_MARK)] == _MARK:
+                    at = end  # else it may be the length that was changed
 
 
 def bytes_after(path: Path, offset: int) -> int:

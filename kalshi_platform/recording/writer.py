@@ -360,6 +360,10 @@ def _end(folder: Path) -> tuple[Torn | None, str | None, int]:
     except JournalError as error:
         return None, str(error), _beyond(path, first_n)
     left = journal.bytes_after(path, position.offset)
+    if left and any(journal.whole_batches(path, position.offset)):
+        why = "batches that are whole follow what is none"
+        damage = journal.corrupt(path, position.offset, position.n, why)
+        return None, str(damage), _beyond(path, first_n)
     torn = Torn(path.name, position.offset, position.n - 1, left) if left else None
     return torn, None, position.n
 
