@@ -34,7 +34,7 @@ from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loading import audit, passage
 from kalshi_platform.loading.derivation import Derivation
-from kalshi_platform.loading.derive import Distrust
+from kalshi_platform.loading.derive import DAMAGED, Distrust
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load, reached
 from kalshi_platform.loading.state import prune_hour_states
@@ -281,7 +281,14 @@ class Streamer:
                 self._settings, str(writer.id), f"streamer shard {self._shard}"
             )
             loads.append(
-                Load(self._folder, writer, clickhouse, CLICKHOUSE_PACE, derivation=derivation)
+                Load(
+                    self._folder,
+                    writer,
+                    clickhouse,
+                    CLICKHOUSE_PACE,
+                    derivation=derivation,
+                    distrust=self._distrust_damaged,
+                )
             )
         return loads
 
@@ -492,6 +499,12 @@ class Streamer:
             capture.remark("mismatch", dict(level), it.market_ticker)
         for ticker in {it.market_ticker for it in found.mismatches}:
             capture.distrust(ticker, "audit_mismatch", {})
+
+    def _distrust_damaged(self, it: Distrust) -> None:
+        """Of a load whose finds another one tells as well, but for what only it has lost: the other may
+        have passed those records before the disk damaged them."""
+        if it.cause == DAMAGED:
+            self._distrust(it)
 
     def _distrust(self, it: Distrust) -> None:
         if self._loop is not None and self._capture is not None and not self._loop.is_closed():

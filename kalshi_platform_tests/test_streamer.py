@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.embedded import running
 from kalshi_platform.streamer import Health, Streamer, read_health
+from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,13 +150,19 @@ def wait_for_the_last_frames(
     wait_for(lambda: {it for it in latest(settings) if it[0] in of} == last, "the last frames")
 
 
-def assert_lossless(settings: Settings) -> None:
-    """The user's own proof finds nothing, and the two stores agree row by row."""
+def proved(settings: Settings) -> list[dict[str, Any]]:
+    """The user's own proof, which must find nothing that is not named, and nothing twice."""
     with clickhouse.translated():
         proof = clickhouse.connect(settings).query(PROOF.read_text().strip().rstrip(";"))
     rows = [dict(zip(proof.column_names, row, strict=True)) for row in proof.result_rows]
     assert rows
     assert [r for r in rows if r["unexplained_holes"] or r["doubled"]] == []
+    return rows
+
+
+def assert_lossless(settings: Settings) -> None:
+    """The user's own proof finds nothing, and the two stores agree row by row."""
+    proved(settings)
     for dataset in ("orderbook_events", "stream_events"):
         count = archived(settings, dataset).height
         assert query(settings, f"SELECT count() FROM {dataset}") == [(count,)]
@@ -477,6 +485,56 @@ def test_a_damaged_journal_stops_the_loads_loudly_while_recording_goes_on(
         wait_for(lambda: streamer.health().trouble is None, "the loads to go on")
         wait_for(lambda: caught_up(streamer), "all of it")
     assert_lossless(settings)
+
+
+def test_what_a_damaged_segment_without_a_backup_lost_is_named_and_the_rest_is_loaded(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """On the connection that is open: ClickHouse comes back to a journal that was damaged meanwhile."""
+    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.5)
+    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.5)
+    monkeypatch.setattr("kalshi_platform.recording.writer.SEGMENT_BYTES", 30_000)
+    simulator = start_simulator(markets=6, rate=800.0, rolling_markets=0)
+    (port,) = free_ports(1)
+    settings = settings_for(simulator, clickhouse_url=f"http://127.0.0.1:{port}")
+    folder = settings.journal_dir()
+    with ExitStack() as engine:
+        with streaming(settings) as streamer:
+            wait_for(lambda: len(journal.segments(folder)) > 5, "segments")
+            segment = journal.segment_path(folder, journal.segments(folder)[2])
+            data = segment.read_bytes()
+            middle = len(data) // 2
+            segment.write_bytes(data[:middle] + bytes(3_000) + data[middle + 3_000 :])
+            engine.enter_context(running(tmp_path / "clickhouse", port=port))
+            migrations.migrate(settings)
+            remedy = f"rename it to {segment.name}.damaged"
+            wait_for(
+                lambda: remedy in str(streamer.health().stores["clickhouse"].trouble), "the damage"
+            )
+            segment.rename(journal.set_aside(segment))
+            wait_for(lambda: streamer.health().trouble is None, "the load to go on")
+            wait_for(lambda: caught_up(streamer), "the rest")
+            resynced = "SELECT count() FROM stream_events WHERE kind = 'resynced'"
+            wait_for(lambda: query(settings, resynced) == [(1,)], "the snapshots")
+            simulator.pause()
+            wait_for_the_last_frames(settings, simulator)
+            assert streamer.health().connections == 1
+        lost = sum(
+            archived(settings, name).height - query(settings, f"SELECT count() FROM {name}")[0][0]
+            for name in ("orderbook_events", "trades")
+        )
+        gaps = query(
+            settings,
+            "SELECT JSONExtractString(detail, 'channel'), JSONExtractUInt(detail, 'missing')"
+            " FROM stream_events WHERE kind = 'gap' AND market_ticker = ''"
+            " AND JSONExtractString(detail, 'cause') = 'journal_damaged'",
+        )
+        named = sum(row["named_holes"] for row in proved(settings))
+    assert {"journal", "orderbook_delta"} <= {channel for channel, _ in gaps}
+    assert lost == sum(missing for _, missing in gaps) == named > 0
 
 
 def test_unknown_tickers_and_a_missing_key_are_sentences(

@@ -7,6 +7,7 @@ one integer and its size another, and a market is a small number; `State.levels`
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -60,6 +61,10 @@ class OpenGap(msgspec.Struct, frozen=True):
     markets: int
     waiting: frozenset[str]
 
+    def key(self) -> Hashable:
+        """The same of gaps that are the same."""
+        return self.expected, self.got, self.waiting
+
 
 class Connection(msgspec.Struct, frozen=True):
     """An open connection."""
@@ -108,6 +113,15 @@ class State:
             level_number().alias("level"), "size"
         )
         return cls(n, version, connections, books, numbers, packed)
+
+    @property
+    def doubts(self) -> Hashable:
+        """What lost records leave open. Equal for states of one record that come to the same rows."""
+        return tuple(
+            (conn, it.lost.since_ns, *it.lost.last.items(), *map(OpenGap.key, it.gaps.values()))
+            for conn, it in sorted(self.connections.items())
+            if it.lost is not None
+        )
 
     @property
     def levels(self) -> pl.DataFrame:

@@ -8,7 +8,7 @@ same place. A load that is far behind finds nothing kept and derives for itself.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +36,8 @@ class Step:
     """A range of the journal, derived."""
 
     begin: Position
+    doubts: Hashable
+    """Of the state before it. A load that lost records which another had read has other books there."""
     hour: datetime | None
     """The hour that its first record begins; None within an hour."""
     rows: Rows
@@ -66,8 +68,8 @@ class Derivation:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._kept: dict[int, Step] = {}
-        """By the number of the first record, in the order of derivation."""
+        self._kept: dict[tuple[int, Hashable], Step] = {}
+        """By the number of the first record and the doubts before it, in the order of derivation."""
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._ahead: tuple[int, Future[_Chunk]] | None = None
         """The chunk that is being decoded ahead, by the number of its first record."""
@@ -87,16 +89,18 @@ class Derivation:
 
     def _step(self, load: str, start: Position, state: State, limit: Position) -> Step:
         with self._lock:  # whoever comes second waits for the first instead of deriving it again
-            if start.n not in self._kept:
+            if (start.n, state.doubts) not in self._kept:
                 limit = self._up_to_what_is_kept(start, limit)
                 chunk = self._chunk(start, state.version, limit)
                 self._look_ahead(chunk, limit)
-                begin = start
+                begin, after = start, state
                 for piece in chunk.pieces:
-                    rows, state = derive(piece.decoded, state)
-                    self._kept[begin.n] = Step(begin, piece.hour, rows, state, piece.end)
+                    doubts = after.doubts
+                    rows, after = derive(piece.decoded, after)
+                    step = Step(begin, doubts, piece.hour, rows, after, piece.end)
+                    self._kept[begin.n, doubts] = step
                     begin = piece.end
-            step = self._kept[start.n]
+            step = self._kept[start.n, state.doubts]
             self._reached[load] = step.end.n
             self._forget()
             return step
@@ -135,7 +139,7 @@ class Derivation:
         near = [n for n in self._reached.values() if n < 0 or n >= newest.end.n - worth]
         needed_from = max(min(near, default=0), newest.end.n - KEPT_RECORDS)
         kept = [step for step in steps if step.end.n > needed_from]
-        self._kept = {step.begin.n: step for step in kept[-KEPT_STEPS:]}
+        self._kept = {(step.begin.n, step.doubts): step for step in kept[-KEPT_STEPS:]}
 
 
 def _decode_chunk(folder: Path, start: Position, newest_ns: int, limit: Position) -> _Chunk:
