@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from urllib.parse import quote, urlsplit
 
@@ -134,7 +135,8 @@ def session() -> Iterator[Run]:
 
 @contextmanager
 def journal_bytes() -> Iterator[Run]:
-    """A damaged segment gives the records before the damage, or a `JournalError`; never another one."""
+    """A damaged segment gives the records before the damage, or a `JournalError`; never another one. Set
+    aside, it gives some of its records."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count in (9, 5):
@@ -164,17 +166,27 @@ def journal_bytes() -> Iterator[Run]:
                 assert damage or next_n <= len(original)
             except JournalError:
                 pass
+            aside = paths[which].rename(journal.set_aside(paths[which]))
+            try:
+                kept = _records(folder)
+                assert set(kept) <= set(original), "a record that was never written"
+                assert kept == sorted(kept), "the records are not in their order"
+                assert {r for r in original if (r[0] < 9) == (which == 1)} <= set(kept), (
+                    "a whole one"
+                )
             finally:
+                aside.unlink()
                 paths[which].write_bytes(whole[which])
 
         yield run
 
 
-def _records(folder: Path) -> list[tuple[object, ...]]:
+def _records(folder: Path) -> list[tuple[Any, ...]]:
     return [
-        (block.first_n + i, *row.values())
-        for block in journal.blocks(folder, journal.beginning(folder))
-        for i, row in enumerate(block.batch.to_pylist())
+        (it.first_n + i, *row.values())
+        for it in journal.read(folder, journal.beginning(folder))
+        if isinstance(it, journal.Block)
+        for i, row in enumerate(it.batch.to_pylist())
     ]
 
 

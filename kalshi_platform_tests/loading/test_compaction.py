@@ -26,6 +26,8 @@ from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ParquetStore
+from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import swap
 from kalshi_platform.storage.archive import LocalArchive, Manifest, floor_hour, local
@@ -414,6 +416,31 @@ def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
     rebuild(settings, FIRST_HOUR)
     assert rows(root, EVENTS).equals(before)
     assert "not changed from the journal" in caplog.text
+    paths(root, EVENTS, FIRST_HOUR)[0].unlink()
+    with pytest.raises(StoreRefused, match="cannot be rebuilt"):
+        rebuild(settings, FIRST_HOUR)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_rebuild_takes_nothing_from_an_hour_whose_journal_has_lost_records(
+    compacted: bool, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They had been loaded before the disk damaged the journal."""
+    root, folder = settings.archive_dir, settings.journal_dir()
+    if compacted:
+        run(root)
+    before = {name: rows(root, name) for name in hours.RECORDED if paths(root, name, FIRST_HOUR)}
+    segment = journal.segment_path(folder, 0)
+    data = segment.read_bytes()
+    segment.write_bytes(data[:3_000] + bytes(500) + data[3_500:])
+    segment.rename(journal.set_aside(segment))
+    assert any(isinstance(it, journal.Hole) for it in journal.read(folder, Position(0, 0, 0)))
+    report = rebuild(settings, FIRST_HOUR)
+    assert report.complete
+    assert {name: rows(root, name).equals(it) for name, it in before.items()} == dict.fromkeys(
+        before, True
+    )
+    assert "has lost records of" in caplog.text
     paths(root, EVENTS, FIRST_HOUR)[0].unlink()
     with pytest.raises(StoreRefused, match="cannot be rebuilt"):
         rebuild(settings, FIRST_HOUR)

@@ -185,3 +185,15 @@ def test_a_connection_whose_end_and_whose_successors_beginning_are_lost() -> Non
     assert {(g["sid"], g["expected"], g["got"]) for g in gaps(rows)[1:]} == {(1, 1, 2)}
     assert set(state.connections) == {begin["conn_id"]}
     assert all(book.verified for book in state.books.values())  # by their later snapshots
+
+
+def test_a_journal_that_begins_within_a_connection_is_loaded_and_says_what_it_lacks() -> None:
+    """Its older segments are past their retention, and the loads' states are gone."""
+    [_, rest] = wire.blocks(recording(), [5])
+    rows, state = derive(decoded(rest), State(n=5))
+    stream = gathered([rows], "stream_events")
+    assert [e["kind"] for e in stream][:2] == ["connected", "gap"]
+    named = {(g["sid"], g["expected"], g["got"]) for g in gaps([rows]) if not g["market_ticker"]}
+    assert named == {(1, 1, 4), (2, 1, 2)}
+    assert rows.tables["orderbook_events"].num_rows == 4
+    assert all(book.verified for book in state.books.values())
