@@ -64,7 +64,7 @@ def within(holes: list[tuple[int, int]], script: Script) -> Lost:
 
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_missing_number_is_named_and_only_true_books_are_believed(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:
@@ -101,7 +101,7 @@ def test_every_missing_number_is_named_and_only_true_books_are_believed(
 
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_cutting_what_is_left_changes_neither_rows_nor_state(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:

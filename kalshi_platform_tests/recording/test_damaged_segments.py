@@ -65,7 +65,7 @@ def three_segments(folder: Path, counts: tuple[int, int, int], batch: int) -> li
         st.sampled_from(["zeros", "ones", "cut off", "taken out"]),
     ),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_only_what_the_damage_touched_is_lost(
     counts: tuple[int, int, int],
     batch: int,
@@ -90,7 +90,7 @@ def test_only_what_the_damage_touched_is_lost(
 
 
 @given(batch=st.integers(1, 9), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_holes_are_the_same_from_wherever_one_reads(
     batch: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -102,7 +102,7 @@ def test_holes_are_the_same_from_wherever_one_reads(
     put_aside(folder, 20, bytes(damaged))
     found = everything(folder)
     expected = content(found, 0)
-    for n in range(100):
+    for n in range(0, 100, 3):
         it = next(it for it in found if it.first_n <= n < it.first_n + it.rows)
         start = it.cut(n - it.first_n)[0].end if n > it.first_n else journal.find(folder, n)
         assert content(list(journal.read(folder, start)), n) == expected[n:]
@@ -120,13 +120,11 @@ def test_no_changed_byte_makes_a_record_that_was_not_written(tmp_path: Path, fol
     put_aside(tmp_path, 0, whole)
     path = journal.segment_path(tmp_path, 0)
     for at in range(second.begins[0].offset, second.end.offset):
-        for bit in (0x01, 0x04, 0x80):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            found = content(everything(tmp_path), 0)
-            lost = [n for n, frame in enumerate(found) if frame is None]
-            assert lost in ([], list(range(second.first_n, second.end.n)))
-            assert all(f in (None, e) for f, e in zip(found, expected, strict=True))
-            assert len(found) == len(expected)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        found = content(everything(tmp_path), 0)
+        lost = [n for n, frame in enumerate(found) if frame is None]
+        assert lost in ([], list(range(second.first_n, second.end.n)))
+        assert all(f in (None, e) for f, e in zip(found, expected, strict=True))
 
 
 def test_of_a_segment_that_is_gone_an_empty_file_is_enough(tmp_path: Path) -> None:
