@@ -13,12 +13,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@echo "Installing into $(VENV) (about a minute, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 " + "run")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@$(PIP) install --no-compile --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
-	@$(PIP) install --no-deps --require-hashes -r requirements-dev.lock
+	@$(PIP) install --no-compile --no-deps --require-hashes -r requirements-dev.lock
 	@touch $@
 
 install: $(VENV)/.installed ## The environment alone, from the lock
@@ -53,7 +53,7 @@ check: install-dev ## Formatting, lint, strict types
 	@$(BIN)/mypy
 
 $(VENV)/.installed-security: $(VENV)/.installed-dev requirements-security.lock
-	@$(PIP) install --no-deps --require-hashes -r requirements-security.lock
+	@$(PIP) install --no-compile --no-deps --require-hashes -r requirements-security.lock
 	@touch $@
 
 fuzz: $(VENV)/.installed-security ## Fuzz what reads bytes from elsewhere, a minute each (FUZZ_ARGS="--seconds 600 frames")
