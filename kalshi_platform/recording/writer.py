@@ -372,7 +372,7 @@ def _beyond(path: Path, first_n: int) -> int:
     """A number that no record of a damaged segment had."""
     found = list(journal.whole_batches(path))
     if found and not journal.bytes_after(path, found[-1].end_offset):
-        return found[-1].end_n
+        return max(it.end_n for it in found)
     # A record takes more than a byte: the offsets of the frames alone, compressed, take two.
     return first_n + 2 * SEGMENT_BYTES
 
