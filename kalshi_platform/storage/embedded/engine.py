@@ -55,6 +55,8 @@ _CONFIG = """<clickhouse>
   <logger><level>fatal</level></logger>
   <users_config>{users}</users_config>
   <user_files_path>{user_files}/</user_files_path>
+  <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
+  <merge_tree><auto_statistics_types></auto_statistics_types></merge_tree>
 </clickhouse>
 """
 _USERS = """<clickhouse>
