@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import cast
 
 import click
-import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from urllib3 import HTTPResponse
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform import typed_json
 from kalshi_platform.printable import printable
 from kalshi_platform.storage.clickhouse import Client, broken_answer, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
@@ -167,7 +167,7 @@ def _rows(answer: HTTPResponse) -> Generator[list[str]]:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"["):
-                yield msgspec.json.decode(line, type=list[str])
+                yield typed_json.decode(line, list[str])
 
 
 def _print_table(answer: HTTPResponse, limit: int) -> None:

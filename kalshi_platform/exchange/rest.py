@@ -19,7 +19,7 @@ import httpx
 import msgspec
 import tenacity
 
-from kalshi_platform import __version__
+from kalshi_platform import __version__, typed_json
 from kalshi_platform.exchange.answers import (
     Balance,
     Bucket,
@@ -367,11 +367,11 @@ class RestClient:
     ) -> Any:
         try:
             if inside is None:
-                return msgspec.json.decode(body, type=kind)
-            members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+                return typed_json.decode(body, kind)
+            members = typed_json.decode(body, dict[str, msgspec.Raw])
             if inside not in members and default is None:
                 raise ProtocolError(f"GET {path}: the exchange's answer has no {inside!r}.")
-            return msgspec.json.decode(members[inside], type=kind) if inside in members else default
+            return typed_json.decode(members[inside], kind) if inside in members else default
         except DecodeError as error:
             raise ProtocolError(
                 f"GET {path}: the exchange's answer cannot be read: {error}."

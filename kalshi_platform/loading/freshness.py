@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import msgspec
-
+from kalshi_platform import typed_json
 from kalshi_platform.processes import Identity
 
 EXCHANGE_ZONE = ZoneInfo("America/New_York")
@@ -66,7 +65,7 @@ def maintenance(now: datetime) -> bool:
 def read(path: Path) -> dict[str, Any] | None:
     """The streamer's report; None where none has run. Raises ValueError for a damaged file."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return typed_json.decode(path.read_bytes(), dict[str, Any])
     except FileNotFoundError:
         return None
 

@@ -21,7 +21,7 @@ import msgspec
 import pyarrow as pa
 import tenacity
 
-from kalshi_platform import durable
+from kalshi_platform import durable, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decoded
@@ -397,7 +397,7 @@ class Load:
 
     def _read_cursor(self) -> _Cursor:
         try:
-            return msgspec.json.decode(self._cursor_path.read_bytes(), type=_Cursor)
+            return typed_json.decode(self._cursor_path.read_bytes(), _Cursor)
         except FileNotFoundError:
             return _Cursor(_plain(journal.beginning(self._folder)))
         except msgspec.DecodeError as error:
@@ -425,7 +425,7 @@ def reached(folder: Path) -> int:
     ends = [0]
     for path in (folder / "load").glob("*.json"):
         try:
-            cursor = msgspec.json.decode(path.read_bytes(), type=_Cursor)
+            cursor = typed_json.decode(path.read_bytes(), _Cursor)
         except msgspec.DecodeError:
             continue
         ends += [place[2] for place in (cursor.committed, cursor.planned) if place is not None]

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
+from kalshi_platform import typed_json
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.continuity import Extent
 from kalshi_platform.loading.rebuild import as_archived, select_list
@@ -300,7 +301,7 @@ def _key(hour: datetime) -> str:
 
 def _remembered(path: Path, where: str) -> dict[str, _Verdict]:
     try:
-        memory = msgspec.json.decode(path.read_bytes(), type=_Memory)
+        memory = typed_json.decode(path.read_bytes(), _Memory)
     except FileNotFoundError:
         return {}
     except (msgspec.DecodeError, OSError) as error:

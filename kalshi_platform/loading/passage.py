@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from kalshi_platform import durable
+from kalshi_platform import durable, typed_json
 from kalshi_platform.recording import journal
 from kalshi_platform.storage.archive import hour_of_ns
 
@@ -110,7 +110,7 @@ def left_over(journals: Path, configured: int, stores: Collection[str]) -> list[
 def _ended_whole(health: Path, stores: Collection[str]) -> bool:
     """Whether the last streamer of a journal stopped with everything in every store."""
     try:
-        said = msgspec.json.decode(health.read_bytes(), type=_Stopped)
+        said = typed_json.decode(health.read_bytes(), _Stopped)
     except (FileNotFoundError, msgspec.DecodeError):
         return False
     return said.state == "stopped" and all(
@@ -136,7 +136,7 @@ def _now() -> datetime:
 def _read(journals: Path, shard: int) -> Passed | None:
     path = _path(journals, shard)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Passed)
+        return typed_json.decode(path.read_bytes(), Passed)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:

@@ -12,6 +12,7 @@ import msgspec
 import polars as pl
 import pyarrow as pa
 
+from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import LEVELS, Book, Connection, State
 from kalshi_platform.loading.columns import names, prices, quantities
@@ -61,7 +62,7 @@ def load(path: Path) -> State:
     try:
         with pa.OSFile(str(path), "rb") as file:
             table = pa.ipc.open_file(file).read_all()
-        head = msgspec.json.decode(table.schema.metadata[b"state"], type=_Head)
+        head = typed_json.decode(table.schema.metadata[b"state"], _Head)
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, msgspec.DecodeError) as error:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
     levels = pl.DataFrame(table.replace_schema_metadata(None)).cast(LEVELS)

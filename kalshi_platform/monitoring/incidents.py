@@ -13,6 +13,8 @@ from enum import StrEnum
 
 import msgspec
 
+from kalshi_platform import typed_json
+
 CALM_S = 120.0
 """An incident is over when its condition has been away this long: flapping is one incident."""
 WINDOW_S, MOST_IN_WINDOW = 600.0, 6
@@ -192,7 +194,7 @@ def _seen(
 
 def read(text: str | None) -> Ledger:
     """A ledger that `write` wrote; an empty one for None or an empty text."""
-    return msgspec.json.decode(text, type=Ledger) if text else Ledger()
+    return typed_json.decode(text, Ledger) if text else Ledger()
 
 
 def write(ledger: Ledger) -> str:

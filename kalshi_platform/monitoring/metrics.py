@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import freshness, passage
 from kalshi_platform.processes import Identity
@@ -215,7 +216,7 @@ def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
     try:
         raw = freshness.read(folder / "health.json")
         judged = freshness.judge_shard(raw, shard, configured, None, now)
-        report = msgspec.convert(raw, _Report | None)
+        report = None if raw is None else typed_json.convert(raw, _Report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         judged = freshness.Judgement(freshness.Verdict.WARN, "no report", str(error))
         return _Shard(number, folder, None, judged)

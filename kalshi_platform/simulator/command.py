@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+from kalshi_platform import typed_json
 from kalshi_platform.simulator.frames import ERROR_TEXTS
 
 
@@ -68,7 +69,7 @@ class _Identified(msgspec.Struct):
 def decoded(message: bytes | str) -> Command:
     """Read a command. Raises `Refused`: 11 for a wrong type, 1 for what is not JSON."""
     try:
-        return msgspec.json.decode(message, type=Command)
+        return typed_json.decode(message, Command)
     except msgspec.ValidationError:
         raise Refused(11) from None
     except msgspec.DecodeError:
@@ -78,6 +79,6 @@ def decoded(message: bytes | str) -> Command:
 def id_of(message: bytes | str) -> int:
     """The id to answer to, 0 where there is none that can be read."""
     try:
-        return msgspec.json.decode(message, type=_Identified).id
+        return typed_json.decode(message, _Identified).id
     except msgspec.DecodeError:
         return 0

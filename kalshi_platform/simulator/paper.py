@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 import httpx
 import msgspec
 
-from kalshi_platform import __version__
+from kalshi_platform import __version__, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.inventory.recorder import (
     NOTHING,
@@ -109,12 +109,12 @@ class SimulatorGateway:
         if tickers:
             params["tickers"] = ",".join(tickers)
         answer = self._ask("GET", "/account", params=params)
-        return msgspec.json.decode(answer, type=Account)
+        return typed_json.decode(answer, Account)
 
     def send(self, requests: Sequence[Request]) -> list[Answered]:
         """Carry requests out. Raises `PaperError`."""
         body = msgspec.json.encode(list(requests))
-        return msgspec.json.decode(self._ask("POST", "/orders", content=body), type=list[Answered])
+        return typed_json.decode(self._ask("POST", "/orders", content=body), list[Answered])
 
     def freeze(self, frozen: bool) -> None:
         """Let the portfolio pages stand still, or go on. Raises `PaperError`."""

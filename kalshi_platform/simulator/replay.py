@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform import typed_json
 from kalshi_platform.exchange.numbers import price_units, qty_units
 from kalshi_platform.simulator.book import SIDES, Book, BookView
 from kalshi_platform.simulator.catalog import SECOND, Series
@@ -165,7 +166,7 @@ class ReplaySession:
     def receive(self, message: bytes | str) -> None:
         """A command: begins the replay, is answered now, or waits for the end."""
         try:
-            asked = msgspec.json.decode(message, type=_Asked)
+            asked = typed_json.decode(message, _Asked)
         except msgspec.DecodeError:
             asked = _Asked()
         params = asked.params or {}
@@ -279,7 +280,7 @@ def read(path: Path, now_ns: int, *, timed: bool) -> Recording:
     deltas = 0
     for number, line in enumerate(lines, 1):
         try:
-            frame = msgspec.json.decode(line, type=_Frame)
+            frame = typed_json.decode(line, _Frame)
             if frame.type == "subscribed":
                 sid = frame.msg["sid"]
                 channels[frame.msg["channel"]] = by_sid[sid] = _Channel(sid)

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kalshi_platform import typed_json
 from kalshi_platform.browsers import OwnPagesOnly
 from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.errors import SimulatorError
@@ -139,7 +140,7 @@ def _simulator_routes(venue: Venue) -> list[Route]:
 
     async def faults(request: Request) -> Response:
         try:
-            order = msgspec.json.decode(await request.body(), type=_FaultOrder)
+            order = typed_json.decode(await request.body(), _FaultOrder)
             asked = [Fault.parse(text) for text in [*order.faults, *filter(None, [order.fault])]]
             if not asked:
                 raise SimulatorError('Name a fault: {"fault": "gap:3"}.')
@@ -174,7 +175,7 @@ def _simulator_routes(venue: Venue) -> list[Route]:
 
     async def order_entry(request: Request) -> Response:
         try:
-            wanted = msgspec.json.decode(await request.body(), type=list[orders.Request])
+            wanted = typed_json.decode(await request.body(), list[orders.Request])
         except msgspec.DecodeError as error:
             return _json({"error": f"Not understood ({error}). Send a list of requests."}, 400)
         if not isinstance(venue.exchange, Exchange) or venue.paused:
@@ -183,7 +184,7 @@ def _simulator_routes(venue: Venue) -> list[Route]:
 
     async def portfolio(request: Request) -> Response:
         try:
-            order = msgspec.json.decode(await request.body(), type=_PortfolioOrder)
+            order = typed_json.decode(await request.body(), _PortfolioOrder)
         except msgspec.DecodeError as error:
             return _json({"error": f'Not understood ({error}). Send {{"frozen": true}}.'}, 400)
         if not isinstance(venue.exchange, Exchange):

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
+from kalshi_platform import typed_json
 from kalshi_platform.storage.archive.files import Add, File, table_of
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
@@ -65,7 +66,7 @@ def encoded(manifest: Manifest) -> bytes:
 def decoded(text: bytes, path: str) -> Manifest:
     """The manifest that was read from `path`. Raises `StoreRefused` for a damaged one."""
     try:
-        return msgspec.json.decode(text, type=Manifest)
+        return typed_json.decode(text, Manifest)
     except msgspec.DecodeError as error:
         raise StoreRefused(
             f"{path} is damaged ({error}). Materialise the hour again to make a new one."
