@@ -324,10 +324,7 @@ def test_stopping_under_load_leaves_everything_received_in_both_stores(
     finally:
         process.kill()
     assert process.returncode == 0, log
-    if "all that was received is stored" not in log:  # the machine stood still for 7 s: it says so
-        assert "Stopped; " in log
-        with streaming(settings):
-            pass  # and the next start has it all
+    assert "all that was received is stored" in log  # said only where it took no more than 7 s
     deltas = sum(kind == 1 for kind, _ in journalled(settings))
     assert deltas > 15_000
     assert query(settings, "SELECT count() FROM orderbook_events WHERE type = 'delta'") == [

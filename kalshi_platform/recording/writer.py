@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from kalshi_platform.durable import sync
+from kalshi_platform import durable
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.delays import Delays
@@ -275,7 +275,7 @@ class Writer:
         header = self._take()
         _write_all(self._fd, header, 0)
         os.fdatasync(self._fd)
-        sync(self._folder)
+        durable.sync(self._folder)
         self._segment, self._offset = first_n, len(header)
 
     def _end_segment(self) -> None:
@@ -337,10 +337,8 @@ def _disk_sentence(folder: Path, error: OSError) -> str:
 def _identity(folder: Path) -> uuid.UUID:
     path = folder / "journal.json"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"format": 1, "id": str(uuid.uuid4())}) + "\n")
-        sync(temporary)
-        temporary.replace(path)
+        fresh = json.dumps({"format": 1, "id": str(uuid.uuid4())}) + "\n"
+        durable.replace(path, fresh.encode())
     return identity(folder)
 
 

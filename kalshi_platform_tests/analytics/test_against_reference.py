@@ -169,7 +169,7 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @given(script=scripts())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
     compute, expected = DATASETS[dataset]
     states = reference.Replay(HOUR_NS).run(script.records)
@@ -178,7 +178,7 @@ def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
 
 
 @given(script=scripts(), seed=st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, seed: int) -> None:
     tables = hour_tables(script.records, HOUR)
     events = tables["orderbook_events"]

@@ -152,6 +152,7 @@ def journal_bytes() -> Iterator[Run]:
 
         def run(data: bytes) -> None:
             which = data[0] % 2 if data else 0
+            next_n = len(original)
             paths[which].write_bytes(damaged(whole[which], data[1:]))
             try:
                 found = _records(folder)
@@ -171,6 +172,7 @@ def journal_bytes() -> Iterator[Run]:
                 kept = _records(folder)
                 assert set(kept) <= set(original), "a record that was never written"
                 assert kept == sorted(kept), "the records are not in their order"
+                assert all(record[0] < next_n for record in kept), "a number is given out again"
                 assert {r for r in original if (r[0] < 9) == (which == 1)} <= set(kept), (
                     "a whole one"
                 )

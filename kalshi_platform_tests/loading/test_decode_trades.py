@@ -169,7 +169,7 @@ ODD: dict[str, list[Any]] = {
 
 
 @given(st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in ODD.items()}))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_frame_means_the_same_on_both_paths(odd: dict[str, Any]) -> None:
     sent = frame(7, **{**CURRENT, **odd})
     alone = rows(sent)

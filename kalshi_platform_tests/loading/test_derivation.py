@@ -32,7 +32,7 @@ def follow(
     return at, rows
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_loads_that_take_turns_in_any_way_get_the_same_rows(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def gathered(rows: list[Rows], dataset: str) -> list[dict[str, Any]]:
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut(
     script: Script, cuts: list[int]
 ) -> None:
@@ -141,7 +141,7 @@ def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_cutting_a_range_changes_neither_rows_nor_state(script: Script, cuts: list[int]) -> None:
     whole, state = run(script.records, [])
     parts, state_in_parts = run(script.records, cuts)
@@ -154,7 +154,7 @@ def test_cutting_a_range_changes_neither_rows_nor_state(script: Script, cuts: li
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_latest_levels_is_the_book_also_after_a_snapshot_that_dropped_levels(
     script: Script, cuts: list[int]
 ) -> None:
@@ -172,7 +172,7 @@ def test_latest_levels_is_the_book_also_after_a_snapshot_that_dropped_levels(
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_frame_is_in_exactly_one_table(script: Script, cuts: list[int]) -> None:
     rows, _ = run(script.records, cuts)
     numbers: dict[tuple[str, int], set[str]] = {}
