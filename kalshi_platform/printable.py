@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _COMMANDING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters (an escape sequence begins with one), line ends, changes of direction, surrogates."""
@@ -11,3 +12,29 @@ _COMMANDING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\u
 def printable(text: str) -> str:
     """`text` on one line, with what would command a terminal or forge a line of a log spelt out."""
     return _COMMANDING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def strip_invisible(text: str) -> str:
+    """`text` without blanks, line ends and invisible characters at its ends, as pasting leaves them."""
+    begin, end = 0, len(text)
+    while begin < end and _is_invisible(text[begin]):
+        begin += 1
+    while begin < end and _is_invisible(text[end - 1]):
+        end -= 1
+    return text[begin:end]
+
+
+def invisible_in(text: str) -> str | None:
+    """The first control or format character of `text`, spelt out with its place; None where there is none."""
+    for at, character in enumerate(text, 1):
+        if unicodedata.category(character) in _INVISIBLE_CATEGORIES:
+            return f"{character.encode('unicode_escape').decode()} (character {at})"
+    return None
+
+
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+"""Unicode general categories of what no editor shows: control, format, surrogates, unassigned, separators."""
+
+
+def _is_invisible(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) in _INVISIBLE_CATEGORIES

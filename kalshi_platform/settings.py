@@ -15,11 +15,19 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.loopback import is_loopback
+from kalshi_platform.printable import invisible_in, strip_invisible
 
 ENV_FILE = Path(".env")
 PRODUCTION_WS_URL = "wss://external-api-ws.kalshi.com/trade-api/ws/v2"
@@ -47,7 +55,7 @@ class Settings(BaseSettings):
     """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True
+        env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
     )
 
     prod_keyid: SecretStr | None = None
@@ -133,6 +141,32 @@ class Settings(BaseSettings):
     simulator_markets: int = Field(40, ge=1)
     simulator_rate: float = Field(200.0, gt=0)
     """Order-book deltas a second, over all simulated markets."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_invisible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take off what pasting leaves at the ends, but from passwords only line ends; refuse it within."""
+        if isinstance(value, tuple):  # one that held commas
+            parts = (strip_invisible(part) for part in value)
+            return tuple(_insist_on_visible(part) for part in parts if part)
+        if not isinstance(value, str):
+            return value
+        name = str(info.field_name)
+        stripped = value.strip("\r\n") if "password" in name else strip_invisible(value)
+        # joiners are part of how some scripts write a folder's name
+        return stripped if name.endswith(("_dir", "file")) else _insist_on_visible(stripped)
+
+    @field_validator("prod_keyid")
+    @classmethod
+    def _is_key_id(cls, value: SecretStr | None) -> SecretStr | None:
+        text = "" if value is None else value.get_secret_value()
+        for at, character in enumerate(text, 1):
+            if not "!" <= character <= "~":
+                raise ValueError(
+                    f"contains {character!a} (character {at}); a key id has letters, digits and"
+                    " hyphens: copy it again from the exchange's page"
+                )
+        return value
 
     @field_validator(
         "market_tickers", "market_series", "market_events", "alert_email_to", mode="before"
@@ -317,6 +351,7 @@ def load(**overrides: Any) -> Settings:
 
     Raises `SettingsError` naming the variable and the remedy.
     """
+    _insist_on_text(ENV_FILE)
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
@@ -376,7 +411,40 @@ def secrets_in_file() -> list[str]:
         if SecretStr in (field.annotation, *get_args(field.annotation))
     }
     return sorted(
-        n for n, value in dotenv_values(ENV_FILE).items() if value and n.lower() in secret
+        n
+        for n, value in dotenv_values(ENV_FILE, encoding="utf-8-sig").items()
+        if value and n.lower() in secret
+    )
+
+
+def _insist_on_visible(text: str) -> str:
+    if (found := invisible_in(text)) is not None:
+        raise ValueError(f"contains {found}, which no editor shows: type it again, or copy less")
+    return text
+
+
+def _insist_on_text(env_file: Path) -> None:
+    """Refuse a settings file that is not UTF-8: parts of it would be passed over."""
+    try:
+        content = env_file.read_bytes()
+        content.decode("utf-8-sig")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SettingsError(
+            f"{env_file.absolute()} cannot be read ({error.strerror}). Make it a file that this user can"
+            " read: chmod 600, or chown."
+        ) from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start + 1} is not UTF-8"
+    else:
+        if b"\0" not in content:
+            return
+        what = "it has NUL bytes"
+    if content[:2] in {b"\xff\xfe", b"\xfe\xff"} or b"\0" in content:
+        what = f"{what}; it looks like UTF-16, which Windows' editors call Unicode"
+    raise SettingsError(
+        f"{env_file.absolute()} is not UTF-8 text ({what}). Save it again as UTF-8."
     )
 
 
@@ -406,4 +474,5 @@ def _sentence(error: ValidationError) -> str:
         shown = "" if secret else f" is {value!r}:"
         return f"{name}{shown} {reason}"
 
-    return "; ".join(one(item) for item in error.errors()) + ". See .env.example."
+    own = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+    return "; ".join(map(one, own)) + ". See .env.example."

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
@@ -147,3 +149,84 @@ def test_a_password_in_a_url_is_refused_without_being_shown(
     with pytest.raises(SettingsError) as error:
         load()
     assert "s3cr3t" not in str(error.value)
+
+
+# -- what is pasted ----------------------------------------------------------------------------
+
+KEY_ID = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
+
+
+@pytest.mark.parametrize(
+    "around", ["\n", "\r\n", " ", "\t", "\u200b", "\ufeff", "\u00a0", "\u2060 \n"]
+)
+def test_blanks_and_invisible_characters_around_a_value_are_taken_off(
+    around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROD_KEYID", f"{around}{KEY_ID}{around}")
+    monkeypatch.setenv("PROD_KEYFILE", f"key.pem{around}")
+    monkeypatch.setenv("MARKET_TICKERS", f"KXA-1{around},{around}KXB-2{around}")
+    monkeypatch.setenv("CLICKHOUSE_PASSWORD", " kept as it is \r\n")
+    settings = load()
+    assert settings.exchange.key_id == KEY_ID
+    assert settings.exchange.key_file == Path("key.pem")
+    assert settings.clickhouse_password.get_secret_value() == " kept as it is "
+
+
+@pytest.mark.parametrize("within", ["\n", "\r", " ", "\u200b", "é", "\u2013", "\x7f", "\x00"])
+def test_a_key_id_with_such_a_character_within_is_refused_unshown(within: str) -> None:
+    with pytest.raises(SettingsError, match="PROD_KEYID contains") as error:
+        load(prod_keyid=KEY_ID[:8] + within + KEY_ID[8:], prod_keyfile="key.pem")
+    assert "(character 9)" in str(error.value)
+    assert KEY_ID[:8] not in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MARKET_TICKERS", "KXA\u200b-1"), ("CLICKHOUSE_URL", "http://ho\rst:8123")]
+)
+def test_an_invisible_character_within_a_value_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} .*which no editor shows") as error:
+        load()
+    assert str(error.value).isprintable()
+
+
+@given(st.sampled_from(sorted(Settings.model_fields)), st.text(max_size=30))
+@example("clickhouse_url", "http://[")
+@example("prod_keyid", "\ud800")
+@example("parquet_dir", "s3://\x00")
+def test_whatever_is_pasted_is_taken_or_refused_in_a_sentence(name: str, text: str) -> None:
+    try:
+        load(**{name: text})
+    except SettingsError as error:
+        assert str(error).isprintable()
+        assert not str(error).startswith(". ")
+
+
+def test_a_settings_file_of_another_encoding_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    text = "HOT_RETENTION_DAYS=77\nMARKET_TICKERS=K\u00d6LN-1\n"
+    for encoding, reason in (
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-16"),
+        ("latin-1", "is not UTF-8"),
+    ):
+        file.write_bytes(text.encode(encoding))
+        with pytest.raises(SettingsError, match=reason) as error:
+            load()
+        assert str(file) in str(error.value)
+        assert "Save it again as UTF-8" in str(error.value)
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_bytes(text.encode(encoding))
+        settings = load()
+        assert (settings.hot_retention_days, settings.market_tickers) == (77, ("KÖLN-1",))
+
+
+def test_a_settings_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load()

@@ -392,6 +392,11 @@ def _judge(report: dict[str, Any], now_ns: int) -> Finding:
         f"{state}; last frame {told('last_frame_ns')}, last durable write {told('last_durable_ns')},"
         f" {int(report['lag_frames']):,} frames not loaded yet"
     )
+    return _judge_recording(report, text)
+
+
+def _judge_recording(report: dict[str, Any], text: str) -> Finding:
+    """What a streamer that runs says of its recording."""
     if report.get("trouble"):
         return Finding(Mark.BAD, f"{text}; {report['trouble']}")
     unwritten_s = (int(report["last_frame_ns"]) - int(report["last_durable_ns"])) / 1e9
@@ -399,6 +404,11 @@ def _judge(report: dict[str, Any], now_ns: int) -> Finding:
         return Finding(
             Mark.BAD, f"{text}: frames come and are not kept", "look at the disk and the log"
         )
+    markets, synced = int(report["markets"]), int(report["synced"])
+    if synced < markets:
+        text = f"{text}; {synced:,} of {markets:,} books are synced"
+        remedy = "wait a minute; if it stays so, look into the log for refused snapshots"
+        return Finding(Mark.ODD if synced else Mark.BAD, text, remedy)
     return Finding(Mark.GOOD, text)
 
 

@@ -47,6 +47,7 @@ from kalshi_platform.exchange.errors import (
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
+from kalshi_platform.printable import printable
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
@@ -443,6 +444,12 @@ def refusal(
         )
     if status >= 500:
         return Unreachable(f"The exchange failed on {what} with HTTP {status}{reason}.")
+    if httpx.codes.MULTIPLE_CHOICES <= status < httpx.codes.BAD_REQUEST:
+        return ExchangeError(
+            f"The exchange moved {what} {_new_place(headers.get('location', ''))} (HTTP {status}), and"
+            " redirects are not followed: what is signed for one server is shown to no other. Check"
+            " KALSHI_REST_URL and KALSHI_WS_URL."
+        )
     if status in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
         skew_s = clock_skew_s(headers, time.time() if now_s is None else now_s)
         return CredentialsError(_credentials_sentence(status, said, what, skew_s))
@@ -452,6 +459,13 @@ def refusal(
             " KALSHI_WS_URL."
         )
     return ExchangeError(f"The exchange refused {what} with HTTP {status}{reason}.")
+
+
+def _new_place(location: str) -> str:
+    """Where a redirect points, without its query."""
+    if not location:
+        return "without saying where"
+    return f"to {printable(location.partition('?')[0])[:200]}"
 
 
 def clock_skew_s(headers: Headers, now_s: float) -> float | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import re
 import shlex
 import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -90,18 +92,7 @@ def load_signer(key_file: Path) -> Signer:
         raise CredentialsError(
             f"Key file {key_file} cannot be read ({error.strerror}). Make it readable by this user: chmod 600."
         ) from None
-    try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except TypeError:
-        raise CredentialsError(
-            f"Key file {key_file} is protected by a passphrase. Decrypt it first:"
-            " openssl pkey -in KEY -out KEY.plain, then chmod 600."
-        ) from None
-    except (ValueError, UnsupportedAlgorithm):  # the cause may quote key material: leave it out
-        raise CredentialsError(
-            f"Key file {key_file} is not a PEM private key. It must begin with"
-            " '-----BEGIN PRIVATE KEY-----' or '-----BEGIN RSA PRIVATE KEY-----'."
-        ) from None
+    key = _private_key(key_file, pem)
     if isinstance(key, rsa.RSAPrivateKey):
         return RsaSigner(key)
     if isinstance(key, ed25519.Ed25519PrivateKey):
@@ -109,6 +100,54 @@ def load_signer(key_file: Path) -> Signer:
     raise CredentialsError(
         f"Key file {key_file} holds a {type(key).__name__}; the exchange takes RSA or Ed25519 keys."
     )
+
+
+def _private_key(key_file: Path, pem: bytes) -> object:
+    """The key of a PEM text, also of one that was pasted: line ends written out or lost, a byte order
+    mark, a header of the other of the two formats.
+
+    No error quotes its cause, which may quote key material.
+    """
+    with suppress(ValueError, UnsupportedAlgorithm):
+        try:
+            return serialization.load_pem_private_key(pem, password=None)
+        except TypeError:
+            raise CredentialsError(
+                f"Key file {key_file} is protected by a passphrase. Decrypt it first:"
+                " openssl pkey -in KEY -out KEY.plain, then chmod 600."
+            ) from None
+    found = _PEM.search(pem.replace(rb"\r", b"").replace(rb"\n", b"\n"))
+    if found is None:
+        raise CredentialsError(f"Key file {key_file} {_instead(pem)} {_WANTED}")
+    with suppress(ValueError, UnsupportedAlgorithm, TypeError):
+        body = base64.b64decode(b"".join(found["body"].split()), validate=True)
+        return serialization.load_der_private_key(body, password=None)
+    raise CredentialsError(
+        f"Key file {key_file} begins as a private key does, but what follows is damaged or incomplete"
+        f" ({len(found['body']):,} characters). Copy or download it again, whole."
+    )
+
+
+_PEM = re.compile(
+    rb"-----BEGIN (?:RSA )?PRIVATE KEY-----(?P<body>.*?)-----END (?:RSA )?PRIVATE KEY-----",
+    re.DOTALL,
+)
+_WANTED = (
+    "It must begin with '-----BEGIN PRIVATE KEY-----' or '-----BEGIN RSA PRIVATE KEY-----', and end with"
+    " the END line of the same kind."
+)
+
+
+def _instead(pem: bytes) -> str:
+    """What a file without a private key holds."""
+    if b"\0" in pem:
+        return "is not a PEM private key but UTF-16 or binary: save it again as plain text."
+    if (other := re.search(rb"-----BEGIN ([A-Z0-9 ]+)-----", pem)) is not None:
+        begins = other[1].decode()
+        if begins.endswith("PRIVATE KEY"):
+            return f"is not a whole PEM private key: it has no end line for its {begins}."
+        return f"is not a PEM private key: it holds a {begins}."
+    return "is not a PEM private key."
 
 
 def open_to_others(mode: int) -> bool:

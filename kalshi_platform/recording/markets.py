@@ -17,6 +17,7 @@ from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.printable import invisible_in, strip_invisible
 from kalshi_platform.recording.roster import Roster, Wish
 from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
@@ -61,10 +62,13 @@ class Look:
         not_closed = int(self.now_s) - OVERLAP_S
         for event in sorted(self.wish.events):
             found += _insist(rest.markets(event_ticker=event), f"MARKET_EVENTS: {event}")
+        # A market may trade past its close time: those that are open are read, too.
         if self.wish.everything:
             found += rest.markets(min_close_ts=not_closed, mve_filter="exclude")
+            found += rest.markets(status="open", mve_filter="exclude")
         for series in self.wish.series:
             of_series = rest.markets(series_ticker=series, min_close_ts=not_closed)
+            of_series += rest.markets(status="open", series_ticker=series)
             found += _insist(of_series, f"MARKET_SERIES: {series}")
         return found
 
@@ -243,8 +247,14 @@ class _TickerFile:
 
     def _read(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
-        for number, line in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.partition("#")[0].split()
+        for number, line in enumerate(self._path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            words = [strip_invisible(word) for word in line.partition("#")[0].split()]
+            words = [word for word in words if word]
+            if (hidden := invisible_in("".join(words))) is not None:
+                raise SettingsError(
+                    f"MARKET_FILE {str(self._path)!r}, line {number}: {' '.join(words)!a} contains"
+                    f" {hidden}, which no editor shows. Type the ticker again."
+                )
             if len(words) > 1:
                 raise SettingsError(
                     f"MARKET_FILE {str(self._path)!r}, line {number}: {' '.join(words)!r} is more than"
@@ -255,4 +265,6 @@ class _TickerFile:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8: save it again as UTF-8"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

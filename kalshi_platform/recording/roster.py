@@ -124,12 +124,14 @@ class Roster:
         if known is None and (over or not (wanted or self.wish.may_want(market.ticker))):
             return
         open_s = market.open_time.timestamp() if market.open_time else -inf
-        if market.status == "active":
-            open_s = min(open_s, now_s)  # whatever its time says
+        close_s = market.close_time.timestamp() if market.close_time else inf
+        if market.status == "active":  # whatever its times say
+            open_s = min(open_s, now_s)
+            close_s = inf if now_s >= close_s + CACHED_S else close_s
         self._lives[market.ticker] = _Life(
             market.event_ticker,
             open_s,
-            market.close_time.timestamp() if market.close_time else inf,
+            close_s,
             wanted or (known is not None and known.wanted),
             (now_s if known is None or known.over_s is None else known.over_s) if over else None,
         )

@@ -44,7 +44,7 @@ def report(data: Path, shard: int = 0, **values: Any) -> None:
     own, now = Identity.own(), time.time_ns()
     well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
     times = dict.fromkeys(("updated_ns", "last_frame_ns", "last_durable_ns"), now)
-    told = {**well, **times, "lag_frames": 7, **values}
+    told = {**well, **times, "lag_frames": 7, "markets": 3, "synced": 3, **values}
     (folder / "health.json").write_text(json.dumps(told), "utf-8")
 
 
@@ -289,6 +289,8 @@ LONG_AGO = 10**9
         ({"last_durable_ns": LONG_AGO}, "✗", "frames come and are not kept"),
         ({"trouble": "ClickHouse is away."}, "✗", "ClickHouse is away."),
         ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),
+        ({"markets": 1, "synced": 0}, "✗", "0 of 1 books are synced"),
+        ({"synced": 2}, "!", "2 of 3 books are synced"),
         ({"pid": "x"}, "✗", "is no streamer's report"),
         ({"state": None, "lag_frames": None}, "✗", "is no streamer's report"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -293,6 +294,26 @@ def test_every_shape_of_error_is_read(body: str, said: str) -> None:
 )
 def test_every_status_has_its_error(status: int, kind: type[ExchangeError]) -> None:
     assert type(refusal(status, b"", {})) is kind
+
+
+@pytest.mark.parametrize(
+    ("headers", "place"),
+    [
+        (
+            {"location": "https://new.example/trade-api/v2?key=s3cr3t"},
+            "to https://new.example/trade-api/v2 ",
+        ),
+        ({"location": "https://x/\r\nforged"}, r"to https://x/\\r\\nforged "),
+        ({}, "without saying where"),
+    ],
+)
+def test_a_redirect_is_named_with_its_place(headers: dict[str, str], place: str) -> None:
+    for status in (301, 302, 307, 308):
+        error = refusal(status, b"", headers)
+        assert type(error) is ExchangeError
+        assert re.search(place, str(error))
+        assert "KALSHI_REST_URL and KALSHI_WS_URL" in str(error)
+        assert "s3cr3t" not in str(error)
 
 
 # -- answers that are not the simulator's --------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
         "curve": pem(ec.generate_private_key(ec.SECP256R1())),
     }
     remedy = {
-        "garbage": "not a PEM private key",
+        "garbage": "what follows is damaged or incomplete",
         "passphrase": "Decrypt it first",
         "curve": "RSA or Ed25519",
     }
@@ -99,6 +99,57 @@ def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
         load_signer(tmp_path / "none")
     with pytest.raises(CredentialsError, match="is a folder"):
         load_signer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ed25519"])
+def test_a_key_that_was_pasted_is_read(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, kind: str
+) -> None:
+    key = rsa_key if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
+    whole = pem(key)
+    pasted = {
+        "escaped line ends": whole.replace(b"\n", b"\\n"),
+        "escaped Windows line ends": whole.replace(b"\n", b"\\r\\n"),
+        "one line": whole.replace(b"\n", b" "),
+        "no line ends": whole.replace(b"\n", b""),
+        "Windows line ends": whole.replace(b"\n", b"\r\n"),
+        "byte order mark": b"\xef\xbb\xbf" + whole,
+        "blanks around": b" \n\t" + whole.replace(b"\n", b" \n ") + b"\n\n",
+        "PKCS#8 under an RSA header": whole.replace(b"PRIVATE KEY", b"RSA PRIVATE KEY"),
+    }
+    if kind == "rsa":
+        pkcs1 = rsa_key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, PLAIN
+        )
+        pasted["PKCS#1"] = pkcs1
+        pasted["PKCS#1 under a PKCS#8 header"] = pkcs1.replace(b"RSA PRIVATE", b"PRIVATE")
+    for name, text in pasted.items():
+        signature = load_signer(write(tmp_path / "key.pem", text)).sign(b"text")
+        if isinstance(key, rsa.RSAPrivateKey):
+            key.public_key().verify(signature, b"text", PSS, hashes.SHA256())
+        else:
+            assert signature == key.sign(b"text"), name
+
+
+def test_a_file_that_holds_something_else_says_what(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    whole = pem(rsa_key)
+    public = rsa_key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    for text, reason in (
+        (public, "it holds a PUBLIC KEY"),
+        (whole[: len(whole) // 2], "no end line"),
+        (whole[:200] + whole[400:], "damaged or incomplete"),
+        (whole.decode().encode("utf-16"), "UTF-16"),
+        (b"0f1e2d3c-4b5a", "must begin with"),
+        (b"", "must begin with"),
+    ):
+        with pytest.raises(CredentialsError, match=reason) as error:
+            load_signer(write(tmp_path / "key.pem", text))
+        assert str(tmp_path / "key.pem") in str(error.value)
+        assert error.value.__cause__ is None
 
 
 def test_credentials_show_nothing(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:

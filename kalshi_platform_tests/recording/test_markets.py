@@ -236,6 +236,7 @@ def test_rest_is_asked_for_all_at_first_and_then_for_what_has_changed() -> None:
     assert rest.asked == [
         {"event_ticker": "KXB-1"},
         {"series_ticker": "KXA", "min_close_ts": not_closed},
+        {"series_ticker": "KXA", "status": "open"},
     ]
     rest.asked.clear()
     for _ in range(int(RELIST_S)):  # a turn a second
@@ -244,7 +245,7 @@ def test_rest_is_asked_for_all_at_first_and_then_for_what_has_changed() -> None:
     changed = [question for question in rest.asked if "min_updated_ts" in question]
     assert len(changed) == RELIST_S // REFRESH_S - 1
     assert all(question.keys() == {"min_updated_ts", "mve_filter"} for question in changed)
-    assert len(rest.asked) == len(changed) + 2  # and once all of it
+    assert len(rest.asked) == len(changed) + 3  # and once all of it
 
 
 def test_named_markets_alone_are_not_polled() -> None:
@@ -261,7 +262,59 @@ def test_everything_is_asked_for_without_multivariate_markets() -> None:
     rest = Rest(market("KXA-1-T0", volume="3.00"), market("KXB-1-T0", volume="7.00"))
     watching = Watching(rest, market_all=True, market_min_volume=5)
     assert watching.turn() == ["KXB-1-T0"]
-    assert rest.asked == [{"min_close_ts": int(NOW) - 60, "mve_filter": "exclude"}]
+    assert rest.asked == [
+        {"min_close_ts": int(NOW) - 60, "mve_filter": "exclude"},
+        {"status": "open", "mve_filter": "exclude"},
+    ]
+
+
+def test_a_market_that_trades_past_its_close_time_is_followed_until_it_is_over() -> None:
+    late = market("KXA-1-T0", NOW - HOUR, NOW - 600)
+    rest = Rest(late)
+    watching = Watching(rest, market_series="KXA")
+    assert watching.turn() == ["KXA-1-T0"]
+    watching.now += RELIST_S
+    watching.turn()
+    assert watching.watchlist.wanted() in (None, ["KXA-1-T0"])
+    rest.listed = [market("KXA-1-T0", NOW - HOUR, NOW - 600, "closed")]
+    watching.now += RELIST_S
+    watching.turn()
+    watching.now += LEAVE_AFTER_S + REFRESH_S
+    assert watching.turn() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "tickers"),
+    [
+        (b"\xef\xbb\xbfKXA-1-T0\nKXA-1-T1\n", ["KXA-1-T0", "KXA-1-T1"]),
+        ("KXA-1-T0\u200b\r\n\u00a0KXA-1-T1\u2060\n\u200b\n".encode(), ["KXA-1-T0", "KXA-1-T1"]),
+    ],
+)
+def test_what_pasting_leaves_in_a_file_of_tickers_is_taken_off(
+    tmp_path: Path, content: bytes, tickers: list[str]
+) -> None:
+    file = tmp_path / "tickers.txt"
+    file.write_bytes(content)
+    watching = Watching(Rest(market("KXA-1-T0"), market("KXA-1-T1")), market_file=file)
+    assert watching.turn() == tickers
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("KXA-1-T0\n".encode("utf-16"), "save it again as UTF-8"),
+        ("KX\u200bA-1-T0\n".encode(), "line 1.*which no editor shows"),
+        ("KXÄ-1-T0\n".encode("latin-1"), "save it again as UTF-8"),
+    ],
+)
+def test_a_file_of_tickers_that_cannot_be_trusted_is_a_sentence(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    file = tmp_path / "tickers.txt"
+    file.write_bytes(content)
+    with pytest.raises(SettingsError, match=reason) as error:
+        Watching(Rest(), market_file=file)
+    assert "MARKET_FILE" in str(error.value)
 
 
 def test_a_list_that_cannot_be_had_changes_nothing_and_the_clock_goes_on() -> None:
