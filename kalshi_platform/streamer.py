@@ -162,10 +162,21 @@ class Streamer:
             self._insist_on_a_key()  # refuse a bad one before anything is opened
         sys.setswitchinterval(SWITCH_S)
         writer = self._writer = Writer(self._folder, reached=reached(self._folder))
-        self._began_n = writer.next_n
+        self._began_n = writer.began_n
         self._arrive(writer)
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
-        writer.note("started", {"version": __version__, "shard": self._shard, "torn": torn})
+        start = writer.identity.starts[-1]
+        writer.note(
+            "started",
+            {
+                "version": __version__,
+                "shard": self._shard,
+                "torn": torn,
+                "journal": str(writer.id),
+                "epoch": start.epoch,
+                "start": start.token,
+            },
+        )
         writer.hand_over()
         writer.wait_durable(writer.next_n, 5.0)
         if writer.torn:

@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import mmap
 import os
 import re
 import time
-import uuid
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -158,11 +156,6 @@ def segment_path(folder: Path, first_n: int) -> Path:
 def set_aside(path: Path) -> Path:
     """The name of a segment of which there is no better copy."""
     return path.with_name(path.name + SET_ASIDE)
-
-
-def identity(folder: Path) -> uuid.UUID:
-    """The journal's own id, part of every deduplication token."""
-    return uuid.UUID(json.loads((folder / "journal.json").read_text())["id"])
 
 
 def beginning(folder: Path) -> Position:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import os
 import threading
@@ -16,7 +15,7 @@ import time
 import uuid
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import pyarrow as pa
 
 from kalshi_platform import durable
 from kalshi_platform.exchange.frames import Kind
-from kalshi_platform.recording import journal
+from kalshi_platform.recording import journal, journal_identity
 from kalshi_platform.recording.delays import Delays
 from kalshi_platform.recording.journal import (
     NO_CONNECTION,
@@ -37,8 +36,8 @@ from kalshi_platform.recording.journal import (
     JournalError,
     Position,
     checksum,
-    identity,
 )
+from kalshi_platform.recording.journal_identity import Claim, JournalIdentity
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,33 @@ class Torn:
     bytes_left: int
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start of a recorder begins."""
+
+    first_n: int
+    """The number of its first record."""
+    epoch: int = 0
+    """The least epoch that it may take."""
+
+
 class Writer:
     """Appends to a journal. `append` and `hand_over` belong to one thread: capture's."""
 
-    def __init__(self, folder: Path, *, reached: int = 0) -> None:
-        """`reached`: numbers below are taken, whatever the journal still has.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        reached: int = 0,
+        claims: Sequence[Claim] = (),
+        beginning: Callable[[JournalIdentity, int], Beginning] | None = None,
+    ) -> None:
+        """`reached`: numbers below are taken, whatever the journal still has. `claims`: evidence of the
+        journal's id beside `journal.json`. `beginning` is asked, under the lock, where to begin in view
+        of the identity and the first number that is free here.
 
-        Raises `JournalError` where another writer holds the folder or the disk refuses.
+        Raises `JournalError` where another writer holds the folder, the disk refuses, or the journal's
+        identity cannot be established.
         """
         self._folder = folder
         try:
@@ -79,9 +98,14 @@ class Writer:
             ) from None
         self._lock = _lock(folder)
         try:
-            self.id = _identity(folder)
+            known = journal_identity.establish(folder, claims)
             self.torn, self.damage, free = _end(folder)
-            start = self._next_n = max(free, reached)
+            self.ended_n = max(free, reached)
+            """The first number that was free before this start."""
+            at = beginning(known, self.ended_n) if beginning else Beginning(self.ended_n)
+            self.identity = journal_identity.begin(folder, known, at.epoch, at.first_n)
+            start = self._next_n = self.began_n = at.first_n
+            """The first record of this start."""
             self._open_segment(start)
         except OSError as error:
             self._lock.release()
@@ -107,6 +131,11 @@ class Writer:
         """From receive to disk."""
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
+
+    @property
+    def id(self) -> uuid.UUID:
+        """The journal's own id, part of every deduplication token."""
+        return self.identity.id
 
     # -- capture's side ----------------------------------------------------------------------
 
@@ -332,14 +361,6 @@ def _disk_sentence(folder: Path, error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"No space is left for the journal in {folder}: make room."
     return f"The journal in {folder} cannot be written ({error.strerror}): check the disk and its permissions."
-
-
-def _identity(folder: Path) -> uuid.UUID:
-    path = folder / "journal.json"
-    if not path.exists():
-        fresh = json.dumps({"format": 1, "id": str(uuid.uuid4())}) + "\n"
-        durable.replace(path, fresh.encode())
-    return identity(folder)
 
 
 def _end(folder: Path) -> tuple[Torn | None, str | None, int]:
