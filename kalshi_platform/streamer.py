@@ -275,7 +275,7 @@ class Streamer:
             self._reports.put,
             self._settings.journals_dir,
         )
-        derivation = Derivation(self._folder)
+        derivation = Derivation(self._folder, self._shard)
         loads = [
             Load(
                 self._folder,

@@ -1,13 +1,40 @@
-"""The files of a local archive, for tests that look at them or harm them."""
+"""The files of a local archive, for tests that look at them, harm them, or make them old."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
 
-from kalshi_platform.storage.archive import LocalArchive
+import msgspec
+import pyarrow.parquet as pq
+
+from kalshi_platform.loading import hours
+from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive import LocalArchive, Part, batches, local_file, write_durably
+from kalshi_platform.storage.schema import DATASETS, PLACE
 
 
 def paths(root: Path, dataset: str, hour: datetime) -> list[Path]:
     """The Parquet files of an hour, by name."""
     return [Path(file.path) for file in LocalArchive(root).files(dataset, hour)]
+
+
+def without_records(root: Path, hour: datetime, parts: int | None = None) -> None:
+    """Make an hour, or its first so many parts, as versions without record numbers wrote it.
+
+    Their manifests were of those columns: so is the one that is left here.
+    """
+    archive = LocalArchive(root)
+    for name in hours.RECORDED:
+        total, found = checksum.Content(), []
+        for n, path in enumerate(paths(root, name, hour)):
+            (table,) = batches(local_file(path), DATASETS[name].arrow)
+            if parts is None or n < parts:
+                table = table.drop_columns(list(PLACE))
+                write_durably(path, [table], table.schema)
+                assert not {*PLACE} & {*pq.read_schema(path).names}
+            total += checksum.content(table)
+            found.append(Part(path.name, table.num_rows, path.stat().st_size))
+        if (manifest := archive.read_manifest(name, hour)) is not None:
+            text = checksum.text(total.total)
+            archive.write_manifest(msgspec.structs.replace(manifest, checksum=text, parts=found))

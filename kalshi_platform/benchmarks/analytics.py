@@ -93,6 +93,8 @@ def synthetic_hour(
                 times(cut["at"], cut["type"] == 1),
                 times(cut["at"]),
                 pa.DictionaryArray.from_arrays(same, pa.array([""])).cast(NAME),
+                pa.repeat(pa.scalar(0, pa.uint32()), end - start),
+                pa.array(np.arange(start, end), pa.uint64()),
             ],
             schema=ORDERBOOK_EVENTS.arrow,
         )

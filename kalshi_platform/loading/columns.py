@@ -42,6 +42,11 @@ def times(values_ns: pl.Series) -> pa.Array:
     return pa.array((values_ns // 1000).to_numpy(), pa.int64()).cast(TIME)
 
 
+def place(records: pl.Series, shard: int) -> tuple[pa.Array, pa.Array]:
+    """The columns `shard` and `record` of rows that journal records made."""
+    return pa.repeat(pa.scalar(shard, pa.uint32()), len(records)), records.to_arrow()
+
+
 def _decimal(values: pl.Series, dtype: pa.Decimal128Type) -> pa.Array:
     """Unscaled integers as 128-bit decimals: the low word, and its sign carried into the high one."""
     low = values.fill_null(0).cast(pl.Int64).to_numpy()

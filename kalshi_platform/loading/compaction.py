@@ -99,6 +99,8 @@ class Content:
 
     rows: int
     checksum: str
+    placeless: str
+    """The checksum that the rows have without `shard` and `record`."""
     by_market: Counter[str]
 
 
@@ -312,15 +314,16 @@ def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[Cont
 
 def survey(sources: Sequence[File], schema: pa.Schema) -> Content:
     """Read everything, and tell what there is."""
-    rows, total = 0, 0
+    found = checksum.Content()
     by_market: Counter[str] = Counter()
     for file in sources:
         for table in batches(file, schema):
-            rows += table.num_rows
-            total = (total + checksum.rows_checksum(table)) % 2**64
+            found += checksum.content(table)
             for entry in table["market_ticker"].value_counts().to_pylist():
                 by_market[entry["values"]] += entry["counts"]
-    return Content(rows, checksum.text(total), by_market)
+    return Content(
+        found.rows, checksum.text(found.total), checksum.text(found.placeless), by_market
+    )
 
 
 def _sorted(

@@ -18,7 +18,7 @@ from kalshi_platform.exchange.book import SIDES
 from kalshi_platform.exchange.frames import DecodeError, Head, decode_head, decode_trade
 from kalshi_platform.exchange.frames import Trade as TradeFrame
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, cents_units, price_units, qty_units
-from kalshi_platform.loading.columns import names, prices, quantities, text, times
+from kalshi_platform.loading.columns import names, place, prices, quantities, text, times
 from kalshi_platform.storage.schema import TRADES as DATASET
 
 BOOK_SIDES = ("bid", "ask")
@@ -221,8 +221,8 @@ def _time_ms(trade: TradeFrame) -> int:
     return at_ms
 
 
-def table(of: pl.DataFrame) -> pa.Table:
-    """Decoded trades in the stores' own columns."""
+def table(of: pl.DataFrame, shard: int) -> pa.Table:
+    """Decoded trades of a shard's journal in the stores' own columns."""
     if of.is_empty():
         return DATASET.arrow.empty_table()
     return pa.Table.from_arrays(
@@ -240,6 +240,7 @@ def table(of: pl.DataFrame) -> pa.Table:
             of["is_block_trade"].to_arrow(),
             pa.array(of["ts_ms"].to_numpy(), pa.int64()).cast(DATASET.arrow.field("ts").type),
             times(of["recv_ns"]),
+            *place(of["n"], shard),
         ],
         schema=DATASET.arrow,
     )

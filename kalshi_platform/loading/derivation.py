@@ -65,8 +65,10 @@ class _Chunk:
 class Derivation:
     """Steps through one journal, shared by the loads of its stores, which are threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shard: int = 0) -> None:
         self._folder = folder
+        self.shard = shard
+        """Whose journal it is."""
         self._lock = threading.Lock()
         self._kept: dict[tuple[int, Hashable], Step] = {}
         """By the number of the first record and the doubts before it, in the order of derivation."""
@@ -96,7 +98,7 @@ class Derivation:
                 begin, after = start, state
                 for piece in chunk.pieces:
                     doubts = after.doubts
-                    rows, after = derive(piece.decoded, after)
+                    rows, after = derive(piece.decoded, after, self.shard)
                     step = Step(begin, doubts, piece.hour, rows, after, piece.end)
                     self._kept[begin.n, doubts] = step
                     begin = piece.end

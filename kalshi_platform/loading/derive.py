@@ -34,7 +34,7 @@ from kalshi_platform.loading.books import (
     numbered,
     on_ladder,
 )
-from kalshi_platform.loading.columns import codes, names, prices, quantities, text, times
+from kalshi_platform.loading.columns import codes, names, place, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.storage.schema import (
     DATASETS,
@@ -75,8 +75,8 @@ class Rows:
         return replace(self, tables=kept)
 
 
-def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
-    """Rows of one journal range, and the state after it.
+def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]:
+    """Rows of one range of a shard's journal, and the state after it.
 
     Raises ValueError where the range does not begin where the state ends.
     """
@@ -85,7 +85,7 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
             f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
         )
     if decoded.lost:
-        return _lost(decoded, state)
+        return _lost(decoded, state, shard)
     events, numbers = _events(decoded, state)
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
@@ -106,9 +106,9 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
         decoded.first_n,
         decoded.end_n,
         {
-            ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL)),
-            TRADES.name: decode_trades.table(decoded.trades),
-            STREAM_EVENTS.name: _stream_table(stream),
+            ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL), shard),
+            TRADES.name: decode_trades.table(decoded.trades, shard),
+            STREAM_EVENTS.name: _stream_table(stream, shard),
             LATEST_LEVELS.name: _latest_table(changed, state),
         },
         tuple(status.distrusted),
@@ -123,7 +123,7 @@ def derive(decoded: Decoded, state: State) -> tuple[Rows, State]:
     )
 
 
-def _lost(decoded: Decoded, state: State) -> tuple[Rows, State]:
+def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
     """A hole of the journal: what its records said of which connection shows with their next frames."""
     detail = {
         "cause": DAMAGED,
@@ -138,7 +138,7 @@ def _lost(decoded: Decoded, state: State) -> tuple[Rows, State]:
         name: DATASETS[name].arrow.empty_table() for name in (ORDERBOOK_EVENTS.name, TRADES.name)
     }
     tables = empty | {
-        STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row")),
+        STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row"), shard),
         LATEST_LEVELS.name: LATEST_LEVELS.arrow.empty_table(),
     }
     connections = {}
@@ -651,7 +651,7 @@ def _snapshot_rows(snapshots: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _event_table(events: pl.DataFrame) -> pa.Table:
+def _event_table(events: pl.DataFrame, shard: int) -> pa.Table:
     kinds = events["type"].replace_strict(
         {LEVEL: "snapshot", DELTA: "delta"}, return_dtype=pl.String
     )
@@ -670,12 +670,13 @@ def _event_table(events: pl.DataFrame) -> pa.Table:
             events["ts"].to_arrow(),
             times(events["recv_ns"]),
             names(events["client_order_id"]),
+            *place(events["n"], shard),
         ],
         schema=ORDERBOOK_EVENTS.arrow,
     )
 
 
-def _stream_table(stream: pl.DataFrame) -> pa.Table:
+def _stream_table(stream: pl.DataFrame, shard: int) -> pa.Table:
     return pa.Table.from_arrays(
         [
             times(stream["recv_ns"]),
@@ -685,6 +686,7 @@ def _stream_table(stream: pl.DataFrame) -> pa.Table:
             names(stream["kind"]),
             names(stream["market_ticker"]),
             text(stream["detail"]),
+            *place(stream["n"], shard),
         ],
         schema=STREAM_EVENTS.arrow,
     )

@@ -87,6 +87,7 @@ class Load:
         store: Store,
         pace: Pace,
         *,
+        shard: int = 0,
         derivation: Derivation | None = None,
         distrust: Callable[[Distrust], None] | None = None,
         observe: Callable[[Rows, State], None] | None = None,
@@ -95,7 +96,7 @@ class Load:
         self._writer = writer
         self._store = store
         self._pace = pace
-        self._derivation = derivation or Derivation(folder)
+        self._derivation = derivation or Derivation(folder, shard)
         self._derivation.joins(store.name)
         self._distrust = distrust
         self._observe = observe
@@ -303,7 +304,7 @@ class Load:
             piece = stretch
             if stretch.first_n + stretch.rows > until.n:
                 piece, _ = stretch.cut(until.n - stretch.first_n)
-            rows, state = derive(decoded(piece), self._state)
+            rows, state = derive(decoded(piece), self._state, self._derivation.shard)
             self._took(rows, state, piece.end)
             doubted.update({it.market_ticker: it for it in rows.distrusted})
         if self._position.n != until.n:
@@ -322,7 +323,8 @@ class Load:
             self._distrust(it)
 
     def _begin_hour(self, hour: datetime) -> None:
-        books, n = checkpoint(self._state, hour), self._position.n
+        books = checkpoint(self._state, hour, self._derivation.shard)
+        n = self._position.n
         self._insist(lambda: keep_hour_state(self._state, self._folder, hour))
         self._insist(lambda: self._store.begin_hour(hour, books, n))
 

@@ -25,6 +25,7 @@ from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse
 from kalshi_platform.storage.archive import HOUR, Archive, Manifest, batches, open_archive
+from kalshi_platform.storage.checksum import Content
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
@@ -86,13 +87,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Side:
-    rows: int
-    total: int
+    content: Content
     fault: str = ""
 
     @property
+    def rows(self) -> int:
+        return self.content.rows
+
+    @property
     def checksum(self) -> str:
-        return checksum.text(self.total) if self.rows else ""
+        return checksum.text(self.content.total) if self.rows else ""
 
 
 def compare_hours(
@@ -205,20 +209,19 @@ def _manifest(archive: Archive, dataset: str, hour: datetime) -> _Side:
     try:
         manifest: Manifest | None = archive.read_manifest(dataset, hour)
     except StoreRefused as error:
-        return _Side(0, 0, str(error))
-    return _Side(manifest.rows, int(manifest.checksum, 16)) if manifest else _Side(0, 0)
+        return _Side(Content(), str(error))
+    return _Side(Content(manifest.rows, int(manifest.checksum, 16)) if manifest else Content())
 
 
 def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
-    rows, total = 0, 0
+    content = Content()
     try:
         for file in archive.files(dataset.name, hour):
             for table in batches(file, dataset.arrow):
-                rows += table.num_rows
-                total += checksum.rows_checksum(table)
+                content += checksum.content(table)
     except StoreRefused as error:
-        return _Side(rows, total % 2**64, str(error))
-    return _Side(rows, total % 2**64)
+        return _Side(content, str(error))
+    return _Side(content)
 
 
 def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
@@ -231,7 +234,7 @@ def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
             f" WHERE {span} GROUP BY minute ORDER BY minute",
             parameters={"start": hour, "end": hour + HOUR},
         ).result_rows
-    rows, total = 0, 0
+    content = Content()
     for first, end in _pieces(minutes):
         with clickhouse.translated():
             found = client.query_arrow(
@@ -241,9 +244,8 @@ def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
                     "end": hour + timedelta(minutes=end),
                 },
             )
-        rows += found.num_rows
-        total += checksum.rows_checksum(as_archived(found, dataset))
-    return _Side(rows, total % 2**64)
+        content += checksum.content(as_archived(found, dataset))
+    return _Side(content)
 
 
 def _pieces(minutes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -265,9 +267,9 @@ def _difference(
     fault = manifest.fault or cold.fault
     if fault:
         said.append(fault)
-    elif (manifest.rows, manifest.total) != (cold.rows, cold.total):
+    elif (manifest.rows, manifest.checksum) != (cold.rows, cold.checksum):
         said.append(_apart("The files", cold, "the manifest", manifest))
-    if not cold.fault and (cold.rows, cold.total) != (hot.rows, hot.total):
+    if not cold.fault and not cold.content.agrees_with(hot.content):
         said.append(_apart("ClickHouse", hot, "the archive", cold))
     if not said:
         return None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -214,7 +215,8 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
                     f"{manifest.rows:,}" if manifest else "none",
                 )
                 return False
-            compaction.vouch(staged, manifest, found[1])
+            now = msgspec.structs.replace(manifest, checksum=found[0].checksum)
+            compaction.vouch(staged, now, found[1])
             built.append((name, staged))
     except _LostRecords as error:
         log.warning("%s", error)
@@ -227,19 +229,21 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
 
 
 def _same(manifest: Manifest, content: compaction.Content) -> bool:
-    return (manifest.rows, manifest.checksum) == (content.rows, content.checksum)
+    """Whether they are the same rows; those of a version without record numbers gain them."""
+    sums = (content.checksum, content.placeless)
+    return manifest.rows == content.rows and manifest.checksum in sums
 
 
 def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     state, shard = source.state, source.shard
-    books = checkpoint(state, hour) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
+    books = checkpoint(state, hour, shard) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
     if books.num_rows:
         _write(archive, BOOK_CHECKPOINTS, hour, part_name(shard, state.n, state.n), books)
     edges = _edges(archive, hour, shard)
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source.folder, source.position, hour, edges):
-        rows, state = derive(decoded(piece), state)
+        rows, state = derive(decoded(piece), state, shard)
         pending.append(rows)
         if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
             _write_range(archive, hour, shard, first_n, pending)

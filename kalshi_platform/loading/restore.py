@@ -16,6 +16,7 @@ from kalshi_platform.loading.rebuild import select_hour
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import arrival, checksum, clickhouse, queries
 from kalshi_platform.storage.archive import Archive, batches
+from kalshi_platform.storage.checksum import Content
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -86,26 +87,19 @@ def restore(
 
 def _hour(client: clickhouse.Client, archive: Archive, name: str, hour: datetime) -> Restored:
     dataset = DATASETS[name]
-    rows, total = 0, 0
+    archived = Content()
     for file in archive.files(name, hour):
         for number, table in enumerate(batches(file, dataset.arrow, BATCH_ROWS)):
-            content = checksum.rows_checksum(table)
-            token = (
-                f"restore:{name}:{hour:%Y-%m-%dT%H}:{file.name}:{number}:{checksum.text(content)}"
-            )
+            content = checksum.content(table)
+            summed = checksum.text(content.total)
+            token = f"restore:{name}:{hour:%Y-%m-%dT%H}:{file.name}:{number}:{summed}"
             arrival.insist(client, name, table, token, arrival.KEYS[name])
-            rows += table.num_rows
-            total = (total + content) % 2**64
-    found_rows, found_total = _in_clickhouse(client, name, hour)
-    if (found_rows, found_total) != (rows, total):
+            archived += content
+    found = checksum.content(select_hour(client, dataset, hour))
+    if not found.agrees_with(archived):
         raise StoreRefused(
-            f"{name} of {hour:%Y-%m-%d %H:00} UTC: the archive holds {rows:,} rows, ClickHouse now"
-            f" {found_rows:,}, and their checksums differ. Restore into an empty database"
+            f"{name} of {hour:%Y-%m-%d %H:00} UTC: the archive holds {archived.rows:,} rows, ClickHouse"
+            f" now {found.rows:,}, and their checksums differ. Restore into an empty database"
             " (CLICKHOUSE_DATABASE), with HOT_RETENTION_DAYS long enough for that hour."
         )
-    return Restored(name, hour, rows, checksum.text(total))
-
-
-def _in_clickhouse(client: clickhouse.Client, name: str, hour: datetime) -> tuple[int, int]:
-    table = select_hour(client, DATASETS[name], hour)
-    return table.num_rows, checksum.rows_checksum(table)
+    return Restored(name, hour, archived.rows, checksum.text(archived.total))

@@ -15,7 +15,7 @@ import pyarrow as pa
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import LEVELS, Book, Connection, State
-from kalshi_platform.loading.columns import names, prices, quantities
+from kalshi_platform.loading.columns import names, place, prices, quantities
 from kalshi_platform.storage.archive import hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 
@@ -105,8 +105,10 @@ def _hour_folder(journal_folder: Path) -> Path:
     return journal_folder / "load" / "hours"
 
 
-def checkpoint(state: State, hour: datetime) -> pa.Table:
+def checkpoint(state: State, hour: datetime, shard: int = 0) -> pa.Table:
     """Every live book at the hour's first instant, from the state after the last record before it.
+
+    Its rows carry the record that begins the hour, `state.n`.
 
     Live means: based on a snapshot, still followed, on an open connection, recorder at work.
     """
@@ -154,6 +156,7 @@ def checkpoint(state: State, hour: datetime) -> pa.Table:
             names(rows["side"]),
             prices(rows["price"]),
             quantities(rows["size"]),
+            *place(pl.repeat(state.n, rows.height, dtype=pl.UInt64, eager=True), shard),
         ],
         schema=BOOK_CHECKPOINTS.arrow,
     )

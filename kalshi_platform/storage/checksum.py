@@ -3,30 +3,85 @@
 Every row becomes a 64-bit number, mixed from the exact values of its columns; the sum over all rows
 (mod 2**64) is the checksum. Two stores hold the same rows if count and checksum agree. The mixing is
 splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+
+`shard` and `record` came later than the other columns. A row without them has the checksum that it had
+before there were such columns, so that manifests of that time stay true.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kalshi_platform.storage.schema import PLACE
+
 U64 = npt.NDArray[np.uint64]
 _NULL = np.uint64(0x9E3779B97F4A7C15)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What rows come to. Add those of the pieces for that of the whole."""
+
+    rows: int = 0
+    total: int = 0
+    """The checksum."""
+    placeless: int = 0
+    """The same without `shard` and `record`."""
+    placed: int = 0
+    """How many rows have a `record`."""
+
+    def __add__(self, other: Content) -> Content:
+        return Content(
+            self.rows + other.rows,
+            (self.total + other.total) % 2**64,
+            (self.placeless + other.placeless) % 2**64,
+            self.placed + other.placed,
+        )
+
+    def agrees_with(self, other: Content) -> bool:
+        """Whether both are the same rows. Records count only where both have them of as many rows:
+        one store may have been filled again since the columns came, the other not."""
+        if self.placed != other.placed:
+            return (self.rows, self.placeless) == (other.rows, other.placeless)
+        return (self.rows, self.total) == (other.rows, other.total)
+
+
 def rows_checksum(table: pa.Table) -> int:
     """Checksum of a table; add those of its pieces (mod 2**64) for that of the whole."""
+    return content(table).total
+
+
+def content(table: pa.Table) -> Content:
+    """Count and checksums of a table."""
     if not table.num_rows:
-        return 0
+        return Content()
     rows: U64 = np.zeros(table.num_rows, dtype=np.uint64)
+    placed = 0
     with np.errstate(over="ignore"):
         for name in table.column_names:
-            salt = np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest()))
-            rows = _mix(rows * np.uint64(31) + (_values(table[name]) ^ salt))
-        return int(rows.sum(dtype=np.uint64))
+            if name not in PLACE:
+                rows = _with(rows, name, table[name])
+        placeless = int(rows.sum(dtype=np.uint64))
+        for name in PLACE:
+            if name not in table.column_names or table[name].null_count == table.num_rows:
+                continue
+            mixed = _with(rows, name, table[name])
+            valid = table[name].is_valid().to_numpy() if table[name].null_count else True
+            rows = np.where(valid, mixed, rows)
+            if name == "record":
+                placed = table.num_rows - table[name].null_count
+        return Content(table.num_rows, int(rows.sum(dtype=np.uint64)), placeless, placed)
+
+
+def _with(rows: U64, name: str, column: pa.ChunkedArray) -> U64:
+    """The rows' numbers with a column's values mixed in."""
+    salt = np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest()))
+    return _mix(rows * np.uint64(31) + (_values(column) ^ salt))
 
 
 def text(checksum: int) -> str:

@@ -83,6 +83,20 @@ _INGEST = Column(
     "ingest_ts", TIME, "DateTime64(6, 'UTC')", "receive time, from this machine's clock"
 )
 
+_SHARD = Column(
+    "shard", pa.uint32(), "Nullable(UInt32)", "the shard whose recorder received it", True
+)
+_RECORD = Column(
+    "record",
+    pa.uint64(),
+    "Nullable(UInt64)",
+    "the shard's journal record that made the row: the order of receipt.",
+    True,
+)
+_PLACE = (_SHARD, _RECORD)
+PLACE = tuple(column.name for column in _PLACE)
+"""Where a row came from: the last columns of a dataset, null in rows of versions that did not keep it."""
+
 ORDERBOOK_EVENTS = Dataset(
     "orderbook_events",
     (
@@ -104,6 +118,7 @@ ORDERBOOK_EVENTS = Dataset(
         _TS,
         _INGEST,
         Column("client_order_id", NAME, "String", "own orders only, else empty"),
+        *_PLACE,
     ),
     "Every order-book event: one row per level of a snapshot, one per delta.",
 )
@@ -118,6 +133,7 @@ STREAM_EVENTS = Dataset(
         Column("kind", *_TEXT, "what came or happened: connected, ok, snapshot, gap, …"),
         Column("market_ticker", *_TEXT, "the market, where there is one"),
         Column("detail", pa.string(), "String", "JSON; the raw frame for malformed and unknown"),
+        *_PLACE,
     ),
     "Everything else that came from the exchange or happened to the recording.",
 )
@@ -137,6 +153,14 @@ BOOK_CHECKPOINTS = Dataset(
         ),
         Column("price", PRICE, "Nullable(Decimal(9, 4))", "dollars; null: the book is empty", True),
         Column("size", QTY, "Nullable(Decimal(18, 2))", "contracts; null: the book is empty", True),
+        _SHARD,
+        Column(
+            "record",
+            pa.uint64(),
+            "Nullable(UInt64)",
+            "the shard's journal record that begins the hour: all before it is in the book",
+            True,
+        ),
     ),
     "Every live book as it was at the hour's first instant: one row per level, at least one per market.",
 )
@@ -175,6 +199,7 @@ TRADES = Dataset(
         Column("is_block_trade", pa.bool_(), "Bool", "agreed away from the book"),
         Column("ts", pa.timestamp("ms", "UTC"), "DateTime64(3, 'UTC')", "exchange time"),
         _INGEST,
+        *_PLACE,
     ),
     "Every trade of the followed markets, as everybody sees it.",
 )

@@ -13,8 +13,11 @@ import matplotlib as mpl
 import pytest
 
 from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
+from kalshi_platform_tests.archived import without_records
 from kalshi_platform_tests.storage.tables import settings_for
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
@@ -24,6 +27,11 @@ SNIPPETS = dict(
         PAGE.read_text("utf-8"),
         re.DOTALL | re.MULTILINE,
     )
+)
+(LATER,) = re.findall(
+    r"^## Columns that came later\n.*?```python\n(.*?)```",
+    PAGE.read_text("utf-8"),
+    re.DOTALL | re.MULTILINE,
 )
 TICKER = "M-1"
 mpl.use("Agg")
@@ -138,3 +146,33 @@ def test_the_snippet_runs_and_its_result_is_right(
     CHECKS[reader](names["result"], archived)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     names["plt"].close("all")
+
+
+def test_every_reader_has_null_for_what_an_older_file_was_written_without(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="duckdb is a development dependency")
+    pytest.importorskip("pandas", reason="pandas is a development dependency")
+    record_hour(tmp_path)
+    before = HOUR - ONE_HOUR
+    archive = LocalArchive(tmp_path)
+    (old,) = archive.read(ORDERBOOK_EVENTS.name, before)
+    without_records(tmp_path, before)
+    names: dict[str, Any] = {"archive": str(tmp_path)}
+    exec(compile(LATER, f"{PAGE.name}: later", "exec"), names)
+    new = [
+        n
+        for table in archive.read(ORDERBOOK_EVENTS.name, HOUR)
+        for n in table["record"].to_pylist()
+    ]
+    assert None not in new
+    wanted = sorted([-1] * old.num_rows + new)
+    columns = {
+        "Polars": names["with_polars"]["record"].to_list(),
+        "DuckDB": names["with_duckdb"]["record"].to_list(),
+        "pandas": names["with_pandas"]["record"]
+        .astype(object)
+        .where(lambda n: n.notna(), None)
+        .to_list(),
+        "pyarrow": names["with_pyarrow"]["record"].to_pylist(),
+    }
+    for reader, found in columns.items():
+        assert sorted(-1 if n is None else n for n in found) == wanted, reader

@@ -65,6 +65,8 @@ ROW = {
     "is_block_trade": False,
     "ts": datetime(2022, 11, 22, 20, 44, 1, 123_000, UTC),
     "ingest_ts": datetime.fromtimestamp(wire.NOON_NS // wire.SECOND, UTC),
+    "shard": 0,
+    "record": 1,
 }
 
 

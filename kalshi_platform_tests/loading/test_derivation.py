@@ -109,9 +109,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first records of all that is derived from now on."""
     derived: list[int] = []
 
-    def counting(decoded: Decoded, state: State) -> tuple[Rows, State]:
+    def counting(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
         derived.append(decoded.first_n)
-        return derive(decoded, state)
+        return derive(decoded, state, shard)
 
     monkeypatch.setattr(derivation, "derive", counting)
     return derived

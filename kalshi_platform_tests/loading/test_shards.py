@@ -123,12 +123,13 @@ class Shard:
         return ParquetStore(LocalArchive(root), self.number, self.reports.append, journals)
 
     def load(self, writer: Writer) -> None:
-        load_all(Load(self.folder, writer, self.store(), SMALL))
+        load_all(Load(self.folder, writer, self.store(), SMALL, shard=self.number))
 
     def heat(self) -> None:
         """Bring the journal to ClickHouse."""
         writer = Writer(self.folder)
-        load_all(Load(self.folder, writer, ClickHouseStore(self.settings, str(writer.id)), SMALL))
+        store = ClickHouseStore(self.settings, str(writer.id))
+        load_all(Load(self.folder, writer, store, SMALL, shard=self.number))
         writer.close()
 
     def sealed(self) -> list[datetime]:
@@ -209,7 +210,7 @@ def test_a_shard_drained_last_seals_what_waited_for_it(settings: Settings) -> No
     writer = former.writer(life(1, "B-2", 0, 60))
     lives.record(life(0, "A-1", 0, 150))
     store = former.store()
-    load_all(Load(former.folder, writer, store, SMALL))
+    load_all(Load(former.folder, writer, store, SMALL, shard=former.number))
     store.drained(seal=True)
     assert former.sealed() == [FIRST_HOUR]
     writer.close()
@@ -305,7 +306,7 @@ def told(report):
         print(f"{report.hour:%Y-%m-%d %H}")
 store = ParquetStore(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
 writer = Writer(folder)
-load = Load(folder, writer, store, Pace(records=60, seconds=0.0, first_s=0.0))
+load = Load(folder, writer, store, Pace(records=60, seconds=0.0, first_s=0.0), shard=shard)
 load.start()
 load.drain()
 assert load.join(120), load.failure or load.trouble

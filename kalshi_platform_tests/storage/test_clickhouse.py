@@ -34,6 +34,8 @@ ROWS = [
         "conn_id": uuid(1),
         "sid": 2,
         "seq": 2**63 + 7,
+        "shard": 2**32 - 1,
+        "record": 2**64 - 1,
         "market_id": uuid(2),
         "market_ticker": "A-B",
         "side": "no",
@@ -70,7 +72,7 @@ def test_every_value_comes_back_as_it_went_in(
     found = [dict(zip(back.column_names, row, strict=True)) for row in back.result_rows]
     for row, expected in zip(found, ROWS, strict=True):
         row["conn_id"], row["market_id"] = str(row["conn_id"]), str(row["market_id"])
-        assert row == {"client_order_id": "", **expected}
+        assert row == {"client_order_id": "", "shard": None, "record": None, **expected}
 
 
 def test_a_second_insert_with_the_same_token_adds_nothing(

@@ -59,9 +59,9 @@ def parquet_writer(
 
     `level` is zstd's; `sorted_by` names the columns that the rows are sorted by, for the footer.
     """
-    delta = ["seq", "ts", "ingest_ts"]
+    delta = ["seq", "ts", "ingest_ts", "record"]
     names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
-        *("price", "qty", "size", "yes_price", "no_price")
+        *("price", "qty", "size", "yes_price", "no_price", "shard")
     ]
     with pq.ParquetWriter(
         path,
@@ -91,7 +91,7 @@ def table_of(
 ) -> pa.Table:
     """A file's rows as `schema` has them; with `tickers` of those markets alone, "" for rows of none.
 
-    Raises `StoreRefused` where it cannot be read, `StoreUnavailable` where it went meanwhile.
+    A column that the file was written without is null where it may be. Raises `StoreRefused` where it cannot be read, `StoreUnavailable` where it went meanwhile.
     """
     dictionaries = _dictionaries(schema)
     wanted = None
@@ -103,18 +103,22 @@ def table_of(
         table = pq.read_table(
             file.key,
             columns=columns,
+            schema=_readable(schema, dictionaries),
             partitioning=None,
             filters=wanted,
             read_dictionary=dictionaries,
             filesystem=file.filesystem,
         )
         return table.cast(pa.schema([schema.field(name) for name in table.column_names]))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a null where none may be
         raise unreadable(file, error) from None
 
 
 def batches(file: File, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterator[pa.Table]:
-    """A file's rows, at most `rows` at a time. Raises as `table_of` does."""
+    """A file's rows, at most `rows` at a time. Reads missing columns, and raises, as `table_of` does.
+
+    A column that `schema` does not have is refused: whoever writes these rows again would drop it.
+    """
     try:
         with (
             file.filesystem.open_input_file(file.key) as source,
@@ -122,9 +126,38 @@ def batches(file: File, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterat
         ):
             for groups in _groups(parquet.metadata, rows):
                 for batch in parquet.iter_batches(batch_size=rows, row_groups=groups):
-                    yield pa.Table.from_batches([batch]).cast(schema)
+                    yield _conformed(pa.Table.from_batches([batch]), file, schema)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from None
+
+
+def _conformed(table: pa.Table, file: File, schema: pa.Schema) -> pa.Table:
+    if table.schema.names != schema.names:
+        if unknown := sorted({*table.schema.names} - {*schema.names}):
+            raise StoreRefused(
+                f"{file.path} has the columns {', '.join(unknown)}, which this version does not know: a"
+                " later version wrote it. Install that version."
+            )
+        for field in schema:
+            if field.name in table.schema.names:
+                continue
+            if not field.nullable:
+                raise pa.ArrowInvalid(f"the column {field.name} is missing")
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        table = table.select(schema.names)
+    return table.cast(schema)
+
+
+def _readable(schema: pa.Schema, dictionaries: Sequence[str]) -> pa.Schema:
+    """The schema with the columns of texts that are not to be read as dictionaries in plain."""
+    return pa.schema(
+        [
+            f.with_type(f.type.value_type)
+            if pa.types.is_dictionary(f.type) and f.name not in dictionaries
+            else f
+            for f in schema
+        ]
+    )
 
 
 def _groups(footer: pq.FileMetaData, rows: int) -> Iterator[list[int]]:

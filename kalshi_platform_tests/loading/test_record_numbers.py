@@ -1,0 +1,251 @@
+"""Every row names the journal record that made it; rows of versions that did not keep it stay as they were."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import msgspec
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from kalshi_platform.loading import compaction, hours
+from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.loading.publish import publish
+from kalshi_platform.loading.rebuild import rebuild
+from kalshi_platform.loading.restore import restore
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording import journal
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import checksum, migrations
+from kalshi_platform.storage.archive import LocalArchive, batches, local_file, write_durably
+from kalshi_platform.storage.archive.files import table_of
+from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
+from kalshi_platform_tests.archived import paths, without_records
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
+from kalshi_platform_tests.loading.test_load import (
+    FIRST_HOUR,
+    SECOND_HOUR,
+    archived,
+    journal_of,
+    load_all,
+    recording,
+)
+from kalshi_platform_tests.loading.test_parity import compared
+from kalshi_platform_tests.storage.tables import arrow, settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
+
+PACE = Pace(records=40, seconds=0.0, first_s=0.0)
+SHARD = 3
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, clickhouse_url: str) -> Iterator[Settings]:
+    """An empty database, and two hours of a shard's journal in the archive."""
+    name = database_name()
+    made = settings_for(clickhouse_url, name, kalshi_data_dir=tmp_path, hot_retention_days=36_500)
+    migrations.migrate(made)
+    writer = journal_of(made.journal_dir(SHARD), recording())
+    load_all(
+        Load(
+            made.journal_dir(SHARD),
+            writer,
+            ParquetStore(LocalArchive(made.archive_dir), SHARD, lambda _: None),
+            PACE,
+            shard=SHARD,
+        )
+    )
+    writer.close()
+    yield made
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
+
+
+def loaded_into_clickhouse(settings: Settings) -> None:
+    writer = journal_of(settings.journal_dir(SHARD).with_name("again"), recording())
+    load_all(
+        Load(
+            settings.journal_dir(SHARD).with_name("again"),
+            writer,
+            ClickHouseStore(settings, str(writer.id)),
+            PACE,
+            shard=SHARD,
+        )
+    )
+    writer.close()
+
+
+def numbered(root: Path) -> dict[str, int]:
+    """How many rows of each dataset have a record."""
+    return {name: archived(root, name)["record"].count() for name in hours.RECORDED}
+
+
+def test_every_row_names_the_shard_and_the_record_of_its_frame(settings: Settings) -> None:
+    folder = settings.journal_dir(SHARD)
+    frames: dict[int, dict[str, object]] = {}
+    for block in journal.blocks(folder, journal.beginning(folder)):
+        for n, frame in enumerate(block.batch.column("frame").to_pylist(), block.first_n):
+            frames[n] = msgspec.json.decode(frame)
+    met = set()
+    for name in ("orderbook_events", "trades", "stream_events"):
+        rows = archived(settings.archive_dir, name)
+        assert rows["shard"].unique().to_list() == [SHARD]
+        for row in rows.to_dicts():
+            frame = frames[row["record"]]
+            if row["seq"]:
+                assert (row["sid"], row["seq"]) == (frame["sid"], frame["seq"])
+            else:
+                assert row["kind"] == frame["kind"]
+        met |= set(rows["record"])
+    assert met == frames.keys()  # each record made a row
+    events = archived(settings.archive_dir, "orderbook_events")
+    levels = events.filter(pl.col("type") == "snapshot")
+    assert levels.height == 3
+    assert levels["record"].n_unique() == 1  # of one frame
+    books = archived(settings.archive_dir, "book_checkpoints")
+    (first,) = books["record"].unique()
+    assert first == events.filter(pl.col("ingest_ts") >= SECOND_HOUR)["record"].min()
+    assert books["shard"].unique().to_list() == [SHARD]
+
+
+def test_an_hour_from_before_the_columns_keeps_its_checks_green_and_gains_records(
+    settings: Settings,
+) -> None:
+    root = settings.archive_dir
+    without_records(root, FIRST_HOUR)
+    archive = LocalArchive(root)
+    old = {name: archive.read_manifest(name, FIRST_HOUR) for name in hours.RECORDED}
+    restore(settings, archive, None, lambda _: None)
+    with closing(connect(settings)) as client:
+        counts = client.query("SELECT count(), count(record) FROM orderbook_events").result_rows
+        assert counts[0][0] > counts[0][1] > 0  # the second hour has them
+        assert [d.what for d in compared(settings, client).differences] == []
+        done: list[compaction.Compacted] = []
+        compaction.compact(archive, [FIRST_HOUR], done.append, _never)
+        assert {it.dataset: it.checksum for it in done} == {
+            name: manifest.checksum for name, manifest in old.items() if manifest is not None
+        }
+        publish(
+            archive,
+            root.with_name("public"),
+            span=None,
+            wanted={"orderbook_events"},
+            done=lambda _: None,
+            left=lambda _: None,
+        )
+        assert [d.what for d in compared(settings, client).differences] == []
+        before = numbered(root)
+        rebuild(settings, FIRST_HOUR)
+        assert numbered(root)["orderbook_events"] > before["orderbook_events"]
+        assert archived(root, "orderbook_events")["record"].null_count() == 0
+        assert hours.is_sealed(archive, FIRST_HOUR)
+        assert [d.what for d in compared(settings, client).differences] == []
+
+
+def _never(hour: object, error: Exception) -> None:
+    raise AssertionError(f"{hour}: {error}")
+
+
+def test_an_hour_of_two_versions_is_one_hour_for_every_reader(settings: Settings) -> None:
+    root = settings.archive_dir
+    without_records(root, FIRST_HOUR, parts=1)
+    archive = LocalArchive(root)
+    whole = hours.describe(archive, FIRST_HOUR, complete=True)
+    manifest = archive.read_manifest("orderbook_events", FIRST_HOUR)
+    assert manifest is not None
+    assert manifest.checksum == next(
+        d.checksum for d in whole.datasets if d.dataset == "orderbook_events"
+    )
+    compaction.compact(archive, [FIRST_HOUR], lambda _: None, _never)
+    (path,) = paths(root, "orderbook_events", FIRST_HOUR)
+    records = table_of(local_file(path), ORDERBOOK_EVENTS.arrow, ["record"])["record"]
+    assert 0 < records.null_count < len(records)
+    rebuild(settings, FIRST_HOUR)
+    assert hours.is_sealed(archive, FIRST_HOUR)
+    restore(settings, archive, None, lambda _: None)
+
+
+def test_a_changed_record_number_is_a_difference(settings: Settings) -> None:
+    loaded_into_clickhouse(settings)
+    with closing(connect(settings)) as client:
+        assert not compared(settings, client).differences
+        client.command(
+            "ALTER TABLE trades UPDATE record = record + 1 WHERE seq = 1",
+            settings={"mutations_sync": 2},
+        )
+        shutil.rmtree(settings.data_dir / "checks")
+        (found,) = compared(settings, client).differences
+    assert found.dataset == "trades"
+    assert "with different values" in found.what
+
+
+def test_a_row_without_a_record_has_the_checksum_of_before_the_columns() -> None:
+    rows = [
+        {"market_ticker": t, "seq": n, "type": "delta", "side": "yes"} for n, t in enumerate("ABC")
+    ]
+    old = arrow(ORDERBOOK_EVENTS, rows)
+    assert checksum.rows_checksum(old) == checksum.rows_checksum(old.drop_columns(list(PLACE)))
+    new = arrow(ORDERBOOK_EVENTS, [row | {"shard": 0, "record": n} for n, row in enumerate(rows)])
+    content = checksum.content(new)
+    assert (content.placed, content.placeless) == (3, checksum.rows_checksum(old))
+    assert content.total != content.placeless
+    swapped = arrow(
+        ORDERBOOK_EVENTS, [r | {"shard": 0, "record": 2 - n} for n, r in enumerate(rows)]
+    )
+    assert not content.agrees_with(checksum.content(swapped))
+    assert content.agrees_with(checksum.content(old))
+    mixed = pa.concat_tables([new.slice(0, 1), old.slice(1)])
+    halves = checksum.content(mixed.slice(0, 2)) + checksum.content(mixed.slice(2))
+    assert checksum.content(mixed) == halves
+    assert mixed.num_rows == halves.rows
+    assert not content.agrees_with(checksum.content(mixed.slice(1)))
+
+
+@pytest.mark.parametrize("dataset", hours.RECORDED)
+def test_a_file_of_before_the_columns_reads_with_nulls(dataset: str, tmp_path: Path) -> None:
+    schema = DATASETS[dataset].arrow
+    table = arrow(DATASETS[dataset], [{"market_ticker": t} | _enums(dataset) for t in ("A", "B")])
+    old = table.drop_columns(list(PLACE))
+    path = tmp_path / "part-0-0-2.parquet"
+    write_durably(path, [old], old.schema)
+    file = local_file(path)
+    (read,) = batches(file, schema)
+    assert read.equals(table)
+    assert read.schema == schema
+    assert table_of(file, schema).equals(table)
+    assert table_of(file, schema, ["record", "market_ticker"], ["B"]).to_pylist() == [
+        {"record": None, "market_ticker": "B"}
+    ]
+
+
+def _enums(dataset: str) -> dict[str, str]:
+    return {c.name: "yes" for c in DATASETS[dataset].columns if c.name == "side"}
+
+
+def test_a_file_without_a_needed_column_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    schema = ORDERBOOK_EVENTS.arrow
+    table = arrow(ORDERBOOK_EVENTS, [{"market_ticker": "A", "side": "yes"}])
+    lacking, later = tmp_path / "lacking.parquet", tmp_path / "later.parquet"
+    write_durably(lacking, [short := table.drop_columns(["seq"])], short.schema)
+    longer = table.append_column("hue", pa.array([1]))
+    write_durably(later, [longer], longer.schema)
+    for read in (
+        lambda: list(batches(local_file(lacking), schema)),
+        lambda: table_of(local_file(lacking), schema),
+    ):
+        with pytest.raises(StoreRefused, match=r"lacking\.parquet cannot be read"):
+            read()
+    with pytest.raises(StoreRefused, match=r"has the columns hue, .* Install that version"):
+        list(batches(local_file(later), schema))
