@@ -1,18 +1,18 @@
-"""Servers on the loopback interface and the web: what another site's page asks of them is refused.
+"""Servers on the loopback interface and the web: requests from the pages of other sites are refused.
 
-Whoever sits at this machine may use them without a password, and so may every page that is open in
-their browser, unless the server looks at what browsers say of a request and no page can forge:
+Every program on this machine may use these servers, and so could every page that is open in a browser
+here, unless the server reads what browsers say about a request, which no page can forge:
 
 - `Host`: a page whose name was made to point at 127.0.0.1 (DNS rebinding) still has its own name there;
-- `Origin`: the page that sends it; absent from plain GETs;
-- `Sec-Fetch-Site`: how that page and the server are related; absent from old browsers.
+- `Origin`: scheme, host and port of the page that sends it; absent from plain GETs;
+- `Sec-Fetch-Site`: how that page and the server are related; absent from browsers older than 2023.
 
-Programs that are no browsers name the server in `Host` and send neither of the others.
+All three are checked against the values that the server's own pages have. A program that is no browser
+names the server in `Host` and sends neither of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -21,25 +21,53 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kalshi_platform.loopback import is_loopback
 
+_OWN = frozenset({"same-origin", "none"})
+"""`Sec-Fetch-Site` of a server's own pages, and of an address that a person typed."""
+_SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
+"""The scheme that a page has whose requests, or WebSockets, have this one."""
+_PORTS = {"http": ":80", "https": ":443"}
+"""Left out of an origin and of `Host`."""
 
-def refusal(headers: Mapping[str, str], *, loopback: bool = True) -> str | None:
-    """Why a request is another site's, as a sentence; None where it may be answered.
 
-    `headers` ignores case. `loopback` says that the server listens there alone; one that other
-    machines reach has names that nobody here knows, so its `Host` proves nothing.
+def refusal(
+    headers: Headers, *, scheme: str = "http", loopback: bool = True, address: str | None = None
+) -> str | None:
+    """Why a request comes from another site, as a sentence; None where it may be answered.
+
+    `scheme` is that of the request. `loopback` says that the server listens there alone; the names of
+    one that other machines reach are not known, so its `Host` proves nothing. `address` is a URL by
+    which people reach the server besides, through a proxy.
     """
-    named = headers.get("host")
-    host = _hostname(f"//{named}")
-    if loopback and named and not is_loopback(host):
-        return f"This server answers to localhost and 127.0.0.1, not to {named!r}."
-    origin = headers.get("origin")
-    if origin is not None:
-        page = _hostname(origin)
-        if not is_loopback(page) and (loopback or not page or page != host):
-            return f"Requests from web pages of other sites are refused: {origin!r}."
-    elif headers.get("sec-fetch-site") == "cross-site":
-        return "Requests from web pages of other sites are refused."
+    sites = headers.getlist("sec-fetch-site")
+    return _refusal_by_address(headers, scheme, loopback, address) or (
+        None
+        if not sites or (len(sites) == 1 and sites[0] in _OWN)
+        else "Requests from web pages of other sites are refused."
+    )
+
+
+def _refusal_by_address(
+    headers: Headers, scheme: str, loopback: bool, address: str | None
+) -> str | None:
+    hosts, origins = headers.getlist("host"), headers.getlist("origin")
+    if len(hosts) > 1 or len(origins) > 1:
+        return "A request has one Host and one Origin, not more."
+    host = hosts[0] if hosts else ""
+    known = _hostname(f"//{host}") == _hostname(address or "") != ""
+    if loopback and host and not known and not is_loopback(_hostname(f"//{host}")):
+        return f"This server answers to localhost and 127.0.0.1, not to {host!r}."
+    own = {_origin(f"{scheme}://{host}"), _origin(address or "")} - {""}
+    if origins and origins[0] not in own:
+        return f"Requests from web pages of other sites are refused: {origins[0]!r}."
     return None
+
+
+def _origin(url: str) -> str:
+    """The origin of the pages at a URL, as browsers write it; empty where they have none."""
+    scheme, separator, rest = url.partition("://")
+    page = _SCHEMES.get(scheme.lower(), "")
+    host = rest.partition("/")[0].lower()
+    return f"{page}://{host.removesuffix(_PORTS[page])}" if separator and page and host else ""
 
 
 def _hostname(url: str) -> str:
@@ -53,35 +81,53 @@ def _hostname(url: str) -> str:
 class OwnPagesOnly:
     """ASGI middleware: answers 403 to what `refusal` refuses.
 
-    `links` lets a link on another site open a page all the same: its answer is shown to the person
-    who followed it, in a tab of its own, and not to that site.
+    With `links` a link on another site opens the server's front page, whatever path and query it
+    names: the page is shown to the person who followed the link, in a tab of its own, and finds the
+    rest in the tab's address. Nothing else can be reached by such a link.
     """
 
-    def __init__(self, app: ASGIApp, *, loopback: bool = True, links: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        loopback: bool = True,
+        links: bool = False,
+        address: str | None = None,
+    ) -> None:
         self._app = app
         self._loopback = loopback
         self._links = links
+        self._address = address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or hand on."""
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        headers: Mapping[str, str] = Headers(scope=scope)
-        if self._links and scope["type"] == "http" and scope["method"] == "GET":
-            headers = _without_link(headers)
-        why = refusal(headers, loopback=self._loopback)
+        headers = Headers(scope=scope)
+        why = refusal(
+            headers,
+            scheme=scope.get("scheme", "http"),
+            loopback=self._loopback,
+            address=self._address,
+        )
         if why is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # refuses the handshake
+        elif self._links and self._is_link(scope, headers):
+            root = scope.get("root_path", "")
+            front = {"path": f"{root}/", "raw_path": f"{root}/".encode(), "query_string": b""}
+            await self._app({**scope, **front}, receive, send)
         else:
             await PlainTextResponse(f"{why}\n", 403)(scope, receive, send)
 
-
-def _without_link(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """The headers, as if the person had typed the address that a link has in truth opened."""
-    opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
-    if opened != ("navigate", "document"):
-        return headers
-    return {name: value for name, value in headers.items() if name != "sec-fetch-site"}
+    def _is_link(self, scope: Scope, headers: Headers) -> bool:
+        """Whether a person followed a link to here; no image, frame, script or form does."""
+        opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
+        return (
+            scope["method"] == "GET"
+            and opened == ("navigate", "document")
+            and "origin" not in headers
+            and _refusal_by_address(headers, scope["scheme"], self._loopback, self._address) is None
+        )

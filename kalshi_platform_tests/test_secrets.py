@@ -287,6 +287,9 @@ def observe(it: Session, up: Up, clickhouse: str) -> None:
             ).status_code,
             "no page": web.post(f"{ui}/graphql", json=mutation).status_code,
             "link": web.get(f"{ui}/runs", headers=link).status_code,
+            "page of another port": web.post(
+                f"{ui}/graphql", json=mutation, headers={"Origin": "http://127.0.0.1:9"}
+            ).status_code,
             "form of a page": web.post(f"{ui}/graphql", params=mutation, headers=page).status_code,
             "image on a page": web.get(
                 f"{ui}/graphql", params=mutation, headers={**link, "Sec-Fetch-Mode": "no-cors"}

@@ -338,7 +338,7 @@ def _check_origin(http: Request, *, loopback: bool) -> None:
 
     Such a page can reach the loopback interface, and the default password is empty.
     """
-    if why := refusal(http.headers, loopback=loopback):
+    if why := refusal(http.headers, scheme=http.url.scheme, loopback=loopback):
         raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 

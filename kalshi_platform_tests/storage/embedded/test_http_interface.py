@@ -292,9 +292,11 @@ def test_the_servers_port_is_on_loopback_only(clickhouse_url: str) -> None:
     [
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
-        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "http://localhost:3000"}, 403),  # another program of this machine
         ({"Host": "evil.example:8123", "Origin": "http://evil.example:8123"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),  # as an <img> sends it
+        ({"Sec-Fetch-Site": "same-site"}, 403),  # as that of another port does
+        ({"Sec-Fetch-Site": "none"}, 200),  # typed by a person
         ({}, 200),
     ],
 )
