@@ -7,7 +7,8 @@ A shard that STREAM_SHARDS no longer has is only *drained*: what its journal sti
 stores, without a connection, and then it is done.
 
 It is hosted by the `stream` command and by Dagster's `stream_orderbook`, which see only this class.
-Once a second it writes `health.json` beside the journal, for whoever supervises it.
+Once a second it reports its health, until its very end: `health_report.py` says where. The thread that does
+so touches no disk; the copy on the disk is another thread's.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -32,6 +32,7 @@ from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
+from kalshi_platform.health_report import Publisher
 from kalshi_platform.loading import audit, passage
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import DAMAGED, Distrust
@@ -59,6 +60,8 @@ SWITCH_S = 0.0005
 moments, capture all the time: at Python's own 5 ms they waited for most of their time."""
 HEALTH_S = 1.0
 PRUNE_S = 600.0
+BLOCKED_S = 10.0
+"""A disk that has not taken a record for so long blocks the recording, whether it says so or not."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Health:
     shards: int
     """Among how many it shares the markets."""
     state: str
-    """starting, connecting, streaming, quiet, blocked, draining or stopped."""
+    """starting, connecting, streaming, quiet, blocked, draining, stopping or stopped."""
     started_ns: int
     updated_ns: int
     updated_monotonic_ns: int
@@ -110,6 +113,7 @@ class Health:
     """Markets whose book can be believed."""
     journal_records: int
     journal_backlog_bytes: int
+    """Received, and not durable yet: what an end of the process would lose."""
     lag_frames: int
     """The larger of the stores' lags."""
     stores: dict[str, StoreHealth]
@@ -121,7 +125,7 @@ class Health:
     """Connections that ended since the start, by cause."""
 
 
-DRAINING = "draining"
+DRAINING, STOPPING, STOPPED, BLOCKED = "draining", "stopping", "stopped", "blocked"
 
 
 class Streamer:
@@ -145,8 +149,12 @@ class Streamer:
         """The first journal record of this start."""
         self._started_ns = time.time_ns()
         self._process_started = Identity.own().started
-        self._threads: list[threading.Thread] = []
-        self._health_unwritten = False
+        self._capturing: threading.Thread | None = None
+        self._reporting: list[threading.Thread] = []
+        self._ended = threading.Event()
+        """Nothing more is written: the health report that follows is the last."""
+        self._publisher = Publisher(self._folder)
+        self._unpublished = self._unsaved = False
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -163,6 +171,10 @@ class Streamer:
         sys.setswitchinterval(SWITCH_S)
         writer = self._writer = Writer(self._folder, reached=reached(self._folder))
         self._began_n = writer.began_n
+        self._reporting = [
+            _spawn("health", self._run_health),
+            _spawn("housekeeping", self._run_housekeeping),
+        ]
         self._arrive(writer)
         torn = dataclasses.asdict(writer.torn) if writer.torn else None
         start = writer.identity.starts[-1]
@@ -190,8 +202,7 @@ class Streamer:
             for load in self._loads:
                 load.drain()
         else:
-            self._spawn("capture", self._run_capture)
-        self._spawn("health", self._run_health)
+            self._capturing = _spawn("capture", self._run_capture)
 
     def _arrive(self, writer: Writer) -> None:
         try:
@@ -232,8 +243,8 @@ class Streamer:
             return True
         if self._loop is not None and self._capture is not None:
             self._loop.call_soon_threadsafe(self._capture.stop)
-        for thread in self._threads:  # the rest of the time is for what they received
-            thread.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
+        if self._capturing is not None:  # the rest of the time is for what it received
+            self._capturing.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
         ended = self._capture is None or self._capture.ended
         if not ended:
             log.error("Reading did not end in time: the next start marks what it may have cost.")
@@ -243,7 +254,7 @@ class Streamer:
         loaded = [load.join(max(deadline - time.monotonic(), 0.1)) for load in self._loads]
         if closed and self._parquet is not None and loaded[0]:
             self._rest(self._parquet)
-        self._write_health()
+        self._report_the_end(max(deadline - time.monotonic(), 1.0))
         return ended and closed and all(loaded)
 
     def _rest(self, parquet: ParquetStore) -> None:
@@ -262,11 +273,6 @@ class Streamer:
             self._failure = self._failure or error
             return False
         return True
-
-    def _spawn(self, name: str, target: object) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)  # type: ignore[arg-type]
-        self._threads.append(thread)
-        thread.start()
 
     def _make_loads(self, writer: Writer) -> list[Load]:
         parquet = self._parquet = ParquetStore(
@@ -346,17 +352,14 @@ class Streamer:
             )
             for load in self._loads
         }
-        troubles = [writer.blocked if writer else None, *(s.trouble for s in stores.values())]
+        troubles = [self._blocked(), *(s.trouble for s in stores.values())]
         failure = self.failure()
-        state = (capture.state if capture else CaptureState.STARTING).value
-        if self._drains:
-            state = DRAINING
         return Health(
             pid=os.getpid(),
             pid_started=self._process_started,
             shard=self._shard,
             shards=self._settings.stream_shards,
-            state=CaptureState.STOPPED.value if self._stopping.is_set() else state,
+            state=self._state(),
             started_ns=self._started_ns,
             updated_ns=time.time_ns(),
             updated_monotonic_ns=time.monotonic_ns(),
@@ -385,6 +388,33 @@ class Streamer:
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
             disconnects=dict(counters.disconnects) if counters else {},
+        )
+
+    def _state(self) -> str:
+        """The first of these that holds: what a supervisor must know comes before what capture does."""
+        if self._ended.is_set():
+            return STOPPED
+        if self._drains:
+            return DRAINING
+        if self._blocked() is not None:
+            return BLOCKED
+        if self._stopping.is_set():
+            return STOPPING
+        return (self._capture.state if self._capture else CaptureState.STARTING).value
+
+    def _blocked(self) -> str | None:
+        """Why what was received waits in memory for the disk, as a sentence; None where it does not."""
+        writer = self._writer
+        if writer is None:
+            return None
+        if writer.blocked is not None:
+            return writer.blocked
+        waiting_s = writer.waiting_s
+        if waiting_s <= BLOCKED_S:
+            return None
+        return (
+            f"The disk of {self._folder} has taken nothing for {waiting_s:.0f} s: {writer.backlog_bytes:,}"
+            " bytes wait in memory. Look at the disk; it goes on by itself."
         )
 
     # -- threads -----------------------------------------------------------------------------------
@@ -524,24 +554,52 @@ class Streamer:
             )
 
     def _run_health(self) -> None:
+        """Report each second, where no disk is needed, and once more when everything has ended."""
+        while True:
+            last = self._ended.is_set()
+            try:
+                self._publisher.publish(msgspec.json.encode(self.health()))
+            except OSError as error:
+                if not self._unpublished:
+                    log.warning(
+                        "%s cannot be written (%s): a disk that is full or hangs hides this streamer's health"
+                        " from its supervisor.",
+                        error.filename,
+                        error.strerror,
+                    )
+                self._unpublished = True
+            if last:
+                return
+            self._ended.wait(HEALTH_S)
+
+    def _run_housekeeping(self) -> None:
+        """What waits for the disk: the report beside the journal, and segments past their retention."""
         prune_at = time.monotonic() + PRUNE_S
-        while not self._stopping.wait(HEALTH_S):
-            self._write_health()
-            if time.monotonic() >= prune_at:
+        while not self._ended.is_set():
+            self._save_report()
+            if time.monotonic() >= prune_at and not self._stopping.is_set():
                 prune_at += PRUNE_S
                 self._prune()
+            self._ended.wait(HEALTH_S)
+        self._save_report()
 
-    def _write_health(self) -> None:
-        path = self._folder / "health.json"
-        temporary = path.with_suffix(".tmp")
+    def _save_report(self) -> None:
         try:
-            temporary.write_bytes(msgspec.json.encode(self.health()))
-            temporary.replace(path)
-            self._health_unwritten = False
+            self._publisher.save(msgspec.json.encode(self.health()))
+            self._unsaved = False
         except OSError as error:
-            if not self._health_unwritten:
-                log.error("%s cannot be written: %s", path, error.strerror)
-            self._health_unwritten = True
+            if not self._unsaved:
+                log.error("%s cannot be written: %s", error.filename, error.strerror)
+            self._unsaved = True
+
+    def _report_the_end(self, timeout_s: float) -> None:
+        """The last report stays beside the journal; in memory only where the disk has not taken it."""
+        deadline = time.monotonic() + timeout_s
+        self._ended.set()
+        for thread in self._reporting:
+            thread.join(max(deadline - time.monotonic(), 0.1))
+        if not self._unsaved and not any(thread.is_alive() for thread in self._reporting):
+            self._publisher.withdraw()
 
     def _prune(self) -> None:
         """Let go of segments that every store has and nobody will ask for again."""
@@ -565,10 +623,7 @@ class Streamer:
                 prune_hour_states(folder, journal.beginning(folder).n)
 
 
-def read_health(folder: Path) -> dict[str, object] | None:
-    """What a streamer last said of itself, or None where none has run."""
-    try:
-        found: dict[str, object] = msgspec.json.decode((folder / "health.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    return found
+def _spawn(name: str, target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+from kalshi_platform import health_report
 from kalshi_platform.commands.stream import command
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.frames import Kind
@@ -27,7 +28,7 @@ from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import LocalArchive, floor_hour
 from kalshi_platform.storage.errors import StoreError
-from kalshi_platform.streamer import Streamer, read_health
+from kalshi_platform.streamer import Streamer
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.test_streamer import (
     _environment,
@@ -86,12 +87,12 @@ def shard(settings: Settings, number: int, clock: Clock, log: Path) -> subproces
 
 
 def health(settings: Settings, number: int, key: str) -> Any:
-    return (read_health(settings.journal_dir(number)) or {}).get(key, 0)
+    return (health_report.read(settings.journal_dir(number)) or {}).get(key, 0)
 
 
 def synced(settings: Settings, number: int, process: subprocess.Popen[bytes]) -> Any:
     """Its whole books, as this process says: what its predecessor said lies there until it speaks."""
-    said = read_health(settings.journal_dir(number)) or {}
+    said = health_report.read(settings.journal_dir(number)) or {}
     return said.get("synced") if said.get("pid") == process.pid else None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.book import Book, delta_change
@@ -31,7 +32,7 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import running
-from kalshi_platform.streamer import Health, Streamer, read_health
+from kalshi_platform.streamer import Health, Streamer
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
@@ -431,8 +432,8 @@ def test_reading_that_does_not_end_in_time_is_not_called_stored_and_is_marked(
     streamer._loop.call_soon_threadsafe(time.sleep, 8.0)
     time.sleep(0.1)
     assert streamer.stop(5.0) is False
-    for thread in streamer._threads:
-        thread.join()
+    assert streamer._capturing is not None
+    streamer._capturing.join()
     with streaming(settings) as streamer:
         wait_for(lambda: caught_up(streamer), "books again")
     ends = query(
@@ -598,15 +599,15 @@ def _records(settings: Settings) -> int:
 
 
 def _durable(settings: Settings) -> int:
-    health = read_health(settings.journal_dir())
+    health = health_report.read(settings.journal_dir())
     return int(str(health["journal_records"])) if health else 0
 
 
 def _frames(settings: Settings) -> int:
-    health = read_health(settings.journal_dir())
+    health = health_report.read(settings.journal_dir())
     return int(str(health["frames"])) if health else 0
 
 
 def _pid(settings: Settings) -> int:
-    health = read_health(settings.journal_dir())
+    health = health_report.read(settings.journal_dir())
     return int(str(health["pid"])) if health else 0

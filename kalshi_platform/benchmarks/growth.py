@@ -8,7 +8,6 @@ already, `kalshi-platform doctor` says the real rates.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import click
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.settings import Settings
@@ -82,7 +82,7 @@ def _wait_for_frames(settings: Settings, platform: subprocess.Popen[bytes], log:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and platform.poll() is None:
         try:
-            health = json.loads((settings.journal_dir(0) / "health.json").read_bytes())
+            health = health_report.read(settings.journal_dir(0)) or {}
         except (OSError, ValueError):
             health = {}
         if health.get("frames"):

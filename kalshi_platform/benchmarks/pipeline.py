@@ -26,6 +26,7 @@ import polars as pl
 import psutil
 from websockets.asyncio.client import connect
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks import feed
 from kalshi_platform.exchange.connection import MAX_FRAME_BYTES, QUEUE_FRAMES
@@ -36,7 +37,6 @@ from kalshi_platform.simulator.keys import own_key
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import Running, running
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
-from kalshi_platform.streamer import read_health
 
 PATIENCE_S = 120.0
 SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
@@ -185,7 +185,7 @@ class Recorder:
         if self.process.poll() is not None:
             raise RuntimeError(f"the streamer ended with code {self.process.returncode}")
         self.peak_bytes = max(self.peak_bytes, self.seen.memory_info().rss)
-        return read_health(self.settings.journal_dir()) or {}
+        return health_report.read(self.settings.journal_dir()) or {}
 
     def wait_for(self, frames: int) -> None:
         """Until so many frames are in the journal, and the stores lag by no more than a write."""
@@ -207,7 +207,7 @@ class Recorder:
         """SIGTERM; its last word."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
-        self.last = read_health(self.settings.journal_dir()) or {}
+        self.last = health_report.read(self.settings.journal_dir()) or {}
         return self.last
 
     def check(self, frames: int, last: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import shutil
 import tempfile
 import time
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import httpx
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
-from kalshi_platform.loading import passage
+from kalshi_platform.loading import freshness, passage
 from kalshi_platform.monitoring import channels
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording.markets import wish_of
@@ -47,6 +47,7 @@ UNWRITTEN_BAD_S = 15.0
 """Frames that came so long before the last durable write are not being kept."""
 GIB = 1 << 30
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
+_START = "start it (make run, or kalshi-platform stream)"
 _CHANNELS = "set ALERT_SLACK_WEBHOOK_URL, ALERT_WEBHOOK_URL or ALERT_EMAIL_TO"
 
 
@@ -314,21 +315,22 @@ def _disk(folder: Path, variable: str) -> Finding:
 
 
 def _streamer(settings: Settings, shard: int = 0) -> Finding:
-    path = settings.journal_dir(shard) / "health.json"
+    folder = settings.journal_dir(shard)
+    path = folder / health_report.FILE
     try:
-        report = json.loads(path.read_bytes())
+        report = health_report.read(folder)
+        if report is None:
+            return _unreported(settings, shard)
         if shard >= settings.stream_shards:
             return _left_over(report, shard)
         return _judge(report, time.time_ns())
-    except FileNotFoundError:
-        return _unreported(settings, shard)
     except OSError as error:
         return Finding(Mark.BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
     except (ValueError, KeyError, TypeError) as error:
         return Finding(
             Mark.BAD,
             f"{path} is no streamer's report ({error!r})",
-            "remove it; the streamer writes it anew",
+            "remove it; a living streamer writes it each second",
         )
 
 
@@ -336,7 +338,7 @@ def _unreported(settings: Settings, shard: int) -> Finding:
     """A shard of which there is no report."""
     if shard >= settings.stream_shards:
         return _left_over({"pid": 0, "pid_started": 0.0}, shard)
-    if any(settings.journals_dir.glob("shard-*/health.json")):
+    if any(settings.journals_dir.glob(f"shard-*/{health_report.FILE}")):
         return Finding(
             Mark.ODD,
             "none has run here yet: its share of the markets is not recorded",
@@ -365,32 +367,45 @@ def _left_over(report: dict[str, Any], shard: int) -> Finding:
 
 
 def _judge(report: dict[str, Any], now_ns: int) -> Finding:
-    """What a streamer's report, from its health file, amounts to at `now_ns`."""
+    """What a streamer's report amounts to at `now_ns`."""
+    return _ended(report, now_ns) or _stuck(report, now_ns) or _recording(report, now_ns)
 
-    def ago(key: str) -> float:
-        return (now_ns - int(report[key])) / 1e9
 
-    def told(key: str) -> str:
-        return f"{ago(key):.0f} s ago" if int(report[key]) else "never"
-
-    state, pid = str(report["state"]), int(report["pid"])
-    if state == "stopped":
-        return Finding(Mark.SKIPPED, f"stopped {told('updated_ns')}")
+def _ended(report: dict[str, Any], now_ns: int) -> Finding | None:
+    """That no streamer runs any more; None while one does."""
+    ago, pid = _told_age(report, "updated_ns", now_ns), int(report["pid"])
+    if report["state"] == "stopped":
+        restart_is_due = _age_s(report, "updated_ns", now_ns) <= freshness.RESTART_S
+        return Finding(
+            Mark.ODD if restart_is_due else Mark.BAD, f"none runs; it stopped {ago}", _START
+        )
     if not Identity(pid, float(report["pid_started"])).alive:
+        text = f"none runs: process {pid} died; its last report was {ago}"
+        return Finding(Mark.BAD, text, f"{_START}: it goes on from its journal")
+    return None
+
+
+def _stuck(report: dict[str, Any], now_ns: int) -> Finding | None:
+    """That it cannot go on: blocked by its disk, which comes first, or hanging."""
+    pid = int(report["pid"])
+    if report["state"] == "blocked":
         return Finding(
             Mark.BAD,
-            f"process {pid} died; its last report was {told('updated_ns')}",
-            "start it again (make run, or kalshi-platform stream): it goes on from its journal",
+            f"blocked by its disk; {int(report['journal_backlog_bytes']):,} bytes wait in memory. "
+            + (report.get("trouble") or "The disk does not keep up."),
+            f"make room, or look at the disk; do not end process {pid}, which would lose them",
         )
-    if ago("updated_ns") > REPORT_BAD_S:
-        return Finding(
-            Mark.BAD,
-            f"process {pid} hangs: its last report was {told('updated_ns')}",
-            f"kill -9 {pid}",
-        )
+    if _age_s(report, "updated_ns", now_ns) > REPORT_BAD_S:
+        ago = _told_age(report, "updated_ns", now_ns)
+        text = f"process {pid} hangs: its last report was {ago}"
+        return Finding(Mark.BAD, text, f"kill -9 {pid}")
+    return None
+
+
+def _recording(report: dict[str, Any], now_ns: int) -> Finding:
     text = (
-        f"{state}; last frame {told('last_frame_ns')}, last durable write {told('last_durable_ns')},"
-        f" {int(report['lag_frames']):,} frames not loaded yet"
+        f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now_ns)}, last durable write"
+        f" {_told_age(report, 'last_durable_ns', now_ns)}, {int(report['lag_frames']):,} frames not loaded yet"
     )
     return _judge_recording(report, text)
 
@@ -410,6 +425,14 @@ def _judge_recording(report: dict[str, Any], text: str) -> Finding:
         remedy = "wait a minute; if it stays so, look into the log for refused snapshots"
         return Finding(Mark.ODD if synced else Mark.BAD, text, remedy)
     return Finding(Mark.GOOD, text)
+
+
+def _age_s(report: dict[str, Any], key: str, now_ns: int) -> float:
+    return (now_ns - int(report[key])) / 1e9
+
+
+def _told_age(report: dict[str, Any], key: str, now_ns: int) -> str:
+    return f"{_age_s(report, key, now_ns):.0f} s ago" if int(report[key]) else "never"
 
 
 def _growth(settings: Settings) -> Finding:

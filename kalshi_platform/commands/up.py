@@ -6,7 +6,6 @@ are kept running and ended is `processes.py`'s business, what they do is their o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ import httpx
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
@@ -393,9 +393,10 @@ def _answers(url: str) -> Callable[[], bool]:
 def _health(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:
     """What the streamer says of itself, unless that is older than `since_ns` or damaged."""
     try:
-        path = settings.journal_dir(shard) / "health.json"
-        health: dict[str, Any] = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        health = health_report.read(settings.journal_dir(shard))
+    except (OSError, ValueError):
+        return None
+    if health is None:
         return None
     return health if health["updated_ns"] >= since_ns else None
 

@@ -1,6 +1,6 @@
 """How old is the newest of everything, and which of the many reasons for age is it?
 
-A pure judgement over what the streamer says of itself (`health.json`) and how far ClickHouse is. It
+A pure judgement over what the streamer reports of itself (`health_report.py`) and how far ClickHouse is. It
 tells apart: a quiet exchange, its maintenance, a streamer that is down or hangs, a journal that does
 not become durable, and a store that is behind. Every judgement says what to do.
 """
@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from kalshi_platform import typed_json
 from kalshi_platform.processes import Identity
 
 EXCHANGE_ZONE = ZoneInfo("America/New_York")
@@ -62,14 +60,6 @@ def maintenance(now: datetime) -> bool:
     )
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The streamer's report; None where none has run. Raises ValueError for a damaged file."""
-    try:
-        return typed_json.decode(path.read_bytes(), dict[str, Any])
-    except FileNotFoundError:
-        return None
-
-
 def behind(report: Mapping[str, Any] | None, store: str, now: datetime) -> bool:
     """Whether the load says that this store lacks rows, and has been for some seconds."""
     it = (report or {}).get("stores", {}).get(store)
@@ -104,6 +94,8 @@ def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: dateti
         return _good("nothing recorded", "Nothing to judge: no streamer has run here yet.")
     return (
         _process(report, now)
+        or _blocked(report)
+        or _hang(report, now)
         or _journal(report, now)
         or _stores(report, newest, now)
         or _exchange(report, now)
@@ -135,7 +127,11 @@ def never_run(shard: int) -> Judgement:
 def left_over(report: Mapping[str, Any] | None, shard: int, now: datetime) -> Judgement:
     """The same for a shard that is no longer configured: a store may lack what its journal has."""
     command = f"`kalshi-platform stream --shard {shard}`"
-    if report is not None and report["state"] == "draining" and _process(report, now) is None:
+    if (
+        report is not None
+        and report["state"] == "draining"
+        and not (_process(report, now) or _hang(report, now))
+    ):
         return _stores(report, None, now) or _good(
             "draining", f"Shard {shard} is no longer configured, and is being drained."
         )
@@ -164,23 +160,35 @@ def _process(report: Mapping[str, Any], now: datetime) -> Judgement | None:
             f"The streamer is down: process {who.pid} is gone, its last report is {_told(updated)} old."
             " See that the daemon and the sensor streamer_supervisor run; they start a new one.",
         )
-    if updated > REPORT_S:
-        return _error(
-            "streamer hangs",
-            f"The streamer hangs: process {who.pid} lives, its last report is {_told(updated)} old."
-            f" End it (`kill -9 {who.pid}`); the journal is kept and a new one goes on.",
-        )
     return None
+
+
+def _blocked(report: Mapping[str, Any]) -> Judgement | None:
+    """Whether the disk keeps it from writing. Before the age of its report: ending it would lose what it holds."""
+    if report["state"] != "blocked":
+        return None
+    return _error(
+        "disk",
+        f"The disk does not take what comes: {report['journal_backlog_bytes']:,} bytes wait in memory, and an"
+        " end of the process would lose them; from 64 MiB on the exchange is not read."
+        f" {report['trouble'] or 'Make room, or give it a faster disk; it goes on by itself.'}",
+    )
+
+
+def _hang(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+    """Whether the process lives and does not report."""
+    updated = _age(report["updated_ns"], now)
+    if updated <= REPORT_S:
+        return None
+    return _error(
+        "streamer hangs",
+        f"The streamer hangs: process {report['pid']} lives, its last report is {_told(updated)} old."
+        f" End it (`kill -9 {report['pid']}`); the journal is kept and a new one goes on.",
+    )
 
 
 def _journal(report: Mapping[str, Any], now: datetime) -> Judgement | None:
     """Whether what comes is kept."""
-    if report["state"] == "blocked":
-        return _error(
-            "disk",
-            "The disk does not keep up, so the exchange is not read."
-            f" {report['trouble'] or 'Make room, or give it a faster disk; it goes on by itself.'}",
-        )
     unwritten = (report["last_frame_ns"] - report["last_durable_ns"]) / 1e9
     if report["last_frame_ns"] and unwritten > DURABLE_S:
         return _error(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from kalshi_platform import durable, typed_json
+from kalshi_platform import durable, health_report, typed_json
 from kalshi_platform.recording import journal
 from kalshi_platform.storage.archive import hour_of_ns
 
@@ -103,15 +103,15 @@ def left_over(journals: Path, configured: int, stores: Collection[str]) -> list[
     return [
         k
         for k in shards(journals)
-        if k >= configured and not _ended_whole(journals / f"shard-{k}" / "health.json", stores)
+        if k >= configured and not _ended_whole(journals / f"shard-{k}", stores)
     ]
 
 
-def _ended_whole(health: Path, stores: Collection[str]) -> bool:
+def _ended_whole(folder: Path, stores: Collection[str]) -> bool:
     """Whether the last streamer of a journal stopped with everything in every store."""
     try:
-        said = typed_json.decode(health.read_bytes(), _Stopped)
-    except (FileNotFoundError, msgspec.DecodeError):
+        said = typed_json.convert(health_report.read(folder), _Stopped)
+    except (OSError, ValueError):
         return False
     return said.state == "stopped" and all(
         (store := said.stores.get(name)) is not None and store.lag == 0 for name in stores

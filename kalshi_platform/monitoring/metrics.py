@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kalshi_platform import typed_json
+from kalshi_platform import health_report, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import freshness, passage
 from kalshi_platform.processes import Identity
@@ -34,7 +34,16 @@ _VERDICTS = {
     freshness.Verdict.WARN: 1.0,
     freshness.Verdict.ERROR: 2.0,
 }
-_STATES = ("starting", "connecting", "streaming", "quiet", "blocked", "draining", "stopped")
+_STATES = (
+    "starting",
+    "connecting",
+    "streaming",
+    "quiet",
+    "blocked",
+    "draining",
+    "stopping",
+    "stopped",
+)
 
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "frames": ("kalshi_frames", "Frames received."),
@@ -214,7 +223,7 @@ def _shards(settings: Settings, now: datetime) -> list[_Shard]:
 def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
     number = str(shard)
     try:
-        raw = freshness.read(folder / "health.json")
+        raw = health_report.read(folder)
         judged = freshness.judge_shard(raw, shard, configured, None, now)
         report = None if raw is None else typed_json.convert(raw, _Report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,6 +18,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as CheckStatus,
 )
 
+from kalshi_platform import health_report
 from kalshi_platform.loading import freshness, passage
 from kalshi_platform.monitoring import incidents
 from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
@@ -120,15 +121,15 @@ def feed(settings: Settings, now: float) -> Iterator[Condition]:
 
 def _judge(settings: Settings, shard: int, now: float) -> tuple[freshness.Judgement, float]:
     """The judgement of a shard, and when its last frame came (else its start, else now)."""
-    path = settings.journal_dir(shard) / "health.json"
+    folder = settings.journal_dir(shard)
     report: Mapping[str, Any] | None = None
     try:
-        report = freshness.read(path)
+        report = health_report.read(folder)
         at = datetime.fromtimestamp(now, UTC)
         judged = freshness.judge_shard(report, shard, settings.stream_shards, None, at)
         since = int((report or {}).get("last_frame_ns") or 0) / 1e9
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sentence = f"{path} is no streamer's report ({error}). A living streamer writes it anew."
+        sentence = f"{folder / health_report.FILE} is no streamer's report ({error}). A living streamer writes it anew."
         return freshness.Judgement(freshness.Verdict.WARN, "no report", sentence), now
     return judged, since or now
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster import MetadataValue
 
+from kalshi_platform import health_report
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.storage.archive import open_archive
@@ -115,18 +116,19 @@ def order_book_checks(
 
 def _reports(settings: "Settings") -> tuple[Reports, str]:
     """What each shard says, and a sentence where one cannot be read."""
-    from kalshi_platform.loading import freshness, passage
+    from kalshi_platform.loading import passage
 
     shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
     reports: dict[int, Mapping[str, Any] | None] = {}
     damaged = ""
     for shard in shards:
-        path = settings.journal_dir(shard) / "health.json"
+        folder = settings.journal_dir(shard)
         try:
-            reports[shard] = freshness.read(path)
+            reports[shard] = health_report.read(folder)
         except (OSError, ValueError) as error:
             damaged = (
-                f"{path} cannot be read ({error}). A living streamer writes it anew each second."
+                f"{folder / health_report.FILE} cannot be read ({error})."
+                " A living streamer writes it each second."
             )
     return reports, damaged
 
@@ -429,7 +431,7 @@ order_book_checks_job = dg.define_asset_job(
 def order_book_checks_schedule(platform: KalshiResource) -> dg.RunRequest | dg.SkipReason:
     """Every five minutes, once anything has been recorded."""
     settings = platform.settings()
-    recorded = any(settings.journals_dir.glob("shard-*/health.json"))
+    recorded = any(settings.journals_dir.glob(f"shard-*/{health_report.FILE}"))
     if not recorded and open_archive(settings).first_day() is None:
         return dg.SkipReason("Nothing has been recorded yet.")
     return dg.RunRequest()

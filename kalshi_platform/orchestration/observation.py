@@ -1,11 +1,10 @@
-"""What is to be seen of a shard: its runs in Dagster, its processes, its health file.
+"""What is to be seen of a shard: its runs in Dagster, its processes, its health report.
 
 No decision is taken here, and nothing is changed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
@@ -17,6 +16,7 @@ import dagster as dg
 import psutil
 from dagster import DagsterRunStatus as Status
 
+from kalshi_platform import health_report
 from kalshi_platform.orchestration.supervisor import (
     DRAINING,
     HEALTH_S,
@@ -54,7 +54,7 @@ _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 def observe(
     instance: dg.DagsterInstance,
     shard: int,
-    health_file: Path,
+    folder: Path,
     shards: int = 1,
     in_the_way: str | None = None,
 ) -> Observation:
@@ -62,7 +62,7 @@ def observe(
     ends in between is seen ended, not dead.
     """
     tags = {SHARD_TAG: str(shard)}
-    health = read_health(health_file)
+    health = read_health(folder)
     active = instance.get_run_records(
         dg.RunsFilter(tags=tags, statuses=list(_PHASES)), ascending=True, limit=50
     )
@@ -85,15 +85,18 @@ def active_shards(instance: dg.DagsterInstance) -> set[int]:
 
 
 def others_in_the_way(
-    health_files: Mapping[int, Path], shard: int, shards: int, now: float
+    folders: Mapping[int, Path], shard: int, shards: int, now: float
 ) -> str | None:
-    """Who records by another number of shards: a sentence, or None where nobody does."""
-    for other, path in health_files.items():
-        health = read_health(path) if other != shard else None
+    """Who records by another number of shards: a sentence, or None where nobody does.
+
+    `folders`: of all shards' journals, by number.
+    """
+    for other, folder in folders.items():
+        health = read_health(folder) if other != shard else None
         if (
             health is not None
             and health.process.alive
-            and now - health.updated < HEALTH_S
+            and (health.holds or now - health.updated < HEALTH_S)
             and health.state not in {DRAINING, STOPPED}
             and health.shards != shards
         ):
@@ -110,14 +113,16 @@ def waiting_runs(instance: dg.DagsterInstance, shard: int) -> int:
     return instance.get_runs_count(dg.RunsFilter(tags={SHARD_TAG: str(shard)}, statuses=statuses))
 
 
-def read_health(path: Path) -> Health | None:
-    """The streamer's own report, or None where there is none that can be read.
+def read_health(folder: Path) -> Health | None:
+    """The report of a journal's streamer, or None where there is none that can be read.
 
-    A living streamer writes it anew each second, so a damaged one (a power cut) is nobody's: it
-    is named in the log and must not keep the next run from starting.
+    A living streamer writes it each second, so a damaged one (a power cut) is nobody's: it is named in
+    the log and must not keep the next run from starting.
     """
     try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())
+        raw = health_report.read(folder)
+        if raw is None:
+            return None
         identity = Identity(int(raw["pid"]), float(raw["pid_started"]))
         alive = identity.alive
         set_ns = _clock_set_by_ns(raw) if alive else 0
@@ -130,10 +135,10 @@ def read_health(path: Path) -> Health | None:
             last_heard=_seconds(raw["last_heard_ns"], set_ns),
             trouble=raw["trouble"],
             shards=int(raw.get("shards", 1)),
+            unflushed=int(raw.get("journal_backlog_bytes", 0)),
         )
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        path = folder / health_report.FILE
         log.warning("%s is damaged (%s): it counts as no report.", path, error)
         return None
 

@@ -96,12 +96,12 @@ def _supervise(
     state: State,
 ) -> Decision:
     settings = platform.settings()
-    files = {each: settings.journal_dir(each) / "health.json" for each in shards}
+    folders = {each: settings.journal_dir(each) for each in shards}
     configured = settings.stream_shards
     for _ in range(_STEPS):
         records = shard < configured
-        blocker = others_in_the_way(files, shard, configured, time.time()) if records else None
-        seen = observe(context.instance, shard, files[shard], configured, blocker)
+        blocker = others_in_the_way(folders, shard, configured, time.time()) if records else None
+        seen = observe(context.instance, shard, folders[shard], configured, blocker)
         decision = decide(seen, state, time.time())
         state = decision.state
         if isinstance(decision.action, Wait | Launch):

@@ -27,7 +27,7 @@ from kalshi_platform.orchestration.observation import (
     waiting_runs,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.orchestration.supervisor import RECYCLE_S
+from kalshi_platform.orchestration.supervisor import BLOCKED, RECYCLE_S
 from kalshi_platform.processes import Identity
 from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import STREAM_EVENTS
@@ -140,8 +140,13 @@ class _Host:
                 log.info("%s", heartbeat(self._streamer.health()))
             if now - began >= recycle_after_s and now - looked >= SUCCESSOR_S:
                 looked = now
-                if waiting_runs(self._context.instance, shard):
+                if waiting_runs(self._context.instance, shard) and self._may_end:
                     raise _Relieved
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether an end would lose nothing: a disk that is blocked would not take the rest."""
+        return self._streamer.health().state != BLOCKED
 
     def report(self, report: "HourReport") -> None:
         """One event per dataset of the hour. An interrupt in between leaves it to `stop`."""

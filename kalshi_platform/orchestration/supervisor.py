@@ -12,6 +12,9 @@ received frame and by the age of the last durable write. All times are seconds s
                       for which it makes room by itself
     canceling       → let it flush; killed when it does not end
 
+A living process whose disk is blocked and that holds records in memory is neither canceled, relieved nor
+killed, however old its report is: only it can still write them. This is judged first.
+
 When STREAM_SHARDS changes, every run that took its share of another number is canceled, and none is
 launched before all of those have ended: a market leaves its old shard before it joins the new one.
 """
@@ -61,8 +64,7 @@ QUIET = frozenset({"quiet", "maintenance"})
 DRAINING = "draining"
 """The rest of a shard that is no longer configured is loaded; nothing is received."""
 BLOCKED = "blocked"
-"""The disk refuses or is too slow. What was received waits in memory, and a new run would lose it:
-such a streamer is never judged stale while it goes on saying so."""
+"""The disk refuses or is too slow, and what was received waits in memory."""
 
 
 class Phase(StrEnum):
@@ -124,6 +126,13 @@ class Health:
     """What is wrong, in the streamer's own words."""
     shards: int = 1
     """Among how many it shares the markets."""
+    unflushed: int = 0
+    """Bytes that it received and that are not on disk: its end would lose them."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it waits for its disk with records that nobody else has."""
+        return self.process.alive and self.state == BLOCKED and self.unflushed > 0
 
 
 @dataclass(frozen=True)
@@ -211,14 +220,27 @@ def decide(seen: Observation, state: State, now: float) -> Decision:
         },
     )
     if not seen.runs:
-        return _without_run(seen, state, now)
+        return _holding(seen, state) or _without_run(seen, state, now)
     run = _incumbent(seen)
     for other in seen.runs:
         if other is not run and not _may_stay(seen, run, other, now):
             return Decision(
                 Cancel(other), f"Run {other.name} is one too many: {run.name} has the shard.", state
             )
-    return _PHASES[run.phase](seen, run, state, now)
+    holding = _holding(seen, state) if _reports(seen, run) else None
+    return holding or _PHASES[run.phase](seen, run, state, now)
+
+
+def _holding(seen: Observation, state: State) -> Decision | None:
+    """To wait, where a process holds records that only it can still write."""
+    health = seen.health
+    if health is None or not health.holds:
+        return None
+    return _wait(
+        f"Process {health.process.identity.pid} is blocked by its disk and holds {health.unflushed:,} bytes"
+        f" that nobody else has; it is left alone. {health.trouble or 'Give it a faster disk.'}",
+        state,
+    )
 
 
 def _count(seen: Observation, state: State) -> State:
@@ -437,7 +459,7 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
     if now - health.updated > HEALTH_S:
         return f"its last health report is {now - health.updated:.0f} s old."
     if health.state in {BLOCKED, DRAINING}:
-        return None
+        return None  # blocked with nothing in memory: it reports, and the disk is not its fault
     started = now - age
     frame = started if health.last_frame is None else health.last_frame
     durable = started if health.last_durable is None else health.last_durable

@@ -177,6 +177,7 @@ class Writer:
         if not batch.recv:
             return
         self._batch = _Batch()
+        batch.handed_over = time.monotonic()
         with self._wake:
             self._queue.append(batch)
             self._queued_bytes += batch.bytes
@@ -186,6 +187,12 @@ class Writer:
     def backlog_bytes(self) -> int:
         """Bytes that wait for the disk."""
         return self._queued_bytes + self._batch.bytes
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long the oldest batch has waited for the disk; 0 where none waits."""
+        oldest = next(iter(self._queue.copy()), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest.handed_over
 
     @property
     def full(self) -> bool:
@@ -328,6 +335,8 @@ class _Batch:
     kind: bytearray = field(default_factory=bytearray)
     frame: list[bytes] = field(default_factory=list)
     bytes: int = 0
+    handed_over: float = 0.0
+    """When, by the monotonic clock."""
 
 
 def _column(dtype: pa.DataType, rows: int, values: array[int] | bytes | bytearray) -> pa.Array:

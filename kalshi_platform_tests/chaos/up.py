@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
+from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage.errors import StoreError
-from kalshi_platform.streamer import read_health
 from kalshi_platform_tests.ports import free_ports
 
 PATIENCE_S = 150.0
@@ -136,7 +136,10 @@ class Platform:
 
     def healths(self) -> list[dict[str, Any]]:
         """Each streamer's own report, by shard; empty before its first."""
-        return [read_health(self.settings.journal_dir(shard)) or {} for shard in range(self.shards)]
+        return [
+            health_report.read(self.settings.journal_dir(shard)) or {}
+            for shard in range(self.shards)
+        ]
 
     def recovered(self, since: float) -> bool:
         """Whether every book is whole, frames come and both stores take them."""

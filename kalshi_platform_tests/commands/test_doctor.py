@@ -44,7 +44,8 @@ def report(data: Path, shard: int = 0, **values: Any) -> None:
     own, now = Identity.own(), time.time_ns()
     well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
     times = dict.fromkeys(("updated_ns", "last_frame_ns", "last_durable_ns"), now)
-    told = {**well, **times, "lag_frames": 7, "markets": 3, "synced": 3, **values}
+    counts = {"lag_frames": 7, "markets": 3, "synced": 3, "journal_backlog_bytes": 3_400_000}
+    told = {**well, **times, **counts, **values}
     (folder / "health.json").write_text(json.dumps(told), "utf-8")
 
 
@@ -283,7 +284,10 @@ LONG_AGO = 10**9
 @pytest.mark.parametrize(
     ("values", "mark", "sentence"),
     [
-        ({"state": "stopped", "pid_started": 1.0}, "·", r"stopped \d+ s ago"),
+        ({"state": "stopped", "pid_started": 1.0}, "!", r"none runs; it stopped \d s ago"),
+        ({"state": "stopped", "updated_ns": LONG_AGO}, "✗", "none runs; it stopped"),
+        ({"state": "blocked", "trouble": "Make room."}, "✗", "3,400,000 bytes .* Make room"),
+        ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "blocked by its disk"),
         ({"pid_started": 1.0}, "✗", "died"),
         ({"updated_ns": LONG_AGO}, "✗", "hangs"),
         ({"last_durable_ns": LONG_AGO}, "✗", "frames come and are not kept"),

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from kalshi_platform import durable
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.compact import command
 from kalshi_platform.exchange.frames import Kind
@@ -195,7 +196,11 @@ def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
 ) -> None:
     root = settings.archive_dir
     before = rows(root, EVENTS)
-    monkeypatch.setattr(swap, "_call", lambda *_: errno.EINVAL)
+
+    def not_offered(one: Path, other: Path) -> None:
+        raise OSError(errno.EINVAL, f"{one}, {other}")
+
+    monkeypatch.setattr(durable, "exchange", not_offered)
     with pytest.raises(StoreRefused, match="cannot exchange two folders"):
         run(root)
     assert rows(root, EVENTS).equals(before)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kalshi_platform.loading.freshness import Verdict, behind, judge, maintenance, read
+from kalshi_platform import health_report
+from kalshi_platform.loading.freshness import Verdict, behind, judge, maintenance
 from kalshi_platform.processes import Identity
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -33,6 +34,7 @@ def report(now: datetime = NOW, **others: Any) -> dict[str, Any]:
         "last_frame_ns": ago(1, now),
         "last_heard_ns": ago(1, now),
         "last_durable_ns": ago(1, now),
+        "journal_backlog_bytes": 3_400_000,
         "stores": {"parquet": dict(store), "clickhouse": dict(store)},
         "trouble": None,
     } | others
@@ -54,6 +56,8 @@ def lagging(name: str, **others: Any) -> dict[str, Any]:
         (report(state="stopped", updated_ns=ago(20)), GOOD, "stopped", "restart is due"),
         (report(state="stopped", updated_ns=ago(600)), WARN, "stopped", "streamer_supervisor"),
         (report(state="blocked"), ERROR, "disk", "Make room"),
+        (report(state="blocked", updated_ns=ago(600)), ERROR, "disk", "3,400,000 bytes wait"),
+        (report(state="blocked", pid_started=1.0), ERROR, "streamer down", "is gone"),
         (report(last_durable_ns=ago(300)), ERROR, "writer stuck", "durable for 5 min"),
         (report(state="connecting", last_heard_ns=ago(30)), GOOD, "starting", "connecting"),
         (report(state="connecting", last_heard_ns=ago(600)), ERROR, "disconnected", "doctor"),
@@ -88,8 +92,7 @@ def test_clickhouse_without_the_newest_rows_is_behind() -> None:
 
 
 def test_no_streamer_yet_is_nothing_to_judge(tmp_path: Path) -> None:
-    found = read(tmp_path / "health.json")
-    assert judge(found, None, NOW).cause == "nothing recorded"
+    assert judge(health_report.read(tmp_path), None, NOW).cause == "nothing recorded"
 
 
 def test_maintenance_is_thursday_from_three_to_five_in_new_york_summer_and_winter() -> None:

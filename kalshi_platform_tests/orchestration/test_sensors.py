@@ -245,7 +245,7 @@ def test_runs_of_other_jobs_and_shards_are_not_looked_at(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
     instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "7"})
-    assert observe(instance, 0, tmp_path / "health.json").runs == ()
+    assert observe(instance, 0, tmp_path).runs == ()
 
 
 @pytest.mark.parametrize("damaged", ["", '{"pid": 1', "[]", '{"pid": 1}'])

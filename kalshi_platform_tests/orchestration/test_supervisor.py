@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -59,12 +60,21 @@ def health(
     durable_age: float | None = 0.5,
     state: str = "streaming",
     heard_age: float | None = None,
+    unflushed: int = 0,
+    shards: int = 1,
 ) -> Health:
     def ago(seconds: float | None) -> float | None:
         return None if seconds is None else NOW - seconds
 
     return Health(
-        process, NOW - age, ago(frame_age), ago(durable_age), state, last_heard=ago(heard_age)
+        process,
+        NOW - age,
+        ago(frame_age),
+        ago(durable_age),
+        state,
+        last_heard=ago(heard_age),
+        unflushed=unflushed,
+        shards=shards,
     )
 
 
@@ -242,6 +252,36 @@ def test_each_situation_has_its_action_and_a_reason(
     decision = decide(seen, State(), NOW)
     assert type(decision.action) is action, decision.reason
     assert decision.reason.endswith((".", "?"))
+
+
+BLOCKED = {
+    "and does not report": {"age": 10_000.0},
+    "and never got a frame": {"frame_age": None, "durable_age": None},
+    "and has its share of another number of shards": {"shards": 2},
+    "and nothing has been durable for long": {"durable_age": 10_000.0},
+}
+
+
+@pytest.mark.parametrize("values", BLOCKED.values(), ids=BLOCKED.keys())
+@pytest.mark.parametrize("age", [1.0, START_S + 1, RECYCLE_S + 1])
+@pytest.mark.parametrize("phase", [Phase.STARTED, Phase.CANCELING, None])
+def test_a_process_that_holds_records_for_its_disk_is_left_alone(
+    phase: Phase | None, age: float, values: dict[str, Any]
+) -> None:
+    holding = health(state="blocked", unflushed=3_400_000, **values)
+    runs: tuple[Run, ...] = (run(phase, age, WORKER),) if phase is not None else ()
+    ended = None if runs else Ended("run-0", True, 1000, NOW - age, WORKER)
+    canceled = State(canceling={"run-1": NOW - age})
+    decision = decide(Observation(runs, ended, holding), canceled, NOW)
+    assert isinstance(decision.action, Wait), decision.reason
+    assert "holds 3,400,000 bytes" in decision.reason
+    dead = replace(holding, process=DEAD)
+    runs = tuple(replace(each, process=DEAD) for each in runs)
+    gone = decide(
+        Observation(runs, replace(ended, process=DEAD) if ended else None, dead), State(), NOW
+    )
+    assert isinstance(gone.action, Fail | Launch | Wait)
+    assert "holds" not in gone.reason
 
 
 def test_of_two_running_the_one_that_writes_the_journal_stays() -> None:
