@@ -132,7 +132,7 @@ def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: P
     (patient.data / "journal" / "shard-2" / f"{0:020d}.arrows").touch()
     lines = patient.examined()
     assert lines["shard 0"].startswith("✓")
-    assert lines["shard 1"].startswith("✗ shard 1 — process")
+    assert lines["shard 1"].startswith("✗ shard 1 — none runs: process")
     assert lines["shard 2"].startswith("! shard 2 — no longer configured, and not drained")
     assert "kalshi-platform stream --shard 2" in lines["shard 2"]
     assert "streamer" not in lines
