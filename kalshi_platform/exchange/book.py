@@ -7,8 +7,10 @@ is tested against, and the book of the wire watcher and of the audit against the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 
 from kalshi_platform.exchange.frames import Delta, Snapshot
 from kalshi_platform.exchange.numbers import (
@@ -22,6 +24,7 @@ from kalshi_platform.exchange.numbers import (
 SIDES = ("yes", "no")
 Ladder = dict[int, int]
 """Price to size, levels with a size only."""
+_PLAIN_LEVELS = re.compile(r"(?:(?:0\.[0-9]{4}|1\.0000)\|[0-9]{1,14}\.[0-9]{2}\|)*")
 
 
 class BookError(ValueError):
@@ -92,6 +95,50 @@ def snapshot_ladder(snapshot: Snapshot, side: str, *, use_yes_price: bool = Fals
             raise BookError(f"the snapshot has a negative size at {side} {dollars(price)}")
         ladder[price] = size
     return {price: size for price, size in ladder.items() if size}
+
+
+Extent = tuple[int, int] | None
+"""The lowest and the highest price of a side; None where it is empty."""
+
+
+def snapshot_extents(snapshot: Snapshot) -> tuple[Extent, Extent]:
+    """The extents of the yes and the no side, as quoted, of a snapshot that can be read.
+
+    Raises `BookError` naming the value that cannot. This is the loader's verdict, without the ladders
+    where all levels have the current wire form: 0.1 ms for 180 levels.
+    """
+    if not snapshot.market_ticker:
+        raise BookError("the snapshot names no market")
+    return (
+        _extent(snapshot, "yes", snapshot.yes_dollars_fp),
+        _extent(snapshot, "no", snapshot.no_dollars_fp),
+    )
+
+
+def _extent(snapshot: Snapshot, side: str, levels: list[tuple[str, str]] | None) -> Extent:
+    if levels is not None and _is_plain(levels):
+        texts = [price for price, size in levels if size.strip("0.")]
+        return (price_units(min(texts)), price_units(max(texts))) if texts else None
+    ladder = snapshot_ladder(snapshot, side)
+    for price in ladder:
+        check_price(side, price)
+    return (min(ladder), max(ladder)) if ladder else None
+
+
+def _is_plain(levels: list[tuple[str, str]]) -> bool:
+    """Whether all levels have the current wire form, each price once; such prices order as texts do."""
+    text = "|".join([*chain.from_iterable(levels), ""])
+    return (
+        len(dict(levels)) == len(levels)
+        and text.count("|") == 2 * len(levels)
+        and _PLAIN_LEVELS.fullmatch(text) is not None
+    )
+
+
+def check_price(side: str, price: int) -> None:
+    """Raise `BookError` for a price that no contract has."""
+    if not 0 <= price <= ONE_DOLLAR:
+        raise BookError(f"{side} price {dollars(price)} is outside 0 to 1 dollar")
 
 
 def own_scale(side: str, price: int, *, use_yes_price: bool) -> int:

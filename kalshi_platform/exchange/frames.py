@@ -42,12 +42,9 @@ class Head(msgspec.Struct, gc=False):
 
 class _MarketOf(msgspec.Struct, gc=False):
     market_ticker: str = ""
-    market_id: str | None = None
 
 
-class SnapshotHead(msgspec.Struct, gc=False):
-    """Which market a snapshot is of. An unknown ticker comes back with an empty `market_id`."""
-
+class _SubjectFrame(msgspec.Struct, gc=False):
     msg: _MarketOf
 
 
@@ -62,26 +59,34 @@ class Reply(msgspec.Struct):
 
 
 class Delta(msgspec.Struct):
-    """Body of an `orderbook_delta`: fixed-point fields, or integer cents before March 2026."""
+    """Body of an `orderbook_delta`: fixed-point fields, or integer cents before March 2026.
+
+    A field that the book does not need may hold anything: an odd one never costs the change itself.
+    """
 
     market_ticker: str
     side: str
-    market_id: str | None = None
+    market_id: Any = None
     price_dollars: str | None = None
     delta_fp: str | None = None
     price: int | None = None
     delta: int | None = None
-    ts: str | None = None
+    ts: Any = None
+    """RFC 3339."""
     ts_ms: Any = None
-    """Milliseconds since the epoch. Looked at where `ts` is missing, so it may be anything where it is not."""
-    client_order_id: str | None = None
+    """Milliseconds since the epoch; read where `ts` is missing."""
+    client_order_id: Any = None
 
 
 class Snapshot(msgspec.Struct):
-    """Body of an `orderbook_snapshot`. The key of an empty side is absent (or null)."""
+    """Body of an `orderbook_snapshot`. The key of an empty side is absent (or null).
+
+    `market_id` is not needed by the book and may hold anything; the exchange sends an empty one for a
+    ticker that it does not know.
+    """
 
     market_ticker: str
-    market_id: str | None = None
+    market_id: Any = None
     yes_dollars_fp: list[tuple[str, str]] | None = None
     no_dollars_fp: list[tuple[str, str]] | None = None
     yes_dollars: list[tuple[str, int | str]] | None = None
@@ -158,8 +163,8 @@ class _LifeFrame(msgspec.Struct):
 
 
 decode_head = msgspec.json.Decoder(Head).decode
-decode_snapshot_head = msgspec.json.Decoder(SnapshotHead).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
+_subject = msgspec.json.Decoder(_SubjectFrame).decode
 _delta = msgspec.json.Decoder(_DeltaFrame).decode
 _snapshot = msgspec.json.Decoder(_SnapshotFrame).decode
 _trade = msgspec.json.Decoder(_TradeFrame).decode
@@ -167,6 +172,14 @@ _trade_id = msgspec.json.Decoder(_TradeIdFrame).decode
 _life = msgspec.json.Decoder(_LifeFrame).decode
 DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises on bytes that are not what they should be; the last for brackets without end."""
+
+
+def subject(frame: bytes) -> str:
+    """The ticker of the market that a frame is about; empty where it cannot be read."""
+    try:
+        return _subject(frame).msg.market_ticker
+    except DecodeError:
+        return ""
 
 
 def decode_delta(frame: bytes) -> Delta:

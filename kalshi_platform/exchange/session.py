@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform.exchange.book import BookError, snapshot_extents
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, ProtocolError
 from kalshi_platform.exchange.frames import (
     DecodeError,
@@ -31,8 +32,10 @@ from kalshi_platform.exchange.frames import (
     decode_head,
     decode_life_event,
     decode_reply,
-    decode_snapshot_head,
+    decode_snapshot,
+    subject,
 )
+from kalshi_platform.exchange.scale import Scale
 from kalshi_platform.exchange.side_channel import (
     BATCH,
     LIFECYCLE,
@@ -55,6 +58,8 @@ RECOVERY_MIN_S, RECOVERY_MAX_S = 1.0, 30.0
 """Between two rounds of snapshot requests: doubles with every gap, up to the maximum."""
 LOOK_S = 0.25
 """Between two looks for markets that owe a snapshot, where the last one found none: each looks at all."""
+UNREADABLE_AGAIN_S = 60.0
+"""Before the next request for a snapshot that came and could not be read, from the second one on."""
 CALM_S = 60.0
 """So long without a gap, and recovery is prompt again."""
 
@@ -64,6 +69,10 @@ TERMINAL_ERRORS = {10: "channel error", 25: "buffer overflow: this client read t
 TRY_AGAIN_ERRORS = {18, 27}
 AUTHENTICATION_REQUIRED = 9
 MARKET_LIMIT = 26
+SCALE = "scale"
+"""The cause of a gap from which on no bids are read on the other scale; `use_yes_price` says which."""
+MALFORMED_SNAPSHOT = "malformed_snapshot"
+"""The cause of a gap whose frame came and could not be read."""
 REPLIES = frozenset(["subscribed", "ok", "unsubscribed", "error"])
 
 
@@ -85,6 +94,8 @@ class _Market:
     asked_at: float | None = None
     """When its snapshot was last asked for; None: not yet, or a gap has made the asking void."""
     asks: int = 0
+    unreadable: int = 0
+    """Snapshots in a row that came and could not be read."""
     known: bool = True
     """False after the exchange answered with an empty market id: no such ticker."""
 
@@ -122,13 +133,16 @@ class Session:
         tickers: Iterable[str] = (),
         *,
         use_yes_price: bool = False,
+        observed_yes_price: bool | None = None,
         beside: Iterable[str] = (),
         unheard_since: float | None = None,
     ) -> None:
         """`beside` the books, these channels: TRADES, LIFECYCLE. `unheard_since` is when the
-        connection before this one was last heard, None where there was none.
+        connection before this one was last heard, None where there was none. `use_yes_price` is asked
+        for; `observed_yes_price` is what an earlier connection was found to send, where that differs.
         """
         self.use_yes_price = use_yes_price
+        self.scale = Scale(use_yes_price if observed_yes_price is None else observed_yes_price)
         self.ended: str | None = None
         """Why this connection is of no more use; the caller dials anew."""
         self.fatal: ExchangeError | None = None
@@ -278,7 +292,6 @@ class Session:
         sid.next_seq = head.seq + 1
         if head.seq == expected:
             return
-        books = self._carries_books(head.sid, head.type)
         detail = {
             "cause": "sequence" if head.seq > expected else "repeated",
             "expected": expected,
@@ -287,11 +300,15 @@ class Session:
             "channel": sid.channel,
         }
         self._notes.append(Note("gap", detail, head.sid))
-        if not books:
-            side = self._side_of(head.sid)
-            if side is not None and head.seq > expected:
-                side.gap(head.seq - expected, now)
+        if self._carries_books(head.sid, head.type):
+            self._make_stale(sid, expected, head.seq, now)
             return
+        side = self._side_of(head.sid)
+        if side is not None and head.seq > expected:
+            side.gap(head.seq - expected, now)
+
+    def _make_stale(self, sid: _Sid, expected: int, got: int, now: float) -> None:
+        """Ask for the snapshots of every market: what the numbers before `got` changed is not known."""
         if now - self._last_gap_at > CALM_S:
             self._recovery_interval = RECOVERY_MIN_S
         else:
@@ -305,33 +322,76 @@ class Session:
                     market.synced, market.asked_at, market.asks = False, None, 0
                 waiting.add(ticker)
         since = sid.gap.since if sid.gap else now
-        sid.gap = _Gap(expected, head.seq, since, waiting, len(waiting))
+        sid.gap = _Gap(expected, got, since, waiting, len(waiting))
 
     def _carries_books(self, sid: int, frame_type: str) -> bool:
         channel = self._sids[sid].channel
         return sid == self._book_sid or channel == CHANNEL or frame_type.startswith("orderbook_")
 
     def _snapshot(self, head: Head, frame: bytes, now: float) -> Kind:
+        sid = self._sids.setdefault(head.sid, _Sid())
         try:
-            market = decode_snapshot_head(frame).msg
-        except DecodeError:
-            return Kind.SNAPSHOT  # its number counts; the load tells it apart as malformed
-        ticker = market.market_ticker
+            snapshot = decode_snapshot(frame)
+            yes, no = snapshot_extents(snapshot)
+        except (*DecodeError, BookError) as error:
+            self._unreadable(head, sid, subject(frame), str(error), now)
+            return Kind.SNAPSHOT
+        if self.scale.is_other(yes, no, len(self._markets)):
+            self._change_scale(head, sid, now)
+        ticker = snapshot.market_ticker
         known = self._markets.get(ticker)
         if known is not None:
             known.synced = True
             known.asked_at = now
-            known.asks = 0
-            if not market.market_id and known.known:
+            known.asks = known.unreadable = 0
+            if snapshot.market_id in {None, ""} and known.known:
                 known.known = False
                 self._notes.append(Note("unknown_market", {"market_id": ""}, head.sid, ticker))
                 self.warnings.append(
                     f"The exchange knows no market {ticker!r} (it sent an empty snapshot without a"
                     " market id). Check MARKET_TICKERS."
                 )
-        sid = self._sids.setdefault(head.sid, _Sid())
         self._arrived(sid, ticker, now)
         return Kind.SNAPSHOT
+
+    def _unreadable(self, head: Head, sid: _Sid, ticker: str, reason: str, now: float) -> None:
+        """A snapshot that cannot be read leaves its book stale; one of no known market leaves all so."""
+        detail = {"cause": MALFORMED_SNAPSHOT, "seq": head.seq, "reason": reason[:LONGEST_TEXT]}
+        market = self._markets.get(ticker)
+        if market is None and not ticker:
+            numbers = {"expected": head.seq, "got": head.seq + 1, "missing": 1}
+            self._notes.append(Note("gap", {**detail, **numbers}, head.sid))
+            self._make_stale(sid, head.seq, head.seq + 1, now)
+        elif market is not None:
+            if market.synced:
+                self._notes.append(Note("gap", detail, head.sid, ticker))
+            if not market.unreadable:
+                self.warnings.append(
+                    f"A snapshot of {ticker} cannot be read ({printable(reason[:LONGEST_TEXT])}): its book is"
+                    " stale, and another one is asked for. The frame is in stream_events as malformed."
+                )
+            pause_s = UNREADABLE_AGAIN_S - SNAPSHOT_PATIENCE_S if market.unreadable else 0.0
+            market.unreadable += 1
+            market.synced, market.asks = False, 0
+            market.asked_at = now + pause_s if pause_s else None
+            self._next_look_at = 0.0
+
+    def _change_scale(self, head: Head, sid: _Sid, now: float) -> None:
+        """The exchange quotes no bids otherwise than was asked: from this frame on they are read so."""
+        yes_price = self.scale.yes_price
+        detail = {
+            "cause": SCALE,
+            "seq": head.seq,
+            "use_yes_price": yes_price,
+            "asked": self.use_yes_price,
+        }
+        self._notes.append(Note("gap", detail, head.sid))
+        self.warnings.append(
+            f"The exchange sends no bids {'on the YES scale' if yes_price else 'on their own scale'},"
+            f" although use_yes_price={str(self.use_yes_price).lower()} was asked for. They are read so from"
+            " now on, and all books are asked for again."
+        )
+        self._make_stale(sid, head.seq, head.seq, now)
 
     def _arrived(self, sid: _Sid, ticker: str, now: float | None) -> None:
         gap = sid.gap

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,9 +24,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from kalshi_platform.exchange.book import SIDES, BookError, delta_change, snapshot_ladder
+from kalshi_platform.exchange.book import (
+    SIDES,
+    BookError,
+    check_price,
+    delta_change,
+    snapshot_extents,
+    snapshot_ladder,
+)
 from kalshi_platform.exchange.frames import (
     DecodeError,
+    Delta,
     Head,
     Kind,
     Reply,
@@ -34,6 +42,7 @@ from kalshi_platform.exchange.frames import (
     decode_head,
     decode_reply,
     decode_snapshot,
+    subject,
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading import decode_trades
@@ -280,8 +289,10 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         pl.when("no_price_text").then(pl.col("cents") * 100).otherwise("price").alias("price"),
         pl.when("no_qty_text").then(pl.col("count") * 100).otherwise("qty").alias("qty"),
     )
-    plain = pl.all_horizontal(pl.col(DELTAS.names()).is_not_null()) & pl.col("price").is_between(
-        0, ONE_DOLLAR
+    plain = (
+        pl.all_horizontal(pl.col(DELTAS.names()).is_not_null())
+        & pl.col("price").is_between(0, ONE_DOLLAR)
+        & (pl.col("market_ticker") != "")
     )
     is_plain = wide.select(plain.alias("plain"))["plain"]
     good = wide.filter(is_plain).select(DELTAS.names()).cast(DELTAS)
@@ -324,36 +335,63 @@ def _times(text: pa.Array) -> pl.Series:
 
 
 def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The slow path: frame by frame."""
+    """The slow path: frame by frame. (deltas, stream rows of what could not be read)"""
     rows: list[tuple[Any, ...]] = []
-    malformed: list[tuple[Any, ...]] = []
+    stream: list[tuple[Any, ...]] = []
     for record in records.iter_rows(named=True):
         try:
             head, delta = decode_head(record["frame"]), decode_delta(record["frame"])
             change = delta_change(delta)
-            market = _market_id(delta.market_id)
-            at = _exchange_time(delta.ts, delta.ts_ms)
-            if not 0 <= change.price <= ONE_DOLLAR:
-                raise BookError(f"price {change.price} is outside 0 to {ONE_DOLLAR}")
+            check_price(change.side, change.price)
+            if not delta.market_ticker:
+                raise BookError("the delta names no market")
         except (*DecodeError, BookError) as error:
-            malformed.append(_malformed_row(record, str(error)))
+            stream.append(_malformed_row(record, str(error), of="delta"))
             continue
+        odd = _OddFields(record, head, delta.market_ticker)
         rows.append(
             (
                 *_frame_columns(record, head),
-                market,
+                odd.read("market_id", delta.market_id, _market_id, ZERO_UUID),
                 delta.market_ticker,
                 change.side,
                 change.price,
                 change.qty,
-                at,
-                delta.client_order_id or "",
+                odd.read("ts", delta, _exchange_time, None),
+                odd.read("client_order_id", delta.client_order_id, _client_order_id, ""),
             )
         )
+        stream += odd.rows
     return (
         pl.DataFrame(rows, schema=DELTAS, orient="row"),
-        pl.DataFrame(malformed, schema=STREAM, orient="row"),
+        pl.DataFrame(stream, schema=STREAM, orient="row"),
     )
+
+
+V = TypeVar("V")
+T = TypeVar("T")
+
+
+class _OddFields:
+    """Reads the fields of one frame that its book does not need; an odd one becomes a row, not an error."""
+
+    def __init__(self, record: dict[str, Any], head: Head, ticker: str) -> None:
+        self._record = record
+        self._head = head
+        self._ticker = ticker
+        self.rows: list[tuple[Any, ...]] = []
+
+    def read(self, field: str, value: V, convert: Callable[[V], T], instead: T) -> T:
+        """The converted value, or `instead` with a `malformed_field` row."""
+        try:
+            return convert(value)
+        except BookError as error:
+            detail = {"field": field, "seq": self._head.seq, "reason": str(error)}
+            place = (self._record["n"], self._record["recv_ns"], self._record["conn"])
+            body = msgspec.json.encode(detail).decode()
+            # Its number is the delta's or snapshot's own, which has a row already.
+            self.rows.append((*place, self._head.sid, 0, "malformed_field", self._ticker, body))
+            return instead
 
 
 # -- snapshots ---------------------------------------------------------------------------------
@@ -382,7 +420,7 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
         & ~pl.col("odd")
         & pl.col("seq").is_not_null()
         & pl.col("sid").is_not_null()
-        & pl.col("market_ticker").is_not_null()
+        & (pl.col("market_ticker") != "")
         & pl.col("market_id").str.contains(_UUID_TEXT)
     ).fill_null(value=False)
     head = [*_FRAME, *_MARKET]
@@ -434,19 +472,17 @@ def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame,
     """The slow path: frame by frame, legacy forms included."""
     snapshots: list[tuple[Any, ...]] = []
     levels: list[tuple[Any, ...]] = []
-    malformed: list[tuple[Any, ...]] = []
+    stream: list[tuple[Any, ...]] = []
     for record in records.iter_rows(named=True):
         try:
             head, snapshot = decode_head(record["frame"]), decode_snapshot(record["frame"])
+            snapshot_extents(snapshot)
             ladders = [(side, snapshot_ladder(snapshot, side)) for side in SIDES]
-            market = _market_id(snapshot.market_id)
-            for side, ladder in ladders:
-                for price in ladder:
-                    if not 0 <= price <= ONE_DOLLAR:
-                        raise BookError(f"{side} price {price} is outside 0 to {ONE_DOLLAR}")
         except (*DecodeError, BookError) as error:
-            malformed.append(_malformed_row(record, str(error)))
+            stream.append(_malformed_row(record, str(error), of="snapshot"))
             continue
+        odd = _OddFields(record, head, snapshot.market_ticker)
+        market = odd.read("market_id", snapshot.market_id, _market_id, ZERO_UUID)
         frame = (*_frame_columns(record, head), market, snapshot.market_ticker)
         rows = [
             (*frame, side, price, size)
@@ -455,10 +491,11 @@ def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame,
         ]
         levels.extend(rows)
         snapshots.append((*frame, len(rows)))
+        stream += odd.rows
     return (
         pl.DataFrame(snapshots, schema=SNAPSHOTS, orient="row"),
         pl.DataFrame(levels, schema=LEVELS, orient="row"),
-        pl.DataFrame(malformed, schema=STREAM, orient="row"),
+        pl.DataFrame(stream, schema=STREAM, orient="row"),
     )
 
 
@@ -505,14 +542,19 @@ def _ticker_of(reply: Reply) -> str:
     return ticker if isinstance(ticker, str) else ""
 
 
-def _malformed_row(record: dict[str, Any], reason: str) -> tuple[Any, ...]:
-    """A row that keeps the raw frame; its number counts where the head could be read."""
+def _malformed_row(record: dict[str, Any], reason: str, *, of: str = "") -> tuple[Any, ...]:
+    """A row that keeps the raw frame; its number counts where the head could be read.
+
+    `of`: delta or snapshot, whose book is stale from here on.
+    """
     try:
         head = decode_head(record["frame"])
     except DecodeError:
         head = Head("")
-    detail = msgspec.json.encode({"reason": reason, "frame": _text(record["frame"])}).decode()
-    return (*_frame_columns(record, head), "malformed", "", detail)
+    detail = {"reason": reason, "frame": _text(record["frame"])} | ({"of": of} if of else {})
+    body = msgspec.json.encode(detail).decode()
+    ticker = subject(record["frame"]) if of else ""
+    return (*_frame_columns(record, head), "malformed", ticker, body)
 
 
 def _frame_columns(record: dict[str, Any], head: Head) -> tuple[Any, ...]:
@@ -527,28 +569,37 @@ def _text(frame: bytes) -> str:
         return "base64:" + base64.b64encode(frame).decode()
 
 
-def _market_id(text: str | None) -> str:
-    if not text:
+def _market_id(value: object) -> str:
+    if value is None or value == "":
         return ZERO_UUID
     try:
-        return str(uuid.UUID(text))
+        if isinstance(value, str):
+            return str(uuid.UUID(value))
     except ValueError:
-        raise BookError(f"market_id {text!r} is not a UUID") from None
+        pass
+    raise BookError(f"{str(value)[:40]!r} is not a UUID")
 
 
-def _exchange_time(ts: str | None, ts_ms: object) -> datetime | None:
+def _client_order_id(value: object) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise BookError(f"{str(value)[:40]!r} is not a text")
+
+
+def _exchange_time(delta: Delta) -> datetime | None:
     """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
+    ts, ts_ms = delta.ts, delta.ts_ms
     if ts is None and ts_ms is None:
         return None
-    if ts is not None and not _RFC_3339.fullmatch(ts):
-        raise BookError(f"ts {ts[:40]!r} is not an RFC 3339 time")
+    if ts is not None and not (isinstance(ts, str) and _RFC_3339.fullmatch(ts)):
+        raise BookError(f"{str(ts)[:40]!r} is not an RFC 3339 time")
     try:
         if ts is not None:
             return datetime.fromisoformat(ts).astimezone(UTC)
         if isinstance(ts_ms, int) and not isinstance(ts_ms, bool):
             return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
     except (ValueError, OverflowError, OSError):
-        raise BookError(f"ts {str(ts or ts_ms)[:40]!r} is no time that there is") from None
+        raise BookError(f"{str(ts or ts_ms)[:40]!r} is no time that there is") from None
     raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
 
 

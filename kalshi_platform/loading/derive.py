@@ -20,6 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
+from kalshi_platform.exchange.session import SCALE
 from kalshi_platform.loading import decode_trades
 from kalshi_platform.loading.books import (
     PACKED,
@@ -187,11 +188,9 @@ def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int
             ),
         ]
     ).sort("n", maintain_order=True)
-    yes_priced = _yes_priced(decoded, state)
-    if yes_priced:
-        on_yes_scale = pl.col("conn").is_in(yes_priced) & (pl.col("side") == "no")
+    if (on_yes_scale := _on_yes_scale(decoded, state)) is not None:
         events = events.with_columns(
-            pl.when(on_yes_scale)
+            pl.when(on_yes_scale & (pl.col("side") == "no"))
             .then(ONE_DOLLAR - pl.col("price"))
             .otherwise(pl.col("price"))
             .alias("price")
@@ -201,14 +200,31 @@ def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int
     return events.with_columns(level_number().alias("level")), numbers
 
 
-def _yes_priced(decoded: Decoded, state: State) -> list[str]:
-    """Connections whose no bids are quoted at 1 - p.
+def _on_yes_scale(decoded: Decoded, state: State) -> pl.Expr | None:
+    """Whether an event's no bids are quoted at 1 - p; None where none are.
 
-    One whose beginning is not in the journal is taken to quote them as this platform asks for them.
+    A connection whose beginning is not in the journal is taken to quote them as this platform asks.
     """
     opened = {conn: flag for _, conn, flag in _opened(decoded.stream)}
     known = {conn: c.use_yes_price for conn, c in state.connections.items()} | opened
-    return [conn for conn, flag in known.items() if flag]
+    found = list(_rescaled(decoded.stream))
+    conns = [conn for conn, flag in known.items() if flag]
+    if not conns and not found:
+        return None
+    on_yes = pl.col("conn").is_in(conns)
+    for n, conn, flag in found:
+        from_there = (pl.col("conn") == conn) & (pl.col("n") >= n)
+        on_yes = pl.when(from_there).then(pl.lit(flag)).otherwise(on_yes)
+    return on_yes
+
+
+def _rescaled(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
+    """From which record on a connection's no bids were found to be on which scale."""
+    of_scale = (pl.col("kind") == "gap") & pl.col("detail").str.contains(SCALE, literal=True)
+    for n, conn, detail in stream.filter(of_scale).select("n", "conn", "detail").iter_rows():
+        body = msgspec.json.decode(detail)
+        if body["cause"] == SCALE:
+            yield n, conn, bool(body["use_yes_price"])
 
 
 def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
@@ -310,7 +326,7 @@ def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
 
 DAMAGED = "journal_damaged"
 """The cause of a gap whose frames had been received: the journal no longer has them."""
-_BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed")
+_BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed")
 
 
 def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
@@ -397,12 +413,19 @@ class _Status:
                     yield from self._end(it, open_conn, "the recorder ended without closing")
             elif kind == "left":
                 yield from self._left(it)
-            elif kind == "gap" and ticker:
-                self._doubt(ticker)
+            elif kind == "malformed":
+                yield from self._malformed(it)
             elif kind in {"gap", "unsubscribed"}:
-                self._doubt(
-                    *(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, it["sid"]))
-                )
+                self._lapse(it)
+
+    def _lapse(self, it: dict[str, Any]) -> None:
+        """A gap, or the end of a subscription: of one market, or of all of a subscription."""
+        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
+        if it["kind"] == "gap" and ticker:
+            self._doubt(ticker)
+            return
+        self._rescale(it)
+        self._doubt(*(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)))
 
     def _left(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         if (book := self.books.get(it["market_ticker"])) is not None:
@@ -513,6 +536,36 @@ class _Status:
         }
         self.books[it["market_ticker"]] = msgspec.structs.replace(book, verified=False)
         yield self._gap(it, "negative_level", detail)
+
+    def _malformed(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """A delta or snapshot that cannot be read: its book, or every one of its sid, is stale."""
+        body = msgspec.json.decode(it["detail"])
+        if (of := body.get("of")) is None:
+            return
+        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
+        stale = [
+            name
+            for name in ([ticker] if ticker else list(self.books))
+            if (book := self.books.get(name)) is not None
+            and book.verified
+            and (book.conn, book.sid) == (conn, sid)
+        ]
+        if not stale:
+            return
+        detail = {"cause": f"malformed_{of}", "seq": it["seq"], "reason": body["reason"]}
+        if not ticker:
+            detail |= {"expected": it["seq"], "got": it["seq"] + 1, "missing": 1}
+        yield _row(it, conn, sid, "gap", detail, ticker=ticker)
+        self._doubt(*stale)
+        self.distrusted += [Distrust(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
+
+    def _rescale(self, it: dict[str, Any]) -> None:
+        """Keep the scale of no bids that a gap of cause `scale` names."""
+        connection = self.connections.get(it["conn"])
+        body = msgspec.json.decode(it["detail"]) if it["kind"] == "gap" else {}
+        if connection is not None and body.get("cause") == SCALE:
+            flag = bool(body["use_yes_price"])
+            self.connections[it["conn"]] = msgspec.structs.replace(connection, use_yes_price=flag)
 
     def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
         self.distrusted.append(Distrust(it["market_ticker"], cause, detail))

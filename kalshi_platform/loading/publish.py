@@ -73,12 +73,14 @@ NOTES: Mapping[str, frozenset[str]] = {
     kind: frozenset(fields.split())
     for kind, fields in {
         "started": "version shard",
-        "connected": "use_yes_price markets attempt assumed",
+        "connected": "use_yes_price asked_yes_price markets attempt assumed",
         "disconnected": "cause frames seconds span_s last_frame",
         "heartbeat": "state frames markets synced last_heard_ns backlog_bytes",
         "refused": "channel action code",
         "recovered": "channel cause since until missing trades",
-        "gap": "cause expected got missing channel seq side price size span_s record until_record",
+        "gap": "cause expected got missing channel seq side price size span_s record until_record"
+        " use_yes_price asked",
+        "malformed_field": "field seq",
         "resynced": "expected got markets seconds",
         "left": "",
         "unknown_market": "",

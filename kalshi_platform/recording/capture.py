@@ -113,6 +113,8 @@ class Capture:
         self._journal = journal
         self._tickers = list(tickers)
         self._use_yes_price = use_yes_price
+        self._observed_yes_price: bool | None = None
+        """What the last connection was found to send, where that is not what was asked for."""
         self._stop = asyncio.Event()
         self._session: Session | None = None
         self._conn = NO_CONNECTION
@@ -210,6 +212,7 @@ class Capture:
         session = self._session = Session(
             self._tickers,
             use_yes_price=self._use_yes_price,
+            observed_yes_price=self._observed_yes_price,
             beside=BESIDE,
             unheard_since=self._unheard_since,
         )
@@ -218,7 +221,8 @@ class Capture:
             "connected",
             {
                 "url": self._ws_url,
-                "use_yes_price": self._use_yes_price,
+                "use_yes_price": session.scale.yes_price,
+                "asked_yes_price": self._use_yes_price,
                 "markets": len(self._tickers),
                 "attempt": attempt,
             },
@@ -241,6 +245,7 @@ class Capture:
             silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
             self._unheard_since = session.unheard_since(max(began, time.monotonic() - silent_s))
             self._tickers_then = session.tickers
+            self._observed_yes_price = session.scale.yes_price
             self._drain_notes(session, conn)
             self._journal.note(
                 "disconnected",

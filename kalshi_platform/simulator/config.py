@@ -38,6 +38,8 @@ class SimulatorConfig:
     """A client that leaves more than this unread is told error 25."""
     max_markets_per_subscription: int = 500_000
     """More are refused with error 26."""
+    yes_price: bool | None = None
+    """Whether no bids are quoted on the YES scale; None: as `use_yes_price` asks."""
     max_clock_skew_seconds: float = 10.0
     rest_cache_seconds: float = 15.0
     """How long the REST order books are cached, as the real exchange's are."""

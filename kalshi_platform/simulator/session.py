@@ -91,11 +91,15 @@ class Session:
         shuffle: random.Random,
         *,
         max_markets: int = MAX_MARKETS,
+        yes_price: bool | None = None,
         last_sid: int = 0,
     ) -> None:
-        """`max_markets` per subscription; sids go on after `last_sid`."""
+        """`max_markets` per subscription; sids go on after `last_sid`. `yes_price` overrides
+        `use_yes_price`.
+        """
         self._source = source
         self._max_markets = max_markets
+        self._yes_price = yes_price
         self._shuffle = shuffle
         self._commands: list[bytes | str] = []
         self._subscriptions: dict[str, _Subscription] = {}
@@ -285,7 +289,9 @@ class Session:
                 if len(tickers) > self._max_markets:
                     raise Refused(26)
                 self._last_sid += 1
-                new = _Subscription(channel, self._last_sid, bool(params.use_yes_price))
+                asked = bool(params.use_yes_price)
+                on_yes = asked if self._yes_price is None else self._yes_price
+                new = _Subscription(channel, self._last_sid, on_yes)
                 self._subscriptions[channel] = new
                 new.everything = not tickers or channel == LIFECYCLE
                 msg = {"channel": channel, "sid": new.sid}

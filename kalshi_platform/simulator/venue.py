@@ -139,7 +139,9 @@ class Venue:
             speed = self.config.replay_speed
             return ReplaySession(self.exchange, self._random, speed, time.monotonic_ns)
         limit = self.config.max_markets_per_subscription
-        return Session(self.exchange, self._random, max_markets=limit)
+        return Session(
+            self.exchange, self._random, max_markets=limit, yes_price=self.config.yes_price
+        )
 
     def disconnected(self, client: ClientSocket) -> None:
         """The client is gone."""

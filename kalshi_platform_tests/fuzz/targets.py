@@ -85,7 +85,9 @@ def check_frames(found: Sequence[bytes]) -> None:
     with mock.patch.multiple(decoding, _json=_refuse, _ndjson=_refuse):
         slow = decode(wire.blocks(records))
     _same(fast, slow)
-    kept = sorted([*fast.deltas["n"], *fast.snapshots["n"], *fast.trades["n"], *fast.stream["n"]])
+    # an odd field has a row beside its frame's own
+    stream = fast.stream.filter(pl.col("kind") != "malformed_field")
+    kept = sorted([*fast.deltas["n"], *fast.snapshots["n"], *fast.trades["n"], *stream["n"]])
     assert kept == list(range(len(records))), "a record was lost or doubled"
     halves = [decode([block]) for block in wire.blocks(records, [len(records) // 2])]
     for part in PARTS:

@@ -40,12 +40,10 @@ def decoded(frame: bytes) -> Decoded:
         ('"seq":2', '"seq":18446744073709551616'),
         ('"seq":2', '"seq":-1'),
         ('"sid":1', '"sid":4294967296'),
-        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07"'),
-        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07T06:46:28"'),
-        ('"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978', '"ts_ms":999999999999999999'),
-        ('"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978', '"ts_ms":"1786085188978"'),
-        ('"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978', '"ts_ms":true'),
-        ('"ts":"2026-08-07T06:46:28.97871Z"', '"ts":"0001-01-01T00:00:00+09:00"'),
+        ('"A-1"', '""'),
+        ('"5.00"', '"0.005"'),
+        ('"0.4800"', '"0.41005"'),
+        ('"0.4800"', '"1.0001"'),
         ('"price_dollars":"0.4800","delta_fp":"5.00"', '"price":9999999999999999,"delta":1'),
     ],
 )
@@ -57,6 +55,49 @@ def test_a_delta_that_is_nearly_right_is_malformed_and_kept(before: str, after: 
     [row] = result.stream.to_dicts()
     assert row["kind"] == "malformed"
     assert json.loads(row["detail"])["frame"] == frame
+
+
+TIMES = '"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978'
+ID = f'"market_id":"{wire.market_id("A-1")}"'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07"', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07T06:46:28"', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', '""', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', "1786085188", "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', "{}", "ts"),
+        (TIMES, '"ts_ms":999999999999999999', "ts"),
+        (TIMES, '"ts_ms":"1786085188978"', "ts"),
+        (TIMES, '"ts_ms":true', "ts"),
+        (TIMES, '"ts":"0001-01-01T00:00:00+09:00","ts_ms":1786085188978', "ts"),
+        (ID, '"market_id":7', "market_id"),
+        (ID, '"market_id":"A-1"', "market_id"),
+        (ID, '"market_id":["x"]', "market_id"),
+        ('"ts_ms"', '"client_order_id":12,"ts_ms"', "client_order_id"),
+        ('"ts_ms"', '"client_order_id":{},"ts_ms"', "client_order_id"),
+    ],
+)
+def test_an_odd_field_that_the_book_does_not_need_costs_only_itself(
+    before: str, after: str, field: str
+) -> None:
+    frame = DELTA.replace(before, after)
+    assert frame != DELTA
+    result = decoded(frame.encode())
+    [row] = result.deltas.to_dicts()
+    assert (row["market_ticker"], row["price"], row["qty"]) == ("A-1", 4_800, 500)
+    [odd] = result.stream.to_dicts()
+    assert (odd["kind"], odd["market_ticker"], odd["seq"]) == ("malformed_field", "A-1", 0)
+    assert json.loads(odd["detail"])["field"] == field
+    assert json.loads(odd["detail"])["seq"] == 2
+
+
+def test_a_snapshot_with_an_odd_market_id_is_read() -> None:
+    result = decoded(SNAPSHOT.replace(ID, '"market_id":7').encode())
+    assert result.levels.height == 2
+    assert result.stream["kind"].to_list() == ["malformed_field"]
 
 
 @pytest.mark.parametrize(

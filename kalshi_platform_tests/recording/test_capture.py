@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture
 from kalshi_platform.recording.writer import Writer
@@ -163,3 +167,32 @@ def test_thousands_of_markets_come_on_one_sid_without_a_gap(
     writer.close()
     assert it.counters.gaps == 0
     assert it.counters.connections == 1
+
+
+def test_an_exchange_that_ignores_use_yes_price_is_read_as_it_sends(
+    start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(markets=6, rate=200.0, rolling_markets=0, yes_price=True)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+    dropped: list[bool] = []
+
+    def again() -> bool:
+        if not dropped and it.counters.gaps == 1 and it.markets == (6, 6):
+            simulator.inject("drop")
+            dropped.append(True)
+        return it.counters.connections == 2 and it.markets == (6, 6)
+
+    run(it, again)
+    writer.close()
+    first, second = notes(tmp_path, "connected")
+    assert (first["use_yes_price"], first["asked_yes_price"]) == (False, False)
+    assert (second["use_yes_price"], second["asked_yes_price"]) == (True, False)
+    assert [gap["cause"] for gap in notes(tmp_path, "gap") if "cause" in gap] == ["scale"]
+    state = State()
+    for block in journal.blocks(tmp_path, journal.beginning(tmp_path)):
+        _, state = derive(decode([block]), state)
+    crossed = state.levels.group_by("market_ticker", "side").agg(pl.col("price").max())
+    best = crossed.group_by("market_ticker").agg(pl.col("price").sum())
+    assert best.height
+    assert all(price < 10_000 for price in best["price"].to_list())

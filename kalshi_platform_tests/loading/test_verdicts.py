@@ -1,0 +1,273 @@
+"""Capture and loader judge a frame alike: what cannot be read leaves the same books stale in both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import derive
+from kalshi_platform_tests import wire
+from kalshi_platform_tests.exchange.test_session import subscribed
+
+MARKETS = ("A-1", "B-2", "C-3")
+CONN = wire.conn_id(1)
+
+
+@dataclass
+class Recording:
+    """A session whose frames and notes go into a journal, and the loader's state after it."""
+
+    use_yes_price: bool = False
+    records: list[wire.Record] = field(default_factory=list)
+    state: State = field(default_factory=State)
+    rows: list[dict[str, object]] = field(default_factory=list)
+    """The stream_events so far."""
+    seq: int = 0
+
+    def __post_init__(self) -> None:
+        self.session = Session(MARKETS, use_yes_price=self.use_yes_price)
+        subscribed(self.session)
+        self.records.append(wire.connected(CONN, wire.NOON_NS, use_yes_price=self.use_yes_price))
+
+    def take(self, frame: bytes) -> None:
+        """One frame, as capture journals it: its notes before it."""
+        at = wire.NOON_NS + len(self.records)
+        kind = self.session.receive(frame, 0.0)
+        self._journal_notes(at)
+        self.records.append((at, CONN, int(kind), frame))
+
+    def _journal_notes(self, at: int) -> None:
+        for note in self.session.take_notes():
+            body = wire.note(note.kind, note.detail, sid=note.sid, ticker=note.market_ticker)
+            self.records.append((at, CONN, int(Kind.NOTE), body))
+
+    def load(self) -> None:
+        """Load what has come since, and tell capture which books the loader found stale."""
+        while self.records[self.state.n :]:
+            found = wire.blocks(self.records)[0].cut(self.state.n)[1] if self.state.n else None
+            blocks = [found] if found is not None else wire.blocks(self.records)
+            rows, self.state = derive(decode(blocks), self.state)
+            self.rows += rows.tables["stream_events"].to_pylist()
+            for it in rows.distrusted:
+                self.session.distrust(it.market_ticker, it.cause, dict(it.detail))
+            self._journal_notes(wire.NOON_NS + len(self.records))
+
+    @property
+    def synced(self) -> set[str]:
+        """Capture's verdict."""
+        return {t for t, market in self.session._markets.items() if market.synced}
+
+    @property
+    def verified(self) -> set[str]:
+        """The loader's verdict."""
+        return {t for t, book in self.state.books.items() if book.verified}
+
+    def next(self) -> int:
+        """The next number of the subscription."""
+        self.seq += 1
+        return self.seq
+
+    def kinds(self) -> list[object]:
+        return [row["kind"] for row in self.rows]
+
+    def gaps(self) -> list[dict[str, object]]:
+        return [
+            {**json.loads(str(r["detail"])), "ticker": r["market_ticker"]}
+            for r in self.rows
+            if r["kind"] == "gap"
+        ]
+
+
+def whole(recording: Recording, tickers: Sequence[str] = MARKETS) -> None:
+    for ticker in tickers:
+        recording.take(wire.snapshot(ticker, recording.next(), {4_000: 500}, {5_500: 100}))
+    recording.load()
+
+
+ODD_SNAPSHOTS = {
+    "five decimals": ('"0.4000"', '"0.39995"'),
+    "a number": ('"0.4000"', "0.4"),
+    "above a dollar": ('"0.4000"', '"1.4000"'),
+    "a price twice": ('["0.4000","5.00"]', '["0.4000","5.00"],["0.4000","6.00"]'),
+    "a negative size": ('"5.00"', '"-5.00"'),
+    "three decimals": ('"5.00"', '"5.005"'),
+    "no pair": ('["0.4000","5.00"]', '["0.4000"]'),
+    "no list": ('[["0.4000","5.00"]]', '"none"'),
+}
+
+
+@pytest.mark.parametrize("what", ODD_SNAPSHOTS)
+def test_an_unreadable_snapshot_is_none_for_capture_and_loader(what: str) -> None:
+    before, after = ODD_SNAPSHOTS[what]
+    recording = Recording()
+    whole(recording)
+    recording.next()  # lost
+    recording.take(wire.delta("A-1", recording.next(), "yes", 4_000, 100))
+    for ticker in MARKETS:
+        frame = wire.snapshot(ticker, recording.next(), {4_000: 500}, {5_500: 100})
+        if ticker == "B-2":
+            assert before.encode() in frame
+            frame = frame.replace(before.encode(), after.encode())
+        recording.take(frame)
+    recording.load()
+    assert recording.synced == recording.verified == {"A-1", "C-3"}
+    assert "malformed" in recording.kinds()
+    assert "resynced" not in recording.kinds()
+    asked = [json.loads(c) for c in recording.session.commands(2.0)]
+    assert [c["params"]["market_tickers"] for c in asked] == [["B-2"]]
+    recording.take(wire.snapshot("B-2", recording.next(), {4_000: 500}, {5_500: 100}))
+    recording.load()
+    assert recording.synced == recording.verified == set(MARKETS)
+    assert recording.kinds().count("resynced") == 1
+
+
+def test_snapshots_that_stay_unreadable_cost_neither_the_connection_nor_the_others() -> None:
+    recording = Recording()
+    whole(recording, ["A-1", "B-2"])
+    odd = b'{"type":"orderbook_snapshot","sid":1,"seq":%d,"msg":{"market_ticker":"C-3","yes":7}}'
+    asked, now = 0, 0.0
+    for _ in range(3_600):
+        now += 1.0
+        for command in recording.session.commands(now):
+            asked += 1
+            assert json.loads(command)["params"]["market_tickers"] == ["C-3"]
+            recording.session.receive(odd % recording.next(), now)
+    assert recording.session.ended is None
+    assert recording.session.synced == 2
+    assert 10 < asked < 120  # in an hour
+
+
+ODD_DELTAS = {
+    "five decimals": ('"0.4000"', '"0.41005"'),
+    "a number": ('"0.4000"', "0.4"),
+    "size of three decimals": ('"1.00"', '"0.005"'),
+    "no side": ('"yes"', '"maybe"'),
+    "no size": ('"delta_fp":"1.00",', ""),
+}
+
+
+@pytest.mark.parametrize("what", ODD_DELTAS)
+def test_an_unreadable_delta_leaves_its_book_alone_stale_in_both(what: str) -> None:
+    before, after = ODD_DELTAS[what]
+    recording = Recording()
+    whole(recording)
+    frame = wire.delta("B-2", recording.next(), "yes", 4_000, 100)
+    assert before.encode() in frame
+    recording.take(frame.replace(before.encode(), after.encode()))
+    recording.load()
+    assert recording.synced == recording.verified == {"A-1", "C-3"}
+    first = recording.gaps()[0]
+    assert (first["cause"], first["seq"], first["ticker"]) == ("malformed_delta", 4, "B-2")
+    (asked,) = (json.loads(c) for c in recording.session.commands(2.0))
+    assert asked["params"]["action"] == "get_snapshot"
+
+
+@pytest.mark.parametrize("kind", ["orderbook_delta", "orderbook_snapshot"])
+def test_a_frame_of_no_market_that_can_be_read_leaves_every_book_of_its_sid_stale(
+    kind: str,
+) -> None:
+    recording = Recording()
+    whole(recording)
+    recording.take(b'{"type":"%s","sid":1,"seq":%d,"msg":[]}' % (kind.encode(), recording.next()))
+    recording.load()
+    assert recording.synced == recording.verified == set()
+    assert {"expected": 4, "got": 5}.items() <= recording.gaps()[0].items()
+
+
+FRAMES = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["delta", "snapshot", "lost", "repeated", "odd delta", "odd snapshot", "load"]
+        ),
+        st.sampled_from(MARKETS),
+        st.sampled_from(sorted(ODD_SNAPSHOTS)),
+        st.sampled_from(sorted(ODD_DELTAS)),
+        st.integers(-3, 3).filter(bool),
+    ),
+    max_size=40,
+)
+
+
+@given(FRAMES)
+@settings(max_examples=150)
+def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
+    frames: list[tuple[str, str, str, str, int]],
+) -> None:
+    recording = Recording()
+    for what, ticker, odd_snapshot, odd_delta, qty in frames:
+        frame = wire.delta(ticker, recording.seq + 1, "yes", 4_000, 100 * qty)
+        if "snapshot" in what:
+            frame = wire.snapshot(ticker, recording.seq + 1, {4_000: 500}, {5_500: 100})
+        if what.startswith("odd"):
+            before, after = (
+                ODD_SNAPSHOTS[odd_snapshot] if "snapshot" in what else ODD_DELTAS[odd_delta]
+            )
+            frame = (
+                wire.delta(ticker, recording.seq + 1, "yes", 4_000, 100)
+                if "delta" in what
+                else frame
+            )
+            frame = frame.replace(before.encode(), after.encode())
+        if what == "load":
+            recording.load()
+        elif what != "repeated":
+            recording.next()
+            if what != "lost":
+                recording.take(frame)
+        elif recording.seq:
+            recording.take(wire.ok(recording.seq))
+    recording.load()
+    assert recording.synced == recording.verified
+
+
+# -- the scale of no bids ----------------------------------------------------------------------
+
+
+def deep(ticker: str, seq: int, *, yes_price: bool) -> bytes:
+    """A book of bids at 0.40 and below, and no bids at 0.55 and below, on either scale."""
+    no = dict.fromkeys((5500, 5400, 3000, 100), 100)
+    quoted = {10_000 - p: q for p, q in no.items()} if yes_price else no
+    return wire.snapshot(ticker, seq, {4_000: 500, 100: 900}, quoted)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_bids_on_another_scale_than_asked_for_are_found_and_read(asked: bool) -> None:
+    recording = Recording(use_yes_price=asked)
+    for ticker in MARKETS:
+        recording.take(deep(ticker, recording.next(), yes_price=not asked))
+    recording.load()
+    assert recording.gaps()[0]["cause"] == "scale"
+    assert recording.gaps()[0]["use_yes_price"] is not asked
+    assert "although use_yes_price" in recording.session.warnings[0]
+    (asked_for,) = (json.loads(c) for c in recording.session.commands(2.0))
+    assert asked_for["params"]["action"] == "get_snapshot"
+    for ticker in MARKETS:
+        recording.take(deep(ticker, recording.next(), yes_price=not asked))
+    quoted = 5_600 if asked else 4_400  # a no bid at 0.56, as the exchange quotes it
+    recording.take(wire.delta("A-1", recording.next(), "no", quoted, 700))
+    recording.load()
+    assert recording.synced == recording.verified == set(MARKETS)
+    levels = recording.state.levels.filter(market_ticker="A-1", side="no")
+    assert levels["price"].max() == 5_600
+    assert set(levels["price"]) == {5_600, 5_500, 5_400, 3_000, 100}
+    assert len([g for g in recording.gaps() if g["cause"] == "scale"]) == 1
+
+
+def test_a_book_that_is_crossed_for_a_moment_changes_no_scale() -> None:
+    recording = Recording()
+    whole(recording)
+    recording.take(wire.snapshot("A-1", recording.next(), {4_000: 500}, {6_500: 100}))
+    for ticker in MARKETS:
+        recording.take(deep(ticker, recording.next(), yes_price=False))
+    recording.load()
+    assert recording.gaps() == []
+    assert recording.session.scale.yes_price is False
