@@ -2,7 +2,10 @@
 
 Every store has its own pace and its own place in the journal (`load.py`). Deriving is a pure function
 of a range and the books before it, so what one load has derived serves the next one that comes to the
-same place. A load that is far behind finds nothing kept and derives for itself.
+same place. A load that is elsewhere derives for itself, beside the others: no lock is held meanwhile.
+
+A step is bounded by the rows that it makes and by the bytes that it reads, not by its records: a
+snapshot is one record and thousands of rows.
 """
 
 from __future__ import annotations
@@ -12,10 +15,15 @@ from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded, decoded
 from kalshi_platform.loading.derive import Rows, derive
@@ -23,12 +31,19 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Hole, JournalError, Position, Stretch, joined
 from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
 
-CHUNK_RECORDS = 65_536
-"""Derived at a time: bounds memory while catching up."""
+CHUNK_ROWS = 65_536
+CHUNK_BYTES = 16 << 20
+"""Derived at a time: bounds memory while catching up, and the time to the next look at whether to end.
+One record may make more of either: a frame is not cut."""
+LEVEL_BYTES = 18
+"""What a level takes of a snapshot's JSON at least: ["0.0100","1.00"],"""
 KEPT_STEPS = 8
-KEPT_RECORDS = KEPT_STEPS * CHUNK_RECORDS
+KEPT_BYTES = 64 << 20
 """So much is kept for the other loads: more than comes while one of them writes. Each step holds all
 books, so that there are few."""
+SHARED_WAIT_S = 5.0
+"""A step that another load is deriving is waited for, as it is sooner there than one's own; not longer
+than this, whatever holds the other up."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,11 @@ class Step:
     """The books after it."""
     end: Position
 
+    @cached_property
+    def bytes(self) -> int:
+        """What it holds in memory, about."""
+        return self.rows.bytes + int(self.state.packed.estimated_size())
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -55,11 +75,9 @@ class _Piece:
     end: Position
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    pieces: list[_Piece]
-    newest_ns: int
-    """Newest receive time up to its end."""
+_Pieces = Iterator[_Piece]
+_Key = tuple[int, Hashable]
+"""The number of a step's first record, and the doubts before it."""
 
 
 class Derivation:
@@ -70,11 +88,14 @@ class Derivation:
         self.shard = shard
         """Whose journal it is."""
         self._lock = threading.Lock()
-        self._kept: dict[tuple[int, Hashable], Step] = {}
-        """By the number of the first record and the doubts before it, in the order of derivation."""
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._ahead: tuple[int, Future[_Chunk]] | None = None
-        """The chunk that is being decoded ahead, by the number of its first record."""
+        """Of what follows; held for moments."""
+        self._kept: dict[_Key, Step] = {}
+        """In the order of derivation."""
+        self._under_way: dict[_Key, Future[Step | None]] = {}
+        """What a load is deriving now; None where that failed."""
+        self._decoder = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._ahead: dict[tuple[int, int], Future[tuple[_Piece, _Pieces] | None]] = {}
+        """What is decoded ahead, by the number of its first record and the newest receive time before."""
         self._reached: dict[str, int] = {}
         """The record that each load has come to; -1: it has not begun."""
 
@@ -90,92 +111,151 @@ class Derivation:
             start, state = step.end, step.state
 
     def _step(self, load: str, start: Position, state: State, limit: Position) -> Step:
-        with self._lock:  # whoever comes second waits for the first instead of deriving it again
-            if (start.n, state.doubts) not in self._kept:
-                limit = self._up_to_what_is_kept(start, limit)
-                chunk = self._chunk(start, state.version, limit)
-                self._look_ahead(chunk, limit)
-                begin, after = start, state
-                for piece in chunk.pieces:
-                    doubts = after.doubts
-                    rows, after = derive(piece.decoded, after, self.shard)
-                    step = Step(begin, doubts, piece.hour, rows, after, piece.end)
-                    self._kept[begin.n, doubts] = step
-                    begin = piece.end
-            step = self._kept[start.n, state.doubts]
-            self._reached[load] = step.end.n
-            self._forget()
-            return step
+        key = (start.n, state.doubts)
+        with self._lock:
+            step, others = self._kept.get(key), self._under_way.get(key)
+            if mine := step is None and others is None:
+                self._under_way[key] = Future()
+            until_n = self._up_to_what_is_kept(start.n, limit.n)
+        if step is None and others is not None:
+            step = _of_another(others)
+        try:
+            step = step or self._derive(start, state, limit, until_n)
+        finally:
+            with self._lock:
+                if step is not None:
+                    self._kept[key] = step
+                    self._reached[load] = step.end.n
+                    self._forget()
+                if mine:
+                    self._under_way.pop(key).set_result(step)
+        return step
 
-    def _up_to_what_is_kept(self, start: Position, limit: Position) -> Position:
-        """A load that was behind meets the other's steps again, instead of cutting across them for ever.
+    def _derive(self, start: Position, state: State, limit: Position, until_n: int) -> Step:
+        piece = self._next(start, state, limit, until_n)
+        rows, after = derive(piece.decoded, state, self.shard)
+        return Step(start, state.doubts, piece.hour, rows, after, piece.end)
 
-        Not those that begin an hour: that may be within a batch, and the journal is read by batches.
-        """
-        place = (start.segment, start.offset)
-        begins = [step.begin for step in self._kept.values() if step.hour is None]
-        return min((b for b in begins if (b.segment, b.offset) > place), default=limit)
-
-    def _chunk(self, start: Position, newest_ns: int, limit: Position) -> _Chunk:
+    def _next(self, start: Position, state: State, limit: Position, until_n: int) -> _Piece:
         """The next records, decoded: by now perhaps, if somebody looked ahead."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == start.n:
-            return ahead[1].result()
-        return _decode_chunk(self._folder, start, newest_ns, limit)
+        with self._lock:
+            ahead = self._ahead.pop((start.n, state.version), None)
+        found = ahead.result() if ahead is not None else None
+        if found is None:
+            stretches = up_to(until_n, journal.read(self._folder, start, limit))
+            found = _first(_pieces(stretches, state))
+        if found is None:
+            raise JournalError(
+                f"The journal in {self._folder} no longer has record {start.n}, which was written to it:"
+                " its segment was cut short by somebody else."
+            )
+        piece, following = found
+        if piece.end.n < until_n:
+            newest_ns = max(state.version, piece.decoded.newest_recv_ns)
+            self._look_ahead((piece.end.n, newest_ns), following)
+        return piece
 
-    def _look_ahead(self, chunk: _Chunk, limit: Position) -> None:
-        """Decode the next chunk while this one is derived, where that much waits already."""
-        end = chunk.pieces[-1].end
-        if limit.n - end.n >= CHUNK_RECORDS:
-            task = self._decoder.submit(_decode_chunk, self._folder, end, chunk.newest_ns, limit)
-            self._ahead = (end.n, task)
+    def _look_ahead(self, place: tuple[int, int], following: _Pieces) -> None:
+        """Decode what comes next while this is derived; one piece for each load at most."""
+        with self._lock:
+            while len(self._ahead) >= max(len(self._reached), 1):
+                del self._ahead[next(iter(self._ahead))]
+            self._ahead[place] = self._decoder.submit(_first, following)
+
+    def _up_to_what_is_kept(self, start_n: int, limit_n: int) -> int:
+        """A load that was behind meets the other's steps again, instead of cutting across them for ever."""
+        begins = [step.begin.n for step in self._kept.values() if step.begin.n > start_n]
+        return min([*begins, limit_n])
 
     def _forget(self) -> None:
-        """Let go of what every load has passed that is anywhere near, and of more than is worth it.
+        """Let go of what every load has passed, and of more than is worth it.
 
         A load that is farther behind, its store away perhaps, comes back to the steps of that time.
         """
-        steps = sorted(self._kept.values(), key=lambda step: step.end.n)
-        newest = steps[-1]
-        worth = min(KEPT_RECORDS, KEPT_STEPS * (newest.end.n - newest.begin.n))
-        near = [n for n in self._reached.values() if n < 0 or n >= newest.end.n - worth]
-        needed_from = max(min(near, default=0), newest.end.n - KEPT_RECORDS)
-        kept = [step for step in steps if step.end.n > needed_from]
-        self._kept = {(step.begin.n, step.doubts): step for step in kept[-KEPT_STEPS:]}
+        passed = min(self._reached.values(), default=-1)
+        steps = sorted(self._kept.items(), key=lambda kept: kept[1].end.n, reverse=True)
+        kept = list[tuple[_Key, Step]]()
+        held = 0
+        for key, step in steps[:KEPT_STEPS]:
+            held += step.bytes
+            if step.end.n <= passed or (kept and held > KEPT_BYTES):
+                break
+            kept.append((key, step))
+        self._kept = dict(reversed(kept))
 
 
-def _decode_chunk(folder: Path, start: Position, newest_ns: int, limit: Position) -> _Chunk:
-    stretch = next(chunks(journal.read(folder, start, limit)), None)
-    if stretch is None:
-        raise JournalError(
-            f"The journal in {folder} no longer has record {start.n}, which was written to it: its"
-            " segment was cut short by somebody else."
-        )
-    pieces = []
-    for piece, hour in at_hours(stretch, newest_ns):
-        it = decoded(piece)
-        pieces.append(_Piece(hour, it, piece.end))
-        if not it.lost:
-            newest_ns = max(newest_ns, it.newest_recv_ns)
-    return _Chunk(pieces, newest_ns)
+def _of_another(load: Future[Step | None]) -> Step | None:
+    """What another load derives; None where it fails or takes too long."""
+    try:
+        return load.result(SHARED_WAIT_S)
+    except TimeoutError:
+        return None
 
 
-def chunks(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
-    """Small blocks gathered into larger ones: a derivation costs the same for few rows."""
-    gathered: list[Block] = []
-    rows = 0
+def _pieces(stretches: Iterator[Stretch], state: State) -> _Pieces:
+    """What comes after `state` in pieces, decoded one by one as they are asked for."""
+    newest_ns = state.version
+    dropped = state.packed.height // max(len(state.books), 1)
+    for stretch in chunks(stretches, dropped):
+        for piece, hour in at_hours(stretch, newest_ns):
+            it = decoded(piece)
+            if not it.lost:
+                newest_ns = max(newest_ns, it.newest_recv_ns)
+            yield _Piece(hour, it, piece.end)
+
+
+def _first(pieces: _Pieces) -> tuple[_Piece, _Pieces] | None:
+    """The next piece and those behind it; None at the end."""
+    piece = next(pieces, None)
+    return None if piece is None else (piece, pieces)
+
+
+def up_to(n: int, stretches: Iterator[Stretch]) -> Iterator[Stretch]:
+    """The stretches before record `n`; reads none behind it."""
     for it in stretches:
-        is_hole = isinstance(it, Hole)
-        if not isinstance(it, Hole):
-            gathered.append(it)
-            rows += it.rows
-        if gathered and (is_hole or rows >= CHUNK_RECORDS):
-            yield joined(gathered)
-            gathered, rows = [], 0
-        if is_hole:
+        if it.first_n >= n:
+            return
+        yield it.cut(n - it.first_n)[0] if it.first_n + it.rows > n else it
+        if it.first_n + it.rows >= n:
+            return
+
+
+def chunks(stretches: Iterator[Stretch], dropped: int = 0) -> Iterator[Stretch]:
+    """Small blocks gathered and large ones cut, to CHUNK_ROWS rows or CHUNK_BYTES, whatever comes first.
+
+    A derivation costs the same for few rows, and memory for many. `dropped`: levels that a snapshot
+    takes from the book before it, on average; each is a row too.
+    """
+    gathered: list[Block] = []
+    full = 0.0
+    for it in stretches:
+        if isinstance(it, Hole):
+            if gathered:
+                yield joined(gathered)
+            gathered, full = [], 0.0
             yield it
+            continue
+        rest: Block | None = it
+        while rest is not None:
+            after = full + np.cumsum(_shares(rest.batch, dropped))
+            fits = int(np.searchsorted(after, 1.0, side="left")) + 1  # the one that fills it, too
+            head, rest = rest.cut(fits) if fits < rest.rows else (rest, None)
+            gathered.append(head)
+            full = float(after[head.rows - 1])
+            if full >= 1.0:
+                yield joined(gathered)
+                gathered, full = [], 0.0
     if gathered:
         yield joined(gathered)
+
+
+def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
+    """What part of a chunk each record takes, by its rows or its bytes."""
+    size = pc.binary_length(batch.column("frame")).to_numpy()
+    is_snapshot = batch.column("kind").to_numpy() == Kind.SNAPSHOT
+    rows = np.where(is_snapshot, 1 + dropped + size // LEVEL_BYTES, 1)
+    shares: npt.NDArray[np.float64] = np.maximum(rows / CHUNK_ROWS, size / CHUNK_BYTES)
+    return shares
 
 
 def at_hours(stretch: Stretch, newest_ns: int) -> Iterator[tuple[Stretch, datetime | None]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -69,6 +70,16 @@ class Rows:
     """By dataset, in the order of writing: orderbook_events, trades, stream_events, latest_levels. Where
     a range's stream_events are, its events and trades are, too."""
     distrusted: tuple[Distrust, ...] = ()
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows of what is recorded there are; what only mirrors them is left out."""
+        return sum(t.num_rows for name, t in self.tables.items() if DATASETS[name].archived)
+
+    @cached_property
+    def bytes(self) -> int:
+        """What they hold in memory."""
+        return sum(int(table.nbytes) for table in self.tables.values())
 
     def of(self, datasets: Container[str]) -> Rows:
         """The same, of these datasets only."""

@@ -25,7 +25,7 @@ from kalshi_platform import durable, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decoded
-from kalshi_platform.loading.derivation import CHUNK_RECORDS, Derivation, chunks
+from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, chunks, up_to
 from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.state import (
     UnreadableState,
@@ -56,18 +56,19 @@ RESTART_S = 30.0
 
 @dataclass(frozen=True)
 class Pace:
-    """When a store is given what has come."""
+    """When a store is given what has come: at so many rows, or bytes in memory, or after so long."""
 
-    records: int
+    rows: int
     seconds: float
     first_s: float
     """The same for the first time, so that a newcomer sees something soon."""
     gather_s: float = 0.0
     """How long to gather before deriving: deriving few rows costs as much as many."""
+    bytes: int = 64 << 20
 
 
-CLICKHOUSE_PACE = Pace(records=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
-PARQUET_PACE = Pace(records=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
+CLICKHOUSE_PACE = Pace(rows=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
+PARQUET_PACE = Pace(rows=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
 
 
 class _Cursor(msgspec.Struct, frozen=True):
@@ -235,12 +236,13 @@ class Load:
 
     def _gather(self) -> None:
         """Let some records come together, unless there are many already or the end has come."""
-        if self._writer.durable.n - self._position.n < CHUNK_RECORDS:
+        if self._writer.durable.n - self._position.n < CHUNK_ROWS:
             self._stopping.wait(max(self._pace.gather_s, 0.05 if self._pending else 0.0))
 
     @property
     def _full(self) -> bool:
-        return self._position.n - self._cursor.committed[2] >= self._pace.records
+        rows = sum(each.count for each in self._pending)
+        return rows >= self._pace.rows or sum(e.bytes for e in self._pending) >= self._pace.bytes
 
     def _take(self) -> None:
         """Derive what is durable, until there is enough for one write."""
@@ -266,13 +268,12 @@ class Load:
         """Go to where the last load ended, and fulfil what it had planned."""
         self._pending.clear()
         cursor = self._cursor = self._read_cursor()
-        self._state, self._position = self._books_before(cursor)
-        self._replay(Position(*cursor.committed))
-        self._pending.clear()
         self.committed = Position(*cursor.committed)
+        self._state, self._position = self._books_before(cursor)
+        self._replay(self.committed, written=True)
         self.loaded_ns = self._state.version
         if cursor.planned is not None:
-            self._replay(Position(*cursor.planned))
+            self._replay(Position(*cursor.planned), written=False)
             self._commit(self._position)
 
     def _books_before(self, cursor: _Cursor) -> tuple[State, Position]:
@@ -295,17 +296,19 @@ class Load:
             )
         return State(n=beginning.n), beginning
 
-    def _replay(self, until: Position) -> None:
-        """Derive up to `until`, which is durable: it was committed or planned."""
+    def _replay(self, until: Position, *, written: bool) -> None:
+        """Derive up to `until`, which is durable: it was committed or planned.
+
+        What is `written` is forgotten as it is derived. What was planned is one write, and kept whole.
+        """
         doubted: dict[str, Distrust] = {}
-        for stretch in chunks(journal.read(self._folder, self._position)):
-            if self._position.n >= until.n:
-                break
-            piece = stretch
-            if stretch.first_n + stretch.rows > until.n:
-                piece, _ = stretch.cut(until.n - stretch.first_n)
+        for piece in chunks(up_to(until.n, journal.read(self._folder, self._position))):
+            if self._abandon.is_set():
+                raise _Abandoned
             rows, state = derive(decoded(piece), self._state, self._derivation.shard)
             self._took(rows, state, piece.end)
+            if written:
+                self._pending.clear()
             doubted.update({it.market_ticker: it for it in rows.distrusted})
         if self._position.n != until.n:
             raise JournalError(

@@ -110,7 +110,7 @@ def make(url: str, database: str, data: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.3)
     monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
 

@@ -67,7 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frame = wire.delta("B-3", 2 + n, "no", 3_300 + 100 * (n % 5), 11, sid=4)
         other.append((START_NS + (n + 1) * wire.SECOND, conn, int(Kind.DELTA), frame))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+        patched.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
         made = platform_settings.load(kalshi_data_dir=folder, use_clickhouse=False)
         record(made, sorted([*recording(), *other], key=lambda it: it[0]))
     return folder

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,11 +19,14 @@ import pytest
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import hours
-from kalshi_platform.loading.derive import Rows
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.decode import Decoded
+from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording import journal
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
@@ -33,7 +39,7 @@ HOUR_NS = 3600 * wire.SECOND
 START_NS = wire.NOON_NS // HOUR_NS * HOUR_NS + 3_500 * wire.SECOND  # 100 s before the hour
 FIRST_HOUR = hour_of_ns(START_NS)
 SECOND_HOUR = FIRST_HOUR + timedelta(hours=1)
-SMALL = Pace(records=40, seconds=0.0, first_s=0.0)
+SMALL = Pace(rows=40, seconds=0.0, first_s=0.0)
 PATIENCE_S = 120.0
 """For what takes a moment, on a machine that is busy with other things."""
 
@@ -88,7 +94,7 @@ def archived(root: Path, dataset: str) -> pl.DataFrame:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
     # What is mended is waited for, also where the next attempt comes late.
     monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
 
@@ -183,7 +189,7 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
     """Dies again and again, before and after every kind of write, at random distances; in a journal of
     many openings, of which one chunk holds a part of one, or all.
     """
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", chunk)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", chunk)
     records = recording()
     writer = journal_of(tmp_path / "journal", records, openings=9)
     dice = random.Random(3)
@@ -283,6 +289,110 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
         "SELECT count(), uniqExact(seq, side, price) FROM orderbook_events"
     )
     assert counts.result_rows == [(expected, expected)]
+
+
+class Noting:
+    """A store that keeps nothing, and notes what it was given."""
+
+    name = "parquet"
+    datasets = ParquetStore.datasets
+
+    def __init__(self, act: Callable[[], None] = lambda: None) -> None:
+        self.writes: list[tuple[int, int, int]] = []
+        """(first record, end, rows) of each write."""
+        self._act = act
+
+    def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
+        self._act()
+        self.writes.append((first_n, end_n, sum(each.count for each in rows)))
+
+    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+        pass
+
+
+def snapshots(count: int, levels: int) -> list[wire.Record]:
+    """One connection's first books."""
+    conn = wire.conn_id(1)
+    ladder = {100 + level: 5 for level in range(levels)}
+    return [
+        wire.started(START_NS),
+        wire.connected(conn, START_NS),
+        *(
+            (START_NS, conn, int(Kind.SNAPSHOT), wire.snapshot(f"M-{n}", n + 1, ladder, {}))
+            for n in range(count)
+        ),
+    ]
+
+
+def test_writes_are_bounded_by_rows_however_few_records_bring_them(tmp_path: Path) -> None:
+    """Snapshots are a record each, and a hundred rows."""
+    writer = journal_of(tmp_path / "journal", snapshots(60, 100))
+    store = Noting()
+    load_all(Load(tmp_path / "journal", writer, store, Pace(rows=250, seconds=0.0, first_s=0.0)))
+    writer.close()
+    assert sum(rows for *_, rows in store.writes) == 60 * 101 + 2
+    assert max(rows for *_, rows in store.writes) <= 250 + 101
+
+
+def test_writes_are_bounded_by_the_bytes_that_their_rows_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_BYTES", 150_000)
+    conn = wire.conn_id(1)
+    records = snapshots(0, 0) + [
+        (START_NS, conn, int(Kind.MALFORMED), b"x" * 100_000) for _ in range(50)
+    ]
+    writer = journal_of(tmp_path / "journal", records)
+    store = Noting()
+    pace = Pace(rows=1_000, seconds=60.0, first_s=60.0, bytes=500_000)
+    load_all(Load(tmp_path / "journal", writer, store, pace))
+    writer.close()
+    assert len(store.writes) >= 8
+    assert sum(rows for *_, rows in store.writes) == len(records)
+
+
+@pytest.mark.parametrize("at", ["resuming", "replaying what was planned", "deriving"])
+def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks after each piece: the journal that is left is of any length."""
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, recording(1_200))
+    if at != "deriving":
+        store = Noting()
+        load_all(Load(folder, writer, store, Pace(rows=10_000, seconds=60.0, first_s=60.0)))
+        shutil.rmtree(folder / "load" / "hours")
+        for state in (folder / "load").glob("*.state"):
+            state.unlink()
+    if at == "replaying what was planned":
+        beginning, end = journal.beginning(folder), journal.find(folder, writer.durable.n)
+        plan = {"committed": astuple(beginning), "planned": astuple(end)}
+        (folder / "load" / "parquet.json").write_text(json.dumps(plan))
+    pieces = 0
+
+    def slowly(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+        nonlocal pieces
+        pieces += 1
+        time.sleep(0.05)
+        return derive(decoded, state, shard)
+
+    monkeypatch.setattr("kalshi_platform.loading.load.derive", slowly)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.derive", slowly)
+    load = Load(folder, writer, Noting(), Pace(rows=10_000, seconds=60.0, first_s=60.0))
+    load.start()
+    load.drain()
+    assert load.join(0.2) is False
+    wait_for_the_end_of("load-parquet")
+    writer.close()
+    assert load.failure is None
+    assert 0 < pieces < 1_200 / 30
+
+
+def wait_for_the_end_of(thread: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while any(each.name == thread for each in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(

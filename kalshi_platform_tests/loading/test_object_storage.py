@@ -65,7 +65,7 @@ from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore
 from kalshi_platform_tests.storage.tables import arrow
 
 EVENTS = "orderbook_events"
-PACE = Pace(records=60, seconds=0.0, first_s=0.0)
+PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
 FIRST = f"{EVENTS}/date={FIRST_HOUR:%Y-%m-%d}/hour={FIRST_HOUR:%H}"
 
 
@@ -77,7 +77,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(autouse=True)
 def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.load._patience", lambda _: 0.05)
     # A store that is back is waited for, also where the attempt that finds it comes late.
     monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)

@@ -34,7 +34,7 @@ from kalshi_platform_tests.loading.test_load import (
 from kalshi_platform_tests.storage.tables import settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
 
-PACE = Pace(records=60, seconds=0.0, first_s=0.0)
+PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 
@@ -58,7 +58,7 @@ def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
 
 
 @pytest.fixture

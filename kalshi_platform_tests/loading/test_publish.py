@@ -83,7 +83,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder: one sealed hour with own orders in it, computed too, and one open hour."""
     folder = tmp_path_factory.mktemp("private")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kalshi_platform.loading.load.CHUNK_RECORDS", 30)
+        patched.setattr("kalshi_platform.loading.load.CHUNK_ROWS", 30)
         made = platform_settings.load(kalshi_data_dir=folder, use_clickhouse=False)
         record(made, sorted([*recording(), *private()], key=lambda it: it[0]))
     compute_hour(made, FIRST_HOUR)

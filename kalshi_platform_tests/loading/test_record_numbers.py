@@ -41,13 +41,13 @@ from kalshi_platform_tests.loading.test_parity import compared
 from kalshi_platform_tests.storage.tables import arrow, settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
 
-PACE = Pace(records=40, seconds=0.0, first_s=0.0)
+PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 SHARD = 3
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ THIRD_HOUR = SECOND_HOUR + timedelta(hours=1)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
     monkeypatch.setattr(compaction, "LINGER_S", 0.0)
 
 
@@ -306,7 +306,7 @@ def told(report):
         print(f"{report.hour:%Y-%m-%d %H}")
 store = ParquetStore(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
 writer = Writer(folder)
-load = Load(folder, writer, store, Pace(records=60, seconds=0.0, first_s=0.0), shard=shard)
+load = Load(folder, writer, store, Pace(rows=60, seconds=0.0, first_s=0.0), shard=shard)
 load.start()
 load.drain()
 assert load.join(120), load.failure or load.trouble

@@ -49,7 +49,7 @@ NAMES = {"no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "fresh"}
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 CONN = wire.conn_id(1)
 FOR_EVER = {"hot_retention_days": 36_500}
-PACE = Pace(records=150, seconds=0.0, first_s=0.0)
+PACE = Pace(rows=150, seconds=0.0, first_s=0.0)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Platform:
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_RECORDS", 100)
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 100)
 
 
 @pytest.fixture(scope="module")
