@@ -332,6 +332,26 @@ class Settings(BaseSettings):
         )
 
     @property
+    def embedded_clickhouse_dir(self) -> Path:
+        """Data folder of the embedded ClickHouse that `up` starts."""
+        return self.data_dir / "clickhouse"
+
+    @property
+    def object_store_urls(self) -> tuple[str, ...]:
+        """How the archive's bucket begins in URLs, by path and by host name; none for a local archive."""
+        if self.archive_base is None:
+            return ()
+        bucket = self.archive_base.partition("/")[0]
+        if self.s3_endpoint_url is not None:
+            endpoints = [self.s3_endpoint_url.rstrip("/")]
+        else:
+            regions = [""] if self.aws_region is None else ["", f".{self.aws_region}"]
+            endpoints = [f"https://s3{region}.amazonaws.com" for region in regions]
+        by_path = [f"{endpoint}/{bucket}/" for endpoint in endpoints]
+        by_name = [f"{endpoint.replace('://', f'://{bucket}.', 1)}/" for endpoint in endpoints]
+        return (*by_path, *by_name)
+
+    @property
     def stores(self) -> frozenset[str]:
         """Names of the stores that the journals are loaded into."""
         return frozenset({"parquet", "clickhouse"} if self.use_clickhouse else {"parquet"})

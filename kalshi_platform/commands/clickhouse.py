@@ -23,15 +23,18 @@ from kalshi_platform import settings
 )
 def command(port: int | None, host: str, path: Path | None) -> None:
     """The embedded ClickHouse in the foreground. Ctrl-C ends it."""
-    from kalshi_platform.storage.embedded import serve
+    from kalshi_platform.storage.embedded import launch
 
     current = settings.current()
-    address = f"[{host}]" if ":" in host else host
-    serve(
-        path=path or current.data_dir / "clickhouse",
-        host=host,
-        port=current.embedded_clickhouse_port if port is None else port,
-        user=current.clickhouse_user,
-        password=current.clickhouse_password.get_secret_value(),
-        ready=lambda chosen: click.echo(f"ClickHouse answers on http://{address}:{chosen}"),
+    launch.replace_this_process(
+        launch.Options(
+            path=launch.absolute(path or current.embedded_clickhouse_dir),
+            host=host,
+            port=current.embedded_clickhouse_port if port is None else port,
+            user=current.clickhouse_user,
+            password=current.clickhouse_password.get_secret_value(),
+            object_store=current.object_store_urls,
+            log_format=current.log_format,
+            log_level=current.log_level,
+        )
     )

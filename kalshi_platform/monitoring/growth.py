@@ -159,7 +159,7 @@ def _clickhouse(settings: Settings, client: Client) -> Growth:
         per_day = total / events * lately / seconds * DAY_S
     bounded = settings.hot_retention_days < FOR_EVER_DAYS
     settles_at = per_day * settings.hot_retention_days if per_day and bounded else None
-    path = settings.data_dir / "clickhouse" if settings.embedded_clickhouse else None
+    path = settings.embedded_clickhouse_dir if settings.embedded_clickhouse else None
     size = folder_bytes(path) if path is not None else total
     return Growth("ClickHouse", size, per_day, settles_at, path)
 

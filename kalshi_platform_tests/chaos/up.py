@@ -117,7 +117,10 @@ class Platform:
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("KALSHI_DATA_DIR") == str(self.data)
+                ours = (  # the embedded ClickHouse has no environment
+                    process.environ().get("KALSHI_DATA_DIR") == str(self.data)
+                    or str(self.data / "clickhouse") in process.cmdline()
+                )
                 if ours and process.pid != os.getpid():
                     found.append(process)
             except psutil.Error:

@@ -91,7 +91,11 @@ class Up:
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("KALSHI_DATA_DIR") == str(self.data)
+                # the embedded ClickHouse has no environment
+                ours = (
+                    process.environ().get("KALSHI_DATA_DIR") == str(self.data)
+                    or str(self.data / "clickhouse") in process.cmdline()
+                )
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -10,7 +10,8 @@ and nothing else in the platform knows this package: they meet over HTTP only.
     engine     connections, sessions, cancelling
     answers    error codes, HTTP statuses, content types
     encodings  HTTP compression
-    confinement  what the process may touch on the host
+    launch     the server's process: its options, its empty environment
+    confinement, system_calls  what the process may do on the host
 """
 
 from kalshi_platform.storage.embedded.process import Running, running

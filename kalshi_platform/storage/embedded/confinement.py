@@ -1,14 +1,20 @@
-"""What this process may touch on the host, where the kernel can be told: Linux's Landlock.
+"""What this process may do on the host, where the kernel can be told: Linux's Landlock and seccomp.
 
-The engine was born as a command-line tool and opens any file that its user can read, for instance
-with `file()`. A ClickHouse server would confine that to one folder. Here the kernel does it, for
-the whole process and for good: the data folder may be changed, programs and time zones be read.
-System calls and constants: `linux/landlock.h`.
+The engine was made as a command-line tool: it opens any file that its user can read, starts programs
+and connects to any host. Here the kernel ends that, for the whole process and for good:
+
+- files (Landlock): the data folder may be changed; libraries, time zones and certificates be read;
+- programs, other processes, sockets (seccomp): none; see system_calls.py;
+- with an object store, TCP connections to its port (Landlock from Linux 6.7 on), of any host: the kernel
+  compares no names. Which host it is, is held by the engine's access rights and by allowed.py.
+
+Landlock's calls and constants: `linux/landlock.h`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import struct
@@ -16,19 +22,27 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from kalshi_platform.storage.embedded import system_calls
+
 log = logging.getLogger(__name__)
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG = 1
-_PATH_BENEATH = 1
+_PATH_BENEATH, _NET_PORT = 1, 2
 _NO_NEW_PRIVILEGES = 38
 _OLDEST_ABI = 2
 """The first that lets a process rename between folders, as the engine does all the time."""
 
+_ABI_OF_NETWORK, _ABI_OF_SCOPES = 4, 6
+_BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
+_ABSTRACT_SOCKETS, _SIGNALS = 1 << 0, 1 << 1
+_WITHOUT_KERNEL = "the kernel does not keep SQL from files, programs and connections of this user"
+
 _WRITE_FILE, _READ_FILE, _READ_FOLDER, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
-_ANYTHING_ABI_2 = (1 << 14) - 1
-_ON_FILES = (1 << 0) | _WRITE_FILE | _READ_FILE | _TRUNCATE
-_READ = (1 << 0) | _READ_FILE | _READ_FOLDER
+_EXECUTE, _ANYTHING_ABI_2 = 1 << 0, (1 << 14) - 1
+_ON_FILES = _WRITE_FILE | _READ_FILE | _TRUNCATE
+_READ = _READ_FILE | _READ_FOLDER
+"""Libraries are mapped, not executed: nothing may be."""
 
 _SYSTEM = ("/usr", "/lib", "/lib64", "/sys/devices/system/cpu", "/sys/fs/cgroup")
 _SYSTEM_FILES = (
@@ -47,38 +61,46 @@ _SYSTEM_FILES = (
 )
 
 
-def confine(data: Path) -> bool:
-    """From now on let this thread, and every thread it starts, change files in `data` only.
+def confine(data: Path, ports: Iterable[int] = ()) -> None:
+    """From now on, and for good, let this process change files in `data` only and start no program.
 
-    Call it before the engine is loaded. Returns False, and says so in the log, on a system that
-    cannot do it. It cannot be taken back.
+    `ports` are those of the configured object store; without any, no socket can be made. Call it
+    before the engine is loaded and while there is one thread, with every socket that is to listen.
+    What the system cannot do is a warning in the log, which names the consequence.
     """
+    allowed = frozenset(ports)
     if sys.platform != "linux":
-        log.info(
-            "no Landlock on %s: the engine can read every file that this user can", sys.platform
-        )
-        return False
+        log.warning("%s: %s", sys.platform, _WITHOUT_KERNEL)
+        return
+    try:
+        _restrict_files(data, allowed)
+    except OSError as error:
+        log.warning("%s: the kernel does not keep SQL from the files of this user", error)
+    try:
+        system_calls.restrict(network=bool(allowed))
+    except OSError as error:
+        log.warning("%s: the kernel does not keep SQL from programs and connections", error)
+
+
+def _restrict_files(data: Path, ports: frozenset[int]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     abi = libc.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG)
     if abi < _OLDEST_ABI:
-        log.info("this kernel has no Landlock: the engine can read every file that this user can")
-        return False
-    try:
-        _restrict(libc, data, _ANYTHING_ABI_2 | (_TRUNCATE if abi > _OLDEST_ABI else 0))
-    except OSError as error:
-        log.warning("%s: the engine can read every file that this user can", error)
-        return False
-    return True
-
-
-def _restrict(libc: ctypes.CDLL, data: Path, handled: int) -> None:
-    attributes = struct.pack("Q", handled)
-    ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+        raise OSError(errno.ENOSYS, "this kernel has no Landlock")
+    handled = _ANYTHING_ABI_2 | (_TRUNCATE if abi > _OLDEST_ABI else 0)
+    network = _BIND_TCP | _CONNECT_TCP if abi >= _ABI_OF_NETWORK else 0
+    scoped = _ABSTRACT_SOCKETS | _SIGNALS if abi >= _ABI_OF_SCOPES else 0
+    size = 24 if scoped else 16 if network else 8
+    attributes = struct.pack("QQQ", handled, network, scoped)[:size]
+    ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, size, 0))
     try:
         for path in _readable():
             _allow(libc, ruleset, path, _READ)
         _allow(libc, ruleset, Path(os.devnull), (_WRITE_FILE | _READ_FILE | _TRUNCATE) & handled)
-        _allow(libc, ruleset, data, handled)
+        _allow(libc, ruleset, data, handled & ~_EXECUTE)
+        for port in ports if network else ():
+            rule = struct.pack("=QQ", _CONNECT_TCP, port)
+            _checked(libc.syscall(_ADD_RULE, ruleset, _NET_PORT, rule, 0))
         _checked(libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
         _checked(libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:

@@ -21,13 +21,14 @@ import string
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.parser import BytesParser
 from email.policy import HTTP as MIME
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -416,14 +417,15 @@ def serve(
     port: int,
     user: str,
     password: str,
+    object_store: Collection[str] = (),
     ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serve the data folder `path` until SIGTERM or SIGINT; port 0 takes any free one.
 
-    On Linux the calling thread is confined to `path` for good (confinement.py): give `serve` a
-    process of its own. `ready` is called with the port once requests are answered. Raises `StoreError` where the
-    port is taken, the folder is in use, not writable or on a full disk, or other machines could come
-    in without a password.
+    On Linux the calling process is confined to `path` for good (confinement.py): give `serve` a
+    process of its own. `object_store` are the URL prefixes that SQL may reach. `ready` is called with
+    the port once requests are answered. Raises `StoreError` where the port is taken, the folder is in
+    use, not writable or on a full disk, or other machines could come in without a password.
     """
     folder = path.expanduser().absolute()
     if not password and not is_loopback(host):
@@ -434,7 +436,7 @@ def serve(
     listener = _bind(host, port)
     with listener:
         make_writable(folder)
-        confine(folder)
+        confine(folder, [_port(url) for url in object_store])
         engine = Engine(folder)
         server = Server(engine, user, password, loopback=is_loopback(host))
         _run(server, engine, listener, ready)
@@ -443,6 +445,11 @@ def serve(
             log.warning("a query did not end in time; the engine is left without a clean close")
             os._exit(0)  # its thread would hold the process; what was acknowledged is on disk
         engine.close()
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _bind(host: str, port: int) -> socket.socket:
