@@ -34,7 +34,7 @@ from kalshi_platform.analytics.frames import (
 from kalshi_platform.analytics.ladder import Top, seen_from, top_at
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.storage.archive import Archive, floor_hour
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.errors import NothingRecorded
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     NAME,
@@ -87,7 +87,7 @@ def _read(
     hour = floor_hour(hour)
     recorded = (ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
     if not any(archive.files(name, hour) for name in recorded):
-        raise StoreRefused(
+        raise NothingRecorded(
             f"Nothing is recorded of the hour {hour:%Y-%m-%d %H:00} UTC in {archive}, so nothing can be"
             " computed. Materialise orderbook_events of that hour first."
         )

@@ -11,9 +11,16 @@ import dagster as dg
 from dagster import AutomationCondition, MetadataValue
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.orchestration.metadata import HOURS, column_schema, hour_metadata, hour_of
+from kalshi_platform.orchestration.metadata import (
+    HOURS,
+    column_schema,
+    hour_metadata,
+    hour_of,
+    nothing_metadata,
+    reported_rows,
+)
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage.errors import StoreUnavailable
+from kalshi_platform.storage.errors import NothingRecorded, StoreUnavailable
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     BOOK_CHECKPOINTS,
@@ -91,6 +98,11 @@ def analytics_hour(
     wanted = {key.to_user_string() for key in context.selected_asset_keys}
     try:
         computed = compute_hour(platform.settings(), hour_of(context.partition_key), wanted)
+    except NothingRecorded as error:
+        if reported_rows(context.instance, ORDERBOOK_EVENTS.name, context.partition_key):
+            raise dg.Failure(description=str(error), allow_retries=False) from error
+        yield from _nothing(context, platform, wanted, str(error))
+        return
     except StoreUnavailable as error:
         context.log.warning(str(error))
         raise dg.RetryRequested(RETRIES, RETRY_S * 2**context.retry_number) from error
@@ -107,9 +119,18 @@ def analytics_hour(
                 "preview": _preview(busiest[:1], table),
             },
         )
-    if empty := wanted - {report.dataset for report in computed.report.datasets}:
-        context.log.warning(
-            f"No market had a book in this hour, so there are no rows of {', '.join(sorted(empty))}."
+    empty = wanted - {report.dataset for report in computed.report.datasets}
+    yield from _nothing(context, platform, empty, "No market had a book in this hour.")
+
+
+def _nothing(
+    context: dg.AssetExecutionContext, platform: KalshiResource, names: set[str], reason: str
+) -> Iterator[dg.MaterializeResult[None]]:
+    """Report an hour of these datasets that has no rows."""
+    for name in sorted(names):
+        context.log.warning("%s: %s", name, reason)
+        yield dg.MaterializeResult(
+            asset_key=name, metadata=nothing_metadata(platform.source, reason)
         )
 
 

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import dagster as dg
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.orchestration.metadata import HOURS, column_schema, hour_metadata, hour_of
+from kalshi_platform.orchestration.metadata import (
+    HOURS,
+    column_schema,
+    hour_metadata,
+    hour_of,
+    nothing_metadata,
+    reported_rows,
+)
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
@@ -68,17 +75,27 @@ def recorded_hour(
         source = platform.source
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    if not report.datasets:
-        raise dg.Failure(
-            description=f"Nothing is recorded of the hour {context.partition_key} UTC.",
-            allow_retries=False,
-        )
     wanted = {key.to_user_string() for key in context.selected_asset_keys}
     for dataset in report.datasets:
         if dataset.dataset in wanted:
             yield dg.MaterializeResult(
                 asset_key=dataset.dataset, metadata=hour_metadata(dataset, source)
             )
+    reason = (
+        f"No rows of this dataset in the hour {context.partition_key} UTC."
+        if report.datasets
+        else f"Nothing is recorded of the hour {context.partition_key} UTC."
+    )
+    for name in sorted(wanted - {dataset.dataset for dataset in report.datasets}):
+        if rows := reported_rows(context.instance, name, context.partition_key):
+            raise dg.Failure(
+                description=f"{name} had {rows:,} rows in the hour {context.partition_key} UTC, and neither"
+                " the archive nor a journal nor ClickHouse has them now. Restore the archive from a"
+                " backup (docs/operations.md).",
+                allow_retries=False,
+            )
+        context.log.warning("%s: %s", name, reason)
+        yield dg.MaterializeResult(asset_key=name, metadata=nothing_metadata(source, reason))
 
 
 latest_levels = dg.AssetSpec(

@@ -110,6 +110,31 @@ def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
     }
 
 
+def nothing_metadata(source: str, reason: str) -> dict[str, MetadataValue]:
+    """The facts of a dataset's hour that has no rows and no file.
+
+    It is reported all the same: a backfill counts a partition without a materialisation as failed,
+    although its run succeeded, and an hour that was not recorded is no failure.
+    """
+    return {
+        "dagster/row_count": MetadataValue.int(0),
+        "rows": MetadataValue.int(0),
+        "files": MetadataValue.int(0),
+        "source": MetadataValue.text(source),
+        "reason": MetadataValue.text(reason),
+    }
+
+
+def reported_rows(instance: dg.DagsterInstance, dataset: str, key: str) -> int:
+    """How many rows of a dataset's hour were last reported to Dagster; 0 where none was."""
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(dataset), asset_partitions=[key]), limit=1
+    ).records
+    event = records[0].asset_materialization if records else None
+    rows = event.metadata.get("rows") if event is not None else None
+    return int(str(rows.value)) if rows is not None else 0
+
+
 def _sentence(hour: DatasetHour) -> str:
     state = "sealed" if hour.complete else "still open"
     return (

@@ -3,6 +3,7 @@
 StoreError
 ├── StoreUnavailable   transient: away, overloaded, starting; the load waits and tries again
 └── StoreRefused       permanent: wrong password, missing table, bad data; the load stops, loudly
+    └── NothingRecorded    the archive has no file of an hour
 """
 
 from kalshi_platform.errors import PlatformError
@@ -28,3 +29,7 @@ class StoreUnavailable(StoreError):
 
 class StoreRefused(StoreError):
     """No retry will mend it."""
+
+
+class NothingRecorded(StoreRefused):
+    """There is nothing of the hour that was asked for."""

@@ -110,9 +110,22 @@ def test_one_dataset_alone_can_be_computed(instance: dg.DagsterInstance, tmp_pat
     ]
 
 
-def test_an_hour_that_is_not_recorded_fails_with_the_sentence(
+def test_an_hour_that_is_not_recorded_is_no_failure(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
+    result = compute(instance, tmp_path)
+    assert result.success
+    events = [event.materialization for event in result.get_asset_materialization_events()]
+    assert {event.asset_key.to_user_string() for event in events} == NAMES
+    assert {event.metadata["rows"].value for event in events} == {0}
+    assert "Nothing is recorded of the hour" in str(events[0].metadata["reason"].value)
+
+
+def test_an_hour_whose_files_are_gone_fails_with_the_remedy(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    event = dg.AssetMaterialization("orderbook_events", partition=LATE, metadata={"rows": 7})
+    instance.report_runless_asset_event(event)
     result = compute(instance, tmp_path)
     assert not result.success
     (failure,) = result.filter_events(lambda event: event.is_step_failure)

@@ -62,13 +62,14 @@ def test_one_dataset_alone_can_be_materialised(
     assert made[0].metadata["rows"].value == 1000
 
 
-def test_a_dataset_with_no_rows_in_the_hour_stays_missing(
+def test_a_dataset_without_rows_is_reported_with_none(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     platform.hours[HOUR] = hour_report(datasets=("stream_events",))
     result = build(instance, platform)
     assert result.success
-    assert [event.asset_key.to_user_string() for event in events(result)] == ["stream_events"]
+    rows = {e.asset_key.to_user_string(): e.metadata["rows"].value for e in events(result)}
+    assert rows == {name: 1000 if name == "stream_events" else 0 for name in DATASETS}
 
 
 def test_the_open_hour_says_that_it_is_not_complete(
@@ -87,13 +88,27 @@ def test_an_hour_that_nothing_holds_fails_with_the_sentence(
     assert "Neither journal nor ClickHouse has that hour." in failure(result)
 
 
-def test_an_empty_hour_fails_with_a_sentence(
+def test_an_hour_that_was_not_recorded_is_no_failure(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     platform.hours[HOUR] = hour_report(datasets=())
     result = build(instance, platform)
+    assert result.success
+    made = events(result)
+    assert {event.asset_key.to_user_string() for event in made} == set(DATASETS)
+    assert {event.metadata["rows"].value for event in made} == {0}
+    assert f"Nothing is recorded of the hour {KEY} UTC." in str(made[0].metadata["reason"].value)
+
+
+def test_an_hour_whose_rows_were_reported_and_are_gone_is_a_failure(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    platform.hours[HOUR] = hour_report()
+    assert build(instance, platform).success
+    platform.hours[HOUR] = hour_report(datasets=())
+    result = build(instance, platform)
     assert not result.success
-    assert f"Nothing is recorded of the hour {KEY} UTC." in failure(result)
+    assert "had 1,000 rows" in failure(result)
 
 
 def test_the_open_hour_is_a_partition_and_the_next_one_is_not() -> None:
