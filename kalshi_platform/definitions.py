@@ -11,6 +11,7 @@ from kalshi_platform.orchestration import (
     compaction,
     console,
     inventory,
+    live_tables,
     retention,
 )
 from kalshi_platform.orchestration.alerts import alerts
@@ -39,7 +40,13 @@ defs = dg.Definitions(
         *inventory.SCHEDULES,
         *retention.SCHEDULES,
     ],
-    sensors=[streamer_supervisor, analytics.analytics_automation, alerts],
+    sensors=[
+        streamer_supervisor,
+        analytics.analytics_automation,
+        alerts,
+        *catalog.SENSORS,
+        *live_tables.SENSORS,
+    ],
     resources={"platform": KalshiResource()},
     executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow
 )

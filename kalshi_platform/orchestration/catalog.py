@@ -3,6 +3,7 @@
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,39 @@ market_catalog_schedule = dg.ScheduleDefinition(
     default_status=dg.DefaultScheduleStatus.RUNNING,
 )
 
+READ_EVERY_S = 3_900.0
+"""The schedule reads it each hour: older than this, or never read, it is read at once."""
+TRY_AGAIN_S = 300.0
+"""After a run of the job began, whatever became of it."""
+
+
+@dg.sensor(
+    name="market_catalog_at_start",
+    job=market_catalog_job,
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Reads the markets at the first start, and where the schedule has missed its hour.",
+)
+def market_catalog_at_start(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Ask for a run where the catalogue is missing or old, and none has just been tried."""
+    now = time.time()
+    event = context.instance.get_latest_materialization_event(dg.AssetKey(MARKET_CATALOG.name))
+    age_s = now - event.timestamp if event is not None else None
+    if age_s is not None and age_s < READ_EVERY_S:
+        return _skip(f"Read {age_s:.0f} s ago.")
+    runs = context.instance.get_run_records(
+        dg.RunsFilter(job_name=market_catalog_job.name), limit=1
+    )
+    if runs and now - runs[0].create_timestamp.timestamp() < TRY_AGAIN_S:
+        return _skip("A run of the job has just begun.")
+    return dg.SensorResult(run_requests=[dg.RunRequest()])
+
+
+def _skip(reason: str) -> dg.SensorResult:
+    return dg.SensorResult(skip_reason=dg.SkipReason(reason))
+
+
 ASSETS = (market_catalog,)
 JOBS = (market_catalog_job,)
 SCHEDULES = (market_catalog_schedule,)
+SENSORS = (market_catalog_at_start,)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterRunStatus as Status
+from dagster._core.instance import RUNLESS_RUN_ID
 from dagster._core.storage.event_log.schema import (
     AssetCheckExecutionsTable as Checks,
 )
@@ -73,6 +74,7 @@ def let_go(instance: dg.DagsterInstance, older_than: datetime, within_s: float) 
         deleted += 1
     if (schedules := instance.schedule_storage) is not None:  # Dagster's own limit is 30 days
         schedules.purge_asset_evaluations(before=older_than.timestamp())
+    _delete_observations(storage, older_than)
     return Gone(
         runs=deleted,
         kept=len(old) - len(surplus),
@@ -112,6 +114,24 @@ def _delete_check_results(storage: SqlEventLogStorage, older_than: datetime) -> 
             .where(Checks.c.id.not_in(_latest_results()))
         )
         return int(result.rowcount)
+
+
+def _delete_observations(storage: SqlEventLogStorage, older_than: datetime) -> None:
+    """Delete old observations that no run holds, but the latest of each asset.
+
+    SQLite keeps them twice: in the index, and in the file of the run that they have not.
+    """
+    ours = (Events.c.run_id == RUNLESS_RUN_ID) & (
+        Events.c.dagster_event_type == dg.DagsterEventType.ASSET_OBSERVATION.value
+    )
+    latest = select(func.max(Events.c.id)).where(ours).group_by(Events.c.asset_key)
+    naive_utc = older_than.astimezone(UTC).replace(tzinfo=None)
+    old = delete(Events).where(ours, Events.c.timestamp < naive_utc, Events.c.id.not_in(latest))
+    with storage.index_connection() as index:
+        index.execute(old)
+    if isinstance(storage, SqliteEventLogStorage):
+        with storage.run_connection(RUNLESS_RUN_ID) as shard:
+            shard.execute(old)
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -193,3 +193,34 @@ def test_the_schedule_runs_every_hour_by_default() -> None:
     (schedule,) = catalog.SCHEDULES
     assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
     assert schedule.cron_schedule == "5 * * * *"
+
+
+def asked(instance: dg.DagsterInstance) -> bool:
+    result = catalog.market_catalog_at_start(dg.build_sensor_context(instance=instance))
+    assert isinstance(result, dg.SensorResult)
+    return bool(result.run_requests)
+
+
+def test_the_catalogue_is_read_at_the_start_and_where_the_schedule_missed_its_hour(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked(instance)
+    instance.report_runless_asset_event(dg.AssetMaterialization("market_catalog"))
+    assert not asked(instance)
+    monkeypatch.setattr(catalog, "READ_EVERY_S", 0.0)
+    assert asked(instance)
+
+
+def test_a_catalogue_that_cannot_be_read_is_not_asked_for_at_every_tick(
+    instance: dg.DagsterInstance,
+    platform_of: Make,
+    start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulator = start_simulator(markets=2)
+    platform, _ = platform_of(simulator, kalshi_rest_url="http://127.0.0.1:1/trade-api/v2")
+    monkeypatch.setattr("kalshi_platform.exchange.rest.ATTEMPTS", 1)
+    assert not materialise(instance, platform).success
+    assert not asked(instance)
+    monkeypatch.setattr(catalog, "TRY_AGAIN_S", 0.0)
+    assert asked(instance)

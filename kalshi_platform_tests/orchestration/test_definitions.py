@@ -82,6 +82,8 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
         "sensors": {
             "alerts": "RUNNING",
             "analytics_automation": "RUNNING",
+            "live_tables": "RUNNING",
+            "market_catalog_at_start": "RUNNING",
             "streamer_supervisor": "RUNNING",
         },
         "loaded": [],

@@ -13,7 +13,10 @@ from typing import Any
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
+from dagster._core.instance import RUNLESS_RUN_ID
+from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from sqlalchemy import select
 
 from kalshi_platform.orchestration import history
 from kalshi_platform.orchestration.resources import KalshiResource
@@ -131,6 +134,24 @@ def test_what_is_not_old_and_what_has_not_finished_is_left_alone(
     assert let_go(instance).runs == 1
     assert instance.get_run_by_id(young) is None
     assert instance.get_run_by_id(streaming.run_id) is not None
+
+
+def test_of_old_observations_the_latest_of_each_asset_stays(instance: dg.DagsterInstance) -> None:
+    for number in range(3):
+        for asset in ("one", "other"):
+            instance.report_runless_asset_event(
+                dg.AssetObservation(asset, metadata={"number": number})
+            )
+    let_go(instance)
+    for asset in ("one", "other"):
+        kept = instance.fetch_observations(dg.AssetKey(asset), limit=10).records
+        assert [
+            r.asset_observation.metadata["number"].value for r in kept if r.asset_observation
+        ] == [2]
+    storage = instance.event_log_storage
+    assert isinstance(storage, SqliteEventLogStorage)
+    with storage.run_connection(RUNLESS_RUN_ID) as connection:
+        assert len(connection.execute(select(Events.c.id)).fetchall()) == 2
 
 
 def test_what_the_time_is_not_enough_for_is_left_and_said(instance: dg.DagsterInstance) -> None:

@@ -1,0 +1,81 @@
+"""What the live tables hold, as observations: rows, newest row, rate.
+
+Their rows are written by the streamer and by engines, not by a run of Dagster, so that nothing would ever
+be said of them in the UI. No rows are judged here; checks do that.
+
+No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from dagster import MetadataValue
+
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.storage.schema import LATEST_LEVELS
+
+if TYPE_CHECKING:
+    from kalshi_platform.storage.clickhouse import Client
+
+EVERY_S = 300
+TIMEOUT_S = 10
+"""Silence after which ClickHouse is not asked on: a sensor has a minute."""
+TIME_COLUMNS: Mapping[str, str] = {
+    LATEST_LEVELS.name: "ingest_ts",
+    "mm_decisions": "ts",
+    "mm_order_actions": "ts",
+    "mm_order_responses": "ts",
+}
+"""The observed tables, by the column that says how new a row is."""
+
+
+@dg.sensor(
+    name="live_tables",
+    minimum_interval_seconds=EVERY_S,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Observes the tables that the streamer and the engines write: rows, newest, rate.",
+)
+def live_tables(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.SensorResult:
+    """One observation for each table that ClickHouse has."""
+    from kalshi_platform.storage.clickhouse import connect
+
+    settings = platform.settings()
+    if not settings.use_clickhouse:
+        return dg.SensorResult(skip_reason=dg.SkipReason("USE_CLICKHOUSE=0: there are no tables."))
+    patient = settings.model_copy(update={"clickhouse_timeout_seconds": TIMEOUT_S})
+    try:
+        with closing(connect(patient, log_comment="live_tables")) as client:
+            return dg.SensorResult(asset_events=list(observations(client)))
+    except PlatformError as error:
+        return dg.SensorResult(skip_reason=dg.SkipReason(str(error)))
+
+
+def observations(client: "Client") -> Iterator[dg.AssetObservation]:
+    """What each table holds now; a table that is not there is left out."""
+    from kalshi_platform.storage.clickhouse import translated
+
+    with translated():
+        found = client.query(
+            "SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN {names:Array(String)}",
+            parameters={"names": list(TIME_COLUMNS)},
+        )
+        for name in sorted(str(row[0]) for row in found.result_rows):
+            column = TIME_COLUMNS[name]
+            rows, newest, age_s, recent = client.query(
+                f"SELECT count(), max({column}), dateDiff('second', max({column}), now()),"  # noqa: S608
+                f" countIf({column} > now() - INTERVAL 5 MINUTE) FROM {name}"  # names of our own
+            ).result_rows[0]
+            metadata: dict[str, MetadataValue] = {
+                "dagster/row_count": MetadataValue.int(rows),
+                "rows a minute": MetadataValue.float(recent / 5),
+            }
+            if rows:
+                metadata["newest"] = MetadataValue.timestamp(newest.timestamp())
+                metadata["age of the newest (s)"] = MetadataValue.int(age_s)
+            yield dg.AssetObservation(name, metadata=metadata)
+
+
+SENSORS = (live_tables,)
