@@ -324,6 +324,11 @@ class Settings(BaseSettings):
         return f"s3://{self.archive_base}" if self.archive_base else str(self.archive_dir)
 
     @property
+    def hot_retention_given(self) -> bool:
+        """Whether HOT_RETENTION_DAYS was set; the default alone never shortens a retention."""
+        return "hot_retention_days" in self.model_fields_set
+
+    @property
     def embedded_clickhouse(self) -> bool:
         """Whether ClickHouse is the embedded one, which `up` then starts."""
         return (

@@ -27,7 +27,7 @@ from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import connect, translated
-from kalshi_platform.storage.migrations import RETAINED
+from kalshi_platform.storage.retention import RETAINED
 
 DAY_S = 86_400.0
 START_S = 600.0

@@ -22,7 +22,7 @@ from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import Listed, open_archive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreError
-from kalshi_platform.storage.migrations import FOR_EVER_DAYS, RETAINED
+from kalshi_platform.storage.retention import FOR_EVER_DAYS, RETAINED
 from kalshi_platform.storage.schema import DATASETS
 
 DAY_S = 86_400.0

@@ -33,7 +33,7 @@ def let_go(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
     failures: list[str] = []
     parts: Mapping[str, Callable[[], Mapping[str, Any]]] = {
         "Dagster's history": lambda: _history(context.instance, settings),
-        "ClickHouse": lambda: _hot_tables(settings),
+        "ClickHouse": lambda: _hot_tables(settings, context.log.warning),
         "the archive's replaced hours": lambda: _replaced_hours(settings),
         "what is kept": lambda: _kept(settings),
     }
@@ -62,18 +62,22 @@ def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str,
     }
 
 
-def _hot_tables(settings: "Settings") -> Mapping[str, Any]:
-    """HOT_RETENTION_DAYS takes effect here, too: nobody has to restart anything."""
+def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[str, Any]:
+    """Apply HOT_RETENTION_DAYS, where it is set: nothing has to be restarted for it."""
     from kalshi_platform.storage import migrations
+    from kalshi_platform.storage import retention as hot
     from kalshi_platform.storage.clickhouse import connect
 
     if not settings.use_clickhouse:
         return {}
     with closing(connect(settings, log_comment="retention")) as client:
-        altered = migrations.keep(client, settings.hot_retention_days)
+        changed = migrations.keep(client, settings, tell=tell)
+        kept = hot.in_words(hot.kept(client).values())
     return {
-        "days kept in ClickHouse": MetadataValue.int(settings.hot_retention_days),
-        "tables whose retention changed": MetadataValue.text(", ".join(altered) or "none"),
+        "kept in ClickHouse": MetadataValue.text(kept),
+        "tables whose retention changed": MetadataValue.text(
+            "; ".join(map(str, changed)) or "none"
+        ),
     }
 
 

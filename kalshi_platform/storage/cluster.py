@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.storage.ddl import Token, after_if, tokens_of
 from kalshi_platform.storage.errors import StoreRefused
 
-__all__ = ["Cluster", "Place", "place"]
+__all__ = ["LOCAL", "Cluster", "Place", "place", "place_of"]
 
 LOCAL = "_local"
 SHARD_BY = "market_ticker"
@@ -27,15 +27,6 @@ DEDUPLICATION_SECONDS = 30 * 24 * 3600
 """How long a replicated table remembers a batch. ClickHouse 26 forgets after an hour by default, and a
 batch may be sent again when ClickHouse comes back after days."""
 
-_TOKEN = re.compile(
-    r"""
-      (?P<skip> --[^\n]*+ | /\*.*?\*/ | \s++ )
-    | (?P<quoted> '(?:[^'\\]|\\.|'')*+' | "(?:[^"\\]|\\.|"")*+" | `(?:[^`\\]|\\.|``)*+` )
-    | (?P<word> \w++ )
-    | (?P<mark> . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 _WINDOW = "non_replicated_deduplication_window"
 _ALTERS = {"ADD", "MODIFY", "DROP", "RENAME", "COMMENT", "CLEAR", "RESET", "REMOVE", "MATERIALIZE"}
 _OF_COLUMNS = {"ADD", "MODIFY", "DROP", "RENAME", "COMMENT"}
@@ -51,18 +42,6 @@ _OF_STORAGE = {
     "COLUMN",
 }
 _DISTRIBUTED = re.compile(r"Distributed\('(?P<cluster>[^']+)', '[^']+', '(?P<local>[^']+)'")
-
-
-class _Token(NamedTuple):
-    text: str
-    start: int
-    end: int
-    depth: int
-    """In how many parentheses it is; one that opens or closes is counted with what is outside."""
-
-    def says(self, *words: str) -> bool:
-        """Whether it is one of these keywords."""
-        return self.text.upper() in words
 
 
 @dataclass
@@ -85,7 +64,7 @@ class Cluster:
         Give it every statement of every migration, in order, applied ones too: it learns from them
         which tables are cut. Raises `StoreRefused` for what it does not understand.
         """
-        tokens = _tokens(statement)
+        tokens = tokens_of(statement)
         match [token.text.upper() for token in tokens[:4]]:
             case ["CREATE", "TABLE", *_]:
                 return self._create_table(statement, tokens)
@@ -101,8 +80,8 @@ class Cluster:
                 return [statement]
         raise _unknown(statement)
 
-    def _create_table(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
-        at = _after_if(tokens, 2, ("IF", "NOT", "EXISTS"))
+    def _create_table(self, sql: str, tokens: Sequence[Token]) -> list[str]:
+        at = after_if(tokens, 2, ("IF", "NOT", "EXISTS"))
         name = tokens[at]
         _, end = _parentheses(sql, tokens, at + 1)
         engine = _index(tokens, end, "ENGINE", sql)
@@ -145,14 +124,14 @@ class Cluster:
             f" ENGINE = Distributed('{self.name}', '{self.database}', '{table}{LOCAL}', {SHARDING_KEY})"
         )
 
-    def _create_view(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
+    def _create_view(self, sql: str, tokens: Sequence[Token]) -> list[str]:
         at = 2 if tokens[1].says("VIEW") else 4
-        name = tokens[_after_if(tokens, at, ("IF", "NOT", "EXISTS"))]
+        name = tokens[after_if(tokens, at, ("IF", "NOT", "EXISTS"))]
         return [self._everywhere(sql, name)]
 
-    def _create_materialized_view(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
+    def _create_materialized_view(self, sql: str, tokens: Sequence[Token]) -> list[str]:
         """It stands on one shard's rows and writes to that shard: a market's are all there."""
-        at = _after_if(tokens, 3, ("IF", "NOT", "EXISTS"))
+        at = after_if(tokens, 3, ("IF", "NOT", "EXISTS"))
         if not tokens[at + 1].says("TO"):
             raise _unknown(sql)
         changed = sql[: tokens[at].start] + f"{self.database}.{tokens[at].text} {self.clause}"
@@ -166,7 +145,7 @@ class Cluster:
             written = token.end
         return [changed + sql[written:]]
 
-    def _alter(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
+    def _alter(self, sql: str, tokens: Sequence[Token]) -> list[str]:
         name = tokens[2]
         if name.text not in self.sharded:
             raise _unknown(sql)
@@ -199,8 +178,8 @@ class Cluster:
             altered.append(f"ALTER TABLE {self.database}.{name.text} {self.clause} {shown}")
         return altered
 
-    def _drop(self, sql: str, tokens: Sequence[_Token]) -> list[str]:
-        name = tokens[_after_if(tokens, 2, ("IF", "EXISTS"))]
+    def _drop(self, sql: str, tokens: Sequence[Token]) -> list[str]:
+        name = tokens[after_if(tokens, 2, ("IF", "EXISTS"))]
         if tokens[1].says("VIEW"):
             return [self._everywhere(sql, name)]
         tables = (
@@ -208,7 +187,7 @@ class Cluster:
         )
         return [f"DROP TABLE IF EXISTS {self.database}.{t} {self.clause} SYNC" for t in tables]
 
-    def _everywhere(self, sql: str, name: _Token) -> str:
+    def _everywhere(self, sql: str, name: Token) -> str:
         return f"{sql[: name.start]}{self.database}.{name.text} {self.clause}{sql[name.end :]}"
 
 
@@ -238,7 +217,11 @@ def place(client: Client, table: str) -> Place | None:
         ).first_row
     if not found:
         return None
-    engine, database = map(str, found)
+    return place_of(table, *map(str, found))
+
+
+def place_of(table: str, engine: str, database: str) -> Place:
+    """Where the rows of `table` are, by what system.tables has as its `engine_full`."""
     if over := _DISTRIBUTED.match(engine):
         return Place(over["local"], Cluster(over["cluster"], database, {table: True}))
     if kept := re.match(r"Replicated\w*\('/clickhouse/tables/([^/'{}]+)/", engine):
@@ -246,25 +229,7 @@ def place(client: Client, table: str) -> Place | None:
     return Place(table)
 
 
-def _tokens(sql: str) -> list[_Token]:
-    found = []
-    depth = 0
-    for match in _TOKEN.finditer(sql):
-        if match.lastgroup == "skip":
-            continue
-        depth -= match[0] == ")"
-        found.append(_Token(match[0], match.start(), match.end(), depth))
-        depth += match[0] == "("
-    return found
-
-
-def _after_if(tokens: Sequence[_Token], at: int, words: tuple[str, ...]) -> int:
-    """The index after `words`, where they stand at `at`, else `at`."""
-    there = tuple(token.text.upper() for token in tokens[at : at + len(words)])
-    return at + len(words) if there == words else at
-
-
-def _parentheses(sql: str, tokens: Sequence[_Token], at: int) -> tuple[Sequence[_Token], int]:
+def _parentheses(sql: str, tokens: Sequence[Token], at: int) -> tuple[Sequence[Token], int]:
     """The tokens inside the parentheses that open at `at`, and the index after them."""
     if at >= len(tokens) or tokens[at].text != "(":
         raise _unknown(sql)
@@ -275,7 +240,7 @@ def _parentheses(sql: str, tokens: Sequence[_Token], at: int) -> tuple[Sequence[
     raise _unknown(sql)
 
 
-def _index(tokens: Sequence[_Token], start: int, word: str, sql: str) -> int:
+def _index(tokens: Sequence[Token], start: int, word: str, sql: str) -> int:
     for i in range(start, len(tokens) - 2):
         if tokens[i].says(word) and not tokens[i].depth:
             return i

@@ -2,45 +2,39 @@
 
 What the tables are is written in the files, `infra/clickhouse_migrations/NNN_name.sql`. Every
 statement in them may run again (IF NOT EXISTS), so a kill in the middle costs a second run and
-nothing else. A file that has been applied never changes; a change is a new file.
+nothing else. A file that has been applied never changes; a change is a new file. A view that is missing
+is made again.
+
+Before the first statement, every table and view of our names must be ours (`ownership`); how long rows
+are kept is in `retention`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
 from kalshi_platform.settings import Settings
+from kalshi_platform.storage import ownership, retention
 from kalshi_platform.storage.clickhouse import Client, connect, translated
-from kalshi_platform.storage.cluster import Cluster, place
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.cluster import Cluster
+from kalshi_platform.storage.ddl import definition
+from kalshi_platform.storage.errors import StoreError, StoreRefused
+from kalshi_platform.storage.retention import RETAINED, Change
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform.storage.statements import statements
 
+log = logging.getLogger(__name__)
+
 _FILE_NAME = re.compile(r"(?P<version>\d{3,})_(?P<name>\w+)\.sql")
-_TTL = re.compile(r"\bTTL toDateTime\(\w+\) \+ toIntervalDay\((\d+)\)")
-
-RETAINED: Mapping[str, str] = {
-    "orderbook_events": "ingest_ts",
-    "stream_events": "ingest_ts",
-    "book_checkpoints": "ts",
-    "trades": "ingest_ts",
-    "spreads": "ingest_ts",
-    "depth": "second",
-    "imbalance": "second",
-}
-"""Tables that keep HOT_RETENTION_DAYS, with the column that the age is taken from."""
-
-FOR_EVER_DAYS = 20_000
-"""From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
-
 _CLUSTERS = "SELECT cluster, uniqExact(shard_num), count() FROM system.clusters GROUP BY cluster"
-_RECORD = """
+_BOOKKEEPING = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (
     version    UInt32,
@@ -76,6 +70,7 @@ class State(Enum):
 
     APPLIED = "applied"
     PENDING = "pending"
+    BEGUN = "begun, not ended: run kalshi-platform migrate again"
     CHANGED = "changed since it was applied"
     UNKNOWN = "applied by a newer version"
 
@@ -122,24 +117,35 @@ def available(directory: Path | None = None) -> tuple[Migration, ...]:
 def standing(client: Client, migrations: Sequence[Migration] | None = None) -> list[Standing]:
     """How each migration stands in the client's database, by number."""
     known = {m.version: m for m in (available() if migrations is None else migrations)}
-    applied = _applied(client)
-    return [_stand(v, known.get(v), applied.get(v)) for v in sorted(known.keys() | applied.keys())]
+    bookkept = _bookkept(client)
+    return [
+        _stand(v, known.get(v), bookkept.get(v)) for v in sorted(known.keys() | bookkept.keys())
+    ]
 
 
-def migrate(settings: Settings, migrations: Sequence[Migration] | None = None) -> list[Migration]:
+def migrate(
+    settings: Settings,
+    migrations: Sequence[Migration] | None = None,
+    *,
+    apply_retention: bool = False,
+    tell: Callable[[str], None] = log.warning,
+) -> list[Migration]:
     """Create the database where it is missing and apply what is pending; returns what was applied.
 
     On a cluster (CLICKHOUSE_CLUSTER) the same files make replicated tables on every host and
-    Distributed ones over them: see cluster.py.
+    Distributed ones over them: see cluster.py. `apply_retention` makes HOT_RETENTION_DAYS that of the
+    tables even where it is only the default; `tell` is given what a change of retention deletes.
 
-    Raises `StoreRefused` before anything is changed if an applied file has changed since, or if the
-    database was made for a single server and a cluster is asked for, or the other way round.
+    Raises `StoreRefused` before anything is changed if a table or view of our names is another owner's,
+    if an applied file has changed since, or if the database was made for a single server and a cluster is
+    asked for, or the other way round. A migration that fails is named, with its statement.
     """
     migrations = available() if migrations is None else migrations
     cluster = _cluster(settings)
     _create_database(settings, cluster)
     client = connect(settings, log_comment="migrate")
     try:
+        _refuse_foreign(client, migrations, cluster)
         _refuse_another_kind(client, settings)
         now = {s.version: s.state for s in standing(client, migrations)}
         if changed := [str(m) for m in migrations if now[m.version] is State.CHANGED]:
@@ -147,17 +153,25 @@ def migrate(settings: Settings, migrations: Sequence[Migration] | None = None) -
                 f"{', '.join(changed)} changed since it was applied to database"
                 f" {settings.clickhouse_database}. Restore the file, and put the change in a new one."
             )
-        pending = [m for m in migrations if now[m.version] is State.PENDING]
-        for migration in migrations:
-            # of the applied ones too: later ones stand on them
-            means = _meaning(migration, cluster)
-            if migration in pending:
-                _apply(client, migration, means, cluster)
-        keep(client, settings.hot_retention_days)
+        pending = [m for m in migrations if now[m.version] in {State.PENDING, State.BEGUN}]
+        # of the applied ones too: later ones stand on them
+        means = {m.version: _meaning(m, cluster) for m in migrations}
+        explicit = apply_retention or settings.hot_retention_given
+        for migration in pending:
+            _apply(client, migration, means[migration.version], cluster)
+            _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
+            _record(client, migration, migration.checksum)
+        _make_views_again(client, migrations, means)
+        keep(client, settings, apply_retention=apply_retention, tell=tell)
         _leave_statistics_out(client, cluster)
         return pending
     finally:
         client.close()
+
+
+def insist_ours(client: Client, *tables: str) -> None:
+    """Raise `StoreRefused` where one of these tables is there and another owner's."""
+    ownership.refuse_foreign(client, available(), _bookkept(client), names=tables)
 
 
 def differences(client: Client) -> list[str]:
@@ -178,31 +192,66 @@ def differences(client: Client) -> list[str]:
     return found
 
 
-def keep(client: Client, days: int) -> list[str]:
-    """Give the tables a retention of `days`, where it differs; returns the tables altered."""
-    wanted = days if days < FOR_EVER_DAYS else None
-    altered = []
-    with translated():
-        for table, column in RETAINED.items():
-            where = place(client, table)
-            if where is None:
-                continue  # not one of this set of migrations
-            created = client.query(
-                "SELECT create_table_query FROM system.tables"
-                " WHERE database = currentDatabase() AND name = {table:String}",
-                parameters={"table": where.table},
-            ).result_rows[0]
-            found = _TTL.search(str(created[0]))
-            if (int(found[1]) if found else None) == wanted:
-                continue
-            change = (
-                "REMOVE TTL"
-                if wanted is None
-                else f"MODIFY TTL toDateTime({column}) + toIntervalDay({wanted:d})"
+def keep(
+    client: Client,
+    settings: Settings,
+    *,
+    apply_retention: bool = False,
+    tell: Callable[[str], None] = log.warning,
+) -> list[Change]:
+    """Give the tables HOT_RETENTION_DAYS, where the setting was given; returns what was changed.
+
+    Where it is the default, a table keeps the retention that it has, and `tell` is given what the default
+    would delete. Raises `StoreRefused` where a table of that name is not ours.
+    """
+    insist_ours(client, *RETAINED)
+    found = retention.changes(client, settings.hot_retention_days)
+    if apply_retention or settings.hot_retention_given:
+        retention.apply(client, found, tell)
+        return list(found)
+    for change in found:
+        if change.shortens:
+            tell(
+                f"Not changed, for HOT_RETENTION_DAYS is not set here: {change}."
+                " If that is wanted, set it or run kalshi-platform migrate --apply-retention."
             )
-            client.command(f"ALTER TABLE {where.target} {change}")
-            altered.append(table)
-    return altered
+    return []
+
+
+def _begin_retention(client: Client, migration: Migration, days: int, *, explicit: bool) -> None:
+    """The first retention of the tables that a migration has just made.
+
+    One that was there before and has older rows keeps them, unless HOT_RETENTION_DAYS is set.
+    """
+    made = {m.name for m in map(definition, statements(migration.sql)) if m is not None}
+    found = retention.changes(client, days, [table for table in RETAINED if table in made])
+    first = [c for c in found if c.now is None and (explicit or not c.rows)]
+    retention.apply(client, first, log.debug)
+
+
+def _make_views_again(
+    client: Client, migrations: Iterable[Migration], means: Mapping[int, Sequence[str]]
+) -> None:
+    """Views hold no rows: one that is missing is made as its newest migration has it."""
+    newest: dict[str, list[str]] = {}
+    for migration in migrations:
+        for statement in statements(migration.sql):
+            if (made := definition(statement)) is not None and made.is_view:
+                newest[made.name] = [
+                    each
+                    for each in means[migration.version]
+                    if (view := definition(each)) is not None and view.name == made.name
+                ]
+    with translated():
+        present = {
+            str(name)
+            for (name,) in client.query(
+                "SELECT name FROM system.tables WHERE database = currentDatabase()"
+            ).result_rows
+        }
+        for name, again in newest.items():
+            for statement in again if name not in present else ():
+                client.command(statement)
 
 
 def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:
@@ -304,7 +353,20 @@ def _create_database(settings: Settings, cluster: Cluster | None) -> None:
         client.close()
 
 
-def _applied(client: Client) -> dict[int, tuple[str, str, datetime]]:
+def _refuse_foreign(
+    client: Client, migrations: Sequence[Migration], cluster: Cluster | None
+) -> None:
+    """Raise `StoreRefused` where a table or view of our names is another owner's."""
+    bookkeeping = Migration(0, "bookkeeping", _BOOKKEEPING)
+    ownership.refuse_foreign(client, [bookkeeping], {0}, cluster)
+    ownership.refuse_foreign(client, migrations, _bookkept(client), cluster)
+
+
+def _bookkept(client: Client) -> Mapping[int, tuple[str, str, datetime]]:
+    """Name, checksum and time of the migrations that were begun in the database, by number.
+
+    The checksum of one that was begun and has not ended is empty.
+    """
     with translated():
         recorded = client.query(
             "SELECT 1 FROM system.tables"
@@ -319,30 +381,59 @@ def _applied(client: Client) -> dict[int, tuple[str, str, datetime]]:
 
 
 def _stand(
-    version: int, migration: Migration | None, applied: tuple[str, str, datetime] | None
+    version: int, migration: Migration | None, recorded: tuple[str, str, datetime] | None
 ) -> Standing:
     if migration is None:
-        assert applied is not None  # noqa: S101 - one of the two is there
-        return Standing(version, applied[0], State.UNKNOWN, applied[2])
-    if applied is None:
+        assert recorded is not None  # noqa: S101 - one of the two is there
+        return Standing(version, recorded[0], State.UNKNOWN, recorded[2])
+    if recorded is None:
         return Standing(version, migration.name, State.PENDING, None)
-    state = State.APPLIED if applied[1] == migration.checksum else State.CHANGED
-    return Standing(version, migration.name, state, applied[2])
+    if not recorded[1]:
+        return Standing(version, migration.name, State.BEGUN, recorded[2])
+    state = State.APPLIED if recorded[1] == migration.checksum else State.CHANGED
+    return Standing(version, migration.name, state, recorded[2])
 
 
 def _apply(
     client: Client, migration: Migration, means: Sequence[str], cluster: Cluster | None
 ) -> None:
-    record = [_RECORD] if cluster is None else cluster.spread(_RECORD)
+    """Run a migration's statements, once it is written down that it was begun.
+
+    Raises what a statement raises, with the migration, the statement and its table.
+    """
+    bookkeeping = [_BOOKKEEPING] if cluster is None else cluster.spread(_BOOKKEEPING)
     with translated():
-        for statement in [*means, *record]:
+        for statement in bookkeeping:
             client.command(statement)
+    _record(client, migration, "")
+    for number, statement in enumerate(means, 1):
+        try:
+            with translated():
+                client.command(statement)
+        except StoreError as error:
+            raise type(error)(
+                f"Migration {migration} failed at statement {number} of {len(means)}"
+                f" ({_head(statement)}): {error} What it did before stays; when that is mended, run"
+                " kalshi-platform migrate again.",
+                code=error.code,
+                name=error.name,
+            ) from error
+
+
+def _record(client: Client, migration: Migration, checksum: str) -> None:
+    """Write down that a migration was begun (no checksum) or applied."""
+    with translated():
         client.command(
             "INSERT INTO schema_migrations (version, name, checksum, applied_at)"
             " SELECT {version:UInt32}, {name:String}, {checksum:String}, now64(3)",
             parameters={
                 "version": migration.version,
                 "name": migration.name,
-                "checksum": migration.checksum,
+                "checksum": checksum,
             },
         )
+
+
+def _head(statement: str) -> str:
+    """A statement's first words, up to the name of its table: `CREATE TABLE IF NOT EXISTS trades`."""
+    return re.split(r"\s*[(\n]| AS ", statement, maxsplit=1)[0][:100]

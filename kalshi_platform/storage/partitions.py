@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster, Place, place
 from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.storage.migrations import insist_ours
 
 __all__ = ["replacing"]
 
@@ -21,6 +22,7 @@ def replacing(client: Client, table: str, partition: str, staging: str) -> Itera
     as it is. On a cluster each shard changes over at one instant, and so does a market, which is on one
     shard.
     """
+    insist_ours(client, table)
     where = _where(client, table)
     tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
     on = "" if where.cluster is None else f" {where.cluster.clause}"

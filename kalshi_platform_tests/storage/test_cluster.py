@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform.commands import doctor
-from kalshi_platform.storage import migrations
+from kalshi_platform.storage import migrations, retention
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
 from kalshi_platform.storage.cluster import DEDUPLICATION_SECONDS, Cluster, place
 from kalshi_platform.storage.errors import StoreRefused
@@ -97,7 +97,7 @@ def test_every_table_is_cut_by_market_but_the_record_of_migrations() -> None:
         for statement in statements(migration.sql):
             cluster.spread(statement)
     assert set(cluster.sharded.values()) == {True}
-    (made,) = cluster.spread(migrations._RECORD)
+    (made,) = cluster.spread(migrations._BOOKKEEPING)
     assert "kalshi.schema_migrations ON CLUSTER 'two'" in made
     assert (
         "ReplicatedReplacingMergeTree('/clickhouse/tables/two/{database}/{table}',"
@@ -116,7 +116,7 @@ def test_a_second_run_applies_nothing_and_the_retention_is_of_the_local_tables(
         "SELECT name FROM system.tables WHERE database = currentDatabase()"
         " AND create_table_query LIKE '%toIntervalDay(7)%' ORDER BY name"
     ).result_rows
-    assert [name for (name,) in kept] == sorted(f"{t}_local" for t in migrations.RETAINED)
+    assert [name for (name,) in kept] == sorted(f"{t}_local" for t in retention.RETAINED)
     assert migrations.differences(client) == []
 
 
@@ -128,6 +128,21 @@ def test_a_database_is_of_one_kind_for_good(client: Client, url: str) -> None:
     migrations.migrate(alone)
     with pytest.raises(StoreRefused, match="made for a single server"):
         migrations.migrate(alone.model_copy(update={"clickhouse_cluster": CLUSTER}))
+
+
+@pytest.mark.parametrize("name", ["trades", "trades_local", "book_at"])
+def test_a_table_of_another_owner_is_refused_on_the_cluster_too(url: str, name: str) -> None:
+    database = next(_unused)
+    settings = settings_for(url, database, clickhouse_cluster=CLUSTER)
+    with closing(connect(settings_for(url, "default"), database=False)) as client:
+        client.command(f"CREATE DATABASE {database}")
+        client.command(
+            f"CREATE TABLE {database}.{name} (ingest_ts DateTime) ENGINE = MergeTree ORDER BY ()"
+        )
+        with pytest.raises(StoreRefused, match=rf": {name} \(a MergeTree.*ON CLUSTER 'two'\.$"):
+            migrations.migrate(settings)
+        there = "SELECT name FROM system.tables WHERE database = {name:String}"
+        assert client.query(there, parameters={"name": database}).result_rows == [(name,)]
 
 
 def test_a_cluster_that_the_server_does_not_know_is_refused_with_those_it_knows(url: str) -> None:

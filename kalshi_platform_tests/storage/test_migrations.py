@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.storage import migrations, retention
+from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.migrations import Migration, State
 from kalshi_platform.storage.schema import DATASETS, Dataset
@@ -53,20 +54,56 @@ def test_the_database_is_created_where_it_is_missing(
         client.close()
 
 
-def test_a_migration_that_was_killed_after_any_statement_runs_again(
+def test_every_statement_of_every_migration_may_run_twice(
     clickhouse_url: str, clickhouse_database: str
 ) -> None:
+    with closing(connect(settings_for(clickhouse_url, clickhouse_database))) as client:
+        for migration in migrations.available():
+            for statement in statements(migration.sql):
+                client.command(statement)
+                client.command(statement)
+        assert migrations.differences(client) == []
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL between two statements."""
+
+
+def test_a_migration_that_was_killed_after_any_statement_runs_again(
+    clickhouse_url: str, clickhouse_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run is killed after the first statement that none before it had come to."""
     settings = settings_for(clickhouse_url, clickhouse_database)
-    client = connect(settings)
-    every = migrations.available()
-    try:
-        for migration in every:
-            for statement in statements(migration.sql):  # each prefix is a kill after it
-                client.command(statement)
-                client.command(statement)
-        assert migrations.migrate(settings) == list(every)
-    finally:
-        client.close()
+    few = [m for m in migrations.available() if m.version in {1, 2, 10}]  # tables, views, ALTER
+    run: set[str] = set()
+
+    def connected(*_: Any, **others: Any) -> Client:
+        client = connect(settings, **others)
+        command = client.command
+
+        def once(sql: str, **more: Any) -> Any:
+            answer = command(sql, **more)
+            if (statement := f"{sql} {more}") not in run:
+                run.add(statement)
+                raise Killed
+            return answer
+
+        client.command = once  # type: ignore[method-assign, assignment]
+        return client
+
+    monkeypatch.setattr(migrations, "connect", connected)
+    for _ in range(200):
+        try:
+            migrations.migrate(settings, few)
+        except Killed:
+            continue
+        break
+    every = [s for m in few for s in statements(m.sql)]
+    assert len(run) >= len(every) + 2 * len(few)
+    monkeypatch.undo()
+    assert migrations.migrate(settings, few) == []
+    with closing(connect(settings)) as client:
+        assert set(retention.kept(client).values()) == {30}
 
 
 def test_a_changed_migration_is_refused_before_anything_is_applied(
@@ -94,55 +131,57 @@ def test_a_changed_migration_is_refused_before_anything_is_applied(
         client.close()
 
 
-def test_a_migration_that_fails_is_not_recorded(
-    clickhouse_url: str, clickhouse_database: str
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_migration_that_fails_names_itself_and_its_statement_and_runs_again(
+    clickhouse_url: str, clickhouse_database: str, fails_at: int
 ) -> None:
     settings = settings_for(clickhouse_url, clickhouse_database)
-    broken = Migration(
-        1, "broken", "CREATE TABLE IF NOT EXISTS a (x Int8) ENGINE = Memory; SELECT no_such_thing;"
-    )
-    with pytest.raises(StoreRefused, match="no_such_thing"):
-        migrations.migrate(settings, [broken])
-    mended = replace(broken, sql="CREATE TABLE IF NOT EXISTS a (x Int8) ENGINE = Memory;")
-    assert migrations.migrate(settings, [mended]) == [mended]
+    good = [f"CREATE TABLE IF NOT EXISTS t{n} (x Int8) ENGINE = Memory" for n in (1, 2, 3)]
+    bad = list(good)
+    bad[fails_at - 1] = f"CREATE TABLE IF NOT EXISTS t{fails_at} (x NoSuchType) ENGINE = Memory"
+    first = Migration(1, "first", "CREATE TABLE IF NOT EXISTS a (x Int8) ENGINE = Memory")
+    broken = Migration(2, "broken", ";".join(bad))
+    with pytest.raises(
+        StoreRefused,
+        match=rf"^Migration 002_broken failed at statement {fails_at} of 3"
+        rf" \(CREATE TABLE IF NOT EXISTS t{fails_at}\): .*NoSuchType.*migrate again\.$",
+    ):
+        migrations.migrate(settings, [first, broken])
+    mended = replace(broken, sql=";".join(good))
+    with closing(connect(settings)) as client:
+        assert [s.state for s in migrations.standing(client, [first, mended])] == [
+            State.APPLIED,
+            State.BEGUN,
+        ]
+    assert migrations.migrate(settings, [first, mended]) == [mended]
+
+
+def test_applied_migrations_are_frozen() -> None:
+    """A file that may have been applied somewhere never changes; a new one is added to the list."""
+    listed = (migrations.folder() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    there = [f"{m.checksum}  {m}.sql" for m in migrations.available()]
+    assert there == listed, "add a new file's line: sha256sum NNN_name.sql >> SHA256SUMS"
+
+
+def test_a_view_that_is_missing_is_made_again(
+    clickhouse_url: str, clickhouse_database: str
+) -> None:
+    with migrated(clickhouse_url, clickhouse_database) as client:
+        sql = (
+            "SELECT name, create_table_query FROM system.tables"
+            " WHERE database = currentDatabase() AND engine = 'View' ORDER BY name"
+        )
+        was = client.query(sql).result_rows
+        assert "book_at" in [name for name, _ in was]
+        for name, _ in was:
+            client.command(f"DROP VIEW {name}")
+        assert migrations.migrate(settings_for(clickhouse_url, clickhouse_database)) == []
+        assert client.query(sql).result_rows == was
 
 
 def test_line_ends_do_not_change_the_checksum() -> None:
     assert Migration(1, "a", "SELECT\r\n1").checksum == Migration(1, "a", "SELECT\n1").checksum
     assert Migration(1, "a", "SELECT 1").checksum != Migration(1, "a", "SELECT 2").checksum
-
-
-def test_the_retention_is_altered_only_when_it_differs(
-    clickhouse_url: str, clickhouse_database: str
-) -> None:
-    def ttls() -> set[str]:
-        rows = client.query(
-            "SELECT create_table_query FROM system.tables WHERE database = currentDatabase()"
-            " AND name IN ('orderbook_events', 'stream_events', 'book_checkpoints', 'trades')"
-        ).result_rows
-        return {found for (sql,) in rows for found in re.findall(r"toIntervalDay\(\d+\)", sql)}
-
-    with migrated(clickhouse_url, clickhouse_database, retention_days=30) as client:
-        assert ttls() == {"toIntervalDay(30)"}
-        assert migrations.keep(client, 30) == []
-        assert set(migrations.keep(client, 7)) == set(migrations.RETAINED)
-        assert ttls() == {"toIntervalDay(7)"}
-        migrations.keep(client, migrations.FOR_EVER_DAYS)
-        assert ttls() == set()
-        assert migrations.keep(client, migrations.FOR_EVER_DAYS) == []
-
-
-def test_a_hundred_years_of_retention_lose_nothing(
-    clickhouse_url: str, clickhouse_database: str
-) -> None:
-    with migrated(clickhouse_url, clickhouse_database) as client:
-        for days in (migrations.FOR_EVER_DAYS - 1, 36_500):
-            migrations.keep(client, days)
-            client.command(
-                f"INSERT INTO stream_events (ingest_ts, kind) VALUES (now64(6), '{days}')"
-            )
-            client.command("OPTIMIZE TABLE stream_events FINAL")
-        assert client.query("SELECT count() FROM stream_events").first_row == (2,)
 
 
 @pytest.mark.parametrize("names", [["first.sql"], ["001_a.sql", "0001_b.sql"], []])

@@ -1,0 +1,111 @@
+"""What a CREATE, ALTER or DROP statement of the migrations says, token by token.
+
+Knows the form in which the migrations are written, and nothing else of SQL.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Definition", "Token", "after_if", "definition", "tokens_of"]
+
+_TOKEN = re.compile(
+    r"""
+      (?P<skip> --[^\n]*+ | /\*.*?\*/ | \s++ )
+    | (?P<quoted> '(?:[^'\\]|\\.|'')*+' | "(?:[^"\\]|\\.|"")*+" | `(?:[^`\\]|\\.|``)*+` )
+    | (?P<word> \w++ )
+    | (?P<mark> . )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+class Token(NamedTuple):
+    """A word, a quoted text or a mark of a statement."""
+
+    text: str
+    start: int
+    end: int
+    depth: int
+    """In how many parentheses it is; one that opens or closes is counted with what is outside."""
+
+    def says(self, *words: str) -> bool:
+        """Whether it is one of these keywords."""
+        return self.text.upper() in words
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A table or a view that a statement creates."""
+
+    name: str
+    is_view: bool
+    columns: tuple[str, ...]
+    """Of a table; empty for a view."""
+    comment: str
+    """The table's own comment; empty where it has none."""
+
+
+def tokens_of(sql: str) -> list[Token]:
+    """The tokens of a statement, without comments and white space."""
+    found = []
+    depth = 0
+    for match in _TOKEN.finditer(sql):
+        if match.lastgroup == "skip":
+            continue
+        depth -= match[0] == ")"
+        found.append(Token(match[0], match.start(), match.end(), depth))
+        depth += match[0] == "("
+    return found
+
+
+def after_if(found: Sequence[Token], at: int, words: tuple[str, ...]) -> int:
+    """The index after `words`, where they stand at `at`, else `at`."""
+    there = tuple(token.text.upper() for token in found[at : at + len(words)])
+    return at + len(words) if there == words else at
+
+
+def definition(statement: str) -> Definition | None:
+    """What `statement` creates; None where it creates neither a table nor a view."""
+    found = tokens_of(statement)
+    match [token.text.upper() for token in found[:4]]:
+        case ["CREATE", "TABLE", *_]:
+            at = after_if(found, 2, ("IF", "NOT", "EXISTS"))
+            return Definition(
+                found[at].text, is_view=False, columns=_columns(found), comment=_comment(found)
+            )
+        case ["CREATE", "OR", "REPLACE", "VIEW"]:
+            at = 4
+        case ["CREATE", "VIEW", *_]:
+            at = 2
+        case ["CREATE", "MATERIALIZED", "VIEW", *_]:
+            at = 3
+        case _:
+            return None
+    at = after_if(found, at, ("IF", "NOT", "EXISTS"))
+    return Definition(found[at].text, is_view=True, columns=(), comment=_comment(found))
+
+
+def _columns(found: Sequence[Token]) -> tuple[str, ...]:
+    """The first word after the parenthesis that opens the columns, and after each comma in it."""
+    begin = next(i for i, token in enumerate(found) if token.text == "(" and not token.depth)
+    end = next(
+        i for i, token in enumerate(found) if i > begin and token.text == ")" and not token.depth
+    )
+    return tuple(
+        token.text
+        for before, token in itertools.pairwise(found[begin:end])
+        if (before.text == "(" and not before.depth) or (before.text == "," and before.depth == 1)
+    )
+
+
+def _comment(found: Sequence[Token]) -> str:
+    """The text after a COMMENT that stands outside all parentheses."""
+    for before, token in itertools.pairwise(found):
+        if before.says("COMMENT") and not before.depth:
+            return token.text[1:-1].replace("''", "'")
+    return ""
