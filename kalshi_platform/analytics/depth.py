@@ -18,7 +18,8 @@ def depth(books: Books) -> pa.Table:
 
     A second without a row had the depth of the row before, so the newest row at or before a second
     is its depth; the first row of a market is that of its first second in the hour. `second` is the
-    second's first instant, of receive time; the state is that after its last frame.
+    second's first instant, of receive time; the state is that after its last frame. It is known at the
+    second's end, `known_at`: join on that, or the row shows what came up to a second later.
 
         bid size within n cents = sum of the sizes of YES bids at yes_bid - n cents and above
         ask size within n cents = sum of the sizes of YES asks at yes_ask + n cents and below
@@ -38,13 +39,15 @@ def depth(books: Books) -> pa.Table:
         numbers += [side.price, *side.within.values(), side.all, side.levels, notional[name]]
     rows = np.flatnonzero(changed(books, numbers))
     at = at[rows]
+    second = books.frames.clock_us[at] // SECOND_US * SECOND_US
     columns = [
         names(books.frames.market[at], books.tickers),
-        times(books.frames.clock_us[at] // SECOND_US * SECOND_US),
+        times(second),
         pa.array(books.frames.verified[at]),
     ]
     for name, side in sides.items():
         columns += _side(side, notional[name], rows, ask=name == "ask")
+    columns.append(times(second + SECOND_US))
     return pa.Table.from_arrays(columns, schema=DEPTH.arrow)
 
 

@@ -19,7 +19,7 @@ def imbalance(books: Books) -> pa.Table:
     """One row for every second in which imbalance changed or order flow was not in balance.
 
     A second without a row had the imbalances of the row before and an order-flow imbalance of 0.
-    `second` is the second's first instant, of receive time.
+    `second` is the second's first instant, of receive time; all of the row is known at its end, `known_at`.
 
         imbalance = (B - A) / (B + A), from -1 to 1; B and A are the sizes of bids and asks at the best,
                     over the 5 best levels, within 5 cents of the best, at the end of the second.
@@ -49,13 +49,15 @@ def imbalance(books: Books) -> pa.Table:
     told: list[Array] = [verified, *(column for ratio in ratios for column in ratio)]
     rows = np.flatnonzero(changed(books, told) | (flow != 0))
     at = at[rows]
+    second = books.frames.clock_us[at] // SECOND_US * SECOND_US
     return pa.Table.from_arrays(
         [
             names(books.frames.market[at], books.tickers),
-            times(books.frames.clock_us[at] // SECOND_US * SECOND_US),
+            times(second),
             pa.array(verified[rows]),
             *(floats(ratio[rows], valid[rows]) for ratio, valid in ratios),
             decimals(flow[rows], QTY),
+            times(second + SECOND_US),
         ],
         schema=IMBALANCE.arrow,
     )

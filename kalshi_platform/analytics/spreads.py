@@ -22,6 +22,8 @@ def spreads(books: Books) -> pa.Table:
     not verified; prices are as in the row before. A `snapshot` may restore that and change no price.
     Only rows of `snapshot` and `delta` can be moves of the market.
 
+    `known_at` is the receive time, or that of an earlier row where the clock was set back: it never falls.
+
     Every frame's state is kept. The deltas of one matching event come as frames of their own and
     share the exchange time `ts`: states between the first and the last of them are transient. To
     leave them out, keep the last row of each (market_ticker, ts) that is not null.
@@ -62,6 +64,7 @@ def spreads(books: Books) -> pa.Table:
             decimals(ask_price - bid_price, PRICE, both),
             decimals((bid_price + ask_price) * 5, MID, both),
             floats(microprice, both),
+            times(frames.clock_us[rows]),
         ],
         schema=SPREADS.arrow,
     )

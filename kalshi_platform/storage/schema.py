@@ -267,6 +267,13 @@ LATEST_LEVELS = Dataset(
 _SECOND = Column(
     "second", TIME, "DateTime64(6, 'UTC')", "the second's first instant, of receive time"
 )
+_KNOWN_AT = Column(
+    "known_at",
+    TIME,
+    "DateTime64(6, 'UTC')",
+    "the first instant, of receive time, at which the row may be used: what it says was complete by then",
+    True,
+)
 _MAYBE_PRICE = (PRICE, "Nullable(Decimal(9, 4))")
 _MAYBE_QTY = (QTY, "Nullable(Decimal(18, 2))")
 _MAYBE_RATIO = (pa.float64(), "Nullable(Float64)")
@@ -305,6 +312,7 @@ SPREADS = Dataset(
             "mid weighted by the size of the other side (Gatheral and Oomen 2010), dollars",
             True,
         ),
+        _KNOWN_AT,
     ),
     "Every change of a market's best prices or their sizes, with the frame that caused it.",
 )
@@ -340,6 +348,7 @@ DEPTH = Dataset(
         Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot, at the end"),
         *_depth_of("bid", "yes_bid"),
         *_depth_of("ask", "yes_ask"),
+        _KNOWN_AT,
     ),
     "What rests on both sides of a market, at the end of every second in which that changed.",
 )
@@ -364,6 +373,7 @@ IMBALANCE = Dataset(
             "Decimal(18, 2)",
             "order-flow imbalance of the second (Cont, Kukanov and Stoikov 2014), contracts",
         ),
+        _KNOWN_AT,
     ),
     "Which side is the heavier, and the order flow, for every second in which there is news of either.",
 )

@@ -158,10 +158,13 @@ def spreads(states: Sequence[After]) -> list[dict[str, Any]]:
     rows = []
     for _, of_market in groupby(states, key=lambda s: s.ticker):
         before: Any = None
+        clock_us = 0
         for state in of_market:
             now = (state.bid, state.ask, state.verified)
+            clock_us = max(clock_us, state.at_us)
             if now != before:
-                rows.append(_spread_row(state))
+                known_at = EPOCH + timedelta(microseconds=clock_us)
+                rows.append({**_spread_row(state), "known_at": known_at})
             before = now
     return rows
 
@@ -201,7 +204,7 @@ def depth(states: Sequence[After]) -> list[dict[str, Any]]:
         for second, frames in _seconds(of_market):
             row = _depth_row(frames[-1])
             if row != before:
-                rows.append({"second": second, **row})
+                rows.append({"second": second, **row, "known_at": second + timedelta(seconds=1)})
             before = row
     return rows
 
@@ -238,7 +241,8 @@ def imbalance(states: Sequence[After]) -> list[dict[str, Any]]:
                 last = frame
             row = _imbalance_row(frames[-1], verified=verified)
             if row != before or flow:
-                rows.append({"second": second, **row, "ofi": size(flow)})
+                known_at = second + timedelta(seconds=1)
+                rows.append({"second": second, **row, "ofi": size(flow), "known_at": known_at})
             before = row
     return rows
 

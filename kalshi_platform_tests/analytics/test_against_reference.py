@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,66 @@ def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, se
     pieces = books(HOUR, [shuffled[half:], shuffled[:half]], *others)
     for compute, _ in DATASETS.values():
         assert compute(pieces).equals(compute(whole))
+
+
+JUDGED_LATER = {
+    "verified",
+    "cause",
+    "seq",
+    "conn_id",
+    "sid",
+    "ts",
+    "ingest_ts",
+    "known_at",
+    "second",
+}
+"""What a row says of itself, and what a doubt that is written down later changes."""
+
+
+def known(table: pa.Table, at: datetime) -> dict[str, dict[str, Any]]:
+    """Each market's newest row that may be used at an instant."""
+    rows = [row for row in table.to_pylist() if row["known_at"] <= at]
+    return {
+        row["market_ticker"]: {k: v for k, v in row.items() if k not in JUDGED_LATER}
+        for row in rows
+    }
+
+
+def flows(table: pa.Table, at: datetime) -> list[tuple[str, datetime, Decimal]]:
+    return [
+        (row["market_ticker"], row["second"], row["ofi"])
+        for row in table.to_pylist()
+        if row["known_at"] <= at and row["ofi"]
+    ]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@given(script=scripts(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_joined_on_known_at_nothing_is_seen_of_later(
+    dataset: str, script: Script, data: st.DataObject
+) -> None:
+    """At a random instant the whole hour shows what an hour that ends there shows."""
+    compute, _ = DATASETS[dataset]
+    at_us = data.draw(st.integers(0, max(script.at - HOUR_NS, 0) // 1000 + 2_000_000))
+    at = HOUR + timedelta(microseconds=at_us)
+    at_ns = HOUR_NS + 1000 * at_us
+    beat = (
+        at_ns,
+        bytes(16),
+        int(Kind.NOTE),
+        wire.note("heartbeat", {}),
+    )  # the hour has begun by then
+    until = [*(r for r in script.records if r[0] <= at_ns), beat]
+    records = [*until, *(r for r in script.records if r[0] > at_ns)]
+    whole = compute(computed(hour_tables(records, HOUR)))
+    cut = compute(computed(hour_tables(until, HOUR)))
+    seen, wanted = known(whole, at), known(cut, at)
+    if dataset == "imbalance":
+        assert flows(whole, at) == flows(cut, at)
+        for row in (*seen.values(), *wanted.values()):
+            del row["ofi"]  # of its own second alone
+    assert seen == wanted
 
 
 def test_an_hour_without_rows_has_none() -> None:

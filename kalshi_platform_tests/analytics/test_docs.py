@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import polars as pl
 import pytest
 
 from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
@@ -23,7 +26,7 @@ from kalshi_platform_tests.storage.tables import settings_for
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
 SNIPPETS = dict(
     re.findall(
-        r"^## (\w+):[^\n]*\n(?:(?!##|```)[^\n]*\n)*```python\n(.*?)```",
+        r"^## ([\w-]+):[^\n]*\n(?:(?!##|```)[^\n]*\n)*```python\n(.*?)```",
         PAGE.read_text("utf-8"),
         re.DOTALL | re.MULTILINE,
     )
@@ -44,15 +47,16 @@ def rows(root: Path, dataset: str) -> list[dict[str, Any]]:
 
 
 def polars_is_right(result: Any, root: Path) -> None:
-    spreads = [r for r in rows(root, "spreads") if r["verified"]]
+    spreads = rows(root, "spreads")
     wanted = {}
     for ticker in {r["market_ticker"] for r in spreads}:
         of = [r for r in spreads if r["market_ticker"] == ticker]
         spans = [
-            ((b["ingest_ts"] - a["ingest_ts"]).total_seconds(), float(a["spread"]))
+            ((b["known_at"] - a["known_at"]).total_seconds(), float(a["spread"]))
             for a, b in pairwise(of)
-            if a["spread"] is not None
+            if a["spread"] is not None and a["verified"]
         ]
+        assert any(not r["verified"] for r in of)  # the hour has an outage
         wanted[ticker] = sum(s * t for t, s in spans) / sum(t for t, _ in spans)
     assert dict(result.iter_rows()) == pytest.approx(wanted)
 
@@ -91,6 +95,19 @@ def pandas_is_right(result: Any, root: Path) -> None:
     assert result["ofi"].sum() == pytest.approx(float(total))
 
 
+def as_of_is_right(result: Any, root: Path) -> None:
+    known = rows(root, "imbalance")
+    for row in result.to_dicts():
+        before = [
+            r
+            for r in known
+            if r["market_ticker"] == row["market_ticker"]
+            and r["verified"]
+            and r["second"] + timedelta(seconds=1) <= row["at"]
+        ]
+        assert row["imbalance_5c"] == (before[-1]["imbalance_5c"] if before else None)
+
+
 def replay_is_right(result: Any, root: Path) -> None:
     spreads = [r for r in rows(root, "spreads") if r["market_ticker"] == TICKER and r["verified"]]
     mids = {r["seq"]: float(r["mid"]) for r in spreads if r["mid"] is not None}
@@ -102,10 +119,18 @@ def replay_is_right(result: Any, root: Path) -> None:
     assert result["imbalance"].is_between(-1, 1).all()
 
 
+def trades() -> pl.DataFrame:
+    """Instants at which somebody wants to know the imbalance."""
+    at = [HOUR + timedelta(seconds=7.3 * n) for n in range(1, 400)]
+    tickers = [f"M-{n % 3}" for n in range(1, 400)]
+    return pl.DataFrame({"market_ticker": tickers, "at": at}).cast({"at": pl.Datetime("us", "UTC")})
+
+
 CHECKS: dict[str, Callable[[Any, Path], None]] = {
     "Polars": polars_is_right,
     "DuckDB": duckdb_is_right,
     "pandas": pandas_is_right,
+    "As-of": as_of_is_right,
     "Replay": replay_is_right,
 }
 
@@ -119,6 +144,19 @@ def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings_for("http://127.0.0.1:1", "none", parquet_dir=root, use_clickhouse=False), HOUR
     )
     return root
+
+
+def test_the_sql_spread_is_that_of_the_polars_snippet(
+    archived: Path, clickhouse_url: str, clickhouse_database: str
+) -> None:
+    (sql,) = re.findall(r"```sql\n(.*?;)\nSELECT \* FROM live_depth", PAGE.read_text(), re.DOTALL)
+    settings = settings_for(
+        clickhouse_url, clickhouse_database, parquet_dir=archived, hot_retention_days=36_500
+    )
+    migrations.migrate(settings)
+    compute_hour(settings, HOUR)
+    found = clickhouse.connect(settings).query(sql.rstrip(";")).result_rows
+    polars_is_right(pl.DataFrame(found, orient="row"), archived)
 
 
 def test_there_is_a_snippet_for_each_reader() -> None:
@@ -141,7 +179,7 @@ def test_the_snippet_runs_and_its_result_is_right(
     if reader == "pandas":
         pytest.importorskip("pandas", reason="pandas is a development dependency")
     names: dict[str, Any] = {"archive": str(archived), "chart": str(tmp_path / "chart.png")}
-    names |= {"hour": HOUR, "ticker": TICKER}
+    names |= {"hour": HOUR, "ticker": TICKER, "trades": trades()}
     exec(compile(SNIPPETS[reader], f"{PAGE.name}: {reader}", "exec"), names)
     CHECKS[reader](names["result"], archived)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
