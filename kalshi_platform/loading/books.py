@@ -1,7 +1,8 @@
 """The books so far: what the derivation carries from one range of the journal to the next.
 
-Thousands of markets have hundreds of thousands of levels, of which a range touches few. So a level is
-one integer and its size another, and a market is a small number; `State.levels` says it in words.
+Tens of thousands of markets have millions of levels, of which a range touches few. So a level is one
+integer and its size another, and a market is a small number; `State.levels` says it in words. And states
+that follow each other share what has not changed for a while (`Ladders`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 LEVELS = pl.Schema(
@@ -27,6 +30,10 @@ LEVELS = pl.Schema(
 PACKED = pl.Schema({"level": pl.Int64, "size": pl.Int64})
 _PRICES = 1 << 14
 """More than ONE_DOLLAR: prices as digits of a composite key."""
+_OF_MARKET = 2 * _PRICES
+RECENT_LEVELS = 1 << 15
+RECENT_SHARE = 8
+"""Changed levels are kept apart until they are more than the one, and than all divided by the other."""
 
 
 class Book(msgspec.Struct, frozen=True):
@@ -83,6 +90,72 @@ class Connection(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class Ladders:
+    """The levels of all books, sizes other than 0; `level` as `level_number` has it."""
+
+    base: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
+    """Sorted by level; the states of a while share it."""
+    recent: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
+    """What is different by now, in no order; size 0 where a level of `base` is gone."""
+
+    @property
+    def height(self) -> int:
+        """How many levels there are, about."""
+        return self.base.height + self.recent.height
+
+    def all(self) -> pl.DataFrame:
+        """Every level with its size, sorted."""
+        if self.recent.is_empty():
+            return self.base
+        unchanged = self.base.filter(~pl.col("level").is_in(self.recent["level"].implode()))
+        standing = self.recent.filter(pl.col("size") != 0).sort("level")
+        return unchanged.merge_sorted(standing, key="level").rechunk()
+
+    def of(self, levels: pl.Series, markets: pl.Series) -> pl.DataFrame:
+        """Those of `levels` that there are, and all levels of `markets` (numbers)."""
+        level = pl.col("level")
+        whole = market_of(level).is_in(markets.implode())
+        others = pl.DataFrame({"level": levels}).filter(~whole)["level"].unique().sort()
+        base = self.base["level"].to_numpy()
+        at = np.searchsorted(base, others.to_numpy())
+        there = at[at < len(base)]
+        there = there[base[there] == others.to_numpy()[: len(there)]]
+        lowest = markets.unique().sort().to_numpy() * _OF_MARKET
+        found = self.base[np.concatenate([there, _spans(base, lowest)])]
+        changed = self.recent.filter(level.is_in(others.implode()) | whole)
+        return pl.concat(
+            [
+                found.filter(~level.is_in(changed["level"].implode())),
+                changed.filter(pl.col("size") != 0),
+            ]
+        )
+
+    def changed(self, levels: pl.DataFrame, renewed: pl.Series) -> Ladders:
+        """With these sizes, 0 for what is gone; of the markets `renewed` there is nothing else."""
+        level = pl.col("level")
+        gone = self.of(levels["level"].clear(), renewed)
+        gone = gone.filter(~level.is_in(levels["level"].implode())).with_columns(
+            pl.lit(0, pl.Int64).alias("size")
+        )
+        newest = pl.concat([gone, levels.select(PACKED.names())])
+        recent = pl.concat(
+            [self.recent.filter(~level.is_in(newest["level"].implode())), newest]
+        ).rechunk()
+        after = Ladders(self.base, recent)
+        if recent.height > max(RECENT_LEVELS, self.base.height // RECENT_SHARE):
+            return Ladders(after.all())
+        return after
+
+
+def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the levels of the markets are whose lowest possible levels these are."""
+    first = np.searchsorted(base, lowest)
+    count = np.searchsorted(base, lowest + _OF_MARKET) - first
+    spans: npt.NDArray[np.int64] = np.repeat(first - np.cumsum(count) + count, count)
+    return spans + np.arange(len(spans))
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that the rows of the next range depend on."""
 
@@ -95,8 +168,7 @@ class State:
     """By market ticker."""
     numbers: dict[str, int] = field(default_factory=dict)
     """Each of these markets as a number."""
-    packed: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
-    """Levels of the books, sizes other than 0; `level` as `level_number` has it."""
+    ladders: Ladders = field(default_factory=Ladders)
 
     @classmethod
     def of(
@@ -112,7 +184,7 @@ class State:
         packed = levels.with_columns(market.alias("market")).select(
             level_number().alias("level"), "size"
         )
-        return cls(n, version, connections, books, numbers, packed)
+        return cls(n, version, connections, books, numbers, Ladders(packed.sort("level")))
 
     @property
     def doubts(self) -> Hashable:
@@ -126,7 +198,7 @@ class State:
     @property
     def levels(self) -> pl.DataFrame:
         """Levels of the books, in words: the columns of LEVELS."""
-        return in_words(self.packed, self.books, self.numbers).select(LEVELS.names())
+        return in_words(self.ladders.all(), self.books, self.numbers).select(LEVELS.names())
 
 
 def numbered(tickers: pl.Series, known: dict[str, int]) -> tuple[pl.Series, dict[str, int]]:
@@ -148,12 +220,12 @@ def level_number() -> pl.Expr:
 
 def on_ladder() -> pl.Expr:
     """The `level` of a `ladder` (its number) instead of that of a market."""
-    return pl.col("ladder") * (2 * _PRICES) + pl.col("level") % (2 * _PRICES)
+    return pl.col("ladder") * _OF_MARKET + pl.col("level") % _OF_MARKET
 
 
 def market_of(level: pl.Expr) -> pl.Expr:
     """The market's number of a level."""
-    return level // (2 * _PRICES)
+    return level // _OF_MARKET
 
 
 def in_words(packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, int]) -> pl.DataFrame:

@@ -62,8 +62,8 @@ class Step:
 
     @cached_property
     def bytes(self) -> int:
-        """What it holds in memory, about."""
-        return self.rows.bytes + int(self.state.packed.estimated_size())
+        """What it holds in memory for itself, about: `base` is shared with other steps."""
+        return self.rows.bytes + int(self.state.ladders.recent.estimated_size())
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _of_another(load: Future[Step | None]) -> Step | None:
 def _pieces(stretches: Iterator[Stretch], state: State) -> _Pieces:
     """What comes after `state` in pieces, decoded one by one as they are asked for."""
     newest_ns = state.version
-    dropped = state.packed.height // max(len(state.books), 1)
+    dropped = state.ladders.height // max(len(state.books), 1)
     for stretch in chunks(stretches, dropped):
         for piece, hour in at_hours(stretch, newest_ns):
             it = decoded(piece)

@@ -24,9 +24,9 @@ from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.session import SCALE
 from kalshi_platform.loading import decode_trades
 from kalshi_platform.loading.books import (
-    PACKED,
     Book,
     Connection,
+    Ladders,
     Lost,
     OpenGap,
     State,
@@ -111,9 +111,10 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
     )
-    final = _final_levels(sized, status.books, markets)
+    books = {ticker: status.books[ticker] for ticker in markets.touched if ticker in status.books}
+    final = _final_levels(sized, books, markets)
     version = max(state.version, decoded.newest_recv_ns)
-    changed = _changed_levels(events, sized, final, status.books, markets)
+    changed = _changed_levels(events, sized, final, books, markets)
     rows = Rows(
         decoded.first_n,
         decoded.end_n,
@@ -130,8 +131,8 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
         version,
         _connections_after(status.connections, heard),
         status.books,
-        {ticker: numbers[ticker] for ticker in status.books},
-        _levels_after(final, status.books, state, markets),
+        _numbers_after(numbers, status.books),
+        _ladders_after(final, status.books, state, markets),
     )
 
 
@@ -254,7 +255,10 @@ class _Markets:
     def __init__(self, events: pl.DataFrame, state: State, numbers: dict[str, int]) -> None:
         encoded = events["conn"].to_arrow().dictionary_encode()
         self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
-        for book in state.books.values():
+        self.touched: list[str] = events["market_ticker"].unique().to_list()
+        """Of tens of thousands of markets a range touches few: of the others nothing is asked here."""
+        before = {ticker: state.books[ticker] for ticker in self.touched if ticker in state.books}
+        for book in before.values():
             self._conns.setdefault(book.conn, len(self._conns))
         self.numbering = numbers
         market = events["market"]
@@ -262,8 +266,8 @@ class _Markets:
         self.of_events = market * len(self._conns) + conn
         """The book of each event."""
         self._before = np.full(len(numbers) and max(numbers.values()) + 1, -1)
-        """The book that each market had before, by the market's number; -1 where it had none."""
-        self._before[[numbers[ticker] for ticker in state.books]] = self.books(state.books)
+        """The book that each touched market had before, by the market's number; -1 where it had none."""
+        self._before[self.numbers(before).to_numpy()] = self.books(before)
         marker = events["type"] == MARKER
         self.any_snapshot = bool(marker.any())
         self.renewed = market.filter(marker | (self.of_events != self.before(market))).unique()
@@ -274,7 +278,7 @@ class _Markets:
         return pl.Series(self._before[markets.to_numpy()], dtype=pl.Int64)
 
     def books(self, books: Mapping[str, Book]) -> list[int]:
-        """The number of each. Raises KeyError for what is neither among the events nor before."""
+        """The number of each. Raises KeyError for what no event touches."""
         width = len(self._conns)
         return [self.numbering[t] * width + self._conns[book.conn] for t, book in books.items()]
 
@@ -292,15 +296,12 @@ def _with_sizes(
     were there before: those that an event touches, and of a renewed book all, so that it is seen which
     ones are gone. Its `ladder` is a book between two snapshots, its `standing` a level of that.
     """
-    level = pl.col("level")
-    wanted = level.is_in(events["level"].drop_nulls().unique().implode())
-    if not markets.renewed.is_empty():
-        wanted |= market_of(level).is_in(markets.renewed.implode())
-    carry = state.packed.filter(wanted)
+    carry = state.ladders.of(events["level"].drop_nulls(), markets.renewed)
+    before = markets.before(carry.select(market_of(pl.col("level"))).to_series())
     carry = carry.select(
         pl.lit(None, pl.UInt32).alias("row"),
         pl.lit(CARRY, pl.Int8).alias("type"),
-        markets.before(carry.select(market_of(level)).to_series()).alias("book"),
+        before.alias("book"),
         "level",
         pl.col("size").alias("qty"),
     )
@@ -633,7 +634,7 @@ def _connections_after(
 
 
 def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets) -> pl.DataFrame:
-    """The last row of every level of the touched markets' newest books, size 0 included."""
+    """The last row of every level of `books`, the touched markets' newest ones, size 0 included."""
     newest = pl.Series(markets.books(books), dtype=pl.Int64)
     rows = sized.filter(pl.col("book").is_in(newest.implode()))
     if markets.any_snapshot:
@@ -642,20 +643,17 @@ def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets
     return rows.unique(subset="standing", keep="last", maintain_order=True)
 
 
-def _levels_after(
+def _ladders_after(
     final: pl.DataFrame, books: dict[str, Book], state: State, markets: _Markets
-) -> pl.DataFrame:
-    level = pl.col("level")
-    over = [markets.renewed, markets.numbers(state.books.keys() - books.keys())]
-    untouched = ~level.is_in(final["level"].implode())
-    if any(not some.is_empty() for some in over):
-        untouched &= ~market_of(level).is_in(pl.concat(over).implode())
-    return pl.concat(
-        [
-            state.packed.filter(untouched),
-            final.filter(pl.col("size") != 0).select(PACKED.names()),
-        ]
-    )
+) -> Ladders:
+    forgotten = markets.numbers(state.books.keys() - books.keys())
+    return state.ladders.changed(final, pl.concat([markets.renewed, forgotten]))
+
+
+def _numbers_after(numbers: dict[str, int], books: dict[str, Book]) -> dict[str, int]:
+    if len(numbers) == len(books):  # each book has one
+        return numbers
+    return {ticker: numbers[ticker] for ticker in books}
 
 
 def _changed_levels(
@@ -665,7 +663,10 @@ def _changed_levels(
     books: dict[str, Book],
     markets: _Markets,
 ) -> pl.DataFrame:
-    """What `latest_levels` must learn: levels that events touched, and those that a snapshot dropped."""
+    """What `latest_levels` must learn: levels that events touched, and those that a snapshot dropped.
+
+    `books` are those of the markets that events touched.
+    """
     based = markets.numbers(ticker for ticker, book in books.items() if book.based).implode()
     columns = ["market_id", "market_ticker", "side", "price", "size", "ts", "recv_ns"]
     touched = final.filter((pl.col("type") != CARRY) & market_of(pl.col("level")).is_in(based))

@@ -7,11 +7,13 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.book import Book, BookError, delta_change
 from kalshi_platform.exchange.frames import Kind, decode_delta, decode_head, decode_snapshot
+from kalshi_platform.loading import books
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, derive
@@ -140,11 +142,17 @@ def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut
     assert levels == expected
 
 
-@given(scripts(), st.lists(st.integers(1, 60), max_size=4))
+@given(
+    scripts(), st.lists(st.integers(1, 60), max_size=4), st.sampled_from([0, books.RECENT_LEVELS])
+)
 @settings(max_examples=100, deadline=None)
-def test_cutting_a_range_changes_neither_rows_nor_state(script: Script, cuts: list[int]) -> None:
+def test_cutting_a_range_changes_neither_rows_nor_state(
+    script: Script, cuts: list[int], kept_apart: int
+) -> None:
     whole, state = run(script.records, [])
-    parts, state_in_parts = run(script.records, cuts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(books, "RECENT_LEVELS", kept_apart)
+        parts, state_in_parts = run(script.records, cuts)
     for dataset in ("orderbook_events", "stream_events"):
         assert gathered(parts, dataset) == gathered(whole, dataset)
     assert state_in_parts.books == state.books
