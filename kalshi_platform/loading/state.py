@@ -14,13 +14,15 @@ import pyarrow as pa
 
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.books import LEVELS, Book, Connection, State
+from kalshi_platform.loading.books import LEVELS, PACKED, Book, Connection, Ladders, State
 from kalshi_platform.loading.columns import names, place, prices, quantities
 from kalshi_platform.storage.archive import hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
+BATCH_LEVELS = 1 << 16
+"""Compressed at a time."""
 ALIVE_NS = 30_000_000_000
 """The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
 
@@ -34,12 +36,16 @@ class _Head(msgspec.Struct):
     version: int
     connections: dict[str, Connection]
     books: dict[str, Book]
+    numbers: dict[str, int] = {}
+    """Of the markets, where the levels are as the state has them: in files of before they are in words."""
 
 
 def save(state: State, path: Path) -> None:
     """Write a state, whole or not at all."""
-    head = msgspec.json.encode(_Head(state.n, state.version, state.connections, state.books))
-    table = state.levels.to_arrow().replace_schema_metadata({"state": head})
+    head = msgspec.json.encode(
+        _Head(state.n, state.version, state.connections, state.books, state.numbers)
+    )
+    table = state.ladders.all().to_arrow().replace_schema_metadata({"state": head})
     # Both loads of a streamer keep the same state of the same hour, at the same moment.
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +55,7 @@ def save(state: State, path: Path) -> None:
             file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
         ) as writer,
     ):
-        writer.write_table(table)
+        writer.write_table(table, max_chunksize=BATCH_LEVELS)
     with temporary.open("rb") as written:
         os.fsync(
             written.fileno()
@@ -65,8 +71,11 @@ def load(path: Path) -> State:
         head = typed_json.decode(table.schema.metadata[b"state"], _Head)
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, msgspec.DecodeError) as error:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
-    levels = pl.DataFrame(table.replace_schema_metadata(None)).cast(LEVELS)
-    return State.of(head.n, head.version, head.connections, head.books, levels)
+    levels = pl.DataFrame(table.replace_schema_metadata(None))
+    if "market_ticker" in levels.columns:  # a file of before
+        return State.of(head.n, head.version, head.connections, head.books, levels.cast(LEVELS))
+    ladders = Ladders(levels.cast(PACKED).rechunk())
+    return State(head.n, head.version, head.connections, head.books, head.numbers, ladders)
 
 
 def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:

@@ -6,10 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import msgspec
+import pyarrow as pa
 import pytest
 
 from kalshi_platform.loading import state
 from kalshi_platform.loading.books import State
+from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.derive import derive
+from kalshi_platform_tests import wire
 
 
 def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
@@ -29,3 +34,51 @@ def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
             saved.result()
     assert state.load(path).n == State().n
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_state_comes_back_as_it_was_kept(tmp_path: Path) -> None:
+    before = some_state()
+    state.save(before, tmp_path / "kept.state")
+    after = state.load(tmp_path / "kept.state")
+    assert (after.n, after.version, after.connections) == (
+        before.n,
+        before.version,
+        before.connections,
+    )
+    assert after.books == before.books
+    assert after.levels.equals(before.levels)
+    assert dict(after.numbers) == dict(before.numbers)
+
+
+def test_a_state_that_an_earlier_version_kept_is_read(tmp_path: Path) -> None:
+    """There each level names its connection and its market."""
+    before = some_state()
+    head = {
+        "n": before.n,
+        "version": before.version,
+        "connections": before.connections,
+        "books": before.books,
+    }
+    table = before.levels.to_arrow()
+    with pa.OSFile(str(tmp_path / "old.state"), "wb") as file:
+        metadata = {"state": msgspec.json.encode(head)}
+        with pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as writer:
+            writer.write_table(table)
+    after = state.load(tmp_path / "old.state")
+    assert (after.n, after.version, after.books) == (before.n, before.version, before.books)
+    assert after.levels.sort(after.levels.columns).equals(before.levels.sort(before.levels.columns))
+
+
+def some_state() -> State:
+    """Of some books, one of which is empty."""
+    conn, other = wire.conn_id(1), wire.conn_id(2)
+    records: list[wire.Record] = [
+        wire.connected(conn, wire.NOON_NS),
+        (wire.NOON_NS, conn, 2, wire.snapshot("B-2", 1, {100: 5, 9_900: 7}, {4_800: 1})),
+        (wire.NOON_NS, conn, 2, wire.snapshot("A-1", 2, {}, {})),
+        (wire.NOON_NS, conn, 1, wire.delta("B-2", 3, "no", 5_000, 12)),
+        (wire.NOON_NS, other, 1, wire.delta("C-3", 4, "no", 5_000, 12)),
+    ]
+    _, after = derive(decode(wire.blocks(records)), State())
+    assert after.levels.height == 5
+    return after
