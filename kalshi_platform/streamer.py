@@ -79,6 +79,8 @@ class StoreHealth:
     """Written since the start, by dataset."""
     errors: dict[str, int] = field(default_factory=dict)
     """Writes that were not taken since the start, by ClickHouse's error code."""
+    oldest_ns: int = 0
+    """Receive time of the oldest durable record that it lacks; 0: it lacks none, or that is not known."""
 
 
 @dataclass(frozen=True)
@@ -345,10 +347,11 @@ class Streamer:
                 load.lag,
                 load.committed_ns,
                 load.loaded_ns,
-                load.trouble,
+                load.trouble or load.late,
                 load.refused,
                 dict(load.rows),
                 dict(load.errors),
+                load.oldest_ns,
             )
             for load in self._loads
         }

@@ -29,8 +29,9 @@ HEARD_S = 60.0
 """Oldest sign of life of an open connection: the exchange pings each 10 s."""
 CONNECT_S = 120.0
 """How long a connection may be away before somebody should look."""
-BEHIND_S = 60.0
-"""How far a store may be behind the journal."""
+BEHIND_S: Mapping[str, float] = {"clickhouse": 60.0, "parquet": 120.0}
+"""How old the oldest record may be that is in the journal and not in a store. Parquet files are written
+once a minute."""
 
 
 class Verdict(StrEnum):
@@ -62,10 +63,20 @@ def maintenance(now: datetime) -> bool:
 
 def behind(report: Mapping[str, Any] | None, store: str, now: datetime) -> bool:
     """Whether the load says that this store lacks rows, and has been for some seconds."""
-    it = (report or {}).get("stores", {}).get(store)
-    if it is None:
+    it = report["stores"].get(store) if report is not None else None
+    if report is None or it is None:
         return False
-    return bool(it["trouble"]) or (it["lag"] > 0 and _age(it["committed_ns"], now) > 10)
+    return bool(it["trouble"]) or _late(it, report, now) > 10
+
+
+def _late(store: Mapping[str, Any], report: Mapping[str, Any], now: datetime) -> float:
+    """Age in seconds of the oldest record that a store lacks; 0 where it lacks none.
+
+    Where that is not known, the age of the store's last write, or of the streamer before the first one.
+    """
+    if not store["lag"]:
+        return 0.0
+    return _age(store.get("oldest_ns") or store["committed_ns"] or report["started_ns"], now)
 
 
 def loaded_to(reports: Iterable[Mapping[str, Any] | None], store: str) -> datetime | None:
@@ -209,16 +220,16 @@ def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -
                 f"{name} refuses what is recorded; nothing is lost, it stays in the journal"
                 f" ({it['lag']:,} records). {it['trouble']}",
             )
-        since = _age(it["committed_ns"] or report["started_ns"], now)
-        if it["lag"] and since > BEHIND_S + (60 if name == "parquet" else 0):
+        late = _late(it, report, now)
+        if late > BEHIND_S[name]:
             return _warn(
                 f"{name} behind",
-                f"{name} is {it['lag']:,} records behind, its last write was {_told(since)} ago; nothing"
-                f" is lost. {it['trouble'] or 'It catches up by itself; see the streamer run log if not.'}",
+                f"{name} lacks {it['lag']:,} records, the oldest of {_told(late)} ago; nothing is lost."
+                f" {it['trouble'] or 'It catches up by itself; see the streamer run log if not.'}",
             )
     if newest is not None and report["last_durable_ns"] and "clickhouse" in report["stores"]:
         late = report["last_durable_ns"] / 1e9 - newest.timestamp()
-        if late > BEHIND_S:
+        if late > BEHIND_S["clickhouse"]:
             return _warn(
                 "clickhouse behind",
                 f"ClickHouse's newest row is {_told(late)} older than the journal's last write; nothing is"

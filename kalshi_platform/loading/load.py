@@ -27,6 +27,7 @@ from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, chunks, up_to
 from kalshi_platform.loading.derive import Distrust, Rows, derive
+from kalshi_platform.loading.freshness import BEHIND_S
 from kalshi_platform.loading.state import (
     UnreadableState,
     checkpoint,
@@ -127,6 +128,8 @@ class Load:
         cursor, as a new process would: recording does not end for it."""
         self._trouble: str | None = None
         self._refused = False
+        self._oldest = (-1, 0)
+        """The record that the store lacks first, and when it was received."""
         self._thread = threading.Thread(target=self._run, name=f"load-{store.name}", daemon=True)
 
     @property
@@ -152,6 +155,38 @@ class Load:
     def refused(self) -> bool:
         """Whether that trouble is of the kind that no retry mends."""
         return self.failure is not None or self._refused
+
+    @property
+    def oldest_ns(self) -> int:
+        """Receive time of the oldest durable record that the store lacks; 0 where it lacks none.
+
+        The journal is asked, whatever the load is at. 0 also where that record cannot be read: then the
+        load stops at it, and says so.
+        """
+        at = self.committed
+        if at is None or at.n >= self._writer.durable.n:
+            return 0
+        if at.n != self._oldest[0]:
+            try:
+                self._oldest = (at.n, journal.received_ns(self._folder, at) or 0)
+            except JournalError:
+                self._oldest = (at.n, 0)
+        return self._oldest[1]
+
+    @property
+    def late(self) -> str | None:
+        """That the store is behind, as a sentence, where the oldest record that it lacks is too old: also
+        while it takes rows.
+        """
+        oldest_ns = self.oldest_ns
+        age_s = (time.time_ns() - oldest_ns) / 1e9 if oldest_ns else 0.0
+        if age_s <= BEHIND_S[self.name]:
+            return None
+        return (
+            f"{self.name} is {age_s:,.0f} s behind: {self.lag:,} records wait in the journal, and nothing is"
+            " lost. After a time away it catches up. If the age grows, it takes less than comes: give it more"
+            " CPU or a faster disk, or share the markets among more shards (STREAM_SHARDS)."
+        )
 
     def start(self) -> None:
         """Begin where the last load ended."""

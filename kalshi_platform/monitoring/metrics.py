@@ -161,6 +161,7 @@ class _Store(msgspec.Struct):
     refused: bool
     rows: dict[str, int] = {}
     errors: dict[str, int] = {}
+    oldest_ns: int = 0
 
 
 class _Delay(msgspec.Struct):
@@ -313,8 +314,13 @@ def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
     age = GaugeMetricFamily(
         "kalshi_store_last_write_age_seconds", "Since the store's last write.", labels=labels
     )
+    behind = GaugeMetricFamily(
+        "kalshi_store_behind_seconds",
+        "Age of the oldest durable record that the store lacks; 0 while it lacks none.",
+        labels=labels,
+    )
     trouble = GaugeMetricFamily(
-        "kalshi_store_trouble", "1 while the store takes nothing.", labels=labels
+        "kalshi_store_trouble", "1 while the store takes nothing, or is behind.", labels=labels
     )
     refused = GaugeMetricFamily(
         "kalshi_store_refused", "1 while it refuses for a reason no retry mends.", labels=labels
@@ -334,13 +340,15 @@ def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
             lag.add_metric(of, float(it.lag))
             if it.committed_ns:
                 age.add_metric(of, _age_s(it.committed_ns, now_ns))
+            if it.oldest_ns or not it.lag:
+                behind.add_metric(of, _age_s(it.oldest_ns, now_ns) if it.lag else 0.0)
             trouble.add_metric(of, float(it.trouble is not None))
             refused.add_metric(of, float(it.refused))
             for dataset, count in it.rows.items():
                 rows.add_metric([*of, dataset], float(count))
             for code, count in it.errors.items():
                 errors.add_metric([*of, code], float(count))
-    yield from (lag, age, trouble, refused, rows, errors)
+    yield from (lag, age, behind, trouble, refused, rows, errors)
 
 
 def _age_s(at_ns: int, now_ns: int) -> float:

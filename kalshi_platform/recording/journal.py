@@ -228,6 +228,14 @@ def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iter
         yield it
 
 
+def received_ns(folder: Path, at: Position) -> int | None:
+    """Receive time of the record at a position, or of the next one that can be read; None for none."""
+    it = next(read(folder, at), None)
+    if it is None:
+        return None
+    return it.until_ns if isinstance(it, Hole) else int(it.batch.column("recv_ns")[0].as_py())
+
+
 def _following(folder: Path, segment: int) -> int | None:
     return next((n for n in segments(folder) if n > segment), None)
 

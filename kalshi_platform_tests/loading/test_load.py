@@ -388,6 +388,38 @@ def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
     assert 0 < pieces < 1_200 / 30
 
 
+def test_a_store_that_is_behind_says_so_by_age_also_while_it_takes_rows(tmp_path: Path) -> None:
+    """The age is that of the oldest record that it lacks; a write a moment ago changes nothing of it."""
+    begins_ns = time.time_ns() - 150 * wire.SECOND
+    records: list[wire.Record] = [
+        (begins_ns + n * wire.SECOND // 10, conn, kind, frame)
+        for n, (_, conn, kind, frame) in enumerate(recording(400))
+    ]
+    writer = journal_of(tmp_path / "journal", records)
+    go_on = threading.Semaphore(2)
+
+    def slowly() -> None:
+        assert go_on.acquire(timeout=PATIENCE_S)
+
+    store = Noting(slowly)
+    load = Load(tmp_path / "journal", writer, store, SMALL)
+    load.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while len(store.writes) < 2 or load.committed is None or load.committed.n < store.writes[1][1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert load.trouble is None
+    assert load.oldest_ns == records[store.writes[1][1]][0]
+    assert "parquet is 1" in str(load.late)
+    assert f"{load.lag:,} records wait" in str(load.late)
+    for _ in range(400):
+        go_on.release()
+    load.drain()
+    assert load.join(PATIENCE_S)
+    assert (load.oldest_ns, load.late) == (0, None)
+    writer.close()
+
+
 def wait_for_the_end_of(thread: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while any(each.name == thread for each in threading.enumerate()):

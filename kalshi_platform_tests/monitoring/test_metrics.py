@@ -39,6 +39,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         refused=False,
         rows={"orderbook_events": 990, "stream_events": 10},
         errors={"241 MEMORY_LIMIT_EXCEEDED": 3},
+        oldest_ns=now - 20 * SECOND_NS,
     )
     well = Health(
         pid=own.pid,
@@ -117,6 +118,7 @@ def test_one_address_has_every_shard(settings: Settings) -> None:
     }
     assert found["kalshi_disconnects_total"][("silent for 30 s", "0")] == 2
     assert found["kalshi_store_lag_records"][("0", "clickhouse")] == 7
+    assert 20 <= found["kalshi_store_behind_seconds"][("0", "clickhouse")] < 60
     assert found["kalshi_delay_seconds"][("journal", "0.99", "0")] == 0.04
     assert ("clickhouse", "0.99", "0") not in found["kalshi_delay_seconds"]  # no frame came yet
     assert found["kalshi_journal_bytes"][("0",)] >= 20_000
