@@ -46,7 +46,7 @@ from kalshi_platform.exchange.frames import (
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading import decode_trades
-from kalshi_platform.recording.journal import Block, Hole, Stretch
+from kalshi_platform.recording.journal import Block, Hole, Stretch, Unread
 from kalshi_platform.storage.schema import ZERO_UUID
 
 
@@ -187,6 +187,8 @@ class Decoded:
     newest_recv_ns: int
     lost: bool = False
     """The records cannot be read: see `journal.Hole`. `newest_recv_ns` is that of the next one."""
+    unread: Unread | None = None
+    """Records that came before these, in a segment that is not read so far."""
 
 
 def lost(hole: Hole) -> Decoded:
@@ -241,6 +243,7 @@ def decode(blocks: Sequence[Block]) -> Decoded:
         trades,
         pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
         int(pc.max(table["recv_ns"]).as_py()),
+        unread=blocks[0].unread,
     )
 
 

@@ -229,10 +229,10 @@ def chunks(stretches: Iterator[Stretch], dropped: int = 0) -> Iterator[Stretch]:
     gathered: list[Block] = []
     full = 0.0
     for it in stretches:
-        if isinstance(it, Hole):
-            if gathered:
-                yield joined(gathered)
+        if gathered and (isinstance(it, Hole) or it.unread is not None):
+            yield joined(gathered)
             gathered, full = [], 0.0
+        if isinstance(it, Hole):
             yield it
             continue
         rest: Block | None = it

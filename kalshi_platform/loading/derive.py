@@ -38,6 +38,7 @@ from kalshi_platform.loading.books import (
 )
 from kalshi_platform.loading.columns import codes, names, place, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
+from kalshi_platform.recording.journal import Unread
 from kalshi_platform.storage.schema import (
     DATASETS,
     LATEST_LEVELS,
@@ -47,6 +48,8 @@ from kalshi_platform.storage.schema import (
     ZERO_UUID,
 )
 
+_StreamRow = tuple[Any, ...]
+"""A row of stream_events, as `STREAM` has it."""
 MARKER, LEVEL, DELTA = 0, 1, 2
 CARRY = -1
 
@@ -98,6 +101,9 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
         )
     if decoded.lost:
         return _lost(decoded, state, shard)
+    unread: list[_StreamRow] = []
+    if decoded.unread is not None:
+        unread, state = _unread(decoded, decoded.unread, state)
     events, numbers = _events(decoded, state)
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
@@ -107,7 +113,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     if doubtful := _doubtful(decoded, state, heard):
         happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
     happened = status.follow(happenings)
-    extra = pl.DataFrame(list(happened), schema=STREAM, orient="row")
+    extra = pl.DataFrame([*unread, *happened], schema=STREAM, orient="row")
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
     )
@@ -138,15 +144,8 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
 
 def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
     """A hole of the journal: what its records said of which connection shows with their next frames."""
-    detail = {
-        "cause": DAMAGED,
-        "channel": "journal",
-        "record": decoded.first_n,
-        "until_record": decoded.end_n,
-    }
-    body = msgspec.json.encode(detail).decode()
     at = state.version or decoded.newest_recv_ns
-    row = (decoded.first_n, at, ZERO_UUID, 0, 0, "gap", "", body)
+    row = _journal_gap(decoded.first_n, at, decoded.first_n, decoded.end_n)
     empty = {
         name: DATASETS[name].arrow.empty_table() for name in (ORDERBOOK_EVENTS.name, TRADES.name)
     }
@@ -154,13 +153,44 @@ def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
         STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row"), shard),
         LATEST_LEVELS.name: LATEST_LEVELS.arrow.empty_table(),
     }
+    doubted = _after_lost_records(state, at)
+    return Rows(decoded.first_n, decoded.end_n, tables), replace(doubted, n=decoded.end_n)
+
+
+def _unread(decoded: Decoded, unread: Unread, state: State) -> tuple[list[tuple[Any, ...]], State]:
+    """(a row that names the records of an overlapping segment that are not read, the state after them)"""
+    at = state.version or decoded.newest_recv_ns
+    row = _journal_gap(
+        decoded.first_n,
+        at,
+        unread.first_n,
+        unread.end_n,
+        segment=unread.segment,
+        instead=unread.following,
+    )
+    return [row], _after_lost_records(state, at)
+
+
+def _journal_gap(n: int, at_ns: int, first_n: int, end_n: int, **more: str) -> _StreamRow:
+    """A row that names records of the journal which are not loaded, told at record `n`."""
+    detail = {
+        "cause": DAMAGED,
+        "channel": "journal",
+        "record": first_n,
+        "until_record": end_n,
+        **more,
+    }
+    body = msgspec.json.encode(detail).decode()
+    return (n, at_ns, ZERO_UUID, 0, 0, "gap", "", body)
+
+
+def _after_lost_records(state: State, at_ns: int) -> State:
+    """The state where any open connection may have had frames that are not loaded."""
     connections = {}
     for conn, it in state.connections.items():
-        since_ns = it.lost.since_ns if it.lost and it.lost.last else at
+        since_ns = it.lost.since_ns if it.lost and it.lost.last else at_ns
         connections[conn] = msgspec.structs.replace(it, lost=Lost(since_ns, it.seqs))
-    return Rows(decoded.first_n, decoded.end_n, tables), replace(
-        state, n=decoded.end_n, connections=connections
-    )
+    return replace(state, connections=connections)
 
 
 # -- events ------------------------------------------------------------------------------------

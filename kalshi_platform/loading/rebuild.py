@@ -278,7 +278,7 @@ def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -
         for piece, begins in at_hours(stretch, newest_ns):
             if begins is not None and begins > hour:
                 return
-            if isinstance(piece, Hole):
+            if isinstance(piece, Hole) or piece.unread is not None:
                 raise _LostRecords(folder, hour)
             newest_ns = max(newest_ns, pc.max(piece.batch.column("recv_ns")).as_py())
             rest = piece

@@ -15,6 +15,11 @@ where it is, for anyone to see, and is named by a note in the segment that follo
 A segment that the disk has damaged stops whoever reads it, and is restored from a backup. Where there
 is none, somebody renames it, `.damaged` behind its name: then every batch of it that is whole is read,
 and what is lost comes as a `Hole`. Nothing else makes one.
+
+No number is in two segments, but for a batch that a writer has written again to the next one, as the
+disk had not confirmed it. Where two recorders wrote to one folder, the records of a segment beyond the
+first number of the next are others than that one's: an error, too. Renamed, the segment is read up to
+that number, and the rest is named (`Unread`).
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,8 +53,11 @@ NO_CONNECTION = bytes(16)
 SUFFIX = ".arrows"
 SET_ASIDE = ".damaged"
 """Behind a segment's name: there is no better copy of it."""
+HEADER: bytes = SCHEMA.serialize().to_pybytes()
+"""So begins every segment."""
 _MARK = b"\xff\xff\xff\xff"
-_END_MARK = _MARK + bytes(4)
+END_MARK = _MARK + bytes(4)
+"""So ends one that its writer has ended."""
 _BEGINS = re.compile(rb"\xff{4}..\x00\x00", re.DOTALL)
 """So begins every message of a segment: Arrow's mark, and the length of the metadata, below 64 KiB."""
 
@@ -71,6 +79,18 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Records of a segment that was set aside, and whose numbers the following segments have given to
+    others: those are read instead."""
+
+    segment: str
+    following: str
+    first_n: int
+    end_n: int
+    """The numbers `first_n` to `end_n` - 1 are the ones that both may have."""
+
+
+@dataclass(frozen=True)
 class Block:
     """Consecutive records of the journal, decoded: a batch, a part of one, or several (`joined`)."""
 
@@ -80,6 +100,8 @@ class Block:
     """Where each of its batches begins; of the first, the block may be the rest alone."""
     end: Position
     """Where the next block begins."""
+    unread: Unread | None = None
+    """What the segment before its first record has, and is not read."""
 
     @property
     def rows(self) -> int:
@@ -97,6 +119,7 @@ class Block:
                 self.batch.slice(0, at),
                 self.begins[:before] if holder.n < n else self.begins[: before - 1],
                 Position(holder.segment, holder.offset, n),
+                self.unread,
             ),
             Block(n, self.batch.slice(at), self.begins[before - 1 :], self.end),
         )
@@ -129,12 +152,12 @@ Stretch = Block | Hole
 
 
 def joined(blocks: Sequence[Block]) -> Block:
-    """Consecutive blocks as one."""
+    """Consecutive blocks as one; what is not read comes before the first of them."""
     if len(blocks) == 1:
         return blocks[0]
     batch = pa.concat_batches([block.batch for block in blocks])
     begins = tuple(begin for block in blocks for begin in block.begins)
-    return Block(blocks[0].first_n, batch, begins, blocks[-1].end)
+    return Block(blocks[0].first_n, batch, begins, blocks[-1].end, blocks[0].unread)
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -177,13 +200,11 @@ def find(folder: Path, n: int) -> Position:
 def read(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Stretch]:
     """The blocks from `start` on, up to `limit` (the writer's `durable`) or to what can be read.
 
-    Every record is in a block, or in a hole where a segment was set aside. Raises `JournalError`, saying
-    where it is good up to, for damage that is not a torn tail, and for a `start` whose record has been
-    removed.
+    Every record is in a block, or in a hole where a segment was set aside, or told by a block's `unread`.
+    Raises `JournalError`, saying where it is good up to, for damage that is not a torn tail, for numbers
+    that two segments have, and for a `start` whose record has been removed.
     """
-    position = start
-    if any(position.segment < first_n <= position.n for first_n in segments(folder)):
-        position = find(folder, position.n)  # it names a segment that ends before its record
+    position, unread = _entered(folder, start)
     while True:
         path = segment_path(folder, position.segment)
         if not path.exists():
@@ -194,28 +215,96 @@ def read(folder: Path, start: Position, limit: Position | None = None) -> Iterat
             )
         end_of_file = limit.offset if limit and limit.segment == position.segment else None
         aside = path.name.endswith(SET_ASIDE)
+        following = _following(folder, position.segment)
         blocks = (
-            _read_damaged(path, position, end_of_file, _following(folder, position.segment))
+            _read_damaged(path, position, end_of_file, following)
             if aside
             else read_segment(path, position, end_of_file)
         )
-        for block in blocks:
+        while following is None or position.n < following:
+            block = next(blocks, None)
+            if block is None:
+                break
+            if following is not None and block.end.n > following:
+                raise _overlapping(path, segment_path(folder, following), following)
             if block.first_n > position.n:
                 yield _hole(position, block)
-            yield block
-            position = block.end
+            yield replace(block, unread=unread) if unread else block
+            position, unread = block.end, None
         if limit is not None and position.segment >= limit.segment:
             return
         following = _following(folder, position.segment)
         if following is None:
             return
-        if following != position.n and not aside:
+        if following > position.n and not aside:
             raise JournalError(
                 f"The journal in {folder} is good up to record {position.n - 1}; its next segment begins"
                 f" at {following}: {following - position.n} records of {path.name} cannot be read."
                 f" {_remedy(path)}"
             )
+        unread = _unread(folder, position.segment, following)
         position = Position(following, 0, position.n)
+
+
+def _entered(folder: Path, start: Position) -> tuple[Position, Unread | None]:
+    """Where `start` is, and what is not read before it. It may name a segment that ends before its record."""
+    existing = segments(folder)
+    later = [n for n in existing if start.segment < n <= start.n]
+    position = find(folder, start.n) if later else start
+    if later and later[0] < start.n and start.segment in existing:
+        unread = _unread(folder, start.segment, later[0], start.n)
+        if unread is not None:
+            return position, unread
+    before = [n for n in existing if n < position.segment]
+    if before and position.n == position.segment:
+        return position, _unread(folder, before[-1], position.segment)
+    return position, None
+
+
+def _unread(folder: Path, segment: int, following: int, until_n: int = 0) -> Unread | None:
+    """Records of a segment whose numbers the following one has given to others.
+
+    `until_n`: reading goes on with this record, and may have come to it by either's.
+    Raises `JournalError` where the segment was not set aside.
+    """
+    path, next_path = segment_path(folder, segment), segment_path(folder, following)
+    beyond = batches_from(path, following)
+    if beyond:
+        end_n = max(batch.end_n for batch in beyond)
+        again = itertools.takewhile(lambda batch: batch.n < end_n, whole_batches(next_path))
+        same = {(batch.n, batch.end_n, batch.crc) for batch in again}
+        beyond = [batch for batch in beyond if (batch.n, batch.end_n, batch.crc) not in same]
+    if not beyond:
+        return None
+    if not path.name.endswith(SET_ASIDE):
+        raise _overlapping(path, next_path, following)
+    end_n = max(until_n, *(batch.end_n for batch in beyond))
+    return Unread(path.name, next_path.name, following, end_n)
+
+
+def batches_from(path: Path, n: int) -> list[Whole]:
+    """The whole batches of a segment that have a record from `n` on."""
+    with path.open("rb") as file:
+        last, end, size = 0, 0, path.stat().st_size
+        while end < size and (length := _length(file, end)) is not None:
+            if length > len(END_MARK):
+                last = end
+            end += length
+        message = _message(file, last)
+    try:
+        begin = end if message is not None and _batch(HEADER, message).end_n <= n else 0
+    except (StopIteration, pa.ArrowException, OSError, MemoryError, ValueError):
+        begin = 0
+    return [batch for batch in whole_batches(path, begin) if batch.end_n > n]
+
+
+def _overlapping(path: Path, following: Path, n: int) -> JournalError:
+    return JournalError(
+        f"The journal segments {path.name} and {following.name} in {path.parent} both have records from"
+        f" number {n} on, and not the same: two recorders wrote there at once. See that only one runs."
+        f" Nothing was deleted; keep a copy of both. Then rename {path.name} to {set_aside(path).name}:"
+        f" what {following.name} has is loaded, and a gap row names the records of the other that are not."
+    )
 
 
 def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Block]:
@@ -224,6 +313,11 @@ def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iter
         if isinstance(it, Hole):
             raise JournalError(
                 f"The journal in {folder} has lost its records {it.first_n} to {it.first_n + it.rows - 1}."
+            )
+        if it.unread is not None:
+            raise JournalError(
+                f"The records of {it.unread.segment} in {folder} from number {it.unread.first_n} on are not"
+                f" read: {it.unread.following} has others under the same numbers."
             )
         yield it
 
@@ -298,6 +392,7 @@ def read_segment(path: Path, start: Position, size: int | None) -> Iterator[Bloc
 class _Batch:
     n: int
     batch: pa.RecordBatch
+    crc: int
 
     @property
     def end_n(self) -> int:
@@ -318,7 +413,7 @@ def _batch(header: bytes, message: bytes) -> _Batch:
         raise ValueError("a batch without its number and checksum") from None
     if not _has_shape(batch) or checksum(batch) != crc:
         raise ValueError("checksum does not fit")
-    return _Batch(first_n, batch)
+    return _Batch(first_n, batch, crc)
 
 
 def _block(found: _Batch, begin: Position, start_n: int, end: Position) -> Block:
@@ -329,21 +424,28 @@ def _block(found: _Batch, begin: Position, start_n: int, end: Position) -> Block
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:
     """One whole IPC message, or None where the file ends before it does."""
+    length = _length(file, offset)
+    if length is None:
+        return None
+    file.seek(offset)
+    return file.read(length)
+
+
+def _length(file: io.BufferedReader, offset: int) -> int | None:
+    """Bytes of the IPC message at `offset`; None where the file ends before it does."""
     there = os.fstat(file.fileno()).st_size - offset  # a damaged length may be of any size
     file.seek(offset)
     prefix = file.read(8)
     if len(prefix) < 8:
         return None
-    if prefix == _END_MARK:
-        return prefix
+    if prefix == END_MARK:
+        return len(prefix)
     metadata_bytes = int.from_bytes(prefix[4:], "little")
     if not prefix.startswith(_MARK) or not 0 < metadata_bytes <= there - 8:
         return None
-    metadata = file.read(metadata_bytes)
-    body_bytes = _body_length(metadata)
-    if body_bytes > there - 8 - metadata_bytes:
-        return None
-    return prefix + metadata + file.read(body_bytes)
+    body_bytes = _body_length(file.read(metadata_bytes))
+    length = 8 + metadata_bytes + body_bytes
+    return length if length <= there else None
 
 
 def _body_length(metadata: bytes) -> int:
@@ -407,6 +509,7 @@ class Whole:
     end_offset: int
     n: int
     end_n: int
+    crc: int
 
 
 def _read_damaged(
@@ -414,7 +517,6 @@ def _read_damaged(
 ) -> Iterator[Block]:
     """The batches of a segment that was set aside, whatever is between them."""
     status = path.stat()
-    header = SCHEMA.serialize().to_pybytes()
     with path.open("rb") as file:
         for it in believed(path, status.st_size, status.st_mtime_ns, following):
             if it.end_n <= start.n or (size is not None and it.end_offset > size):
@@ -424,7 +526,7 @@ def _read_damaged(
                 raise corrupt(path, it.offset, it.n, "it became shorter while it was read")
             begin = Position(start.segment, it.offset, it.n)
             end = Position(start.segment, it.end_offset, it.end_n)
-            yield _block(_batch(header, message), begin, start.n, end)
+            yield _block(_batch(HEADER, message), begin, start.n, end)
 
 
 @lru_cache(maxsize=4)
@@ -451,7 +553,6 @@ def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tup
 
 def whole_batches(path: Path, at: int = 0) -> Iterator[Whole]:
     """Whatever has the form and the checksum of a batch, wherever it begins from byte `at` on."""
-    header = SCHEMA.serialize().to_pybytes()
     with path.open("rb") as file:
         if not path.stat().st_size:
             return
@@ -461,13 +562,13 @@ def whole_batches(path: Path, at: int = 0) -> Iterator[Whole]:
                 at = offset + 1
                 message = _message(file, offset)
                 try:
-                    it = _batch(header, message) if message is not None else None
+                    it = _batch(HEADER, message) if message is not None else None
                 except (StopIteration, pa.ArrowException, OSError, MemoryError, ValueError):
                     continue
                 if message is None or it is None or not it.batch.num_rows:
                     continue
                 end = offset + len(message)
-                yield Whole(offset, end, it.n, it.end_n)
+                yield Whole(offset, end, it.n, it.end_n, it.crc)
                 if end == len(content) or content[end : end + len(_MARK)] == _MARK:
                     at = end  # else it may be the length that was changed
 

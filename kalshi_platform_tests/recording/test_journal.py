@@ -28,11 +28,13 @@ def frames(folder: Path, start: Position | None = None) -> list[bytes]:
 
 
 def write(folder: Path, count: int, *, first: int = 0, batch: int = 7) -> None:
+    """Records whose frames tell their numbers; `n % batch == 0` ends a batch."""
     writer = Writer(folder)
     for n in range(first, first + count):
         writer.append(n, CONN, 1, b"frame %d" % n)
         if n % batch == 0:
             writer.hand_over()
+            assert writer.wait_durable(n + 1, 60)  # else batches that wait become one
     writer.close()
 
 
