@@ -14,6 +14,7 @@ so touches no disk; the copy on the disk is another thread's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -116,6 +117,8 @@ class Health:
     journal_records: int
     journal_backlog_bytes: int
     """Received, and not durable yet: what an end of the process would lose."""
+    oldest_undurable_ms: int
+    """Age of the oldest record that is not durable in the journal; 0 where all are."""
     lag_frames: int
     """The larger of the stores' lags."""
     stores: dict[str, StoreHealth]
@@ -147,6 +150,8 @@ class Streamer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        self.loss: JournalError | None = None
+        """After `stop`: what was received and is not in the journal."""
         self._began_n = 0
         """The first journal record of this start."""
         self._started_ns = time.time_ns()
@@ -234,23 +239,27 @@ class Streamer:
         load_signer(exchange.key_file)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Stop reading, bring what was received to the stores, let the lock go.
+        """Stop reading, bring what was received to the stores, release the lock.
 
         True where everything is in every store; what is not stays in the journal for the next start.
-        Reading that does not end in time is left behind, with what it had not handed over.
+        Reading that does not end in time is left behind, with what it had not handed over. What is lost
+        by either the disk or that is in `loss`.
         """
         deadline = time.monotonic() + timeout_s
         self._stopping.set()
         if self._writer is None:
             return True
         if self._loop is not None and self._capture is not None:
-            self._loop.call_soon_threadsafe(self._capture.stop)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: reading has ended
+                self._loop.call_soon_threadsafe(self._capture.stop)
         if self._capturing is not None:  # the rest of the time is for what it received
             self._capturing.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
         ended = self._capture is None or self._capture.ended
         if not ended:
-            log.error("Reading did not end in time: the next start marks what it may have cost.")
-        closed = self._close_journal(max(deadline - time.monotonic() - 2.0, 1.0))
+            self._lost("Reading did not end in time: the next start marks what that may have cost.")
+        closed = self._close_journal(
+            max(deadline - time.monotonic() - 2.0, 1.0), handed_over=not ended
+        )
         for load in self._loads:
             load.drain()
         loaded = [load.join(max(deadline - time.monotonic(), 0.1)) for load in self._loads]
@@ -266,15 +275,18 @@ class Streamer:
         except (StoreError, OSError) as error:
             log.error("Hours that only waited for shard %d stay open: %s", self._shard, error)
 
-    def _close_journal(self, timeout_s: float) -> bool:
+    def _close_journal(self, timeout_s: float, *, handed_over: bool) -> bool:
         try:
             if self._writer is not None:
-                self._writer.close(timeout_s)
+                self._writer.close(timeout_s, handed_over=handed_over)
         except JournalError as error:
-            log.error("%s", error)
-            self._failure = self._failure or error
+            self._lost(str(error))
             return False
         return True
+
+    def _lost(self, sentence: str) -> None:
+        log.error("%s", sentence)
+        self.loss = JournalError(f"{self.loss} {sentence}" if self.loss else sentence)
 
     def _make_loads(self, writer: Writer) -> list[Load]:
         parquet = self._parquet = ParquetStore(
@@ -334,8 +346,9 @@ class Streamer:
 
         A load that was stopped is no reason to stop recording: it is told as trouble, and begins again.
         """
+        writer = self._writer.failure if self._writer is not None else None
         stopped = [load.failure for load in self._loads if load.failure] if self._drains else []
-        return self._failure or next(iter(stopped), None)
+        return self._failure or writer or next(iter(stopped), None)
 
     def health(self) -> Health:
         """How it is now."""
@@ -355,7 +368,8 @@ class Streamer:
             )
             for load in self._loads
         }
-        troubles = [self._blocked(), *(s.trouble for s in stores.values())]
+        of_journal = writer.trouble if writer else None
+        troubles = [self._blocked(), of_journal, *(s.trouble for s in stores.values())]
         failure = self.failure()
         return Health(
             pid=os.getpid(),
@@ -380,6 +394,7 @@ class Streamer:
             synced=synced,
             journal_records=writer.durable.n if writer else 0,
             journal_backlog_bytes=writer.backlog_bytes if writer else 0,
+            oldest_undurable_ms=writer.oldest_undurable_ms if writer else 0,
             lag_frames=max((s.lag for s in stores.values()), default=0),
             stores=stores,
             delays_ms={
@@ -412,12 +427,12 @@ class Streamer:
             return None
         if writer.blocked is not None:
             return writer.blocked
-        waiting_s = writer.waiting_s
+        waiting_s = writer.oldest_undurable_ms / 1e3
         if waiting_s <= BLOCKED_S:
             return None
         return (
-            f"The disk of {self._folder} has taken nothing for {waiting_s:.0f} s: {writer.backlog_bytes:,}"
-            " bytes wait in memory. Look at the disk; it goes on by itself."
+            f"The disk of {self._folder} has not taken what came {waiting_s:.0f} s ago:"
+            f" {writer.backlog_bytes:,} bytes wait in memory. Look at the disk; it goes on by itself."
         )
 
     # -- threads -----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ FREE_BAD_BYTES, FREE_ODD_BYTES = 1 << 30, 10 << 30
 REPORT_BAD_S = 15.0
 """A living streamer reports once a second."""
 UNWRITTEN_BAD_S = 15.0
-"""Frames that came so long before the last durable write are not being kept."""
+"""Frames that came so long ago and are not durable are not being kept."""
 GIB = 1 << 30
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
 _START = "start it (make run, or kalshi-platform stream)"
@@ -414,8 +414,7 @@ def _judge_recording(report: dict[str, Any], text: str) -> Finding:
     """What a streamer that runs says of its recording."""
     if report.get("trouble"):
         return Finding(Mark.BAD, f"{text}; {report['trouble']}")
-    unwritten_s = (int(report["last_frame_ns"]) - int(report["last_durable_ns"])) / 1e9
-    if unwritten_s > UNWRITTEN_BAD_S:
+    if int(report.get("oldest_undurable_ms", 0)) / 1e3 > UNWRITTEN_BAD_S:
         return Finding(
             Mark.BAD, f"{text}: frames come and are not kept", "look at the disk and the log"
         )

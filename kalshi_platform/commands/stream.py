@@ -41,7 +41,8 @@ END_S = 9.5
 def command(shard: int | None, parent: int | None) -> None:
     """Capture and load in the foreground, without Dagster.
 
-    SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s.
+    SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s. Where the
+    disk does not take what was received, it exits 1 and says how much is lost.
     """
     settings = platform_settings.load()
     stopping = threading.Event()
@@ -94,6 +95,7 @@ def _record(
             log.warning("The process that keeps all shards is gone; this one ends too.")
             break
     complete = streamer.stop(DRAIN_S)
+    failure = failure or streamer.loss
     if failure is not None:
         raise (
             failure if isinstance(failure, PlatformError) else RuntimeError("recording ended")

@@ -23,8 +23,9 @@ REPORT_S = 30.0
 """Oldest report of a living streamer, which writes one each second."""
 RESTART_S = 120.0
 """How long a streamer may be stopped: it is relieved every day, and the supervisor takes its time."""
+SLOW_S = 5.0
 DURABLE_S = 60.0
-"""How far the last durable write may be behind the last received frame."""
+"""Age of the oldest record that is not durable: from here on a person should look, and must."""
 HEARD_S = 60.0
 """Oldest sign of life of an open connection: the exchange pings each 10 s."""
 CONNECT_S = 120.0
@@ -49,7 +50,7 @@ class Judgement:
     verdict: Verdict
     cause: str
     """recording, nothing recorded, quiet, maintenance, starting, stopped, streamer down, streamer
-    hangs, disk, writer stuck, disconnected, silent, or `<store> behind`."""
+    hangs, disk, disk slow, writer stuck, disconnected, silent, or `<store> behind`."""
     sentence: str
 
 
@@ -200,15 +201,17 @@ def _hang(report: Mapping[str, Any], now: datetime) -> Judgement | None:
 
 def _journal(report: Mapping[str, Any], now: datetime) -> Judgement | None:
     """Whether what comes is kept."""
-    unwritten = (report["last_frame_ns"] - report["last_durable_ns"]) / 1e9
-    if report["last_frame_ns"] and unwritten > DURABLE_S:
-        return _error(
-            "writer stuck",
-            "Frames come, but nothing has become durable for"
-            f" {_told(_age(report['last_durable_ns'], now))}."
-            f" {report['trouble'] or 'Look at the disk; end the run if it does not go on.'}",
-        )
-    return None
+    waiting_ms = report.get("oldest_undurable_ms", 0)  # a streamer of an earlier version has none
+    age = waiting_ms / 1e3 + _age(report["updated_ns"], now) if waiting_ms else 0.0
+    if age <= SLOW_S:
+        return None
+    what = f"What came {_told(age)} ago is not durable yet, and a kill would lose it."
+    if age > DURABLE_S:
+        remedy = report["trouble"] or "Look at the disk; end the run if it does not go on."
+        return _error("writer stuck", f"{what} {remedy}")
+    return _warn(
+        "disk slow", f"{what} {report['trouble'] or 'Look at what else writes to the disk.'}"
+    )
 
 
 def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -> Judgement | None:

@@ -196,6 +196,7 @@ class _Report(msgspec.Struct):
     synced: int
     stores: dict[str, _Store]
     trades: int = 0
+    oldest_undurable_ms: int = 0
     disconnects: dict[str, int] = {}
     delays_ms: dict[str, _Delay] = {}
 
@@ -283,6 +284,14 @@ def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         for number, report in reports:
             gauge.add_metric([number], float(getattr(report, key)))
         yield gauge
+    undurable = GaugeMetricFamily(
+        "kalshi_journal_oldest_undurable_seconds",
+        "Age of the oldest record that is not durable, when the streamer last reported; 0 where all are.",
+        labels=["shard"],
+    )
+    for number, report in reports:
+        undurable.add_metric([number], report.oldest_undurable_ms / 1e3)
+    yield undurable
     for key, (name, text) in _AGES.items():
         gauge = GaugeMetricFamily(name, text, labels=["shard"])
         for number, report in reports:

@@ -322,6 +322,7 @@ def _row(shard: int, report: Mapping[str, Any] | None, now: datetime) -> dict[st
         "synced": it.get("synced", 0),
         "frames": it.get("frames", 0),
         "gaps": it.get("gaps", 0),
+        "not durable for (ms)": it.get("oldest_undurable_ms", 0),
         "not loaded yet": it.get("lag_frames", 0),
         **{f"{name} (s ago)": ages.get(f"{name} (s ago)") for name in _AGES.values()},
         "trouble": it.get("trouble"),

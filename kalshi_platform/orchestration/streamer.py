@@ -160,7 +160,7 @@ class _Host:
     def stop(self) -> bool:
         """Drain and flush; then say what is still unsaid. True where every store has everything.
 
-        Who asks again for the end, as a supervisor and a person may do at once, does not break it off.
+        Raises `JournalError` where something that was received is lost: such a run has failed. Who asks again for the end, as a supervisor and a person may do at once, does not break it off.
         """
         with capture_interrupts():
             flushed = self._streamer.stop(timeout_s=DRAIN_S)
@@ -168,7 +168,17 @@ class _Host:
                 self.report(self._unsaid)
             while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
                 self.report(report)
+        if self._streamer.loss is not None:
+            self._fail_although_canceled(self._streamer.loss)
+            raise self._streamer.loss
         return flushed
+
+    def _fail_although_canceled(self, loss: PlatformError) -> None:
+        """Dagster calls a run canceled that was to be terminated, whatever its op raises."""
+        instance = self._context.instance
+        run = instance.get_run_by_id(self._context.run_id)
+        if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
+            instance.report_run_failed(run, str(loss))
 
 
 def introduce(context: dg.OpExecutionContext) -> None:

@@ -290,7 +290,7 @@ LONG_AGO = 10**9
         ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "blocked by its disk"),
         ({"pid_started": 1.0}, "✗", "died"),
         ({"updated_ns": LONG_AGO}, "✗", "hangs"),
-        ({"last_durable_ns": LONG_AGO}, "✗", "frames come and are not kept"),
+        ({"oldest_undurable_ms": 24_000}, "✗", "frames come and are not kept"),
         ({"trouble": "ClickHouse is away."}, "✗", "ClickHouse is away."),
         ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),
         ({"markets": 1, "synced": 0}, "✗", "0 of 1 books are synced"),

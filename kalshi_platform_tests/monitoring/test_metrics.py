@@ -64,6 +64,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         synced=11,
         journal_records=5000,
         journal_backlog_bytes=4096,
+        oldest_undurable_ms=1_500,
         lag_frames=7,
         stores={"clickhouse": store},
         trouble=None,
@@ -122,6 +123,7 @@ def test_one_address_has_every_shard(settings: Settings) -> None:
     assert found["kalshi_delay_seconds"][("journal", "0.99", "0")] == 0.04
     assert ("clickhouse", "0.99", "0") not in found["kalshi_delay_seconds"]  # no frame came yet
     assert found["kalshi_journal_bytes"][("0",)] >= 20_000
+    assert found["kalshi_journal_oldest_undurable_seconds"] == {("0",): 1.5, ("1",): 1.5}
     assert 2 <= found["kalshi_last_frame_age_seconds"][("0",)] < 60
     assert found["kalshi_disk_free_bytes"][("data",)] > 0
 

@@ -69,6 +69,7 @@ class StandInStreamer:
         self.when_stopping: Callable[[StandInStreamer], None] = lambda _: None
         self.refuses: PlatformError | None = None
         self.fault: BaseException | None = None
+        self.loss: PlatformError | None = None
         self.stopped = threading.Event()
         self.drained = False
 

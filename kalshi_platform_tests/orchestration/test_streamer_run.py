@@ -104,6 +104,27 @@ def test_an_interrupt_ends_in_a_flushed_streamer_and_a_canceled_run(
     assert run.status is Status.CANCELED
 
 
+@pytest.mark.parametrize("asked_in_the_ui", [False, True])
+def test_a_stop_that_loses_frames_fails_the_run_and_says_how_many(
+    instance: dg.DagsterInstance, platform: StandInPlatform, asked_in_the_ui: bool
+) -> None:
+    streamer = StandInStreamer()
+    streamer.loss = PlatformError("1,234 frames (567 bytes) could not be written.")
+    streamer.on_stop = [hour_report()]
+
+    def end(which: StandInStreamer) -> None:
+        if asked_in_the_ui:
+            [run] = instance.get_runs()
+            instance.report_run_canceling(run)
+        interrupt(which)
+
+    streamer.when_dry = end
+    run = execute(instance, platform, streamer)
+    assert run.status is Status.FAILURE
+    assert "1,234 frames (567 bytes)" in errors(instance, run)
+    assert reported(instance, "orderbook_events") == [("2026-11-20-14:00", True)]
+
+
 def test_a_second_interrupt_does_not_break_the_flush_off(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:

@@ -46,7 +46,7 @@ class FaultyDisk:
     writes_despite_error: bool = False
     """Whether the bytes of an `fdatasync` that fails reach the disk all the same."""
     met: set[tuple[str, int]] = field(default_factory=set)
-    delay: Callable[[], None] = lambda: None
+    delay: Callable[[], object] = lambda: None
     """Called within each `fdatasync`."""
 
     def __post_init__(self) -> None:
