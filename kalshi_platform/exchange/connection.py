@@ -5,6 +5,7 @@ What a frame means is the session's affair (`session.py`); nothing here reads on
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ Deliver = Callable[[list[bytes], int], None]
 """Takes the messages of one read of the socket, and when it was read: ns since the epoch."""
 LIVENESS_S = 30.0
 """The server pings every 10 s or so: nothing at all for this long means the connection is dead."""
+WRITE_PATIENCE_S = 1.0
+"""For so long a write waits for bytes that have come to be read."""
 
 
 class LiveConnection(ClientConnection):
@@ -49,6 +52,19 @@ class LiveConnection(ClientConnection):
         """Seconds since the peer was last heard."""
         return time.monotonic() - self.last_bytes_at
 
+    @property
+    def bytes_wait(self) -> bool:
+        """Whether something has come and was not read, the peer's end included.
+
+        After a process stood still, timers run before the socket is read.
+        """
+        fd = self.transport.get_extra_info("socket").fileno()
+        if fd < 0:
+            return False
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
+
 
 class BatchedConnection(LiveConnection):
     """Delivers the messages of one read of the socket together, stamped with the time of that read.
@@ -66,6 +82,8 @@ class BatchedConnection(LiveConnection):
         self._tail = b""
         """The last bytes of the answer to the handshake so far; frames begin behind its blank line."""
         self._framing = Framing(MAX_FRAME_BYTES)
+        self._write_by: float | None = None
+        """When what waits to be written is written at the latest, by the loop's clock; None: nothing does."""
 
     def deliver_to(self, deliver: Deliver) -> None:
         """Hand every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
@@ -81,6 +99,25 @@ class BatchedConnection(LiveConnection):
         if data:
             self._framing.feed(data, self._came, self._library)
         self._hand_over(recv_ns)
+
+    def send_data(self) -> None:
+        """Write what is to be written, once what has come is read.
+
+        Where a write fails, as it does when the peer has closed, asyncio drops what was not read.
+        """
+        if self._write_by is None:
+            self._write_by = self.loop.time() + WRITE_PATIENCE_S
+            self._write()
+
+    def _write(self) -> None:
+        if self._write_by is None:
+            return
+        waits = self.transport.is_reading() and self.bytes_wait
+        if waits and self.loop.time() < self._write_by:
+            self.loop.call_soon(self._write)
+            return
+        self._write_by = None
+        super().send_data()
 
     def process_event(self, event: Any) -> None:
         """Collect messages instead of queueing them; all else goes its usual way."""

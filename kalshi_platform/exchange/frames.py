@@ -174,6 +174,21 @@ DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises on bytes that are not what they should be; the last for brackets without end."""
 
 
+_KINDS = {
+    "orderbook_delta": Kind.DELTA,
+    "orderbook_snapshot": Kind.SNAPSHOT,
+    "trade": Kind.TRADE,
+}
+
+
+def kind_of(frame: bytes) -> Kind:
+    """What a frame is by its type alone, without a session."""
+    try:
+        return _KINDS.get(decode_head(frame).type, Kind.CONTROL)
+    except DecodeError:
+        return Kind.MALFORMED
+
+
 def subject(frame: bytes) -> str:
     """The ticker of the market that a frame is about; empty where it cannot be read."""
     try:

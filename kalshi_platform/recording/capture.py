@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed
 
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
-from kalshi_platform.exchange.frames import Kind, LifeEvent
+from kalshi_platform.exchange.frames import Kind, LifeEvent, kind_of
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
@@ -237,46 +237,53 @@ class Capture:
         try:
             cause = await self._converse(socket, session, conn)
         finally:
-            self.connected = self._blocked = False
-            self._conn = NO_CONNECTION
-            ends = self.counters.disconnects
-            kind = cause.partition(":")[0]
-            ends[kind] = ends.get(kind, 0) + 1
-            silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
-            self._unheard_since = session.unheard_since(max(began, time.monotonic() - silent_s))
-            self._tickers_then = session.tickers
-            self._observed_yes_price = session.scale.yes_price
-            self._drain_notes(session, conn)
-            self._journal.note(
-                "disconnected",
-                {
-                    "cause": cause,
-                    "frames": self.counters.frames - before,
-                    "seconds": round(time.monotonic() - began, 3),
-                },
-                conn=conn,
-            )
-            log.info("Disconnected from %s: %s.", identity, cause)
-            await _close(socket)
+            try:
+                await _close(socket)  # what comes until then is kept
+            finally:
+                seconds, frames = time.monotonic() - began, self.counters.frames - before
+                self._note_end(session, conn, cause, seconds, frames)
         if session.fatal is not None:
             raise session.fatal
 
+    def _note_end(
+        self, session: Session, conn: bytes, cause: str, seconds: float, frames: int
+    ) -> None:
+        """What a connection that has ended leaves: to the journal, and to the next one."""
+        self.connected = self._blocked = False
+        self._conn = NO_CONNECTION
+        ends = self.counters.disconnects
+        kind = cause.partition(":")[0]
+        ends[kind] = ends.get(kind, 0) + 1
+        now = time.monotonic()
+        silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
+        self._unheard_since = session.unheard_since(max(now - seconds, now - silent_s))
+        self._tickers_then = session.tickers
+        self._observed_yes_price = session.scale.yes_price
+        self._drain_notes(session, conn)
+        detail = {"cause": cause, "frames": frames, "seconds": round(seconds, 3)}
+        self._journal.note("disconnected", detail, conn=conn)
+        log.info("Disconnected from %s: %s.", uuid.UUID(bytes=conn), cause)
+
     async def _converse(self, socket: BatchedConnection, session: Session, conn: bytes) -> str:
-        """Go on until the connection is of no more use; says why."""
+        """Go on until the connection is of no more use; says why.
+
+        Frames are kept beyond that, until the connection is closed.
+        """
         over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         due = asyncio.Event()
 
         def deliver(frames: list[bytes], recv_ns: int) -> None:
-            if over.done():
-                return  # its end is being written down: what comes later is not of this recording
             try:
                 self._keep(frames, recv_ns, session, conn, due)
-                if session.ended or session.fatal:
-                    over.set_result(session.ended or "refused")
-                elif self._journal.full and not self._blocked:
+                if self._journal.full and not self._blocked:
                     self._stop_reading(socket)
-            except BaseException as error:  # noqa: BLE001 - raised where the connection is awaited
-                over.set_exception(error)
+                if (session.ended or session.fatal) and not over.done():
+                    over.set_result(session.ended or "refused")
+            except BaseException as error:
+                if over.done():
+                    log.error("After the connection's end: %s", error, exc_info=True)
+                else:
+                    over.set_exception(error)  # raised where the connection is awaited
 
         socket.deliver_to(deliver)
         closing = asyncio.create_task(socket.wait_closed())
@@ -301,32 +308,38 @@ class Capture:
     def _keep(
         self, frames: list[bytes], recv_ns: int, session: Session, conn: bytes, due: asyncio.Event
     ) -> None:
-        """Judge and journal what one read of the socket brought."""
+        """Judge and journal what one read of the socket brought; where judging fails, journal it all the same."""
         counters, now, kept = self.counters, time.monotonic(), 0
-        while kept < len(frames):
-            kinds = session.receive_run(frames[kept:] if kept else frames, now)
-            until = kept + len(kinds)
-            if session.has_notes:
-                self._journal.extend(recv_ns, conn, kinds[:-1], frames[kept : until - 1])
-                self._drain_notes(session, conn, recv_ns)
-                self._journal.extend(recv_ns, conn, kinds[-1:], frames[until - 1 : until])
-            else:
-                self._journal.extend(recv_ns, conn, kinds, frames[kept:until])
-            kept = until
-            deltas = kinds.count(Kind.DELTA)
-            counters.deltas += deltas
-            if deltas < len(kinds):
-                counters.snapshots += kinds.count(Kind.SNAPSHOT)
-                counters.malformed += kinds.count(Kind.MALFORMED)
-                if trades := kinds.count(Kind.TRADE):
-                    counters.trades += trades
-                    run = zip(frames[until - len(kinds) : until], kinds, strict=True)
-                    self.recent_trades.extend((recv_ns, f) for f, k in run if k == Kind.TRADE)
-                if deltas + trades < len(kinds):
-                    due.set()
-                self._pass_on(session, conn)
         counters.frames += len(frames)
         counters.last_frame_ns = recv_ns
+        try:
+            while kept < len(frames):
+                kinds = session.receive_run(frames[kept:] if kept else frames, now)
+                until = kept + len(kinds)
+                if session.has_notes:
+                    self._journal.extend(recv_ns, conn, kinds[:-1], frames[kept : until - 1])
+                    kept = until - 1
+                    self._drain_notes(session, conn, recv_ns)
+                    self._journal.extend(recv_ns, conn, kinds[-1:], frames[kept:until])
+                else:
+                    self._journal.extend(recv_ns, conn, kinds, frames[kept:until])
+                kept = until
+                deltas = kinds.count(Kind.DELTA)
+                counters.deltas += deltas
+                if deltas < len(kinds):
+                    counters.snapshots += kinds.count(Kind.SNAPSHOT)
+                    counters.malformed += kinds.count(Kind.MALFORMED)
+                    if trades := kinds.count(Kind.TRADE):
+                        counters.trades += trades
+                        run = zip(frames[until - len(kinds) : until], kinds, strict=True)
+                        self.recent_trades.extend((recv_ns, f) for f, k in run if k == Kind.TRADE)
+                    if deltas + trades < len(kinds):
+                        due.set()
+                    self._pass_on(session, conn)
+        except BaseException:
+            rest = frames[kept:]
+            self._journal.extend(recv_ns, conn, [kind_of(frame) for frame in rest], rest)
+            raise
 
     def _pass_on(self, session: Session, conn: bytes) -> None:
         """Tell of life events and losses. Losses are told in wall time, which REST understands."""
@@ -374,7 +387,7 @@ class Capture:
                     if not self._journal.full:
                         self._blocked = False
                         socket.transport.resume_reading()
-                elif socket.silent_s > LIVENESS_S:
+                elif socket.silent_s > LIVENESS_S and not socket.bytes_wait:
                     return f"silent for {LIVENESS_S:.0f} s"
                 self.counters.last_heard_ns = time.time_ns() - int(socket.silent_s * 1e9)
                 await _either(due, 2 * TICK_S)
@@ -448,7 +461,7 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
 
 
 async def _close(socket: BatchedConnection) -> None:
-    """Leave politely, but do not wait for a peer that is gone."""
+    """Leave politely, reading on meanwhile, but do not wait for a peer that is gone."""
     try:
         await asyncio.wait_for(socket.close(), 1.0)
     except (TimeoutError, ConnectionClosed, OSError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -67,9 +68,10 @@ class FaultyDisk:
         """Whether every fault was met."""
         return self.met >= set(self.faults)
 
-    def after_power_cut(self, folder: Path, durable: Callable[[], int]) -> int:
-        """Put what the disk has into `folder`; returns what was durable just before."""
+    def after_power_cut(self, source: Path, folder: Path, durable: Callable[[], int]) -> int:
+        """Put what the disk has of `source` into `folder`; returns what was durable just before."""
         n = durable()
+        shutil.copy(source / "journal.json", folder)  # written before the first segment
         with self._lock:
             for name, file in self._names.items():
                 if file is not None:

@@ -55,7 +55,7 @@ def test_the_epoch_is_durable_before_the_first_record(
         raise OSError(28, "No space left on device")
 
     start(tmp_path)
-    monkeypatch.setattr(Writer, "_open_segment", no_room)
+    monkeypatch.setattr(Writer, "_begin_segment", no_room)
     with pytest.raises(JournalError, match="No space is left"):
         Writer(tmp_path)
     monkeypatch.undo()

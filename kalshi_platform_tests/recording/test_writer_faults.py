@@ -79,7 +79,7 @@ def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
         if i % 3:
             assert writer.wait_durable(count, 60)
         if i == cut_after:
-            durable = faulty.after_power_cut(after_cut, lambda: writer.durable.n)
+            durable = faulty.after_power_cut(folder, after_cut, lambda: writer.durable.n)
     assert writer.wait_durable(count, 60)
     assert writer.failure is None
     assert writer.blocked is None
@@ -88,7 +88,7 @@ def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
     numbers = [block.first_n for block in journal.blocks(folder, journal.beginning(folder))]
     assert numbers == sorted(set(numbers))
 
-    if list(after_cut.iterdir()):
+    if journal.segments(after_cut):
         again = Writer(after_cut)
         kept = again.next_n
         assert kept >= durable
@@ -146,7 +146,7 @@ def test_a_batch_that_a_failed_sync_left_in_two_segments_is_read_once(
         wait_for(lambda: ("pwrite", 5) in faulty.met, "the second segment to be full")
     else:
         assert writer.wait_durable(2, 60)
-    faulty.after_power_cut(after, lambda: writer.durable.n)
+    faulty.after_power_cut(folder, after, lambda: writer.durable.n)
     assert journal.segments(after) == [0, 1]
     assert len(list(journal.whole_batches(journal.segment_path(after, 0)))) == 2
     assert len(list(journal.whole_batches(journal.segment_path(after, 1)))) == (0 if stuck else 1)
