@@ -22,7 +22,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -34,11 +34,11 @@ from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unr
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.health_report import Publisher
-from kalshi_platform.loading import audit, passage
+from kalshi_platform.loading import audit, cursor, numbering, passage
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import DAMAGED, Distrust
 from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load, reached
+from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.processes import Identity
@@ -46,12 +46,15 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
 from kalshi_platform.recording.delays import Delay
 from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.recording.journal_identity import JournalIdentity
 from kalshi_platform.recording.recovery import Memory, remembered
 from kalshi_platform.recording.upkeep import Upkeep
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.recording.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import open_archive
+from kalshi_platform.storage.archive.recorders import ArchiveLedger
 from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.storage.recorders_table import open_table_ledger
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,9 @@ class Streamer:
         self._recent = audit.Recent()
         self._capture: Capture | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._noting = threading.Lock()
+        self._notes: list[tuple[str, Mapping[str, object]]] = []
+        """What is to be noted in the journal once there is a capture."""
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self.loss: JournalError | None = None
@@ -176,7 +182,9 @@ class Streamer:
         else:
             self._insist_on_a_key()  # refuse a bad one before anything is opened
         sys.setswitchinterval(SWITCH_S)
-        writer = self._writer = Writer(self._folder, reached=reached(self._folder))
+        writer = self._writer = Writer(
+            self._folder, claims=cursor.claims(self._folder), beginning=self._beginning
+        )
         self._began_n = writer.began_n
         self._reporting = [
             _spawn("health", self._run_health),
@@ -210,6 +218,15 @@ class Streamer:
                 load.drain()
         else:
             self._capturing = _spawn("capture", self._run_capture)
+
+    def _beginning(self, known: JournalIdentity, free: int) -> Beginning:
+        settings, shard = self._settings, self._shard
+        stores: dict[str, numbering.Open] = {
+            ParquetStore.name: lambda: ArchiveLedger(open_archive(settings), shard)
+        }
+        if settings.use_clickhouse:
+            stores[ClickHouseStore.name] = lambda: open_table_ledger(settings, shard)
+        return numbering.begin(self._folder, stores, known, free)
 
     def _arrive(self, writer: Writer) -> None:
         try:
@@ -305,11 +322,15 @@ class Streamer:
                 derivation=derivation,
                 distrust=self._distrust,
                 observe=self._recent.saw,
+                note=self._note,
             )
         ]
         if self._settings.use_clickhouse:
             clickhouse = ClickHouseStore(
-                self._settings, str(writer.id), f"streamer shard {self._shard}"
+                self._settings,
+                str(writer.id),
+                f"streamer shard {self._shard}",
+                shard=self._shard,
             )
             loads.append(
                 Load(
@@ -319,6 +340,7 @@ class Streamer:
                     CLICKHOUSE_PACE,
                     derivation=derivation,
                     distrust=self._distrust_damaged,
+                    note=self._note,
                 )
             )
         return loads
@@ -464,7 +486,10 @@ class Streamer:
                 on_life_events=upkeep.heed,
                 on_lost=upkeep.make_up_for,
             )
-            self._capture = capture
+            with self._noting:
+                self._capture = capture
+                for kind, detail in self._notes:
+                    capture.remark(kind, detail)
             if self._stopping.is_set():
                 capture.stop()
             recording = asyncio.create_task(capture.run())
@@ -564,6 +589,17 @@ class Streamer:
         have passed those records before the disk damaged them."""
         if it.cause == DAMAGED:
             self._distrust(it)
+
+    def _note(self, kind: str, detail: Mapping[str, object]) -> None:
+        """Put a load's note into the journal: in capture's thread, as soon as there is one."""
+        with self._noting:
+            if self._drains and self._writer is not None:
+                self._writer.note(kind, detail)
+                self._writer.hand_over()
+            elif self._capture is None or self._loop is None:
+                self._notes.append((kind, detail))
+            elif not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._capture.remark, kind, detail)
 
     def _distrust(self, it: Distrust) -> None:
         if self._loop is not None and self._capture is not None and not self._loop.is_closed():

@@ -56,6 +56,8 @@ GRANT INSERT ON kalshi.trades TO kalshi_writer;
 GRANT INSERT ON kalshi.trades_local TO kalshi_writer;
 GRANT INSERT ON kalshi.market_catalog TO kalshi_writer;
 GRANT INSERT ON kalshi.market_catalog_local TO kalshi_writer;
+GRANT INSERT, SYSTEM SYNC REPLICA ON kalshi.recorders TO kalshi_writer;
+GRANT INSERT, SYSTEM SYNC REPLICA ON kalshi.recorders_local TO kalshi_writer;
 GRANT INSERT ON kalshi.mm_decisions TO kalshi_writer;
 GRANT INSERT ON kalshi.mm_decisions_local TO kalshi_writer;
 GRANT INSERT ON kalshi.mm_order_actions TO kalshi_writer;

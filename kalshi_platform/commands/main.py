@@ -26,6 +26,7 @@ COMMANDS = {
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
     "compact": "Make each sealed hour of the archive one sorted file.",
     "restore": "Bring the archive's hours back into ClickHouse.",
+    "adopt": "Make this data folder a recorder of its own, with a new identity.",
     "export": "Hours of the archive for publication, without what is your own.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",

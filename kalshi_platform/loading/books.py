@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import msgspec
@@ -169,6 +169,8 @@ class State:
     numbers: dict[str, int] = field(default_factory=dict)
     """Each of these markets as a number."""
     ladders: Ladders = field(default_factory=Ladders)
+    partial: frozenset[str] = frozenset()
+    """Open connections whose beginning was not seen: books of theirs may be missing here."""
 
     @classmethod
     def of(
@@ -189,11 +191,26 @@ class State:
     @property
     def doubts(self) -> Hashable:
         """What lost records leave open. Equal for states of one record that come to the same rows."""
-        return tuple(
-            (conn, it.lost.since_ns, *it.lost.last.items(), *map(OpenGap.key, it.gaps.values()))
-            for conn, it in sorted(self.connections.items())
-            if it.lost is not None
+        return (
+            *sorted(self.partial),
+            *(
+                (conn, it.lost.since_ns, *it.lost.last.items(), *map(OpenGap.key, it.gaps.values()))
+                for conn, it in sorted(self.connections.items())
+                if it.lost is not None
+            ),
         )
+
+    def without_unbased(self) -> State:
+        """The state where what came before it was not written: the first delta of a book that has no
+        snapshot is told again, as it comes.
+        """
+        books = {ticker: book for ticker, book in self.books.items() if book.based}
+        gone = [self.numbers[ticker] for ticker in self.books.keys() - books.keys()]
+        levels = self.ladders.all().filter(
+            ~market_of(pl.col("level")).is_in(pl.Series(gone, dtype=pl.Int64).implode())
+        )
+        partial = frozenset(self.connections)
+        return replace(self, books=books, ladders=Ladders(levels), partial=partial)
 
     @property
     def levels(self) -> pl.DataFrame:

@@ -132,13 +132,15 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
         },
         tuple(status.distrusted),
     )
+    connections = _connections_after(status.connections, heard)
     return rows, State(
         decoded.end_n,
         version,
-        _connections_after(status.connections, heard),
+        connections,
         status.books,
         _numbers_after(numbers, status.books),
         _ladders_after(final, status.books, state, markets),
+        state.partial & connections.keys(),
     )
 
 

@@ -9,25 +9,31 @@ takes as once. A store that is away costs nothing but the wait: the journal keep
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pyarrow as pa
 import tenacity
 
-from kalshi_platform import durable, typed_json
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.loading import cursor as cursor_file
+from kalshi_platform.loading import resume, traces
 from kalshi_platform.loading.books import State
+from kalshi_platform.loading.cursor import Cursor, Unusable, plain
 from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, chunks, up_to
 from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.freshness import BEHIND_S
+from kalshi_platform.loading.resume import Point, Recorder, Unresolved
 from kalshi_platform.loading.state import (
     UnreadableState,
     checkpoint,
@@ -37,15 +43,20 @@ from kalshi_platform.loading.state import (
     save,
 )
 from kalshi_platform.loading.stores import Store
+from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.delays import Delays
 from kalshi_platform.recording.journal import JournalError, Position
+from kalshi_platform.recording.journal_identity import ADOPT
 from kalshi_platform.recording.writer import Writer
+from kalshi_platform.storage.archive import floor_hour, hour_of_ns
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.recorders import Entry, RecordGone, Superseded
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 STATE_EVERY_S = 30.0
 TROUBLE_PATIENCE_S = 1.5
 """At the end, a store that takes nothing is given up after this: the journal has it all."""
@@ -72,13 +83,6 @@ CLICKHOUSE_PACE = Pace(rows=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
 PARQUET_PACE = Pace(rows=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
 
 
-class _Cursor(msgspec.Struct, frozen=True):
-    committed: tuple[int, int, int]
-    planned: tuple[int, int, int] | None = None
-    state_at: tuple[int, int, int] | None = None
-    state_file: str = ""
-
-
 class Load:
     """One store's load, in a thread of its own."""
 
@@ -93,7 +97,9 @@ class Load:
         derivation: Derivation | None = None,
         distrust: Callable[[Distrust], None] | None = None,
         observe: Callable[[Rows, State], None] | None = None,
+        note: Callable[[str, Mapping[str, object]], None] | None = None,
     ) -> None:
+        """`note` puts a note into the journal."""
         self._folder = folder
         self._writer = writer
         self._store = store
@@ -102,10 +108,12 @@ class Load:
         self._derivation.joins(store.name)
         self._distrust = distrust
         self._observe = observe
-        self._cursor_path = folder / "load" / f"{store.name}.json"
+        self._note = note
         self._stopping = threading.Event()
         self._abandon = threading.Event()
-        self._cursor = _Cursor((0, 0, 0))
+        self._cursor = Cursor(committed=(0, 0, 0))
+        self._entry: Entry | None = None
+        """What the store's own record says of this start."""
         self._state = State()
         self._position = Position(0, 0, 0)
         """Everything before it is in `_state`; what is not committed yet is in `_pending`."""
@@ -122,7 +130,8 @@ class Load:
         """Written to the store since the start, by dataset; what only mirrors them is left out."""
         self.errors: Counter[str] = Counter()
         """Writes that were not taken since the start: by ClickHouse's code, `unreachable`, `disk`; and
-        how often the load was stopped, by `damage` to the journal or by a `fault`."""
+        how often the load was stopped, by `damage` to the journal, by a `fault`, or because of its own or
+        the store's `identity`."""
         self.failure: BaseException | None = None
         """What stopped this load: a damaged journal, or a bug. It begins again now and then, from its
         cursor, as a new process would: recording does not end for it."""
@@ -217,7 +226,9 @@ class Load:
     def lag(self) -> int:
         """Journal records that are durable, and not yet in the store."""
         done = self.committed.n if self.committed else 0
-        return max(self._writer.durable.n - done, 0)
+        began, ended = self._writer.began_n, self._writer.ended_n
+        unused = began - ended if done <= ended else 0
+        return max(self._writer.durable.n - unused - done, 0)
 
     @property
     def needs_from(self) -> int:
@@ -239,7 +250,7 @@ class Load:
                 if self.failure is None or str(error) != str(self.failure):
                     log.error("The load into %s stopped: %s", self.name, error, exc_info=not known)
                 self.failure = error
-                self.errors["damage" if known else "fault"] += 1
+                self.errors[_kind(error) if known else "fault"] += 1
             else:
                 return
             if self._stopping.wait(RESTART_S):
@@ -299,45 +310,174 @@ class Load:
         if self._observe is not None:
             self._observe(rows, state)
 
+    # -- where loading goes on ---------------------------------------------------------------------
+
     def _resume(self) -> None:
-        """Go to where the last load ended, and fulfil what it had planned."""
+        """Go to where loading goes on, and write again what had been planned from there."""
         self._pending.clear()
-        cursor = self._cursor = self._read_cursor()
-        self.committed = Position(*cursor.committed)
-        self._state, self._position = self._books_before(cursor)
-        self._replay(self.committed, written=True)
+        found = self._insist(lambda: cursor_file.read(self._folder, self.name, self._writer.id))
+        cursor = found if isinstance(found, Cursor) else None
+        why_none = found.why if isinstance(found, Unusable) else ""
+        point = self._point(cursor, why_none)
+        self.committed = journal.find(self._folder, point.loaded_to)
+        self._state, self._position = self._books_before(point.loaded_to, cursor)
+        whole = self._state.version > 0 or not self._is_pruned
+        self._replay(point.loaded_to, written=True)
+        if not whole:
+            self._state = self._state.without_unbased()
+        self._claim(point, cursor)
         self.loaded_ns = self._state.version
-        if cursor.planned is not None:
-            self._replay(Position(*cursor.planned), written=False)
+        if point.planned_to > point.loaded_to:
+            self._replay(point.planned_to, written=False)
             self._commit(self._position)
 
-    def _books_before(self, cursor: _Cursor) -> tuple[State, Position]:
-        """A state at or before what is committed, and its place in the journal."""
-        if cursor.state_at is not None:
+    def _point(self, cursor: Cursor | None, why_none: str) -> Point:
+        """Where loading goes on. Raises `Superseded`, or `Unresolved` where that is not known."""
+        writer, store = self._writer, self._store
+        entries = self._insist(lambda: store.ledger.entries(writer.id))
+        own = frozenset((start.epoch, start.token) for start in writer.identity.starts)
+        recorder = Recorder(writer.id, own, max(own), began=writer.began_n, ended=writer.ended_n)
+        point = resume.by_store(entries, recorder, store.place)
+        if point is None:
+            return self._point_without_record(cursor, why_none)
+        point = resume.held_against(point, cursor, why_none)
+        if not point.certain:
+            point = self._point_by_traces(point, cursor)
+        if point.loaded_to < journal.beginning(self._folder).n:
+            raise self._no_longer_kept(point)
+        return point
+
+    def _point_by_traces(self, point: Point, cursor: Cursor | None) -> Point:
+        """The store's point where the cursor does not agree with it."""
+        if cursor is not None and cursor.committed[2] > point.planned_to:
+            n = cursor.committed[2]
+            if self._holds(traces.before(self._folder, n)):  # its record alone is old
+                return replace(point, loaded_to=n, planned_to=cursor.planned_n)
+        return self._beyond_what_is_there(point)
+
+    def _beyond_what_is_there(self, point: Point) -> Point:
+        """The point, moved behind ranges that the store has beyond it without saying so."""
+        following = traces.following(self._folder, point.planned_to)
+        if not self._holds(following):
+            return point
+        since = floor_hour(min(hour_of_ns(trace.recv_ns) for trace in following))
+        last = self._insist(lambda: self._store.written_from(point.planned_to, since))
+        if last is None:
+            raise self._unresolved(f"its own record says {point.loaded_to}, and there is more")
+        return replace(point, loaded_to=last[0], planned_to=last[1])
+
+    def _point_without_record(self, cursor: Cursor | None, why_none: str) -> Point:
+        """Where loading goes on where the store has no record of this journal."""
+        beginning = journal.beginning(self._folder).n
+        empty = not self._holds(traces.following(self._folder, beginning))
+        if cursor is None:
+            if not empty:
+                raise self._unresolved(why_none)
+            return Point(beginning, beginning, why_none if self._is_pruned else "")
+        committed = cursor.committed[2]
+        if committed <= beginning and cursor.planned is None and empty:
+            return Point(beginning, beginning)
+        before = self._holds(traces.before(self._folder, committed))
+        after = self._holds(traces.following(self._folder, cursor.planned_n))
+        if before is not False and after is not True:
+            return Point(committed, cursor.planned_n, "the store kept no record yet")
+        if before or after or not empty:
+            raise self._unresolved(f"the cursor, at record {committed}, does not agree with it")
+        if not cursor.place or cursor.place == self._store.place:
+            raise Unresolved(
+                f"{self._store.place} does not hold what was loaded there up to record {committed}: it is"
+                " not mounted, or was emptied or replaced. Bring it back, and loading goes on by itself."
+                f" If it is lost for good, {self._store.remedy}."
+            )
+        return Point(beginning, beginning, f"{self._store.place} is a new place")
+
+    def _holds(self, found: Sequence[Trace]) -> bool | None:
+        """Whether the store has any of the traces; None where that cannot be told of any."""
+        answers = [self._insist(partial(self._store.holds, trace)) for trace in found]
+        return True if True in answers else False if False in answers else None
+
+    def _unresolved(self, why: str) -> Unresolved:
+        return Unresolved(
+            f"{self._store.place} holds rows of journal {self._writer.id}, and up to which record is not"
+            f" known: {why}. Nothing is loaded there, for rows could be stored twice. Restore the folder"
+            f" {self._folder / 'load'} from a backup. Without one, {self._store.remedy}."
+        )
+
+    def _no_longer_kept(self, point: Point) -> JournalError:
+        beginning = journal.beginning(self._folder).n
+        name = journal.set_aside(journal.segment_path(self._folder, point.loaded_to)).name
+        return JournalError(
+            f"{self._store.place} holds this journal up to record {point.loaded_to}, and the journal in"
+            f" {self._folder} begins at {beginning}: the records between are not here any more. Restore the"
+            f" store, or the segments, from a newer backup. Without one, make an empty file {name} there:"
+            " what the journal still has is loaded then, and gap rows name what is lost."
+        )
+
+    def _claim(self, point: Point, cursor: Cursor | None) -> None:
+        """Say in the store that this start loads there from now on, then write the cursor."""
+        start = self._writer.identity.starts[-1]
+        entry = Entry(
+            start.epoch,
+            start.token,
+            self._writer.began_n,
+            point.loaded_to,
+            point.planned_to,
+            socket.gethostname(),
+            str(self._folder),
+        )
+        if entry != self._entry:
+            self._insist(lambda: self._store.ledger.claim(self._writer.id, entry))
+        self._entry = entry
+        keeps_state = cursor is not None and cursor.state_at is not None
+        self._write_cursor(
+            Cursor(
+                format=cursor_file.FORMAT,
+                journal=self._writer.id,
+                store=self.name,
+                place=self._store.place,
+                start=start,
+                committed=plain(self._position),
+                state_at=cursor.state_at if cursor and keeps_state else None,
+                state_file=cursor.state_file if cursor and keeps_state else "",
+            )
+        )
+        if point.why:
+            log.warning(
+                "The load into %s goes on at record %d: %s.", self.name, point.loaded_to, point.why
+            )
+            if self._note is not None:
+                detail = {"store": self.name, "record": point.loaded_to, "why": point.why}
+                self._note("resumed", detail)
+
+    def _books_before(self, n: int, cursor: Cursor | None) -> tuple[State, Position]:
+        """Books at or before record `n`, and their place in the journal."""
+        if n == self._writer.began_n > self._writer.ended_n:
+            return State(n=n), journal.find(self._folder, n)  # numbers were left out before it
+        if cursor is not None and cursor.state_at is not None and cursor.state_at[2] <= n:
             try:
-                return load(self._folder / "load" / cursor.state_file), Position(*cursor.state_at)
+                state = load(self._folder / "load" / cursor.state_file, cursor.state_at[2])
             except UnreadableState as error:
                 log.warning("%s The books are derived from an earlier record again.", error)
+            else:
+                return state, Position(*cursor.state_at)
         beginning = journal.beginning(self._folder)
-        state = newest_before(self._folder, cursor.committed[2])
-        if state is not None and state.n >= beginning.n:
-            return state, journal.find(self._folder, state.n)
-        if beginning.n and cursor.committed[2] > beginning.n:
-            raise JournalError(
-                f"The books at record {cursor.committed[2]} cannot be had: the states in"
-                f" {self._cursor_path.parent} are gone, and so is the journal's beginning. Move that"
-                " folder away to load what the journal still has; rows before the next snapshots then"
-                " have no book to stand on."
-            )
+        kept = newest_before(self._folder, n)
+        if kept is not None and kept.n >= beginning.n:
+            return kept, journal.find(self._folder, kept.n)
         return State(n=beginning.n), beginning
 
-    def _replay(self, until: Position, *, written: bool) -> None:
-        """Derive up to `until`, which is durable: it was committed or planned.
+    @property
+    def _is_pruned(self) -> bool:
+        """Whether the journal no longer has its first record."""
+        return journal.beginning(self._folder).n > self._writer.identity.first
+
+    def _replay(self, until_n: int, *, written: bool) -> None:
+        """Derive up to record `until_n`, which is durable: it was committed or planned.
 
         What is `written` is forgotten as it is derived. What was planned is one write, and kept whole.
         """
         doubted: dict[str, Distrust] = {}
-        for piece in chunks(up_to(until.n, journal.read(self._folder, self._position))):
+        for piece in chunks(up_to(until_n, journal.read(self._folder, self._position))):
             if self._abandon.is_set():
                 raise _Abandoned
             rows, state = derive(decoded(piece), self._state, self._derivation.shard)
@@ -345,13 +485,13 @@ class Load:
             if written:
                 self._pending.clear()
             doubted.update({it.market_ticker: it for it in rows.distrusted})
-        if self._position.n != until.n:
+        if self._position.n != until_n:
             raise JournalError(
-                f"The load into {self.name} had come to record {until.n}, but the journal in"
-                f" {self._folder} has {self._position.n}. Was it replaced? Move"
-                f" {self._cursor_path.parent} away to load the journal from its beginning."
+                f"The load into {self.name} had come to record {until_n}, but the journal in"
+                f" {self._folder} ends at {self._position.n}: its end was lost, or it was replaced. Restore"
+                f" it from a backup. Without one, stop the recorder and run {ADOPT}: it goes on as a"
+                " recorder of its own, with what the journal has."
             )
-        self._position = until
         for it in doubted.values():  # and their snapshots may never have been asked for
             if (book := self._state.books.get(it.market_ticker)) and not book.verified:
                 self._tell(it)
@@ -372,10 +512,12 @@ class Load:
         if end.n == first_n:
             return
         rows = tuple(self._pending)
-        self._write_cursor(msgspec.structs.replace(self._cursor, planned=_plain(end)))
+        self._write_cursor(msgspec.structs.replace(self._cursor, planned=plain(end)))
+        self._update_entry(first_n, end.n)
         self._insist(lambda: self._store.write(first_n, end.n, rows))
+        self._update_entry(end.n, end.n)
         self._write_cursor(
-            msgspec.structs.replace(self._cursor, committed=_plain(end), planned=None)
+            msgspec.structs.replace(self._cursor, committed=plain(end), planned=None)
         )
         for each in rows:
             self.rows.update(
@@ -389,7 +531,17 @@ class Load:
             received_ns = table["ingest_ts"].cast(pa.int64()).to_numpy() * 1000
             self.delays.add(received_ns, self.committed_ns)
 
-    def _insist(self, act: Callable[[], None]) -> None:
+    def _update_entry(self, loaded_to: int, planned_to: int) -> None:
+        """Write to the store's own record how far it is, and what may be there besides."""
+        before, ledger = self._entry, self._store.ledger
+        if before is None:
+            raise ValueError("nothing is written before the store is claimed")
+        after = msgspec.structs.replace(before, loaded_to=loaded_to, planned_to=planned_to)
+        act = ledger.settle if loaded_to == planned_to else ledger.plan
+        self._insist(lambda: act(self._writer.id, before, after))
+        self._entry = after
+
+    def _insist(self, act: Callable[[], T]) -> T:
         """Do it, for as long as the store takes to take it."""
 
         def before_sleep(attempt: tenacity.RetryCallState) -> None:
@@ -407,13 +559,14 @@ class Load:
             sleep=self._sleep,
             before_sleep=before_sleep,
         )
-        retrying(act)
+        done = retrying(act)
         if self._trouble is not None:
             log.warning("%s takes rows again.", self.name)
         self._trouble, self._refused = None, False
+        return done
 
     def _disk_sentence(self, error: OSError) -> str:
-        where = error.filename or self._cursor_path.parent
+        where = error.filename or self._folder / "load"
         return (
             f"{where} cannot be written ({error.strerror}). Mend that; the load goes on by itself."
         )
@@ -430,46 +583,14 @@ class Load:
         name = f"{self.name}-{self._position.n:015d}.state"
         self._insist(lambda: save(self._state, self._folder / "load" / name))
         self._write_cursor(
-            msgspec.structs.replace(self._cursor, state_at=_plain(self._position), state_file=name)
+            msgspec.structs.replace(self._cursor, state_at=plain(self._position), state_file=name)
         )
         if before and before != name:
             (self._folder / "load" / before).unlink(missing_ok=True)
 
-    def _read_cursor(self) -> _Cursor:
-        try:
-            return typed_json.decode(self._cursor_path.read_bytes(), _Cursor)
-        except FileNotFoundError:
-            return _Cursor(_plain(journal.beginning(self._folder)))
-        except msgspec.DecodeError as error:
-            raise JournalError(
-                f"{self._cursor_path} is damaged ({error}), and nothing else says how far {self.name} is."
-                " Restore it from a backup. Without one, move it away and give the store an empty place (a"
-                " new CLICKHOUSE_DATABASE, or PARQUET_DIR): the journal is loaded from its beginning, and"
-                " what the old place has of it already would be there twice."
-            ) from None
-
-    def _write_cursor(self, cursor: _Cursor) -> None:
-        self._insist(lambda: self._put_cursor(cursor))
+    def _write_cursor(self, cursor: Cursor) -> None:
+        self._insist(lambda: cursor_file.write(self._folder, cursor))
         self._cursor = cursor
-
-    def _put_cursor(self, cursor: _Cursor) -> None:
-        self._cursor_path.parent.mkdir(exist_ok=True)
-        durable.replace(self._cursor_path, msgspec.json.encode(cursor))
-
-
-def reached(folder: Path) -> int:
-    """The record that a journal's loads have come to, or were about to: none before it is to be written.
-
-    A cursor that cannot be read says nothing here; its load does.
-    """
-    ends = [0]
-    for path in (folder / "load").glob("*.json"):
-        try:
-            cursor = typed_json.decode(path.read_bytes(), _Cursor)
-        except msgspec.DecodeError:
-            continue
-        ends += [place[2] for place in (cursor.committed, cursor.planned) if place is not None]
-    return max(ends)
 
 
 class _Abandoned(Exception):
@@ -483,11 +604,12 @@ def _patience(attempt: tenacity.RetryCallState) -> float:
     return REFUSED_RETRY_S
 
 
+def _kind(error: BaseException) -> str:
+    of_identity = isinstance(error, Superseded | RecordGone | Unresolved)
+    return "identity" if of_identity else "damage"
+
+
 def _code(error: BaseException | None) -> str:
     if isinstance(error, StoreError):
         return "unreachable" if error.code is None else f"{error.code} {error.name}".strip()
     return "disk"
-
-
-def _plain(position: Position) -> tuple[int, int, int]:
-    return (position.segment, position.offset, position.n)

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,13 @@ class UnreadableState(PlatformError):
     """A state file that is missing or damaged; the books can be had from an earlier one."""
 
 
+MAGIC = b"KSTATE02"
+"""Begins a state file; then come the digest of what follows, and an Arrow IPC file. Files of earlier versions
+are the latter alone."""
+_ARROW = b"ARROW1"
+_DIGEST_BYTES = 16
+
+
 class _Head(msgspec.Struct):
     n: int
     version: int
@@ -38,55 +46,89 @@ class _Head(msgspec.Struct):
     books: dict[str, Book]
     numbers: dict[str, int] = {}
     """Of the markets, where the levels are as the state has them: in files of before they are in words."""
+    partial: frozenset[str] = frozenset()
 
 
 def save(state: State, path: Path) -> None:
     """Write a state, whole or not at all."""
     head = msgspec.json.encode(
-        _Head(state.n, state.version, state.connections, state.books, state.numbers)
+        _Head(
+            *(state.n, state.version, state.connections, state.books),
+            *(state.numbers, state.partial),
+        )
     )
     table = state.ladders.all().to_arrow().replace_schema_metadata({"state": head})
+    content = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(content, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=BATCH_LEVELS)
+    body = content.getvalue()
     # Both loads of a streamer keep the same state of the same hour, at the same moment.
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        pa.OSFile(str(temporary), "wb") as file,
-        pa.ipc.new_file(
-            file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
-        ) as writer,
-    ):
-        writer.write_table(table, max_chunksize=BATCH_LEVELS)
-    with temporary.open("rb") as written:
-        os.fsync(
-            written.fileno()
-        )  # the cursor will name it: it must survive what the cursor survives
+    with temporary.open("wb") as file:
+        file.write(MAGIC + _digest(body))
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())  # the cursor will name it: it must survive what the cursor survives
     temporary.replace(path)
 
 
-def load(path: Path) -> State:
-    """Read a state. Raises `UnreadableState` for a file that is missing or damaged."""
+def load(path: Path, n: int | None = None) -> State:
+    """Read a state; with `n` the one of that record.
+
+    Raises `UnreadableState` for a file that is missing, damaged, or of another record.
+    """
     try:
-        with pa.OSFile(str(path), "rb") as file:
-            table = pa.ipc.open_file(file).read_all()
+        table = pa.ipc.open_file(_proved(path.read_bytes())).read_all()
         head = typed_json.decode(table.schema.metadata[b"state"], _Head)
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
+    if n is not None and head.n != n:
+        raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     if "market_ticker" in levels.columns:  # a file of before
         return State.of(head.n, head.version, head.connections, head.books, levels.cast(LEVELS))
-    ladders = Ladders(levels.cast(PACKED).rechunk())
-    return State(head.n, head.version, head.connections, head.books, head.numbers, ladders)
+    return State(
+        head.n,
+        head.version,
+        head.connections,
+        head.books,
+        head.numbers,
+        Ladders(levels.cast(PACKED).rechunk()),
+        head.partial,
+    )
+
+
+def _proved(content: bytes) -> pa.Buffer:
+    """The Arrow file in a state file. Raises `ValueError` for one that is damaged."""
+    view = memoryview(content)
+    if content.startswith(_ARROW):
+        return pa.py_buffer(view)
+    begin = len(MAGIC) + _DIGEST_BYTES
+    body = view[begin:]
+    if not content.startswith(MAGIC) or view[len(MAGIC) : begin] != _digest(body):
+        raise ValueError("its checksum does not fit")
+    return pa.py_buffer(body)
+
+
+def _digest(body: pa.Buffer | memoryview) -> bytes:
+    return blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
 def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
-    """Keep the books before an hour's first record, so that the hour can be derived again."""
-    save(state, _hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
+    """Keep the books before an hour's first record, so that the hour can be derived again.
+
+    Books that are known in part are not kept: another load of the journal may have them whole.
+    """
+    if not state.partial:
+        save(state, _hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
 
 
 def hour_state(journal_folder: Path, hour: datetime) -> State | None:
     """The books before an hour's first record, or None where they were not kept."""
     found = sorted(_hour_folder(journal_folder).glob(f"{hour:%Y-%m-%dT%H}-*.state"))
-    return load(found[0]) if found else None
+    return load(found[0], int(found[0].stem.rpartition("-")[2])) if found else None
 
 
 def newest_before(journal_folder: Path, n: int) -> State | None:
@@ -97,7 +139,7 @@ def newest_before(journal_folder: Path, n: int) -> State | None:
     }
     for first_n in sorted((k for k in kept if k <= n), reverse=True):
         try:
-            return load(kept[first_n])
+            return load(kept[first_n], first_n)
         except UnreadableState as error:
             log.warning("%s An earlier one is tried.", error)
     return None

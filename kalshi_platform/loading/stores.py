@@ -6,6 +6,7 @@ Neither knows the other: ClickHouse may be away for an hour while Parquet goes o
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -20,15 +21,28 @@ import pyarrow.compute as pc
 from kalshi_platform.loading import hours, passage, sealing
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.loading.traces import Trace
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import arrival, clickhouse, queries
-from kalshi_platform.storage.archive import HOUR, Archive, floor_hour, part_name
+from kalshi_platform.storage import arrival, clickhouse, queries, recorders_table
+from kalshi_platform.storage.archive import (
+    HOUR,
+    Archive,
+    floor_hour,
+    hour_of_ns,
+    part_name,
+    part_range,
+)
+from kalshi_platform.storage.archive.recorders import ArchiveLedger
 from kalshi_platform.storage.errors import StoreUnavailable
+from kalshi_platform.storage.recorders import Ledger
+from kalshi_platform.storage.recorders_table import TableLedger
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
     LATEST_LEVELS,
+    ORDERBOOK_EVENTS,
     STREAM_EVENTS,
+    TRADES,
     Dataset,
 )
 
@@ -44,6 +58,20 @@ class Store(Protocol):
     name: str
     datasets: frozenset[str]
     """What it takes of the rows."""
+    ledger: Ledger
+    """Its own record of what was loaded there."""
+    place: str
+    """Where it is, as people call it."""
+    remedy: str
+    """What to do where it is lost for good: a clause."""
+
+    def holds(self, trace: Trace) -> bool | None:
+        """Whether the row is there that a record leaves; None where that cannot be told."""
+
+    def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
+        """The last of the ranges that were written one after the other from record `n` on, by what they
+        are called in the store; None where there is none, or where they have no names.
+        """
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Make the rows of journal records first_n to end_n - 1 durable.
@@ -60,9 +88,18 @@ class ClickHouseStore:
 
     name = "clickhouse"
     datasets = frozenset(DATASETS)
+    remedy = (
+        "restore it from a backup, or from the archive (kalshi-platform restore), or set"
+        " CLICKHOUSE_DATABASE to a new name and run kalshi-platform migrate: that database gets what the"
+        " journal still has"
+    )
 
-    def __init__(self, settings: Settings, journal_id: str, log_comment: str = "") -> None:
+    def __init__(
+        self, settings: Settings, journal_id: str, log_comment: str = "", *, shard: int = 0
+    ) -> None:
         self._settings = settings
+        self.place = recorders_table.place(settings)
+        self.ledger: Ledger = TableLedger(shard, self._connected, self.place)
         self._journal_id = journal_id
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
@@ -101,6 +138,32 @@ class ClickHouseStore:
                     queries.text("forget_former_books"), parameters={"since": since}
                 )
 
+    def holds(self, trace: Trace) -> bool | None:
+        """See `Store`. Of rows that retention may have taken, nothing can be told."""
+        kept_ns = (self._settings.hot_retention_days - 1) * 86_400_000_000_000
+        if trace.recv_ns < time.time_ns() - kept_ns:
+            return None
+        with clickhouse.translated():
+            found = self._connected().query(
+                f"SELECT count() FROM {trace.dataset} WHERE market_ticker = {{ticker:String}}"  # noqa: S608 - the schema's own name
+                " AND ingest_ts = fromUnixTimestamp64Micro({at:Int64}, 'UTC')"
+                " AND conn_id = {conn:UUID} AND sid = {sid:UInt32} AND seq = {seq:UInt64}"
+                " AND ifNull(record, {record:UInt64}) = {record:UInt64}",
+                parameters={
+                    "ticker": trace.market_ticker,
+                    "at": trace.recv_ns // 1000,
+                    "conn": trace.conn,
+                    "sid": trace.sid,
+                    "seq": trace.seq,
+                    "record": trace.record,
+                },
+            )
+        return bool(found.result_rows[0][0])
+
+    def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
+        """See `Store`. Rows of ClickHouse do not say in which range they came."""
+        return None
+
     def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
         """The books at the hour's first instant, for `book_at`."""
         token = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
@@ -132,6 +195,7 @@ class ParquetStore:
 
     name = "parquet"
     datasets = frozenset(name for name, dataset in DATASETS.items() if dataset.archived)
+    remedy = "restore it from a backup, or set PARQUET_DIR to a new place: that gets what the journal still has"
 
     def __init__(
         self,
@@ -142,6 +206,8 @@ class ParquetStore:
     ) -> None:
         self._archive = archive
         self._shard = shard
+        self.place = str(archive)
+        self.ledger: Ledger = ArchiveLedger(archive, shard)
         self._report = report
         self._journals = journals
         self._passed = passage.passed(journals, shard).before if journals else passage.NOTHING
@@ -150,6 +216,42 @@ class ParquetStore:
         """Up to here, hours were looked for that all have passed and nobody has sealed."""
         self._looked_back = False
         self._open_hour_reported: datetime | None = None
+
+    def holds(self, trace: Trace) -> bool | None:
+        """See `Store`. By the names of the hour's parts, those that a compaction took in included."""
+        hour = hour_of_ns(trace.recv_ns)
+        named, others = self._ranges(hour, hour)
+        if any(first <= trace.record < end for first, end in named):
+            return True
+        return None if others else False
+
+    def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
+        """See `Store`."""
+        named, _ = self._ranges(since, None)
+        ends = dict(named)
+        last = None
+        while n in ends:
+            last = (n, ends.pop(n))
+            n = last[1]
+        return last
+
+    def _ranges(self, since: datetime, until: datetime | None) -> tuple[set[tuple[int, int]], bool]:
+        """The record ranges of this shard's parts in some hours, and whether files of other names are there."""
+        named: set[tuple[int, int]] = set()
+        others = False
+        for dataset in (ORDERBOOK_EVENTS.name, TRADES.name, STREAM_EVENTS.name):
+            for hour, listed in self._archive.listing(dataset, since, until).items():
+                manifest = self._archive.read_manifest(dataset, hour)
+                names = [file.name for file in listed.files]
+                cuts = [
+                    part_range(name) for name in [*names, *(manifest.merged if manifest else ())]
+                ]
+                named |= {
+                    cut[1:] for cut in cuts if cut and cut[0] == self._shard and cut[1] < cut[2]
+                }
+                unnamed = None in cuts[: len(names)]
+                others |= unnamed and not (manifest and manifest.merged)
+        return named, others
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Write the range's files; an hour that was sealed before is sealed anew."""

@@ -21,7 +21,8 @@ import time
 import uuid
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -492,6 +493,20 @@ def _make_folder(folder: Path) -> None:
             f"The journal folder {folder} cannot be made ({error.strerror})."
             " Set KALSHI_DATA_DIR to a folder that this user can write."
         ) from None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Hold a journal's lock without writing to it; gives the first number that is free.
+
+    Raises `JournalError` where a streamer has it.
+    """
+    lock = _lock(folder)
+    try:
+        _insist_on_no_writer(folder)
+        yield _end(folder)[2]
+    finally:
+        lock.release()
 
 
 def _lock(folder: Path) -> FolderLock:

@@ -75,8 +75,9 @@ def refused(client: Client, harm: list[str]) -> None:
         assert error.value.name == "ACCESS_DENIED", statement
 
 
-def load_into(settings: Settings) -> None:
-    writer = journal_of(settings.journal_dir(), recording(200))
+def load_into(settings: Settings, number: int) -> None:
+    """Load a recording of the connection of that number."""
+    writer = journal_of(settings.journal_dir(), recording(200, number=number))
     for store in (
         ClickHouseStore(settings, str(writer.id)),
         ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
@@ -87,7 +88,7 @@ def load_into(settings: Settings) -> None:
 
 def test_the_writer_streams_and_harms_nothing(as_one: As) -> None:
     settings = as_one("kalshi_writer")
-    load_into(settings)
+    load_into(settings, 1)
     with closing(connect(settings)) as client:
         assert client.query("SELECT count() > 150 FROM orderbook_events").first_row == (True,)
         for table in ("mm_decisions", "mm_order_actions", "mm_order_responses", "mm_fills"):
@@ -97,7 +98,7 @@ def test_the_writer_streams_and_harms_nothing(as_one: As) -> None:
 
 def test_the_operator_computes_hours_too_and_harms_nothing(as_one: As) -> None:
     settings = as_one("kalshi_operator")
-    load_into(settings)
+    load_into(settings, 2)
     assert LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
     for _ in range(2):
         compute_hour(settings, FIRST_HOUR)

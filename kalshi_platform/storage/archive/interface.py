@@ -196,6 +196,49 @@ class Archive(ABC):
         `level` is zstd's; `sorted_by` names the columns that the rows are sorted by.
         """
 
+    # -- metadata: small files that no reader of rows looks at ---------------------------------------
+
+    @abstractmethod
+    def read_metadata(self, name: str) -> bytes | None:
+        """The metadata file of a path below the root; None where it is missing."""
+
+    @abstractmethod
+    def write_metadata(self, name: str, content: bytes) -> None:
+        """Write that file, whole or not at all. The root must be there."""
+
+    @abstractmethod
+    def metadata_files(self, folder: str) -> list[str]:
+        """The paths of the metadata files in a folder, which is one level below the root."""
+
+    @abstractmethod
+    def locking_metadata(self) -> AbstractContextManager[None]:
+        """Held to read a metadata file and write it again. Excludes whoever shares the local folder."""
+
+    # -- identity --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def identity(self) -> str | None:
+        """Which archive this is; None where it says nothing. Raises `StoreRefused` for a damaged file."""
+
+    @abstractmethod
+    def identify(self, known: str | None = None) -> str:
+        """Give the archive an identity where it has none, and the folder too; returns what it has then.
+
+        `known`: the identity that it had, where its file was lost.
+        """
+
+    @abstractmethod
+    def insist_on(self, identity: str) -> None:
+        """Raise `StoreUnavailable` where this is not the archive of that identity, nor any."""
+
+    @abstractmethod
+    def expect(self, identity: str) -> None:
+        """From now on insist on that identity before and after each file is written."""
+
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether there is nothing of any dataset."""
+
     # -- sending ---------------------------------------------------------------------------
 
     @abstractmethod

@@ -22,8 +22,10 @@ from pathlib import Path
 import filelock
 import pyarrow as pa
 
+from kalshi_platform import durable
 from kalshi_platform.durable import sync
 from kalshi_platform.storage import swap
+from kalshi_platform.storage.archive import identity as archive_identity
 from kalshi_platform.storage.archive.files import Add, File, local_file, parquet_writer
 from kalshi_platform.storage.archive.interface import (
     Archive,
@@ -35,10 +37,12 @@ from kalshi_platform.storage.archive.interface import (
 )
 from kalshi_platform.storage.archive.layout import MANIFEST, hour_of_path, hour_path
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.storage.schema import DATASETS
 
 ASIDE = ".aside"
 GRACE_S = 60.0
 """A replaced hour is kept for so long: whoever was just listing it lists all of it."""
+METADATA_PATIENCE_S = 10.0
 LISTINGS = 20
 """How often a folder is listed whose files go while they are looked at."""
 _TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
@@ -49,6 +53,7 @@ class LocalArchive(Archive):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._expected: str | None = None
 
     def __str__(self) -> str:
         return str(self.root)
@@ -107,7 +112,7 @@ class LocalArchive(Archive):
     @contextmanager
     def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
         """See `Archive`."""
-        with durably(self.folder(dataset, hour) / name, schema) as add:
+        with self.guarded(), durably(self.folder(dataset, hour) / name, schema) as add:
             yield add
 
     def remove(self, file: File) -> None:
@@ -129,7 +134,8 @@ class LocalArchive(Archive):
     def write_manifest(self, manifest: Manifest) -> None:
         """See `Archive`."""
         hour = datetime.fromisoformat(manifest.hour)
-        stage_manifest(self.folder(manifest.dataset, hour), manifest)
+        with self.guarded():
+            stage_manifest(self.folder(manifest.dataset, hour), manifest)
 
     def remove_hour(self, dataset: str, hour: datetime) -> None:
         """See `Archive`."""
@@ -157,8 +163,93 @@ class LocalArchive(Archive):
     ) -> File:
         """See `Archive`."""
         path = self.root / dataset / name
-        write_durably(path, [table], table.schema, level=level, sorted_by=sorted_by)
+        with self.guarded():
+            write_durably(path, [table], table.schema, level=level, sorted_by=sorted_by)
         return local_file(path)
+
+    # -- metadata ------------------------------------------------------------------------------
+
+    def read_metadata(self, name: str) -> bytes | None:
+        """See `Archive`."""
+        path = self.root / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise disk_error(path, error) from None
+
+    def write_metadata(self, name: str, content: bytes) -> None:
+        """See `Archive`."""
+        path = self.root / name
+        try:
+            if path.parent != self.root:
+                path.parent.mkdir(exist_ok=True)
+            durable.replace(path, content)
+        except FileNotFoundError:
+            raise archive_identity.gone(str(self), None) from None
+        except OSError as error:
+            raise disk_error(path, error) from None
+
+    def metadata_files(self, folder: str) -> list[str]:
+        """See `Archive`."""
+        return sorted(f"{folder}/{path.name}" for path in (self.root / folder).glob("*.json"))
+
+    def locking_metadata(self) -> AbstractContextManager[None]:
+        """See `Archive`."""
+        if not self.root.is_dir():
+            raise archive_identity.gone(str(self), None)
+        path = self.root / ASIDE / "metadata.lock"
+        return locked(path, METADATA_PATIENCE_S, f"Another recorder writes its state in {self}")
+
+    # -- identity --------------------------------------------------------------------------------
+
+    def identity(self) -> str | None:
+        """See `Archive`."""
+        text = self.read_metadata(archive_identity.FILE)
+        return None if text is None else archive_identity.decode(text, self._identity_path)
+
+    def identify(self, known: str | None = None) -> str:
+        """See `Archive`. Of two processes at once, both get the same."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.root, error) from None
+        with self.locking_metadata():
+            if (found := self.identity()) is not None:
+                return found
+            made = known or archive_identity.fresh()
+            self.write_metadata(archive_identity.FILE, archive_identity.encode(made))
+            return made
+
+    def insist_on(self, identity: str) -> None:
+        """See `Archive`."""
+        found = self.identity()
+        if found != identity:
+            raise archive_identity.gone(str(self), found)
+
+    def expect(self, identity: str) -> None:
+        """See `Archive`."""
+        self._expected = identity
+
+    def is_empty(self) -> bool:
+        """See `Archive`."""
+        return not any(any((self.root / name).glob("*")) for name in DATASETS)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around what makes folders: they must not take the place of an archive that has gone."""
+        self._insist_on_expected()
+        yield
+        self._insist_on_expected()
+
+    def _insist_on_expected(self) -> None:
+        if self._expected is not None:
+            self.insist_on(self._expected)
+
+    @property
+    def _identity_path(self) -> str:
+        return str(self.root / archive_identity.FILE)
 
     # -- sending -------------------------------------------------------------------------------
 
@@ -173,6 +264,7 @@ class LocalArchive(Archive):
     @contextmanager
     def changing(self, timeout_s: float = 60.0) -> Iterator[None]:
         """See `Archive`."""
+        self._insist_on_expected()
         path = self.root / ASIDE / "changing.lock"
         with locked(path, timeout_s, f"Sealed hours are being changed in {self}"):
             yield

@@ -33,6 +33,7 @@ from pyarrow import fs
 
 from kalshi_platform.durable import sync
 from kalshi_platform.storage import checksum
+from kalshi_platform.storage.archive import identity as archive_identity
 from kalshi_platform.storage.archive.files import Add, File, batches, local_file
 from kalshi_platform.storage.archive.interface import (
     Archive,
@@ -173,7 +174,7 @@ class ObjectArchive(Archive):
         if part_range(name):
             leaves = (self._leaving.folder(dataset, hour) / name).exists()
             room = self._leaving if leaves else self._waiting
-            with room.writing(dataset, hour, name, schema) as add:
+            with self._waiting.guarded(), room.writing(dataset, hour, name, schema) as add:
                 yield add
             return
         with self._scratch(dataset, hour) as folder:
@@ -255,6 +256,71 @@ class ObjectArchive(Archive):
         with self._asking(key):
             info = self._filesystem.get_file_info(key)
         return self._known(info)
+
+    # -- metadata ------------------------------------------------------------------------------
+
+    def read_metadata(self, name: str) -> bytes | None:
+        """See `Archive`."""
+        key = f"{self._base}/{name}"
+        try:
+            with self._asking(key), self._filesystem.open_input_stream(key) as stream:
+                content: bytes = stream.read()
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write_metadata(self, name: str, content: bytes) -> None:
+        """See `Archive`."""
+        self._put_bytes(content, f"{self._base}/{name}")
+
+    def metadata_files(self, folder: str) -> list[str]:
+        """See `Archive`."""
+        found = self._list(f"{self._base}/{folder}")
+        return sorted(f"{folder}/{info.base_name}" for info in found if info.extension == "json")
+
+    def locking_metadata(self) -> AbstractContextManager[None]:
+        """See `Archive`."""
+        return self._waiting.locking_metadata()
+
+    # -- identity --------------------------------------------------------------------------------
+
+    def identity(self) -> str | None:
+        """See `Archive`. The bucket's; what waits for it has the same."""
+        text = self.read_metadata(archive_identity.FILE)
+        return None if text is None else archive_identity.decode(text, str(self))
+
+    def identify(self, known: str | None = None) -> str:
+        """See `Archive`. The folder of what waits goes first: of two processes one makes it."""
+        there = self.identity()
+        here = self._waiting.identify(known or there)
+        if there == here:
+            return here
+        if there is None:
+            self.write_metadata(archive_identity.FILE, archive_identity.encode(here))
+            return here
+        if not (self._waiting.is_empty() and self._leaving.is_empty()):
+            raise StoreRefused(
+                f"{self._waiting} holds hours that wait for another archive ({here}) than {self} ({there})."
+                " Set PARQUET_DIR to that one until they are sent, or move the folder away."
+            )
+        with self._waiting.locking_metadata():
+            self._waiting.write_metadata(archive_identity.FILE, archive_identity.encode(there))
+        return there
+
+    def insist_on(self, identity: str) -> None:
+        """See `Archive`."""
+        self._waiting.insist_on(identity)
+        if (found := self.identity()) != identity:
+            raise archive_identity.gone(str(self), found)
+
+    def expect(self, identity: str) -> None:
+        """See `Archive`. Each write is held against the folder of what waits: the bucket costs a request."""
+        self._waiting.expect(identity)
+
+    def is_empty(self) -> bool:
+        """See `Archive`."""
+        here = self._waiting.is_empty() and self._leaving.is_empty()
+        return here and not any(self._list(f"{self._base}/{name}") for name in DATASETS)
 
     # -- sending -------------------------------------------------------------------------------
 

@@ -1,0 +1,153 @@
+"""Making a journal that of a recorder of its own: a new identity, and nothing stored twice or left out.
+
+For each store it is found out how far it holds this folder's journal. Then the new identity is written
+down: in the stores, in the cursors, and at last in `journal.json`, which is the step that counts. Broken
+off before that, nothing has changed for the recorder, and it may be done again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from kalshi_platform.loading import cursor as cursor_file
+from kalshi_platform.loading import traces
+from kalshi_platform.loading.cursor import Cursor, plain
+from kalshi_platform.loading.resume import Unresolved
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, Store
+from kalshi_platform.loading.traces import Trace
+from kalshi_platform.recording import journal, journal_identity, writer
+from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.recording.journal_identity import Claim, JournalIdentity, Start
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage.archive import open_archive
+from kalshi_platform.storage.recorders import Entry
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What became of a journal."""
+
+    before: uuid.UUID | None
+    after: uuid.UUID
+    points: dict[str, int]
+    """By store, the record from which on it is loaded."""
+
+
+def adopt(settings: Settings, shard: int) -> Adopted:
+    """Give a shard's journal a new identity.
+
+    Raises `JournalError` where its recorder runs, `StoreError` where a store does not answer, and
+    `Unresolved` where a store holds rows of the journal up to a record that cannot be found out.
+    """
+    folder = settings.journal_dir(shard)
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    with writer.held(folder) as end_n:
+        before = _known(folder)
+        after = uuid.uuid4()
+        start = Start((before.epoch if before else 0) + 1, secrets.token_hex(8))
+        stores: list[Store] = [ParquetStore(open_archive(settings), shard, lambda _: None)]
+        if settings.use_clickhouse:
+            stores.append(ClickHouseStore(settings, str(after), "adopt", shard=shard))
+        points = {}
+        if journal.segments(folder):
+            points = {store.name: _point(folder, store, before, end_n) for store in stores}
+            for store in stores:
+                n = points[store.name]
+                entry = Entry(
+                    *(start.epoch, start.token, end_n, n, n),
+                    *(socket.gethostname(), str(folder)),
+                )
+                store.ledger.claim(after, entry)
+                cursor_file.write(folder, _cursor(folder, store, before, Claim(after, start), n))
+        journal_identity.write(
+            folder,
+            JournalIdentity(
+                id=after,
+                epoch=start.epoch,
+                first=before.first if before else 0,
+                starts=(start,),
+                adopted_from=before.id if before else None,
+            ),
+        )
+    return Adopted(before.id if before else None, after, points)
+
+
+def _known(folder: Path) -> JournalIdentity | None:
+    """The identity that the journal had; None where nothing proves one."""
+    try:
+        return journal_identity.establish(folder, cursor_file.claims(folder))
+    except JournalError:
+        return None
+
+
+def _point(folder: Path, store: Store, before: JournalIdentity | None, end_n: int) -> int:
+    """The record up to which a store holds this folder's journal."""
+    entries = store.ledger.entries(before.id) if before else ()
+    own = {(start.epoch, start.token) for start in before.starts} if before else set()
+    known = [entry for entry in entries if entry.start in own]
+    if known:
+        newest = max(known, key=lambda entry: entry.start)
+        return _settled(folder, store, newest.loaded_to, newest.planned_to, end_n)
+    found = cursor_file.read(folder, store.name, before.id if before else uuid.UUID(int=0))
+    if isinstance(found, Cursor) and _holds(store, traces.before(folder, found.committed[2])):
+        return _settled(folder, store, found.committed[2], found.planned_n, end_n)
+    beginning = journal.beginning(folder).n
+    if not _holds(store, traces.following(folder, beginning)):
+        return beginning
+    if _holds(store, traces.before(folder, end_n)):
+        return end_n
+    raise _unresolved(store, beginning, end_n)
+
+
+def _settled(folder: Path, store: Store, loaded_to: int, planned_to: int, end_n: int) -> int:
+    """Behind a range that was begun, where the store has it whole; before it, where it has none of it."""
+    if min(planned_to, end_n) <= loaded_to:
+        return min(loaded_to, end_n)
+    until = min(planned_to, end_n)
+    inside = [
+        trace
+        for trace in (*traces.following(folder, loaded_to), *traces.before(folder, until))
+        if loaded_to <= trace.record < until
+    ]
+    answers = {store.holds(trace) for trace in inside}
+    if answers == {True}:
+        return until
+    if True not in answers:
+        return loaded_to
+    raise _unresolved(store, loaded_to, until)
+
+
+def _holds(store: Store, found: Sequence[Trace]) -> bool:
+    return any(store.holds(trace) for trace in found)
+
+
+def _unresolved(store: Store, first: int, until: int) -> Unresolved:
+    return Unresolved(
+        f"{store.place} holds a part of the records {first} to {until - 1} of this journal, and which part"
+        f" is not known. Nothing was changed. To go on, {store.remedy}; then run this again."
+    )
+
+
+def _cursor(
+    folder: Path, store: Store, before: JournalIdentity | None, after: Claim, n: int
+) -> Cursor:
+    """The store's cursor under the new identity, with the saved books of the old one where they go with it."""
+    old = cursor_file.read(folder, store.name, before.id if before else after.id)
+    made = Cursor(
+        format=cursor_file.FORMAT,
+        journal=after.id,
+        store=store.name,
+        place=store.place,
+        start=after.start,
+        committed=plain(journal.find(folder, n)),
+    )
+    if isinstance(old, Cursor) and old.state_at is not None and old.state_at[2] <= n:
+        return msgspec.structs.replace(made, state_at=old.state_at, state_file=old.state_file)
+    return made

@@ -1,0 +1,166 @@
+"""Every state file missing, old, altered, truncated or swapped: nothing is stored twice, nothing is left out.
+
+Where going on cannot be known to be right, the load says so, and what its sentence says to do is done
+here and leads to the same.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.storage import migrations
+from kalshi_platform_tests.loading.recorder import KINDS, Recorder, assert_each_record_once
+
+OTHER = {"clickhouse": "parquet", "parquet": "clickhouse"}
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Recorder:
+    settings = platform_settings.load(
+        kalshi_data_dir=tmp_path / "data",
+        clickhouse_url=clickhouse_url,
+        clickhouse_database=clickhouse_database,
+        hot_retention_days=36_500,
+    )
+    migrations.migrate(settings)
+    return Recorder(settings)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.05)
+
+
+Damage = Callable[[Path, "Earlier"], None]
+
+
+class Earlier:
+    """Copies of a data folder: of an earlier moment, and of another recorder."""
+
+    def __init__(self, data: Path, old: Path, other: Path) -> None:
+        self._data, self._old, self._other = data, old, other
+
+    def old(self, path: Path) -> Path:
+        return self._old / path.relative_to(self._data)
+
+    def of_another(self, path: Path) -> Path:
+        return self._other / path.relative_to(self._data)
+
+
+def missing(path: Path, _: Earlier) -> None:
+    path.unlink()
+
+
+def old(path: Path, earlier: Earlier) -> None:
+    shutil.copy(earlier.old(path), path)
+
+
+def altered(path: Path, _: Earlier) -> None:
+    """One digit is another one: the last of the record that the file names first."""
+    text = path.read_bytes()
+    match = re.search(
+        rb"(?:committed\":\[\d+,\d+,|loaded_to\":|epoch\":|id\":\"\w*?)\d*?(\d)\b", text
+    )
+    assert match is not None
+    at = match.start(1)
+    other = b"8" if text[at : at + 1] != b"8" else b"3"
+    path.write_bytes(text[:at] + other + text[at + 1 :])
+
+
+def truncated(path: Path, _: Earlier) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def swapped_with_the_other_stores(path: Path, _: Earlier) -> None:
+    other = path.with_name(f"{OTHER[path.stem]}.json")
+    mine, its = path.read_bytes(), other.read_bytes()
+    path.write_bytes(its)
+    other.write_bytes(mine)
+
+
+def of_another_recorder(path: Path, earlier: Earlier) -> None:
+    shutil.copy(earlier.of_another(path), path)
+
+
+CURSOR_DAMAGES: list[Damage] = [
+    missing,
+    old,
+    altered,
+    truncated,
+    swapped_with_the_other_stores,
+    of_another_recorder,
+]
+TIMES = ("at a start", "while running")
+
+
+def earlier_of(recorder: Recorder, tmp_path: Path) -> Earlier:
+    """The folder as it is now, and that of a recorder of the same age that loads elsewhere."""
+    data = recorder.settings.data_dir
+    shutil.copytree(data, tmp_path / "old")
+    elsewhere = recorder.settings.model_copy(
+        update={"kalshi_data_dir": tmp_path / "other", "use_clickhouse": False}
+    )
+    other = Recorder(elsewhere, kinds=["parquet"])
+    other.run(40)
+    shutil.copy(other.folder / "load" / "parquet.json", other.folder / "load" / "clickhouse.json")
+    return Earlier(data, tmp_path / "old", tmp_path / "other")
+
+
+def disturbed(
+    recorder: Recorder, tmp_path: Path, when: str, damage: Callable[[Earlier], None]
+) -> list[str]:
+    """Three starts with the damage between them, or in the middle of the second. Returns the notes."""
+    recorder.run()
+    earlier = earlier_of(recorder, tmp_path)
+    notes = []
+    if when == "at a start":
+        recorder.run()
+        damage(earlier)
+    else:
+        with recorder.started() as start:
+            start.record(30)
+            start.load()
+            damage(earlier)
+            start.record(30)
+            start.wait()
+            assert start.trouble is None
+        notes += start.notes
+    last = recorder.run()
+    assert last.trouble is None
+    return notes + last.notes
+
+
+@pytest.mark.parametrize("when", TIMES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", CURSOR_DAMAGES)
+def test_a_cursor_that_is_not_the_right_one_costs_nothing(
+    damage: Damage, kind: str, when: str, recorder: Recorder, tmp_path: Path
+) -> None:
+    path = recorder.folder / "load" / f"{kind}.json"
+    notes = disturbed(recorder, tmp_path, when, lambda earlier: damage(path, earlier))
+    assert_each_record_once(recorder)
+    if when == "at a start":  # else the running load has written it again
+        assert any(note.startswith(f"{kind}: resumed") for note in notes)
+
+
+@pytest.mark.parametrize("when", TIMES)
+@pytest.mark.parametrize("how", ["deleted", "moved away"])
+def test_the_load_folder_may_go_at_any_moment(
+    how: str, when: str, recorder: Recorder, tmp_path: Path
+) -> None:
+    folder = recorder.folder / "load"
+
+    def damage(_: Earlier) -> None:
+        if how == "deleted":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "load")
+
+    disturbed(recorder, tmp_path, when, damage)
+    assert_each_record_once(recorder)
