@@ -179,6 +179,14 @@ class Start:
                 assert time.monotonic() < deadline, (load.name, load.committed, load.lag)
                 time.sleep(0.005)
 
+    def wait_for_stores(self) -> None:
+        """Until every store has everything, whatever troubles it meanwhile."""
+        deadline = time.monotonic() + PATIENCE_S
+        for load in self.loads.values():
+            while load.committed is None or load.lag or load.trouble:
+                assert time.monotonic() < deadline, (load.name, load.trouble)
+                time.sleep(0.01)
+
     @property
     def trouble(self) -> str | None:
         """The first trouble of a load."""

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.storage import migrations
-from kalshi_platform_tests.loading.recorder import KINDS, Recorder, assert_each_record_once
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform_tests.loading.recorder import (
+    KINDS,
+    PATIENCE_S,
+    Recorder,
+    Start,
+    assert_each_record_once,
+)
 
 OTHER = {"clickhouse": "parquet", "parquet": "clickhouse"}
 
@@ -164,3 +172,93 @@ def test_the_load_folder_may_go_at_any_moment(
 
     disturbed(recorder, tmp_path, when, damage)
     assert_each_record_once(recorder)
+
+
+# -- stores that go while they are written ---------------------------------------------------------
+
+
+def waits(start: Start, sentence: str) -> None:
+    """Until a load says that, which is all that it does meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while sentence not in str(start.trouble):
+        assert time.monotonic() < deadline, start.trouble
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["moved away", "emptied", "another one in its place"])
+def test_an_archive_that_goes_while_running_is_not_made_again(
+    how: str, recorder: Recorder, tmp_path: Path
+) -> None:
+    root = recorder.settings.archive_dir
+    recorder.run()
+    with recorder.started() as start:
+        start.record(20)
+        start.load()
+        root.rename(tmp_path / "away")
+        if how != "moved away":
+            root.mkdir()
+        if how == "another one in its place":
+            LocalArchive(root).identify()
+        start.record(20)
+        waits(start, f"The archive in {root} is gone")
+        assert not list(root.glob("*/date=*"))
+        shutil.rmtree(root, ignore_errors=True)
+        (tmp_path / "away").rename(root)
+        start.wait_for_stores()
+    assert_each_record_once(recorder)
+
+
+def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    root = recorder.settings.archive_dir
+    recorder.run()
+    root.rename(tmp_path / "away")
+    with recorder.started() as start:
+        start.record(20)
+        start.load()
+        waits(start, "is not mounted, or was emptied or replaced. Bring it back")
+        assert not root.exists() or not list(root.glob("*/date=*"))
+    shutil.rmtree(root, ignore_errors=True)
+    (tmp_path / "away").rename(root)
+    assert recorder.run().trouble is None
+    assert_each_record_once(recorder)
+
+
+def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.run()
+    shutil.rmtree(recorder.settings.archive_dir)  # lost for good: what the sentence says to do
+    recorder.settings = recorder.settings.model_copy(
+        update={"parquet_dir": str(tmp_path / "new place")}
+    )
+    last = recorder.run()
+    assert last.trouble is None
+    assert any("is a new place" in note for note in last.notes)
+    assert_each_record_once(recorder)
+
+
+def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_gets_everything(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.1)
+    name = recorder.settings.clickhouse_database
+    client = clickhouse.connect(recorder.settings, database=False)
+    recorder.run()
+    with recorder.started() as start:
+        start.record(20)
+        start.load()
+        client.command(f"DROP DATABASE {name} SYNC")
+        migrations.migrate(recorder.settings)
+        start.record(20)
+        waits(start, "does not hold what was loaded there up to record")
+        assert recorder.rows("clickhouse", "orderbook_events").is_empty()
+    recorder.settings = recorder.settings.model_copy(update={"clickhouse_database": f"{name}_new"})
+    migrations.migrate(recorder.settings)
+    last = recorder.run()
+    assert last.trouble is None
+    assert_each_record_once(recorder)
+    client.command(f"DROP DATABASE {name}_new SYNC")
