@@ -165,6 +165,9 @@ class Engine:
                 " serves a folder to one process only. Stop the other one, or give another --path."
             ) from None
         self.spool = path / "spool"
+        self._path = path
+        self._folder = _identity_of(path)
+        """Which folder it is, wherever its path leads meanwhile."""
         try:
             self._open(path)
         except BaseException:
@@ -313,6 +316,7 @@ class Engine:
                 raise ClickHouseError(236, "ABORTED", "The server is shutting down")
             self._running += 1
         try:
+            self._insist_on_folder()
             with self._translated():
                 if request.session_id:
                     with self._session(request, statement) as connection_and_freshness:
@@ -324,10 +328,21 @@ class Engine:
                         yield connection, True
                     finally:
                         connection.close()
+            self._insist_on_folder()  # what went meanwhile was not stored
         finally:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
+
+    def _insist_on_folder(self) -> None:
+        """The engine would make folders that are gone again, without what was in them."""
+        if _identity_of(self._path) != self._folder:
+            raise ClickHouseError(
+                425,
+                "SYSTEM_ERROR",
+                f"The data folder {self._path} is gone: it is not mounted, or was removed or replaced."
+                " Bring it back; nothing is read or written meanwhile",
+            )
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -400,6 +415,15 @@ class Engine:
         ordered = sorted(settings.items(), key=lambda item: item[0] == "readonly")
         assignments = ", ".join(f"{_name(name)} = {_literal(value)}" for name, value in ordered)
         connection.query(f"SET {assignments}")
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    """Which file the folder's lock is; None where there is none."""
+    try:
+        found = (path / "lock").stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _keep_default_database(engine_path: Path) -> bool:
