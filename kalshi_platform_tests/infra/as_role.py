@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 
 import click
 
-from kalshi_platform.storage.embedded import engine, serve
+from kalshi_platform.storage.embedded import engine, rights, serve
 from kalshi_platform.storage.statements import statements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,15 +75,14 @@ def running(folder: Path, role: str) -> Iterator[str]:
 
 def main(folder: Path, role: str) -> None:
     """Serve until told to end."""
-    module: Any = engine
+    module: Any = rights
     own = "".join(f"<query>{escape(grant)}</query>" for grant in grants(role))
-    module._USERS = re.sub(
-        r"<grants>.*</grants>", f"<grants>{own}</grants>", module._USERS, flags=re.DOTALL
-    )
-    module._USERS = module._USERS.replace(
-        "</default></profiles>", f"{profile(role)}</default></profiles>"
-    )
+    users = re.sub(r"<grants>.*</grants>", f"<grants>{own}</grants>", rights.users(""))
+    users = re.sub(r"<constraints>.*</constraints>", "", users)
+    users = users.replace("</default></profiles>", f"{profile(role)}</default></profiles>")
+    module.users = lambda _: users
     rewritten: Any = engine.Engine
+    rewritten.permit = lambda *_, **__: None  # the rights alone are shown
     # it takes rights that no role has; the tests name their database in full
     rewritten._make_default_database_plain = lambda self, kept: None
     serve(

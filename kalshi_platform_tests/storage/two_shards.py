@@ -31,7 +31,7 @@ import click
 
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.cluster import SHARDING_KEY, Cluster
-from kalshi_platform.storage.embedded import engine, serve
+from kalshi_platform.storage.embedded import engine, rights, serve
 from kalshi_platform.storage.statements import statements
 
 CLUSTER = "two"
@@ -114,10 +114,15 @@ def main(folder: Path) -> None:
     tables = sharded()
     own = f"<databases>{policies(DATABASES, tables)}</databases></default></users>"
     module: Any = engine
-    module._USERS = module._USERS.replace("</default></users>", own)
+    users = rights.users("").replace("</default></users>", own)
+    users = re.sub(
+        r"<grants>.*</grants>", "<grants><query>GRANT ALL ON *.*</query></grants>", users
+    )
+    cast(Any, rights).users = lambda _: re.sub(r"<constraints>.*</constraints>", "", users)
     module._CONFIG = module._CONFIG.replace("</clickhouse>", _CONFIG)
     query, insert = engine.Engine.query, engine.Engine.insert
     rewritten: Any = engine.Engine
+    rewritten.permit = lambda *_, **__: None  # a cluster's statements are a server's
     rewritten.query = lambda self, request, statement, sql: query(
         self, request, statement, in_one_process(sql, tables)
     )

@@ -48,6 +48,7 @@ class ClickHouseError(Exception):
         super().__init__(f"Code: {code}. DB::Exception: {sentence} ({name})")
         self.code = code
         self.name = name
+        self.sentence = sentence
 
     @classmethod
     def from_engine(cls, text: str) -> ClickHouseError:

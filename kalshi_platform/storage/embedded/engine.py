@@ -7,17 +7,19 @@ to remember something (SET, USE, a temporary table) keeps a connection.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,14 @@ from typing import IO, Any
 
 import filelock
 
+from kalshi_platform.storage.embedded import rights
 from kalshi_platform.storage.embedded.answers import ClickHouseError
+from kalshi_platform.storage.embedded.permission import (
+    Known,
+    Permission,
+    not_listed,
+    require_format,
+)
 from kalshi_platform.storage.embedded.statement import Statement
 from kalshi_platform.storage.errors import StoreError
 
@@ -59,29 +68,29 @@ _CONFIG = """<clickhouse>
   <merge_tree><auto_statistics_types></auto_statistics_types></merge_tree>
 </clickhouse>
 """
-_USERS = """<clickhouse>
-  <profiles><default>
-    <implicit_select>0</implicit_select>
-    <allow_introspection_functions>0</allow_introspection_functions>
-    <!-- no compiling: a question's fourth run would take four times as long, for a tenth off long scans -->
-    <compile_expressions>0</compile_expressions>
-    <compile_aggregate_expressions>0</compile_aggregate_expressions>
-    <compile_sort_description>0</compile_sort_description>
-  </default></profiles>
-  <users><default>
-    <password></password>
-    <profile>default</profile>
-    <quota>default</quota>
-    <grants>
-      <query>GRANT ALL ON *.*</query>
-      <query>REVOKE FILE, SQLITE ON *.*</query>
-      <query>REVOKE TABLE ENGINE ON Python</query>
-      <query>REVOKE SYSTEM SHUTDOWN ON *.*</query>
-    </grants>
-  </default></users>
-  <quotas><default/></quotas>
-</clickhouse>
-"""
+_PARSE_LIMITS = "SET max_query_size = 33554432"
+_UNSUPPORTED = re.compile(r"AST node of type '([^']*)' does not support JSON serialization")
+_WITHIN = ": In scope SELECT parseQueryToJSON("
+"""Behind an error of the parser: the statement that asked it."""
+_PART = r"(?:[A-Za-z_]\w*|`(?:[^`\\]|\\.)*`|\{\w+:\s*Identifier\})"
+_ABOUT_NAMES = re.compile(
+    rf"(?:(?:EXISTS|SHOW CREATE)(?: TEMPORARY)?(?: TABLE| VIEW| DATABASE| DICTIONARY)? {_PART}(?:\.{_PART})?"
+    rf"|SHOW (?:ENGINES|PROCESSLIST|PRIVILEGES|GRANTS|SETTING {_PART})"
+    r"|SHOW FUNCTIONS(?: I?LIKE '(?:[^'\\]|\\.)*')?)(?: FORMAT (?P<format>\w+))?"
+)
+"""Statements, as the engine formats them, that only name things; it has no syntax tree of them as JSON."""
+_DESCRIBE = re.compile(r"(?:DESCRIBE|DESC) (?:TABLE )?(?P<table>.*)", re.DOTALL)
+_LITERALS = re.compile(
+    rb"(?:[\s()\[\]{},:;+\-.]++|\d[\w.]*+|'(?:[^'\\]++|\\.|'')*+'"
+    rb"|(?i:NULL|TRUE|FALSE|INF|NAN|DEFAULT)\b)*+",
+    re.DOTALL,
+)
+"""VALUES without any expression."""
+LITERAL_VALUES_BYTES, EXPRESSION_VALUES_BYTES = 16 * 1024 * 1024, 1024 * 1024
+"""Longer VALUES are read as literals of their columns' types; expressions are for short ones."""
+_SYNTAX_ERROR = 62
+REMEMBERED_BYTES, REMEMBERED = 8192, 2048
+"""Verdicts on statements of this length are kept, the latest ones: 16 MiB of text at most."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +162,11 @@ class _Session:
 class Engine:
     """The chDB engine on one data folder, held exclusively while open. Thread-safe."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the folder, creating it where it is missing. Raises `StoreError`."""
+    def __init__(self, path: Path, object_store: Collection[str] = ()) -> None:
+        """Open the folder, creating it where it is missing. Raises `StoreError`.
+
+        `object_store` are the URL prefixes that `s3()` may reach.
+        """
         make_writable(path)
         self._lock = filelock.FileLock(path / "lock")
         try:
@@ -168,8 +180,10 @@ class Engine:
         self._path = path
         self._folder = _identity_of(path)
         """Which folder it is, wherever its path leads meanwhile."""
+        self._judges: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._remembered = functools.lru_cache(REMEMBERED)(self._verdict)
         try:
-            self._open(path)
+            self._open(path, object_store)
         except BaseException:
             self._lock.release()
             raise
@@ -179,7 +193,7 @@ class Engine:
         self._idle = threading.Condition(self._guard)
         self._closing = False
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, object_store: Collection[str]) -> None:
         temporary = path / "tmp"
         for folder in (self.spool, temporary):
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
@@ -189,7 +203,7 @@ class Engine:
         import chdb  # half a gigabyte: loaded when it is needed
 
         users, config = path / "users.xml", path / "config.xml"
-        users.write_text(_USERS)
+        users.write_text(rights.users(object_store))
         config.write_text(_CONFIG.format(users=users, user_files=path / "user_files"))
         connect: Callable[[str], Any] = chdb.connect
         self._open_connection = functools.partial(
@@ -204,6 +218,7 @@ class Engine:
             raise StoreError(
                 f"The embedded ClickHouse cannot open its data folder {path}: {error}"
             ) from error
+        self._permission = Permission(self._known_names(), self.syntax_tree, tuple(object_store))
         self.version, self.timezone, self.host_name = row.bytes().decode().rstrip("\n").split("\t")
 
     def _make_default_database_plain(self, kept: bool) -> None:
@@ -224,6 +239,82 @@ class Engine:
                 raise
             self._keeper.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
             return self._open_connection()
+
+    def permit(self, sql: str, settings: Iterable[str], *, reader: bool) -> None:
+        """Raise `ClickHouseError` unless SQL and settings are on the list (permission.py).
+
+        `sql` is one statement, an INSERT without its data. `reader`: it may only read.
+        """
+        self._permission.require_settings(settings)
+        known = len(sql) <= REMEMBERED_BYTES
+        verdict = self._remembered(sql, reader) if known else self._verdict(sql, reader)
+        if verdict is not None:
+            raise verdict.with_traceback(None)
+
+    def _verdict(self, sql: str, reader: bool) -> ClickHouseError | None:
+        try:
+            try:
+                tree = self.syntax_tree(sql)
+            except ClickHouseError as error:
+                unsupported = _UNSUPPORTED.search(str(error))
+                if unsupported is None:
+                    raise
+                self._require_without_tree(sql, unsupported[1], reader)
+            else:
+                self._permission.require(tree, reader=reader)
+        except ClickHouseError as error:
+            return error
+        return None
+
+    def _require_without_tree(self, sql: str, kind: str, reader: bool) -> None:
+        formatted = self._judged("SELECT formatQuerySingleLine({sql:String})", sql)
+        if about := _ABOUT_NAMES.fullmatch(formatted):
+            if about["format"]:
+                require_format(about["format"])
+        elif kind == "DescribeQuery" and (described := _DESCRIBE.fullmatch(formatted)):
+            table = described["table"]  # as the engine formats it; nothing is run
+            tree = self.syntax_tree(f"SELECT * FROM {table}")  # noqa: S608
+            self._permission.require(tree, reader=reader)
+        else:
+            raise not_listed(f"the statement, or a part of it, {kind}")
+
+    def syntax_tree(self, sql: str) -> Mapping[str, Any]:
+        """The engine's own parse of a statement. Raises `ClickHouseError` where it does not parse."""
+        try:
+            tree: Mapping[str, Any] = json.loads(
+                self._judged("SELECT parseQueryToJSON({sql:String})", sql)
+            )
+        except RecursionError as error:
+            raise ClickHouseError(168, "TOO_DEEP_AST", "The query is nested too deeply") from error
+        return tree
+
+    def _judged(self, question: str, sql: str) -> str:
+        """The answer of a connection that only parses."""
+        try:
+            judge = self._judges.get_nowait()
+        except queue.Empty:
+            judge = self._connect()
+            judge.query(_PARSE_LIMITS)
+        try:
+            with self._translated():
+                answer = judge.query(question, "TabSeparatedRaw", params={"sql": _escaped(sql)})
+        except ClickHouseError as error:
+            sentence = error.sentence.partition(_WITHIN)[0]
+            raise ClickHouseError(error.code, error.name, sentence) from None
+        finally:
+            self._judges.put(judge)
+        return str(answer.bytes().decode(errors="replace")).rstrip("\n")
+
+    def _known_names(self) -> Known:
+        def names(question: str) -> list[str]:
+            return str(self._keeper.query(question, "TabSeparatedRaw").bytes().decode()).split()
+
+        return Known(
+            functions=frozenset(names("SELECT name FROM system.functions")),
+            table_functions=frozenset(names("SELECT name FROM system.table_functions")),
+            higher_order=frozenset(names("SELECT name FROM system.functions WHERE higher_order")),
+            combinators=tuple(names("SELECT name FROM system.aggregate_function_combinators")),
+        )
 
     def query(self, request: Request, statement: Statement, sql: str) -> Answer:
         """Begin a statement; nothing runs before the first `fetch`, which gives its errors too."""
@@ -260,6 +351,8 @@ class Engine:
         self, request: Request, statement: Statement, header: str, data: IO[bytes]
     ) -> Progress:
         """Run an INSERT with the data that follows, read in pieces. Raises `ClickHouseError`."""
+        if statement.format is None or statement.format.lower() == "values":
+            request = self._with_expressions(request, data)
         with self._connection(request, statement) as (connection, _):
             for name, value in request.parameters.items():
                 connection.query(f"SET param_{_name(name)} = {_literal(value)}")
@@ -272,6 +365,28 @@ class Engine:
             written_bytes=done.bytes_written,
             elapsed_ns=int(done.elapsed * 1e9),
         )
+
+    def _with_expressions(self, request: Request, data: IO[bytes]) -> Request:
+        """Let the engine evaluate expressions in VALUES where each is on the list; else it takes none.
+
+        Raises `ClickHouseError` for one that is not.
+        """
+        begin = data.tell()
+        text = data.read(LITERAL_VALUES_BYTES + 1)
+        data.seek(begin)
+        if len(text) > LITERAL_VALUES_BYTES:
+            return request
+        if _LITERALS.fullmatch(text) is None:
+            if len(text) > EXPRESSION_VALUES_BYTES:
+                return request
+            rows = text.decode(errors="replace").strip().removesuffix(";")
+            verdict = self._verdict(f"SELECT {rows}", reader=False)
+            if verdict is not None and verdict.code != _SYNTAX_ERROR:
+                raise verdict.with_traceback(None)
+            if verdict is not None:
+                return request
+        evaluated = {"input_format_values_interpret_expressions": "1"}
+        return dataclasses.replace(request, settings={**request.settings, **evaluated})
 
     def kill(self, tag: str) -> None:
         """Ask the engine to end the query of a request; returns at once, ended or not."""
@@ -294,6 +409,8 @@ class Engine:
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.close()
+        while not self._judges.empty():
+            self._judges.get_nowait().close()
         self._keeper.close()
         self._lock.release()
 
@@ -493,6 +610,16 @@ def _name(name: str) -> str:
 
 def _literal(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _escaped(value: str) -> str:
+    """A text as a parameter's value: the form of TabSeparated."""
+    return value.translate(_ESCAPES)
+
+
+_ESCAPES = str.maketrans(
+    {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0", "'": "\\'"}
+)
 
 
 def _identifier(name: str) -> str:

@@ -43,6 +43,7 @@ from kalshi_platform.storage.embedded.confinement import confine
 from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
 from kalshi_platform.storage.embedded.engine import Answer, Engine, Progress, make_writable
 from kalshi_platform.storage.embedded.engine import Request as EngineRequest
+from kalshi_platform.storage.embedded.permission import require_format
 from kalshi_platform.storage.embedded.statement import Statement, parse
 from kalshi_platform.storage.errors import StoreError
 
@@ -158,7 +159,10 @@ class Server:
             await self._receive(http, spool)
         spool.seek(0)
         head = spool.read(LONGEST_QUERY_BYTES)
-        statement = await asyncio.get_running_loop().run_in_executor(self._threads, parse, head)
+        request = _engine_request(http, options)
+        statement = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._understood, head, request
+        )
         if statement.inserts_data:
             text = head[: statement.header_end]
             spool.seek(cast(int, statement.data_begin))
@@ -178,13 +182,31 @@ class Server:
             raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
         http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
         return _Call(
-            request=_engine_request(http, options),
+            request=request,
             statement=statement,
             sql=sql,
             data=spool if statement.inserts_data else None,
             query_id=query_id,
             encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
         )
+
+    def _understood(self, head: bytes, request: EngineRequest) -> Statement:
+        """The statement at the start of a body, where it may run."""
+        statement = parse(head)
+        if not statement.verb or len(head) == LONGEST_QUERY_BYTES > (
+            statement.data_begin or LONGEST_QUERY_BYTES
+        ):
+            return statement  # is refused for that
+        text = head
+        if statement.inserts_data:
+            text = b"%s\nFORMAT %s" % (head[: statement.header_end], str(statement.format).encode())
+        try:
+            sql = text.decode()
+        except UnicodeDecodeError:
+            return statement  # is refused for that
+        require_format(request.default_format)
+        self._engine.permit(sql, request.settings, reader=False)
+        return statement
 
     async def _receive(self, http: Request, spool: IO[bytes]) -> None:
         encoding = http.headers.get("content-encoding", "").strip().lower()
@@ -437,7 +459,7 @@ def serve(
     with listener:
         make_writable(folder)
         confine(folder, [_port(url) for url in object_store])
-        engine = Engine(folder)
+        engine = Engine(folder, object_store)
         server = Server(engine, user, password, loopback=is_loopback(host))
         _run(server, engine, listener, ready)
         server.stop()
