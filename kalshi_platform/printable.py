@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return _COMMANDING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def printable_lines(text: str) -> str:
+    """The same line by line; all but the first are indented, so that none passes for a line of ours."""
+    return "\n  ".join(printable(line) for line in text.splitlines())
+
+
 def strip_invisible(text: str) -> str:
     """`text` without blanks, line ends and invisible characters at its ends, as pasting leaves them."""
     begin, end = 0, len(text)

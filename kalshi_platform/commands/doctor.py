@@ -26,6 +26,8 @@ from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
 from kalshi_platform.loading import freshness, passage
 from kalshi_platform.monitoring import channels
+from kalshi_platform.monitoring.metrics import channel_troubles
+from kalshi_platform.monitoring.outbox import deliver_in_time
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
@@ -105,7 +107,7 @@ def send_test_alerts() -> Iterator[tuple[str, Finding]]:
     for channel in targets:
         name = f"test alert, {channel.name}"
         try:
-            channel.send(channels.trial(time.time()))
+            deliver_in_time(channel, channels.trial(time.time()))
         except PlatformError as error:
             yield name, Finding(Mark.BAD, str(error))
         else:
@@ -486,6 +488,8 @@ def _alerts(settings: Settings) -> Finding:
     names = [channel.name for channel in channels.configured(settings)]
     if not names:
         return Finding(Mark.SKIPPED, f"nobody is told of what goes wrong: {_CHANNELS}")
+    if troubles := channel_troubles(settings.data_dir):
+        return Finding(Mark.ODD, " ".join(troubles), "--test-alert tries them again")
     return Finding(Mark.GOOD, f"told to {', '.join(names)}; --test-alert tries them")
 
 

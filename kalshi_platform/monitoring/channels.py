@@ -1,35 +1,41 @@
 """Where alerts go: Slack, a webhook of one's own, e-mail. One message may carry several notices.
 
 Addresses of webhooks are secrets: whoever knows them may write there. They are in no log and in no
-error; the sentence of a `ChannelError` names the setting.
+error; the sentence of a `ChannelError` names the setting. A channel may take as long as it likes to fail:
+`outbox.py` sends, and bounds it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import smtplib
 import socket
 import ssl
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
+import msgspec
 import tenacity
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.monitoring.incidents import Condition, Event, Ledger, Notice, Severity
+from kalshi_platform.monitoring.incidents import Condition, Event, Notice, Severity
+from kalshi_platform.printable import printable, printable_lines
 from kalshi_platform.settings import Settings
 
 for _name in ("httpx", "httpcore"):  # httpx logs the whole address of every request
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 TIMEOUT_S = 4.0
+"""Of silence. A server that says something now and then is bounded by the outbox alone."""
 ATTEMPTS = 2
 """In one go; what is not taken waits in the mailbox for the next look."""
+MENTION = re.compile(r"@(?=channel|here|all|everyone)", re.IGNORECASE)
+"""What makes Slack and its likes call everybody."""
 RUNBOOK = "docs/operations.md"
 _TOLD = {Event.OPENED: "", Event.REMINDER: "STILL ", Event.RESOLVED: "RESOLVED "}
 
@@ -48,7 +54,9 @@ class Message:
 
     notices: tuple[Notice, ...]
     dropped: int = 0
-    host: str = ""
+    host: str = field(default_factory=socket.gethostname)
+    id: str = ""
+    """The same where a message is repeated, for those who want to take each once."""
 
     @property
     def subject(self) -> str:
@@ -66,35 +74,24 @@ class Message:
         return "\n\n".join(parts) + f"\n\nFrom kalshi_platform on {self.host}."
 
 
-class Channel(Protocol):
-    """Somebody to tell."""
-
-    @property
-    def name(self) -> str:
-        """As it is called in logs and in the cursor."""
-
-    def send(self, message: Message) -> None:
-        """Deliver it. Raises `ChannelError` where it was not taken."""
-
-
 def headline(notice: Notice) -> str:
     """One line: how bad, and what."""
     it = notice.condition
-    return f"[{_TOLD[notice.event]}{it.severity.upper()}] {it.title}"
+    return f"[{_TOLD[notice.event]}{it.severity.upper()}] {printable(it.title)}"
 
 
 def told(notice: Notice) -> str:
     """What is wrong, since when, what to do, and where to look."""
     it = notice.condition
-    lines = [headline(notice)]
+    lines, sentence = [headline(notice)], printable_lines(it.sentence)
     if notice.event is Event.RESOLVED:
         lines.append(f"Over since {_utc(notice.at)}; it lasted {_lasting(notice.at - it.since)}.")
-        lines.append(f"It was: {it.sentence}")
+        lines.append(f"It was: {sentence}")
     else:
-        lines.append(it.sentence)
+        lines.append(sentence)
         lines.append(f"Since {_utc(it.since)} ({_lasting(notice.at - it.since)}).")
     if it.link:
-        lines.append(f"See {it.link}")
+        lines.append(f"See {printable(it.link)}")
     if it.section:
         lines.append(f'Runbook: {RUNBOOK}, "{it.section}"')
     return "\n".join(lines)
@@ -103,8 +100,7 @@ def told(notice: Notice) -> str:
 # -- the channels ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Slack:
+class Slack(msgspec.Struct, frozen=True, tag="slack"):
     """An incoming webhook of Slack, or of what understands its messages (Mattermost, Discord's /slack)."""
 
     url: str
@@ -113,14 +109,19 @@ class Slack:
     def __repr__(self) -> str:
         return "Slack()"
 
+    @property
+    def where(self) -> str:
+        """What it is, for a sentence, without a secret."""
+        return _host_of("ALERT_SLACK_WEBHOOK_URL", self.url)
+
     def send(self, message: Message) -> None:
-        """Raises `ChannelError`."""
+        """Raises `ChannelError`. The text is no markup, whatever is in it."""
         text = message.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        _post(self.url, {"text": text}, "ALERT_SLACK_WEBHOOK_URL")
+        body = {"text": MENTION.sub("@\u2060", text), "mrkdwn": False}
+        _post(self.url, body, "ALERT_SLACK_WEBHOOK_URL", message.id)
 
 
-@dataclass(frozen=True)
-class Webhook:
+class Webhook(msgspec.Struct, frozen=True, tag="webhook"):
     """JSON to a server of one's own; docs/operations.md has the keys."""
 
     url: str
@@ -129,20 +130,25 @@ class Webhook:
     def __repr__(self) -> str:
         return "Webhook()"
 
+    @property
+    def where(self) -> str:
+        """See `Slack`."""
+        return _host_of("ALERT_WEBHOOK_URL", self.url)
+
     def send(self, message: Message) -> None:
         """Raises `ChannelError`."""
         body = {
             "source": "kalshi_platform",
+            "id": message.id,
             "host": message.host,
             "subject": message.subject,
             "text": message.text,
             "notices": [_plain(notice) for notice in message.notices],
         }
-        _post(self.url, body, "ALERT_WEBHOOK_URL")
+        _post(self.url, body, "ALERT_WEBHOOK_URL", message.id)
 
 
-@dataclass(frozen=True)
-class Email:
+class Email(msgspec.Struct, frozen=True, tag="email"):
     """SMTP, by default with STARTTLS."""
 
     host: str
@@ -164,7 +170,8 @@ class Email:
         mail["From"] = self.sender
         mail["To"] = ", ".join(self.to)
         mail["Date"] = formatdate()
-        mail["Message-ID"] = make_msgid(domain=self.sender.rpartition("@")[2] or "localhost")
+        domain = self.sender.rpartition("@")[2] or "localhost"
+        mail["Message-ID"] = f"<{message.id}@{domain}>" if message.id else make_msgid(domain=domain)
         mail["Auto-Submitted"] = "auto-generated"
         mail.set_content(message.text)
         try:
@@ -194,24 +201,32 @@ class Email:
             refused = server.send_message(mail)
         if refused:
             raise ChannelError(
-                f"{self._where} refused {', '.join(sorted(refused))}. See ALERT_EMAIL_TO."
+                f"{self.where} refused {', '.join(sorted(refused))}. See ALERT_EMAIL_TO."
             )
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """See `Slack`."""
         return f"The mail server {self.host}:{self.port}"
 
     def _sentence(self, error: Exception) -> str:
         if isinstance(error, smtplib.SMTPAuthenticationError):
-            return f"{self._where} refused SMTP_USER and SMTP_PASSWORD. Set them as it gave them."
+            return f"{self.where} refused SMTP_USER and SMTP_PASSWORD. Set them as it gave them."
         if isinstance(error, smtplib.SMTPResponseException):
             said = error.smtp_error
             reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-            return f"{self._where} said {error.smtp_code} {' '.join(reason.split())}."
+            return (
+                f"{self.where} said {error.smtp_code} {printable(' '.join(reason.split())[:500])}."
+            )
         if isinstance(error, smtplib.SMTPRecipientsRefused):
-            return f"{self._where} refused every address of ALERT_EMAIL_TO. Correct them."
+            return f"{self.where} refused every address of ALERT_EMAIL_TO. Correct them."
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return f"{self._where} cannot be used ({reason}). See SMTP_HOST, SMTP_PORT, SMTP_SECURITY."
+        return f"{self.where} cannot be used ({printable(reason)}). See SMTP_HOST, SMTP_PORT, SMTP_SECURITY."
+
+
+Channel = Slack | Webhook | Email
+"""Where a message goes: its `name` is as it is called in logs and in the cursor, `where` is for a sentence, and
+`send` raises `ChannelError` where it was not taken."""
 
 
 def configured(settings: Settings) -> list[Channel]:
@@ -236,25 +251,11 @@ def configured(settings: Settings) -> list[Channel]:
     return found
 
 
-def deliver(ledger: Ledger, channels: Sequence[Channel], now: float) -> tuple[Ledger, list[str]]:
-    """Send what waits to each channel that may be sent to; returns what went wrong, as sentences.
+class Task(msgspec.Struct, frozen=True):
+    """A message and its channel, as they go to another process."""
 
-    A channel that is down keeps its mailbox and is asked again later; the others do not wait for it.
-    """
-    mailboxes = dict(ledger.mailboxes)
-    troubles = []
-    for channel in channels:
-        box = mailboxes[channel.name]
-        if not box.may_send(now):
-            continue
-        try:
-            channel.send(Message(box.waiting, box.dropped, socket.gethostname()))
-        except ChannelError as error:
-            mailboxes[channel.name] = box.failed(now)
-            troubles.append(f"{channel.name}: {error} {len(box.waiting)} notices wait for it.")
-        else:
-            mailboxes[channel.name] = box.delivered(now)
-    return Ledger(ledger.incidents, mailboxes), troubles
+    channel: Channel
+    message: Message
 
 
 def trial(now: float) -> Message:
@@ -267,26 +268,39 @@ def trial(now: float) -> Message:
         since=now,
         section="Alerts",
     )
-    return Message((Notice(Event.OPENED, condition, now),), host=socket.gethostname())
+    return Message((Notice(Event.OPENED, condition, now),), id=f"test-{now:.0f}")
 
 
 # -- how -----------------------------------------------------------------------------------------
 
 
-def _post(url: str, body: dict[str, Any], setting: str) -> None:
-    where = f"The host of {setting}, {httpx.URL(url).host},"
+def _host_of(setting: str, url: str) -> str:
+    return f"The host of {setting}, {httpx.URL(url).host},"
+
+
+def _post(url: str, body: dict[str, Any], setting: str, message_id: str) -> None:
+    """What the server answers is not read: its status says whether it took the message."""
+    where = _host_of(setting, url)
+    headers = {"Idempotency-Key": message_id} if message_id else {}
 
     def once() -> None:
         try:
-            with httpx.Client(timeout=TIMEOUT_S) as client:
-                answer = client.post(url, json=body)
+            with (
+                httpx.Client(timeout=TIMEOUT_S, headers=headers) as client,
+                client.stream("POST", url, json=body) as answer,
+            ):
+                status = answer.status_code
         except httpx.HTTPError as error:
             reason = str(error).replace(url, "…") or type(error).__name__
-            raise _Passing(f"{where} cannot be reached ({reason}).") from None
-        status = answer.status_code
+            raise _Passing(f"{where} cannot be reached ({printable(reason)}).") from None
         if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500:
             raise _Passing(f"{where} answered HTTP {status}.")
-        if not answer.is_success:
+        if httpx.codes.is_redirect(status):
+            raise ChannelError(
+                f"{where} answered HTTP {status}: it wants the message elsewhere, which is not followed. Set"
+                f" {setting} to the address itself."
+            )
+        if not httpx.codes.is_success(status):
             raise ChannelError(f"{where} refused with HTTP {status}. Is {setting} still valid?")
 
     _retrying(once)

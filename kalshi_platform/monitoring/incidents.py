@@ -2,7 +2,8 @@
 
 A *condition* is something that is wrong now, found anew at every look. An *incident* is a condition over
 time: it is told once when it has lasted, again at an interval while it goes on, and once when it is over.
-Each channel has a *mailbox*, so that one that is down is told later, and no other waits for it.
+Each channel has a *mailbox*, so that one that is down is told later, and no other waits for it: what waits,
+and what has been handed to the outbox (`outbox.py`), which sends it while nobody here waits.
 All times are seconds since the epoch.
 """
 
@@ -84,30 +85,53 @@ class Mailbox(msgspec.Struct, frozen=True):
     waiting: tuple[Notice, ...] = ()
     dropped: int = 0
     """Notices that it will never be told, because too many waited."""
+    sending: tuple[Notice, ...] = ()
+    """Of the message that is being sent."""
     sent: tuple[float, ...] = ()
     """When it took a message, within the window."""
     failures: int = 0
     not_before: float = 0.0
+    trouble: str = ""
+    """Why it did not take the last message, as a sentence."""
+
+    @property
+    def untold(self) -> int:
+        """How many notices it has not taken."""
+        return len(self.sending) + len(self.waiting)
 
     def may_send(self, now: float) -> bool:
         """Whether there is something to send, and it may be sent now."""
         recent = sum(at > now - WINDOW_S for at in self.sent)
-        return bool(self.waiting) and now >= self.not_before and recent < MOST_IN_WINDOW
+        ready = bool(self.waiting) and not self.sending
+        return ready and now >= self.not_before and recent < MOST_IN_WINDOW
+
+    def begun(self) -> Mailbox:
+        """After everything that waits was handed over to be sent."""
+        return msgspec.structs.replace(self, sending=self.waiting, waiting=())
 
     def delivered(self, now: float) -> Mailbox:
-        """After a message with everything that waited was taken."""
-        return Mailbox(sent=(*(at for at in self.sent if at > now - WINDOW_S), now))
+        """After the message was taken."""
+        recent = (*(at for at in self.sent if at > now - WINDOW_S), now)
+        return Mailbox(self.waiting, sent=recent)
 
-    def failed(self, now: float) -> Mailbox:
-        """After a message was not taken: what waits stays."""
+    def returned(self) -> Mailbox:
+        """After it became unknown whether the message was taken: it is sent again."""
+        return msgspec.structs.replace(self, waiting=(), sending=()).put(
+            [*self.sending, *self.waiting]
+        )
+
+    def failed(self, now: float, trouble: str) -> Mailbox:
+        """After the message was not taken: it waits again, and the channel is left alone for a while."""
         wait = min(BACKOFF_S * 2.0 ** min(self.failures, 32), BACKOFF_LIMIT_S)
-        return msgspec.structs.replace(self, failures=self.failures + 1, not_before=now + wait)
+        return msgspec.structs.replace(
+            self.returned(), failures=self.failures + 1, not_before=now + wait, trouble=trouble
+        )
 
     def put(self, notices: Iterable[Notice]) -> Mailbox:
         """With further notices; a reminder of what has not even been told yet is left out."""
         waiting = list(self.waiting)
         for notice in notices:
-            untold = {each.condition.key for each in waiting}
+            untold = {each.condition.key for each in (*self.sending, *waiting)}
             if notice.event is not Event.REMINDER or notice.condition.key not in untold:
                 waiting.append(notice)
         surplus = max(len(waiting) - MOST_WAITING, 0)

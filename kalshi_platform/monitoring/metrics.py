@@ -117,13 +117,26 @@ def serve(settings: Settings, host: str, port: int) -> tuple[threading.Thread, A
 # -- what the alerts sensor leaves for us ----------------------------------------------------------
 
 
-def note_incidents(data_dir: Path, counts: Mapping[str, int], now: float) -> None:
-    """Leave a look's result for the metrics, which cannot see into Dagster. Raises OSError."""
+def note_incidents(
+    data_dir: Path, counts: Mapping[str, int], now: float, troubles: Sequence[str] = ()
+) -> None:
+    """Leave a look's result for the metrics and `doctor`, which cannot see into Dagster: the open incidents,
+    and why channels do not take their messages. Raises OSError.
+    """
     path = _incident_file(data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"at": now, "open": dict(counts)}), "utf-8")
+    noted = {"at": now, "open": dict(counts), "troubles": list(troubles)}
+    temporary.write_text(json.dumps(noted), "utf-8")
     temporary.replace(path)
+
+
+def channel_troubles(data_dir: Path) -> list[str]:
+    """Why alert channels do not take their messages, as the sensor found last; none where it says nothing."""
+    try:
+        return [str(each) for each in json.loads(_incident_file(data_dir).read_bytes())["troubles"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no sensor has looked yet, or one of an earlier version
 
 
 def _incident_file(data_dir: Path) -> Path:

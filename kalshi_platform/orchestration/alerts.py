@@ -4,13 +4,17 @@ One sensor, and not Dagster's run-failure sensor beside others: what is wrong is
 tick, so that twenty failed hours of a backfill are one incident, a run that succeeds ends it, and a
 channel that is down gets the message later. What must be remembered is in the sensor's cursor.
 What an incident is: monitoring/incidents.py. Where it is told: monitoring/channels.py.
+
+A tick decides and writes down; it sends nothing itself, since whoever is told may take any time. The outbox of
+this process (monitoring/outbox.py) does, and the next tick notes what came of it.
 """
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import DagsterRunStatus as Status
@@ -25,6 +29,9 @@ from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
+
+if TYPE_CHECKING:
+    from kalshi_platform.monitoring.outbox import Outbox
 
 TICK_S = 30
 LOOK_BACK_S = 24 * 3600.0
@@ -60,6 +67,9 @@ def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.
     """One tick: look, remember, tell."""
     from kalshi_platform.monitoring import channels, metrics  # load HTTP and mail
 
+    if not context.cursor:
+        _outbox().forget()
+
     now = time.time()
     settings = platform.settings()
     targets = channels.configured(settings)
@@ -70,17 +80,35 @@ def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.
         now,
         settings.alert_reminder_hours * 3600,
     )
-    ledger, troubles = channels.deliver(ledger, targets, now)
+    ledger = _outbox().step(ledger, targets, now)
+    troubles = _troubles(ledger)
     for trouble in troubles:
         context.log.error(trouble)
     try:
-        metrics.note_incidents(settings.data_dir, incidents.counts(ledger), now)
+        metrics.note_incidents(settings.data_dir, incidents.counts(ledger), now, troubles)
     except OSError as error:
         context.log.error(f"The metrics will not know of this look: {error}.")
     return dg.SensorResult(
         skip_reason=dg.SkipReason(_sentence(ledger, [each.name for each in targets], troubles)),
         cursor=incidents.write(ledger),
     )
+
+
+@functools.cache
+def _outbox() -> "Outbox":
+    """This process's own."""
+    from kalshi_platform.monitoring.outbox import Outbox
+
+    return Outbox()
+
+
+def _troubles(ledger: Ledger) -> list[str]:
+    """What each channel that does not take its messages says, and how many wait for it."""
+    return [
+        f"{name}: {box.trouble} {box.untold} notices wait for it."
+        for name, box in ledger.mailboxes.items()
+        if box.trouble
+    ]
 
 
 def conditions(

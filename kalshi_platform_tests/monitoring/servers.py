@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,8 @@ class Web:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.asked = 0
+        self.headers: Mapping[str, str] = {}
+        """Of the last request."""
         self.statuses = [200]
         self.url = ""
 
@@ -35,6 +38,7 @@ def web_server() -> Iterator[Web]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             web.asked += 1
+            web.headers = dict(self.headers)
             status = web.statuses.pop(0) if len(web.statuses) > 1 else web.statuses[0]
             if status < 300:
                 web.bodies.append(json.loads(body))
@@ -54,6 +58,28 @@ def web_server() -> Iterator[Web]:
     finally:
         server.shutdown()
         server.server_close()
+        thread.join()
+
+
+@contextmanager
+def socket_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port at which each caller is talked to in a thread of its own, until the caller or the test ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def meet(caller: socket.socket) -> None:
+            with caller, suppress(OSError):
+                talk(caller)
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    caller, _ = listener.accept()
+                    threading.Thread(target=meet, args=(caller,), daemon=True).start()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 

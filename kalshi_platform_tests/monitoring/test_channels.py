@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.monitoring import channels
 from kalshi_platform.monitoring.channels import ChannelError, Email, Message, Slack, Webhook
-from kalshi_platform.monitoring.incidents import (
-    Condition,
-    Event,
-    Ledger,
-    Notice,
-    Severity,
-    observe,
-)
+from kalshi_platform.monitoring.incidents import Condition, Event, Notice, Severity
 from kalshi_platform_tests.monitoring.servers import Mail, Web, mail_server, web_server
 
 CONDITION = Condition(
@@ -82,9 +75,10 @@ def test_slack_gets_its_own_escapes(web: Web) -> None:
 
 
 def test_a_webhook_gets_every_field(web: Web) -> None:
-    Webhook(web.url).send(Message((OPENED, RESOLVED), host="recorder-1"))
+    Webhook(web.url).send(Message((OPENED, RESOLVED), host="recorder-1", id="4711"))
     (body,) = web.bodies
     assert (body["source"], body["host"]) == ("kalshi_platform", "recorder-1")
+    assert body["id"] == web.headers["Idempotency-Key"] == "4711"
     assert body["notices"][0] == {
         "event": "opened",
         "key": "feed:0",
@@ -100,11 +94,42 @@ def test_a_webhook_gets_every_field(web: Web) -> None:
 
 
 def test_mail_reaches_every_address(mail: Mail) -> None:
-    email(mail.port).send(Message((OPENED,), host="recorder-1"))
+    email(mail.port).send(Message((OPENED,), host="recorder-1", id="4711"))
     (message,) = mail.messages
+    assert message["Message-ID"] == "<4711@x.test>"
     assert message["Subject"] == "kalshi_platform: [CRITICAL] Feed of shard 0: streamer down"
     assert mail.recipients == [["a@x.test", "b@x.test"]]
     assert CONDITION.sentence in message.get_content()
+
+
+HOSTILE = msgspec.structs.replace(
+    CONDITION,
+    title="$x$ *b* [red] <script>\r\nBcc: all@x.test\x1b[31m \u202e",
+    sentence="line one\nSince 1970: <!channel> @channel `|` \x00",
+)
+
+
+def test_text_from_elsewhere_is_no_markup_and_forges_no_line(web: Web, mail: Mail) -> None:
+    message = Message((Notice(Event.OPENED, HOSTILE, 1_800_000_090.0),))
+    for channel in (Slack(web.url), Webhook(web.url), email(mail.port)):
+        channel.send(message)
+    slack, _ = web.bodies
+    assert slack["mrkdwn"] is False
+    assert (
+        "&lt;script&gt;\\r\\nBcc: all@x.test\\x1b[31m \\u202e\nline one\n  Since" in slack["text"]
+    )
+    assert "&lt;!channel&gt; @\u2060channel" in slack["text"]
+    (sent,) = mail.messages
+    assert sent["Bcc"] is None
+    assert sent["Subject"].endswith("Bcc: all@x.test\\x1b[31m \\u202e")
+    assert "\x1b" not in sent.get_content()
+
+
+def test_an_address_that_sends_elsewhere_is_not_followed(web: Web) -> None:
+    web.statuses = [307]
+    with pytest.raises(ChannelError, match="HTTP 307: it wants the message elsewhere"):
+        Webhook(web.url).send(Message((OPENED,)))
+    assert web.asked == 1
 
 
 def test_mail_with_a_password() -> None:
@@ -136,24 +161,6 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(web: W
     with pytest.raises(ChannelError, match=r"HTTP 404\. Is ALERT_SLACK_WEBHOOK_URL still valid"):
         Slack(web.url).send(Message((OPENED,)))
     assert web.asked == 3
-
-
-def test_a_channel_that_is_down_is_named_keeps_its_mail_and_stops_no_other(
-    web: Web, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    down = Webhook("http://127.0.0.1:9/services/s3cr3t")
-    ledger = observe(Ledger(), [CONDITION], ["webhook", "slack"], 1_800_000_000.0, 60.0)
-    told, troubles = channels.deliver(ledger, [down, Slack(web.url)], 1_800_000_000.0)
-    (trouble,) = troubles
-    assert trouble.startswith("webhook: The host of ALERT_WEBHOOK_URL, 127.0.0.1, cannot be")
-    assert "1 notices wait for it" in trouble
-    assert "s3cr3t" not in trouble + caplog.text + repr(down) + repr(Slack(web.url))
-    assert len(web.bodies) == 1
-    assert told.mailboxes["webhook"].waiting
-    assert not told.mailboxes["slack"].waiting
-    soon, troubles = channels.deliver(told, [down, Slack(web.url)], 1_800_000_010.0)
-    assert (soon, troubles) == (told, [])  # it is left alone for a while
 
 
 def test_settings_name_the_channels(web: Web) -> None:

@@ -46,12 +46,13 @@ class Story:
             for name, box in self.ledger.mailboxes.items():
                 if not box.may_send(self.now):
                     continue
+                begun = box.begun()
                 if name in self.down:
-                    boxes[name] = box.failed(self.now)
+                    boxes[name] = begun.failed(self.now, "It is down.")
                     continue
                 told = self.told.setdefault(name, [])
-                told += [(self.now, each.event, each.condition.key) for each in box.waiting]
-                boxes[name] = box.delivered(self.now)
+                told += [(self.now, each.event, each.condition.key) for each in begun.sending]
+                boxes[name] = begun.delivered(self.now)
             self.ledger = Ledger(self.ledger.incidents, boxes)
             self.now += 30.0
 

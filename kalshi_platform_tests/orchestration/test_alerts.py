@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -13,14 +14,16 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform.monitoring import incidents
+from kalshi_platform.commands import doctor
+from kalshi_platform.monitoring import incidents, metrics
 from kalshi_platform.monitoring.incidents import CALM_S, Severity
+from kalshi_platform.monitoring.outbox import Outbox, deliver_in_time
 from kalshi_platform.orchestration import alerts as module
 from kalshi_platform.orchestration.alerts import FEED_ERROR_S, FEED_WARN_S, WELL_S, alerts
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
-from kalshi_platform_tests.monitoring.servers import Web, web_server
+from kalshi_platform_tests.monitoring.servers import Web, socket_server, web_server
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 SECRET = "s3cr3t"
@@ -92,6 +95,8 @@ class Watch:
             }
         )
         self.cursor: str | None = None
+        self.outbox = Outbox(lambda channel, message: channel.send(message))
+        monkeypatch.setattr(module, "_outbox", lambda: self.outbox)
         self.ahead_s = 0.0
         true_time = time.time
         monkeypatch.setattr(time, "time", lambda: true_time() + self.ahead_s)
@@ -116,6 +121,7 @@ class Watch:
         assert result.skip_reason is not None
         self.said = result.skip_reason.skip_message or ""
         self.cursor = result.cursor
+        assert self.outbox.wait(60)
         return [notice for body in self.web.bodies[before:] for notice in body["notices"]]
 
     def report(self, **values: Any) -> None:
@@ -290,8 +296,14 @@ def test_a_channel_that_is_down_is_in_the_ticks_words_without_its_secret(watch: 
     watch.web.statuses = [500]
     watch.run("planted", good=False)
     assert watch.tick() == []
+    assert watch.tick(1) == []
     assert "webhook: The host of ALERT_WEBHOOK_URL" in watch.said
+    assert "1 notices wait for it" in watch.said
     assert SECRET not in watch.said + (watch.cursor or "")
+    settings = watch.platform.settings()
+    assert metrics.channel_troubles(settings.data_dir)[0] in watch.said
+    check, _ = doctor.CHECKS["alerts"]
+    assert check(settings).mark is doctor.Mark.ODD
     watch.web.statuses = [200]
     (notice,) = watch.tick(incidents.BACKOFF_S)
     assert notice["event"] == "opened"
@@ -310,4 +322,47 @@ def test_a_cursor_that_is_no_ledger_is_begun_anew(watch: Watch) -> None:
     watch.cursor = "{"
     watch.run("planted", good=False)
     (notice,) = watch.tick()
+    assert notice["event"] == "opened"
+
+
+def test_a_channel_that_drips_holds_no_tick_and_is_named_by_a_later_one(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drip(caller: socket.socket) -> None:
+        caller.recv(1 << 16)
+        while True:
+            caller.sendall(b"H")
+            time.sleep(0.1)
+
+    with socket_server(drip) as port:
+        url = f"http://127.0.0.1:{port}/{SECRET}"
+        watch.platform = StandInPlatform(
+            overrides=watch.platform.overrides | {"alert_webhook_url": url}
+        )
+        watch.outbox = Outbox(lambda channel, message: deliver_in_time(channel, message, 4.0))
+        watch.run("planted", good=False)
+        waited = Outbox.wait
+        monkeypatch.setattr(Outbox, "wait", lambda *_: True)  # the tick itself is measured
+        began = time.monotonic()
+        for _ in range(3):
+            watch.tick()
+        assert time.monotonic() - began < 3.0
+        assert waited(watch.outbox, 60)
+        watch.tick(1)
+    assert "did not take the message within 4 s, and was left. 1 notices wait for it" in watch.said
+    assert SECRET not in watch.said
+
+
+def test_a_tick_whose_cursor_was_lost_repeats_no_message_and_an_emptied_one_does(
+    watch: Watch,
+) -> None:
+    watch.tick()
+    before = watch.cursor
+    watch.run("planted", good=False)
+    assert len(watch.tick()) == 1
+    watch.cursor = before  # Dagster gave the tick up
+    assert watch.tick(30) == []
+    assert "1 open" in watch.said
+    watch.cursor = None  # a person has emptied it
+    (notice,) = watch.tick(30)
     assert notice["event"] == "opened"
