@@ -2,19 +2,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# By its interpreter: a program of an environment that was copied with its folder calls the one it was copied from.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # On all cores, which pip does not. Files that are no Python of today are nobody's to import.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: help install install-dev run test chaos soak bench bench-quick check fuzz audit format lock clean
+# `moved` where the environment was made in another folder: this one was moved or copied since.
+MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
+
+.PHONY: moved help install install-dev run test chaos soak bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.installed: requirements.lock pyproject.toml
+moved:
+	@echo "This folder was moved or copied: its environment is made to fit"
+	@$(BIN)/python -c '' 2>/dev/null || rm -rf $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml $(MOVED)
 	@echo "Installing into $(VENV) (about a minute, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 " + "run")'
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python infra/moved_environment.py $(VENV)
 	@$(PIP) install --no-compile --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(COMPILE)

@@ -1,4 +1,8 @@
-"""Every setting, read in one place: environment variables first, then `.env` in the working folder.
+"""Every setting, read in one place: environment variables first, then `.env` in the project's folder.
+
+The project's folder (`project`) is the same from whatever folder a command is called: KALSHI_HOME, else the
+checkout that the package is installed from (`make install`), else, for a wheel, the current folder. `.env` is
+read there, and every relative path in a setting begins there.
 
 Other modules take a `Settings` and never look at the environment themselves. `.env.example`
 documents each variable for its readers; a test holds the two together.
@@ -7,6 +11,7 @@ documents each variable for its readers; a test holds the two together.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -29,9 +34,49 @@ from kalshi_platform.errors import SettingsError
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.printable import invisible_in, strip_invisible
 
-ENV_FILE = Path(".env")
+HOME = "KALSHI_HOME"
+_OF_A_CHECKOUT = ("pyproject.toml", "dagster.yaml")
 PRODUCTION_WS_URL = "wss://external-api-ws.kalshi.com/trade-api/ws/v2"
 PRODUCTION_REST_URL = "https://external-api.kalshi.com/trade-api/v2"
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folder that settings are relative to."""
+
+    folder: Path
+    """Absolute."""
+    found_by: str
+    """How it was found, for a sentence."""
+
+    @property
+    def env_file(self) -> Path:
+        """The settings file, which need not be there."""
+        return self.folder / ".env"
+
+
+def project() -> Project:
+    """The project's folder. Raises `SettingsError` where KALSHI_HOME is no folder."""
+    if named := os.environ.get(HOME):
+        folder = Path(named).expanduser().absolute()
+        if not folder.is_dir():
+            raise SettingsError(
+                f"{HOME} is {named!r}, which is no folder. Give the folder that has .env, or unset it."
+            )
+        return Project(folder, HOME)
+    checkout = Path(__file__).resolve().parents[1]
+    if all((checkout / name).is_file() for name in _OF_A_CHECKOUT):
+        return Project(checkout, "the installation's")
+    return Project(Path.cwd(), "the current folder")
+
+
+def _from_project(path: Path) -> Path:
+    """A path of a setting, absolute. Raises `ValueError` for the home of a user that there is not."""
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise ValueError("begins with the home of a user that this machine does not know") from None
+    return path if path.is_absolute() else project().folder / path
 
 
 @dataclass(frozen=True)
@@ -54,9 +99,7 @@ class Exchange:
 class Settings(BaseSettings):
     """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`."""
 
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
-    )
+    model_config = SettingsConfigDict(env_file_encoding="utf-8-sig", extra="ignore", frozen=True)
 
     prod_keyid: SecretStr | None = None
     prod_keyfile: Path | None = None
@@ -90,7 +133,7 @@ class Settings(BaseSettings):
     """Silence after which a query is given up."""
     hot_retention_days: int = Field(30, ge=1, le=36_500)
 
-    kalshi_data_dir: Path = Path("data")
+    kalshi_data_dir: Path = Field(Path("data"), validate_default=True)
     parquet_dir: str | None = None
     s3_endpoint_url: str | None = Field(
         None,
@@ -155,6 +198,18 @@ class Settings(BaseSettings):
         stripped = value.strip("\r\n") if "password" in name else strip_invisible(value)
         # joiners are part of how some scripts write a folder's name
         return stripped if name.endswith(("_dir", "file")) else _insist_on_visible(stripped)
+
+    @field_validator(
+        "prod_keyfile",
+        "market_file",
+        "clickhouse_ca_file",
+        "clickhouse_client_cert_file",
+        "clickhouse_client_key_file",
+        "kalshi_data_dir",
+    )
+    @classmethod
+    def _is_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _from_project(value)
 
     @field_validator("prod_keyid")
     @classmethod
@@ -240,7 +295,7 @@ class Settings(BaseSettings):
     def _is_place(cls, value: str | None) -> str | None:
         scheme, separator, place = (value or "").partition("://")
         if not separator and not scheme.lower().startswith("s3:"):
-            return value
+            return str(_from_project(Path(value))) if value else None
         if scheme != "s3":
             raise ValueError("is neither a folder nor s3://bucket/prefix")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#@]*)?", place):
@@ -277,7 +332,7 @@ class Settings(BaseSettings):
                 ws_url=self.kalshi_ws_url or PRODUCTION_WS_URL,
                 rest_url=self.kalshi_rest_url or PRODUCTION_REST_URL,
                 key_id=self.prod_keyid.get_secret_value(),
-                key_file=self.prod_keyfile.expanduser(),
+                key_file=self.prod_keyfile,
                 simulated=False,
             )
         base = f"127.0.0.1:{self.simulator_port}/trade-api"
@@ -303,14 +358,14 @@ class Settings(BaseSettings):
     @property
     def data_dir(self) -> Path:
         """Where everything local lives, absolute."""
-        return self.kalshi_data_dir.expanduser().absolute()
+        return self.kalshi_data_dir
 
     @property
     def archive_dir(self) -> Path:
         """Root of the Parquet archive, absolute; of one on object storage, of what it does not have yet."""
         if self.archive_base is not None:
             return self.data_dir / "outbox"
-        return Path(self.parquet_dir or self.data_dir / "parquet").expanduser().absolute()
+        return Path(self.parquet_dir or self.data_dir / "parquet")
 
     @property
     def archive_base(self) -> str | None:
@@ -376,11 +431,14 @@ def load(**overrides: Any) -> Settings:
 
     Raises `SettingsError` naming the variable and the remedy.
     """
-    _insist_on_text(ENV_FILE)
+    env_file = project().env_file
+    _insist_on_text(env_file)
     try:
-        settings = Settings(**overrides)
+        settings = Settings(**{"_env_file": env_file, **overrides})
     except ValidationError as error:
-        raise SettingsError(_sentence(error)) from None  # the cause holds the values, maybe secrets
+        sentence = _sentence(error)  # the cause holds the values, maybe secrets
+        raise SettingsError(f"{sentence} {_where_from(env_file)}") from None
+    _insist_on_usable(settings.data_dir, for_clickhouse=settings.embedded_clickhouse)
     if (settings.prod_keyid is None) != (settings.prod_keyfile is None):
         missing = "PROD_KEYFILE" if settings.prod_keyfile is None else "PROD_KEYID"
         raise SettingsError(
@@ -437,8 +495,37 @@ def secrets_in_file() -> list[str]:
     }
     return sorted(
         n
-        for n, value in dotenv_values(ENV_FILE, encoding="utf-8-sig").items()
+        for n, value in dotenv_values(project().env_file, encoding="utf-8-sig").items()
         if value and n.lower() in secret
+    )
+
+
+def _where_from(env_file: Path) -> str:
+    there = "" if env_file.is_file() else ", which is not there"
+    return f"Settings come from the environment and {env_file}{there}."
+
+
+MOST_PATH_BYTES = 400
+"""Of the data folder. SQLite, where Dagster keeps its runs, opens no file whose path has 512 bytes."""
+_UNUSABLE = re.compile(r"%[0-9A-Fa-f]{2}|[?\x00-\x1f\x7f\ud800-\udfff]")
+"""What Dagster's storage takes for something else in the URL that it makes of a path, or no terminal shows."""
+
+
+def _insist_on_usable(data_dir: Path, *, for_clickhouse: bool) -> None:
+    """Refuse a data folder in which something would fail later, and not say why."""
+    text = str(data_dir)
+    found, size = _UNUSABLE.search(text), len(os.fsencode(data_dir))
+    sign = re.search(r"[&<>\\]", text)
+    if found is not None:
+        what = f"has {found[0]!a} in its path, which Dagster's storage cannot use"
+    elif for_clickhouse and sign is not None:
+        what = f"has {sign[0]!r} in its path, which the embedded ClickHouse cannot use"
+    elif size > MOST_PATH_BYTES:
+        what = f"is {size} bytes long, and SQLite cannot open what is below more than {MOST_PATH_BYTES}"
+    else:
+        return
+    raise SettingsError(
+        f"The data folder {text!r} {what}. Set KALSHI_DATA_DIR to another folder, or rename that one."
     )
 
 

@@ -17,6 +17,9 @@ from kalshi_platform_tests.storage import two_shards
 # Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
 
+# The folder that a test, or a program that it starts, is in: never this checkout's `.env` and data.
+os.environ["KALSHI_HOME"] = "."
+
 # A shell starts what it puts into the background with SIGINT ignored. Dagster gives SIGTERM the same
 # handler, and programs that are started inherit what is ignored: none of them could be asked to end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,7 +172,7 @@ def test_blanks_and_invisible_characters_around_a_value_are_taken_off(
     monkeypatch.setenv("CLICKHOUSE_PASSWORD", " kept as it is \r\n")
     settings = load()
     assert settings.exchange.key_id == KEY_ID
-    assert settings.exchange.key_file == Path("key.pem")
+    assert settings.exchange.key_file == Path("key.pem").absolute()
     assert settings.clickhouse_password.get_secret_value() == " kept as it is "
 
 
@@ -229,4 +233,128 @@ def test_a_settings_file_of_another_encoding_is_a_sentence(tmp_path: Path) -> No
 def test_a_settings_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / ".env").mkdir()
     with pytest.raises(SettingsError, match="cannot be read"):
+        load()
+
+
+# -- the project's folder --------------------------------------------------------------------------
+
+
+PACKAGE = Path(platform_settings.__file__).resolve().parent
+SHOW = """
+from kalshi_platform import settings
+project, loaded = settings.project(), settings.load()
+print(project.folder, project.found_by, loaded.data_dir, loaded.archive_dir, loaded.market_file, sep="\\n")
+"""
+
+
+def installed(folder: Path, *, checkout: bool) -> Path:
+    """The package in a folder of its own: as a checkout, or as a wheel leaves it."""
+    folder.mkdir(parents=True)
+    names = shutil.ignore_patterns("__pycache__", "benchmarks", "simulator")
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=names)
+    if checkout:
+        for name in ("pyproject.toml", "dagster.yaml", "workspace.yaml"):
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def shown(installation: Path, cwd: Path, *argv: str, **env: str) -> list[str]:
+    """What a program of that installation prints, called from a folder."""
+    kept = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME"}}
+    done = subprocess.run(
+        [sys.executable, *(argv or ("-c", SHOW))],
+        cwd=cwd,
+        env={**kept, "PYTHONPATH": str(installation), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (done.stdout + done.stderr).splitlines()
+
+
+def test_settings_and_data_are_found_from_every_folder(tmp_path: Path) -> None:
+    elsewhere, home = tmp_path / "elsewhere", tmp_path / "home"
+    checkout = installed(tmp_path / "a checkout", checkout=True)
+    wheel = installed(tmp_path / "site-packages", checkout=False)
+    for folder in (elsewhere, home):
+        folder.mkdir()
+    for folder in (elsewhere, home, checkout):
+        (folder / ".env").write_text(
+            f"KALSHI_DATA_DIR=./{folder.name[-8:]}\nPARQUET_DIR=../p\nMARKET_FILE=m.txt\n"
+        )
+
+    def expected(folder: Path, found_by: str) -> list[str]:
+        paths = (folder / folder.name[-8:], folder / ".." / "p", folder / "m.txt")
+        return [str(folder), found_by, *map(str, paths)]
+
+    assert shown(checkout, elsewhere) == expected(checkout, "the installation's")
+    assert shown(checkout, checkout) == expected(checkout, "the installation's")
+    assert shown(wheel, elsewhere) == expected(elsewhere, "the current folder")
+    for installation in (checkout, wheel):
+        named = expected(home, "KALSHI_HOME")
+        assert shown(installation, elsewhere, KALSHI_HOME=str(home)) == named
+        here = expected(elsewhere, "KALSHI_HOME")
+        assert shown(installation, elsewhere, KALSHI_HOME=".") == here
+    lines = shown(checkout, elsewhere, "-m", "kalshi_platform", "doctor", USE_CLICKHOUSE="0")
+    assert lines[0] == (
+        "✓ settings — recording the simulator, since no PROD_KEYID is set; project folder"
+        f" {checkout} (the installation's), .env is read; data in {checkout / 'checkout'}"
+    )
+    (streamer,) = (line for line in lines if line.startswith("· streamer"))
+    assert streamer == f"· streamer — none has run in {checkout / 'checkout'} yet"
+
+
+def test_a_home_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KALSHI_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(SettingsError, match=r"KALSHI_HOME is '.*nowhere', which is no folder"):
+        load()
+
+
+def test_an_error_says_which_settings_file_was_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOT_RETENTION_DAYS", "soon")
+    with pytest.raises(SettingsError, match="which is not there") as error:
+        load()
+    (tmp_path / ".env").touch()
+    with pytest.raises(SettingsError) as error:
+        load()
+    assert str(error.value).endswith(f"come from the environment and {tmp_path / '.env'}.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a%41b",
+        "%2e",
+        "what?",
+        "line\nend",
+        "\x1b[31m",
+        os.fsdecode(b"\xff"),
+        "x" * 200 + "/" + "y" * 200,
+    ],
+)
+def test_a_data_folder_that_dagster_cannot_use_is_refused_by_its_path(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(kalshi_data_dir=tmp_path / name)
+    assert repr(str(tmp_path / name)) in str(error.value)
+    assert "Set KALSHI_DATA_DIR" in str(error.value)
+
+
+@pytest.mark.parametrize("sign", "&<>\\")
+def test_a_data_folder_that_the_embedded_clickhouse_cannot_use_is_refused_where_it_is_used(
+    sign: str, tmp_path: Path
+) -> None:
+    data = tmp_path / f"a {sign} b"
+    with pytest.raises(SettingsError, match="which the embedded ClickHouse cannot use"):
+        load(kalshi_data_dir=data)
+    assert load(kalshi_data_dir=data, use_clickhouse=False).data_dir == data
+
+
+@pytest.mark.parametrize("name", ["KALSHI_DATA_DIR", "PARQUET_DIR", "MARKET_FILE"])
+def test_the_home_of_nobody_is_a_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "~nobody-of-that-name/x")
+    with pytest.raises(SettingsError, match=f"{name} is .* does not know"):
         load()

@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,17 @@ import httpx
 
 from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands.announcements import IN_A_ROW
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
 from kalshi_platform.loading import freshness, passage
-from kalshi_platform.monitoring import channels
+from kalshi_platform.monitoring import channels, supervision
 from kalshi_platform.monitoring.metrics import channel_troubles
 from kalshi_platform.monitoring.outbox import deliver_in_time
+from kalshi_platform.printable import printable
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
@@ -48,6 +51,7 @@ REPORT_BAD_S = 15.0
 UNWRITTEN_BAD_S = 15.0
 """Frames that came so long ago and are not durable are not being kept."""
 GIB = 1 << 30
+FOREIGN_SHOWN = 8
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
 _START = "start it (make run, or kalshi-platform stream)"
 _CHANNELS = "set ALERT_SLACK_WEBHOOK_URL, ALERT_WEBHOOK_URL or ALERT_EMAIL_TO"
@@ -72,9 +76,8 @@ class Finding:
 
     def line(self, name: str) -> str:
         """The finding on a line of its own."""
-        return " — ".join(
-            part for part in (f"{self.mark.value} {name}", self.text, self.remedy) if part
-        )
+        parts = (f"{self.mark.value} {name}", self.text, self.remedy)
+        return printable(" — ".join(part for part in parts if part))
 
 
 @click.command()
@@ -123,7 +126,12 @@ def examine() -> Iterator[tuple[str, Finding]]:
         yield "settings", Finding(Mark.BAD, str(error))
         return
     yield "settings", _settings(settings)
-    for name, (check, stands_on) in _checks(settings).items():
+    try:
+        checks = _checks(settings)
+    except PlatformError as error:
+        yield "journals", Finding(Mark.BAD, str(error))
+        checks = dict(CHECKS)
+    for name, (check, stands_on) in checks.items():
         if stands_on in found and found[stands_on].mark in {Mark.BAD, Mark.SKIPPED}:
             found[name] = Finding(Mark.SKIPPED, f"not looked at: see {stands_on}")
         else:
@@ -136,11 +144,16 @@ def examine() -> Iterator[tuple[str, Finding]]:
 
 def _settings(settings: Settings) -> Finding:
     what = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
-    text = f"recording {what}; data in {settings.data_dir}"
+    project = platform_settings.project()
+    env = ".env is read" if project.env_file.is_file() else "it has no .env"
+    text = (
+        f"recording {what}; project folder {project.folder} ({project.found_by}), {env}; data in"
+        f" {settings.data_dir}"
+    )
     secret = platform_settings.secrets_in_file()
-    if secret and open_to_others(platform_settings.ENV_FILE.stat().st_mode):
+    if secret and open_to_others(project.env_file.stat().st_mode):
         told = f"{text}; other users of this machine can read {', '.join(secret)} in .env"
-        return Finding(Mark.ODD, told, "chmod 600 .env")
+        return Finding(Mark.ODD, told, f"chmod 600 {project.env_file}")
     return Finding(Mark.GOOD, text)
 
 
@@ -299,6 +312,24 @@ def _archive(settings: Settings) -> Finding:
     return Finding(Mark.GOOD, f"{archive} can be written and read")
 
 
+def _foreign(settings: Settings) -> Finding:
+    """What somebody else has put among our files."""
+    from kalshi_platform.monitoring import foreign  # loads Arrow
+
+    found = [
+        *islice(foreign.in_archive(settings), FOREIGN_SHOWN + 1),
+        *islice(foreign.in_data_folder(settings), FOREIGN_SHOWN + 1),
+    ]
+    if not found:
+        return Finding(Mark.GOOD, "none among the platform's own")
+    shown = ", ".join(found[:FOREIGN_SHOWN]) + (", …" if len(found) > FOREIGN_SHOWN else "")
+    return Finding(
+        Mark.ODD,
+        f"not the platform's, and passed over: {shown}",
+        "move them elsewhere: a reader that globs the archive takes theirs for recorded rows",
+    )
+
+
 def _disk(folder: Path, variable: str) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -325,7 +356,8 @@ def _streamer(settings: Settings, shard: int = 0) -> Finding:
             return _unreported(settings, shard)
         if shard >= settings.stream_shards:
             return _left_over(report, shard)
-        return _judge(report, time.time_ns())
+        finding = _judge(report, time.time_ns())
+        return replace(finding, text=f"{finding.text}{_supervised(settings, shard)}")
     except OSError as error:
         return Finding(Mark.BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
     except (ValueError, KeyError, TypeError) as error:
@@ -340,13 +372,28 @@ def _unreported(settings: Settings, shard: int) -> Finding:
     """A shard of which there is no report."""
     if shard >= settings.stream_shards:
         return _left_over({"pid": 0, "pid_started": 0.0}, shard)
-    if any(settings.journals_dir.glob(f"shard-*/{health_report.FILE}")):
+    if passage.shards(settings.journals_dir):
         return Finding(
             Mark.ODD,
             "none has run here yet: its share of the markets is not recorded",
             f"run kalshi-platform stream --shard {shard} (streamer_supervisor does that)",
         )
-    return Finding(Mark.SKIPPED, "none has run here yet")
+    noted = supervision.read(settings.data_dir)
+    if noted is not None and noted.ticking:
+        text = (
+            f"none runs, and none has run in {settings.data_dir} yet{_supervised(settings, shard)}"
+        )
+        return Finding(Mark.BAD, text, "see the last runs of stream_orderbook in the UI")
+    return Finding(Mark.SKIPPED, f"none has run in {settings.data_dir} yet")
+
+
+def _supervised(settings: Settings, shard: int) -> str:
+    """What the supervisor says of a shard whose runs fail, as the rest of a sentence; else nothing."""
+    noted = supervision.read(settings.data_dir)
+    it = noted.shards.get(shard) if noted is not None and noted.ticking else None
+    if it is None or it.failures < IN_A_ROW:
+        return ""
+    return f"; {it.failures} runs in a row have failed, the last: {it.why} {it.reason}"
 
 
 def _left_over(report: dict[str, Any], shard: int) -> Finding:
@@ -522,6 +569,7 @@ CHECKS: Mapping[str, Check] = {
     "schema": (_schema, "ClickHouse"),
     "data folder": (_data_folder, None),
     "archive": (_archive, None),
+    "foreign names": (_foreign, "archive"),
     "growth": (_growth, "data folder"),
     "streamer": (_streamer, None),
     "Dagster daemon": (_daemon, None),

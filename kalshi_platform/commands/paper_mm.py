@@ -12,7 +12,7 @@ import click
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.inventory.recorder import Recorder
-from kalshi_platform.inventory.spool import Spool
+from kalshi_platform.inventory.spool import Spool, folder_of
 from kalshi_platform.simulator.paper import (
     ENGINE_VERSION,
     Misbehaviour,
@@ -64,7 +64,7 @@ def command(
         raise SettingsError("USE_CLICKHOUSE is 0: the market maker's tables are in ClickHouse.")
     fault = Misbehaviour(misbehave) if misbehave else None
     gateway = SimulatorGateway(port if port is not None else settings.simulator_port)
-    spool = Spool(settings.data_dir / "market_maker", settings)
+    spool = Spool(folder_of(settings), settings)
     recorder = Recorder(
         f"paper-{uuid.uuid4().hex[:8]}",
         ENGINE_VERSION,

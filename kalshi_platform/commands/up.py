@@ -27,9 +27,12 @@ from rich.console import Console
 
 from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands.announcements import Announcements
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
+from kalshi_platform.monitoring import supervision
 from kalshi_platform.orchestration.home import Home, prepare
+from kalshi_platform.printable import printable
 from kalshi_platform.processes import Keeper, Program, require_free_port
 from kalshi_platform.settings import Settings
 
@@ -40,8 +43,6 @@ LOOK_S = 0.25
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
 """How long to wait for each before the next is started anyway."""
 
-RECORDING_S = 90.0
-"""By then the first frames should be in the journal; if not, a person is told where to look."""
 
 # The streamer's run lives in the code server's session, and is drained with it, first of all.
 # Together the graces stay below 15 s.
@@ -147,7 +148,8 @@ class _Platform:
         if self._settings.log_format == "json":
             log.info("%s", sentence)
             return
-        self._console.print(f"{datetime.now().astimezone():%H:%M:%S}  {sentence}", markup=False)
+        line = f"{datetime.now().astimezone():%H:%M:%S}  {printable(sentence)}"
+        self._console.print(line, markup=False)
 
     def run(self) -> None:
         """Start everything, watch over it until asked to end, end everything."""
@@ -261,6 +263,7 @@ class _Platform:
     def _environment(self) -> dict[str, str]:
         return {
             **os.environ,
+            platform_settings.HOME: str(platform_settings.project().folder),
             "KALSHI_DATA_DIR": str(self._settings.data_dir),
             "DAGSTER_HOME": str(self._home.folder),
             "PYTHONUNBUFFERED": "1",
@@ -300,35 +303,26 @@ class _Platform:
         self._console.print()
 
     def _announce(self) -> None:
-        """Say when the streamers have written their first frames, and what troubles them."""
-        recording = False
-        troubles: dict[int, str] = {}
-        shards = self._settings.stream_shards
-        late_at = time.monotonic() + RECORDING_S
+        """Say when the streamers have written their first frames, what troubles them, and when none runs."""
+        settings = self._settings
+        where = (
+            f"What the streamer's run says is in the UI ({self._ui}/runs), and in"
+            f" {self._keeper.log_path('code-server')}."
+        )
+        shards = settings.stream_shards
+        announcements = Announcements(shards, where, time.monotonic())
         while not self._over.wait(1.0):
-            if not recording and time.monotonic() >= late_at:
-                late_at = float("inf")
-                self.say(
-                    f"Nothing is recorded yet after {RECORDING_S:.0f} s. What the streamer's run says is in"
-                    f" the UI ({self._ui}/runs), and in {self._keeper.log_path('code-server')}."
-                )
-            healths = {
-                shard: health
+            reports = {
+                shard: report
                 for shard in range(shards)
-                if (health := _health(self._settings, shard, since_ns=self._began_ns)) is not None
+                if (report := _report(settings, shard, since_ns=self._began_ns)) is not None
             }
-            frames = sum(it["frames"] for it in healths.values() if it["state"] != "stopped")
-            if not recording and frames:
-                recording = True
-                self.say(f"Recording: {frames:,} frames are in the journal, and more are coming.")
-            for shard, health in healths.items():
-                whose = "" if shards == 1 else f"Shard {shard}: "
-                now, before = health["trouble"] or "", troubles.get(shard, "")
-                if now and now not in (before, self._clickhouse_trouble):
-                    self.say(f"{whose}{now}")
-                elif before and not now:
-                    self.say(f"{whose}The streamer is well again.")
-                troubles[shard] = now
+            noted = supervision.read(settings.data_dir)
+            supervised = noted.shards if noted and noted.at * 1e9 >= self._began_ns else {}
+            for sentence in announcements.look(
+                reports, supervised, time.monotonic(), self._clickhouse_trouble
+            ):
+                self.say(sentence)
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
@@ -390,15 +384,13 @@ def _answers(url: str) -> Callable[[], bool]:
     return ask
 
 
-def _health(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:
+def _report(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:
     """What the streamer says of itself, unless that is older than `since_ns` or damaged."""
     try:
-        health = health_report.read(settings.journal_dir(shard))
+        report = health_report.read(settings.journal_dir(shard))
     except (OSError, ValueError):
         return None
-    if health is None:
-        return None
-    return health if health["updated_ns"] >= since_ns else None
+    return report if report is not None and report.get("updated_ns", 0) >= since_ns else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -29,16 +30,30 @@ from kalshi_platform.inventory.semantics import InventoryError
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.arrival import insist
 from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.storage.errors import StoreError, StoreUnavailable
 
 FLUSH_S = 1.0
 MOST_ROWS = 1_000_000
 """In memory, while the disk takes nothing; beyond that `put` refuses."""
 MOST_IN_A_FILE = 100_000
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
-SUFFIX = ".arrow"
+SUFFIX, TORN, DAMAGED = ".arrow", ".tmp", ".damaged"
+_ENDS = {SUFFIX, TORN, f"{SUFFIX}{DAMAGED}"}
+LOCK = "spool.lock"
+_NAME = re.compile(rf"[0-9]{{20}}-[0-9a-f]{{32}}-[0-9]{{8}}-(?:{'|'.join(TABLES)})")
 
 log = logging.getLogger(__name__)
+
+
+def folder_of(settings: Settings) -> Path:
+    """The spool of the platform's own market maker."""
+    return settings.data_dir / "market_maker"
+
+
+def is_of_a_spool(name: str) -> bool:
+    """Whether a file in a spool's folder is its own, by its name."""
+    stem, _, end = name.partition(".")
+    return name == LOCK or (bool(_NAME.fullmatch(stem)) and f".{end}" in _ENDS)
 
 
 class Spool:
@@ -61,8 +76,11 @@ class Spool:
         self._spooled = threading.Event()
         self.trouble: str | None = None
         """Why rows are not getting on at the moment, as a sentence; None when all is well."""
-        for torn in folder.glob("*.tmp"):  # a kill in mid-write; its rows were still in memory
+        for torn in self._ours(TORN):  # a kill in mid-write; its rows were still in memory
             torn.unlink()
+        foreign = sorted(p.name for p in folder.glob(f"*{SUFFIX}") if p not in self.files)
+        if foreign:
+            log.warning("Spool %s: passed over, for they are not its own: %s.", folder, foreign)
         self._spooled.set()
         self._writer = threading.Thread(target=self._write_on, name="mm-spool", daemon=True)
         self._sender = threading.Thread(target=self._send_on, name="mm-insert", daemon=True)
@@ -83,7 +101,11 @@ class Spool:
     @property
     def files(self) -> list[Path]:
         """What waits for ClickHouse, oldest first."""
-        return sorted(self._folder.glob(f"*{SUFFIX}"))
+        return self._ours(SUFFIX)
+
+    def _ours(self, suffix: str) -> list[Path]:
+        """The files that a spool has written, by name; others in the folder are not ours to send or remove."""
+        return sorted(p for p in self._folder.glob(f"*{suffix}") if _NAME.fullmatch(p.stem))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until everything that has come is on disk; False when it is not in time."""
@@ -156,7 +178,7 @@ class Spool:
         self._number += 1
         # time first: the files of an engine before this one are older, and go first
         stem = f"{time.time_ns():020d}-{self._run}-{self._number:08d}-{name}"
-        draft = self._folder / f"{stem}.tmp"
+        draft = self._folder / f"{stem}{TORN}"
         with draft.open("wb") as file:
             with pa.ipc.new_file(file, table.schema) as stream:
                 stream.write_table(table)
@@ -204,9 +226,10 @@ class Spool:
             name = path.stem.rpartition("-")[2]
             if name in stuck:
                 continue  # in order within a table; the others go on
-            with pa.OSFile(str(path)) as file:
-                rows = pa.ipc.open_file(file).read_all()
             try:
+                rows = _rows_of(path)
+                if rows is None:
+                    continue
                 insist(client, name, rows, path.stem, TABLES[name].key)
             except StoreError as error:
                 stuck.add(name)
@@ -217,8 +240,30 @@ class Spool:
             raise refused
 
 
+def _rows_of(path: Path) -> pa.Table | None:
+    """What a file holds. One that is damaged is set aside, and the others do not wait for it: None.
+
+    Raises `StoreUnavailable` where the disk does not give it.
+    """
+    try:
+        with pa.OSFile(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as error:  # Arrow's own are OSErrors without a number, too
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StoreUnavailable(f"{path} cannot be read ({error.strerror}).") from None
+        aside = path.rename(path.with_name(f"{path.name}{DAMAGED}"))
+        log.error(
+            "%s is damaged (%s): its rows are not in ClickHouse. The file is kept as %s; rename it back where it"
+            " can be mended.",
+            path,
+            error,
+            aside.name,
+        )
+        return None
+
+
 def _taken(folder: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(folder / "spool.lock")
+    lock = filelock.FileLock(folder / LOCK)
     try:
         folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -226,7 +226,9 @@ class _Prepared:
 
 
 def _prepare(archive: Archive, dataset: Dataset, hour: datetime) -> _Prepared:
-    before = archive.files(dataset.name, hour)
+    listed = archive.listed(dataset.name, hour)
+    listed.insist_on_ours(archive.where(dataset.name, hour))
+    before = list(listed.files)
     manifest = archive.read_manifest(dataset.name, hour)
     if manifest is None:
         raise StoreRefused(f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC is not sealed.")

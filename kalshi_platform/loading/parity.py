@@ -163,7 +163,7 @@ def _sealed(archive: Archive, first: datetime, last: datetime | None = None) -> 
         for hour, listed in archive.listing(name, first, last).items():
             if listed.manifest is not None:
                 sealed.add(hour)
-            for file in (*listed.files, listed.manifest):
+            for file in (*listed.files, *listed.foreign, listed.manifest):
                 if file is not None:
                     text = f"{name}/{file.name}:{file.bytes}:{file.version}"
                     found.setdefault(hour, []).append(text)
@@ -216,7 +216,9 @@ def _manifest(archive: Archive, dataset: str, hour: datetime) -> _Side:
 def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
     content = Content()
     try:
-        for file in archive.files(dataset.name, hour):
+        listed = archive.listed(dataset.name, hour)
+        listed.insist_on_ours(archive.where(dataset.name, hour))
+        for file in listed.files:
             for table in batches(file, dataset.arrow):
                 content += checksum.content(table)
     except StoreRefused as error:

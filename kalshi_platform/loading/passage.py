@@ -11,6 +11,7 @@ nobody writes, *rests*, and holds nothing. All shards are on machines of one clo
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -20,11 +21,13 @@ import msgspec
 
 from kalshi_platform import durable, health_report, typed_json
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.storage.archive import hour_of_ns
 
 log = logging.getLogger(__name__)
 
 FILE = "passed.json"
+_FOLDER = re.compile(r"shard-(0|[1-9][0-9]*)")
 NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -38,12 +41,26 @@ class Passed(msgspec.Struct, frozen=True):
 
 
 def shards(journals: Path) -> list[int]:
-    """The shards of which a journal is kept, configured or not."""
-    return sorted(
-        int(number)
-        for folder in journals.glob("shard-*")
-        if (number := folder.name.removeprefix("shard-")).isdigit() and journal.segments(folder)
-    )
+    """The shards of which a journal is kept, configured or not; folders of other names are passed over.
+
+    A folder that may not be read is one: what it has is not known, and must not be passed over.
+    """
+    found = (shard_of(name) for name in journal.names(journals))
+    return sorted(k for k in found if k is not None and _has_journal(journals / f"shard-{k}"))
+
+
+def shard_of(name: str) -> int | None:
+    """The shard whose journal is in the folder of this name; None for another folder."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _has_journal(folder: Path) -> bool:
+    try:
+        return bool(journal.segments(folder))
+    except JournalError as error:
+        log.error("%s", error)
+        return True
 
 
 def arrive(journals: Path, shard: int, *, empty: bool) -> None:

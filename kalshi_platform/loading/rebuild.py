@@ -33,6 +33,7 @@ from kalshi_platform.recording.journal import Block, Hole, Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import (
+    FROM_CLICKHOUSE,
     HOUR,
     Archive,
     LocalArchive,
@@ -48,7 +49,6 @@ from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
 log = logging.getLogger(__name__)
 
-FROM_CLICKHOUSE = "part-clickhouse.parquet"
 RANGE_RECORDS = 524_288
 """Journal records of one file, where nothing says how the hour was cut before."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
+from collections.abc import Iterator
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 BATCH_LEVELS = 1 << 16
 """Compressed at a time."""
+_HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
 ALIVE_NS = 30_000_000_000
 """The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
 
@@ -122,21 +125,18 @@ def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
     Books that are known in part are not kept: another load of the journal may have them whole.
     """
     if not state.partial:
-        save(state, _hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
+        save(state, hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
 
 
 def hour_state(journal_folder: Path, hour: datetime) -> State | None:
     """The books before an hour's first record, or None where they were not kept."""
-    found = sorted(_hour_folder(journal_folder).glob(f"{hour:%Y-%m-%dT%H}-*.state"))
-    return load(found[0], int(found[0].stem.rpartition("-")[2])) if found else None
+    kept = {n: path for at, n, path in _hour_states(journal_folder) if at == f"{hour:%Y-%m-%dT%H}"}
+    return load(kept[min(kept)], min(kept)) if kept else None
 
 
 def newest_before(journal_folder: Path, n: int) -> State | None:
     """The newest readable state of an hour's beginning at or before record `n`."""
-    kept = {
-        int(path.stem.rpartition("-")[2]): path
-        for path in _hour_folder(journal_folder).glob("*.state")
-    }
+    kept = {first_n: path for _, first_n, path in _hour_states(journal_folder)}
     for first_n in sorted((k for k in kept if k <= n), reverse=True):
         try:
             return load(kept[first_n], first_n)
@@ -147,12 +147,25 @@ def newest_before(journal_folder: Path, n: int) -> State | None:
 
 def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:
     """Forget the states of hours whose records the journal no longer has."""
-    for path in _hour_folder(journal_folder).glob("*.state"):
-        if int(path.stem.rpartition("-")[2]) < kept_from_n:
+    for _, first_n, path in _hour_states(journal_folder):
+        if first_n < kept_from_n:
             path.unlink()
 
 
-def _hour_folder(journal_folder: Path) -> Path:
+def _hour_states(journal_folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """The hour, the first record and the file of each state that is kept; other files are passed over."""
+    for path in hour_folder(journal_folder).glob("*.state"):
+        if (match := _HOUR_STATE.fullmatch(path.name)) is not None:
+            yield match[1], int(match[2]), path
+
+
+def is_hour_state(name: str) -> bool:
+    """Whether a file of that folder is a state, or one being written, by its name."""
+    return bool(_HOUR_STATE.fullmatch(name)) or name.endswith(".tmp")
+
+
+def hour_folder(journal_folder: Path) -> Path:
+    """Where a journal's states of hours' beginnings are."""
     return journal_folder / "load" / "hours"
 
 

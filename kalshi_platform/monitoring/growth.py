@@ -6,14 +6,16 @@ None where there is too little to tell. What a retention bounds grows to `settle
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from kalshi_platform.loading import passage
 from kalshi_platform.loading.hours import RECORDED
 from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.recording import journal
@@ -96,14 +98,24 @@ def _journal(settings: Settings) -> Growth:
     """All shards. The segments' times of change say how long they took to fill."""
     folder = settings.journal_dir(0).parent
     per_day: float | None = None
-    for shard in sorted(folder.glob("shard-*")):
+    for k in passage.shards(folder):
+        shard = settings.journal_dir(k)
         paths = [journal.segment_path(shard, first_n) for first_n in journal.segments(shard)]
-        rate = _rate([(path.stat().st_mtime, path.stat().st_size) for path in paths])
+        rate = _rate([(it.st_mtime, it.st_size) for it in _stats(paths)])
         if rate is not None:
             per_day = (per_day or 0.0) + rate
     days = settings.journal_retention_hours / 24
     settles_at = None if per_day is None else per_day * days
     return Growth("journal", folder_bytes(folder), per_day, settles_at, folder)
+
+
+def _stats(paths: Iterable[Path]) -> list[os.stat_result]:
+    """Of the files that are there; some go meanwhile."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.append(path.stat())
+    return found
 
 
 def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
@@ -171,7 +183,7 @@ def _dagster(settings: Settings) -> Growth:
     """
     folder = settings.data_dir / "dagster"
     now = time.time()
-    runs = [path.stat() for path in folder.glob("storage/history/runs/*-*.db")]
+    runs = _stats(folder.glob("storage/history/runs/*-*.db"))
     oldest = min((it.st_mtime for it in runs), default=now)
     span_s = min(now - oldest, DAY_S)
     lately = [it.st_blocks * 512 for it in runs if it.st_mtime > now - DAY_S]

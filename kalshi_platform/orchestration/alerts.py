@@ -26,6 +26,7 @@ from kalshi_platform import health_report
 from kalshi_platform.loading import freshness, passage
 from kalshi_platform.monitoring import incidents
 from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
+from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
@@ -37,13 +38,6 @@ TICK_S = 30
 LOOK_BACK_S = 24 * 3600.0
 """A failed run that nobody has repeated after a day is no news any more."""
 MOST_FAILURES = 200
-NO_REASON = "marked as failed from outside"
-"""Of the sentence that Dagster writes when a worker was killed: what it noticed is written before."""
-INTERRUPTED = (
-    "It was interrupted: its worker was told to end while it ran. Run it again if nothing else has."
-)
-MOST_CHARACTERS = 1000
-"""Of a run's reason: it goes into the cursor, and into people's pockets."""
 WELL_S = 120.0
 """A run that has gone on for so long is one that works."""
 FEED_ERROR_S, FEED_WARN_S = 60.0, 600.0
@@ -224,7 +218,7 @@ def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[C
         yield Condition(
             key=f"run:{what}",
             title=f"Run of {what} failed{of if units else ''}",
-            sentence=_why(instance, newest),
+            sentence=run_failures.why(instance, newest.run_id),
             severity=Severity.WARNING,
             since=min(_ended_at(record) for record in records),
             link=f"{ui}/runs/{newest.run_id}",
@@ -265,36 +259,6 @@ def _gone_well_since(instance: dg.DagsterInstance, failed: dg.RunRecord, now: fl
 
 def _ended_at(record: dg.RunRecord) -> float:
     return record.end_time or record.update_timestamp.timestamp()
-
-
-def _why(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
-    """Why a run failed: the first step's reason, else the run's, else what Dagster noticed last."""
-    of = dg.DagsterEventType
-    for of_type, oldest_first in (
-        (of.STEP_FAILURE, True),
-        (of.RUN_FAILURE, True),
-        (of.ENGINE_EVENT, False),
-    ):
-        records = instance.get_records_for_run(
-            run.run_id, of_type=of_type, limit=1, ascending=oldest_first
-        ).records
-        event = records[0].event_log_entry.dagster_event if records else None
-        said = _reason(event) if event is not None else ""
-        if said and NO_REASON not in said:
-            return said[:MOST_CHARACTERS]
-    return "Its page in the UI has the log."
-
-
-def _reason(event: dg.DagsterEvent) -> str:
-    data = event.event_specific_data
-    user = getattr(data, "user_failure_data", None)
-    if user is not None and user.description:
-        return str(user.description)
-    error = getattr(data, "error", None)
-    if error is not None:
-        said = str((error.cause or error).message).strip()
-        return INTERRUPTED if "DagsterExecutionInterruptedError" in said else said
-    return event.message or ""
 
 
 # -- what the tick says --------------------------------------------------------------------------

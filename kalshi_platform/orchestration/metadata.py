@@ -23,20 +23,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+EARLIEST = date(2018, 1, 1)
+"""Before the exchange's first day. An older folder is no recording, and would make millions of partitions."""
+
+
 def _begins() -> date:
-    """The first day to show: ARCHIVE_BEGINS, else the archive's first, else today."""
+    """The first day to show: ARCHIVE_BEGINS, else the archive's first, else today.
+
+    Every process that loads the code asks, so nothing that lies in the archive may keep it from loading: only
+    names are looked at, and where that fails, partitions begin today.
+    """
     today = datetime.now(UTC).date()
     try:
         settings = platform_settings.load()
     except SettingsError:
         return today  # told in full by whatever runs first
+    if settings.archive_begins is not None:
+        return settings.archive_begins
     try:
-        return settings.archive_begins or open_archive(settings).first_day() or today
-    except StoreError as error:  # object storage that is away: recording does not wait for it
+        first = open_archive(settings).first_day() or today
+    except (StoreError, OSError) as error:  # also object storage that is away
         log.warning(
             "Partitions begin today, until this is loaded again. Set ARCHIVE_BEGINS. %s", error
         )
         return today
+    return min(max(first, EARLIEST), today)
 
 
 HOURS = dg.HourlyPartitionsDefinition(

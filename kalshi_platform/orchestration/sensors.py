@@ -14,6 +14,9 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterRunStatus as Status
 
+from kalshi_platform.monitoring import supervision
+from kalshi_platform.monitoring.supervision import Supervised, Supervision
+from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import (
     SHARD_TAG,
     SOURCE_TAG,
@@ -68,6 +71,7 @@ def streamer_supervisor(
         for shard, decision in decisions.items()
         if isinstance(decision.action, Launch)
     ]
+    _note(context, platform.settings(), decisions)
     reasons = [
         decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
         for shard, decision in decisions.items()
@@ -77,6 +81,31 @@ def streamer_supervisor(
         skip_reason=None if launches else dg.SkipReason(" ".join(reasons)),
         cursor=write_cursor({shard: decision.state for shard, decision in decisions.items()}),
     )
+
+
+def _note(
+    context: dg.SensorEvaluationContext, settings: Settings, decisions: Mapping[int, Decision]
+) -> None:
+    """Leave word for those who cannot see into Dagster. What cannot be written is no reason to stop."""
+    shards = {
+        shard: Supervised(
+            decision.reason,
+            decision.state.failures,
+            _why_failed(context.instance, shard) if decision.state.failures else "",
+        )
+        for shard, decision in decisions.items()
+    }
+    try:
+        supervision.note(settings.data_dir, Supervision(time.time(), shards))
+    except OSError as error:
+        context.log.error(f"`up` and `doctor` will not know of this look: {error}.")
+
+
+def _why_failed(instance: dg.DagsterInstance, shard: int) -> str:
+    """Why the shard's last failed run failed."""
+    failed = dg.RunsFilter(tags={SHARD_TAG: str(shard)}, statuses=[Status.FAILURE])
+    records = instance.get_run_records(failed, limit=1)
+    return run_failures.why(instance, records[0].dagster_run.run_id) if records else ""
 
 
 def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:

@@ -55,6 +55,7 @@ SET_ASIDE = ".damaged"
 """Behind a segment's name: there is no better copy of it."""
 HEADER: bytes = SCHEMA.serialize().to_pybytes()
 """So begins every segment."""
+_SEGMENT = re.compile(r"([0-9]{20})\.arrows(?:\.damaged)?")
 _MARK = b"\xff\xff\xff\xff"
 END_MARK = _MARK + bytes(4)
 """So ends one that its writer has ended."""
@@ -164,9 +165,29 @@ def joined(blocks: Sequence[Block]) -> Block:
 
 
 def segments(folder: Path) -> list[int]:
-    """First numbers of the journal's segments, ascending."""
-    names = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{SET_ASIDE}")]
-    return sorted({int(path.name.partition(".")[0]) for path in names})
+    """First numbers of the journal's segments, ascending; files of other names are passed over.
+
+    Raises `JournalError` for a folder that may not be read: its segments are there all the same.
+    """
+    return sorted({first_n for name in names(folder) if (first_n := segment_of(name)) is not None})
+
+
+def segment_of(name: str) -> int | None:
+    """The first number of the segment whose file has this name; None for another file."""
+    match = _SEGMENT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def names(folder: Path) -> list[str]:
+    """Whatever is in a folder, by name; nothing where there is none. Raises `JournalError` as `segments`."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise JournalError(
+            f"The journal's folder {folder} cannot be read ({error.strerror}). Make it readable for this user."
+        ) from None
 
 
 def segment_path(folder: Path, first_n: int) -> Path:

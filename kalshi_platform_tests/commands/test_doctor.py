@@ -23,7 +23,8 @@ from dagster._daemon.types import DaemonHeartbeat
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange import rest
-from kalshi_platform.monitoring import metrics
+from kalshi_platform.monitoring import metrics, supervision
+from kalshi_platform.monitoring.supervision import Supervised, Supervision
 from kalshi_platform.orchestration.home import prepare
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -119,7 +120,7 @@ def test_a_platform_that_is_well_has_no_complaint(
     lines = patient.examined()
     not_set_up = {"growth", "Dagster daemon", "alerts", "metrics"}
     assert {name for name, line in lines.items() if line[0] != "✓"} == not_set_up, lines
-    assert len(lines) == 15
+    assert len(lines) == 16
     assert "7 frames not loaded yet" in lines["streamer"]
     assert not patient.data.joinpath("parquet").exists()
 
@@ -307,6 +308,35 @@ def test_a_streamer_is_judged_by_its_report(
     finding = check(platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path))
     assert finding.mark.value == mark
     assert re.search(sentence, finding.text)
+
+
+def test_a_streamer_whose_runs_fail_one_after_the_other_is_found_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    def noted(failures: int, *, age_s: float = 0.0) -> None:
+        shard = Supervised("The next start is in 20 s.", failures, "A bad folder.")
+        supervision.note(tmp_path, Supervision(time.time() - age_s, {0: shard}))
+
+    assert checked("streamer", tmp_path).mark.value == "·"
+    noted(0)
+    found = checked("streamer", tmp_path)
+    assert (found.mark.value, found.text) == (
+        "✗",
+        f"none runs, and none has run in {tmp_path} yet",
+    )
+    noted(5)
+    found = checked("streamer", tmp_path)
+    assert found.mark.value == "✗"
+    assert found.text.endswith(
+        "5 runs in a row have failed, the last: A bad folder. The next start is in 20 s."
+    )
+    report(tmp_path, pid_started=1.0)
+    found = checked("streamer", tmp_path)
+    assert found.mark.value == "✗"
+    assert "none runs: process" in found.text
+    assert "5 runs in a row" in found.text
+    noted(5, age_s=600)
+    assert "in a row" not in checked("streamer", tmp_path).text
 
 
 def checked(name: str, folder: Path, **overrides: Any) -> doctor.Finding:

@@ -46,6 +46,7 @@ class Up:
         self._output = data.with_suffix(".out")
         self._env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PROD_", "KALSHI_"))},
+            "KALSHI_HOME": str(data.parent),
             "KALSHI_DATA_DIR": str(data),
             "EMBEDDED_CLICKHOUSE_PORT": str(clickhouse_port),
             **env,

@@ -180,6 +180,27 @@ def test_a_file_that_is_sent_twice_is_stored_once(
         assert count(planted, "mm_decisions") == 1
 
 
+def test_a_spool_sends_its_own_whole_files_whatever_else_is_in_the_folder(
+    planted: Planted, migrated_once: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "spool"
+    for _ in range(2):
+        gone = Recorder("engine-1", "1", settings=away(migrated_once), spool=folder)
+        gone.decision(held(), Quoted())
+        gone.close(0.1)
+    first, _ = sorted(folder.glob("*.arrow"))
+    first.write_bytes(first.read_bytes()[:100])
+    foreign = [folder / name for name in ("notes.arrow", "mine.tmp", "a-b.arrow")]
+    for path in foreign:
+        path.write_text("not a spool's")
+    again = Spool(folder, migrated_once)
+    assert again.drain(PATIENCE_S)
+    again.close()
+    assert count(planted, "mm_decisions") == 1
+    assert all(path.read_text() == "not a spool's" for path in foreign)
+    assert [path.name for path in folder.glob("*.damaged")] == [f"{first.name}.damaged"]
+
+
 def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
     planted: Planted, migrated_once: Settings, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Position
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import swap
-from kalshi_platform.storage.archive import LocalArchive, Manifest, floor_hour, local
+from kalshi_platform.storage.archive import ASIDE, LocalArchive, Manifest, floor_hour, local
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
@@ -186,7 +186,7 @@ def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
     else:
         shutil.copy(path, path.with_name("copy.parquet"))
     left = {p: p.read_bytes() for p in paths(root, EVENTS, FIRST_HOUR)}
-    with pytest.raises(StoreRefused, match=r"cannot be read|its manifest says"):
+    with pytest.raises(StoreRefused, match=r"cannot be read|its manifest says|not the platform"):
         run(root)
     assert {p: p.read_bytes() for p in paths(root, EVENTS, FIRST_HOUR)} == left
 
@@ -251,7 +251,7 @@ def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
         run(root)
         assert rows(root, EVENTS).equals(before)
         assert hours.is_compacted(names(root))
-        assert [it.name for it in (root / local.ASIDE).glob("*/*")] == []
+        assert [it.name for it in (root / ASIDE).glob("*/*")] == []
     assert deaths > 8
 
 

@@ -24,14 +24,14 @@ from kalshi_platform.loading.decode import Decoded
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import Load, Pace
-from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
+from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.archive import LocalArchive, floor_hour, hour_of_ns
+from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive, floor_hour, hour_of_ns
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.recorders import Ledger
 from kalshi_platform_tests import wire

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,29 @@ def test_a_sealed_hour_is_one_sorted_object_and_an_open_one_waits_here(
     assert waiting.hours(EVENTS) == [SECOND_HOUR]
     assert [str(p) for p in (settings.archive_dir / objects.LEAVING).rglob("*.parquet")] == []
     assert hours.unsealed(archive, FIRST_HOUR, SECOND_HOUR + HOUR) == [SECOND_HOUR]
+
+
+def test_foreign_names_in_the_bucket_are_passed_over_and_named(
+    store: ObjectStore, settings: Settings
+) -> None:
+    archive = open_archive(settings)
+    base = settings.archive_base
+    assert base is not None
+    names = [
+        "notes.txt",
+        f"{EVENTS}/date=2026-11-28.bak/hour=07/part-0-0-1.parquet",
+        f"{EVENTS}/date=2026-13-45/hour=07/part-0-0-1.parquet",
+        f"{EVENTS}/date=2026-11-28/hour=24/x.parquet",
+        f"{EVENTS}/date=2026-11-28/hour=07/copy.parquet",
+        f"{EVENTS}/date=2026-11-28/notes",
+    ]
+    for name in names:
+        with store.files().open_output_stream(f"{base}/{name}") as stream:
+            stream.write(b"not ours")
+    assert archive.first_day() == date(2026, 11, 28)
+    assert archive.hours(EVENTS) == []
+    assert archive.files(EVENTS, datetime(2026, 11, 28, 7, tzinfo=UTC)) == []
+    assert set(archive.foreign()) == set(names)
 
 
 def test_nothing_is_left_to_compact(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

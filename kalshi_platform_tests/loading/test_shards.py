@@ -19,13 +19,13 @@ from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import compaction, hours, passage
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import Load
-from kalshi_platform.loading.rebuild import FROM_CLICKHOUSE, rebuild
+from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
+from kalshi_platform.monitoring import supervision
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
 from kalshi_platform.orchestration.sensors import read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -156,6 +158,27 @@ def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
     assert before < backed_off.not_before < time.time() + 10
     soon = json.dumps({"0": {"failures": 1, "counted": run_id}})
     assert tick(instance, platform, soon).run_requests
+
+
+def test_what_was_found_is_left_for_those_who_cannot_see_into_dagster(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    cursor = None
+    for _ in range(2):
+        run = instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
+        instance.report_run_failed(run, "The archive has a bad folder.")
+        cursor = tick(instance, platform, cursor).cursor
+    noted = supervision.read(platform.settings().data_dir)
+    assert noted is not None
+    assert noted.ticking
+    found = noted.shards[0]
+    assert found.failures == 2
+    assert "The archive has a bad folder." in found.why
+    assert found.reason.startswith("2 failures in a row; the next start is in ")
+    folder = platform.settings().data_dir / "checks"
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    assert reason(tick(instance, platform, cursor))
 
 
 def test_a_hung_streamer_is_interrupted_then_killed_then_failed(

@@ -92,10 +92,9 @@ def test_the_remedy_that_it_names_shortens_it(old: Client) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_setting_that_is_given_shortens_it_and_status_tells_before(
-    old: Client, monkeypatch: pytest.MonkeyPatch
+    old: Client,
 ) -> None:
     Path(".env").write_text("HOT_RETENTION_DAYS=50\n", encoding="utf-8")
-    monkeypatch.setattr(platform_settings, "ENV_FILE", Path(".env"))
     told = "stream_events: 400 days → 50 days, which deletes 3 rows of 2 days"
     assert f"HOT_RETENTION_DAYS=50: {told}" in migrate("--status")
     assert set(retention.kept(old).values()) == {400}

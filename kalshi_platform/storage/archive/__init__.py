@@ -18,6 +18,8 @@ from kalshi_platform.storage.archive.files import (
 )
 from kalshi_platform.storage.archive.interface import Archive, Listed, Manifest, Part, Sort
 from kalshi_platform.storage.archive.layout import (
+    ASIDE,
+    FROM_CLICKHOUSE,
     HOUR,
     MANIFEST,
     floor_hour,
@@ -28,7 +30,6 @@ from kalshi_platform.storage.archive.layout import (
     part_range,
 )
 from kalshi_platform.storage.archive.local import (
-    ASIDE,
     LocalArchive,
     durably,
     stage_manifest,
@@ -39,6 +40,7 @@ from kalshi_platform.storage.archive.opening import archive_at, open_archive
 
 __all__ = [
     "ASIDE",
+    "FROM_CLICKHOUSE",
     "HOUR",
     "MANIFEST",
     "Archive",

@@ -81,8 +81,19 @@ class Listed:
     """What there is of one dataset's hour."""
 
     files: tuple[File, ...]
-    """The Parquet files, by name."""
+    """Our Parquet files, by name."""
     manifest: File | None
+    foreign: tuple[File, ...] = ()
+    """Parquet files of other names: whoever globs the folder reads their rows as the hour's."""
+
+    def insist_on_ours(self, where: str) -> None:
+        """Raises `StoreRefused` where there are foreign files."""
+        if self.foreign:
+            names = ", ".join(file.name for file in self.foreign)
+            raise StoreRefused(
+                f"{where} has Parquet files that are not the platform's ({names}): readers of the archive take"
+                " their rows for the hour's. Move them out of the archive."
+            )
 
 
 class Archive(ABC):
@@ -106,14 +117,22 @@ class Archive(ABC):
         """The first day of which the archive has anything; None for an empty one."""
 
     @abstractmethod
+    def listed(self, dataset: str, hour: datetime) -> Listed:
+        """What there is of an hour."""
+
     def files(self, dataset: str, hour: datetime) -> list[File]:
-        """The Parquet files of an hour, by name."""
+        """Our Parquet files of an hour, by name."""
+        return list(self.listed(dataset, hour).files)
 
     @abstractmethod
     def listing(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Mapping[datetime, Listed]:
         """The hours from `first` to `last`, both included, of which there are files or a manifest."""
+
+    @abstractmethod
+    def foreign(self) -> Iterator[str]:
+        """Names below the archive's root that are not ours, of folders without what is in them."""
 
     @abstractmethod
     def read_manifest(self, dataset: str, hour: datetime) -> Manifest | None:

@@ -1,20 +1,34 @@
 """Names in the archive, and the hours that they stand for.
 
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-<shard>-<first n>-<end n>.parquet
+<root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-clickhouse.parquet              rebuilt from there
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour-<digest of the file>.parquet    once compacted
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/_manifest.json
 
-Hours are those of the receive time, UTC.
+<root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour.parquet                         of the analytics
+<root>/market_catalog/<name>.parquet                                          without hours
+
+Hours are those of the receive time, UTC. Every other name is foreign: nobody here reads it, moves it or takes it
+for an hour, and `doctor` lists it.
 """
 
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 HOUR = timedelta(hours=1)
 MANIFEST = "_manifest.json"
-_HOUR_PATH = re.compile(r"date=(\d{4}-\d\d-\d\d)/hour=(\d\d)$")
+PARQUET = ".parquet"
+FROM_CLICKHOUSE = "part-clickhouse.parquet"
+ASIDE = ".aside"
+"""Hours being built, hours replaced a moment ago, locks."""
+BESIDE = frozenset({ASIDE, "archive.json", "recorders", "lost+found"})
+"""What may be beside the datasets: ours, and what a file system makes itself."""
+_DAY = re.compile(r"date=([0-9]{4}-[0-9]{2}-[0-9]{2})")
+_HOUR = re.compile(r"hour=([01][0-9]|2[0-3])")
+_PART = re.compile(r"part-([0-9]+)-([0-9]+)-([0-9]+)\.parquet")
+_WHOLE_HOUR = re.compile(r"hour(?:-[0-9a-z]+)?\.parquet")
 
 
 def floor_hour(at: datetime) -> datetime:
@@ -37,10 +51,33 @@ def hour_path(dataset: str, hour: datetime) -> str:
     return f"{dataset}/date={hour:%Y-%m-%d}/hour={hour:%H}"
 
 
+def day_of_name(name: str) -> date | None:
+    """The day whose folder has this name; None for a foreign one."""
+    match = _DAY.fullmatch(name)
+    try:
+        return date.fromisoformat(match[1]) if match else None
+    except ValueError:  # a thirtieth of February
+        return None
+
+
 def hour_of_path(path: str) -> datetime | None:
-    """The hour whose folder `path` is; None for another folder."""
-    match = _HOUR_PATH.search(path)
-    return datetime.fromisoformat(f"{match[1]}T{match[2]}:00:00+00:00") if match else None
+    """The hour whose folder `path` is; None for a foreign one."""
+    above, _, name = path.rpartition("/")
+    day, match = day_of_name(above.rpartition("/")[2]), _HOUR.fullmatch(name)
+    if day is None or match is None:
+        return None
+    return datetime(day.year, day.month, day.day, int(match[1]), tzinfo=UTC)
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of an hour's folder holds rows of ours, by its name."""
+    ours = _PART.fullmatch(name) or _WHOLE_HOUR.fullmatch(name)
+    return ours is not None or name == FROM_CLICKHOUSE
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is of a file that is being written, or was put aside by hand of ours."""
+    return name.startswith(".") and name.endswith((".tmp", ".replaced"))
 
 
 def part_name(shard: int, first_n: int, end_n: int) -> str:
@@ -50,7 +87,5 @@ def part_name(shard: int, first_n: int, end_n: int) -> str:
 
 def part_range(name: str) -> tuple[int, int, int] | None:
     """(shard, first_n, end_n) of a part's name; None for a file of another origin."""
-    pieces = name.removesuffix(".parquet").split("-")
-    if len(pieces) != 4 or pieces[0] != "part" or not all(p.isdigit() for p in pieces[1:]):
-        return None
-    return int(pieces[1]), int(pieces[2]), int(pieces[3])
+    match = _PART.fullmatch(name)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None

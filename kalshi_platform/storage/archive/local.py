@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import re
 import shutil
 import time
 import uuid
@@ -35,16 +36,28 @@ from kalshi_platform.storage.archive.interface import (
     decoded,
     encoded,
 )
-from kalshi_platform.storage.archive.layout import MANIFEST, hour_of_path, hour_path
+from kalshi_platform.storage.archive.layout import (
+    ASIDE,
+    BESIDE,
+    MANIFEST,
+    PARQUET,
+    day_of_name,
+    hour_of_path,
+    hour_path,
+    is_data,
+    is_temporary,
+)
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS
 
-ASIDE = ".aside"
 GRACE_S = 60.0
 """A replaced hour is kept for so long: whoever was just listing it lists all of it."""
 METADATA_PATIENCE_S = 10.0
 LISTINGS = 20
 """How often a folder is listed whose files go while they are looked at."""
+_NEW_FOLDER = re.compile(r"[0-9]{4}(?:-[0-9]{2}){3}-[0-9a-f]{8}")
+"""What `new_folder` makes, and an exchange puts aside."""
+_NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
 
 
@@ -66,34 +79,67 @@ class LocalArchive(Archive):
 
     def hours(self, dataset: str) -> list[datetime]:
         """See `Archive`."""
-        return sorted(
-            hour
-            for folder in (self.root / dataset).glob("date=*/hour=*")
-            if (hour := hour_of_path(str(folder))) is not None and any(folder.glob("*.parquet"))
-        )
+        return [hour for hour, folder in self._folders(dataset) if _has_data(folder)]
 
     def first_day(self) -> date | None:
-        """See `Archive`."""
-        days = [folder.name.removeprefix("date=") for folder in self.root.glob("*/date=*")]
-        return date.fromisoformat(min(days)) if days else None
+        """See `Archive`. From names alone: nothing is opened but the folders of the datasets."""
+        days = (day_of_name(name) for dataset in DATASETS for name in _names(self.root / dataset))
+        return min((day for day in days if day is not None), default=None)
 
-    def files(self, dataset: str, hour: datetime) -> list[File]:
+    def _folders(
+        self, dataset: str, first: datetime | None = None, last: datetime | None = None
+    ) -> Iterator[tuple[datetime, Path]]:
+        """The folders of a span's hours, ascending; those of other days are not opened."""
+        for name in sorted(_names(self.root / dataset)):
+            day = day_of_name(name)
+            if day is None or (first and day < first.date()) or (last and day > last.date()):
+                continue
+            for below in sorted(_names(self.root / dataset / name)):
+                hour = hour_of_path(f"{name}/{below}")
+                if hour is None or (first and hour < first) or (last and hour > last):
+                    continue
+                yield hour, self.root / dataset / name / below
+
+    def listed(self, dataset: str, hour: datetime) -> Listed:
         """See `Archive`."""
-        return list(_listed(self.folder(dataset, hour)).files)
+        return _listed(self.folder(dataset, hour))
 
     def listing(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Mapping[datetime, Listed]:
         """See `Archive`."""
         found = {}
-        for folder in (self.root / dataset).glob("date=*/hour=*"):
-            hour = hour_of_path(str(folder))
-            if hour is None or (first and hour < first) or (last and hour > last):
-                continue
+        for hour, folder in self._folders(dataset, first, last):
             listed = _listed(folder)
             if listed.files or listed.manifest:
                 found[hour] = listed
         return found
+
+    def foreign(self) -> Iterator[str]:
+        """See `Archive`."""
+        for name in sorted(_names(self.root)):
+            folder = self.root / name
+            if name not in DATASETS:
+                if name not in BESIDE:
+                    yield name
+                continue
+            for below in sorted(_names(folder)):
+                if day_of_name(below) is not None:
+                    yield from self._foreign_of_day(f"{name}/{below}")
+                elif not below.endswith(PARQUET) and not is_temporary(below):
+                    yield f"{name}/{below}"
+
+    def _foreign_of_day(self, day: str) -> Iterator[str]:
+        if not (self.root / day).is_dir():
+            yield day
+        for name in sorted(_names(self.root / day)):
+            path = f"{day}/{name}"
+            if hour_of_path(path) is None or not (self.root / path).is_dir():
+                yield path
+                continue
+            for below in sorted(_names(self.root / path)):
+                if not (is_data(below) or below == MANIFEST or is_temporary(below)):
+                    yield f"{path}/{below}"
 
     def read_manifest(self, dataset: str, hour: datetime) -> Manifest | None:
         """See `Archive`."""
@@ -292,6 +338,7 @@ class LocalArchive(Archive):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if folder.exists():
+                _take_along(folder, staged)
                 swap.exchange(staged, folder)
             else:
                 staged.rename(folder)
@@ -304,6 +351,8 @@ class LocalArchive(Archive):
         """See `Archive`. What lies aside for longer than the grace goes."""
         grace_s = GRACE_S if grace_s is None else grace_s
         for path in (self.root / ASIDE).glob("*/*"):
+            if not _NEW_FOLDER.fullmatch(path.name):
+                continue
             try:
                 if time.time() - path.stat().st_ctime > grace_s:  # an exchange sets it
                     shutil.rmtree(path)
@@ -315,17 +364,51 @@ def _listed(folder: Path) -> Listed:
     """What a folder holds. One that is exchanged meanwhile is listed again, so that no file is left out."""
     for _ in range(LISTINGS):
         try:
-            files = [local_file(path) for path in sorted(folder.glob("*.parquet"))]
+            names = sorted(name for name in _names(folder) if name.endswith(PARQUET))
+            data = [local_file(folder / name) for name in names if is_data(name)]
+            others = [folder / name for name in names if not is_data(name)]
             manifest = folder / MANIFEST
-            return Listed(tuple(files), local_file(manifest) if manifest.exists() else None)
+            return Listed(
+                tuple(data),
+                local_file(manifest) if manifest.exists() else None,
+                tuple(local_file(path) for path in others if path.is_file()),
+            )
         except FileNotFoundError as error:
             gone = error.filename
     raise StoreUnavailable(f"{gone} is named in its folder and cannot be found there. Remove it.")
 
 
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, in no order; none where there is no such folder, or a link that leads nowhere.
+
+    Raises `StoreRefused` for a folder that may not be read.
+    """
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError as error:
+        if error.errno in _NO_FOLDER:
+            return []
+        raise StoreRefused(
+            f"{folder} cannot be read ({error.strerror}). Make it readable for this user.",
+            name=errno.errorcode.get(error.errno or 0, ""),
+        ) from None
+
+
+def _has_data(folder: Path) -> bool:
+    return any(is_data(name) for name in _names(folder))
+
+
+def _take_along(folder: Path, staged: Path) -> None:
+    """What is not ours stays where its owner put it, also when the folder is exchanged."""
+    for name in _names(folder):
+        ours = is_data(name) or name == MANIFEST or is_temporary(name)
+        if not ours and not (staged / name).exists():
+            (folder / name).rename(staged / name)
+
+
 def _same_files(staged: Path, folder: Path) -> bool:
-    names = [path.name for path in staged.glob("*.parquet")]
-    if names != [path.name for path in folder.glob("*.parquet")]:
+    names = sorted(name for name in _names(staged) if is_data(name))
+    if names != sorted(name for name in _names(folder) if is_data(name)):
         return False
     return all(filecmp.cmp(staged / name, folder / name, shallow=False) for name in names)
 

@@ -25,6 +25,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -44,10 +45,15 @@ from kalshi_platform.storage.archive.interface import (
     encoded,
 )
 from kalshi_platform.storage.archive.layout import (
+    BESIDE,
     MANIFEST,
+    PARQUET,
+    day_of_name,
     floor_hour,
     hour_of_path,
     hour_path,
+    is_data,
+    is_temporary,
     part_range,
 )
 from kalshi_platform.storage.archive.local import (
@@ -96,21 +102,30 @@ class ObjectArchive(Archive):
 
     def first_day(self) -> date | None:
         """See `Archive`."""
-        days = [date.fromisoformat(name.removeprefix("date=")) for name in self._days()]
-        here = self._waiting.first_day()
-        return min([*days, here] if here else days, default=None)
+        days = [day_of_name(name) for name in self._names_of_days()]
+        known = [day for day in (*days, self._waiting.first_day()) if day is not None]
+        return min(known, default=None)
 
-    def _days(self) -> Iterator[str]:
+    def _names_of_days(self) -> Iterator[str]:
         for dataset in self._list(self._base):
-            if dataset.type is fs.FileType.Directory:
+            if dataset.type is fs.FileType.Directory and dataset.base_name in DATASETS:
                 for day in self._list(dataset.path):
-                    if day.base_name.startswith("date="):
-                        yield day.base_name
+                    yield day.base_name
 
-    def files(self, dataset: str, hour: datetime) -> list[File]:
+    def listed(self, dataset: str, hour: datetime) -> Listed:
         """See `Archive`. Of an hour of which nothing has been sent yet, the parts that wait."""
         here = self._here(dataset, hour)  # first: what is sent meanwhile is found there
-        return list(self._sent(dataset, hour).files) or here
+        sent = self._sent(dataset, hour)
+        return sent if sent.files else replace(sent, files=tuple(here))
+
+    def foreign(self) -> Iterator[str]:
+        """See `Archive`. The bucket's names; one request for a thousand of them."""
+        beside = (info.base_name for info in self._list(self._base))
+        yield from sorted(name for name in beside if name not in {*DATASETS, *BESIDE, PROBE})
+        for dataset in DATASETS:
+            for info in self._list(f"{self._base}/{dataset}", recursive=True):
+                if info.type is fs.FileType.File and not _is_ours(info.path):
+                    yield info.path.removeprefix(f"{self._base}/")
 
     def listing(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
@@ -133,8 +148,8 @@ class ObjectArchive(Archive):
         listed = {hour: _sorted_out(files) for hour, files in found.items()}
         for hour, parts in here.items():
             if parts:
-                there = listed[hour].files if hour in listed else ()
-                listed[hour] = Listed(there or tuple(parts), None)
+                there = listed.get(hour, Listed((), None))
+                listed[hour] = replace(there, files=there.files or tuple(parts), manifest=None)
         return dict(sorted(listed.items()))
 
     def _folders(
@@ -426,8 +441,8 @@ class ObjectArchive(Archive):
             )
 
     def _file(self, info: fs.FileInfo) -> File | None:
-        ours = info.base_name == MANIFEST or info.base_name.endswith(".parquet")
-        return self._known(info) if info.type is fs.FileType.File and ours else None
+        looked_at = info.base_name == MANIFEST or info.base_name.endswith(PARQUET)
+        return self._known(info) if info.type is fs.FileType.File and looked_at else None
 
     def _known(self, info: fs.FileInfo) -> File:
         return File(f"{SCHEME}{info.path}", info.size, str(info.mtime_ns), self._filesystem)
@@ -497,10 +512,20 @@ class ObjectArchive(Archive):
 
 def _sorted_out(files: Sequence[File]) -> Listed:
     manifest = [file for file in files if file.name == MANIFEST]
-    parquet = [file for file in files if file.name != MANIFEST]
+    parquet = sorted((f for f in files if f.name != MANIFEST), key=lambda file: file.name)
     return Listed(
-        tuple(sorted(parquet, key=lambda file: file.name)), manifest[0] if manifest else None
+        tuple(file for file in parquet if is_data(file.name)),
+        manifest[0] if manifest else None,
+        tuple(file for file in parquet if not is_data(file.name)),
     )
+
+
+def _is_ours(key: str) -> bool:
+    """Whether an object below a dataset is ours, by its name and place."""
+    folder, _, name = key.rpartition("/")
+    if hour_of_path(folder) is not None:
+        return is_data(name) or name == MANIFEST or is_temporary(name)
+    return folder.rpartition("/")[2] in DATASETS and name.endswith(PARQUET)
 
 
 def _content(file: File, dataset: str) -> tuple[int, str]:

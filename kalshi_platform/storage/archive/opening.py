@@ -25,9 +25,11 @@ def open_archive(settings: Settings) -> Archive:
 def archive_at(location: str | Path) -> Archive:
     """An archive that is to be read: a folder, or s3://bucket/prefix of the object store of the settings.
 
-    Raises `SettingsError` for something else.
+    A relative folder begins at the current one: a person has typed it. Raises `SettingsError` for something
+    else.
     """
-    other = load(parquet_dir=location)
+    is_folder = "://" not in str(location)
+    other = load(parquet_dir=Path(location).expanduser().absolute() if is_folder else location)
     if other.archive_base is None:
         return LocalArchive(other.archive_dir)
     return ObjectArchive(other.archive_base, _object_store(other), other.archive_dir / ".elsewhere")

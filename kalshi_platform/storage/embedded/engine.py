@@ -628,8 +628,8 @@ def _identifier(name: str) -> str:
 
 def make_writable(path: Path) -> None:
     """Create the folder where it is missing. Raises `StoreError` where it cannot be written."""
-    if any(sign in str(path) for sign in "?&<>"):
-        raise StoreError(f"The data folder {path} has one of ? & < > in its name: give another.")
+    if any(sign in str(path) for sign in "?&<>\\"):
+        raise StoreError(f"The data folder {path} has one of ? & < > \\ in its name: give another.")
     try:
         path.mkdir(mode=0o750, parents=True, exist_ok=True)
         probe = path / ".writable"

@@ -1,0 +1,105 @@
+"""What `up` tells a person of the recording: when it begins, what troubles it, when no streamer runs.
+
+Sentences alone; `up.py` collects what is to be seen, and prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kalshi_platform.monitoring.supervision import Supervised
+from kalshi_platform.processes import Identity
+
+RECORDING_S = 90.0
+"""By then the first frames should be in the journal; if not, a person is told where to look."""
+ABSENT_S = 60.0
+"""How long a shard may be without a streamer: one that is replaced is back sooner."""
+IN_A_ROW = 2
+"""Runs that failed one after the other: a single one is replaced, and nobody needs to know."""
+
+
+class Announcements:
+    """Each thing once: when it begins, when it gets worse, and when it is over."""
+
+    def __init__(self, shards: int, where_to_look: str, now: float) -> None:
+        """`now`, here and below: seconds of a clock that nobody sets."""
+        self._shards = shards
+        self._where_to_look = where_to_look
+        self._began = now
+        self._late = False
+        self._recording = False
+        self._troubles: dict[int, str] = {}
+        self._failures: dict[int, int] = {}
+        self._seen: dict[int, float] = {}
+        """When each shard's streamer was last seen alive."""
+        self._absent: set[int] = set()
+
+    def look(
+        self,
+        reports: Mapping[int, Mapping[str, Any]],
+        supervised: Mapping[int, Supervised],
+        now: float,
+        known_trouble: str = "",
+    ) -> list[str]:
+        """What is new. `reports`: of the streamers since `up` began; `known_trouble` has been said already."""
+        said = list(self._beginning(reports, now))
+        for shard in range(self._shards):
+            whose = "" if self._shards == 1 else f"Shard {shard}: "
+            report, noted = reports.get(shard), supervised.get(shard)
+            for sentence in (
+                *self._trouble(shard, report, known_trouble),
+                *self._failed(shard, noted),
+                *self._missing(shard, report, noted, now),
+            ):
+                said.append(f"{whose}{sentence}")
+        return said
+
+    def _beginning(self, reports: Mapping[int, Mapping[str, Any]], now: float) -> Iterator[str]:
+        frames = sum(it["frames"] for it in reports.values() if it["state"] != "stopped")
+        if not self._recording and frames:
+            self._recording = True
+            yield f"Recording: {frames:,} frames are in the journal, and more are coming."
+        if not self._recording and not self._late and now - self._began >= RECORDING_S:
+            self._late = True
+            yield f"Nothing is recorded yet after {RECORDING_S:.0f} s. {self._where_to_look}"
+
+    def _trouble(self, shard: int, report: Mapping[str, Any] | None, known: str) -> Iterator[str]:
+        if report is None:
+            return
+        now, before = report["trouble"] or "", self._troubles.get(shard, "")
+        if now and now not in (before, known):
+            yield str(now)
+        elif before and not now:
+            yield "The streamer is well again."
+        self._troubles[shard] = now
+
+    def _failed(self, shard: int, noted: Supervised | None) -> Iterator[str]:
+        failures = noted.failures if noted is not None else 0
+        if noted is not None and failures >= IN_A_ROW and failures > self._failures.get(shard, 0):
+            yield f"{failures} runs in a row have failed, the last: {noted.why} {noted.reason}"
+        self._failures[shard] = failures
+
+    def _missing(
+        self,
+        shard: int,
+        report: Mapping[str, Any] | None,
+        noted: Supervised | None,
+        now: float,
+    ) -> Iterator[str]:
+        if report is not None and _alive(report):
+            self._seen[shard] = now
+            if shard in self._absent:
+                self._absent.remove(shard)
+                yield "A streamer runs again."
+            return
+        absent_s = now - self._seen.get(shard, now)  # one that never ran is told as late
+        if absent_s >= ABSENT_S and shard not in self._absent:
+            self._absent.add(shard)
+            reason = noted.reason if noted is not None else self._where_to_look
+            yield f"No streamer has run for {absent_s:.0f} s: nothing is recorded. {reason}"
+
+
+def _alive(report: Mapping[str, Any]) -> bool:
+    who = Identity(int(report["pid"]), float(report["pid_started"]))
+    return report["state"] != "stopped" and who.alive

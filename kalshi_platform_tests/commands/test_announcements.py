@@ -1,0 +1,93 @@
+"""What a person at `up` is told of the recording: each thing once, and its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kalshi_platform.commands.announcements import ABSENT_S, RECORDING_S, Announcements
+from kalshi_platform.monitoring.supervision import Supervised
+from kalshi_platform.processes import Identity
+
+WHERE = "The UI has the log."
+
+
+def report(**values: Any) -> dict[str, Any]:
+    own = Identity.own()
+    well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
+    return {**well, "frames": 10, **values}
+
+
+DEAD = report(pid_started=1.0)
+STOPPED = report(state="stopped")
+
+
+class Story:
+    def __init__(self, shards: int = 1) -> None:
+        self.it = Announcements(shards, WHERE, 0.0)
+        self.now = 0.0
+
+    def look(
+        self,
+        reports: dict[int, dict[str, Any]],
+        supervised: dict[int, Supervised] | None = None,
+        after_s: float = 1.0,
+    ) -> list[str]:
+        self.now += after_s
+        return self.it.look(reports, supervised or {}, self.now, "ClickHouse is away.")
+
+
+def test_the_first_frames_are_told_once() -> None:
+    story = Story()
+    assert story.look({}) == []
+    (line,) = story.look({0: report()})
+    assert line.startswith("Recording: 10 frames")
+    assert story.look({0: report()}) == []
+
+
+def test_a_recording_that_does_not_begin_is_told_once_with_where_to_look() -> None:
+    story = Story()
+    assert story.look({}, after_s=RECORDING_S - 1) == []
+    assert story.look({}, after_s=2) == [f"Nothing is recorded yet after 90 s. {WHERE}"]
+    assert story.look({}, after_s=500) == []
+
+
+def test_runs_that_fail_one_after_the_other_are_told_with_the_reason_each_time_it_gets_worse() -> (
+    None
+):
+    story = Story()
+    story.look({0: report()})
+
+    def failed(times: int) -> list[str]:
+        return story.look(
+            {0: DEAD}, {0: Supervised("The next start is in 9 s.", times, "Bad name.")}
+        )
+
+    assert failed(0) == failed(1) == []
+    assert failed(2) == [
+        "2 runs in a row have failed, the last: Bad name. The next start is in 9 s."
+    ]
+    assert failed(2) == []
+    assert len(failed(3)) == 1
+    assert failed(0) == []
+    assert len(failed(2)) == 1
+
+
+def test_a_shard_without_a_streamer_is_told_and_its_return_too() -> None:
+    story = Story(shards=2)
+    story.look({0: report(), 1: report()})
+    for gone in ({0: report()}, {0: report(), 1: DEAD}, {0: report(), 1: STOPPED}):
+        assert story.look(gone) == []
+        (line,) = story.look(gone, {1: Supervised("It backs off.")}, after_s=ABSENT_S)
+        assert line.startswith("Shard 1: No streamer has run for ")
+        assert line.endswith("nothing is recorded. It backs off.")
+        assert story.look(gone, after_s=ABSENT_S) == []
+        assert story.look({0: report(), 1: report()}) == ["Shard 1: A streamer runs again."]
+
+
+def test_trouble_is_told_once_and_its_end_and_what_was_said_already_is_not() -> None:
+    story = Story()
+    story.look({0: report()})
+    assert story.look({0: report(trouble="No space is left.")}) == ["No space is left."]
+    assert story.look({0: report(trouble="No space is left.")}) == []
+    assert story.look({0: report()}) == ["The streamer is well again."]
+    assert story.look({0: report(trouble="ClickHouse is away.")}) == []
