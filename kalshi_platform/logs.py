@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
 
+from kalshi_platform.printable import printable, printable_lines
 from kalshi_platform.settings import Settings
 
 PLATFORM = "kalshi_platform"
@@ -46,9 +47,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)  # in ASCII: nothing in it commands a terminal
 
 
+class TextFormatter(logging.Formatter):
+    """For people. What others wrote neither commands the terminal nor passes for a line of ours."""
+
+    def __init__(self, text: str = TEXT) -> None:
+        super().__init__(text)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """The record's line."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """A traceback, line by line."""
+        return printable_lines(super().formatException(ei))
+
+
 def formatter(settings: Settings) -> logging.Formatter:
     """As LOG_FORMAT has it."""
-    return JsonFormatter() if settings.log_format == "json" else logging.Formatter(TEXT)
+    return JsonFormatter() if settings.log_format == "json" else TextFormatter()
 
 
 def configure(settings: Settings, name: str = "", stream: TextIO | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,8 +21,18 @@ from PIL import Image
 from kalshi_platform.analytics.activity import Activity
 from kalshi_platform.analytics.columns import Floats
 from kalshi_platform.analytics.frames import SECOND_US
+from kalshi_platform.printable import printable
 from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
 
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 9,
+    "text.parse_math": False,  # a ticker is no formula
+    "text.usetex": False,
+}
+_LONGEST_LABEL = 60
 _COLOURS = 48  # of the picture: a third of the bytes, and no difference to be seen
 
 
@@ -31,9 +42,7 @@ def plot(dataset: str, of: Activity, table: pa.Table) -> bytes:
     Of `table` the rows of the busiest markets are drawn.
     """
     drawing = _DRAWINGS[dataset]
-    with mpl.rc_context(
-        {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 9}
-    ):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 5), dpi=85, layout="constrained")
         figure.suptitle(f"{dataset}, {of.hour:%Y-%m-%d %H:00} UTC")
         drawing(figure, of, table)
@@ -67,7 +76,7 @@ def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
             for side in ("bid", "ask")
         )
         cents = list(distances.values())
-        (line,) = profile.plot([-c for c in cents], bids, "o-", label=ticker, ms=3)
+        (line,) = profile.plot([-c for c in cents], bids, "o-", label=_label(ticker), ms=3)
         profile.plot(cents, asks, "s--", color=line.get_color(), ms=3)
         minutes = _minutes(of, rows["second"])
         _line(over_time, minutes, _believed(rows, "bid_size_10c"), ticker)
@@ -86,6 +95,7 @@ def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
     over_time.set(title="within 10 cents: bids above, asks below 0", xlabel="minute", xlim=(0, 60))
     for axes in (profile, over_time):  # beside a market with millions the others are to be seen too
         axes.set_yscale("symlog", linthresh=100)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # its own is a formula
     _legend(profile)
 
 
@@ -118,7 +128,13 @@ def _markets(of: Activity, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def _line(axes: Axes, minutes: Floats, values: Floats, label: str) -> None:
-    axes.plot(minutes, values, drawstyle="steps-post", lw=0.8, label=label)
+    axes.plot(minutes, values, drawstyle="steps-post", lw=0.8, label=_label(label))
+
+
+def _label(ticker: str) -> str:
+    """A ticker as it is drawn: on one line, and not beginning with what leaves it out of the legend."""
+    text = printable(ticker)[:_LONGEST_LABEL]
+    return f" {text}" if text.startswith("_") else text
 
 
 def _legend(axes: Axes) -> None:

@@ -10,6 +10,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import compaction
 from kalshi_platform.loading.compaction import Compacted
 from kalshi_platform.loading.restore import parse_hours
+from kalshi_platform.printable import printable
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 
@@ -49,7 +50,7 @@ def command(hour: str | None, everything: bool) -> None:
 
     def refused(_: datetime, error: StoreError) -> None:
         refusals.append(error)
-        click.echo(f"Not compacted: {error}", err=True)
+        click.echo(printable(f"Not compacted: {error}"), err=True)
 
     compaction.compact(archive, wanted, say, refused)
     if hour is not None and refusals:

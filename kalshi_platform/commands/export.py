@@ -9,6 +9,7 @@ import click
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.publish import PUBLIC, Published, publish
 from kalshi_platform.loading.restore import parse_hours
+from kalshi_platform.printable import printable
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreRefused
 
@@ -57,7 +58,7 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
         span=span,
         wanted=datasets or PUBLIC,
         done=done,
-        left=lambda why: click.echo(why, err=True),
+        left=lambda why: click.echo(printable(why), err=True),
     )
     if not told:
         raise StoreRefused(f"The archive in {archive} has no sealed hour of that span.")
@@ -78,4 +79,4 @@ def _line(it: Published) -> str:
     if it.withheld:
         said.append(f"{it.withheld:,} rows keep their number alone")
     said += [f"{count:,} of kind {kind} left out" for kind, count in sorted(it.removed.items())]
-    return f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {', '.join(said)}"
+    return printable(f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {', '.join(said)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from urllib3 import HTTPResponse
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform import typed_json
-from kalshi_platform.printable import printable
+from kalshi_platform.printable import printable, printable_block
 from kalshi_platform.storage.clickhouse import Client, broken_answer, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
@@ -154,10 +155,12 @@ def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
 
 
 def _pass_through(answer: HTTPResponse) -> None:
+    """The answer as it came; on a terminal without what would command it."""
     sys.stdout.flush()
-    out = sys.stdout.buffer
+    out, on_terminal = sys.stdout.buffer, sys.stdout.isatty()
+    decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode
     for piece in _pieces(answer):
-        out.write(piece)
+        out.write(printable_block(decode(piece)).encode() if on_terminal else piece)
     out.flush()
 
 
@@ -194,7 +197,9 @@ def _print_rich(
 ) -> None:
     table = Table()
     for name, is_number in zip(names, right, strict=True):
-        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(
+            Text(_shown(name)), justify="right" if is_number else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(_shown(cell), style="dim" if cell == _NULL else "") for cell in row))
     console.print(table)
@@ -202,7 +207,7 @@ def _print_rich(
 
 
 def _print_plain(names: list[str], right: list[bool], rows: list[list[str]]) -> None:
-    lines: list[list[str]] = [names, *([_shown(cell) for cell in row] for row in rows)]
+    lines: list[list[str]] = [[_shown(cell) for cell in row] for row in (names, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = zip(line, widths, right, strict=True)

@@ -60,7 +60,7 @@ def command(shard: int | None, parent: int | None) -> None:
 
 def _say_which(shard: int) -> None:
     """Several processes speak on one terminal; in JSON each line says its shard anyway."""
-    each = logging.Formatter(logs.TEXT.replace("%(message)s", f"shard {shard}: %(message)s"))
+    each = logs.TextFormatter(logs.TEXT.replace("%(message)s", f"shard {shard}: %(message)s"))
     for handler in logging.getLogger().handlers:
         handler.setFormatter(each)
 

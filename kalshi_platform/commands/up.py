@@ -299,7 +299,7 @@ class _Platform:
             return
         self._console.print()
         for name, value in lines.items():
-            self._console.print(f"  {name:<12}{value}", markup=False)
+            self._console.print(f"  {name:<12}{printable(value)}", markup=False)
         self._console.print()
 
     def _announce(self) -> None:

@@ -260,7 +260,7 @@ def _ladder(book: Book) -> Table:
     shown = [*asks[:LADDER_LEVELS], *bids[:LADDER_LEVELS]]
     largest = max((size for _, size in shown), default=1)
     colour = {State.SYNCED: "green", State.WAITING: "yellow", State.STALE: "red"}[book.state]
-    title = Text.assemble(book.market_ticker, " ", (book.state.value, colour))
+    title = Text.assemble(printable(book.market_ticker), " ", (book.state.value, colour))
     table = Table(title=title, box=None, padding=(0, 1))
     table.add_column("yes", justify="right")
     table.add_column("contracts", justify="right")

@@ -29,6 +29,7 @@ from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def failed_checks(
         yield Condition(
             key=f"check:{asset}:{key.name}",
             title=f"Check {key.name} of {asset} failed",
-            sentence=found.description or "The check's page in the UI has its findings.",
+            sentence=from_markdown(found.description or "")
+            or "The check's page in the UI has its findings.",
             severity=Severity.CRITICAL,
             since=last[0].create_timestamp,
             link=f"{ui}/assets/{asset}?view=checks&checkDetail={key.name}",

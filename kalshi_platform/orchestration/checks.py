@@ -19,6 +19,7 @@ from dagster import MetadataValue
 from kalshi_platform import health_report
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.printable import markdown
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 
@@ -369,7 +370,11 @@ def _passed(
     name: str, sentence: str, metadata: Mapping[str, Any] | None = None
 ) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=True, asset_key=ASSET, check_name=name, description=sentence, metadata=metadata or {}
+        passed=True,
+        asset_key=ASSET,
+        check_name=name,
+        description=markdown(sentence),
+        metadata=metadata or {},
     )
 
 
@@ -381,7 +386,7 @@ def _failed(
         asset_key=ASSET,
         check_name=name,
         severity=severity,
-        description=sentence,
+        description=markdown(sentence),
         metadata=metadata,
     )
 

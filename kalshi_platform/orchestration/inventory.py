@@ -17,6 +17,7 @@ from dagster import MetadataValue
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.printable import markdown
 
 if TYPE_CHECKING:
     from kalshi_platform.inventory.audit import Outcome
@@ -166,7 +167,7 @@ def _passed(name: str, notice: str) -> dg.AssetCheckResult:
         passed=True,
         asset_key=_CHECKED[name][0],
         check_name=name,
-        description=f"Nothing to judge: {notice}",
+        description=markdown(f"Nothing to judge: {notice}"),
     )
 
 

@@ -21,6 +21,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Outcome, Parameters, Status
+from kalshi_platform.printable import printable
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.clickhouse import connect
 
@@ -222,12 +223,12 @@ def _print(
                 click.echo(f"{outcome.check.title}: {outcome.total} {rows}{first}")
                 _print_rows(outcome.columns, outcome.rows)
         if outcome.notice:
-            click.echo(f"note: {outcome.notice}")
+            click.echo(f"note: {printable(outcome.notice)}")
     if found is not None:
         click.echo()
         click.echo(f"Breaks: {len(found) or 'none'}")
         for each in found:
-            click.echo(f"{each.headline()}\n    {each.explanation}")
+            click.echo(f"{printable(each.headline())}\n    {printable(each.explanation)}")
     total = sum(outcome.total for outcome in outcomes)
     click.echo()
     click.echo(f"Anomalies: {total}" if total else "No anomalies.")
@@ -249,7 +250,7 @@ def _text(cell: Any) -> str:
         return audit.moment(cell)
     if isinstance(cell, float):
         return f"{cell:.6f}".rstrip("0").rstrip(".") if math.isfinite(cell) else str(cell)
-    return " ".join(str(cell).split())
+    return printable(" ".join(str(cell).split()))
 
 
 def _json(outcomes: Sequence[Outcome], found: Sequence[breaks.Break] | None) -> str:
