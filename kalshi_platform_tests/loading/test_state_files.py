@@ -6,6 +6,7 @@ here and leads to the same.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -262,3 +263,48 @@ def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_g
     assert last.trouble is None
     assert_each_record_once(recorder)
     client.command(f"DROP DATABASE {name}_new SYNC")
+
+
+# -- folders of a version whose stores kept no record ------------------------------------------------
+
+
+def make_it_older(recorder: Recorder) -> None:
+    """Leave what such a version left: an identity without epochs, bare cursors, no records in the stores."""
+    identity = json.loads((recorder.folder / "journal.json").read_text())
+    (recorder.folder / "journal.json").write_text(json.dumps({"format": 1, "id": identity["id"]}))
+    for kind in KINDS:
+        path = recorder.folder / "load" / f"{kind}.json"
+        kept = json.loads(path.read_text())
+        bare = {k: kept[k] for k in ("committed", "planned", "state_at", "state_file")}
+        path.write_text(json.dumps(bare))
+    shutil.rmtree(recorder.settings.archive_dir / "recorders")
+    (recorder.settings.archive_dir / "archive.json").unlink()
+    clickhouse.connect(recorder.settings).command("TRUNCATE TABLE recorders")
+
+
+def test_a_folder_of_a_version_without_records_is_taken_over_once(recorder: Recorder) -> None:
+    recorder.run()
+    recorder.run()
+    make_it_older(recorder)
+    for _ in range(2):
+        assert recorder.run().trouble is None
+    assert_each_record_once(recorder)
+
+
+def test_of_such_a_folder_a_cursor_that_is_lost_is_an_error_until_it_is_restored(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    recorder.run()
+    make_it_older(recorder)
+    load = recorder.folder / "load"
+    shutil.copytree(load, tmp_path / "backup")
+    shutil.rmtree(load)
+    with recorder.started() as start:
+        start.record(20)
+        start.load()
+        assert "up to which record is not known" in str(start.trouble)
+    shutil.rmtree(load, ignore_errors=True)
+    shutil.copytree(tmp_path / "backup", load)
+    assert recorder.run().trouble is None
+    assert_each_record_once(recorder)
