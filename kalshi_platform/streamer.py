@@ -14,7 +14,6 @@ so touches no disk; the copy on the disk is another thread's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
@@ -30,13 +29,14 @@ import msgspec
 
 from kalshi_platform import __version__
 from kalshi_platform.errors import SettingsError
-from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Unreachable
+from kalshi_platform.exchange.errors import CredentialsError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.health_report import Publisher
 from kalshi_platform.loading import audit, cursor, numbering, passage
+from kalshi_platform.loading.books import State
 from kalshi_platform.loading.derivation import Derivation
-from kalshi_platform.loading.derive import DAMAGED, Distrust
+from kalshi_platform.loading.derive import DAMAGED, Distrust, Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.state import prune_hour_states
@@ -48,7 +48,8 @@ from kalshi_platform.recording.delays import Delay
 from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.recording.journal_identity import JournalIdentity
 from kalshi_platform.recording.recovery import Memory, remembered
-from kalshi_platform.recording.upkeep import Upkeep
+from kalshi_platform.recording.tasks import TaskHealth, Tasks
+from kalshi_platform.recording.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
 from kalshi_platform.recording.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import open_archive
@@ -131,8 +132,13 @@ class Health:
     """What is wrong, as a sentence."""
     disconnects: dict[str, int] = field(default_factory=dict)
     """Connections that ended since the start, by cause."""
+    tasks: dict[str, TaskHealth] = field(default_factory=dict)
+    """The tasks beside capture that have failed since the start; recording goes on without them."""
 
 
+AUDIT, OBSERVER, MEMORY = "book comparison", "books to compare", "trades of before the start"
+REPORT, SAVED_REPORT, PRUNING = "health report", "saved health report", "pruning"
+"""The names of tasks beside capture; others are in `upkeep.py`."""
 DRAINING, STOPPING, STOPPED, BLOCKED = "draining", "stopping", "stopped", "blocked"
 
 
@@ -149,6 +155,10 @@ class Streamer:
         self._parquet: ParquetStore | None = None
         self._loads: list[Load] = []
         self._recent = audit.Recent()
+        self._tasks = Tasks(self._note)
+        self._offset = 0
+        """Of the markets whose books are compared next."""
+        self._credentials: Credentials | None = None
         self._capture: Capture | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._noting = threading.Lock()
@@ -266,9 +276,8 @@ class Streamer:
         self._stopping.set()
         if self._writer is None:
             return True
-        if self._loop is not None and self._capture is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: reading has ended
-                self._loop.call_soon_threadsafe(self._capture.stop)
+        if self._capture is not None:
+            self._in_loop(self._capture.stop)
         if self._capturing is not None:  # the rest of the time is for what it received
             self._capturing.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
         ended = self._capture is None or self._capture.ended
@@ -321,7 +330,7 @@ class Streamer:
                 PARQUET_PACE,
                 derivation=derivation,
                 distrust=self._distrust,
-                observe=self._recent.saw,
+                observe=self._observe,
                 note=self._note,
             )
         ]
@@ -428,6 +437,7 @@ class Streamer:
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
             disconnects=dict(counters.disconnects) if counters else {},
+            tasks=self._tasks.states,
         )
 
     def _state(self) -> str:
@@ -470,7 +480,7 @@ class Streamer:
         self._loop = asyncio.get_running_loop()
         exchange = self._settings.exchange
         with RestClient(exchange, sleep=self._sleep) as rest:
-            upkeep = Upkeep(self._settings, rest, self._shard)
+            upkeep = Upkeep(self._settings, rest, self._shard, self._tasks)
             tickers, memory = await asyncio.gather(
                 self._unless_stopped(upkeep.first_list()), asyncio.to_thread(self._remembered)
             )
@@ -478,7 +488,7 @@ class Streamer:
                 return
             capture = Capture(
                 exchange.ws_url,
-                lambda: Credentials(exchange.key_id, load_signer(exchange.key_file)),
+                self._sign,
                 self._writer,
                 tickers,
                 unheard_since=memory.last_heard(time.time_ns(), time.monotonic()),
@@ -492,26 +502,47 @@ class Streamer:
                     capture.remark(kind, detail)
             if self._stopping.is_set():
                 capture.stop()
-            recording = asyncio.create_task(capture.run())
+            turns: dict[str, Callable[[], Awaitable[None]]] = {
+                LOOK_UP: upkeep.look_up,
+                SELECTION: lambda: upkeep.select(capture),
+                BACKFILL: lambda: upkeep.backfill(capture),
+                AUDIT: lambda: self._compare_books(rest, capture),
+            }
             beside = [
-                asyncio.create_task(upkeep.keep_looking()),
-                asyncio.create_task(upkeep.keep_following(capture)),
-                asyncio.create_task(upkeep.keep_recovering(capture)),
-                asyncio.create_task(self._keep_auditing(rest, capture)),
+                asyncio.create_task(self._tasks.keep(name, turn)) for name, turn in turns.items()
             ]
             try:
-                done, _ = await asyncio.wait(
-                    {recording, *beside}, return_when=asyncio.FIRST_COMPLETED
-                )
-                if recording not in done:  # none of the others ends but by a fault
-                    capture.stop()
-                    await recording
-                for task in done:
-                    task.result()
+                await capture.run()
             finally:
                 for task in beside:
                     task.cancel()
                 await asyncio.gather(*beside, return_exceptions=True)
+
+    def _sign(self) -> Credentials:
+        """The key for the next connection; the one of before, where its file cannot be read just now."""
+        exchange = self._settings.exchange
+        try:
+            self._credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
+        except CredentialsError as error:
+            if self._credentials is None:
+                raise
+            log.warning("%s The connection is opened with the key of before.", error)
+        return self._credentials
+
+    def _in_loop(self, act: Callable[..., object], *arguments: object) -> None:
+        """Have capture's thread do something soon; where that has ended, nothing."""
+        loop = self._loop
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(act, *arguments)
+        except RuntimeError:  # it is closed, and may be so from one moment to the next
+            log.debug("Capture has ended: %s is not called.", act)
+
+    def _observe(self, rows: Rows, state: State) -> None:
+        """Of a load: what its books are now. It does not stop for who watches it."""
+        with self._tasks.surviving(OBSERVER):
+            self._recent.saw(rows, state)
 
     async def _unless_stopped(self, waiting: Awaitable[T]) -> T | None:
         """What is waited for, or None where the streamer is to end before it comes."""
@@ -524,11 +555,11 @@ class Streamer:
         return task.result()
 
     def _remembered(self) -> Memory:
-        """What the journal knew before this start."""
+        """What the journal knew before this start; where it cannot be read, trades since then are not fetched."""
         try:
             return remembered(self._folder, self._began_n)
-        except JournalError as error:
-            log.warning("Trades since the last end are not fetched: %s", error)
+        except BaseException as error:  # noqa: BLE001 - as of any task beside capture
+            self._tasks.failed(MEMORY, error)
             return Memory(0, ())
 
     def _sleep(self, seconds: float) -> None:
@@ -536,30 +567,20 @@ class Streamer:
         if self._stopping.wait(seconds):
             raise Unreachable("The streamer ends; the exchange is not asked again.")
 
-    async def _keep_auditing(self, rest: RestClient, capture: Capture) -> None:
-        """Hold our books against the exchange's REST books, some markets at a time."""
-        offset = 0
-        while True:
-            await asyncio.sleep(self._settings.audit_interval_seconds)
-            tickers = audit.comparable(self._recent.state, offset)
-            offset += len(tickers)
-            if not tickers:
-                continue
-            since_ns = audit.window_start_ns()
-            try:
-                books = await asyncio.to_thread(rest.orderbooks, tickers)
-            except ExchangeError as error:
-                log.warning("The books were not audited: %s", error)
-                continue
-            if not await self._caught_up(time.time_ns()):
-                log.warning("The books were not audited: the load is behind.")
-                continue
-            wire = {
-                t: {"yes": b.yes_dollars or [], "no": b.no_dollars or []} for t, b in books.items()
-            }
-            self._judge(
-                await asyncio.to_thread(audit.compare, self._recent, since_ns, wire), capture
-            )
+    async def _compare_books(self, rest: RestClient, capture: Capture) -> None:
+        """Hold some of our books against the exchange's REST books, after a pause."""
+        await asyncio.sleep(self._settings.audit_interval_seconds)
+        tickers = audit.comparable(self._recent.state, self._offset)
+        self._offset += len(tickers)
+        if not tickers:
+            return
+        since_ns = audit.window_start_ns()
+        books = await asyncio.to_thread(rest.orderbooks, tickers)
+        if not await self._caught_up(time.time_ns()):
+            log.warning("The books were not audited: the load is behind.")
+            return
+        wire = {t: {"yes": b.yes_dollars or [], "no": b.no_dollars or []} for t, b in books.items()}
+        self._judge(await asyncio.to_thread(audit.compare, self._recent, since_ns, wire), capture)
 
     async def _caught_up(self, until_ns: int) -> bool:
         """Wait until the derived books are as of `until_ns` or later."""
@@ -591,51 +612,56 @@ class Streamer:
             self._distrust(it)
 
     def _note(self, kind: str, detail: Mapping[str, object]) -> None:
-        """Put a load's note into the journal: in capture's thread, as soon as there is one."""
+        """Put a load's or a task's note into the journal: in capture's thread, as soon as there is one."""
         with self._noting:
             if self._drains and self._writer is not None:
                 self._writer.note(kind, detail)
                 self._writer.hand_over()
             elif self._capture is None or self._loop is None:
                 self._notes.append((kind, detail))
-            elif not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._capture.remark, kind, detail)
+            else:
+                self._in_loop(self._capture.remark, kind, detail)
 
     def _distrust(self, it: Distrust) -> None:
-        if self._loop is not None and self._capture is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(
-                self._capture.distrust, it.market_ticker, it.cause, it.detail
-            )
+        if self._capture is not None:
+            self._in_loop(self._capture.distrust, it.market_ticker, it.cause, it.detail)
 
     def _run_health(self) -> None:
         """Report each second, where no disk is needed, and once more when everything has ended."""
         while True:
             last = self._ended.is_set()
-            try:
-                self._publisher.publish(msgspec.json.encode(self.health()))
-            except OSError as error:
-                if not self._unpublished:
-                    log.warning(
-                        "%s cannot be written (%s): a disk that is full or hangs hides this streamer's health"
-                        " from its supervisor.",
-                        error.filename,
-                        error.strerror,
-                    )
-                self._unpublished = True
+            with self._tasks.surviving(REPORT):
+                self._publish()
             if last:
                 return
             self._ended.wait(HEALTH_S)
+
+    def _publish(self) -> None:
+        try:
+            self._publisher.publish(msgspec.json.encode(self.health()))
+        except OSError as error:
+            if not self._unpublished:
+                log.warning(
+                    "%s cannot be written (%s): a disk that is full or hangs hides this streamer's health"
+                    " from its supervisor.",
+                    error.filename,
+                    error.strerror,
+                )
+            self._unpublished = True
 
     def _run_housekeeping(self) -> None:
         """What waits for the disk: the report beside the journal, and segments past their retention."""
         prune_at = time.monotonic() + PRUNE_S
         while not self._ended.is_set():
-            self._save_report()
+            with self._tasks.surviving(SAVED_REPORT):
+                self._save_report()
             if time.monotonic() >= prune_at and not self._stopping.is_set():
                 prune_at += PRUNE_S
-                self._prune()
+                with self._tasks.surviving(PRUNING):
+                    self._prune()
             self._ended.wait(HEALTH_S)
-        self._save_report()
+        with self._tasks.surviving(SAVED_REPORT):
+            self._save_report()
 
     def _save_report(self) -> None:
         try:

@@ -467,6 +467,11 @@ def _judge_recording(report: dict[str, Any], text: str) -> Finding:
         return Finding(
             Mark.BAD, f"{text}: frames come and are not kept", "look at the disk and the log"
         )
+    failing = [(name, it) for name, it in report.get("tasks", {}).items() if it["failing_since_ns"]]
+    if failing:
+        said = "; ".join(f"its {name} fails ({it['reason']})" for name, it in failing)
+        remedy = "nothing at once: recording goes on, and it is retried; the log has more"
+        return Finding(Mark.ODD, f"{text}; {said}", remedy)
     markets, synced = int(report["markets"]), int(report["synced"])
     if synced < markets:
         text = f"{text}; {synced:,} of {markets:,} books are synced"

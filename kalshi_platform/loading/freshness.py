@@ -33,6 +33,8 @@ CONNECT_S = 120.0
 BEHIND_S: Mapping[str, float] = {"clickhouse": 60.0, "parquet": 120.0}
 """How old the oldest record may be that is in the journal and not in a store. Parquet files are written
 once a minute."""
+TASK_S = 120.0
+"""How long a task beside the recording may fail before somebody should look."""
 
 
 class Verdict(StrEnum):
@@ -50,7 +52,7 @@ class Judgement:
     verdict: Verdict
     cause: str
     """recording, nothing recorded, quiet, maintenance, starting, stopped, streamer down, streamer
-    hangs, disk, disk slow, writer stuck, disconnected, silent, or `<store> behind`."""
+    hangs, disk, disk slow, writer stuck, disconnected, silent, task failing, or `<store> behind`."""
     sentence: str
 
 
@@ -110,6 +112,7 @@ def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: dateti
         or _hang(report, now)
         or _journal(report, now)
         or _stores(report, newest, now)
+        or _tasks(report, now)
         or _exchange(report, now)
     )
 
@@ -237,6 +240,18 @@ def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -
                 "clickhouse behind",
                 f"ClickHouse's newest row is {_told(late)} older than the journal's last write; nothing is"
                 " lost. It catches up by itself; see the streamer run's log if the age grows.",
+            )
+    return None
+
+
+def _tasks(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+    """Whether something beside the recording has failed for a while."""
+    for name, it in report.get("tasks", {}).items():  # a report of an earlier version has none
+        if it["failing_since_ns"] and _age(it["failing_since_ns"], now) > TASK_S:
+            return _warn(
+                "task failing",
+                f"Recording goes on, but its {name} has failed for {_told(_age(it['failing_since_ns'], now))}:"
+                f" {it['reason']} It is retried; the streamer's log has more.",
             )
     return None
 

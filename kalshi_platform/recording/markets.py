@@ -129,10 +129,13 @@ class Watchlist:
 
     def reread(self) -> None:
         """Read MARKET_FILE again if it has changed."""
-        if self._file is None or not self._file.changed():
+        if self._file is None:
+            return
+        self._file.changed()
+        named = tuple(dict.fromkeys([*self._settings.market_tickers, *self._from_file]))
+        if named == self._roster.wish.tickers:
             return
         before = set(self._roster.wish.tickers)
-        named = tuple(dict.fromkeys([*self._settings.market_tickers, *self._from_file]))
         self._roster.rename(named)
         self._unchecked += tuple(ticker for ticker in named if ticker not in before)
         log.info("MARKET_FILE names %d markets now.", len(self._from_file))
@@ -183,6 +186,10 @@ class Watchlist:
             " MARKET_TICKERS and MARKET_FILE.",
             names,
         )
+
+    def ask_again(self) -> None:
+        """The last answer of `wanted` was not taken: give another."""
+        self._roster.ask_again()
 
     # -- what to follow ------------------------------------------------------------------------
 

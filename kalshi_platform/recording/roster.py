@@ -161,6 +161,10 @@ class Roster:
             known.over_s = now_s if known.over_s is None else known.over_s
         self._changes_s = -inf
 
+    def ask_again(self) -> None:
+        """Let `wanted` be asked, whatever it said last."""
+        self._changes_s = -inf
+
     def is_due(self, now_s: float) -> bool:
         """Whether `wanted` may give another answer than before."""
         return now_s >= self._changes_s
