@@ -10,7 +10,7 @@ what was last verified a week ago. No row is mended here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,21 +19,18 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform import typed_json
-from kalshi_platform.loading import hours
+from kalshi_platform.loading import hot_hour, hours
 from kalshi_platform.loading.continuity import Extent
-from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse
 from kalshi_platform.storage.archive import HOUR, Archive, Manifest, batches, open_archive
 from kalshi_platform.storage.checksum import Content
 from kalshi_platform.storage.errors import StoreRefused
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+from kalshi_platform.storage.schema import DATASETS, Dataset
 
 log = logging.getLogger(__name__)
 
 HOURS_AT_A_TIME = 3
-ROWS_AT_A_TIME = 500_000
-"""Rows that are in memory at once, of either store."""
 AGAIN_AFTER = timedelta(days=7)
 _EXPIRES_SOON = timedelta(hours=2)
 
@@ -51,6 +48,8 @@ class Difference(msgspec.Struct, frozen=True):
     checksum_manifest: str
     checksum_parquet: str
     checksum_clickhouse: str
+    remedy: str = ""
+    """What to do, as a sentence."""
 
 
 class _Verdict(msgspec.Struct, frozen=True):
@@ -227,52 +226,27 @@ def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
 
 
 def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
-    """Count and checksum of ClickHouse's rows, read minute by minute where they are many."""
-    clock = "ts" if dataset is BOOK_CHECKPOINTS else "ingest_ts"
-    span = f"{clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
-    with clickhouse.translated():
-        minutes = client.query(
-            f"SELECT toMinute({clock}, 'UTC') AS minute, count() FROM {dataset.name}"  # noqa: S608 - the schema's own names
-            f" WHERE {span} GROUP BY minute ORDER BY minute",
-            parameters={"start": hour, "end": hour + HOUR},
-        ).result_rows
     content = Content()
-    for first, end in _pieces(minutes):
-        with clickhouse.translated():
-            found = client.query_arrow(
-                f"SELECT {select_list(dataset)} FROM {dataset.name} WHERE {span}",  # noqa: S608
-                parameters={
-                    "start": hour + timedelta(minutes=first),
-                    "end": hour + timedelta(minutes=end),
-                },
-            )
-        content += checksum.content(as_archived(found, dataset))
+    for table in hot_hour.tables(client, dataset, hour):
+        content += checksum.content(table)
     return _Side(content)
-
-
-def _pieces(minutes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """(first minute, end minute) of spans with about ROWS_AT_A_TIME rows, or one minute."""
-    first, held = 0, 0
-    for minute, count in minutes:
-        if held and held + count > ROWS_AT_A_TIME:
-            yield first, minute
-            first, held = minute, 0
-        held += count
-    if held:
-        yield first, 60
 
 
 def _difference(
     manifest: _Side, cold: _Side, hot: _Side, hour: datetime, dataset: str
 ) -> Difference | None:
     said = []
-    fault = manifest.fault or cold.fault
-    if fault:
-        said.append(fault)
-    elif (manifest.rows, manifest.checksum) != (cold.rows, cold.checksum):
-        said.append(_apart("The files", cold, "the manifest", manifest))
+    remedy = ""
     if not cold.fault and not cold.content.agrees_with(hot.content):
         said.append(_apart("ClickHouse", hot, "the archive", cold))
+        remedy = f"Run kalshi-platform restore --hours {hour:%Y-%m-%d-%H}"
+        remedy += "." if hot.rows < cold.rows else " --replace."
+    fault = manifest.fault or cold.fault
+    if not fault and (manifest.rows, manifest.checksum) != (cold.rows, cold.checksum):
+        fault = _apart("The files", cold, "the manifest", manifest)
+    if fault:
+        said.insert(0, fault)
+        remedy = "Materialise the hour again."
     if not said:
         return None
     return Difference(
@@ -285,6 +259,7 @@ def _difference(
         checksum_manifest=manifest.checksum,
         checksum_parquet=cold.checksum,
         checksum_clickhouse=hot.checksum,
+        remedy=remedy,
     )
 
 

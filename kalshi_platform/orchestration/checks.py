@@ -171,8 +171,9 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
         doubled = sum(row["doubled"] for row in proof.offenders)
         said = (
             f"{holes:,} numbers are missing that no gap row names, {doubled:,} are stored more than"
-            f" once, in {len(proof.offenders)} subscriptions. Materialise the hours again from the"
-            " journal, then bring them back with `kalshi-platform restore`."
+            f" once, in {len(proof.offenders)} subscriptions. Run kalshi-platform restore: it inserts what"
+            " ClickHouse lacks of the archive, and names the hours that need --replace. What the archive lacks"
+            " too is in the journal while that is kept: materialise those hours first."
         )
         return _failed("no_unexplained_gaps", ERROR, said, metadata)
     if lasting or noticed.mismatches:
@@ -214,8 +215,7 @@ def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
         hours = len({each["hour"] for each in offenders})
         said = (
             f"{len(offenders)} datasets of {hours} hours differ: {offenders[0]['dataset']} of"
-            f" {offenders[0]['hour']}: {offenders[0]['what']} Where the files are wrong, materialise the"
-            " hour again; where ClickHouse is, restore the hour into an empty database."
+            f" {offenders[0]['hour']}: {offenders[0]['what']} {offenders[0]['remedy']}"
         )
         return _failed("hot_cold_parity", ERROR, said, metadata)
     if not (found.equal or found.behind or found.waiting):

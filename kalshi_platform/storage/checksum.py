@@ -60,28 +60,41 @@ def content(table: pa.Table) -> Content:
     """Count and checksums of a table."""
     if not table.num_rows:
         return Content()
+    rows = row_numbers(table, placed=False)
+    placeless = int(rows.sum(dtype=np.uint64))
+    rows = _placed(rows, table)
+    has_record = "record" in table.column_names
+    placed = table.num_rows - table["record"].null_count if has_record else 0
+    return Content(table.num_rows, int(rows.sum(dtype=np.uint64)), placeless, placed)
+
+
+def row_numbers(table: pa.Table, *, placed: bool = True) -> U64:
+    """The number of each row; `placed`: with its `shard` and `record`, where it has them."""
     rows: U64 = np.zeros(table.num_rows, dtype=np.uint64)
-    placed = 0
-    with np.errstate(over="ignore"):
-        for name in table.column_names:
-            if name not in PLACE:
-                rows = _with(rows, name, table[name])
-        placeless = int(rows.sum(dtype=np.uint64))
-        for name in PLACE:
-            if name not in table.column_names or table[name].null_count == table.num_rows:
-                continue
-            mixed = _with(rows, name, table[name])
-            valid = table[name].is_valid().to_numpy() if table[name].null_count else True
-            rows = np.where(valid, mixed, rows)
-            if name == "record":
-                placed = table.num_rows - table[name].null_count
-        return Content(table.num_rows, int(rows.sum(dtype=np.uint64)), placeless, placed)
+    if not table.num_rows:
+        return rows
+    for name in table.column_names:
+        if name not in PLACE:
+            rows = _with(rows, name, table[name])
+    return _placed(rows, table) if placed else rows
+
+
+def _placed(rows: U64, table: pa.Table) -> U64:
+    """The rows' numbers with `shard` and `record` mixed in where they are not null."""
+    for name in PLACE:
+        if name not in table.column_names or table[name].null_count == table.num_rows:
+            continue
+        mixed = _with(rows, name, table[name])
+        valid = table[name].is_valid().to_numpy() if table[name].null_count else True
+        rows = np.where(valid, mixed, rows)
+    return rows
 
 
 def _with(rows: U64, name: str, column: pa.ChunkedArray) -> U64:
     """The rows' numbers with a column's values mixed in."""
     salt = np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest()))
-    return _mix(rows * np.uint64(31) + (_values(column) ^ salt))
+    with np.errstate(over="ignore"):
+        return _mix(rows * np.uint64(31) + (_values(column) ^ salt))
 
 
 def text(checksum: int) -> str:

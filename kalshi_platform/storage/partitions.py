@@ -1,16 +1,26 @@
-"""Replacing a partition whole, at one instant, on a single server or on every shard of a cluster."""
+"""Replacing a partition, or a span of one, on a single server or on every shard of a cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from typing import NamedTuple
 
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster, Place, place
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.migrations import insist_ours
 
-__all__ = ["replacing"]
+__all__ = ["Span", "remove_left_over", "replacing", "replacing_span", "synced"]
+
+
+class Span(NamedTuple):
+    """Rows whose `clock` is from `start` to before `end`."""
+
+    clock: str
+    start: datetime
+    end: datetime
 
 
 @contextmanager
@@ -20,32 +30,95 @@ def replacing(client: Client, table: str, partition: str, staging: str) -> Itera
     Nothing inserted: the partition is dropped. All that is inserted must belong to the partition with that
     id. A table `staging` that an earlier run left behind is made anew. Where the body raises, `table` stays
     as it is. On a cluster each shard changes over at one instant, and so does a market, which is on one
-    shard.
+    shard. Raises `StoreRefused` where `table` is another owner's.
+    """
+    with _staged(client, table, staging) as (where, from_table, rows):
+        yield staging
+        if rows():
+            command = f"REPLACE PARTITION ID '{partition}' FROM {from_table}"
+            # a shard with no row of the new partition must lose its old ones, too
+            settings = _from_nothing(client) if where.cluster is not None else None
+        else:
+            command, settings = f"DROP PARTITION ID '{partition}'", None
+        with translated():
+            client.command(f"ALTER TABLE {where.target} {command}", settings=settings)
+
+
+@contextmanager
+def replacing_span(
+    client: Client, table: str, partition: str, span: Span, staging: str
+) -> Iterator[str]:
+    """As `replacing`, for the rows of a span within one partition.
+
+    The old rows go, then the new ones come, in two statements: between them, for as long as they take and
+    not as long as the body does, the span has no rows, and a kill leaves it so. Rows that are inserted into
+    other spans of the partition meanwhile stay.
+    """
+    with _staged(client, table, staging) as (where, from_table, rows):
+        yield staging
+        has_rows = rows() > 0
+        on = "" if where.cluster is None else f" {where.cluster.clause}"
+        name = where.table if where.cluster is None else f"{where.cluster.database}.{where.table}"
+        with translated():
+            client.command(
+                f"DELETE FROM {name}{on}"  # noqa: S608 - names of our own
+                f" WHERE {span.clock} >= {{start:DateTime64(6, 'UTC')}}"
+                f" AND {span.clock} < {{end:DateTime64(6, 'UTC')}}",
+                parameters={"start": span.start, "end": span.end},
+            )
+            if has_rows:
+                client.command(
+                    f"ALTER TABLE {where.target} ATTACH PARTITION ID '{partition}' FROM {from_table}"
+                )
+
+
+@contextmanager
+def _staged(
+    client: Client, table: str, staging: str
+) -> Iterator[tuple[Place, str, Callable[[], int]]]:
+    """Make a table like `table`, and drop it at the end.
+
+    Yields where the rows of `table` are, what to name after FROM, and how to ask for the rows in staging.
     """
     insist_ours(client, table)
     where = _where(client, table)
     tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
     on = "" if where.cluster is None else f" {where.cluster.clause}"
     from_table = tables[-1] if where.cluster is None else f"{where.cluster.database}.{tables[-1]}"
+
+    def rows() -> int:
+        with translated():
+            if where.cluster is not None:
+                # whichever replica does the replacing must have all the rows
+                client.command(f"SYSTEM SYNC REPLICA{on} {from_table}")
+            ((found,),) = client.query(f"SELECT count() FROM {staging}").result_rows  # noqa: S608 - our names
+        return int(found)
+
     with translated():
         _remove(client, where, tables)
         for statement in _like(client, where, table, staging):
             client.command(statement)
-    yield staging
+    yield where, from_table, rows
     with translated():
-        if where.cluster is not None:
-            # whichever replica does the replacing must have all the rows
-            client.command(f"SYSTEM SYNC REPLICA{on} {from_table}")
-        ((rows,),) = client.query(f"SELECT count() FROM {staging}").result_rows  # noqa: S608 - our names
-        if rows:
-            client.command(
-                f"ALTER TABLE {where.target} REPLACE PARTITION ID '{partition}' FROM {from_table}",
-                # a shard with no row of the new partition must lose its old ones, too
-                settings=_from_nothing(client) if where.cluster is not None else None,
-            )
-        else:
-            client.command(f"ALTER TABLE {where.target} DROP PARTITION ID '{partition}'")
         _remove(client, where, tables)
+
+
+def remove_left_over(client: Client, table: str, staging: str) -> None:
+    """Drop the `staging` table of a replacement of `table` that was killed, if it is there."""
+    where = _where(client, table)
+    tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
+    if any(place(client, each) is not None for each in tables):
+        with translated():
+            _remove(client, where, tables)
+
+
+def synced(client: Client, table: str) -> None:
+    """On a cluster, let every replica have the rows that any replica has acknowledged."""
+    where = _where(client, table)
+    if where.cluster is not None:
+        name = f"{where.cluster.database}.{where.table}"
+        with translated():
+            client.command(f"SYSTEM SYNC REPLICA {where.cluster.clause} {name}")
 
 
 def _where(client: Client, table: str) -> Place:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from kalshi_platform.loading import continuity, parity
+from kalshi_platform.loading import continuity, hot_hour, parity
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.parity import Parity, compare_hours
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
@@ -109,7 +109,7 @@ def test_equal_stores_are_equal_and_an_hour_is_compared_once(
 def test_many_rows_are_read_in_pieces_with_the_same_result(
     settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(hot_hour, "ROWS_AT_A_TIME", 7)
     found = compared(settings, client)
     assert (found.equal, found.differences) == (1, ())
 

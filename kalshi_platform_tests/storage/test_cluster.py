@@ -301,6 +301,7 @@ ASKED = [
     "loading/test_analytics_hours.py::test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed",
     "loading/test_analytics_hours.py::test_an_hour_is_replaced_and_its_neighbours_stay",
     "loading/test_restore.py::test_restored_twice_is_there_once_and_the_book_is_the_same",
+    "loading/test_restore.py::test_other_rows_are_refused_untouched_and_the_sentence_says_how_to_replace_them[one doubled]",
 ]
 """A choice: `CLICKHOUSE_CLUSTER=two pytest FILE` runs any module on two shards."""
 
