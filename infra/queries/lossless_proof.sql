@@ -2,30 +2,76 @@
 -- sequenced channel:
 --
 --   min_seq, max_seq    the first and the last number kept
---   frames              how many different numbers are kept, in orderbook_events, trades and
---                       stream_events together
---   holes               numbers missing up to max_seq: from 1 where the subscription's beginning is
---                       kept (its `subscribed` row), from min_seq where retention has taken it
+--   first_seq           the number that is counted from: see below
+--   frames              how many different numbers are kept, in orderbook_events (deltas), trades and
+--                       stream_events (a snapshot's own row, and all else) together
+--   holes               numbers missing from first_seq up to max_seq
 --   named_holes         those of them that a `gap` row names: its detail has "expected" and "got",
 --                       and names the numbers from expected to got − 1
 --   unexplained_holes   holes that no gap row names. Must be 0, or something was lost unnoticed
---   doubled             numbers stored more than once. Must be 0. A delta or a trade is one row; a
---                       snapshot is one number, with a row for each level and one row in stream_events.
---                       Trades without a number (seq 0) were fetched after a gap, and are not counted
+--   missing_levels      levels of snapshots that are kept, and that orderbook_events lacks. Must be 0
+--   doubled             rows stored more than once: rows with one journal record, and levels beyond those
+--                       that their snapshot had. Must be 0. Rows of versions that kept no `record` count as
+--                       doubled where their number is there more than once
+--   repeated            numbers that the exchange itself sent more than once, in different records
+--
+-- Trades without a number (seq 0) were fetched after a gap, and are not counted.
+--
+-- Where a subscription begins. Numbers begin at 1 on every connection, so they are counted from 1, unless
+-- it is shown that retention has taken the beginning:
+--   1. the connection's `connected` row and the subscription's `subscribed` row are both gone, and
+--   2. retention has taken rows up to an instant (`taken_before`) that the connection's first row is
+--      less than a day after. That instant is the age that the tables' TTL allows, or, where a retention
+--      was longer or shorter before, what it allowed until it was changed (`retention_changes`).
+-- Then they are counted from min_seq. Everything else that is not there is a hole: a `subscribed` row that
+-- was lost, half of a recording that is gone, a database into which some hours were restored. What was
+-- deleted by hand is a hole, too. Rows from before `taken_before` that are still there are not looked at:
+-- they go in no order.
+--
+-- `since` and `until` bound the receive times that are looked at (the check no_unexplained_gaps gives
+-- newer ones). A subscription that goes on from before `since` is counted from the last number of the
+-- three hours before it, or from min_seq where it was silent and its connection was not.
 --
 -- Run: kalshi-platform sql --file infra/queries/lossless_proof.sql
+-- Compared with the journal and the archive: kalshi-platform proof
 --
 -- Numbers are held as bitmaps, about a bit for each frame, so that a month fits into memory.
 WITH
+    toDateTime64('1971-01-01 00:00:00', 6, 'UTC') AS since,
+    toDateTime64('2299-01-01 00:00:00', 6, 'UTC') AS until,
+    (
+        SELECT max(at)
+        FROM
+        (
+            SELECT now64(6, 'UTC') - toIntervalDay(days) AS at
+            FROM
+            (
+                SELECT toUInt32OrZero(extract(
+                    create_table_query, 'TTL toDateTime\\(\\w+\\) \\+ toIntervalDay\\((\\d+)\\)'
+                )) AS days
+                FROM system.tables
+                WHERE database = currentDatabase() AND days > 0
+                    AND replaceRegexpOne(name, '_local$', '')
+                        IN ('orderbook_events', 'trades', 'stream_events')
+            )
+            UNION ALL
+            SELECT taken_before FROM retention_changes
+        )
+    ) AS taken_before,
+    greatest(since, taken_before)                            AS seen_from,
+    greatest(since - toIntervalHour(3), taken_before)        AS lead_from,
     book AS
     (
         SELECT
             conn_id,
             sid,
-            groupBitmapState(seq)                      AS seqs,
-            groupBitmapStateIf(seq, type = 'snapshot') AS snapshot_seqs,
-            countIf(type = 'delta')                    AS single_rows
+            groupBitmapStateIf(seq, isNotNull(record))                      AS placed,
+            groupBitmapStateIf(seq, isNull(record))                         AS unplaced,
+            groupBitmapStateIf(assumeNotNull(record), isNotNull(record))    AS records,
+            count()                                                         AS rows,
+            min(ingest_ts)                                                  AS first_ts
         FROM orderbook_events
+        WHERE type = 'delta' AND ingest_ts >= seen_from AND ingest_ts <= until
         GROUP BY conn_id, sid
     ),
     trade AS
@@ -33,11 +79,13 @@ WITH
         SELECT
             conn_id,
             sid,
-            groupBitmapState(seq)                AS seqs,
-            groupBitmapStateIf(seq, seq = 0)     AS snapshot_seqs, -- none
-            count()                              AS single_rows
+            groupBitmapStateIf(seq, isNotNull(record))                      AS placed,
+            groupBitmapStateIf(seq, isNull(record))                         AS unplaced,
+            groupBitmapStateIf(assumeNotNull(record), isNotNull(record))    AS records,
+            count()                                                         AS rows,
+            min(ingest_ts)                                                  AS first_ts
         FROM trades
-        WHERE seq > 0
+        WHERE seq > 0 AND ingest_ts >= seen_from AND ingest_ts <= until
         GROUP BY conn_id, sid
     ),
     stream AS
@@ -46,63 +94,130 @@ WITH
         SELECT
             conn_id,
             sid,
-            groupBitmapState(seq)                      AS seqs,
-            groupBitmapStateIf(seq, kind = 'snapshot') AS snapshot_seqs,
-            countIf(kind != 'snapshot')                AS single_rows,
-            countIf(kind = 'snapshot')                 AS snapshot_rows
+            groupBitmapStateIf(seq, isNotNull(record))                      AS placed,
+            groupBitmapStateIf(seq, isNull(record))                         AS unplaced,
+            groupBitmapStateIf(assumeNotNull(record), isNotNull(record))    AS records,
+            count()                                                         AS rows,
+            min(ingest_ts)                                                  AS first_ts
         FROM stream_events
-        WHERE seq > 0 AND kind NOT IN ('gap', 'resynced', 'connected', 'disconnected')
+        WHERE seq > 0 AND kind NOT IN ('gap', 'resynced', 'connected', 'disconnected') AND ingest_ts >= seen_from AND ingest_ts <= until
         GROUP BY conn_id, sid
-    ),
-    repeats AS
-    (
-        -- a snapshot that is stored twice: by its own row, or by its levels
-        SELECT conn_id, sid, toInt64(snapshot_rows - bitmapCardinality(snapshot_seqs)) AS rows
-        FROM stream
-        UNION ALL
-        SELECT conn_id, sid, toInt64(count() - 1) AS rows
-        FROM orderbook_events
-        WHERE type = 'snapshot'
-        GROUP BY conn_id, sid, seq, side, price
-        HAVING rows > 0
     ),
     kept AS
     (
         SELECT
             conn_id,
             sid,
-            groupBitmapMergeState(seqs)          AS seqs,
-            groupBitmapMergeState(snapshot_seqs) AS snapshot_seqs,
-            sum(single_rows)                     AS single_rows
+            groupBitmapMergeState(placed)   AS placed,
+            groupBitmapMergeState(unplaced) AS unplaced,
+            groupBitmapMerge(records)       AS records,
+            sum(rows)                       AS rows,
+            min(first_ts)                   AS begins
         FROM
         (
-            SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM book
+            SELECT * FROM book
             UNION ALL
-            SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM trade
+            SELECT * FROM trade
             UNION ALL
-            SELECT conn_id, sid, seqs, snapshot_seqs, single_rows FROM stream
+            SELECT * FROM stream
         )
         GROUP BY conn_id, sid
     ),
-    beginnings AS
+    earlier AS
     (
-        SELECT DISTINCT conn_id, sid, 1 AS beginning_kept
+        -- nothing, unless `since` is given
+        SELECT conn_id, sid, max(last_seq) AS last_before
+        FROM
+        (
+            SELECT conn_id, sid, max(seq) AS last_seq
+            FROM orderbook_events
+            WHERE type = 'delta' AND ingest_ts >= lead_from AND ingest_ts < since
+            GROUP BY conn_id, sid
+            UNION ALL
+            SELECT conn_id, sid, max(seq) AS last_seq
+            FROM trades
+            WHERE seq > 0 AND ingest_ts >= lead_from AND ingest_ts < since
+            GROUP BY conn_id, sid
+            UNION ALL
+            SELECT conn_id, sid, max(seq) AS last_seq
+            FROM stream_events
+            WHERE seq > 0 AND kind NOT IN ('gap', 'resynced', 'connected', 'disconnected')
+                AND ingest_ts >= lead_from AND ingest_ts < since
+            GROUP BY conn_id, sid
+        )
+        GROUP BY conn_id, sid
+    ),
+    opened AS
+    (
+        SELECT DISTINCT conn_id, 1 AS is_opened
         FROM stream_events
-        WHERE kind = 'subscribed'
+        WHERE kind = 'connected' AND ingest_ts >= seen_from AND ingest_ts <= until
+    ),
+    begun AS
+    (
+        SELECT DISTINCT conn_id, sid, 1 AS is_begun
+        FROM stream_events
+        WHERE kind = 'subscribed' AND ingest_ts >= seen_from AND ingest_ts <= until
     ),
     subscriptions AS
     (
         SELECT
             conn_id,
             sid,
-            seqs,
-            bitmapMin(seqs)                                                 AS min_seq,
-            bitmapMax(seqs)                                                 AS max_seq,
-            if(beginning_kept = 1, 1, min_seq)                              AS first_seq,
-            toInt64(bitmapCardinality(seqs))                                AS frames,
-            toInt64(single_rows + bitmapCardinality(snapshot_seqs)) - frames AS shared_seqs
-        FROM kept
-        LEFT JOIN beginnings USING (conn_id, sid)
+            bitmapOr(placed, unplaced)                  AS seqs,
+            bitmapMin(seqs)                             AS min_seq,
+            bitmapMax(seqs)                             AS max_seq,
+            toInt64(bitmapCardinality(seqs))            AS frames,
+            multiIf
+            (
+                is_opened = 1 OR is_begun = 1,                      1,
+                conn_goes_on,                                       least(if(last_before > 0, last_before + 1, min_seq), min_seq),
+                conn_begins <= taken_before + toIntervalDay(1),     min_seq,
+                1
+            )                                           AS first_seq,
+            toInt64(records) - toInt64(bitmapCardinality(placed))   AS repeated,
+            toInt64(rows) - frames - repeated           AS doubled_rows
+        FROM
+        (
+            SELECT
+                *,
+                min(begins) OVER (PARTITION BY conn_id)             AS conn_begins,
+                max(last_before > 0) OVER (PARTITION BY conn_id)    AS conn_goes_on
+            FROM kept
+            LEFT JOIN earlier USING (conn_id, sid)
+        ) AS each
+        LEFT JOIN opened USING (conn_id)
+        LEFT JOIN begun USING (conn_id, sid)
+    ),
+    snapshots AS
+    (
+        -- what each snapshot's own row says, once for each record
+        SELECT conn_id, sid, seq, sum(said) AS levels_said
+        FROM
+        (
+            SELECT conn_id, sid, seq, record, any(JSONExtractUInt(detail, 'levels')) AS said
+            FROM stream_events
+            WHERE kind = 'snapshot' AND ingest_ts >= seen_from AND ingest_ts <= until
+            GROUP BY conn_id, sid, seq, record
+        )
+        GROUP BY conn_id, sid, seq
+    ),
+    levels AS
+    (
+        SELECT
+            conn_id,
+            sid,
+            sum(greatest(toInt64(levels_kept) - toInt64(levels_said), 0)) AS doubled_levels,
+            sum(greatest(toInt64(levels_said) - toInt64(levels_kept), 0)) AS missing_levels
+        FROM snapshots
+        LEFT JOIN
+        (
+            SELECT conn_id, sid, seq, count() AS levels_kept
+            FROM orderbook_events
+            WHERE type = 'snapshot' AND ingest_ts >= seen_from AND ingest_ts <= until
+            GROUP BY conn_id, sid, seq
+        ) AS kept_levels USING (conn_id, sid, seq)
+        GROUP BY conn_id, sid
     ),
     gaps AS
     (
@@ -127,8 +242,8 @@ WITH
                 JSONExtractUInt(detail, 'expected') AS expected,
                 JSONExtractUInt(detail, 'got')      AS got
             FROM stream_events
-            WHERE kind = 'gap' AND JSONHas(detail, 'expected') AND JSONHas(detail, 'got')
-                AND got > expected
+            WHERE kind = 'gap' AND ingest_ts >= seen_from AND ingest_ts <= until
+                AND JSONHas(detail, 'expected') AND JSONHas(detail, 'got') AND got > expected
         )
     ),
     named AS
@@ -146,22 +261,21 @@ WITH
         INNER JOIN subscriptions USING (conn_id, sid)
         WHERE greatest(from_seq, first_seq) < least(to_seq, max_seq + 1)
         GROUP BY conn_id, sid
-    ),
-    repeated AS
-    (
-        SELECT conn_id, sid, sum(rows) AS repeated_rows FROM repeats GROUP BY conn_id, sid
     )
 SELECT
     conn_id,
     sid,
     min_seq,
     max_seq,
+    first_seq,
     frames,
     toInt64(max_seq) - toInt64(first_seq) + 1 - frames AS holes,
     named_holes,
     holes - named_holes                                AS unexplained_holes,
-    shared_seqs + repeated_rows                        AS doubled
+    missing_levels,
+    doubled_rows + doubled_levels                      AS doubled,
+    repeated
 FROM subscriptions
 LEFT JOIN named USING (conn_id, sid)
-LEFT JOIN repeated USING (conn_id, sid)
-ORDER BY unexplained_holes DESC, doubled DESC, conn_id, sid
+LEFT JOIN levels USING (conn_id, sid)
+ORDER BY unexplained_holes DESC, missing_levels DESC, doubled DESC, conn_id, sid

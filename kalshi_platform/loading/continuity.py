@@ -1,11 +1,12 @@
 """Is every numbered frame accounted for, and did every gap end? Asked of ClickHouse, as it is now.
 
-The proof itself is `infra/queries/lossless_proof.sql`, word for word; here it is only told which span
-of time to read. What a finding means for a check's colour is not said here.
+The proof itself is `infra/queries/lossless_proof.sql`, word for word but for its span of time, which is
+given here. What a finding means for a check's colour is not said here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,13 +22,9 @@ WINDOW = timedelta(hours=3)
 hours on one side of it would be passed over."""
 RECENT = timedelta(hours=1)
 """For how long gaps and mismatches are told."""
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_BEGIN = "\nWITH\n"
-_SPAN = (
-    "{table} AS (SELECT * FROM {{database:Identifier}}.{table}"
-    " WHERE ingest_ts >= {{since:DateTime64(6, 'UTC')}}"
-    " AND ingest_ts <= {{until:DateTime64(6, 'UTC')}}),\n"
-)
+EPOCH = datetime(1971, 1, 1, tzinfo=UTC)
+"""Where the proof of everything begins."""
+_SPAN = re.compile(r"toDateTime64\('[^']+', 6, 'UTC'\)(?= +AS (since|until)\b)")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Proof:
     frames: int
     named_holes: int
     offenders: tuple[Row, ...]
-    """Subscriptions with a hole that no gap row names, or with a doubled number."""
+    """Subscriptions with a hole that no gap row names, with rows stored twice, or without levels."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +72,22 @@ def extent(client: clickhouse.Client) -> Extent:
     return Extent(**row)
 
 
-def prove(
-    client: clickhouse.Client, hot: Extent, retention_days: int, since: datetime | None = None
-) -> Proof:
+def prove(client: clickhouse.Client, hot: Extent, since: datetime | None = None) -> Proof:
     """Prove what is hot: all of a small table, else the newest `WINDOW` and what is after `since`.
 
     A finding in a window is a finding only if all that is hot gives it, too: a receive clock that was
-    set back can move a frame over the window's edge. What retention may be taking at this moment is
-    left out. Raises what the store raises.
+    set back can move a frame over the window's edge. Raises what the store raises.
     """
     until = hot.whole_until
-    kept = max(hot.first, EPOCH, until - timedelta(days=min(retention_days, 20_000)))
-    begin = kept
+    begin = EPOCH
     if hot.events > WHOLE_EVENTS:
-        begin = max(kept, min(until - WINDOW, since or until))
+        begin = max(hot.first, min(until - WINDOW, since or until))
     rows = _proof(client, begin, until)
-    if begin > kept and any(_offends(row) for row in rows):
-        begin = kept
+    if begin > EPOCH and any(_offends(row) for row in rows):
+        begin = EPOCH
         rows = _proof(client, begin, until)
     return Proof(
-        since=begin,
+        since=max(begin, hot.first),
         until=until,
         subscriptions=len(rows),
         frames=sum(row["frames"] for row in rows),
@@ -120,13 +113,10 @@ def ask(
 
 
 def _proof(client: clickhouse.Client, since: datetime, until: datetime) -> Sequence[Row]:
-    text = queries.text("lossless_proof")
-    if text.count(_BEGIN) != 1:
-        raise ValueError("lossless_proof.sql no longer begins with one WITH at the left margin")
-    tables = ("orderbook_events", "trades", "stream_events")
-    spans = "".join(_SPAN.format(table=table) for table in tables)
-    parameters = {"database": client.database, "since": since, "until": until}
-    return _rows(client, text.replace(_BEGIN, _BEGIN + spans), parameters)
+    text, found = _SPAN.subn(r"{\1:DateTime64(6, 'UTC')}", queries.text("lossless_proof"))
+    if found != 2:
+        raise ValueError("lossless_proof.sql no longer names its span as `since` and `until`")
+    return _rows(client, text, {"since": since, "until": until})
 
 
 def _rows(
@@ -138,4 +128,4 @@ def _rows(
 
 
 def _offends(row: Row) -> bool:
-    return bool(row["unexplained_holes"] or row["doubled"])
+    return bool(row["unexplained_holes"] or row["missing_levels"] or row["doubled"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ from kalshi_platform import typed_json
 from kalshi_platform.loading import hot_hour, hours
 from kalshi_platform.loading.continuity import Extent
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse
+from kalshi_platform.storage import checksum, clickhouse, retention
 from kalshi_platform.storage.archive import HOUR, Archive, Manifest, batches, open_archive
 from kalshi_platform.storage.checksum import Content
 from kalshi_platform.storage.errors import StoreRefused
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 HOURS_AT_A_TIME = 3
 AGAIN_AFTER = timedelta(days=7)
 _EXPIRES_SOON = timedelta(hours=2)
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -116,8 +117,9 @@ def compare_hours(
     path = settings.data_dir / "checks" / "hot_cold_parity.json"
     where = f"{settings.clickhouse_url} {settings.clickhouse_database}"
     known = _remembered(path, where)
-    kept = timedelta(days=settings.hot_retention_days) - _EXPIRES_SOON
-    looks = _sealed(archive, now - kept)
+    days = [d for d in retention.kept(client).values() if d is not None]
+    kept_from = now - timedelta(days=min(days)) + _EXPIRES_SOON if days else _BEGINNING
+    looks = _sealed(archive, kept_from)
     sealed = sorted(looks)
     loaded = [h for h in sealed if h + HOUR <= hot.newest]
     shared = [h for h in loaded if h + HOUR > hot.first]

@@ -40,7 +40,7 @@ ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 _CHECKED: Mapping[str, str] = {
     "no_unexplained_gaps": (
-        "Every number of every subscription is there once, or a gap row names it"
+        "Every number of every subscription is there, or a gap row names it, and no row is there twice"
         " (infra/queries/lossless_proof.sql); gaps of the last hour were mended within a minute, and"
         " no audited level differed from the exchange's."
     ),
@@ -148,9 +148,7 @@ def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
 def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
     from kalshi_platform.loading import continuity
 
-    proof = continuity.prove(
-        asked.client, asked.whole, asked.settings.hot_retention_days, asked.proved
-    )
+    proof = continuity.prove(asked.client, asked.whole, asked.proved)
     noticed = continuity.gaps(asked.client, proof.until)
     lasting = [gap for gap in noticed.named if gap["open_s"] > NOT_RESYNCED_S]
     metadata: dict[str, Any] = {
@@ -168,10 +166,11 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
     }
     if proof.offenders:
         holes = sum(row["unexplained_holes"] for row in proof.offenders)
+        levels = sum(row["missing_levels"] for row in proof.offenders)
         doubled = sum(row["doubled"] for row in proof.offenders)
         said = (
-            f"{holes:,} numbers are missing that no gap row names, {doubled:,} are stored more than"
-            f" once, in {len(proof.offenders)} subscriptions. Run kalshi-platform restore: it inserts what"
+            f"{holes:,} numbers are missing that no gap row names, {levels:,} levels of snapshots are"
+            f" missing, {doubled:,} rows are stored more than once, in {len(proof.offenders)} subscriptions. Run kalshi-platform restore: it inserts what"
             " ClickHouse lacks of the archive, and names the hours that need --replace. What the archive lacks"
             " too is in the journal while that is kept: materialise those hours first."
         )

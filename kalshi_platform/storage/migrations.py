@@ -226,7 +226,7 @@ def _begin_retention(client: Client, migration: Migration, days: int, *, explici
     made = {m.name for m in map(definition, statements(migration.sql)) if m is not None}
     found = retention.changes(client, days, [table for table in RETAINED if table in made])
     first = [c for c in found if c.now is None and (explicit or not c.rows)]
-    retention.apply(client, first, log.debug)
+    retention.set_days(client, *first)
 
 
 def _make_views_again(

@@ -15,7 +15,16 @@ from datetime import UTC, datetime, timedelta
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Place, place_of
 
-__all__ = ["FOR_EVER_DAYS", "RETAINED", "Change", "apply", "changes", "in_words", "kept"]
+__all__ = [
+    "FOR_EVER_DAYS",
+    "RETAINED",
+    "Change",
+    "apply",
+    "changes",
+    "in_words",
+    "kept",
+    "set_days",
+]
 
 RETAINED: Mapping[str, str] = {
     "orderbook_events": "ingest_ts",
@@ -31,6 +40,7 @@ RETAINED: Mapping[str, str] = {
 FOR_EVER_DAYS = 20_000
 """From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
 
+_NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
 _TTL = re.compile(r"\bTTL toDateTime\(\w+\) \+ toIntervalDay\((\d+)\)")
 
 
@@ -76,9 +86,16 @@ def changes(
 
 
 def apply(client: Client, wanted: Iterable[Change], tell: Callable[[str], None]) -> None:
-    """Make the changes; `tell` is given each in words before it is made."""
+    """Make the changes; `tell` is given each in words before it is made, and each is written down."""
     for change in wanted:
         tell(str(change))
+        _write_down(client, change)
+        set_days(client, change)
+
+
+def set_days(client: Client, *changes: Change) -> None:
+    """Give tables their days, without a word: for those that are new."""
+    for change in changes:
         with translated():
             ((where, _),) = _there(client, [change.table]).values()
             ttl = (
@@ -87,6 +104,27 @@ def apply(client: Client, wanted: Iterable[Change], tell: Callable[[str], None])
                 else f"MODIFY TTL toDateTime({RETAINED[change.table]}) + toIntervalDay({change.wanted:d})"
             )
             client.command(f"ALTER TABLE {where.target} {ttl}")
+
+
+def _write_down(client: Client, change: Change) -> None:
+    """Rows older than what was kept so far may be gone: the proof of losslessness asks for that."""
+    now = datetime.now(UTC)
+    taken_before = _NOTHING if change.now is None else now - timedelta(days=change.now)
+    with translated():
+        client.command(
+            "INSERT INTO retention_changes"
+            " (changed_at, table_name, days_before, days_after, rows_deleted, taken_before)"
+            " SELECT {at:DateTime64(6, 'UTC')}, {table:String}, {before:Nullable(UInt32)},"
+            " {after:Nullable(UInt32)}, {rows:UInt64}, {taken:DateTime64(6, 'UTC')}",
+            parameters={
+                "at": now,
+                "table": change.table,
+                "before": change.now,
+                "after": change.wanted,
+                "rows": change.rows,
+                "taken": taken_before,
+            },
+        )
 
 
 def in_words(days: Iterable[int | None]) -> str:

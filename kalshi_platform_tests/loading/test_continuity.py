@@ -31,8 +31,8 @@ def database(clickhouse_url: str) -> Iterator[Client]:
 @pytest.fixture
 def client(database: Client) -> Client:
     """The same with nothing in it."""
-    for dataset in (ORDERBOOK_EVENTS, STREAM_EVENTS):
-        database.command(f"TRUNCATE TABLE {dataset.name}")
+    for table in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, "retention_changes"):
+        database.command(f"TRUNCATE TABLE {table}")
     return database
 
 
@@ -60,8 +60,8 @@ def at(hours: float) -> datetime:
     return BEGUN + timedelta(hours=hours)
 
 
-def proved(client: Client, since: datetime | None = None, retention_days: int = 30) -> Proof:
-    return prove(client, extent(client), retention_days, since)
+def proved(client: Client, since: datetime | None = None) -> Proof:
+    return prove(client, extent(client), since)
 
 
 def test_a_small_table_is_proved_whole(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +73,16 @@ def test_a_small_table_is_proved_whole(client: Client, monkeypatch: pytest.Monke
 
 
 def test_of_a_large_table_the_newest_hours_are_read(client: Client) -> None:
-    keep(client, {1: 1, 2: 2, 4: 3, 5: 8, 6: 9})
+    keep(client, {1: 1, 2: 2, 4: 5, 5: 8, 6: 9})
     found = proved(client)
     assert (found.since, found.frames, found.offenders) == (at(7), 2, ())
+
+
+def test_a_connection_that_was_silent_before_the_window_is_proved_whole(client: Client) -> None:
+    keep(client, {1: 1, 2: 2, 4: 3, 5: 8, 6: 9})
+    found = proved(client)
+    assert found.since == at(0)
+    assert [row["unexplained_holes"] for row in found.offenders] == [1]
 
 
 def test_what_is_unproved_is_read_too(client: Client) -> None:
@@ -105,12 +112,31 @@ def test_what_only_one_table_has_yet_is_not_judged(client: Client) -> None:
 
 
 def test_what_retention_takes_at_this_moment_is_not_judged(client: Client) -> None:
-    subscribed_long_ago = {"kind": "subscribed", "conn_id": uuid(1), "sid": 1}
-    frames = {100: 8.0, 101: 9.0}  # 1 to 99 were taken; the row of the subscription not yet
-    keep(client, frames)
+    keep(client, {100: 8.0, 101: 9.0})  # 1 to 99 were taken; the row of the subscription not yet
     client.command("TRUNCATE TABLE stream_events")
-    old = {**subscribed_long_ago, "ingest_ts": at(10) - timedelta(days=1, minutes=1)}
+    subscribed = {"kind": "subscribed", "conn_id": uuid(1), "sid": 1, "ingest_ts": at(-15)}
     heartbeat = {"conn_id": uuid(0), "kind": "heartbeat", "ingest_ts": at(10)}
-    insert(client, STREAM_EVENTS, [old, heartbeat])
-    found = proved(client, since=at(0) - timedelta(days=3), retention_days=1)
+    insert(client, STREAM_EVENTS, [subscribed, heartbeat])
+    assert [row["unexplained_holes"] for row in proved(client, since=at(-80)).offenders] == [99]
+    client.command("INSERT INTO retention_changes (taken_before) SELECT now() - toIntervalDay(1)")
+    found = proved(client, since=at(-80))
     assert (found.frames, found.offenders) == (2, ())
+
+
+def test_half_a_window_is_missed_where_the_connection_went_on_into_it(client: Client) -> None:
+    """The last number before the window is compared with the first one in it."""
+    keep(client, {seq: 5.9 + seq / 10 for seq in range(1, 40)})
+    client.command("DELETE FROM stream_events WHERE kind = 'subscribed'")
+    client.command("DELETE FROM orderbook_events WHERE seq BETWEEN 12 AND 25")
+    assert [row["unexplained_holes"] for row in proved(client).offenders] == [14]
+
+
+def test_a_quiet_subscription_of_a_connection_that_goes_on_is_no_hole(client: Client) -> None:
+    """Its last number is older than what is read before the window."""
+    keep(client, {1: 1, 2: 6.9, 3: 8})
+    level = {"type": "delta", "market_id": uuid(9), "market_ticker": "A", "side": "yes"}
+    quiet = {"conn_id": uuid(1), "sid": 2, "price": Decimal("0.5"), **level}
+    rows = [{**quiet, "seq": seq, "ingest_ts": at(hours)} for seq, hours in ((1, 1), (2, 9))]
+    insert(client, ORDERBOOK_EVENTS, rows)
+    found = proved(client)
+    assert (found.since, found.offenders) == (at(7), ())

@@ -29,7 +29,7 @@ from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.parity import compare_hours
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.restore import restore
+from kalshi_platform.loading.restore import Verdict, restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
@@ -585,7 +585,9 @@ def test_an_empty_clickhouse_is_filled_from_the_bucket(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
     elsewhere = archive_at(with_clickhouse.archive_url)
-    assert restore(with_clickhouse, elsewhere, (FIRST_HOUR, FIRST_HOUR), lambda _: None) == done
+    again = restore(with_clickhouse, elsewhere, (FIRST_HOUR, FIRST_HOUR), lambda _: None)
+    assert {it.verdict for it in again} == {Verdict.EQUAL}
+    assert [(it.rows, it.checksum) for it in again] == [(it.rows, it.checksum) for it in done]
     with closing(connect(with_clickhouse)) as client:
         assert client.query("SELECT count() FROM orderbook_events").result_rows == [
             (expected.height,)

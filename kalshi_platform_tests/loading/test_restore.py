@@ -351,8 +351,8 @@ def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
     migrations.migrate(settings)
     records = recording(600, step_s=12.0)  # two hours
     writer = journal_of(settings.journal_dir(), records[:5])
-    pace = Pace(records=25, seconds=0.0, first_s=0.0)
-    slow = Pace(records=25, seconds=0.4, first_s=0.4)
+    pace = Pace(rows=25, seconds=0.0, first_s=0.0)
+    slow = Pace(rows=25, seconds=0.4, first_s=0.4)
     cold = Load(
         settings.journal_dir(),
         writer,

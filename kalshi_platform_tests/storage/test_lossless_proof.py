@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
-from kalshi_platform_tests.storage.tables import insert, migrated, uuid
+from kalshi_platform_tests.storage.tables import insert, migrated, settings_for, uuid
 
 PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
 AT = datetime(2026, 11, 22, 14, tzinfo=UTC)
-WHOLE = {"holes": 0, "named_holes": 0, "unexplained_holes": 0, "doubled": 0}
+WHOLE = {
+    "holes": 0,
+    "named_holes": 0,
+    "unexplained_holes": 0,
+    "missing_levels": 0,
+    "doubled": 0,
+    "repeated": 0,
+}
 
 
 @pytest.fixture
@@ -29,10 +38,14 @@ def client(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
 
 
 class Subscription:
-    """Frames of one sid, kept as the tables keep them."""
+    """Frames of one sid, kept as the tables keep them.
 
-    def __init__(self, conn: int = 1, sid: int = 1) -> None:
+    `recorded`: each with the number of its journal record, as versions that know it keep them.
+    """
+
+    def __init__(self, conn: int = 1, sid: int = 1, *, recorded: bool = False) -> None:
         self._of = {"conn_id": uuid(conn), "sid": sid, "ingest_ts": AT}
+        self._records = itertools.count(100) if recorded else None
         self._events: list[dict[str, Any]] = []
         self._stream: list[dict[str, Any]] = []
         self._trades: list[dict[str, Any]] = []
@@ -44,19 +57,36 @@ class Subscription:
     def trade(self, seq: int) -> None:
         row = {"seq": seq, "trade_id": f"t{len(self._trades)}", "market_ticker": "A"}
         sides = {"taker_outcome_side": "yes", "taker_book_side": "bid"}
-        self._trades.append({**self._of, **row, **sides})
+        self._trades.append({**self._of, **row, **sides, **self._next()})
 
     def snapshot(self, seq: int, levels: int = 3) -> None:
+        record = self._next()
         for level in range(levels):
-            self._level("snapshot", seq, f"0.{level + 1}")
-        self.happened("snapshot", seq)
+            self._level("snapshot", seq, f"0.{level + 1}", record)
+        self._stream.append(self._row("snapshot", seq, {"levels": levels}) | record)
 
     def happened(self, kind: str, seq: int = 0, **detail: Any) -> None:
-        self._stream.append({**self._of, "kind": kind, "seq": seq, "detail": json.dumps(detail)})
+        self._stream.append(self._row(kind, seq, detail) | self._next())
 
-    def _level(self, kind: str, seq: int, price: str) -> None:
+    def again(self) -> None:
+        """Everything is stored once more."""
+        for rows in (self._events, self._stream, self._trades):
+            rows.extend(list(rows))
+
+    def at(self, moment: datetime) -> None:
+        """What follows was received then."""
+        self._of["ingest_ts"] = moment
+
+    def _row(self, kind: str, seq: int, detail: dict[str, Any]) -> dict[str, Any]:
+        return {**self._of, "kind": kind, "seq": seq, "detail": json.dumps(detail)}
+
+    def _next(self) -> dict[str, Any]:
+        return {} if self._records is None else {"shard": 0, "record": next(self._records)}
+
+    def _level(self, kind: str, seq: int, price: str, record: dict[str, Any] | None = None) -> None:
         row = {"type": kind, "seq": seq, "market_id": uuid(9), "market_ticker": "A", "side": "yes"}
-        self._events.append({**self._of, **row, "price": Decimal(price)})
+        place = self._next() if record is None else record
+        self._events.append({**self._of, **row, "price": Decimal(price), **place})
 
     def keep(self, client: Client) -> None:
         """Insert everything."""
@@ -90,7 +120,8 @@ def test_every_kind_of_numbered_frame_counts_once(client: Client) -> None:
     one.keep(client)
     (row,) = proof(client)
     assert row == {
-        "conn_id": row["conn_id"], "sid": 1, "min_seq": 1, "max_seq": 7, "frames": 7, **WHOLE
+        "conn_id": row["conn_id"], "sid": 1, "min_seq": 1, "max_seq": 7, "first_seq": 1, "frames": 7,
+        **WHOLE,
     }  # fmt: skip
 
 
@@ -121,7 +152,13 @@ def test_a_trade_subscription_is_proved_like_the_books(client: Client) -> None:
     one.trade(0)  # fetched after the gap
     one.trade(0)
     one.keep(client)
-    assert judged(client) == {"holes": 3, "named_holes": 2, "unexplained_holes": 1, "doubled": 1}
+    assert judged(client) == {
+        **WHOLE,
+        "holes": 3,
+        "named_holes": 2,
+        "unexplained_holes": 1,
+        "doubled": 1,
+    }
 
 
 def test_a_hole_without_a_gap_row_is_unexplained(client: Client) -> None:
@@ -149,13 +186,132 @@ def test_numbers_lost_at_the_very_beginning_are_missed(client: Client) -> None:
     assert judged(client)["unexplained_holes"] == 3
 
 
-def test_what_retention_has_taken_is_not_missed(client: Client) -> None:
+@pytest.mark.parametrize("row", ["connected", "subscribed"])
+def test_half_a_recording_without_the_row_of_its_beginning_is_a_hole(
+    client: Client, row: str
+) -> None:
+    """What is gone is no reason to count from what is left."""
     one = Subscription()
-    for seq in (1, 2, 3, 4, 6):
+    one.happened("connected")
+    for seq in range(1, 41):
         one.delta(seq)
     one.keep(client)
-    client.command("DELETE FROM stream_events WHERE kind = 'subscribed'")
-    client.command("DELETE FROM orderbook_events WHERE seq <= 2")
+    client.command("DELETE FROM orderbook_events WHERE seq <= 20")
+    if row == "subscribed":
+        client.command("DELETE FROM stream_events WHERE kind = 'connected'")
+    client.command(f"DELETE FROM stream_events WHERE kind = '{row}'")
+    assert judged(client) == {**WHOLE, "holes": 20, "unexplained_holes": 20}
+
+
+def begun_long_ago(client: Client) -> None:
+    """A subscription that goes on: of its 40 numbers the first 20 are 40 days old, and so is its beginning."""
+    now = datetime.now(UTC)
+    one = Subscription()
+    one._stream.clear()
+    one.at(now - timedelta(days=40))
+    one.happened("connected")
+    one.happened("subscribed")
+    for seq in range(1, 21):
+        one.delta(seq)
+    one.at(now - timedelta(days=29, hours=20))
+    for seq in range(21, 41):
+        one.delta(seq)
+    one.keep(client)
+
+
+def keep_days(client: Client, url: str, days: int) -> None:
+    """What retention does, with the merges that would come some day."""
+    migrations.keep(client, settings_for(url, str(client.database), hot_retention_days=days))
+    for table in ("orderbook_events", "stream_events"):
+        client.command(f"OPTIMIZE TABLE {table} FINAL")
+
+
+def test_what_retention_has_taken_is_not_missed(client: Client, clickhouse_url: str) -> None:
+    begun_long_ago(client)
+    assert judged(client) == WHOLE
+    keep_days(client, clickhouse_url, 30)
+    assert client.query("SELECT min(seq) FROM orderbook_events").first_row == (21,)
+    assert judged(client) == WHOLE
+    client.command("DELETE FROM orderbook_events WHERE seq = 30")
+    assert judged(client) == {**WHOLE, "holes": 1, "unexplained_holes": 1}
+
+
+def test_what_a_shorter_retention_had_taken_is_not_missed_after_it_is_longer(
+    client: Client, clickhouse_url: str
+) -> None:
+    begun_long_ago(client)
+    keep_days(client, clickhouse_url, 30)
+    keep_days(client, clickhouse_url, 400)
+    assert judged(client) == WHOLE
+    client.command("TRUNCATE TABLE retention_changes")  # nothing shows it any more
+    assert judged(client) == {**WHOLE, "holes": 20, "unexplained_holes": 20}
+
+
+def test_rows_that_retention_was_taking_are_not_looked_at(client: Client) -> None:
+    """Parts go one by one, in no order: what is left of them has holes."""
+    begun_long_ago(client)
+    client.command("DELETE FROM orderbook_events WHERE seq IN (3, 4, 20)")
+    assert judged(client)["unexplained_holes"] == 3
+    client.command(
+        "INSERT INTO retention_changes (taken_before) SELECT now64(6) - toIntervalDay(30)"
+    )
+    assert judged(client) == WHOLE
+
+
+def test_a_number_that_the_exchange_repeats_is_told_from_one_that_is_stored_twice(
+    client: Client,
+) -> None:
+    one = Subscription(recorded=True)
+    for seq in (1, 2, 3, 3, 4, 2):
+        one.delta(seq)
+    one.happened("ok", 4)
+    one.snapshot(5)
+    one.snapshot(5)
+    one.keep(client)
+    assert judged(client) == {**WHOLE, "repeated": 4}
+    client.command("INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE seq = 3")
+    assert judged(client) == {**WHOLE, "repeated": 4, "doubled": 2}
+
+
+def test_rows_of_earlier_versions_beside_those_with_records(client: Client) -> None:
+    """A number that is there with its record and without it was loaded by two versions."""
+    old, new = Subscription(), Subscription(recorded=True)
+    for seq in (1, 2, 3):
+        old.delta(seq)
+    for seq in (3, 4):
+        new.delta(seq)
+    old.keep(client)
+    new.keep(client)
+    assert judged(client) == {**WHOLE, "doubled": 1}
+
+
+def test_everything_stored_twice_is_doubled_and_nothing_is_repeated(client: Client) -> None:
+    one = Subscription(recorded=True)
+    one.happened("ok", 1)
+    one.snapshot(2, levels=3)
+    one.delta(3)
+    one.trade(4)
+    one.again()
+    one.keep(client)
+    assert judged(client) == {**WHOLE, "doubled": 4 + 3}
+
+
+def test_levels_that_a_snapshot_had_are_missed(client: Client) -> None:
+    one = Subscription(recorded=True)
+    one.snapshot(1, levels=5)
+    one.snapshot(2, levels=5)
+    one.keep(client)
+    client.command("DELETE FROM orderbook_events WHERE seq = 1 AND price > 0.3")
+    client.command("DELETE FROM orderbook_events WHERE seq = 2")
+    assert judged(client) == {**WHOLE, "missing_levels": 2 + 5}
+
+
+def test_levels_without_their_snapshot_s_row_are_a_hole(client: Client) -> None:
+    one = Subscription()
+    one.snapshot(1)
+    one.delta(2)
+    one.keep(client)
+    client.command("DELETE FROM stream_events WHERE kind = 'snapshot'")
     assert judged(client) == {**WHOLE, "holes": 1, "unexplained_holes": 1}
 
 
@@ -171,7 +327,7 @@ def test_a_gap_row_never_hides_a_hole_elsewhere(client: Client) -> None:
     one.happened("gap", cause="negative level")
     one.happened("gap", expected=11, got=400)
     one.keep(client)
-    assert judged(client) == {"holes": 6, "named_holes": 3, "unexplained_holes": 3, "doubled": 0}
+    assert judged(client) == {**WHOLE, "holes": 6, "named_holes": 3, "unexplained_holes": 3}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +345,7 @@ def test_what_is_stored_twice_is_doubled(client: Client, what: str, doubled: int
         case "ok":
             one.happened("ok", 1)
         case "snapshot row":
-            one.happened("snapshot", 2)
+            one.happened("snapshot", 2, levels=3)
         case "levels":
             for level in range(3):
                 one._level("snapshot", 2, f"0.{level + 1}")
@@ -220,8 +376,8 @@ def test_random_losses_are_counted_as_python_counts_them(client: Client, seed: i
             one.delta(seq)
     one.keep(client)
     assert judged(client) == {
+        **WHOLE,
         "holes": len(lost),
         "named_holes": len(named),
         "unexplained_holes": len(lost - named),
-        "doubled": 0,
     }

@@ -25,7 +25,9 @@ AGES = (10, 100, 100, 399)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     """The platform has some of its migrations only, which are quickly made."""
     every = migrations.available()
-    monkeypatch.setattr(migrations, "available", lambda: tuple(m for m in every if m.version < 3))
+    monkeypatch.setattr(
+        migrations, "available", lambda: tuple(m for m in every if m.version in {1, 2, 17})
+    )
 
 
 @pytest.fixture

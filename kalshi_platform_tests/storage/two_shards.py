@@ -112,7 +112,10 @@ def running(folder: Path) -> Iterator[str]:
 def main(folder: Path) -> None:
     """Serve, until killed."""
     tables = sharded()
-    own = f"<databases>{policies(DATABASES, tables)}</databases></default></users>"
+    beside = [
+        f"{table}_staging_restore" for table in tables
+    ]  # which `restore --replace` reads, too
+    own = f"<databases>{policies(DATABASES, [*tables, *beside])}</databases></default></users>"
     module: Any = engine
     users = rights.users("").replace("</default></users>", own)
     users = re.sub(
