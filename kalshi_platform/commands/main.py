@@ -25,6 +25,7 @@ COMMANDS = {
     "sql": "Run SQL and print a table.",
     "qa": "The market maker's inventory: does it hold what it believes to hold?",
     "compact": "Make each sealed hour of the archive one sorted file.",
+    "proof": "Compare journal, ClickHouse and Parquet, number by number.",
     "restore": "Bring the archive's hours back into ClickHouse.",
     "adopt": "Make this data folder a recorder of its own, with a new identity.",
     "export": "Hours of the archive for publication, without what is your own.",

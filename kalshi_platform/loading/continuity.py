@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from kalshi_platform.storage import clickhouse, queries
+from kalshi_platform.storage import clickhouse, queries, retention
 
 Row = Mapping[str, Any]
 WHOLE_EVENTS = 10_000_000
@@ -22,6 +22,8 @@ WINDOW = timedelta(hours=3)
 hours on one side of it would be passed over."""
 RECENT = timedelta(hours=1)
 """For how long gaps and mismatches are told."""
+RECORDED = ("orderbook_events", "trades", "stream_events")
+"""Tables of numbered frames."""
 EPOCH = datetime(1971, 1, 1, tzinfo=UTC)
 """Where the proof of everything begins."""
 _SPAN = re.compile(r"toDateTime64\('[^']+', 6, 'UTC'\)(?= +AS (since|until)\b)")
@@ -94,6 +96,16 @@ def prove(client: clickhouse.Client, hot: Extent, since: datetime | None = None)
         named_holes=sum(row["named_holes"] for row in rows),
         offenders=tuple(row for row in rows if _offends(row)),
     )
+
+
+def taken_before(client: clickhouse.Client) -> datetime | None:
+    """Receive time before which retention may have taken rows, as lossless_proof.sql has it; None: of none."""
+    kept = retention.kept(client)
+    days = [d for name in RECORDED if (d := kept.get(name)) is not None]
+    ages = [datetime.now(UTC) - timedelta(days=min(days))] if days else []
+    with clickhouse.translated():
+        ((before,),) = client.query("SELECT max(taken_before) FROM retention_changes").result_rows
+    return max([at for at in (*ages, before.astimezone(UTC)) if at > EPOCH], default=None)
 
 
 def gaps(client: clickhouse.Client, until: datetime) -> Gaps:

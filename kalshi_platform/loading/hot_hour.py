@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
@@ -18,7 +18,19 @@ ROWS_AT_A_TIME = 500_000
 
 def clock_of(dataset: Dataset) -> str:
     """The column whose hour a row belongs to."""
-    return "ts" if dataset is BOOK_CHECKPOINTS else "ingest_ts"
+    return "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
+
+
+def hours(client: clickhouse.Client, datasets: Sequence[Dataset]) -> list[datetime]:
+    """The hours of which ClickHouse has rows of any of the datasets, ascending."""
+    found: set[datetime] = set()
+    for dataset in datasets:
+        with clickhouse.translated():
+            rows = client.query(
+                f"SELECT DISTINCT toStartOfHour({clock_of(dataset)}, 'UTC') FROM {dataset.name}"  # noqa: S608 - the schema's own names
+            ).result_rows
+        found |= {at.astimezone(UTC) for (at,) in rows}
+    return sorted(found)
 
 
 def tables(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Definition", "Token", "after_if", "definition", "tokens_of"]
+__all__ = ["Definition", "Token", "after_if", "definition", "dropped", "tokens_of"]
 
 _TOKEN = re.compile(
     r"""
@@ -88,6 +88,15 @@ def definition(statement: str) -> Definition | None:
             return None
     at = after_if(found, at, ("IF", "NOT", "EXISTS"))
     return Definition(found[at].text, is_view=True, columns=(), comment=_comment(found))
+
+
+def dropped(statement: str) -> str | None:
+    """The table or view that `statement` drops; None where it drops none."""
+    found = tokens_of(statement)
+    match [token.text.upper() for token in found[:2]]:
+        case ["DROP", "TABLE" | "VIEW"]:
+            return found[after_if(found, 2, ("IF", "EXISTS"))].text
+    return None
 
 
 def _columns(found: Sequence[Token]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import ownership, retention
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.cluster import Cluster
-from kalshi_platform.storage.ddl import definition
+from kalshi_platform.storage.ddl import definition, dropped
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.retention import RETAINED, Change
 from kalshi_platform.storage.schema import DATASETS
@@ -236,7 +236,9 @@ def _make_views_again(
     newest: dict[str, list[str]] = {}
     for migration in migrations:
         for statement in statements(migration.sql):
-            if (made := definition(statement)) is not None and made.is_view:
+            if (gone := dropped(statement)) is not None:
+                newest.pop(gone, None)
+            elif (made := definition(statement)) is not None and made.is_view:
                 newest[made.name] = [
                     each
                     for each in means[migration.version]

@@ -179,6 +179,18 @@ def test_a_view_that_is_missing_is_made_again(
         assert client.query(sql).result_rows == was
 
 
+def test_a_view_that_a_migration_drops_stays_dropped(
+    clickhouse_url: str, clickhouse_database: str
+) -> None:
+    settings = settings_for(clickhouse_url, clickhouse_database)
+    made = Migration(1, "made", "CREATE VIEW IF NOT EXISTS v AS SELECT 1 AS x")
+    gone = Migration(2, "gone", "DROP VIEW IF EXISTS v")
+    for _ in range(2):
+        migrations.migrate(settings, [made, gone])
+        with closing(connect(settings)) as client:
+            assert client.query("EXISTS VIEW v").first_row == (0,)
+
+
 def test_line_ends_do_not_change_the_checksum() -> None:
     assert Migration(1, "a", "SELECT\r\n1").checksum == Migration(1, "a", "SELECT\n1").checksum
     assert Migration(1, "a", "SELECT 1").checksum != Migration(1, "a", "SELECT 2").checksum

@@ -114,10 +114,17 @@ def table_of(
         raise unreadable(file, error) from None
 
 
-def batches(file: File, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterator[pa.Table]:
+def batches(
+    file: File,
+    schema: pa.Schema,
+    rows: int = ROW_GROUP_ROWS,
+    *,
+    columns: list[str] | None = None,
+) -> Iterator[pa.Table]:
     """A file's rows, at most `rows` at a time. Reads missing columns, and raises, as `table_of` does.
 
-    A column that `schema` does not have is refused: whoever writes these rows again would drop it.
+    A column that `schema` does not have is refused, for whoever writes these rows again would drop it;
+    `columns` reads only those, and they must be all of the schema.
     """
     try:
         with (
@@ -125,7 +132,9 @@ def batches(file: File, schema: pa.Schema, rows: int = ROW_GROUP_ROWS) -> Iterat
             pq.ParquetFile(source, read_dictionary=_dictionaries(schema)) as parquet,
         ):
             for groups in _groups(parquet.metadata, rows):
-                for batch in parquet.iter_batches(batch_size=rows, row_groups=groups):
+                for batch in parquet.iter_batches(
+                    batch_size=rows, row_groups=groups, columns=columns
+                ):
                     yield _conformed(pa.Table.from_batches([batch]), file, schema)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from None
