@@ -90,7 +90,7 @@ def test_the_remedy_of_an_overlap_leaves_no_record_without_a_row(
     stored = {(conn, seq) for conn, seq, _ in rows}
     events = archived(archive, "stream_events").select("kind", "detail").rows()
     gaps = [json.loads(detail) for kind, detail in events if kind == "gap"]
-    whole = [gap for gap in gaps if gap["channel"] == "journal" and "record" in gap]
+    whole = [gap for gap in gaps if gap.get("channel") == "journal" and "record" in gap]
     named = {n for gap in whole for n in range(gap["record"], gap["until_record"])}
     for first_n, number, count in ((0, 1, SHARED + OURS), (SHARED, 2, THEIRS)):
         conn = str(uuid.UUID(bytes=wire.conn_id(number)))
