@@ -209,6 +209,17 @@ class Balance(Answer, frozen=True):
 # -- refusals ----------------------------------------------------------------------------------
 
 
+OF_THE_KEY = frozenset(
+    [
+        ("header_timestamp_expired", ""),
+        ("signature_is_missing_from_headers", ""),
+        ("authentication_error", "INCORRECT_API_KEY_SIGNATURE"),
+        ("authentication_error", "NOT_FOUND"),
+    ]
+)
+"""(code, details) of the exchange's own refusals of a key, its signature or the clock: all that is final."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why the exchange said no."""
@@ -216,6 +227,11 @@ class Refusal:
     code: str = ""
     message: str = ""
     details: str = ""
+
+    @property
+    def is_of_the_key(self) -> bool:
+        """Whether the exchange itself refused the key: no other refusal says so."""
+        return (self.code, self.details) in OF_THE_KEY
 
     def __str__(self) -> str:
         parts = dict.fromkeys(part for part in (self.code, self.message, self.details) if part)

@@ -452,7 +452,7 @@ def refusal(
         )
     if status in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
         skew_s = clock_skew_s(headers, time.time() if now_s is None else now_s)
-        return CredentialsError(_credentials_sentence(status, said, what, skew_s))
+        return _denied(status, said, what, skew_s)
     if status == httpx.codes.NOT_FOUND:
         return ExchangeError(
             f"The exchange has nothing for {what}{reason}. Check the name, KALSHI_REST_URL and"
@@ -482,7 +482,18 @@ def clock_skew_s(headers: Headers, now_s: float) -> float | None:
     return now_s - (exchange_s + 0.5)  # the header has its fraction cut off
 
 
-def _credentials_sentence(status: int, said: Refusal, what: str, skew_s: float | None) -> str:
+def _denied(status: int, said: Refusal, what: str, skew_s: float | None) -> ExchangeError:
+    """What HTTP 401 or 403 means: final is what the exchange itself says of the key, and nothing else."""
+    if said.is_of_the_key:
+        return CredentialsError(_credentials_sentence(said, what, skew_s))
+    reason = f" ({said})" if str(said) else ""
+    return Unreachable(
+        f"Something before the exchange denied {what} with HTTP {status}{reason}: a CDN, a proxy or a firewall."
+        " It did not refuse the key, so it is asked again."
+    )
+
+
+def _credentials_sentence(said: Refusal, what: str, skew_s: float | None) -> str:
     if said.code == "signature_is_missing_from_headers":
         return f"The exchange wants {what} signed. Set PROD_KEYID and PROD_KEYFILE."
     if said.code == "header_timestamp_expired":
@@ -492,14 +503,9 @@ def _credentials_sentence(status: int, said: Refusal, what: str, skew_s: float |
             "The exchange rejects our signature: the private key in PROD_KEYFILE is not the one that"
             " belongs to PROD_KEYID. Set PROD_KEYFILE to the file that came with the key id."
         )
-    if said.details == "NOT_FOUND":
-        return (
-            "The exchange does not know PROD_KEYID. Check it, and the environment: demo and production"
-            " have keys of their own (KALSHI_REST_URL, KALSHI_WS_URL)."
-        )
     return (
-        f"The exchange does not accept our key for {what} (HTTP {status}, {said})."
-        " Check PROD_KEYID, PROD_KEYFILE and what the key may do."
+        "The exchange does not know PROD_KEYID. Check it, and the environment: demo and production"
+        " have keys of their own (KALSHI_REST_URL, KALSHI_WS_URL)."
     )
 
 

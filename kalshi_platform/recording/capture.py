@@ -128,6 +128,8 @@ class Capture:
         self._blocked = False
         self.counters = Counters()
         self.connected = False
+        self.unreached: str | None = None
+        """Why the exchange was not reached the last time, as a sentence; None once it is."""
         self.ended = False
         """Whether `run` is over, and what it received was handed to the journal's writer."""
 
@@ -187,6 +189,7 @@ class Capture:
                 except CredentialsError:
                     raise
                 except ExchangeError as error:
+                    self.unreached = str(error)
                     log.warning("%s Trying again.", error)
                 attempt = 0 if time.monotonic() - began > HEALTHY_S else attempt + 1
                 if not self._stop.is_set():
@@ -229,7 +232,7 @@ class Capture:
             conn=conn,
         )
         log.info("Connected as %s: %d markets.", identity, len(self._tickers))
-        self.connected = True
+        self.connected, self.unreached = True, None
         self._conn = conn
         before = self.counters.frames
         began = time.monotonic()

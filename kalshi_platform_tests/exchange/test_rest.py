@@ -284,8 +284,8 @@ def test_every_shape_of_error_is_read(body: str, said: str) -> None:
     ("status", "kind"),
     [
         (400, ExchangeError),
-        (401, CredentialsError),
-        (403, CredentialsError),
+        (401, Unreachable),
+        (403, Unreachable),
         (404, ExchangeError),
         (429, RateLimited),
         (500, Unreachable),
@@ -294,6 +294,40 @@ def test_every_shape_of_error_is_read(body: str, said: str) -> None:
 )
 def test_every_status_has_its_error(status: int, kind: type[ExchangeError]) -> None:
     assert type(refusal(status, b"", {})) is kind
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"error":{"code":"header_timestamp_expired","message":"header timestamp expired"}}',
+        '{"error":{"code":"signature_is_missing_from_headers","message":"missing"}}',
+        '{"error":{"code":"authentication_error","details":"INCORRECT_API_KEY_SIGNATURE"}}',
+        '{"error":{"code":"authentication_error","details":"NOT_FOUND"}}',
+    ],
+)
+@pytest.mark.parametrize("status", [401, 403])
+def test_the_exchanges_own_refusals_of_a_key_are_final(status: int, body: str) -> None:
+    assert type(refusal(status, body.encode(), {})) is CredentialsError
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html><title>403 Forbidden</title><center>CloudFront</center></html>",
+        '{"error":{"code":"authentication_error","details":"OVERLOADED"}}',
+        '{"error":{"code":"maintenance","details":"NOT_FOUND"}}',
+        '{"message":"Forbidden"}',
+        "authentication_error NOT_FOUND",
+        '["authentication_error","NOT_FOUND"]',
+        "",
+    ],
+)
+@pytest.mark.parametrize("status", [401, 403])
+def test_any_other_refusal_passes_and_is_named(status: int, body: str) -> None:
+    error = refusal(status, body.encode(), {}, what="GET /markets")
+    assert type(error) is Unreachable
+    assert f"GET /markets with HTTP {status}" in str(error)
+    assert str(read_refusal(body.encode())) in str(error)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from kalshi_platform.exchange.connection import BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
@@ -138,6 +143,64 @@ def test_a_refused_key_or_clock_ends_it_with_a_sentence(
     with pytest.raises(CredentialsError, match=sentence):
         run(capture(simulator, writer), lambda: False)
     writer.close()
+
+
+def test_a_passing_page_of_a_cdn_is_no_refusal_of_the_key(
+    start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the answer to the first two dials, and to the first one after a connection broke."""
+    simulator = start_simulator(markets=4)
+    pages = [2]
+    met: list[str | None] = []
+
+    async def passing(url: str, key: Credentials, kind: type[BatchedConnection]) -> Any:
+        met.append(it.unreached)
+        if pages[0]:
+            pages[0] -= 1
+            return await dial(page_url, key, kind)
+        return await dial(url, key, kind)
+
+    monkeypatch.setattr("kalshi_platform.recording.capture.dial", passing)
+    monkeypatch.setattr("kalshi_platform.recording.capture.BACKOFF_MAX_S", 0.5)
+    writer = Writer(tmp_path)
+    it = capture(simulator, writer)
+
+    def recorded() -> bool:
+        if it.markets != (4, 4):
+            return False
+        if it.counters.connections == 1 and len(met) == 3:
+            pages[0] = 1
+            simulator.inject("drop")
+        return it.counters.connections == 2
+
+    with http_page(b"<html><center>CloudFront</center></html>") as page_url:
+        run(it, recorded)
+    writer.close()
+    assert len(met) == 5
+    assert "HTTP 403 (<html><center>CloudFront</center></html>)" in str(met[1])
+    assert it.unreached is None
+
+
+@contextmanager
+def http_page(body: bytes) -> Iterator[str]:
+    """A WebSocket's address, at which a proxy answers everything with HTTP 403 and its own page."""
+
+    class Page(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.server_port}/trade-api/ws/v2"
+        server.shutdown()
 
 
 def test_an_ed25519_key_opens_the_exchange_too(
