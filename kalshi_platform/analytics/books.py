@@ -1,9 +1,12 @@
 """An hour's order books in columns: every frame in order, how long each level stood, the best.
 
-The frames of a market are ordered by its books, a book being a subscription (conn_id, sid): books by
-their first receive time, frames within one by `seq`, whatever order the rows come in. A book starts
-with the hour's checkpoint or with a snapshot, which replaces all levels, an empty one too; deltas of
-a subscription before its first snapshot say nothing of the book and are left out, as in `book_at`.
+The frames of a market are ordered by its books, a book being a subscription (conn_id, sid), whatever
+order the rows come in: frames within a book by `record`, the journal's number, and books of one shard
+too; those of different shards by their first receive time. A book starts with a checkpoint or with a
+snapshot, which replaces all levels, an empty one too; deltas of a subscription before its first snapshot
+say nothing of the book and are left out, as in `book_at`. What makes a book doubtful does so from its
+record on. Rows of versions that kept no records go before those that have one: frames by `seq`, books and
+doubts by receive time.
 
 Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
 µs since the epoch.
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -43,14 +46,17 @@ from kalshi_platform.analytics.frames import (
     Frames,
     Levels,
     differs,
+    running_max,
 )
 from kalshi_platform.analytics.ladder import SIDES, Side, side_at
+from kalshi_platform.storage.schema import PLACE
 
-_KEY = ["conn_id", "sid", "seq", "market_ticker"]
+_KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
 """The columns of orderbook_events that the books are made from."""
 GROUP_ROWS = 1 << 20
 _SID = (1 << 32) - 1
+_WITHOUT_RECORD = -(1 << 62)
 _DOUBTS = ("gap", "disconnected", "unsubscribed", "left")
 
 
@@ -64,6 +70,8 @@ class Books:
     book_conn: Codes
     """Connection of each book, into `conns`."""
     book_sid: Ints
+    book_shard: Ints
+    """NONE where the rows have none."""
     frames: Frames
     levels: Levels
     gaps: int
@@ -78,6 +86,16 @@ class Books:
     def best_no(self) -> Best:
         """The best NO bid after every frame; the best YES ask is 1 - that."""
         return best(self.levels, NO, len(self.frames))
+
+    def places(self, rows: Array) -> tuple[pa.Array, pa.Array]:
+        """The columns `shard` and `record` of frames; null where their rows have none."""
+        record = self.frames.record[rows]
+        without = record == NONE
+        shard = np.where(without, 0, self.book_shard[self.frames.book[rows]])
+        return (
+            pa.array(shard.astype(np.uint32), mask=without),
+            pa.array(np.where(without, 0, record).astype(np.uint64), mask=without),
+        )
 
     @cached_property
     def seconds(self) -> Codes:
@@ -107,6 +125,9 @@ class _Rows:
     """Levels and markers before they are frames, in any order."""
 
     book: Codes
+    place: Ints
+    """The order within a book: twice the record, one more for what is not a checkpoint. Without a record it
+    is made of `seq` and below zero."""
     seq: Ints
     side: npt.NDArray[np.int8]
     price: npt.NDArray[np.uint16]
@@ -127,11 +148,13 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
 
 @dataclass(frozen=True)
 class _Owners:
-    """Whose each book is. Books of a market by their first receive time, markets by ticker."""
+    """Whose each book is. Books of a market in their order, markets by ticker."""
 
     market: Ints
     conn: Ints
     sid: Ints
+    shard: Ints
+    """NONE where the rows have none."""
     tickers: list[str]
     conns: list[str]
 
@@ -165,6 +188,8 @@ class _Recorded:
         self.doubts: list[dict[str, Any]] = []
         self._tickers, self._conns = _Names(), _Names()
         self._books: dict[tuple[int, int, int], int] = {}
+        self._shards: dict[int, int] = {}
+        """Of each connection that has one."""
 
     def add(self, table: pa.Table, rows_of: Callable[[pa.Table, Codes], _Rows]) -> None:
         if table.num_rows:
@@ -174,6 +199,7 @@ class _Recorded:
         ticker = self._tickers.of(table["market_ticker"])
         conn = self._conns.of(table["conn_id"])
         sid = table["sid"].to_numpy().astype(np.int64)
+        self._learn_shards(conn, table["shard"])
         conns = len(self._conns.codes)
         encoded = pa.array(((ticker * conns + conn) << 32) | sid).dictionary_encode()
         key = encoded.dictionary.to_numpy()
@@ -185,26 +211,58 @@ class _Recorded:
         numbers: Codes = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
         return numbers
 
+    def _learn_shards(self, conn: Ints, shard: pa.ChunkedArray) -> None:
+        span = pc.min_max(shard).as_py()
+        if span["min"] is None:
+            return
+        known = shard.is_valid().to_numpy()
+        if span["min"] == span["max"]:
+            self._shards |= dict.fromkeys(np.unique(conn[known]).tolist(), span["min"])
+            return
+        for number in pc.unique(shard.drop_null()).to_pylist():
+            of_it = known & pc.equal(shard, number).fill_null(False).to_numpy()
+            self._shards |= dict.fromkeys(np.unique(conn[of_it]).tolist(), number)
+
     def by_book(self) -> tuple[list[_Rows], _Owners]:
         """The rows with the numbers of their books in order, and whose those are."""
         triples = np.array(list(self._books), dtype=np.int64)
         market = _alphabetic(list(self._tickers.codes))[triples[:, 0]]
         conn = _alphabetic(list(self._conns.codes))[triples[:, 1]]
         sid = triples[:, 2]
-        first_us = np.full(len(triples), np.iinfo(np.int64).max)
-        for part in self.parts:
-            np.minimum.at(first_us, part.book, part.ingest_us)
-        order = np.lexsort((sid, conn, first_us, market))
+        shard = np.array([self._shards.get(c, NONE) for c in triples[:, 1].tolist()], np.int64)
+        order = self._order_of_books(market, conn, sid, shard)
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
         owners = _Owners(
             market[order],
             conn[order],
             sid[order],
+            shard[order],
             sorted(self._tickers.codes),
             sorted(self._conns.codes),
         )
         return [replace(part, book=rank[part.book]) for part in self.parts], owners
+
+    def _order_of_books(self, market: Ints, conn: Ints, sid: Ints, shard: Ints) -> Ints:
+        """Those of a shard by their first record, shards among each other by receive time; first of all
+        those without a record, by receive time."""
+        first = np.full(len(market), np.iinfo(np.int64).max)
+        first_us = first.copy()
+        for part in self.parts:
+            np.minimum.at(first, part.book, part.place)
+            np.minimum.at(first_us, part.book, part.ingest_us)
+        placed = first >= 0
+        for part in self.parts:  # a clock that was set back may show less later on
+            begins = placed[part.book] & (part.place == first[part.book])
+            first_us[part.book[begins]] = part.ingest_us[begins]
+        first[~placed] = 0
+        by_record = np.lexsort((first, shard, placed, market))
+        of_shard = np.cumsum(
+            differs(market[by_record]) | differs(shard[by_record]) | ~placed[by_record]
+        )
+        first_us[by_record] = running_max(first_us[by_record], of_shard)
+        order: Ints = np.lexsort((sid, conn, first, shard, first_us, placed, market))
+        return order
 
 
 def books(
@@ -217,7 +275,7 @@ def books(
 
     `events` are orderbook_events (EVENT_COLUMNS suffice), `checkpoints` book_checkpoints, `stream`
     stream_events: its empty snapshots, and what makes a book doubtful; without it every book with a
-    snapshot counts as verified. Raises ValueError on a price outside of 0 to 6.5535 dollars.
+    snapshot counts as verified. Checkpoints are taken where their records are. Raises ValueError on a price outside of 0 to 6.5535 dollars.
     """
     return next(books_in_groups(hour, events, checkpoints, stream, rows=None))
 
@@ -232,13 +290,13 @@ def books_in_groups(
 ) -> Iterator[Books]:
     """The same, some markets at a time, by ticker: of about so many rows, or of one market with more.
 
-    Memory is bounded by the rows as they are read, 42 bytes each, and by one group. Every group knows
+    Memory is bounded by the rows as they are read, 50 bytes each, and by one group. Every group knows
     all the hour's tickers, and has frames of its own markets alone. There is always a group.
     """
     start_us = int(hour.timestamp()) * SECOND_US
     found = _Recorded()
     for table in checkpoints:
-        found.add(table, partial(_checkpoint_rows, start_us=start_us))
+        found.add(table, _checkpoint_rows)
     for table in stream:
         kind = table["kind"].cast(pa.string())
         found.add(table.filter(pc.equal(kind, "snapshot")), _marker_rows)
@@ -284,9 +342,11 @@ def _event_rows(table: pa.Table, book: Codes) -> _Rows:
     kinds.codes = {"snapshot": SNAPSHOT, "delta": DELTA}
     sides.codes = {"yes": YES, "no": NO}
     n = table.num_rows
+    seq = table["seq"].to_numpy().astype(np.int64)
     return _Rows(
         book,
-        table["seq"].to_numpy().astype(np.int64),
+        _places(table["record"], seq, 1),
+        seq,
         sides.of(table["side"]).astype(np.int8),
         _prices(table["price"]),
         _unscaled(table["size"]),
@@ -300,9 +360,11 @@ def _event_rows(table: pa.Table, book: Codes) -> _Rows:
 def _marker_rows(snapshots: pa.Table, book: Codes) -> _Rows:
     """A row without a level for each snapshot: an empty one has no other."""
     n = snapshots.num_rows
+    seq = snapshots["seq"].to_numpy().astype(np.int64)
     return _Rows(
         book,
-        snapshots["seq"].to_numpy().astype(np.int64),
+        _places(snapshots["record"], seq, 1),
+        seq,
         np.full(n, NO_LEVEL, dtype=np.int8),
         np.zeros(n, dtype=np.uint16),
         np.zeros(n, dtype=np.int64),
@@ -313,23 +375,36 @@ def _marker_rows(snapshots: pa.Table, book: Codes) -> _Rows:
     )
 
 
-def _checkpoint_rows(table: pa.Table, book: Codes, *, start_us: int) -> _Rows:
+def _checkpoint_rows(table: pa.Table, book: Codes) -> _Rows:
     n = table.num_rows
+    seq = table["seq"].to_numpy().astype(np.int64)
     sides = _Names()
     sides.codes = {"yes": YES, "no": NO}
     side = sides.of(table["side"]).astype(np.int8)
     empty = table["side"].is_null().to_numpy()
     return _Rows(
         book,
-        table["seq"].to_numpy().astype(np.int64),
+        _places(table["record"], seq, 0),
+        seq,
         np.where(empty, np.int8(NO_LEVEL), side),
         _prices(table["price"]),
         _unscaled(table["size"]),
         np.full(n, NO_TIME),
-        np.full(n, start_us, dtype=np.int64),
+        _us(table["ts"]),
         np.full(n, CHECKPOINT, dtype=np.int8),
         table["verified"].to_numpy(),
     )
+
+
+def _places(record: pa.ChunkedArray, seq: Ints, part: int) -> Ints:
+    """`_Rows.place`, with `part` 0 for checkpoints and 1 for frames."""
+    if record.null_count == len(record):
+        return seq * 2 + (part + _WITHOUT_RECORD)
+    places: Ints = record.fill_null(0).to_numpy().astype(np.int64) * 2 + part
+    if record.null_count:
+        without = record.is_null().to_numpy()
+        places[without] = seq[without] * 2 + (part + _WITHOUT_RECORD)
+    return places
 
 
 def _prices(column: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
@@ -363,7 +438,7 @@ def _ordered(
     hour: datetime, rows: _Rows, owners: _Owners, doubts: list[dict[str, Any]], start_us: int
 ) -> Books:
     rows = _after_checkpoint(rows, len(owners.market))
-    rows = rows.take(np.lexsort((rows.seq, _narrow(rows.book, len(owners.market)))))
+    rows = rows.take(np.lexsort((rows.place, _narrow(rows.book, len(owners.market)))))
     rows, frame = _based(rows, _frame_numbers(rows))
     if not len(frame):
         return _nothing(hour, _gaps(doubts))
@@ -371,10 +446,11 @@ def _ordered(
     at = rows if len(first) == len(frame) else rows.take(first)
     columns: dict[str, Array] = {
         "book": at.book,
+        "place": at.place,
         "seq": at.seq,
         "ts": at.ts,
         "ingest_us": at.ingest_us,
-        "clock_us": _running_max(at.ingest_us, owners.market[at.book]),
+        "clock_us": running_max(at.ingest_us, owners.market[at.book]),
         "cause": at.cause,
         "verified": at.verified,
     }
@@ -382,7 +458,9 @@ def _ordered(
     if len(where):
         columns = {name: np.insert(columns[name], where, added[name]) for name in columns}
         frame = frame + np.searchsorted(where, frame, side="right").astype(np.int32)
-        columns["clock_us"] = _running_max(columns["clock_us"], owners.market[columns["book"]])
+        columns["clock_us"] = running_max(columns["clock_us"], owners.market[columns["book"]])
+        told = np.flatnonzero(columns["cause"] == DOUBT)
+        columns["ingest_us"][told] = columns["clock_us"][told]
     frames = _frames(columns, owners.market)
     return Books(
         hour,
@@ -390,6 +468,7 @@ def _ordered(
         owners.conns,
         owners.conn.astype(np.int32),
         owners.sid.astype(np.int64),
+        owners.shard,
         frames,
         _levels(rows, frame, frames),
         _gaps(doubts),
@@ -408,18 +487,18 @@ def _alphabetic(values: list[str]) -> Ints:
 
 
 def _after_checkpoint(rows: _Rows, n_books: int) -> _Rows:
-    """Without what a book's checkpoint already holds."""
+    """Without what a book's checkpoint already holds, of rows without a record."""
     is_checkpoint = rows.cause == CHECKPOINT
     if not is_checkpoint.any():
         return rows
     held = np.full(n_books, -1, dtype=np.int64)
     held[rows.book[is_checkpoint]] = rows.seq[is_checkpoint]
-    keep = is_checkpoint | (rows.seq > held[rows.book])
+    keep = is_checkpoint | (rows.place >= 0) | (rows.seq > held[rows.book])
     return rows if keep.all() else rows.take(keep)
 
 
 def _frame_numbers(rows: _Rows) -> Codes:
-    numbers: Codes = np.cumsum(differs(rows.book) | differs(rows.seq), dtype=np.int32)
+    numbers: Codes = np.cumsum(differs(rows.book) | differs(rows.place), dtype=np.int32)
     return numbers - np.int32(1)
 
 
@@ -440,57 +519,108 @@ def _doubts(
 ) -> tuple[Ints, dict[str, Array]]:
     """Before which frames which doubts go. The rules are those of `loading.coverage`.
 
-    A doubt of the same microsecond as a frame goes before it: it is written down when a frame shows
-    that others are missing.
+    A doubt goes before the frame of its record: it is written down when a frame shows that others are
+    missing. One without a record goes before the frames of its microsecond. One of what was in doubt
+    already is left out.
     """
-    n = len(frames["book"])
-    base_us = int(frames["clock_us"].min())
-    span = int(frames["clock_us"].max()) - base_us + 2
-    key = frames["book"].astype(np.int64) * span + (frames["clock_us"] - base_us)
-    begin = np.searchsorted(frames["book"], np.arange(len(owned.market) + 1))
-    conn_of = {conn: i for i, conn in enumerate(owned.conns)}
-    market_of = {ticker: i for i, ticker in enumerate(owned.tickers)}
-    present = begin[:-1] < begin[1:]
-    successor = np.full(len(owned.market), np.iinfo(np.int64).max)
-    inhabited = np.flatnonzero(present)
-    same = owned.market[inhabited[1:]] == owned.market[inhabited[:-1]]
-    first_us = frames["clock_us"][begin[inhabited]]
-    successor[inhabited[:-1][same]] = first_us[1:][same]
-
-    positions, books_, at = [], [], []
-    for it in happenings:
-        if it["market_ticker"]:
-            hit = owned.market == market_of.get(it["market_ticker"], NONE)
-        else:
-            hit = owned.conn == conn_of.get(it["conn_id"], NONE)
-            if it["kind"] != "disconnected":
-                hit = hit & (owned.sid == it["sid"])
-        us = max(_instant_us(it), start_us)
-        book = np.flatnonzero(hit & present & (successor > us))
-        rel = min(max(us - base_us, 0), span - 1)
-        position = np.searchsorted(key, book * span + rel, side="left")
-        first = begin[book]
-        from_checkpoint = frames["cause"][np.minimum(first, n - 1)] == CHECKPOINT
-        position = np.where((position == first) & from_checkpoint, first + 1, position)
-        keep = position > first
-        positions.append(position[keep])
-        books_.append(book[keep])
-        at.append(np.full(int(keep.sum()), us, dtype=np.int64))
-    if not positions:
+    if not happenings:
         return np.empty(0, dtype=np.int64), {}
-    where, book, us_ = (np.concatenate(part) for part in (positions, books_, at))
-    order = np.lexsort((us_, where))
-    where, book, us_ = where[order], book[order], us_[order]
-    zeros = np.zeros(len(where), dtype=np.int64)
+    within = _Within(frames, owned)
+    found = []
+    for it in happenings:
+        us = max(_instant_us(it), start_us)
+        books, position = within.hit(it, us)
+        record = NONE if it["record"] is None else it["record"]
+        found.append([position, books, *(np.full(len(books), v) for v in (record, us))])
+    where, book, record_, us_ = (np.concatenate(part) for part in zip(*found, strict=True))
+    order = np.lexsort((us_, record_, where))
+    order = order[_is_news(where[order], frames)]
+    where, book, record_, us_ = where[order], book[order], record_[order], us_[order]
     return where, {
         "book": book,
-        "seq": zeros,
+        "place": np.where(record_ == NONE, _WITHOUT_RECORD, record_ * 2),
+        "seq": np.zeros(len(where), dtype=np.int64),
         "ts": np.full(len(where), NO_TIME),
         "ingest_us": us_,
         "clock_us": us_,
         "cause": np.full(len(where), DOUBT, dtype=np.int8),
         "verified": np.zeros(len(where), dtype=np.bool_),
     }
+
+
+def _is_news(where: Ints, frames: dict[str, Array]) -> Bools:
+    """Whether each doubt, in order, is the first since a frame that says that its book is verified."""
+    said = np.where(frames["cause"] != DELTA, np.arange(len(frames["cause"])), 0)
+    last = np.maximum.accumulate(said)[where - 1]
+    return differs(last) & frames["verified"][last]
+
+
+class _Within:
+    """Finds which books were a market's newest where something happened, and their next frame then."""
+
+    def __init__(self, frames: dict[str, Array], owned: _Owners) -> None:
+        self._owned = owned
+        self._conn_of = {conn: i for i, conn in enumerate(owned.conns)}
+        self._market_of = {ticker: i for i, ticker in enumerate(owned.tickers)}
+        self._base_us = int(frames["clock_us"].min())
+        self._by_time = _Keys(frames["book"], frames["clock_us"] - self._base_us)
+        placed = frames["place"] >= 0
+        self._base_place = int(frames["place"][placed].min()) if placed.any() else 0
+        rel_place = np.maximum(frames["place"] - self._base_place + 1, 0)
+        self._by_place = _Keys(frames["book"], rel_place)
+        n = len(owned.market)
+        self._begin = np.searchsorted(frames["book"], np.arange(n + 1))
+        self._present = self._begin[:-1] < self._begin[1:]
+        first = np.minimum(self._begin[:-1], len(frames["book"]) - 1)
+        self._from_checkpoint = frames["cause"][first] == CHECKPOINT
+        inhabited = np.flatnonzero(self._present)
+        before, after = inhabited[:-1], inhabited[1:]
+        same = owned.market[before] == owned.market[after]
+        before, after = before[same], after[same]
+        # when, and from which place on where that is of the same shard, another book was the newest
+        self._over_us = np.full(n, np.iinfo(np.int64).max)
+        self._over_us[before] = frames["clock_us"][first[after]]
+        self._over_place = np.full(n, NONE)
+        one = (owned.shard[before] == owned.shard[after]) & placed[first[after]]
+        self._over_place[before[one]] = rel_place[first[after[one]]]
+
+    def hit(self, it: dict[str, Any], us: int) -> tuple[Ints, Ints]:
+        """The books that a happening makes doubtful, and their next frames."""
+        owned, record = self._owned, it["record"]
+        if it["market_ticker"]:
+            hit = owned.market == self._market_of.get(it["market_ticker"], NONE)
+            if record is not None:
+                hit &= (owned.shard == it["shard"]) | (owned.shard == NONE)
+        else:
+            hit = owned.conn == self._conn_of.get(it["conn_id"], NONE)
+            if it["kind"] != "disconnected":
+                hit &= owned.sid == it["sid"]
+        newest = self._over_us > us
+        if record is not None:
+            place = 2 * record + 1 - self._base_place + 1
+            newest = np.where(self._over_place == NONE, newest, self._over_place >= place)
+        book = np.flatnonzero(hit & self._present & newest)
+        first = self._begin[book]
+        if record is not None:
+            position = self._by_place.find(book, place)
+        else:
+            position = self._by_time.find(book, us - self._base_us)
+            at_once = (position == first) & self._from_checkpoint[book]
+            position = np.where(at_once, first + 1, position)
+        keep = position > first
+        return book[keep], position[keep]
+
+
+class _Keys:
+    """Books and numbers that ascend within each, to be searched as one."""
+
+    def __init__(self, book: Array, numbers: Ints) -> None:
+        self._span = int(numbers.max()) + 2
+        self._keys = book.astype(np.int64) * self._span + numbers
+
+    def find(self, book: Ints, number: int) -> Ints:
+        """Of each book the first row with that number or a greater one, or the row after its last."""
+        return np.searchsorted(self._keys, book * self._span + min(max(number, 0), self._span - 1))
 
 
 def _instant_us(it: dict[str, Any]) -> int:
@@ -512,6 +642,7 @@ def _frames(columns: dict[str, Array], book_market: Ints) -> Frames:
         book_market[columns["book"]].astype(np.int32),
         columns["book"].astype(np.int32),
         columns["seq"],
+        np.where(columns["place"] >= 0, columns["place"] >> 1, NONE),
         columns["ts"],
         columns["ingest_us"],
         columns["clock_us"],
@@ -544,16 +675,6 @@ def _levels(rows: _Rows, frame: Codes, frames: Frames) -> Levels:
 # -- small things ------------------------------------------------------------------------------
 
 
-def _running_max(values: Ints, group: Array) -> Ints:
-    """The greatest value so far, anew in each group; groups ascend."""
-    if not ((values[1:] < values[:-1]) & (group[1:] == group[:-1])).any():
-        return values
-    base = int(values.min())
-    lift = group.astype(np.int64) * (int(values.max()) - base + 1)
-    highest: Ints = np.maximum.accumulate(values - base + lift) - lift + base
-    return highest
-
-
 def _narrow(codes: Array, bound: int) -> Array:
     """16 bits where they suffice: numpy then sorts by radix."""
     return codes.astype(np.uint16 if bound <= 1 << 16 else np.int64)
@@ -569,7 +690,8 @@ def _nothing(hour: datetime, gaps: int) -> Books:
         [],
         codes,
         none,
-        Frames(codes, codes, none, none, none, none, np.empty(0, dtype=np.int8), flags),
+        none,
+        Frames(codes, codes, none, none, none, none, none, np.empty(0, dtype=np.int8), flags),
         Levels(codes, none, none, codes, codes),
         gaps,
     )

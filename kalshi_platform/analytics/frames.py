@@ -37,6 +37,9 @@ class Frames:
     book: Codes
     seq: Ints
     """0 for doubts."""
+    record: Ints
+    """The journal record of the frame, of the checkpoint's beginning, or of what told the doubt; NONE where
+    the rows have none."""
     ts: Ints
     """Exchange time, NO_TIME where there is none."""
     ingest_us: Ints
@@ -52,6 +55,17 @@ class Frames:
     def bounds(self, markets: int) -> Ints:
         """The first frame of each of so many markets, and the first after them all."""
         return np.searchsorted(self.market, np.arange(markets + 1))
+
+    @cached_property
+    def shown_us(self) -> Ints:
+        """Receive time that never steps back, counted from a market's last frame: the state at an instant is
+        that after the last frame at or before it, the last time that the clock showed the instant.
+
+        Without records it is `clock_us`: the state when the clock first showed it.
+        """
+        if not (self.record != NONE).any():
+            return self.clock_us
+        return -running_max(-self.ingest_us[::-1], -self.market[::-1])[::-1]
 
     @cached_property
     def begins(self) -> Bools:
@@ -77,6 +91,17 @@ class Levels:
         edges = np.searchsorted(self.ladder, [2 * first, 2 * last + 2])
         these = slice(int(edges[0]), int(edges[1]))
         return Levels(*(getattr(self, name)[these] for name in self.__dataclass_fields__))
+
+
+def running_max(values: Ints, group: Array) -> Ints:
+    """The greatest value so far, anew in each group; groups ascend."""
+    if not ((values[1:] < values[:-1]) & (group[1:] == group[:-1])).any():
+        return values
+    base = int(values.min())
+    lift = group.astype(np.int64)
+    lift = (lift - lift[0]) * (int(values.max()) - base + 1)
+    highest: Ints = np.maximum.accumulate(values - base + lift) - lift + base
+    return highest
 
 
 def differs(values: Array) -> Bools:

@@ -39,6 +39,7 @@ from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     NAME,
     ORDERBOOK_EVENTS,
+    PLACE,
     PRICE,
     QTY,
     STREAM_EVENTS,
@@ -109,20 +110,19 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
     snapshot, the `checkpoint` that is the hour's opening state, or a `doubt`, from which on the book
     cannot be believed (`verified` is false until the next snapshot). Columns, in dollars and contracts:
 
-        market_ticker, ts, ingest_ts, conn_id, sid, seq, cause, verified      as in `spreads`
+        market_ticker, ts, ingest_ts, conn_id, sid, seq, shard, record        as in `spreads`
+        cause, verified                                                       as in `spreads`
         yes_bid_1, yes_bid_size_1, yes_ask_1, yes_ask_size_1                  the best
         yes_bid_2, …                                                          one worse, up to `levels`
 
     YES asks are the NO bids, each at 1 - its price. Where a side has fewer levels they are null. A row
-    takes about 70 bytes and 64 for each level: of many busy markets take a few at a time. Raises
+    takes about 82 bytes and 64 for each level: of many busy markets take a few at a time. Raises
     ValueError for `levels` below 1 or above 99.
     """
     if not 1 <= levels <= _LEVELS_MAX:
         raise ValueError(f"levels is {levels}; it goes from 1 to {_LEVELS_MAX}")
     frames = of.frames
     rows = _frames_of(of, tickers)
-    # A doubt about what was in doubt already says nothing; a market never begins with one.
-    rows = rows[(frames.cause[rows] != DOUBT) | frames.verified[rows - 1]]
     book = frames.book[rows]
     table = {
         "market_ticker": names(frames.market[rows], of.tickers),
@@ -131,6 +131,7 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
         "conn_id": names(of.book_conn[book], of.conns),
         "sid": pa.array(of.book_sid[book], pa.uint32()),
         "seq": pa.array(frames.seq[rows], pa.uint64()),
+        **dict(zip(PLACE, of.places(rows), strict=True)),
         "cause": names(frames.cause[rows].astype(np.int32), CAUSES),
         "verified": pa.array(frames.verified[rows]),
     }
@@ -151,6 +152,8 @@ AT_INSTANTS = pa.schema(
         pa.field("side", NAME),
         pa.field("price", PRICE),
         pa.field("size", QTY),
+        pa.field("shard", pa.uint32()),
+        pa.field("record", pa.uint64()),
     ]
 )
 """The columns of `at_instants`."""
@@ -164,7 +167,8 @@ def at_instants(
     What the view `book_at` says, for many books at once: events received at that very microsecond
     count, and `price` is a bid on its side's own scale. Rows go by market, instant, side (yes first)
     and price. A book that is empty has one row without side, price and size; a market that was not
-    known yet has none. `last_event_ts` is the receive time of the newest event by then. Raises
+    known yet has none. `last_event_ts` is the receive time of the newest event by then, and `shard, record`
+    its place. Of an instant that a clock which was set back showed twice, the later state counts. Raises
     ValueError for an instant without a time zone or outside of the hour.
     """
     frames = of.frames
@@ -172,9 +176,9 @@ def at_instants(
     if not len(frames) or not len(wanted_us):
         return AT_INSTANTS.empty_table()
     market = _markets(of, tickers)
-    span = int(frames.clock_us.max()) - int(frames.clock_us.min()) + 2
-    base = int(frames.clock_us.min())
-    key = frames.market.astype(np.int64) * span + (frames.clock_us - base)
+    base = int(frames.shown_us.min())
+    span = int(frames.shown_us.max()) - base + 2
+    key = frames.market.astype(np.int64) * span + (frames.shown_us - base)
     when = np.tile(wanted_us, len(market))
     market = np.repeat(market, len(wanted_us))
     within = np.clip(when - base, -1, span - 2)
@@ -193,15 +197,17 @@ def at_instants(
     place, run = place[order], run[order]
     there = run != NONE
     told = np.maximum.accumulate(np.where(frames.cause != DOUBT, np.arange(len(frames)), 0))
+    newest_told = told[at[place]]
     return pa.Table.from_arrays(
         [
             names(frames.market[at[place]], of.tickers),
             times(when[place]),
-            times(frames.ingest_us[told[at[place]]]),
+            times(frames.ingest_us[newest_told]),
             pa.array(frames.verified[at[place]]),
             names(_of(of.levels.ladder % 2, run), _SIDES, there),
             decimals(_of(of.levels.price, run), PRICE, there),
             decimals(_of(of.levels.size, run), QTY, there),
+            *of.places(newest_told),
         ],
         schema=AT_INSTANTS,
     )

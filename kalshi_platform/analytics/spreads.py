@@ -24,6 +24,9 @@ def spreads(books: Books) -> pa.Table:
 
     `known_at` is the receive time, or that of an earlier row where the clock was set back: it never falls.
 
+    A market's rows go by `shard, record, seq`, which is their order: a doubt has the record that told it and
+    seq 0, a checkpoint that from which it holds.
+
     Every frame's state is kept. The deltas of one matching event come as frames of their own and
     share the exchange time `ts`: states between the first and the last of them are transient. To
     leave them out, keep the last row of each (market_ticker, ts) that is not null.
@@ -65,6 +68,7 @@ def spreads(books: Books) -> pa.Table:
             decimals((bid_price + ask_price) * 5, MID, both),
             floats(microprice, both),
             times(frames.clock_us[rows]),
+            *books.places(rows),
         ],
         schema=SPREADS.arrow,
     )

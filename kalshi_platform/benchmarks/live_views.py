@@ -47,7 +47,7 @@ SELECT
     toDecimal32((35 + rand(3) % 15) / 100, 4),
     toDecimal64(rand(4) % 1000, 2),
     toDecimal64(if(rand(5) % 10 < 3, 0, rand(6) % 100000), 2),
-    at, at, ''
+    at, at, '', 0, number
 FROM
 (
     SELECT number,
@@ -69,13 +69,14 @@ SELECT {_ZERO}, market_ticker, side, price, size, now64(6, 'UTC'), 1 FROM ({_LEV
 """  # noqa: S608 - a constant
 _CHECKPOINTS = f"""
 INSERT INTO book_checkpoints
-SELECT ts, {_ZERO}, 1, greatest(0, toInt64({{rows:UInt64}} * (1 - dateDiff('second', ts, now('UTC')) / 86400))),
-    {_ZERO}, market_ticker, true, side, price, size
+SELECT ts, {_ZERO}, 1,
+    greatest(0, toInt64({{rows:UInt64}} * (1 - dateDiff('second', ts, now('UTC')) / 86400))) AS seq,
+    {_ZERO}, market_ticker, true, side, price, size, 0, seq
 FROM (SELECT *, toStartOfHour(now('UTC')) - toIntervalHour(arrayJoin(range(24))) AS ts FROM ({_LEVELS}))
 """  # noqa: S608 - a constant
 _HEARTBEATS = f"""
 INSERT INTO stream_events
-SELECT now64(6, 'UTC') - toIntervalSecond(10 * number), {_ZERO}, 0, 0, 'heartbeat', '', '{{}}'
+SELECT now64(6, 'UTC') - toIntervalSecond(10 * number), {_ZERO}, 0, 0, 'heartbeat', '', '{{}}', 0, {{rows:UInt64}} - number
 FROM numbers(8640)
 """  # noqa: S608 - a constant
 _CHANGE = f"""

@@ -10,12 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Self
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+
+from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
 
 LEVELS = pl.Schema(
     {
@@ -48,6 +51,8 @@ class Book(msgspec.Struct, frozen=True):
     """Based, without a gap since, and its connection is open."""
     left: bool = False
     """No longer followed; what still comes is in flight."""
+    ended_ns: int = 0
+    """When it was left or its connection ended, by a time that never steps back; 0: neither."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -156,13 +161,40 @@ def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.ND
 
 
 @dataclass(frozen=True)
+class Clock:
+    """Receive times at a place in the journal, in ns; 0: there are none before it."""
+
+    last_ns: int = 0
+    """That of the record before it."""
+    newest_ns: int = 0
+    """The newest before it. It is not the last one where the clock was set back."""
+
+    def opens(self, recv_ns: int) -> datetime | None:
+        """Where a record received at `recv_ns` comes next: the time at which the books before it are to be
+        written down, or None.
+
+        They are where the recording enters an hour, and where the receive clock was set back. So an hour
+        needs no other hour's rows, and between two such places receive times ascend with the records. The
+        time is the hour's first instant where the hour is new, else the record's own.
+        """
+        last_ns = self.last_ns or recv_ns
+        if recv_ns >= last_ns and recv_ns // HOUR_NS == last_ns // HOUR_NS:
+            return None
+        at = time_of_ns(recv_ns)
+        return floor_hour(at) if self.is_new(at) else at
+
+    def is_new(self, at: datetime) -> bool:
+        """Whether the hour of `at` is later than all hours that the clock has shown."""
+        return hour_start_ns(floor_hour(at)) > self.newest_ns
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that the rows of the next range depend on."""
 
     n: int = 0
     """The next journal record."""
-    version: int = 0
-    """Newest receive time so far, in ns; it never steps back, even where the clock did."""
+    clock: Clock = field(default_factory=Clock)
     connections: dict[str, Connection] = field(default_factory=dict)
     books: dict[str, Book] = field(default_factory=dict)
     """By market ticker."""
@@ -176,7 +208,7 @@ class State:
     def of(
         cls,
         n: int,
-        version: int,
+        clock: Clock,
         connections: dict[str, Connection],
         books: dict[str, Book],
         levels: pl.DataFrame,
@@ -186,7 +218,31 @@ class State:
         packed = levels.with_columns(market.alias("market")).select(
             level_number().alias("level"), "size"
         )
-        return cls(n, version, connections, books, numbers, Ladders(packed.sort("level")))
+        return cls(n, clock, connections, books, numbers, Ladders(packed.sort("level")))
+
+    @property
+    def version(self) -> int:
+        """Newest receive time so far, in ns; it never steps back, even where the clock did."""
+        return self.clock.newest_ns
+
+    def follows(self, book: Book) -> bool:
+        """Whether a book's market is followed, and its connection open."""
+        return not book.left and book.conn in self.connections
+
+    def followed_lately(self, book: Book) -> bool:
+        """Whether a book is followed, or was so within the newest hour."""
+        return self.follows(book) or book.ended_ns >= self.version // HOUR_NS * HOUR_NS
+
+    def trusts(self, book: Book) -> bool:
+        """Whether a book is followed, verified, and its frames are known to be whole."""
+        return (
+            self.follows(book) and book.verified and self.connections[book.conn].believes(book.sid)
+        )
+
+    def seq_of(self, book: Book) -> int:
+        """The last number of a book's subscription; 0 where its connection has ended."""
+        connection = self.connections.get(book.conn)
+        return connection.seqs.get(book.sid, 0) if connection else 0
 
     @property
     def doubts(self) -> Hashable:

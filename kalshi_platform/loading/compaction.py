@@ -49,6 +49,7 @@ from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
     ORDERBOOK_EVENTS,
+    PLACE,
     STREAM_EVENTS,
     TRADES,
     Dataset,
@@ -56,21 +57,17 @@ from kalshi_platform.storage.schema import (
 
 log = logging.getLogger(__name__)
 
+_FRAME = ("ingest_ts", "conn_id", "sid", "seq")
 SORTED_BY = {
-    ORDERBOOK_EVENTS.name: (
-        "market_ticker",
+    ORDERBOOK_EVENTS.name: ("market_ticker", *PLACE, *_FRAME, "side", "price"),
+    STREAM_EVENTS.name: (
+        *PLACE,
         "ingest_ts",
-        "conn_id",
-        "sid",
-        "seq",
-        "side",
-        "price",
-    ),
-    STREAM_EVENTS.name: ("ingest_ts",),  # else as journalled: an end comes after what it ends
-    BOOK_CHECKPOINTS.name: ("market_ticker", "side", "price"),
-    TRADES.name: ("market_ticker", "ingest_ts", "conn_id", "sid", "seq"),
+    ),  # else as journalled: an end comes after what it ends
+    BOOK_CHECKPOINTS.name: ("market_ticker", *PLACE, "side", "price"),
+    TRADES.name: ("market_ticker", *PLACE, *_FRAME),
 }
-"""What an hour is sorted by. Nulls come first."""
+"""What an hour is sorted by. Nulls come first: rows without a record go by receive time."""
 ROW_GROUP_ROWS = 65_536
 """What a reader of one market reads at least; docs/data.md has the figures."""
 ZSTD_LEVEL = 9

@@ -4,7 +4,8 @@ A book is verified from its snapshot to whatever breaks it: a gap on its sid, th
 connection, a negative level, being left. A market is followed from its first sight in the hour (or
 the hour's first instant, where the checkpoint has it) until it is left or the hour ends; time that
 its recorder was not there counts as followed and not verified. A recorder that was killed leaves no
-word in the hour: its connections fall silent, whatever other shards record.
+word in the hour: its connections fall silent, whatever other shards record. What broke a book follows
+from the order of the events; their times only say for how long.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import msgspec
 
 BREAKING = ("snapshot", "gap", "disconnected", "unsubscribed", "left")
 """The kinds of stream_events that coverage depends on."""
+CHECKPOINT = "checkpoint"
+"""In the place of a kind: a book of a checkpoint."""
 SILENCE = timedelta(seconds=30)
 """Three heartbeats: with nothing recorded of a connection for longer, its recorder was away."""
 ANY = ""
@@ -52,19 +55,16 @@ class Coverage:
 def coverage(
     start: datetime,
     end: datetime,
-    checkpoint: Iterable[tuple[str, str, int, bool]],
     events: Iterable[dict[str, Any]],
     signs: Mapping[str, datetime],
 ) -> Coverage:
     """Coverage of `start` to `end`.
 
-    `checkpoint`: (market_ticker, conn_id, sid, verified) at `start`. `events`: stream_events of the
-    hour in order, those of BREAKING suffice. `signs`: each connection's last sign of life in it, and
-    that of all connections under ANY.
+    `events`: stream_events of the hour in order, those of BREAKING suffice, and in their places the books
+    of its checkpoints, as events of kind CHECKPOINT with a `verified`. `signs`: each connection's last
+    sign of life in it, and that of all connections under ANY.
     """
     markets: dict[str, _Market] = {}
-    for ticker, conn, sid, verified in checkpoint:
-        markets[ticker] = _Market(start, conn, sid, start if verified else None)
     for event in events:
         at = event["ingest_ts"]
         kind, conn, ticker = event["kind"], event["conn_id"], event["market_ticker"]
@@ -73,6 +73,8 @@ def coverage(
             market.conn, market.sid, market.followed_to = conn, event["sid"], None
             if market.verified_from is None:
                 market.verified_from = at
+        elif kind == CHECKPOINT:
+            _checkpoint(markets, event, start)
         elif ticker:  # a gap of one book, or the market was left
             if ticker in markets:
                 _end(markets[ticker], at)
@@ -93,6 +95,21 @@ def coverage(
     )
     by_market = {ticker: m.verified.total_seconds() for ticker, m in markets.items()}
     return Coverage(sum(by_market.values()), followed, by_market)
+
+
+def _checkpoint(markets: dict[str, _Market], event: dict[str, Any], start: datetime) -> None:
+    """A book as a checkpoint has it. One of a clock that was set back also has books that have ended."""
+    at, ticker = event["ingest_ts"], event["market_ticker"]
+    if at > start and not event["verified"]:
+        if ticker in markets:
+            _end(markets[ticker], at)
+        return
+    market = markets.setdefault(ticker, _Market(at))
+    market.conn, market.sid = event["conn_id"], event["sid"]
+    if not event["verified"]:
+        _end(market, at)
+    elif market.verified_from is None:
+        market.verified_from = at
 
 
 def _end(market: _Market, at: datetime) -> None:

@@ -46,6 +46,7 @@ from kalshi_platform.exchange.frames import (
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading import decode_trades
+from kalshi_platform.loading.books import Clock
 from kalshi_platform.recording.journal import Block, Hole, Stretch, Unread
 from kalshi_platform.storage.schema import ZERO_UUID
 
@@ -184,11 +185,20 @@ class Decoded:
     trades: pl.DataFrame
     stream: pl.DataFrame
     """Everything else, notes and malformed frames included."""
-    newest_recv_ns: int
+    first_ns: int
+    """Receive time of the first record."""
+    clock: Clock
+    """Those of the last and of the newest one."""
     lost: bool = False
-    """The records cannot be read: see `journal.Hole`. `newest_recv_ns` is that of the next one."""
+    """The records cannot be read: see `journal.Hole`. The times are that of the next one."""
     unread: Unread | None = None
     """Records that came before these, in a segment that is not read so far."""
+
+    def clock_after(self, before: Clock) -> Clock:
+        """The clock at its end, from that at its beginning. A hole leaves it as it is."""
+        if self.lost:
+            return before
+        return Clock(self.clock.last_ns, max(before.newest_ns, self.clock.newest_ns))
 
 
 def lost(hole: Hole) -> Decoded:
@@ -202,6 +212,7 @@ def lost(hole: Hole) -> Decoded:
         pl.DataFrame(schema=decode_trades.TRADES),
         pl.DataFrame(schema=STREAM),
         hole.until_ns,
+        Clock(hole.until_ns, hole.until_ns),
         lost=True,
     )
 
@@ -242,7 +253,8 @@ def decode(blocks: Sequence[Block]) -> Decoded:
         snapshots,
         trades,
         pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
-        int(pc.max(table["recv_ns"]).as_py()),
+        table["recv_ns"][0].as_py(),
+        Clock(table["recv_ns"][-1].as_py(), pc.max(table["recv_ns"]).as_py()),
         unread=blocks[0].unread,
     )
 

@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.exchange.frames import Kind
-from kalshi_platform.loading.books import State
+from kalshi_platform.loading.books import Clock, State
 from kalshi_platform.loading.decode import Decoded, decoded
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Hole, JournalError, Position, Stretch, joined
-from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns
+from kalshi_platform.storage.archive import HOUR_NS
 
 CHUNK_ROWS = 65_536
 CHUNK_BYTES = 16 << 20
@@ -54,7 +54,7 @@ class Step:
     doubts: Hashable
     """Of the state before it. A load that lost records which another had read has other books there."""
     hour: datetime | None
-    """The hour that its first record begins; None within an hour."""
+    """The new hour that its first record begins; None where it begins none."""
     rows: Rows
     state: State
     """The books after it."""
@@ -94,8 +94,8 @@ class Derivation:
         self._under_way: dict[_Key, Future[Step | None]] = {}
         """What a load is deriving now; None where that failed."""
         self._decoder = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._ahead: dict[tuple[int, int], Future[tuple[_Piece, _Pieces] | None]] = {}
-        """What is decoded ahead, by the number of its first record and the newest receive time before."""
+        self._ahead: dict[tuple[int, Clock], Future[tuple[_Piece, _Pieces] | None]] = {}
+        """What is decoded ahead, by the number of its first record and the clock before."""
         self._reached: dict[str, int] = {}
         """The record that each load has come to; -1: it has not begun."""
 
@@ -139,7 +139,7 @@ class Derivation:
     def _next(self, start: Position, state: State, limit: Position, until_n: int) -> _Piece:
         """The next records, decoded: by now perhaps, if somebody looked ahead."""
         with self._lock:
-            ahead = self._ahead.pop((start.n, state.version), None)
+            ahead = self._ahead.pop((start.n, state.clock), None)
         found = ahead.result() if ahead is not None else None
         if found is None:
             stretches = up_to(until_n, journal.read(self._folder, start, limit))
@@ -151,11 +151,11 @@ class Derivation:
             )
         piece, following = found
         if piece.end.n < until_n:
-            newest_ns = max(state.version, piece.decoded.newest_recv_ns)
-            self._look_ahead((piece.end.n, newest_ns), following)
+            clock = piece.decoded.clock_after(state.clock)
+            self._look_ahead((piece.end.n, clock), following)
         return piece
 
-    def _look_ahead(self, place: tuple[int, int], following: _Pieces) -> None:
+    def _look_ahead(self, place: tuple[int, Clock], following: _Pieces) -> None:
         """Decode what comes next while this is derived; one piece for each load at most."""
         with self._lock:
             while len(self._ahead) >= max(len(self._reached), 1):
@@ -194,14 +194,13 @@ def _of_another(load: Future[Step | None]) -> Step | None:
 
 def _pieces(stretches: Iterator[Stretch], state: State) -> _Pieces:
     """What comes after `state` in pieces, decoded one by one as they are asked for."""
-    newest_ns = state.version
+    clock = state.clock
     dropped = state.ladders.height // max(len(state.books), 1)
     for stretch in chunks(stretches, dropped):
-        for piece, hour in at_hours(stretch, newest_ns):
+        for piece, opens in at_openings(stretch, clock):
             it = decoded(piece)
-            if not it.lost:
-                newest_ns = max(newest_ns, it.newest_recv_ns)
-            yield _Piece(hour, it, piece.end)
+            yield _Piece(opens if opens and clock.is_new(opens) else None, it, piece.end)
+            clock = it.clock_after(clock)
 
 
 def _first(pieces: _Pieces) -> tuple[_Piece, _Pieces] | None:
@@ -258,27 +257,24 @@ def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
     return shares
 
 
-def at_hours(stretch: Stretch, newest_ns: int) -> Iterator[tuple[Stretch, datetime | None]]:
-    """A block cut before each first record of a later hour, with the hour that a piece begins.
+def at_openings(stretch: Stretch, clock: Clock) -> Iterator[tuple[Stretch, datetime | None]]:
+    """A block cut before each record at which the books are to be written down, with what `Clock.opens`
+    says of it.
 
-    `newest_ns` is the newest receive time before it: a clock that steps back begins nothing. Nor does
-    a hole: the record after it does.
+    `clock` is that before the block. A hole opens nothing: the record after it does.
     """
     if isinstance(stretch, Hole):
         yield stretch, None
         return
-    block, begins = stretch, None
-    while True:
-        recv_ns = block.batch.column("recv_ns").to_numpy()
-        if not newest_ns:
-            newest_ns = int(recv_ns[0])
-        beyond = np.flatnonzero(recv_ns >= hour_start_ns(hour_of_ns(newest_ns) + HOUR))
-        if not len(beyond):
-            yield block, begins
-            return
-        at = int(beyond[0])
-        newest_ns = int(recv_ns[at])
-        if at:
-            before, block = block.cut(at)
-            yield before, begins
-        begins = hour_of_ns(newest_ns)
+    recv_ns = stretch.batch.column("recv_ns").to_numpy()
+    before = np.concatenate([[clock.last_ns or recv_ns[0]], recv_ns[:-1]])
+    opening = np.flatnonzero((recv_ns < before) | (recv_ns // HOUR_NS != before // HOUR_NS))
+    block, cut, opens = stretch, 0, None
+    for at in opening.tolist():
+        if at > cut:
+            head, block = block.cut(at - cut)
+            yield head, opens
+        newest_ns = max(clock.newest_ns, int(before[: at + 1].max()))
+        opens = Clock(int(before[at]), newest_ns).opens(int(recv_ns[at]))
+        cut = at
+    yield block, opens

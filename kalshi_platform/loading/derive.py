@@ -38,8 +38,11 @@ from kalshi_platform.loading.books import (
 )
 from kalshi_platform.loading.columns import codes, names, place, prices, quantities, text, times
 from kalshi_platform.loading.decode import STREAM, Decoded
+from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.recording.journal import Unread
+from kalshi_platform.storage.archive.layout import HOUR_NS
 from kalshi_platform.storage.schema import (
+    BOOK_CHECKPOINTS,
     DATASETS,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
@@ -70,8 +73,8 @@ class Rows:
     first_n: int
     end_n: int
     tables: dict[str, pa.Table]
-    """By dataset, in the order of writing: orderbook_events, trades, stream_events, latest_levels. Where
-    a range's stream_events are, its events and trades are, too."""
+    """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
+    latest_levels. Where a range's stream_events are, what comes before them is, too."""
     distrusted: tuple[Distrust, ...] = ()
 
     @cached_property
@@ -93,6 +96,8 @@ class Rows:
 def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]:
     """Rows of one range of a shard's journal, and the state after it.
 
+    The range is cut at `derivation.at_openings`. Where its first record enters an hour again, or the clock
+    was set back, the books before it are among the rows; those before a new hour are the load's to write.
     Raises ValueError where the range does not begin where the state ends.
     """
     if decoded.first_n != state.n:
@@ -112,14 +117,15 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     happenings = _happenings(decoded, events, markets)
     if doubtful := _doubtful(decoded, state, heard):
         happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
-    happened = status.follow(happenings)
-    extra = pl.DataFrame([*unread, *happened], schema=STREAM, orient="row")
+    happened = [*unread, *_still_unbased(decoded, state), *status.follow(happenings)]
+    clock = decoded.clock_after(state.clock)
+    status.forget(clock.newest_ns)
+    extra = pl.DataFrame(happened, schema=STREAM, orient="row")
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
     )
     books = {ticker: status.books[ticker] for ticker in markets.touched if ticker in status.books}
     final = _final_levels(sized, books, markets)
-    version = max(state.version, decoded.newest_recv_ns)
     changed = _changed_levels(events, sized, final, books, markets)
     rows = Rows(
         decoded.first_n,
@@ -127,6 +133,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
         {
             ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL), shard),
             TRADES.name: decode_trades.table(decoded.trades, shard),
+            BOOK_CHECKPOINTS.name: _reopening(decoded, state, shard),
             STREAM_EVENTS.name: _stream_table(stream, shard),
             LATEST_LEVELS.name: _latest_table(changed, state),
         },
@@ -135,7 +142,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     connections = _connections_after(status.connections, heard)
     return rows, State(
         decoded.end_n,
-        version,
+        clock,
         connections,
         status.books,
         _numbers_after(numbers, status.books),
@@ -146,10 +153,11 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
 
 def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
     """A hole of the journal: what its records said of which connection shows with their next frames."""
-    at = state.version or decoded.newest_recv_ns
+    at = state.version or decoded.clock.newest_ns
     row = _journal_gap(decoded.first_n, at, decoded.first_n, decoded.end_n)
     empty = {
-        name: DATASETS[name].arrow.empty_table() for name in (ORDERBOOK_EVENTS.name, TRADES.name)
+        name: DATASETS[name].arrow.empty_table()
+        for name in (ORDERBOOK_EVENTS.name, TRADES.name, BOOK_CHECKPOINTS.name)
     }
     tables = empty | {
         STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row"), shard),
@@ -161,7 +169,7 @@ def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
 
 def _unread(decoded: Decoded, unread: Unread, state: State) -> tuple[list[tuple[Any, ...]], State]:
     """(a row that names the records of an overlapping segment that are not read, the state after them)"""
-    at = state.version or decoded.newest_recv_ns
+    at = state.version or decoded.clock.newest_ns
     row = _journal_gap(
         decoded.first_n,
         at,
@@ -193,6 +201,28 @@ def _after_lost_records(state: State, at_ns: int) -> State:
         since_ns = it.lost.since_ns if it.lost and it.lost.last else at_ns
         connections[conn] = msgspec.structs.replace(it, lost=Lost(since_ns, it.seqs))
     return replace(state, connections=connections)
+
+
+def _reopens(decoded: Decoded, state: State) -> datetime | None:
+    """When the clock shows an hour again, or was set back within one."""
+    at = state.clock.opens(decoded.first_ns)
+    return None if at is None or state.clock.is_new(at) else at
+
+
+def _reopening(decoded: Decoded, state: State, shard: int) -> pa.Table:
+    at = _reopens(decoded, state)
+    return BOOK_CHECKPOINTS.arrow.empty_table() if at is None else checkpoint(state, at, shard)
+
+
+def _still_unbased(decoded: Decoded, state: State) -> Iterator[tuple[Any, ...]]:
+    """Books without a snapshot are in no checkpoint: where one reopens, their gaps are told once more."""
+    if _reopens(decoded, state) is None:
+        return
+    it = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
+    for ticker, book in state.books.items():
+        if not book.based and state.followed_lately(book):
+            body = {"cause": "delta_before_snapshot"}
+            yield _row(it, book.conn, book.sid, "gap", body, ticker=ticker)
 
 
 # -- events ------------------------------------------------------------------------------------
@@ -429,6 +459,7 @@ class _Status:
     def __init__(self, state: State, last_heard: dict[str, int]) -> None:
         self.connections = dict(state.connections)
         self.books = dict(state.books)
+        self._version = state.version
         self._last_heard = last_heard
         """The newest receive time of each connection in the range."""
         self.distrusted: list[Distrust] = []
@@ -451,7 +482,7 @@ class _Status:
             elif kind == "connected":
                 yield from self._connected(it)
             elif kind == "disconnected":
-                self._close(conn)
+                self._close(it, conn)
             elif kind == "started":
                 for open_conn in list(self.connections):
                     yield from self._end(it, open_conn, "the recorder ended without closing")
@@ -473,7 +504,8 @@ class _Status:
 
     def _left(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         if (book := self.books.get(it["market_ticker"])) is not None:
-            left = msgspec.structs.replace(book, verified=False, left=True)
+            ended_ns = book.ended_ns or self._clock_ns(it)
+            left = msgspec.structs.replace(book, verified=False, left=True, ended_ns=ended_ns)
             self.books[it["market_ticker"]] = left
             yield from self._arrived(it, book.conn, book.sid)
 
@@ -555,7 +587,7 @@ class _Status:
             "span_s": round((it["recv_ns"] - last_ns) / 1e9, 6),
         }
         yield _row(it, conn, 0, "disconnected", detail)
-        self._close(conn)
+        self._close(it, conn)
 
     def _first_delta(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The first delta of a book in this range: it may be of a book that has no snapshot."""
@@ -616,10 +648,30 @@ class _Status:
         body = {"cause": cause, **detail}
         return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
 
-    def _close(self, conn: str) -> None:
+    def _close(self, it: dict[str, Any], conn: str) -> None:
         self.connections.pop(conn, None)
-        self._doubt(*(ticker for ticker, book in self.books.items() if book.conn == conn))
-        self.books = {t: b for t, b in self.books.items() if not (b.left and b.conn == conn)}
+        for ticker, book in self.books.items():
+            if book.conn == conn:
+                ended_ns = book.ended_ns or self._clock_ns(it)
+                self.books[ticker] = msgspec.structs.replace(
+                    book, verified=False, ended_ns=ended_ns
+                )
+
+    def _clock_ns(self, it: dict[str, Any]) -> int:
+        """The receive time of a happening, or the newest before it where the clock was set back."""
+        return max(self._version, int(it["recv_ns"]))
+
+    def forget(self, newest_ns: int) -> None:
+        """Forget what was left in an earlier hour than the newest, where its connection has ended, too.
+
+        Until then a checkpoint of a clock that was set back may have to name it.
+        """
+        hour_ns = newest_ns // HOUR_NS * HOUR_NS
+        self.books = {
+            ticker: book
+            for ticker, book in self.books.items()
+            if not (book.left and book.conn not in self.connections and book.ended_ns < hour_ns)
+        }
 
     def _doubt(self, *tickers: str) -> None:
         for ticker in tickers:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import itemgetter
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading.coverage import ANY, BREAKING, Coverage, coverage
+from kalshi_platform.loading.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
 from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import HOUR, Archive, Manifest, Part, batches, rows_of
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
     ORDERBOOK_EVENTS,
+    PLACE,
     STREAM_EVENTS,
     TRADES,
     ZERO_UUID,
@@ -78,9 +78,9 @@ def describe(archive: Archive, hour: datetime, *, complete: bool) -> HourReport:
     tallies = {name: tally for name in RECORDED if (tally := _tally(archive, name, hour)).parts}
     if not tallies:
         return HourReport(hour, complete, ())
-    stream = _stream(archive, hour)
-    gaps = sum(event["kind"] == "gap" for event in stream)
-    covered = _coverage(archive, hour, stream, complete=complete)
+    events = _events(archive, hour)
+    gaps = sum(event["kind"] == "gap" for event in events)
+    covered = _coverage(archive, hour, events, complete=complete)
     return HourReport(
         hour,
         complete,
@@ -196,37 +196,50 @@ def _tally(archive: Archive, dataset: str, hour: datetime) -> _Tally:
     return _Tally(rows, total, frozenset(markets), first, last, tuple(parts))
 
 
-def _stream(archive: Archive, hour: datetime) -> list[dict[str, Any]]:
-    """The stream events that coverage and gap counts need, in order."""
-    tables = []
-    for table in archive.read(STREAM_EVENTS.name, hour):
-        plain = table.set_column(
-            table.column_names.index("kind"), "kind", table["kind"].cast(pa.string())
-        )
-        tables.append(plain.filter(pc.is_in(plain["kind"], pa.array(BREAKING))))
-    # By time, for the parts of several shards lie side by side. What has the same time comes in the
-    # order of its journal, as in a compacted hour.
-    rows = [row for table in tables for row in table.to_pylist()]
-    return sorted(rows, key=itemgetter("ingest_ts"))
+_EVENT = ["ingest_ts", "conn_id", "sid", "kind", "market_ticker", "detail", *PLACE]
+_BOOK = ["ts", "conn_id", "sid", "market_ticker", "verified", *PLACE]
+
+
+def _events(archive: Archive, hour: datetime) -> list[dict[str, Any]]:
+    """What coverage and gap counts depend on, in order: stream events, and the books of the checkpoints."""
+    found = []
+    for table in archive.read(STREAM_EVENTS.name, hour, _EVENT):
+        kind = table["kind"].cast(pa.string())
+        found.append(pl.DataFrame(table.filter(pc.is_in(kind, pa.array(BREAKING)))))
+    for table in archive.read(BOOK_CHECKPOINTS.name, hour, _BOOK):
+        books = pl.DataFrame(table).unique(maintain_order=True)
+        found.append(books.rename({"ts": "ingest_ts"}).with_columns(kind=pl.lit(CHECKPOINT)))
+    if not found:
+        return []
+    text = pl.col("conn_id", "kind", "market_ticker").cast(pl.String)
+    return _in_order(pl.concat([f.with_columns(text) for f in found], how="diagonal")).to_dicts()
+
+
+def _in_order(events: pl.DataFrame) -> pl.DataFrame:
+    """Each shard's events by record, with times that do not step back; shards among each other by those.
+
+    Of one record a checkpoint comes first, what breaks a book next, and the snapshot last. What has no
+    record goes by its time, and else as it was read, checkpoints first.
+    """
+    kind, placed = pl.col("kind"), pl.col("record").is_not_null()
+    rank = (
+        pl.when(kind == CHECKPOINT).then(0).when(placed & (kind == "snapshot")).then(2).otherwise(1)
+    )
+    by_record = events.sort(*PLACE, rank, nulls_last=False, maintain_order=True)
+    clock = pl.col("ingest_ts").cum_max().over("shard")
+    timed = by_record.with_columns(
+        pl.when(placed).then(clock).otherwise("ingest_ts").alias("ingest_ts")
+    )
+    return timed.sort("ingest_ts", ~placed & (kind != CHECKPOINT), maintain_order=True)
 
 
 def _coverage(
-    archive: Archive, hour: datetime, stream: list[dict[str, Any]], *, complete: bool
+    archive: Archive, hour: datetime, events: list[dict[str, Any]], *, complete: bool
 ) -> Coverage:
-    books: dict[str, tuple[str, str, int, bool]] = {}
-    columns = ["market_ticker", "conn_id", "sid", "verified"]
-    for table in archive.read(BOOK_CHECKPOINTS.name, hour, columns):
-        for row in table.group_by(columns).aggregate([]).to_pylist():
-            books[row["market_ticker"]] = (
-                row["market_ticker"],
-                row["conn_id"],
-                row["sid"],
-                row["verified"],
-            )
     signs = _signs(archive, hour)
     last = max(signs.values(), default=hour)
     end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
-    return coverage(hour, end, books.values(), stream, signs)
+    return coverage(hour, end, events, signs)
 
 
 def _signs(archive: Archive, hour: datetime) -> dict[str, datetime]:

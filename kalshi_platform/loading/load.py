@@ -30,7 +30,7 @@ from kalshi_platform.loading import resume, traces
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.cursor import Cursor, Unusable, plain
 from kalshi_platform.loading.decode import decoded
-from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, chunks, up_to
+from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, at_openings, chunks, up_to
 from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.freshness import BEHIND_S
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
@@ -477,14 +477,15 @@ class Load:
         What is `written` is forgotten as it is derived. What was planned is one write, and kept whole.
         """
         doubted: dict[str, Distrust] = {}
-        for piece in chunks(up_to(until_n, journal.read(self._folder, self._position))):
-            if self._abandon.is_set():
-                raise _Abandoned
-            rows, state = derive(decoded(piece), self._state, self._derivation.shard)
-            self._took(rows, state, piece.end)
-            if written:
-                self._pending.clear()
-            doubted.update({it.market_ticker: it for it in rows.distrusted})
+        for stretch in chunks(up_to(until_n, journal.read(self._folder, self._position))):
+            for piece, _ in at_openings(stretch, self._state.clock):
+                if self._abandon.is_set():
+                    raise _Abandoned
+                rows, state = derive(decoded(piece), self._state, self._derivation.shard)
+                self._took(rows, state, piece.end)
+                if written:
+                    self._pending.clear()
+                doubted.update({it.market_ticker: it for it in rows.distrusted})
         if self._position.n != until_n:
             raise JournalError(
                 f"The load into {self.name} had come to record {until_n}, but the journal in"

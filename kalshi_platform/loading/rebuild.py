@@ -17,13 +17,12 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import compaction, hours, passage, sealing
-from kalshi_platform.loading.books import State
+from kalshi_platform.loading.books import Clock, State
 from kalshi_platform.loading.decode import decoded
-from kalshi_platform.loading.derivation import at_hours, chunks
+from kalshi_platform.loading.derivation import at_openings, chunks
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.state import checkpoint, hour_state
@@ -242,7 +241,7 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     edges = _edges(archive, hour, shard)
     pending: list[Rows] = []
     first_n = state.n
-    for piece in _pieces(source.folder, source.position, hour, edges):
+    for piece in _pieces(source, hour, edges):
         rows, state = derive(decoded(piece), state, shard)
         pending.append(rows)
         if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
@@ -268,19 +267,20 @@ def _parts(archive: Archive, hour: datetime) -> set[str]:
     return names
 
 
-def _pieces(folder: Path, position: Position, hour: datetime, edges: set[int]) -> Iterator[Block]:
-    """The hour's blocks, cut at the edges; ends at the first record of a later hour.
+def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Block]:
+    """The hour's blocks, cut at the edges and at openings; ends where a later hour is new.
 
     Raises `_LostRecords` where some of the hour's are lost.
     """
-    newest_ns = 0
-    for stretch in chunks(journal.read(folder, position)):
-        for piece, begins in at_hours(stretch, newest_ns):
-            if begins is not None and begins > hour:
+    clock = source.state.clock
+    for stretch in chunks(journal.read(source.folder, source.position)):
+        for piece, opens in at_openings(stretch, clock):
+            if opens is not None and opens > hour and clock.is_new(opens):
                 return
             if isinstance(piece, Hole) or piece.unread is not None:
-                raise _LostRecords(folder, hour)
-            newest_ns = max(newest_ns, pc.max(piece.batch.column("recv_ns")).as_py())
+                raise _LostRecords(source.folder, hour)
+            recv_ns = piece.batch.column("recv_ns").to_numpy()
+            clock = Clock(int(recv_ns[-1]), max(clock.newest_ns, int(recv_ns.max())))
             rest = piece
             for edge in sorted(e for e in edges if rest.first_n < e < rest.first_n + rest.rows):
                 head, rest = rest.cut(edge - rest.first_n)
@@ -359,7 +359,7 @@ def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> 
     query = (
         f"SELECT {select_list(dataset)} FROM {dataset.name}"  # noqa: S608 - names are the schema's own
         f" WHERE {clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
-        f" ORDER BY {order}"
+        f" ORDER BY shard NULLS FIRST, record NULLS FIRST, {order}"
     )
     with clickhouse.translated():
         found = client.query_arrow(query, parameters={"start": hour, "end": hour + HOUR})

@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.books import LEVELS, PACKED, Book, Connection, Ladders, State
+from kalshi_platform.loading.books import LEVELS, PACKED, Book, Clock, Connection, Ladders, State
 from kalshi_platform.loading.columns import names, place, prices, quantities
-from kalshi_platform.storage.archive import hour_start_ns
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
+from kalshi_platform.storage.archive import floor_hour, hour_start_ns
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, TIME
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,14 @@ _DIGEST_BYTES = 16
 class _Head(msgspec.Struct):
     n: int
     version: int
+    """The newest receive time, ns."""
     connections: dict[str, Connection]
     books: dict[str, Book]
     numbers: dict[str, int] = {}
     """Of the markets, where the levels are as the state has them: in files of before they are in words."""
     partial: frozenset[str] = frozenset()
+    last_ns: int = 0
+    """That of the last record; 0 in files of versions that took the newest for it."""
 
 
 def save(state: State, path: Path) -> None:
@@ -58,6 +61,7 @@ def save(state: State, path: Path) -> None:
         _Head(
             *(state.n, state.version, state.connections, state.books),
             *(state.numbers, state.partial),
+            state.clock.last_ns,
         )
     )
     table = state.ladders.all().to_arrow().replace_schema_metadata({"state": head})
@@ -89,12 +93,13 @@ def load(path: Path, n: int | None = None) -> State:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
     if n is not None and head.n != n:
         raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
+    clock = Clock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     if "market_ticker" in levels.columns:  # a file of before
-        return State.of(head.n, head.version, head.connections, head.books, levels.cast(LEVELS))
+        return State.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
     return State(
         head.n,
-        head.version,
+        clock,
         head.connections,
         head.books,
         head.numbers,
@@ -169,26 +174,21 @@ def hour_folder(journal_folder: Path) -> Path:
     return journal_folder / "load" / "hours"
 
 
-def checkpoint(state: State, hour: datetime, shard: int = 0) -> pa.Table:
-    """Every live book at the hour's first instant, from the state after the last record before it.
+def checkpoint(state: State, at: datetime, shard: int = 0) -> pa.Table:
+    """Every live book where `Clock.opens` asks for it, from the state before that record.
 
-    Its rows carry the record that begins the hour, `state.n`.
-
-    Live means: based on a snapshot, still followed, on an open connection, recorder at work.
+    Live means: based on a snapshot, still followed, on an open connection, recorder at work. Where the
+    clock shows an hour again, books that ended in the newest hour are there too, as not verified: earlier
+    rows of this hour may have them live. All rows carry the record, `state.n`.
     """
-    if hour_start_ns(hour) - state.version > ALIVE_NS:
+    start_ns = hour_start_ns(floor_hour(at))
+    if start_ns - state.version > ALIVE_NS:
         return BOOK_CHECKPOINTS.arrow.empty_table()
+    wanted = state.followed_lately if start_ns <= state.version else state.follows
     books = [
-        (
-            ticker,
-            book.conn,
-            book.sid,
-            book.market_id,
-            book.verified and state.connections[book.conn].believes(book.sid),
-            state.connections[book.conn].seqs.get(book.sid, 0),
-        )
+        (ticker, book.conn, book.sid, book.market_id, state.trusts(book), state.seq_of(book))
         for ticker, book in sorted(state.books.items())
-        if book.based and not book.left and book.conn in state.connections
+        if book.based and wanted(book)
     ]
     head = pl.DataFrame(
         books,
@@ -207,10 +207,9 @@ def checkpoint(state: State, hour: datetime, shard: int = 0) -> pa.Table:
         on=["conn", "market_ticker"],
         how="left",
     ).sort("market_ticker", "side", "price")
-    instant = pa.scalar(int(hour.timestamp()) * 1_000_000, pa.int64())
     return pa.Table.from_arrays(
         [
-            pa.repeat(instant, rows.height).cast(pa.timestamp("us", "UTC")),
+            pa.repeat(pa.scalar(at, TIME), rows.height),
             names(rows["conn"]),
             rows["sid"].to_arrow(),
             rows["seq"].to_arrow(),

@@ -128,7 +128,8 @@ class ClickHouseStore:
         look: who writes snapshots, and who has written the rest of a former life.
         """
         streams = [r.tables[STREAM_EVENTS.name] for r in rows]
-        times = [pc.min(t["ingest_ts"]).as_py() for r in rows for t in r.tables.values()]
+        tables = [t for r in rows for name, t in r.tables.items() if name != BOOK_CHECKPOINTS.name]
+        times = [pc.min(table["ingest_ts"]).as_py() for table in tables]
         kinds = {kind for table in streams for kind in table["kind"].unique().to_pylist()}
         since = min((at for at in [*times, self._from_before] if at is not None), default=None)
         self._from_before = None if "started" in kinds else since
@@ -374,22 +375,19 @@ def _last_of_each_level(table: pa.Table) -> pa.Table:
 
 
 def by_hour(table: pa.Table) -> list[tuple[datetime, pa.Table]]:
-    """The table cut by the hour of `ingest_ts`; mostly one piece."""
+    """The table cut by the hour of its receive time; mostly one piece."""
     if not table.num_rows:
         return []
-    span = pc.min_max(table["ingest_ts"]).as_py()
+    clock = "ingest_ts" if "ingest_ts" in table.column_names else "ts"  # of checkpoints
+    at, kind = table[clock], table.schema.field(clock).type
+    span = pc.min_max(at).as_py()
     hour, last = floor_hour(span["min"]), floor_hour(span["max"])
     if hour == last:
         return [(hour, table)]
     pieces = []
     while hour <= last:
         inside = pc.and_(
-            pc.greater_equal(
-                table["ingest_ts"], pa.scalar(hour, table.schema.field("ingest_ts").type)
-            ),
-            pc.less(
-                table["ingest_ts"], pa.scalar(hour + HOUR, table.schema.field("ingest_ts").type)
-            ),
+            pc.greater_equal(at, pa.scalar(hour, kind)), pc.less(at, pa.scalar(hour + HOUR, kind))
         )
         piece = table.filter(inside)
         if piece.num_rows:

@@ -141,7 +141,12 @@ STREAM_EVENTS = Dataset(
 BOOK_CHECKPOINTS = Dataset(
     "book_checkpoints",
     (
-        Column("ts", TIME, "DateTime64(6, 'UTC')", "the instant: first of the hour"),
+        Column(
+            "ts",
+            TIME,
+            "DateTime64(6, 'UTC')",
+            "the hour's first instant; where the receive clock was set back, the time it then showed",
+        ),
         _CONN,
         _SID,
         Column("seq", pa.uint64(), "UInt64", "the last number of the sid before the instant"),
@@ -158,11 +163,11 @@ BOOK_CHECKPOINTS = Dataset(
             "record",
             pa.uint64(),
             "Nullable(UInt64)",
-            "the shard's journal record that begins the hour: all before it is in the book",
+            "the shard's first journal record from then on: all before it is in the book",
             True,
         ),
     ),
-    "Every live book as it was at the hour's first instant: one row per level, at least one per market.",
+    "Every live book where the recording enters an hour: one row per level, at least one per market.",
 )
 
 _TRADE_PRICE = (PRICE, "Decimal(9, 4)")
@@ -313,6 +318,14 @@ SPREADS = Dataset(
             True,
         ),
         _KNOWN_AT,
+        _SHARD,
+        Column(
+            "record",
+            pa.uint64(),
+            "Nullable(UInt64)",
+            "the shard's journal record of the frame, or that told the doubt; a checkpoint's first",
+            True,
+        ),
     ),
     "Every change of a market's best prices or their sizes, with the frame that caused it.",
 )

@@ -20,6 +20,7 @@ from kalshi_platform.exchange.book import delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import Kind, decode_delta, decode_head, decode_snapshot
 from kalshi_platform_tests.wire import Record
 
+HOUR_US = 3_600_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Ladder = dict[int, int]
 
@@ -38,6 +39,9 @@ class After:
     verified: bool
     yes: Ladder
     no: Ladder
+    record: int | None = None
+    clock_us: int = 0
+    """Receive time that never steps back within the market."""
 
     @property
     def bid(self) -> tuple[int, int] | None:
@@ -58,16 +62,23 @@ class Replay:
         self.states: list[After] = []
         self._hour_us = hour_ns // 1000
         self._in_hour = False
+        self._record = 0
+        self._clocks: dict[str, int] = {}
         self._markets: dict[str, dict[str, Any]] = {}
         self._last_seq: dict[tuple[str, int], int] = {}
         self._open: set[str] = set()
 
     def run(self, records: Iterable[Record]) -> list[After]:
-        """All states from the hour on, by market."""
-        for recv_ns, conn_bytes, kind, frame in records:
+        """All states whose rows are the hour's, by market."""
+        last_us = newest_us = 0
+        for self._record, (recv_ns, conn_bytes, kind, frame) in enumerate(records):
             us, conn = recv_ns // 1000, str(uuid.UUID(bytes=conn_bytes))
-            if us >= self._hour_us and not self._in_hour:
+            self._in_hour = us // HOUR_US * HOUR_US == self._hour_us
+            if last_us and us // HOUR_US > newest_us // HOUR_US:
                 self._begin_hour()
+            elif last_us and (us < last_us or us // HOUR_US != last_us // HOUR_US):
+                self._begin_again(us)
+            last_us, newest_us = us, max(newest_us, us)
             if kind == Kind.NOTE:
                 self._note(us, conn, json.loads(frame))
             else:
@@ -80,7 +91,6 @@ class Replay:
         return sorted(self.states, key=lambda state: state.ticker)
 
     def _begin_hour(self) -> None:
-        self._in_hour = True
         for ticker, it in sorted(self._markets.items()):
             if it["conn"] in self._open and not it["left"] and it["based"]:
                 it["sleeping"] = False
@@ -88,6 +98,19 @@ class Replay:
                 self._tell(ticker, "checkpoint", None, self._hour_us, seq)
             else:
                 it["based"] = False  # the hour's own files say nothing of it
+
+    def _begin_again(self, us: int) -> None:
+        """The clock shows a time again: what is known of every book is written down once more."""
+        for ticker, it in sorted(self._markets.items()):
+            if it["based"] and it["succeeded"]:
+                before = [state for state in self.states if state.ticker == ticker]
+                if before and before[-1].verified:
+                    self._tell(ticker, "doubt", None, us, 0)
+            elif it["based"]:
+                live = it["conn"] in self._open and not it["left"]
+                it["verified"] &= live
+                seq = self._last_seq[it["conn"], it["sid"]] if it["conn"] in self._open else 0
+                self._tell(ticker, "checkpoint", None, us, seq)
 
     def _snapshot(self, us: int, conn: str, frame: bytes) -> None:
         snapshot, head = decode_snapshot(frame), decode_head(frame)
@@ -97,6 +120,7 @@ class Replay:
             "based": True,
             "verified": True,
             "left": False,
+            "succeeded": False,
             "yes": dict(snapshot_ladder(snapshot, "yes")),
             "no": dict(snapshot_ladder(snapshot, "no")),
         }
@@ -105,8 +129,10 @@ class Replay:
     def _delta(self, us: int, conn: str, frame: bytes) -> None:
         delta, head = decode_delta(frame), decode_head(frame)
         it = self._markets.get(delta.market_ticker)
+        if it is not None and it["conn"] != conn:
+            it["succeeded"] = True  # by a book without a snapshot, of which nothing can be said
         if it is None or it["conn"] != conn or not it["based"]:
-            return  # of a book without a snapshot nothing can be said
+            return
         change = delta_change(delta)
         size = it[change.side].get(change.price, 0) + change.qty
         if size < 0:
@@ -144,10 +170,18 @@ class Replay:
 
     def _tell(self, ticker: str, cause: str, ts: datetime | None, us: int, seq: int) -> None:
         it = self._markets[ticker]
-        ladders = [{p: q for p, q in it[side].items() if q > 0} for side in ("yes", "no")]
+        yes, no = ({p: q for p, q in it[side].items() if q > 0} for side in ("yes", "no"))
         if self._in_hour:
-            known = (it["conn"], it["sid"], seq, it["verified"])
-            self.states.append(After(ticker, cause, ts, us, *known, *ladders))
+            clock = self._clocks[ticker] = max(self._clocks.get(ticker, 0), us)
+            at = clock if cause == "doubt" else us
+            after = After(
+                *(ticker, cause, ts, at, it["conn"], it["sid"], seq, it["verified"]),
+                yes=yes,
+                no=no,
+                record=self._record,
+                clock_us=clock,
+            )
+            self.states.append(after)
 
 
 # -- the datasets from the states --------------------------------------------------------------
@@ -187,6 +221,8 @@ def _spread_row(state: After) -> dict[str, Any]:
         "spread": None,
         "mid": None,
         "microprice": None,
+        "shard": 0,
+        "record": state.record,
     }
     if bid and ask:
         row["spread"] = price(ask[0] - bid[0])
@@ -283,7 +319,7 @@ def _ratio(bid: int, ask: int) -> Fraction | None:
 def _seconds(states: Iterable[After]) -> list[tuple[datetime, list[After]]]:
     return [
         (EPOCH + timedelta(seconds=second), list(frames))
-        for second, frames in groupby(states, key=lambda s: s.at_us // 1_000_000)
+        for second, frames in groupby(states, key=lambda s: s.clock_us // 1_000_000)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -25,7 +25,8 @@ from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
+from kalshi_platform.loading.decode import decoded
+from kalshi_platform.loading.derivation import at_openings
 from kalshi_platform.loading.derive import derive
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
@@ -37,8 +38,11 @@ TICKERS = ("A-1", "B-2", "C-3")
 HOUR = datetime(2026, 9, 21, 15, tzinfo=UTC)
 HOUR_NS = int(HOUR.timestamp()) * wire.SECOND
 PRICES = (100, 4_700, 4_750, 4_800, 4_900, 5_000, 5_100, 5_200, 5_213, 5_300, 9_950)
-STEPS_US = (1, 1, 300_000, 999_999, 1_000_000, 2_500_000)
+STEPS_US = (0, 0, 0, 1, 1, 300_000, 999_999, 1_000_000, 2_500_000)
+"""0: of one read of the socket."""
+BACK_S = (0.000001, 0.5, 4, 6_000)
 
+RECORDED = ("orderbook_events", "book_checkpoints", "stream_events")
 DATASETS: dict[str, tuple[Callable[[Books], pa.Table], Callable[..., list[dict[str, Any]]]]] = {
     "spreads": (spreads, reference.spreads),
     "depth": (depth, reference.depth),
@@ -82,7 +86,11 @@ class Script:
         self.add(Kind.SNAPSHOT, wire.snapshot(ticker, self.seq, yes, no))
 
 
-KINDS = ("delta",) * 12 + ("snapshot",) * 3 + ("gap", "doubt", "left", "reconnect", "negative")
+KINDS = (
+    *("delta",) * 12,
+    *("snapshot",) * 3,
+    *("gap", "doubt", "left", "reconnect", "negative", "set back"),
+)
 
 
 @st.composite
@@ -107,6 +115,8 @@ def scripts(draw: st.DrawFn, kinds: Sequence[str] = KINDS) -> Script:
         elif step == "snapshot":
             ladder = st.dictionaries(st.sampled_from(PRICES), st.integers(1, 999), max_size=8)
             script.snapshot(ticker, draw(ladder), draw(ladder))
+        elif step == "set back":
+            script.at -= round(draw(st.sampled_from(BACK_S)) * wire.SECOND)
         elif step == "gap":
             script.seq += 1
             script.add(Kind.NOTE, wire.note("gap", {"cause": "sequence"}, sid=1))
@@ -124,23 +134,24 @@ def scripts(draw: st.DrawFn, kinds: Sequence[str] = KINDS) -> Script:
 
 def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.Table]:
     """The three recorded datasets of one hour, made as the load makes them."""
-    start_ns = int(hour.timestamp()) * wire.SECOND
-    first = next((i for i, r in enumerate(records) if r[0] >= start_ns), len(records))
-    state, opening = State(), None
-    tables: dict[str, list[pa.Table]] = {"orderbook_events": [], "stream_events": []}
-    for block in wire.blocks(records, [first]):
-        if block.first_n == first and first:
-            opening = checkpoint(state, hour)
-        rows, state = derive(decode([block]), state)
-        for name, parts in tables.items():
-            parts += [part for at, part in by_hour(rows.tables[name]) if at == hour]
+    tables: dict[str, list[pa.Table]] = {name: [] for name in RECORDED}
+    for name, table in derived(records):
+        tables[name] += [part for at, part in by_hour(table) if at == hour]
     return {
-        **{
-            name: pa.concat_tables(p).unify_dictionaries() if p else None
-            for name, p in tables.items()
-        },
-        "book_checkpoints": opening,
+        name: pa.concat_tables(parts).unify_dictionaries() if parts else None
+        for name, parts in tables.items()
     }
+
+
+def derived(records: Sequence[wire.Record]) -> Iterator[tuple[str, pa.Table]]:
+    """The tables of the recorded datasets, range by range, checkpoints of new hours among them."""
+    state = State()
+    (block,) = wire.blocks(records)
+    for piece, opens in at_openings(block, state.clock):
+        if opens is not None and state.clock.is_new(opens):
+            yield "book_checkpoints", checkpoint(state, opens)
+        rows, state = derive(decoded(piece), state)
+        yield from ((name, rows.tables[name]) for name in RECORDED)
 
 
 def computed(tables: dict[str, Any], hour: datetime = HOUR) -> Books:
@@ -173,9 +184,10 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 @settings(max_examples=80, deadline=None)
 def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
     compute, expected = DATASETS[dataset]
-    states = reference.Replay(HOUR_NS).run(script.records)
-    got = compute(computed(hour_tables(script.records, HOUR)))
-    assert_equal(got, expected(states))
+    for hour in (HOUR - timedelta(hours=1), HOUR):
+        states = reference.Replay(int(hour.timestamp()) * wire.SECOND).run(script.records)
+        got = compute(computed(hour_tables(script.records, hour), hour))
+        assert_equal(got, expected(states))
 
 
 @given(script=scripts(), seed=st.integers(0, 9))
@@ -303,9 +315,7 @@ def test_recorded_frames_equal_the_reference(recording: str, dataset: str) -> No
     for hour, records in recorded(FRAMES / recording):
         states = reference.Replay(int(hour.timestamp()) * wire.SECOND).run(records)
         assert states
-        end_us = int((hour + timedelta(hours=1)).timestamp()) * 1_000_000
-        within = [state for state in states if state.at_us < end_us]
-        assert_equal(compute(computed(hour_tables(records, hour), hour)), expected(within))
+        assert_equal(compute(computed(hour_tables(records, hour), hour)), expected(states))
 
 
 def recorded(path: Path) -> list[tuple[datetime, list[wire.Record]]]:

@@ -12,4 +12,6 @@ WHERE ingest_ts >= {since:DateTime64(6, 'UTC')} AND ingest_ts < {until:DateTime6
         WHERE ingest_ts >= {since:DateTime64(6, 'UTC')} AND ingest_ts < {until:DateTime64(6, 'UTC')}
             AND verified AND spread <= 0
     )
-ORDER BY market_ticker, ingest_ts, seq
+ORDER BY
+    market_ticker, toStartOfHour(ingest_ts), shard NULLS FIRST, record NULLS FIRST,
+    if(isNull(record), ingest_ts, NULL), seq

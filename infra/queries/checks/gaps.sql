@@ -3,12 +3,13 @@
 -- A gap of a whole subscription ends with its `resynced` row; one of a single book (market_ticker is
 -- set) with that book's next snapshot. Either also ends with what ends the book itself: the connection,
 -- the subscription, or nobody following the market any more. `ended_at` is null while it lasts, and
--- `open_s` then counts to `until`.
+-- `open_s` then counts to `until`. What comes after a gap follows from the journal's records, and from receive
+-- times where rows have none.
 WITH
     gaps AS
     (
         SELECT
-            ingest_ts, conn_id, sid, market_ticker,
+            ingest_ts, record, conn_id, sid, market_ticker,
             JSONExtractString(detail, 'cause')  AS cause,
             JSONExtractUInt(detail, 'expected') AS expected,
             JSONExtractUInt(detail, 'got')      AS got
@@ -20,7 +21,9 @@ WITH
     ),
     ends AS
     (
-        SELECT ingest_ts AS end_ts, conn_id, sid AS end_sid, market_ticker AS end_ticker, kind
+        SELECT
+            ingest_ts AS end_ts, record AS end_record, conn_id, sid AS end_sid,
+            market_ticker AS end_ticker, kind
         FROM stream_events
         WHERE kind IN ('resynced', 'snapshot', 'left', 'unsubscribed', 'disconnected')
             AND ingest_ts > {since:DateTime64(6, 'UTC')} AND ingest_ts <= {until:DateTime64(6, 'UTC')}
@@ -28,9 +31,10 @@ WITH
     )
 SELECT
     ingest_ts, conn_id, sid, market_ticker, cause, expected, got,
-    minOrNullIf(
+    argMinOrNullIf(
         end_ts,
-        end_ts >= ingest_ts
+        (ifNull(end_record, 0), end_ts),
+        if(isNull(record) OR isNull(end_record), end_ts >= ingest_ts, end_record >= record)
         AND (
             kind = 'disconnected'
             OR (kind = 'unsubscribed' AND end_sid = sid)
@@ -41,5 +45,5 @@ SELECT
     dateDiff('millisecond', ingest_ts, ifNull(ended_at, {until:DateTime64(6, 'UTC')})) / 1000 AS open_s
 FROM gaps
 LEFT JOIN ends USING (conn_id)
-GROUP BY ingest_ts, conn_id, sid, market_ticker, cause, expected, got
+GROUP BY ingest_ts, record, conn_id, sid, market_ticker, cause, expected, got
 ORDER BY open_s DESC, ingest_ts, conn_id, sid, market_ticker

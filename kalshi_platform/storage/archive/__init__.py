@@ -21,6 +21,7 @@ from kalshi_platform.storage.archive.layout import (
     ASIDE,
     FROM_CLICKHOUSE,
     HOUR,
+    HOUR_NS,
     MANIFEST,
     floor_hour,
     hour_of_ns,
@@ -28,6 +29,7 @@ from kalshi_platform.storage.archive.layout import (
     hour_start_ns,
     part_name,
     part_range,
+    time_of_ns,
 )
 from kalshi_platform.storage.archive.local import (
     LocalArchive,
@@ -42,6 +44,7 @@ __all__ = [
     "ASIDE",
     "FROM_CLICKHOUSE",
     "HOUR",
+    "HOUR_NS",
     "MANIFEST",
     "Archive",
     "File",
@@ -65,5 +68,6 @@ __all__ = [
     "rows_of",
     "stage_manifest",
     "table_of",
+    "time_of_ns",
     "write_durably",
 ]

@@ -18,6 +18,7 @@ import re
 from datetime import UTC, date, datetime, timedelta
 
 HOUR = timedelta(hours=1)
+HOUR_NS = 3_600_000_000_000
 MANIFEST = "_manifest.json"
 PARQUET = ".parquet"
 FROM_CLICKHOUSE = "part-clickhouse.parquet"
@@ -38,7 +39,14 @@ def floor_hour(at: datetime) -> datetime:
 
 def hour_of_ns(ns: int) -> datetime:
     """The hour of a time in ns since the epoch."""
-    return datetime.fromtimestamp(ns // 3_600_000_000_000 * 3600, UTC)
+    return datetime.fromtimestamp(ns // HOUR_NS * 3600, UTC)
+
+
+def time_of_ns(ns: int) -> datetime:
+    """A time in ns since the epoch, rounded down to the microsecond."""
+    return datetime.fromtimestamp(ns // 1_000_000_000, UTC) + timedelta(
+        microseconds=ns % 1_000_000_000 // 1000
+    )
 
 
 def hour_start_ns(hour: datetime) -> int:
