@@ -24,6 +24,8 @@ _STATUS = {
 
 _CODE = re.compile(r"Code: (\d+)\. DB::Exception: ")
 _TRAILER = re.compile(r"\s*\(version [\d.]+[^)]*\)\.?\s*")
+_SOURCE = re.compile(r" ?\(in file/uri /dev/fd/\d+\):?")
+"""Where the engine says that an INSERT's data came from; to its client it came in the request."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*$")
 
 _CONTENT_TYPES = (
@@ -53,6 +55,7 @@ class ClickHouseError(Exception):
     @classmethod
     def from_engine(cls, text: str) -> ClickHouseError:
         """The engine's own error text; nested texts of the same error are unwrapped."""
+        text = _SOURCE.sub("", text)
         matches = list(_CODE.finditer(text))
         if not matches:
             return cls(1001, "STD_EXCEPTION", text.strip())

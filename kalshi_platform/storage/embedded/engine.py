@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 MINIMUM_FREE_BYTES = 256 * 1024 * 1024
 """The engine does not start with less room on its disk: a full one can lose merges half-way."""
-INSERT_PIECE_BYTES = 4 * 1024 * 1024
-"""Data is handed to the engine in pieces of this size, always the same, so that a repeated
-INSERT makes the same blocks and `insert_deduplication_token` recognises them."""
 ANSWER_PIECE_BYTES = 1024 * 1024
 CHUNKED_FORMATS = frozenset(
     {"native", "rowbinary", "tabseparated", "tsv", "tabseparatedraw", "tsvraw", "csv"}
@@ -52,6 +49,8 @@ CHUNKED_FORMATS = frozenset(
     | {"jsoncompactstringseachrow"}
 )
 """Formats without head or foot: the engine's pieces, one after the other, are the whole answer."""
+BLOCK_ROWS = 65_409
+"""The engine's own block size for what it reads."""
 SESSION_TIMEOUT_S = 60
 _ONLY_WHOLE = frozenset({"extremes", "output_format_json_array_of_rows"})
 """Settings that add to an answer what its pieces do not have."""
@@ -112,6 +111,7 @@ class Request:
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
+_OF_AN_INSERT = ("written_rows", "written_bytes", "elapsed_ns")
 Progress = Counter[str]
 """Work done, as the engine counts it, under the names of `X-ClickHouse-Summary`. What it does not
 count is missing, not zero."""
@@ -350,21 +350,27 @@ class Engine:
     def insert(
         self, request: Request, statement: Statement, header: str, data: IO[bytes]
     ) -> Progress:
-        """Run an INSERT with the data that follows, read in pieces. Raises `ClickHouseError`."""
+        """Run an INSERT with the data of a file. Raises `ClickHouseError`, as the engine words it.
+
+        The engine reads the file itself, in pieces, as INSERT … FROM INFILE: that reports what fails at
+        any stage of the insert, which its streaming insert (`send_insert`) does not. The file is named
+        by its descriptor, of which this call has a copy of its own until the engine is done.
+        """
         if statement.format is None or statement.format.lower() == "values":
             request = self._with_expressions(request, data)
-        with self._connection(request, statement) as (connection, _):
-            for name, value in request.parameters.items():
-                connection.query(f"SET param_{_name(name)} = {_literal(value)}")
-            with connection.send_insert(header, statement.format or "Values") as stream:
-                while piece := data.read(INSERT_PIECE_BYTES):
-                    stream.append(piece)
-                done = stream.finish()
-        return Counter(
-            written_rows=done.rows_written,
-            written_bytes=done.bytes_written,
-            elapsed_ns=int(done.elapsed * 1e9),
-        )
+        with self._connection(_as_of_a_file(request), statement) as (connection, _):
+            source = os.dup(data.fileno())
+            try:
+                os.lseek(source, 0, os.SEEK_SET)
+                result = connection.query(
+                    f"{header}\nFROM INFILE '/dev/fd/{source}' COMPRESSION 'none'"
+                    f"\n{statement.settings}\nFORMAT {statement.format}",
+                    params=dict(request.parameters),
+                )
+            finally:
+                os.close(source)
+        written = _progress(result)
+        return Counter({name: written[name] for name in _OF_AN_INSERT})
 
     def _with_expressions(self, request: Request, data: IO[bytes]) -> Request:
         """Let the engine evaluate expressions in VALUES where each is on the list; else it takes none.
@@ -469,6 +475,8 @@ class Engine:
             yield
         except (RuntimeError, chdb.ChdbError) as error:
             raise ClickHouseError.from_engine(str(error)) from error
+        except UnicodeDecodeError as error:  # an error's text that quotes the data
+            raise ClickHouseError.from_engine(error.object.decode(errors="replace")) from error
 
     @contextmanager
     def _session(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
@@ -588,6 +596,14 @@ def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iter
             connection.query("SET " + ", ".join(back))
         if request.database and not keep_database:
             connection.query(f"USE {_identifier(home)}")
+
+
+def _as_of_a_file(request: Request) -> Request:
+    """The request, with small blocks cut as they are when the data comes in the statement."""
+    size = request.settings.get("max_insert_block_size", "")
+    if not size.isdecimal() or not 0 < int(size[:20]) < BLOCK_ROWS:
+        return request
+    return dataclasses.replace(request, settings={"max_block_size": size, **request.settings})
 
 
 def _progress(result: Any) -> Progress:

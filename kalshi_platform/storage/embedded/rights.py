@@ -52,6 +52,8 @@ _USERS = """<clickhouse>
     <compile_expressions>0</compile_expressions>
     <compile_aggregate_expressions>0</compile_aggregate_expressions>
     <compile_sort_description>0</compile_sort_description>
+    <!-- what is read of an INSERT's data leaves memory again: see Engine.insert -->
+    <storage_file_read_method>pread</storage_file_read_method>
     <constraints>{constraints}</constraints>
   </default></profiles>
   <users><default>

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import errno
 import hmac
 import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import string
@@ -23,12 +23,13 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from email.parser import BytesParser
 from email.policy import HTTP as MIME
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -41,7 +42,13 @@ from kalshi_platform.loopback import is_loopback
 from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
 from kalshi_platform.storage.embedded.confinement import confine
 from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
-from kalshi_platform.storage.embedded.engine import Answer, Engine, Progress, make_writable
+from kalshi_platform.storage.embedded.engine import (
+    MINIMUM_FREE_BYTES,
+    Answer,
+    Engine,
+    Progress,
+    make_writable,
+)
 from kalshi_platform.storage.embedded.engine import Request as EngineRequest
 from kalshi_platform.storage.embedded.permission import require_format
 from kalshi_platform.storage.embedded.statement import Statement, parse
@@ -53,10 +60,13 @@ Piece = tuple[bytes, Progress]
 
 WORKERS = 64
 """Queries that run side by side; more of them wait."""
-IN_MEMORY_BYTES = 16 * 1024 * 1024
-"""Of a request body; what is beyond goes to a file in the data folder."""
 LONGEST_SESSION_S = 3600
-LONGEST_QUERY_BYTES = 16 * 1024 * 1024
+QUERY_BYTES = 256 * 1024
+"""A query's length, and that of an INSERT before its data, unless the setting max_query_size says more."""
+LONGEST_QUERY_BYTES = 4 * 1024 * 1024
+"""Whatever the setting says."""
+ROOM_EVERY_BYTES = 16 * 1024 * 1024
+"""Of an INSERT's data, after which the disk is looked at again."""
 FINISH_REQUESTS_S = 3
 """After SIGTERM, for running requests to end by themselves."""
 END_QUERIES_S = 3
@@ -90,6 +100,7 @@ class Server:
         self._loopback = loopback
         self._user = user.encode()
         self._password = password.encode()
+        self._spool = _Spool(engine.spool)
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
         self.app = Starlette(
             routes=[
@@ -105,31 +116,26 @@ class Server:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _root(self, http: Request) -> Response:
-        if http.method in {"GET", "HEAD"} and not http.url.query:
+        if http.method in {"GET", "HEAD"} and not http.scope["query_string"]:
             return await _ok(http)
-        query_id = http.query_params.get("query_id") or str(uuid.uuid4())
-        spool = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(self._engine.spool))  # noqa: SIM115 - closed below, on every path
-        try:
-            _check_origin(http, loopback=self._loopback)
-            self._check_password(http)
-            call = await self._read(http, spool, query_id)
-            return await self._answer(http, call)
-        except ClickHouseError as error:
-            return self._refusal(error, query_id)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it; the statement was not run
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            full = ClickHouseError(
-                243, "NOT_ENOUGH_SPACE", f"No room for the request body: {error.strerror}"
-            )
-            return self._refusal(full, query_id)
-        finally:
-            spool.close()
+        query_id = str(uuid.uuid4())
+        with ExitStack() as held:
+            try:
+                _check_origin(http, loopback=self._loopback)
+                options = _options(http.scope["query_string"])
+                query_id = options.get("query_id") or query_id
+                self._check_password(http, options)
+                call = await self._read(http, options, query_id, held)
+                return await self._answer(http, call)
+            except ClickHouseError as error:
+                return self._refusal(error, query_id)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it; the statement was not run
+            except OSError as error:
+                return self._refusal(_of_the_system(error), query_id)
 
-    def _check_password(self, http: Request) -> None:
-        user, password = _credentials(http)
+    def _check_password(self, http: Request, options: Mapping[str, str]) -> None:
+        user, password = _credentials(http, options)
         right_user = hmac.compare_digest(user, self._user)
         right_password = hmac.compare_digest(password, self._password)
         if not (right_user and right_password):
@@ -140,8 +146,10 @@ class Server:
                 " or there is no user with such name.",
             )
 
-    async def _read(self, http: Request, spool: IO[bytes], query_id: str) -> _Call:
-        options = dict(http.query_params)
+    async def _read(
+        self, http: Request, options: dict[str, str], query_id: str, held: ExitStack
+    ) -> _Call:
+        """The request, whole. An INSERT's data goes to a file; a query is bounded, and so in memory."""
         for flag in ("compress", "decompress"):
             if options.get(flag, "0") not in {"0", ""}:
                 raise ClickHouseError(
@@ -150,75 +158,59 @@ class Server:
                     f"{flag}=1 (ClickHouse's own block compression) is not supported by the embedded"
                     " ClickHouse; use HTTP compression: Accept-Encoding and Content-Encoding",
                 )
+        body = _pieces(http)
         if http.headers.get("content-type", "").startswith("multipart/form-data"):
-            options |= await _form_fields(http)
-            spool.write(options.pop("query", "").encode())
-        else:
-            if url_query := options.pop("query", ""):
-                spool.write(url_query.encode() + b"\n")
-            await self._receive(http, spool)
-        spool.seek(0)
-        head = spool.read(LONGEST_QUERY_BYTES)
+            options |= _form_fields(http, await _beginning(body, b"", LONGEST_QUERY_BYTES))
+        limit = _longest_query(options)
+        url_query = options.pop("query", "").encode()
+        head = await _beginning(body, url_query and url_query + b"\n", limit)
         request = _engine_request(http, options)
-        statement = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._understood, head, request
+        statement, sql = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._understood, head, limit, request
         )
-        if statement.inserts_data:
-            text = head[: statement.header_end]
-            spool.seek(cast(int, statement.data_begin))
-        elif len(head) == LONGEST_QUERY_BYTES:
+        data: IO[bytes] | None = None
+        if statement.data_begin is not None:
+            data = held.enter_context(self._spool.file())
+            self._spool.write(data, memoryview(head)[statement.data_begin :])
+            async for piece in body:
+                self._spool.write(data, memoryview(piece))
+            data.seek(0)
+        http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
+        return _Call(
+            request=request,
+            statement=statement,
+            sql=sql,
+            data=data,
+            query_id=query_id,
+            encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
+        )
+
+    def _understood(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
+        """The statement at the start of a body, where it may run, and its text: an INSERT's up to its target."""
+        statement = parse(head[:limit])
+        end = len(head) if statement.data_begin is None else statement.data_begin
+        if end > limit or (end == limit and len(head) > limit):
             raise ClickHouseError(
-                62, "SYNTAX_ERROR", f"The query is longer than {LONGEST_QUERY_BYTES} bytes"
+                62,
+                "SYNTAX_ERROR",
+                f"Max query size exceeded: the query is longer than {limit} bytes (can be increased with"
+                f" the `max_query_size` setting, up to {LONGEST_QUERY_BYTES})",
             )
-        else:
-            text = head
         try:
-            sql = text.decode()
+            sql = head[:end].decode()
         except UnicodeDecodeError as error:
             raise ClickHouseError(
                 62, "SYNTAX_ERROR", f"The query is not UTF-8: {error.reason} at byte {error.start}"
             ) from error
         if not statement.verb:
             raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
-        http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
-        return _Call(
-            request=request,
-            statement=statement,
-            sql=sql,
-            data=spool if statement.inserts_data else None,
-            query_id=query_id,
-            encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
-        )
-
-    def _understood(self, head: bytes, request: EngineRequest) -> Statement:
-        """The statement at the start of a body, where it may run."""
-        statement = parse(head)
-        if not statement.verb or len(head) == LONGEST_QUERY_BYTES > (
-            statement.data_begin or LONGEST_QUERY_BYTES
-        ):
-            return statement  # is refused for that
-        text = head
+        judged = sql
         if statement.inserts_data:
-            text = b"%s\nFORMAT %s" % (head[: statement.header_end], str(statement.format).encode())
-        try:
-            sql = text.decode()
-        except UnicodeDecodeError:
-            return statement  # is refused for that
+            sql = head[: statement.header_end].decode()
+            judged = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
         require_format(request.default_format)
-        self._engine.permit(sql, request.settings, reader=False)
-        return statement
-
-    async def _receive(self, http: Request, spool: IO[bytes]) -> None:
-        encoding = http.headers.get("content-encoding", "").strip().lower()
-        if encoding in {"", "identity"}:
-            async for piece in http.stream():
-                spool.write(piece)
-            return
-        decompressor = Decompressor(encoding)
-        async for piece in http.stream():
-            for unpacked in decompressor.decompress(piece):
-                spool.write(unpacked)
-        decompressor.finish()
+        self._engine.permit(judged, request.settings, reader=False)
+        return statement, sql
 
     async def _answer(self, http: Request, call: _Call) -> Response:
         if call.data is not None:
@@ -341,6 +333,72 @@ def _is_no_broken_answer(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], _AnswerBroken))
 
 
+class _Spool:
+    """Files for the data of INSERTs, in the data folder; without names, so that none is left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def file(self) -> IO[bytes]:
+        """An empty one, gone when it is closed."""
+        return tempfile.TemporaryFile(dir=self._folder, buffering=0)
+
+    def write(self, file: IO[bytes], data: memoryview) -> None:
+        """Append; a body that would fill the disk is refused, for the engine needs room, too."""
+        before = file.tell() // ROOM_EVERY_BYTES
+        while data:
+            data = data[file.write(data) :]
+        if file.tell() // ROOM_EVERY_BYTES == before:
+            return
+        if shutil.disk_usage(self._folder).free < MINIMUM_FREE_BYTES:
+            raise ClickHouseError(
+                243,
+                "NOT_ENOUGH_SPACE",
+                f"No room for the request body: less than {MINIMUM_FREE_BYTES // 2**20} MiB are left on the"
+                " disk of the data folder",
+            )
+
+
+async def _pieces(http: Request) -> AsyncIterator[bytes]:
+    """The body, unpacked, in pieces that fit into memory whatever they are."""
+    encoding = http.headers.get("content-encoding", "").strip().lower()
+    if encoding in {"", "identity"}:
+        async for piece in http.stream():
+            yield piece
+        return
+    decompressor = Decompressor(encoding)
+    async for piece in http.stream():
+        for unpacked in decompressor.decompress(piece):
+            yield unpacked
+    decompressor.finish()
+
+
+async def _beginning(body: AsyncIterator[bytes], before: bytes, limit: int) -> bytes:
+    """The first bytes of a body, behind those that come `before` it: all, or more than `limit`."""
+    head = bytearray(before)
+    while len(head) <= limit and (piece := await anext(body, None)) is not None:
+        head += piece
+    return bytes(head)
+
+
+def _of_the_system(error: OSError) -> ClickHouseError:
+    """A request that could not be read for want of something that the system has not got now."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return ClickHouseError(
+            243, "NOT_ENOUGH_SPACE", f"No room for the request body: {error.strerror}"
+        )
+    log.error("A request could not be read: %s", error)
+    return ClickHouseError(425, "SYSTEM_ERROR", f"The request could not be read: {error.strerror}")
+
+
+def _longest_query(options: Mapping[str, str]) -> int:
+    """In bytes; the engine has the same limit by default."""
+    wanted = options.get("max_query_size", "")
+    if not wanted.isdecimal() or not int(wanted[:20]):
+        return QUERY_BYTES
+    return min(int(wanted[:20]), LONGEST_QUERY_BYTES)
+
+
 async def _ok(_: Request) -> Response:
     return Response(b"Ok.\n", media_type="text/html; charset=UTF-8")
 
@@ -365,20 +423,40 @@ def _check_origin(http: Request, *, loopback: bool) -> None:
         raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 
+def _options(query_string: bytes) -> dict[str, str]:
+    """The URL's parameters; of one that is given twice, the last."""
+    options = {}
+    for part in query_string.split(b"&"):
+        name, _, value = part.replace(b"+", b" ").partition(b"=")
+        if name:
+            shown = _decoded(unquote_to_bytes(name), "A name in the URL")
+            options[shown] = _decoded(unquote_to_bytes(value), f"{shown} in the URL")
+    return options
+
+
+def _decoded(value: bytes, what: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ClickHouseError(
+            36, "BAD_ARGUMENTS", f"{what} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+
+
 def _header(http: Request, name: str, otherwise: str = "") -> bytes:
     return http.headers.get(name, otherwise).encode("latin-1")  # as it came
 
 
-def _credentials(http: Request) -> tuple[bytes, bytes]:
+def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, bytes]:
     """User and password, wherever the client put them; `default` without one when nowhere."""
-    headers, options = http.headers, http.query_params
+    headers = http.headers
     if "x-clickhouse-user" in headers or "x-clickhouse-key" in headers:
         return _header(http, "x-clickhouse-user", "default"), _header(http, "x-clickhouse-key")
     scheme, _, encoded = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
         try:
             user, _, password = base64.b64decode(encoded, validate=True).partition(b":")
-        except binascii.Error as error:
+        except ValueError as error:
             raise ClickHouseError(
                 516, "AUTHENTICATION_FAILED", "The Authorization header is not valid Basic"
             ) from error
@@ -388,12 +466,13 @@ def _credentials(http: Request) -> tuple[bytes, bytes]:
 
 def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
     timeout = options.get("session_timeout", "60")
-    if not timeout.isdecimal() or int(timeout) > LONGEST_SESSION_S:
+    if not timeout.isdecimal() or int(timeout[:20]) > LONGEST_SESSION_S:
         raise ClickHouseError(
             374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: '{timeout}'"
         )
     return EngineRequest(
-        database=options.get("database") or _header(http, "x-clickhouse-database").decode(),
+        database=options.get("database")
+        or _decoded(_header(http, "x-clickhouse-database"), "X-ClickHouse-Database"),
         settings={
             name: value
             for name, value in options.items()
@@ -405,7 +484,7 @@ def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
             if name.startswith("param_")
         },
         default_format=options.get("default_format")
-        or http.headers.get("x-clickhouse-format")
+        or _decoded(_header(http, "x-clickhouse-format"), "X-ClickHouse-Format")
         or "TabSeparated",
         readonly=http.method == "GET",
         session_id=options.get("session_id", ""),
@@ -415,20 +494,27 @@ def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
     )
 
 
-async def _form_fields(http: Request) -> dict[str, str]:
+def _form_fields(http: Request, body: bytes) -> dict[str, str]:
     """The plain fields of a multipart form: `query` and `param_*`."""
-    head = f"Content-Type: {http.headers['content-type']}\r\n\r\n".encode()
-    message = BytesParser(policy=MIME).parsebytes(head + await http.body())
+    if len(body) > LONGEST_QUERY_BYTES:
+        raise ClickHouseError(
+            62, "SYNTAX_ERROR", f"A form may have {LONGEST_QUERY_BYTES} bytes, this one has more"
+        )
+    head = b"Content-Type: " + _header(http, "content-type") + b"\r\n\r\n"
+    message = BytesParser(policy=MIME).parsebytes(head + body)
     fields = {}
     for part in message.iter_parts():
-        name = part.get_param("name", header="content-disposition")
+        name = str(part.get_param("name", header="content-disposition"))
         if part.get_filename() is not None:
             raise ClickHouseError(
                 48,
                 "NOT_IMPLEMENTED",
                 f"External data ({name}) is not supported by the embedded ClickHouse",
             )
-        fields[str(name)] = cast(bytes, part.get_payload(decode=True)).decode()
+        content = part.get_payload(decode=True)
+        if not isinstance(content, bytes):
+            raise ClickHouseError(36, "BAD_ARGUMENTS", f"The form's field {name} is a form itself")
+        fields[name] = _decoded(content, f"The form's field {name}")
     return fields
 
 

@@ -3,30 +3,43 @@
 Needed: where an INSERT's data begins, which format the answer will have, whether there is more
 than one statement, and whether the text asks for a file of the host. Bytes in, bytes out: what
 follows an INSERT's header may be any binary format.
+
+Tokens are cut as the engine's lexer cuts them, in time linear in the text: a string, a quoted name or a
+comment that is not closed reaches to the end. The engine's lexer is not linear in one case, a heredoc
+that is not closed, for which it searches the rest of the text each time and cannot be interrupted. A
+text with too much of that is refused here.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 
 _TOKEN = re.compile(
     rb"""
-    (?P<space> \s+ | \xef\xbb\xbf | \xc2\xa0
-             | --[^\n]* | \#(?=[\ !])[^\n]* | /\*.*?(?:\*/|\Z) )
-  | (?P<heredoc> \$(?P<tag>\w*)\$ .*? \$(?P=tag)\$ )
-  | (?P<string> '(?:[^'\\]|\\.|'')*' )
-  | (?P<quoted> `(?:[^`\\]|\\.|``)*` | "(?:[^"\\]|\\.|"")*" )
-  | (?P<number> \d[\w.]* )
-  | (?P<word> [A-Za-z_][\w$]* )
+    (?P<space> \s++ | \xef\xbb\xbf | \xc2\xa0
+             | --[^\n]*+ | \#(?=[\ !])[^\n]*+ | /\*.*?(?:\*/|\Z) )
+  | (?P<string> '(?:[^'\\]++|\\.|\\\Z|'')*+(?:'|\Z) )
+  | (?P<quoted> `(?:[^`\\]++|\\.|\\\Z|``)*+(?:`|\Z) | "(?:[^"\\]++|\\.|\\\Z|"")*+(?:"|\Z) )
+  | (?P<number> \d[\w.]*+ )
+  | (?P<word> [A-Za-z_$][\w$]*+ )
   | (?P<other> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+"""All that a text consists of, but heredocs, which `_Heredocs` finds. Nothing is read twice."""
+_TAG = re.compile(rb"\$\w*+(?=\$)")
+
+_DOLLAR = ord("$")
+
+LONGEST_SEARCH_BYTES = 8 * 1024 * 1024
+"""What the engine may search in vain for the ends of a text's heredocs: about 0.2 seconds of its time."""
 
 _BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
 
@@ -38,8 +51,7 @@ _HOST_FUNCTIONS = {"file", "python"}
 _HOST_ENGINES = {"SQLITE", "FILESYSTEM", "PYTHON", "BACKUP"}
 
 
-@dataclass(frozen=True)
-class _Token:
+class _Token(NamedTuple):
     kind: str
     text: str
     """Words in upper case; other tokens as written."""
@@ -58,9 +70,11 @@ class Statement:
     format: str | None
     """The format that the text names: of the answer, or of an INSERT's data."""
     header_end: int | None
-    """INSERT with data: where its header ends, before FORMAT or VALUES."""
+    """INSERT with data: where its target ends, before SETTINGS, FORMAT or VALUES."""
     data_begin: int | None
     """INSERT with data: where the data begins."""
+    settings: str = ""
+    """INSERT with data: its SETTINGS clause."""
     temporary: bool = False
     """CREATE TEMPORARY TABLE and its like."""
     whole: bool = False
@@ -135,22 +149,65 @@ def parse(text: bytes) -> Statement:
 
 
 def _tokens(text: bytes) -> Iterator[_Token]:
-    depth = 0
-    for match in _TOKEN.finditer(text):
-        kind = match.lastgroup or "other"
-        if kind == "tag":
-            kind = "heredoc"
-        if kind == "space":
+    depth = begin = 0
+    heredocs = _Heredocs(text)
+    while begin < len(text):
+        if text[begin] == _DOLLAR and (closed := heredocs.end(begin)):
+            yield _Token("heredoc", "", begin, closed, depth)
+            begin = closed
             continue
-        raw = match.group()
-        if raw in (b")", b"]"):
-            depth -= 1
-        shown = raw.decode("utf-8", "replace") if kind in {"word", "other"} else ""
-        yield _Token(
-            kind, shown.upper() if kind == "word" else shown, match.start(), match.end(), depth
-        )
-        if raw in (b"(", b"["):
-            depth += 1
+        match = _TOKEN.match(text, begin)
+        if match is None:
+            raise AssertionError("a token can be any byte")
+        kind, end = str(match.lastgroup), match.end()
+        if kind == "word":
+            yield _Token(kind, match[0].decode("ascii").upper(), begin, end, depth)
+        elif kind == "other":
+            mark = match[0].decode("latin-1")
+            depth -= mark in ")]"
+            yield _Token(kind, mark, begin, end, depth)
+            depth += mark in "(["
+        elif kind != "space":
+            yield _Token(kind, "", begin, end, depth)
+        begin = end
+
+
+class _Heredocs:
+    """Where the heredocs of a text end: each tag's places are looked up once."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._searched = 0
+        self._places: dict[bytes, list[int]] | None = None
+
+    def end(self, begin: int) -> int | None:
+        """The end of the heredoc that begins here; None where none does.
+
+        Raises `ClickHouseError` where too many of the text's heredocs have no end.
+        """
+        tag = _TAG.match(self._text, begin)
+        if tag is None:
+            return None
+        size = tag.end() + 1 - begin  # with the dollar behind it
+        places = self._tags()[tag.group()]
+        following = bisect_left(places, begin + size)
+        if following < len(places):
+            return places[following] + size
+        self._searched += len(self._text) - begin
+        if self._searched > LONGEST_SEARCH_BYTES:
+            raise ClickHouseError(
+                62,
+                "SYNTAX_ERROR",
+                "Syntax error: the text has too many heredocs that are not closed",
+            )
+        return None
+
+    def _tags(self) -> dict[bytes, list[int]]:
+        if self._places is None:
+            self._places = {}
+            for match in _TAG.finditer(self._text):
+                self._places.setdefault(match.group(), []).append(match.start())
+        return self._places
 
 
 def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
@@ -169,7 +226,24 @@ def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
     if any(t.text in {"SELECT", "WITH", "WATCH"} and not t.depth for t in tokens[2:]):
         return None  # FORMAT is the answer's, or part of the SELECT
     _refuse_host_access(text, tokens)
-    return Statement("INSERT", data_format, header_end, data_begin, inserts=True)
+    target_end = next(
+        (
+            t.begin
+            for before, t in pairwise(tokens[2:-1])
+            if t.text == "SETTINGS" and not t.depth and before.text not in {"INTO", "TABLE", "."}
+        ),
+        header_end,
+    )
+    return Statement(
+        *(
+            "INSERT",
+            data_format,
+            target_end,
+            data_begin,
+            text[target_end:header_end].decode(errors="replace"),
+        ),
+        inserts=True,
+    )
 
 
 def _after_format(text: bytes, position: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +68,37 @@ def test_no_bytes_break_the_reading(text: bytes) -> None:
 def test_two_statements_are_refused(text: bytes) -> None:
     with pytest.raises(ClickHouseError, match="Multi-statements are not allowed"):
         parse(text)
+
+
+SLOW = [
+    *(b"$%d$ ", b"$a", b"$", b"'a''b", b"'\\", b"`\\", b'"', b"/*", b"--", b"# ", b"a ", b"("),
+    *(b"1.", b"x.", b"$a$ ", b"FORMAT x ", b"\xff", b"VALUES "),
+]
+
+
+@pytest.mark.parametrize("unit", SLOW)
+@pytest.mark.parametrize("head", [b"SELECT ", b"INSERT INTO t "])
+def test_reading_takes_time_that_grows_with_the_text_alone(head: bytes, unit: bytes) -> None:
+    """63 KB of heredocs that are not closed took 38 s."""
+    count = (128 << 10) // len(unit)
+    text = head + b"".join(unit % n if b"%" in unit else unit for n in range(count))
+    began = time.thread_time()
+    with contextlib.suppress(ClickHouseError):
+        parse(text)
+    assert time.thread_time() - began < 5
+
+
+def test_heredocs_that_the_engine_would_search_in_vain_are_refused() -> None:
+    few = b"SELECT " + b" ".join(b"$%d$" % n for n in range(50))
+    assert parse(few).verb == "SELECT"
+    many = b"SELECT " + b" ".join(b"$%d$" % n for n in range(9_000))
+    with pytest.raises(ClickHouseError, match="too many heredocs that are not closed"):
+        parse(many)
+    closed = b"SELECT " + b" ".join(b"$%d$ x $%d$" % (n, n) for n in range(5_000))
+    assert parse(closed).verb == "SELECT"
+
+
+@pytest.mark.parametrize("text", [b"'", b"`", b'"', b"/*", b"'\\'", b"'a''", b"$a$ x"])
+def test_what_is_not_closed_hides_no_data(text: bytes) -> None:
+    statement = parse(b"INSERT INTO t SETTINGS log_comment = " + text + b" FORMAT CSV\n1")
+    assert statement.inserts_data == text.startswith(b"$")
