@@ -405,7 +405,7 @@ async def _ok(_: Request) -> Response:
 
 async def _unknown_path(http: Request) -> Response:
     return PlainTextResponse(
-        f"There is no handle {http.url.path}\n\nUse / or /ping for health checks.\n", 404
+        f"There is no handle {http.scope['path']}\n\nUse / or /ping for health checks.\n", 404
     )
 
 
@@ -419,7 +419,7 @@ def _check_origin(http: Request, *, loopback: bool) -> None:
 
     Such a page can reach the loopback interface, and the default password is empty.
     """
-    if why := refusal(http.headers, scheme=http.url.scheme, loopback=loopback):
+    if why := refusal(http.headers, scheme=http.scope["scheme"], loopback=loopback):
         raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 
