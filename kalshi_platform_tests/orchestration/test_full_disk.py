@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from kalshi_platform.orchestration.home import prepare
 from kalshi_platform.orchestration.observation import read_health
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.segment import Disk
+from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
@@ -141,7 +144,8 @@ def test_a_disk_that_does_not_answer_stops_no_health_report(
         answers.wait(60)
         save(publisher, report)
 
-    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    slow = functools.partial(Writer, disk=Disk(fdatasync=slow_sync))
+    monkeypatch.setattr(streamer, "Writer", slow)
     monkeypatch.setattr(health_report.Publisher, "save", slow_save)
     monkeypatch.setattr(streamer, "BLOCKED_S", 0.5)
     recording = streamer.Streamer(settings)
