@@ -62,7 +62,9 @@ def test_what_a_living_process_published_comes_before_the_file(folder: Path) -> 
 
 @needs_memory
 @pytest.mark.parametrize(
-    "left", [report(Identity(os.getpid(), 1.0), state="blocked"), b"", b"[]", b'{"pid": "x"}']
+    "left",
+    [report(Identity(os.getpid(), 1.0), state="blocked"), b"", b"[]", b'{"pid": "x"}'],
+    ids=["another process of that id", "empty", "a list", "no number"],
 )
 def test_what_a_dead_process_or_a_stranger_left_in_memory_hides_no_file(
     folder: Path, left: bytes
