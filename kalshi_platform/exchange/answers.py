@@ -9,12 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.printable import printable
+
+Number = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,14}(\.[0-9]{1,12})?$")]
+"""A decimal number as text, as `numbers.fixed_point` takes it."""
+Dollars = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,5}(\.[0-9]{1,4}0{0,8})?$")]
+"""One of at most 4 decimals: what the columns of prices hold exactly."""
+Contracts = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,14}(\.[0-9]{1,2}0{0,10})?$")]
+"""One of at most 2 decimals."""
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+"""A time that says in which zone."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,9 +69,9 @@ class Limits(Answer, frozen=True):
 class PriceRange(Answer, frozen=True):
     """Prices from `start` to `end` dollars lie on a grid of `step`."""
 
-    start: str
-    end: str
-    step: str
+    start: Dollars
+    end: Dollars
+    step: Dollars
 
 
 class Market(Answer, frozen=True):
@@ -75,25 +84,25 @@ class Market(Answer, frozen=True):
     market_type: str = ""
     title: str = ""
     yes_sub_title: str = ""
-    open_time: datetime | None = None
-    close_time: datetime | None = None
-    latest_expiration_time: datetime | None = None
-    yes_bid_dollars: str | None = None
-    yes_ask_dollars: str | None = None
-    yes_bid_size_fp: str | None = None
-    yes_ask_size_fp: str | None = None
-    no_bid_dollars: str | None = None
-    no_ask_dollars: str | None = None
-    last_price_dollars: str | None = None
-    volume_fp: str | None = None
-    open_interest_fp: str | None = None
+    open_time: Instant | None = None
+    close_time: Instant | None = None
+    latest_expiration_time: Instant | None = None
+    yes_bid_dollars: Dollars | None = None
+    yes_ask_dollars: Dollars | None = None
+    yes_bid_size_fp: Contracts | None = None
+    yes_ask_size_fp: Contracts | None = None
+    no_bid_dollars: Dollars | None = None
+    no_ask_dollars: Dollars | None = None
+    last_price_dollars: Dollars | None = None
+    volume_fp: Contracts | None = None
+    open_interest_fp: Contracts | None = None
     price_level_structure: str = ""
     """An opaque name of the price grid; `price_ranges` is the grid."""
     price_ranges: list[PriceRange] | None = None
     result: str = ""
     """yes, no, scalar, or empty while it is open."""
-    settlement_value_dollars: str | None = None
-    settlement_ts: datetime | None = None
+    settlement_value_dollars: Dollars | None = None
+    settlement_ts: Instant | None = None
 
 
 class Event(Answer, frozen=True):
@@ -122,8 +131,8 @@ class Series(Answer, frozen=True):
 class Orderbook(Answer, frozen=True):
     """Two ladders of bids, (dollars, contracts), ascending: the best bid is the last."""
 
-    yes_dollars: list[tuple[str, str]] | None = None
-    no_dollars: list[tuple[str, str]] | None = None
+    yes_dollars: list[tuple[Dollars, Contracts]] | None = None
+    no_dollars: list[tuple[Dollars, Contracts]] | None = None
 
 
 class Trade(Answer, frozen=True):
@@ -134,7 +143,7 @@ class Trade(Answer, frozen=True):
     count_fp: str
     yes_price_dollars: str
     no_price_dollars: str
-    created_time: datetime
+    created_time: Instant
     taker_outcome_side: str = ""
     taker_book_side: str = ""
     is_block_trade: bool = False
@@ -147,12 +156,12 @@ class Position(Answer, frozen=True):
     """What we hold of a market: contracts, positive YES and negative NO."""
 
     ticker: str
-    position_fp: str
-    market_exposure_dollars: str | None = None
+    position_fp: Number
+    market_exposure_dollars: Number | None = None
     realized_pnl_dollars: str | None = None
     fees_paid_dollars: str | None = None
     total_traded_dollars: str | None = None
-    last_updated_ts: datetime | None = None
+    last_updated_ts: Instant | None = None
     exchange_index: int | None = None
 
 
@@ -162,11 +171,11 @@ class Fill(Answer, frozen=True):
     fill_id: str
     order_id: str
     ticker: str
-    outcome_side: str
-    count_fp: str
+    outcome_side: Literal["yes", "no"]
+    count_fp: Number
     yes_price_dollars: str
     no_price_dollars: str
-    created_time: datetime
+    created_time: Instant
     is_taker: bool
     fee_cost: str
     """Dollars, 6 decimals."""
@@ -189,7 +198,7 @@ class Settlement(Answer, frozen=True):
     fee_cost: str
     revenue: int
     """Cents."""
-    settled_time: datetime
+    settled_time: Instant
     value: int | None = None
     """Cents."""
 

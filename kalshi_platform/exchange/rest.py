@@ -20,7 +20,9 @@ import msgspec
 import tenacity
 
 from kalshi_platform import __version__, typed_json
+from kalshi_platform.exchange import items
 from kalshi_platform.exchange.answers import (
+    Answer,
     Balance,
     Bucket,
     Event,
@@ -45,12 +47,14 @@ from kalshi_platform.exchange.errors import (
     Unreachable,
 )
 from kalshi_platform.exchange.frames import DecodeError
+from kalshi_platform.exchange.items import Tell, logged
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Answer)
 
 
 Headers = Mapping[str, str]
@@ -205,8 +209,9 @@ class RestClient:
         mve_filter: str | None = None,
         min_close_ts: int | None = None,
         min_updated_ts: int | None = None,
+        tell: Tell = logged,
     ) -> list[Market]:
-        """Every market that fits. `status` is unopened, open, paused, closed or settled.
+        """Every market that fits and can be read; `tell` is given what cannot. `status` is unopened, open, paused, closed or settled.
 
         `mve_filter` only or exclude: multivariate combinations are nearly all of the catalogue, so
         give "exclude" when nothing else narrows the question. Unknown tickers are simply missing.
@@ -223,12 +228,12 @@ class RestClient:
             "limit": PAGE,
         }
         if tickers is None:
-            return list(self._pages("/markets", Market, "markets", params))
+            return list(self._pages("/markets", Market, "markets", params, tell))
         return [
             market
             for some in _batches(tickers)
             for market in self._pages(
-                "/markets", Market, "markets", {**params, "tickers": ",".join(some)}
+                "/markets", Market, "markets", {**params, "tickers": ",".join(some)}, tell
             )
         ]
 
@@ -282,13 +287,13 @@ class RestClient:
 
     def orderbooks(self, tickers: Iterable[str]) -> dict[str, Orderbook]:
         """The books of many markets, up to 15 s old, by ticker."""
-        return {
-            one.ticker: one.orderbook_fp
+        path = "/markets/orderbooks"
+        found = [
+            items.read(bytes(raw), _TickerBook, path, logged)
             for some in _batches(tickers)
-            for one in self._get(
-                "/markets/orderbooks", list[_TickerBook], {"tickers": some}, inside="orderbooks"
-            )
-        }
+            for raw in self._get(path, list[msgspec.Raw], {"tickers": some}, inside="orderbooks")
+        ]
+        return {one.ticker: one.orderbook_fp for one in found if one is not None}
 
     def trades(
         self, *, ticker: str | None = None, min_ts: int | None = None, max_ts: int | None = None
@@ -298,13 +303,15 @@ class RestClient:
         return self._pages("/markets/trades", Trade, "trades", params)
 
     def trades_as_sent(
-        self, *, ticker: str | None = None, min_ts: int, max_ts: int
+        self, *, ticker: str | None = None, min_ts: int, max_ts: int, tell: Tell = logged
     ) -> Iterator[tuple[Trade, bytes]]:
         """`trades()`, each with the JSON text that the exchange sent."""
         path = "/markets/trades"
         params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
-        for raw in self._pages(path, msgspec.Raw, "trades", params):
-            yield self._decode(path, bytes(raw), Trade, inside=None), bytes(raw)
+        for raw in self._raw_pages(path, "trades", params):
+            trade = items.read(raw, Trade, path, tell)
+            if trade is not None:
+                yield trade, raw
 
     # -- the portfolio -------------------------------------------------------------------------
 
@@ -315,25 +322,33 @@ class RestClient:
         params: Params = {"ticker": ticker, "event_ticker": event_ticker, "limit": PAGE}
         return list(self._pages("/portfolio/positions", Position, "market_positions", params))
 
-    def positions_as_sent(self) -> list[tuple[Position, str]]:
+    def positions_as_sent(self, tell: Tell) -> list[tuple[Position, str]]:
         """`positions()`, each with the JSON text that the exchange sent."""
         path = "/portfolio/positions"
-        return [
-            (self._decode(path, bytes(raw), Position, inside=None), bytes(raw).decode())
-            for raw in self._pages(path, msgspec.Raw, "market_positions", {"limit": PAGE})
+        found = [
+            (items.read(raw, Position, path, tell), raw)
+            for raw in self._raw_pages(path, "market_positions", {"limit": PAGE})
         ]
+        return [(position, raw.decode()) for position, raw in found if position is not None]
 
     def fills(
-        self, *, ticker: str | None = None, min_ts: int | None = None, max_ts: int | None = None
+        self,
+        *,
+        ticker: str | None = None,
+        min_ts: int | None = None,
+        max_ts: int | None = None,
+        tell: Tell = logged,
     ) -> Iterator[Fill]:
-        """Our fills, newest first; times are Unix seconds."""
+        """Our fills that can be read, newest first; times are Unix seconds."""
         params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
-        return self._pages("/portfolio/fills", Fill, "fills", params)
+        return self._pages("/portfolio/fills", Fill, "fills", params, tell)
 
-    def settlements(self, *, ticker: str | None = None) -> Iterator[Settlement]:
-        """Our settled markets, newest first."""
+    def settlements(
+        self, *, ticker: str | None = None, tell: Tell = logged
+    ) -> Iterator[Settlement]:
+        """Our settled markets that can be read, newest first."""
         params: Params = {"ticker": ticker, "limit": PAGE}
-        return self._pages("/portfolio/settlements", Settlement, "settlements", params)
+        return self._pages("/portfolio/settlements", Settlement, "settlements", params, tell)
 
     def balance(self) -> Balance:
         """Our money."""
@@ -341,12 +356,22 @@ class RestClient:
 
     # -- below the pages -----------------------------------------------------------------------
 
-    def _pages(self, path: str, item: type[T], key: str, params: Params) -> Iterator[T]:
+    def _pages(
+        self, path: str, item: type[A], key: str, params: Params, tell: Tell = logged
+    ) -> Iterator[A]:
+        for raw in self._raw_pages(path, key, params):
+            found = items.read(raw, item, path, tell)
+            if found is not None:
+                yield found
+
+    def _raw_pages(self, path: str, key: str, params: Params) -> Iterator[bytes]:
+        """The items of all pages, as they were sent."""
         cursor = ""
         seen: set[str] = set()
         while True:
             body = self._fetch(path, {**params, "cursor": cursor or None})
-            yield from self._decode(path, body, list[item] | None, inside=key) or ()  # type: ignore[valid-type]
+            for raw in self._decode(path, body, list[msgspec.Raw] | None, inside=key) or ():
+                yield bytes(raw)
             cursor = self._decode(path, body, str | None, inside="cursor", default="") or ""
             if not cursor:
                 return

@@ -1,17 +1,19 @@
 """Positions as the exchange reports them: ground truth for `mm_position_snapshots`.
 
-A report counts only when it is complete, when it is no older than our last fill, and when nothing
-was filled around it. A report that fails raises, and nothing is written: it never means flat. A market
-that a whole report leaves out is flat only where a settlement or the fills say so.
+A report counts only when it is no older than our last fill, and when nothing was filled around it. A
+report that fails raises, and nothing is written: it never means flat. Positions and fills are read one by
+one: what cannot be read makes the report incomplete, which is said, and the markets that can be read are
+kept. A market that a whole report leaves out is flat only where a settlement or the fills say so; one that
+an incomplete report leaves out is left out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -19,7 +21,8 @@ import pyarrow as pa
 
 from kalshi_platform import __version__
 from kalshi_platform.exchange.answers import Fill, Position, Settlement
-from kalshi_platform.exchange.errors import ExchangeError, ProtocolError
+from kalshi_platform.exchange.errors import ExchangeError
+from kalshi_platform.exchange.items import Tell, Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, tables
 from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS
@@ -36,6 +39,10 @@ RECENT = timedelta(minutes=2)
 """How far back fills are read to see what is quiet."""
 KNOWN_DAYS = 7
 """Markets with decisions so recent are asked about even when they were never held."""
+
+
+NO_WORD = "the report leaves it out, but no fill or settlement says flat"
+INCOMPLETE = "the report is incomplete: a position in it cannot be read, which may be this one"
 
 
 class PositionsBehind(ExchangeError):
@@ -67,13 +74,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report."""
+    """A report: whole, but for what is `unreadable`."""
 
     snapshots: tuple[Snapshot, ...]
     left_out: Mapping[str, str]
     """Markets without a snapshot this time, and why."""
     as_of: datetime | None
     """Up to when the exchange says that its portfolio pages are true."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """What of the exchange's pages could not be read. The report is incomplete then: no market that it
+    leaves out is taken for flat."""
 
 
 def take(
@@ -93,29 +103,36 @@ def take(
     done: dict[str, Snapshot] = {}
     left_out: dict[str, str] = {}
     as_of: datetime | None = None
+    unreadable: dict[Unreadable, None] = {}
     for attempt in range(attempts):
         if attempt:
             sleep(PAUSE_S)
         begun = clock()
-        before = _recent(rest, begun)
+        of_positions, of_fills = list[Unreadable](), list[Unreadable]()
+        before = _recent(rest, begun, of_fills.append)
         as_of = rest.user_data_timestamp()
         if before and as_of < before[0].created_time:
             left_out = {"": _behind(as_of, before[0].created_time)}
             continue
-        found = {position.ticker: (position, raw) for position, raw in rest.positions_as_sent()}
-        after = _recent(rest, begun)
+        found = {it.ticker: (it, raw) for it, raw in rest.positions_as_sent(of_positions.append)}
+        after = _recent(rest, begun, of_fills.append)
         busy = _busy(before, after, begun)
         left_out = dict.fromkeys(busy, "it was filled at that moment")
+        left_out |= dict.fromkeys(
+            _unsure(of_fills, {*found, *known} - busy), "a fill cannot be read"
+        )
         for ticker, (position, raw) in found.items():
-            if ticker not in busy:
+            if ticker not in left_out:
                 done[ticker] = _reported(position, raw, begun)
-        absent = [ticker for ticker in known if ticker not in found and ticker not in busy]
-        for ticker in absent:
-            snapshot = _absent(rest, ticker, known[ticker], begun)
+        whole = not _left_out(of_positions)
+        for ticker in [t for t in known if t not in found and t not in left_out]:
+            held = known[ticker]
+            snapshot = _absent(rest, ticker, held, begun, of_fills.append) if whole else None
             if snapshot is None:
-                left_out[ticker] = "the report leaves it out, but no fill or settlement says flat"
+                left_out[ticker] = NO_WORD if whole else INCOMPLETE
             else:
                 done[ticker] = snapshot
+        unreadable |= dict.fromkeys([*of_positions, *of_fills])
         if not busy:
             break
     behind = left_out.pop("", None)
@@ -123,7 +140,19 @@ def take(
         raise PositionsBehind(behind)
     for ticker in done:
         left_out.pop(ticker, None)
-    return Report(tuple(done[ticker] for ticker in sorted(done)), left_out, as_of)
+    snapshots = tuple(done[ticker] for ticker in sorted(done))
+    return Report(snapshots, left_out, as_of, tuple(unreadable))
+
+
+def _left_out(found: Sequence[Unreadable]) -> list[Unreadable]:
+    """Of what cannot be read the whole items: of the others the rest was used."""
+    return [each for each in found if each.left_out]
+
+
+def _unsure(fills: Sequence[Unreadable], tickers: set[str]) -> set[str]:
+    """Markets with a fill that cannot be read, so that when it was is not known; all, where not even its market is."""
+    doubtful = {fill.ticker for fill in _left_out(fills)}
+    return tickers if "" in doubtful else tickers & doubtful
 
 
 def known_markets(client: Client) -> dict[str, Held | None]:
@@ -172,11 +201,11 @@ def store(client: Client, report: Report) -> None:
         insert_arrow(client, SNAPSHOTS, table, token, log_comment="mm_position_snapshots")
 
 
-def _recent(rest: RestClient, now: datetime) -> list[Fill]:
+def _recent(rest: RestClient, now: datetime, tell: Tell) -> list[Fill]:
     """Our fills of the last minutes, newest first; at least the newest of all, where there is one."""
     floor = now - RECENT
     fills: list[Fill] = []
-    for fill in rest.fills():
+    for fill in rest.fills(tell=tell):
         fills.append(fill)
         if fill.created_time < floor:
             break
@@ -191,54 +220,43 @@ def _busy(before: Sequence[Fill], after: Sequence[Fill], begun: datetime) -> set
 
 
 def _reported(position: Position, raw: str, at: datetime) -> Snapshot:
-    held = _decimal(position.position_fp, position.ticker)
+    held = Decimal(position.position_fp)
     cost = Decimal(0)
     if held and position.market_exposure_dollars is not None:
-        exposure = _decimal(position.market_exposure_dollars, position.ticker)
-        cost = abs(exposure) / abs(held)
+        cost = abs(Decimal(position.market_exposure_dollars)) / abs(held)
     return Snapshot(position.ticker, held, at, "positions", cost, raw)
 
 
-def _absent(rest: RestClient, ticker: str, held: Held | None, at: datetime) -> Snapshot | None:
-    """Whether a market that a whole report left out is flat; None where nothing says so."""
-    if held is None:
-        fills: Iterable[Fill] = rest.fills(ticker=ticker)
-        position = Decimal(0)
-    else:
-        since = int((held.at - timedelta(seconds=1)).timestamp())
-        fills = (
-            fill for fill in rest.fills(ticker=ticker, min_ts=since) if fill.created_time > held.at
-        )
-        position = held.position
-    position += sum((_signed(fill) for fill in fills), Decimal(0))
+def _absent(
+    rest: RestClient, ticker: str, held: Held | None, at: datetime, tell: Tell
+) -> Snapshot | None:
+    """Whether a market that a whole report left out is flat; None where nothing says so.
+
+    A fill or a settlement that cannot be read says nothing, and is told.
+    """
+    unreadable: list[Unreadable] = []
+    position = held.position if held is not None else Decimal(0)
+    since = int((held.at - timedelta(seconds=1)).timestamp()) if held is not None else None
+    for fill in rest.fills(ticker=ticker, min_ts=since, tell=unreadable.append):
+        if held is None or fill.created_time > held.at:
+            position += _signed(fill)
+    settlement = None
+    if position:
+        settlement = next(iter(rest.settlements(ticker=ticker, tell=unreadable.append)), None)
+    for each in unreadable:
+        tell(each)
+    if _left_out(unreadable):
+        return None
     if not position:
         return Snapshot(ticker, Decimal(0), at, "absent", raw_json="{}")
-    settlement = next(iter(rest.settlements(ticker=ticker)), None)
     if settlement is None:
         return None
     return Snapshot(ticker, Decimal(0), at, "settlements", raw_json=_encoded(settlement))
 
 
 def _signed(fill: Fill) -> Decimal:
-    count = _decimal(fill.count_fp, fill.ticker)
-    if fill.outcome_side not in {"yes", "no"}:
-        raise ProtocolError(
-            f"Fill {fill.fill_id} has outcome_side {fill.outcome_side!r}, neither yes nor no."
-            " Is the platform up to date?"
-        )
+    count = Decimal(fill.count_fp)
     return count if fill.outcome_side == "yes" else -count
-
-
-def _decimal(text: str, ticker: str) -> Decimal:
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite():
-        raise ProtocolError(
-            f"The exchange gave {text!r} for {ticker}, which is no number. Nothing was written."
-        )
-    return value
 
 
 def _encoded(settlement: Settlement) -> str:

@@ -73,7 +73,9 @@ mm_order_responses = _written_by_engines("mm_order_responses", "What the exchang
         " A report that fails, or that is older than our last fill, writes nothing."
     ),
 )
-def mm_position_snapshots(platform: KalshiResource) -> dg.MaterializeResult[None]:
+def mm_position_snapshots(
+    context: dg.AssetExecutionContext, platform: KalshiResource
+) -> dg.MaterializeResult[None]:
     """Read the exchange's positions and write them beside the decisions."""
     from kalshi_platform.exchange.rest import RestClient
     from kalshi_platform.inventory import positions
@@ -101,6 +103,10 @@ def mm_position_snapshots(platform: KalshiResource) -> dg.MaterializeResult[None
         "left out": MetadataValue.json(dict(report.left_out)),
         "positions": _table(positions.as_rows(report)[:SHOWN]),
     }
+    if report.unreadable:
+        metadata["incomplete"] = MetadataValue.json([str(each) for each in report.unreadable])
+        for each in report.unreadable:
+            context.log.error(f"The report is incomplete. {each}")
     if report.as_of is not None:
         metadata["as of"] = MetadataValue.timestamp(report.as_of)
     return dg.MaterializeResult(metadata=metadata)

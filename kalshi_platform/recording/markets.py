@@ -15,6 +15,7 @@ from pathlib import Path
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.items import Tell, logged
 from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.printable import invisible_in, strip_invisible
@@ -51,24 +52,28 @@ class Look:
     since_s: float
     now_s: float
 
-    def take(self, rest: RestClient) -> list[Market]:
-        """What the exchange lists. Raises `ExchangeError` where it does not answer."""
-        found = rest.markets(tickers=self.tickers) if self.tickers else []
+    def take(self, rest: RestClient, tell: Tell = logged) -> list[Market]:
+        """What the exchange lists, as far as it can be read; `tell` is given what cannot.
+
+        Raises `ExchangeError` where it does not answer.
+        """
+        found = rest.markets(tickers=self.tickers, tell=tell) if self.tickers else []
         if not self.wish.follows_openings:
             return found
         if not self.whole:
             since = int(self.since_s) - OVERLAP_S
-            return found + rest.markets(min_updated_ts=since, mve_filter="exclude")
+            return found + rest.markets(min_updated_ts=since, mve_filter="exclude", tell=tell)
         not_closed = int(self.now_s) - OVERLAP_S
         for event in sorted(self.wish.events):
-            found += _insist(rest.markets(event_ticker=event), f"MARKET_EVENTS: {event}")
+            of_event = rest.markets(event_ticker=event, tell=tell)
+            found += _insist(of_event, f"MARKET_EVENTS: {event}")
         # A market may trade past its close time: those that are open are read, too.
         if self.wish.everything:
-            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude")
-            found += rest.markets(status="open", mve_filter="exclude")
+            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude", tell=tell)
+            found += rest.markets(status="open", mve_filter="exclude", tell=tell)
         for series in self.wish.series:
-            of_series = rest.markets(series_ticker=series, min_close_ts=not_closed)
-            of_series += rest.markets(status="open", series_ticker=series)
+            of_series = rest.markets(series_ticker=series, min_close_ts=not_closed, tell=tell)
+            of_series += rest.markets(status="open", series_ticker=series, tell=tell)
             found += _insist(of_series, f"MARKET_SERIES: {series}")
         return found
 

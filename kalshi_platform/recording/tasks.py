@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.printable import printable
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,10 @@ RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
 LONGEST_REASON = 500
 """Characters of a reason that are kept: an answer of the exchange may be in it."""
 
-FAILED, RECOVERED = "task_failed", "task_recovered"
+FAILED, RECOVERED, UNREADABLE = "task_failed", "task_recovered", "unreadable"
 """Kinds of the notes that say so in the journal, and in `stream_events`."""
+NAMED = 1_000
+"""Parts of the exchange's answers that are named once each; with more, they are named again."""
 Note = Callable[[str, Mapping[str, object]], None]
 
 
@@ -49,6 +52,7 @@ class Tasks:
         self._note = note
         self._lock = threading.Lock()
         self._states: dict[str, TaskHealth] = {}
+        self._named: set[Unreadable] = set()
 
     @property
     def states(self) -> dict[str, TaskHealth]:
@@ -99,6 +103,17 @@ class Tasks:
         )
         detail: dict[str, object] = {"task": name, "reason": reason}
         self._note(FAILED, detail if retry_s is None else detail | {"retry_s": retry_s})
+
+    def tell(self, found: Unreadable) -> None:
+        """Name a part of the exchange's answers that cannot be read; once, for it is asked for again and again."""
+        with self._lock:
+            if found in self._named:
+                return
+            if len(self._named) >= NAMED:
+                self._named.clear()
+            self._named.add(found)
+        log.warning("%s", found)
+        self._note(UNREADABLE, asdict(found))
 
     def succeeded(self, name: str) -> None:
         """Note that a task works, where it did not before."""

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.side_channel import TRADES
 from kalshi_platform.recording import recovery
@@ -92,7 +93,11 @@ class Upkeep:
     async def _look(self) -> None:
         look = self._watchlist.look()
         if look is not None:
-            self._watchlist.take(look, await asyncio.to_thread(look.take, self._rest))
+            found: list[Unreadable] = []
+            markets = await asyncio.to_thread(look.take, self._rest, found.append)
+            for each in found:
+                self._tasks.tell(each)
+            self._watchlist.take(look, markets)
 
     async def select(self, capture: Capture) -> None:
         """Let markets join and leave where their times have come."""

@@ -19,6 +19,7 @@ from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import Unreachable
 from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.items import Tell
 from kalshi_platform.recording import roster as rules
 from kalshi_platform.recording.markets import REFRESH_S, RELIST_S, Watchlist
 from kalshi_platform.recording.roster import JOIN_BEFORE_S, LEAVE_AFTER_S, Roster, Wish
@@ -194,7 +195,8 @@ class Rest:
         self.asked: list[dict[str, Any]] = []
         self.away = False
 
-    def markets(self, **question: Any) -> list[Market]:
+    def markets(self, *, tell: Tell, **question: Any) -> list[Market]:
+        """All of it can be read: nothing is told."""
         if self.away:
             raise Unreachable("away")
         question = {name: value for name, value in question.items() if value is not None}
