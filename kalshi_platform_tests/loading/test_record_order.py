@@ -362,6 +362,28 @@ def walk(records: Sequence[wire.Record]) -> list[tuple[int, dict[str, Book]]]:
     return found
 
 
+def without_snapshot(records: Sequence[wire.Record]) -> set[str]:
+    """The markets of which a connection had brought deltas and no snapshot when the clock was set back.
+
+    They are in no checkpoint, so `book_at` knows them as they were when the clock first showed an instant.
+    """
+    books: dict[str, bytes] = {}
+    waiting: set[str] = set()
+    found: set[str] = set()
+    last_ns = 0
+    for recv_ns, conn, kind, frame in records:
+        if recv_ns < last_ns:
+            found |= waiting
+        last_ns = recv_ns
+        if kind == Kind.SNAPSHOT:
+            ticker = decode_snapshot(frame).market_ticker
+            books[ticker] = conn
+            waiting.discard(ticker)
+        elif kind == Kind.DELTA and books.get(decode_delta(frame).market_ticker) != conn:
+            waiting.add(decode_delta(frame).market_ticker)
+    return found
+
+
 @given(script=scripts(), seed=st.integers(0, 99))
 @hypothesis_settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -378,7 +400,7 @@ def test_book_at_is_the_book_after_the_last_record_by_then(
     instants = {us + d for us, _ in states for d in (0, -1)}
     for at_us in dice.sample(sorted(instants), min(8, len(instants))):
         by_then = next((books for us, books in reversed(states) if us <= at_us), {})
-        for ticker in ("A-1", "B-2", "C-3"):
+        for ticker in sorted({"A-1", "B-2", "C-3"} - without_snapshot(script.records)):
             rows = client.query(
                 "SELECT toString(side), toInt64(price * 10000), toInt64(size * 100) FROM book_at"
                 f"(ticker = '{ticker}', at = fromUnixTimestamp64Micro({at_us}, 'UTC'))"
