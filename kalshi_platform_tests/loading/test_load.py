@@ -70,7 +70,7 @@ def recording(frames: int = 400, step_s: float = 1.0, number: int = 1) -> list[w
 
 
 def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) -> Writer:
-    """A journal of so many segments, and the last one's writer."""
+    """A journal of so many segments, of a batch for 23 records, and the last one's writer."""
     writer = Writer(folder)
     for n, record in enumerate(records):
         if n and n % -(-len(records) // openings) == 0:
@@ -79,6 +79,7 @@ def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) 
         writer.append(*record)
         if n % 23 == 0:
             writer.hand_over()
+            assert writer.wait_durable(writer.next_n, PATIENCE_S)  # what waits is joined
     writer.hand_over()
     assert writer.wait_durable(len(records), PATIENCE_S)
     return writer
