@@ -74,6 +74,8 @@ GRANT INSERT ON kalshi.mm_position_snapshots_local TO kalshi_writer;
 GRANT kalshi_writer TO kalshi_operator;
 GRANT INSERT ON kalshi.mm_inventory_breaks TO kalshi_operator;
 GRANT INSERT ON kalshi.mm_inventory_breaks_local TO kalshi_operator;
+GRANT INSERT ON kalshi.retention_changes TO kalshi_operator;
+GRANT INSERT ON kalshi.retention_changes_local TO kalshi_operator;
 GRANT INSERT, ALTER DELETE ON kalshi.spreads TO kalshi_operator;
 GRANT INSERT, ALTER DELETE ON kalshi.spreads_local TO kalshi_operator;
 GRANT INSERT, ALTER DELETE ON kalshi.depth TO kalshi_operator;
