@@ -16,7 +16,7 @@ from kalshi_platform.storage import clickhouse, queries, retention
 
 Row = Mapping[str, Any]
 WHOLE_EVENTS = 10_000_000
-"""Up to so many events everything that is hot is proved each time: 1.5 s on two cores."""
+"""Up to so many events everything that is hot is proved each time: some 2 s on two cores."""
 WINDOW = timedelta(hours=3)
 """What is proved of a larger table, at least. Only a hole with nothing of its subscription for three
 hours on one side of it would be passed over."""

@@ -169,7 +169,7 @@ class _Restore:
         self._archive = archive
         self._replace = replace
         self._is_own = str(archive) == str(open_archive(settings))
-        self._unloaded = Unloaded(self._journals)
+        self._unloaded = Unloaded(settings, client)
         self._kept = retention.kept(client)
         self._one_server = all(
             (where := place(client, name)) is not None and where.cluster is None

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from kalshi_platform import typed_json
@@ -27,6 +28,8 @@ from kalshi_platform.recording.journal import Block, Hole
 from kalshi_platform.storage.archive import hour_start_ns
 
 _HEAD = pa.schema([pa.field("sid", pa.uint32()), pa.field("seq", pa.uint64())])
+_MOST = 2**63 - 1
+"""The greatest `seq` that a frame may have: `exchange.frames.Seq`."""
 _KINDS = {Kind.DELTA: DELTA, Kind.TRADE: TRADE, Kind.SNAPSHOT: SNAPSHOT}
 
 
@@ -191,7 +194,9 @@ def _read_heads(frames: pl.Series) -> pa.Table | None:
         )
     except pa.ArrowInvalid:
         return None
-    return table if table.num_rows == len(frames) else None
+    if table.num_rows != len(frames) or (pc.max(table["seq"]).as_py() or 0) > _MOST:
+        return None
+    return table
 
 
 def _one_by_one(frames: pl.Series) -> Iterator[tuple[int, int]]:

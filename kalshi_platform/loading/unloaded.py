@@ -11,26 +11,23 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from kalshi_platform import typed_json
-from kalshi_platform.loading import passage
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Hole, JournalError
+from kalshi_platform.loading import cursor, passage
+from kalshi_platform.loading.cursor import Cursor
+from kalshi_platform.recording import journal, journal_identity
+from kalshi_platform.recording.journal import Hole
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import clickhouse, recorders_table
 from kalshi_platform.storage.archive import hour_of_ns
+from kalshi_platform.storage.recorders_table import TableLedger
 
 _HOUR_NS = 3_600_000_000_000
 
 
-class _Cursor(msgspec.Struct):
-    """What is looked at of a loader's cursor."""
-
-    committed: tuple[int, int, int]
-
-
 @dataclass
 class _Shard:
+    number: int
     folder: Path
     scanned_to: int = 0
     newest: dict[datetime, int] = field(default_factory=dict)
@@ -40,44 +37,50 @@ class _Shard:
 class Unloaded:
     """The records of a data folder's journals that are not in ClickHouse yet, by hour."""
 
-    def __init__(self, journals: Path) -> None:
-        self._journals = journals
+    def __init__(self, settings: Settings, client: clickhouse.Client) -> None:
+        self._settings = settings
+        self._client = client
         self._shards: dict[int, _Shard] = {}
 
     def of(self, hour: datetime) -> Mapping[int, int]:
         """The shards with records of `hour` that are not loaded yet, each with its first such record.
 
         That may be a record of another hour: all before it are loaded. Looks anew each time. Raises
-        `JournalError` where a journal cannot be read.
+        `JournalError` where a journal cannot be read, `StoreError` where ClickHouse cannot be asked.
         """
         found = {}
-        for number in passage.shards(self._journals):
-            shard = self._shards.setdefault(number, _Shard(self._journals / f"shard-{number}"))
-            committed = _committed(shard.folder)
-            _scan(shard, committed)
-            if shard.newest.get(hour, -1) >= committed:
-                found[number] = committed
+        for number in passage.shards(self._settings.journals_dir):
+            folder = self._settings.journal_dir(number)
+            shard = self._shards.setdefault(number, _Shard(number, folder))
+            loaded_to = _loaded_to(self._settings, self._client, shard)
+            _scan(shard, loaded_to)
+            if shard.newest.get(hour, -1) >= loaded_to:
+                found[number] = loaded_to
         return found
 
 
-def _committed(folder: Path) -> int:
-    """The record up to which ClickHouse has the journal: all before it are there."""
-    beginning = journal.beginning(folder).n
-    path = folder / "load" / "clickhouse.json"
-    try:
-        return max(typed_json.decode(path.read_bytes(), _Cursor).committed[2], beginning)
-    except FileNotFoundError:
-        return beginning  # nothing was loaded: the loader begins there
-    except msgspec.DecodeError as error:
-        raise JournalError(
-            f"{path} is damaged ({error}): how far ClickHouse is loaded is not known. Start the recorder,"
-            " which says what to do."
-        ) from None
+def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> int:
+    """The record from which the shard's loader goes on in this ClickHouse: all before it are there.
+
+    As the loader itself decides (`resume`): by what ClickHouse says of the journal, else by the cursor. One
+    that is of another place, missing or damaged lets it begin with the journal, or stop and ask.
+    """
+    beginning = journal.beginning(shard.folder).n
+    identity = journal_identity.read(shard.folder)
+    if identity is None:
+        return beginning
+    ledger = TableLedger(shard.number, lambda: client, recorders_table.place(settings))
+    if entries := ledger.entries(identity.id):
+        return max(max(entries, key=lambda entry: entry.start).loaded_to, beginning)
+    found = cursor.read(shard.folder, "clickhouse", identity.id)
+    if isinstance(found, Cursor) and found.place in {"", recorders_table.place(settings)}:
+        return max(found.committed[2], beginning)
+    return beginning
 
 
-def _scan(shard: _Shard, committed: int) -> None:
-    """Note the hours of the records from `committed` on that were not scanned yet."""
-    begin = max(shard.scanned_to, committed)
+def _scan(shard: _Shard, loaded_to: int) -> None:
+    """Note the hours of the records from `loaded_to` on that were not scanned yet."""
+    begin = max(shard.scanned_to, loaded_to)
     for stretch in journal.read(shard.folder, journal.find(shard.folder, begin)):
         shard.scanned_to = stretch.first_n + stretch.rows
         if isinstance(stretch, Hole):
@@ -88,4 +91,4 @@ def _scan(shard: _Shard, committed: int) -> None:
             hour = hour_of_ns(int(value) * _HOUR_NS)
             n = stretch.first_n + stretch.rows - 1 - int(back)
             shard.newest[hour] = max(shard.newest.get(hour, -1), n)
-    shard.newest = {hour: n for hour, n in shard.newest.items() if n >= committed}
+    shard.newest = {hour: n for hour, n in shard.newest.items() if n >= loaded_to}

@@ -29,12 +29,15 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refusals, restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording import journal_identity
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse, migrations
+from kalshi_platform.storage import checksum, clickhouse, migrations, recorders_table
 from kalshi_platform.storage.archive import LocalArchive, floor_hour
 from kalshi_platform.storage.checksum import Content
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.storage.recorders import Entry
+from kalshi_platform.storage.recorders_table import open_table_ledger
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
@@ -335,6 +338,28 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
     ]
     assert events.verdict is Verdict.EQUAL
     assert verdicts(run(settings)) == {Verdict.EQUAL}
+
+
+def test_what_clickhouse_says_of_the_journal_decides_and_else_the_cursor_of_that_place(
+    archived: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ClickHouse from a backup is behind the cursor, and a new one is loaded from the beginning."""
+    command(archived, "ALTER TABLE recorders DELETE WHERE 1 SETTINGS mutations_sync = 2")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(recorders_table, "place", lambda _: "a new place")
+        assert sum(it.rows for it in run(archived)) == 0
+    assert rows_of(archived) == dict.fromkeys(HOT, 0)
+    identity = journal_identity.read(archived.journal_dir())
+    assert identity is not None
+    start = identity.starts[-1]
+    entry = Entry(start.epoch, start.token, began=0, loaded_to=60, planned_to=60)
+    open_table_ledger(archived, 0).claim(identity.id, entry)
+    done = run(archived)
+    assert (sum(it.left for it in done) > 0, sum(it.inserted for it in done) > 0) == (True, True)
+    ((newest,),) = (
+        clickhouse.connect(archived).query("SELECT max(record) FROM orderbook_events").result_rows
+    )
+    assert newest == 59
 
 
 @pytest.mark.slow
