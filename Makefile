@@ -44,7 +44,7 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
-chaos: install-dev ## Kill everything, 200 times, and write docs/reliability.md (CHAOS_ARGS="--kills 40 --shards 2")
+chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS="--faults 40 --shards 2")
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)
 
 soak: install-dev ## 30 minutes of load, each part restarted once, and docs/soak.md (SOAK_ARGS="--minutes 4")

@@ -1,8 +1,9 @@
-"""The campaign: kill anything at any moment, then prove what was promised.
+"""The campaign: break anything at any moment, then prove what was promised.
 
-`make chaos` runs it with 200 kills and writes `docs/reliability.md`; the test suite runs a short
-one. The exchange is a simulator in this process, which no kill reaches, so that its books are the
-truth at the end. Everything else is one `kalshi-platform up` on ports and a folder of its own.
+`make chaos` runs it with 200 faults and writes `docs/reliability.md`; the test suite runs a short
+one. The exchange is a simulator in this process, which no fault reaches unless it is drawn for it, so
+that its books are the truth at the end. Everything else is one `kalshi-platform up` on ports and a
+folder of its own. The faults are in `faults.py`.
 """
 
 from __future__ import annotations
@@ -18,32 +19,41 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import psutil
 
 from kalshi_platform import __version__
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
+from kalshi_platform_tests.chaos import disks
+from kalshi_platform_tests.chaos.faults import (
+    DISKS,
+    Fault,
+    Scene,
+    faults,
+    slow_fsync_environment,
+)
 from kalshi_platform_tests.chaos.proof import Proof, prove
-from kalshi_platform_tests.chaos.up import CLICKHOUSE, CODE_SERVER, DAEMON, Platform
+from kalshi_platform_tests.chaos.up import Platform
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 MARKETS = 24
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Kill:
-    """One kill. Times are seconds since the epoch."""
+class Event:
+    """One fault that was made. Times are seconds since the epoch."""
 
-    target: str
+    fault: str
     at: float
+    held_s: float
     recovered_s: float | None
-    """Seconds until frames came and ClickHouse had them; None: the next kill came first."""
+    """Seconds from the fault's end until frames came and ClickHouse had them; None: the next one came first."""
     shards: frozenset[int] = frozenset()
     """Those whose living streamer was among what was killed."""
 
@@ -52,120 +62,131 @@ class Kill:
 class Outcome:
     """What the campaign found."""
 
-    kills: list[Kill]
+    events: list[Event]
     minutes: float
     proof: Proof
-    unmarked_kills: int
+    unmarked_ends: int
     """Kills of the streamer without a `disconnected` row that gives cause and span."""
     hours_ended: int = 0
     """Ends of hours that the campaign went over: where parts are cut and hours are sealed."""
+    left_out: tuple[str, ...] = ()
+    """Kinds of faults that could not be had on this machine."""
     journal_delay_s: list[float] = field(default_factory=list)
     """For each kill of the streamer: age of the last journalled frame at that moment."""
 
     @property
     def sound(self) -> bool:
         """Whether every promise was kept."""
-        return self.proof.sound and not self.unmarked_kills
-
-
-STREAMER, EVERYTHING = "streamer", "everything"
-TARGETS = {
-    STREAMER: 5,
-    CLICKHOUSE: 4,
-    f"{STREAMER} and {CODE_SERVER}": 3,
-    CODE_SERVER: 2,
-    DAEMON: 1,
-    EVERYTHING: 3,
-}
-"""What is killed, and how often beside the others."""
+        return self.proof.sound and not self.unmarked_ends
 
 
 def run(
     folder: Path,
     *,
-    kills: int,
+    count: int,
     seed: int,
     rate: float,
     shards: int = 1,
+    only: str = "",
     say: Callable[[str], None],
 ) -> Outcome:
-    """Run one campaign in an empty folder. Of several shards' streamers a kill takes one."""
+    """Run one campaign of `count` faults in an empty folder.
+
+    `only` keeps the faults of that group, or whose name has it.
+    """
     dice = random.Random(seed)
     began, hour = time.monotonic(), time.time() // 3600
     config = SimulatorConfig(
         markets=MARKETS, rolling_markets=0, rate=rate, seed=seed, key_file=folder / "key.pem"
     )
-    with running(config) as simulator:
+    with ExitStack() as held:
+        simulator = held.enter_context(running(config))
         it = Platform(folder, simulator, markets=MARKETS, shards=shards)
+        shim = slow_fsync_environment(folder)
+        it.environment.update(shim or {})
+        mounts = disks.available()
+        known = [
+            f
+            for f in faults(mounts=mounts, slow_fsync=shim is not None)
+            if only == f.group or only in f.name
+        ]
+        places = _own_disks(it, held) if mounts and any(f.group == "disk" for f in known) else {}
+        scene = Scene(it, simulator, places, dice)
+        held.callback(it.kill)
+        left_out = (*(() if mounts else ("disks",)), *(() if shim else ("slow fsync",)))
         it.start()
-        try:
-            it.wait(lambda: it.recovered(0.0), "the first recording")
-            done = []
-            for number in range(1, kills + 1):
-                # At any moment: also while the platform is still recovering from the last one.
-                time.sleep(dice.uniform(0.0, 5.0))
-                done.append(_kill(it, dice, wait=number == kills or dice.random() < 0.25))
-                how = done[-1].recovered_s
-                say(
-                    f"{number}/{kills} {done[-1].target}: "
-                    + ("the next kill comes first" if how is None else f"recovered in {how:.1f} s")
-                )
-            simulator.pause()
-            time.sleep(2.0)
-            it.wait(lambda: it.recovered(0.0) and it.idle(), "the last frame to be stored")
-            it.stop()
-            outcome = _judge(it, simulator, done, (time.monotonic() - began) / 60)
-            return replace(outcome, hours_ended=int(time.time() // 3600 - hour))
-        finally:
-            it.kill()
+        it.wait(lambda: it.recovered(0.0), "the first recording")
+        done: list[Event] = []
+        for number in range(1, count + 1):
+            # At any moment: also while the platform is still recovering from the last one.
+            time.sleep(dice.uniform(0.0, 5.0))
+            done.append(_make(scene, known, wait=number == count or dice.random() < 0.25))
+            how = done[-1].recovered_s
+            say(
+                f"{number}/{count} {done[-1].fault}: "
+                + ("the next fault comes first" if how is None else f"recovered in {how:.1f} s")
+            )
+        simulator.pause()
+        time.sleep(2.0)
+        it.wait(lambda: it.recovered(0.0) and it.idle(), "the last frame to be stored")
+        it.stop()
+        outcome = _judge(it, simulator, done, (time.monotonic() - began) / 60)
+        if outcome.sound:
+            places.clear()  # nothing to look into
+        return replace(outcome, hours_ended=int(time.time() // 3600 - hour), left_out=left_out)
 
 
-def _kill(it: Platform, dice: random.Random, *, wait: bool) -> Kill:
-    names = list(TARGETS)
-    victims: list[psutil.Process] = []
-    while not victims:  # what is down already cannot be killed: choose another
-        target = dice.choices(names, [TARGETS[n] for n in names])[0]
-        victims = _victims(it, target, dice)
-    pids = {p.pid for p in victims}
-    shards = frozenset(shard for shard, pid in it.streamers().items() if pid in pids)
-    at = time.time()
-    for victim in victims:
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    if target == EVERYTHING and it.process is not None:
-        it.process.wait()
-        it.start()
+def _own_disks(it: Platform, held: ExitStack) -> dict[str, Path]:
+    """Put each store on a small file system of its own."""
+    places = {
+        "ClickHouse": it.data / "clickhouse",
+        "journal": it.settings.journals_dir,
+        "archive": it.settings.archive_dir,
+    }
+    for what, place in places.items():
+        held.enter_context(disks.mounted(place, DISKS[what] * MIB))
+    held.callback(_keep, places)
+    return places
+
+
+def _keep(places: dict[str, Path]) -> None:
+    """Copy what was stored to a disk that stays."""
+    for place in places.values():
+        shutil.copytree(place, place.with_name(f"{place.name}.kept"), dirs_exist_ok=True)
+
+
+def _make(scene: Scene, known: list[Fault], *, wait: bool) -> Event:
+    it, dice = scene.platform, scene.dice
+    end = None
+    while end is None:  # what is down already cannot be killed: draw another one
+        fault = dice.choices(known, [f.weight for f in known])[0]
+        streamers = it.streamers()
+        scene.killed.clear()
+        at = time.time()
+        end = fault.begin(scene)
+    time.sleep(dice.uniform(*fault.hold_s))
+    end()
+    ended = time.time()
+    shards = frozenset(shard for shard, pid in streamers.items() if pid in scene.killed)
     if not wait:
-        return Kill(target, at, None, shards)
-    it.wait(lambda: it.recovered(at), f"recovery from the end of {target}")
-    return Kill(target, at, time.time() - at, shards)
+        return Event(fault.name, at, ended - at, None, shards)
+    it.wait(lambda: it.recovered(ended), f"recovery from: {fault.name}")
+    return Event(fault.name, at, ended - at, time.time() - ended, shards)
 
 
-def _victims(it: Platform, target: str, dice: random.Random) -> list[psutil.Process]:
-    """The processes that a kill of `target` ends."""
-    if target == EVERYTHING:
-        return it.family()
-    found = it.programs(target, CODE_SERVER) if CODE_SERVER in target else it.programs(target)
-    streamers = it.streamers() if STREAMER in target else {}
-    one = dice.choice(list(streamers.values())) if streamers else None
-    return found + [p for p in it.family() if p.pid == one]
-
-
-def _judge(it: Platform, simulator: Simulator, kills: list[Kill], minutes: float) -> Outcome:
+def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: float) -> Outcome:
     proof = prove(it.settings, simulator)
     cut, delays = 0, []
     for shard in range(it.shards):
         folder = it.settings.journal_dir(shard)
-        cut += _connections_cut(folder, kills)
-        delays += _delays(folder, [k for k in kills if shard in k.shards])
-    return Outcome(kills, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays)
+        cut += _connections_cut(folder, events)
+        delays += _delays(folder, [e for e in events if shard in e.shards])
+    return Outcome(events, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays)
 
 
-def _connections_cut(folder: Path, kills: list[Kill]) -> int:
+def _connections_cut(folder: Path, events: list[Event]) -> int:
     """How many connections of a journal were open at a kill: from `connected` to the next start."""
-    ending = [k for k in kills if k.target == EVERYTHING or STREAMER in k.target]
+    ending = [e for e in events if e.shards]
     open_since: dict[bytes, int] = {}
     cut = 0
     for block in journal.blocks(folder, journal.beginning(folder)):
@@ -181,7 +202,7 @@ def _connections_cut(folder: Path, kills: list[Kill]) -> int:
     return min(cut, len(ending)) if ending else cut
 
 
-def _delays(folder: Path, kills: list[Kill]) -> list[float]:
+def _delays(folder: Path, kills: list[Event]) -> list[float]:
     """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
     for block in journal.blocks(folder, journal.beginning(folder)):
@@ -210,17 +231,19 @@ def _delays(folder: Path, kills: list[Kill]) -> list[float]:
 def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
     """The campaign as a page of the docs."""
     proof = outcome.proof
-    by_target: Counter[str] = Counter(k.target for k in outcome.kills)
+    by_fault: Counter[str] = Counter(e.fault for e in outcome.events)
+    kills = sum(bool(e.shards) for e in outcome.events)
+    missing = f"; not available there: {', '.join(outcome.left_out)}" if outcome.left_out else ""
     lines = [
         "# Reliability",
         "",
-        "What holds when anything is killed at any moment. This page is written by `make chaos`; the"
-        " same campaign, shorter, is part of `make test`.",
+        "What holds when anything is killed, filled up, taken away or slowed down at any moment. This page is"
+        " written by `make chaos`; the same campaign, shorter, is part of `make test`.",
         "",
-        f"{len(outcome.kills)} kills (`kill -9`) in {outcome.minutes:.0f} minutes, {MARKETS} markets,"
-        f" {rate:,.0f} deltas a second, {'one shard' if shards == 1 else f'{shards} shards'}, seed {seed};"
-        f" version {__version__}, Python"
-        f" {platform.python_version()}, {os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}.",
+        f"{len(outcome.events)} faults in {outcome.minutes:.0f} minutes ({kills} of them ended a streamer with"
+        f" `kill -9`), {MARKETS} markets, {rate:,.0f} deltas a second,"
+        f" {'one shard' if shards == 1 else f'{shards} shards'}, seed {seed}; version {__version__}, Python"
+        f" {platform.python_version()}, {os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}{missing}.",
         "",
         "| | |",
         "|---|---:|",
@@ -233,23 +256,24 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         f"| numbers missing without a `gap` row | {proof.unexplained} |",
         f"| levels that differ from the exchange's books at the end | {proof.books_differ} |",
         f"| connections begun / ended by a row | {proof.connections} / {proof.ends} |",
-        f"| interruptions without cause and span | {outcome.unmarked_kills} |",
+        f"| interruptions without cause and span | {outcome.unmarked_ends} |",
         f"| gaps on an open connection | {proof.gaps} |",
         "",
-        "| killed | times | recovery, median | longest |",
+        "| fault | times | recovery, median | longest |",
         "|---|---:|---:|---:|",
     ]
-    for target, times in sorted(by_target.items(), key=lambda item: -item[1]):
+    for fault, times in sorted(by_fault.items(), key=lambda item: (-item[1], item[0])):
         waited = [
-            k.recovered_s for k in outcome.kills if k.target == target and k.recovered_s is not None
+            e.recovered_s for e in outcome.events if e.fault == fault and e.recovered_s is not None
         ]
         median = f"{statistics.median(waited):.1f} s" if waited else "-"
         longest = f"{max(waited):.1f} s" if waited else "-"
-        lines.append(f"| {target} | {times} | {median} | {longest} |")
+        lines.append(f"| {fault} | {times} | {median} | {longest} |")
     lines += [
         "",
-        "Recovered means: frames come, every book is whole, both stores take rows. It is measured where"
-        " the campaign waited for it; the other kills fell into a recovery that was still going on.",
+        "Recovered means: frames come, every book is whole, both stores take rows. It is measured from the"
+        " fault's end, where the campaign waited for it; the other faults fell into a recovery that was"
+        " still going on.",
     ]
     if outcome.journal_delay_s:
         delays = sorted(outcome.journal_delay_s)
@@ -257,7 +281,8 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
             "",
             "What a kill of the streamer can cost is what had not reached the journal. Age of the newest"
             f" journalled frame at the moment of the kill: median {1000 * statistics.median(delays):.0f} ms,"
-            f" longest {1000 * delays[-1]:.0f} ms (frames come every 20 ms here).",
+            f" longest {1000 * delays[-1]:.0f} ms (frames come every 20 ms here; a slow or full disk under"
+            " the kill counts).",
         ]
     return "\n".join([*lines, ""])
 
@@ -265,7 +290,12 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
 def main() -> None:
     """`make chaos`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument(
+        "--only",
+        default="",
+        help="only faults of this group (kill, state, stall, exchange, disk) or name",
+    )
     parser.add_argument("--rate", type=float, default=1_000.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shards", type=int, default=1)
@@ -275,10 +305,11 @@ def main() -> None:
     print(f"Its data is in {folder}, and stays there unless all is well.")  # noqa: T201
     outcome = run(
         folder,
-        kills=given.kills,
+        count=given.faults,
         seed=given.seed,
         rate=given.rate,
         shards=given.shards,
+        only=given.only,
         say=lambda line: print(line, flush=True),  # noqa: T201
     )
     text = report(outcome, given.rate, given.seed, given.shards)

@@ -15,7 +15,7 @@ def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_ever
 ):
     said: list[str] = []
     with temporary("chaos-") as folder:
-        outcome = run(folder, kills=5, seed=11, rate=600.0, say=said.append)
+        outcome = run(folder, count=5, seed=11, rate=600.0, only="kill", say=said.append)
     assert outcome.sound, (said, outcome)
     assert outcome.proof.frames > 2_000
     assert "journalled frames lost | 0" in report(outcome, 600.0, 11)
