@@ -36,7 +36,7 @@ class Options:
     """0: any free one."""
     user: str
     password: str
-    """Empty: the one in the data folder writes, and without one there is only reading."""
+    """Empty: none is asked for."""
     object_store: tuple[str, ...] = ()
     """URL prefixes that `s3()` may read and write below; empty: none."""
     log_format: str = "text"
