@@ -66,10 +66,16 @@ def maintenance(now: datetime) -> bool:
 
 def behind(report: Mapping[str, Any] | None, store: str, now: datetime) -> bool:
     """Whether the load says that this store lacks rows, and has been for some seconds."""
-    it = report["stores"].get(store) if report is not None else None
+    it = _store(report, store)
     if report is None or it is None:
         return False
     return bool(it["trouble"]) or _late(it, report, now) > 10
+
+
+def _store(report: Mapping[str, Any] | None, store: str) -> Mapping[str, Any] | None:
+    """What a report says of a store; None for a damaged report, which `judge` names."""
+    stores = report.get("stores") if report is not None else None
+    return stores.get(store) if isinstance(stores, Mapping) else None
 
 
 def _late(store: Mapping[str, Any], report: Mapping[str, Any], now: datetime) -> float:
@@ -92,7 +98,7 @@ def loaded_to(reports: Iterable[Mapping[str, Any] | None], store: str) -> dateti
         it["loaded_ns"]
         for report in reports
         if report is not None
-        and (it := report["stores"].get(store)) is not None
+        and (it := _store(report, store)) is not None
         and "loaded_ns" in it  # a report of an earlier version has none
         and (report["state"] != "stopped" or it["lag"])
     ]
