@@ -439,7 +439,7 @@ class Engine:
                 raise ClickHouseError(236, "ABORTED", "The server is shutting down")
             self._running += 1
         try:
-            self._insist_on_folder()
+            self.insist_on_folder()
             with self._translated():
                 if request.session_id:
                     with self._session(request, statement) as connection_and_freshness:
@@ -451,13 +451,13 @@ class Engine:
                         yield connection, True
                     finally:
                         connection.close()
-            self._insist_on_folder()  # what went meanwhile was not stored
+            self.insist_on_folder()  # what went meanwhile was not stored
         finally:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
 
-    def _insist_on_folder(self) -> None:
+    def insist_on_folder(self) -> None:
         """The engine would make folders that are gone again, without what was in them."""
         if _identity_of(self._path) != self._folder:
             raise ClickHouseError(

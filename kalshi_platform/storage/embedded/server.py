@@ -170,6 +170,7 @@ class Server:
         )
         data: IO[bytes] | None = None
         if statement.data_begin is not None:
+            self._engine.insist_on_folder()  # the data is put there first
             data = held.enter_context(self._spool.file())
             self._spool.write(data, memoryview(head)[statement.data_begin :])
             async for piece in body:
