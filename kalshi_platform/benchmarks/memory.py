@@ -2,6 +2,10 @@
 
 `python -m kalshi_platform.benchmarks.memory --seconds 3600 --away` is an hour of it: ClickHouse is killed
 at the start and comes back at the end; every frame must then be in both stores once.
+
+`python -m kalshi_platform.benchmarks.memory --markets 20000 --levels 180` is an hour's end with so many
+levels in each book: a snapshot of every market before it and one delta after it are in the journal, and both
+loads take them in, in a process of their own. A second process is told to end while the books are written.
 """
 
 from __future__ import annotations
@@ -9,17 +13,33 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import uuid
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
+import psutil
 
+from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks import feed
 from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.benchmarks.pipeline import Recorder, feeding
+from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.numbers import dollars
+from kalshi_platform.loading.derivation import Derivation
+from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.writer import Writer
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns, open_archive
 from kalshi_platform.storage.embedded import running
+from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 
 SAMPLE_S = 1.0
 BOUND_MIB = 600.0
@@ -79,13 +99,170 @@ def soak(path: Path, markets: int, rate: float, seconds: float, *, away: bool = 
         return Soak(what, at, mib, it.last)
 
 
+# -- an hour's end -----------------------------------------------------------------------------
+
+HOUR_END_PATIENCE_S = 1_800.0
+
+
+@dataclass(frozen=True)
+class HourEnd:
+    """How a load went over an hour's end, by what its process saw every 20 ms."""
+
+    seconds: float
+    begun_mib: float
+    """Resident before the first record."""
+    peak_mib: float
+    silent_s: dict[str, float]
+    """The longest time without a commit, by store."""
+    ended: bool
+    """Whether everything was loaded."""
+    end_s: float
+    """From the request to end to the end of both loads."""
+
+
+def hour_end(markets: int, levels: int) -> list[Figure]:
+    """Load a snapshot of every market and an hour's end, whole and with an end in the middle."""
+    what = f"{markets:,} markets of {levels:,} levels over an hour's end"
+    whole, stopped = (_loaded(markets, levels, stops=stops) for stops in (False, True))
+    return [
+        Figure(f"memory, {what}", whole.peak_mib, "MiB at most"),
+        Figure(f"memory, {what}: before", whole.begun_mib, "MiB"),
+        Figure(f"load, {what}", whole.seconds, "s"),
+        *(
+            Figure(f"{store}, {what}: longest time without a commit", silent, "s")
+            for store, silent in whole.silent_s.items()
+        ),
+        Figure(f"end while the books are written, {what}", stopped.end_s, "s", at_most=10.0),
+    ]
+
+
+def _loaded(markets: int, levels: int, *, stops: bool) -> HourEnd:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, ExitStack() as stack:
+        url = stack.enter_context(running(Path(name) / "clickhouse"))
+        settings = platform_settings.load(
+            kalshi_data_dir=Path(name), clickhouse_url=str(url), hot_retention_days=36_500
+        )
+        migrations.migrate(settings)
+        process = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+        process.submit(write_hour_end, settings.journal_dir(), markets, levels).result()
+        loads = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+        hour, it = loads.submit(_load_hour_end, settings, stops=stops).result()
+        if not stops:
+            _check_checkpoint(settings, hour, markets, markets * levels)
+        return it
+
+
+def write_hour_end(folder: Path, markets: int, levels: int) -> None:
+    """A journal of a snapshot for each market, 10 s before an hour's end, and a delta after it."""
+    writer = Writer(folder)
+    conn = uuid.uuid4().bytes
+    at = hour_start_ns(hour_of_ns(feed.START_US * 1000) + HOUR) - 10_000_000_000
+    writer.note("started", {}, recv_ns=at)
+    writer.note("connected", {"use_yes_price": False}, conn=conn, recv_ns=at)
+    yes, no = (
+        ",".join(f'["{dollars(100 + 10 * n)}","{1 + n}.00"]' for n in range(count))
+        for count in (levels - levels // 2, levels // 2)
+    )
+    for market in range(markets):
+        head = f'"market_ticker":"{feed.ticker(market)}","market_id":"{feed.market_id(market)}"'
+        body = f'{{{head},"yes_dollars_fp":[{yes}],"no_dollars_fp":[{no}]}}'
+        frame = f'{{"type":"orderbook_snapshot","sid":1,"seq":{market + 1},"msg":{body}}}'
+        writer.append(at, conn, Kind.SNAPSHOT, frame.encode())
+        if market % 500 == 499:
+            writer.hand_over()
+            writer.wait_durable(writer.next_n, 60.0)
+    head = f'"market_ticker":"{feed.ticker(0)}","market_id":"{feed.market_id(0)}"'
+    body = f'{{{head},"price_dollars":"0.0100","delta_fp":"1.00","side":"yes"}}'
+    frame = f'{{"type":"orderbook_delta","sid":1,"seq":{markets + 1},"msg":{body}}}'
+    writer.append(at + 11_000_000_000, conn, Kind.DELTA, frame.encode())
+    writer.hand_over()
+    writer.wait_durable(writer.next_n, 60.0)
+    writer.close()
+
+
+def _load_hour_end(settings: Settings, *, stops: bool) -> tuple[datetime, HourEnd]:
+    """Load the journal into both stores; `stops`: until the books are being written, then end."""
+    folder = settings.journal_dir()
+    writer = Writer(folder)
+    derivation = Derivation(folder)
+    loads = [
+        Load(folder, writer, store, pace, derivation=derivation)
+        for store, pace in (
+            (ParquetStore(open_archive(settings), 0, lambda _: None), PARQUET_PACE),
+            (ClickHouseStore(settings, str(writer.id)), CLICKHOUSE_PACE),
+        )
+    ]
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    began = time.monotonic()
+    last = {load.name: (load.committed_ns, began) for load in loads}
+    silent = dict.fromkeys(last, 0.0)
+    for load in loads:
+        load.start()
+        if not stops:
+            load.drain()
+    while (now := time.monotonic()) < began + HOUR_END_PATIENCE_S:
+        peak = max(peak, process.memory_info().rss)
+        for load in loads:
+            committed_ns, since = last[load.name]
+            silent[load.name] = max(silent[load.name], now - since)
+            if load.committed_ns != committed_ns or (not load.lag and load.committed):
+                last[load.name] = (load.committed_ns, now)
+        if all(not load.lag and load.committed for load in loads):
+            break
+        if (
+            stops
+            and (folder / "load" / "hours").is_dir()
+            and any((folder / "load" / "hours").glob("*.state"))
+        ):
+            break
+        time.sleep(0.02)
+    asked = time.monotonic()
+    for load in loads:
+        load.drain()
+    ended = [load.join(0.1 if stops else 60.0) for load in loads]
+    while any(load.alive for load in loads):
+        time.sleep(0.01)
+    done = time.monotonic()
+    for load in loads:
+        if load.failure is not None:
+            raise RuntimeError(f"{load.name}: {load.failure}")
+    writer.close()
+    hour = hour_of_ns(feed.START_US * 1000) + HOUR
+    return hour, HourEnd(
+        asked - began, before / 2**20, peak / 2**20, silent, all(ended), done - asked
+    )
+
+
+def _check_checkpoint(settings: Settings, hour: datetime, markets: int, levels: int) -> None:
+    """Both stores have each level of each book once, at the hour's beginning."""
+    client = clickhouse.connect(settings)
+    hot = client.query(
+        "SELECT count(), uniqExact(market_ticker) FROM book_checkpoints WHERE ts = {hour:DateTime64(6, 'UTC')}",
+        parameters={"hour": hour},
+    ).result_rows[0]
+    client.close()
+    cold = sum(
+        table.num_rows
+        for table in open_archive(settings).read(BOOK_CHECKPOINTS.name, hour, ["side"])
+    )
+    if (tuple(hot), cold) != ((levels, markets), levels):
+        raise RuntimeError(f"of {levels} levels ClickHouse has {hot}, Parquet {cold}")
+
+
 @click.command(help=__doc__)
 @click.option("--markets", default=500, show_default=True)
 @click.option("--rate", default=10_000.0, show_default=True, help="Frames a second.")
 @click.option("--seconds", default=600.0, show_default=True)
 @click.option("--away", is_flag=True, help="Without ClickHouse meanwhile.")
-def main(markets: int, rate: float, seconds: float, away: bool) -> None:
+@click.option(
+    "--levels", default=0, help="Load an hour's end with so many levels in each book instead."
+)
+def main(markets: int, rate: float, seconds: float, away: bool, levels: int) -> None:
     """Lay out the frames, record them, look at the memory, count the rows."""
+    if levels:
+        show(hour_end(markets, levels))
+        return
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / "deltas.bin"
         feed.write_deltas(path, int(rate * seconds), markets)

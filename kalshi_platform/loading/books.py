@@ -8,7 +8,7 @@ that follow each other share what has not changed for a while (`Ladders`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Self
@@ -115,6 +115,32 @@ class Ladders:
         unchanged = self.base.filter(~pl.col("level").is_in(self.recent["level"].implode()))
         standing = self.recent.filter(pl.col("size") != 0).sort("level")
         return unchanged.merge_sorted(standing, key="level").rechunk()
+
+    def batches(self, rows: int) -> Iterator[pl.DataFrame]:
+        """The same, about so many levels at a time."""
+        base, recent = self.base["level"], self.recent.sort("level")
+        edges = base.gather_every(rows, rows)  # `search_sorted` wants a value for each
+        cuts = recent["level"].search_sorted(edges, side="left").to_list() if len(edges) else []
+        spans = itertools.pairwise([0, *cuts, recent.height])
+        for n, (begin, end) in enumerate(spans):
+            part = Ladders(self.base.slice(n * rows, rows), recent.slice(begin, end - begin))
+            yield part.all()
+
+    def heights(self, markets: pl.Series) -> npt.NDArray[np.int64]:
+        """How many levels each of these markets (numbers) has."""
+        base, recent = self.base["level"].to_numpy(), self.recent.sort("level")
+        level, stands = recent["level"].to_numpy(), (recent["size"] != 0).to_numpy()
+        known = np.searchsorted(base, level, "right") - np.searchsorted(base, level, "left")
+        more = np.concatenate([[0], np.cumsum(stands.astype(np.int64) - known)])
+        lowest = markets.to_numpy() * _OF_MARKET
+        beyond = lowest + _OF_MARKET
+        heights: npt.NDArray[np.int64] = (
+            np.searchsorted(base, beyond)
+            - np.searchsorted(base, lowest)
+            + more[np.searchsorted(level, beyond)]
+            - more[np.searchsorted(level, lowest)]
+        )
+        return heights
 
     def of(self, levels: pl.Series, markets: pl.Series) -> pl.DataFrame:
         """Those of `levels` that there are, and all levels of `markets` (numbers)."""
@@ -303,7 +329,6 @@ def market_of(level: pl.Expr) -> pl.Expr:
 
 def in_words(packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, int]) -> pl.DataFrame:
     """Add connection, market, side and price to rows that have a `level`; keeps their order."""
-    level = pl.col("level")
     head = pl.DataFrame(
         {
             "market": pl.Series([numbers[ticker] for ticker in books], dtype=pl.Int64),
@@ -312,11 +337,17 @@ def in_words(packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, in
             "market_id": pl.Series([book.market_id for book in books.values()], dtype=pl.String),
         }
     )
-    return packed.with_columns(
+    return unpacked(packed).join(head, on="market", how="left", maintain_order="left")
+
+
+def unpacked(levels: pl.DataFrame) -> pl.DataFrame:
+    """Add market (its number), side and price to rows that have a `level`."""
+    level = pl.col("level")
+    return levels.with_columns(
         market_of(level).alias("market"),
         pl.when(level // _PRICES % 2 == 1)
         .then(pl.lit("no"))
         .otherwise(pl.lit("yes"))
         .alias("side"),
         (level % _PRICES).alias("price"),
-    ).join(head, on="market", how="left", maintain_order="left")
+    )

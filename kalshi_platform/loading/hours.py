@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from kalshi_platform.loading.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
 from kalshi_platform.storage import checksum
-from kalshi_platform.storage.archive import HOUR, Archive, Manifest, Part, batches, rows_of
+from kalshi_platform.storage.archive import HOUR, Archive, File, Manifest, Part, batches, rows_of
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -73,14 +73,20 @@ class _Tally:
     parts: tuple[Part, ...]
 
 
-def describe(archive: Archive, hour: datetime, *, complete: bool) -> HourReport:
-    """Count and check everything that the archive holds of an hour."""
-    tallies = {name: tally for name in RECORDED if (tally := _tally(archive, name, hour)).parts}
+def describe(
+    archive: Archive, hour: datetime, *, complete: bool, proceed: Callable[[], None] = lambda: None
+) -> HourReport:
+    """Count and check everything that the archive holds of an hour.
+
+    COUNTED_ROWS are read at a time, and `proceed` called between.
+    """
+    read = _Reading(archive, hour, proceed)
+    tallies = {name: tally for name in RECORDED if (tally := _tally(read, name)).parts}
     if not tallies:
         return HourReport(hour, complete, ())
-    events = _events(archive, hour)
+    events = _events(read)
     gaps = sum(event["kind"] == "gap" for event in events)
-    covered = _coverage(archive, hour, events, complete=complete)
+    covered = _coverage(read, events, complete=complete)
     return HourReport(
         hour,
         complete,
@@ -108,13 +114,16 @@ def describe(archive: Archive, hour: datetime, *, complete: bool) -> HourReport:
 
 
 def seal(
-    archive: Archive, hour: datetime, taken: Mapping[str, Sequence[str]] | None = None
+    archive: Archive,
+    hour: datetime,
+    taken: Mapping[str, Sequence[str]] | None = None,
+    proceed: Callable[[], None] = lambda: None,
 ) -> HourReport:
     """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent.
 
-    `taken`: by dataset, the parts that have become one sorted file just now.
+    `taken`: by dataset, the parts that have become one sorted file just now. `proceed`: as in `describe`.
     """
-    report = describe(archive, hour, complete=True)
+    report = describe(archive, hour, complete=True, proceed=proceed)
     for dataset in report.datasets:
         merged = (taken or {}).get(dataset.dataset, ())
         archive.write_manifest(_manifest(archive, dataset, report.verified_by_market, merged))
@@ -174,16 +183,43 @@ def is_compacted(names: Sequence[str]) -> bool:
     return len(names) == 1 and names[0].startswith(COMPACTED)
 
 
-def _tally(archive: Archive, dataset: str, hour: datetime) -> _Tally:
+@dataclass(frozen=True)
+class _Reading:
+    """Reads an hour some rows at a time, whatever it holds."""
+
+    archive: Archive
+    hour: datetime
+    proceed: Callable[[], None]
+
+    def files(self, dataset: str) -> list[File]:
+        return self.archive.files(dataset, self.hour)
+
+    def batches(self, dataset: str, columns: list[str]) -> Iterator[pa.Table]:
+        """These columns of a dataset, file by file."""
+        for file in self.files(dataset):
+            yield from self.of_file(file, dataset, columns)
+
+    def of_file(
+        self, file: File, dataset: str, columns: list[str] | None = None
+    ) -> Iterator[pa.Table]:
+        schema = DATASETS[dataset].arrow
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        for table in batches(file, schema, COUNTED_ROWS, columns=columns):
+            self.proceed()
+            yield table
+
+
+def _tally(read: _Reading, dataset: str) -> _Tally:
     clock = "ts" if dataset == BOOK_CHECKPOINTS.name else "ingest_ts"
     rows, total = 0, 0
     markets: set[str] = set()
     first: datetime | None = None
     last: datetime | None = None
     parts = []
-    for file in archive.files(dataset, hour):
+    for file in read.files(dataset):
         count = 0
-        for table in batches(file, DATASETS[dataset].arrow, COUNTED_ROWS):
+        for table in read.of_file(file, dataset):
             count += table.num_rows
             total = (total + checksum.rows_checksum(table)) % 2**64
             markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
@@ -200,19 +236,24 @@ _EVENT = ["ingest_ts", "conn_id", "sid", "kind", "market_ticker", "detail", *PLA
 _BOOK = ["ts", "conn_id", "sid", "market_ticker", "verified", *PLACE]
 
 
-def _events(archive: Archive, hour: datetime) -> list[dict[str, Any]]:
+def _events(read: _Reading) -> list[dict[str, Any]]:
     """What coverage and gap counts depend on, in order: stream events, and the books of the checkpoints."""
     found = []
-    for table in archive.read(STREAM_EVENTS.name, hour, _EVENT):
+    text = pl.col("conn_id", "market_ticker").cast(pl.String)
+    for table in read.batches(STREAM_EVENTS.name, _EVENT):
         kind = table["kind"].cast(pa.string())
-        found.append(pl.DataFrame(table.filter(pc.is_in(kind, pa.array(BREAKING)))))
-    for table in archive.read(BOOK_CHECKPOINTS.name, hour, _BOOK):
-        books = pl.DataFrame(table).unique(maintain_order=True)
-        found.append(books.rename({"ts": "ingest_ts"}).with_columns(kind=pl.lit(CHECKPOINT)))
+        rows = pl.DataFrame(table.filter(pc.is_in(kind, pa.array(BREAKING))))
+        found.append(rows.with_columns(text, pl.col("kind").cast(pl.String)))
+    books = [
+        pl.DataFrame(table).with_columns(text).unique(maintain_order=True)
+        for table in read.batches(BOOK_CHECKPOINTS.name, _BOOK)
+    ]
+    if books:
+        each = pl.concat(books).unique(maintain_order=True)
+        found.append(each.rename({"ts": "ingest_ts"}).with_columns(kind=pl.lit(CHECKPOINT)))
     if not found:
         return []
-    text = pl.col("conn_id", "kind", "market_ticker").cast(pl.String)
-    return _in_order(pl.concat([f.with_columns(text) for f in found], how="diagonal")).to_dicts()
+    return _in_order(pl.concat(found, how="diagonal")).to_dicts()
 
 
 def _in_order(events: pl.DataFrame) -> pl.DataFrame:
@@ -233,26 +274,25 @@ def _in_order(events: pl.DataFrame) -> pl.DataFrame:
     return timed.sort("ingest_ts", ~placed & (kind != CHECKPOINT), maintain_order=True)
 
 
-def _coverage(
-    archive: Archive, hour: datetime, events: list[dict[str, Any]], *, complete: bool
-) -> Coverage:
-    signs = _signs(archive, hour)
+def _coverage(read: _Reading, events: list[dict[str, Any]], *, complete: bool) -> Coverage:
+    signs, hour = _signs(read), read.hour
     last = max(signs.values(), default=hour)
     end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
     return coverage(hour, end, events, signs)
 
 
-def _signs(archive: Archive, hour: datetime) -> dict[str, datetime]:
+def _signs(read: _Reading) -> dict[str, datetime]:
     """Each connection's newest receive time in the hour's files; see `coverage`."""
     newest: dict[str, datetime] = {}
+    hour = read.hour
     for name in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name):
-        for table in archive.read(name, hour, ["conn_id", "ingest_ts"]):
+        for table in read.batches(name, ["conn_id", "ingest_ts"]):
             found = pl.DataFrame(table).group_by("conn_id").agg(pl.col("ingest_ts").max())
             for conn, at in found.cast({"conn_id": pl.String}).iter_rows():
                 newest[conn] = max(newest.get(conn, hour), at)
     newest.pop(ZERO_UUID, None)  # happened to no connection
     columns = ["kind", "conn_id", "detail", "ingest_ts"]
-    for table in archive.read(STREAM_EVENTS.name, hour, columns):
+    for table in read.batches(STREAM_EVENTS.name, columns):
         beats = pl.DataFrame(table).filter(
             pl.col("kind").cast(pl.String) == "heartbeat",
             pl.col("conn_id").cast(pl.String) == ZERO_UUID,

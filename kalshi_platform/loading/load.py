@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -36,13 +36,13 @@ from kalshi_platform.loading.freshness import BEHIND_S
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
 from kalshi_platform.loading.state import (
     UnreadableState,
-    checkpoint,
+    checkpoint_batches,
     keep_hour_state,
     load,
     newest_before,
     save,
 )
-from kalshi_platform.loading.stores import Store
+from kalshi_platform.loading.stores import Abandoned, Store
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.delays import Delays
@@ -220,7 +220,14 @@ class Load:
             self._thread.join(0.05)
         ended = not self._thread.is_alive()
         self._abandon.set()
+        if not ended:
+            self._store.abandon()
         return ended and self.trouble is None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self._thread.is_alive()
 
     @property
     def lag(self) -> int:
@@ -243,7 +250,7 @@ class Load:
         while True:
             try:
                 self._load()
-            except _Abandoned:
+            except Abandoned:
                 return
             except BaseException as error:  # a panic of Polars is no Exception
                 known = isinstance(error, PlatformError)
@@ -480,7 +487,7 @@ class Load:
         for stretch in chunks(up_to(until_n, journal.read(self._folder, self._position))):
             for piece, _ in at_openings(stretch, self._state.clock):
                 if self._abandon.is_set():
-                    raise _Abandoned
+                    raise Abandoned
                 rows, state = derive(decoded(piece), self._state, self._derivation.shard)
                 self._took(rows, state, piece.end)
                 if written:
@@ -502,10 +509,16 @@ class Load:
             self._distrust(it)
 
     def _begin_hour(self, hour: datetime) -> None:
-        books = checkpoint(self._state, hour, self._derivation.shard)
         n = self._position.n
         self._insist(lambda: keep_hour_state(self._state, self._folder, hour))
-        self._insist(lambda: self._store.begin_hour(hour, books, n))
+        self._insist(lambda: self._store.begin_hour(hour, self._books(hour), n))
+
+    def _books(self, hour: datetime) -> Iterator[pa.Table]:
+        """The books before the hour's first record, some at a time, until the load is abandoned."""
+        for batch in checkpoint_batches(self._state, hour, self._derivation.shard):
+            if self._abandon.is_set():
+                raise Abandoned
+            yield batch
 
     def _commit(self, end: Position) -> None:
         """Plan, write, advance: in this order, so that a kill between repeats and never skips."""
@@ -574,7 +587,7 @@ class Load:
 
     def _sleep(self, seconds: float) -> None:
         if self._abandon.wait(seconds):
-            raise _Abandoned
+            raise Abandoned
 
     def _keep_state(self) -> None:
         """Save the books as of the committed position, and forget the ones before."""
@@ -592,10 +605,6 @@ class Load:
     def _write_cursor(self, cursor: Cursor) -> None:
         self._insist(lambda: cursor_file.write(self._folder, cursor))
         self._cursor = cursor
-
-
-class _Abandoned(Exception):
-    """The streamer ends and the store is still away: the rest stays in the journal."""
 
 
 def _patience(attempt: tenacity.RetryCallState) -> float:

@@ -8,9 +8,10 @@ damaged, the hour becomes one file per dataset; what was there is put aside unde
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import at_openings, chunks
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.state import checkpoint, hour_state
+from kalshi_platform.loading.state import checkpoint_batches, hour_state
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Hole, Position
@@ -48,8 +49,9 @@ from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 
 log = logging.getLogger(__name__)
 
-RANGE_RECORDS = 524_288
-"""Journal records of one file, where nothing says how the hour was cut before."""
+RANGE_ROWS = 262_144
+RANGE_BYTES = 64 << 20
+"""Of one file, where nothing says how the hour was cut before."""
 
 
 @dataclass(frozen=True)
@@ -235,26 +237,34 @@ def _same(manifest: Manifest, content: compaction.Content) -> bool:
 
 def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     state, shard = source.state, source.shard
-    books = checkpoint(state, hour, shard) if state.n else BOOK_CHECKPOINTS.arrow.empty_table()
-    if books.num_rows:
-        _write(archive, BOOK_CHECKPOINTS, hour, part_name(shard, state.n, state.n), books)
-    edges = _edges(archive, hour, shard)
+    books = checkpoint_batches(state, hour, shard) if state.n else iter(())
+    if (first := next(books, None)) is not None:
+        name = part_name(shard, state.n, state.n)
+        _write(archive, BOOK_CHECKPOINTS, hour, name, itertools.chain([first], books))
+    ranges = _ranges(archive, hour, shard)
+    begins = {begin for begin, _ in ranges}
+    edges = begins | {end for _, end in ranges}
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source, hour, edges):
         rows, state = derive(decoded(piece), state, shard)
         pending.append(rows)
-        if state.n in edges or (not edges and state.n - first_n >= RANGE_RECORDS):
+        if state.n in edges or (first_n not in begins and _is_full(pending)):
             _write_range(archive, hour, shard, first_n, pending)
             pending, first_n = [], state.n
     if pending:
         _write_range(archive, hour, shard, first_n, pending)
 
 
-def _edges(archive: Archive, hour: datetime, shard: int) -> set[int]:
-    """Where a shard's part of the hour was cut."""
+def _is_full(pending: list[Rows]) -> bool:
+    rows, size = sum(it.count for it in pending), sum(it.bytes for it in pending)
+    return rows >= RANGE_ROWS or size >= RANGE_BYTES
+
+
+def _ranges(archive: Archive, hour: datetime, shard: int) -> set[tuple[int, int]]:
+    """The records of each of a shard's parts of the hour, but for the checkpoint's."""
     cuts = [cut for name in _parts(archive, hour) if (cut := part_range(name))]
-    return {n for of, first_n, end_n in cuts if of == shard for n in (first_n, end_n)}
+    return {(first_n, end_n) for of, first_n, end_n in cuts if of == shard and first_n < end_n}
 
 
 def _parts(archive: Archive, hour: datetime) -> set[str]:
@@ -298,11 +308,13 @@ def _write_range(
         table = concatenated([rows.tables[dataset.name] for rows in pending])
         for of_hour, piece in by_hour(table):
             if of_hour == hour:
-                _write(archive, dataset, hour, name, piece)
+                _write(archive, dataset, hour, name, [piece])
 
 
-def _write(archive: Archive, dataset: Dataset, hour: datetime, name: str, table: pa.Table) -> None:
-    archive.write(dataset.name, hour, name, [table], dataset.arrow)
+def _write(
+    archive: Archive, dataset: Dataset, hour: datetime, name: str, tables: Iterable[pa.Table]
+) -> None:
+    archive.write(dataset.name, hour, name, tables, dataset.arrow)
 
 
 # -- from ClickHouse ---------------------------------------------------------------------------
@@ -345,7 +357,7 @@ def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> No
             for file in there:
                 archive.put_aside(file)
         if table.num_rows:
-            _write(archive, dataset, hour, FROM_CLICKHOUSE, table)
+            _write(archive, dataset, hour, FROM_CLICKHOUSE, [table])
 
 
 def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:

@@ -6,7 +6,7 @@ storage the hour becomes one sorted file here, before anybody sees it (`storage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -17,22 +17,25 @@ from kalshi_platform.storage.archive import Archive, File, Sort
 from kalshi_platform.storage.schema import DATASETS
 
 
-def seal(archive: Archive, hour: datetime) -> HourReport:
+def seal(
+    archive: Archive, hour: datetime, proceed: Callable[[], None] = lambda: None
+) -> HourReport:
     """Send what waits of an hour and seal it. Idempotent, also after a kill at any step.
 
-    Raises `StoreUnavailable` where the archive is away, and `StoreRefused` where it takes nothing, or
+    `proceed` is called again and again; what it raises leaves the hour to the next time. Raises `StoreUnavailable` where the archive is away, and `StoreRefused` where it takes nothing, or
     has something else than what was sent.
     """
     with ExitStack() as sending:
         taken = {
-            name: sending.enter_context(archive.sending(name, hour, _sort(name)))
+            name: sending.enter_context(archive.sending(name, hour, _sort(name, proceed)))
             for name in hours.RECORDED
         }
-        return hours.seal(archive, hour, taken)
+        return hours.seal(archive, hour, taken, proceed)
 
 
-def _sort(name: str) -> Sort:
+def _sort(name: str, proceed: Callable[[], None]) -> Sort:
     def sort(parts: Sequence[File], folder: Path) -> Path:
+        proceed()
         _, part = compaction.build(parts, DATASETS[name], folder)
         return folder / part.file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -12,12 +13,22 @@ from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.books import LEVELS, PACKED, Book, Clock, Connection, Ladders, State
+from kalshi_platform.loading.books import (
+    LEVELS,
+    PACKED,
+    Book,
+    Clock,
+    Connection,
+    Ladders,
+    State,
+    unpacked,
+)
 from kalshi_platform.loading.columns import names, place, prices, quantities
 from kalshi_platform.storage.archive import floor_hour, hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, TIME
@@ -26,6 +37,20 @@ log = logging.getLogger(__name__)
 
 BATCH_LEVELS = 1 << 16
 """Compressed at a time."""
+CHECKPOINT_ROWS = 1 << 17
+"""Of a checkpoint at a time: about 40 MB while they are made."""
+_LIVE = pl.Schema(
+    {
+        "market": pl.Int64,
+        "market_ticker": pl.String,
+        "conn": pl.String,
+        "sid": pl.UInt32,
+        "market_id": pl.String,
+        "verified": pl.Boolean,
+        "seq": pl.UInt64,
+    }
+)
+"""What a checkpoint says of a book."""
 _HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
 ALIVE_NS = 30_000_000_000
 """The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
@@ -64,11 +89,12 @@ def save(state: State, path: Path) -> None:
             state.clock.last_ns,
         )
     )
-    table = state.ladders.all().to_arrow().replace_schema_metadata({"state": head})
+    schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
     content = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_file(content, table.schema, options=options) as writer:
-        writer.write_table(table, max_chunksize=BATCH_LEVELS)
+    with pa.ipc.new_file(content, schema, options=options) as writer:
+        for levels in state.ladders.batches(BATCH_LEVELS):
+            writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
     body = content.getvalue()
     # Both loads of a streamer keep the same state of the same hour, at the same moment.
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
@@ -175,38 +201,50 @@ def hour_folder(journal_folder: Path) -> Path:
 
 
 def checkpoint(state: State, at: datetime, shard: int = 0) -> pa.Table:
+    """All of `checkpoint_batches` as one table."""
+    empty = BOOK_CHECKPOINTS.arrow.empty_table()
+    return pa.concat_tables([empty, *checkpoint_batches(state, at, shard)]).unify_dictionaries()
+
+
+def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
     """Every live book where `Clock.opens` asks for it, from the state before that record.
 
     Live means: based on a snapshot, still followed, on an open connection, recorder at work. Where the
     clock shows an hour again, books that ended in the newest hour are there too, as not verified: earlier
     rows of this hour may have them live. All rows carry the record, `state.n`.
+
+    Books go by ticker and are whole: a batch has CHECKPOINT_ROWS, and what its last book has more. Equal
+    states come in equal batches.
     """
+    books = _live_books(state, at)
+    rows = np.maximum(state.ladders.heights(books["market"]), 1)  # an empty book has a row, too
+    batch = (np.cumsum(rows) - rows) // CHECKPOINT_ROWS
+    edges = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), books.height]
+    for begin, end in itertools.pairwise(edges):
+        if begin < end:
+            yield _checkpoint_of(books.slice(begin, end - begin), state, at, shard)
+
+
+def _live_books(state: State, at: datetime) -> pl.DataFrame:
     start_ns = hour_start_ns(floor_hour(at))
-    if start_ns - state.version > ALIVE_NS:
-        return BOOK_CHECKPOINTS.arrow.empty_table()
+    alive = start_ns - state.version <= ALIVE_NS
     wanted = state.followed_lately if start_ns <= state.version else state.follows
     books = [
-        (ticker, book.conn, book.sid, book.market_id, state.trusts(book), state.seq_of(book))
+        (
+            *(state.numbers[ticker], ticker, book.conn, book.sid, book.market_id),
+            *(state.trusts(book), state.seq_of(book)),
+        )
         for ticker, book in sorted(state.books.items())
-        if book.based and wanted(book)
+        if alive and book.based and wanted(book)
     ]
-    head = pl.DataFrame(
-        books,
-        schema={
-            "market_ticker": pl.String,
-            "conn": pl.String,
-            "sid": pl.UInt32,
-            "market_id": pl.String,
-            "verified": pl.Boolean,
-            "seq": pl.UInt64,
-        },
-        orient="row",
+    return pl.DataFrame(books, schema=_LIVE, orient="row")
+
+
+def _checkpoint_of(books: pl.DataFrame, state: State, at: datetime, shard: int) -> pa.Table:
+    levels = state.ladders.of(state.ladders.base["level"].clear(), books["market"])
+    rows = books.join(unpacked(levels), on="market", how="left").sort(
+        "market_ticker", "side", "price"
     )
-    rows = head.join(
-        state.levels.select("conn", "market_ticker", "side", "price", "size"),
-        on=["conn", "market_ticker"],
-        how="left",
-    ).sort("market_ticker", "side", "price")
     return pa.Table.from_arrays(
         [
             pa.repeat(pa.scalar(at, TIME), rows.height),

@@ -5,10 +5,12 @@ Neither knows the other: ClickHouse may be away for an hour while Parquet goes o
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +54,10 @@ SEAL_PATIENCE_S = 2.0
 """For the archive's lock, when hours are to be sealed: recording's files do not wait for a rebuild."""
 
 
+class Abandoned(Exception):
+    """The process ends: what is under way is left to the next start."""
+
+
 class Store(Protocol):
     """Where rows go. Every method may be called again with the same arguments, to no effect."""
 
@@ -79,8 +85,14 @@ class Store(Protocol):
         Raises `StoreUnavailable` where another try may help, `StoreRefused` where none will.
         """
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        """Record `n` is the first of `hour`; every earlier record has been written."""
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        """Record `n` is the first of `hour`; every earlier record has been written.
+
+        `books`: the hour's checkpoint, whole books at a time. It may raise.
+        """
+
+    def abandon(self) -> None:
+        """The process ends: leave what takes long, with `Abandoned`, at the next place where that is safe."""
 
 
 class ClickHouseStore:
@@ -101,6 +113,7 @@ class ClickHouseStore:
         self.place = recorders_table.place(settings)
         self.ledger: Ledger = TableLedger(shard, self._connected, self.place)
         self._journal_id = journal_id
+        self._shard = shard
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
         self._sure_from: int | None = None
@@ -165,11 +178,37 @@ class ClickHouseStore:
         """See `Store`. Rows of ClickHouse do not say in which range they came."""
         return None
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        """The books at the hour's first instant, for `book_at`."""
-        token = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        """The books at the hour's first instant, for `book_at`, insert by insert.
+
+        Between two inserts some books have their checkpoint and others do not. Each is there whole or
+        not at all, and without one a reader begins at the base before, which leads to the same book.
+        The hour's own rows follow the last insert: where a row of record `n` or a later one is, the
+        checkpoint is whole. One that is begun once more goes on with the books that are not there.
+        """
+        first_time = self._sure_from is not None and n >= self._sure_from
         self._sure_from = None  # nothing tells one that is begun once more
-        self._insert(BOOK_CHECKPOINTS.name, checkpoint, token, sure=False)
+        there = frozenset() if first_time else self._checkpointed(hour, n)
+        of_hour = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
+        for batch in books:
+            missing = _without(batch, there)
+            if missing.num_rows:
+                first, last = missing["market_ticker"][0], missing["market_ticker"][-1]
+                token = f"{of_hour}:{first}:{last}:{missing.num_rows}"
+                self._insert(BOOK_CHECKPOINTS.name, missing, token, sure=False)
+
+    def _checkpointed(self, hour: datetime, n: int) -> frozenset[str]:
+        """The books, as `_without` names them, that an hour's checkpoint already has."""
+        with clickhouse.translated():
+            found = self._connected().query(
+                f"SELECT DISTINCT toString(conn_id), market_ticker FROM {BOOK_CHECKPOINTS.name}"  # noqa: S608 - the schema's own name
+                " WHERE ts = {hour:DateTime64(6, 'UTC')} AND shard = {shard:UInt32} AND record = {n:UInt64}",
+                parameters={"hour": hour, "shard": self._shard, "n": n},
+            )
+        return frozenset(f"{conn} {ticker}" for conn, ticker in found.result_rows)
+
+    def abandon(self) -> None:
+        """See `Store`. One insert is bounded."""
 
     def _insert(self, name: str, table: pa.Table, token: str, *, sure: bool) -> None:
         if not table.num_rows:
@@ -217,6 +256,7 @@ class ParquetStore:
         """Up to here, hours were looked for that all have passed and nobody has sealed."""
         self._looked_back = False
         self._open_hour_reported: datetime | None = None
+        self._abandoned = threading.Event()
 
     def holds(self, trace: Trace) -> bool | None:
         """See `Store`. By the names of the hour's parts, those that a compaction took in included."""
@@ -269,7 +309,7 @@ class ParquetStore:
         }
         news = [hour for hour in touched if hour not in late and self._is_first_of(hour)]
         for hour, dataset, part in pieces:
-            self._write_part(dataset, hour, first_n, end_n, part, late=hour in late)
+            self._write_part(dataset, hour, first_n, end_n, [part], late=hour in late)
         for hour in sorted(late):
             if hour < self._everywhere or hours.is_sealed(self._archive, hour):
                 with self._archive.changing():
@@ -293,7 +333,7 @@ class ParquetStore:
         hour: datetime,
         first_n: int,
         end_n: int,
-        rows: pa.Table,
+        tables: Iterable[pa.Table],
         *,
         late: bool,
     ) -> None:
@@ -302,17 +342,30 @@ class ParquetStore:
         with self._archive.changing() if late else nullcontext():
             manifest = self._archive.read_manifest(dataset.name, hour) if late else None
             if manifest is None or name not in manifest.merged:
-                self._archive.write(dataset.name, hour, name, [rows], dataset.arrow)
+                self._archive.write(dataset.name, hour, name, tables, dataset.arrow)
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        """Write the checkpoint, say how far this journal is, and seal what all have passed."""
-        if checkpoint.num_rows:
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        """Write the checkpoint, say how far this journal is, and seal what all have passed.
+
+        The checkpoint is one file, written batch by batch: no reader sees a part of it.
+        """
+        if (first := next(books, None)) is not None:
             late = hours.is_sealed(self._archive, hour)
-            self._write_part(BOOK_CHECKPOINTS, hour, n, n, checkpoint, late=late)
+            self._write_part(
+                BOOK_CHECKPOINTS, hour, n, n, itertools.chain([first], books), late=late
+            )
         if self._journals is not None:
             passage.advance(self._journals, self._shard, hour)
         self._passed = hour
         self._seal_passed(look_back=True)
+
+    def abandon(self) -> None:
+        """See `Store`. An hour that is being sealed is sealed by the next start."""
+        self._abandoned.set()
+
+    def _insist_on_going_on(self) -> None:
+        if self._abandoned.is_set():
+            raise Abandoned
 
     def drained(self, *, seal: bool) -> None:
         """Nothing more will come of this journal for now: no hour waits for it.
@@ -350,7 +403,7 @@ class ParquetStore:
         self._looked_to = limit
 
     def _seal(self, hour: datetime) -> None:
-        report = sealing.seal(self._archive, hour)
+        report = sealing.seal(self._archive, hour, self._insist_on_going_on)
         log.info("Sealed %s: %s", f"{hour:%Y-%m-%d %H:00}", _brief(report))
         self._report(report)
 
@@ -359,6 +412,16 @@ def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables one below the other, with one dictionary a column."""
     joined = pa.concat_tables(tables)
     return joined.unify_dictionaries() if len(tables) > 1 else joined
+
+
+def _without(books: pa.Table, there: frozenset[str]) -> pa.Table:
+    """The rows of the books that are not among `there`, conn_id and market."""
+    if not there:
+        return books
+    keys = pc.binary_join_element_wise(
+        *(books[name].cast(pa.string()) for name in ("conn_id", "market_ticker")), " "
+    )
+    return books.filter(pc.invert(pc.is_in(keys, pa.array(sorted(there), pa.string()))))
 
 
 def _last_of_each_level(table: pa.Table) -> pa.Table:

@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -176,8 +176,11 @@ class Front:
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         self._store.write(first_n, end_n, rows)
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        self._store.begin_hour(hour, checkpoint, n)
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        self._store.begin_hour(hour, books, n)
+
+    def abandon(self) -> None:
+        self._store.abandon()
 
 
 class Dying(Front):
@@ -192,8 +195,8 @@ class Dying(Front):
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         self._call(lambda: self._store.write(first_n, end_n, rows))
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-        self._call(lambda: self._store.begin_hour(hour, checkpoint, n))
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        self._call(lambda: self._store.begin_hour(hour, books, n))
 
     def _call(self, act: Callable[[], None]) -> None:
         self._left -= 1
@@ -281,8 +284,8 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
             self._now().write(first_n, end_n, rows)
 
-        def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
-            self._now().begin_hour(hour, checkpoint, n)
+        def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+            self._now().begin_hour(hour, books, n)
 
         def _now(self) -> Dying | ParquetStore | ClickHouseStore:
             return next((it for it in faults if not it.dead), store)
@@ -326,7 +329,7 @@ class Noting(Front):
         self._act()
         self.writes.append((first_n, end_n, sum(each.count for each in rows)))
 
-    def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
         pass
 
 
@@ -483,7 +486,7 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
             raise StoreRefused("the table is missing", code=60, name="UNKNOWN_TABLE")
 
-        def begin_hour(self, hour: datetime, checkpoint: pa.Table, n: int) -> None:
+        def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
             raise AssertionError("nothing was written: no hour can begin")
 
     records = recording(50)

@@ -312,7 +312,6 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
     writer.close()
     kept = tmp_path / "kept"
     shutil.copytree(settings.archive_dir, kept)
-    empty = pa.table({})
     step = deaths = 0
     while True:
         step += 1
@@ -323,7 +322,7 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
         with pytest.MonkeyPatch.context() as patched:
             die_at(patched, step, _ACTS, after=after, midway={"rmtree": _half_removed})
             try:
-                parquet(settings).begin_hour(SECOND_HOUR, empty, 300)
+                parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
             except Killed:
                 deaths += 1
             else:
@@ -331,7 +330,7 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
         seen = [key for key in keys(store, settings) if key.endswith(".parquet")]
         assert not seen or globbed(store, settings).equals(expected)
         assert rows(archive).equals(expected)  # sent or waiting: never both, never neither
-        parquet(settings).begin_hour(SECOND_HOUR, empty, 300)
+        parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
         assert globbed(store, settings).equals(expected)
         assert hours.is_sealed(archive, FIRST_HOUR)
         assert LocalArchive(settings.archive_dir).hours(EVENTS) == [SECOND_HOUR]
@@ -429,7 +428,7 @@ def test_whoever_reads_while_hours_are_sealed_and_rows_come_late_gets_each_row_o
     thread.start()
     try:
         time.sleep(0.1)
-        parquet(settings).begin_hour(SECOND_HOUR, pa.table({}), 300)
+        parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
         wait_for_a_reading_of(sealed)
         for n in range(3):
             late(settings, table.set_column(at, table.schema.field(at), seq), 90_000 + 10 * n)
@@ -748,7 +747,7 @@ def test_what_no_retry_mends_is_a_sentence_that_says_what_to_do(
     store.fault = lambda *_: fault
     try:
         with pytest.raises(StoreRefused, match=sentence) as refused:
-            parquet(settings).begin_hour(SECOND_HOUR, pa.table({}), 0)
+            parquet(settings).begin_hour(SECOND_HOUR, iter(()), 0)
     finally:
         store.fault = None
     assert KEY not in str(refused.value)
