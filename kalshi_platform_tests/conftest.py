@@ -26,10 +26,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
-hypothesis_settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-hypothesis_settings.load_profile("untimed")
+# The suite draws the same examples each time, so that a change alone decides how it ends; to look for
+# new ones: make test PYTEST_ARGS="--hypothesis-profile explore".
+for profile, derandomize in (("suite", True), ("explore", False)):
+    hypothesis_settings.register_profile(
+        profile,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        derandomize=derandomize,
+        print_blob=not derandomize,
+    )
+hypothesis_settings.load_profile("suite")
 
 DATABASE_TIMEOUT_S = 120.0
 """For making or dropping a database: every table of it is a folder that the disk must forget."""
