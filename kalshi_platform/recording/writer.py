@@ -378,7 +378,9 @@ class Writer:
         try:
             self._segment = self._begin_segment(self._next_n)
         except OSError as error:
-            if not segment.trusted or segment.size >= LARGEST_SEGMENT_BYTES:
+            # An empty file that stayed would end this segment for readers: it is put aside first.
+            stayed = journal.segment_path(self._folder, self._next_n).exists()
+            if stayed or not segment.trusted or segment.size >= LARGEST_SEGMENT_BYTES:
                 raise
             self._tell_grown(error)
             return

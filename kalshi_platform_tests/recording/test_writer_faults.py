@@ -184,6 +184,23 @@ def test_a_rotation_that_cannot_open_a_file_goes_on_in_the_old_segment(tmp_path:
     assert len(journal.segments(tmp_path)) > 1
 
 
+def test_a_segment_that_was_begun_in_vain_and_stays_does_not_end_the_old_one(
+    tmp_path: Path,
+) -> None:
+    faulty = FaultyDisk(
+        {("fsync", 1): errno.EIO, ("unlink", 0): errno.EINTR, ("rename", 0): errno.EIO}
+        | {("open", n): errno.EMFILE for n in range(3, 20)}
+    )
+    writer = Writer(tmp_path, disk=faulty.disk)
+    for n in range(60):
+        writer.append(n, CONN, 1, b"frame %d" % n)
+        writer.hand_over()
+        assert writer.wait_durable(n + 1, 60)
+    assert faulty.spent
+    writer.close()
+    assert frames(tmp_path) == expected(60)
+
+
 def test_no_descriptor_of_another_file_is_closed_or_written(tmp_path: Path) -> None:
     """With no descriptor free at the rotation, a number that is given back is another's at once."""
     folder = tmp_path / "journal"
