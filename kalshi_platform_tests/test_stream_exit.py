@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from kalshi_platform import health_report
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
@@ -57,6 +59,29 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def reported(folder: Path, key: str) -> int:
     report = health_report.read(folder)
     return int(report[key]) if report else 0
+
+
+ABORTS_AT_ITS_END = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
+"""
+
+
+def test_a_library_that_aborts_when_it_is_taken_down_does_not_spoil_the_stop(
+    start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does whose threads are still at work when its destructors run."""
+    simulator = start_simulator(markets=4, rate=300.0, rolling_markets=0)
+    (tmp_path / "sitecustomize.py").write_text(ABORTS_AT_ITS_END)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", "pass"], check=False).returncode == -signal.SIGABRT
+    with stream(tmp_path, simulator) as child:
+        wait_for(lambda: reported(tmp_path / "journal" / "shard-0", "frames") > 100, "frames")
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 0, said
+    assert said.rstrip().endswith("Stopped; all that was received is stored.")
 
 
 def test_a_stop_that_loses_frames_exits_1_and_says_how_many(

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import click
 
-from kalshi_platform import __version__, logs
+from kalshi_platform import __version__, logs, processes
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.printable import printable
@@ -68,6 +68,13 @@ def main(ctx: click.Context) -> None:
 
 def run() -> None:
     """Run the command line; exits 1 with one line on stderr for what the user can mend."""
+    status = _status()
+    if sys.argv[1:2] == ["stream"]:
+        processes.leave(status)
+    sys.exit(status)
+
+
+def _status() -> int | str | None:
     try:
         main()
     except PlatformError as error:
@@ -75,7 +82,10 @@ def run() -> None:
             logging.getLogger(logs.PLATFORM).error("%s", error)
         else:
             click.echo(printable(f"Error: {error}"), err=True)
-        sys.exit(1)
+        return 1
+    except SystemExit as ended:  # click's way to return
+        return ended.code
+    return 0
 
 
 def _in_json() -> bool:
