@@ -40,7 +40,7 @@ from kalshi_platform.storage.embedded.statement import parse
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.fuzz import inputs
+from kalshi_platform_tests.fuzz import inputs, sql
 
 Run = Callable[[bytes], None]
 
@@ -505,5 +505,10 @@ TARGETS = {
         "any request is answered, and none reaches the host's files",
         http,
         [bytes([n, 0]) for n in range(len(REQUESTS))],
+    ),
+    "sql": Target(
+        "with nothing behind the list of what SQL may do, no statement gets out",
+        sql.escape,
+        sql.SEEDS,
     ),
 }

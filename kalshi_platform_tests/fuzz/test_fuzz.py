@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kalshi_platform_tests.fuzz.targets import TARGETS
 
-EXAMPLES = {"http": 60}
+EXAMPLES = {"http": 60, "sql": 300}
 
 
 @st.composite

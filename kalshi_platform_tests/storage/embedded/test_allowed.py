@@ -10,68 +10,10 @@ import pytest
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.embedded import allowed
 from kalshi_platform.storage.statements import statements
+from kalshi_platform_tests.storage.embedded.attacks import ATTACKS
 from kalshi_platform_tests.storage.embedded.conftest import Ask
 
 ROOT = Path(__file__).resolve().parents[3]
-ATTACKS = [
-    "CREATE DICTIONARY d (k String, v String) PRIMARY KEY k"
-    " SOURCE(EXECUTABLE(COMMAND 'env' FORMAT 'TSV')) LAYOUT(COMPLEX_KEY_HASHED()) LIFETIME(0)",
-    "CREATE DICTIONARY d (k String, v String) PRIMARY KEY k"
-    " SOURCE(HTTP(URL 'http://127.0.0.1:1/' FORMAT 'TSV')) LAYOUT(COMPLEX_KEY_HASHED()) LIFETIME(0)",
-    "SELECT dictGet('d', 'v', 'x')",
-    "SELECT * FROM dictionary('d')",
-    "SELECT * FROM executable('env', 'TSV', 'a String')",
-    "SELECT * FROM url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "SELECT /* c */ * FROM `url`('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "SELECT * FROM s3('http://127.0.0.1:1/b/k', 'TSV', 'a String')",
-    "SELECT * FROM remote('127.0.0.1:1', system.one)",
-    "SELECT * FROM cluster('default', system.one)",
-    "SELECT * FROM mysql('127.0.0.1:1', 'd', 't', 'u', 'p')",
-    "SELECT * FROM jdbc('x', 'y', 'z')",
-    "SELECT * FROM odbc('x', 'y', 'z')",
-    "SELECT * FROM python('x')",
-    "SELECT * FROM eval('SELECT 1')",
-    "SELECT 1 IN url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "CREATE TABLE f (a String) ENGINE = URL('file:/etc/passwd', 'TSV')",
-    "CREATE TABLE f (a String) ENGINE = Executable('env', 'TSV')",
-    "CREATE TABLE f (a String) ENGINE = S3('http://127.0.0.1:1/b/k', 'TSV')",
-    "CREATE TABLE f AS url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "CREATE VIEW f AS SELECT * FROM url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "CREATE MATERIALIZED VIEW f REFRESH EVERY 1 HOUR ENGINE = URL('http://127.0.0.1:1/', 'TSV')"
-    " AS SELECT 'a' AS a",
-    "CREATE TABLE f (a String DEFAULT file('/etc/passwd')) ENGINE = Memory",
-    "CREATE TABLE f (a Int8) ENGINE = MergeTree ORDER BY a SETTINGS disk = disk(type = 'local', path = '/')",
-    "CREATE DATABASE f ENGINE = MySQL('127.0.0.1:1', 'd', 'u', 'p')",
-    "CREATE FUNCTION f AS x -> file(x)",
-    "CREATE NAMED COLLECTION f AS a = 1",
-    "CREATE USER f",
-    "EXECUTE AS default SELECT 1",
-    "ATTACH TABLE f FROM '/tmp' (a Int8) ENGINE = Memory",
-    "BACKUP DATABASE default TO Disk('a', 'b')",
-    "INSERT INTO FUNCTION url('http://127.0.0.1:1/', 'TSV', 'a String') SELECT 'a'",
-    "INSERT INTO f SELECT * FROM url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "SELECT 1 INTO OUTFILE $$/tmp/x$$",
-    "SELECT 1 INTO OUTFILE $a$/tmp/x$a$ FORMAT TSV",
-    "EXPLAIN SELECT * FROM url('http://127.0.0.1:1/', 'TSV', 'a String')",
-    "EXPLAIN AST optimize = 1 SELECT * FROM executable('env', 'TSV', 'a String')",
-    "DESCRIBE TABLE url('http://127.0.0.1:1/', 'TSV')",
-    "SYSTEM RELOAD DICTIONARIES",
-    "SYSTEM START LISTEN HTTP",
-    "SELECT arrayMap(file, ['/etc/passwd'])",
-    "SELECT * APPLY file FROM (SELECT '/etc/passwd')",
-    "SELECT * APPLY (x -> file(x)) FROM (SELECT '/etc/passwd')",
-    "WITH x -> file(x) AS f SELECT f('/etc/passwd')",
-    "SELECT * FROM format(CSV, 'a String, b String DEFAULT file(\\'/etc/passwd\\')', 'a,')",
-    "SELECT * FROM format(CSV, concat('a String DEFAULT fi', 'le(1)'), 'a')",
-    "SELECT 1 SETTINGS additional_result_filter = 'file(1)'",
-    "SELECT 1 SETTINGS format_template_row = '/etc/passwd'",
-    "SELECT 1 SETTINGS input_format_record_errors_file_path = '/tmp/x'",
-    "SET dialect = 'kusto'",
-    "SELECT 1 FORMAT Template",
-    "DROP DATABASE system",
-    "KILL TRANSACTION WHERE 1",
-    "SELECT 1; SELECT 2",
-]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
