@@ -32,7 +32,7 @@ def command(port: int | None, host: str, path: Path | None) -> None:
             host=host,
             port=current.embedded_clickhouse_port if port is None else port,
             user=current.clickhouse_user,
-            password=current.clickhouse_password.get_secret_value(),
+            password=current.clickhouse_password.get_secret_value() or None,
             object_store=current.object_store_urls,
             log_format=current.log_format,
             log_level=current.log_level,

@@ -116,6 +116,8 @@ class ClickHouseStore:
         self._shard = shard
         self._log_comment = clickhouse.comment(log_comment)  # of who makes it; a thread will use it
         self._client: clickhouse.Client | None = None
+        self._password = ""
+        """Of the client. The embedded ClickHouse may get another while this process runs."""
         self._sure_from: int | None = None
         """From this record on, what is inserted is inserted for the first time; None: who knows."""
         self._from_before: datetime | None = None
@@ -221,8 +223,12 @@ class ClickHouseStore:
             arrival.insist(self._connected(), name, table, token, arrival.KEYS[name])
 
     def _connected(self) -> clickhouse.Client:
-        if self._client is None:
+        password = clickhouse.password(self._settings)
+        if self._client is None or password != self._password:
+            if self._client is not None:
+                self._client.close()
             self._client = clickhouse.connect(self._settings, log_comment=self._log_comment)
+            self._password = password
         return self._client
 
 

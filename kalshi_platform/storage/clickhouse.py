@@ -26,8 +26,9 @@ from urllib3.exceptions import HTTPError
 
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import tls
+from kalshi_platform.storage import tls, write_password
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.write_password import READ_ONLY
 
 __all__ = [
     "MINIMUM_VERSION",
@@ -38,6 +39,7 @@ __all__ = [
     "comment",
     "connect",
     "insert_arrow",
+    "password",
     "server_version",
     "translated",
 ]
@@ -152,10 +154,35 @@ def connect(
     Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user, database or
     certificate.
     """
+    secret = password(settings)
+    client = _client(settings, secret, database, log_comment, receive_timeout_s)
+    if not secret and (made := password(settings)):  # while it was connecting: the first start
+        client.close()
+        client = _client(settings, made, database, log_comment, receive_timeout_s)
+    return client
+
+
+def password(settings: Settings) -> str:
+    """CLICKHOUSE_PASSWORD, else the embedded ClickHouse's own, for that alone; empty where there is none.
+
+    Raises `StoreRefused` where the embedded ClickHouse's file is unfit.
+    """
+    given = settings.clickhouse_password.get_secret_value()
+    if given or not settings.embedded_clickhouse:
+        return given
+    return write_password.read(settings.embedded_clickhouse_dir) or ""
+
+
+def _client(
+    settings: Settings,
+    secret: str,
+    database: bool,
+    log_comment: str,
+    receive_timeout_s: int | None,
+) -> Client:
     url = urlsplit(settings.clickhouse_url)
     local = is_loopback(url.hostname or "")
     files = tls.certificates(settings)
-    password = settings.clickhouse_password.get_secret_value()
     every_query = {
         **(ON_CLUSTER if settings.clickhouse_cluster is not None else {}),
         **({"log_comment": said} if (said := comment(log_comment)) else {}),
@@ -167,7 +194,7 @@ def connect(
             port=url.port or (8443 if url.scheme == "https" else 8123),
             proxy_path=url.path,
             username=settings.clickhouse_user,
-            password=password,
+            password=secret,
             database=settings.clickhouse_database if database else None,
             connect_timeout=CONNECT_TIMEOUT_S,
             send_receive_timeout=receive_timeout_s or settings.clickhouse_timeout_seconds,
@@ -175,7 +202,7 @@ def connect(
             pool_mgr=_local_pool(**files) if local else None,
             **files,
             # a client certificate logs in by itself, unless there is a password
-            tls_mode="strict" if "client_cert" in files and password else None,
+            tls_mode="strict" if "client_cert" in files and secret else None,
             autogenerate_session_id=False,  # a session serves one query at a time
             show_clickhouse_errors="scrub",
             tz_mode="aware",  # a time without a zone is a trap
@@ -299,6 +326,11 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
             f"{_place(settings)} refused user {settings.clickhouse_user if settings else ''!r}:"
             " wrong password, or no such user. Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD."
         )
+        if settings and settings.embedded_clickhouse:
+            sentence += (
+                " It was started with another CLICKHOUSE_PASSWORD, or on another data folder than"
+                f" {settings.embedded_clickhouse_dir}: start it again from here, or set here what it has."
+            )
     elif code == _UNKNOWN_DATABASE:
         sentence = f"ClickHouse refused, {label}: {said}. Create it: kalshi-platform migrate."
     elif code == _UNKNOWN_TABLE:
@@ -307,7 +339,8 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
             " If it is one of the platform's, create it: kalshi-platform migrate."
         )
     elif code == _ACCESS_DENIED:
-        sentence = f"ClickHouse refused, {label}: {said}. Grant it to CLICKHOUSE_USER."
+        remedy = "" if READ_ONLY in said else " Grant it to CLICKHOUSE_USER."
+        sentence = f"ClickHouse refused, {label}: {said}.{remedy}"
     else:
         sentence = f"ClickHouse refused, {label}: {said}."
     return StoreRefused(sentence, code=code, name=name)

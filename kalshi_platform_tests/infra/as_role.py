@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 
 import click
 
-from kalshi_platform.storage.embedded import engine, rights, serve
+from kalshi_platform.storage.embedded import engine, refused, rights, serve
 from kalshi_platform.storage.statements import statements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +85,7 @@ def main(folder: Path, role: str) -> None:
     rewritten.permit = lambda *_, **__: None  # the rights alone are shown
     # it takes rights that no role has; the tests name their database in full
     rewritten._make_default_database_plain = lambda self, kept: None
+    cast(Any, refused).set_aside = lambda *_: None
     serve(
         path=folder,
         port=0,

@@ -2,7 +2,8 @@
 
 What belongs here is the shell around the engine: reading a request, running it on a connection
 of its own, writing the answer as ClickHouse writes it. Nothing here knows the platform's tables,
-and nothing else in the platform knows this package: they meet over HTTP only.
+and nothing else in the platform knows this package: they meet over HTTP, and at the file of the
+password (write_password.py).
 
     serve      blocks and serves one data folder
     running    the same in a child process, for tests
@@ -10,6 +11,7 @@ and nothing else in the platform knows this package: they meet over HTTP only.
     engine     connections, sessions, cancelling
     answers    error codes, HTTP statuses, content types
     encodings  HTTP compression
+    refused    what older builds let into a data folder, and is taken out
     launch     the server's process: its options, its empty environment
     confinement, system_calls  what the process may do on the host
 """

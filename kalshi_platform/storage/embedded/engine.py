@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import filelock
 
-from kalshi_platform.storage.embedded import rights
+from kalshi_platform.storage.embedded import refused, rights
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 from kalshi_platform.storage.embedded.permission import (
     Known,
@@ -103,6 +103,8 @@ class Request:
     """Values of `{name:Type}`, in ClickHouse's escaped form."""
     default_format: str
     readonly: bool
+    reader: bool = False
+    """Came without a password: it may only read, and shares no session with who has one."""
     session_id: str = ""
     session_timeout_s: float = SESSION_TIMEOUT_S
     session_must_exist: bool = False
@@ -187,7 +189,8 @@ class Engine:
         except BaseException:
             self._lock.release()
             raise
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[tuple[bool, str], _Session] = {}
+        """By whether it is a reader's, and its id."""
         self._guard = threading.Lock()
         self._running = 0
         self._idle = threading.Condition(self._guard)
@@ -219,6 +222,14 @@ class Engine:
                 f"The embedded ClickHouse cannot open its data folder {path}: {error}"
             ) from error
         self._permission = Permission(self._known_names(), self.syntax_tree, tuple(object_store))
+        try:
+            with self._connect() as connection:
+                refused.set_aside(connection, lambda sql: self._verdict(sql, reader=False), path)
+        except (RuntimeError, chdb.ChdbError, OSError) as error:
+            raise StoreError(
+                f"The data folder {path} holds what the embedded ClickHouse may not run, and it cannot be"
+                f" taken out: {error}"
+            ) from error
         self.version, self.timezone, self.host_name = row.bytes().decode().rstrip("\n").split("\t")
 
     def _make_default_database_plain(self, kept: bool) -> None:
@@ -515,17 +526,18 @@ class Engine:
 
     def _find_session(self, request: Request) -> _Session:
         now = time.monotonic()
+        key = (request.reader, request.session_id)
         with self._guard:
             for name, session in list(self._sessions.items()):
                 if now - session.last_used > session.timeout_s and not session.lock.locked():
                     if session.connection is not None:
                         session.connection.close()
                     del self._sessions[name]
-            if request.session_must_exist and request.session_id not in self._sessions:
+            if request.session_must_exist and key not in self._sessions:
                 raise ClickHouseError(
                     372, "SESSION_NOT_FOUND", f"Session {request.session_id} not found"
                 )
-            session = self._sessions.setdefault(request.session_id, _Session())
+            session = self._sessions.setdefault(key, _Session())
             session.last_used = now
             session.timeout_s = request.session_timeout_s
         return session

@@ -2,8 +2,8 @@
 
 The command line replaces itself by `python -m kalshi_platform.storage.embedded` (same process id, so
 that whoever started it can end it). The new program has no environment but language, time zone and how
-to find the interpreter's own files, and no descriptors but its outputs; its options, with the password,
-come on its stdin. So no SQL, whatever it finds, can read the secrets of `.env` or of the environment:
+to find the interpreter's own files, and no descriptors but its outputs; its options, with a configured
+password, come on its stdin. So no SQL, whatever it finds, can read the secrets of `.env` or of the environment:
 they are not in this process's memory.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -35,8 +35,9 @@ class Options:
     port: int
     """0: any free one."""
     user: str
-    password: str
-    """Empty: none is asked for."""
+    password: str | None = field(repr=False)
+    """None: the one in the data folder, and reading needs none (write_password.py). Empty: none is asked
+    for, as on the throw-away folders of tests and benchmarks."""
     object_store: tuple[str, ...] = ()
     """URL prefixes that `s3()` may read and write below; empty: none."""
     log_format: str = "text"
@@ -48,13 +49,12 @@ def replace_this_process(options: Options) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     reading, writing = os.pipe()
-    os.write(writing, json.dumps(asdict(options)).encode())  # far below what a pipe holds
+    os.write(writing, sent(options))  # far below what a pipe holds
     os.close(writing)
     os.dup2(reading, 0)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     try:
-        os.execve(sys.executable, command(options.path), environment)  # noqa: S606 - ourselves, no shell
+        os.execve(sys.executable, command(options.path), environment())  # noqa: S606 - ourselves, no shell
     except OSError as error:
         raise StoreError(
             f"The embedded ClickHouse cannot be started: {sys.executable}: {error.strerror}."
@@ -67,8 +67,18 @@ def command(path: str) -> list[str]:
     return [sys.executable, "-m", "kalshi_platform.storage.embedded", path, "clickhouse"]
 
 
+def environment() -> dict[str, str]:
+    """What the server's process gets of this one's environment."""
+    return {name: os.environ[name] for name in _KEPT if name in os.environ}
+
+
+def sent(options: Options) -> bytes:
+    """The options as the server reads them from its stdin."""
+    return json.dumps(asdict(options)).encode()
+
+
 def received(stdin: BinaryIO) -> Options:
-    """The options that `replace_this_process` sent; stdin is at its end afterwards."""
+    """The options that `sent` made; stdin is at its end afterwards."""
     options = json.loads(stdin.read())
     return Options(**{**options, "object_store": tuple(options["object_store"])})
 

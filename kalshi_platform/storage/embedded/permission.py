@@ -24,6 +24,7 @@ from typing import Any
 
 from kalshi_platform.storage.embedded import allowed
 from kalshi_platform.storage.embedded.answers import ClickHouseError
+from kalshi_platform.storage.write_password import READ_ONLY
 
 Node = Mapping[str, Any]
 
@@ -118,7 +119,8 @@ _NODES: Mapping[str, str] = {
     "TTLElement": "mode destination_type if_exists ttl_expr where_expr group_by_key group_by_assignments"
     " recompression_codec",
     "ViewTargets": "targets",
-    "SQLSecurity": "security_type",
+    "SQLSecurity": "security_type definer",
+    "UserNameWithHost": "username",
     "RefreshStrategy": "schedule_kind period offset spread append dependencies settings",
     "TimeInterval": "seconds months",
     "Assignment": "column_name children",
@@ -147,12 +149,6 @@ _IN = frozenset(
     f"{prefix}{name}{suffix}"
     for prefix, name in (("", "in"), ("", "notIn"), ("global", "In"), ("global", "NotIn"))
     for suffix in ("", "IgnoreSet")
-)
-
-READ_ONLY = (
-    "without a password there is only reading. To write, give the password that is in the file"
-    " `password` of the data folder (KALSHI_DATA_DIR/clickhouse); the platform's own commands find it"
-    " by themselves. CLICKHOUSE_PASSWORD sets another one."
 )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from kalshi_platform.storage.embedded import launch
 from kalshi_platform.storage.errors import StoreError
 
 END_S = 15
@@ -30,22 +29,27 @@ class Running(str):
 
 @contextmanager
 def running(
-    path: Path, *, user: str = "default", password: str = "", port: int = 0
+    path: Path, *, user: str = "default", password: str | None = "", port: int = 0
 ) -> Iterator[Running]:
     """Serve `path` from a child process on a free port; yields its URL, ends it afterwards.
 
+    `password` is as in `launch.Options`: without one whoever reaches the port may write.
     Raises `StoreError` with what the child said where it does not start.
     """
-    command = [sys.executable, "-m", "kalshi_platform", "clickhouse"]
+    options = launch.Options(launch.absolute(path), "127.0.0.1", port, user, password)
     child = subprocess.Popen(  # noqa: S603 - our own command, no shell
-        [*command, "--port", str(port), "--path", str(path)],
-        env=os.environ | {"CLICKHOUSE_USER": user, "CLICKHOUSE_PASSWORD": password},
+        launch.command(options.path),
+        env=launch.environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a Ctrl-C meant for the caller is not its
     )
     try:
+        with cast(IO[str], child.stdin) as stdin:
+            stdin.write(launch.sent(options).decode())
+        child.stdin = None
         line = cast(IO[str], child.stdout).readline()
         if not line:
             _, said = child.communicate(timeout=END_S)

@@ -39,7 +39,7 @@ _EVERYWHERE = (
     *("SYSTEM DROP COMPILED EXPRESSION CACHE", "SYSTEM DROP PRIMARY INDEX CACHE"),
     *("SYSTEM DROP QUERY CONDITION CACHE", "SYSTEM DROP SCHEMA CACHE", "SYSTEM DROP PAGE CACHE"),
 )
-_OWN_DATABASES = ("system", "INFORMATION_SCHEMA", "information_schema")
+OWN_DATABASES = ("system", "INFORMATION_SCHEMA", "information_schema")
 _CHANGING = ("INSERT", "CREATE", "DROP", "ALTER", "TRUNCATE", "OPTIMIZE")
 
 _USERS = """<clickhouse>
@@ -88,5 +88,5 @@ def grants(object_store: Iterable[str]) -> list[str]:
         f"GRANT {', '.join(_EVERYWHERE)} ON *.*",
         *(f"GRANT TABLE ENGINE ON {engine}" for engine in engines),
         *store,
-        *(f"REVOKE {', '.join(_CHANGING)} ON {database}.*" for database in _OWN_DATABASES),
+        *(f"REVOKE {', '.join(_CHANGING)} ON {database}.*" for database in OWN_DATABASES),
     ]

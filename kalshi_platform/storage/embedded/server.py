@@ -39,6 +39,7 @@ from starlette.routing import Route
 
 from kalshi_platform.browsers import refusal
 from kalshi_platform.loopback import is_loopback
+from kalshi_platform.storage import write_password
 from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
 from kalshi_platform.storage.embedded.confinement import confine
 from kalshi_platform.storage.embedded.encodings import Decompressor, chosen, compressor
@@ -94,12 +95,15 @@ class _Call:
 class Server:
     """Answers HTTP for one engine."""
 
-    def __init__(self, engine: Engine, user: str, password: str, *, loopback: bool = True) -> None:
-        """`loopback`: whether it listens on that interface alone."""
+    def __init__(
+        self, engine: Engine, user: str, password: str, *, readers: bool, loopback: bool = True
+    ) -> None:
+        """`readers`: who gives no password may read. `loopback`: it listens on that interface alone."""
         self._engine = engine
         self._loopback = loopback
         self._user = user.encode()
         self._password = password.encode()
+        self._readers = frozenset({b"default", self._user}) if readers else frozenset()
         self._spool = _Spool(engine.spool)
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
         self.app = Starlette(
@@ -124,8 +128,8 @@ class Server:
                 _check_origin(http, loopback=self._loopback)
                 options = _options(http.scope["query_string"])
                 query_id = options.get("query_id") or query_id
-                self._check_password(http, options)
-                call = await self._read(http, options, query_id, held)
+                reader = self._is_reader(http, options)
+                call = await self._read(http, options, query_id, held, reader=reader)
                 return await self._answer(http, call)
             except ClickHouseError as error:
                 return self._refusal(error, query_id)
@@ -134,20 +138,30 @@ class Server:
             except OSError as error:
                 return self._refusal(_of_the_system(error), query_id)
 
-    def _check_password(self, http: Request, options: Mapping[str, str]) -> None:
+    def _is_reader(self, http: Request, options: Mapping[str, str]) -> bool:
+        """Whether a request came without a password, to read. Raises `ClickHouseError` for a wrong one."""
         user, password = _credentials(http, options)
         right_user = hmac.compare_digest(user, self._user)
         right_password = hmac.compare_digest(password, self._password)
-        if not (right_user and right_password):
-            raise ClickHouseError(
-                516,
-                "AUTHENTICATION_FAILED",
-                f"{user.decode(errors='replace')}: Authentication failed: password is incorrect,"
-                " or there is no user with such name.",
-            )
+        if right_user and right_password:
+            return False
+        if user in self._readers and not password:
+            return True
+        raise ClickHouseError(
+            516,
+            "AUTHENTICATION_FAILED",
+            f"{user.decode(errors='replace')}: Authentication failed: password is incorrect,"
+            " or there is no user with such name.",
+        )
 
     async def _read(
-        self, http: Request, options: dict[str, str], query_id: str, held: ExitStack
+        self,
+        http: Request,
+        options: dict[str, str],
+        query_id: str,
+        held: ExitStack,
+        *,
+        reader: bool,
     ) -> _Call:
         """The request, whole. An INSERT's data goes to a file; a query is bounded, and so in memory."""
         for flag in ("compress", "decompress"):
@@ -164,7 +178,7 @@ class Server:
         limit = _longest_query(options)
         url_query = options.pop("query", "").encode()
         head = await _beginning(body, url_query and url_query + b"\n", limit)
-        request = _engine_request(http, options)
+        request = _engine_request(http, options, reader=reader)
         statement, sql = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._understood, head, limit, request
         )
@@ -210,7 +224,7 @@ class Server:
             sql = head[: statement.header_end].decode()
             judged = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
         require_format(request.default_format)
-        self._engine.permit(judged, request.settings, reader=False)
+        self._engine.permit(judged, request.settings, reader=request.reader)
         return statement, sql
 
     async def _answer(self, http: Request, call: _Call) -> Response:
@@ -418,7 +432,7 @@ async def _disconnected(http: Request) -> None:
 def _check_origin(http: Request, *, loopback: bool) -> None:
     """Refuse what a web page of another site sends through its visitor's browser.
 
-    Such a page can reach the loopback interface, and the default password is empty.
+    Such a page can reach the loopback interface, and reading needs no password.
     """
     if why := refusal(http.headers, scheme=http.scope["scheme"], loopback=loopback):
         raise ClickHouseError(497, "ACCESS_DENIED", why)
@@ -465,7 +479,7 @@ def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, byte
     return options.get("user", "default").encode(), options.get("password", "").encode()
 
 
-def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
+def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) -> EngineRequest:
     timeout = options.get("session_timeout", "60")
     if not timeout.isdecimal() or int(timeout[:20]) > LONGEST_SESSION_S:
         raise ClickHouseError(
@@ -487,7 +501,8 @@ def _engine_request(http: Request, options: Mapping[str, str]) -> EngineRequest:
         default_format=options.get("default_format")
         or _decoded(_header(http, "x-clickhouse-format"), "X-ClickHouse-Format")
         or "TabSeparated",
-        readonly=http.method == "GET",
+        readonly=reader or http.method == "GET",
+        reader=reader,
         session_id=options.get("session_id", ""),
         session_timeout_s=float(timeout),
         session_must_exist=options.get("session_check") == "1",
@@ -525,29 +540,32 @@ def serve(
     host: str = "127.0.0.1",
     port: int,
     user: str,
-    password: str,
+    password: str | None,
     object_store: Collection[str] = (),
     ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serve the data folder `path` until SIGTERM or SIGINT; port 0 takes any free one.
 
     On Linux the calling process is confined to `path` for good (confinement.py): give `serve` a
-    process of its own. `object_store` are the URL prefixes that SQL may reach. `ready` is called with
-    the port once requests are answered. Raises `StoreError` where the port is taken, the folder is in
-    use, not writable or on a full disk, or other machines could come in without a password.
+    process of its own. `password` is as in `launch.Options`. `object_store` are the URL prefixes that
+    SQL may reach. `ready` is called with the port once requests are answered. Raises `StoreError` where the
+    port is taken, the folder is in use, not writable or on a full disk, its password file is unfit, or other
+    machines could come in without a password.
     """
     folder = path.expanduser().absolute()
     if not password and not is_loopback(host):
         raise StoreError(
             f"--host {host} opens the database to other machines, and CLICKHOUSE_PASSWORD is empty: whoever"
-            " reaches the port could read and change everything. Set a password, or leave --host out."
+            " reaches the port could read everything. Set a password, or leave --host out."
         )
+    make_writable(folder)
+    # before a client can connect: one that finds no password connects as a reader
+    secret = write_password.read_or_make(folder) if password is None else password
     listener = _bind(host, port)
     with listener:
-        make_writable(folder)
         confine(folder, [_port(url) for url in object_store])
         engine = Engine(folder, object_store)
-        server = Server(engine, user, password, loopback=is_loopback(host))
+        server = Server(engine, user, secret, readers=password is None, loopback=is_loopback(host))
         _run(server, engine, listener, ready)
         server.stop()
         if not engine.end_queries(END_QUERIES_S / 3):
