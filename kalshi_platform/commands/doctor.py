@@ -263,7 +263,24 @@ def _clickhouse(settings: Settings) -> Finding:
     if version < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         return Finding(Mark.BAD, told, f"the platform needs {wanted} or newer: upgrade it")
+    if aside := _refused(settings):
+        return Finding(
+            Mark.ODD,
+            f"{told}; an older version let in, and the server has taken out of the database: {aside}",
+            "their first lines say why; make them on a ClickHouse server, if they are needed, and remove the files",
+        )
     return Finding(Mark.GOOD, told)
+
+
+def _refused(settings: Settings) -> str:
+    """Definitions that the embedded ClickHouse has set aside at its start."""
+    from kalshi_platform.storage.embedded.refused import FOLDER  # loads a web server
+
+    if not settings.embedded_clickhouse:
+        return ""
+    files = (settings.embedded_clickhouse_dir / FOLDER).rglob("*.sql")
+    found = sorted(str(file) for file in islice(files, FOREIGN_SHOWN + 1))
+    return ", ".join(found[:FOREIGN_SHOWN]) + (", …" if len(found) > FOREIGN_SHOWN else "")
 
 
 def _cluster(client: Client, name: str | None) -> str:

@@ -253,6 +253,20 @@ def test_a_clickhouse_that_is_away_is_found_and_one_that_is_not_wanted_is_not(
     assert patient.examined()["ClickHouse"].startswith("·")
 
 
+def test_what_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is_gone(
+    patient: Patient, clickhouse_url: str
+) -> None:
+    patient.set(CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
+    aside = patient.data / "clickhouse" / "refused" / "k" / "url.sql"
+    aside.parent.mkdir(parents=True)
+    aside.write_text("-- table k.url: not on the list\n")
+    line = patient.examined()["ClickHouse"]
+    assert line.startswith("!")
+    assert str(aside) in line
+    aside.unlink()
+    assert patient.examined()["ClickHouse"].startswith("✓")
+
+
 def test_a_schema_that_is_not_ours_is_found(patient: Patient) -> None:
     with closing(connect(platform_settings.current())) as client:
         client.command("ALTER TABLE latest_levels MODIFY COLUMN size Decimal(18, 4)")

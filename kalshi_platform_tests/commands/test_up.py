@@ -204,7 +204,16 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     # Again: it goes on from where it was, and ClickHouse gets what it missed.
     up.start()
     until(lambda: up.count("stream_events", "kind = 'started'") == 3, up.logs)
+    secret = (up.data / "clickhouse" / "password").read_text().strip()
+    for process in up.family():
+        with suppress(psutil.Error):
+            assert secret not in " ".join([*process.cmdline(), *process.environ().values()])
     up.end(signal.SIGTERM)
+
+    # The password that all of them wrote with is in its file, and nowhere else.
+    assert secret not in up.output
+    files = [path for path in up.data.rglob("*") if path.is_file()]
+    assert [path.name for path in files if secret.encode() in path.read_bytes()] == ["password"]
 
 
 def refused(tmp_path: Path, *args: str, **env: str) -> str:
