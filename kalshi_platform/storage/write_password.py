@@ -100,7 +100,7 @@ def read_or_make(folder: Path) -> str:
             f"The password file {folder / NAME} cannot be written ({error.strerror}). Correct the folder's"
             " permissions or its disk, or set CLICKHOUSE_PASSWORD."
         ) from None
-    made = read(folder)  # of whoever was first
+    made = read(folder)  # that of the process which was first
     if made is None:
         raise StoreRefused(
             f"The password file {folder / NAME} was removed while it was made. Start the embedded"

@@ -33,7 +33,7 @@ def running(
 ) -> Iterator[Running]:
     """Serve `path` from a child process on a free port; yields its URL, ends it afterwards.
 
-    `password` is as in `launch.Options`: without one whoever reaches the port may write.
+    `password` is as in `launch.Options`: empty, every program that reaches the port may write.
     Raises `StoreError` with what the child said where it does not start.
     """
     options = launch.Options(launch.absolute(path), "127.0.0.1", port, user, password)

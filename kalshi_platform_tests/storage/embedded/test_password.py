@@ -219,7 +219,7 @@ def _short(path: Path) -> None:
 
 
 def _lines(path: Path) -> None:
-    path.write_text("a-password-of-somebody\nand another\n")
+    path.write_text("a-password-of-a-desk\nand another\n")
 
 
 def _binary(path: Path) -> None:
@@ -241,7 +241,7 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path, 0o600)
 
 
-def mended(sentence: str, path: Path) -> None:
+def follow_remedy(sentence: str, path: Path) -> None:
     """Do what the sentence says."""
     if command := re.search(r"Remedy: (chmod 600 \S+?);", sentence):
         subprocess.run(shlex.split(command[1]), check=True)
@@ -274,7 +274,7 @@ def test_an_unfit_file_is_a_sentence_whose_remedy_works(
         clickhouse.connect(settings)
     assert str(same.value) == said
     assert secret not in said
-    mended(said, file)
+    follow_remedy(said, file)
     made = write_password.read_or_make(folder)
     assert (made == secret) == (spoil in {_open, _group})
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
