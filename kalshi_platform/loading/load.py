@@ -388,6 +388,9 @@ class Load:
         after = self._holds(traces.following(self._folder, cursor.planned_n))
         if before is not False and after is not True:
             return Point(committed, cursor.planned_n, "the store kept no record yet")
+        if before is not False and after:  # it was killed before the cursor was written
+            point = Point(committed, cursor.planned_n, "the store's record is gone")
+            return self._beyond_what_is_there(point)
         if before or after or not empty:
             raise self._unresolved(f"the cursor, at record {committed}, does not agree with it")
         if not cursor.place or cursor.place == self._store.place:
