@@ -255,9 +255,10 @@ class State:
         """Whether a book's market is followed, and its connection open."""
         return not book.left and book.conn in self.connections
 
-    def followed_lately(self, book: Book) -> bool:
-        """Whether a book is followed, or was so within the newest hour."""
-        return self.follows(book) or book.ended_ns >= self.version // HOUR_NS * HOUR_NS
+    def may_be_in(self, hour_ns: int, book: Book) -> bool:
+        """Whether an hour that is entered again may have rows of a book: its connection is open (of a market
+        that was left frames may still come), or it ended in that hour or later."""
+        return book.conn in self.connections or book.ended_ns >= hour_ns
 
     def trusts(self, book: Book) -> bool:
         """Whether a book is followed, verified, and its frames are known to be whole."""

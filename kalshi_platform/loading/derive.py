@@ -40,7 +40,7 @@ from kalshi_platform.loading.columns import codes, names, place, prices, quantit
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.recording.journal import Unread
-from kalshi_platform.storage.archive.layout import HOUR_NS
+from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -216,11 +216,12 @@ def _reopening(decoded: Decoded, state: State, shard: int) -> pa.Table:
 
 def _still_unbased(decoded: Decoded, state: State) -> Iterator[tuple[Any, ...]]:
     """Books without a snapshot are in no checkpoint: where one reopens, their gaps are told once more."""
-    if _reopens(decoded, state) is None:
+    if (at := _reopens(decoded, state)) is None:
         return
+    hour_ns = hour_start_ns(floor_hour(at))
     it = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
     for ticker, book in state.books.items():
-        if not book.based and state.followed_lately(book):
+        if not book.based and state.may_be_in(hour_ns, book):
             body = {"cause": "delta_before_snapshot"}
             yield _row(it, book.conn, book.sid, "gap", body, ticker=ticker)
 

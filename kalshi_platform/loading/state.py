@@ -210,8 +210,9 @@ def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[p
     """Every live book where `Clock.opens` asks for it, from the state before that record.
 
     Live means: based on a snapshot, still followed, on an open connection, recorder at work. Where the
-    clock shows an hour again, books that ended in the newest hour are there too, as not verified: earlier
-    rows of this hour may have them live. All rows carry the record, `state.n`.
+    clock shows an hour again, books that have ended are there too, as not verified, if earlier rows of this
+    hour may have them live, or frames of theirs may still come: the hour lacks what came in between. All
+    rows carry the record, `state.n`.
 
     Books go by ticker and are whole: a batch has CHECKPOINT_ROWS, and what its last book has more. Equal
     states come in equal batches.
@@ -228,14 +229,16 @@ def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[p
 def _live_books(state: State, at: datetime) -> pl.DataFrame:
     start_ns = hour_start_ns(floor_hour(at))
     alive = start_ns - state.version <= ALIVE_NS
-    wanted = state.followed_lately if start_ns <= state.version else state.follows
+    again = start_ns <= state.version
     books = [
         (
             *(state.numbers[ticker], ticker, book.conn, book.sid, book.market_id),
             *(state.trusts(book), state.seq_of(book)),
         )
         for ticker, book in sorted(state.books.items())
-        if alive and book.based and wanted(book)
+        if alive
+        and book.based
+        and (state.may_be_in(start_ns, book) if again else state.follows(book))
     ]
     return pl.DataFrame(books, schema=_LIVE, orient="row")
 

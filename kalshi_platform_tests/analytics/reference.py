@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -63,6 +63,7 @@ class Replay:
         self._hour_us = hour_ns // 1000
         self._in_hour = False
         self._record = 0
+        self._newest_us = 0
         self._clocks: dict[str, int] = {}
         self._markets: dict[str, dict[str, Any]] = {}
         self._last_seq: dict[tuple[str, int], int] = {}
@@ -70,15 +71,16 @@ class Replay:
 
     def run(self, records: Iterable[Record]) -> list[After]:
         """All states whose rows are the hour's, by market."""
-        last_us = newest_us = 0
+        last_us = 0
         for self._record, (recv_ns, conn_bytes, kind, frame) in enumerate(records):
             us, conn = recv_ns // 1000, str(uuid.UUID(bytes=conn_bytes))
             self._in_hour = us // HOUR_US * HOUR_US == self._hour_us
-            if last_us and us // HOUR_US > newest_us // HOUR_US:
+            opens = last_us and (us < last_us or us // HOUR_US != last_us // HOUR_US)
+            if self._in_hour and opens and us // HOUR_US > self._newest_us // HOUR_US:
                 self._begin_hour()
-            elif last_us and (us < last_us or us // HOUR_US != last_us // HOUR_US):
+            elif self._in_hour and opens:
                 self._begin_again(us)
-            last_us, newest_us = us, max(newest_us, us)
+            last_us, self._newest_us = us, max(self._newest_us, us)
             if kind == Kind.NOTE:
                 self._note(us, conn, json.loads(frame))
             else:
@@ -92,24 +94,38 @@ class Replay:
 
     def _begin_hour(self) -> None:
         for ticker, it in sorted(self._markets.items()):
-            if it["conn"] in self._open and not it["left"] and it["based"]:
-                it["sleeping"] = False
+            if it["conn"] in self._open and not it["left"]:
                 seq = self._last_seq[it["conn"], it["sid"]]
                 self._tell(ticker, "checkpoint", None, self._hour_us, seq)
-            else:
-                it["based"] = False  # the hour's own files say nothing of it
 
     def _begin_again(self, us: int) -> None:
         """The clock shows a time again: what is known of every book is written down once more."""
         for ticker, it in sorted(self._markets.items()):
-            if it["based"] and it["succeeded"]:
+            is_open = it["newest"] in self._open
+            forgotten = (
+                it["left"] and not is_open and it["ended"] < self._newest_us // HOUR_US * HOUR_US
+            )
+            if forgotten or not (is_open or it["ended"] >= self._hour_us):
+                continue
+            if it["newest"] != it["conn"]:
+                # the market's book is another, without a snapshot: of this one the hour has what it had
                 before = [state for state in self.states if state.ticker == ticker]
                 if before and before[-1].verified:
-                    self._tell(ticker, "doubt", None, us, 0)
-            elif it["based"]:
-                live = it["conn"] in self._open and not it["left"]
-                it["verified"] &= live
-                seq = self._last_seq[it["conn"], it["sid"]] if it["conn"] in self._open else 0
+                    self._clocks[ticker] = max(self._clocks[ticker], us)
+                    doubt = replace(
+                        before[-1],
+                        cause="doubt",
+                        ts=None,
+                        at_us=self._clocks[ticker],
+                        clock_us=self._clocks[ticker],
+                        seq=0,
+                        record=self._record,
+                        verified=False,
+                    )
+                    self.states.append(doubt)
+            else:
+                it["verified"] &= is_open and not it["left"]
+                seq = self._last_seq[it["conn"], it["sid"]] if is_open else 0
                 self._tell(ticker, "checkpoint", None, us, seq)
 
     def _snapshot(self, us: int, conn: str, frame: bytes) -> None:
@@ -117,10 +133,11 @@ class Replay:
         self._markets[snapshot.market_ticker] = {
             "conn": conn,
             "sid": head.sid,
-            "based": True,
+            "newest": conn,
             "verified": True,
             "left": False,
-            "succeeded": False,
+            "ended": 0,
+            "known": False,
             "yes": dict(snapshot_ladder(snapshot, "yes")),
             "no": dict(snapshot_ladder(snapshot, "no")),
         }
@@ -129,9 +146,11 @@ class Replay:
     def _delta(self, us: int, conn: str, frame: bytes) -> None:
         delta, head = decode_delta(frame), decode_head(frame)
         it = self._markets.get(delta.market_ticker)
-        if it is not None and it["conn"] != conn:
-            it["succeeded"] = True  # by a book without a snapshot, of which nothing can be said
-        if it is None or it["conn"] != conn or not it["based"]:
+        if (
+            it is not None and it["newest"] != conn
+        ):  # a book without a snapshot: nothing can be said of it
+            it |= {"newest": conn, "left": False, "ended": 0}
+        if it is None or it["conn"] != conn:
             return
         change = delta_change(delta)
         size = it[change.side].get(change.price, 0) + change.qty
@@ -147,10 +166,12 @@ class Replay:
             self._open.add(conn)
         elif kind == "disconnected":
             self._open.discard(conn)
+            self._ended(us, *(t for t, it in self._markets.items() if it["newest"] == conn))
             since = max(us - round(note["detail"].get("span_s", 0) * 1_000_000), self._hour_us)
             self._doubt(since, *(t for t, it in self._markets.items() if it["conn"] == conn))
         elif kind == "left" and ticker in self._markets:
             self._markets[ticker]["left"] = True
+            self._ended(us, ticker)
             self._doubt(us, ticker)
         elif kind == "gap" and ticker:
             self._doubt(us, ticker)
@@ -160,18 +181,23 @@ class Replay:
                 us, *(t for t, it in self._markets.items() if (it["conn"], it["sid"]) == of)
             )
 
+    def _ended(self, us: int, *tickers: str) -> None:
+        for ticker in tickers:
+            it = self._markets[ticker]
+            it["ended"] = it["ended"] or max(us, self._newest_us)
+
     def _doubt(self, us: int, *tickers: str) -> None:
         for ticker in tickers:
             it = self._markets.get(ticker)
             if it is not None and it["verified"]:
                 it["verified"] = False
-                if it["based"]:
-                    self._tell(ticker, "doubt", None, us, 0)
+                self._tell(ticker, "doubt", None, us, 0)
 
     def _tell(self, ticker: str, cause: str, ts: datetime | None, us: int, seq: int) -> None:
         it = self._markets[ticker]
         yes, no = ({p: q for p, q in it[side].items() if q > 0} for side in ("yes", "no"))
-        if self._in_hour:
+        it["known"] |= self._in_hour and cause in {"snapshot", "checkpoint"}
+        if self._in_hour and it["known"]:
             clock = self._clocks[ticker] = max(self._clocks.get(ticker, 0), us)
             at = clock if cause == "doubt" else us
             after = After(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import ladder
@@ -132,6 +132,50 @@ def scripts(draw: st.DrawFn, kinds: Sequence[str] = KINDS) -> Script:
     return script
 
 
+def left_and_set_back() -> Script:
+    """A market is left, changes once more in the next hour, and the clock is set back to the hour before."""
+    script = Script()
+    script.connect()
+    script.snapshot("A-1", {4_700: 100}, {})
+    script.add(Kind.NOTE, wire.note("left", {"cause": "test"}, sid=1, ticker="A-1"))
+    script.at = HOUR_NS + wire.SECOND // 2
+    script.delta("A-1", "yes", 5_100, 100)
+    script.at = HOUR_NS - 2 * wire.SECOND
+    script.delta("A-1", "yes", 4_800, 50)
+    return script
+
+
+def succeeded_and_set_back() -> Script:
+    """A book changes and ends in the next hour, the next one has no snapshot, and the clock is set back."""
+    script = Script()
+    script.connect()
+    script.snapshot("A-1", {100: 100}, {})
+    script.at = HOUR_NS + wire.SECOND // 2
+    script.delta("A-1", "yes", 5_100, 100)
+    script.add(Kind.NOTE, wire.note("disconnected", {"cause": "test", "span_s": 0}))
+    script.at += 1000
+    script.connect()
+    script.delta("A-1", "yes", 4_800, 50)
+    script.at = HOUR_NS - 2 * wire.SECOND
+    script.delta("A-1", "yes", 4_900, 50)
+    return script
+
+
+def ended_an_hour_ago_and_set_back() -> Script:
+    """A book ends in one hour, the recording enters the next, and the clock is set back by two."""
+    script = Script()
+    script.connect()
+    script.snapshot("A-1", {4_700: 100}, {})
+    script.at = HOUR_NS + wire.SECOND
+    script.delta("A-1", "yes", 5_100, 100)
+    script.add(Kind.NOTE, wire.note("disconnected", {"cause": "test", "span_s": 0}))
+    script.at = HOUR_NS + 3_601 * wire.SECOND
+    script.connect()
+    script.at = HOUR_NS - 2 * wire.SECOND
+    script.snapshot("B-2", {4_700: 100}, {})
+    return script
+
+
 def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.Table]:
     """The three recorded datasets of one hour, made as the load makes them."""
     tables: dict[str, list[pa.Table]] = {name: [] for name in RECORDED}
@@ -166,7 +210,7 @@ def computed(tables: dict[str, Any], hour: datetime = HOUR) -> Books:
 
 def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
     rows = got.to_pylist()
-    assert len(rows) == len(expected)
+    assert len(rows) == len(expected), (rows, expected)
     for row, wanted in zip(rows, expected, strict=True):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -181,6 +225,9 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @given(script=scripts())
+@example(script=left_and_set_back())
+@example(script=succeeded_and_set_back())
+@example(script=ended_an_hour_ago_and_set_back())
 @settings(max_examples=80, deadline=None)
 def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
     compute, expected = DATASETS[dataset]
