@@ -181,6 +181,28 @@ def test_a_journal_folder_that_is_not_mounted_is_no_first_start_until_adopt_says
     assert_each_record_once(recorder, beside=held)
 
 
+@pytest.mark.parametrize("what", ["host name", "data folder", "archive", "all of them"])
+def test_a_recorder_that_moves_goes_on(
+    what: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container with another host name, volumes that are mounted elsewhere, a folder that is moved."""
+    recorder = Recorder(settings)
+    recorder.run()
+    if what in {"host name", "all of them"}:
+        monkeypatch.setattr("socket.gethostname", lambda: "another-container")
+    if what in {"data folder", "all of them"}:
+        settings.data_dir.rename(tmp_path / "mounted")
+        settings = settings.model_copy(update={"kalshi_data_dir": tmp_path / "mounted"})
+    if what in {"archive", "all of them"}:
+        settings.archive_dir.rename(tmp_path / "archive")
+        settings = settings.model_copy(update={"parquet_dir": str(tmp_path / "archive")})
+    recorder.settings = settings
+    for _ in range(2):
+        last = recorder.run()
+        assert last.trouble is None
+    assert_each_record_once(recorder)
+
+
 def test_the_command_says_which_journal_goes_on_where(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
