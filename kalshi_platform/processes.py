@@ -355,7 +355,7 @@ def leave(status: int | str | None) -> NoReturn:
         sys.stderr.write(f"{status}\n")
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
             stream.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
 
