@@ -42,7 +42,7 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 	@exec $(BIN)/kalshi-platform up
 
 test: install-dev ## The whole test suite
-	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS="--faults 40 --shards 2")
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)
