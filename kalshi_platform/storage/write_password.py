@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import stat
 import tempfile
 from contextlib import suppress
@@ -65,8 +66,8 @@ def read(folder: Path) -> str | None:
                 _unfit(
                     path,
                     f"is open to other users of this machine (mode {mode | 0o600:04o})",
-                    f"chmod 600 {path}; if one of them may have read it, {ANOTHER}. On a file system"
-                    " without modes set CLICKHOUSE_PASSWORD",
+                    f"chmod 600 {shlex.quote(str(path))}; if one of them may have read it, {ANOTHER}. On a file"
+                    " system without modes set CLICKHOUSE_PASSWORD",
                 )
             )
         content = os.read(file, 4096).removesuffix(b"\n")

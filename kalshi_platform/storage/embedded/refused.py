@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,4 @@ def _quoted(name: str) -> str:
 
 def _as_file(name: str) -> str:
     """A name as the engine's files have it: other signs than letters, digits and _ as %XX."""
-    return "".join(
-        sign if sign.isascii() and (sign.isalnum() or sign == "_") else _percent(sign)
-        for sign in name
-    )
-
-
-def _percent(sign: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in sign.encode())
+    return re.sub(rb"[^0-9A-Za-z_]", lambda found: b"%%%02X" % found[0][0], name.encode()).decode()

@@ -28,7 +28,8 @@ from pydantic import SecretStr
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading.stores import ClickHouseStore
 from kalshi_platform.storage import clickhouse, write_password
-from kalshi_platform.storage.embedded import launch, running
+from kalshi_platform.storage.embedded import launch, permission, running
+from kalshi_platform.storage.embedded.answers import ClickHouseError
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.storage.embedded.conftest import PATIENCE_S
@@ -124,6 +125,15 @@ def test_who_gives_no_password_changes_nothing(engine: Engine, sql: str) -> None
         assert engine.password not in answer.text
     assert engine.ask("SELECT groupArray(a) FROM t").text == "[1]\n"
     assert engine.ask("SHOW TABLES").text == "t\n"
+
+
+@pytest.mark.parametrize("kind", sorted(permission._WRITING))
+def test_no_kind_of_writing_is_a_readers(kind: str) -> None:
+    rules = permission.Permission(permission.Known(), parse=lambda sql: {})
+    for tree in ({"type": kind}, {"type": "ExplainQuery", "query": {"type": kind}}):
+        with pytest.raises(ClickHouseError, match="without a password there is only reading"):
+            rules.require(tree, reader=True)
+    assert kind not in permission._READING
 
 
 def test_the_engine_holds_readers_to_reading_as_well(engine: Engine) -> None:
@@ -243,7 +253,7 @@ def _pipe(path: Path) -> None:
 
 def follow_remedy(sentence: str, path: Path) -> None:
     """Do what the sentence says."""
-    if command := re.search(r"Remedy: (chmod 600 \S+?);", sentence):
+    if command := re.search(r"Remedy: (chmod 600 .+?);", sentence):
         subprocess.run(shlex.split(command[1]), check=True)
         return
     assert "Remedy: remove it and start the embedded ClickHouse again" in sentence
@@ -260,8 +270,9 @@ def follow_remedy(sentence: str, path: Path) -> None:
 def test_an_unfit_file_is_a_sentence_whose_remedy_works(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
-    folder, file = tmp_path / "clickhouse", tmp_path / "clickhouse" / "password"
-    folder.mkdir()
+    folder = tmp_path / "a desk's data" / "clickhouse"
+    file = folder / "password"
+    folder.mkdir(parents=True)
     secret = write_password.read_or_make(folder)
     spoil(file)
     with pytest.raises(StoreError) as refused, running(folder, password=None):
@@ -269,7 +280,7 @@ def test_an_unfit_file_is_a_sentence_whose_remedy_works(
     said = str(refused.value).removeprefix("The embedded ClickHouse did not start: Error: ")
     assert said.startswith(f"The password file {file} ")
     assert said.count("\n") == 0
-    settings = platform_settings.load(kalshi_data_dir=tmp_path)
+    settings = platform_settings.load(kalshi_data_dir=folder.parent)
     with pytest.raises(StoreRefused) as same:  # each command says the same
         clickhouse.connect(settings)
     assert str(same.value) == said

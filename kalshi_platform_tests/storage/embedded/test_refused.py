@@ -43,6 +43,7 @@ KEPT = [
     "CREATE MATERIALIZED VIEW k.inner ENGINE = SummingMergeTree ORDER BY a AS SELECT a FROM k.kept",
     "CREATE MATERIALIZED VIEW k.again REFRESH EVERY 1 HOUR APPEND ENGINE = MergeTree ORDER BY a"
     " AS SELECT 1 AS a",
+    "CREATE VIEW k.mine DEFINER = default SQL SECURITY DEFINER AS SELECT a FROM k.kept",
     "CREATE DATABASE other COMMENT 'mine'",
 ]
 
@@ -121,6 +122,8 @@ def test_what_may_be_made_now_is_there_after_a_restart(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         for statement in ["CREATE DATABASE k", *KEPT]:
             assert asked(url, statement).is_success, asked(url, statement).text
+        stranger = "CREATE VIEW k.x DEFINER = stranger SQL SECURITY DEFINER AS SELECT 1"
+        assert asked(url, stranger).headers["X-ClickHouse-Exception-Code"] == "497"
         before = names(url)
         assert len(before) == len(KEPT) - 1
     with running(tmp_path) as url:
