@@ -49,7 +49,7 @@ from kalshi_platform.analytics.frames import (
     running_max,
 )
 from kalshi_platform.analytics.ladder import SIDES, Side, side_at
-from kalshi_platform.storage.schema import PLACE
+from kalshi_platform.storage.schema import CONNECTION_ENDS, DOUBTS, PLACE
 
 _KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
@@ -57,7 +57,6 @@ EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
 GROUP_ROWS = 1 << 20
 _SID = (1 << 32) - 1
 _WITHOUT_RECORD = -(1 << 62)
-_DOUBTS = ("gap", "disconnected", "unsubscribed", "left")
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ def books_in_groups(
     for table in stream:
         kind = table["kind"].cast(pa.string())
         found.add(table.filter(pc.equal(kind, "snapshot")), _marker_rows)
-        found.doubts += table.filter(pc.is_in(kind, pa.array(_DOUBTS))).to_pylist()
+        found.doubts += table.filter(pc.is_in(kind, pa.array(DOUBTS))).to_pylist()
     for table in events:
         found.add(table, _event_rows)
     doubts = found.doubts
@@ -593,7 +592,7 @@ class _Within:
                 hit &= (owned.shard == it["shard"]) | (owned.shard == NONE)
         else:
             hit = owned.conn == self._conn_of.get(it["conn_id"], NONE)
-            if it["kind"] != "disconnected":
+            if it["kind"] not in CONNECTION_ENDS:
                 hit &= owned.sid == it["sid"]
         newest = self._over_us > us
         if record is not None:

@@ -260,6 +260,14 @@ class State:
         that was left frames may still come), or it ended in that hour or later."""
         return book.conn in self.connections or book.ended_ns >= hour_ns
 
+    @property
+    def all_ended_ns(self) -> int | None:
+        """When the last connection ended, where none is open: its books are followed, and an outage lasts."""
+        if self.connections:
+            return None
+        ended = (book.ended_ns for book in self.books.values() if not book.left)
+        return max(ended, default=None)
+
     def trusts(self, book: Book) -> bool:
         """Whether a book is followed, verified, and its frames are known to be whole."""
         return (

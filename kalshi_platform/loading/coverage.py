@@ -3,8 +3,9 @@
 A book is verified from its snapshot to whatever breaks it: a gap on its sid, the end of its
 connection, a negative level, being left. A market is followed from its first sight in the hour (or
 the hour's first instant, where the checkpoint has it) until it is left or the hour ends; time that
-its recorder was not there counts as followed and not verified. A recorder that was killed leaves no
-word in the hour: its connections fall silent, whatever other shards record. What broke a book follows
+its recorder was not there counts as followed and not verified. A recorder that was killed writes nothing more
+in the hour: its connections fall silent, whatever other shards record. What the next hours tell of that is an
+`unheard` row of the hour. What broke a book follows
 from the order of the events; their times only say for how long.
 """
 
@@ -17,7 +18,9 @@ from typing import Any
 
 import msgspec
 
-BREAKING = ("snapshot", "gap", "disconnected", "unsubscribed", "left")
+from kalshi_platform.storage.schema import CONNECTION_ENDS, DOUBTS
+
+BREAKING = ("snapshot", *DOUBTS)
 """The kinds of stream_events that coverage depends on."""
 CHECKPOINT = "checkpoint"
 """In the place of a kind: a book of a checkpoint."""
@@ -84,7 +87,7 @@ def coverage(
             dated_back = kind in {"disconnected", "gap"}
             broken_at = at - timedelta(seconds=_span_s(event)) if dated_back else at
             for market in markets.values():
-                same_sid = kind == "disconnected" or market.sid == event["sid"]
+                same_sid = kind in CONNECTION_ENDS or market.sid == event["sid"]
                 if market.conn == conn and same_sid:
                     _end(market, broken_at)
     for market in markets.values():

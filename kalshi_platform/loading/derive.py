@@ -40,7 +40,7 @@ from kalshi_platform.loading.columns import codes, names, place, prices, quantit
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.recording.journal import Unread
-from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns
+from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -113,7 +113,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
     heard = _heard(decoded)
-    status = _Status(state, {conn: recv_ns for conn, _, _, recv_ns in heard})
+    status = _Status(state, _last_heard(heard))
     happenings = _happenings(decoded, events, markets)
     if doubtful := _doubtful(decoded, state, heard):
         happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
@@ -483,7 +483,7 @@ class _Status:
             elif kind == "connected":
                 yield from self._connected(it)
             elif kind == "disconnected":
-                self._close(it, conn)
+                yield from self._disconnected(it)
             elif kind == "started":
                 for open_conn in list(self.connections):
                     yield from self._end(it, open_conn, "the recorder ended without closing")
@@ -588,7 +588,24 @@ class _Status:
             "span_s": round((it["recv_ns"] - last_ns) / 1e9, 6),
         }
         yield _row(it, conn, 0, "disconnected", detail)
+        yield from self._unheard(it, conn, cause, last_ns)
         self._close(it, conn)
+
+    def _disconnected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The end of a connection that capture wrote down: it may have been dead before that."""
+        body = msgspec.json.decode(it["detail"])
+        if span_s := float(body.get("span_s", 0)):
+            last_ns = it["recv_ns"] - round(span_s * 1e9)
+            yield from self._unheard(it, it["conn"], body["cause"], last_ns)
+        self._close(it, it["conn"])
+
+    def _unheard(
+        self, it: dict[str, Any], conn: str, cause: str, last_ns: int
+    ) -> Iterator[tuple[Any, ...]]:
+        """What an earlier hour is to know of an end that is written down in a later one: a row in it."""
+        if conn in self.connections and last_ns // HOUR_NS < it["recv_ns"] // HOUR_NS:
+            detail = {"cause": cause, "until": time_of_ns(it["recv_ns"]).isoformat()}
+            yield _row({**it, "recv_ns": last_ns}, conn, 0, "unheard", detail)
 
     def _first_delta(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """The first delta of a book in this range: it may be of a book that has no snapshot."""
@@ -700,6 +717,14 @@ def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
     parts = [frame.group_by("conn", "sid").agg(last) for frame in frames]
     both = pl.concat(parts).sort("n").group_by("conn", "sid", maintain_order=True).agg(last)
     return list(both.drop("n").iter_rows())
+
+
+def _last_heard(heard: list[tuple[str, int, int, int]]) -> dict[str, int]:
+    """Each connection's newest receive time, of whatever sid."""
+    newest: dict[str, int] = {}
+    for conn, _, _, recv_ns in heard:
+        newest[conn] = max(newest.get(conn, 0), recv_ns)
+    return newest
 
 
 def _connections_after(

@@ -75,6 +75,7 @@ NOTES: Mapping[str, frozenset[str]] = {
         "started": "version shard",
         "connected": "use_yes_price asked_yes_price markets attempt assumed",
         "disconnected": "cause frames seconds span_s last_frame",
+        "unheard": "cause until",
         "heartbeat": "state frames markets synced last_heard_ns backlog_bytes",
         "refused": "channel action code",
         "recovered": "channel cause since until missing trades",

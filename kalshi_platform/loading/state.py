@@ -207,9 +207,11 @@ def checkpoint(state: State, at: datetime, shard: int = 0) -> pa.Table:
 
 
 def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
-    """Every live book where `Clock.opens` asks for it, from the state before that record.
+    """Every followed book where `Clock.opens` asks for it, from the state before that record.
 
-    Live means: based on a snapshot, still followed, on an open connection, recorder at work. Where the
+
+    Followed means: based on a snapshot, and not left. Of a connection that has ended, or of a recorder that
+    has been silent for longer than it may be, it is not verified: the hour begins within an outage. Where the
     clock shows an hour again, books that have ended are there too, as not verified, if earlier rows of this
     hour may have them live, or frames of theirs may still come: the hour lacks what came in between. All
     rows carry the record, `state.n`.
@@ -230,15 +232,19 @@ def _live_books(state: State, at: datetime) -> pl.DataFrame:
     start_ns = hour_start_ns(floor_hour(at))
     alive = start_ns - state.version <= ALIVE_NS
     again = start_ns <= state.version
+    ended_ns = state.all_ended_ns
     books = [
         (
             *(state.numbers[ticker], ticker, book.conn, book.sid, book.market_id),
-            *(state.trusts(book), state.seq_of(book)),
+            *(alive and state.trusts(book), state.seq_of(book)),
         )
         for ticker, book in sorted(state.books.items())
-        if alive
-        and book.based
-        and (state.may_be_in(start_ns, book) if again else state.follows(book))
+        if book.based
+        and (
+            state.may_be_in(start_ns, book)
+            if again
+            else state.follows(book) or (not book.left and book.ended_ns == ended_ns)
+        )
     ]
     return pl.DataFrame(books, schema=_LIVE, orient="row")
 

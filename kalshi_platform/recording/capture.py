@@ -264,6 +264,9 @@ class Capture:
         self._observed_yes_price = session.scale.yes_price
         self._drain_notes(session, conn)
         detail = {"cause": cause, "frames": frames, "seconds": round(seconds, 3)}
+        dead_s = min((time.time_ns() - self.counters.last_heard_ns) / 1e9, seconds)
+        if dead_s > LIVENESS_S:
+            detail["span_s"] = round(dead_s, 6)
         self._journal.note("disconnected", detail, conn=conn)
         log.info("Disconnected from %s: %s.", uuid.UUID(bytes=conn), cause)
 

@@ -21,6 +21,11 @@ TIME = pa.timestamp("us", "UTC")
 NAME = pa.dictionary(pa.int32(), pa.string())
 """Strings that repeat: dictionary-encoded in memory and in Parquet."""
 
+CONNECTION_ENDS = ("disconnected", "unheard")
+"""The kinds of stream_events from which on nothing is known of a connection's books."""
+DOUBTS = ("gap", "unsubscribed", "left", *CONNECTION_ENDS)
+"""The kinds of stream_events that make books stale. Analytics and coverage go by these."""
+
 ZERO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -167,7 +172,7 @@ BOOK_CHECKPOINTS = Dataset(
             True,
         ),
     ),
-    "Every live book where the recording enters an hour: one row per level, at least one per market.",
+    "Every followed book where the recording enters an hour: one row per level, at least one per market.",
 )
 
 _TRADE_PRICE = (PRICE, "Decimal(9, 4)")

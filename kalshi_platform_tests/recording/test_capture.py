@@ -95,6 +95,9 @@ def test_a_silent_connection_is_left_and_the_cause_recorded(
     writer.close()
     assert [d["cause"] for d in notes(tmp_path, "disconnected")] == ["silent for 1 s", "stopped"]
     assert it.counters.disconnects == {"silent for 1 s": 1, "stopped": 1}
+    silent, stopped = notes(tmp_path, "disconnected")
+    assert 1.0 <= float(str(silent["span_s"])) <= float(str(silent["seconds"]))
+    assert "span_s" not in stopped
 
 
 @pytest.mark.slow
