@@ -278,14 +278,17 @@ def _parts(archive: Archive, hour: datetime) -> set[str]:
 
 
 def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Block]:
-    """The hour's blocks, cut at the edges and at openings; ends where a later hour is new.
+    """The hour's blocks, cut at the edges and at openings; ends where a later hour is new, behind the last edge:
+    rows that came late are in the journal of a later hour.
 
     Raises `_LostRecords` where some of the hour's are lost.
     """
     clock = source.state.clock
+    last = max(edges, default=0)
     for stretch in chunks(journal.read(source.folder, source.position)):
         for piece, opens in at_openings(stretch, clock):
-            if opens is not None and opens > hour and clock.is_new(opens):
+            is_later = opens is not None and opens > hour and clock.is_new(opens)
+            if is_later and piece.first_n >= last:
                 return
             if isinstance(piece, Hole) or piece.unread is not None:
                 raise _LostRecords(source.folder, hour)

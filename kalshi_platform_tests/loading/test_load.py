@@ -589,7 +589,7 @@ def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_sea
             assert {floor_hour(stamp) for stamp in stamps} == {hour}
 
 
-def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_counts_as_uncovered(
+def test_an_hour_crossed_while_the_recorder_was_down_begins_with_stale_books(
     tmp_path: Path,
 ) -> None:
     records = recording(60)  # ends 40 s before the hour
@@ -604,7 +604,11 @@ def test_an_hour_crossed_while_the_recorder_was_down_has_no_live_books_and_count
     root = tmp_path / "archive"
     archive_all(tmp_path / "journal", writer, root)
     writer.close()
-    assert paths(root, "book_checkpoints", SECOND_HOUR) == []
+    (books,) = LocalArchive(root).read("book_checkpoints", SECOND_HOUR)
+    known = {(row["market_ticker"], row["verified"]) for row in books.to_pylist()}
+    assert known == {("A-1", False), ("EMPTY-2", False)}
+    second = hours.describe(LocalArchive(root), SECOND_HOUR, complete=True)
+    assert second.verified_by_market["EMPTY-2"] == 0
     first = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert first is not None
     assert first.verified_seconds == pytest.approx(2 * 60)

@@ -26,7 +26,7 @@ from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hou
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations, queries
 from kalshi_platform.storage.archive import HOUR as ONE_HOUR
-from kalshi_platform.storage.archive import LocalArchive, floor_hour, part_name
+from kalshi_platform.storage.archive import LocalArchive, floor_hour, part_name, part_range
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.storage.schema import ANALYTICS
 from kalshi_platform_tests import wire
@@ -215,6 +215,8 @@ def test_five_minutes_of_an_outage_over_the_hour_are_in_both_hours(settings: Set
         for compacted in (False, True):
             if compacted:
                 compaction.compact(archive, [HOUR, HOUR + ONE_HOUR], lambda _: None, _raise)
+            else:
+                late_part(settings.archive_dir).unlink()
             for hour in (HOUR, HOUR + ONE_HOUR):
                 rebuild(settings, hour)
                 compute_hour(settings, hour)
@@ -253,6 +255,13 @@ def test_five_minutes_of_an_outage_over_the_hour_are_in_both_hours(settings: Set
         wrong = ("unexplained_holes", "missing_levels", "doubled")
         assert len(proved) == 2
         assert [row for row in proved if any(row[name] for name in wrong)] == []
+
+
+def late_part(root: Path) -> Path:
+    """The file of `HOUR` with what the next hour told."""
+    folder = root / "stream_events" / f"date={HOUR:%Y-%m-%d}" / f"hour={HOUR:%H}"
+    parts = {part_range(path.name): path for path in folder.glob("part-*.parquet")}
+    return parts[max(cut for cut in parts if cut is not None)]
 
 
 def _raise(hour: object, error: Exception) -> None:
