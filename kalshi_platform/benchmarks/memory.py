@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 
 import click
 import psutil
+import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks import feed
@@ -113,7 +115,9 @@ class HourEnd:
     """Resident before the first record."""
     peak_mib: float
     silent_s: dict[str, float]
-    """The longest time without a commit, by store."""
+    """The longest time in which a store took nothing, neither a range nor a batch of the checkpoint."""
+    waited_s: dict[str, float]
+    """The longest time without a new range: a checkpoint is written between two."""
     ended: bool
     """Whether everything was loaded."""
     end_s: float
@@ -129,8 +133,9 @@ def hour_end(markets: int, levels: int) -> list[Figure]:
         Figure(f"memory, {what}: before", whole.begun_mib, "MiB"),
         Figure(f"load, {what}", whole.seconds, "s"),
         *(
-            Figure(f"{store}, {what}: longest time without a commit", silent, "s")
-            for store, silent in whole.silent_s.items()
+            Figure(f"{store}, {what}: longest time without {without}", seconds[store], "s")
+            for without, seconds in (("a commit", whole.silent_s), ("a range", whole.waited_s))
+            for store in seconds
         ),
         Figure(f"end while the books are written, {what}", stopped.end_s, "s", at_most=10.0),
     ]
@@ -146,10 +151,11 @@ def _loaded(markets: int, levels: int, *, stops: bool) -> HourEnd:
         process = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
         process.submit(write_hour_end, settings.journal_dir(), markets, levels).result()
         loads = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-        hour, it = loads.submit(_load_hour_end, settings, stops=stops).result()
+        found = loads.submit(_load_hour_end, settings, stops=stops).result()
         if not stops:
+            hour = hour_of_ns(feed.START_US * 1000) + HOUR
             _check_checkpoint(settings, hour, markets, markets * levels)
-        return it
+        return found
 
 
 def write_hour_end(folder: Path, markets: int, levels: int) -> None:
@@ -180,43 +186,76 @@ def write_hour_end(folder: Path, markets: int, levels: int) -> None:
     writer.close()
 
 
-def _load_hour_end(settings: Settings, *, stops: bool) -> tuple[datetime, HourEnd]:
+class _Hot(ClickHouseStore):
+    """Counts the batches of checkpoints that it took."""
+
+    taken = 0
+
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        super().begin_hour(hour, _counted(self, books), n)
+
+
+class _Cold(ParquetStore):
+    """The same."""
+
+    taken = 0
+
+    def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
+        super().begin_hour(hour, _counted(self, books), n)
+
+
+def _counted(store: _Hot | _Cold, books: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    for batch in books:
+        yield batch
+        store.taken += 1
+
+
+class _Longest:
+    """The longest time in which something stayed the same."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last: object = None
+        self._since = time.monotonic()
+
+    def look(self, at: object) -> None:
+        now = time.monotonic()
+        self.seconds = max(self.seconds, now - self._since)
+        if at != self._last:
+            self._last, self._since = at, now
+
+
+def _load_hour_end(settings: Settings, *, stops: bool) -> HourEnd:
     """Load the journal into both stores; `stops`: until the books are being written, then end."""
     folder = settings.journal_dir()
     writer = Writer(folder)
     derivation = Derivation(folder)
-    loads = [
-        Load(folder, writer, store, pace, derivation=derivation)
-        for store, pace in (
-            (ParquetStore(open_archive(settings), 0, lambda _: None), PARQUET_PACE),
-            (ClickHouseStore(settings, str(writer.id)), CLICKHOUSE_PACE),
-        )
-    ]
+    cold = _Cold(open_archive(settings), 0, lambda _: None)
+    hot = _Hot(settings, str(writer.id))
+    loads: dict[Load, _Cold | _Hot] = {
+        Load(folder, writer, cold, PARQUET_PACE, derivation=derivation): cold,
+        Load(folder, writer, hot, CLICKHOUSE_PACE, derivation=derivation): hot,
+    }
     process = psutil.Process()
     before = peak = process.memory_info().rss
     began = time.monotonic()
-    last = {load.name: (load.committed_ns, began) for load in loads}
-    silent = dict.fromkeys(last, 0.0)
+    silent = {load.name: _Longest() for load in loads}
+    waited = {load.name: _Longest() for load in loads}
     for load in loads:
         load.start()
         if not stops:
             load.drain()
-    while (now := time.monotonic()) < began + HOUR_END_PATIENCE_S:
+    while time.monotonic() < began + HOUR_END_PATIENCE_S:
         peak = max(peak, process.memory_info().rss)
-        for load in loads:
-            committed_ns, since = last[load.name]
-            silent[load.name] = max(silent[load.name], now - since)
-            if load.committed_ns != committed_ns or (not load.lag and load.committed):
-                last[load.name] = (load.committed_ns, now)
-        if all(not load.lag and load.committed for load in loads):
+        for load, store in loads.items():
+            if load.lag or load.committed is None:
+                silent[load.name].look((load.committed_ns, store.taken))
+                waited[load.name].look(load.committed_ns)
+        if all(load.committed and not load.lag for load in loads):
             break
-        if (
-            stops
-            and (folder / "load" / "hours").is_dir()
-            and any((folder / "load" / "hours").glob("*.state"))
-        ):
+        if stops and (cold.taken or hot.taken):
             break
-        time.sleep(0.02)
+        time.sleep(SAMPLE_S / 50)
     asked = time.monotonic()
     for load in loads:
         load.drain()
@@ -224,13 +263,18 @@ def _load_hour_end(settings: Settings, *, stops: bool) -> tuple[datetime, HourEn
     while any(load.alive for load in loads):
         time.sleep(0.01)
     done = time.monotonic()
+    writer.close()
     for load in loads:
         if load.failure is not None:
-            raise RuntimeError(f"{load.name}: {load.failure}")
-    writer.close()
-    hour = hour_of_ns(feed.START_US * 1000) + HOUR
-    return hour, HourEnd(
-        asked - began, before / 2**20, peak / 2**20, silent, all(ended), done - asked
+            raise load.failure
+    return HourEnd(
+        asked - began,
+        before / 2**20,
+        peak / 2**20,
+        {name: longest.seconds for name, longest in silent.items()},
+        {name: longest.seconds for name, longest in waited.items()},
+        all(ended),
+        done - asked,
     )
 
 

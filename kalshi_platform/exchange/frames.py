@@ -202,8 +202,17 @@ def decode_delta(frame: bytes) -> Delta:
     return _delta(frame).msg
 
 
+SNAPSHOT_BYTES = 4 << 20
+"""More than any snapshot has: a book's 20,002 levels take less than 1 MB of JSON. What is larger is not
+read, for it would take some twenty times its size in memory."""
+
+
 def decode_snapshot(frame: bytes) -> Snapshot:
     """The body of a snapshot frame; raises one of `DecodeError`."""
+    if len(frame) > SNAPSHOT_BYTES:
+        raise msgspec.DecodeError(
+            f"the snapshot has {len(frame):,} bytes, and no book has {SNAPSHOT_BYTES:,}"
+        )
     return _snapshot(frame).msg
 
 

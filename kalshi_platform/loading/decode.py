@@ -33,6 +33,7 @@ from kalshi_platform.exchange.book import (
     snapshot_ladder,
 )
 from kalshi_platform.exchange.frames import (
+    SNAPSHOT_BYTES,
     DecodeError,
     Delta,
     Head,
@@ -143,6 +144,8 @@ _ODD_SNAPSHOT = "|".join(
 come twice, however they are written. (Arrow's refuses both.) 0.3 µs a kB."""
 _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
+KEPT_OF_LARGE = 1 << 16
+"""Bytes of a frame that is too large to be kept in a row; the journal has it whole."""
 KNOWN_TYPES = frozenset(
     [
         "subscribed",
@@ -420,7 +423,8 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
             pl.DataFrame(schema=LEVELS),
             pl.DataFrame(schema=STREAM),
         )
-    wire = _ndjson(records["frame"], _WIRE_SNAPSHOT)
+    readable = bool((records["frame"].bin.size() <= SNAPSHOT_BYTES).all())
+    wire = _ndjson(records["frame"], _WIRE_SNAPSHOT) if readable else None
     if wire is None:
         return _snapshot_frames(records)
     wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
@@ -560,13 +564,18 @@ def _ticker_of(reply: Reply) -> str:
 def _malformed_row(record: dict[str, Any], reason: str, *, of: str = "") -> tuple[Any, ...]:
     """A row that keeps the raw frame; its number counts where the head could be read.
 
+    Of a frame that is too large for a snapshot it keeps the beginning, and its length as `bytes`.
+
     `of`: delta or snapshot, whose book is stale from here on.
     """
     try:
         head = decode_head(record["frame"])
     except DecodeError:
         head = Head("")
-    detail = {"reason": reason, "frame": _text(record["frame"])} | ({"of": of} if of else {})
+    frame = record["frame"]
+    size = {"bytes": len(frame)} if len(frame) > SNAPSHOT_BYTES else {}
+    text = _text(frame[:KEPT_OF_LARGE] if size else frame)
+    detail = {"reason": reason, "frame": text} | size | ({"of": of} if of else {})
     body = msgspec.json.encode(detail).decode()
     ticker = subject(record["frame"]) if of else ""
     return (*_frame_columns(record, head), "malformed", ticker, body)

@@ -245,7 +245,7 @@ def _events(read: _Reading) -> list[dict[str, Any]]:
         rows = pl.DataFrame(table.filter(pc.is_in(kind, pa.array(BREAKING))))
         found.append(rows.with_columns(text, pl.col("kind").cast(pl.String)))
     books = [
-        pl.DataFrame(table).with_columns(text).unique(maintain_order=True)
+        pl.DataFrame(table).unique(maintain_order=True).with_columns(text)
         for table in read.batches(BOOK_CHECKPOINTS.name, _BOOK)
     ]
     if books:

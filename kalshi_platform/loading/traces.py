@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kalshi_platform.loading.decode import Decoded, decode
+from kalshi_platform.loading.derivation import chunks, up_to
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, JournalError
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
@@ -52,12 +53,8 @@ def _blocks(folder: Path, first: int, until: int) -> Iterator[Block]:
     if first >= until:
         return
     try:
-        for stretch in journal.read(folder, journal.find(folder, first)):
-            if stretch.first_n >= until:
-                return
-            if isinstance(stretch, Block):
-                inside = stretch.first_n + stretch.rows <= until
-                yield stretch if inside else stretch.cut(until - stretch.first_n)[0]
+        near = up_to(until, journal.read(folder, journal.find(folder, first)))
+        yield from (stretch for stretch in chunks(near) if isinstance(stretch, Block))
     except JournalError:
         return  # the load reports damage; what was read before it is enough here
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.exchange.frames import SNAPSHOT_BYTES, DecodeError, Kind, decode_snapshot
 from kalshi_platform.exchange.numbers import price_units
 from kalshi_platform.exchange.session import Session
-from kalshi_platform.loading.decode import Decoded, decode
+from kalshi_platform.loading.decode import KEPT_OF_LARGE, Decoded, decode
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz.targets import check_frames
 
@@ -155,3 +155,22 @@ def test_brackets_without_end_are_malformed() -> None:
 def test_only_plain_decimals_are_prices(text: str) -> None:
     with pytest.raises(ValueError, match="is not a decimal number"):
         price_units(text)
+
+
+def test_a_snapshot_that_is_larger_than_any_book_is_malformed_and_not_read() -> None:
+    """All of its levels could be read: reading is what would take the memory."""
+    padded = SNAPSHOT.replace('"msg":{', '"msg":{' + " " * SNAPSHOT_BYTES)
+    records = [
+        (wire.NOON_NS, wire.conn_id(1), int(Kind.SNAPSHOT), frame.encode())
+        for frame in (SNAPSHOT.replace("A-1", "B-2"), padded)
+    ]
+    result = decode(wire.blocks(records))
+    assert result.snapshots["market_ticker"].to_list() == ["B-2"]
+    assert result.stream.select("kind", "market_ticker", "seq").rows() == [("malformed", "A-1", 1)]
+    detail = json.loads(result.stream["detail"][0])
+    assert detail["of"] == "snapshot"
+    assert "and no book has" in detail["reason"]
+    assert detail["bytes"] == len(padded)
+    assert len(detail["frame"]) == KEPT_OF_LARGE
+    with pytest.raises(DecodeError, match="and no book has"):  # capture says the same
+        decode_snapshot(padded.encode())

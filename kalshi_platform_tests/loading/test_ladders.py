@@ -45,6 +45,11 @@ def test_levels_are_what_was_put_there_last_however_often_they_are_merged(
             sizes = {level: size for level, size in (sizes | changed).items() if size}
             assert rows(before.all()) == rows(packed(expected))  # states do not change each other
             assert ladders.all().equals(packed(sizes).sort("level"))
+    heights = [sum(level[0] == market for level in sizes) for market in MARKETS]
+    assert ladders.heights(pl.Series(list(MARKETS), dtype=pl.Int64)).tolist() == heights
+    for rows_at_a_time in (1, 3, 100):
+        batches = list(ladders.batches(rows_at_a_time))
+        assert pl.concat(batches).equals(ladders.all())
     found = ladders.of(
         packed(dict.fromkeys(asked, 1))["level"], pl.Series(list(of), dtype=pl.Int64)
     )
