@@ -322,7 +322,8 @@ class ParquetStore:
                     self._seal(hour)
         for hour in news:
             self._open_hour_reported = hour
-            self._report(hours.describe(self._archive, hour, complete=False))
+            going_on = self._insist_on_going_on
+            self._report(hours.describe(self._archive, hour, complete=False, proceed=going_on))
         self._seal_passed()
 
     def _is_first_of(self, hour: datetime) -> bool:
