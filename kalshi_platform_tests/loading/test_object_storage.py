@@ -490,7 +490,10 @@ def test_an_hour_that_waits_is_built_again_and_sent_by_a_rebuild(
     writer = journal_of(settings.journal_dir(), recording())
     load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kalshi_platform.loading.sealing.seal", hours.seal)  # killed before
+        patched.setattr(
+            "kalshi_platform.loading.sealing.seal",
+            lambda archive, hour, proceed: hours.seal(archive, hour, proceed=proceed),
+        )  # killed before
         load_all(load)
     writer.close()
     assert not [key for key in keys(store, settings) if key.endswith(".parquet")]
