@@ -262,8 +262,8 @@ class State:
 
     @property
     def all_ended_ns(self) -> int | None:
-        """When the last connection ended, where none is open: its books are followed, and an outage lasts."""
-        if self.connections:
+        """When the last books ended, where no open connection has any: they are followed, and an outage lasts."""
+        if any(book.conn in self.connections for book in self.books.values()):
             return None
         ended = (book.ended_ns for book in self.books.values() if not book.left)
         return max(ended, default=None)

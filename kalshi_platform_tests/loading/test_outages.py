@@ -177,6 +177,19 @@ def test_no_row_is_verified_within_an_outage_and_coverage_counts_it(
         assert trusted_within(replay.after_events(of), outages) == [], hour
 
 
+def test_a_connection_without_books_yet_does_not_end_an_outage() -> None:
+    first, second = wire.conn_id(1), wire.conn_id(2)
+    records: list[wire.Record] = [
+        wire.connected(first, HOUR_NS),
+        (HOUR_NS, first, Kind.SNAPSHOT, wire.snapshot("A", 1, {4_500: 100}, {})),
+        (HOUR_NS + 3_000 * S, first, Kind.NOTE, wire.note("disconnected", {"cause": "test"})),
+        wire.connected(second, HOUR_NS + 3_590 * S),
+        (HOUR_NS + 3_601 * S, second, Kind.NOTE, wire.note("heartbeat", {})),
+    ]
+    (books,) = (table for name, table in derived(records) if name == "book_checkpoints" and table)
+    assert [(b["market_ticker"], b["verified"]) for b in books.to_pylist()] == [("A", False)]
+
+
 # -- from the journal through both stores ----------------------------------------------------------
 
 
