@@ -263,9 +263,10 @@ class State:
     @property
     def all_ended_ns(self) -> int | None:
         """When the last books ended, where no open connection has any: they are followed, and an outage lasts."""
-        if any(book.conn in self.connections for book in self.books.values()):
+        based = [book for book in self.books.values() if book.based]
+        if any(book.conn in self.connections for book in based):
             return None
-        ended = (book.ended_ns for book in self.books.values() if not book.left)
+        ended = (book.ended_ns for book in based if not book.left)
         return max(ended, default=None)
 
     def trusts(self, book: Book) -> bool:

@@ -93,10 +93,15 @@ class Replay:
         return sorted(self.states, key=lambda state: state.ticker)
 
     def _begin_hour(self) -> None:
-        for ticker, it in sorted(self._markets.items()):
+        based = {t: it for t, it in sorted(self._markets.items()) if it["newest"] == it["conn"]}
+        outage = not any(it["conn"] in self._open for it in based.values())
+        ended = max((it["ended"] for it in based.values() if not it["left"]), default=0)
+        for ticker, it in based.items():
             if it["conn"] in self._open and not it["left"]:
                 seq = self._last_seq[it["conn"], it["sid"]]
                 self._tell(ticker, "checkpoint", None, self._hour_us, seq)
+            elif outage and not it["left"] and it["ended"] == ended:
+                self._tell(ticker, "checkpoint", None, self._hour_us, 0)
 
     def _begin_again(self, us: int) -> None:
         """The clock shows a time again: what is known of every book is written down once more."""
