@@ -4,3 +4,8 @@
 
 GRANT CLUSTER, REMOTE ON *.* TO kalshi_operator;
 GRANT CLUSTER, REMOTE ON *.* TO kalshi_admin;
+
+-- Rows that a writer has inserted, and one replica does not show, are asked of the others before they are sent
+-- again.
+GRANT CLUSTER ON *.* TO kalshi_writer;
+GRANT SYSTEM SYNC REPLICA ON kalshi.* TO kalshi_writer;

@@ -17,7 +17,7 @@ from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import Check, Parameters, moment
 from kalshi_platform.inventory.semantics import INV_CONVENTION
 from kalshi_platform.storage import queries
-from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
 
@@ -175,11 +175,13 @@ def update(client: Client, checks: Iterable[Check], parameters: Parameters) -> l
     if changed:
         with translated():
             now = client.query("SELECT now64(3, 'UTC')").result_rows[0][0]
-            client.insert(
+            summary = client.insert(
                 TABLE,
                 [[*each.row().values(), now] for each in changed],
                 column_names=[*changed[0].row(), "updated_at"],
+                settings={"async_insert": 0},
             )
+        acknowledged(client, TABLE, summary, len(changed))
     return [each for each in found if each.closed_at is None]
 
 

@@ -28,9 +28,10 @@ from kalshi_platform.durable import sync
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.semantics import InventoryError
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.arrival import insist
+from kalshi_platform.storage import verified_inserts
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.errors import StoreError, StoreUnavailable
+from kalshi_platform.storage.verified_inserts import Insert
 
 FLUSH_S = 1.0
 MOST_ROWS = 1_000_000
@@ -230,7 +231,7 @@ class Spool:
                 rows = _rows_of(path)
                 if rows is None:
                     continue
-                insist(client, name, rows, path.stem, TABLES[name].key)
+                verified_inserts.insert(client, Insert(name, rows, path.stem, TABLES[name].key))
             except StoreError as error:
                 stuck.add(name)
                 refused = error

@@ -25,7 +25,7 @@ from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import arrival, clickhouse, queries, recorders_table
+from kalshi_platform.storage import clickhouse, queries, recorders_table, verified_inserts
 from kalshi_platform.storage.archive import (
     HOUR,
     Archive,
@@ -47,6 +47,7 @@ from kalshi_platform.storage.schema import (
     TRADES,
     Dataset,
 )
+from kalshi_platform.storage.verified_inserts import Insert
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,10 @@ class Store(Protocol):
 
 
 class ClickHouseStore:
-    """Inserts with deterministic tokens: a range that was inserted is not inserted again."""
+    """Inserts with deterministic tokens: a range that was inserted is not inserted again.
+
+    What was inserted is counted in ClickHouse before a write returns (`verified_inserts`).
+    """
 
     name = "clickhouse"
     datasets = frozenset(DATASETS)
@@ -124,14 +128,26 @@ class ClickHouseStore:
         """Oldest row that this process has written of what came before it began to record."""
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
-        """One insert per table. `latest_levels` goes last: it is never ahead of the events."""
+        """One insert per table. `latest_levels` goes last: it is never ahead of the events.
+
+        Counted at the end, or table by table where an insert may be a repetition: ClickHouse may take that
+        for done (`verified_inserts`), and no table may be ahead of those before it.
+        """
         sure = self._sure_from is not None and first_n >= self._sure_from
         self._sure_from = None  # until all of this is there
+        inserts = []
         for name in rows[0].tables:
             table = concatenated([r.tables[name] for r in rows])
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
-            self._insert(name, table, f"{self._journal_id}:{first_n}-{end_n}:{name}", sure=sure)
+            token = f"{self._journal_id}:{first_n}-{end_n}:{name}"
+            if name == LATEST_LEVELS.name and not sure:
+                token = f"{token}:{uuid.uuid4()}"  # the newest version of a level wins: twice is as once
+            inserts.append(self._insert(name, table, token))
+            if not sure:
+                verified_inserts.ensure(self._connected(), inserts[-1:])
+        if sure:
+            verified_inserts.ensure(self._connected(), inserts)
         self._forget_former_books(rows)
         self._sure_from = end_n
 
@@ -197,7 +213,8 @@ class ClickHouseStore:
             if missing.num_rows:
                 first, last = missing["market_ticker"][0], missing["market_ticker"][-1]
                 token = f"{of_hour}:{first}:{last}:{missing.num_rows}"
-                self._insert(BOOK_CHECKPOINTS.name, missing, token, sure=False)
+                inserted = self._insert(BOOK_CHECKPOINTS.name, missing, token)
+                verified_inserts.ensure(self._connected(), [inserted])
 
     def _checkpointed(self, hour: datetime, n: int) -> frozenset[str]:
         """The books, as `_without` names them, that an hour's checkpoint already has."""
@@ -212,15 +229,9 @@ class ClickHouseStore:
     def abandon(self) -> None:
         """See `Store`. One insert is bounded."""
 
-    def _insert(self, name: str, table: pa.Table, token: str, *, sure: bool) -> None:
-        if not table.num_rows:
-            return
-        if sure:
-            clickhouse.insert_arrow(self._connected(), name, table, token)
-        elif name == LATEST_LEVELS.name:  # the newest version of a level wins: twice is as once
-            clickhouse.insert_arrow(self._connected(), name, table, f"{token}:{uuid.uuid4()}")
-        else:
-            arrival.insist(self._connected(), name, table, token, arrival.KEYS[name])
+    def _insert(self, name: str, table: pa.Table, token: str) -> Insert:
+        clickhouse.insert_arrow(self._connected(), name, table, token)
+        return Insert(name, table, token, verified_inserts.KEYS[name])
 
     def _connected(self) -> clickhouse.Client:
         password = clickhouse.password(self._settings)

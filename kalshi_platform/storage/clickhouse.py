@@ -6,7 +6,6 @@ Which tables there are is not said here (migrations.py), nor what goes into them
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -20,13 +19,12 @@ import clickhouse_connect
 import pyarrow as pa
 from clickhouse_connect.driver import exceptions as driver
 from clickhouse_connect.driver.client import Client
-from clickhouse_connect.driver.httputil import get_pool_manager
-from urllib3 import PoolManager
+from clickhouse_connect.driver.summary import QuerySummary
 from urllib3.exceptions import HTTPError
 
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import tls, write_password
+from kalshi_platform.storage import tls, transport, write_password
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.write_password import READ_ONLY
 
@@ -34,6 +32,7 @@ __all__ = [
     "MINIMUM_VERSION",
     "TRANSIENT",
     "Client",
+    "acknowledged",
     "broken_answer",
     "called_by",
     "comment",
@@ -106,7 +105,6 @@ _CODE = re.compile(r"\bCode:\s*(\d+)")
 _EXPECTED = re.compile(r"Expected one of: .{100,}", re.DOTALL)
 """The parser's list of every word that could have come next: no help when it is long."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*(\(version|$)")
-_HTTP_STATUS = re.compile(r"HTTP status (\d+)")
 _WORDS_OF_DRIVER = re.compile(
     r"^(Received ClickHouse exception, code: \d+, server response: )?(Code: \d+\. )?(DB::Exception: )?"
 )
@@ -199,7 +197,7 @@ def _client(
             connect_timeout=CONNECT_TIMEOUT_S,
             send_receive_timeout=receive_timeout_s or settings.clickhouse_timeout_seconds,
             compress=False if local else "zstd",  # of answers
-            pool_mgr=_local_pool(**files) if local else None,
+            pool_mgr=transport.pool_to(settings.clickhouse_url, **files),
             **files,
             # a client certificate logs in by itself, unless there is a password
             tls_mode="strict" if "client_cert" in files and secret else None,
@@ -231,6 +229,9 @@ def insert_arrow(
     so the same rows make the same block each time: one part for each partition (day) in it.
     Dictionary columns may go into UUID, Enum and LowCardinality columns. An empty table does
     nothing. `settings` are further ClickHouse settings of this insert.
+
+    Returns when ClickHouse has acknowledged all rows (`acknowledged`). Whether they are there is another
+    question, which `verified_inserts` asks.
     """
     if not rows.num_rows:
         return
@@ -242,7 +243,7 @@ def insert_arrow(
     ) as stream:
         stream.write_table(rows.combine_chunks())
     with translated():
-        client.raw_insert(
+        summary = client.raw_insert(
             table,
             rows.column_names,
             body.getvalue().to_pybytes(),
@@ -258,6 +259,32 @@ def insert_arrow(
                 **(settings or {}),
             },
             fmt="ArrowStream",
+        )
+    acknowledged(client, table, summary, rows.num_rows)
+
+
+def acknowledged(client: Client, table: str, summary: QuerySummary, rows: int) -> None:
+    """Raise `StoreError` where the answer to an insert of `rows` rows does not say that they were taken.
+
+    `X-ClickHouse-Summary` must say that at least so many were written: an error of any stage has another
+    answer, so fewer mean that they were not all sent on. More are right: the rows that materialised views
+    make count too, and so do those that a Distributed table hands to its shards. A block that is taken for
+    the repetition of another one counts as if it were written, for the count is made before ClickHouse looks
+    at the token: the same figure means "there", not "added". Only an insert that ClickHouse may queue says 0,
+    and no insert of ours allows that (`async_insert` is 0). That the answer is ClickHouse's own, and its body
+    empty, is what `transport` sees to.
+    """
+    written = str(summary.summary.get("written_rows", ""))
+    where = f"ClickHouse at {client.uri} answered HTTP 200 to {rows:,} rows of {table}, and"
+    if not written.isdecimal():
+        raise StoreRefused(
+            f"{where} does not say how many it wrote (X-ClickHouse-Summary). Something between here and"
+            " ClickHouse takes that away: check CLICKHOUSE_URL, or let it pass answers on as they are."
+        )
+    if int(written) < rows:
+        raise StoreUnavailable(
+            f"{where} says that it wrote {int(written):,}. Something between here and ClickHouse did not send"
+            " all of them on, or answers by itself: check CLICKHOUSE_URL."
         )
 
 
@@ -347,11 +374,6 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
 
 
 def _without_code(error: driver.Error, message: str, settings: Settings | None) -> StoreError:
-    if status := _HTTP_STATUS.search(message):
-        sentence = f"{_place(settings)} answered HTTP {status[1]}, but not as ClickHouse does."
-        if int(status[1]) >= 500:
-            return StoreUnavailable(f"{sentence} A proxy before it, or it is starting.")
-        return StoreRefused(f"{sentence} Check CLICKHOUSE_URL.")
     if handshake := tls.refusal(error, settings):
         return StoreRefused(handshake)
     if isinstance(error, driver.OperationalError):
@@ -389,10 +411,3 @@ def _root(error: BaseException) -> str:
     return (
         "time-out" if "timeout" in type(last).__name__.lower() else str(last) or type(last).__name__
     )
-
-
-@functools.cache
-def _local_pool(**files: Any) -> PoolManager:
-    """Connections to this machine, never through the environment's proxy; shared by all clients."""
-    pool: PoolManager = get_pool_manager(**files)
-    return pool

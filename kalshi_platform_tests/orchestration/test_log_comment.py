@@ -118,17 +118,17 @@ def test_the_streamers_own_thread_writes_with_the_ids_of_the_run_that_made_it(
     settings = platform.settings()
     with closing(connect(settings)) as client:
         client.command(
-            "CREATE TABLE noted (n UInt8, said String MATERIALIZED getSetting('log_comment'))"
+            "CREATE TABLE trades (n UInt8, said String MATERIALIZED getSetting('log_comment'))"
             " ENGINE = Memory"
         )
     with called_by(lambda: {"run_id": "abc", "shard": "1"}):
         store = ClickHouseStore(settings, "journal", "streamer shard 1")
     rows = pa.table({"n": pa.array([1], pa.uint8())})
-    thread = threading.Thread(target=lambda: store._insert("noted", rows, "token", sure=True))
+    thread = threading.Thread(target=lambda: store._insert("trades", rows, "token"))
     thread.start()
     thread.join()
     with closing(connect(settings)) as client:
-        (row,) = client.query("SELECT said FROM noted").result_rows
+        (row,) = client.query("SELECT said FROM trades").result_rows
     assert json.loads(row[0]) == {"what": "streamer shard 1", "run_id": "abc", "shard": "1"}
 
 
