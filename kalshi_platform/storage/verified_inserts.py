@@ -8,7 +8,7 @@ replica may not have the rows yet. So each insert is looked for at the place tha
     agree      one SELECT for all tables of a batch: rows, and sums over their records and times
     missing    where that differs, row by row, by key: what is not there, of what the table still keeps (TTL)
                has to be there
-    again      what stays missing for a moment is inserted under another token, made of those rows: the first
+    again      what stays missing for a moment is inserted under another token, which names those rows: the first
                token may be taken, and the same rows that are still on their way are not added a second time
 
 More rows than were sent are refused: no insert mends that.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.storage import checksum, clickhouse, partitions, retention
+from kalshi_platform.storage import clickhouse, partitions, retention
 from kalshi_platform.storage.cluster import place
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
@@ -179,27 +180,28 @@ def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _complete(client: clickhouse.Client, it: Insert) -> None:
     """Insert what is missing, again under other tokens, until it is there."""
     attempt = 0
-    while (missing := _missing_for_long(client, it)).num_rows:
+    while len(missing := _missing_for_long(client, it)):
         attempt += 1
         if attempt > TRIES:
             raise StoreRefused(
                 f"ClickHouse at {client.uri} acknowledged {it.rows.num_rows:,} rows of {it.name} ({_records(it)})"
-                f" {attempt} times, and {missing.num_rows:,} of them are not there. Look at what is between here"
-                " and ClickHouse, and at ClickHouse's own log. They are sent again from time to time."
+                f" {attempt} times, and {len(missing):,} of them are not there. Look at what is between here and"
+                " ClickHouse, and at ClickHouse's own log. They are sent again from time to time."
             )
-        summed = checksum.text(checksum.rows_checksum(missing))
-        clickhouse.insert_arrow(client, it.name, missing, f"{it.token}:{summed}:{attempt}")
+        which = blake2b(missing.to_numpy().astype(np.uint32).tobytes(), digest_size=8).hexdigest()
+        rows = it.rows.take(missing.to_arrow())
+        clickhouse.insert_arrow(client, it.name, rows, f"{it.token}:{which}:{attempt}")
 
 
-def _missing_for_long(client: clickhouse.Client, it: Insert) -> pa.Table:
-    """Rows that are not there, and do not come within a moment, nor from another replica."""
+def _missing_for_long(client: clickhouse.Client, it: Insert) -> pl.Series:
+    """Rows that are not there, and do not come within a moment, nor from another replica: their numbers."""
     missing = _missing(client, it)
     for wait_s in SETTLE_S:
-        if not missing.num_rows:
+        if not len(missing):
             return missing
         time.sleep(wait_s)
         missing = _missing(client, it)
-    if missing.num_rows and _synced(client, it.name):
+    if len(missing) and _synced(client, it.name):
         missing = _missing(client, it)
     return missing
 
@@ -218,8 +220,11 @@ def _synced(client: clickhouse.Client, name: str) -> bool:
     return True
 
 
-def _missing(client: clickhouse.Client, it: Insert) -> pa.Table:
-    """Rows that are not there although the table must still have them. Raises `StoreRefused` for doubled ones."""
+def _missing(client: clickhouse.Client, it: Insert) -> pl.Series:
+    """Rows that are not there although the table must still have them: their numbers, ascending.
+
+    Raises `StoreRefused` for doubled ones.
+    """
     parameters: dict[str, Any] = {}
     columns = ", ".join(_selected(it))
     sql = f"SELECT {columns} FROM {it.name} WHERE {_span(it, '', parameters)}"  # noqa: S608 - names of our own
@@ -234,7 +239,7 @@ def _missing(client: clickhouse.Client, it: Insert) -> pa.Table:
         rows, doubled = _apart(it, sent.filter(kept), there.filter(kept))
     if doubled:
         raise _doubled(client, it, doubled)
-    return it.rows.take(rows.sort().to_arrow())
+    return rows.sort()
 
 
 def _apart(it: Insert, sent: pl.DataFrame, there: pl.DataFrame) -> tuple[pl.Series, int]:
