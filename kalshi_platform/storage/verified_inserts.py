@@ -57,10 +57,10 @@ _ENGINE = (
 )
 
 KEYS: Mapping[str, Key] = {
-    ORDERBOOK_EVENTS.name: Key("ingest_ts", ("record", "side", "price")),
-    TRADES.name: Key("ingest_ts", ("record", "trade_id")),
-    STREAM_EVENTS.name: Key("ingest_ts", ("record", "kind", "market_ticker")),
-    BOOK_CHECKPOINTS.name: Key("ts", ("record", "market_ticker", "side", "price")),
+    ORDERBOOK_EVENTS.name: Key("ingest_ts", ("record", "conn_id", "side", "price")),
+    TRADES.name: Key("ingest_ts", ("record", "conn_id", "trade_id")),
+    STREAM_EVENTS.name: Key("ingest_ts", ("record", "conn_id", "kind", "market_ticker")),
+    BOOK_CHECKPOINTS.name: Key("ts", ("record", "conn_id", "market_ticker", "side", "price")),
     LATEST_LEVELS.name: Key("version", ("market_ticker", "side", "price")),
 }
 """Of what a loader writes. The newest version of a level is what counts: a later one may have replaced it."""
@@ -298,11 +298,12 @@ def _doubled(client: clickhouse.Client, it: Insert, rows: int) -> StoreRefused:
     shard = it.rows["shard"][0].as_py()
     first, last = pc.min_max(it.rows["record"]).as_py().values()
     since, until = pc.min_max(it.rows[it.key.clock]).as_py().values()
+    connections = ", ".join(repr(conn) for conn in sorted(it.rows["conn_id"].unique().to_pylist()))
     return StoreRefused(
         f"ClickHouse at {client.uri} has {rows:,} rows of {it.name} ({_records(it)}) more than once, and nothing"
         " more is loaded before they are there once. Delete them, and the load inserts them again by itself:"
         f' kalshi-platform sql "ALTER TABLE {where.target if where else it.name} DELETE WHERE'
-        f" shard = {shard} AND record BETWEEN {first} AND {last}"
+        f" shard = {shard} AND record BETWEEN {first} AND {last} AND conn_id IN ({connections})"
         f" AND {it.key.clock} BETWEEN '{since:%Y-%m-%d %H:%M:%S.%f}' AND '{until:%Y-%m-%d %H:%M:%S.%f}'"
         ' SETTINGS mutations_sync = 2"'
     )
