@@ -147,6 +147,12 @@ def _span(it: Insert, suffix: str, parameters: dict[str, Any]) -> str:
     if it.is_recorded:
         conditions.append(f"shard = {{shard{suffix}:UInt32}}")
         parameters[f"shard{suffix}"] = it.rows["shard"][0].as_py()
+    if it.name == BOOK_CHECKPOINTS.name:  # an hour's are inserted some markets at a time
+        markets = pc.min_max(it.rows["market_ticker"].cast(pa.string())).as_py()
+        parameters[f"market_first{suffix}"] = markets["min"]
+        parameters[f"market_last{suffix}"] = markets["max"]
+        conditions.append(f"market_ticker >= {{market_first{suffix}:String}}")
+        conditions.append(f"market_ticker <= {{market_last{suffix}:String}}")
     for column, numbers in it.numbers.items():
         first, last = f"{column}_first{suffix}", f"{column}_last{suffix}"
         parameters[first], parameters[last] = int(numbers.min()), int(numbers.max())
