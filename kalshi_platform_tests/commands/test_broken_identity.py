@@ -1,0 +1,51 @@
+"""A journal.json that cannot be read is a sentence in every command, never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands import main
+from kalshi_platform.errors import PlatformError
+from kalshi_platform_tests.recording.test_journal import write
+
+BROKEN = {
+    "empty": b"",
+    "no JSON": b"{journal",
+    "of another type": b"[1, 2]",
+    "with odd values": b'{"format": "x", "id": 5, "epoch": [], "checksum": {}}',
+    "binary": bytes(range(256)),
+}
+COMMANDS = (
+    ["stream"],
+    ["adopt"],
+    ["proof"],
+    ["doctor"],
+    ["restore"],
+    ["compact"],
+    ["migrate"],
+    ["export", "--out", "published"],
+    ["qa"],
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_no_command_ends_in_a_traceback(
+    content: bytes, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CLICKHOUSE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("KALSHI_REST_URL", "http://127.0.0.1:1/trade-api/v2")
+    monkeypatch.setenv("KALSHI_WS_URL", "ws://127.0.0.1:1/trade-api/ws/v2")
+    folder = platform_settings.load().journal_dir()
+    folder.mkdir(parents=True)
+    write(folder, 20)
+    (folder / "journal.json").write_bytes(content)
+    done = CliRunner().invoke(main.main, command)
+    assert done.exception is None or isinstance(done.exception, PlatformError | SystemExit), done
+    assert "Traceback" not in done.output
