@@ -5,7 +5,7 @@ at the start and comes back at the end; every frame must then be in both stores 
 
 `python -m kalshi_platform.benchmarks.memory --markets 20000 --levels 180` is an hour's end with so many
 levels in each book: a snapshot of every market before it and one delta after it are in the journal, and both
-loads take them in, in a process of their own. A second process is told to end while the books are written.
+loads take them in, in a process of their own. A second process is asked to end while the books are written.
 """
 
 from __future__ import annotations

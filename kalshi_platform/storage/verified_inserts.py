@@ -11,7 +11,7 @@ replica may not have the rows yet. So each insert is looked for at the place tha
     again      what stays missing for a moment is inserted under another token, which names those rows: the first
                token may be taken, and the same rows that are still on their way are not added a second time
 
-More rows than were sent are refused: no insert mends that.
+More rows than were sent are refused: no insert repairs that.
 """
 
 from __future__ import annotations
