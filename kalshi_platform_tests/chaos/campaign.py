@@ -152,7 +152,9 @@ def _own_disks(it: Platform, held: ExitStack) -> dict[str, Path]:
 def _keep(places: dict[str, Path]) -> None:
     """Copy what was stored to a disk that stays."""
     for place in places.values():
-        shutil.copytree(place, place.with_name(f"{place.name}.kept"), dirs_exist_ok=True)
+        shutil.copytree(
+            place, place.with_name(f"{place.name}.kept"), symlinks=True, dirs_exist_ok=True
+        )
 
 
 def _make(scene: Scene, known: list[Fault], *, wait: bool) -> Event:

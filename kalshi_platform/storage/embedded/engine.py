@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import filelock
 
-from kalshi_platform.storage.embedded import refused, rights
+from kalshi_platform.storage.embedded import empty_definitions, refused, rights
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 from kalshi_platform.storage.embedded.permission import (
     Known,
@@ -212,6 +212,7 @@ class Engine:
         self._open_connection = functools.partial(
             connect, f"{path / 'engine'}?config-file={config}"
         )
+        empty_definitions.remove(path)
         kept = _keep_default_database(path / "engine")
         try:
             self._keeper = self._open_connection()  # the engine lives as long as a connection does
