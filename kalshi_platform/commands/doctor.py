@@ -32,9 +32,11 @@ from kalshi_platform.monitoring.metrics import channel_troubles
 from kalshi_platform.monitoring.outbox import deliver_in_time
 from kalshi_platform.printable import printable
 from kalshi_platform.processes import Identity
+from kalshi_platform.recording import journal_identity
+from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
+from kalshi_platform.storage import migrations, write_password
 from kalshi_platform.storage.archive import ObjectArchive, open_archive
 from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
 from kalshi_platform.storage.errors import StoreError
@@ -263,6 +265,13 @@ def _clickhouse(settings: Settings) -> Finding:
     if version < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         return Finding(Mark.BAD, told, f"the platform needs {wanted} or newer: upgrade it")
+    if _lacks_password(settings):
+        return Finding(
+            Mark.BAD,
+            f"{told}; the password that writing needs, {settings.embedded_clickhouse_dir / write_password.NAME},"
+            " is gone",
+            "start the embedded ClickHouse again, which makes a new one",
+        )
     if aside := _refused(settings):
         return Finding(
             Mark.ODD,
@@ -270,6 +279,17 @@ def _clickhouse(settings: Settings) -> Finding:
             "their first lines say why; make them on a ClickHouse server, if they are needed, and remove the files",
         )
     return Finding(Mark.GOOD, told)
+
+
+def _lacks_password(settings: Settings) -> bool:
+    given = settings.clickhouse_password.get_secret_value()
+    folder = settings.embedded_clickhouse_dir
+    return (
+        settings.embedded_clickhouse
+        and not given
+        and (folder / "engine").exists()
+        and write_password.read(folder) is None
+    )
 
 
 def _refused(settings: Settings) -> str:
@@ -365,6 +385,19 @@ def _disk(folder: Path, variable: str) -> Finding:
 
 
 def _streamer(settings: Settings, shard: int = 0) -> Finding:
+    finding = _reported(settings, shard)
+    try:
+        journal_identity.read(settings.journal_dir(shard))
+    except JournalError as error:
+        return Finding(
+            Mark.BAD,
+            f"{finding.text}; {str(error).removesuffix('.')}",
+            f"{_START}: it recovers the file where the journal proves what it was, and else says what to do",
+        )
+    return finding
+
+
+def _reported(settings: Settings, shard: int) -> Finding:
     folder = settings.journal_dir(shard)
     path = folder / health_report.FILE
     try:

@@ -51,7 +51,8 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
                 f"{len(passed_over)} hours were passed over, which are {verdict.value}. The last one:"
                 f" {passed_over[-1].what}"
             )
-    click.echo(_summary(done))
+    if not refused or any(it.verdict.is_there for it in done):
+        click.echo(_summary(done))
     if refused:
         raise StoreRefused(
             f"{len(refused)} {'is' if len(refused) == 1 else 'are'} not restored: "

@@ -33,7 +33,8 @@ ANOTHER = "remove it and start the embedded ClickHouse again, which makes a new 
 READ_ONLY = (
     "without a password there is only reading. To write, give the password that is in the file"
     f" `{NAME}` of the data folder (KALSHI_DATA_DIR/clickhouse); the platform's own commands find it"
-    " by themselves. CLICKHOUSE_PASSWORD sets another one, which reading needs, too"
+    " by themselves. Where that file is gone, start the embedded ClickHouse again, which makes a new one."
+    " CLICKHOUSE_PASSWORD sets another one, which reading needs, too"
 )
 
 

@@ -324,6 +324,23 @@ def test_a_streamer_is_judged_by_its_report(
     assert re.search(sentence, finding.text)
 
 
+def test_a_journal_json_that_cannot_be_read_is_found(tmp_path: Path) -> None:
+    report(tmp_path)
+    settings = platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path)
+    (settings.journal_dir() / "journal.json").write_text('{"id": 5}')
+    check, _ = doctor.CHECKS["streamer"]
+    finding = check(settings)
+    assert finding.mark.value == "✗"
+    assert "journal.json is damaged" in finding.text
+
+
+def test_a_password_that_is_gone_is_found(patient: Patient, clickhouse_url: str) -> None:
+    patient.set(EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
+    folder = platform_settings.current().embedded_clickhouse_dir
+    (folder / "engine").mkdir(parents=True)
+    assert "is gone" in patient.examined()["ClickHouse"]
+
+
 def test_a_streamer_whose_runs_fail_one_after_the_other_is_found_with_the_reason(
     tmp_path: Path,
 ) -> None:
