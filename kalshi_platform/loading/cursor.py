@@ -58,6 +58,8 @@ class Unusable:
     """There is no cursor that can be used; `why` is a clause about its file."""
 
     why: str
+    is_there: bool = True
+    """Whether there is a file all the same: then something was loaded once."""
 
 
 def path(folder: Path, store: str) -> Path:
@@ -71,7 +73,7 @@ def read(folder: Path, store: str, journal: uuid.UUID) -> Cursor | Unusable:
     try:
         cursor = checked_json.decode(where.read_bytes(), Cursor, unsealed=True)
     except FileNotFoundError:
-        return Unusable(f"{where} is missing")
+        return Unusable(f"{where} is missing", is_there=False)
     except Unproved as error:
         return Unusable(f"{where} is damaged ({error})")
     if not cursor.sealed:

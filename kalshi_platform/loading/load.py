@@ -324,8 +324,7 @@ class Load:
         self._pending.clear()
         found = self._insist(lambda: cursor_file.read(self._folder, self.name, self._writer.id))
         cursor = found if isinstance(found, Cursor) else None
-        why_none = found.why if isinstance(found, Unusable) else ""
-        point = self._point(cursor, why_none)
+        point = self._point(found)
         self.committed = journal.find(self._folder, point.loaded_to)
         self._state, self._position = self._books_before(point.loaded_to, cursor)
         whole = self._state.version > 0 or not self._is_pruned
@@ -338,15 +337,17 @@ class Load:
             self._replay(point.planned_to, written=False)
             self._commit(self._position)
 
-    def _point(self, cursor: Cursor | None, why_none: str) -> Point:
+    def _point(self, found: Cursor | Unusable) -> Point:
         """Where loading goes on. Raises `Superseded`, or `Unresolved` where that is not known."""
+        cursor = found if isinstance(found, Cursor) else None
+        why_none = found.why if isinstance(found, Unusable) else ""
         writer, store = self._writer, self._store
         entries = self._insist(lambda: store.ledger.entries(writer.id))
         own = frozenset((start.epoch, start.token) for start in writer.identity.starts)
         recorder = Recorder(writer.id, own, max(own), began=writer.began_n, ended=writer.ended_n)
         point = resume.by_store(entries, recorder, store.place)
         if point is None:
-            return self._point_without_record(cursor, why_none)
+            return self._point_without_record(found)
         point = resume.held_against(point, cursor, why_none)
         if not point.certain:
             point = self._point_by_traces(point, cursor)
@@ -373,14 +374,16 @@ class Load:
             raise self._unresolved(f"its own record says {point.loaded_to}, and there is more")
         return replace(point, loaded_to=last[0], planned_to=last[1])
 
-    def _point_without_record(self, cursor: Cursor | None, why_none: str) -> Point:
+    def _point_without_record(self, cursor: Cursor | Unusable) -> Point:
         """Where loading goes on where the store has no record of this journal."""
         beginning = journal.beginning(self._folder).n
         empty = not self._holds(traces.following(self._folder, beginning))
-        if cursor is None:
+        if isinstance(cursor, Unusable):
             if not empty:
-                raise self._unresolved(why_none)
-            return Point(beginning, beginning, why_none if self._is_pruned else "")
+                raise self._unresolved(cursor.why)
+            if cursor.is_there:
+                raise self._gone(f"what was loaded there ({cursor.why})")
+            return Point(beginning, beginning, cursor.why if self._is_pruned else "")
         committed = cursor.committed[2]
         if committed <= beginning and cursor.planned is None and empty:
             return Point(beginning, beginning)
@@ -394,12 +397,16 @@ class Load:
         if before or after or not empty:
             raise self._unresolved(f"the cursor, at record {committed}, does not agree with it")
         if not cursor.place or cursor.place == self._store.place:
-            raise Unresolved(
-                f"{self._store.place} does not hold what was loaded there up to record {committed}: it is"
-                " not mounted, or was emptied or replaced. Bring it back, and loading goes on by itself."
-                f" If it is lost for good, {self._store.remedy}."
-            )
+            raise self._gone(f"what was loaded there up to record {committed}")
         return Point(beginning, beginning, f"{self._store.place} is a new place")
+
+    def _gone(self, what: str) -> Unresolved:
+        file = cursor_file.path(self._folder, self.name)
+        return Unresolved(
+            f"{self._store.place} does not hold {what}: it is not mounted, or was emptied or replaced. Bring it"
+            f" back, and loading goes on by itself. If it is lost for good, {self._store.remedy}, or remove"
+            f" {file}: loading begins again there with what the journal still has."
+        )
 
     def _holds(self, found: Sequence[Trace]) -> bool | None:
         """Whether the store has any of the traces; None where that cannot be told of any."""

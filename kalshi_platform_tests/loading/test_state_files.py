@@ -227,6 +227,38 @@ def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
     assert_each_record_once(recorder)
 
 
+@pytest.mark.parametrize("lost_for_good", [False, True])
+@pytest.mark.parametrize("damage", [altered, swapped_with_the_other_stores])
+def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
+    damage: Damage,
+    lost_for_good: bool,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    root = recorder.settings.archive_dir
+    cursor = recorder.folder / "load" / "parquet.json"
+    recorder.run()
+    earlier = earlier_of(recorder, tmp_path)
+    root.rename(tmp_path / "away")
+    root.mkdir()  # what it was mounted on
+    damage(cursor, earlier)
+    with recorder.started() as start:
+        start.record(20)
+        start.load()
+        waits(start, "is not mounted, or was emptied or replaced. Bring it back")
+        assert not list(root.iterdir())
+        if lost_for_good:
+            cursor.unlink()  # what the sentence says to do
+        else:
+            root.rmdir()
+            (tmp_path / "away").rename(root)
+        start.wait_for_stores()
+    assert recorder.run().trouble is None
+    assert_each_record_once(recorder)
+
+
 def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
     recorder: Recorder, tmp_path: Path
 ) -> None:
