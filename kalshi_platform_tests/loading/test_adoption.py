@@ -55,7 +55,8 @@ def copy_of(original: Recorder, to: Path) -> Recorder:
     """A copy of the data folder as it is now, which loads into the same ClickHouse and its own archive."""
     shutil.copytree(original.settings.data_dir, to, ignore=shutil.ignore_patterns("lock"))
     settings = original.settings.model_copy(update={"kalshi_data_dir": to})
-    return Recorder(settings, at_ns=original.at_ns, conns=iter(range(500, 600)))
+    # no two machines receive records of one number in the same microsecond
+    return Recorder(settings, at_ns=original.at_ns + 1_000, conns=iter(range(500, 600)))
 
 
 def deltas(settings: Settings) -> list[tuple[str, int]]:
