@@ -72,7 +72,7 @@ class Plan:
 
     target: str
     lie: Lie | None = None
-    told: int = 0
+    lies: int = 0
     kept: list[httpx.Response] = field(default_factory=list)
     """Answers that it has seen."""
 
@@ -88,7 +88,7 @@ class Proxy(BaseHTTPRequestHandler):
         exchanged = Exchanged(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
         lie = self.plan.lie
         if lie is not None and "insert_deduplication_token" in self.path:
-            self.plan.told += 1
+            self.plan.lies += 1
             lie(exchanged)
             return
         answer = exchanged.forward()
@@ -247,11 +247,11 @@ def test_no_lie_about_an_insert_loses_or_doubles_a_row(
             assert url in trouble or "cannot be reached" in trouble
             assert load.committed is not None
             assert load.committed.n == journal.beginning(folder).n, "the cursor waits for the rows"
-            wait_for(lambda: plan.told > 1, load)
+            wait_for(lambda: plan.lies > 1, load)
             plan.lie = None
         load.drain()
         assert load.join(PATIENCE_S), load.failure or load.trouble
-    assert plan.told
+    assert plan.lies
     assert_each_row_once(direct, DELTAS)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, example, given
@@ -24,18 +23,15 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations, queries
+from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive, floor_hour, part_name, part_range
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.storage.schema import ANALYTICS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics.test_against_reference import HOUR, HOUR_NS, derived
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_load import journal_of, load_all
 from kalshi_platform_tests.loading.test_parity import compared
-from kalshi_platform_tests.storage.tables import settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
 
 S = wire.SECOND
 BEAT_S = 10
@@ -193,24 +189,6 @@ def test_a_connection_without_books_yet_does_not_end_an_outage() -> None:
 # -- from the journal through both stores ----------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def database(clickhouse_url: str) -> Iterator[str]:
-    """A migrated database for this module."""
-    name = database_name()
-    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
-
-
-@pytest.fixture
-def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
-    return settings_for(
-        clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
-    )
-
-
 def test_five_minutes_of_an_outage_over_the_hour_are_in_both_hours(settings: Settings) -> None:
     outages = [(KILLED, 3_300, 3_900)]
     records = recording(7_220, outages)
@@ -271,7 +249,7 @@ def test_five_minutes_of_an_outage_over_the_hour_are_in_both_hours(settings: Set
 
 
 def late_part(root: Path) -> Path:
-    """The file of `HOUR` with what the next hour told."""
+    """The file of `HOUR` with what the next hour says of it."""
     folder = root / "stream_events" / f"date={HOUR:%Y-%m-%d}" / f"hour={HOUR:%H}"
     parts = {part_range(path.name): path for path in folder.glob("part-*.parquet")}
     return parts[max(cut for cut in parts if cut is not None)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import httpx
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,12 +16,10 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.parity import Parity, compare_hours
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests.archived import paths
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -31,29 +27,9 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.storage.tables import settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
 
 PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def database(clickhouse_url: str) -> Iterator[str]:
-    """A migrated database for this module."""
-    name = database_name()
-    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
-
-
-@pytest.fixture
-def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
-    return settings_for(
-        clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -26,13 +24,12 @@ from kalshi_platform.loading.proof import CLICKHOUSE, PARQUET, Counts, Proof, pr
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations, queries
+from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import LocalArchive, open_archive, part_name
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_load import (
     FIRST_HOUR,
     PATIENCE_S,
@@ -42,29 +39,9 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.storage.tables import settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
 
 PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
 CONN = wire.conn_id(1)
-
-
-@pytest.fixture(scope="module")
-def database(clickhouse_url: str) -> Iterator[str]:
-    """A migrated database for this module."""
-    name = database_name()
-    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
-
-
-@pytest.fixture
-def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
-    return settings_for(
-        clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
-    )
 
 
 @pytest.fixture(autouse=True)

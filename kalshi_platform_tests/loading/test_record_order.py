@@ -10,7 +10,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -28,7 +27,7 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations, queries
+from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive, part_name
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
@@ -45,30 +44,11 @@ from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_load import Dying, archived, journal_of, load_all
 from kalshi_platform_tests.loading.test_parity import compared
 from kalshi_platform_tests.storage.tables import insert, settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 CONN = wire.conn_id(1)
 MINUTE = 60 * wire.SECOND
 Book = dict[tuple[str, int], int]
-
-
-@pytest.fixture(scope="module")
-def database(clickhouse_url: str) -> Iterator[str]:
-    """A migrated database for this module."""
-    name = database_name()
-    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
-
-
-@pytest.fixture
-def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
-    return settings_for(
-        clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
-    )
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     slow.load(writer)
     assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
-    # once when it is passed, and anew with what the start tells of the connection that it ends
+    # once when it is passed, and again with what the start says of the connection that it ends
     assert (fast.sealed(), slow.sealed()) == ([], [FIRST_HOUR, FIRST_HOUR])
     manifest = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
@@ -184,7 +184,11 @@ def test_a_killed_shard_holds_its_hours_open_until_it_is_back_and_has_passed_the
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
     killed.record(life(1, "B-2", 3_710, 3_800, conn=21))
-    assert killed.sealed() == [FIRST_HOUR, SECOND_HOUR, FIRST_HOUR]  # with the end that it was told
+    assert killed.sealed() == [
+        FIRST_HOUR,
+        SECOND_HOUR,
+        FIRST_HOUR,
+    ]  # with the end that the next start wrote
     assert archived(root, "orderbook_events").height == (4_000 + 2) + (60 + 2) + (90 + 2)
 
 
@@ -365,7 +369,10 @@ def test_late_rows_of_one_shard_wait_for_the_other_then_seal_anew(settings: Sett
     waiting.hand_over()
     assert waiting.wait_durable(waiting.next_n, PATIENCE_S)
     other.load(waiting)
-    assert other.sealed() == [FIRST_HOUR, FIRST_HOUR]  # passed, and with the end that it was told
+    assert other.sealed() == [
+        FIRST_HOUR,
+        FIRST_HOUR,
+    ]  # passed, and with the end that the next start wrote
     one.record(late[2:])
     assert one.sealed() == [FIRST_HOUR]
     manifest = LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)

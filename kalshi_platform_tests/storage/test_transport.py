@@ -13,7 +13,7 @@ from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform_tests.storage.tables import settings_for
 
-SECRET = "a-password-nobody-should-see"
+SECRET = "a-password-that-no-error-shows"
 
 
 class Web(BaseHTTPRequestHandler):

@@ -34,8 +34,7 @@ def remove(path: Path) -> None:
         raise StoreError(
             f"The embedded ClickHouse's definition of {names} is empty, as a full disk leaves it, and {rows} has"
             f" rows that no definition names. Restore {path} from a backup. Without one, move it away: a new one"
-            " is made at the next start, the loads send what the journal still has, and kalshi-platform restore"
-            " sends the archive's hours."
+            " is made at the next start, and the load into ClickHouse says how to fill it."
         )
     for file in empty:
         file.unlink()
