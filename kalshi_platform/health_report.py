@@ -29,7 +29,7 @@ from kalshi_platform.processes import Identity
 FILE = "health.json"
 MEMORY = Path("/dev/shm")  # noqa: S108 - owner and name are checked, and links are not followed
 BLOCK = 4096
-TRIES = 5
+TRIES = 100
 """Readings of a file that is written again meanwhile; each takes microseconds, and it is written once a second."""
 
 
@@ -95,13 +95,13 @@ def _decoded(path: Path) -> dict[str, Any] | None:
 
 
 def _whole(path: Path) -> bytes:
-    """What a file held at one moment."""
+    """What a file of this name held at one moment: the same twice, and not under its twin's name at the end."""
     for _ in range(TRIES):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            before = os.fstat(fd)
-            data = file.read()
-            if os.fstat(fd).st_ctime_ns == before.st_ctime_ns:
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            data = file.readall()
+            file.seek(0)
+            if file.readall() == data and path.lstat().st_ino == os.fstat(fd).st_ino:
                 break
     return data
 

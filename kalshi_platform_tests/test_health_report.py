@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +91,28 @@ def test_another_users_file_in_memory_is_not_believed_and_not_written(folder: Pa
     assert read(folder) is None
 
 
-def test_a_reader_finds_a_whole_report_whenever_it_looks(folder: Path) -> None:
+def write_without_pause(folder: Path) -> None:
     publisher = Publisher(folder)
-    publisher.save(report(n=0, text="x"))
-    over = threading.Event()
+    for n in itertools.count(1):
+        publisher.save(report(n=n, text=str(n % 10) * (n % 3000)))
 
-    def write() -> None:
-        n = 0
-        while not over.is_set():
-            n += 1
-            publisher.save(report(n=n, text=str(n % 10) * (n % 3000)))
 
-    writer = threading.Thread(target=write)
+def test_a_reader_finds_a_whole_report_whenever_it_looks(folder: Path) -> None:
+    Publisher(folder).save(report(n=0, text=""))
+    writer = multiprocessing.get_context("fork").Process(
+        target=write_without_pause, args=(folder,), daemon=True
+    )
     writer.start()
     try:
-        seen = 0
-        for _ in range(2000):
-            with suppress(FileNotFoundError):
-                found = read(folder) or {}
-            assert found["text"] == "x" or found["text"] == str(found["n"] % 10) * (
-                found["n"] % 3000
-            )
+        seen = reports = 0
+        while reports < 20_000:
+            found = read(folder) or {}
+            assert found["text"] == str(found["n"] % 10) * (found["n"] % 3000)
             assert found["n"] >= seen
+            reports += found["n"] > seen
             seen = found["n"]
     finally:
-        over.set()
+        writer.kill()
         writer.join()
 
 

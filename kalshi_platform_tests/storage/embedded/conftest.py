@@ -16,9 +16,12 @@ PATIENCE_S = 60.0
 
 
 def running_now(ask: Ask, mark: str) -> int:
-    """How many queries with this mark in their text are running."""
-    query = "SELECT count() FROM system.processes WHERE query LIKE {like:String} AND query NOT LIKE '%system.processes%'"
-    return int(ask(query, param_like=f"%{mark}%").text)
+    """How many queries with this log comment run, or INSERTs with it in their text; not what only parses them."""
+    query = (
+        "SELECT count() FROM system.processes WHERE Settings['log_comment'] = {mark:String}"
+        " OR query_kind = 'Insert' AND position(query, {mark:String}) > 0"
+    )
+    return int(ask(query, param_mark=mark).text)
 
 
 def wait_until_running(ask: Ask, mark: str, count: int) -> None:
