@@ -39,10 +39,16 @@ class Check:
     money: bool
     """Whether an anomaly means a wrong position, rather than a suspicion of one."""
 
-    @property
-    def sql(self) -> str:
-        """The check's SQL."""
-        return queries.text(f"inventory/{self.name}")
+    def sql(self, parameters: Parameters) -> str:
+        """The check's SQL: A, B and C word for word as the runbook has them, where that is wanted.
+
+        The newest snapshot says nothing of the fills before it, so `latest` compares plainly, too.
+        """
+        plain = parameters.strict_runbook or (
+            self is DIVERGENCE and parameters.snapshot == "latest"
+        )
+        folder = "inventory/strict" if plain and self in RUNBOOK else "inventory"
+        return queries.text(f"{folder}/{self.name}")
 
 
 DRIFT = Check(
@@ -108,6 +114,8 @@ class Parameters:
     snapshot: str = "as_of"
     """What a decision is held against: as_of, the latest at or before it, or latest, the newest."""
     limit: int = 200
+    strict_runbook: bool = False
+    """Checks A, B and C as the runbook words them: nothing since is taken into account."""
 
     def bound(self, since: datetime) -> dict[str, Any]:
         """The values of the SQL's parameters."""
@@ -196,7 +204,7 @@ def sweep(
         elif SNAPSHOTS in check.needs and check is not FRESH and _empty(client, SNAPSHOTS):
             outcomes.append(_skipped(check, f"{SNAPSHOTS} is empty: nothing to compare with."))
         else:
-            outcomes.append(_run(client, check, bound, unjudged))
+            outcomes.append(_run(client, check, check.sql(parameters), bound, unjudged))
     return outcomes
 
 
@@ -210,12 +218,14 @@ def tables(client: Client) -> frozenset[str]:
     return frozenset(str(name) for (name,) in rows)
 
 
-def _run(client: Client, check: Check, bound: Mapping[str, Any], unjudged: int) -> Outcome:
-    answer = _asked(client, check, bound)
+def _run(
+    client: Client, check: Check, sql: str, bound: Mapping[str, Any], unjudged: int
+) -> Outcome:
+    answer = _asked(client, sql, bound)
     if answer.result_rows:
         # Tables are not read at one instant, and an engine writes meanwhile: the second look has
         # what explains the decisions of the first. What is wrong is found again.
-        answer = _asked(client, check, bound)
+        answer = _asked(client, sql, bound)
     rows = answer.result_rows
     notice = ""
     if unjudged and check is not FRESH:
@@ -232,9 +242,9 @@ def _run(client: Client, check: Check, bound: Mapping[str, Any], unjudged: int) 
     )
 
 
-def _asked(client: Client, check: Check, bound: Mapping[str, Any]) -> QueryResult:
+def _asked(client: Client, sql: str, bound: Mapping[str, Any]) -> QueryResult:
     with _columns_explained():
-        return client.query(check.sql, parameters=dict(bound), settings={"join_use_nulls": 0})
+        return client.query(sql, parameters=dict(bound), settings={"join_use_nulls": 0})
 
 
 def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:

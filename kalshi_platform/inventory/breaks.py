@@ -201,7 +201,7 @@ def _episodes(look: _Look, check: Check) -> list[_Episode]:
                     SELECT market_ticker, toDateTime64({at}, 3, 'UTC') AS at,
                         toFloat64({measure}) AS measure, tuple(*) AS finding,
                         row_number() OVER by_time AS n, lagInFrame(at) OVER by_time AS previous
-                    FROM ({check.sql})
+                    FROM ({check.sql(look.parameters)})
                     WINDOW by_time AS (PARTITION BY market_ticker ORDER BY {at}
                         ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
                 )
@@ -222,7 +222,7 @@ def _episodes(look: _Look, check: Check) -> list[_Episode]:
         columns = [
             str(row[0])
             for row in look.client.query(
-                f"DESCRIBE TABLE ({check.sql})",
+                f"DESCRIBE TABLE ({check.sql(look.parameters)})",
                 parameters=bound,
                 settings=plain,
             ).result_rows
@@ -264,7 +264,7 @@ def _rolled_markets(client: Client, parameters: Parameters, start: datetime) -> 
     bound = replace(parameters, limit=audit.NO_LIMIT).bound(start)
     with translated():
         rows = client.query(
-            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql})",  # noqa: S608
+            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(parameters)})",  # noqa: S608
             parameters=bound,
         ).result_rows
     return frozenset(str(ticker) for (ticker,) in rows)
