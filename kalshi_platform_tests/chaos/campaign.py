@@ -256,6 +256,7 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         f"| journalled frames lost | {proof.lost} |",
         f"| rows doubled | {proof.doubled} |",
         f"| numbers missing without a `gap` row | {proof.unexplained} |",
+        f"| verdict of `kalshi-platform proof` | {proof.verdict} |",
         f"| levels that differ from the exchange's books at the end | {proof.books_differ} |",
         f"| connections begun / ended by a row | {proof.connections} / {proof.ends} |",
         f"| interruptions without cause and span | {outcome.unmarked_ends} |",

@@ -1,6 +1,7 @@
 """What is stored, held against the journal; and the books, against the exchange's own.
 
-The streamers must have ended: every journal is read whole, of every shard.
+Counted here without the platform's code for it, whose own verdict (`kalshi-platform proof`) has to agree. The
+streamers must have ended: every journal is read whole, of every shard.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import pyarrow.compute as pc
 
 from kalshi_platform.exchange.frames import Kind, decode_head
 from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.loading import proof as own_proof
 from kalshi_platform.recording import journal
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.embedded import running as clickhouse_running
 
 PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
@@ -77,6 +80,8 @@ class Proof:
     spans: int
     """Those of them that give cause and span."""
     gaps: int
+    verdict: str
+    """What `kalshi-platform proof` says of the same."""
 
     @property
     def lost(self) -> int:
@@ -87,7 +92,7 @@ class Proof:
     def sound(self) -> bool:
         """Whether every promise was kept."""
         broken = self.lost or self.doubled or self.unexplained or self.books_differ
-        return not broken and self.connections == self.ends
+        return not broken and self.connections == self.ends and self.verdict == "whole"
 
 
 def prove(settings: Settings, simulator: Simulator) -> Proof:
@@ -137,6 +142,7 @@ def compare(settings: Settings, simulator: Simulator) -> Proof:
         ends=kinds.get("disconnected", 0),
         spans=spans,
         gaps=kinds.get("gap", 0),
+        verdict=own_proof.prove(settings, open_archive(settings), None, lambda *_: None).verdict,
     )
 
 

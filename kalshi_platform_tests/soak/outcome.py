@@ -147,6 +147,7 @@ class Outcome:
                 f"{proof.unexplained}",
                 not proof.unexplained,
             ),
+            "`kalshi-platform proof` says the same": (proof.verdict, proof.verdict == "whole"),
             "books at the end are the exchange's (levels that differ)": (
                 f"{proof.books_differ}",
                 not proof.books_differ,

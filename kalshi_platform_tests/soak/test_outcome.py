@@ -31,6 +31,7 @@ PROOF = Proof(
     ends=2,
     spans=0,
     gaps=1,
+    verdict="whole",
 )
 
 
