@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -27,6 +28,8 @@ from kalshi_platform.recording.roster import Roster, Wish
 from kalshi_platform.recording.tasks import Tasks
 from kalshi_platform.recording.upkeep import Upkeep
 from kalshi_platform.streamer import Streamer
+from kalshi_platform_tests.commands.test_doctor import checked
+from kalshi_platform_tests.commands.test_doctor import report as doctor_report
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.test_streamer import (
     archived,
@@ -227,7 +230,9 @@ def test_the_first_list_is_asked_for_again_whatever_is_wrong_with_it(
     assert it.stop(60.0)
 
 
-def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again() -> None:
+def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again(
+    tmp_path: Path,
+) -> None:
     notes: list[tuple[str, dict[str, object]]] = []
     of = Tasks(lambda kind, detail: notes.append((kind, dict(detail))))
     for _ in range(3):
@@ -235,19 +240,12 @@ def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again() -
             raise ValueError("'12.3456' has more than 2 decimals")
     state = of.states["market look-up"]
     assert (state.failures, bool(state.failing_since_ns)) == (3, True)
-    report = {
-        "state": "streaming",
-        "last_frame_ns": 1,
-        "last_durable_ns": 1,
-        "lag_frames": 0,
-        "markets": 1,
-        "synced": 1,
-        "trouble": None,
-        "tasks": {"market look-up": {"failing_since_ns": 1, "reason": state.reason}},
-    }
-    said = doctor._judge_recording(report, "streaming")
+    failing = {"market look-up": {"failing_since_ns": 1, "reason": state.reason}}
+    doctor_report(tmp_path, tasks=failing)
+    said = checked("streamer", tmp_path)
     assert said.mark is doctor.Mark.ODD
-    assert "market look-up fails (ValueError: '12.3456'" in said.text
+    assert "its market look-up has failed for" in said.text
+    assert "ValueError: '12.3456'" in said.text
     with of.surviving("market look-up"):
         pass
     assert not of.states["market look-up"].failing_since_ns

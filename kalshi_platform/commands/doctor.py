@@ -6,10 +6,13 @@ import asyncio
 import functools
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -31,7 +34,6 @@ from kalshi_platform.monitoring import channels, supervision
 from kalshi_platform.monitoring.metrics import channel_troubles
 from kalshi_platform.monitoring.outbox import deliver_in_time
 from kalshi_platform.printable import printable
-from kalshi_platform.processes import Identity
 from kalshi_platform.recording import journal_identity
 from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.recording.markets import wish_of
@@ -47,11 +49,9 @@ if TYPE_CHECKING:
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
 """The exchange refuses signatures about 10 s off; the measurement itself is good to a second."""
+LINE_S = 8.0
+"""How long a check may take, and one that stands on another after that one."""
 FREE_BAD_BYTES, FREE_ODD_BYTES = 1 << 30, 10 << 30
-REPORT_BAD_S = 15.0
-"""A living streamer reports once a second."""
-UNWRITTEN_BAD_S = 15.0
-"""Frames that came so long ago and are not durable are not being kept."""
 GIB = 1 << 30
 FOREIGN_SHOWN = 8
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
@@ -80,6 +80,10 @@ class Finding:
         """The finding on a line of its own."""
         parts = (f"{self.mark.value} {name}", self.text, self.remedy)
         return printable(" — ".join(part for part in parts if part))
+
+
+Check = tuple[Callable[[Settings], Finding], str | None]
+"""A check, and the name of the one that it stands on."""
 
 
 @click.command()
@@ -121,7 +125,6 @@ def send_test_alerts() -> Iterator[tuple[str, Finding]]:
 
 def examine() -> Iterator[tuple[str, Finding]]:
     """Every check's name and finding, in the order in which one thing stands on another."""
-    found: dict[str, Finding] = {}
     try:
         settings = platform_settings.current()
     except SettingsError as error:
@@ -133,15 +136,51 @@ def examine() -> Iterator[tuple[str, Finding]]:
     except PlatformError as error:
         yield "journals", Finding(Mark.BAD, str(error))
         checks = dict(CHECKS)
+    found = _begun(settings, checks)
+    limit = time.monotonic() + LINE_S
+    for name, (_, stands_on) in checks.items():
+        until = limit + LINE_S if stands_on in found else limit
+        try:
+            yield name, found[name].result(max(until - time.monotonic(), 0.0))
+        except TimeoutError:
+            yield (
+                name,
+                Finding(Mark.BAD, f"did not end within {LINE_S:.0f} s", "see that it answers"),
+            )
+
+
+def _begun(settings: Settings, checks: Mapping[str, Check]) -> dict[str, Future[Finding]]:
+    """Every check on its way, side by side: one that hangs keeps no other's line back, nor the end."""
+    found: dict[str, Future[Finding]] = {name: Future() for name in checks}
     for name, (check, stands_on) in checks.items():
-        if stands_on in found and found[stands_on].mark in {Mark.BAD, Mark.SKIPPED}:
-            found[name] = Finding(Mark.SKIPPED, f"not looked at: see {stands_on}")
-        else:
-            try:
-                found[name] = check(settings)
-            except PlatformError as error:
-                found[name] = Finding(Mark.BAD, str(error))
-        yield name, found[name]
+        basis = (stands_on, found[stands_on]) if stands_on in found else None
+        look = functools.partial(_look, found[name], check, settings, basis)
+        threading.Thread(target=look, name=f"doctor: {name}", daemon=True).start()
+    return found
+
+
+def _look(
+    finding: Future[Finding],
+    check: Callable[[Settings], Finding],
+    settings: Settings,
+    basis: tuple[str, Future[Finding]] | None,
+) -> None:
+    """One check, once what it stands on is found to be well."""
+    if basis is not None:
+        name, of = basis
+        try:
+            well = of.result(LINE_S).mark not in {Mark.BAD, Mark.SKIPPED}
+        except TimeoutError:
+            well = False
+        if not well:
+            finding.set_result(Finding(Mark.SKIPPED, f"not looked at: see {name}"))
+            return
+    try:
+        finding.set_result(check(settings))
+    except PlatformError as error:
+        finding.set_result(Finding(Mark.BAD, str(error)))
+    except Exception as error:  # noqa: BLE001 - a fault of this check is its line, and no other's
+        finding.set_result(Finding(Mark.BAD, f"could not be looked at ({error!r})"))
 
 
 def _settings(settings: Settings) -> Finding:
@@ -404,9 +443,7 @@ def _reported(settings: Settings, shard: int) -> Finding:
         report = health_report.read(folder)
         if report is None:
             return _unreported(settings, shard)
-        if shard >= settings.stream_shards:
-            return _left_over(report, shard)
-        finding = _judge(report, time.time_ns())
+        finding = _judge(report, shard, settings.stream_shards)
         return replace(finding, text=f"{finding.text}{_supervised(settings, shard)}")
     except OSError as error:
         return Finding(Mark.BAD, f"{path} cannot be read ({error.strerror})", "make it readable")
@@ -421,7 +458,7 @@ def _reported(settings: Settings, shard: int) -> Finding:
 def _unreported(settings: Settings, shard: int) -> Finding:
     """A shard of which there is no report."""
     if shard >= settings.stream_shards:
-        return _left_over({"pid": 0, "pid_started": 0.0}, shard)
+        return Finding(Mark.ODD, freshness.left_over(None, shard, datetime.now(UTC)).sentence)
     if passage.shards(settings.journals_dir):
         return Finding(
             Mark.ODD,
@@ -446,96 +483,38 @@ def _supervised(settings: Settings, shard: int) -> str:
     return f"; {it.failures} runs in a row have failed, the last: {it.why} {it.reason}"
 
 
-def _left_over(report: dict[str, Any], shard: int) -> Finding:
-    """A shard that is no longer configured, and whose journal may have what a store lacks."""
-    alive = Identity(int(report["pid"]), float(report["pid_started"])).alive
-    if alive and report["state"] == "draining":
-        text = f"no longer configured; {int(report['lag_frames']):,} records are being loaded"
-        return Finding(Mark.ODD, f"{text}; {report['trouble']}" if report["trouble"] else text)
-    if alive:
-        return Finding(
-            Mark.ODD,
-            f"no longer configured, yet process {report['pid']} records it",
-            "restart it, so that every market has one shard (streamer_supervisor does that)",
-        )
-    return Finding(
-        Mark.ODD,
-        "no longer configured, and not drained: a store may lack some of its journal",
-        f"run kalshi-platform stream --shard {shard} (streamer_supervisor does that)",
+def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
+    """What a streamer's report amounts to now: everything that is wrong, the worst first."""
+    now = datetime.now(UTC)
+    judged = freshness.judge_shard(report, shard, configured, None, now, profile=freshness.DOCTOR)
+    wrong = [it.sentence for it in judged if it.verdict is not freshness.Verdict.GOOD]
+    told = (
+        f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now)}, last durable write"
+        f" {_told_age(report, 'last_durable_ns', now)}, {int(report['lag_frames']):,} frames not loaded yet"
     )
-
-
-def _judge(report: dict[str, Any], now_ns: int) -> Finding:
-    """What a streamer's report amounts to at `now_ns`."""
-    return _ended(report, now_ns) or _stuck(report, now_ns) or _recording(report, now_ns)
-
-
-def _ended(report: dict[str, Any], now_ns: int) -> Finding | None:
-    """That no streamer runs any more; None while one does."""
-    ago, pid = _told_age(report, "updated_ns", now_ns), int(report["pid"])
-    if report["state"] == "stopped":
-        restart_is_due = _age_s(report, "updated_ns", now_ns) <= freshness.RESTART_S
-        return Finding(
-            Mark.ODD if restart_is_due else Mark.BAD, f"none runs; it stopped {ago}", _START
-        )
-    if not Identity(pid, float(report["pid_started"])).alive:
-        text = f"none runs: process {pid} died; its last report was {ago}"
-        return Finding(Mark.BAD, text, f"{_START}: it goes on from its journal")
-    return None
-
-
-def _stuck(report: dict[str, Any], now_ns: int) -> Finding | None:
-    """That it cannot go on: blocked by its disk, which comes first, or hanging."""
-    pid = int(report["pid"])
-    if report["state"] == "blocked":
-        return Finding(
-            Mark.BAD,
-            f"blocked by its disk; {int(report['journal_backlog_bytes']):,} bytes wait in memory. "
-            + (report.get("trouble") or "The disk does not keep up."),
-            f"make room, or look at the disk; do not end process {pid}, which would lose them",
-        )
-    if _age_s(report, "updated_ns", now_ns) > REPORT_BAD_S:
-        ago = _told_age(report, "updated_ns", now_ns)
-        text = f"process {pid} hangs: its last report was {ago}"
-        return Finding(Mark.BAD, text, f"kill -9 {pid}")
-    return None
-
-
-def _recording(report: dict[str, Any], now_ns: int) -> Finding:
-    text = (
-        f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now_ns)}, last durable write"
-        f" {_told_age(report, 'last_durable_ns', now_ns)}, {int(report['lag_frames']):,} frames not loaded yet"
-    )
-    return _judge_recording(report, text)
-
-
-def _judge_recording(report: dict[str, Any], text: str) -> Finding:
-    """What a streamer that runs says of its recording."""
-    if report.get("trouble"):
-        return Finding(Mark.BAD, f"{text}; {report['trouble']}")
-    if int(report.get("oldest_undurable_ms", 0)) / 1e3 > UNWRITTEN_BAD_S:
-        return Finding(
-            Mark.BAD, f"{text}: frames come and are not kept", "look at the disk and the log"
-        )
-    failing = [(name, it) for name, it in report.get("tasks", {}).items() if it["failing_since_ns"]]
-    if failing:
-        said = "; ".join(f"its {name} fails ({it['reason']})" for name, it in failing)
-        remedy = "nothing at once: recording goes on, and it is retried; the log has more"
-        return Finding(Mark.ODD, f"{text}; {said}", remedy)
+    mark = _MARKS[judged[0].verdict]
+    trouble = str(report["trouble"] or "")
+    if trouble and trouble not in " ".join(wrong):
+        wrong, mark = [trouble, *wrong], Mark.BAD
     markets, synced = int(report["markets"]), int(report["synced"])
-    if synced < markets:
-        text = f"{text}; {synced:,} of {markets:,} books are synced"
-        remedy = "wait a minute; if it stays so, look into the log for refused snapshots"
-        return Finding(Mark.ODD if synced else Mark.BAD, text, remedy)
-    return Finding(Mark.GOOD, text)
+    if 0 < synced < markets:
+        wrong.append(
+            f"{synced:,} of {markets:,} books are synced; the others follow within a minute."
+        )
+        mark = Mark.ODD if mark is Mark.GOOD else mark
+    return Finding(mark, " ".join([*wrong, f"({told})"]) if wrong else told)
 
 
-def _age_s(report: dict[str, Any], key: str, now_ns: int) -> float:
-    return (now_ns - int(report[key])) / 1e9
+_MARKS = {
+    freshness.Verdict.GOOD: Mark.GOOD,
+    freshness.Verdict.WARN: Mark.ODD,
+    freshness.Verdict.ERROR: Mark.BAD,
+}
 
 
-def _told_age(report: dict[str, Any], key: str, now_ns: int) -> str:
-    return f"{_age_s(report, key, now_ns):.0f} s ago" if int(report[key]) else "never"
+def _told_age(report: Mapping[str, Any], key: str, now: datetime) -> str:
+    at = int(report[key])
+    return f"{now.timestamp() - at / 1e9:.0f} s ago" if at else "never"
 
 
 def _growth(settings: Settings) -> Finding:
@@ -613,7 +592,6 @@ def _metrics(settings: Settings) -> Finding:
     return Finding(Mark.GOOD, f"{url} answers")
 
 
-Check = tuple[Callable[[Settings], Finding], str | None]
 CHECKS: Mapping[str, Check] = {
     "key file": (_key_file, None),
     "clock": (_clock, None),

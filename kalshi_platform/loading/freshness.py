@@ -19,22 +19,13 @@ from kalshi_platform.processes import Identity
 EXCHANGE_ZONE = ZoneInfo("America/New_York")
 MAINTENANCE_DAY, MAINTENANCE_BEGINS, MAINTENANCE_ENDS = 3, time(3), time(5)
 """The exchange's own schedule: Thursday 03:00 to 05:00, New York time."""
-REPORT_S = 30.0
-"""Oldest report of a living streamer, which writes one each second."""
-RESTART_S = 120.0
-"""How long a streamer may be stopped: it is relieved every day, and the supervisor takes its time."""
 SLOW_S = 5.0
-DURABLE_S = 60.0
-"""Age of the oldest record that is not durable: from here on a person should look, and must."""
+"""Age of the oldest record that is not durable: from here on a person should look."""
 HEARD_S = 60.0
 """Oldest sign of life of an open connection: the exchange pings each 10 s."""
-CONNECT_S = 120.0
-"""How long a connection may be away before somebody should look."""
 BEHIND_S: Mapping[str, float] = {"clickhouse": 60.0, "parquet": 120.0}
 """How old the oldest record may be that is in the journal and not in a store. Parquet files are written
 once a minute."""
-TASK_S = 120.0
-"""How long a task beside the recording may fail before somebody should look."""
 
 
 class Verdict(StrEnum):
@@ -51,9 +42,41 @@ class Judgement:
 
     verdict: Verdict
     cause: str
-    """recording, nothing recorded, quiet, maintenance, starting, stopped, streamer down, streamer
-    hangs, disk, disk slow, writer stuck, disconnected, silent, task failing, or `<store> behind`."""
+    """recording, nothing recorded, quiet, maintenance, starting, stopped, streamer down, streamer hangs, disk,
+    disk slow, writer stuck, disconnected, silent, no books, `<task> failing`, or `<store> behind`."""
     sentence: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long what may be wrong before it counts, in seconds; by who asks."""
+
+    report_s: float
+    """Oldest report of a living streamer, which writes one each second."""
+    stopped_s: float
+    """How long a streamer may be stopped."""
+    stopped: Verdict
+    """What it is after that."""
+    durable_s: float
+    """Age of the oldest record that is not durable: from here on a person must look."""
+    connect_s: float
+    """How long a connection may be away."""
+    task_s: float
+    """How long a task beside the recording may fail."""
+    books_s: float
+    """From the start, how long no book at all may be synced."""
+
+
+ALERTS = Profile(30.0, 120.0, Verdict.WARN, 60.0, 120.0, 120.0, 120.0)
+"""Who is woken by it: a daily relief, the supervisor's restart and a redial are no news."""
+DOCTOR = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 15.0, 0.0, 0.0)
+"""Who asks now: whether it records at this moment."""
+
+
+NO_FRAMES = frozenset(
+    {"stopped", "streamer down", "streamer hangs", "disk", "disconnected", "silent"}
+)
+"""The causes that keep frames from coming, or from being kept."""
 
 
 def maintenance(now: datetime) -> bool:
@@ -105,22 +128,55 @@ def loaded_to(reports: Iterable[Mapping[str, Any] | None], store: str) -> dateti
     return datetime.fromtimestamp(min(limits) / 1e9, UTC) if limits else None
 
 
-def judge(report: Mapping[str, Any] | None, newest: datetime | None, now: datetime) -> Judgement:
-    """What the report amounts to. `newest`: ClickHouse's newest row; None where it is not known.
+def judge(
+    report: Mapping[str, Any] | None,
+    newest: datetime | None,
+    now: datetime,
+    profile: Profile = ALERTS,
+) -> Judgement:
+    """The worst of what the report amounts to: the first of `judgements`."""
+    return judgements(report, newest, now, profile)[0]
 
-    Raises KeyError, TypeError or ValueError where the report lacks what a streamer writes.
+
+def judgements(
+    report: Mapping[str, Any] | None,
+    newest: datetime | None,
+    now: datetime,
+    profile: Profile = ALERTS,
+) -> list[Judgement]:
+    """Everything that is wrong by the report, the worst first; where nothing is, what it does.
+
+    `newest`: ClickHouse's newest row; None where it is not known. Raises KeyError, TypeError or ValueError
+    where the report lacks what a streamer writes.
     """
     if report is None:
-        return _good("nothing recorded", "Nothing to judge: no streamer has run here yet.")
-    return (
-        _process(report, now)
-        or _blocked(report)
-        or _hang(report, now)
-        or _journal(report, now)
-        or _stores(report, newest, now)
-        or _tasks(report, now)
-        or _exchange(report, now)
+        return [_good("nothing recorded", "Nothing to judge: no streamer has run here yet.")]
+    ended = _process(report, now, profile)
+    if ended is not None:
+        return [ended]
+    if (hangs := _hang(report, now, profile)) is not None:
+        return [hangs]  # what it said last is no longer so
+    blocked = _blocked(report)  # then nothing is read, and what does not come is no other fault
+    about_frames = (
+        [blocked] if blocked else [_journal(report, now, profile), _books(report, now, profile)]
     )
+    found = [
+        *filter(None, about_frames),
+        *_stores(report, newest, now),
+        *_tasks(report, now, profile),
+    ]
+    doing = _exchange(report, now, profile)
+    if not blocked and (doing.verdict is not Verdict.GOOD or not found):
+        found.append(doing)
+    return sorted(found, key=lambda it: _BADNESS[it.verdict], reverse=True)
+
+
+def worst_of(judged: Iterable[tuple[int, Judgement]]) -> tuple[int, Judgement]:
+    """Of several shards' judgements the first of the worst."""
+    return max(judged, key=lambda it: _BADNESS[it[1].verdict])
+
+
+_BADNESS = {Verdict.GOOD: 0, Verdict.WARN: 1, Verdict.ERROR: 2}
 
 
 def judge_shard(
@@ -129,11 +185,18 @@ def judge_shard(
     configured: int,
     newest: datetime | None,
     now: datetime,
-) -> Judgement:
-    """`judge`, or for a shard beyond those that are configured, `left_over`."""
+    *,
+    profile: Profile = ALERTS,
+) -> list[Judgement]:
+    """`judgements`, or for a shard beyond those that are configured, `left_over`."""
     if shard < configured:
-        return judge(report, newest, now)
-    return left_over(report, shard, now)
+        return judgements(report, newest, now, profile)
+    return [left_over(report, shard, now)]
+
+
+def no_report(sentence: str) -> Judgement:
+    """Of a shard whose report cannot be read."""
+    return _warn("no report", sentence)
 
 
 def never_run(shard: int) -> Judgement:
@@ -148,13 +211,22 @@ def never_run(shard: int) -> Judgement:
 def left_over(report: Mapping[str, Any] | None, shard: int, now: datetime) -> Judgement:
     """The same for a shard that is no longer configured: a store may lack what its journal has."""
     command = f"`kalshi-platform stream --shard {shard}`"
-    if (
-        report is not None
-        and report["state"] == "draining"
-        and not (_process(report, now) or _hang(report, now))
-    ):
-        return _stores(report, None, now) or _good(
-            "draining", f"Shard {shard} is no longer configured, and is being drained."
+    lives = report is not None and not (_process(report, now, ALERTS) or _hang(report, now, ALERTS))
+    if report is not None and lives and report["state"] == "draining":
+        behind = _stores(report, None, now)
+        return (
+            behind[0]
+            if behind
+            else _good(
+                "draining",
+                f"Shard {shard} is no longer configured; {int(report['lag_frames']):,} records are being loaded.",
+            )
+        )
+    if report is not None and lives:
+        return _warn(
+            "not configured",
+            f"Shard {shard} is no longer configured, yet process {report['pid']} records it. The sensor"
+            " streamer_supervisor restarts it, so that every market has one shard.",
         )
     return _warn(
         "not drained",
@@ -163,14 +235,15 @@ def left_over(report: Mapping[str, Any] | None, shard: int, now: datetime) -> Ju
     )
 
 
-def _process(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+def _process(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
     """Whether there is a streamer at all."""
     updated = _age(report["updated_ns"], now)
     who = Identity(int(report["pid"]), float(report["pid_started"]))
     if report["state"] == "stopped":
-        if updated <= RESTART_S:
+        if updated <= profile.stopped_s:
             return _good("stopped", f"The streamer stopped {updated:.0f} s ago; a restart is due.")
-        return _warn(
+        return Judgement(
+            profile.stopped,
             "stopped",
             f"The streamer was stopped {_told(updated)} ago. To record, switch the sensor"
             " streamer_supervisor on, or run `kalshi-platform stream`.",
@@ -196,10 +269,10 @@ def _blocked(report: Mapping[str, Any]) -> Judgement | None:
     )
 
 
-def _hang(report: Mapping[str, Any], now: datetime) -> Judgement | None:
-    """Whether the process lives and does not report."""
+def _hang(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
+    """Whether the process lives and does not report; not while it is blocked, when nobody may end it."""
     updated = _age(report["updated_ns"], now)
-    if updated <= REPORT_S:
+    if updated <= profile.report_s or report["state"] == "blocked":
         return None
     return _error(
         "streamer hangs",
@@ -208,14 +281,14 @@ def _hang(report: Mapping[str, Any], now: datetime) -> Judgement | None:
     )
 
 
-def _journal(report: Mapping[str, Any], now: datetime) -> Judgement | None:
+def _journal(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
     """Whether what comes is kept."""
     waiting_ms = report.get("oldest_undurable_ms", 0)  # a streamer of an earlier version has none
     age = waiting_ms / 1e3 + _age(report["updated_ns"], now) if waiting_ms else 0.0
     if age <= SLOW_S:
         return None
     what = f"What came {_told(age)} ago is not durable yet, and a kill would lose it."
-    if age > DURABLE_S:
+    if age > profile.durable_s:
         remedy = report["trouble"] or "Look at the disk; end the run if it does not go on."
         return _error("writer stuck", f"{what} {remedy}")
     return _warn(
@@ -223,46 +296,72 @@ def _journal(report: Mapping[str, Any], now: datetime) -> Judgement | None:
     )
 
 
-def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -> Judgement | None:
-    """Whether what is kept reaches the stores."""
-    for name, it in sorted(report["stores"].items(), key=lambda item: not item[1]["refused"]):
-        if it["refused"]:
-            return _error(
-                f"{name} behind",
-                f"{name} refuses what is recorded; nothing is lost, it stays in the journal"
-                f" ({it['lag']:,} records). {it['trouble']}",
-            )
-        late = _late(it, report, now)
-        if late > BEHIND_S[name]:
-            return _warn(
-                f"{name} behind",
-                f"{name} lacks {it['lag']:,} records, the oldest of {_told(late)} ago; nothing is lost."
-                f" {it['trouble'] or 'It catches up by itself; see the streamer run log if not.'}",
-            )
+def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -> list[Judgement]:
+    """Whether what is kept reaches each of the stores."""
+    found = [
+        judged
+        for name, it in sorted(report["stores"].items())
+        if (judged := _one_store(name, it, report, now)) is not None
+    ]
+    told = {it.cause for it in found}
     if newest is not None and report["last_durable_ns"] and "clickhouse" in report["stores"]:
         late = report["last_durable_ns"] / 1e9 - newest.timestamp()
-        if late > BEHIND_S["clickhouse"]:
-            return _warn(
-                "clickhouse behind",
-                f"ClickHouse's newest row is {_told(late)} older than the journal's last write; nothing is"
-                " lost. It catches up by itself; see the streamer run's log if the age grows.",
+        if late > BEHIND_S["clickhouse"] and "clickhouse behind" not in told:
+            found.append(
+                _warn(
+                    "clickhouse behind",
+                    f"ClickHouse's newest row is {_told(late)} older than the journal's last write; nothing is"
+                    " lost. It catches up by itself; see the streamer run's log if the age grows.",
+                )
             )
-    return None
+    return found
 
 
-def _tasks(report: Mapping[str, Any], now: datetime) -> Judgement | None:
-    """Whether something beside the recording has failed for a while."""
-    for name, it in report.get("tasks", {}).items():  # a report of an earlier version has none
-        if it["failing_since_ns"] and _age(it["failing_since_ns"], now) > TASK_S:
-            return _warn(
-                "task failing",
-                f"Recording goes on, but its {name} has failed for {_told(_age(it['failing_since_ns'], now))}:"
-                f" {it['reason']} It is retried; the streamer's log has more.",
-            )
-    return None
+def _one_store(
+    name: str, it: Mapping[str, Any], report: Mapping[str, Any], now: datetime
+) -> Judgement | None:
+    if it["refused"]:
+        return _error(
+            f"{name} behind",
+            f"{name} refuses what is recorded; nothing is lost, it stays in the journal"
+            f" ({it['lag']:,} records). {it['trouble']}",
+        )
+    late = _late(it, report, now)
+    if late <= BEHIND_S[name]:
+        return None
+    return _warn(
+        f"{name} behind",
+        f"{name} lacks {it['lag']:,} records, the oldest of {_told(late)} ago; nothing is lost."
+        f" {it['trouble'] or 'It catches up by itself; see the streamer run log if not.'}",
+    )
 
 
-def _exchange(report: Mapping[str, Any], now: datetime) -> Judgement:
+def _tasks(report: Mapping[str, Any], now: datetime, profile: Profile) -> list[Judgement]:
+    """What beside the recording has failed for a while."""
+    return [
+        _warn(
+            f"{name} failing",
+            f"Recording goes on, but its {name} has failed for {_told(_age(it['failing_since_ns'], now))}:"
+            f" {it['reason']} It is retried; the streamer's log has more.",
+        )
+        for name, it in report.get("tasks", {}).items()  # a report of an earlier version has none
+        if it["failing_since_ns"] and _age(it["failing_since_ns"], now) > profile.task_s
+    ]
+
+
+def _books(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
+    """Whether the books of its markets have come."""
+    markets, synced = int(report.get("markets", 0)), int(report.get("synced", 0))
+    if synced or not markets or _age(report["started_ns"], now) <= profile.books_s:
+        return None
+    return _error(
+        "no books",
+        f"0 of {markets:,} books are synced: no order book is recorded whole. Snapshots are asked for by"
+        " themselves; if none comes within a minute, the streamer's log has what the exchange answers.",
+    )
+
+
+def _exchange(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement:
     """Whether anything comes."""
     state = str(report["state"])
     heard = _age(report["last_heard_ns"] or report["started_ns"], now)
@@ -270,12 +369,12 @@ def _exchange(report: Mapping[str, Any], now: datetime) -> Judgement:
     if maintenance(now) and state != "streaming":
         return _good("maintenance", "The exchange's weekly maintenance is on; nothing to do.")
     if state in {"starting", "connecting"}:
-        return _dialling(heard)
+        return _dialling(heard, profile)
     if heard > HEARD_S:
         return _warn(
             "silent",
             f"The connection is open, but nothing was heard for {_told(heard)}, not even a ping."
-            " The streamer dials anew by itself; if this stays, look at the network.",
+            " The streamer dials again by itself; if this stays, look at the network.",
         )
     if state == "quiet":
         return _good(
@@ -284,8 +383,8 @@ def _exchange(report: Mapping[str, Any], now: datetime) -> Judgement:
     return _good("recording", f"Recording: the last frame is {frame} old.")
 
 
-def _dialling(heard: float) -> Judgement:
-    if heard <= CONNECT_S:
+def _dialling(heard: float, profile: Profile) -> Judgement:
+    if heard <= profile.connect_s:
         return _good("starting", "The streamer is connecting.")
     return _error(
         "disconnected",

@@ -220,7 +220,8 @@ class _Shard:
     folder: Path
     report: _Report | None
     """None where there is none that can be read, which a metric of its own says."""
-    judged: freshness.Judgement
+    judged: Sequence[freshness.Judgement]
+    """Everything that is wrong, or the one thing that it does."""
 
 
 def _shards(settings: Settings, now: datetime) -> list[_Shard]:
@@ -242,7 +243,7 @@ def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
         judged = freshness.judge_shard(raw, shard, configured, None, now)
         report = None if raw is None else typed_json.convert(raw, _Report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        judged = freshness.Judgement(freshness.Verdict.WARN, "no report", str(error))
+        judged = [freshness.no_report(str(error))]
         return _Shard(number, folder, None, judged)
     return _Shard(number, folder, report, judged)
 
@@ -256,15 +257,16 @@ def _streamers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
     )
     verdict = GaugeMetricFamily(
         "kalshi_feed_verdict",
-        "How bad it is, all told: 0 good (also quiet, and the exchange's maintenance), 1 look at it"
-        " today, 2 data is being lost. The same judgement as the check `fresh` and the alerts.",
+        "How bad each thing is that is wrong, or 0 of what it does (also quiet, and the exchange's maintenance):"
+        " 1 look at it today, 2 data is being lost. The same judgement as the check `fresh` and the alerts.",
         labels=["shard", "cause"],
     )
     ended = CounterMetricFamily(
         "kalshi_disconnects", "Connections that ended, by cause.", labels=["shard", "cause"]
     )
     for shard in shards:
-        verdict.add_metric([shard.number, shard.judged.cause], _VERDICTS[shard.judged.verdict])
+        for judged in shard.judged:
+            verdict.add_metric([shard.number, judged.cause], _VERDICTS[judged.verdict])
         up.add_metric([shard.number], float(_lives(shard.report, now_ns)))
         if shard.report is None:
             continue
@@ -279,7 +281,7 @@ def _lives(report: _Report | None, now_ns: int) -> bool:
     return (
         report is not None
         and report.state != "stopped"
-        and (now_ns - report.updated_ns) / 1e9 < freshness.REPORT_S
+        and (now_ns - report.updated_ns) / 1e9 < freshness.ALERTS.report_s
         and Identity(report.pid, report.pid_started).alive
     )
 

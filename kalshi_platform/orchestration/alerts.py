@@ -12,9 +12,9 @@ this process (monitoring/outbox.py) does, and the next tick notes what came of i
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster import DagsterRunStatus as Status
@@ -124,37 +124,42 @@ def conditions(
 
 
 def feed(settings: Settings, now: float) -> Iterator[Condition]:
-    """A shard whose frames do not come, are not kept or do not reach a store."""
+    """Everything that is wrong with a shard whose frames do not come, are not kept or do not reach a store."""
     for shard in passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores):
-        judged, since = _judge(settings, shard, now)
-        if judged.verdict is freshness.Verdict.GOOD:
-            continue
-        critical = judged.verdict is freshness.Verdict.ERROR
-        yield Condition(
-            key=f"feed:{shard}",
-            title=f"Feed of shard {shard}: {judged.cause}",
-            sentence=judged.sentence,
-            severity=Severity.CRITICAL if critical else Severity.WARNING,
-            since=since,
-            after_s=FEED_ERROR_S if critical else FEED_WARN_S,
-            link=f"{settings.dagster_ui_url}/runs?q[0]=tag:{SHARD_TAG}={shard}",
-            section="The feed stands still",
-        )
+        judgements, last_frame = _judge(settings, shard, now)
+        for judged in judgements:
+            if judged.verdict is freshness.Verdict.GOOD:
+                continue
+            critical = judged.verdict is freshness.Verdict.ERROR
+            yield Condition(
+                key=f"feed:{shard}:{judged.cause}",
+                title=f"Feed of shard {shard}: {judged.cause}",
+                sentence=judged.sentence,
+                severity=Severity.CRITICAL if critical else Severity.WARNING,
+                since=last_frame if judged.cause in freshness.NO_FRAMES else now,
+                after_s=FEED_ERROR_S if critical else FEED_WARN_S,
+                link=f"{settings.dagster_ui_url}/runs?q[0]=tag:{SHARD_TAG}={shard}",
+                section="The feed stands still",
+            )
 
 
-def _judge(settings: Settings, shard: int, now: float) -> tuple[freshness.Judgement, float]:
-    """The judgement of a shard, and when its last frame came (else its start, else now)."""
+def _judge(
+    settings: Settings, shard: int, now: float
+) -> tuple[Sequence[freshness.Judgement], float]:
+    """What there is to say of a shard, and when its last frame came (else now)."""
     folder = settings.journal_dir(shard)
-    report: Mapping[str, Any] | None = None
     try:
         report = health_report.read(folder)
         at = datetime.fromtimestamp(now, UTC)
         judged = freshness.judge_shard(report, shard, settings.stream_shards, None, at)
-        since = int((report or {}).get("last_frame_ns") or 0) / 1e9
+        last_frame = int((report or {}).get("last_frame_ns") or 0) / 1e9
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sentence = f"{folder / health_report.FILE} is no streamer's report ({error}). A living streamer writes it anew."
-        return freshness.Judgement(freshness.Verdict.WARN, "no report", sentence), now
-    return judged, since or now
+        sentence = (
+            f"{folder / health_report.FILE} is no streamer's report ({error}). A living streamer writes it each"
+            " second."
+        )
+        return [freshness.no_report(sentence)], now
+    return judged, last_frame or now
 
 
 # -- checks --------------------------------------------------------------------------------------

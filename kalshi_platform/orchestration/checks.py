@@ -115,19 +115,19 @@ def order_book_checks(
         yield _fresh(health, newest, now, away, damaged, configured=settings.stream_shards)
 
 
-def _reports(settings: "Settings") -> tuple[Reports, str]:
-    """What each shard says, and a sentence where one cannot be read."""
+def _reports(settings: "Settings") -> tuple[Reports, dict[int, str]]:
+    """What each shard says, and of those whose report cannot be read a sentence."""
     from kalshi_platform.loading import passage
 
     shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
     reports: dict[int, Mapping[str, Any] | None] = {}
-    damaged = ""
+    damaged: dict[int, str] = {}
     for shard in shards:
         folder = settings.journal_dir(shard)
         try:
             reports[shard] = health_report.read(folder)
         except (OSError, ValueError) as error:
-            damaged = (
+            damaged[shard] = (
                 f"{folder / health_report.FILE} cannot be read ({error})."
                 " A living streamer writes it each second."
             )
@@ -260,36 +260,41 @@ def _fresh(
     newest: datetime | None,
     now: datetime,
     away: str,
-    damaged: str,
+    damaged: Mapping[int, str],
     *,
     configured: int,
 ) -> dg.AssetCheckResult:
     from kalshi_platform.loading import freshness
 
-    worst: tuple[int, freshness.Judgement] | None = None
-    order = [freshness.Verdict.GOOD, freshness.Verdict.WARN, freshness.Verdict.ERROR]
-    try:
-        for shard, report in reports.items():
-            if report is None and any(reports.values()) and shard < configured:
-                judged = freshness.never_run(shard)
-            else:
-                judged = freshness.judge_shard(report, shard, configured, newest, now)
-            if worst is None or order.index(judged.verdict) > order.index(worst[1].verdict):
-                worst = (shard, judged)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        damaged = f"health.json is no streamer's report ({error!r}); a streamer writes it anew."
-    if damaged or worst is None:
-        return _failed("fresh", WARN, damaged, {})
-    shard, judged = worst
-    sentence = judged.sentence if len(reports) == 1 else f"Shard {shard}: {judged.sentence}"
+    found = [(shard, freshness.no_report(sentence)) for shard, sentence in damaged.items()]
+    sound: dict[int, Mapping[str, Any]] = {}
+    for shard, report in reports.items():
+        if report is None and any(reports.values()) and shard < configured:
+            found.append((shard, freshness.never_run(shard)))
+            continue
+        try:
+            judgements = freshness.judge_shard(report, shard, configured, newest, now)
+            _row(shard, report, now)  # its other values, too
+            sound[shard] = report or {}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            sentence = f"health.json is no streamer's report ({error!r}). A living streamer writes it each second."
+            judgements = [freshness.no_report(sentence)]
+        found += [(shard, judged) for judged in judgements]
+    shard, judged = freshness.worst_of(found)
+    wrong = [it for it in found if it[1].verdict is not freshness.Verdict.GOOD]
+    told = [(shard, judged), *(it for it in wrong if it != (shard, judged))]
+    sentence = " ".join(
+        it.sentence if len(reports) + len(damaged) == 1 else f"Shard {of}: {it.sentence}"
+        for of, it in told
+    )
     metadata: dict[str, Any] = {"cause": MetadataValue.text(judged.cause)}
-    metadata |= _ages(reports[shard] or {}, now)
+    metadata |= _ages(sound.get(shard, {}), now)
     if newest is not None:
         metadata["newest row in ClickHouse (s ago)"] = MetadataValue.float(
             round((now - newest).total_seconds(), 1)
         )
     if len(reports) > 1:
-        metadata |= _tables({"shards": [_row(k, it, now) for k, it in reports.items()]})
+        metadata |= _tables({"shards": [_row(k, sound.get(k), now) for k in reports]})
     if judged.verdict is freshness.Verdict.ERROR:
         return _failed("fresh", ERROR, sentence, metadata)
     if away:

@@ -44,9 +44,11 @@ def report(data: Path, shard: int = 0, **values: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     own, now = Identity.own(), time.time_ns()
     well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
-    times = dict.fromkeys(("updated_ns", "last_frame_ns", "last_durable_ns"), now)
+    times = dict.fromkeys(
+        ("started_ns", "updated_ns", "last_frame_ns", "last_durable_ns", "last_heard_ns"), now
+    )
     counts = {"lag_frames": 7, "markets": 3, "synced": 3, "journal_backlog_bytes": 3_400_000}
-    told = {**well, **times, **counts, **values}
+    told = {**well, **times, **counts, "stores": {}, **values}
     (folder / "health.json").write_text(json.dumps(told), "utf-8")
 
 
@@ -125,6 +127,42 @@ def test_a_platform_that_is_well_has_no_complaint(
     assert not patient.data.joinpath("parquet").exists()
 
 
+def test_what_hangs_keeps_no_other_line_back(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ClickHouse and the exchange take connections and never answer."""
+    monkeypatch.setattr(doctor, "LINE_S", 2.0)
+    report(patient.data)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        patient.set(
+            CLICKHOUSE_URL=f"http://127.0.0.1:{port}",
+            KALSHI_REST_URL=f"http://127.0.0.1:{port}/trade-api/v2",
+        )
+        began = time.monotonic()
+        lines = patient.examined()
+        assert time.monotonic() - began < 2 * doctor.LINE_S + 5.0
+    for name in ("clock", "exchange REST", "ClickHouse"):
+        assert lines[name].startswith(f"✗ {name} — did not end within 2 s"), lines[name]
+    for name in ("exchange WebSocket", "markets", "schema"):
+        assert "not looked at" in lines[name]
+    for name in ("settings", "key file", "data folder", "archive", "streamer"):
+        assert lines[name].startswith("✓"), lines[name]
+
+
+def test_a_fault_of_a_check_is_its_own_line(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> doctor.Finding:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(doctor, "CHECKS", {**doctor.CHECKS, "clock": (broken, None)})
+    report(patient.data)
+    lines = patient.examined()
+    assert lines["clock"] == "✗ clock — could not be looked at (RuntimeError('odd'))"
+    assert len(lines) == 16
+
+
 def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: Patient) -> None:
     patient.set(STREAM_SHARDS="2")
     report(patient.data)
@@ -133,8 +171,10 @@ def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: P
     (patient.data / "journal" / "shard-2" / f"{0:020d}.arrows").touch()
     lines = patient.examined()
     assert lines["shard 0"].startswith("✓")
-    assert lines["shard 1"].startswith("✗ shard 1 — none runs: process")
-    assert lines["shard 2"].startswith("! shard 2 — no longer configured, and not drained")
+    assert lines["shard 1"].startswith("✗ shard 1 — The streamer is down: process")
+    assert lines["shard 2"].startswith(
+        "! shard 2 — Shard 2 is no longer configured, and its journal"
+    )
     assert "kalshi-platform stream --shard 2" in lines["shard 2"]
     assert "streamer" not in lines
 
@@ -299,14 +339,15 @@ LONG_AGO = 10**9
 @pytest.mark.parametrize(
     ("values", "mark", "sentence"),
     [
-        ({"state": "stopped", "pid_started": 1.0}, "!", r"none runs; it stopped \d s ago"),
-        ({"state": "stopped", "updated_ns": LONG_AGO}, "✗", "none runs; it stopped"),
+        ({"state": "stopped", "pid_started": 1.0}, "✗", r"was stopped \d s ago"),
+        ({"state": "stopped", "updated_ns": LONG_AGO}, "✗", "was stopped"),
         ({"state": "blocked", "trouble": "Make room."}, "✗", "3,400,000 bytes .* Make room"),
-        ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "blocked by its disk"),
-        ({"pid_started": 1.0}, "✗", "died"),
+        ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "The disk does not take what comes"),
+        ({"pid_started": 1.0}, "✗", "process .* is gone"),
         ({"updated_ns": LONG_AGO}, "✗", "hangs"),
-        ({"oldest_undurable_ms": 24_000}, "✗", "frames come and are not kept"),
+        ({"oldest_undurable_ms": 24_000}, "✗", "is not durable yet"),
         ({"trouble": "ClickHouse is away."}, "✗", "ClickHouse is away."),
+        ({"state": "connecting", "last_heard_ns": LONG_AGO}, "✗", "has not been reached"),
         ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),
         ({"markets": 1, "synced": 0}, "✗", "0 of 1 books are synced"),
         ({"synced": 2}, "!", "2 of 3 books are synced"),
@@ -364,7 +405,7 @@ def test_a_streamer_whose_runs_fail_one_after_the_other_is_found_with_the_reason
     report(tmp_path, pid_started=1.0)
     found = checked("streamer", tmp_path)
     assert found.mark.value == "✗"
-    assert "none runs: process" in found.text
+    assert "The streamer is down: process" in found.text
     assert "5 runs in a row" in found.text
     noted(5, age_s=600)
     assert "in a row" not in checked("streamer", tmp_path).text

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from kalshi_platform import health_report
-from kalshi_platform.loading.freshness import Verdict, behind, judge, maintenance
+from kalshi_platform.loading.freshness import (
+    ALERTS,
+    DOCTOR,
+    Profile,
+    Verdict,
+    behind,
+    judge,
+    judgements,
+    maintenance,
+)
 from kalshi_platform.processes import Identity
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -99,6 +108,48 @@ def test_each_cause_is_told_apart(
     judged = judge(it, NOW - timedelta(seconds=3), NOW)
     assert (judged.verdict, judged.cause) == (verdict, cause)
     assert words in judged.sentence
+
+
+def test_of_two_faults_the_worse_comes_first_and_the_other_is_told_too() -> None:
+    away = lagging("clickhouse", lag=9_000, committed_ns=ago(600), trouble="It is away.")
+    both = away | {"state": "connecting", "last_heard_ns": ago(216)}
+    assert causes(both) == ["disconnected", "clickhouse behind"]
+    refused = lagging("parquet", lag=9, refused=True, trouble="No bucket.")
+    refused["stores"]["clickhouse"] |= {"lag": 5, "committed_ns": ago(600)}
+    refused |= {"tasks": {"pruning": {"failing_since_ns": ago(600), "reason": "No."}}}
+    assert causes(refused) == ["parquet behind", "clickhouse behind", "pruning failing"]
+    assert causes(refused | {"state": "connecting", "last_heard_ns": ago(300)})[:2] == [
+        "parquet behind",
+        "disconnected",
+    ]
+
+
+def test_a_cause_hides_what_follows_from_it_and_nothing_else() -> None:
+    blocked = lagging("clickhouse", lag=9, committed_ns=ago(600))
+    blocked |= {"state": "blocked", "last_heard_ns": ago(300), "markets": 3, "synced": 0}
+    assert causes(blocked) == ["disk", "clickhouse behind"]
+    assert causes(blocked | {"pid_started": 1.0}) == ["streamer down"]
+    assert causes(report(updated_ns=ago(90), markets=3, synced=0)) == ["streamer hangs"]
+
+
+def test_books_that_never_come_are_an_error_once_they_had_time() -> None:
+    assert causes(report(markets=3, synced=0)) == ["no books"]
+    assert causes(report(markets=3, synced=0, started_ns=ago(30))) == ["recording"]
+    assert causes(report(markets=3, synced=0, started_ns=ago(30)), DOCTOR) == ["no books"]
+    assert causes(report(markets=3, synced=1)) == ["recording"]
+
+
+def test_doctor_calls_what_does_not_record_now_an_error() -> None:
+    for off in (
+        report(state="stopped", updated_ns=ago(1)),
+        report(state="connecting", last_heard_ns=ago(20)),
+    ):
+        assert judge(off, None, NOW).verdict is GOOD
+        assert judge(off, None, NOW, DOCTOR).verdict is ERROR
+
+
+def causes(it: dict[str, Any], profile: Profile = ALERTS) -> list[str]:
+    return [judged.cause for judged in judgements(it, None, NOW, profile)]
 
 
 def test_clickhouse_without_the_newest_rows_is_behind() -> None:

@@ -260,6 +260,36 @@ def test_a_store_that_is_away_is_told_later_and_mildly(watch: Watch) -> None:
     )
 
 
+def test_two_faults_at_once_are_each_told_once_and_each_closed(watch: Watch) -> None:
+    """The mild one came first; it hid the other for as long as it lasted."""
+    store = {"lag": 9, "committed_ns": 1, "trouble": "ClickHouse is away.", "refused": False}
+    behind: dict[str, Any] = {"stores": {"clickhouse": store}}
+    watch.report(**behind)
+    assert watch.tick() == []
+    watch.ahead_s += FEED_WARN_S
+    watch.report(**behind)
+    assert [it["title"] for it in watch.tick()] == ["Feed of shard 0: clickhouse behind"]
+    both = behind | {"state": "connecting", "last_heard_ns": 1}
+    watch.report(**both)
+    assert watch.tick() == []
+    watch.ahead_s += FEED_ERROR_S
+    watch.report(**both)
+    (worse,) = watch.tick()
+    assert (worse["title"], worse["severity"]) == ("Feed of shard 0: disconnected", "critical")
+    for after in (30.0, CALM_S):
+        watch.ahead_s += after
+        watch.report(**behind)
+        over = watch.tick()
+    assert [(it["event"], it["title"]) for it in over] == [("resolved", worse["title"])]
+    for after in (30.0, CALM_S):
+        watch.ahead_s += after
+        watch.report()
+        over = watch.tick()
+    assert [(it["event"], it["title"]) for it in over] == [
+        ("resolved", "Feed of shard 0: clickhouse behind")
+    ]
+
+
 def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,10 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -95,12 +96,9 @@ class Sampler:
         self.first_open = self.first_open or open_markets
         for ticker in open_markets:
             self.seen_open[ticker] = self.seen_open.get(ticker, 0) + 1
-        stores = [(name, h["updated_ns"], s) for h in fresh for name, s in h["stores"].items()]
+        stores = [(name, h, s) for h in fresh for name, s in h["stores"].items()]
         names = sorted({name for name, _, _ in stores})
-        late = {
-            name: [(at - s["loaded_ns"]) / 1e9 * bool(s["lag"]) for n, at, s in stores if n == name]
-            for name in names
-        }
+        late = {name: [_late_s(h, s) for n, h, s in stores if n == name] for name in names}
         mib = self._processes()
         return Sample(
             at=now,
@@ -143,6 +141,12 @@ class Sampler:
         if self._it.process is not None and process.pid == self._it.process.pid:
             return "up"
         return program_of(process) or OTHERS
+
+
+def _late_s(report: Mapping[str, Any], store: Mapping[str, Any]) -> float:
+    """How long ago what a store lacks came; before its first write, how long the streamer has run."""
+    since = store["loaded_ns"] or report["started_ns"]
+    return (report["updated_ns"] - since) / 1e9 if store["lag"] else 0.0
 
 
 def _size(folder: Path) -> int:
