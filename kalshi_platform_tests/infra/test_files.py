@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from kalshi_platform.settings import Settings
+from kalshi_platform.settings import Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -92,10 +92,119 @@ def test_manifests_are_what_kubernetes_takes(path: Path) -> None:
         kubernetes_validate.validate(one, "1.34", strict=True)
 
 
-def test_every_image_has_a_version() -> None:
+def test_every_image_has_an_exact_version() -> None:
+    """ClickHouse's is of four numbers: a tag of two moves."""
     for image in images():
         name, _, tag = image.partition(":")
-        assert re.match(r"\d+\.\d+", tag), f"{name} has no version: {tag!r}"
+        exact = r"\d+(\.\d+){3}" if name.startswith("clickhouse/") else r"\d+\.\d+"
+        assert re.match(exact, tag), f"{name} has no exact version: {tag!r}"
+
+
+DECIDED = {
+    "KALSHI_DATA_DIR": "the image says where its volume is",
+    "MARKET_FILE": "a file within a container: MARKET_TICKERS",
+    "USE_CLICKHOUSE": "there is one",
+    "EMBEDDED_CLICKHOUSE_PORT": "that is not embedded",
+    "CLICKHOUSE_DATABASE": "users, rights and Grafana name it",
+    "CLICKHOUSE_CLUSTER": "of Kubernetes alone",
+    "CLICKHOUSE_CA_FILE": "of Kubernetes alone",
+    "CLICKHOUSE_CLIENT_CERT_FILE": "the users have passwords",
+    "CLICKHOUSE_CLIENT_KEY_FILE": "the users have passwords",
+    "METRICS_HOST": "the part's own command",
+    "METRICS_PORT": "the part's own command",
+    "SIMULATOR_PORT": "within the code location's network",
+    **{name: "of a person's command line" for name in sorted(OURS) if re.match("CH_", name)},
+}
+"""Settings that a deployment has no use for, or takes care of by itself, and why."""
+
+
+def test_compose_passes_every_setting() -> None:
+    example = (COMPOSE.parent / "platform.env.example").read_text()
+    offered = set(re.findall(r"^#([A-Z0-9_]+)=", example, re.MULTILINE))
+    services = compose()["services"]
+    decided = set(services["code-location"]["environment"]) & OURS
+    assert offered | decided | set(DECIDED) == OURS
+    assert not offered & (decided | set(DECIDED))
+    for name in ("code-location", "migrate", "metrics", "simulator"):
+        assert services[name]["env_file"] == [{"path": "platform.env", "required": False}], name
+
+
+def test_the_defaults_that_compose_and_kubernetes_show_are_the_defaults() -> None:
+    example = (COMPOSE.parent / "platform.env.example").read_text()
+    shown = dict(re.findall(r"^#([A-Z0-9_]+)=(.+)$", example, re.MULTILINE))
+    chosen = {"MARKET_SERIES", "LOG_FORMAT"}  # an example, and a line for a log collector
+    in_kubernetes = {k: v for k, v in settings_map().items() if v and k not in chosen}
+    for values in (shown, in_kubernetes):
+        assert given(values) == given({})
+
+
+def given(values: dict[str, str]) -> Settings:
+    return load(_env_file=None, **{name.lower(): value for name, value in values.items()})
+
+
+def settings_map() -> dict[str, str]:
+    """Those that the file names in a comment, too."""
+    path = INFRA / "kubernetes" / "settings.yaml"
+    (found,) = documents(path)
+    commented = re.findall(r'^  # ([A-Z_]+): "(.*)"$', path.read_text(), re.MULTILINE)
+    return {**found["data"], **dict(commented)}
+
+
+def test_kubernetes_passes_every_setting_and_secrets_by_secrets() -> None:
+    text = (INFRA / "kubernetes" / "settings.yaml").read_text()
+    secret = set(re.findall(r"--from-literal=(\w+)", text))
+    (stateful,) = [
+        one
+        for one in documents(INFRA / "kubernetes" / "code-location.yaml")
+        if one["kind"] == "StatefulSet"
+    ]
+    (env,) = everywhere(stateful, "env")
+    decided = {each["name"] for each in env} & OURS
+    unused = {name for name in OURS if name.startswith("SIMULATOR_")}
+    offered = set(settings_map())
+    assert offered | secret | decided | set(DECIDED) | unused == OURS
+    assert not offered & (secret | decided | set(DECIDED))
+    fields = Settings.model_fields
+    assert not {n for n in offered if "SecretStr" in str(fields[n.lower()].annotation)}
+    given(settings_map())
+    for container in (c for each in everywhere(stateful, "containers") for c in each):
+        assert {"configMapRef": {"name": "kalshi-settings"}} in container["envFrom"]
+
+
+def test_every_container_is_bounded() -> None:
+    for name, service in compose()["services"].items():
+        assert service.get("mem_limit"), name
+    for path in KUBERNETES:
+        for resources in (r for one in documents(path) for r in everywhere(one, "resources")):
+            if "storage" in resources["requests"]:
+                continue
+            assert set(resources["requests"]) == {"cpu", "memory"}, path
+            assert set(resources["limits"]) == {"cpu", "memory"}, path
+
+
+def test_no_frequent_probe_starts_python() -> None:
+    for name, service in compose()["services"].items():
+        check = service.get("healthcheck", {})
+        if set(check.get("test", [])) & {"python", "dagster-daemon"}:
+            assert int(check["interval"].removesuffix("s")) >= 300, name
+    for path in KUBERNETES:
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            for probe in (p for one in documents(path) for p in everywhere(one, kind)):
+                assert "exec" not in probe, path
+
+
+def test_what_has_no_login_is_closed_to_the_rest_of_the_cluster() -> None:
+    policies = [
+        one
+        for one in documents(INFRA / "kubernetes" / "network.yaml")
+        if one["kind"] == "NetworkPolicy"
+    ]
+    selected = [one["spec"]["podSelector"]["matchLabels"] for one in policies]
+    assert {"app": "kalshi-code"} in selected
+    assert {"clickhouse.altinity.com/chi": "kalshi"} in selected
+    assert {"clickhouse-keeper.altinity.com/chk": "kalshi"} in selected
+    for one in policies:
+        assert all(rule.get("from") for rule in one["spec"]["ingress"])
 
 
 def test_our_image_is_of_this_version() -> None:
@@ -143,12 +252,13 @@ def test_the_ui_is_behind_the_check_of_who_asks() -> None:
 def test_the_code_server_is_the_one_that_ends_when_it_is_asked_to() -> None:
     ours = ["python", "-m", "kalshi_platform.orchestration.code_server", "api", "grpc"]
     assert compose()["services"]["code-location"]["command"][:5] == ours
-    (args,) = [
+    args = [
         args
         for one in documents(INFRA / "kubernetes" / "code-location.yaml")
         for args in everywhere(one, "args")
     ]
-    assert args[:5] == ours
+    assert args[0][:5] == ours
+    assert args[1][:2] == ["kalshi-platform", "metrics"]
 
 
 def test_every_variable_that_dagster_s_files_read_is_set() -> None:
