@@ -54,6 +54,8 @@ LINE_S = 8.0
 FREE_BAD_BYTES, FREE_ODD_BYTES = 1 << 30, 10 << 30
 GIB = 1 << 30
 FOREIGN_SHOWN = 8
+SPOOLED_ODD_S = 60.0
+"""A market maker sends once a second."""
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
 _START = "start it (make run, or kalshi-platform stream)"
 _CHANNELS = "set ALERT_SLACK_WEBHOOK_URL, ALERT_WEBHOOK_URL or ALERT_EMAIL_TO"
@@ -406,6 +408,34 @@ def _foreign(settings: Settings) -> Finding:
     )
 
 
+def _spool(settings: Settings) -> Finding:
+    """What the market maker has recorded and ClickHouse does not have."""
+    from kalshi_platform.inventory import spool  # loads Arrow
+
+    folder = spool.folder_of(settings)
+    try:
+        if not folder.is_dir():
+            return Finding(Mark.SKIPPED, "no market maker has written here")
+        refused = spool.refused_in(folder)
+        waiting, age_s = spool.oldest_in(folder)
+    except OSError as error:
+        return Finding(
+            Mark.BAD,
+            f"{folder} cannot be read ({error.strerror})",
+            "make it readable for this user",
+        )
+    behind = (
+        f"{waiting:,} files wait, the oldest for {age_s:,.0f} s" if waiting else "nothing waits"
+    )
+    if refused.files:
+        said = spool.said_of(refused, folder).rstrip(".")
+        return Finding(Mark.ODD, f"{said}; {behind}", spool.REMEDY)
+    if age_s > SPOOLED_ODD_S:
+        remedy = "start the market maker: it sends them, and its log says what keeps it from that"
+        return Finding(Mark.ODD, f"{behind} in {folder}", remedy)
+    return Finding(Mark.GOOD, behind)
+
+
 def _disk(folder: Path, variable: str) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -603,6 +633,7 @@ CHECKS: Mapping[str, Check] = {
     "data folder": (_data_folder, None),
     "archive": (_archive, None),
     "foreign names": (_foreign, "archive"),
+    "market maker's spool": (_spool, None),
     "growth": (_growth, "data folder"),
     "streamer": (_streamer, None),
     "Dagster daemon": (_daemon, None),

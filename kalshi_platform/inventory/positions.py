@@ -25,7 +25,7 @@ from kalshi_platform.exchange.errors import ExchangeError
 from kalshi_platform.exchange.items import Tell, Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, tables
-from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS
+from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS, SETTLEMENTS
 from kalshi_platform.storage.clickhouse import Client, insert_arrow, translated
 
 ENGINE = "platform"
@@ -251,7 +251,7 @@ def _absent(
         return Snapshot(ticker, Decimal(0), at, "absent", raw_json="{}")
     if settlement is None:
         return None
-    return Snapshot(ticker, Decimal(0), at, "settlements", raw_json=_encoded(settlement))
+    return Snapshot(ticker, Decimal(0), at, SETTLEMENTS, raw_json=_encoded(settlement))
 
 
 def _signed(fill: Fill) -> Decimal:

@@ -7,12 +7,14 @@
     action = recorder.action(decision.decision_id, …)
     recorder.response(action, …)
 
-No call waits for a disk or a database (spool.py does that). Inventory is never rolled forward:
-`inv_before` is the reconciled position, and nothing here takes another one.
+No call waits for a disk or a database (spool.py does that). What cannot be a row is refused at the call, in the
+engine's own thread (values.py): `WrongType` is a `TypeError`, `BadValue` a `ValueError`. Inventory is never rolled
+forward: `inv_before` is the reconciled position, and nothing here takes another one.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -23,28 +25,27 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
+from kalshi_platform.inventory import values
 from kalshi_platform.inventory.rows import (
     DECISIONS,
     FILLS,
     ORDER_ACTIONS,
     ORDER_RESPONSES,
     POSITION_SNAPSHOTS,
+    SETTLEMENTS,
 )
 from kalshi_platform.inventory.semantics import (
-    INV_CONVENTION,
     Contract,
     Inventory,
-    InventoryError,
+    OrderStatus,
     Quote,
     Reconciled,
+    Result,
 )
-from kalshi_platform.inventory.spool import Spool
+from kalshi_platform.inventory.spool import Spool, Status
+from kalshi_platform.inventory.values import NOTHING, BadValue, InventoryError
 from kalshi_platform.settings import Settings
 
-NOTHING = float("nan")
-"""A price that there is not: no best bid, no target."""
 NO_DECISION = uuid.UUID(int=0)
 
 
@@ -56,9 +57,16 @@ class ActionType(Enum):
     REPLACE = "replace"
 
 
+_PRICES = ("bb_px", "ba_px", "fair", "target_bid_px", "target_ask_px")
+_SIZES = ("target_bid_sz", "target_ask_sz")
+
+
 @dataclass(frozen=True)
 class Quoted:
-    """The market as it is and as the engine wants to quote it. Dollars, contracts; YES side."""
+    """The market as it is and as the engine wants to quote it. Dollars, contracts; YES side.
+
+    Each is a finite number, given as float, int, Decimal or NumPy's; a price that there is not is NaN or None.
+    """
 
     bb_px: float = NOTHING
     ba_px: float = NOTHING
@@ -68,6 +76,16 @@ class Quoted:
     target_bid_sz: float = 0.0
     target_ask_sz: float = 0.0
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _PRICES:
+            price = getattr(self, name)
+            if type(price) is not float or math.isinf(price):
+                object.__setattr__(self, name, values.real_or_nothing(name, price))
+        for name in _SIZES:
+            size = getattr(self, name)
+            if type(size) is not float or not 0 <= size < math.inf:
+                object.__setattr__(self, name, values.real_amount(name, size))
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,11 @@ class Sink(Protocol):
 
 
 class Recorder:
-    """Records what one engine does. Its methods may be called from any thread."""
+    """Records what one engine does. Its methods may be called from any thread.
+
+    Each raises `WrongType` (a `TypeError`) or `BadValue` (a `ValueError`) for what no row can hold, and records
+    nothing then; and `InventoryError` where rows have no place left (spool.py).
+    """
 
     def __init__(
         self,
@@ -114,7 +136,10 @@ class Recorder:
         `sink` takes the rows in their place, and `clock_ns` the machine's clock: for replays.
         Raises `InventoryError` when another engine has the folder.
         """
-        self._own = {"engine_instance_id": engine_instance_id, "engine_version": engine_version}
+        self._own = {
+            "engine_instance_id": values.text("engine_instance_id", engine_instance_id),
+            "engine_version": values.text("engine_version", engine_version),
+        }
         self._clock_ns = clock_ns
         self._spool: Spool | None = None
         if sink is None:
@@ -132,22 +157,27 @@ class Recorder:
         *,
         expected_change: Decimal = Decimal(0),
         allowed: bool = True,
-        block_stage: str = "",
+        block_stage: str | None = "",
         block_codes: Sequence[str] = (),
         reason_codes: Sequence[str] = (),
     ) -> Decided:
         """A decision. `expected_change` is what the engine expects it to add to the position.
 
-        Raises `InventoryError` where quoting was blocked without a code, or allowed with one.
+        Raises `BadValue` where quoting was blocked without a code, or allowed with one.
         """
-        if allowed == bool(block_codes):
-            raise InventoryError(
-                f"A decision has allowed={allowed} and block_codes {list(block_codes)}: what is not"
+        values.one_of("inventory", inventory, Inventory)
+        values.one_of("quoted", quoted, Quoted)
+        change = values.exact("expected_change", expected_change)
+        is_allowed = values.flag("allowed", allowed)
+        codes = values.texts("block_codes", block_codes)
+        if is_allowed == bool(codes):
+            raise BadValue(
+                f"A decision has allowed={is_allowed} and block_codes {codes}: what is not"
                 " allowed has a code, and what is allowed has none."
             )
         now = self._now()
         decided = Decided(uuid.uuid4(), now, inventory)
-        resting = inventory.resting
+        resting, exposure = inventory.resting, inventory.pos_open_exposure
         filled = float(inventory.pos_filled)
         row: dict[str, Any] = {
             "ts": now,
@@ -164,21 +194,21 @@ class Recorder:
             "target_bid_sz": quoted.target_bid_sz,
             "target_ask_sz": quoted.target_ask_sz,
             "inv_before": filled,
-            "inv_after_est": float(inventory.pos_filled + expected_change),
-            "params_json": _json(quoted.params),
+            "inv_after_est": float(inventory.pos_filled + change),
+            "params_json": values.json_object("params", quoted.params),
             "pos_filled": filled,
-            "pos_open_exposure": float(inventory.pos_open_exposure),
-            "pos_total_est": float(inventory.pos_total_est),
+            "pos_open_exposure": float(exposure),
+            "pos_total_est": float(inventory.pos_filled + exposure),
             "open_orders_count": resting.open_orders_count,
             "open_yes_bid_size": float(resting.open_yes_bid_size),
             "open_yes_ask_size": float(resting.open_yes_ask_size),
             "open_no_bid_size": float(resting.open_no_bid_size),
             "open_no_ask_size": float(resting.open_no_ask_size),
-            "allowed": int(allowed),
-            "block_stage": block_stage,
-            "block_codes": list(block_codes),
-            "reason_codes": list(reason_codes),
-            "inv_convention": INV_CONVENTION,
+            "allowed": int(is_allowed),
+            "block_stage": values.optional_text("block_stage", block_stage),
+            "block_codes": codes,
+            "reason_codes": values.texts("reason_codes", reason_codes),
+            "inv_convention": inventory.position.convention,
         }
         self._sink.put(DECISIONS.name, row)
         return decided
@@ -189,65 +219,162 @@ class Recorder:
         client_order_id: str,
         kind: ActionType,
         *,
-        decision_id: uuid.UUID = NO_DECISION,
+        decision_id: uuid.UUID | str | None = NO_DECISION,
         quote: Quote | None = None,
         contract: Contract | None = None,
         price: Decimal = Decimal(0),
         size: Decimal = Decimal(0),
-        replace_of: str = "",
+        replace_of: str | None = "",
+        order_group_id: str | None = None,
+        subaccount: int | None = None,
         request: Mapping[str, Any] | None = None,
     ) -> Sent:
         """A request, to be recorded just before it is sent. Price in dollars on `contract`'s scale.
 
         From this moment on the order is live: count it among the working orders until its end is
-        known, or the estimated position moves when no action does.
+        known, or the estimated position moves when no action does. The `size` of a cancel is the remaining size
+        that it takes away. `order_group_id` and `subaccount` go into the request's JSON.
         """
-        sent = Sent(uuid.uuid4(), self._now(), market_ticker, client_order_id)
+        values.member("kind", kind, ActionType)
+        sent = Sent(
+            uuid.uuid4(),
+            self._now(),
+            values.text("market_ticker", market_ticker),
+            values.text("client_order_id", client_order_id),
+        )
+        dollars, contracts = values.dollars("price", price), values.amount("size", size)
+        replaced = values.optional_text("replace_of", replace_of)
+        if kind is not ActionType.CANCEL and not contracts:
+            raise BadValue(
+                f"A {kind.value} of order {sent.client_order_id} has size 0: give its contracts."
+            )
+        if (kind is ActionType.REPLACE) != bool(replaced):
+            raise BadValue(
+                f"A {kind.value} of order {sent.client_order_id} has replace_of {values.shown(replaced)}:"
+                " a replace names the order that it replaces, and nothing else names one."
+            )
+        if quote is not None:
+            values.member("quote", quote, Quote)
+        if contract is not None:
+            values.member("contract", contract, Contract)
+        if kind is not ActionType.CANCEL and (quote is None or contract is None):
+            raise BadValue(
+                f"A {kind.value} of order {sent.client_order_id} has quote {quote} and contract {contract}:"
+                " give both."
+            )
         self._sink.put(
             ORDER_ACTIONS.name,
             {
                 "ts": sent.ts,
                 "action_id": str(sent.action_id),
-                "decision_id": str(decision_id),
+                "decision_id": values.identity("decision_id", decision_id),
                 **self._own,
-                "market_ticker": market_ticker,
-                "client_order_id": client_order_id,
+                "market_ticker": sent.market_ticker,
+                "client_order_id": sent.client_order_id,
                 "action_type": kind.value,
                 "side": quote.value if quote else "",
                 "api_side": contract.value if contract else "",
-                "price": float(price),
-                "price_cents": float(price * 100),
-                "size": float(size),
-                "replace_of_client_order_id": replace_of,
-                "request_json": _json(request or {}),
+                "price": float(dollars),
+                "price_cents": float(dollars * 100),
+                "size": float(contracts),
+                "replace_of_client_order_id": replaced,
+                "request_json": _with("request", request, order_group_id, subaccount),
             },
         )
         return sent
 
+    def decrease(
+        self,
+        market_ticker: str,
+        client_order_id: str,
+        remaining: Decimal,
+        *,
+        quote: Quote,
+        contract: Contract,
+        price: Decimal,
+        decision_id: uuid.UUID | str | None = NO_DECISION,
+        request: Mapping[str, Any] | None = None,
+    ) -> Sent:
+        """A request to take size from an order that keeps its place: a replace of the order by itself."""
+        return self.action(
+            market_ticker,
+            client_order_id,
+            ActionType.REPLACE,
+            decision_id=decision_id,
+            quote=quote,
+            contract=contract,
+            price=price,
+            size=values.count("remaining", remaining),
+            replace_of=client_order_id,
+            request=request,
+        )
+
     def response(
         self,
         sent: Sent,
-        status: str,
+        status: OrderStatus | str,
         *,
-        exchange_order_id: str = "",
-        reject_reason: str = "",
+        exchange_order_id: str | None = "",
+        reject_reason: str | None = "",
         latency_ms: float,
         response: Mapping[str, Any] | None = None,
     ) -> None:
         """What the exchange answered to an action."""
+        self._answered(
+            sent,
+            status,
+            exchange_order_id=exchange_order_id,
+            reject_reason=reject_reason,
+            latency_ms=values.real("latency_ms", latency_ms),
+            response=response,
+        )
+
+    def order_changed(
+        self,
+        sent: Sent,
+        status: OrderStatus | str,
+        *,
+        exchange_order_id: str | None = "",
+        reject_reason: str | None = "",
+        response: Mapping[str, Any] | None = None,
+    ) -> None:
+        """What became of an order without a request: filled, canceled or expired by the exchange.
+
+        `sent` is the order's own place or replace. Nothing was asked, so that `latency_ms` is NaN.
+        """
+        self._answered(
+            sent,
+            status,
+            exchange_order_id=exchange_order_id,
+            reject_reason=reject_reason,
+            latency_ms=NOTHING,
+            response=response,
+        )
+
+    def _answered(
+        self,
+        sent: Sent,
+        status: OrderStatus | str,
+        *,
+        exchange_order_id: str | None,
+        reject_reason: str | None,
+        latency_ms: float,
+        response: Mapping[str, Any] | None,
+    ) -> None:
+        values.one_of("sent", sent, Sent)
         self._sink.put(
             ORDER_RESPONSES.name,
             {
                 "ts": self._now(),
-                "action_id": str(sent.action_id),
+                "action_id": values.text("sent.action_id", sent.action_id),
                 **self._own,
-                "market_ticker": sent.market_ticker,
-                "client_order_id": sent.client_order_id,
-                "status": status,
-                "exchange_order_id": exchange_order_id,
-                "reject_reason": reject_reason,
+                "market_ticker": values.text("sent.market_ticker", sent.market_ticker),
+                "client_order_id": values.text("sent.client_order_id", sent.client_order_id),
+                "status": values.member_or_text("status", status, OrderStatus).value,
+                "exchange_order_id": values.optional_text("exchange_order_id", exchange_order_id),
+                "reject_reason": values.optional_text("reject_reason", reject_reason),
                 "latency_ms": latency_ms,
-                "response_json": _json(response or {}),
+                "response_json": values.json_object("response", response),
             },
         )
 
@@ -260,29 +387,41 @@ class Recorder:
         price: Decimal,
         *,
         at: datetime,
-        exchange_order_id: str = "",
-        client_order_id: str = "",
+        exchange_order_id: str | None = "",
+        client_order_id: str | None = "",
         fee: Decimal = Decimal(0),
-        decision_id: uuid.UUID = NO_DECISION,
+        decision_id: uuid.UUID | str | None = NO_DECISION,
+        subaccount: int | None = None,
         raw: Mapping[str, Any] | None = None,
     ) -> None:
-        """A fill, at the exchange's time `at`; outcome side YES adds, NO takes away."""
+        """A fill, at the exchange's time `at`; outcome side YES adds, NO takes away. Price on its scale.
+
+        `raw` is the exchange's own message: its `outcome_side` must be `contract`.
+        """
+        values.member("contract", contract, Contract)
+        side = raw.get("outcome_side") if isinstance(raw, Mapping) else None
+        if side is not None and side != contract.value:
+            raise BadValue(
+                f"contract is {contract}, and raw has outcome_side {values.shown(side)}: give what the"
+                " exchange says."
+            )
+        dollars = values.dollars("price", price)
         self._sink.put(
             FILLS.name,
             {
-                "ts": _milliseconds(at),
+                "ts": values.moment("at", at),
                 **self._own,
-                "market_ticker": market_ticker,
-                "exchange_order_id": exchange_order_id,
-                "client_order_id": client_order_id,
+                "market_ticker": values.text("market_ticker", market_ticker),
+                "exchange_order_id": values.optional_text("exchange_order_id", exchange_order_id),
+                "client_order_id": values.optional_text("client_order_id", client_order_id),
                 "side": contract.value,
-                "price": float(price),
-                "price_cents": float(price * 100),
-                "size": float(size),
-                "fee": float(fee),
-                "decision_id": str(decision_id),
-                "fill_id": fill_id,
-                "raw_json": _json(raw or {}),
+                "price": float(dollars),
+                "price_cents": float(dollars * 100),
+                "size": float(values.count("size", size)),
+                "fee": float(values.exact("fee", fee)),
+                "decision_id": values.identity("decision_id", decision_id),
+                "fill_id": values.text("fill_id", fill_id),
+                "raw_json": _with("raw", raw, None, subaccount),
             },
         )
 
@@ -295,6 +434,7 @@ class Recorder:
         raw: Mapping[str, Any] | None = None,
     ) -> None:
         """A position as the exchange reported it, in the moment in which the engine takes it over."""
+        values.one_of("position", position, Reconciled)
         self._sink.put(
             POSITION_SNAPSHOTS.name,
             {
@@ -302,11 +442,36 @@ class Recorder:
                 **self._own,
                 "market_ticker": position.market_ticker,
                 "pos_filled": float(position.position),
-                "avg_cost": float(avg_cost),
-                "source": source,
-                "raw_json": _json(raw or {}),
+                "avg_cost": float(values.amount("avg_cost", avg_cost)),
+                "source": values.text("source", source),
+                "raw_json": values.json_object("raw", raw),
             },
         )
+
+    def settled(
+        self,
+        position: Reconciled,
+        result: Result | str,
+        *,
+        value: Decimal | None = None,
+        at: datetime,
+        raw: Mapping[str, Any] | None = None,
+    ) -> Reconciled:
+        """The market was settled or voided at `at`: record it, and return the position after it, which is none.
+
+        `value` is what a YES contract was paid, in dollars, where the exchange says so.
+        """
+        values.one_of("position", position, Reconciled)
+        said: dict[str, Any] = {
+            "result": values.member_or_text("result", result, Result).value,
+            "value": None if value is None else str(values.dollars("value", value)),
+            "settled_time": values.moment("at", at).isoformat(),
+            "held": str(position.position),
+        }
+        after = position.settled(at)
+        content = said if raw is None else {**said, "settlement": raw}
+        self.snapshot(after, source=SETTLEMENTS, raw=content)
+        return after
 
     # -- on their way ----------------------------------------------------------------------------
 
@@ -315,8 +480,19 @@ class Recorder:
         """Why rows are not getting on at the moment; None when all is well."""
         return self._spool.trouble if self._spool is not None else None
 
+    def status(self) -> Status:
+        """How far behind ClickHouse is, and what was set aside. Asks neither disk nor database.
+
+        Raises `InventoryError` for a recorder with a sink of its own.
+        """
+        if self._spool is None:
+            raise InventoryError(
+                "This recorder has a sink and no spool: ask the sink how far its rows are."
+            )
+        return self._spool.status()
+
     def drain(self, timeout_s: float = 10.0) -> bool:
-        """Wait until ClickHouse has everything; False when it has not in time."""
+        """Wait until ClickHouse has everything that it takes; False when it has not in time."""
         return self._spool is None or self._spool.drain(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
@@ -327,9 +503,25 @@ class Recorder:
         return datetime.fromtimestamp(self._clock_ns() // 1_000_000 / 1000, UTC)
 
 
-def _milliseconds(at: datetime) -> datetime:
-    return at.astimezone(UTC).replace(microsecond=at.microsecond // 1000 * 1000)
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return msgspec.json.encode(content).decode()
+def _with(
+    name: str,
+    content: Mapping[str, Any] | None,
+    order_group_id: str | None,
+    subaccount: int | None,
+) -> str:
+    """A request or a fill as JSON, with the exchange's own names for its order group and subaccount."""
+    extra: dict[str, Any] = {}
+    if order_group_id is not None:
+        extra["order_group_id"] = values.text("order_group_id", order_group_id)
+    if subaccount is not None:
+        extra["subaccount"] = values.whole("subaccount", subaccount)
+    if not extra:
+        return values.json_object(name, content)
+    given = values.one_of(name, content if content is not None else {}, Mapping)  # type: ignore[type-abstract]
+    for key, value in extra.items():
+        if key in given and given[key] != value:
+            raise BadValue(
+                f"{name} has {key} {values.shown(given[key])}, and the argument says {values.shown(value)}:"
+                " give it once."
+            )
+    return values.json_object(name, {**given, **extra})

@@ -1,17 +1,26 @@
-"""The rows of the market maker's tables, as Arrow sends them. The tables themselves are made by the
-migrations 004 and 010; a test holds the two together.
+"""The rows of the market maker's tables, as Arrow sends them, and which rows no such table can hold. The tables
+themselves are made by the migrations 004 and 010; a test holds the two together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from kalshi_platform.inventory.values import EARLIEST, LATEST
 from kalshi_platform.storage.schema import Key
 
+SETTLEMENTS = "settlements"
+"""The `source` of a snapshot that says that the market was settled or voided, and nothing is held any more."""
 _TIME = pa.timestamp("ms", "UTC")
 _TEXTS = pa.list_(pa.string())
+
+
+_UUIDS = {"decision_id"}
+"""Columns of text that are UUIDs in ClickHouse."""
+_UUID = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class Table:
@@ -26,6 +35,45 @@ class Table:
     def columns(self) -> Iterable[str]:
         """The columns' names, in order."""
         return list(self.arrow.names)
+
+    def sifted(self, rows: pa.Table) -> tuple[pa.Table, dict[int, str]]:
+        """(the rows that the table can hold, why each of the others cannot be held, by its number)
+
+        Raises `pa.ArrowException` where the whole of them is not of this table.
+        """
+        if set(rows.column_names) != set(self.arrow.names) or rows.num_columns != len(self.arrow):
+            odd = sorted(set(rows.column_names) ^ set(self.arrow.names))
+            raise pa.ArrowInvalid(f"its columns are not those of {self.name}: {', '.join(odd)}")
+        loose = pa.schema([field.with_nullable(True) for field in self.arrow])
+        rows = rows.select(self.arrow.names).cast(loose)
+        rows.validate(full=True)
+        wrong: dict[int, str] = {}
+        for field in self.arrow:
+            for fault, where in _faults(field, rows[field.name].combine_chunks()):
+                for number in pc.indices_nonzero(where).to_pylist():
+                    wrong.setdefault(number, f"{field.name} {fault}")
+        good = rows
+        if wrong:
+            kept = [n not in wrong for n in range(rows.num_rows)]
+            good = rows.filter(pa.array(kept, pa.bool_()))
+        return pa.Table.from_arrays(good.columns, schema=self.arrow), wrong
+
+
+def _faults(field: pa.Field, column: pa.Array) -> Iterator[tuple[str, pa.Array]]:
+    """What is wrong with values of a column, and where: a mask."""
+    if column.null_count:
+        yield "is null", column.is_null()
+    if pa.types.is_list(field.type) and column.flatten().null_count:
+        yield "has a null in it", pa.array([None in (each or ()) for each in column.to_pylist()])
+    if field.type == _TIME:
+        outside = pc.or_(
+            pc.less(column, pa.scalar(EARLIEST, _TIME)),
+            pc.greater_equal(column, pa.scalar(LATEST, _TIME)),
+        )
+        yield "is not between 2000 and 2099", outside.fill_null(False)
+    if field.name in _UUIDS:
+        is_uuid = pc.match_substring_regex(column, _UUID)
+        yield "is no UUID", pc.invert(is_uuid).fill_null(False)
 
 
 def _texts(*names: str) -> dict[str, pa.DataType]:

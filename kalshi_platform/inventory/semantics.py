@@ -4,7 +4,9 @@
     pos_open_exposure   what the orders that are live at this moment add when all of them fill
     pos_total_est       the sum of both
 
-Contracts, exact, YES positive and NO negative. No I/O; what is recorded of it is in recorder.py.
+Contracts, exact, YES positive and NO negative. The exchange nets: a YES and a NO contract of one market are a
+dollar and no position, so that a fill of NO takes from what is held of YES. No I/O; what is recorded of it is in
+recorder.py.
 """
 
 from __future__ import annotations
@@ -15,32 +17,81 @@ from datetime import datetime
 from decimal import Decimal
 from enum import Enum
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.inventory import values
+from kalshi_platform.inventory.values import BadValue, InventoryError, WrongType
+
+__all__ = [
+    "INV_CONVENTION",
+    "BadValue",
+    "Contract",
+    "Inventory",
+    "InventoryError",
+    "OrderStatus",
+    "Quote",
+    "Reconciled",
+    "Resting",
+    "Result",
+    "WorkingOrder",
+    "WrongType",
+    "inventory",
+    "resting",
+    "sign",
+]
 
 INV_CONVENTION = "yes_positive"
 """The one normalisation: a YES contract is +1, a NO contract -1."""
-
-
-class InventoryError(PlatformError):
-    """What an engine handed over cannot be a position, an order or a fill."""
+_CONVENTIONS = {Decimal(1): INV_CONVENTION, Decimal(-1): "no_positive"}
+MIXED = "mixed"
+MOST_ORDERS = 2**32 - 1
+_NONE = Decimal(0)
+_SIZES = ("open_yes_bid_size", "open_yes_ask_size", "open_no_bid_size", "open_no_ask_size")
 
 
 class Contract(Enum):
-    """Which contract is traded."""
+    """Which contract is traded; of a fill, the exchange's `outcome_side`."""
 
     YES = "yes"
     NO = "no"
 
 
 class Quote(Enum):
-    """Whether it is bid for or offered."""
+    """Whether it is bid for or offered; of a YES order, the exchange's `book_side`."""
 
     BID = "bid"
     ASK = "ask"
 
 
+class OrderStatus(Enum):
+    """What is known of an order: all that `mm_order_responses.status` may say."""
+
+    RESTING = "resting"
+    PARTIALLY_FILLED = "partially_filled"
+    EXECUTED = "executed"
+    """Filled to the end."""
+    CANCELED = "canceled"
+    """On request, or by the exchange."""
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the order is out of the book from here on."""
+        return self not in {OrderStatus.RESTING, OrderStatus.PARTIALLY_FILLED}
+
+
+class Result(Enum):
+    """What became of a market; the exchange's `market_result`."""
+
+    YES = "yes"
+    NO = "no"
+    SCALAR = "scalar"
+    VOID = "void"
+
+
 def sign(quote: Quote, contract: Contract) -> int:
     """+1 where a fill adds to the position: YES bought or NO sold; else -1."""
+    values.member("quote", quote, Quote)
+    values.member("contract", contract, Contract)
     return 1 if (quote is Quote.BID) == (contract is Contract.YES) else -1
 
 
@@ -55,11 +106,17 @@ class WorkingOrder:
     """Contracts not yet filled."""
 
     def __post_init__(self) -> None:
-        if not self.remaining.is_finite() or self.remaining <= 0:
-            raise InventoryError(
-                f"Order {self.client_order_id} has {self.remaining} contracts remaining: a working"
+        name = values.text("client_order_id", self.client_order_id)
+        values.member("contract", self.contract, Contract)
+        values.member("quote", self.quote, Quote)
+        remaining = values.exact("remaining", self.remaining)
+        if remaining <= 0:
+            raise BadValue(
+                f"Order {name} has {remaining} contracts remaining: a working"
                 " order has more than none. Leave finished orders out."
             )
+        object.__setattr__(self, "client_order_id", name)
+        object.__setattr__(self, "remaining", remaining)
 
 
 @dataclass(frozen=True)
@@ -71,6 +128,25 @@ class Resting:
     open_yes_ask_size: Decimal
     open_no_bid_size: Decimal
     open_no_ask_size: Decimal
+
+    def __post_init__(self) -> None:
+        orders, open_sides = self.open_orders_count, 0
+        if type(orders) is not int or not 0 <= orders <= MOST_ORDERS:
+            orders = values.whole("open_orders_count", orders)
+            if orders > MOST_ORDERS:
+                raise BadValue(f"open_orders_count is {orders}: give at most {MOST_ORDERS:,}.")
+            object.__setattr__(self, "open_orders_count", orders)
+        for name in _SIZES:
+            given = getattr(self, name)
+            size = values.amount(name, given)
+            if size is not given:
+                object.__setattr__(self, name, size)
+            open_sides += bool(size)
+        if orders < open_sides or (orders > 0) != (open_sides > 0):
+            raise BadValue(
+                f"open_orders_count is {orders}, and {open_sides} of the four sizes are above 0."
+                " Make it of the live orders: resting(orders)."
+            )
 
     @property
     def exposure(self) -> Decimal:
@@ -85,39 +161,35 @@ class Resting:
 
 def resting(orders: Iterable[WorkingOrder]) -> Resting:
     """The resting inventory of the orders live at this moment."""
-    sizes: dict[tuple[Contract, Quote], Decimal] = {}
+    sizes = [_NONE] * 4
     seen: set[str] = set()
     for order in orders:
+        if not isinstance(order, WorkingOrder):
+            raise WrongType(f"An order is {values.shown(order)}: give each as a WorkingOrder.")
         if order.client_order_id in seen:
-            raise InventoryError(
+            raise BadValue(
                 f"Order {order.client_order_id} was given twice among the working orders."
                 " Give each once."
             )
         seen.add(order.client_order_id)
-        key = (order.contract, order.quote)
-        sizes[key] = sizes.get(key, Decimal(0)) + order.remaining
-    none = Decimal(0)
-    return Resting(
-        len(seen),
-        sizes.get((Contract.YES, Quote.BID), none),
-        sizes.get((Contract.YES, Quote.ASK), none),
-        sizes.get((Contract.NO, Quote.BID), none),
-        sizes.get((Contract.NO, Quote.ASK), none),
-    )
+        sizes[2 * (order.contract is Contract.NO) + (order.quote is Quote.ASK)] += order.remaining
+    return Resting(len(seen), *sizes)
 
 
 class Reconciled:
     """A position that the exchange itself has confirmed: its report, and the fills after it.
 
-    Made by `from_exchange`, moved by `filled`: there is no other way to one, so that an estimate
-    cannot become a position.
+    Made by `from_exchange`, moved by `filled`, ended by `settled`: there is no other way to one, so that an
+    estimate cannot become a position.
     """
 
-    __slots__ = ("as_of", "market_ticker", "position")
+    __slots__ = ("as_of", "fills_by", "market_ticker", "position")
     market_ticker: str
     position: Decimal
     """Contracts, YES positive."""
     as_of: datetime
+    fills_by: str
+    """The convention by which the fills since the report moved the position; empty before the first."""
 
     def __init__(self) -> None:
         raise InventoryError(
@@ -128,34 +200,58 @@ class Reconciled:
     @classmethod
     def from_exchange(cls, market_ticker: str, position_fp: str, as_of: datetime) -> Reconciled:
         """The exchange's own text ("-12.00") of a position; `as_of` has a time zone."""
-        try:
-            position = Decimal(position_fp)
-        except ArithmeticError:
-            position = Decimal("NaN")
-        if not position.is_finite():
-            raise InventoryError(
-                f"Position {position_fp!r} of {market_ticker} is no number of contracts."
-                " Give the exchange's position_fp as it came."
-            )
-        return cls._made(market_ticker, position, as_of)
+        ticker = values.text("market_ticker", market_ticker)
+        return cls._made(ticker, _position(ticker, position_fp), as_of, "")
 
-    def filled(self, contract: Contract, count: Decimal, at: datetime) -> Reconciled:
-        """The position after a fill of `count` contracts; outcome side YES adds, NO takes away."""
-        if not count.is_finite() or count <= 0:
-            raise InventoryError(f"A fill of {count} contracts of {self.market_ticker} is none.")
-        signed = count if contract is Contract.YES else -count
-        return self._made(self.market_ticker, self.position + signed, at)
+    @property
+    def convention(self) -> str:
+        """How the fills since the report were normalised: `inv_convention` of a decision."""
+        return self.fills_by or INV_CONVENTION  # the report itself is YES positive
+
+    def filled(
+        self,
+        contract: Contract,
+        count: Decimal,
+        at: datetime,
+        *,
+        post_position_fp: str | None = None,
+    ) -> Reconciled:
+        """The position after a fill of `count` contracts; outcome side YES adds, NO takes away.
+
+        The exchange nets the two: what is held of one side ends before the other begins (`netted`). With
+        `post_position_fp`, which a fill message has, the exchange's own figure says which sign the fill had.
+        """
+        values.member("contract", contract, Contract)
+        size = values.count("count", count)
+        signed = size if contract is Contract.YES else -size
+        moved = signed
+        if post_position_fp is not None:
+            moved = _position(self.market_ticker, post_position_fp) - self.position
+        used = _CONVENTIONS.get(moved / signed, self.fills_by)  # else a fill between was missed
+        fills_by = used if self.fills_by in {"", used} else MIXED
+        return self._made(self.market_ticker, self.position + signed, at, fills_by)
+
+    def netted(self, contract: Contract, count: Decimal) -> Decimal:
+        """How many contracts of such a fill end what is held of the other side; a pair is worth a dollar."""
+        values.member("contract", contract, Contract)
+        size = values.count("count", count)
+        other = -self.position if contract is Contract.YES else self.position
+        return min(size, max(other, Decimal(0)))
+
+    def settled(self, at: datetime) -> Reconciled:
+        """The position after the market was settled or voided: none."""
+        return self._made(self.market_ticker, Decimal(0), at, self.fills_by)
 
     @classmethod
-    def _made(cls, market_ticker: str, position: Decimal, as_of: datetime) -> Reconciled:
-        if as_of.tzinfo is None:
-            raise InventoryError(
-                f"The position of {market_ticker} has a time without a zone: {as_of}. Give UTC."
-            )
+    def _made(
+        cls, market_ticker: str, position: Decimal, as_of: datetime, fills_by: str
+    ) -> Reconciled:
+        values.moment(f"The position of {market_ticker}", as_of)
         new = object.__new__(cls)
         object.__setattr__(new, "market_ticker", market_ticker)
         object.__setattr__(new, "position", position)
         object.__setattr__(new, "as_of", as_of)
+        object.__setattr__(new, "fills_by", fills_by)
         return new
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -165,12 +261,31 @@ class Reconciled:
         return f"Reconciled({self.market_ticker!r}, {self.position}, as_of={self.as_of})"
 
 
+def _position(market_ticker: str, position_fp: str) -> Decimal:
+    if not isinstance(position_fp, str):
+        raise WrongType(
+            f"position_fp is {values.shown(position_fp)}, a {type(position_fp).__name__}: give the"
+            " exchange's text as it came, such as '-12.00'."
+        )
+    try:
+        return values.exact("position_fp", Decimal(position_fp))
+    except (ArithmeticError, BadValue):
+        raise BadValue(
+            f"Position {values.shown(position_fp)} of {market_ticker} is no number of contracts."
+            " Give the exchange's position_fp as it came."
+        ) from None
+
+
 @dataclass(frozen=True)
 class Inventory:
     """What an engine holds and has resting, at one moment."""
 
     position: Reconciled
     resting: Resting
+
+    def __post_init__(self) -> None:
+        values.one_of("position", self.position, Reconciled)
+        values.one_of("resting", self.resting, Resting)
 
     @property
     def pos_filled(self) -> Decimal:

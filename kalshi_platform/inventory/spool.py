@@ -1,47 +1,83 @@
 """A local spool between an engine and ClickHouse: rows in, files on disk, inserts when it answers.
 
-`put` only appends to a list in memory. One thread writes what has come to a file, once a second;
-another inserts the files in order and removes each when its rows have been seen in ClickHouse. A file is
-one insert, and its name is the insert's token: however often it is sent, its rows are stored once. With
-ClickHouse away the files wait, past the end of the engine too: the next engine on the folder sends them.
+`put` only appends to a list in memory. One thread writes what has come to a file, once a second. Another inserts:
+it joins waiting files of a table, oldest first, into one insert of bounded size, and removes them when their rows
+have been seen in ClickHouse. With ClickHouse away the files wait, past the end of the engine too: the next engine
+on the folder sends them. What a kill can take is what has come since the last file, at most `flush_s`.
 
-What a kill can take is what has come since the last file, at most `flush_s`.
+    once        The files of an insert that is under way are written down first (`joined-<table>.json`), and the
+                insert's token is made of their names: after a kill the same files go under the same token. Files of
+                an earlier engine that are not written down are looked for in ClickHouse first, by key.
+    set aside   A row that the table cannot hold goes to the folder `refused`, in a file of its own beside the
+                reason (rows.py finds it, or ClickHouse refuses it and takes others of that table). So does a file
+                that cannot be read. The other rows go on. What ClickHouse refuses without having taken any other
+                row of the table is the table's matter, and waits.
+    bounds      `MOST_ROWS` and `MOST_BYTES` in memory, `MOST_FILES` and `MOST_DISK` in the folder. Beyond those of
+                the folder rows stay in memory, and beyond those of memory `put` raises: no row is dropped.
+
+Neither thread ends because of what it meets: `trouble` says what does not go on, and it is tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib
+import json
 import logging
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
+import msgspec
 import pyarrow as pa
 
-from kalshi_platform.durable import sync
+from kalshi_platform import durable, typed_json
 from kalshi_platform.inventory.rows import TABLES
-from kalshi_platform.inventory.semantics import InventoryError
+from kalshi_platform.inventory.values import InventoryError, shown
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import verified_inserts
 from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.errors import StoreError, StoreUnavailable
-from kalshi_platform.storage.verified_inserts import Insert
+from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+
+if TYPE_CHECKING:
+    from kalshi_platform.storage.verified_inserts import Insert
 
 FLUSH_S = 1.0
-MOST_ROWS = 1_000_000
+MOST_ROWS, MOST_BYTES = 100_000, 256 << 20
 """In memory, while the disk takes nothing; beyond that `put` refuses."""
+ROW_BYTES = 2_000
+"""What a row takes in memory beside its JSON, about."""
+MOST_FILES, MOST_DISK = 500_000, 10 << 30
+"""In the folder, what was set aside included: two days of ClickHouse away, at two files a second."""
 MOST_IN_A_FILE = 100_000
+MOST_JOINED_ROWS, MOST_JOINED_BYTES = 50_000, 64 << 20
+"""In one insert; a file that has more goes alone."""
+COUNTED = 10_000
+"""Files of an earlier engine that are opened at a time, to count their rows."""
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
-SUFFIX, TORN, DAMAGED = ".arrow", ".tmp", ".damaged"
+HOPELESS = 16
+"""Rows that ClickHouse refuses one by one, having taken none: then it is the table that refuses."""
+OF_THE_TABLE = frozenset({60, 81, 16, 164, 192, 193, 194, 497, 516})
+"""ClickHouse's codes that no row is to blame for: table, database, column, rights, user, password."""
+SUFFIX, TORN, DAMAGED, WHY = ".arrow", ".tmp", ".damaged", ".txt"
 _ENDS = {SUFFIX, TORN, f"{SUFFIX}{DAMAGED}"}
-LOCK = "spool.lock"
+LOCK, REFUSED = "spool.lock", "refused"
+REMEDY = (
+    "Mend what they are refused for, or the rows, and move the .arrow files back into the spool's folder: they are"
+    " sent again. Remove what is not wanted."
+)
+_SENDING = "kalshi_platform.storage.verified_inserts"
+"""Loads Polars, which the import of an engine is to be spared."""
+_JSON = ("params_json", "request_json", "response_json", "raw_json")
 _NAME = re.compile(rf"[0-9]{{20}}-[0-9a-f]{{32}}-[0-9]{{8}}-(?:{'|'.join(TABLES)})")
+_JOINED = re.compile(rf"joined-(?:{'|'.join(TABLES)})\.(?:json|tmp)")
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +88,58 @@ def folder_of(settings: Settings) -> Path:
 
 
 def is_of_a_spool(name: str) -> bool:
-    """Whether a file in a spool's folder is its own, by its name."""
+    """Whether a file or folder in a spool's folder is its own, by its name."""
     stem, _, end = name.partition(".")
-    return name == LOCK or (bool(_NAME.fullmatch(stem)) and f".{end}" in _ENDS)
+    return (
+        name in {LOCK, REFUSED}
+        or bool(_JOINED.fullmatch(name))
+        or (bool(_NAME.fullmatch(stem)) and f".{end}" in _ENDS)
+    )
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a spool stands."""
+
+    oldest_age_s: float
+    """Age of the oldest row that is not in ClickHouse, since it was recorded (an earlier engine's: since it was
+    written to disk); 0 where none waits."""
+    rows_waiting: int
+    """In memory and in files. Those of an earlier engine count once the sender has opened their files."""
+    files_waiting: int
+    rows_set_aside: int
+    files_set_aside: int
+    """Files in `refused`: each has rows of one file, or is one that cannot be read."""
+    trouble: str | None
+    """What does not go on, as sentences; None when all is well."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What is in a spool's folder `refused`."""
+
+    files: int
+    rows: int
+    why: str
+    """The reason of the newest."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that waits."""
+
+    table: str
+    rows: int | None
+    """None: an earlier engine's, not opened yet."""
+    size: int
+    since: float
+    """When its oldest row came, on the monotonic clock."""
+
+
+class _Joined(msgspec.Struct):
+    """The files of an insert that is under way."""
+
+    files: list[str]
 
 
 class Spool:
@@ -62,6 +147,7 @@ class Spool:
 
     def __init__(self, folder: Path, settings: Settings, *, flush_s: float = FLUSH_S) -> None:
         """Take the folder. Raises `InventoryError` when another engine has it, or it is read-only."""
+        importlib.import_module(_SENDING)  # now, and not in the middle of the first trades
         self._folder = folder
         self._settings = settings
         self._flush_s = flush_s
@@ -69,19 +155,41 @@ class Spool:
         self._run = uuid.uuid4().hex
         self._number = 0
         self._rows: dict[str, list[Mapping[str, Any]]] = {name: [] for name in TABLES}
+        self._since: dict[str, float] = {}
+        """When the oldest row in memory came, by table."""
         self._waiting = 0
+        self._bytes = 0
         self._guard = threading.Condition()
         self._closing = False
         self._urgent = False
         self._stop_sending = threading.Event()
         self._spooled = threading.Event()
-        self.trouble: str | None = None
-        """Why rows are not getting on at the moment, as a sentence; None when all is well."""
+        self._known: dict[str, _File] = {}
+        """Files that wait, by stem, oldest first."""
+        self._fresh: set[str] = set()
+        """Files of this engine that were never sent."""
+        self._accepting: set[str] = set()
+        """Tables of which ClickHouse has taken rows since the start."""
+        self._sifted: set[str] = set()
+        """Files whose wrong rows are set aside already."""
+        self._begun: dict[str, list[str]] = {}
+        """The files of the insert that is under way, by table, as its manifest has them."""
+        self._problems: list[Exception] = []
+        """What did not go on in this pass of the sender."""
+        self._disk_trouble: str | None = None
+        self._store_trouble: str | None = None
         for torn in self._ours(TORN):  # a kill in mid-write; its rows were still in memory
             torn.unlink()
-        foreign = sorted(p.name for p in folder.glob(f"*{SUFFIX}") if p not in self.files)
+        for name in TABLES:
+            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # looked for by key
+                self._begun[name] = typed_json.decode(
+                    self._manifest(name).read_bytes(), _Joined
+                ).files
+        foreign = sorted(p.name for p in folder.glob(f"*{SUFFIX}") if not _NAME.fullmatch(p.stem))
         if foreign:
             log.warning("Spool %s: passed over, for they are not its own: %s.", folder, foreign)
+        self._count_refused()
+        self._look()
         self._spooled.set()
         self._writer = threading.Thread(target=self._write_on, name="mm-spool", daemon=True)
         self._sender = threading.Thread(target=self._send_on, name="mm-insert", daemon=True)
@@ -89,15 +197,45 @@ class Spool:
         self._sender.start()
 
     def put(self, table: str, row: Mapping[str, Any]) -> None:
-        """Take one row. Raises `InventoryError` when a million rows wait for the disk."""
+        """Take one row. Raises `InventoryError` when there is no place for it, or the spool is closed."""
+        rows, size = self._rows[table], _size(row)
         with self._guard:
-            if self._waiting >= MOST_ROWS:
+            if self._closing:
                 raise InventoryError(
-                    f"{self._waiting:,} rows wait for the disk under {self._folder}: {self.trouble}"
+                    f"The spool {self._folder} is closed: a row of {table} was not taken."
+                    " Record before close()."
+                )
+            if self._waiting >= MOST_ROWS or self._bytes + size > MOST_BYTES:
+                raise InventoryError(
+                    f"{self._waiting:,} rows wait for the disk under {self._folder}: {self._disk_trouble}"
                     " Make room there; no further row is taken until then."
                 )
-            self._rows[table].append(row)
+            if not rows:
+                self._since[table] = time.monotonic()
+            rows.append(row)
             self._waiting += 1
+            self._bytes += size
+
+    @property
+    def trouble(self) -> str | None:
+        """What does not go on, as sentences; None when all is well."""
+        parts = [self._disk_trouble, self._store_trouble, self._said_of_refused()]
+        return " ".join(part for part in parts if part) or None
+
+    def status(self) -> Status:
+        """How far behind ClickHouse is, and what was set aside. Asks neither disk nor database."""
+        with self._guard:
+            files = list(self._known.values())
+            since = [each.since for each in files]
+            since += [self._since[name] for name, rows in self._rows.items() if rows]
+            return Status(
+                max(0.0, time.monotonic() - min(since)) if since else 0.0,
+                self._waiting + sum(each.rows or 0 for each in files),
+                len(files),
+                self._refused.rows,
+                self._refused.files,
+                self.trouble,
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -113,7 +251,7 @@ class Spool:
         return self._wait_until(lambda: not self._waiting, timeout_s)
 
     def drain(self, timeout_s: float = 10.0) -> bool:
-        """Wait until ClickHouse has everything that has come; False when it has not in time."""
+        """Wait until ClickHouse has everything that it takes; False when it has not in time."""
         return self._wait_until(lambda: not self._waiting and not self.files, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
@@ -133,11 +271,11 @@ class Spool:
         self._lock.release()
         if lost:
             raise InventoryError(
-                f"{lost:,} rows could not be written to {self._folder}: {self.trouble}"
+                f"{lost:,} rows could not be written to {self._folder}: {self._disk_trouble}"
             )
         return len(self.files)
 
-    def _wait_until(self, done: Any, timeout_s: float) -> bool:
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
         while not done():
             if time.monotonic() >= deadline:
@@ -159,34 +297,110 @@ class Spool:
                 batches = {name: rows[:MOST_IN_A_FILE] for name, rows in self._rows.items() if rows}
             try:
                 for name, rows in batches.items():
-                    self._write(name, rows)
-                    with self._guard:
-                        del self._rows[name][: len(rows)]
-                        self._waiting -= len(rows)
-                    self._spooled.set()
-            except OSError as error:
-                self.trouble = f"the disk refuses: {error.strerror}."
-                log.error("Spool %s: %s", self._folder, self.trouble)
+                    self._keep(name, rows)
+            except Exception as error:  # noqa: BLE001 - the writer goes on whatever it meets, and says it
+                self._disk_trouble = _of_the_disk(error)
+                log.error("Spool %s: %s", self._folder, self._disk_trouble)
                 if closing:
                     return
                 time.sleep(self._flush_s)
             else:
+                self._disk_trouble = None
                 if closing and not self._waiting:
                     return
 
-    def _write(self, name: str, rows: list[Mapping[str, Any]]) -> None:
-        table = pa.Table.from_pylist(rows, schema=TABLES[name].arrow)
+    def _keep(self, name: str, rows: list[Mapping[str, Any]]) -> None:
+        """Write rows to a file, and take them out of memory."""
+        if len(self._known) >= MOST_FILES or self._on_disk() >= MOST_DISK:
+            raise OSError(
+                0,
+                f"{len(self._known):,} files wait, and {self._on_disk():,} bytes are in the folder",
+            )
         self._number += 1
         # time first: the files of an engine before this one are older, and go first
         stem = f"{time.time_ns():020d}-{self._run}-{self._number:08d}-{name}"
-        draft = self._folder / f"{stem}{TORN}"
-        with draft.open("wb") as file:
-            with pa.ipc.new_file(file, table.schema) as stream:
-                stream.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(self._folder / f"{stem}{SUFFIX}")
-        sync(self._folder)
+        path = self._folder / f"{stem}{SUFFIX}"
+        table = self._table(name, rows, path)
+        taken = time.monotonic()
+        with self._guard:
+            since = self._since[name]
+            self._fresh.add(stem)
+        size, in_memory = 0, sum(map(_size, rows))
+        if table.num_rows:
+            _write(path, table)
+            size = path.stat().st_size
+        with self._guard:
+            del self._rows[name][: len(rows)]
+            self._since[name] = taken
+            self._waiting -= len(rows)
+            self._bytes -= in_memory
+            if table.num_rows:
+                self._known[stem] = _File(name, table.num_rows, size, since)
+        self._spooled.set()
+
+    def _table(self, name: str, rows: list[Mapping[str, Any]], path: Path) -> pa.Table:
+        """The rows as Arrow has them. Those that it does not take are set aside as JSON."""
+        schema = TABLES[name].arrow
+        try:
+            return pa.Table.from_pylist(rows, schema=schema)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            good: list[pa.Table] = []
+            wrong: list[tuple[Mapping[str, Any], str]] = []
+            for row in rows:
+                try:
+                    good.append(pa.Table.from_pylist([row], schema=schema))
+                except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                    wrong.append((row, str(error)))
+            why = [
+                f"row {n} of {path.stem}: {shown(reason)}" for n, (_, reason) in enumerate(wrong)
+            ]
+            lines = "".join(
+                f"{json.dumps(dict(row), default=shown)}\n" for row, _ in wrong
+            ).encode()
+            aside = self._folder / REFUSED / f"{path.stem}.jsonl"
+            self._set_aside(aside, len(wrong), why, lambda: durable.replace(aside, lines))
+            return pa.concat_tables(good) if good else schema.empty_table()
+
+    def _on_disk(self) -> int:
+        return self._refused_bytes + sum(each.size for each in list(self._known.values()))
+
+    # -- set aside -----------------------------------------------------------------------------
+
+    def _set_aside(
+        self, path: Path, rows: int, why: Sequence[str], keep: Callable[[], None]
+    ) -> None:
+        """Keep in `refused` what ClickHouse does not get, and the reasons beside it. Raises `OSError`."""
+        path.parent.mkdir(mode=0o750, exist_ok=True)
+        durable.replace(path.with_suffix(WHY), "".join(f"{line}\n" for line in why).encode())
+        keep()
+        log.error("%s: %s rows are set aside, not in ClickHouse: %s", path, rows, why[0])
+        self._count_refused()
+
+    def _set_rows_aside(self, path: Path, wrong: Mapping[int, str]) -> None:
+        """Set aside the rows of a file with these numbers."""
+        numbers = sorted(wrong)
+        rows = _opened(path).take(pa.array(numbers, pa.int64()))
+        aside = self._folder / REFUSED / path.name
+        why = [f"row {n} of {path.stem}: {wrong[n]}" for n in numbers]
+        self._set_aside(aside, len(numbers), why, lambda: _write(aside, rows))
+
+    def _set_whole_aside(self, path: Path, why: str) -> None:
+        """Set aside a file that cannot be read."""
+        aside = self._folder / REFUSED / path.name
+        self._set_aside(
+            aside, 1, [f"{path.name} cannot be read: {why}"], lambda: _move(path, aside)
+        )
+        with self._guard:
+            self._known.pop(path.stem, None)
+            self._fresh.discard(path.stem)
+
+    def _count_refused(self) -> None:
+        self._refused = refused_in(self._folder)
+        self._refused_bytes = sum(each.stat().st_size for each in _refused_files(self._folder))
+
+    def _said_of_refused(self) -> str | None:
+        found = self._refused
+        return f"{said_of(found, self._folder)} {REMEDY}" if found.files else None
 
     # -- to ClickHouse -------------------------------------------------------------------------
 
@@ -196,18 +410,27 @@ class Spool:
         while not self._stop_sending.is_set():
             self._spooled.clear()
             try:
-                if self.files:
+                self._look()
+                self._count()
+                if self._known:
                     client = client or connect(self._settings, log_comment="market maker")
                     self._send(client)
                     if failures:
                         log.warning("ClickHouse takes the market maker's rows again.")
-                    failures, self.trouble = 0, None
-            except StoreError as error:
-                if str(error) != self.trouble:
-                    log.warning("%s The rows wait in %s.", error, self._folder)
-                self.trouble = str(error)
+                failures, self._store_trouble = 0, None
+            except Exception as error:
+                said = _of_sending(error)
+                if said != self._store_trouble:
+                    is_foreseen = isinstance(error, StoreError)
+                    log.warning(
+                        "%s The rows wait in %s.",
+                        said,
+                        self._folder,
+                        exc_info=None if is_foreseen else error,
+                    )
+                self._store_trouble = said
                 if client is not None:
-                    with contextlib.suppress(StoreError):
+                    with contextlib.suppress(Exception):
                         client.close()
                 client = None
                 wait = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
@@ -216,51 +439,356 @@ class Spool:
             else:
                 self._spooled.wait(self._flush_s)
         if client is not None:
-            client.close()
+            with contextlib.suppress(Exception):
+                client.close()
+
+    def _look(self) -> None:
+        """Know the files that are there: an earlier engine's, and those that a person has moved."""
+        with self._guard:
+            before = set(self._known)
+        there = {path.stem: path for path in self.files}
+        gone = [stem for stem in before if stem not in there]
+        new = {stem: path for stem, path in there.items() if stem not in before}
+        now, wall_ns = time.monotonic(), time.time_ns()
+        found = {}
+        for stem, path in new.items():
+            with contextlib.suppress(FileNotFoundError):
+                age = max(0, wall_ns - int(stem[:20])) / 1e9
+                name = stem.rpartition("-")[2]
+                found[stem] = _File(name, None, path.stat().st_size, now - age)
+        with self._guard:
+            for stem in gone:
+                self._known.pop(stem, None)
+                self._fresh.discard(stem)
+            self._known = {**found, **self._known}
+
+    def _count(self) -> None:
+        """Count the rows of an earlier engine's files, and what is set aside still: a person may have mended some."""
+        with self._guard:
+            uncounted = [stem for stem, file in self._known.items() if file.rows is None]
+        for stem in uncounted[:COUNTED]:
+            rows = _rows_in(self._folder / f"{stem}{SUFFIX}")
+            with self._guard:
+                if stem in self._known:
+                    self._known[stem] = replace(self._known[stem], rows=rows)
+        if self._refused.files:
+            self._count_refused()
 
     def _send(self, client: Client) -> None:
-        refused: StoreError | None = None
-        stuck: set[str] = set()
-        for path in self.files:
+        """Send what waits now. Raises the first error of what does not go on, when all else has gone."""
+        waiting: dict[str, list[str]] = {name: [] for name in TABLES}
+        with self._guard:
+            for stem in sorted(self._known):
+                waiting[self._known[stem].table].append(stem)
+        self._problems = []
+        doubtful: list[tuple[_Group, Exception]] = []
+        for name, stems in waiting.items():
+            for group in self._groups(name, stems):
+                if self._stop_sending.is_set():
+                    return
+                try:
+                    self._insert(client, group)
+                except StoreUnavailable:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the other tables go on; it is raised at the end
+                    if _is_of_the_table(error):
+                        self._problems.append(error)
+                        break
+                    doubtful.append((group, error))
+        for group, reason in doubtful:
+            self._sift(client, group)
+            if any(path.exists() for path in group.paths):
+                self._problems.append(reason)
+        if self._problems:
+            raise self._problems[0]
+
+    def _groups(self, name: str, stems: Sequence[str]) -> Iterator[_Group]:
+        """The waiting files of a table, joined: first those of an insert that was under way."""
+        group = _Group(name, is_under_way=True)
+        begun = self._begun.get(name, [])
+        for stem in begun:
+            self._add(group, stem)
+        if begun and [path.stem for path in group.paths] == begun:
+            yield group
+        elif begun:  # some were removed after it, or by a person: the others are looked for by key
+            self._end(name)
+            begun = []
+        group = _Group(name)
+        for stem in stems:
+            if stem in begun or self._add(group, stem):
+                continue
+            yield group
+            group = _Group(name)
+            self._add(group, stem)
+        if group.paths:
+            yield group
+
+    def _add(self, group: _Group, stem: str) -> bool:
+        """Add a file's rows to a group; False where there is no room for them."""
+        path = self._folder / f"{stem}{SUFFIX}"
+        known = self._known.get(stem)
+        if group.paths and not group.is_under_way and known is not None and group.is_full(known):
+            return False
+        rows = self._read(group.name, path)
+        if rows is not None:
+            group.add(path, rows)
+        return True
+
+    def _read(self, name: str, path: Path) -> pa.Table | None:
+        """The rows of a file that the table can hold, the others set aside; None where there are none."""
+        try:
+            rows, wrong = TABLES[name].sifted(_opened(path))
+        except FileNotFoundError:  # a person has moved it
+            return None
+        except Exception as error:  # noqa: BLE001 - a damaged file may raise anything
+            if isinstance(error, OSError) and error.errno is not None:
+                said = f"{path} cannot be read ({error.strerror})."
+                self._problems.append(StoreUnavailable(said))
+            else:
+                self._set_whole_aside(path, shown(str(error)))
+            return None
+        if wrong and path.stem not in self._sifted:
+            self._set_rows_aside(path, wrong)
+            self._sifted.add(path.stem)
+        if not rows.num_rows:
+            self._remove([path])
+            return None
+        return rows
+
+    def _insert(self, client: Client, group: _Group) -> None:
+        """Send a group until its rows are there, and remove its files."""
+        from kalshi_platform.storage import verified_inserts
+
+        name, stems = group.name, [path.stem for path in group.paths]
+        it = verified_inserts.Insert(name, group.rows, group.token, TABLES[name].key)
+        if not group.is_under_way and not self._fresh.issuperset(stems):
+            missing = verified_inserts.missing(client, it)
+            if len(missing) != it.rows.num_rows:
+                self._insert_part(client, it, missing)
+                self._accepting.add(name)
+                self._remove(group.paths)
+                return
+        if not group.is_under_way:
+            durable.replace(self._manifest(name), msgspec.json.encode(_Joined(stems)))
+            self._begun[name] = stems
+        self._fresh.difference_update(stems)
+        try:
+            verified_inserts.insert(client, it)
+        except Exception as error:
+            if not isinstance(error, StoreUnavailable) and not _is_of_the_table(error):
+                self._end(name)  # nothing of it is there, or it is looked for by key
+            raise
+        self._accepting.add(name)
+        self._end(name)
+        self._remove(group.paths)
+
+    def _insert_part(self, client: Client, it: Insert, numbers: Sequence[int]) -> None:
+        from kalshi_platform.storage import verified_inserts
+
+        if numbers:
+            digest = hashlib.blake2b(repr(list(numbers)).encode(), digest_size=8).hexdigest()
+            part = it.rows.take(pa.array(numbers, pa.int64()))
+            verified_inserts.insert(client, replace(it, rows=part, token=f"{it.token}:{digest}"))
+
+    def _sift(self, client: Client, group: _Group) -> None:
+        """Send the files of a group that ClickHouse refused one by one, and set aside which rows it refuses."""
+        for path in group.paths:
             if self._stop_sending.is_set():
                 return
-            name = path.stem.rpartition("-")[2]
-            if name in stuck:
-                continue  # in order within a table; the others go on
+            rows = self._read(group.name, path)
+            if rows is None:
+                continue
             try:
-                rows = _rows_of(path)
-                if rows is None:
-                    continue
-                verified_inserts.insert(client, Insert(name, rows, path.stem, TABLES[name].key))
-            except StoreError as error:
-                stuck.add(name)
-                refused = error
+                refused = self._refused_rows(client, group.name, path.stem, rows)
+            except StoreUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - the other files go on; it is tried again
+                self._problems.append(error)
+                continue
+            if refused and group.name in self._accepting:
+                _, wrong = TABLES[group.name].sifted(_opened(path))
+                right = [n for n in range(rows.num_rows + len(wrong)) if n not in wrong]
+                self._set_rows_aside(path, wrong | {right[n]: why for n, why in refused.items()})
+            elif refused:
+                continue  # it has taken none: the table's matter
+            self._remove([path])
+
+    def _refused_rows(
+        self, client: Client, name: str, token: str, rows: pa.Table
+    ) -> Mapping[int, str]:
+        """Insert rows by halves, and return which of them ClickHouse refuses, and why."""
+        from kalshi_platform.storage import verified_inserts
+
+        it = verified_inserts.Insert(name, rows, token, TABLES[name].key)
+        parts = [verified_inserts.missing(client, it)]
+        refused: dict[int, str] = {}
+        while parts and (name in self._accepting or len(refused) < HOPELESS):
+            numbers = parts.pop()
+            try:
+                self._insert_part(client, it, numbers)
+            except StoreRefused as error:
+                if _is_of_the_table(error):
+                    raise
+                half = len(numbers) // 2
+                if half:
+                    parts += [numbers[half:], numbers[:half]]
+                else:
+                    refused[numbers[0]] = str(error)
             else:
-                path.unlink()
-        if refused is not None:
-            raise refused
+                if numbers:
+                    self._accepting.add(name)
+        return refused
+
+    def _manifest(self, name: str) -> Path:
+        return self._folder / f"joined-{name}.json"
+
+    def _end(self, name: str) -> None:
+        """The insert that was under way is no more; durable before its files are removed or sent otherwise."""
+        self._begun.pop(name, None)
+        self._manifest(name).unlink(missing_ok=True)
+        durable.sync(self._folder)
+
+    def _remove(self, paths: Sequence[Path]) -> None:
+        """Remove files whose rows are all in ClickHouse or set aside."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+            self._sifted.discard(path.stem)
+            with self._guard:
+                self._known.pop(path.stem, None)
+                self._fresh.discard(path.stem)
 
 
-def _rows_of(path: Path) -> pa.Table | None:
-    """What a file holds. One that is damaged is set aside, and the others do not wait for it: None.
+@dataclass
+class _Group:
+    """Files of a table that go in one insert."""
 
-    Raises `StoreUnavailable` where the disk does not give it.
-    """
-    try:
-        with pa.OSFile(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
-    except (pa.ArrowException, OSError) as error:  # Arrow's own are OSErrors without a number, too
-        if isinstance(error, OSError) and error.errno is not None:
-            raise StoreUnavailable(f"{path} cannot be read ({error.strerror}).") from None
-        aside = path.rename(path.with_name(f"{path.name}{DAMAGED}"))
-        log.error(
-            "%s is damaged (%s): its rows are not in ClickHouse. The file is kept as %s; rename it back where it"
-            " can be mended.",
-            path,
-            error,
-            aside.name,
+    name: str
+    is_under_way: bool = False
+    """Whether it was sent before, and what became of that is not known."""
+    paths: list[Path] = field(default_factory=list)
+    tables: list[pa.Table] = field(default_factory=list)
+    count: int = 0
+    size: int = 0
+
+    def add(self, path: Path, rows: pa.Table) -> None:
+        """Take a file in."""
+        self.paths.append(path)
+        self.tables.append(rows)
+        self.count += rows.num_rows
+        self.size += rows.nbytes
+
+    def is_full(self, file: _File) -> bool:
+        """Whether the insert would pass its bounds with this file, too."""
+        return (
+            self.count + (file.rows or 0) > MOST_JOINED_ROWS
+            or self.size + file.size > MOST_JOINED_BYTES
         )
-        return None
+
+    @property
+    def rows(self) -> pa.Table:
+        """All rows, in the files' order."""
+        return pa.concat_tables(self.tables)
+
+    @property
+    def token(self) -> str:
+        """The token of the insert: of the same files always the same."""
+        first, *more = [path.stem for path in self.paths]
+        if not more:
+            return first
+        digest = hashlib.blake2b("\n".join(more).encode(), digest_size=8).hexdigest()
+        return f"{first}+{len(more)}:{digest}"
+
+
+# -- what was set aside ------------------------------------------------------------------------
+
+
+def refused_in(folder: Path) -> Refused:
+    """What is in a spool's folder `refused`. Raises `OSError` where it cannot be read."""
+    files = _refused_files(folder)
+    kept = [path for path in files if path.suffix != WHY]
+    reasons = sorted(
+        (path for path in files if path.suffix == WHY), key=lambda path: path.stat().st_mtime_ns
+    )
+    why = reasons[-1].read_text(errors="replace").partition("\n")[0] if reasons else ""
+    return Refused(len(kept), sum(_rows_in(path) for path in kept), why)
+
+
+def said_of(found: Refused, folder: Path) -> str:
+    """What was set aside, as a sentence."""
+    return (
+        f"{found.rows:,} rows in {found.files:,} files are set aside in {folder / REFUSED}, and are not in"
+        f" ClickHouse; the newest: {found.why}."
+    )
+
+
+def oldest_in(folder: Path) -> tuple[int, float]:
+    """(how many files wait in a spool's folder, the age of the oldest in seconds)"""
+    stems = sorted(p.stem for p in folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(p.stem))
+    if not stems:
+        return 0, 0.0
+    return len(stems), max(0.0, (time.time_ns() - int(stems[0][:20])) / 1e9)
+
+
+def _refused_files(folder: Path) -> list[Path]:
+    aside = folder / REFUSED
+    return sorted(path for path in aside.iterdir() if path.is_file()) if aside.is_dir() else []
+
+
+def _rows_in(path: Path) -> int:
+    """Rows of a file; one that cannot be read counts as one."""
+    try:
+        if path.suffix == ".jsonl":
+            return path.read_bytes().count(b"\n")
+        return int(_opened(path).num_rows)
+    except Exception:  # noqa: BLE001 - a damaged file may raise anything
+        return 1
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def _opened(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _move(path: Path, to: Path) -> None:
+    path.rename(to)
+    durable.sync(to.parent)
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    """Write a file, durably, under its name at once."""
+    draft = path.with_suffix(TORN)
+    with draft.open("wb") as file:
+        with pa.ipc.new_file(file, table.schema) as stream:
+            stream.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    durable.sync(path.parent)
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    """What a row takes in memory, about: its JSON is the part without a small bound."""
+    return ROW_BYTES + sum(len(row[name]) for name in _JSON if isinstance(row.get(name), str))
+
+
+def _is_of_the_table(error: Exception) -> bool:
+    """Whether no row is to blame: the table, the rights, or what is between here and ClickHouse."""
+    return isinstance(error, StoreRefused) and (error.code in OF_THE_TABLE or error.code is None)
+
+
+def _of_the_disk(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"the disk refuses: {error.strerror or error}."
+    return f"rows cannot be written ({type(error).__name__}: {shown(str(error))})."
+
+
+def _of_sending(error: Exception) -> str:
+    if isinstance(error, StoreError):
+        return str(error)
+    return f"Rows cannot be sent ({type(error).__name__}: {shown(str(error))})."
 
 
 def _taken(folder: Path) -> filelock.BaseFileLock:

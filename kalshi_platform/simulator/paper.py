@@ -24,7 +24,6 @@ import msgspec
 from kalshi_platform import __version__, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.inventory.recorder import (
-    NOTHING,
     ActionType,
     Quoted,
     Recorder,
@@ -40,6 +39,7 @@ from kalshi_platform.inventory.semantics import (
     WorkingOrder,
     inventory,
 )
+from kalshi_platform.inventory.values import NOTHING
 from kalshi_platform.simulator.orders import Account, AccountFill, Answered, Request, Top
 
 ENGINE_VERSION = f"paper-{__version__}"

@@ -41,7 +41,7 @@ from kalshi_platform.storage.schema import (
     Key,
 )
 
-__all__ = ["KEYS", "Insert", "ensure", "insert"]
+__all__ = ["KEYS", "Insert", "ensure", "insert", "missing"]
 
 TRIES = 5
 """New tokens before a person is asked: a server cannot be killed that often by chance."""
@@ -105,6 +105,11 @@ def insert(client: clickhouse.Client, it: Insert) -> None:
     """
     clickhouse.insert_arrow(client, it.name, it.rows, it.token)
     _complete(client, it)
+
+
+def missing(client: clickhouse.Client, it: Insert) -> list[int]:
+    """Which rows are not there, nor come within a moment, under whatever token they were sent: their numbers."""
+    return [int(number) for number in _missing_for_long(client, it)]
 
 
 def ensure(client: clickhouse.Client, inserts: Sequence[Insert]) -> None:

@@ -198,7 +198,8 @@ def test_a_spool_sends_its_own_whole_files_whatever_else_is_in_the_folder(
     again.close()
     assert count(planted, "mm_decisions") == 1
     assert all(path.read_text() == "not a spool's" for path in foreign)
-    assert [path.name for path in folder.glob("*.damaged")] == [f"{first.name}.damaged"]
+    assert (folder / "refused" / first.name).stat().st_size == 100
+    assert not first.exists()
 
 
 def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
@@ -209,7 +210,7 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
     gone = Recorder("engine-1", "1", settings=away(migrated_once), spool=folder)
     gone.decision(held(), Quoted())
     sent = gone.action("T", "o", ActionType.CANCEL)
-    gone.response(sent, "cancelled", latency_ms=3.5, response={"order": "x" * 500})
+    gone.response(sent, "canceled", latency_ms=3.5, response={"order": "x" * 500})
     gone.fill("T", "f-1", Contract.NO, Decimal("1.25"), Decimal("0.55"), at=AT)
     gone.snapshot(held().position, source="positions", raw={"position_fp": "-3.50"})
     gone.close(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,3 +85,62 @@ def test_finished_and_doubled_orders_are_refused() -> None:
     twice = [order("a", Contract.YES, Quote.BID, "1")] * 2
     with pytest.raises(InventoryError, match="given twice"):
         resting(twice)
+
+
+@given(st.lists(st.tuples(st.sampled_from(Contract), SIZES), max_size=10), st.integers(-50, 50))
+def test_fills_of_both_sides_are_netted_in_any_order(
+    fills: list[tuple[Contract, Decimal]], begin: int
+) -> None:
+    held = Reconciled.from_exchange("T", str(begin), AT)
+    for contract, size in fills:
+        before, pairs = held, held.netted(contract, size)
+        held = held.filled(contract, size, AT)
+        assert 0 <= pairs <= min(size, abs(before.position))
+        assert abs(held.position) == abs(before.position) + size - 2 * pairs
+    yes = sum((size for contract, size in fills if contract is Contract.YES), Decimal(0))
+    no = sum((size for contract, size in fills if contract is Contract.NO), Decimal(0))
+    assert held.position == begin + yes - no
+    assert held.convention == "yes_positive"
+    assert held.settled(AT).position == 0
+
+
+@pytest.mark.parametrize(
+    ("posts", "convention"),
+    [
+        ([None, None], "yes_positive"),
+        (["3.00", "4.00"], "yes_positive"),
+        (["7.00", "2.00"], "no_positive"),
+        (["3.00", "2.00"], "mixed"),
+        (["9.00", None], "yes_positive"),  # a fill between was missed: it says nothing of signs
+    ],
+)
+def test_the_convention_is_that_of_the_fills(posts: list[str | None], convention: str) -> None:
+    held = Reconciled.from_exchange("T", "5.00", AT)
+    assert held.convention == "yes_positive"
+    held = held.filled(Contract.NO, Decimal(2), AT, post_position_fp=posts[0])
+    held = held.filled(Contract.YES, Decimal(1), AT, post_position_fp=posts[1])
+    assert held.position == 4
+    assert held.convention == convention
+    assert held.settled(AT).convention == convention
+
+
+@pytest.mark.parametrize("size", ["NaN", "sNaN", "Infinity", "-1", "0"])
+def test_no_size_is_impossible(size: str) -> None:
+    held = Reconciled.from_exchange("T", "0", AT)
+    with pytest.raises(ValueError, match="count is"):
+        held.filled(Contract.YES, Decimal(size), AT)
+    with pytest.raises(ValueError, match="remaining"):
+        WorkingOrder("o", Contract.YES, Quote.BID, Decimal(size))
+
+
+@pytest.mark.parametrize("side", ["yes", "bid", "YES", None, 1, True])
+def test_a_side_is_an_enums_member_and_nothing_else(side: Any) -> None:
+    held = Reconciled.from_exchange("T", "0", AT)
+    with pytest.raises(TypeError, match="contract is"):
+        held.filled(side, Decimal(1), AT)
+    with pytest.raises(TypeError, match="contract is"):
+        WorkingOrder("o", side, Quote.BID, Decimal(1))
+    with pytest.raises(TypeError, match="quote is"):
+        WorkingOrder("o", Contract.YES, side, Decimal(1))
+    with pytest.raises(TypeError, match="quote is"):
+        sign(side, Contract.YES)
