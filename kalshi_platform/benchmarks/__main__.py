@@ -24,6 +24,7 @@ from rich.table import Table
 
 from kalshi_platform.benchmarks import (
     analytics,
+    engine,
     feed,
     live_views,
     memory,
@@ -84,6 +85,7 @@ class Bench:
         figures: list[Figure] = []
         self._say("make run to the first row")
         figures.append(whole.first_row())
+        figures.append(engine.figure())
         deltas = self._deltas(MARKETS, max(size.frames, int(RATE * size.soak_s)))
         figures += self._decoding(deltas)
         self._say("each stage alone")

@@ -76,4 +76,15 @@ def test_every_command_does_what_the_page_says(
     rows = planted.client.query(
         "SELECT pos_total_est, inv_after_est FROM mm_decisions WHERE market_ticker = 'KXRAIN-26NOV22'"
     ).result_rows
-    assert rows == [(17.0, 17.0)]
+    assert rows == [(12.0, 17.0)]
+    assert planted.client.query(
+        "SELECT size, client_order_id FROM mm_fills WHERE market_ticker = 'KXRAIN-26NOV22'"
+    ).result_rows == [(2.0, "order-1")]
+    assert planted.client.query(
+        "SELECT groupArray(status) FROM (SELECT status FROM mm_order_responses"
+        " WHERE market_ticker = 'KXRAIN-26NOV22' ORDER BY status)"
+    ).result_rows == [(["canceled", "partially_filled", "resting"],)]
+    assert planted.client.query(
+        "SELECT pos_filled, source FROM mm_position_snapshots"
+        " WHERE market_ticker = 'KXRAIN-26NOV22' ORDER BY pos_filled"
+    ).result_rows == [(0.0, "settlements"), (12.0, "positions")]
