@@ -1,13 +1,13 @@
 """The audit: which checks there are, and running them. What each asks is in its SQL file,
 `infra/queries/inventory/<check>.sql`, the one source for the command and for Dagster's checks.
 
-Nothing is written here, and nothing is explained: see breaks.py for that.
+Nothing is written here, and nothing is explained: see breaks.py for that. What there was to judge is in
+judged.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -15,16 +15,15 @@ from typing import Any
 
 from clickhouse_connect.driver.query import QueryResult
 
+from kalshi_platform.inventory import tables as desk
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
-from kalshi_platform.storage.errors import StoreRefused
 
 DECISIONS = "mm_decisions"
 ACTIONS = "mm_order_actions"
 SNAPSHOTS = "mm_position_snapshots"
 
 NO_LIMIT = 1 << 62
-_UNKNOWN_IDENTIFIER = 47
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ class Parameters:
             "filled_threshold": self.filled_threshold,
             "stale_after_s": self.stale_after_s,
             "snapshot": self.snapshot,
+            "strict_runbook": self.strict_runbook,
             "limit": self.limit,
         }
 
@@ -188,34 +188,29 @@ def sweep(
     `StoreRefused` as the store does.
     """
     checks = tuple(checks)
-    there = tables(client)
+    there = desk.standing(client)
     start = since(client, parameters) if start is None else start
-    if DECISIONS not in there:
-        return [_skipped(check, _missing(DECISIONS)) for check in checks]
+    if why := there.why_not(DECISIONS):
+        return [_skipped(check, why) for check in checks]
     bound = parameters.bound(start)
     decisions, unjudged = _decisions(client, bound)
+    nothing = "" if decisions else _quiet(client, parameters)
     outcomes = []
     for check in checks:
-        missing = [table for table in check.needs if table not in there]
-        if missing:
-            outcomes.append(_skipped(check, _missing(missing[0])))
-        elif not decisions:
-            outcomes.append(_skipped(check, _quiet(parameters)))
-        elif SNAPSHOTS in check.needs and check is not FRESH and _empty(client, SNAPSHOTS):
-            outcomes.append(_skipped(check, f"{SNAPSHOTS} is empty: nothing to compare with."))
-        else:
-            outcomes.append(_run(client, check, check.sql(parameters), bound, unjudged))
+        why = next((why for table in check.needs if (why := there.why_not(table))), nothing)
+        if not why and check is not FRESH:
+            why = _unfit(client, check, decisions, unjudged)
+        outcomes.append(
+            _skipped(check, why)
+            if why
+            else _run(client, check, check.sql(parameters), bound, unjudged)
+        )
     return outcomes
 
 
 def tables(client: Client) -> frozenset[str]:
-    """Which of the market maker's tables the database has."""
-    with translated():
-        rows = client.query(
-            "SELECT name FROM system.tables WHERE database = currentDatabase()"
-            " AND startsWith(name, 'mm_')"
-        ).result_rows
-    return frozenset(str(name) for (name,) in rows)
+    """Which of the market maker's tables the database has, with the market maker's columns."""
+    return desk.usable(client)
 
 
 def _run(
@@ -230,8 +225,8 @@ def _run(
     notice = ""
     if unjudged and check is not FRESH:
         notice = (
-            f"{unjudged} decisions have no position columns (an engine from before migration 010):"
-            " they are not judged."
+            f"{unjudged} decisions have no position columns (an engine from before migration 010, or one"
+            " that writes nan): they are not judged."
         )
     return Outcome(
         check,
@@ -243,37 +238,22 @@ def _run(
 
 
 def _asked(client: Client, sql: str, bound: Mapping[str, Any]) -> QueryResult:
-    with _columns_explained():
+    with translated():
         return client.query(sql, parameters=dict(bound), settings={"join_use_nulls": 0})
 
 
 def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
     """How many decisions the window has, and how many of them say nothing of positions."""
-    with _columns_explained():
+    with translated():
         row = client.query(
-            "SELECT count(), countIf(isNaN(pos_total_est)) FROM mm_decisions"
+            "SELECT count(), countIf("
+            "isNaN(pos_filled) AND isNaN(pos_open_exposure) AND isNaN(pos_total_est)) FROM mm_decisions"
             " WHERE ts >= {since:DateTime64(3, 'UTC')}"
             " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})",
             parameters={name: bound[name] for name in ("since", "market_ticker")},
         ).first_row
     assert row is not None  # noqa: S101 - a count has one row
     return int(row[0]), int(row[1])
-
-
-@contextmanager
-def _columns_explained() -> Iterator[None]:
-    """`translated`, with the remedy for a table that migration 010 has not reached."""
-    try:
-        with translated():
-            yield
-    except StoreRefused as refused:
-        if refused.code != _UNKNOWN_IDENTIFIER:
-            raise
-        raise StoreRefused(
-            f"{refused} The table is older than the checks: kalshi-platform migrate.",
-            code=refused.code,
-            name=refused.name,
-        ) from None
 
 
 def _empty(client: Client, table: str) -> bool:
@@ -287,10 +267,21 @@ def _skipped(check: Check, notice: str) -> Outcome:
     return Outcome(check, notice=notice, skipped=True)
 
 
-def _missing(table: str) -> str:
-    return f"there is no table {table}: no market maker has written here."
+def _unfit(client: Client, check: Check, decisions: int, unjudged: int) -> str:
+    """Why a check of a window with decisions cannot be run; empty where it can."""
+    if unjudged == decisions:
+        return (
+            f"none of {decisions:,} decisions has a position: their engine writes the columns from before"
+            " migration 010, or nan."
+        )
+    if SNAPSHOTS in check.needs and _empty(client, SNAPSHOTS):
+        return f"{SNAPSHOTS} is empty: nothing to compare with."
+    return ""
 
 
-def _quiet(parameters: Parameters) -> str:
+def _quiet(client: Client, parameters: Parameters) -> str:
     of = f" of {parameters.market_ticker}" if parameters.market_ticker else ""
-    return f"no decisions{of} in the last {parameters.lookback_minutes} minutes."
+    quiet = f"no decisions{of} in the last {parameters.lookback_minutes} minutes"
+    if _empty(client, DECISIONS):
+        return f"{quiet}: {DECISIONS} is empty, no market maker has written to it yet."
+    return f"{quiet}."

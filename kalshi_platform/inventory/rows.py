@@ -107,6 +107,8 @@ DECISIONS = Table(
     },
     ("decision_id",),
 )
+INVENTORY_COLUMNS = tuple(DECISIONS.columns)[list(DECISIONS.columns).index("params_json") + 1 :]
+"""Those of migration 010; the columns before them are of 004."""
 ORDER_ACTIONS = Table(
     "mm_order_actions",
     {

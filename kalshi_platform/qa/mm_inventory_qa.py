@@ -1,7 +1,8 @@
 """`qa`: the runbook's inventory sweep, on any ClickHouse; `python -m kalshi_platform.qa.mm_inventory_qa`.
 
 Exit 0: nothing found. 1: ClickHouse cannot be reached, a query failed, or a flag is wrong.
-2: anomalies. What is asked is in inventory/audit.py; here it is called and printed.
+2: anomalies; with --max-age also where data is stale, missing or not judgeable. What is asked is in
+inventory/audit.py; here it is called and printed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import msgspec
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.inventory import audit, breaks
+from kalshi_platform.inventory import audit, breaks, judged
 from kalshi_platform.inventory.audit import Outcome, Parameters, Status
+from kalshi_platform.inventory.judged import Judged
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.clickhouse import connect
@@ -101,7 +103,21 @@ class _Command(click.Command):
     "--all", "every", is_flag=True, help="Beside A, B and C the other checks of the UI, too."
 )
 @click.option(
-    "--explain", is_flag=True, help="Also the breaks behind the rows, each with a reason."
+    "--strict-runbook",
+    is_flag=True,
+    help="A, B and C by the letter: no fill, settlement or acknowledgement accounts for a difference.",
+)
+@click.option(
+    "--max-age",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Exit 2 also where decisions or snapshots are older than this, missing or not judgeable.",
+)
+@click.option(
+    "--explain", is_flag=True, help="First the breaks behind the rows, each with a reason."
+)
+@click.option(
+    "--verbose", is_flag=True, help="With --explain: also the engine's and exchange's JSON."
 )
 @click.option(
     "--format",
@@ -126,14 +142,17 @@ def command(
     limit: int,
     snapshot: str,
     every: bool,
+    strict_runbook: bool,
+    max_age: float | None,
     explain: bool,
+    verbose: bool,
     output_format: str,
 ) -> None:
     """Does the market maker hold what it believes that it holds?
 
     Check A, drift without actions; check B, open exposure without open orders; check C, decisions
     against the exchange's own positions. Exit 0: nothing found, 1: it could not be found out,
-    2: anomalies.
+    2: anomalies, or with --max-age nothing fresh to judge by.
     """
     target = _target(
         host=host, port=port, user=user, password=password, database=database, secure=secure
@@ -145,18 +164,22 @@ def command(
         open_epsilon=open_epsilon,
         filled_threshold=filled_threshold,
         snapshot=snapshot.replace("-", "_"),
+        strict_runbook=strict_runbook,
         limit=limit,
     )
     checks = audit.CHECKS if every else audit.RUNBOOK
     with closing(connect(target, log_comment="qa")) as client:
         start = audit.since(client, parameters)
+        looked_at = judged.look(client, parameters, start, max_age_s=max_age)
         outcomes = audit.sweep(client, checks, parameters, start=start)
         explained = breaks.examine(client, checks, parameters, start=start) if explain else None
     if output_format == "json":
-        click.echo(_json(outcomes, explained))
+        click.echo(_json(looked_at, outcomes, explained))
     else:
-        _print(outcomes, parameters, explained)
+        _print(looked_at, outcomes, explained)
     if any(outcome.status is Status.ANOMALIES for outcome in outcomes):
+        sys.exit(FOUND)
+    if max_age is not None and looked_at.cautions():
         sys.exit(FOUND)
 
 
@@ -204,15 +227,23 @@ def _target(
 
 
 def _print(
-    outcomes: Sequence[Outcome], parameters: Parameters, found: Sequence[breaks.Break] | None
+    looked_at: Judged, outcomes: Sequence[Outcome], found: Sequence[breaks.Break] | None
 ) -> None:
-    of = f" of {parameters.market_ticker}" if parameters.market_ticker else ""
+    parameters = looked_at.parameters
+    of = f" of {printable(parameters.market_ticker)}" if parameters.market_ticker else ""
     click.echo(f"Market-maker inventory{of}, last {parameters.lookback_minutes} minutes")
+    click.echo(f"Judged: {looked_at.in_words()}.")
+    for caution in looked_at.cautions():
+        click.echo(f"warning: {caution.text}")
+    for note in looked_at.notes():
+        click.echo(f"note: {note}")
+    if found is not None:
+        _print_breaks(found)
     for outcome in outcomes:
         click.echo()
         match outcome.status:
             case Status.SKIPPED:
-                click.echo(f"{outcome.check.title}: skipped, {outcome.notice}")
+                click.echo(f"{outcome.check.title}: skipped, {printable(outcome.notice)}")
                 continue
             case Status.CLEAR:
                 click.echo(f"{outcome.check.title}: nothing found")
@@ -224,14 +255,20 @@ def _print(
                 _print_rows(outcome.columns, outcome.rows)
         if outcome.notice:
             click.echo(f"note: {printable(outcome.notice)}")
-    if found is not None:
-        click.echo()
-        click.echo(f"Breaks: {len(found) or 'none'}")
-        for each in found:
-            click.echo(f"{printable(each.headline())}\n    {printable(each.explanation)}")
     total = sum(outcome.total for outcome in outcomes)
+    judging = any(outcome.status is not Status.SKIPPED for outcome in outcomes)
     click.echo()
-    click.echo(f"Anomalies: {total}" if total else "No anomalies.")
+    if total:
+        click.echo(f"Anomalies: {total}")
+    else:
+        click.echo("No anomalies." if judging else "Nothing was judged.")
+
+
+def _print_breaks(found: Sequence[breaks.Break]) -> None:
+    click.echo()
+    click.echo(f"Breaks: {len(found) or 'none'}")
+    for each in found:
+        click.echo(f"{printable(each.headline())}\n    {printable(each.explanation)}")
 
 
 def _print_rows(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
@@ -253,9 +290,16 @@ def _text(cell: Any) -> str:
     return printable(" ".join(str(cell).split()))
 
 
-def _json(outcomes: Sequence[Outcome], found: Sequence[breaks.Break] | None) -> str:
+def _json(
+    looked_at: Judged, outcomes: Sequence[Outcome], found: Sequence[breaks.Break] | None
+) -> str:
     answer: dict[str, Any] = {
         "anomalies": sum(outcome.total for outcome in outcomes),
+        "judged": {name: _plain(value) for name, value in looked_at.figures().items()},
+        "warnings": [
+            {"concern": each.concern.value, "text": each.text} for each in looked_at.cautions()
+        ],
+        "notes": looked_at.notes(),
         "checks": [
             {
                 "check": outcome.check.name,

@@ -1,0 +1,360 @@
+"""What there was to judge: engines, markets and decisions, and how old the newest of them is.
+
+A check that finds nothing says something only beside this. Ages are measured by the server's clock; the
+checks themselves are in audit.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, Parameters, moment
+from kalshi_platform.inventory.tables import Standing, standing
+from kalshi_platform.printable import printable
+from kalshi_platform.storage import queries
+from kalshi_platform.storage.clickhouse import Client, translated
+
+DECISIONS_STALE_S = 300
+"""An engine decides every few seconds; so long without a decision, and it has stopped."""
+AHEAD_S = 60
+"""An engine whose newest decision lies so far in the future has a wrong clock, and no age."""
+RECENT = timedelta(days=1)
+"""An engine that has been silent for longer is retired, unless it is the newest of all."""
+RETIRED = timedelta(days=30)
+"""So long without any decision, and there is no market maker any more."""
+PAPER = "paper"
+"""What the engines on paper are called together."""
+_NAMED = 5
+"""Engines or markets that a sentence names."""
+
+
+class Concern(Enum):
+    """Why what was found says less than it seems to."""
+
+    STALE = "stale"
+    MISSING = "missing"
+    NOT_JUDGEABLE = "not judgeable"
+
+
+@dataclass(frozen=True)
+class Caution:
+    """A concern, in one sentence."""
+
+    concern: Concern
+    text: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine_instance_id with recent decisions."""
+
+    name: str
+    first: datetime
+    last: datetime
+    decisions: int
+    markets: int
+    silent_s: float
+    """From its newest decision until now, by the server's clock; negative where its own is ahead."""
+    exposed: int
+    """Decisions with exposure from open orders."""
+    most_open_orders: int
+
+    def __str__(self) -> str:
+        return printable(self.name) or "without an engine_instance_id"
+
+
+@dataclass(frozen=True)
+class Market:
+    """One market with decisions in the window."""
+
+    ticker: str
+    decisions: int
+    unknown: int
+    """Decisions without a position."""
+    first: datetime
+    last: datetime
+    engines: frozenset[str]
+    snapshot: datetime | None
+    """Its newest snapshot, whenever that was."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the checks had to look at."""
+
+    parameters: Parameters
+    now: datetime
+    """By the server's clock."""
+    tables: Standing
+    markets: Sequence[Market]
+    """Those with decisions in the window."""
+    engines: Sequence[Engine]
+    """Those that decided in the window or in the last day, else the last one that did."""
+    decisions_stale_s: float
+    snapshots_stale_s: float
+
+    @cached_property
+    def decisions(self) -> int:
+        """In the window."""
+        return sum(market.decisions for market in self.markets)
+
+    @cached_property
+    def unknown(self) -> int:
+        """Decisions of the window without a position."""
+        return sum(market.unknown for market in self.markets)
+
+    @cached_property
+    def deciders(self) -> frozenset[str]:
+        """The engines of the window."""
+        return frozenset().union(*(market.engines for market in self.markets))
+
+    @cached_property
+    def newest(self) -> Engine | None:
+        """The engine with the newest decision."""
+        return max(self.engines, key=lambda engine: engine.last, default=None)
+
+    @cached_property
+    def stopped(self) -> list[Engine]:
+        """Engines that decide no more, and that no other one has followed."""
+        followed = _followed(self.engines)
+        return [
+            engine
+            for engine in self.engines
+            if engine.silent_s > self.decisions_stale_s and engine.name not in followed
+        ]
+
+    @cached_property
+    def ahead(self) -> list[Engine]:
+        """Engines whose clock is so far ahead that the age of their decisions is not known."""
+        return [engine for engine in self.engines if engine.silent_s < -AHEAD_S]
+
+    def in_words(self) -> str:
+        """Engines, markets, decisions and the newest age, for people; the age in round figures."""
+        if not self.decisions:
+            return "no decisions"
+        text = (
+            f"{_counted(self.decisions, 'decision')} of {_counted(len(self.markets), 'market')} by"
+            f" {_counted(len(self.deciders), 'engine')}"
+        )
+        if self.newest is not None:
+            text += f", the newest at {moment(self.newest.last)} UTC, {_age(self.newest.silent_s)}"
+        if self.unknown:
+            text += f"; {self.unknown:,} of them without a position"
+        with_one = sum(market.snapshot is not None for market in self.markets)
+        return f"{text}; snapshots of {with_one:,} of these markets"
+
+    def figures(self) -> dict[str, Any]:
+        """The same for programs; the age in whole seconds, None where no engine has decided lately."""
+        newest = self.newest
+        return {
+            "engines": len(self.deciders),
+            "markets": len(self.markets),
+            "decisions": self.decisions,
+            "decisions_without_position": self.unknown,
+            "markets_with_snapshot": sum(m.snapshot is not None for m in self.markets),
+            "newest_decision_at": None if newest is None else newest.last,
+            "newest_decision_age_s": None if newest is None else round(newest.silent_s),
+        }
+
+    def cautions(self) -> list[Caution]:
+        """What is stale, missing or not judgeable, each in one sentence."""
+        return [*self._of_decisions(), *self._of_snapshots()]
+
+    def notes(self) -> list[str]:
+        """What an engine should write otherwise; no concern about what it wrote."""
+        return [
+            *self.tables.coarse(),
+            *(
+                f"engine {engine} counts exposure from open orders and never an open order. If it does not"
+                " write open_orders_count, check B takes all of it for phantom exposure: insert the"
+                " number of its open orders with every decision."
+                for engine in self.engines
+                if engine.exposed and not engine.most_open_orders and engine.name in self.deciders
+            ),
+        ]
+
+    def _of_decisions(self) -> Iterable[Caution]:
+        of = (
+            f" of {printable(self.parameters.market_ticker)}"
+            if self.parameters.market_ticker
+            else ""
+        )
+        if why := self.tables.why_not(DECISIONS):
+            yield Caution(Concern.MISSING, f"no decisions: {why}")
+            return
+        if not self.engines:
+            yield Caution(Concern.MISSING, f"no decisions{of} in the last {RETIRED.days} days.")
+        for engine in self.stopped:
+            yield Caution(Concern.STALE, f"{silence(engine)}{of}.")
+        for engine in self.ahead:
+            yield Caution(Concern.NOT_JUDGEABLE, f"{lead(engine)}.")
+        if self.unknown:
+            yield Caution(
+                Concern.NOT_JUDGEABLE,
+                f"{self.unknown:,} of {_counted(self.decisions, 'decision')} have no position: their engine"
+                " writes the columns from before migration 010, or nan. Write pos_filled,"
+                " pos_open_exposure and pos_total_est with every decision.",
+            )
+
+    def _of_snapshots(self) -> Iterable[Caution]:
+        if not self.markets:
+            return
+        if why := self.tables.why_not(SNAPSHOTS):
+            yield Caution(Concern.MISSING, f"no snapshots: {why}")
+            return
+        limit = timedelta(seconds=self.snapshots_stale_s)
+        stale = [
+            (market, market.last - market.snapshot)
+            for market in self.markets
+            if market.snapshot is not None and market.last - market.snapshot > limit
+        ]
+        missing = [m for m in self.markets if m.snapshot is None and self.now - m.first > limit]
+        remedy = "The last run of mm_position_snapshots in Dagster says why."
+        if stale:
+            named = _listed(
+                [f"{printable(m.ticker)} ({duration(by.total_seconds())})" for m, by in stale]
+            )
+            yield Caution(
+                Concern.STALE,
+                f"snapshots of {_counted(len(stale), 'market')} are older than the decisions by more than"
+                f" {duration(self.snapshots_stale_s)}: {named}. {remedy}",
+            )
+        if missing:
+            named = _listed([printable(m.ticker) for m in missing])
+            yield Caution(
+                Concern.MISSING,
+                f"{_counted(len(missing), 'market')} with decisions and without a snapshot: {named}."
+                f" {remedy}",
+            )
+
+
+def look(
+    client: Client,
+    parameters: Parameters,
+    start: datetime,
+    *,
+    max_age_s: float | None = None,
+    paper: bool = True,
+) -> Judged:
+    """What there is to judge in the window that begins at `start`.
+
+    `max_age_s` takes the place of both default ages. Without `paper` the engines on paper do not count
+    among those that may stop.
+    """
+    tables = standing(client)
+    now = start + timedelta(minutes=parameters.lookback_minutes)
+    stale = (DECISIONS_STALE_S, parameters.stale_after_s) if max_age_s is None else (max_age_s,) * 2
+    if tables.why_not(DECISIONS):
+        return Judged(parameters, now, tables, (), (), *stale)
+    snapshots = _snapshots(client, parameters) if SNAPSHOTS in tables.usable else {}
+    markets = [
+        Market(ticker, decisions, unknown, first, last, frozenset(engines), snapshots.get(ticker))
+        for ticker, decisions, unknown, first, last, engines in _rows(
+            client, "markets", parameters, start
+        )
+    ]
+    engines = [
+        engine
+        for engine in _engines(client, parameters, now, start)
+        if paper or engine.name != PAPER
+    ]
+    return Judged(parameters, now, tables, markets, engines, *stale)
+
+
+def silence(engine: Engine) -> str:
+    """How long an engine has not decided."""
+    return (
+        f"engine {engine} has not decided for {duration(engine.silent_s)}, its newest decision is of"
+        f" {moment(engine.last)} UTC"
+    )
+
+
+def lead(engine: Engine) -> str:
+    """How far an engine's clock is ahead."""
+    return (
+        f"the newest decision of engine {engine} lies {duration(-engine.silent_s)} in the future: its clock"
+        " is ahead, and how old its decisions are is not known"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A span as people say it: 45 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if hours < 2:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 2 else f"{days} d {hours % 24} h"
+
+
+def _engines(
+    client: Client, parameters: Parameters, now: datetime, start: datetime
+) -> list[Engine]:
+    recent = [
+        Engine(*row) for row in _rows(client, "engines", parameters, min(start, now - RECENT))
+    ]
+    if recent:
+        return recent
+    return [Engine(*row) for row in _rows(client, "engines", parameters, now - RETIRED)][-1:]
+
+
+def _snapshots(client: Client, parameters: Parameters) -> dict[str, datetime]:
+    with translated():
+        rows = client.query(
+            "SELECT market_ticker, toDateTime64(max(ts), 3, 'UTC') FROM mm_position_snapshots"
+            " WHERE isFinite(pos_filled)"
+            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+            " GROUP BY market_ticker",
+            parameters={"market_ticker": parameters.market_ticker},
+        ).result_rows
+    return {str(ticker): at for ticker, at in rows}
+
+
+def _rows(
+    client: Client, name: str, parameters: Parameters, since: datetime
+) -> Sequence[Sequence[Any]]:
+    with translated():
+        return client.query(
+            queries.text(f"inventory/{name}"),
+            parameters={"since": moment(since), "market_ticker": parameters.market_ticker},
+        ).result_rows
+
+
+def _followed(engines: Sequence[Engine]) -> set[str]:
+    """Engines whose place another one has taken: an engine that begins follows the one that stopped last
+    before it, and one only.
+    """
+    followed: set[str] = set()
+    for engine in sorted(engines, key=lambda each: each.first):
+        before = [
+            each for each in engines if each.last < engine.first and each.name not in followed
+        ]
+        if before:
+            followed.add(max(before, key=lambda each: each.last).name)
+    return followed
+
+
+def _age(seconds: float) -> str:
+    if seconds < 0:
+        return (
+            f"{duration(-seconds)} ahead of the server's clock"
+            if seconds < -AHEAD_S
+            else "just now"
+        )
+    return "less than a minute old" if seconds < 60 else f"{duration(seconds // 60 * 60)} old"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{shown} and {more:,} more" if more > 0 else shown

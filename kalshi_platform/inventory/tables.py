@@ -1,0 +1,102 @@
+"""How the market maker's tables stand in a database: there, missing, another owner's, or from before 010.
+
+Engines may have made these tables themselves, so a name alone proves nothing: the columns do. What the
+columns are is in rows.py; who may make a table is in storage/ownership.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from kalshi_platform.inventory.rows import DECISIONS, INVENTORY_COLUMNS, TABLES
+from kalshi_platform.printable import printable
+from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.storage.errors import StoreRefused
+
+_SHOWN = 6
+"""Columns that a sentence names."""
+_PRECISE = "DateTime64"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The tables of a database whose names begin with `mm_`, and their columns."""
+
+    database: str
+    columns: Mapping[str, Mapping[str, str]]
+    """By table: its columns, in order, and their types."""
+
+    @cached_property
+    def usable(self) -> frozenset[str]:
+        """The tables that have the columns of the market maker's, or that are only ours."""
+        return frozenset(table for table in self.columns if not self._lacking(table))
+
+    def why_not(self, table: str) -> str:
+        """Why `table` cannot be read, with what to do; empty where it can.
+
+        Raises `StoreRefused` for one that a migration makes fit.
+        """
+        if table not in self.columns:
+            return (
+                f"there is no table {table}: no market maker has written here. kalshi-platform migrate"
+                " makes it."
+            )
+        lacking = self._lacking(table)
+        if not lacking:
+            return ""
+        if table == DECISIONS.name and set(lacking) <= set(INVENTORY_COLUMNS):
+            raise StoreRefused(
+                f"{table} is older than the checks, it lacks {_named(lacking)}. Add them, its rows stay as"
+                " they are: kalshi-platform migrate."
+            )
+        return (
+            f"{table} is another owner's, it lacks {_named(lacking)} (it has"
+            f" {_named(tuple(self.columns[table]))}). Rename it, {self._renamed(table)}, and make ours:"
+            " kalshi-platform migrate."
+        )
+
+    def coarse(self) -> list[str]:
+        """A sentence for each table whose times have no milliseconds."""
+        return [
+            f"{table}.ts is {kind}, whole seconds: what came first within a second is not known, and a check"
+            f" may take the one for the other. To change it: {self._renamed(table)}, then kalshi-platform"
+            f" migrate, then copy the rows, INSERT INTO {self.database}.{table} ({', '.join(columns)})"  # noqa: S608
+            f" SELECT * FROM {self.database}.{table}_former."
+            for table, columns in self.columns.items()
+            if table in TABLES and table in self.usable
+            if not (kind := columns["ts"]).startswith(_PRECISE)
+        ]
+
+    def _renamed(self, table: str) -> str:
+        return f"RENAME TABLE {self.database}.{table} TO {self.database}.{table}_former"
+
+    def _lacking(self, table: str) -> tuple[str, ...]:
+        if table not in TABLES:
+            return ()
+        return tuple(name for name in TABLES[table].columns if name not in self.columns[table])
+
+
+def standing(client: Client) -> Standing:
+    """Look at the tables. Raises `StoreError` as the store does."""
+    with translated():
+        rows = client.query(
+            "SELECT table, name, type FROM system.columns WHERE database = currentDatabase()"
+            " AND startsWith(table, 'mm_') ORDER BY table, position"
+        ).result_rows
+    columns: dict[str, dict[str, str]] = {}
+    for table, name, kind in rows:
+        columns.setdefault(str(table), {})[str(name)] = str(kind)
+    return Standing(str(client.database), columns)
+
+
+def usable(client: Client) -> frozenset[str]:
+    """The market maker's tables that the database has, with their columns."""
+    return standing(client).usable
+
+
+def _named(columns: tuple[str, ...]) -> str:
+    shown = ", ".join(printable(column) for column in columns[:_SHOWN])
+    more = len(columns) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
