@@ -26,6 +26,7 @@ from kalshi_platform.benchmarks import (
     analytics,
     engine,
     feed,
+    inventory,
     live_views,
     memory,
     pipeline,
@@ -56,10 +57,11 @@ class Size:
     idle_s: float
     events: int
     rows: int
+    decisions: int
 
 
-FULL = Size(5_000_000, 3_000_000, 60, 600, 300, 120, 5_000_000, 50_000_000)
-QUICK = Size(500_000, 300_000, 15, 30, 20, 20, 1_000_000, 5_000_000)
+FULL = Size(5_000_000, 3_000_000, 60, 600, 300, 120, 5_000_000, 50_000_000, 5_000_000)
+QUICK = Size(500_000, 300_000, 15, 30, 20, 20, 1_000_000, 5_000_000, 500_000)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Bench:
         figures += analytics.figures(size.events)
         self._say(f"live views over {size.rows:,} events")
         figures += live_views.figures(size.rows)
+        self._say(f"the inventory audit over {size.decisions:,} decisions")
+        figures += inventory.figures(size.decisions)
         self._say("idle")
         figures.append(whole.idle(deltas, FEW, size.idle_s))
         if recorded_flow is None:

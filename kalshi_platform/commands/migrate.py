@@ -56,6 +56,8 @@ def _status(client: Client, settings: Settings) -> None:
     for one in migrations.standing(client):
         when = f"  {one.applied_at:%Y-%m-%d %H:%M:%S} UTC" if one.applied_at else ""
         click.echo(f"{one}  {one.state.value}{when}")
+    for name in migrations.missing_tables(client):
+        click.echo(f"{name}  missing: kalshi-platform migrate makes it again, empty")
     given = "" if settings.hot_retention_given else " (the default, which shortens nothing)"
     for change in retention.changes(client, settings.hot_retention_days):
         click.echo(f"HOT_RETENTION_DAYS={settings.hot_retention_days}{given}: {change}")

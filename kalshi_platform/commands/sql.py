@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import cast
 
 import click
@@ -20,6 +20,7 @@ from urllib3 import HTTPResponse
 from kalshi_platform import settings as platform_settings
 from kalshi_platform import typed_json
 from kalshi_platform.printable import printable, printable_block
+from kalshi_platform.storage import migrations, queries
 from kalshi_platform.storage.clickhouse import Client, broken_answer, connect, translated
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
@@ -61,11 +62,13 @@ def command(
 ) -> None:
     """Run SQL in the platform's database and print a table.
 
-    SQL may hold several statements; "SOURCE path" runs those of a file.
+    SQL may hold several statements; "SOURCE path" runs those of a file. The platform's own files, its
+    migrations and queries, are found by name from any folder.
 
     \b
     kalshi-platform sql "SELECT * FROM top_of_book"
     kalshi-platform sql --file infra/queries/lossless_proof.sql
+    kalshi-platform sql "SOURCE 010_inventory_observability.sql"
     kalshi-platform sql --format CSVWithNames "SELECT * FROM latest_levels" > levels.csv
     kalshi-platform sql --param t=TICKER "SELECT count() FROM orderbook_events
         WHERE market_ticker = {t:String}"
@@ -95,7 +98,7 @@ def _sourced(sql: str | None, within: tuple[Path, ...] = ()) -> Iterator[str]:
         if match is None:
             yield statement
             continue
-        path = Path(match["path"]).expanduser().resolve()
+        path = _found(match["path"]).resolve()
         if path in within:
             raise StoreRefused(f"SQL file {path} sources itself. Remove that SOURCE.")
         yield from _sourced(_read(str(path)), (*within, path))
@@ -103,13 +106,31 @@ def _sourced(sql: str | None, within: tuple[Path, ...] = ()) -> Iterator[str]:
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text("utf-8")
+        return sys.stdin.read() if path == "-" else _found(path).read_text("utf-8")
     except UnicodeDecodeError:
         raise StoreRefused(f"SQL file {path} is not UTF-8 text. Save it as UTF-8.") from None
     except OSError as error:
         raise StoreRefused(
             f"SQL file {path} cannot be read ({error.strerror}). Check the path."
         ) from None
+
+
+def _found(path: str) -> Path:
+    """The file at `path`; where there is none, the platform's own of that name, whatever folder is before it.
+
+    The folder may be one of another system, with its separators; a wheel has no `infra` folder.
+    """
+    given = Path(path).expanduser()
+    parts = PureWindowsPath(path).parts
+    if given.exists() or ".." in parts:
+        return given
+    for folder in (migrations.folder(), queries.folder()):
+        for begin in range(len(parts)):
+            own = folder.joinpath(*parts[begin:])
+            if own.is_relative_to(folder) and own.is_file():
+                click.echo(f"note: {printable(path)} is the platform's own, {own}", err=True)
+                return own
+    return given
 
 
 def _values(params: Iterable[str], todo: Iterable[str]) -> Mapping[str, str]:

@@ -60,14 +60,16 @@ class Standing:
     def coarse(self) -> list[str]:
         """A sentence for each table whose times have no milliseconds."""
         return [
-            f"{table}.ts is {kind}, whole seconds: what came first within a second is not known, and a check"
-            f" may take the one for the other. To change it: {self._renamed(table)}, then kalshi-platform"
-            f" migrate, then copy the rows, INSERT INTO {self.database}.{table} ({', '.join(columns)})"  # noqa: S608
-            f" SELECT * FROM {self.database}.{table}_former."
-            for table, columns in self.columns.items()
-            if table in TABLES and table in self.usable
-            if not (kind := columns["ts"]).startswith(_PRECISE)
+            f"{table}.ts is {self.columns[table]['ts']}, whole seconds: what came first within a second is not"
+            " known, and a check may take the one for the other. To change it:"
+            f" {self._renamed(table)}, then kalshi-platform migrate, then {self._copied(table)}."
+            for table in sorted(TABLES.keys() & self.usable)
+            if not self.columns[table]["ts"].startswith(_PRECISE)
         ]
+
+    def _copied(self, table: str) -> str:
+        place, columns = f"{self.database}.{table}", ", ".join(TABLES[table].columns)
+        return f"INSERT INTO {place} ({columns}) SELECT {columns} FROM {place}_former"  # noqa: S608 - shown
 
     def _renamed(self, table: str) -> str:
         return f"RENAME TABLE {self.database}.{table} TO {self.database}.{table}_former"

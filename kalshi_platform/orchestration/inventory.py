@@ -22,6 +22,7 @@ from kalshi_platform.printable import markdown
 if TYPE_CHECKING:
     from kalshi_platform.inventory.audit import Outcome
     from kalshi_platform.inventory.breaks import Break
+    from kalshi_platform.inventory.judged import Judged
 
 GROUP = "inventory"
 SHOWN = 100
@@ -131,7 +132,12 @@ _CHECKED: Mapping[str, tuple[str, str]] = {
         "mm_position_snapshots",
         "The exchange's positions are at most 11 minutes older than the newest decision.",
     ),
+    "decisions_fresh": (
+        "mm_decisions",
+        "Every engine that has decided goes on deciding: within 5 minutes, by the server's clock.",
+    ),
 }
+DECISIONS_FRESH = "decisions_fresh"
 
 
 @dg.multi_asset_check(
@@ -146,7 +152,7 @@ def inventory_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, and bring `mm_inventory_breaks` up to date."""
-    from kalshi_platform.inventory import audit, breaks
+    from kalshi_platform.inventory import audit, breaks, judged
     from kalshi_platform.storage.clickhouse import connect
 
     wanted = {key.name for key in context.selected_asset_check_keys}
@@ -159,13 +165,18 @@ def inventory_checks(
     parameters = audit.Parameters(limit=SHOWN)
     try:
         with closing(connect(settings, log_comment="inventory_qa")) as client:
-            outcomes = audit.sweep(client, checks, parameters)
-            still_open = breaks.update(client, checks, parameters)
+            start = audit.since(client, parameters)
+            # paper decisions of before the key was set are nobody's now
+            looked_at = judged.look(client, parameters, start, paper=not settings.has_key)
+            outcomes = audit.sweep(client, checks, parameters, start=start) if checks else []
+            still_open = breaks.update(client, checks, parameters) if checks else []
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    if DECISIONS_FRESH in wanted:
+        yield _decisions_fresh(looked_at)
     for outcome in outcomes:
         of_check = [each for each in still_open if each.check_name == outcome.check.name]
-        yield _result(outcome, of_check)
+        yield _result(outcome, looked_at, of_check)
 
 
 def _passed(name: str, notice: str) -> dg.AssetCheckResult:
@@ -177,10 +188,55 @@ def _passed(name: str, notice: str) -> dg.AssetCheckResult:
     )
 
 
-def _result(outcome: "Outcome", still_open: Sequence["Break"]) -> dg.AssetCheckResult:
+def _decisions_fresh(looked_at: "Judged") -> dg.AssetCheckResult:
+    """Red where an engine has stopped, and where its clock hides whether it has."""
+    from kalshi_platform.inventory import audit, judged
+
+    if not looked_at.engines:
+        never = looked_at.tables.why_not(audit.DECISIONS) or (
+            f"no engine has decided in the last {judged.RETIRED.days} days."
+        )
+        return _passed(DECISIONS_FRESH, never)
+    wrong = [
+        *(judged.silence(engine) for engine in looked_at.stopped),
+        *(judged.lead(engine) for engine in looked_at.ahead),
+    ]
+    return dg.AssetCheckResult(
+        passed=not wrong,
+        asset_key=_CHECKED[DECISIONS_FRESH][0],
+        check_name=DECISIONS_FRESH,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=markdown(
+            "; ".join([wrong[0][0].upper() + wrong[0][1:], *wrong[1:]]) + "."
+            if wrong
+            else f"Every engine goes on deciding. {looked_at.in_words()}."
+        ),
+        metadata={
+            "judged": MetadataValue.text(looked_at.in_words()),
+            "engines": _table(
+                [
+                    {
+                        "engine": str(engine),
+                        "newest_decision": engine.last,
+                        "silent_s": engine.silent_s,
+                        "decisions": engine.decisions,
+                        "markets": engine.markets,
+                        "stopped": engine in looked_at.stopped,
+                    }
+                    for engine in looked_at.engines
+                ][-SHOWN:]
+            ),
+        },
+    )
+
+
+def _result(
+    outcome: "Outcome", looked_at: "Judged", still_open: Sequence["Break"]
+) -> dg.AssetCheckResult:
     if outcome.skipped:
         return _passed(outcome.check.name, outcome.notice)
     metadata: dict[str, Any] = {
+        "judged": MetadataValue.text(looked_at.in_words()),
         "anomalies": MetadataValue.int(outcome.total),
         "markets": MetadataValue.int(_markets(outcome)),
     }
@@ -212,7 +268,9 @@ def _result(outcome: "Outcome", still_open: Sequence["Break"]) -> dg.AssetCheckR
         asset_key=_CHECKED[outcome.check.name][0],
         check_name=outcome.check.name,
         severity=severity,
-        description=found if outcome.total else f"{outcome.check.question} Yes.",
+        description=markdown(
+            found if outcome.total else f"{outcome.check.question} Yes: {looked_at.in_words()}."
+        ),
         metadata=metadata,
     )
 

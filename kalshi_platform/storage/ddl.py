@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Definition", "Token", "after_if", "definition", "dropped", "tokens_of"]
+__all__ = ["Definition", "Token", "after_if", "altered", "definition", "dropped", "tokens_of"]
 
 _TOKEN = re.compile(
     r"""
@@ -96,6 +96,15 @@ def dropped(statement: str) -> str | None:
     match [token.text.upper() for token in found[:2]]:
         case ["DROP", "TABLE" | "VIEW"]:
             return found[after_if(found, 2, ("IF", "EXISTS"))].text
+    return None
+
+
+def altered(statement: str) -> str | None:
+    """The table that `statement` alters; None where it alters none."""
+    found = tokens_of(statement)
+    match [token.text.upper() for token in found[:2]]:
+        case ["ALTER", "TABLE"]:
+            return found[2].text
     return None
 
 

@@ -3,7 +3,8 @@
 What the tables are is written in the files, `infra/clickhouse_migrations/NNN_name.sql`. Every
 statement in them may run again (IF NOT EXISTS), so a kill in the middle costs a second run and
 nothing else. A file that has been applied never changes; a change is a new file. A view that is missing
-is made again.
+is made again, and so is a table of the market maker's (`mm_`) that a migration made here: empty, which is
+said. Other tables are not: the load's cursors say that their rows are there (kalshi-platform restore).
 
 Before the first statement, every table and view of our names must be ours (`ownership`); how long rows
 are kept is in `retention`.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -23,8 +24,8 @@ from pathlib import Path
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import ownership, retention
 from kalshi_platform.storage.clickhouse import Client, connect, translated
-from kalshi_platform.storage.cluster import Cluster
-from kalshi_platform.storage.ddl import definition, dropped
+from kalshi_platform.storage.cluster import LOCAL, Cluster
+from kalshi_platform.storage.ddl import altered, definition, dropped
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.retention import RETAINED, Change
 from kalshi_platform.storage.schema import DATASETS
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"(?P<version>\d{3,})_(?P<name>\w+)\.sql")
 _CLUSTERS = "SELECT cluster, uniqExact(shard_num), count() FROM system.clusters GROUP BY cluster"
+_DESK = "mm_"
+"""How the names of the market maker's tables begin: nothing counts on what is in them."""
 _BOOKKEEPING = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (
@@ -157,10 +160,12 @@ def migrate(
         # of the applied ones too: later ones stand on them
         means = {m.version: _meaning(m, cluster) for m in migrations}
         explicit = apply_retention or settings.hot_retention_given
+        missing = _missing_tables(client, migrations, now, cluster)
         for migration in pending:
             _apply(client, migration, means[migration.version], cluster)
             _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
             _record(client, migration, migration.checksum)
+        _make_tables_again(client, missing, migrations, cluster, tell)
         _make_views_again(client, migrations, means)
         keep(client, settings, apply_retention=apply_retention, tell=tell)
         _leave_statistics_out(client, cluster)
@@ -229,6 +234,71 @@ def _begin_retention(client: Client, migration: Migration, days: int, *, explici
     retention.set_days(client, *first)
 
 
+def missing_tables(
+    client: Client, migrations: Sequence[Migration] | None = None, cluster: Cluster | None = None
+) -> list[str]:
+    """Tables of the market maker's that a migration made here, and that are there no more."""
+    migrations = available() if migrations is None else migrations
+    now = {s.version: s.state for s in standing(client, migrations)}
+    return _missing_tables(client, migrations, now, cluster)
+
+
+def _missing_tables(
+    client: Client,
+    migrations: Iterable[Migration],
+    states: Mapping[int, State],
+    cluster: Cluster | None,
+) -> list[str]:
+    made: dict[str, None] = {}
+    for migration in migrations:
+        if states[migration.version] is not State.APPLIED:
+            continue
+        for statement in statements(migration.sql):
+            if (gone := dropped(statement)) is not None:
+                made.pop(gone, None)
+            elif (one := definition(statement)) is not None and not one.is_view:
+                made[one.name] = None
+    present = _present(client)
+    return [
+        name
+        for name in made
+        if name.startswith(_DESK)
+        and not {name, name + LOCAL if cluster is not None else name} <= present
+    ]
+
+
+def _make_tables_again(
+    client: Client,
+    missing: Collection[str],
+    migrations: Iterable[Migration],
+    cluster: Cluster | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Run again what the migrations say of these tables, in order, and tell that they are empty."""
+    for migration in migrations:
+        for statement in statements(migration.sql):
+            made = definition(statement)
+            if (made.name if made is not None else altered(statement)) not in missing:
+                continue
+            for each in [statement] if cluster is None else cluster.spread(statement):
+                with translated():
+                    client.command(each)
+    for name in missing:
+        tell(
+            f"{name} was missing, though a migration had made it here or found an engine's: it is made again,"
+            " empty. Where it was renamed, its rows are under the other name; where it was dropped, they are"
+            " gone."
+        )
+
+
+def _present(client: Client) -> frozenset[str]:
+    with translated():
+        rows = client.query(
+            "SELECT name FROM system.tables WHERE database = currentDatabase()"
+        ).result_rows
+    return frozenset(str(name) for (name,) in rows)
+
+
 def _make_views_again(
     client: Client, migrations: Iterable[Migration], means: Mapping[int, Sequence[str]]
 ) -> None:
@@ -244,13 +314,8 @@ def _make_views_again(
                     for each in means[migration.version]
                     if (view := definition(each)) is not None and view.name == made.name
                 ]
+    present = _present(client)
     with translated():
-        present = {
-            str(name)
-            for (name,) in client.query(
-                "SELECT name FROM system.tables WHERE database = currentDatabase()"
-            ).result_rows
-        }
         for name, again in newest.items():
             for statement in again if name not in present else ():
                 client.command(statement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.sql import command
+from kalshi_platform.storage import migrations
 from kalshi_platform.storage.errors import StoreRefused
 
 Run = Callable[..., Result]
@@ -75,6 +77,46 @@ def test_a_file_may_source_another(sql: Run, tmp_path: Path) -> None:
     for args in (("--file", "one.sql"), ("SOURCE one.sql",), ("source 'one.sql';",)):
         assert sql(*args, "--format", "TSV").stdout == "1\n2\n"
     assert sql("--file", "-", "--format", "TSV", input="SELECT 3").stdout == "3\n"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "010_inventory_observability.sql",
+        "infra/clickhouse_migrations/010_inventory_observability.sql",
+        "'/elsewhere/db/010_inventory_observability.sql'",
+        r"infra\clickhouse_migrations\010_inventory_observability.sql",
+        r"'C:\Users\me\010_inventory_observability.sql'",
+    ],
+)
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_migration_is_found_by_its_name_from_any_folder(
+    sql: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, installed: bool
+) -> None:
+    """A wheel, and so the image, has no `infra`: its migrations are inside the package."""
+    if installed:
+        inside = tmp_path / "site-packages" / "_infra" / "clickhouse_migrations"
+        shutil.copytree(migrations.folder(), inside)
+        monkeypatch.setattr(migrations, "folder", lambda: inside)
+    result = sql(f"SOURCE {path}")
+    assert result.exit_code == 0, result.output
+    assert f"is the platform's own, {migrations.folder()}" in result.stderr
+    answer = sql("--format", "TSV", "SELECT pos_total_est FROM mm_decisions")
+    assert answer.exit_code == 0, answer.output
+
+
+def test_a_file_that_is_there_goes_before_the_platforms_own(sql: Run, tmp_path: Path) -> None:
+    (tmp_path / "010_inventory_observability.sql").write_text("SELECT 'mine'", "utf-8")
+    result = sql("SOURCE 010_inventory_observability.sql", "--format", "TSV")
+    assert (result.stdout, result.stderr) == ("mine\n", "")
+
+
+def test_the_platforms_queries_are_found_too_and_nothing_beside_them(sql: Run) -> None:
+    missing = sql("--file", "infra/queries/inventory/../../../pyproject.toml").exception
+    assert isinstance(missing, StoreRefused)
+    engines = sql("--file", "infra/queries/inventory/engines.sql").exception
+    assert isinstance(engines, StoreRefused)
+    assert "mm_decisions" in str(engines)  # it was read, and run: there is no such table
 
 
 @pytest.mark.parametrize(

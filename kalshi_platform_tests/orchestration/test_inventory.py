@@ -14,6 +14,7 @@ import pytest
 from kalshi_platform.inventory import audit
 from kalshi_platform.orchestration import inventory
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
@@ -75,7 +76,7 @@ def test_faults_are_red_with_their_offenders_and_breaks(
     planted.decision(ago(80), exposure=4, open_orders_count=0)
     planted.decision(ago(70), filled=9, pos_total_est=13, block_codes=["max_long"], allowed=0)
     found = run_checks(instance, resource(database))
-    assert set(found) == {check.name for check in audit.CHECKS}
+    assert set(found) == {check.name for check in audit.CHECKS} | {"decisions_fresh"}
     error, warn = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
     assert {
         name: (each.asset_key.to_user_string(), each.severity)
@@ -101,6 +102,33 @@ def test_a_healthy_market_maker_is_green(
     planted.snapshot(ago(100), 3)
     planted.decision(ago(90), filled=3)
     assert all(each.passed for each in run_checks(instance, resource(database)).values())
+
+
+def test_decisions_are_fresh_until_an_engine_stops(
+    planted: Planted, database: Settings, instance: dg.DagsterInstance
+) -> None:
+    planted.decision(ago(2 * 3600 + 1500), engine_instance_id="a_*b*")
+    stopped = run_checks(instance, resource(database))["decisions_fresh"]
+    assert (stopped.passed, stopped.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert stopped.asset_key.to_user_string() == "mm_decisions"
+    said = from_markdown(stopped.description or "")
+    assert said.startswith(
+        "Engine a_*b* has not decided for 2 h 25 min, its newest decision is of "
+    )
+    planted.decision(ago(5), engine_instance_id="a_*b*")
+    goes_on = run_checks(instance, resource(database))["decisions_fresh"]
+    assert goes_on.passed
+    assert "1 decision of 1 market by 1 engine" in (goes_on.description or "")
+
+
+def test_a_check_that_finds_nothing_says_what_it_judged(
+    planted: Planted, database: Settings, instance: dg.DagsterInstance
+) -> None:
+    planted.snapshot(ago(100), 3)
+    planted.decision(ago(90), filled=3)
+    for each in run_checks(instance, resource(database)).values():
+        assert "1 decision of 1 market by 1 engine, the newest at " in (each.description or "")
+        assert str(each.metadata["judged"].value).startswith("1 decision of 1 market by 1 engine")
 
 
 def test_without_a_market_maker_the_checks_pass_and_say_so(
