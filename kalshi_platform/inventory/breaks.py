@@ -15,7 +15,7 @@ from typing import Any
 
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import Check, Parameters, moment
-from kalshi_platform.inventory.semantics import INV_CONVENTION
+from kalshi_platform.inventory.semantics import YES_POSITIVE
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
@@ -447,7 +447,7 @@ def _explain_divergence(
         named = around.inv_convention or "none"
         kind = WRONG_CONVENTION
         said += f", the same with the other sign (inv_convention {named})"
-    elif around.inv_convention not in {"", INV_CONVENTION}:
+    elif around.inv_convention.lower() not in YES_POSITIVE:
         kind = WRONG_CONVENTION
         said += f", and inv_convention is {around.inv_convention}"
     elif after and abs(ours - theirs - after) < _SAME:

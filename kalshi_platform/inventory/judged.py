@@ -29,6 +29,8 @@ RETIRED = timedelta(days=30)
 """So long without any decision, and there is no market maker any more."""
 PAPER = "paper"
 """What the engines on paper are called together."""
+_ENOUGH = 20
+"""So many decisions at whole seconds are no accident."""
 _NAMED = 5
 """Engines or markets that a sentence names."""
 
@@ -63,6 +65,10 @@ class Engine:
     exposed: int
     """Decisions with exposure from open orders."""
     most_open_orders: int
+    blank: int = 0
+    """Decisions with zeros for a position, and without a convention."""
+    precise: int = 1
+    """Decisions at another moment than a whole second."""
 
     def __str__(self) -> str:
         return printable(self.name) or "without an engine_instance_id"
@@ -167,16 +173,28 @@ class Judged:
 
     def notes(self) -> list[str]:
         """What an engine should write otherwise; no concern about what it wrote."""
-        return [
-            *self.tables.coarse(),
-            *(
-                f"engine {engine} counts exposure from open orders and never an open order. If it does not"
-                " write open_orders_count, check B takes all of it for phantom exposure: insert the"
-                " number of its open orders with every decision."
-                for engine in self.engines
-                if engine.exposed and not engine.most_open_orders and engine.name in self.deciders
-            ),
-        ]
+        notes = self.tables.coarse()
+        for engine in self.engines:
+            if engine.name not in self.deciders | {PAPER}:
+                continue
+            if engine.exposed and not engine.most_open_orders:
+                notes.append(
+                    f"engine {engine} counts exposure from open orders and never an open order. If it does"
+                    " not write open_orders_count, check B takes all of it for phantom exposure: insert the"
+                    " number of its open orders with every decision."
+                )
+            if engine.blank == engine.decisions and self.tables.takes_flat():
+                notes.append(
+                    f"engine {engine} writes no position, and {DECISIONS} takes zero for it: it is judged as"
+                    " if it were flat. Write pos_filled, pos_open_exposure and pos_total_est with every"
+                    f" decision, or have it not judged: {self.tables.unknown_by_default()}."
+                )
+            if not engine.precise and engine.decisions >= _ENOUGH:
+                notes.append(
+                    f"engine {engine} writes whole seconds as ts: what came first within a second is not"
+                    " known, and a check may take the one for the other. Write UTC with milliseconds."
+                )
+        return notes
 
     def _of_decisions(self) -> Iterable[Caution]:
         of = (

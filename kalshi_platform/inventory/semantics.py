@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 INV_CONVENTION = "yes_positive"
+YES_POSITIVE = frozenset({"", INV_CONVENTION, "buy_yes_positive"})
+"""What engines call it that YES is positive, in lower case; empty where they do not say."""
 """The one normalisation: a YES contract is +1, a NO contract -1."""
 _CONVENTIONS = {Decimal(1): INV_CONVENTION, Decimal(-1): "no_positive"}
 MIXED = "mixed"

@@ -7,7 +7,7 @@ columns are is in rows.py; who may make a table is in storage/ownership.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from kalshi_platform.inventory.rows import DECISIONS, INVENTORY_COLUMNS, TABLES
@@ -18,6 +18,7 @@ from kalshi_platform.storage.errors import StoreRefused
 _SHOWN = 6
 """Columns that a sentence names."""
 _PRECISE = "DateTime64"
+POSITION_COLUMNS = ("pos_filled", "pos_open_exposure", "pos_total_est")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Standing:
     database: str
     columns: Mapping[str, Mapping[str, str]]
     """By table: its columns, in order, and their types."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Of the columns of `mm_decisions`, as SQL."""
 
     @cached_property
     def usable(self) -> frozenset[str]:
@@ -67,6 +70,17 @@ class Standing:
             if not self.columns[table]["ts"].startswith(_PRECISE)
         ]
 
+    def takes_flat(self) -> bool:
+        """Whether a decision without a position is stored as one with none: an older 010 wrote DEFAULT 0."""
+        return any("nan" not in self.defaults.get(name, "nan") for name in POSITION_COLUMNS)
+
+    def unknown_by_default(self) -> str:
+        """The statement after which a decision without a position is stored as not known."""
+        changes = ", ".join(
+            f"MODIFY COLUMN {name} Float64 DEFAULT nan" for name in POSITION_COLUMNS
+        )
+        return f"ALTER TABLE {self.database}.{DECISIONS.name} {changes}"
+
     def _copied(self, table: str) -> str:
         place, columns = f"{self.database}.{table}", ", ".join(TABLES[table].columns)
         return f"INSERT INTO {place} ({columns}) SELECT {columns} FROM {place}_former"  # noqa: S608 - shown
@@ -84,13 +98,16 @@ def standing(client: Client) -> Standing:
     """Look at the tables. Raises `StoreError` as the store does."""
     with translated():
         rows = client.query(
-            "SELECT table, name, type FROM system.columns WHERE database = currentDatabase()"
+            "SELECT table, name, type, default_expression FROM system.columns WHERE database = currentDatabase()"
             " AND startsWith(table, 'mm_') ORDER BY table, position"
         ).result_rows
     columns: dict[str, dict[str, str]] = {}
-    for table, name, kind in rows:
+    defaults: dict[str, str] = {}
+    for table, name, kind, default in rows:
         columns.setdefault(str(table), {})[str(name)] = str(kind)
-    return Standing(str(client.database), columns)
+        if table == DECISIONS.name:
+            defaults[str(name)] = str(default)
+    return Standing(str(client.database), columns, defaults)
 
 
 def usable(client: Client) -> frozenset[str]:

@@ -60,6 +60,11 @@ class _Command(click.Command):
 @click.option("--password", help="[default: CH_PASSWORD, else CLICKHOUSE_PASSWORD]")
 @click.option("--database", help="[default: CH_DATABASE, else CLICKHOUSE_DATABASE]")
 @click.option("--secure/--no-secure", default=None, help="HTTPS.  [default: CH_SECURE]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["http", "native"]),
+    help="HTTP is spoken whatever is given; native means the HTTP port of the same host.",
+)
 @click.option("--market-ticker", default="", metavar="TICKER", help="One market only.")
 @click.option(
     "--lookback-minutes", default=120, show_default=True, type=click.IntRange(1, 5_256_000)
@@ -134,6 +139,7 @@ def command(
     password: str | None,
     database: str | None,
     secure: bool | None,
+    protocol: str | None,
     market_ticker: str,
     lookback_minutes: int,
     drift_threshold: float,
@@ -154,6 +160,8 @@ def command(
     against the exchange's own positions. Exit 0: nothing found, 1: it could not be found out,
     2: anomalies, or with --max-age nothing fresh to judge by.
     """
+    if protocol == "native" and port is None:
+        port = next(iter(_NATIVE_PORTS))
     target = _target(
         host=host, port=port, user=user, password=password, database=database, secure=secure
     )

@@ -5,6 +5,8 @@
 --   silent_s             from its newest decision until now; negative where its clock is ahead
 --   exposed              decisions with exposure from open orders
 --   most_open_orders     the largest open_orders_count
+--   blank                decisions with nothing but zeros for a position, and no convention
+--   precise              decisions at another moment than a whole second
 --
 -- market_ticker: one market; empty is all.
 SELECT
@@ -15,7 +17,9 @@ SELECT
     uniqExact(market_ticker)                    AS markets,
     dateDiff('millisecond', toDateTime64(last_ts, 3, 'UTC'), now64(3, 'UTC')) / 1000 AS silent_s,
     countIf(isFinite(pos_open_exposure) AND pos_open_exposure != 0) AS exposed,
-    max(open_orders_count)                      AS most_open_orders
+    max(open_orders_count)                      AS most_open_orders,
+    countIf(pos_filled = 0 AND pos_open_exposure = 0 AND pos_total_est = 0 AND inv_convention = '') AS blank,
+    countIf(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) % 1000 != 0) AS precise
 FROM mm_decisions
 WHERE ts >= {since:DateTime64(3, 'UTC')}
     AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
