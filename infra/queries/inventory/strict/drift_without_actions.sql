@@ -16,7 +16,7 @@ WITH
     (
         SELECT
             market_ticker,
-            toStartOfSecond(ts)                         AS bucket,
+            toStartOfSecond(toDateTime64(ts, 3, 'UTC'))                         AS bucket,
             count()                                     AS decisions,
             min(pos_total_est)                          AS lowest,
             max(pos_total_est)                          AS highest,
@@ -29,7 +29,7 @@ WITH
         UNION ALL
         SELECT
             market_ticker,
-            toStartOfSecond(max(ts)),
+            toStartOfSecond(toDateTime64(max(ts), 3, 'UTC')),
             1,
             argMax(pos_total_est, (ts, decision_id)) AS before_total,
             before_total,
@@ -61,7 +61,7 @@ WITH
     ),
     acted AS
     (
-        SELECT market_ticker, toStartOfSecond(ts) AS action_bucket
+        SELECT market_ticker, toStartOfSecond(toDateTime64(ts, 3, 'UTC')) AS action_bucket
         FROM mm_order_actions
         WHERE ts >= (SELECT min(bucket) FROM buckets)
             AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
