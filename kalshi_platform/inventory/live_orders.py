@@ -62,7 +62,7 @@ class LiveOrders:
             replaces=values.optional_text("replaces", replaces),
         )
         name = sent.client_order_id
-        if name in self._live or name in self._ended:
+        if name in self:
             raise BadValue(f"Order {name} was sent before: give each order an id of its own.")
         if order.replaces and order.replaces not in self._live:
             raise BadValue(f"Order {name} replaces {order.replaces}, which is not live.")
@@ -118,6 +118,10 @@ class LiveOrders:
                 f" status is {_text(order)}."
             )
         return self._set(replace(order, remaining=rest))
+
+    def __contains__(self, client_order_id: str) -> bool:
+        """Whether an order is known: sent by this engine, and not ended long ago."""
+        return client_order_id in self._live or client_order_id in self._ended
 
     def working(self, market_ticker: str) -> list[WorkingOrder]:
         """The orders of a market that may still be filled, for `inventory`."""

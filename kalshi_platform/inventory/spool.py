@@ -242,6 +242,10 @@ class Spool:
         """What waits for ClickHouse, oldest first."""
         return self._ours(SUFFIX)
 
+    @property
+    def _has_sent_all(self) -> bool:
+        return not self._known and not self.files  # listing many files takes a while
+
     def _ours(self, suffix: str) -> list[Path]:
         """The files that a spool has written, by name; others in the folder are not ours to send or remove."""
         return sorted(p for p in self._folder.glob(f"*{suffix}") if _NAME.fullmatch(p.stem))
@@ -252,7 +256,7 @@ class Spool:
 
     def drain(self, timeout_s: float = 10.0) -> bool:
         """Wait until ClickHouse has everything that it takes; False when it has not in time."""
-        return self._wait_until(lambda: not self._waiting and not self.files, timeout_s)
+        return self._wait_until(lambda: not self._waiting and self._has_sent_all, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
         """Write the rest to disk, try to send it, end. Returns how many files wait for another start.
@@ -263,7 +267,7 @@ class Spool:
             self._closing = True
             self._guard.notify_all()
         self._writer.join(timeout_s + 5.0)
-        self._wait_until(lambda: not self.files, timeout_s)
+        self._wait_until(lambda: self._has_sent_all, timeout_s)
         self._stop_sending.set()
         self._spooled.set()
         self._sender.join(5.0)
@@ -472,7 +476,10 @@ class Spool:
                 if stem in self._known:
                     self._known[stem] = replace(self._known[stem], rows=rows)
         if self._refused.files:
-            self._count_refused()
+            with contextlib.suppress(
+                OSError
+            ):  # what was counted last is said on; sending does not wait for it
+                self._count_refused()
 
     def _send(self, client: Client) -> None:
         """Send what waits now. Raises the first error of what does not go on, when all else has gone."""
@@ -537,15 +544,20 @@ class Spool:
     def _read(self, name: str, path: Path) -> pa.Table | None:
         """The rows of a file that the table can hold, the others set aside; None where there are none."""
         try:
-            rows, wrong = TABLES[name].sifted(_opened(path))
+            return self._good_rows(name, path)
         except FileNotFoundError:  # a person has moved it
             return None
-        except Exception as error:  # noqa: BLE001 - a damaged file may raise anything
+        except OSError as error:  # the other files go on
+            self._problems.append(StoreUnavailable(f"{path}: {error.strerror or error}."))
+            return None
+
+    def _good_rows(self, name: str, path: Path) -> pa.Table | None:
+        try:
+            rows, wrong = TABLES[name].sifted(_opened(path))
+        except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
-                said = f"{path} cannot be read ({error.strerror})."
-                self._problems.append(StoreUnavailable(said))
-            else:
-                self._set_whole_aside(path, shown(str(error)))
+                raise
+            self._set_whole_aside(path, shown(str(error)))  # a damaged file may raise anything
             return None
         if wrong and path.stem not in self._sifted:
             self._set_rows_aside(path, wrong)
@@ -599,19 +611,21 @@ class Spool:
             if rows is None:
                 continue
             try:
-                refused = self._refused_rows(client, group.name, path.stem, rows)
+                self._sift_file(client, group.name, path, rows)
             except StoreUnavailable:
                 raise
             except Exception as error:  # noqa: BLE001 - the other files go on; it is tried again
                 self._problems.append(error)
-                continue
-            if refused and group.name in self._accepting:
-                _, wrong = TABLES[group.name].sifted(_opened(path))
-                right = [n for n in range(rows.num_rows + len(wrong)) if n not in wrong]
-                self._set_rows_aside(path, wrong | {right[n]: why for n, why in refused.items()})
-            elif refused:
-                continue  # it has taken none: the table's matter
-            self._remove([path])
+
+    def _sift_file(self, client: Client, name: str, path: Path, rows: pa.Table) -> None:
+        refused = self._refused_rows(client, name, path.stem, rows)
+        if refused:
+            if name not in self._accepting:
+                return  # it has taken none: the table's matter
+            _, wrong = TABLES[name].sifted(_opened(path))
+            right = [n for n in range(rows.num_rows + len(wrong)) if n not in wrong]
+            self._set_rows_aside(path, wrong | {right[n]: why for n, why in refused.items()})
+        self._remove([path])
 
     def _refused_rows(
         self, client: Client, name: str, token: str, rows: pa.Table
@@ -704,12 +718,12 @@ class _Group:
 
 def refused_in(folder: Path) -> Refused:
     """What is in a spool's folder `refused`. Raises `OSError` where it cannot be read."""
-    files = _refused_files(folder)
-    kept = [path for path in files if path.suffix != WHY]
-    reasons = sorted(
-        (path for path in files if path.suffix == WHY), key=lambda path: path.stat().st_mtime_ns
+    kept = [path for path in _refused_files(folder) if path.suffix != WHY]
+    reasons = [said for path in kept if (said := path.with_suffix(WHY)).exists()]
+    newest = max(reasons, key=lambda path: path.stat().st_mtime_ns, default=None)
+    why = (
+        newest.read_text(errors="replace").partition("\n")[0] if newest is not None else "no reason"
     )
-    why = reasons[-1].read_text(errors="replace").partition("\n")[0] if reasons else ""
     return Refused(len(kept), sum(_rows_in(path) for path in kept), why)
 
 

@@ -23,7 +23,9 @@ import msgspec
 
 from kalshi_platform import __version__, typed_json
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.inventory.live_orders import LiveOrders
 from kalshi_platform.inventory.recorder import (
+    NO_DECISION,
     ActionType,
     Quoted,
     Recorder,
@@ -34,6 +36,7 @@ from kalshi_platform.inventory.rows import DECISIONS, ORDER_ACTIONS, POSITION_SN
 from kalshi_platform.inventory.semantics import (
     Contract,
     Inventory,
+    OrderStatus,
     Quote,
     Reconciled,
     WorkingOrder,
@@ -214,6 +217,7 @@ class PaperMarketMaker:
         self._last_fill = 0
         self._tickers: list[str] = []
         self._held: dict[str, Reconciled] = {}
+        self._orders = LiveOrders()
         self._reported: dict[str, tuple[str, int]] = {}
         """The exchange's last word on each market, and when it was written."""
         self.decisions = 0
@@ -226,6 +230,7 @@ class PaperMarketMaker:
         self._tickers = [top.ticker for top in account.tops]
         self._held.clear()
         self._reported.clear()
+        self._orders = LiveOrders()
         if not self._tickers:
             raise PaperError("The simulator has no market that stays open. Give it more markets.")
         for ticker in self._tickers:
@@ -236,7 +241,9 @@ class PaperMarketMaker:
                 ticker, f"{self._prefix}-all", ActionType.CANCEL, request={"cancel": "all"}
             )
             mine = [order for order in account.orders if order.ticker == ticker]
-            answers = self._send([_cancel(order.client_order_id, ticker) for order in mine])
+            answers = self._send(
+                [_cancel(order.client_order_id, ticker, order.remaining) for order in mine]
+            )
             self._recorder.response(
                 sent, "canceled", latency_ms=0.0, response={"canceled": len(answers)}
             )
@@ -249,6 +256,7 @@ class PaperMarketMaker:
         for fill in account.fills:
             self._take(fill)
         self._last_fill = account.last_fill
+        self._note_ends(account)
         self._report(account)
         for index, top in enumerate(account.tops):
             if top.active:
@@ -259,7 +267,9 @@ class PaperMarketMaker:
         account = self._gateway.account(self._last_fill, self._tickers, 0)
         for order in account.orders:
             if order.ticker in self._held:
-                self._act([_cancel(order.client_order_id, order.ticker)], uuid.UUID(int=0))
+                self._act(
+                    [_cancel(order.client_order_id, order.ticker, order.remaining)], NO_DECISION
+                )
 
     # -- what came -----------------------------------------------------------------------------
 
@@ -267,10 +277,13 @@ class PaperMarketMaker:
         if fill.ticker not in self._held:
             return  # an order of another engine's
         self.fills += 1
-        if self._missed_fills and self.fills % 3 == 1:
-            return
         contract = Contract(fill.outcome_side)
         count, at = Decimal(fill.count), datetime.fromtimestamp(fill.ts_us / 1e6, UTC)
+        order = None
+        if fill.client_order_id in self._orders:
+            order = self._orders.filled(fill.client_order_id, count)
+        if self._missed_fills and self.fills % 3 == 1:
+            return
         self._held[fill.ticker] = self._held[fill.ticker].filled(contract, count, at)
         self._recorder.fill(
             fill.ticker,
@@ -283,6 +296,17 @@ class PaperMarketMaker:
             client_order_id=fill.client_order_id,
             raw=msgspec.to_builtins(fill),
         )
+        if order is not None and order.status is not None:
+            self._recorder.order_changed(order.sent, order.status)
+
+    def _note_ends(self, account: Account) -> None:
+        """Orders that the exchange has taken out by itself, as it does at a market's close."""
+        there = {order.client_order_id for order in account.orders}
+        for ticker in self._tickers:
+            for order in self._orders.live(ticker):
+                if order.sent.client_order_id not in there:
+                    self._orders.heard(order.sent.client_order_id, OrderStatus.CANCELED)
+                    self._recorder.order_changed(order.sent, OrderStatus.CANCELED)
 
     def _report(self, account: Account) -> None:
         now = self._clock_ns()
@@ -340,7 +364,7 @@ class PaperMarketMaker:
     ) -> Request | None:
         mine = resting.get(quote.value)
         if price is None:
-            return _cancel(mine.client_order_id, ticker) if mine is not None else None
+            return _cancel(mine.client_order_id, ticker, str(mine.remaining)) if mine else None
         if mine is not None and mine.price == price:
             return None
         return Request(
@@ -355,6 +379,11 @@ class PaperMarketMaker:
 
     def _act(self, requests: Sequence[Request], decision_id: uuid.UUID) -> None:
         sent = [self._recorded(request, decision_id) for request in requests]
+        for action, request in zip(sent, requests, strict=True):
+            if request.action == "place":
+                replaced = request.replace_of if request.replace_of in self._orders else ""
+                quote, size = Quote(request.quote), Decimal(request.count)
+                self._orders.placed(action, Contract.YES, quote, size, replaces=replaced)
         begun = self._clock_ns()
         answers = self._send(requests)
         latency_ms = (self._clock_ns() - begun) / 1e6
@@ -367,6 +396,10 @@ class PaperMarketMaker:
                 latency_ms=latency_ms,
                 response=msgspec.to_builtins(answer),
             )
+        for request, answer in zip(requests, answers, strict=True):
+            is_refused_cancel = request.action == "cancel" and answer.status == "rejected"
+            if request.client_order_id in self._orders and not is_refused_cancel:
+                self._orders.heard(request.client_order_id, answer.status)
 
     def _recorded(self, request: Request, decision_id: uuid.UUID) -> Sent:
         kind = ActionType.REPLACE if request.replace_of else ActionType(request.action)
@@ -390,8 +423,8 @@ class PaperMarketMaker:
         return datetime.fromtimestamp(self._clock_ns() / 1e9, UTC)
 
 
-def _cancel(client_order_id: str, ticker: str) -> Request:
-    return Request(client_order_id=client_order_id, ticker=ticker, action="cancel")
+def _cancel(client_order_id: str, ticker: str, remaining: str) -> Request:
+    return Request(client_order_id=client_order_id, ticker=ticker, action="cancel", count=remaining)
 
 
 def _wish(top: Top, now: Inventory, size: Decimal, resting: Mapping[str, _Resting]) -> _Wish:

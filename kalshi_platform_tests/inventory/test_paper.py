@@ -15,6 +15,7 @@ from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.recorder import Recorder
 from kalshi_platform.inventory.rows import TABLES
+from kalshi_platform.inventory.semantics import OrderStatus
 from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.orders import Account, Answered, Request
@@ -106,6 +107,9 @@ def test_an_hour_of_the_healthy_market_maker_has_no_anomaly(planted: Planted) ->
     replay.keep(planted)
     assert maker.decisions > 30_000
     assert maker.fills > 100
+    statuses = {row["status"] for row in replay.rows["mm_order_responses"]}
+    assert statuses >= {"resting", "partially_filled", "executed"}
+    assert statuses <= {status.value for status in OrderStatus}
     for outcome in audit.sweep(planted.client, audit.CHECKS, Parameters()):
         assert outcome.status is Status.CLEAR, (outcome.check.name, outcome.rows[:3])
     assert breaks.update(planted.client, audit.CHECKS, Parameters()) == []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -221,6 +225,21 @@ def test_a_file_that_is_none_is_set_aside_and_the_others_go(
     assert f"{path.name} cannot be read" in str(heir.trouble)
 
 
+def test_a_file_that_cannot_be_set_aside_waits_and_the_others_go(
+    planted: Planted, migrated_once: Settings, folder: Path
+) -> None:
+    by_hand(folder, 1, responses(response(1, status=None)))
+    by_hand(folder, 2, responses(response(2)))
+    (folder / "refused").write_text("in the way")
+    heir = Spool(folder, migrated_once)
+    wait_for(lambda: heir.trouble is not None and action_ids(planted) == {"a-2"}, "the good row")
+    assert "mm_order_responses.arrow: File exists." in str(heir.trouble)
+    (folder / "refused").unlink()
+    assert heir.drain(PATIENCE_S)
+    assert heir.status().rows_set_aside == 1
+    heir.close()
+
+
 def test_a_row_that_arrow_does_not_take_is_set_aside_as_text(
     planted: Planted, migrated_once: Settings, folder: Path
 ) -> None:
@@ -399,3 +418,69 @@ def test_doctor_names_what_was_set_aside(tmp_path: Path) -> None:
     assert "1 rows in 1 files are set aside" in found.text
     assert found.remedy == spools.REMEDY
     assert threading.active_count() < 50
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from kalshi_platform import settings
+from kalshi_platform.inventory.spool import Spool
+from kalshi_platform.storage import clickhouse, verified_inserts
+
+when, inserted, kept = sys.argv[2], verified_inserts.insert, clickhouse.insert_arrow
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def insert_arrow(*args, **more):
+    kept(*args, **more)
+    die()
+
+def insert(*args):
+    inserted(*args)
+    die()
+
+if when == "before":
+    verified_inserts.insert = die
+elif when == "acknowledged":
+    clickhouse.insert_arrow = insert_arrow
+elif when == "verified":
+    verified_inserts.insert = insert
+elif when == "removing":
+    removed = []
+    unlink = Path.unlink
+    def one(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        removed.append(path)
+        if sum(path.suffix == ".arrow" for path in removed) == 2:
+            die()
+    Path.unlink = one
+spool = Spool(Path(sys.argv[1]), settings.load(_env_file=None))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "acknowledged", "verified", "removing"])
+def test_a_kill_at_any_moment_of_sending_neither_loses_nor_doubles(
+    planted: Planted, migrated_once: Settings, folder: Path, when: str
+) -> None:
+    recorded_away(migrated_once, folder, 4)
+    env = {
+        **os.environ,
+        "CLICKHOUSE_URL": migrated_once.clickhouse_url,
+        "CLICKHOUSE_DATABASE": migrated_once.clickhouse_database,
+    }
+    for _ in range(2):  # the second meets what the first has left
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(folder), when], env=env, check=False, timeout=120
+        )
+        assert done.returncode == -signal.SIGKILL
+        assert count(planted, "mm_fills") == (0 if when == "before" else 4)
+        if when == "removing":
+            assert len(list(folder.glob("*.arrow"))) == 2
+            break
+    more = Recorder("engine-1", "1", settings=migrated_once, spool=folder)
+    fill(more, "later")
+    assert more.drain(PATIENCE_S)
+    assert more.close() == 0
+    assert count(planted, "mm_fills") == 5
