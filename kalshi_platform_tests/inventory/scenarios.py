@@ -65,6 +65,8 @@ class Options:
     begins_with: int = 0
     rejects: float = 0.01
     replaces: float = 0.25
+    hesitates: float = 0.5
+    """How often a side without an order stays without one for another loop."""
 
 
 class Order:
@@ -216,7 +218,8 @@ class Engine:
                 if order is not None and not order.leaving:
                     self.cancels(t + 1, order)
             elif order is None:
-                self.places(t + 2, sign)
+                if self.rng.random() >= self.options.hesitates:
+                    self.places(t + 2, sign)
             elif not order.leaving and order.price != self.market.price - sign:
                 drawn = self.rng.random()
                 if drawn < self.options.replaces:
