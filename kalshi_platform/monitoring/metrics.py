@@ -316,17 +316,19 @@ def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
 
 
 def _delays(shards: Sequence[_Shard]) -> Metric:
-    family = GaugeMetricFamily(
+    family = Metric(
         "kalshi_delay_seconds",
         "From a frame's receipt to its being durable in the journal, or in a store: all of them since"
-        " the streamer's start. Quantiles are rounded up by a tenth at most.",
-        labels=["shard", "place", "quantile"],
+        " the streamer's start. Quantiles are rounded up by a tenth at most; 1 is the longest.",
+        "summary",
     )
     for shard in shards:
         for place, it in (shard.report.delays_ms if shard.report else {}).items():
+            labels = {"shard": shard.number, "place": place}
             if it.records:
                 for quantile, ms in (("0.5", it.p50), ("0.99", it.p99), ("1", it.max)):
-                    family.add_metric([shard.number, place, quantile], ms / 1000)
+                    family.add_sample(family.name, {**labels, "quantile": quantile}, ms / 1000)
+                family.add_sample(f"{family.name}_count", labels, it.records)
     return family
 
 

@@ -171,6 +171,11 @@ def test_kubernetes_passes_every_setting_and_secrets_by_secrets() -> None:
         assert {"configMapRef": {"name": "kalshi-settings"}} in container["envFrom"]
 
 
+def test_recording_waits_for_no_migration() -> None:
+    needs = compose()["services"]["code-location"]["depends_on"]
+    assert set(needs) == {"postgres"}  # Dagster's own storage
+
+
 def test_every_container_is_bounded() -> None:
     for name, service in compose()["services"].items():
         assert service.get("mem_limit"), name
