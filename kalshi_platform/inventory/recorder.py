@@ -46,6 +46,7 @@ from kalshi_platform.inventory.spool import Spool, Status
 from kalshi_platform.inventory.values import NOTHING, BadValue, InventoryError
 from kalshi_platform.settings import Settings
 
+EARLIEST_NS, LATEST_NS = (int(at.timestamp()) * 10**9 for at in (values.EARLIEST, values.LATEST))
 NO_DECISION = uuid.UUID(int=0)
 
 
@@ -500,7 +501,13 @@ class Recorder:
         return 0 if self._spool is None else self._spool.close(timeout_s)
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock_ns() // 1_000_000 / 1000, UTC)
+        now_ns = self._clock_ns()
+        if not EARLIEST_NS <= now_ns < LATEST_NS:
+            raise BadValue(
+                f"The clock says {values.shown(now_ns)} ns since 1970, which is not between 2000 and 2099:"
+                " set the machine's clock."
+            )
+        return datetime.fromtimestamp(now_ns // 1_000_000 / 1000, UTC)
 
 
 def _with(

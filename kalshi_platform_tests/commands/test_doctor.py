@@ -120,9 +120,9 @@ def test_a_platform_that_is_well_has_no_complaint(
     set_clock(monkeypatch, 0)
     report(patient.data)
     lines = patient.examined()
-    not_set_up = {"growth", "Dagster daemon", "alerts", "metrics"}
+    not_set_up = {"market maker's spool", "growth", "Dagster daemon", "alerts", "metrics"}
     assert {name for name, line in lines.items() if line[0] != "✓"} == not_set_up, lines
-    assert len(lines) == 16
+    assert len(lines) == 17
     assert "7 frames not loaded yet" in lines["streamer"]
     assert not patient.data.joinpath("parquet").exists()
 
@@ -160,7 +160,7 @@ def test_a_fault_of_a_check_is_its_own_line(
     report(patient.data)
     lines = patient.examined()
     assert lines["clock"] == "✗ clock — could not be looked at (RuntimeError('odd'))"
-    assert len(lines) == 16
+    assert len(lines) == 17
 
 
 def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: Patient) -> None:

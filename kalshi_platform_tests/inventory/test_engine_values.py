@@ -254,6 +254,13 @@ def test_a_number_of_another_type_is_converted(given: Any, kept: float) -> None:
     assert fair == kept
 
 
+@pytest.mark.parametrize("now_ns", [0, -1, 4_102_444_800 * 10**9, float("nan")])
+def test_a_clock_that_no_table_can_hold_is_refused(now_ns: Any) -> None:
+    recorder = Recorder("e", "1", sink=Kept(), clock_ns=lambda: now_ns)
+    with pytest.raises(BadValue, match="set the machine's clock"):
+        recorder.decision(inventory(HELD, []), Quoted())
+
+
 def test_an_engine_imports_neither_dagster_nor_chdb_nor_polars() -> None:
     said = (
         "import sys, kalshi_platform.engine\n"
