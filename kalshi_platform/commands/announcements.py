@@ -1,13 +1,14 @@
-"""What `up` tells a person of the recording: when it begins, what troubles it, when no streamer runs.
+"""What `up` tells a person of the recording: when it begins, what is wrong with it, when no streamer runs.
 
 Sentences alone; `up.py` collects what is to be seen, and prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kalshi_platform.loading.freshness import Judgement, Verdict
 from kalshi_platform.monitoring.supervision import Supervised
 from kalshi_platform.processes import Identity
 
@@ -15,6 +16,10 @@ RECORDING_S = 90.0
 """By then the first frames should be in the journal; if not, a person is told where to look."""
 ABSENT_S = 60.0
 """How long a shard may be without a streamer: one that is replaced is back sooner."""
+STATUS_S = 60.0
+"""At most one line of a shard's state in so long, unless it got worse: what comes and goes is not told each time."""
+_SAID_OTHERWISE = frozenset({"stopped", "streamer down"})
+"""Causes that the lines about a missing streamer are about."""
 IN_A_ROW = 2
 """Runs that failed one after the other: a single one is replaced, and nobody needs to know."""
 
@@ -34,6 +39,9 @@ class Announcements:
         self._seen: dict[int, float] = {}
         """When each shard's streamer was last seen alive."""
         self._absent: set[int] = set()
+        self._states: dict[int, tuple[frozenset[str], bool]] = {}
+        """Of each shard what was told last to be wrong, and whether any of it was an error."""
+        self._stated: dict[int, float] = {}
 
     def look(
         self,
@@ -41,8 +49,11 @@ class Announcements:
         supervised: Mapping[int, Supervised],
         now: float,
         known_trouble: str = "",
+        judged: Mapping[int, Sequence[Judgement]] | None = None,
     ) -> list[str]:
-        """What is new. `reports`: of the streamers since `up` began; `known_trouble` has been said already."""
+        """What is new. `reports`: of the streamers since `up` began, and `judged` what they amount to;
+        `known_trouble` has been said already.
+        """
         said = list(self._beginning(reports, now))
         for shard in range(self._shards):
             whose = "" if self._shards == 1 else f"Shard {shard}: "
@@ -51,6 +62,7 @@ class Announcements:
                 *self._trouble(shard, report, known_trouble),
                 *self._failed(shard, noted),
                 *self._missing(shard, report, noted, now),
+                *self._state(shard, report, (judged or {}).get(shard, ()), now),
             ):
                 said.append(f"{whose}{sentence}")
         return said
@@ -73,6 +85,32 @@ class Announcements:
         elif before and not now:
             yield "The streamer is well again."
         self._troubles[shard] = now
+
+    def _state(
+        self,
+        shard: int,
+        report: Mapping[str, Any] | None,
+        judged: Sequence[Judgement],
+        now: float,
+    ) -> Iterator[str]:
+        if not judged:
+            return
+        trouble = (report or {}).get("trouble") or ""
+        wrong = [
+            it
+            for it in judged
+            if it.verdict is not Verdict.GOOD
+            and it.cause not in _SAID_OTHERWISE
+            and not (trouble and trouble in it.sentence)  # said as it came
+        ]
+        causes = frozenset(it.cause for it in wrong)
+        bad = any(it.verdict is Verdict.ERROR for it in wrong)
+        before, was_bad = self._states.get(shard, (frozenset(), False))
+        worse = bad and not was_bad
+        if causes == before or not (worse or now - self._stated.get(shard, -STATUS_S) >= STATUS_S):
+            return
+        self._states[shard], self._stated[shard] = (causes, bad), now
+        yield " ".join(it.sentence for it in wrong) or f"In order again. {judged[0].sentence}"
 
     def _failed(self, shard: int, noted: Supervised | None) -> Iterator[str]:
         failures = noted.failures if noted is not None else 0

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.announcements import Announcements
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
+from kalshi_platform.loading import freshness
 from kalshi_platform.monitoring import supervision
 from kalshi_platform.orchestration.home import Home, prepare
 from kalshi_platform.printable import printable
@@ -319,8 +320,9 @@ class _Platform:
             }
             noted = supervision.read(settings.data_dir)
             supervised = noted.shards if noted and noted.at * 1e9 >= self._began_ns else {}
+            judged = {shard: _judged(report) for shard, report in reports.items()}
             for sentence in announcements.look(
-                reports, supervised, time.monotonic(), self._clickhouse_trouble
+                reports, supervised, time.monotonic(), self._clickhouse_trouble, judged
             ):
                 self.say(sentence)
 
@@ -382,6 +384,14 @@ def _answers(url: str) -> Callable[[], bool]:
             return False
 
     return ask
+
+
+def _judged(report: dict[str, Any]) -> list[freshness.Judgement]:
+    """What a report amounts to; nothing where it is damaged, which `doctor` names."""
+    try:
+        return freshness.judgements(report, None, datetime.now(UTC), freshness.CONSOLE)
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _report(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:

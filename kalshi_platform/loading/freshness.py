@@ -73,6 +73,9 @@ DOCTOR = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 15.0, 0.0, 0.0)
 """Who asks now: whether it records at this moment."""
 
 
+CONSOLE = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 30.0, 30.0, 60.0)
+"""Who sits before `up`: soon, but no redial that works at once."""
+
 NO_FRAMES = frozenset(
     {"stopped", "streamer down", "streamer hangs", "disk", "disconnected", "silent"}
 )

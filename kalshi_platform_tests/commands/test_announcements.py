@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kalshi_platform.commands.announcements import ABSENT_S, RECORDING_S, Announcements
+from kalshi_platform.loading.freshness import Judgement, Verdict
 from kalshi_platform.monitoring.supervision import Supervised
 from kalshi_platform.processes import Identity
 
@@ -31,9 +32,10 @@ class Story:
         reports: dict[int, dict[str, Any]],
         supervised: dict[int, Supervised] | None = None,
         after_s: float = 1.0,
+        judged: dict[int, list[Judgement]] | None = None,
     ) -> list[str]:
         self.now += after_s
-        return self.it.look(reports, supervised or {}, self.now, "ClickHouse is away.")
+        return self.it.look(reports, supervised or {}, self.now, "ClickHouse is away.", judged)
 
 
 def test_the_first_frames_are_told_once() -> None:
@@ -91,3 +93,36 @@ def test_trouble_is_told_once_and_its_end_and_what_was_said_already_is_not() -> 
     assert story.look({0: report(trouble="No space is left.")}) == []
     assert story.look({0: report()}) == ["The streamer is well again."]
     assert story.look({0: report(trouble="ClickHouse is away.")}) == []
+
+
+GOOD = Judgement(Verdict.GOOD, "recording", "Recording: the last frame is 1 s old.")
+AWAY = Judgement(Verdict.ERROR, "disconnected", "The exchange has not been reached for 130 s.")
+BEHIND = Judgement(Verdict.WARN, "parquet behind", "parquet lacks 9 records.")
+
+
+def test_the_last_line_never_says_recording_while_nothing_is() -> None:
+    story = Story()
+    (line,) = story.look({0: report()}, judged={0: [GOOD]})
+    assert line.startswith("Recording")
+    assert story.look({0: report()}, judged={0: [AWAY]}) == [AWAY.sentence]
+    assert story.look({0: report()}, judged={0: [AWAY]}, after_s=500) == []
+    assert story.look({0: report()}, judged={0: [GOOD]}) == [f"In order again. {GOOD.sentence}"]
+
+
+def test_what_comes_and_goes_is_told_once_a_minute_and_what_gets_worse_at_once() -> None:
+    story = Story()
+    story.look({0: report()}, judged={0: [GOOD]})
+    lines = [story.look({0: report()}, judged={0: [BEHIND if n % 2 else GOOD]}) for n in range(120)]
+    assert sum(map(len, lines)) == 2
+    assert story.look({0: report()}, judged={0: [AWAY, BEHIND]}) == [
+        f"{AWAY.sentence} {BEHIND.sentence}"
+    ]
+
+
+def test_a_trouble_that_the_streamer_tells_itself_is_said_once() -> None:
+    story = Story()
+    trouble = "No space is left."
+    behind = Judgement(Verdict.ERROR, "disk", f"The disk does not take it. {trouble}")
+    story.look({0: report()}, judged={0: [GOOD]})
+    assert story.look({0: report(trouble=trouble)}, judged={0: [behind]}) == [trouble]
+    assert story.look({0: report()}, judged={0: [GOOD]}) == ["The streamer is well again."]
