@@ -636,7 +636,7 @@ FAULTS: Sequence[Fault] = (
     Fault("inv_before rolled forward", RollsBefore, _any(ROLLED), sizes=(0, 100)),
     Fault("pos_filled rolled forward", RollsFilled, _any(ROLLED), sizes=(100, 200), also=_GHOST),
     Fault("another bot trades on the account", OtherBot, _OUTSIDE),
-    Fault("trade by hand, taken over later", AppTrade, _OUTSIDE, sizes=(300, 1250, 5000), says=_SIZE),
+    Fault("trade by hand, taken over later", AppTrade, _OUTSIDE, sizes=(300, 1250, 5000)),
     Fault("settled, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=_SETTLES, says=(r"settled at",), never_says=("clock", "never recorded")),
     Fault("settled at nothing, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=replace(_SETTLES, result="no", begins_with=-1475), says=(r"settled at",), never_says=("clock", "never recorded")),
     Fault("void, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=replace(_SETTLES, result="void"), says=(r"settled at|void",), never_says=("clock", "never recorded")),
@@ -727,8 +727,6 @@ def judge(case: Case, looks: Sequence[Sequence[Break]], start_ms: int) -> Verdic
             wrong.append(f"look {look}: {kinds or 'nothing'} in place of {sorted(fault.kinds)}")
         for each in found:
             passing = kind_of(each) == TIMING and each.age <= brief
-            if each.closed_at is None and kind_of(each) == TIMING and look == 2:
-                passing = False
             if kind_of(each) not in allowed and not passing:
                 wrong.append(f"look {look}: also {kind_of(each)}: {each.explanation}")
             for untrue in fault.never_says:
