@@ -370,7 +370,7 @@ def _schema(settings: Settings) -> Finding:
         return Finding(
             Mark.BAD,
             f"{database}: {text}",
-            "restore the migration, or set CLICKHOUSE_DATABASE to a database of its own",
+            "restore a migration that you changed; else run kalshi-platform migrate, which says what to do",
         )
     return Finding(Mark.GOOD, f"{database} has all {len(stand)} migrations")
 

@@ -24,19 +24,27 @@ from kalshi_platform.storage.migrations import State
     is_flag=True,
     help="Make HOT_RETENTION_DAYS the tables' retention also where it is not set and only the default.",
 )
-def command(*, status: bool, apply_retention: bool) -> None:
+@click.option(
+    "--accept-changed",
+    is_flag=True,
+    help="Take a migration that has changed since it was applied, where the tables are as expected.",
+)
+def command(*, status: bool, apply_retention: bool, accept_changed: bool) -> None:
     """Create the database where it is missing and apply the pending migrations, in order.
 
     It may run as often as you like. Tables and views of our names that are not the platform's are
     refused before anything is changed. A retention that is there is shortened only where
     HOT_RETENTION_DAYS is set, or with --apply-retention; what that deletes is said first.
     """
-    if status and apply_retention:
-        raise click.UsageError("Give --status or --apply-retention, not both.")
+    if status and (apply_retention or accept_changed):
+        raise click.UsageError("Give --status alone: it changes nothing.")
     settings = platform_settings.current()
     if not status:
         for migration in migrations.migrate(
-            settings, apply_retention=apply_retention, tell=click.echo
+            settings,
+            apply_retention=apply_retention,
+            accept_changed=accept_changed,
+            tell=click.echo,
         ):
             click.echo(f"applied {migration}")
     with closing(connect(settings, log_comment="migrate")) as client:

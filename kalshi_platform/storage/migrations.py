@@ -2,7 +2,9 @@
 
 What the tables are is written in the files, `infra/clickhouse_migrations/NNN_name.sql`. Every
 statement in them may run again (IF NOT EXISTS), so a kill in the middle costs a second run and
-nothing else. A file that has been applied never changes; a change is a new file. A view that is missing
+nothing else. A file that has been applied never changes; a change is a new file. Where one did change all the same
+(an earlier version's was another), views are made again as they are now; tables are compared with what the platform
+expects before the new file is taken for the applied one (`accept_changed`). A view that is missing
 is made again, and so is a table of the market maker's (`mm_`) that a migration made here: empty, which is
 said. Other tables are not: the load's cursors say that their rows are there (kalshi-platform restore).
 
@@ -131,6 +133,7 @@ def migrate(
     migrations: Sequence[Migration] | None = None,
     *,
     apply_retention: bool = False,
+    accept_changed: bool = False,
     tell: Callable[[str], None] = log.warning,
 ) -> list[Migration]:
     """Create the database where it is missing and apply what is pending; returns what was applied.
@@ -138,9 +141,10 @@ def migrate(
     On a cluster (CLICKHOUSE_CLUSTER) the same files make replicated tables on every host and
     Distributed ones over them: see cluster.py. `apply_retention` makes HOT_RETENTION_DAYS that of the
     tables even where it is only the default; `tell` is given what a change of retention deletes.
+    `accept_changed` takes an applied file that has changed since, where the tables are as the platform expects.
 
     Raises `StoreRefused` before anything is changed if a table or view of our names is another owner's,
-    if an applied file has changed since, or if the database was made for a single server and a cluster is
+    if an applied file that makes tables has changed since and is not accepted, or if the database was made for a single server and a cluster is
     asked for, or the other way round. A migration that fails is named, with its statement.
     """
     migrations = available() if migrations is None else migrations
@@ -151,11 +155,10 @@ def migrate(
         _refuse_foreign(client, migrations, cluster)
         _refuse_another_kind(client, settings)
         now = {s.version: s.state for s in standing(client, migrations)}
-        if changed := [str(m) for m in migrations if now[m.version] is State.CHANGED]:
-            raise StoreRefused(
-                f"{', '.join(changed)} changed since it was applied to database"
-                f" {settings.clickhouse_database}. Restore the file, and put the change in a new one."
-            )
+        changed = [m for m in migrations if now[m.version] is State.CHANGED]
+        of_tables = [m for m in changed if not _only_views(m)]
+        if not accept_changed:
+            _refuse_changed(client, of_tables)
         pending = [m for m in migrations if now[m.version] in {State.PENDING, State.BEGUN}]
         # of the applied ones too: later ones stand on them
         means = {m.version: _meaning(m, cluster) for m in migrations}
@@ -165,8 +168,14 @@ def migrate(
             _apply(client, migration, means[migration.version], cluster)
             _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
             _record(client, migration, migration.checksum)
+        _insist_as_expected(client, of_tables)
         _make_tables_again(client, missing, migrations, cluster, tell)
-        _make_views_again(client, migrations, means)
+        _make_views_again(client, migrations, means, changed)
+        for migration in changed:
+            _record(client, migration, migration.checksum)
+            tell(
+                f"{migration} was another file when it was applied: what it makes is as it is now."
+            )
         keep(client, settings, apply_retention=apply_retention, tell=tell)
         _leave_statistics_out(client, cluster)
         return pending
@@ -299,16 +308,49 @@ def _present(client: Client) -> frozenset[str]:
     return frozenset(str(name) for (name,) in rows)
 
 
+def _refuse_changed(client: Client, changed: Sequence[Migration]) -> None:
+    """Raise `StoreRefused` for applied files that make tables and are others now."""
+    if changed:
+        raise StoreRefused(
+            f"{', '.join(map(str, changed))} changed since it was applied to database {client.database}. If the"
+            " change is yours, restore the file, and put the change in a new one. If the platform's files are as"
+            " they were released, run kalshi-platform migrate --accept-changed: it compares the tables first."
+        )
+
+
+def _insist_as_expected(client: Client, changed: Sequence[Migration]) -> None:
+    """Raise `StoreRefused` where the tables are not what the changed files would have made of them."""
+    different = differences(client) if changed else []
+    if different:
+        raise StoreRefused(
+            f"{', '.join(map(str, changed))} changed since it was applied to database {client.database}, and the"
+            f" tables are not what the platform expects: {'; '.join(different)}. Set CLICKHOUSE_DATABASE to another"
+            " name, and fill that one: kalshi-platform migrate, then kalshi-platform restore."
+        )
+
+
+def _only_views(migration: Migration) -> bool:
+    """Whether a migration makes nothing that holds rows."""
+    found = list(statements(migration.sql))
+    return all((made := definition(each)) is not None and made.is_view for each in found)
+
+
 def _make_views_again(
-    client: Client, migrations: Iterable[Migration], means: Mapping[int, Sequence[str]]
+    client: Client,
+    migrations: Iterable[Migration],
+    means: Mapping[int, Sequence[str]],
+    changed: Collection[Migration],
 ) -> None:
-    """Views hold no rows: one that is missing is made as its newest migration has it."""
+    """Views hold no rows: one that is missing, or of a changed file, is made as its newest migration has it."""
     newest: dict[str, list[str]] = {}
+    others: set[str] = set()
     for migration in migrations:
         for statement in statements(migration.sql):
             if (gone := dropped(statement)) is not None:
                 newest.pop(gone, None)
             elif (made := definition(statement)) is not None and made.is_view:
+                if migration in changed:
+                    others.add(made.name)
                 newest[made.name] = [
                     each
                     for each in means[migration.version]
@@ -317,8 +359,17 @@ def _make_views_again(
     present = _present(client)
     with translated():
         for name, again in newest.items():
-            for statement in again if name not in present else ():
-                client.command(statement)
+            if name in present and name not in others:
+                continue
+            for statement in again:
+                client.command(_replacing(statement))
+
+
+def _replacing(statement: str) -> str:
+    """A view's definition, so that it replaces one that is there."""
+    return re.sub(
+        r"CREATE\s+VIEW(\s+IF\s+NOT\s+EXISTS)?", "CREATE OR REPLACE VIEW", statement, count=1
+    )
 
 
 def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:

@@ -131,6 +131,58 @@ def test_a_changed_migration_is_refused_before_anything_is_applied(
         client.close()
 
 
+def recorded_otherwise(client: Client, version: int) -> None:
+    """As where an earlier version's file of that number was another."""
+    client.command(
+        "INSERT INTO schema_migrations SELECT version, name, 'of another file', now64(3)"
+        " FROM schema_migrations FINAL WHERE version = {version:UInt32}",
+        parameters={"version": version},
+    )
+
+
+def test_views_of_a_changed_migration_are_made_again_as_the_newest_has_them(
+    clickhouse_url: str, clickhouse_database: str
+) -> None:
+    settings = settings_for(clickhouse_url, clickhouse_database)
+    migrations.migrate(settings)
+    said: list[str] = []
+    view = "SELECT create_table_query FROM system.tables WHERE database = currentDatabase() AND name = 'book_at'"
+    with closing(connect(settings)) as client:
+        newest = client.query(view).first_row
+        client.command("CREATE OR REPLACE VIEW book_at AS SELECT 1 AS of_another_version")
+        recorded_otherwise(client, 14)
+        assert migrations.migrate(settings, tell=said.append) == []
+        assert client.query(view).first_row == newest
+        assert {s.state for s in migrations.standing(client)} == {State.APPLIED}
+    assert said == [
+        "014_book_at was another file when it was applied: what it makes is as it is now."
+    ]
+
+
+def test_a_changed_migration_of_tables_is_accepted_as_its_refusal_says_where_they_are_right(
+    clickhouse_url: str, clickhouse_database: str
+) -> None:
+    settings = settings_for(clickhouse_url, clickhouse_database)
+    migrations.migrate(settings)
+    with closing(connect(settings)) as client:
+        recorded_otherwise(client, 1)
+        with pytest.raises(StoreRefused, match="kalshi-platform migrate --accept-changed"):
+            migrations.migrate(settings)
+        client.command("ALTER TABLE trades DROP COLUMN taker_book_side")
+        with pytest.raises(StoreRefused, match=r"trades\.taker_book_side is missing"):
+            migrations.migrate(settings, accept_changed=True)
+        assert State.CHANGED in {s.state for s in migrations.standing(client)}
+    # the remedy of that one: another database
+    other = settings_for(clickhouse_url, f"{clickhouse_database}_other")
+    migrations.migrate(other)
+    with closing(connect(other)) as client:
+        recorded_otherwise(client, 1)
+        migrations.migrate(other, accept_changed=True)
+        assert {s.state for s in migrations.standing(client)} == {State.APPLIED}
+        assert migrations.migrate(other) == []
+        client.command(f"DROP DATABASE {clickhouse_database}_other")
+
+
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_a_migration_that_fails_names_itself_and_its_statement_and_runs_again(
     clickhouse_url: str, clickhouse_database: str, fails_at: int
