@@ -599,6 +599,9 @@ _OUTSIDE = _any(MISSING, UNEXPLAINED)
 _HELD = Options(minutes=14.0, begins_with=2600, taker_every=20 * SECOND)
 _SETTLES = replace(_HELD, settles_at=SINCE, taker_every=60 * SECOND)
 _BUSY = Options(minutes=14.0, taker_every=5 * SECOND)
+_WHOLE = Options(minutes=14.0, whole=True)
+_WHOLE_SIZES = (200, 400, 600)
+"""Twice the amounts of many honest fills beside them."""
 _SIZE = (r"{size}\b",)
 
 FAULTS: Sequence[Fault] = (
@@ -608,6 +611,9 @@ FAULTS: Sequence[Fault] = (
     Fault("fill counted twice", AddsTwice, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill booked under two names", BooksUnderTwoNames, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill invented", Invents, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
+    Fault("fill missed, whole contracts", MissesFill, _any(MISSING), sizes=_WHOLE_SIZES, says=_SIZE, options=_WHOLE),
+    Fault("fill counted twice, whole contracts", AddsTwice, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
+    Fault("fill invented, whole contracts", Invents, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
     Fault("sign flipped once", FlipsSign, _any(CONVENTION, UNEXPLAINED), also=_GHOST),
     Fault("sign flipped once, row too", FlipsRow, _any(CONVENTION, INVENTED), also=_GHOST, never_says=("settled", "clock", "never recorded")),
     Fault("NO fills booked as YES", BooksNoAsYes, _any(CONVENTION), sizes=(100, 200), options=_BUSY, also=_any(*_GHOST, INVENTED), never_says=("settled", "clock", "never recorded")),
@@ -636,6 +642,7 @@ FAULTS: Sequence[Fault] = (
     Fault("inv_before rolled forward", RollsBefore, _any(ROLLED), sizes=(0, 100)),
     Fault("pos_filled rolled forward", RollsFilled, _any(ROLLED), sizes=(100, 200), also=_GHOST),
     Fault("another bot trades on the account", OtherBot, _OUTSIDE),
+    Fault("another bot trades, whole contracts", OtherBot, _OUTSIDE, sizes=_WHOLE_SIZES, options=_WHOLE),
     Fault("trade by hand, taken over later", AppTrade, _OUTSIDE, sizes=(300, 1250, 5000)),
     Fault("settled, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=_SETTLES, says=(r"settled at",), never_says=("clock", "never recorded")),
     Fault("settled at nothing, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=replace(_SETTLES, result="no", begins_with=-1475), says=(r"settled at",), never_says=("clock", "never recorded")),

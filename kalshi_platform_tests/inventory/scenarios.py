@@ -52,6 +52,8 @@ class Options:
     """When the market settles; 0 is not at all."""
     result: str = "yes"
     quote_sizes: tuple[int, int] = (300, 1200)
+    whole: bool = False
+    """Whether orders and fills are of whole contracts, and so of few different amounts."""
     fills_at: str = "exchange"
     """Whose time a fill's row carries: the exchange's, or the engine's when it heard of it."""
     no_bids: bool = False
@@ -233,6 +235,8 @@ class Engine:
 
     def new_order(self, sign: int) -> Order:
         size = self.rng.randint(*self.options.quote_sizes)
+        if self.options.whole:
+            size -= size % 100
         return Order(self, self.market.name("o"), sign, self.market.price - sign, size)
 
     def places(self, t: int, sign: int) -> None:
@@ -531,6 +535,8 @@ class Market:
     def _trades(self, t: int) -> None:
         for order in self.resting(self.rng.choice((1, -1)))[:1]:
             part = self.rng.randint(1, order.remaining)
+            if self.options.whole and order.remaining > 100:
+                part = max(part - part % 100, 100)
             self.fill(t, order, order.remaining if self.rng.random() < 0.3 else part)
         self.at(t + self._later(self.options.taker_every), self._trades)
 
