@@ -519,13 +519,13 @@ class Market:
         for engine in self.engines:
             self.at(t + self.rng.randint(5, 80), engine.hears_fill, fill)
 
-    def plant_fill(self, t: int, sign: int, size: int) -> None:
-        """Fill exactly so much of an order of that sign, as soon as one rests that is large enough."""
+    def plant_fill(self, t: int, engine: Engine, sign: int, size: int) -> None:
+        """Fill exactly so much of an engine's order, as soon as one of that sign is large enough."""
         for order in self.resting(sign):
-            if order.remaining > size and not order.leaving:
+            if order.engine is engine and order.remaining > size and not order.leaving:
                 self.fill(t, order, size, planted=True)
                 return
-        self.at(t + 150, self.plant_fill, sign, size)
+        self.at(t + 150, self.plant_fill, engine, sign, size)
 
     # -- what happens by itself ------------------------------------------------------------------
 
