@@ -149,6 +149,8 @@ class Outcome:
     """At most `limit` of them, in the SQL's order."""
     total: int = 0
     """How many there are."""
+    markets: int = 0
+    """In how many markets they are, those beyond the limit too."""
     notice: str = ""
     """What a person should know: why it was skipped, or what was not judged."""
     skipped: bool = False
@@ -228,13 +230,29 @@ def _run(
             f"{unjudged} decisions have no position columns (an engine from before migration 010, or one"
             " that writes nan): they are not judged."
         )
+    total = int(rows[0][-1]) if rows else 0
+    at = answer.column_names.index("market_ticker")
     return Outcome(
         check,
         columns=tuple(answer.column_names[:-1]),
         rows=[tuple(row[:-1]) for row in rows],
-        total=int(rows[0][-1]) if rows else 0,
+        total=total,
+        markets=len({row[at] for row in rows})
+        if total <= len(rows)
+        else _markets(client, sql, bound),
         notice=notice,
     )
+
+
+def _markets(client: Client, sql: str, bound: Mapping[str, Any]) -> int:
+    """In how many markets a check finds something, where not all of its rows were read."""
+    found = _asked(
+        client,
+        f"SELECT uniqExact(market_ticker) FROM ({sql})",  # noqa: S608 - the check's own
+        {**bound, "limit": NO_LIMIT},
+    ).first_row
+    assert found is not None  # noqa: S101 - a count has one row
+    return int(found[0])
 
 
 def _asked(client: Client, sql: str, bound: Mapping[str, Any]) -> QueryResult:

@@ -238,7 +238,7 @@ def _result(
     metadata: dict[str, Any] = {
         "judged": MetadataValue.text(looked_at.in_words()),
         "anomalies": MetadataValue.int(outcome.total),
-        "markets": MetadataValue.int(_markets(outcome)),
+        "markets": MetadataValue.int(outcome.markets),
     }
     if outcome.notice:
         metadata["note"] = MetadataValue.text(outcome.notice)
@@ -261,7 +261,7 @@ def _result(
         )
     severity = dg.AssetCheckSeverity.ERROR if outcome.check.money else dg.AssetCheckSeverity.WARN
     found = (
-        f"{outcome.total} anomalies in {_markets(outcome)} markets, {len(still_open)} breaks open."
+        f"{outcome.total} anomalies in {outcome.markets} markets, {len(still_open)} breaks open."
     )
     return dg.AssetCheckResult(
         passed=not outcome.total,
@@ -273,11 +273,6 @@ def _result(
         ),
         metadata=metadata,
     )
-
-
-def _markets(outcome: "Outcome") -> int:
-    at = outcome.columns.index("market_ticker") if outcome.columns else 0
-    return len({row[at] for row in outcome.rows})
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> MetadataValue:

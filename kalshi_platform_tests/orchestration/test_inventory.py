@@ -104,6 +104,25 @@ def test_a_healthy_market_maker_is_green(
     assert all(each.passed for each in run_checks(instance, resource(database)).values())
 
 
+def test_counts_are_of_all_rows_not_of_those_shown(
+    planted: Planted,
+    database: Settings,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inventory, "SHOWN", 2)
+    for number in range(5):
+        planted.decision(
+            ago(50 - number), exposure=4, open_orders_count=0, market_ticker=f"M{number}"
+        )
+    found = run_checks(instance, resource(database))["open_exposure_mismatch"]
+    assert (found.metadata["anomalies"].value, found.metadata["markets"].value) == (5, 5)
+    offenders = found.metadata["offenders"]
+    assert isinstance(offenders, dg.TableMetadataValue)
+    assert len(offenders.records) == 2
+    assert (found.description or "").startswith("5 anomalies in 5 markets")
+
+
 def test_decisions_are_fresh_until_an_engine_stops(
     planted: Planted, database: Settings, instance: dg.DagsterInstance
 ) -> None:
