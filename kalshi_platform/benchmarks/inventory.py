@@ -55,7 +55,7 @@ INSERT INTO mm_decisions (ts, decision_id, engine_instance_id, engine_version, m
     bb_px, ba_px, mid, spread, fair, inv_before, inv_after_est, params_json, pos_filled, pos_open_exposure,
     pos_total_est, open_orders_count, open_yes_bid_size, open_yes_ask_size, inv_convention)
 SELECT at, generateUUIDv4(), engine, '1.0', ticker, 0.44, 0.47, 0.455, 0.03, 0.455,
-    if(wrong AND fault = 3, held + 4, held), held + resting, '{{}}',
+    if(wrong AND fault = 3, held + 4, held), if(wrong AND fault = 3, held + 4, held + resting), '{{}}',
     if(wrong AND fault = 0, held + 3, held) AS filled,
     if(wrong AND fault = 1, resting + 7, resting) AS exposure,
     if(wrong AND fault = 2, filled + exposure + 5, filled + exposure),
@@ -66,8 +66,9 @@ FROM
     SELECT *,
         if(step >= 20 AND step < 35, 10., 0.)                   AS held,
         multiIf(step < 20, 10., step >= 30 AND step < 35, -10., 0.) AS resting,
-        market % {{wrong_every:UInt32}} = 0 AND toUnixTimestamp(at) % 120 < 9       AS wrong,
-        intDiv(market, {{wrong_every:UInt32}}) % 4                                  AS fault
+        {{wrong_every:UInt32}} > 0 AND market % greatest({{wrong_every:UInt32}}, 1) = 0
+            AND toUnixTimestamp(at) % 120 < 9       AS wrong,
+        intDiv(market, greatest({{wrong_every:UInt32}}, 1)) % 4                                  AS fault
     FROM ({_STEPS})
 )
 """  # noqa: S608 - a constant
@@ -112,7 +113,7 @@ WHERE loop % greatest(1, intDiv({{rows:UInt64}} * 300, {{markets:UInt32}} * {{sp
 
 
 def fill(client: Client, rows: int, markets: int, wrong_every: int) -> None:
-    """Two hours of two engines, up to now; something is wrong in every so many markets."""
+    """Two hours of two engines, up to now; in every so many markets something is wrong; 0 is in none."""
     now_ms = int(time.time() * 1000)
     for first in range(0, rows, _BATCH):
         given = {
