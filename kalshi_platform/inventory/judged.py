@@ -6,12 +6,12 @@ checks themselves are in audit.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, Parameters, moment
 from kalshi_platform.inventory.tables import Standing, standing
@@ -28,7 +28,7 @@ RECENT = timedelta(days=1)
 RETIRED = timedelta(days=30)
 """So long without any decision, and there is no market maker any more."""
 PAPER = "paper"
-"""What the engines on paper are called together."""
+"""What the engines on paper are called together: such an engine has another id after each start."""
 _ENOUGH = 20
 """So many decisions at whole seconds are no accident."""
 _NAMED = 5
@@ -51,6 +51,24 @@ class Caution:
     text: str
 
 
+class _Row(NamedTuple):
+    """A row of judged.sql."""
+
+    engine: str
+    market: str
+    first: datetime
+    last: datetime
+    silent_s: float
+    decisions: int
+    begun: datetime
+    ended: datetime
+    unknown: int
+    exposed: int
+    most_open_orders: int
+    blank: int
+    precise: int
+
+
 @dataclass(frozen=True)
 class Engine:
     """One engine_instance_id with recent decisions."""
@@ -58,16 +76,17 @@ class Engine:
     name: str
     first: datetime
     last: datetime
-    decisions: int
-    markets: int
     silent_s: float
     """From its newest decision until now, by the server's clock; negative where its own is ahead."""
-    exposed: int
+    markets: int
+    decisions: int
+    """Of the window, as what follows."""
+    exposed: int = 0
     """Decisions with exposure from open orders."""
-    most_open_orders: int
+    most_open_orders: int = 0
     blank: int = 0
     """Decisions with zeros for a position, and without a convention."""
-    precise: int = 1
+    precise: int = 0
     """Decisions at another moment than a whole second."""
 
     def __str__(self) -> str:
@@ -175,15 +194,13 @@ class Judged:
         """What an engine should write otherwise; no concern about what it wrote."""
         notes = self.tables.coarse()
         for engine in self.engines:
-            if engine.name not in self.deciders | {PAPER}:
-                continue
             if engine.exposed and not engine.most_open_orders:
                 notes.append(
                     f"engine {engine} counts exposure from open orders and never an open order. If it does"
                     " not write open_orders_count, check B takes all of it for phantom exposure: insert the"
                     " number of its open orders with every decision."
                 )
-            if engine.blank == engine.decisions and self.tables.takes_flat():
+            if 0 < engine.blank == engine.decisions and self.tables.takes_flat():
                 notes.append(
                     f"engine {engine} writes no position, and {DECISIONS} takes zero for it: it is judged as"
                     " if it were flat. Write pos_filled, pos_open_exposure and pos_total_est with every"
@@ -269,19 +286,19 @@ def look(
     stale = (DECISIONS_STALE_S, parameters.stale_after_s) if max_age_s is None else (max_age_s,) * 2
     if tables.why_not(DECISIONS):
         return Judged(parameters, now, tables, (), (), *stale)
+    rows = _rows(client, parameters, start, min(start, now - RECENT))
+    engines = _engines(rows)
+    if not engines:
+        engines = _engines(_rows(client, parameters, start, now - RETIRED))[-1:]
     snapshots = _snapshots(client, parameters) if SNAPSHOTS in tables.usable else {}
-    markets = [
-        Market(ticker, decisions, unknown, first, last, frozenset(engines), snapshots.get(ticker))
-        for ticker, decisions, unknown, first, last, engines in _rows(
-            client, "markets", parameters, start
-        )
-    ]
-    engines = [
-        engine
-        for engine in _engines(client, parameters, now, start)
-        if paper or engine.name != PAPER
-    ]
-    return Judged(parameters, now, tables, markets, engines, *stale)
+    return Judged(
+        parameters,
+        now,
+        tables,
+        _markets(rows, snapshots),
+        [engine for engine in engines if paper or engine.name != PAPER],
+        *stale,
+    )
 
 
 def silence(engine: Engine) -> str:
@@ -311,15 +328,47 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if days < 2 else f"{days} d {hours % 24} h"
 
 
-def _engines(
-    client: Client, parameters: Parameters, now: datetime, start: datetime
-) -> list[Engine]:
-    recent = [
-        Engine(*row) for row in _rows(client, "engines", parameters, min(start, now - RECENT))
+def _engines(rows: Sequence[_Row]) -> list[Engine]:
+    """By their newest decision; those on paper are one."""
+    of_name: dict[str, list[_Row]] = {}
+    for row in rows:
+        name = PAPER if row.engine.startswith(f"{PAPER}-") else row.engine
+        of_name.setdefault(name, []).append(row)
+    engines = [
+        Engine(
+            name,
+            first=min(row.first for row in found),
+            last=max(row.last for row in found),
+            silent_s=min(row.silent_s for row in found),
+            markets=len({row.market for row in found}),
+            decisions=sum(row.decisions for row in found),
+            exposed=sum(row.exposed for row in found),
+            most_open_orders=max(row.most_open_orders for row in found),
+            blank=sum(row.blank for row in found),
+            precise=sum(row.precise for row in found),
+        )
+        for name, found in of_name.items()
     ]
-    if recent:
-        return recent
-    return [Engine(*row) for row in _rows(client, "engines", parameters, now - RETIRED)][-1:]
+    return sorted(engines, key=lambda engine: (engine.last, engine.name))
+
+
+def _markets(rows: Sequence[_Row], snapshots: Mapping[str, datetime]) -> list[Market]:
+    of_market: dict[str, list[_Row]] = {}
+    for row in rows:
+        if row.decisions:
+            of_market.setdefault(row.market, []).append(row)
+    return [
+        Market(
+            ticker,
+            decisions=sum(row.decisions for row in found),
+            unknown=sum(row.unknown for row in found),
+            first=min(row.begun for row in found),
+            last=max(row.ended for row in found),
+            engines=frozenset(row.engine for row in found),
+            snapshot=snapshots.get(ticker),
+        )
+        for ticker, found in sorted(of_market.items())
+    ]
 
 
 def _snapshots(client: Client, parameters: Parameters) -> dict[str, datetime]:
@@ -334,14 +383,17 @@ def _snapshots(client: Client, parameters: Parameters) -> dict[str, datetime]:
     return {str(ticker): at for ticker, at in rows}
 
 
-def _rows(
-    client: Client, name: str, parameters: Parameters, since: datetime
-) -> Sequence[Sequence[Any]]:
+def _rows(client: Client, parameters: Parameters, start: datetime, recent: datetime) -> list[_Row]:
     with translated():
-        return client.query(
-            queries.text(f"inventory/{name}"),
-            parameters={"since": moment(since), "market_ticker": parameters.market_ticker},
+        rows = client.query(
+            queries.text("inventory/judged"),
+            parameters={
+                "since": moment(start),
+                "recent": moment(recent),
+                "market_ticker": parameters.market_ticker,
+            },
         ).result_rows
+    return [_Row(*row) for row in rows]
 
 
 def _followed(engines: Sequence[Engine]) -> set[str]:

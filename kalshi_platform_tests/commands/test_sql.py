@@ -114,7 +114,7 @@ def test_a_file_that_is_there_goes_before_the_platforms_own(sql: Run, tmp_path: 
 def test_the_platforms_queries_are_found_too_and_nothing_beside_them(sql: Run) -> None:
     missing = sql("--file", "infra/queries/inventory/../../../pyproject.toml").exception
     assert isinstance(missing, StoreRefused)
-    engines = sql("--file", "infra/queries/inventory/engines.sql").exception
+    engines = sql("--file", "infra/queries/inventory/judged.sql").exception
     assert isinstance(engines, StoreRefused)
     assert "Substitution `since` is not set" in str(engines)  # it was read, and run
 

@@ -167,7 +167,7 @@ def test_a_clock_that_is_ahead_hides_no_stop(planted: Planted, run: Run) -> None
 
 def engine(name: str, first: float, last: float, now: float = 10_000) -> Engine:
     begun, ended = (BEGIN + timedelta(seconds=second) for second in (first, last))
-    return Engine(name, begun, ended, 1, 1, now - last, 0, 0)
+    return Engine(name, begun, ended, now - last, markets=1, decisions=1)
 
 
 def stopped(*engines: Engine) -> list[str]:

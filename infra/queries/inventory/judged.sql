@@ -1,0 +1,37 @@
+-- Who has decided on which market since `recent`, and how much of that can be judged? One row for each engine
+-- and market, from one reading of the decisions.
+--
+--   first_ts, last_ts    since `recent`
+--   silent_s             from the newest decision until now, by the server's clock; negative where the engine's
+--                        is ahead
+--   decisions            in the window, which begins at `since`; begun_ts and ended_ts are of its first and
+--                        its last one
+--   unknown              of them without a position: their engine does not fill the columns of migration 010,
+--                        or does not know
+--   exposed              with exposure from open orders
+--   most_open_orders     the largest open_orders_count
+--   blank                with nothing but zeros for a position, and no convention
+--   precise              at another moment than a whole second
+--
+-- market_ticker: one market; empty is all.
+WITH ts >= {since:DateTime64(3, 'UTC')} AS inside
+SELECT
+    toString(engine_instance_id)                AS engine,
+    toString(market_ticker)                     AS market,
+    toDateTime64(min(ts), 3, 'UTC')             AS first_ts,
+    toDateTime64(max(ts), 3, 'UTC')             AS last_ts,
+    dateDiff('millisecond', last_ts, now64(3, 'UTC')) / 1000 AS silent_s,
+    countIf(inside)                             AS decisions,
+    toDateTime64(minIf(ts, inside), 3, 'UTC')   AS begun_ts,
+    toDateTime64(maxIf(ts, inside), 3, 'UTC')   AS ended_ts,
+    countIf(inside AND isNaN(pos_filled) AND isNaN(pos_open_exposure) AND isNaN(pos_total_est)) AS unknown,
+    countIf(inside AND isFinite(pos_open_exposure) AND pos_open_exposure != 0) AS exposed,
+    maxIf(open_orders_count, inside)            AS most_open_orders,
+    countIf(inside AND pos_filled = 0 AND pos_open_exposure = 0 AND pos_total_est = 0
+        AND inv_convention = '')                AS blank,
+    countIf(inside AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) % 1000 != 0) AS precise
+FROM mm_decisions
+WHERE ts >= {recent:DateTime64(3, 'UTC')}
+    AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+GROUP BY engine_instance_id, market_ticker
+ORDER BY last_ts, engine, market
