@@ -231,17 +231,13 @@ def _run(
             " that writes nan): they are not judged."
         )
     total = int(rows[0][-1]) if rows else 0
-    at = answer.column_names.index("market_ticker")
-    return Outcome(
-        check,
-        columns=tuple(answer.column_names[:-1]),
-        rows=[tuple(row[:-1]) for row in rows],
-        total=total,
-        markets=len({row[at] for row in rows})
-        if total <= len(rows)
-        else _markets(client, sql, bound),
-        notice=notice,
-    )
+    columns = tuple(answer.column_names[:-1])
+    shown = [tuple(row[:-1]) for row in rows]
+    if total > len(shown):
+        markets = _markets(client, sql, bound)
+    else:  # an answer without a row has no columns either
+        markets = len({row[columns.index("market_ticker")] for row in shown})
+    return Outcome(check, columns, shown, total=total, markets=markets, notice=notice)
 
 
 def _markets(client: Client, sql: str, bound: Mapping[str, Any]) -> int:
