@@ -606,6 +606,10 @@ _BUSY = Options(minutes=14.0, taker_every=5 * SECOND)
 _WHOLE = Options(minutes=14.0, whole=True)
 _WHOLE_SIZES = (200, 400, 600)
 """Twice the amounts of many honest fills beside them."""
+_EITHER = _any(MISSING, INVENTED)
+"""A fill missed, or one the other way invented: among equal amounts the tables do not tell. That one was
+recorded with the other sign they do: its raw_json has the exchange's own word.
+"""
 _SIZE = (r"{size}\b",)
 
 FAULTS: Sequence[Fault] = (
@@ -615,9 +619,9 @@ FAULTS: Sequence[Fault] = (
     Fault("fill counted twice", AddsTwice, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill booked under two names", BooksUnderTwoNames, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill invented", Invents, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
-    Fault("fill missed, whole contracts", MissesFill, _any(MISSING), sizes=_WHOLE_SIZES, says=_SIZE, options=_WHOLE),
+    Fault("fill missed, whole contracts", MissesFill, _EITHER, sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
     Fault("fill counted twice, whole contracts", AddsTwice, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
-    Fault("fill invented, whole contracts", Invents, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
+    Fault("fill invented, whole contracts", Invents, _EITHER, sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
     Fault("sign flipped once", FlipsSign, _any(CONVENTION, UNEXPLAINED), also=_GHOST),
     Fault("sign flipped once, row too", FlipsRow, _any(CONVENTION, INVENTED), also=_GHOST, never_says=("settled", "clock", "never recorded")),
     Fault("NO fills booked as YES", BooksNoAsYes, _any(CONVENTION), sizes=(100, 200), options=_BUSY, also=_any(*_GHOST, INVENTED), never_says=("settled", "clock", "never recorded")),
