@@ -38,12 +38,13 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kalshi_platform import durable, typed_json
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.values import InventoryError, shown
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ REMEDY = (
 )
 _SENDING = "kalshi_platform.storage.verified_inserts"
 """Loads Polars, which the import of an engine is to be spared."""
+_TYPE_OF_TS = (
+    "SELECT type FROM system.columns"
+    " WHERE database = currentDatabase() AND table = {table:String} AND name = 'ts'"
+)
+_FINE = re.compile(r"DateTime64\([3-9]")
 _JSON = ("params_json", "request_json", "response_json", "raw_json")
 _NAME = re.compile(rf"[0-9]{{20}}-[0-9a-f]{{32}}-[0-9]{{8}}-(?:{'|'.join(TABLES)})")
 _JOINED = re.compile(rf"joined-(?:{'|'.join(TABLES)})\.(?:json|tmp)")
@@ -174,6 +180,8 @@ class Spool:
         """Files whose wrong rows are set aside already."""
         self._begun: dict[str, list[str]] = {}
         """The files of the insert that is under way, by table, as its manifest has them."""
+        self._in_seconds: dict[str, bool] = {}
+        """Whether a table keeps times in whole seconds, as of this connection."""
         self._problems: list[Exception] = []
         """What did not go on in this pass of the sender."""
         self._disk_trouble: str | None = None
@@ -417,7 +425,9 @@ class Spool:
                 self._look()
                 self._count()
                 if self._known:
-                    client = client or connect(self._settings, log_comment="market maker")
+                    if client is None:
+                        client = connect(self._settings, log_comment="market maker")
+                        self._in_seconds.clear()
                     self._send(client)
                     if failures:
                         log.warning("ClickHouse takes the market maker's rows again.")
@@ -476,9 +486,7 @@ class Spool:
                 if stem in self._known:
                     self._known[stem] = replace(self._known[stem], rows=rows)
         if self._refused.files:
-            with contextlib.suppress(
-                OSError
-            ):  # what was counted last is said on; sending does not wait for it
+            with contextlib.suppress(OSError):  # sending does not wait for it
                 self._count_refused()
 
     def _send(self, client: Client) -> None:
@@ -513,7 +521,7 @@ class Spool:
         """The waiting files of a table, joined: first those of an insert that was under way."""
         group = _Group(name, is_under_way=True)
         begun = self._begun.get(name, [])
-        for stem in begun:
+        for stem in begun if set(begun) <= set(stems) else ():
             self._add(group, stem)
         if begun and [path.stem for path in group.paths] == begun:
             yield group
@@ -572,7 +580,7 @@ class Spool:
         from kalshi_platform.storage import verified_inserts
 
         name, stems = group.name, [path.stem for path in group.paths]
-        it = verified_inserts.Insert(name, group.rows, group.token, TABLES[name].key)
+        it = self._as_insert(client, name, group.rows, group.token)
         if not group.is_under_way and not self._fresh.issuperset(stems):
             missing = verified_inserts.missing(client, it)
             if len(missing) != it.rows.num_rows:
@@ -593,6 +601,20 @@ class Spool:
         self._accepting.add(name)
         self._end(name)
         self._remove(group.paths)
+
+    def _as_insert(self, client: Client, name: str, rows: pa.Table, token: str) -> Insert:
+        """The rows with times as fine as the table keeps them: an engine's own may have whole seconds."""
+        from kalshi_platform.storage import verified_inserts
+
+        if name not in self._in_seconds:
+            with translated():
+                found = client.query(_TYPE_OF_TS, parameters={"table": name}).result_rows
+            self._in_seconds[name] = bool(found) and _FINE.search(str(found[0][0])) is None
+        if self._in_seconds[name]:
+            at = rows.column_names.index("ts")
+            seconds = pc.floor_temporal(rows["ts"], unit="second")
+            rows = rows.set_column(at, rows.schema.field("ts"), seconds)
+        return verified_inserts.Insert(name, rows, token, TABLES[name].key)
 
     def _insert_part(self, client: Client, it: Insert, numbers: Sequence[int]) -> None:
         from kalshi_platform.storage import verified_inserts
@@ -633,7 +655,7 @@ class Spool:
         """Insert rows by halves, and return which of them ClickHouse refuses, and why."""
         from kalshi_platform.storage import verified_inserts
 
-        it = verified_inserts.Insert(name, rows, token, TABLES[name].key)
+        it = self._as_insert(client, name, rows, token)
         parts = [verified_inserts.missing(client, it)]
         refused: dict[int, str] = {}
         while parts and (name in self._accepting or len(refused) < HOPELESS):

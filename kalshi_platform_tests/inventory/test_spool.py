@@ -420,6 +420,29 @@ def test_doctor_names_what_was_set_aside(tmp_path: Path) -> None:
     assert threading.active_count() < 50
 
 
+@pytest.mark.parametrize("kind", ["DateTime", "DateTime('UTC')", "DateTime64(0, 'UTC')"])
+def test_a_table_of_the_engines_own_with_whole_seconds_gets_each_row_once(
+    planted: Planted, migrated_once: Settings, folder: Path, kind: str
+) -> None:
+    command = planted.client.command
+    command("CREATE TABLE older AS mm_fills")
+    command("DROP TABLE mm_fills")
+    try:
+        columns = str(planted.client.query("SHOW CREATE TABLE older").result_rows[0][0])
+        command(columns.replace(".older", ".mm_fills").replace("DateTime64(3, 'UTC')", kind))
+        recorder = Recorder("engine-1", "1", settings=migrated_once, spool=folder)
+        for number in range(3):
+            at = AT + timedelta(milliseconds=1500 * number)
+            recorder.fill("T", f"f-{number}", Contract.YES, Decimal(1), Decimal("0.5"), at=at)
+        assert recorder.drain(PATIENCE_S), recorder.trouble
+        assert recorder.close() == 0
+        assert recorder.trouble is None
+        assert count(planted, "mm_fills") == 3
+    finally:
+        command("DROP TABLE IF EXISTS mm_fills")
+        command("DROP TABLE older")
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
