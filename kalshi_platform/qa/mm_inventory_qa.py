@@ -7,6 +7,7 @@ inventory/audit.py; here it is called and printed.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ FOUND = 2
 _NATIVE_PORTS = {9000: False, 9440: True}
 """ClickHouse's native ports, which speak no HTTP, and whether they are encrypted."""
 _FORMATS = ("table", "json")
+_JSON = json.JSONDecoder()
 
 
 class _WrongFlag(click.UsageError):
@@ -184,7 +186,7 @@ def command(
     if output_format == "json":
         click.echo(_json(looked_at, outcomes, explained))
     else:
-        _print(looked_at, outcomes, explained)
+        _print(looked_at, outcomes, explained, verbose=verbose)
     if any(outcome.status is Status.ANOMALIES for outcome in outcomes):
         sys.exit(FOUND)
     if max_age is not None and looked_at.cautions():
@@ -235,7 +237,11 @@ def _target(
 
 
 def _print(
-    looked_at: Judged, outcomes: Sequence[Outcome], found: Sequence[breaks.Break] | None
+    looked_at: Judged,
+    outcomes: Sequence[Outcome],
+    found: Sequence[breaks.Break] | None,
+    *,
+    verbose: bool,
 ) -> None:
     parameters = looked_at.parameters
     of = f" of {printable(parameters.market_ticker)}" if parameters.market_ticker else ""
@@ -246,7 +252,7 @@ def _print(
     for note in looked_at.notes():
         click.echo(f"note: {note}")
     if found is not None:
-        _print_breaks(found)
+        _print_breaks(found, verbose=verbose)
     for outcome in outcomes:
         click.echo()
         match outcome.status:
@@ -272,11 +278,27 @@ def _print(
         click.echo("No anomalies." if judging else "Nothing was judged.")
 
 
-def _print_breaks(found: Sequence[breaks.Break]) -> None:
+def _print_breaks(found: Sequence[breaks.Break], *, verbose: bool) -> None:
     click.echo()
     click.echo(f"Breaks: {len(found) or 'none'}")
     for each in found:
-        click.echo(f"{printable(each.headline())}\n    {printable(each.explanation)}")
+        text = each.explanation if verbose else in_words(each.explanation)
+        click.echo(f"{printable(each.headline())}\n    {printable(text)}")
+
+
+def in_words(explanation: str) -> str:
+    """An explanation without the JSON objects in it, whole ones and those that were cut (…)."""
+    begin = 0
+    while (at := explanation.find(" {", begin)) >= 0:
+        try:
+            _, end = _JSON.raw_decode(explanation, at + 1)
+        except ValueError:
+            end = explanation.find("…", at) + 1
+        if end:
+            explanation = explanation[:at] + explanation[end:]
+        else:
+            begin = at + 1  # a brace, and no object
+    return explanation
 
 
 def _print_rows(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:

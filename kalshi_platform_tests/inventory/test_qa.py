@@ -14,6 +14,7 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.qa import mm_inventory_qa
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
@@ -48,6 +49,32 @@ def test_anomalies_exit_2_and_are_shown_the_same_each_time(planted: Planted, run
     assert TICKER in first.stdout
     assert "Anomalies: 3" in first.stdout
     assert "Breaks: 3" in first.stdout
+
+
+def test_explain_puts_the_breaks_first_and_raw_json_behind_verbose(
+    planted: Planted, run: Run
+) -> None:
+    planted.action(ago(85), request_json='{"client_order_id":"x-7"}')
+    plant_all(planted)
+    plain, verbose = run("qa", "--explain"), run("qa", "--explain", "--verbose")
+    assert plain.exit_code == verbose.exit_code == 2
+    assert plain.stdout.index("Breaks: ") < plain.stdout.index("Check A")
+    assert '{"client_order_id":"x-7"}' in verbose.stdout
+    assert "{" not in plain.stdout
+    assert "the last action was place bid of 10 yes at 0.45;" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('at 0.4 {"a":{"b":"} ; {"}}; no', "at 0.4; no"),
+        ('at 0.4 {"a":"cut off…; no', "at 0.4; no"),
+        ('one {"a":1} two {"b":2}.', "one two."),
+        ("a brace { alone", "a brace { alone"),
+    ],
+)
+def test_an_explanation_in_words_has_no_json(text: str, words: str) -> None:
+    assert mm_inventory_qa.in_words(text) == words
 
 
 def test_json_says_the_same(planted: Planted, run: Run) -> None:
