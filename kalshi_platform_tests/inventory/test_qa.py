@@ -54,7 +54,7 @@ def test_anomalies_exit_2_and_are_shown_the_same_each_time(planted: Planted, run
 def test_explain_puts_the_breaks_first_and_raw_json_behind_verbose(
     planted: Planted, run: Run
 ) -> None:
-    planted.action(ago(85), request_json='{"client_order_id":"x-7"}')
+    planted.action(ago(81), request_json='{"client_order_id":"x-7"}')
     plant_all(planted)
     plain, verbose = run("qa", "--explain"), run("qa", "--explain", "--verbose")
     assert plain.exit_code == verbose.exit_code == 2
