@@ -61,7 +61,7 @@ def test_explain_puts_the_breaks_first_and_raw_json_behind_verbose(
     assert plain.stdout.index("Breaks: ") < plain.stdout.index("Check A")
     assert '{"client_order_id":"x-7"}' in verbose.stdout
     assert "{" not in plain.stdout
-    assert "the last action was place bid of 10 yes at 0.45;" in plain.stdout
+    assert "the last action was place bid of 10 yes at 0.45" in plain.stdout
 
 
 @pytest.mark.parametrize(
