@@ -13,9 +13,11 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 
+import pyarrow as pa
 from clickhouse_connect.driver.query import QueryResult
 
 from kalshi_platform.inventory import tables as desk
+from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
 
@@ -23,7 +25,15 @@ DECISIONS = "mm_decisions"
 ACTIONS = "mm_order_actions"
 SNAPSHOTS = "mm_position_snapshots"
 
+REACHES = timedelta(seconds=2)
+"""A fill reaches the engine, and the exchange's report, within this."""
+FOLLOWS_SETTLEMENT = timedelta(seconds=10)
+"""An engine clears a settled position within this."""
+
 NO_LIMIT = 1 << 62
+_WINDOW = ("since", "market_ticker", "position_writers", "writing_since")
+_EMPTY = "''"
+_ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,20 @@ class Check:
     money: bool
     """Whether an anomaly means a wrong position, rather than a suspicion of one."""
 
-    def sql(self, parameters: Parameters) -> str:
+    def sql(self, parameters: Parameters, there: frozenset[str] = frozenset(TABLES)) -> str:
         """The check's SQL: A, B and C word for word as the runbook has them, where that is wanted.
 
         The newest snapshot says nothing of the fills before it, so `latest` compares plainly, too.
+        A table that is not `there`, and that the check can do without, is an empty one.
         """
         plain = parameters.strict_runbook or (
             self is DIVERGENCE and parameters.snapshot == "latest"
         )
         folder = "inventory/strict" if plain and self in RUNBOOK else "inventory"
-        return queries.text(f"{folder}/{self.name}")
+        text = queries.text(f"{folder}/{self.name}")
+        for table in sorted(TABLES.keys() - there):
+            text = text.replace(f"FROM {table}\n", f"FROM {_nothing(table)}\n")
+        return text
 
 
 DRIFT = Check(
@@ -128,6 +142,8 @@ class Parameters:
             "snapshot": self.snapshot,
             "strict_runbook": self.strict_runbook,
             "limit": self.limit,
+            "reaches_ms": _milliseconds(REACHES),
+            "settles_ms": _milliseconds(FOLLOWS_SETTLEMENT),
         }
 
 
@@ -168,6 +184,90 @@ def moment(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
+def bound(
+    client: Client, there: frozenset[str], parameters: Parameters, start: datetime
+) -> dict[str, Any]:
+    """The values of all the parameters of the checks' SQL, with what is asked once for all checks."""
+    values = parameters.bound(start)
+    settled = _settled(client, values) if DECISIONS in there else []
+    writers = _position_writers(client, values) if DECISIONS in there else []
+    return {
+        **values,
+        "position_writers": [name for name, _ in writers],
+        "writing_since": [at for _, at in writers],
+        "settled_tickers": [ticker for ticker, _ in settled],
+        "settled_at": [at for _, at in settled],
+    }
+
+
+def _position_writers(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Engines that write position columns, and since when: milliseconds. A position of theirs that is
+    no number is a fault from then on.
+
+    Asked only where there is a decision with such a position.
+    """
+    window = (
+        "FROM mm_decisions WHERE ts >= {since:DateTime64(3, 'UTC')}"
+        " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+    )
+    named = {name: values[name] for name in ("since", "market_ticker")}
+    with translated():
+        strange = client.query(
+            f"SELECT 1 {window} AND NOT isFinite(pos_total_est + pos_filled + pos_open_exposure)"
+            " LIMIT 1",
+            parameters=named,
+        ).row_count
+        if not strange:
+            return []
+        rows = client.query(
+            "SELECT concat(engine_instance_id, ' ', engine_version) AS writer,"
+            f" min(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))) {window}"
+            " AND (NOT isNaN(pos_filled) OR NOT isNaN(pos_open_exposure) OR NOT isNaN(pos_total_est)"
+            " OR open_orders_count != 0 OR inv_convention != '') GROUP BY writer ORDER BY writer",
+            parameters=named,
+        ).result_rows
+    return [(str(name), int(at)) for name, at in rows]
+
+
+def _settled(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Markets that the platform's own catalog knows as settled, and when: milliseconds.
+
+    None where the database has no catalog: it may be an engine's own.
+    """
+    with translated():
+        known = client.query(
+            "SELECT 1 FROM system.columns WHERE database = currentDatabase()"
+            " AND table = 'market_catalog' AND name = 'settlement_ts'"
+        ).row_count
+        if not known:
+            return []
+        rows = client.query(
+            "SELECT market_ticker, toUnixTimestamp64Milli(toDateTime64(argMax(settlement_ts, as_of), 3, 'UTC')) AS at"
+            " FROM market_catalog"
+            " WHERE settlement_ts IS NOT NULL AND settlement_ts <= now64(6, 'UTC')"
+            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+            " AND market_ticker IN"
+            " (SELECT market_ticker FROM mm_decisions WHERE ts >= {since:DateTime64(3, 'UTC')})"
+            " GROUP BY market_ticker ORDER BY market_ticker",
+            parameters={name: values[name] for name in ("since", "market_ticker")},
+        ).result_rows
+    return [(str(ticker), int(at)) for ticker, at in rows]
+
+
+def _nothing(table: str) -> str:
+    """A stand-in for a table that is missing: its columns, and no row."""
+    columns = ", ".join(
+        f"{'toDateTime64(0, 3)' if pa.types.is_timestamp(field.type) else _ZEROS.get(field.type, _EMPTY)}"
+        f" AS {field.name}"
+        for field in TABLES[table].arrow
+    )
+    return f"(SELECT {columns} WHERE 0) AS {table}"
+
+
+def _milliseconds(span: timedelta) -> int:
+    return span // timedelta(milliseconds=1)
+
+
 def since(client: Client, parameters: Parameters) -> datetime:
     """The window's beginning by the server's clock, on a whole second."""
     with translated():
@@ -194,8 +294,8 @@ def sweep(
     start = since(client, parameters) if start is None else start
     if why := there.why_not(DECISIONS):
         return [_skipped(check, why) for check in checks]
-    bound = parameters.bound(start)
-    decisions, unjudged = _decisions(client, bound)
+    values = bound(client, there.usable, parameters, start)
+    decisions, unjudged = _decisions(client, values)
     nothing = "" if decisions else _quiet(client, parameters)
     outcomes = []
     for check in checks:
@@ -205,7 +305,7 @@ def sweep(
         outcomes.append(
             _skipped(check, why)
             if why
-            else _run(client, check, check.sql(parameters), bound, unjudged)
+            else _run(client, check, check.sql(parameters, there.usable), values, unjudged)
         )
     return outcomes
 
@@ -261,10 +361,16 @@ def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
     with translated():
         row = client.query(
             "SELECT count(), countIf("
-            "isNaN(pos_filled) AND isNaN(pos_open_exposure) AND isNaN(pos_total_est)) FROM mm_decisions"
+            "isNaN(pos_filled) AND isNaN(pos_open_exposure) AND isNaN(pos_total_est)"
+            " AND NOT arrayExists((writer, begun) -> writer = concat(engine_instance_id, ' ', engine_version)"
+            " AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) >= begun,"
+            " {position_writers:Array(String)}, {writing_since:Array(Int64)}))"
+            " FROM mm_decisions"
             " WHERE ts >= {since:DateTime64(3, 'UTC')}"
             " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})",
-            parameters={name: bound[name] for name in ("since", "market_ticker")},
+            parameters={
+                name: bound[name] for name in ("since", "market_ticker", "position_writers")
+            },
         ).first_row
     assert row is not None  # noqa: S101 - a count has one row
     return int(row[0]), int(row[1])

@@ -2,56 +2,43 @@
 
 Findings of one check and market that follow one another within a minute are one break. It is open
 while the market's decisions go on being wrong, and closes by itself once they have been right for a
-minute. The checks themselves are in audit.py.
+minute. At each look it is classified again, by all that is known then. The checks themselves are in
+audit.py, what was recorded around a break in evidence.py, and what follows from it in explain.py.
 """
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from kalshi_platform.inventory import audit
+from kalshi_platform.inventory import audit, evidence, explain
 from kalshi_platform.inventory.audit import Check, Parameters, moment
-from kalshi_platform.inventory.semantics import YES_POSITIVE
-from kalshi_platform.storage import queries
+from kalshi_platform.inventory.evidence import Market
+from kalshi_platform.inventory.explain import Case, number
 from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
 
 QUIET = timedelta(seconds=60)
 """So long in order, and a break is over; what comes later is another one."""
-NEAR = timedelta(seconds=2)
-"""An action so close to a drift is its cause, written a moment beside it."""
-BRIEF = timedelta(seconds=5)
-"""A divergence that passes within this was the engine learning of a fill."""
 MOST_EXPLAINED = 500
 """Breaks of one look: beyond them something is wrong that no list explains."""
 
-TIMING = "timing"
-MISSING_FILL = "missing fill"
-UNKNOWN_ORDER = "unknown order"
-ROLLED = "rolled inventory"
-WRONG_CONVENTION = "wrong convention"
-STALE_SNAPSHOT = "stale snapshot"
-UNEXPLAINED = "unexplained"
-
 _NAMESPACE = uuid.UUID("0a2f6a51-6f0b-4a51-9f57-3b0d6ab1d2f4")
-_SAME = 1e-6
-_SHOWN_CHARACTERS = 160
-_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
-
 _MEASURED: Mapping[str, tuple[str, str]] = {
-    audit.DRIFT.name: ("bucket", "greatest(moved_within, moved_since)"),
+    audit.DRIFT.name: ("bucket", "abs(unaccounted)"),
     audit.EXPOSURE.name: ("ts", "abs(pos_open_exposure)"),
     audit.DIVERGENCE.name: ("ts", "abs(difference)"),
-    audit.IDENTITY.name: ("ts", "abs(difference)"),
+    audit.IDENTITY.name: ("ts", "greatest(abs(difference), abs(exposure_difference))"),
     audit.ROLLED.name: ("ts", "abs(difference)"),
     audit.FRESH.name: ("ts", "without_snapshot_s"),
 }
 """By check: the column with a finding's time, and how bad it is."""
+_STRICTLY_DRIFTED = ("bucket", "greatest(moved_within, moved_since)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Break:
         return (
             f"{state}, {self.age.total_seconds():.0f} s from {moment(self.opened_at)}: {self.kind},"
             f" {self.market_ticker}, {self.check_name}, {self.findings} findings, worst"
-            f" {_number(self.worst)}"
+            f" {number(self.worst)}"
         )
 
     def row(self) -> dict[str, Any]:
@@ -102,6 +89,10 @@ class _Episode:
     worst: float
     example: Mapping[str, Any]
     """The first finding's row."""
+    clearest: Mapping[str, Any]
+    """The first row of those with the least in transit."""
+    latest: Mapping[str, Any]
+    """The last finding's row so far."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +106,13 @@ class _Look:
     newest: Mapping[str, datetime]
     """The newest decision of each market."""
     known: Sequence[Break]
-    rolled: frozenset[str]
-    """Markets whose inventory was rolled forward."""
+    values: Mapping[str, Any]
+    """Of the parameters of the checks' SQL."""
+
+    def over(self, episode: _Episode) -> bool:
+        """Whether the market's decisions have been right for long enough since."""
+        newest = self.newest.get(episode.market_ticker, episode.last)
+        return episode.check is not audit.FRESH and newest - episode.last > QUIET
 
 
 def examine(
@@ -135,6 +131,7 @@ def examine(
     if audit.DECISIONS not in there:
         return []
     start = audit.since(client, parameters) if start is None else start
+    values = audit.bound(client, there, replace(parameters, limit=audit.NO_LIMIT), start)
     look = _Look(
         client,
         parameters,
@@ -142,13 +139,19 @@ def examine(
         there,
         newest=_newest_decisions(client, start),
         known=_known(client, start) if TABLE in there else [],
-        rolled=_rolled_markets(client, parameters, start),
+        values=values,
     )
-    found = [
-        _break(look, episode)
+    episodes = [
+        episode
         for check in checks
         if set(check.needs) <= there
         for episode in _episodes(look, check)
+    ]
+    found = [
+        _break(look, episode, *explained)
+        for episode, explained in zip(
+            episodes, explain.explain_all(_cases(look, episodes)), strict=True
+        )
     ]
     return sorted(found, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
 
@@ -190,18 +193,24 @@ def update(client: Client, checks: Iterable[Check], parameters: Parameters) -> l
 
 def _episodes(look: _Look, check: Check) -> list[_Episode]:
     at, measure = _MEASURED[check.name]
+    if check is audit.DRIFT and look.parameters.strict_runbook:
+        at, measure = _STRICTLY_DRIFTED
+    found = check.sql(look.parameters, look.tables)
+    transit = "in_transit" if " AS in_transit" in found else "0"
     # the check's own SQL inside; nothing here comes from a user
     sql = f"""
-        SELECT market_ticker, min(at), max(at), count(), max(measure), argMin(finding, at)
+        SELECT market_ticker, min(at), max(at), count(), max(measure),
+            argMin(finding, at), argMin(finding, (uncertain, at)), argMax(finding, at)
         FROM (
             SELECT *, sum(begins) OVER (PARTITION BY market_ticker ORDER BY at, n) AS episode
             FROM (
                 SELECT *, n = 1 OR at > previous + toIntervalSecond({{quiet_s:UInt32}}) AS begins
                 FROM (
                     SELECT market_ticker, toDateTime64({at}, 3, 'UTC') AS at,
-                        toFloat64({measure}) AS measure, tuple(*) AS finding,
+                        if(isNaN({measure}), 0, toFloat64({measure})) AS measure, tuple(*) AS finding,
+                        toFloat64({transit}) AS uncertain,
                         row_number() OVER by_time AS n, lagInFrame(at) OVER by_time AS previous
-                    FROM ({check.sql(look.parameters)})
+                    FROM ({found})
                     WINDOW by_time AS (PARTITION BY market_ticker ORDER BY {at}
                         ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
                 )
@@ -211,27 +220,63 @@ def _episodes(look: _Look, check: Check) -> list[_Episode]:
         ORDER BY min(at), market_ticker
         LIMIT {{most:UInt32}}
     """  # noqa: S608
-    bound = {
-        **replace(look.parameters, limit=audit.NO_LIMIT).bound(look.start),
-        "quiet_s": int(QUIET.total_seconds()),
-        "most": MOST_EXPLAINED,
-    }
+    values = {**look.values, "quiet_s": int(QUIET.total_seconds()), "most": MOST_EXPLAINED}
     plain = {"join_use_nulls": 0}
     with translated():
-        rows = look.client.query(sql, parameters=bound, settings=plain).result_rows
+        rows = look.client.query(sql, parameters=values, settings=plain).result_rows
+        if not rows:
+            return []
         columns = [
             str(row[0])
             for row in look.client.query(
-                f"DESCRIBE TABLE ({check.sql(look.parameters)})",
-                parameters=bound,
-                settings=plain,
+                f"DESCRIBE TABLE ({found})", parameters=values, settings=plain
             ).result_rows
         ]
     return [
         _Episode(
-            check, str(ticker), first, last, int(count), float(worst), _named(columns, example)
+            check,
+            str(ticker),
+            first,
+            last,
+            int(count),
+            float(worst),
+            _named(columns, example),
+            _named(columns, clearest),
+            _named(columns, latest),
         )
-        for ticker, first, last, count, worst, example in rows
+        for ticker, first, last, count, worst, example, clearest, latest in rows
+    ]
+
+
+def _cases(look: _Look, episodes: Sequence[_Episode]) -> list[Case]:
+    """The breaks with what was recorded around them, asked for all of them at once."""
+    seconds: dict[str, set[datetime]] = {}
+    for episode in episodes:
+        seconds.setdefault(episode.market_ticker, set()).update((episode.first, episode.last))
+    markets = evidence.gather(look.client, look.tables, look.values, look.start, seconds)
+    diverged = any(episode.check is audit.DIVERGENCE for episode in episodes)
+    engines = {str(episode.latest.get("engine_instance_id", "")) for episode in episodes}
+    skews = {
+        engine: evidence.skew(markets.values(), engine) if diverged else None for engine in engines
+    }
+    rolled = _rolled_markets(look, episodes)
+    return [
+        Case(
+            check=episode.check,
+            market_ticker=episode.market_ticker,
+            first=episode.first,
+            last=episode.last,
+            example=episode.example,
+            clearest=episode.clearest,
+            latest=episode.latest,
+            over=look.over(episode),
+            newest=look.newest.get(episode.market_ticker, episode.last),
+            market=markets.get(episode.market_ticker, Market()),
+            skew=skews[str(episode.latest.get("engine_instance_id", ""))],
+            rolled=episode.market_ticker in rolled,
+            stale_after_s=look.parameters.stale_after_s,
+        )
+        for episode in episodes
     ]
 
 
@@ -260,17 +305,19 @@ def _known(client: Client, start: datetime) -> list[Break]:
     return [Break(*row) for row in rows]
 
 
-def _rolled_markets(client: Client, parameters: Parameters, start: datetime) -> frozenset[str]:
-    bound = replace(parameters, limit=audit.NO_LIMIT).bound(start)
+def _rolled_markets(look: _Look, episodes: Sequence[_Episode]) -> frozenset[str]:
+    """Markets of breaks whose inventory was rolled forward; asked only where it matters."""
+    if not any(episode.check in {audit.DIVERGENCE, audit.IDENTITY} for episode in episodes):
+        return frozenset()
     with translated():
-        rows = client.query(
-            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(parameters)})",  # noqa: S608
-            parameters=bound,
+        rows = look.client.query(
+            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(look.parameters)})",  # noqa: S608
+            parameters=dict(look.values),
         ).result_rows
     return frozenset(str(ticker) for (ticker,) in rows)
 
 
-def _break(look: _Look, episode: _Episode) -> Break:
+def _break(look: _Look, episode: _Episode, kind: str, explanation: str) -> Break:
     check, ticker = episode.check, episode.market_ticker
     opened, last = episode.first, episode.last
     if check is audit.FRESH:
@@ -287,218 +334,17 @@ def _break(look: _Look, episode: _Episode) -> Break:
     )
     if before is not None:
         opened = min(opened, before.opened_at)
-    over = check is not audit.FRESH and look.newest.get(ticker, last) - last > QUIET
-    kind, explanation = _explain(look, episode, over)
     named = f"{check.name}:{ticker}:{moment(opened)}"
+    worst = max(episode.worst, before.worst if before is not None else 0.0)
     return Break(
         break_id=before.break_id if before is not None else uuid.uuid5(_NAMESPACE, named),
         check_name=check.name,
         market_ticker=ticker,
-        kind=kind,
+        kind=str(kind),
         opened_at=opened,
         last_seen_at=last,
-        closed_at=last if over else None,
+        closed_at=last if look.over(episode) else None,
         findings=max(episode.findings, before.findings if before is not None else 0),
-        worst=max(episode.worst, before.worst if before is not None else 0.0),
+        worst=worst if math.isfinite(worst) else math.inf,
         explanation=explanation,
     )
-
-
-# -- explaining --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Around:
-    """What was recorded around a finding."""
-
-    block_codes: Sequence[str] = ()
-    inv_convention: str = ""
-    resting: float = 0.0
-    """What the five resting fields add up to, signed."""
-    action: tuple[Any, ...] | None = None
-    reject: tuple[Any, ...] | None = None
-    actions: int = 0
-    responses: int = 0
-    orphans: int = 0
-    """Responses to actions that nobody recorded."""
-
-    def sentence(self) -> str:
-        """The context, as the end of a sentence."""
-        parts = [
-            f"block_codes were {', '.join(self.block_codes)}"
-            if self.block_codes
-            else "nothing was blocked"
-        ]
-        if self.action is not None:
-            kind, side, api_side, size, price, request = self.action
-            what = f"{kind} {side} of {_number(size)} {api_side} at {_number(price)}"
-            parts.append(f"the last action was {what} {_shortened(request)}".rstrip())
-        else:
-            parts.append("no action was recorded")
-        if self.reject is not None:
-            parts.append(f"order {self.reject[1]} was rejected: {_shortened(self.reject[0])}")
-        return "; ".join(parts)
-
-
-def _explain(look: _Look, episode: _Episode, over: bool) -> tuple[str, str]:
-    """The kind of a break, and one sentence."""
-    check, row = episode.check, episode.example
-    begin = episode.first
-    if check is audit.DRIFT and row["previous_total_est"] is not None:
-        begin = min(begin, row.get("last_action_bucket") or begin)
-        begin = max(begin, episode.first - timedelta(seconds=30))
-    around = _look_around(look, episode, begin)
-    if check is audit.DRIFT:
-        kind, said = _explain_drift(episode, around)
-    elif check is audit.EXPOSURE:
-        kind = UNKNOWN_ORDER
-        said = (
-            f"the engine counts {_number(row['pos_open_exposure'])} contracts of exposure from"
-            " orders although it has none open"
-        )
-    elif check is audit.DIVERGENCE:
-        kind, said = _explain_divergence(look, episode, over, around)
-    elif check is audit.IDENTITY:
-        kind, said = _explain_identity(look, episode, around)
-    elif check is audit.ROLLED:
-        kind = ROLLED
-        said = (
-            f"inv_before {_number(row['inv_before'])} is the estimate of the decision before, while"
-            f" {_number(row['pos_filled'])} is filled"
-        )
-    else:
-        kind = STALE_SNAPSHOT
-        said = f"no snapshot of the exchange's position for {_number(row['without_snapshot_s'])} s"
-    return kind, f"{kind.capitalize()}: {said}; {around.sentence()}."
-
-
-def _look_around(look: _Look, episode: _Episode, begin: datetime) -> _Around:
-    if not {audit.ACTIONS, "mm_order_responses"} <= look.tables:
-        return _Around()
-    at = episode.first + timedelta(seconds=1 if episode.check is audit.DRIFT else 0)
-    bound = {
-        "market_ticker": episode.market_ticker,
-        "at": moment(at),
-        "since": moment(min(begin, episode.first) - NEAR),
-        "until": moment(at + NEAR),
-    }
-    with translated():
-        row = look.client.query(queries.text("inventory/around"), parameters=bound).result_rows[0]
-    decision, action, reject, actions, responses = row
-    answered = _cells(responses) or (0, 0)
-    codes, _, convention, resting = _cells(decision) or ((), "", "", 0.0)
-    return _Around(
-        tuple(codes),
-        convention,
-        resting,
-        _cells(action),
-        _cells(reject),
-        int(actions or 0),
-        *answered,
-    )
-
-
-def _cells(value: Any) -> tuple[Any, ...] | None:
-    """A tuple column, whatever the driver made of it; None where the subquery had no row."""
-    if value is None:
-        return None
-    cells = tuple(value.values()) if isinstance(value, dict) else tuple(value)
-    return None if all(cell is None for cell in cells) else cells
-
-
-def _explain_drift(episode: _Episode, around: _Around) -> tuple[str, str]:
-    row = episode.example
-    moved = _number(max(row["moved_within"], row["moved_since"]))
-    said = f"the estimated position moved by {moved} contracts with no action recorded"
-    if around.orphans:
-        said += f", yet {around.orphans} answers to unrecorded actions came"
-        return UNKNOWN_ORDER, said
-    if around.actions or around.responses:
-        return TIMING, f"{said} in that second; orders were sent or answered beside it"
-    return UNEXPLAINED, said
-
-
-def _explain_identity(look: _Look, episode: _Episode, around: _Around) -> tuple[str, str]:
-    row = episode.example
-    said = (
-        f"pos_total_est {_number(row['pos_total_est'])} is not pos_filled"
-        f" {_number(row['pos_filled'])} plus pos_open_exposure {_number(row['pos_open_exposure'])}"
-    )
-    if abs(row["pos_total_est"] - row["pos_filled"] - around.resting) < _SAME:
-        return UNKNOWN_ORDER, f"{said}, but it is with the {_number(around.resting)} that rest"
-    return (ROLLED if episode.market_ticker in look.rolled else UNEXPLAINED), said
-
-
-def _explain_divergence(
-    look: _Look, episode: _Episode, over: bool, around: _Around
-) -> tuple[str, str]:
-    row = episode.example
-    ours, theirs, apart = row["pos_filled"], row["snapshot_pos_filled"], row["difference"]
-    lasted = episode.last - episode.first
-    stale = row["snapshot_age_s"] > look.parameters.stale_after_s
-    said = (
-        f"the engine has {_number(ours)} and the exchange said {_number(theirs)}"
-        f" {_number(row['snapshot_age_s'])} s before"
-    )
-    after, missing, uncounted = (
-        _reconciled(look, episode) if "mm_fills" in look.tables else (0.0, 0.0, 0.0)
-    )
-    if theirs and abs(ours + theirs) < _SAME:
-        named = around.inv_convention or "none"
-        kind = WRONG_CONVENTION
-        said += f", the same with the other sign (inv_convention {named})"
-    elif around.inv_convention.lower() not in YES_POSITIVE:
-        kind = WRONG_CONVENTION
-        said += f", and inv_convention is {around.inv_convention}"
-    elif after and abs(ours - theirs - after) < _SAME:
-        kind = STALE_SNAPSHOT if stale else TIMING
-        said += f", and fills of {_number(after)} since then account for it"
-    elif stale:
-        kind = STALE_SNAPSHOT
-    elif abs(missing) > _SAME:
-        kind = MISSING_FILL
-        said += f", and fills of {_number(missing)} were never recorded"
-    elif over and lasted <= BRIEF:
-        kind = TIMING
-        said += f", for {lasted.total_seconds():.1f} s only"
-    elif uncounted:
-        kind = MISSING_FILL
-        said += f", and recorded fills of {_number(uncounted)} are not in pos_filled"
-    elif episode.market_ticker in look.rolled:
-        kind = ROLLED
-        said += ", and inventory was rolled forward"
-    else:
-        kind = UNEXPLAINED
-        said += f", {_number(apart)} apart"
-    return kind, said
-
-
-def _reconciled(look: _Look, episode: _Episode) -> tuple[float, float, float]:
-    """Signed fills since the snapshot; what the snapshot has that no recorded fill accounts for; and
-    the recorded fills before it, where the engine still has the position from before them.
-    """
-    row = episode.example
-    with translated():
-        found = look.client.query(
-            queries.text("inventory/reconciled"),
-            parameters={
-                "market_ticker": episode.market_ticker,
-                "snapshot_ts": moment(row["snapshot_ts"]),
-                "at": moment(episode.first),
-            },
-        ).result_rows[0]
-    after, before_ts, before_pos, between = found
-    if before_ts <= _NEVER:
-        return float(after), 0.0, 0.0  # no snapshot before it to count from
-    missing = float(row["snapshot_pos_filled"] - before_pos - between)
-    stayed = abs(row["pos_filled"] - before_pos) < _SAME
-    return float(after), missing, float(between) if stayed else 0.0
-
-
-def _number(value: float) -> str:
-    return f"{value:.6f}".rstrip("0").rstrip(".")
-
-
-def _shortened(text: str) -> str:
-    one_line = " ".join(str(text).split())
-    return one_line if len(one_line) <= _SHOWN_CHARACTERS else f"{one_line[:_SHOWN_CHARACTERS]}…"

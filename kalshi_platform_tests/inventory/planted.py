@@ -59,6 +59,7 @@ class Planted:
         """An order sent."""
         row = {
             "ts": at,
+            "engine_instance_id": "engine-1",
             "action_id": str(self._id()),
             "market_ticker": TICKER,
             "client_order_id": f"order-{self._n}",
@@ -73,7 +74,13 @@ class Planted:
 
     def response(self, at: datetime, **others: Any) -> None:
         """An answer to an order."""
-        row = {"ts": at, "action_id": "unheard-of", "market_ticker": TICKER, "status": "resting"}
+        row = {
+            "ts": at,
+            "engine_instance_id": "engine-1",
+            "action_id": "unheard-of",
+            "market_ticker": TICKER,
+            "status": "resting",
+        }
         self._insert("mm_order_responses", {**row, **others})
 
     def fill(self, at: datetime, signed: float, **others: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters
 from kalshi_platform.inventory.breaks import Break
+from kalshi_platform.inventory.kinds import Kind
 from kalshi_platform_tests.inventory.planted import Planted, ago
 
 
@@ -62,14 +63,17 @@ def test_a_break_that_the_window_has_left_behind_is_closed(planted: Planted) -> 
     assert stored(planted, "closed_at") == [(ago(3000),)]
 
 
-def test_fills_after_the_snapshot_make_it_timing_or_a_stale_snapshot(planted: Planted) -> None:
-    planted.snapshot(ago(700), 0)
-    planted.fill(ago(600), 5)
-    planted.decision(ago(590), filled=5)
-    assert only(planted, audit.DIVERGENCE).kind == breaks.TIMING
-    planted.decision(ago(10), filled=5)
-    kinds = [each.kind for each in breaks.examine(planted.client, [audit.DIVERGENCE], Parameters())]
-    assert kinds == [breaks.TIMING, breaks.STALE_SNAPSHOT]
+def test_timing_ends_with_its_bound_while_the_difference_lasts(planted: Planted) -> None:
+    planted.snapshot(ago(200), 0)
+    planted.decision(ago(130), filled=0)
+    planted.fill(ago(100), 5)
+    for second in range(5, 20):
+        planted.decision(ago(100 - second), filled=0)
+    assert only(planted, audit.DIVERGENCE).kind == Kind.TIMING
+    for second in range(20, 60):
+        planted.decision(ago(100 - second), filled=0)
+    found = only(planted, audit.DIVERGENCE)
+    assert (found.kind, found.closed_at) == (Kind.MISSING_FILL, None)
 
 
 @pytest.mark.parametrize("recorded", [0.0, 4.0])
@@ -83,7 +87,7 @@ def test_a_snapshot_that_the_fills_do_not_account_for_is_a_missing_fill(
     planted.snapshot(ago(200), 12)
     planted.decision(ago(190), filled=2 + recorded)
     found = only(planted, audit.DIVERGENCE)
-    assert found.kind == breaks.MISSING_FILL
+    assert found.kind == Kind.MISSING_FILL
     assert f"fills of {10 - recorded:g} were never recorded" in found.explanation
 
 
@@ -93,7 +97,7 @@ def test_a_fill_that_was_recorded_and_not_counted_is_a_missing_fill(planted: Pla
     planted.snapshot(ago(200), 12)
     planted.decision(ago(190), filled=2)
     found = only(planted, audit.DIVERGENCE)
-    assert found.kind == breaks.MISSING_FILL
+    assert found.kind == Kind.MISSING_FILL
     assert "recorded fills of 10 are not in pos_filled" in found.explanation
 
 
@@ -101,7 +105,7 @@ def test_the_other_sign_is_a_wrong_convention(planted: Planted) -> None:
     planted.snapshot(ago(300), -7)
     planted.decision(ago(290), filled=7, inv_convention="no_positive")
     found = only(planted, audit.DIVERGENCE)
-    assert found.kind == breaks.WRONG_CONVENTION
+    assert found.kind == Kind.WRONG_CONVENTION
     assert "no_positive" in found.explanation
 
 
@@ -111,15 +115,15 @@ def test_a_divergence_that_passes_at_once_is_timing(planted: Planted) -> None:
     planted.decision(ago(298), filled=4)
     planted.decision(ago(200), filled=4)
     found = only(planted, audit.DIVERGENCE)
-    assert (found.kind, found.closed_at) == (breaks.TIMING, ago(299))
+    assert (found.kind, found.closed_at) == (Kind.TIMING, ago(299))
 
 
 @pytest.mark.parametrize(
     ("action_at", "answered", "kind"),
     [
-        (None, False, breaks.UNEXPLAINED),
-        (99.9, False, breaks.TIMING),  # a moment after the drift, in the next second
-        (None, True, breaks.UNKNOWN_ORDER),
+        (None, False, Kind.UNEXPLAINED),
+        (99.5, False, Kind.UNEXPLAINED),  # an action of another amount explains nothing
+        (None, True, Kind.UNKNOWN_ORDER),
     ],
 )
 def test_a_drift_is_timing_an_unknown_order_or_unexplained(
@@ -141,7 +145,7 @@ def test_the_sentence_names_the_block_the_request_and_the_rejection(planted: Pla
     )
     planted.decision(ago(100), exposure=5, open_orders_count=0, block_codes=["max_long"], allowed=0)
     found = only(planted, audit.EXPOSURE)
-    assert found.kind == breaks.UNKNOWN_ORDER
+    assert found.kind == Kind.UNKNOWN_ORDER
     for named in (
         "max_long",
         '{"client_order_id":"x-7"}',
@@ -155,10 +159,10 @@ def test_exposure_that_the_resting_sizes_contradict_is_an_unknown_order(planted:
     planted.action(ago(101))
     planted.decision(ago(100), filled=2, exposure=3, pos_open_exposure=9, pos_total_est=5)
     found = only(planted, audit.IDENTITY)
-    assert found.kind == breaks.UNKNOWN_ORDER
+    assert found.kind == Kind.UNKNOWN_ORDER
     planted.decision(ago(10), filled=2, exposure=0, pos_total_est=4)
     kinds = [each.kind for each in breaks.examine(planted.client, [audit.IDENTITY], Parameters())]
-    assert kinds == [breaks.UNKNOWN_ORDER, breaks.UNEXPLAINED]
+    assert kinds == [Kind.UNKNOWN_ORDER, Kind.UNEXPLAINED]
 
 
 def test_a_stale_snapshot_begins_with_the_last_one(planted: Planted) -> None:
@@ -166,7 +170,7 @@ def test_a_stale_snapshot_begins_with_the_last_one(planted: Planted) -> None:
     planted.decision(ago(2000))
     planted.decision(ago(100))
     found = only(planted, audit.FRESH)
-    assert (found.kind, found.opened_at) == (breaks.STALE_SNAPSHOT, ago(2000))
+    assert (found.kind, found.opened_at) == (Kind.STALE_SNAPSHOT, ago(2000))
     (first,) = breaks.update(planted.client, [audit.FRESH], Parameters())
     planted.decision(ago(50))
     (again,) = breaks.update(planted.client, [audit.FRESH], Parameters())

@@ -62,7 +62,57 @@ def test_an_action_from_the_last_decisions_second_to_the_buckets_end_explains_a_
     planted.decision(ago(100.5), exposure=0)
     planted.decision(ago(95.5), exposure=5)
     planted.action(ago(action_at))
+    assert total(planted, audit.DRIFT, strict_runbook=True) == found
+
+
+@pytest.mark.parametrize(("size", "found"), [(5, 0), (5.99, 0), (6, 1), (4, 1), (10, 1)])
+def test_an_action_explains_a_drift_of_its_own_amount(
+    planted: Planted, size: float, found: int
+) -> None:
+    planted.decision(ago(100.5), exposure=0)
+    planted.action(ago(98), action_id="a-1", size=size)
+    planted.response(ago(97.9), action_id="a-1")
+    planted.decision(ago(95.5), exposure=5)
     assert total(planted, audit.DRIFT) == found
+
+
+def test_exposure_that_creeps_below_the_threshold_is_a_drift(planted: Planted) -> None:
+    for second in range(5):
+        planted.decision(ago(100.5 - second), exposure=0.9 * second)
+    assert total(planted, audit.DRIFT) == 3
+
+
+def test_an_order_is_counted_until_the_exchanges_word_of_its_end(planted: Planted) -> None:
+    planted.action(ago(100.2), action_id="a-1", client_order_id="o-1")
+    planted.decision(ago(100.5), exposure=0)
+    planted.decision(ago(99.5), exposure=10)
+    planted.response(ago(90), action_id="a-1", client_order_id="o-1", status="canceled")
+    planted.decision(ago(90.5), exposure=10)
+    planted.decision(ago(89.1), exposure=0)
+    assert total(planted, audit.DRIFT) == 0
+    planted.decision(ago(88.1), exposure=10)
+    assert total(planted, audit.DRIFT) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_position_that_is_no_number_is_found(planted: Planted, value: float) -> None:
+    planted.decision(ago(100.5), filled=3)
+    planted.decision(ago(99.5), filled=3, pos_filled=value)
+    planted.snapshot(ago(110), 3)
+    assert total(planted, audit.DIVERGENCE) == 1
+    assert total(planted, audit.IDENTITY) == 1
+
+
+def test_a_fill_counts_from_the_snapshot_on_once(planted: Planted) -> None:
+    planted.snapshot(ago(100), 2)
+    planted.fill(ago(80), 5, fill_id="f-1", engine_instance_id="engine-1")
+    planted.fill(ago(80), 5, fill_id="f-1", engine_instance_id="engine-2")
+    planted.decision(ago(70), filled=7)
+    assert total(planted, audit.DIVERGENCE) == 0
+    assert total(planted, audit.DIVERGENCE, strict_runbook=True) == 1
+    assert total(planted, audit.DIVERGENCE, snapshot="latest") == 1
+    planted.decision(ago(69), filled=12)
+    assert total(planted, audit.DIVERGENCE) == 1
 
 
 def test_an_action_of_another_market_explains_nothing(planted: Planted) -> None:
@@ -84,7 +134,7 @@ def test_the_last_decision_may_lie_before_the_window(planted: Planted) -> None:
     planted.decision(ago(3 * 3600), exposure=0)
     planted.decision(ago(60), exposure=5)
     assert total(planted, audit.DRIFT, lookback_minutes=120) == 1
-    planted.action(ago(2.5 * 3600))
+    planted.action(ago(2.5 * 3600), size=5)
     assert total(planted, audit.DRIFT, lookback_minutes=120) == 0
 
 
@@ -119,8 +169,10 @@ def test_a_divergence_from_the_snapshot_is_found_from_the_threshold_on(
 def test_a_decision_is_held_against_the_snapshot_at_or_before_it(planted: Planted) -> None:
     planted.snapshot(ago(4 * 3600), 1)
     planted.decision(ago(70), filled=1)
+    planted.fill(ago(65), 1)
     planted.snapshot(ago(60), 2)
     planted.decision(ago(60), filled=2)
+    planted.fill(ago(55), 7)
     planted.snapshot(ago(50), 9)
     assert total(planted, audit.DIVERGENCE) == 0
     assert total(planted, audit.DIVERGENCE, snapshot="latest") == 2

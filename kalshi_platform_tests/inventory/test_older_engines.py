@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.inventory import breaks
+from kalshi_platform.inventory.kinds import Kind
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.storage.tables import settings_for
@@ -218,7 +218,7 @@ def test_the_name_that_the_older_system_gives_the_convention_is_ours(engine: Eng
     engine.decision(30, judged(pos_filled=4, pos_total_est=4, inv_before=4))
     result = engine.platform("qa", "--explain")
     assert result.exit_code == 2, f"{result.output}{result.exception or ''}"
-    assert breaks.WRONG_CONVENTION not in result.output.lower()
+    assert Kind.WRONG_CONVENTION not in result.output.lower()
 
 
 def test_a_table_that_takes_no_position_for_a_flat_one_is_named(engine: Engine) -> None:

@@ -13,6 +13,7 @@ import pytest
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
+from kalshi_platform.inventory.kinds import Kind
 from kalshi_platform.inventory.recorder import Recorder
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.semantics import OrderStatus
@@ -118,11 +119,11 @@ def test_an_hour_of_the_healthy_market_maker_has_no_anomaly(planted: Planted) ->
 @pytest.mark.parametrize(
     ("fault", "check", "kind"),
     [
-        (Misbehaviour.ROLLED, audit.ROLLED, breaks.ROLLED),
-        (Misbehaviour.PHANTOM, audit.EXPOSURE, breaks.UNKNOWN_ORDER),
-        (Misbehaviour.MISSED_FILL, audit.DIVERGENCE, breaks.MISSING_FILL),
-        (Misbehaviour.NO_ACTIONS, audit.DRIFT, breaks.UNKNOWN_ORDER),
-        (Misbehaviour.STALE, audit.FRESH, breaks.STALE_SNAPSHOT),
+        (Misbehaviour.ROLLED, audit.ROLLED, Kind.ROLLED),
+        (Misbehaviour.PHANTOM, audit.EXPOSURE, Kind.UNKNOWN_ORDER),
+        (Misbehaviour.MISSED_FILL, audit.DIVERGENCE, Kind.MISSING_FILL),
+        (Misbehaviour.NO_ACTIONS, audit.DRIFT, Kind.UNKNOWN_ORDER),
+        (Misbehaviour.STALE, audit.FRESH, Kind.STALE_SNAPSHOT),
     ],
 )
 def test_each_misbehaviour_turns_its_check_red_and_is_named(

@@ -10,6 +10,7 @@
 SELECT
     ts,
     market_ticker,
+    engine_instance_id,
     decision_id,
     inv_before,
     previous_inv_after_est,
@@ -21,6 +22,7 @@ FROM
     SELECT
         ts,
         market_ticker,
+        engine_instance_id,
         decision_id,
         inv_before,
         pos_filled,
@@ -39,6 +41,6 @@ FROM
 WHERE has_previous
     AND round(abs(inv_before - previous_inv_after_est), 6) = 0
     AND (round(abs(previous_inv_after_est - previous_inv_before), 6) > 0 OR previous_inv_after_est != 0)
-    AND abs(difference) >= {filled_threshold:Float64}
+    AND isFinite(difference) AND abs(difference) >= {filled_threshold:Float64}
 ORDER BY ts, market_ticker, decision_id
 LIMIT {limit:UInt64}

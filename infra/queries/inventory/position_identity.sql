@@ -1,20 +1,37 @@
--- Is pos_total_est = pos_filled + pos_open_exposure? One row for each decision where the two differ
--- by more than open_epsilon.
+-- Is pos_total_est = pos_filled + pos_open_exposure, and pos_open_exposure what the resting sizes add up
+-- to, where an engine writes them? One row for each decision where one of the two differs by more than
+-- open_epsilon, and for each with one of the three that is no number, unless the engine
+-- writes no position columns at all.
 --
+-- position_writers, writing_since: engines, with their versions, that write position columns, and
+-- since when.
 -- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
 -- limit.
 SELECT
     ts,
     market_ticker,
+    engine_instance_id,
     decision_id,
     pos_total_est,
     pos_filled,
     pos_open_exposure,
+    open_yes_bid_size + open_no_ask_size - open_yes_ask_size - open_no_bid_size AS resting,
     round(pos_total_est - (pos_filled + pos_open_exposure), 6) AS difference,
+    if(open_yes_bid_size + open_no_ask_size + open_yes_ask_size + open_no_bid_size > 0,
+        round(pos_open_exposure - resting, 6), 0) AS exposure_difference,
     count() OVER () AS total
 FROM mm_decisions
 WHERE ts >= {since:DateTime64(3, 'UTC')}
     AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
-    AND abs(difference) > {open_epsilon:Float64}
-ORDER BY ts, market_ticker, decision_id
+    AND
+    (
+        abs(difference) > {open_epsilon:Float64}
+        OR abs(exposure_difference) > {open_epsilon:Float64}
+        OR (NOT (isFinite(pos_total_est) AND isFinite(pos_filled) AND isFinite(pos_open_exposure))
+            AND arrayExists(
+                (writer, begun) -> writer = concat(engine_instance_id, ' ', engine_version)
+                    AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) >= begun,
+                {position_writers:Array(String)}, {writing_since:Array(Int64)}))
+    )
+ORDER BY ts, market_ticker, engine_instance_id, decision_id
 LIMIT {limit:UInt64}

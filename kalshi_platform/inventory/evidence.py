@@ -1,0 +1,407 @@
+"""What was recorded around breaks: one query for each table, for all markets with breaks at once.
+
+Nothing is judged here; explain.py reads these rows. Amounts are signed contracts, YES positive.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from operator import attrgetter, itemgetter
+from statistics import median
+from typing import Any, NamedTuple
+
+from kalshi_platform.inventory import audit
+from kalshi_platform.inventory.audit import moment
+from kalshi_platform.storage.clickhouse import Client, translated
+
+BEFORE = timedelta(days=1)
+"""So long before the window orders may have begun."""
+MOST_ROWS = 20_000
+"""Of one market and table: beyond them the newest count."""
+
+SAME = 1e-6
+STEADY = timedelta(seconds=1.5)
+"""A clock that is off is off by the same amount each time, but for the engine's loop."""
+
+_ENDED = {"canceled", "cancelled", "expired", "executed", "filled", "not found"}
+
+
+class Report(NamedTuple):
+    """A position as the exchange reported it."""
+
+    at: datetime
+    position: float
+    source: str
+    result: str
+
+    @property
+    def settles(self) -> bool:
+        """Whether it is of a settlement."""
+        return self.source.lower().startswith("settle") or self.source == "market_catalog"
+
+
+class Fill(NamedTuple):
+    """A fill, once however often it was recorded."""
+
+    at: datetime
+    """By the exchange's clock, where it was recorded."""
+    recorded_at: datetime
+    """By the clock that wrote the row."""
+    amount: float
+    fill_id: str
+    order_id: str
+    engine: str
+
+
+class Action(NamedTuple):
+    """Something asked of the exchange."""
+
+    at: datetime
+    engine: str
+    action_id: str
+    kind: str
+    order_id: str
+    former_id: str
+    side: str
+    contract: str
+    size: float
+    price: float
+    request: str
+
+    @property
+    def amount(self) -> float:
+        """What the order adds when all of it fills."""
+        sense = 1 if self.side in {"bid", "buy"} else -1 if self.side in {"ask", "sell"} else 0
+        return sense * (-1 if self.contract == "no" else 1) * self.size
+
+
+class Answer(NamedTuple):
+    """What the exchange said of an order."""
+
+    at: datetime
+    engine: str
+    action_id: str
+    order_id: str
+    status: str
+    reason: str
+
+
+class Moved(NamedTuple):
+    """A decision whose pos_filled is not that of the engine's decision before."""
+
+    at: datetime
+    engine: str
+    by: float
+    expected: bool
+    """Whether it is now what the decision before expected it to become."""
+
+
+class Decision(NamedTuple):
+    """A decision of the second of a finding."""
+
+    at: datetime
+    engine: str
+    block_codes: Sequence[str]
+    convention: str
+    resting: float
+    """What the four resting sizes add up to."""
+
+
+@dataclass
+class Order:
+    """An order, as far as its actions, answers and fills say."""
+
+    order_id: str
+    engine: str
+    began_at: datetime
+    remaining: float
+    """What it still adds when all of it fills; what remained, once it has ended."""
+    ended_at: datetime | None = None
+    how: str = ""
+    """The status that ended it."""
+
+    def ends(self, at: datetime, how: str) -> None:
+        """Its end, the first time that it is heard of."""
+        if self.ended_at is None:
+            self.ended_at, self.how = at, how
+
+    def takes(self, amount: float) -> None:
+        """Take a fill off what remains."""
+        left = max(abs(self.remaining) - abs(amount), 0.0)
+        self.remaining = round(left if self.remaining > 0 else -left, 6)
+
+
+@dataclass(frozen=True)
+class Market:
+    """Everything that was recorded of one market, each in the order of time."""
+
+    reports: Sequence[Report] = ()
+    fills: Sequence[Fill] = ()
+    actions: Sequence[Action] = ()
+    answers: Sequence[Answer] = ()
+    moved: Sequence[Moved] = ()
+    decisions: Sequence[Decision] = ()
+    orders: Sequence[Order] = field(default=())
+
+    def settlement(self, until: datetime) -> Report | None:
+        """The market's settlement, where there was one until then."""
+        return next((each for each in self.reports if each.settles and each.at <= until), None)
+
+    def decision(self, at: datetime, engine: str | None) -> Decision | None:
+        """The last decision of the second of a finding."""
+        end = at + timedelta(seconds=1)
+        of_engine = [
+            each
+            for each in self.decisions
+            if at.replace(microsecond=0) <= each.at < end and engine in {None, each.engine}
+        ]
+        at_it = [each for each in of_engine if each.at <= at]
+        found = at_it or of_engine
+        return found[-1] if found else None
+
+    def unrecorded(self) -> list[tuple[datetime, Report, float]]:
+        """By report: since when, and what it has that no recorded fill since then accounts for."""
+        found = []
+        plain = [each for each in self.reports if not each.settles]
+        for before, after in itertools.pairwise(plain):
+            between = sum(each.amount for each in self.fills if before.at < each.at <= after.at)
+            beyond = round(after.position - before.position - between, 6)
+            if beyond:
+                found.append((before.at, after, beyond))
+        return found
+
+    def orphans(self, begin: datetime, end: datetime) -> int:
+        """Answers in a span to actions that were never recorded."""
+        known = {each.action_id for each in self.actions}
+        return sum(
+            1 for each in self.answers if begin <= each.at <= end and each.action_id not in known
+        )
+
+
+def gather(
+    client: Client,
+    there: frozenset[str],
+    values: Mapping[str, Any],
+    start: datetime,
+    seconds: Mapping[str, Iterable[datetime]],
+) -> dict[str, Market]:
+    """What was recorded of the markets in `seconds`; the decisions of those seconds only."""
+    if not seconds:
+        return {}
+    bound = {
+        "markets": sorted(seconds),
+        "since": moment(start),
+        "early": moment(start - BEFORE),
+        "most": MOST_ROWS,
+        "seconds": sorted({int(at.timestamp()) for moments in seconds.values() for at in moments}),
+    }
+
+    def rows(table: str, columns: str, more: str = "") -> dict[str, list[tuple[Any, ...]]]:
+        if table not in there:
+            return {}
+        sql = (
+            f"SELECT market_ticker, {columns} FROM {table}"  # noqa: S608 - texts of this module
+            " WHERE market_ticker IN {markets:Array(String)} AND ts >= {early:DateTime64(3, 'UTC')}"
+            f" {more} ORDER BY market_ticker, ts DESC LIMIT {{most:UInt32}} BY market_ticker"
+        )
+        with translated():
+            found = client.query(sql, parameters=bound).result_rows
+        return {
+            str(ticker): [tuple(row[1:]) for row in of_market][::-1]
+            for ticker, of_market in itertools.groupby(found, key=itemgetter(0))
+        }
+
+    reports = rows(
+        audit.SNAPSHOTS,
+        "toDateTime64(ts, 3, 'UTC'), pos_filled, toString(source),"
+        " JSONExtractString(raw_json, 'market_result'), JSONExtractString(raw_json, 'result'),"
+        " toDateTime64(parseDateTime64BestEffortOrNull("
+        "JSONExtractString(raw_json, 'settled_time'), 3, 'UTC'), 3, 'UTC')",
+        "AND isFinite(pos_filled)",
+    )
+    fills = rows(
+        "mm_fills",
+        "toDateTime64(coalesce(parseDateTime64BestEffortOrNull("
+        "JSONExtractString(raw_json, 'created_time'), 3, 'UTC'), toDateTime64(ts, 3, 'UTC')), 3, 'UTC'),"
+        " toDateTime64(ts, 3, 'UTC'), ifNull(toFloat64OrNull(JSONExtractString(raw_json, 'count_fp')), size)"
+        " * if(coalesce(nullIf(JSONExtractString(raw_json, 'outcome_side'), ''), toString(side)) = 'yes',"
+        " 1, -1), fill_id, client_order_id,"
+        " toString(engine_instance_id), exchange_order_id",
+        "AND isFinite(size)",
+    )
+    actions = rows(
+        audit.ACTIONS,
+        "toDateTime64(ts, 3, 'UTC'), toString(engine_instance_id), action_id, toString(action_type),"
+        " client_order_id, replace_of_client_order_id, toString(side), toString(api_side), size,"
+        " price, substring(request_json, 1, 1000)",
+        "AND isFinite(size)",
+    )
+    answers = rows(
+        "mm_order_responses",
+        "toDateTime64(ts, 3, 'UTC'), toString(engine_instance_id), action_id, client_order_id,"
+        " if(status = 'rejected' AND reject_reason ILIKE '%not%found%', 'not found', lower(status)),"
+        " toString(reject_reason)",
+    )
+    decisions = rows(
+        audit.DECISIONS,
+        "toDateTime64(ts, 3, 'UTC'), toString(engine_instance_id), block_codes,"
+        " toString(inv_convention),"
+        " open_yes_bid_size + open_no_ask_size - open_yes_ask_size - open_no_bid_size",
+        "AND ts >= {since:DateTime64(3, 'UTC')} AND toUnixTimestamp(ts) IN {seconds:Array(UInt32)}",
+    )
+    moved = _moved(client, bound)
+    catalog = dict(
+        zip(values.get("settled_tickers", ()), values.get("settled_at", ()), strict=True)
+    )
+    markets = {}
+    for ticker in seconds:
+        known = [Action(*row) for row in actions.get(ticker, ())]
+        said = [Answer(*row) for row in answers.get(ticker, ())]
+        filled = _once(fills.get(ticker, ()))
+        markets[ticker] = Market(
+            reports=_reports(reports.get(ticker, ()), catalog.get(ticker)),
+            fills=filled,
+            actions=known,
+            answers=said,
+            moved=moved.get(ticker, ()),
+            decisions=[Decision(*row) for row in decisions.get(ticker, ())],
+            orders=_orders(known, said, filled),
+        )
+    return markets
+
+
+def _moved(client: Client, bound: Mapping[str, Any]) -> dict[str, list[Moved]]:
+    sql = """
+        SELECT market_ticker, ts, engine, by, expected
+        FROM
+        (
+            SELECT
+                market_ticker,
+                toDateTime64(ts, 3, 'UTC') AS ts,
+                toString(engine_instance_id) AS engine,
+                round(pos_filled - lagInFrame(pos_filled) OVER by_time, 6) AS by,
+                abs(pos_filled - lagInFrame(inv_after_est) OVER by_time) < 1e-6 AS expected,
+                row_number() OVER by_time > 1 AS has_previous
+            FROM mm_decisions
+            WHERE market_ticker IN {markets:Array(String)} AND ts >= {since:DateTime64(3, 'UTC')}
+                AND isFinite(pos_filled)
+            WINDOW by_time AS (PARTITION BY market_ticker, engine_instance_id ORDER BY ts, decision_id
+                ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
+        )
+        WHERE has_previous AND by != 0
+        ORDER BY market_ticker, ts DESC
+        LIMIT {most:UInt32} BY market_ticker
+    """
+    with translated():
+        rows = client.query(sql, parameters=dict(bound)).result_rows
+    return {
+        str(ticker): [Moved(row[1], row[2], row[3], bool(row[4])) for row in of_market][::-1]
+        for ticker, of_market in itertools.groupby(rows, key=itemgetter(0))
+    }
+
+
+def _reports(rows: Iterable[tuple[Any, ...]], settled_ms: int | None) -> list[Report]:
+    found = []
+    for at, position, source, market_result, result, settled_at in rows:
+        report = Report(at, position, source, market_result or result)
+        if report.settles and settled_at is not None:
+            report = report._replace(at=min(at, settled_at))
+        found.append(report)
+    if settled_ms is not None:
+        at = datetime.fromtimestamp(settled_ms / 1000, UTC)
+        found.append(Report(at, 0.0, "market_catalog", ""))
+    return sorted(found, key=attrgetter("at"))
+
+
+def _once(rows: Iterable[tuple[Any, ...]]) -> list[Fill]:
+    found: dict[Any, Fill] = {}
+    for *columns, exchange_order_id in rows:
+        fill = Fill(*columns)
+        key = fill.fill_id or (fill.recorded_at, exchange_order_id, abs(fill.amount))
+        found.setdefault(key, fill)
+    return sorted(found.values(), key=attrgetter("at"))
+
+
+def _orders(
+    actions: Sequence[Action], answers: Sequence[Answer], fills: Sequence[Fill]
+) -> list[Order]:
+    """The orders with what remains of each, or remained at its end."""
+    refused = {each.action_id: each for each in answers if each.status in {"rejected", "not found"}}
+    asked = {each.action_id: each for each in actions}
+    orders: dict[tuple[str, str], Order] = {}
+    decreased: dict[tuple[str, str], datetime] = {}
+    replaced: dict[str, Order] = {}
+    for action in actions:
+        key = (action.engine, action.order_id)
+        if action.kind == "cancel":
+            continue
+        if key not in orders:
+            orders[key] = Order(action.order_id, action.engine, action.at, action.amount)
+            if action.action_id in refused:
+                orders[key].ends(refused[action.action_id].at, "rejected")
+        elif action.action_id not in refused:
+            orders[key].remaining = action.amount
+            decreased[key] = action.at
+        if action.former_id != action.order_id and (action.engine, action.former_id) in orders:
+            replaced[action.action_id] = orders[action.engine, action.former_id]
+    for answer in answers:
+        action_of = asked.get(answer.action_id)
+        order_id = answer.order_id or (action_of.order_id if action_of is not None else "")
+        if answer.action_id in replaced and answer.status != "rejected":
+            replaced[answer.action_id].ends(answer.at, "replaced")
+        order = orders.get((answer.engine, order_id))
+        if order is not None and answer.status in _ENDED:
+            order.ends(answer.at, answer.status)
+    owners = {order_id: key for key in orders for order_id in key[1:]}
+    for fill in fills:
+        key = owners.get(fill.order_id, ("", ""))
+        if key in orders and fill.at > decreased.get(key, fill.at - STEADY):
+            orders[key].takes(fill.amount)
+    return sorted(orders.values(), key=attrgetter("began_at"))
+
+
+def skew(markets: Iterable[Market], engine: str) -> timedelta | None:
+    """By how much an engine's clock is ahead of the exchange's, where it is off by a steady amount.
+
+    Its own fills show it, where a row has both clocks; otherwise when pos_filled followed each fill.
+    """
+    markets = list(markets)
+    written = [
+        fill.recorded_at - fill.at
+        for market in markets
+        for fill in market.fills
+        if fill.engine == engine and fill.recorded_at != fill.at
+    ]
+    followed = []
+    for market in markets:
+        left = [each for each in market.moved if each.engine == engine]
+        for fill in market.fills:
+            near = [
+                each
+                for each in left
+                if abs(each.by - fill.amount) < SAME
+                and abs(each.at - fill.at) <= timedelta(minutes=1)
+            ]
+            if near:
+                closest = min(near, key=lambda each: abs(each.at - fill.at))
+                followed.append(closest.at - fill.at)
+                left.remove(closest)
+    for spans in (written, followed):
+        steady = _steady(spans)
+        if steady is not None:
+            return steady
+    return None
+
+
+def _steady(spans: Sequence[timedelta]) -> timedelta | None:
+    if len(spans) < 2:
+        return None
+    seconds = [each.total_seconds() for each in spans]
+    middle = median(seconds)
+    near = [each for each in seconds if abs(each - middle) <= STEADY.total_seconds()]
+    if len(near) * 4 < len(seconds) * 3 or abs(middle) <= audit.REACHES.total_seconds():
+        return None
+    return timedelta(seconds=middle)

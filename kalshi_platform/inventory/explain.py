@@ -1,0 +1,585 @@
+"""Of which kind a break is, and one sentence: from all its findings, and what was recorded around them.
+
+A kind needs evidence that accounts for the amount. That something happened nearby is none: where nothing
+accounts for the amount, a break is unexplained. What was recorded is in evidence.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from kalshi_platform.inventory import audit
+from kalshi_platform.inventory.audit import Check, moment
+from kalshi_platform.inventory.evidence import SAME, Action, Fill, Market, Order
+from kalshi_platform.inventory.kinds import SETTLES_WITHIN, Kind
+from kalshi_platform.inventory.semantics import YES_POSITIVE
+
+ONSET = timedelta(seconds=10)
+"""An order that ended so shortly before a difference began may be its cause."""
+NEAR = timedelta(minutes=2)
+"""A fill so close to the beginning of a difference may be its cause."""
+AROUND = timedelta(seconds=30)
+"""So long before a break its last action is worth a word."""
+
+_SHOWN_CHARACTERS = 160
+
+Explained = tuple[Kind, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A break to explain."""
+
+    check: Check
+    market_ticker: str
+    first: datetime
+    last: datetime
+    example: Mapping[str, Any]
+    """The first finding's row."""
+    clearest: Mapping[str, Any]
+    """The first row of those with the least in transit: its amount is exact, where any is."""
+    latest: Mapping[str, Any]
+    """The last finding's row so far."""
+    over: bool
+    newest: datetime
+    """The market's newest decision."""
+    market: Market
+    skew: timedelta | None
+    """By how much the engine's clock is ahead."""
+    rolled: bool
+    """Whether inv_before was rolled forward in this market."""
+    stale_after_s: float
+
+    @property
+    def engine(self) -> str | None:
+        """The engine of the latest finding; None where the check does not say."""
+        return self.latest.get("engine_instance_id")
+
+    @property
+    def brief(self) -> bool:
+        """Whether it is short enough to be timing: over within the bound, or begun within it."""
+        return (self.last if self.over else self.newest) - self.first <= SETTLES_WITHIN
+
+
+def explain_all(cases: Sequence[Case]) -> list[Explained]:
+    """The kind and the sentence of each case, in their order."""
+    diverged: dict[str, list[tuple[Case, Explained]]] = {}
+    for case in cases:
+        if case.check is audit.DIVERGENCE:
+            diverged.setdefault(case.market_ticker, []).append((case, _divergence(case)))
+    said = []
+    for case in cases:
+        of_market = diverged.get(case.market_ticker, [])
+        kind, text = _explain(case, of_market)
+        said.append((kind, f"{kind.capitalize()}: {text}; {_context(case)}."))
+    return said
+
+
+def _explain(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
+    row = case.latest
+    if case.check is audit.DIVERGENCE:
+        return next(explained for each, explained in diverged if each is case)
+    if case.check is audit.DRIFT:
+        return _drift(case, diverged)
+    if case.check is audit.EXPOSURE:
+        return _exposure(case)
+    if case.check is audit.IDENTITY:
+        return _identity(case)
+    if case.check is audit.ROLLED:
+        return Kind.ROLLED, (
+            f"inv_before {number(row['inv_before'])} is the estimate of the decision before, while"
+            f" {number(row['pos_filled'])} is filled"
+        )
+    return (
+        Kind.STALE_SNAPSHOT,
+        f"no snapshot of the exchange's position for {number(row['without_snapshot_s'])} s",
+    )
+
+
+# -- the filled position -------------------------------------------------------------------------
+
+
+def _divergence(case: Case) -> Explained:
+    row = case.latest
+    held = row["pos_filled"]
+    if not math.isfinite(held):
+        return Kind.UNEXPLAINED, f"pos_filled is {held}, which is no number of contracts"
+    settlement = case.market.settlement(case.last)
+    if settlement is not None and abs(held) > SAME:
+        result = f" ({settlement.result})" if settlement.result else ""
+        return (
+            Kind.SETTLED,
+            f"settled at {moment(settlement.at)}{result}, and the engine still holds {number(held)}",
+        )
+    said = (
+        f"the engine has {number(held)}, and the exchange's report {_when(row)} and the fills since say"
+        f" {number(_accounted(row))}"
+    )
+    kind, why = (
+        _sign(case)
+        or _clock(case)
+        or _rolled_position(case)
+        or _cause(case, row, case.last)
+        or _all_fills(case)
+        or _cause(case, case.clearest, case.clearest["ts"])
+        or _cause(case, case.example, case.first)
+        or _nothing_accounts(case)
+    )
+    return kind, f"{said}: {why}"
+
+
+def _accounted(row: Mapping[str, Any]) -> float:
+    """What pos_filled should be; the strict check has the snapshot alone."""
+    accounted: float = row.get("accounted_for", row["snapshot_pos_filled"])
+    return accounted
+
+
+def _sign(case: Case) -> Explained | None:
+    """The whole position with the other sign, or a convention that says so."""
+    held, accounted = case.latest["pos_filled"], _accounted(case.latest)
+    decision = case.market.decision(case.last, case.engine)
+    convention = decision.convention if decision is not None else ""
+    if abs(accounted) > SAME and abs(held + accounted) < SAME:
+        return (
+            Kind.WRONG_CONVENTION,
+            f"it is the same with the other sign (inv_convention {convention or 'none'})",
+        )
+    if convention.lower() not in YES_POSITIVE:
+        return Kind.WRONG_CONVENTION, f"inv_convention is {convention}"
+    return None
+
+
+def _nothing_accounts(case: Case) -> Explained:
+    """The kind of a difference that no report and no fill accounts for."""
+    row = case.latest
+    if case.rolled:
+        return Kind.ROLLED, "inventory was rolled forward"
+    if (row["snapshot_age_s"] or 0) > case.stale_after_s:
+        return Kind.STALE_SNAPSHOT, "the report is too old to judge by"
+    if case.over and case.brief and _came(case, -row["difference"]):
+        lasted = (case.last - case.first).total_seconds()
+        return Kind.TIMING, f"for {lasted:.1f} s only, until the engine had it, too"
+    return Kind.UNEXPLAINED, f"{number(row['difference'])} apart"
+
+
+def _when(row: Mapping[str, Any]) -> str:
+    age = row["snapshot_age_s"]
+    return f"{number(abs(age))} s {'before' if age >= 0 else 'after'}"
+
+
+def _came(case: Case, by: float) -> bool:
+    """Whether the engine moved so far itself when the break ended."""
+    return any(
+        abs(each.by - by) < SAME and case.last <= each.at <= case.last + SETTLES_WITHIN
+        for each in case.market.moved
+    )
+
+
+def _clock(case: Case) -> Explained | None:
+    """A difference of fills that the engine's clock puts beside where they were."""
+    if case.skew is None:
+        return None
+    seconds = case.skew.total_seconds()
+    reach = abs(case.skew) + timedelta(seconds=4)
+    for row, at in ((case.latest, case.last), (case.example, case.first)):
+        near = [each for each in case.market.fills if abs(each.at - at) <= reach]
+        for begin, end in itertools.combinations(range(len(near) + 1), 2):
+            if (
+                abs(abs(sum(each.amount for each in near[begin:end])) - abs(row["difference"]))
+                < SAME
+            ):
+                direction = "ahead" if seconds > 0 else "behind"
+                learns = "late" if seconds > 0 else "early"
+                return Kind.CLOCK, (
+                    f"the engine's clock is {abs(seconds):.0f} s {direction}, so that it seems to learn"
+                    f" {learns} of each fill"
+                )
+    return None
+
+
+def _rolled_position(case: Case) -> Explained | None:
+    """pos_filled that follows the estimates and not the fills."""
+    filled = [each.at for each in case.market.fills]
+    rolled = [
+        each
+        for each in case.market.moved
+        if each.expected
+        and each.at >= case.first - NEAR
+        and not any(abs(each.at - at) <= audit.REACHES for at in filled)
+    ]
+    if len(rolled) < 2:
+        return None
+    return Kind.ROLLED, (
+        f"pos_filled was {len(rolled)} times what the decision before expected it to become, with no fill"
+    )
+
+
+def _cause(case: Case, row: Mapping[str, Any], at: datetime) -> Explained | None:
+    """What accounts for a difference, in amount."""
+    apart = row["difference"]
+    if not math.isfinite(apart):
+        return None
+    in_transit = row.get("in_transit", 0.0)
+    found = _of_reports(case, apart, at, in_transit)
+    # while a fill is in transit, one that is missing and one with the other sign look the same
+    return found or (_of_fills(case, apart) if in_transit < SAME else None)
+
+
+def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Explained | None:
+    """A report that the recorded fills do not account for."""
+    market = case.market
+    beyond = market.unrecorded()
+    until = at + timedelta(seconds=31)
+    sofar = [each for each in beyond if each[1].at <= until]
+    total = 0.0
+    for count, (_, _, amount) in enumerate(reversed(sofar), 1):
+        total += amount
+        if _accounts(-total, apart, in_transit):
+            of_it = sofar[len(sofar) - count :]
+            return _never_filled(market, of_it) or (
+                Kind.MISSING_FILL,
+                f"fills of {number(total)} were never recorded",
+            )
+    coming = next((each for each in beyond if each[1].at > at), None)
+    if coming is not None and abs(coming[2] - apart) < SAME:
+        return (
+            Kind.MISSING_FILL,
+            f"fills of {number(apart)} were never recorded, as the report at"
+            f" {moment(coming[1].at)} confirms",
+        )
+    return None
+
+
+def _never_filled(
+    market: Market, beyond: Iterable[tuple[datetime, Any, float]]
+) -> Explained | None:
+    """A recorded fill that the reports do not have, or have with the other sign."""
+    for since, report, amount in beyond:
+        span = (since - audit.REACHES, report.at + audit.REACHES)
+        for fill in market.fills:
+            if not span[0] <= fill.at <= span[1]:
+                continue
+            if abs(amount + fill.amount) < SAME:
+                return (
+                    Kind.INVENTED_FILL,
+                    f"fill {fill.fill_id} of {number(fill.amount)} was recorded, and the exchange"
+                    " does not have it",
+                )
+            if abs(amount + 2 * fill.amount) < SAME:
+                return (
+                    Kind.WRONG_CONVENTION,
+                    f"fill {fill.fill_id} of {number(fill.amount)} was recorded with the other sign",
+                )
+    return None
+
+
+def _of_fills(case: Case, apart: float) -> Explained | None:
+    """A recorded fill that was counted twice, with the other sign, or not at all."""
+    fills = sorted(
+        (
+            each
+            for each in case.market.fills
+            if case.first - NEAR <= each.at <= case.first + audit.REACHES
+        ),
+        key=lambda each: abs(each.at - case.first),
+    )
+    for fill in fills:
+        named = f"fill {fill.fill_id} of {number(fill.amount)}"
+        if abs(apart - fill.amount) < SAME:
+            return Kind.INVENTED_FILL, f"{named} was counted twice"
+        if abs(apart + fill.amount) < SAME:
+            return _uncounted(case, fill.amount, fill.at)
+        if abs(apart + 2 * fill.amount) < SAME:
+            return Kind.WRONG_CONVENTION, f"{named} was counted with the other sign"
+    total = 0.0
+    for fill in sorted(fills, key=lambda each: each.at, reverse=True):
+        total += fill.amount
+        if abs(apart + total) < SAME:
+            return _uncounted(case, total, fill.at)
+    for move in case.market.moved:
+        near = abs(move.at - case.first) <= ONSET
+        reported = any(
+            move.at + audit.REACHES < each.at <= case.last for each in case.market.reports
+        )
+        if near and reported and abs(move.by - apart) < SAME:
+            return (
+                Kind.INVENTED_FILL,
+                f"pos_filled moved by {number(move.by)} at {moment(move.at)}, and no fill accounts for it",
+            )
+    return None
+
+
+def _all_fills(case: Case) -> Explained | None:
+    """All fills of one side since the beginning, counted with the other sign or not at all."""
+    apart = case.latest["difference"]
+    since = [
+        each for each in case.market.fills if case.first - 2 * audit.REACHES <= each.at <= case.last
+    ]
+    for side, sense in (("YES", 1), ("NO", -1)):
+        total = sum(each.amount for each in since if each.amount * sense > 0)
+        if _accounts(-2 * total, apart, case.latest.get("in_transit", 0.0)):
+            return (
+                Kind.WRONG_CONVENTION,
+                f"{side} fills of {number(total)} were counted with the other sign",
+            )
+        if total and abs(apart + total) < SAME:
+            return _uncounted(case, total, case.first)
+    return None
+
+
+def _uncounted(case: Case, amount: float, at: datetime) -> Explained:
+    late = case.last - at
+    if case.brief and (case.over or case.newest - at <= SETTLES_WITHIN):
+        return Kind.TIMING, (
+            f"fills of {number(amount)} came into pos_filled {late.total_seconds():.1f} s late"
+            if case.over
+            else f"fills of {number(amount)}, {late.total_seconds():.1f} s old, are not in it yet"
+        )
+    return Kind.MISSING_FILL, f"recorded fills of {number(amount)} are not in pos_filled"
+
+
+# -- the estimated position ----------------------------------------------------------------------
+
+
+def _drift(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
+    row = case.latest
+    if "unaccounted" not in row:
+        return _strict_drift(case)
+    total, apart = row["pos_total_est"], row["unaccounted"]
+    if not math.isfinite(total):
+        return Kind.UNEXPLAINED, f"pos_total_est is {total}, which is no number of contracts"
+    kind, why = (
+        _diverged(case, diverged)
+        or _phantom(case, apart, row["in_transit"])
+        or _phantom(case, case.clearest["unaccounted"], case.clearest["in_transit"])
+        or _uncounted_order(case, apart)
+        or _orphaned(case)
+        or _beside(case, apart)
+    )
+    return kind, (
+        f"the estimated position {number(total)} is {number(abs(apart))}"
+        f" {'more' if apart > 0 else 'less'} than actions, answers and fills account for: {why}"
+    )
+
+
+def _diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained | None:
+    """What accounts for pos_filled, where that is off by the same amount at the time."""
+    mine = [each["unaccounted"] for each in (case.latest, case.clearest, case.example)]
+    for other, (kind, _) in diverged:
+        theirs = [each["difference"] for each in (other.latest, other.clearest, other.example)]
+        overlaps = other.first - NEAR <= case.last and case.first <= other.last + NEAR
+        if overlaps and any(abs(one - two) < SAME for one in mine for two in theirs):
+            return kind, "pos_filled is off by so much"
+    return None
+
+
+def _orphaned(case: Case) -> Explained | None:
+    orphans = case.market.orphans(case.first - AROUND, case.last + timedelta(seconds=3))
+    if not orphans:
+        return None
+    return Kind.UNKNOWN_ORDER, f"{orphans} answers to unrecorded actions came"
+
+
+def _beside(case: Case, apart: float) -> Explained:
+    """The kind of a drift that no order and no fill accounts for at its time."""
+    if case.over and case.brief and _late(case, apart):
+        return Kind.TIMING, "an order of so much was counted moments beside its time"
+    first = case.example["unaccounted"]
+    if case.last > case.first and abs(apart) > 2 * abs(first):
+        lasted = (case.last - case.first).total_seconds()
+        return (
+            Kind.UNEXPLAINED,
+            f"it crept there from {number(first)} in {lasted:.0f} s, with no action for it",
+        )
+    return Kind.UNEXPLAINED, "no action was recorded for it"
+
+
+def _strict_drift(case: Case) -> Explained:
+    row = case.latest
+    moved = number(max(row["moved_within"], row["moved_since"]))
+    said = f"the estimated position moved by {moved} contracts with no action recorded"
+    orphans = case.market.orphans(case.first - AROUND, case.last + timedelta(seconds=3))
+    if orphans:
+        return Kind.UNKNOWN_ORDER, f"{said}, yet {orphans} answers to unrecorded actions came"
+    return Kind.UNEXPLAINED, said
+
+
+def _phantom(case: Case, apart: float, in_transit: float) -> Explained | None:
+    """Orders that have ended and are still counted."""
+
+    span = (case.first - ONSET, case.first + timedelta(seconds=2))
+    ended = [
+        each
+        for each in case.market.orders
+        if each.ended_at is not None
+        and each.ended_at <= case.last
+        and abs(each.remaining) > SAME
+        and case.engine in {None, each.engine}
+    ]
+    for order in ended:
+        if (
+            order.ended_at
+            and span[0] <= order.ended_at <= span[1]
+            and abs(order.remaining - apart) < SAME
+        ):
+            return Kind.PHANTOM_ORDER, (
+                f"order {order.order_id} of {number(order.remaining)} was {_how(order)} at"
+                f" {moment(order.ended_at)} and is still counted"
+            )
+    for how in sorted({each.how for each in ended}):
+        of_it = [each for each in ended if each.how == how and each.remaining * apart > 0]
+        of_it.sort(key=lambda each: each.ended_at or case.first, reverse=True)
+        for count, total in enumerate(itertools.accumulate(each.remaining for each in of_it), 1):
+            oldest = of_it[count - 1]
+            if _accounts(total, apart, 0.0) and (oldest.ended_at or case.first) >= span[0]:
+                return Kind.PHANTOM_ORDER, (
+                    f"the last {count} orders that were {_how(oldest)} are still counted"
+                )
+    for fill in case.market.fills:
+        if span[0] <= fill.at <= span[1] and _accounts(fill.amount, apart, in_transit):
+            twin = _twin(case.market.fills, fill)
+            if twin is not None:
+                return Kind.INVENTED_FILL, (
+                    f"fill {fill.fill_id} of {number(fill.amount)} is recorded a second time as"
+                    f" {twin.fill_id}"
+                )
+            return Kind.PHANTOM_ORDER, (
+                f"order {fill.order_id} was filled by {number(fill.amount)} at {moment(fill.at)} and is"
+                " still counted whole"
+            )
+    return None
+
+
+def _accounts(amount: float, apart: float, in_transit: float) -> bool:
+    """Whether an amount is the difference, which may be more by what is in transit."""
+    return amount * apart > 0 and abs(apart) - SAME < abs(amount) < abs(apart) + in_transit + SAME
+
+
+def _twin(fills: Iterable[Fill], fill: Fill) -> Fill | None:
+    return next(
+        (
+            each
+            for each in fills
+            if each is not fill
+            and each.order_id == fill.order_id
+            and abs(each.amount - fill.amount) < SAME
+            and abs(each.at - fill.at) <= timedelta(seconds=1)
+        ),
+        None,
+    )
+
+
+def _how(order: Order) -> str:
+    return {"not found": "no longer found", "filled": "executed"}.get(order.how, order.how)
+
+
+def _uncounted_order(case: Case, apart: float) -> Explained | None:
+    """Orders that rest and are not counted."""
+    resting = [
+        each
+        for each in case.market.orders
+        if each.ended_at is None
+        and each.began_at <= case.last
+        and case.engine in {None, each.engine}
+    ]
+    for order in resting:
+        if abs(order.remaining + apart) < SAME:
+            return (
+                Kind.UNKNOWN_ORDER,
+                f"order {order.order_id} of {number(order.remaining)} rests and is not counted",
+            )
+    if len(resting) > 1 and abs(sum(each.remaining for each in resting) + apart) < SAME:
+        return Kind.UNKNOWN_ORDER, f"{len(resting)} orders rest and are not counted"
+    return None
+
+
+def _late(case: Case, apart: float) -> bool:
+    """Whether an order of this amount was sent, or ended, so close that the engine counted it beside."""
+    return any(
+        abs(abs(amount) - abs(apart)) < SAME and abs(at - case.first) <= SETTLES_WITHIN
+        for order in case.market.orders
+        for at, amount in ((order.began_at, order.remaining), (order.ended_at, order.remaining))
+        if at is not None
+    )
+
+
+def _exposure(case: Case) -> Explained:
+    exposure = case.latest["pos_open_exposure"]
+    if not math.isfinite(exposure):
+        return Kind.UNEXPLAINED, f"pos_open_exposure is {exposure}, which is no number of contracts"
+    found = _phantom(case, exposure, 0.0)
+    said = (
+        f"the engine counts {number(exposure)} contracts of exposure although it has no open order"
+    )
+    if found is not None and found[0] is Kind.PHANTOM_ORDER:
+        return found[0], f"{said}: {found[1]}"
+    return Kind.UNKNOWN_ORDER, said
+
+
+def _identity(case: Case) -> Explained:
+    row = case.latest
+    total, filled, exposure = (
+        row["pos_total_est"],
+        row["pos_filled"],
+        row["pos_open_exposure"],
+    )
+    strange = [
+        f"{name} is {row[name]}"
+        for name in ("pos_filled", "pos_open_exposure", "pos_total_est")
+        if not math.isfinite(row[name])
+    ]
+    if strange:
+        return Kind.UNEXPLAINED, f"{', '.join(strange)}: no number of contracts"
+    if abs(total - filled - exposure) < SAME:
+        return Kind.UNKNOWN_ORDER, (
+            f"pos_open_exposure is {number(exposure)}, and the resting sizes add up to"
+            f" {number(row['resting'])}"
+        )
+    said = (
+        f"pos_total_est {number(total)} is not pos_filled {number(filled)} plus pos_open_exposure"
+        f" {number(exposure)}"
+    )
+    if abs(total - filled - row["resting"]) < SAME:
+        return Kind.UNKNOWN_ORDER, f"{said}, but it is with the {number(row['resting'])} that rest"
+    return (Kind.ROLLED if case.rolled else Kind.UNEXPLAINED), said
+
+
+# -- the end of each sentence --------------------------------------------------------------------
+
+
+def _context(case: Case) -> str:
+    """What was blocked, asked and refused at the time, as the end of a sentence."""
+    market = case.market
+    decision = market.decision(case.first, case.example.get("engine_instance_id"))
+    codes = ", ".join(decision.block_codes) if decision is not None else ""
+    parts = [f"block_codes were {codes}" if codes else "nothing was blocked"]
+    begin, end = case.first - AROUND, case.first + timedelta(seconds=2)
+    actions = [each for each in market.actions if begin <= each.at <= end]
+    parts.append(
+        f"the last action was {_asked(actions[-1])}" if actions else "no action was recorded"
+    )
+    refused = [each for each in market.answers if begin <= each.at <= end and each.reason]
+    if refused:
+        parts.append(f"order {refused[-1].order_id} was rejected: {shortened(refused[-1].reason)}")
+    return "; ".join(parts)
+
+
+def _asked(action: Action) -> str:
+    what = f"{action.kind} {action.side} of {number(action.size)} {action.contract}".rstrip()
+    return f"{what} at {number(action.price)} {shortened(action.request)}".rstrip()
+
+
+def number(value: float) -> str:
+    """At most six decimals, and no more than it takes."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def shortened(text: str) -> str:
+    """Someone else's text on one line, cut."""
+    one_line = " ".join(str(text).split())
+    return one_line if len(one_line) <= _SHOWN_CHARACTERS else f"{one_line[:_SHOWN_CHARACTERS]}…"
