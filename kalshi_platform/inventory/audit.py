@@ -368,9 +368,7 @@ def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
             " FROM mm_decisions"
             " WHERE ts >= {since:DateTime64(3, 'UTC')}"
             " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})",
-            parameters={
-                name: bound[name] for name in ("since", "market_ticker", "position_writers")
-            },
+            parameters={name: bound[name] for name in _WINDOW},
         ).first_row
     assert row is not None  # noqa: S101 - a count has one row
     return int(row[0]), int(row[1])

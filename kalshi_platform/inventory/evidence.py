@@ -54,6 +54,8 @@ class Fill(NamedTuple):
     fill_id: str
     order_id: str
     engine: str
+    worded: bool
+    """Whether its row has the exchange's own words for the side."""
 
 
 class Action(NamedTuple):
@@ -229,7 +231,7 @@ def gather(
         " toDateTime64(ts, 3, 'UTC'), ifNull(toFloat64OrNull(JSONExtractString(raw_json, 'count_fp')), size)"
         " * if(coalesce(nullIf(JSONExtractString(raw_json, 'outcome_side'), ''), toString(side)) = 'yes',"
         " 1, -1), fill_id, client_order_id,"
-        " toString(engine_instance_id), exchange_order_id",
+        " toString(engine_instance_id), JSONExtractString(raw_json, 'outcome_side') != '', exchange_order_id",
         "AND isFinite(size)",
     )
     actions = rows(
