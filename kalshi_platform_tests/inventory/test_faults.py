@@ -17,7 +17,9 @@ from kalshi_platform_tests.inventory.faults import CASES, Case, Verdict, look_at
 
 pytestmark = pytest.mark.timeout(600)
 
-NOT_YET: dict[str, str] = {}
+NOT_YET: dict[str, str] = {
+    "another bot trades, whole contracts, 2": "a trade that undoes a recorded fill looks like an invented one",
+}
 """Cases that fail on the present build, and why."""
 
 
