@@ -249,8 +249,13 @@ WITH
             LEFT JOIN
             (
                 SELECT ordered, any(engine) AS owner
-                FROM actions
-                WHERE NOT is_cancel AND ordered IN (SELECT ordered FROM fills)
+                FROM
+                (
+                    SELECT ordered, engine FROM actions WHERE NOT is_cancel
+                    UNION ALL
+                    SELECT named AS ordered, engine FROM answers WHERE is_named
+                )
+                WHERE ordered IN (SELECT ordered FROM fills)
                 GROUP BY ordered
             ) AS o USING (ordered)
             UNION ALL
