@@ -262,7 +262,7 @@ def test_ts_as_datetime_is_read_and_named_with_how_to_change_it(engine: Engine) 
     assert engine.platform("migrate").exit_code == 0
     engine.decision(40, judged(pos_filled=3, pos_total_est=3, inv_before=3))
     engine.decision(30, judged(pos_filled=3, pos_total_est=3, inv_before=3, pos_open_exposure=4))
-    for strict in (("--strict-runbook",),):
+    for strict in ((), ("--strict-runbook",)):
         read = engine.platform("qa", "--all", "--explain", *strict)
         assert read.exit_code == 2, f"{read.output}{read.exception or ''}"
         assert "Check B: Open Exposure Mismatch: 1 row" in read.output
