@@ -14,9 +14,10 @@ from enum import Enum
 from typing import Any
 
 import pyarrow as pa
-from clickhouse_connect.driver.query import QueryResult
 
+from kalshi_platform.inventory import findings
 from kalshi_platform.inventory import tables as desk
+from kalshi_platform.inventory.findings import Episode
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
@@ -30,7 +31,8 @@ REACHES = timedelta(seconds=2)
 FOLLOWS_SETTLEMENT = timedelta(seconds=10)
 """An engine clears a settled position within this."""
 
-NO_LIMIT = 1 << 62
+RACE = timedelta(seconds=10)
+"""What is found so lately may be explained by rows that come this moment."""
 _WINDOW = ("since", "market_ticker", "position_writers", "writing_since")
 _EMPTY = "''"
 _ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}
@@ -47,6 +49,10 @@ class Check:
     """The tables that it reads; where one is missing the check is skipped."""
     money: bool
     """Whether an anomaly means a wrong position, rather than a suspicion of one."""
+    worst: str
+    """How bad a finding is, in its SQL's columns: contracts, or seconds."""
+    at: str = "ts"
+    """The column with a finding's time."""
 
     def sql(self, parameters: Parameters, there: frozenset[str] = frozenset(TABLES)) -> str:
         """The check's SQL: A, B and C word for word as the runbook has them, where that is wanted.
@@ -70,6 +76,8 @@ DRIFT = Check(
     "Does the estimated position move only when orders are sent?",
     (DECISIONS, ACTIONS),
     money=False,
+    worst="abs(unaccounted)",
+    at="bucket",
 )
 EXPOSURE = Check(
     "open_exposure_mismatch",
@@ -77,6 +85,7 @@ EXPOSURE = Check(
     "Is there no exposure where there is no order?",
     (DECISIONS,),
     money=True,
+    worst="abs(pos_open_exposure)",
 )
 DIVERGENCE = Check(
     "decision_snapshot_divergence",
@@ -84,6 +93,7 @@ DIVERGENCE = Check(
     "Does the engine hold what the exchange says that it holds?",
     (DECISIONS, SNAPSHOTS),
     money=True,
+    worst="abs(difference)",
 )
 IDENTITY = Check(
     "position_identity",
@@ -91,6 +101,7 @@ IDENTITY = Check(
     "Is pos_total_est = pos_filled + pos_open_exposure?",
     (DECISIONS,),
     money=True,
+    worst="greatest(abs(difference), abs(exposure_difference))",
 )
 ROLLED = Check(
     "inventory_not_rolled",
@@ -98,6 +109,7 @@ ROLLED = Check(
     "Does inv_before follow the filled position, and never the last estimate?",
     (DECISIONS,),
     money=True,
+    worst="abs(difference)",
 )
 FRESH = Check(
     "snapshots_fresh",
@@ -105,6 +117,7 @@ FRESH = Check(
     "Does the exchange's own word keep up with the engine?",
     (DECISIONS, SNAPSHOTS),
     money=False,
+    worst="without_snapshot_s",
 )
 
 RUNBOOK = (DRIFT, EXPOSURE, DIVERGENCE)
@@ -167,6 +180,8 @@ class Outcome:
     """How many there are."""
     markets: int = 0
     """In how many markets they are, those beyond the limit too."""
+    episodes: Sequence[Episode] = field(default=(), repr=False)
+    """What breaks.py makes breaks of."""
     notice: str = ""
     """What a person should know: why it was skipped, or what was not judged."""
     skipped: bool = False
@@ -270,11 +285,17 @@ def _milliseconds(span: timedelta) -> int:
 
 def since(client: Client, parameters: Parameters) -> datetime:
     """The window's beginning by the server's clock, on a whole second."""
+    start = _now(client) - timedelta(minutes=parameters.lookback_minutes)
+    return start.replace(microsecond=0)
+
+
+def _now(client: Client) -> datetime:
+    """By the server's clock."""
     with translated():
         row = client.query("SELECT now64(3, 'UTC')").first_row
     assert row is not None  # noqa: S101 - one row always
-    start: datetime = row[0] - timedelta(minutes=parameters.lookback_minutes)
-    return start.astimezone(UTC).replace(microsecond=0)
+    now: datetime = row[0]
+    return now.astimezone(UTC)
 
 
 def sweep(
@@ -316,44 +337,32 @@ def tables(client: Client) -> frozenset[str]:
 
 
 def _run(
-    client: Client, check: Check, sql: str, bound: Mapping[str, Any], unjudged: int
+    client: Client, check: Check, sql: str, values: Mapping[str, Any], unjudged: int
 ) -> Outcome:
-    answer = _asked(client, sql, bound)
-    if answer.result_rows:
+    at, worst = check.at, check.worst
+    if "AS moved_within" in sql:  # the runbook's own check A has other columns
+        worst = "greatest(moved_within, moved_since)"
+    found = findings.read(client, sql, at, worst, values)
+    newest = max((episode.last for episode in found.episodes), default=None)
+    if newest is not None and newest >= _now(client) - RACE:
         # Tables are not read at one instant, and an engine writes meanwhile: the second look has
         # what explains the decisions of the first. What is wrong is found again.
-        answer = _asked(client, sql, bound)
-    rows = answer.result_rows
+        found = findings.read(client, sql, at, worst, values)
     notice = ""
     if unjudged and check is not FRESH:
         notice = (
             f"{unjudged} decisions have no position columns (an engine from before migration 010, or one"
             " that writes nan): they are not judged."
         )
-    total = int(rows[0][-1]) if rows else 0
-    columns = tuple(answer.column_names[:-1])
-    shown = [tuple(row[:-1]) for row in rows]
-    if total > len(shown):
-        markets = _markets(client, sql, bound)
-    else:  # an answer without a row has no columns either
-        markets = len({row[columns.index("market_ticker")] for row in shown})
-    return Outcome(check, columns, shown, total=total, markets=markets, notice=notice)
-
-
-def _markets(client: Client, sql: str, bound: Mapping[str, Any]) -> int:
-    """In how many markets a check finds something, where not all of its rows were read."""
-    found = _asked(
-        client,
-        f"SELECT uniqExact(market_ticker) FROM ({sql})",  # noqa: S608 - the check's own
-        {**bound, "limit": NO_LIMIT},
-    ).first_row
-    assert found is not None  # noqa: S101 - a count has one row
-    return int(found[0])
-
-
-def _asked(client: Client, sql: str, bound: Mapping[str, Any]) -> QueryResult:
-    with translated():
-        return client.query(sql, parameters=dict(bound), settings={"join_use_nulls": 0})
+    return Outcome(
+        check,
+        found.columns,
+        found.rows,
+        total=found.total,
+        markets=found.markets,
+        episodes=found.episodes,
+        notice=notice,
+    )
 
 
 def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,32 +13,18 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from kalshi_platform.inventory import audit, evidence, explain
-from kalshi_platform.inventory.audit import Check, Parameters, moment
+from kalshi_platform.inventory.audit import Check, Outcome, Parameters, moment
 from kalshi_platform.inventory.evidence import Market
 from kalshi_platform.inventory.explain import Case, number
+from kalshi_platform.inventory.findings import NO_LIMIT, QUIET, Episode
 from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
 
-QUIET = timedelta(seconds=60)
-"""So long in order, and a break is over; what comes later is another one."""
-MOST_EXPLAINED = 500
-"""Breaks of one look: beyond them something is wrong that no list explains."""
-
 _NAMESPACE = uuid.UUID("0a2f6a51-6f0b-4a51-9f57-3b0d6ab1d2f4")
-_MEASURED: Mapping[str, tuple[str, str]] = {
-    audit.DRIFT.name: ("bucket", "abs(unaccounted)"),
-    audit.EXPOSURE.name: ("ts", "abs(pos_open_exposure)"),
-    audit.DIVERGENCE.name: ("ts", "abs(difference)"),
-    audit.IDENTITY.name: ("ts", "greatest(abs(difference), abs(exposure_difference))"),
-    audit.ROLLED.name: ("ts", "abs(difference)"),
-    audit.FRESH.name: ("ts", "without_snapshot_s"),
-}
-"""By check: the column with a finding's time, and how bad it is."""
-_STRICTLY_DRIFTED = ("bucket", "greatest(moved_within, moved_since)")
 
 
 @dataclass(frozen=True)
@@ -77,22 +63,11 @@ class Break:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-@dataclass(frozen=True)
-class _Episode:
-    """Findings of one check and market without a minute between two of them."""
+class _Found(NamedTuple):
+    """An episode of a check's findings."""
 
     check: Check
-    market_ticker: str
-    first: datetime
-    last: datetime
-    findings: int
-    worst: float
-    example: Mapping[str, Any]
-    """The first finding's row."""
-    clearest: Mapping[str, Any]
-    """The first row of those with the least in transit."""
-    latest: Mapping[str, Any]
-    """The last finding's row so far."""
+    episode: Episode
 
 
 @dataclass(frozen=True)
@@ -109,10 +84,11 @@ class _Look:
     values: Mapping[str, Any]
     """Of the parameters of the checks' SQL."""
 
-    def over(self, episode: _Episode) -> bool:
+    def over(self, found: _Found) -> bool:
         """Whether the market's decisions have been right for long enough since."""
+        check, episode = found
         newest = self.newest.get(episode.market_ticker, episode.last)
-        return episode.check is not audit.FRESH and newest - episode.last > QUIET
+        return check is not audit.FRESH and newest - episode.last > QUIET
 
 
 def examine(
@@ -121,17 +97,22 @@ def examine(
     parameters: Parameters,
     *,
     start: datetime | None = None,
+    outcomes: Sequence[Outcome] | None = None,
 ) -> list[Break]:
     """The breaks of the window, oldest first; nothing is written.
 
-    Those that `mm_inventory_breaks` knows keep their number and their beginning.
+    Those that `mm_inventory_breaks` knows keep their number and their beginning. `outcomes`: what a sweep of the
+    same window has found; it is not asked again then.
     """
-    checks = tuple(checks)
     there = audit.tables(client)
     if audit.DECISIONS not in there:
         return []
     start = audit.since(client, parameters) if start is None else start
-    values = audit.bound(client, there, replace(parameters, limit=audit.NO_LIMIT), start)
+    if outcomes is None:
+        outcomes = audit.sweep(client, checks, parameters, start=start)
+    found = [_Found(each.check, episode) for each in outcomes for episode in each.episodes]
+    if not found:
+        return []
     look = _Look(
         client,
         parameters,
@@ -139,33 +120,31 @@ def examine(
         there,
         newest=_newest_decisions(client, start),
         known=_known(client, start) if TABLE in there else [],
-        values=values,
+        values=audit.bound(client, there, parameters, start),
     )
-    episodes = [
-        episode
-        for check in checks
-        if set(check.needs) <= there
-        for episode in _episodes(look, check)
-    ]
-    found = [
-        _break(look, episode, *explained)
-        for episode, explained in zip(
-            episodes, explain.explain_all(_cases(look, episodes)), strict=True
-        )
-    ]
-    return sorted(found, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
+    explained = explain.explain_all(_cases(look, found))
+    made = [_break(look, each, *why) for each, why in zip(found, explained, strict=True)]
+    return sorted(made, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
 
 
-def update(client: Client, checks: Iterable[Check], parameters: Parameters) -> list[Break]:
+def update(
+    client: Client,
+    checks: Iterable[Check],
+    parameters: Parameters,
+    *,
+    outcomes: Sequence[Outcome] | None = None,
+) -> list[Break]:
     """Bring `mm_inventory_breaks` up to date; returns the breaks that are open now.
 
-    Doing it twice changes nothing. An open break that is found no more is closed.
+    Doing it twice changes nothing. An open break that is found no more is closed. `outcomes`: what a sweep of all
+    markets over the look-back has found just now.
     """
     checks = tuple(checks)
     if TABLE not in audit.tables(client):
         return []
     start = audit.since(client, parameters)
-    found = examine(client, checks, replace(parameters, market_ticker=""), start=start)
+    every = replace(parameters, market_ticker="")
+    found = examine(client, checks, every, start=start, outcomes=outcomes)
     ids = {each.break_id for each in found}
     known = {each.break_id: each for each in _known(client, start)}
     names = {check.name for check in checks}
@@ -191,97 +170,37 @@ def update(client: Client, checks: Iterable[Check], parameters: Parameters) -> l
 # -- finding -----------------------------------------------------------------------------------
 
 
-def _episodes(look: _Look, check: Check) -> list[_Episode]:
-    at, measure = _MEASURED[check.name]
-    if check is audit.DRIFT and look.parameters.strict_runbook:
-        at, measure = _STRICTLY_DRIFTED
-    found = check.sql(look.parameters, look.tables)
-    transit = "in_transit" if " AS in_transit" in found else "0"
-    # the check's own SQL inside; nothing here comes from a user
-    sql = f"""
-        SELECT market_ticker, min(at), max(at), count(), max(measure),
-            argMin(finding, at), argMin(finding, (uncertain, at)), argMax(finding, at)
-        FROM (
-            SELECT *, sum(begins) OVER (PARTITION BY market_ticker ORDER BY at, n) AS episode
-            FROM (
-                SELECT *, n = 1 OR at > previous + toIntervalSecond({{quiet_s:UInt32}}) AS begins
-                FROM (
-                    SELECT market_ticker, toDateTime64({at}, 3, 'UTC') AS at,
-                        if(isNaN({measure}), 0, toFloat64({measure})) AS measure, tuple(*) AS finding,
-                        toFloat64({transit}) AS uncertain,
-                        row_number() OVER by_time AS n, lagInFrame(at) OVER by_time AS previous
-                    FROM ({found})
-                    WINDOW by_time AS (PARTITION BY market_ticker ORDER BY {at}
-                        ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
-                )
-            )
-        )
-        GROUP BY market_ticker, episode
-        ORDER BY min(at), market_ticker
-        LIMIT {{most:UInt32}}
-    """  # noqa: S608
-    values = {**look.values, "quiet_s": int(QUIET.total_seconds()), "most": MOST_EXPLAINED}
-    plain = {"join_use_nulls": 0}
-    with translated():
-        rows = look.client.query(sql, parameters=values, settings=plain).result_rows
-        if not rows:
-            return []
-        columns = [
-            str(row[0])
-            for row in look.client.query(
-                f"DESCRIBE TABLE ({found})", parameters=values, settings=plain
-            ).result_rows
-        ]
-    return [
-        _Episode(
-            check,
-            str(ticker),
-            first,
-            last,
-            int(count),
-            float(worst),
-            _named(columns, example),
-            _named(columns, clearest),
-            _named(columns, latest),
-        )
-        for ticker, first, last, count, worst, example, clearest, latest in rows
-    ]
-
-
-def _cases(look: _Look, episodes: Sequence[_Episode]) -> list[Case]:
+def _cases(look: _Look, found: Sequence[_Found]) -> list[Case]:
     """The breaks with what was recorded around them, asked for all of them at once."""
     seconds: dict[str, set[datetime]] = {}
-    for episode in episodes:
+    for _, episode in found:
         seconds.setdefault(episode.market_ticker, set()).update((episode.first, episode.last))
     markets = evidence.gather(look.client, look.tables, look.values, look.start, seconds)
-    diverged = any(episode.check is audit.DIVERGENCE for episode in episodes)
-    engines = {str(episode.latest.get("engine_instance_id", "")) for episode in episodes}
+    diverged = any(check is audit.DIVERGENCE for check, _ in found)
+    engines = {str(episode.latest.get("engine_instance_id", "")) for _, episode in found}
     skews = {
         engine: evidence.skew(markets.values(), engine) if diverged else None for engine in engines
     }
-    rolled = _rolled_markets(look, episodes)
+    rolled = _rolled_markets(look, [check for check, _ in found])
     return [
         Case(
-            check=episode.check,
+            check=check,
             market_ticker=episode.market_ticker,
             first=episode.first,
             last=episode.last,
             example=episode.example,
             clearest=episode.clearest,
             latest=episode.latest,
-            over=look.over(episode),
+            over=look.over(each),
             newest=look.newest.get(episode.market_ticker, episode.last),
             market=markets.get(episode.market_ticker, Market()),
             skew=skews[str(episode.latest.get("engine_instance_id", ""))],
             rolled=episode.market_ticker in rolled,
             stale_after_s=look.parameters.stale_after_s,
         )
-        for episode in episodes
+        for each in found
+        for check, episode in (each,)
     ]
-
-
-def _named(columns: Sequence[str], example: Any) -> Mapping[str, Any]:
-    return dict(example) if isinstance(example, dict) else dict(zip(columns, example, strict=True))
 
 
 def _newest_decisions(client: Client, start: datetime) -> dict[str, datetime]:
@@ -305,20 +224,21 @@ def _known(client: Client, start: datetime) -> list[Break]:
     return [Break(*row) for row in rows]
 
 
-def _rolled_markets(look: _Look, episodes: Sequence[_Episode]) -> frozenset[str]:
+def _rolled_markets(look: _Look, checks: Iterable[Check]) -> frozenset[str]:
     """Markets of breaks whose inventory was rolled forward; asked only where it matters."""
-    if not any(episode.check in {audit.DIVERGENCE, audit.IDENTITY} for episode in episodes):
+    if not {audit.DIVERGENCE, audit.IDENTITY} & set(checks):
         return frozenset()
     with translated():
         rows = look.client.query(
             f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(look.parameters)})",  # noqa: S608
-            parameters=dict(look.values),
+            parameters={**look.values, "limit": NO_LIMIT},
         ).result_rows
     return frozenset(str(ticker) for (ticker,) in rows)
 
 
-def _break(look: _Look, episode: _Episode, kind: str, explanation: str) -> Break:
-    check, ticker = episode.check, episode.market_ticker
+def _break(look: _Look, found: _Found, kind: str, explanation: str) -> Break:
+    check, episode = found
+    ticker = episode.market_ticker
     opened, last = episode.first, episode.last
     if check is audit.FRESH:
         opened = last - timedelta(seconds=episode.worst)
@@ -343,7 +263,7 @@ def _break(look: _Look, episode: _Episode, kind: str, explanation: str) -> Break
         kind=str(kind),
         opened_at=opened,
         last_seen_at=last,
-        closed_at=last if look.over(episode) else None,
+        closed_at=last if look.over(found) else None,
         findings=max(episode.findings, before.findings if before is not None else 0),
         worst=worst if math.isfinite(worst) else math.inf,
         explanation=explanation,

@@ -169,7 +169,9 @@ def inventory_checks(
             # paper decisions of before the key was set are nobody's now
             looked_at = judged.look(client, parameters, start, paper=not settings.has_key)
             outcomes = audit.sweep(client, checks, parameters, start=start) if checks else []
-            still_open = breaks.update(client, checks, parameters) if checks else []
+            still_open = (
+                breaks.update(client, checks, parameters, outcomes=outcomes) if checks else []
+            )
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     if DECISIONS_FRESH in wanted:

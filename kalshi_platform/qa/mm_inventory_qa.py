@@ -182,9 +182,11 @@ def command(
         start = audit.since(client, parameters)
         looked_at = judged.look(client, parameters, start, max_age_s=max_age)
         outcomes = audit.sweep(client, checks, parameters, start=start)
-        # where a check found nothing there is nothing to explain, and it is not asked again
-        wrong = [outcome.check for outcome in outcomes if outcome.status is Status.ANOMALIES]
-        explained = breaks.examine(client, wrong, parameters, start=start) if explain else None
+        explained = (
+            breaks.examine(client, checks, parameters, start=start, outcomes=outcomes)
+            if explain
+            else None
+        )
     if output_format == "json":
         click.echo(_json(looked_at, outcomes, explained))
     else:

@@ -1,0 +1,117 @@
+"""One reading of a check's SQL: its first rows, how many there are, and the episodes that they make.
+
+Findings of one market that follow one another within a minute are an episode. Everything comes of one query: a
+check over millions of decisions takes seconds, and nothing asks it twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from kalshi_platform.storage.clickhouse import Client, translated
+
+QUIET = timedelta(seconds=60)
+"""So long in order, and an episode is over; what comes later is another one."""
+MOST_EPISODES = 500
+"""Of one reading: beyond them something is wrong that no list explains."""
+NO_LIMIT = 1 << 62
+_PLAIN = {"join_use_nulls": 0, "enable_named_columns_in_function_tuple": 1}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Findings of one market without a minute between two of them. The rows are by column name."""
+
+    market_ticker: str
+    first: datetime
+    last: datetime
+    findings: int
+    worst: float
+    example: Mapping[str, Any]
+    """The first finding's row."""
+    clearest: Mapping[str, Any]
+    """The first row of those with the least in transit."""
+    latest: Mapping[str, Any]
+    """The last finding's row so far."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check's SQL answers."""
+
+    columns: tuple[str, ...] = ()
+    """Empty where there is no row."""
+    rows: Sequence[tuple[Any, ...]] = field(default=(), repr=False)
+    """At most so many as were asked for, in the SQL's order."""
+    total: int = 0
+    markets: int = 0
+    """In how many markets they are."""
+    episodes: Sequence[Episode] = field(default=(), repr=False)
+    """At most `MOST_EPISODES`, the earliest first."""
+
+
+def read(client: Client, sql: str, at: str, worst: str, values: Mapping[str, Any]) -> Findings:
+    """Ask once. `at`: the column with a finding's time; `worst`: SQL of how bad it is; `values`: of the SQL's
+    parameters, `limit` for the rows to give.
+
+    Raises `StoreUnavailable` and `StoreRefused` as the store does.
+    """
+    transit = "in_transit" if " AS in_transit" in sql else "0"
+    # the checks' own SQL inside; nothing here comes from a user
+    asked = f"""
+        SELECT market_ticker, min(at) AS first_at, max(at), count() AS findings, max(measure),
+            argMin(finding, place), argMin(finding, (uncertain, place)), argMax(finding, place),
+            groupArrayIf((place, finding), place <= {{shown:UInt64}}),
+            sum(findings) OVER () AS total, uniqExact(market_ticker) OVER () AS markets
+        FROM (
+            SELECT *, sum(begins) OVER (PARTITION BY market_ticker ORDER BY place) AS episode
+            FROM (
+                SELECT *, n = 1 OR at > previous + toIntervalSecond({{quiet_s:UInt32}}) AS begins
+                FROM (
+                    SELECT market_ticker, toDateTime64({at}, 3, 'UTC') AS at,
+                        if(isNaN({worst}), 0, toFloat64({worst})) AS measure, tuple(*) AS finding,
+                        toFloat64({transit}) AS uncertain,
+                        row_number() OVER (ORDER BY {_order(sql)}) AS place,
+                        row_number() OVER by_time AS n, lagInFrame(at) OVER by_time AS previous
+                    FROM ({sql})
+                    WINDOW by_time AS (PARTITION BY market_ticker ORDER BY {_order(sql)}
+                        ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
+                )
+            )
+        )
+        GROUP BY market_ticker, episode
+        ORDER BY first_at, market_ticker
+        LIMIT {{most:UInt32}}
+    """  # noqa: S608
+    given = {
+        **values,
+        "limit": NO_LIMIT,
+        "shown": values["limit"],
+        "quiet_s": int(QUIET.total_seconds()),
+        "most": MOST_EPISODES,
+    }
+    with translated():
+        found = client.query(asked, parameters=given, settings=_PLAIN).result_rows
+    if not found:
+        return Findings()
+    shown = sorted((one for row in found for one in row[8]), key=lambda one: int(one["place"]))
+    rows = [one["finding"] for one in shown]
+    columns = tuple(rows[0])[:-1]  # the last one is the SQL's own count
+    return Findings(
+        columns,
+        [tuple(row.values())[:-1] for row in rows],
+        total=int(found[0][9]),
+        markets=int(found[0][10]),
+        episodes=[
+            Episode(str(row[0]), row[1], row[2], int(row[3]), float(row[4]), *row[5:8])
+            for row in found
+        ],
+    )
+
+
+def _order(sql: str) -> str:
+    """The order that the SQL gives its rows: what stands in its last ORDER BY."""
+    return sql.rpartition("ORDER BY ")[2].partition("\nLIMIT")[0]
