@@ -3,7 +3,7 @@ called, and in which words.
 
     python -m kalshi_platform_tests.inventory.table [--wrong]
 
-`--wrong` leaves out what is right and says what is wrong with the rest.
+`--wrong` leaves out what is right and says what is wrong with the rest; `--write` writes docs/inventory-faults.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from kalshi_platform.inventory.breaks import Break
+from kalshi_platform.qa.mm_inventory_qa import in_words
 from kalshi_platform.storage.clickhouse import Client
 from kalshi_platform.storage.embedded import running
 from kalshi_platform_tests.inventory.faults import (
@@ -29,17 +30,29 @@ from kalshi_platform_tests.inventory.faults import (
 )
 from kalshi_platform_tests.storage.tables import migrated
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "inventory-faults.md"
+HEAD = """# What the inventory audit finds
+
+Faults planted on healthy trading of one engine (fills in fractions, cancels, expiries, a snapshot every five minutes),
+each at several sizes in a market of its own: which check finds it, the class of its breaks, and the sentence of the
+largest. This page is written by `python -m kalshi_platform_tests.inventory.table --write`; `make test` holds each row
+against what was expected. See [inventory.md](inventory.md).
+"""
+
 
 @click.command(help=__doc__)
+@click.option("--write", is_flag=True, help="Write the page in docs/, too.")
 @click.option("--wrong", is_flag=True, help="Only what is wrong, and why.")
 @click.option("--seed", default=1, show_default=True, help="Other trading around the same faults.")
 @click.option("--only", default="", help="Faults whose name has this in it.")
-def main(wrong: bool, seed: int, only: str) -> None:
+def main(write: bool, wrong: bool, seed: int, only: str) -> None:
     cases = [case for case in CASES if only in case.name]
     with database() as client:
         verdicts = look_at(client, cases, seed)
-    for line in complaints(verdicts) if wrong else table(verdicts):
-        click.echo(line)
+    lines = list(complaints(verdicts) if wrong else table(verdicts))
+    click.echo("\n".join(lines))
+    if write and not wrong:
+        PAGE.write_text("\n".join([HEAD, *lines, ""]))
 
 
 @contextmanager
@@ -65,7 +78,7 @@ def table(verdicts: dict[Case, Verdict]) -> Iterator[str]:
         sizes = ", ".join(f"{case.size / 100:g}" for case in cases)
         checks = ", ".join(sorted({f"`{each.check_name}`" for each in said}))
         kinds = ", ".join(sorted({kind_of(each) for each in said}))
-        sentence = said[-1].explanation.replace("|", "\\|") if said else ""
+        sentence = in_words(said[-1].explanation).replace("|", "\\|") if said else ""
         nothing = "nothing to find" if not fault.kinds else "**not found**"
         yield f"| {fault.name} | {sizes} | {checks or nothing} | {kinds} | {sentence} |"
 
