@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
 """The exchange refuses signatures about 10 s off; the measurement itself is good to a second."""
-LINE_S = 10.0
+LINE_S = 20.0
 """How long a check may take, and one that stands on another after that one; loading libraries is not in it."""
 _HEAVY = ("kalshi_platform.orchestration.daemon", "kalshi_platform.monitoring.growth")
 """What takes seconds to load on a busy machine: Dagster and Arrow."""
