@@ -17,7 +17,7 @@ RECORDING_S = 90.0
 ABSENT_S = 60.0
 """How long a shard may be without a streamer: one that is replaced is back sooner."""
 STATUS_S = 60.0
-"""At most one line of a shard's state in so long, unless it got worse: what comes and goes is not told each time."""
+"""At most one line of a shard's state in so long, unless it got worse: what comes and goes is not repeated each time."""
 _SAID_OTHERWISE = frozenset({"stopped", "streamer down"})
 """Causes that the lines about a missing streamer are about."""
 IN_A_ROW = 2
@@ -40,7 +40,7 @@ class Announcements:
         """When each shard's streamer was last seen alive."""
         self._absent: set[int] = set()
         self._states: dict[int, tuple[frozenset[str], bool]] = {}
-        """Of each shard what was told last to be wrong, and whether any of it was an error."""
+        """Of each shard the causes in its last line, and whether any of them was an error."""
         self._stated: dict[int, float] = {}
 
     def look(

@@ -523,7 +523,7 @@ def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
     now = datetime.now(UTC)
     judged = freshness.judge_shard(report, shard, configured, None, now, profile=freshness.DOCTOR)
     wrong = [it.sentence for it in judged if it.verdict is not freshness.Verdict.GOOD]
-    told = (
+    details = (
         f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now)}, last durable write"
         f" {_told_age(report, 'last_durable_ns', now)}, {int(report['lag_frames']):,} frames not loaded yet"
     )
@@ -537,7 +537,7 @@ def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
             f"{synced:,} of {markets:,} books are synced; the others follow within a minute."
         )
         mark = Mark.ODD if mark is Mark.GOOD else mark
-    return Finding(mark, " ".join([*wrong, f"({told})"]) if wrong else told)
+    return Finding(mark, " ".join([*wrong, f"({details})"]) if wrong else details)
 
 
 _MARKS = {

@@ -31,8 +31,8 @@ REACHES = timedelta(seconds=2)
 FOLLOWS_SETTLEMENT = timedelta(seconds=10)
 """An engine clears a settled position within this."""
 
-RACE = timedelta(seconds=10)
-"""What is found so lately may be explained by rows that come this moment."""
+RACE = timedelta(seconds=60)
+"""What is found so lately may be explained by rows that come this moment; an engine's clock may be behind."""
 _WINDOW = ("since", "market_ticker", "position_writers", "writing_since")
 _EMPTY = "''"
 _ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}

@@ -273,7 +273,7 @@ def _blocked(report: Mapping[str, Any]) -> Judgement | None:
 
 
 def _hang(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
-    """Whether the process lives and does not report; not while it is blocked, when nobody may end it."""
+    """Whether the process lives and does not report; not while it is blocked, when it must not be ended."""
     updated = _age(report["updated_ns"], now)
     if updated <= profile.report_s or report["state"] == "blocked":
         return None
@@ -306,10 +306,10 @@ def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -
         for name, it in sorted(report["stores"].items())
         if (judged := _one_store(name, it, report, now)) is not None
     ]
-    told = {it.cause for it in found}
+    causes = {it.cause for it in found}
     if newest is not None and report["last_durable_ns"] and "clickhouse" in report["stores"]:
         late = report["last_durable_ns"] / 1e9 - newest.timestamp()
-        if late > BEHIND_S["clickhouse"] and "clickhouse behind" not in told:
+        if late > BEHIND_S["clickhouse"] and "clickhouse behind" not in causes:
             found.append(
                 _warn(
                     "clickhouse behind",

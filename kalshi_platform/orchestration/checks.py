@@ -282,10 +282,10 @@ def _fresh(
         found += [(shard, judged) for judged in judgements]
     shard, judged = freshness.worst_of(found)
     wrong = [it for it in found if it[1].verdict is not freshness.Verdict.GOOD]
-    told = [(shard, judged), *(it for it in wrong if it != (shard, judged))]
+    worst_first = [(shard, judged), *(it for it in wrong if it != (shard, judged))]
     sentence = " ".join(
         it.sentence if len(reports) + len(damaged) == 1 else f"Shard {of}: {it.sentence}"
-        for of, it in told
+        for of, it in worst_first
     )
     metadata: dict[str, Any] = {"cause": MetadataValue.text(judged.cause)}
     metadata |= _ages(sound.get(shard, {}), now)

@@ -166,7 +166,7 @@ def inventory_checks(
     try:
         with closing(connect(settings, log_comment="inventory_qa")) as client:
             start = audit.since(client, parameters)
-            # paper decisions of before the key was set are nobody's now
+            # paper decisions of before the key was set belong to no engine now
             looked_at = judged.look(client, parameters, start, paper=not settings.has_key)
             outcomes = audit.sweep(client, checks, parameters, start=start) if checks else []
             still_open = (

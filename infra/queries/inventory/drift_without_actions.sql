@@ -218,7 +218,7 @@ WITH
                 arrayMap((size, amount) -> (size.1 - before_ms, -amount, amount), sizes, unsure),
                 [(ended_at + after_ms, arraySum(unsure), -arraySum(unsure))],
                 [(may_leave - before_ms, least(removed, 0.), greatest(removed, 0.))],
-                -- fills of an executed order that nobody recorded may be in pos_filled
+                -- fills of an executed order that was not recorded may be in pos_filled
                 if(ended_how = 'executed', [], [(ended_at + after_ms, greatest(removed, 0.), least(removed, 0.))]),
                 arrayMap(fill -> (least(fill.2, may_leave) - {reaches_ms:Int64}, -fill.4, fill.4), filled),
                 arrayMap(fill -> (fill.3 + {reaches_ms:Int64}, fill.4, -fill.4), filled),
