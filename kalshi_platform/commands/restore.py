@@ -40,8 +40,9 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
             "USE_CLICKHOUSE is 0: there is no ClickHouse to restore into. Set it to 1."
         )
     span = parse_hours(hours) if hours else None
-    migrations.migrate(settings, tell=click.echo)
     archive = archive_at(location) if location else open_archive(settings)
+    archive.identity()  # a later version's is refused
+    migrations.migrate(settings, tell=click.echo)
     done = restore(settings, archive, span, _say, replace=replace)
     refused = refusals(done, asked_for=span is not None)
     for verdict in (Verdict.EXPIRED, Verdict.OPEN):

@@ -24,7 +24,12 @@ from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, Store
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal, journal_identity, writer
 from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.journal_identity import Claim, JournalIdentity, Start
+from kalshi_platform.recording.journal_identity import (
+    Claim,
+    JournalIdentity,
+    LaterVersion,
+    Start,
+)
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.recorders import Entry
@@ -58,6 +63,10 @@ def adopt(settings: Settings, shard: int) -> Adopted:
         points = {}
         if journal.segments(folder):
             points = {store.name: _point(folder, store, before, end_n) for store in stores}
+            cursors = {
+                store.name: _cursor(folder, store, before, Claim(after, start), points[store.name])
+                for store in stores
+            }
             for store in stores:
                 n = points[store.name]
                 entry = Entry(
@@ -65,7 +74,7 @@ def adopt(settings: Settings, shard: int) -> Adopted:
                     *(socket.gethostname(), str(folder)),
                 )
                 store.ledger.claim(after, entry)
-                cursor_file.write(folder, _cursor(folder, store, before, Claim(after, start), n))
+                cursor_file.write(folder, cursors[store.name])
         journal_identity.write(
             folder,
             JournalIdentity(
@@ -83,6 +92,8 @@ def _known(folder: Path) -> JournalIdentity | None:
     """The identity that the journal had; None where nothing proves one."""
     try:
         return journal_identity.establish(folder, cursor_file.claims(folder))
+    except LaterVersion:
+        raise
     except JournalError:
         return None
 

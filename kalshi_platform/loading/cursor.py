@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 
 from kalshi_platform import checked_json, durable
-from kalshi_platform.checked_json import Unproved
+from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.recording.journal import Position
-from kalshi_platform.recording.journal_identity import Claim, Start
+from kalshi_platform.recording.journal_identity import Claim, LaterVersion, Start
 
 FORMAT = 2
 UNSEALED_FORMAT = 1
@@ -68,18 +68,24 @@ def path(folder: Path, store: str) -> Path:
 
 
 def read(folder: Path, store: str, journal: uuid.UUID) -> Cursor | Unusable:
-    """A store's cursor. Raises `OSError` where the disk does not give it."""
+    """A store's cursor.
+
+    Raises `OSError` where the disk does not give it, `LaterVersion` where a later version wrote it.
+    """
     where = path(folder, store)
     try:
-        cursor = checked_json.decode(where.read_bytes(), Cursor, unsealed=True)
+        cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT, unsealed=True)
     except FileNotFoundError:
         return Unusable(f"{where} is missing", is_there=False)
     except Unproved as error:
         return Unusable(f"{where} is damaged ({error})")
+    except LaterFormat as error:
+        raise LaterVersion(
+            f"{error} To stay with this one, remove the file: the store itself says how far it holds the journal."
+        ) from None
     if not cursor.sealed:
         return cursor
     for differs, what in (
-        (cursor.format > FORMAT, "a later version"),
         (cursor.journal != journal, f"another journal, {cursor.journal}"),
         (cursor.store != store, f"another store, {cursor.store}"),
     ):
@@ -100,8 +106,8 @@ def claims(folder: Path) -> list[Claim]:
     found = []
     for where in sorted((folder / "load").glob("*.json")):
         try:
-            cursor = checked_json.decode(where.read_bytes(), Cursor)
-        except (OSError, Unproved):
+            cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT)
+        except (OSError, Unproved, LaterFormat):
             continue
         if cursor.journal is not None and cursor.start is not None:
             found.append(Claim(cursor.journal, cursor.start))
@@ -115,7 +121,10 @@ def reached(folder: Path, journal: uuid.UUID) -> int:
     """
     ends = [0]
     for where in (folder / "load").glob("*.json"):
-        cursor = read(folder, where.stem, journal)
+        try:
+            cursor = read(folder, where.stem, journal)
+        except LaterVersion:
+            continue
         if isinstance(cursor, Cursor):
             ends.append(cursor.planned_n)
     return max(ends)

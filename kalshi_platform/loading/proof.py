@@ -16,6 +16,7 @@ subscription began before it. What cannot be judged any more is said, in `unjudg
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from pathlib import Path
 
 import msgspec
 
-from kalshi_platform import typed_json
+from kalshi_platform import checked_json
+from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.loading import (
     continuity,
     hot_hour,
@@ -35,16 +37,20 @@ from kalshi_platform.loading import (
     tally_journal,
     tally_stores,
 )
+from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading.numbers import Numbers, disjoint, gaps_between
 from kalshi_platform.loading.tally import Place, Subscription, Tally
 from kalshi_platform.loading.tally_journal import Journal
-from kalshi_platform.recording import journal
+from kalshi_platform.recording import journal, journal_identity
 from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.recording.journal_identity import LaterVersion
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import HOUR, Archive, floor_hour
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
+
+log = logging.getLogger(__name__)
 
 CLICKHOUSE, PARQUET = "clickhouse", "parquet"
 Span = tuple[datetime, datetime]
@@ -231,6 +237,7 @@ class _Reading:
         for shard in passage.shards(self._settings.journals_dir):
             folder = self._settings.journal_dir(shard)
             try:
+                _insist_on_known_format(folder)
                 committed = {n: _committed(folder, n) for n in sorted(self._settings.stores)}
                 end = min(committed.values())
                 read = tally_journal.read(
@@ -304,6 +311,7 @@ class _Reading:
         """Read the archive, hour by hour; a file that cannot be read is named, and its rows are missing."""
         place = Place()
         try:
+            self._archive.identity()  # a later version's is refused
             there = [h for h in self._archived_hours() if self._is_wanted(h)]
             for done, hour in enumerate(there, 1):
                 found = self._cold_hour(hour)
@@ -487,16 +495,31 @@ class _Reading:
         return OfJournal(read.shard, read.first, read.end, read.lost_records, missing)
 
 
+def _insist_on_known_format(folder: Path) -> None:
+    """Raise `LaterVersion` for a journal that a later version keeps; which journal it is, is no matter here."""
+    try:
+        journal_identity.read(folder)
+    except LaterVersion:
+        raise
+    except JournalError as error:
+        log.warning("%s", error)
+
+
 def _committed(folder: Path, store: str) -> int:
     """The record up to which a store has a journal; its beginning where nothing was loaded."""
     path = folder / "load" / f"{store}.json"
     beginning = journal.beginning(folder).n
     try:
-        return max(typed_json.decode(path.read_bytes(), _Cursor).committed[2], beginning)
+        cursor = checked_json.decode(
+            path.read_bytes(), _Cursor, path, cursor_file.FORMAT, unsealed=True
+        )
+        return max(cursor.committed[2], beginning)
     except FileNotFoundError:
         return beginning
-    except msgspec.DecodeError as error:
+    except Unproved as error:
         raise JournalError(f"{path} is damaged ({error}).") from None
+    except LaterFormat as error:
+        raise JournalError(str(error)) from None
 
 
 def _kinds(tally: Tally) -> Counts:

@@ -60,7 +60,8 @@ class UnreadableState(PlatformError):
     """A state file that is missing or damaged; the books can be had from an earlier one."""
 
 
-MAGIC = b"KSTATE02"
+_KIND = b"KSTATE"
+MAGIC = _KIND + b"02"
 """Begins a state file; then come the digest of what follows, and an Arrow IPC file. Files of earlier versions
 are the latter alone."""
 _ARROW = b"ARROW1"
@@ -141,6 +142,8 @@ def _proved(content: bytes) -> pa.Buffer:
         return pa.py_buffer(view)
     begin = len(MAGIC) + _DIGEST_BYTES
     body = view[begin:]
+    if content.startswith(_KIND) and not content.startswith(MAGIC):
+        raise ValueError("another version wrote it")
     if not content.startswith(MAGIC) or view[len(MAGIC) : begin] != _digest(body):
         raise ValueError("its checksum does not fit")
     return pa.py_buffer(body)

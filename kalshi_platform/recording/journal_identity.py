@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from kalshi_platform import checked_json, durable, typed_json
-from kalshi_platform.checked_json import Unproved
+from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError, Position
@@ -63,8 +63,8 @@ class Claim(msgspec.Struct, frozen=True):
     start: Start
 
 
-class _LaterVersion(JournalError):
-    """The file is whole, and this version does not understand it."""
+class LaterVersion(JournalError):
+    """A file of the journal is whole, and this version does not understand it."""
 
 
 class _Note(msgspec.Struct):
@@ -90,13 +90,11 @@ def read(folder: Path) -> JournalIdentity | None:
             f"{path} cannot be read ({error.strerror}). Make it readable for this user."
         ) from None
     try:
-        found = checked_json.decode(text, JournalIdentity, unsealed=True)
+        found = checked_json.decode(text, JournalIdentity, path, FORMAT, unsealed=True)
     except Unproved as error:
         raise JournalError(f"{path} is damaged ({error}).") from None
-    if found.format > FORMAT:
-        raise _LaterVersion(
-            f"{path} has format {found.format}: a later version wrote it. Install that version."
-        )
+    except LaterFormat as error:
+        raise LaterVersion(str(error)) from None
     if found.format != UNSEALED_FORMAT and b'"checksum"' not in text:
         raise JournalError(f"{path} is damaged (it has no checksum).")
     return found
@@ -114,7 +112,7 @@ def establish(folder: Path, claims: Sequence[Claim] = ()) -> JournalIdentity:
     try:
         known = read(folder)
         problem = "" if known else f"{folder / FILE} is missing."
-    except _LaterVersion:
+    except LaterVersion:
         raise
     except JournalError as error:
         known, problem = None, str(error)

@@ -144,8 +144,9 @@ def migrate(
     `accept_changed` takes an applied file that has changed since, where the tables are as the platform expects.
 
     Raises `StoreRefused` before anything is changed if a table or view of our names is another owner's,
-    if an applied file that makes tables has changed since and is not accepted, or if the database was made for a single server and a cluster is
-    asked for, or the other way round. A migration that fails is named, with its statement.
+    if an applied file that makes tables has changed since and is not accepted, if a later version's migrations
+    made other tables of ours, or if the database was made for a single server and a cluster is asked for, or the
+    other way round. A migration that fails is named, with its statement.
     """
     migrations = available() if migrations is None else migrations
     cluster = _cluster(settings)
@@ -154,7 +155,8 @@ def migrate(
     try:
         _refuse_foreign(client, migrations, cluster)
         _refuse_another_kind(client, settings)
-        now = {s.version: s.state for s in standing(client, migrations)}
+        stand = standing(client, migrations)
+        now = {s.version: s.state for s in stand}
         changed = [m for m in migrations if now[m.version] is State.CHANGED]
         of_tables = [m for m in changed if not _only_views(m)]
         if not accept_changed:
@@ -168,6 +170,7 @@ def migrate(
             _apply(client, migration, means[migration.version], cluster)
             _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
             _record(client, migration, migration.checksum)
+        _refuse_later(client, [s for s in stand if s.state is State.UNKNOWN])
         _insist_as_expected(client, of_tables)
         _make_tables_again(client, missing, migrations, cluster, tell)
         _make_views_again(client, migrations, means, changed)
@@ -315,6 +318,18 @@ def _refuse_changed(client: Client, changed: Sequence[Migration]) -> None:
             f"{', '.join(map(str, changed))} changed since it was applied to database {client.database}. If the"
             " change is yours, restore the file, and put the change in a new one. If the platform's files are as"
             " they were released, run kalshi-platform migrate --accept-changed: it compares the tables first."
+        )
+
+
+def _refuse_later(client: Client, applied: Sequence[Standing]) -> None:
+    """Raise `StoreRefused` where a later version's migrations have made other tables of ours."""
+    different = differences(client) if applied else []
+    if different:
+        raise StoreRefused(
+            f"{', '.join(map(str, applied))} of database {client.database} is a later version's, and the tables are"
+            f" not what this one expects: {'; '.join(different)}. Install that version. To stay with this one, set"
+            " CLICKHOUSE_DATABASE to another name, and fill that one: kalshi-platform migrate, then"
+            " kalshi-platform restore."
         )
 
 

@@ -205,11 +205,12 @@ def test_a_beginning_elsewhere_is_noted_with_the_epoch_that_it_asks_for(tmp_path
 def test_no_altered_byte_of_a_checked_file_reads_as_something_else(data: st.DataObject) -> None:
     state = JournalIdentity(id=uuid.UUID(int=7), epoch=12, starts=(Start(12, "ab"),))
     text = checked_json.encode(state)
-    assert checked_json.decode(text, JournalIdentity) == state
+    assert checked_json.decode(text, JournalIdentity, FILE, 2) == state
     at = data.draw(st.integers(0, len(text) - 1))
     changed = bytes([data.draw(st.integers(0, 255))])
     try:
-        found = checked_json.decode(text[:at] + changed + text[at + 1 :], JournalIdentity)
+        altered = text[:at] + changed + text[at + 1 :]
+        found = checked_json.decode(altered, JournalIdentity, FILE, 2)
     except Unproved:
         return
     assert found == state  # the same byte, or another blank at the end

@@ -11,10 +11,11 @@ import secrets
 import msgspec
 
 from kalshi_platform import checked_json
-from kalshi_platform.checked_json import Unproved
+from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 
 FILE = "archive.json"
+FORMAT = 1
 
 
 class ArchiveIdentity(msgspec.Struct, frozen=True):
@@ -31,13 +32,15 @@ def fresh() -> str:
 
 def encode(identity: str) -> bytes:
     """The file's text."""
-    return checked_json.encode(ArchiveIdentity(1, identity))
+    return checked_json.encode(ArchiveIdentity(FORMAT, identity))
 
 
 def decode(text: bytes, path: str) -> str:
-    """The identity in a file's text. Raises `StoreRefused` for a damaged one."""
+    """The identity in a file's text. Raises `StoreRefused` for a damaged one, or a later version's."""
     try:
-        return checked_json.decode(text, ArchiveIdentity).id
+        return checked_json.decode(text, ArchiveIdentity, path, FORMAT).id
+    except LaterFormat as error:
+        raise StoreRefused(str(error)) from None
     except Unproved as error:
         raise StoreRefused(
             f"{path} is damaged ({error}): which archive this is, is not known. Restore it from a backup, or"

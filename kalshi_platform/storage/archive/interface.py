@@ -237,7 +237,8 @@ class Archive(ABC):
 
     @abstractmethod
     def identity(self) -> str | None:
-        """Which archive this is; None where it says nothing. Raises `StoreRefused` for a damaged file."""
+        """Which archive this is; None where it says nothing. Raises `StoreRefused` for a damaged file, or a later
+        version's."""
 
     @abstractmethod
     def identify(self, known: str | None = None) -> str:

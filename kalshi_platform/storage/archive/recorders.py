@@ -12,13 +12,15 @@ from collections.abc import Sequence
 import msgspec
 
 from kalshi_platform import checked_json
-from kalshi_platform.checked_json import Unproved
+from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.storage.archive.interface import Archive
+from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.recorders import Entry, insist_on
 
 log = logging.getLogger(__name__)
 
 FOLDER = "recorders"
+FORMAT = 1
 ENTRIES_KEPT = 256
 
 
@@ -40,7 +42,7 @@ class ArchiveLedger:
         """The archive's, once something was claimed there."""
 
     def entries(self, journal: uuid.UUID) -> Sequence[Entry]:
-        """See `Ledger`. A damaged file is one that says nothing."""
+        """See `Ledger`. A damaged file is one that says nothing; a later version's is refused."""
         found = self._read(_path(journal))
         if found is None or found.journal != journal:
             if found is not None:
@@ -85,7 +87,7 @@ class ArchiveLedger:
     def _put(self, journal: uuid.UUID, entries: Sequence[Entry], entry: Entry) -> None:
         others = [it for it in entries if it.start != entry.start]
         kept = tuple(sorted([*others, entry], key=lambda it: it.start)[-ENTRIES_KEPT:])
-        file = _File(1, journal, self._shard, str(self._identity), kept)
+        file = _File(FORMAT, journal, self._shard, str(self._identity), kept)
         self._archive.write_metadata(_path(journal), checked_json.encode(file))
 
     def _read(self, name: str) -> _File | None:
@@ -93,7 +95,9 @@ class ArchiveLedger:
         if text is None:
             return None
         try:
-            return checked_json.decode(text, _File)
+            return checked_json.decode(text, _File, f"{name} of {self._archive}", FORMAT)
+        except LaterFormat as error:
+            raise StoreRefused(str(error)) from None
         except Unproved as error:
             log.error("%s of %s is damaged (%s).", name, self._archive, error)
             return None
