@@ -6,12 +6,14 @@ Nothing is judged here; explain.py reads these rows. Amounts are signed contract
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from operator import attrgetter, itemgetter
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import moment
@@ -23,10 +25,21 @@ MOST_ROWS = 20_000
 """Of one market and table: beyond them the newest count."""
 
 SAME = 1e-6
+_FOLLOWS = timedelta(minutes=1)
+"""An engine's clock that is off by more is not found by when pos_filled follows the fills."""
 STEADY = timedelta(seconds=1.5)
 """A clock that is off is off by the same amount each time, but for the engine's loop."""
 
 _ENDED = {"canceled", "cancelled", "expired", "executed", "filled", "not found"}
+_AT = attrgetter("at")
+_T = TypeVar("_T")
+
+
+def between(
+    rows: Sequence[_T], begin: datetime, end: datetime, at: Callable[[_T], datetime] = _AT
+) -> Sequence[_T]:
+    """Those of a span, both ends included, of rows in the order of time."""
+    return rows[bisect_left(rows, begin, key=at) : bisect_right(rows, end, key=at)]
 
 
 class Report(NamedTuple):
@@ -150,37 +163,71 @@ class Market:
 
     def settlement(self, until: datetime) -> Report | None:
         """The market's settlement, where there was one until then."""
-        return next((each for each in self.reports if each.settles and each.at <= until), None)
+        return next((each for each in self._settlements if each.at <= until), None)
 
     def decision(self, at: datetime, engine: str | None) -> Decision | None:
         """The last decision of the second of a finding."""
-        end = at + timedelta(seconds=1)
+        second = at.replace(microsecond=0)
         of_engine = [
             each
-            for each in self.decisions
-            if at.replace(microsecond=0) <= each.at < end and engine in {None, each.engine}
+            for each in between(self.decisions, second, at + timedelta(seconds=1))
+            if each.at < at + timedelta(seconds=1) and engine in {None, each.engine}
         ]
         at_it = [each for each in of_engine if each.at <= at]
         found = at_it or of_engine
         return found[-1] if found else None
 
-    def unrecorded(self) -> list[tuple[datetime, Report, float]]:
+    @cached_property
+    def unrecorded(self) -> Sequence[tuple[datetime, Report, float]]:
         """By report: since when, and what it has that no recorded fill since then accounts for."""
         found = []
         plain = [each for each in self.reports if not each.settles]
-        for before, after in itertools.pairwise(plain):
-            between = sum(each.amount for each in self.fills if before.at < each.at <= after.at)
-            beyond = round(after.position - before.position - between, 6)
+        filled = [0.0, *itertools.accumulate(each.amount for each in self.fills)]
+        until = [filled[bisect_right(self.fills, each.at, key=_AT)] for each in plain]
+        for (before, already), (after, then) in itertools.pairwise(zip(plain, until, strict=True)):
+            beyond = round(after.position - before.position - (then - already), 6)
             if beyond:
                 found.append((before.at, after, beyond))
         return found
 
+    @cached_property
+    def rolled(self) -> Sequence[Moved]:
+        """Where pos_filled became what the decision before expected, and no fill is near."""
+        return [
+            each
+            for each in self.moved
+            if each.expected
+            and not between(self.fills, each.at - audit.REACHES, each.at + audit.REACHES)
+        ]
+
+    @cached_property
+    def ended(self) -> Sequence[Order]:
+        """The orders that have ended, by their end."""
+        return sorted((each for each in self.orders if each.ended_at), key=attrgetter("ended_at"))
+
+    @cached_property
+    def resting(self) -> Sequence[Order]:
+        """The orders that have not ended, by their beginning."""
+        return [each for each in self.orders if each.ended_at is None]
+
+    @cached_property
+    def order_ids(self) -> frozenset[str]:
+        """Of all orders that an action asked for."""
+        return frozenset(each.order_id for each in self.orders)
+
     def orphans(self, begin: datetime, end: datetime) -> int:
         """Answers in a span to actions that were never recorded."""
-        known = {each.action_id for each in self.actions}
         return sum(
-            1 for each in self.answers if begin <= each.at <= end and each.action_id not in known
+            each.action_id not in self._action_ids for each in between(self.answers, begin, end)
         )
+
+    @cached_property
+    def _settlements(self) -> Sequence[Report]:
+        return [each for each in self.reports if each.settles]
+
+    @cached_property
+    def _action_ids(self) -> frozenset[str]:
+        return frozenset(each.action_id for each in self.actions)
 
 
 def gather(
@@ -377,25 +424,27 @@ def skew(markets: Iterable[Market], engine: str) -> timedelta | None:
         for fill in market.fills
         if fill.engine == engine and fill.recorded_at != fill.at
     ]
-    followed = []
-    for market in markets:
-        left = [each for each in market.moved if each.engine == engine]
-        for fill in market.fills:
-            near = [
-                each
-                for each in left
-                if abs(each.by - fill.amount) < SAME
-                and abs(each.at - fill.at) <= timedelta(minutes=1)
-            ]
-            if near:
-                closest = min(near, key=lambda each: abs(each.at - fill.at))
-                followed.append(closest.at - fill.at)
-                left.remove(closest)
+    followed = [span for market in markets for span in _followed(market, engine)]
     for spans in (written, followed):
         steady = _steady(spans)
         if steady is not None:
             return steady
     return None
+
+
+def _followed(market: Market, engine: str) -> Iterable[timedelta]:
+    """How long after each fill pos_filled moved by its amount: the closest move, and each move once."""
+    left: dict[float, list[datetime]] = {}
+    for move in market.moved:
+        if move.engine == engine:
+            left.setdefault(round(move.by, 6), []).append(move.at)
+    for fill in market.fills:
+        moves = left.get(round(fill.amount, 6), [])
+        after = bisect_left(moves, fill.at)
+        near = range(max(after - 1, 0), min(after + 1, len(moves)))
+        closest = min(near, key=lambda place: abs(moves[place] - fill.at), default=None)
+        if closest is not None and abs(moves[closest] - fill.at) <= _FOLLOWS:
+            yield moves.pop(closest) - fill.at
 
 
 def _steady(spans: Sequence[timedelta]) -> timedelta | None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import Check, moment
-from kalshi_platform.inventory.evidence import SAME, Action, Fill, Market, Order
+from kalshi_platform.inventory.evidence import SAME, Action, Fill, Market, Order, Report, between
 from kalshi_platform.inventory.kinds import SETTLES_WITHIN, Kind
 from kalshi_platform.inventory.semantics import YES_POSITIVE
 
@@ -178,8 +180,8 @@ def _when(row: Mapping[str, Any]) -> str:
 def _came(case: Case, by: float) -> bool:
     """Whether the engine moved so far itself when the break ended."""
     return any(
-        abs(each.by - by) < SAME and case.last <= each.at <= case.last + SETTLES_WITHIN
-        for each in case.market.moved
+        abs(each.by - by) < SAME
+        for each in between(case.market.moved, case.last, case.last + SETTLES_WITHIN)
     )
 
 
@@ -190,35 +192,34 @@ def _clock(case: Case) -> Explained | None:
     seconds = case.skew.total_seconds()
     reach = abs(case.skew) + timedelta(seconds=4)
     for row, at in ((case.latest, case.last), (case.example, case.first)):
-        near = [each for each in case.market.fills if abs(each.at - at) <= reach]
-        for begin, end in itertools.combinations(range(len(near) + 1), 2):
-            if (
-                abs(abs(sum(each.amount for each in near[begin:end])) - abs(row["difference"]))
-                < SAME
-            ):
-                direction = "ahead" if seconds > 0 else "behind"
-                learns = "late" if seconds > 0 else "early"
-                return Kind.CLOCK, (
-                    f"the engine's clock is {abs(seconds):.0f} s {direction}, so that it seems to learn"
-                    f" {learns} of each fill"
-                )
+        near = between(case.market.fills, at - reach, at + reach)
+        if _adds_up([each.amount for each in near], row["difference"]):
+            direction = "ahead" if seconds > 0 else "behind"
+            learns = "late" if seconds > 0 else "early"
+            return Kind.CLOCK, (
+                f"the engine's clock is {abs(seconds):.0f} s {direction}, so that it seems to learn"
+                f" {learns} of each fill"
+            )
     return None
+
+
+def _adds_up(amounts: Sequence[float], apart: float) -> bool:
+    """Whether some of them that follow one another add up to a difference, of either sign."""
+    sums = sorted(itertools.accumulate(amounts, initial=0.0))
+    return any(
+        bisect_right(sums, one + abs(apart) - SAME) < bisect_left(sums, one + abs(apart) + SAME)
+        for one in sums
+    )
 
 
 def _rolled_position(case: Case) -> Explained | None:
     """pos_filled that follows the estimates and not the fills."""
-    filled = [each.at for each in case.market.fills]
-    rolled = [
-        each
-        for each in case.market.moved
-        if each.expected
-        and each.at >= case.first - NEAR
-        and not any(abs(each.at - at) <= audit.REACHES for at in filled)
-    ]
-    if len(rolled) < 2:
+    rolled = case.market.rolled
+    times = len(rolled) - bisect_left(rolled, case.first - NEAR, key=attrgetter("at"))
+    if times < 2:
         return None
     return Kind.ROLLED, (
-        f"pos_filled was {len(rolled)} times what the decision before expected it to become, with no fill"
+        f"pos_filled was {times} times what the decision before expected it to become, with no fill"
     )
 
 
@@ -233,12 +234,16 @@ def _cause(case: Case, row: Mapping[str, Any], at: datetime) -> Explained | None
     return found or (_of_fills(case, apart) if in_transit < SAME else None)
 
 
+def _reported_at(beyond: tuple[datetime, Report, float]) -> datetime:
+    return beyond[1].at
+
+
 def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Explained | None:
     """A report that the recorded fills do not account for."""
     market = case.market
-    beyond = market.unrecorded()
+    beyond = market.unrecorded
     until = at + timedelta(seconds=31)
-    sofar = [each for each in beyond if each[1].at <= until]
+    sofar = beyond[: bisect_right(beyond, until, key=_reported_at)]
     total = 0.0
     for count, (_, _, amount) in enumerate(reversed(sofar), 1):
         total += amount
@@ -248,13 +253,13 @@ def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Ex
                 Kind.MISSING_FILL,
                 f"fills of {number(total)} were never recorded",
             )
-    coming = next((each for each in beyond if each[1].at > at), None)
-    if coming is not None and abs(coming[2] - apart) < SAME:
-        return (
-            Kind.MISSING_FILL,
-            f"fills of {number(apart)} were never recorded, as the report at"
-            f" {moment(coming[1].at)} confirms",
-        )
+    for _, report, amount in beyond[bisect_right(beyond, at, key=_reported_at) :][:1]:
+        if abs(amount - apart) < SAME:
+            return (
+                Kind.MISSING_FILL,
+                f"fills of {number(apart)} were never recorded, as the report at"
+                f" {moment(report.at)} confirms",
+            )
     return None
 
 
@@ -263,10 +268,7 @@ def _never_filled(
 ) -> Explained | None:
     """A recorded fill that the reports do not have, or have with the other sign."""
     for since, report, amount in beyond:
-        span = (since - audit.REACHES, report.at + audit.REACHES)
-        for fill in market.fills:
-            if not span[0] <= fill.at <= span[1]:
-                continue
+        for fill in between(market.fills, since - audit.REACHES, report.at + audit.REACHES):
             if abs(amount + fill.amount) < SAME:
                 return (
                     Kind.INVENTED_FILL,
@@ -284,11 +286,7 @@ def _never_filled(
 def _of_fills(case: Case, apart: float) -> Explained | None:
     """A recorded fill that was counted twice, with the other sign, or not at all."""
     fills = sorted(
-        (
-            each
-            for each in case.market.fills
-            if case.first - NEAR <= each.at <= case.first + audit.REACHES
-        ),
+        between(case.market.fills, case.first - NEAR, case.first + audit.REACHES),
         key=lambda each: abs(each.at - case.first),
     )
     for fill in fills:
@@ -304,12 +302,10 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
         total += fill.amount
         if abs(apart + total) < SAME:
             return _uncounted(case, total, fill.at)
-    for move in case.market.moved:
-        near = abs(move.at - case.first) <= ONSET
-        reported = any(
-            move.at + audit.REACHES < each.at <= case.last for each in case.market.reports
-        )
-        if near and reported and abs(move.by - apart) < SAME:
+    reported = between(case.market.reports, case.first - ONSET, case.last)
+    for move in between(case.market.moved, case.first - ONSET, case.first + ONSET):
+        confirmed = reported and move.at + audit.REACHES < reported[-1].at
+        if confirmed and abs(move.by - apart) < SAME:
             return (
                 Kind.INVENTED_FILL,
                 f"pos_filled moved by {number(move.by)} at {moment(move.at)}, and no fill accounts for it",
@@ -320,9 +316,7 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
 def _all_fills(case: Case) -> Explained | None:
     """All fills of one side since the beginning, counted with the other sign or not at all."""
     apart = case.latest["difference"]
-    since = [
-        each for each in case.market.fills if case.first - 2 * audit.REACHES <= each.at <= case.last
-    ]
+    since = between(case.market.fills, case.first - 2 * audit.REACHES, case.last)
     for side, sense in (("YES", 1), ("NO", -1)):
         of_side = [each.amount for each in since if each.amount * sense > 0]
         total = sum(of_side)
@@ -377,9 +371,10 @@ def _diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explain
     """What accounts for pos_filled, where that is off by the same amount at the time."""
     mine = [each["unaccounted"] for each in (case.latest, case.clearest, case.example)]
     for other, (kind, _) in diverged:
+        if case.last < other.first - NEAR or other.last + NEAR < case.first:
+            continue
         theirs = [each["difference"] for each in (other.latest, other.clearest, other.example)]
-        overlaps = other.first - NEAR <= case.last and case.first <= other.last + NEAR
-        if overlaps and any(abs(one - two) < SAME for one in mine for two in theirs):
+        if any(abs(one - two) < SAME for one in mine for two in theirs):
             return kind, "pos_filled is off by so much"
     return None
 
@@ -417,40 +412,35 @@ def _strict_drift(case: Case) -> Explained:
 
 def _phantom(case: Case, apart: float, in_transit: float) -> Explained | None:
     """Orders that have ended and are still counted."""
-
-    span = (case.first - ONSET, case.first + timedelta(seconds=2))
+    begin, end = case.first - ONSET, case.first + timedelta(seconds=2)
     ended = [
-        each
-        for each in case.market.orders
+        (each, each.ended_at)
+        for each in sorted(
+            between(case.market.ended, begin, case.last, at=attrgetter("ended_at")),
+            key=attrgetter("began_at"),
+        )
         if each.ended_at is not None
-        and each.ended_at <= case.last
         and abs(each.remaining) > SAME
         and case.engine in {None, each.engine}
     ]
-    for order in ended:
-        if (
-            order.ended_at
-            and span[0] <= order.ended_at <= span[1]
-            and abs(order.remaining - apart) < SAME
-        ):
+    for order, at in ended:
+        if at <= end and abs(order.remaining - apart) < SAME:
             return Kind.PHANTOM_ORDER, (
                 f"order {order.order_id} of {number(order.remaining)} was {_how(order)} at"
-                f" {moment(order.ended_at)} and is still counted"
+                f" {moment(at)} and is still counted"
             )
-    for how in sorted({each.how for each in ended}):
-        of_it = [each for each in ended if each.how == how and each.remaining * apart > 0]
-        of_it.sort(key=lambda each: each.ended_at or case.first, reverse=True)
-        for count, total in enumerate(itertools.accumulate(each.remaining for each in of_it), 1):
-            oldest = of_it[count - 1]
-            if _accounts(total, apart, 0.0) and (oldest.ended_at or case.first) >= span[0]:
+    for how in sorted({order.how for order, _ in ended}):
+        of_it = [each for each in ended if each[0].how == how and each[0].remaining * apart > 0]
+        of_it.sort(key=itemgetter(1), reverse=True)
+        totals = itertools.accumulate(order.remaining for order, _ in of_it)
+        for count, (total, (oldest, _)) in enumerate(zip(totals, of_it, strict=True), 1):
+            if _accounts(total, apart, 0.0):
                 return Kind.PHANTOM_ORDER, (
                     f"the last {count} orders that were {_how(oldest)} are still counted"
                 )
-    known = {each.order_id for each in case.market.orders}
-    for fill in case.market.fills:
-        if fill.order_id not in known:  # never recorded, and so never counted by the check
-            continue
-        if span[0] <= fill.at <= span[1] and _accounts(fill.amount, apart, in_transit):
+    for fill in between(case.market.fills, begin, end):
+        # an order that was never recorded was never counted by the check
+        if fill.order_id in case.market.order_ids and _accounts(fill.amount, apart, in_transit):
             twin = _twin(case.market.fills, fill)
             if twin is not None:
                 return Kind.INVENTED_FILL, (
@@ -469,15 +459,15 @@ def _accounts(amount: float, apart: float, in_transit: float) -> bool:
     return amount * apart > 0 and abs(apart) - SAME < abs(amount) < abs(apart) + in_transit + SAME
 
 
-def _twin(fills: Iterable[Fill], fill: Fill) -> Fill | None:
+def _twin(fills: Sequence[Fill], fill: Fill) -> Fill | None:
+    second = timedelta(seconds=1)
     return next(
         (
             each
-            for each in fills
+            for each in between(fills, fill.at - second, fill.at + second)
             if each is not fill
             and each.order_id == fill.order_id
             and abs(each.amount - fill.amount) < SAME
-            and abs(each.at - fill.at) <= timedelta(seconds=1)
         ),
         None,
     )
@@ -491,10 +481,8 @@ def _uncounted_order(case: Case, apart: float) -> Explained | None:
     """Orders that rest and are not counted."""
     resting = [
         each
-        for each in case.market.orders
-        if each.ended_at is None
-        and each.began_at <= case.last
-        and case.engine in {None, each.engine}
+        for each in case.market.resting
+        if each.began_at <= case.last and case.engine in {None, each.engine}
     ]
     for order in resting:
         if abs(order.remaining + apart) < SAME:
@@ -509,12 +497,10 @@ def _uncounted_order(case: Case, apart: float) -> Explained | None:
 
 def _late(case: Case, apart: float) -> bool:
     """Whether an order of this amount was sent, or ended, so close that the engine counted it beside."""
-    return any(
-        abs(abs(amount) - abs(apart)) < SAME and abs(at - case.first) <= SETTLES_WITHIN
-        for order in case.market.orders
-        for at, amount in ((order.began_at, order.remaining), (order.ended_at, order.remaining))
-        if at is not None
-    )
+    begin, end = case.first - SETTLES_WITHIN, case.first + SETTLES_WITHIN
+    began = between(case.market.orders, begin, end, at=attrgetter("began_at"))
+    ended = between(case.market.ended, begin, end, at=attrgetter("ended_at"))
+    return any(abs(abs(order.remaining) - abs(apart)) < SAME for order in (*began, *ended))
 
 
 def _exposure(case: Case) -> Explained:
@@ -568,11 +554,11 @@ def _context(case: Case) -> str:
     codes = ", ".join(decision.block_codes) if decision is not None else ""
     parts = [f"block_codes were {codes}" if codes else "nothing was blocked"]
     begin, end = case.first - AROUND, case.first + timedelta(seconds=2)
-    actions = [each for each in market.actions if begin <= each.at <= end]
+    actions = between(market.actions, begin, end)
     parts.append(
         f"the last action was {_asked(actions[-1])}" if actions else "no action was recorded"
     )
-    refused = [each for each in market.answers if begin <= each.at <= end and each.reason]
+    refused = [each for each in between(market.answers, begin, end) if each.reason]
     if refused:
         parts.append(f"order {refused[-1].order_id} was rejected: {shortened(refused[-1].reason)}")
     return "; ".join(parts)
