@@ -76,6 +76,36 @@ WITH
         )
         GROUP BY market_ticker, fill
     ),
+    told AS
+    (
+        -- what a report says, from when on; a settlement counts once the engine has had its time to follow
+        SELECT
+            market_ticker,
+            at,
+            argMax((position, reported_at, source), (reported_at, source, position)) AS report,
+            max(settles) AS settles
+        FROM
+        (
+            SELECT
+                market_ticker,
+                if(settlement, report_at + {settles_ms:Int64}, report_at) AS at,
+                report.1 AS position,
+                toDateTime64(report_ts, 3, 'UTC') AS reported_at,
+                toString(report.2) AS source,
+                settlement AS settles
+            FROM reports
+            UNION ALL
+            SELECT
+                catalog.1,
+                catalog.2 + {settles_ms:Int64},
+                0.,
+                fromUnixTimestamp64Milli(catalog.2, 'UTC'),
+                'market_catalog',
+                1
+            FROM (SELECT arrayJoin(arrayZip({settled_tickers:Array(String)}, {settled_at:Array(Int64)})) AS catalog)
+        )
+        GROUP BY market_ticker, at
+    ),
     points AS
     (
         -- what a fill adds, from the first moment at which it may be counted to the first at which
@@ -90,50 +120,43 @@ WITH
             change.2 AS low_change,
             change.3 AS high_change,
             0 AS settling_change,
-            (0., toDateTime64(0, 3, 'UTC'), '') AS reported,
-            0 AS reports,
-            0 AS settled
+            0. AS position,
+            0 AS is_report,
+            0 AS is_settlement
         FROM fills
         UNION ALL
         SELECT
             market_ticker,
-            -- the report of a settlement counts once the engine has had its time to follow
-            arrayJoin(if(settlement,
-                [(report_at - if(untimed, 600000, {reaches_ms:Int64}), 1, 0), (report_at + {settles_ms:Int64}, -1, 1)],
-                [(report_at, 0, 1)])) AS change,
+            arrayJoin([
+                (report_at - if(untimed, 600000, {reaches_ms:Int64}), 1., 0.),
+                (report_at + {settles_ms:Int64}, -1., 0.)
+            ]) AS change,
             change.1,
             0.,
             0.,
-            change.2,
-            (report.1, toDateTime64(report_ts, 3, 'UTC'), toString(report.2)),
-            change.3,
-            toUInt8(settlement)
-        FROM reports
-        UNION ALL
-        SELECT
-            market_ticker,
-            arrayJoin([(settled_ms - {reaches_ms:Int64}, 1, 0), (settled_ms + {settles_ms:Int64}, -1, 1)]) AS change,
-            change.1,
+            toInt64(change.2),
             0.,
-            0.,
-            change.2,
-            (0., fromUnixTimestamp64Milli(settled_ms, 'UTC'), 'market_catalog'),
-            change.3,
-            1
+            0,
+            0
         FROM
         (
-            SELECT
-                arrayJoin(arrayZip({settled_tickers:Array(String)}, {settled_at:Array(Int64)})) AS settlement,
-                settlement.1 AS market_ticker,
-                settlement.2 AS settled_ms
+            SELECT market_ticker, report_at, untimed
+            FROM reports
+            WHERE settlement
+            UNION ALL
+            SELECT catalog.1, catalog.2, 0
+            FROM (SELECT arrayJoin(arrayZip({settled_tickers:Array(String)}, {settled_at:Array(Int64)})) AS catalog)
         )
+        UNION ALL
+        SELECT market_ticker, (at, 0., 0.), at, 0., 0., 0, report.1, 1, settles
+        FROM told
     ),
     cumulated AS
     (
         SELECT
             market_ticker,
             at,
-            report,
+            position,
             is_report,
             is_settlement,
             sum(low_change) OVER so_far AS low,
@@ -147,9 +170,9 @@ WITH
                 sum(low_change) AS low_change,
                 sum(high_change) AS high_change,
                 sum(settling_change) AS settling_change,
-                argMax(reported, (reports, reported.2)) AS report,
-                max(reports) AS is_report,
-                max(reports * settled) AS is_settlement
+                sum(position) AS position,
+                max(is_report) AS is_report,
+                max(is_settlement) AS is_settlement
             FROM points
             GROUP BY market_ticker, at
         )
@@ -157,7 +180,9 @@ WITH
     ),
     timeline AS
     (
-        -- low and high of a decision, less those of a report, is what may have been filled since
+        -- low and high of a decision, less those of a report, is what may have been filled since.
+        -- What is to come is what went before in the opposite order: such a window grows, and no row is
+        -- looked at twice
         SELECT
             market_ticker,
             at,
@@ -165,15 +190,14 @@ WITH
             high,
             settling,
             max(is_report) OVER so_far AS has_last,
-            argMaxIf((report.1 - high, report.1 - low, report), at, is_report) OVER so_far AS last,
+            argMaxIf((position - high, position - low, at), at, is_report) OVER so_far AS last,
             max(is_report AND NOT is_settlement) OVER to_come AS has_next,
-            argMinIf((report.1 - high, report.1 - low, report, at), at, is_report AND NOT is_settlement)
-                OVER to_come AS next
+            argMinIf((position - high, position - low, at), at, is_report AND NOT is_settlement) OVER to_come AS next
         FROM cumulated
         WINDOW
             so_far AS (PARTITION BY market_ticker ORDER BY at ROWS UNBOUNDED PRECEDING),
-            to_come AS (PARTITION BY market_ticker ORDER BY at
-                ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING)
+            to_come AS (PARTITION BY market_ticker ORDER BY at DESC
+                ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
     )
 SELECT *, count() OVER () AS total
 FROM
@@ -184,13 +208,13 @@ SELECT
     engine_instance_id,
     decision_id,
     pos_filled,
-    if(judged, report.1, NULL) AS snapshot_pos_filled,
+    if(judged, t.report.1, NULL) AS snapshot_pos_filled,
     if(judged, round(pos_filled - difference, 6), NULL) AS accounted_for,
     difference,
     if(judged, round(in_transit, 6), 0) AS in_transit,
-    if(judged, report.2, NULL) AS snapshot_ts,
-    if(judged, dateDiff('millisecond', report.2, toDateTime64(ts, 3, 'UTC')) / 1000, NULL) AS snapshot_age_s,
-    if(judged, report.3, '') AS snapshot_source
+    if(judged, t.report.2, NULL) AS snapshot_ts,
+    if(judged, dateDiff('millisecond', t.report.2, toDateTime64(ts, 3, 'UTC')) / 1000, NULL) AS snapshot_age_s,
+    if(judged, t.report.3, '') AS snapshot_source
 FROM
 (
     SELECT
@@ -207,11 +231,11 @@ FROM
             if(s.settling, least(lowest, 0.), lowest)) AS since_last,
         d.pos_filled - greatest(least(d.pos_filled, s.next.2 + s.high), s.next.1 + s.low) AS until_next,
         round(abs(since_last), 6) >= {filled_threshold:Float64} AS differs,
-        if(differs, s.last.3, s.next.3) AS report,
-        s.next.4 AS coming_at,
+        if(differs, s.last.3, s.next.3) AS report_at,
+        s.next.3 AS coming_at,
         if(differs, highest - lowest, s.next.2 + s.high - s.next.1 - s.low) AS in_transit,
         multiIf(NOT is_number, d.pos_filled, differs, round(since_last, 6), round(until_next, 6)) AS difference,
-        judged AND (differs OR (s.has_next AND NOT s.settling AND d.at >= s.next.4 - 30000
+        judged AND (differs OR (s.has_next AND NOT s.settling AND d.at >= s.next.3 - 30000
             AND round(abs(until_next), 6) >= {filled_threshold:Float64})) AS wrong
     FROM
     (
@@ -231,8 +255,9 @@ FROM
                 {position_writers:Array(String)}, {writing_since:Array(Int64)}))
     ) AS d
     ASOF LEFT JOIN timeline AS s ON d.market_ticker = s.market_ticker AND d.at >= s.at
-)
-WHERE wrong OR NOT is_number
+    WHERE wrong OR NOT is_number
+) AS found
+LEFT JOIN told AS t ON found.market_ticker = t.market_ticker AND found.report_at = t.at
 -- of those that only the next report contradicts the last
 ORDER BY ts DESC, market_ticker DESC, engine_instance_id DESC, decision_id DESC
 LIMIT 1 BY market_ticker, engine_instance_id, if(differs OR NOT is_number, toString(decision_id), toString(coming_at))

@@ -255,7 +255,6 @@ WITH
                     UNION ALL
                     SELECT named AS ordered, engine FROM answers WHERE is_named
                 )
-                WHERE ordered IN (SELECT ordered FROM fills)
                 GROUP BY ordered
             ) AS o USING (ordered)
             UNION ALL
@@ -311,12 +310,14 @@ WITH
     (
         SELECT
             cityHash64(market_ticker, engine_instance_id) AS engine,
-            arrayJoin(groupArraySorted(20)((toInt64(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))), pos_total_est))) AS begins
+            (toInt64(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))), pos_total_est) AS begins
         FROM mm_decisions
         WHERE ts >= {since:DateTime64(3, 'UTC')}
             AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
             AND isFinite(pos_total_est)
-        GROUP BY market_ticker, engine_instance_id
+        -- as the table is sorted, so that it is read and not sorted
+        ORDER BY market_ticker, ts, pos_total_est
+        LIMIT 20 BY market_ticker, engine_instance_id
         UNION ALL
         SELECT
             cityHash64(market_ticker, engine_instance_id),

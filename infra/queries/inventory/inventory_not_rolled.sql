@@ -32,6 +32,16 @@ FROM
     FROM mm_decisions
     WHERE ts >= {since:DateTime64(3, 'UTC')}
         AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        -- where inv_before is pos_filled all along, no decision before needs to be found
+        AND (market_ticker, engine_instance_id) IN
+        (
+            SELECT market_ticker, engine_instance_id
+            FROM mm_decisions
+            WHERE ts >= {since:DateTime64(3, 'UTC')}
+                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND abs(round(inv_before - pos_filled, 6)) >= {filled_threshold:Float64}
+            GROUP BY market_ticker, engine_instance_id
+        )
     WINDOW by_time AS
     (
         PARTITION BY market_ticker, engine_instance_id ORDER BY ts, decision_id
