@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from kalshi_platform.inventory import findings
-from kalshi_platform.inventory import tables as desk
 from kalshi_platform.inventory.findings import Episode
 from kalshi_platform.inventory.rows import TABLES
+from kalshi_platform.inventory.tables import standing
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.clickhouse import Client, translated
 
@@ -311,7 +311,7 @@ def sweep(
     `StoreRefused` as the store does.
     """
     checks = tuple(checks)
-    there = desk.standing(client)
+    there = standing(client)
     start = since(client, parameters) if start is None else start
     if why := there.why_not(DECISIONS):
         return [_skipped(check, why) for check in checks]
@@ -329,11 +329,6 @@ def sweep(
             else _run(client, check, check.sql(parameters, there.usable), values, unjudged)
         )
     return outcomes
-
-
-def tables(client: Client) -> frozenset[str]:
-    """Which of the market maker's tables the database has, with the market maker's columns."""
-    return desk.usable(client)
 
 
 def _run(

@@ -20,6 +20,7 @@ from kalshi_platform.inventory.audit import Check, Outcome, Parameters, moment
 from kalshi_platform.inventory.evidence import Market
 from kalshi_platform.inventory.explain import Case, number
 from kalshi_platform.inventory.findings import NO_LIMIT, QUIET, Episode
+from kalshi_platform.inventory.tables import usable
 from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
@@ -104,7 +105,7 @@ def examine(
     Those that `mm_inventory_breaks` knows keep their number and their beginning. `outcomes`: what a sweep of the
     same window has found; it is not asked again then.
     """
-    there = audit.tables(client)
+    there = usable(client)
     if audit.DECISIONS not in there:
         return []
     start = audit.since(client, parameters) if start is None else start
@@ -140,7 +141,7 @@ def update(
     markets over the look-back has found just now.
     """
     checks = tuple(checks)
-    if TABLE not in audit.tables(client):
+    if TABLE not in usable(client):
         return []
     start = audit.since(client, parameters)
     every = replace(parameters, market_ticker="")

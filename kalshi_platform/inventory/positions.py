@@ -24,8 +24,9 @@ from kalshi_platform.exchange.answers import Fill, Position, Settlement
 from kalshi_platform.exchange.errors import ExchangeError
 from kalshi_platform.exchange.items import Tell, Unreadable
 from kalshi_platform.exchange.rest import RestClient
-from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, tables
+from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS
 from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS, SETTLEMENTS
+from kalshi_platform.inventory.tables import usable
 from kalshi_platform.storage.clickhouse import Client, insert_arrow, translated
 
 ENGINE = "platform"
@@ -157,7 +158,7 @@ def _unsure(fills: Sequence[Unreadable], tickers: set[str]) -> set[str]:
 
 def known_markets(client: Client) -> dict[str, Held | None]:
     """Markets with recent decisions or a snapshot, and the newest snapshot of each."""
-    there = tables(client)
+    there = usable(client)
     known: dict[str, Held | None] = {}
     with translated():
         if DECISIONS in there:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.inventory import audit
+from kalshi_platform.inventory.tables import usable
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
@@ -40,7 +40,7 @@ def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
 def planted(migrated_once: Settings) -> Iterator[Planted]:
     """The market maker's tables, empty."""
     with closing(connect(migrated_once)) as client:
-        for table in audit.tables(client):
+        for table in usable(client):
             client.command(f"TRUNCATE TABLE {table}")
         yield Planted(client)
         if migrations.missing_tables(client):  # a test dropped some

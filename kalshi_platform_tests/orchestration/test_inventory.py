@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from kalshi_platform.inventory import audit
+from kalshi_platform.inventory.tables import usable
 from kalshi_platform.orchestration import inventory
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import from_markdown
@@ -37,7 +38,7 @@ def database(clickhouse_url: str) -> Iterator[Settings]:
 def planted(database: Settings) -> Iterator[Planted]:
     """The market maker's tables, empty."""
     with closing(connect(database)) as client:
-        for table in audit.tables(client):
+        for table in usable(client):
             client.command(f"TRUNCATE TABLE {table}")
         yield Planted(client)
 
