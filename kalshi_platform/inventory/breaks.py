@@ -8,9 +8,10 @@ audit.py, what was recorded around a break in evidence.py, and what follows from
 
 from __future__ import annotations
 
+import itertools
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ from kalshi_platform.inventory.tables import usable
 from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
+
+MARKETS_AT_ONCE = 20
+"""Whose rows are in memory together: of each market at most `evidence.MOST_ROWS` of each table."""
 
 _NAMESPACE = uuid.UUID("0a2f6a51-6f0b-4a51-9f57-3b0d6ab1d2f4")
 
@@ -70,6 +74,11 @@ class _Found(NamedTuple):
     check: Check
     episode: Episode
 
+    @property
+    def engine(self) -> str:
+        """The engine of its latest finding; empty where the check does not say."""
+        return str(self.episode.latest.get("engine_instance_id", ""))
+
 
 @dataclass(frozen=True)
 class _Look:
@@ -81,7 +90,8 @@ class _Look:
     tables: frozenset[str]
     newest: Mapping[str, datetime]
     """The newest decision of each market."""
-    known: Sequence[Break]
+    known: Mapping[tuple[str, str], Sequence[Break]]
+    """By check and market."""
     values: Mapping[str, Any]
     """Of the parameters of the checks' SQL."""
 
@@ -120,11 +130,15 @@ def examine(
         start,
         there,
         newest=_newest_decisions(client, start),
-        known=_known(client, start) if TABLE in there else [],
+        known=_by_market(_known(client, start)) if TABLE in there else {},
         values=audit.bound(client, there, parameters, start),
     )
-    explained = explain.explain_all(_cases(look, found))
-    made = [_break(look, each, *why) for each, why in zip(found, explained, strict=True)]
+    rolled = _rolled_markets(look, [each.check for each in found])
+    skews: dict[str, timedelta | None] = {}
+    made: list[Break] = []
+    for batch in _batches(found):
+        explained = explain.explain_all(_cases(look, batch, rolled, skews))
+        made += [_break(look, each, *why) for each, why in zip(batch, explained, strict=True)]
     return sorted(made, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
 
 
@@ -171,18 +185,32 @@ def update(
 # -- finding -----------------------------------------------------------------------------------
 
 
-def _cases(look: _Look, found: Sequence[_Found]) -> list[Case]:
-    """The breaks with what was recorded around them, asked for all of them at once."""
+def _batches(found: Iterable[_Found]) -> Iterator[list[_Found]]:
+    """The findings of so many markets at a time, an engine's markets one after the other."""
+    of_market: dict[str, list[_Found]] = {}
+    for each in found:
+        of_market.setdefault(each.episode.market_ticker, []).append(each)
+    markets = sorted(of_market.values(), key=lambda findings: findings[0].engine)
+    for begin in range(0, len(markets), MARKETS_AT_ONCE):
+        yield list(itertools.chain.from_iterable(markets[begin : begin + MARKETS_AT_ONCE]))
+
+
+def _cases(
+    look: _Look,
+    found: Sequence[_Found],
+    rolled: frozenset[str],
+    skews: dict[str, timedelta | None],
+) -> list[Case]:
+    """The breaks with what was recorded around them, asked for all of them at once.
+
+    `skews`: by engine, what the markets before have shown.
+    """
     seconds: dict[str, set[datetime]] = {}
     for _, episode in found:
         seconds.setdefault(episode.market_ticker, set()).update((episode.first, episode.last))
     markets = evidence.gather(look.client, look.tables, look.values, look.start, seconds)
-    diverged = any(check is audit.DIVERGENCE for check, _ in found)
-    engines = {str(episode.latest.get("engine_instance_id", "")) for _, episode in found}
-    skews = {
-        engine: evidence.skew(markets.values(), engine) if diverged else None for engine in engines
-    }
-    rolled = _rolled_markets(look, [check for check, _ in found])
+    for engine in {each.engine for each in found if each.check is audit.DIVERGENCE}:
+        skews[engine] = evidence.skew(markets.values(), engine) or skews.get(engine)
     return [
         Case(
             check=check,
@@ -195,7 +223,7 @@ def _cases(look: _Look, found: Sequence[_Found]) -> list[Case]:
             over=look.over(each),
             newest=look.newest.get(episode.market_ticker, episode.last),
             market=markets.get(episode.market_ticker, Market()),
-            skew=skews[str(episode.latest.get("engine_instance_id", ""))],
+            skew=skews.get(each.engine),
             rolled=episode.market_ticker in rolled,
             stale_after_s=look.parameters.stale_after_s,
         )
@@ -225,6 +253,13 @@ def _known(client: Client, start: datetime) -> list[Break]:
     return [Break(*row) for row in rows]
 
 
+def _by_market(known: Iterable[Break]) -> dict[tuple[str, str], list[Break]]:
+    found: dict[tuple[str, str], list[Break]] = {}
+    for each in known:
+        found.setdefault((each.check_name, each.market_ticker), []).append(each)
+    return found
+
+
 def _rolled_markets(look: _Look, checks: Iterable[Check]) -> frozenset[str]:
     """Markets of breaks whose inventory was rolled forward; asked only where it matters."""
     if not {audit.DIVERGENCE, audit.IDENTITY} & set(checks):
@@ -246,10 +281,8 @@ def _break(look: _Look, found: _Found, kind: str, explanation: str) -> Break:
     before = next(
         (
             each
-            for each in look.known
-            if (each.check_name, each.market_ticker) == (check.name, ticker)
-            and opened <= each.last_seen_at + QUIET
-            and last >= each.opened_at
+            for each in look.known.get((check.name, ticker), ())
+            if opened <= each.last_seen_at + QUIET and last >= each.opened_at
         ),
         None,
     )

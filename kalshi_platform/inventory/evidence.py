@@ -23,6 +23,7 @@ BEFORE = timedelta(days=1)
 """So long before the window orders may have begun."""
 MOST_ROWS = 20_000
 """Of one market and table: beyond them the newest count."""
+_MOST = "{most:UInt32} BY market_ticker"
 
 SAME = 1e-6
 _FOLLOWS = timedelta(minutes=1)
@@ -115,7 +116,7 @@ class Moved(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A decision of the second of a finding."""
+    """A decision at the moment of a finding, or the last one of its second."""
 
     at: datetime
     engine: str
@@ -237,24 +238,30 @@ def gather(
     start: datetime,
     seconds: Mapping[str, Iterable[datetime]],
 ) -> dict[str, Market]:
-    """What was recorded of the markets in `seconds`; the decisions of those seconds only."""
+    """What was recorded of the markets in `seconds`; of the decisions those at these moments, and the
+    last one of each engine in these seconds.
+    """
     if not seconds:
         return {}
+    moments = {at for moments in seconds.values() for at in moments}
     bound = {
         "markets": sorted(seconds),
         "since": moment(start),
         "early": moment(start - BEFORE),
         "most": MOST_ROWS,
-        "seconds": sorted({int(at.timestamp()) for moments in seconds.values() for at in moments}),
+        "seconds": sorted({int(at.timestamp()) for at in moments}),
+        "moments": sorted({_milliseconds(at) for at in moments}),
     }
 
-    def rows(table: str, columns: str, more: str = "") -> dict[str, list[tuple[Any, ...]]]:
+    def rows(
+        table: str, columns: str, more: str = "", by: str = _MOST
+    ) -> dict[str, list[tuple[Any, ...]]]:
         if table not in there:
             return {}
         sql = (
             f"SELECT market_ticker, {columns} FROM {table}"  # noqa: S608 - texts of this module
             " WHERE market_ticker IN {markets:Array(String)} AND ts >= {early:DateTime64(3, 'UTC')}"
-            f" {more} ORDER BY market_ticker, ts DESC LIMIT {{most:UInt32}} BY market_ticker"
+            f" {more} ORDER BY market_ticker, ts DESC LIMIT {by}"
         )
         with translated():
             found = client.query(sql, parameters=bound).result_rows
@@ -300,6 +307,8 @@ def gather(
         " toString(inv_convention),"
         " open_yes_bid_size + open_no_ask_size - open_yes_ask_size - open_no_bid_size",
         "AND ts >= {since:DateTime64(3, 'UTC')} AND toUnixTimestamp(ts) IN {seconds:Array(UInt32)}",
+        "1 BY market_ticker, engine_instance_id, if(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) IN"
+        " {moments:Array(Int64)}, toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')), toUnixTimestamp(ts))",
     )
     moved = _moved(client, bound)
     catalog = dict(
@@ -350,6 +359,10 @@ def _moved(client: Client, bound: Mapping[str, Any]) -> dict[str, list[Moved]]:
         str(ticker): [Moved(row[1], row[2], row[3], bool(row[4])) for row in of_market][::-1]
         for ticker, of_market in itertools.groupby(rows, key=itemgetter(0))
     }
+
+
+def _milliseconds(at: datetime) -> int:
+    return (at - datetime.fromtimestamp(0, UTC)) // timedelta(milliseconds=1)
 
 
 def _reports(rows: Iterable[tuple[Any, ...]], settled_ms: int | None) -> list[Report]:
