@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -39,6 +40,7 @@ from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.derive import DAMAGED, Distrust, Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.processes import Identity
@@ -52,7 +54,7 @@ from kalshi_platform.recording.tasks import TaskHealth, Tasks
 from kalshi_platform.recording.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
 from kalshi_platform.recording.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.archive import open_archive
+from kalshi_platform.storage.archive import Archive, open_archive
 from kalshi_platform.storage.archive.recorders import ArchiveLedger
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.recorders_table import open_table_ledger
@@ -192,8 +194,13 @@ class Streamer:
         else:
             self._insist_on_a_key()  # refuse a bad one before anything is opened
         sys.setswitchinterval(SWITCH_S)
+        archive = open_archive(
+            self._settings
+        )  # once: while one asks a store that hangs, no other is made
         writer = self._writer = Writer(
-            self._folder, claims=cursor.claims(self._folder), beginning=self._beginning
+            self._folder,
+            claims=cursor.claims(self._folder),
+            beginning=partial(self._beginning, archive),
         )
         self._began_n = writer.began_n
         self._reporting = [
@@ -220,7 +227,7 @@ class Streamer:
             log.warning("The journal's last segment was torn by a kill: %s", writer.torn)
         if writer.damage:
             log.error("%s", writer.damage)
-        self._loads = self._make_loads(writer)
+        self._loads = self._make_loads(writer, archive)
         for load in self._loads:
             load.start()
         if self._drains:
@@ -229,10 +236,10 @@ class Streamer:
         else:
             self._capturing = _spawn("capture", self._run_capture)
 
-    def _beginning(self, known: JournalIdentity, free: int) -> Beginning:
+    def _beginning(self, archive: Archive, known: JournalIdentity, free: int) -> Beginning:
         settings, shard = self._settings, self._shard
         stores: dict[str, numbering.Open] = {
-            ParquetStore.name: lambda: ArchiveLedger(open_archive(settings), shard)
+            ParquetStore.name: lambda: ArchiveLedger(archive, shard)
         }
         if settings.use_clickhouse:
             stores[ClickHouseStore.name] = lambda: open_table_ledger(settings, shard)
@@ -314,12 +321,9 @@ class Streamer:
         log.error("%s", sentence)
         self.loss = JournalError(f"{self.loss} {sentence}" if self.loss else sentence)
 
-    def _make_loads(self, writer: Writer) -> list[Load]:
+    def _make_loads(self, writer: Writer, archive: Archive) -> list[Load]:
         parquet = self._parquet = ParquetStore(
-            open_archive(self._settings),
-            self._shard,
-            self._reports.put,
-            self._settings.journals_dir,
+            archive, self._shard, self._reports.put, self._settings.journals_dir
         )
         derivation = Derivation(self._folder, self._shard)
         loads = [
@@ -332,6 +336,7 @@ class Streamer:
                 distrust=self._distrust,
                 observe=self._observe,
                 note=self._note,
+                presence=Presence(parquet.look, parquet.place),
             )
         ]
         if self._settings.use_clickhouse:

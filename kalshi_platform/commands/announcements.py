@@ -5,6 +5,7 @@ Sentences alone; `up.py` collects what is to be seen, and prints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ class Announcements:
         if report is None:
             return
         now, before = report["trouble"] or "", self._troubles.get(shard, "")
-        if now and now not in (before, known):
+        if now and now != known and _without_figures(now) != _without_figures(before):
             yield str(now)
         elif before and not now:
             yield "The streamer is well again."
@@ -136,6 +137,11 @@ class Announcements:
             self._absent.add(shard)
             reason = noted.reason if noted is not None else self._where_to_look
             yield f"No streamer has run for {absent_s:.0f} s: nothing is recorded. {reason}"
+
+
+def _without_figures(sentence: str) -> str:
+    """Ages and counts change every second; what is wrong does not."""
+    return re.sub(r"\d[\d,.]*", "", sentence)
 
 
 def _alive(report: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
-from kalshi_platform.loading import freshness, passage
+from kalshi_platform.loading import freshness, passage, presence
 from kalshi_platform.monitoring import channels, supervision
 from kalshi_platform.monitoring.metrics import channel_troubles
 from kalshi_platform.monitoring.outbox import deliver_in_time
@@ -386,13 +386,14 @@ def _data_folder(settings: Settings) -> Finding:
 
 def _archive(settings: Settings) -> Finding:
     archive = open_archive(settings)
-    if not isinstance(archive, ObjectArchive):
-        return _disk(settings.archive_dir, "PARQUET_DIR")
     try:
-        archive.probe()
+        presence.insist_on_archive(settings)
+        if isinstance(archive, ObjectArchive):
+            archive.probe()
+            return Finding(Mark.GOOD, f"{archive} can be written and read")
     except StoreError as error:
         return Finding(Mark.BAD, str(error))
-    return Finding(Mark.GOOD, f"{archive} can be written and read")
+    return _disk(settings.archive_dir, "PARQUET_DIR")
 
 
 def _foreign(settings: Settings) -> Finding:
@@ -439,6 +440,34 @@ def _spool(settings: Settings) -> Finding:
         remedy = "start the market maker: it sends them, and its log says what keeps it from that"
         return Finding(Mark.ODD, f"{behind} in {folder}", remedy)
     return Finding(Mark.GOOD, behind)
+
+
+def _market_maker(settings: Settings) -> Finding:
+    """Whether every engine that has decided goes on deciding: the asset check `decisions_fresh`, asked now."""
+    from kalshi_platform.inventory import audit, judged  # loads Arrow
+
+    parameters = audit.Parameters(limit=1)
+    with closing(connect(settings, log_comment="doctor")) as client:
+        start = audit.since(client, parameters)
+        looked_at = judged.look(client, parameters, start, paper=not settings.has_key)
+    if not looked_at.engines:
+        never = f"no engine has decided in the last {judged.RETIRED.days} days"
+        return Finding(
+            Mark.SKIPPED, (looked_at.tables.why_not(audit.DECISIONS) or never).rstrip(".")
+        )
+    if looked_at.stopped:
+        return Finding(
+            Mark.BAD,
+            "; ".join(judged.silence(engine) for engine in looked_at.stopped),
+            "start it, or see in its log why it does not decide; the line of its spool counts what waits here",
+        )
+    if looked_at.ahead:
+        return Finding(
+            Mark.BAD,
+            "; ".join(judged.lead(engine) for engine in looked_at.ahead),
+            "set its machine's clock by NTP (timedatectl set-ntp true)",
+        )
+    return Finding(Mark.GOOD, f"it goes on deciding: {looked_at.in_words()}")
 
 
 def _disk(folder: Path, variable: str) -> Finding:
@@ -639,6 +668,7 @@ CHECKS: Mapping[str, Check] = {
     "archive": (_archive, None),
     "foreign names": (_foreign, "archive"),
     "market maker's spool": (_spool, None),
+    "market maker": (_market_maker, "schema"),
     "growth": (_growth, "data folder"),
     "streamer": (_streamer, None),
     "Dagster daemon": (_daemon, None),

@@ -171,6 +171,7 @@ class _Platform:
             start(self._own("clickhouse", CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S, self._pings))
         if settings.use_clickhouse:
             threading.Thread(target=self._migrate, name="migrate", daemon=True).start()
+        threading.Thread(target=self._look_at_archive, name="archive", daemon=True).start()
         start(self._code_server())
         if _own_simulator(settings):
             start(
@@ -325,6 +326,16 @@ class _Platform:
                 reports, supervised, time.monotonic(), self._clickhouse_trouble, judged
             ):
                 self.say(sentence)
+
+    def _look_at_archive(self) -> None:
+        """Say at once why the archive cannot be had: the streamer comes up later, and says it from then on."""
+        from kalshi_platform.loading import presence
+        from kalshi_platform.storage.errors import StoreError
+
+        try:
+            presence.insist_on_archive(self._settings)
+        except StoreError as error:
+            self.say(f"{error} Recording goes on without it: the journal keeps what is not there.")
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""

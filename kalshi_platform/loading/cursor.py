@@ -130,6 +130,15 @@ def reached(folder: Path, journal: uuid.UUID) -> int:
     return max(ends)
 
 
+def has_loaded(folder: Path, store: str, place: str) -> bool:
+    """Whether a journal's cursor says that something was loaded into the store at that place."""
+    try:
+        cursor = checked_json.decode(path(folder, store).read_bytes(), Cursor)
+    except (FileNotFoundError, Unproved):
+        return False
+    return cursor.place == place and cursor.committed[2] > 0
+
+
 def plain(position: Position) -> Place:
     """A position as it is kept."""
     return (position.segment, position.offset, position.n)

@@ -33,6 +33,7 @@ from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import CHUNK_ROWS, Derivation, at_openings, chunks, up_to
 from kalshi_platform.loading.derive import Distrust, Rows, derive
 from kalshi_platform.loading.freshness import BEHIND_S
+from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
 from kalshi_platform.loading.state import (
     UnreadableState,
@@ -98,8 +99,9 @@ class Load:
         distrust: Callable[[Distrust], None] | None = None,
         observe: Callable[[Rows, State], None] | None = None,
         note: Callable[[str, Mapping[str, object]], None] | None = None,
+        presence: Presence | None = None,
     ) -> None:
-        """`note` puts a note into the journal."""
+        """`note` puts a note into the journal; `presence` looks at a store that is written to rarely."""
         self._folder = folder
         self._writer = writer
         self._store = store
@@ -109,6 +111,7 @@ class Load:
         self._distrust = distrust
         self._observe = observe
         self._note = note
+        self._presence = presence
         self._stopping = threading.Event()
         self._abandon = threading.Event()
         self._cursor = Cursor(committed=(0, 0, 0))
@@ -148,10 +151,15 @@ class Load:
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing gets into the store at the moment, as a sentence."""
+        """Why nothing gets, or would get, into the store at the moment, as a sentence."""
+        of_place = self._presence.trouble if self._presence is not None else None
+        return self._stopped_by or of_place or self._trouble
+
+    @property
+    def _stopped_by(self) -> str | None:
         failure = self.failure  # the load's thread may end it at any moment
         if failure is None:
-            return self._trouble
+            return None
         if isinstance(failure, PlatformError):
             return str(failure)
         return (
@@ -163,7 +171,8 @@ class Load:
     @property
     def refused(self) -> bool:
         """Whether that trouble is of the kind that no retry mends."""
-        return self.failure is not None or self._refused
+        away = self._presence is not None and self._presence.refused
+        return self.failure is not None or self._refused or away
 
     @property
     def oldest_ns(self) -> int:
@@ -199,11 +208,15 @@ class Load:
 
     def start(self) -> None:
         """Begin where the last load ended."""
+        if self._presence is not None:
+            self._presence.start()
         self._thread.start()
 
     def drain(self) -> None:
         """Load what the journal has, then end; the journal's writer must be closed or idle."""
         self._stopping.set()
+        if self._presence is not None:
+            self._presence.end()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the end; True when everything was loaded in time, else the rest is left.
@@ -213,7 +226,7 @@ class Load:
         now = time.monotonic()
         ends, gives_up = now + timeout_s, now + TROUBLE_PATIENCE_S
         while self._thread.is_alive() and (now := time.monotonic()) < ends:
-            if self.trouble is None:
+            if self.failure is None and self._trouble is None:
                 gives_up = now + TROUBLE_PATIENCE_S
             elif now >= gives_up:
                 break
@@ -222,7 +235,7 @@ class Load:
         self._abandon.set()
         if not ended:
             self._store.abandon()
-        return ended and self.trouble is None
+        return ended and self.failure is None and self._trouble is None
 
     @property
     def alive(self) -> bool:

@@ -275,6 +275,10 @@ class ParquetStore:
         self._open_hour_reported: datetime | None = None
         self._abandoned = threading.Event()
 
+    def look(self) -> None:
+        """Raise `StoreError` where the archive is not there."""
+        self._archive.look()
+
     def holds(self, trace: Trace) -> bool | None:
         """See `Store`. By the names of the hour's parts, those that a compaction took in included."""
         hour = hour_of_ns(trace.recv_ns)

@@ -95,6 +95,15 @@ def test_trouble_is_told_once_and_its_end_and_what_was_said_already_is_not() -> 
     assert story.look({0: report(trouble="ClickHouse is away.")}) == []
 
 
+def test_a_trouble_whose_figures_change_every_second_is_told_once() -> None:
+    story = Story()
+    story.look({0: report()})
+    behind = "clickhouse is {} s behind: {:,} records wait in the journal."
+    lines = [story.look({0: report(trouble=behind.format(61 + n, 9_990 + n))}) for n in range(120)]
+    assert [line for each in lines for line in each] == [behind.format(61, 9_990)]
+    assert story.look({0: report(trouble="parquet is away.")}) == ["parquet is away."]
+
+
 GOOD = Judgement(Verdict.GOOD, "recording", "Recording: the last frame is 1 s old.")
 AWAY = Judgement(Verdict.ERROR, "disconnected", "The exchange has not been reached for 130 s.")
 BEHIND = Judgement(Verdict.WARN, "parquet behind", "parquet lacks 9 records.")

@@ -33,6 +33,7 @@ from kalshi_platform.recording import journal
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.inventory.planted import Planted, ago
 from kalshi_platform_tests.monitoring.servers import web_server
 
 StartSimulator = Callable[..., Simulator]
@@ -120,9 +121,11 @@ def test_a_platform_that_is_well_has_no_complaint(
     set_clock(monkeypatch, 0)
     report(patient.data)
     lines = patient.examined()
-    not_set_up = {"market maker's spool", "growth", "Dagster daemon", "alerts", "metrics"}
+    not_set_up = {
+        *("market maker's spool", "market maker", "growth", "Dagster daemon", "alerts", "metrics")
+    }
     assert {name for name, line in lines.items() if line[0] != "✓"} == not_set_up, lines
-    assert len(lines) == 17
+    assert len(lines) == 18
     assert "7 frames not loaded yet" in lines["streamer"]
     assert not patient.data.joinpath("parquet").exists()
 
@@ -160,7 +163,7 @@ def test_a_fault_of_a_check_is_its_own_line(
     report(patient.data)
     lines = patient.examined()
     assert lines["clock"] == "✗ clock — could not be looked at (RuntimeError('odd'))"
-    assert len(lines) == 17
+    assert len(lines) == 18
 
 
 def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: Patient) -> None:
@@ -440,6 +443,20 @@ def test_a_disk_that_will_be_full_is_found_before_it_is(
     settled = checked("growth", tmp_path, journal_retention_hours=2)
     assert settled.mark.value == "✓"
     assert "more than a year" in settled.text
+
+
+def test_a_market_maker_that_has_stopped_deciding_is_found_with_its_age(patient: Patient) -> None:
+    with closing(connect(platform_settings.current())) as client:
+        planted = Planted(client)
+        planted.decision(ago(2 * 3600 + 1500), engine_instance_id="mm-1")
+        line = patient.examined()["market maker"]
+        assert line.startswith(
+            "✗ market maker — engine mm-1 has not decided for 2 h 25 min, its newest decision is of "
+        )
+        assert line.endswith("the line of its spool counts what waits here")
+        planted.decision(ago(5), engine_instance_id="mm-1")  # what the line says: it is started
+        line = patient.examined()["market maker"]
+        assert line.startswith("✓ market maker — it goes on deciding: 1 decision of 1 market")
 
 
 @pytest.mark.parametrize(("streamers", "mark"), [(0, "·"), (1, "✗")])

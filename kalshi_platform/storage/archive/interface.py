@@ -256,6 +256,13 @@ class Archive(ABC):
         """From now on insist on that identity before and after each file is written."""
 
     @abstractmethod
+    def look(self) -> None:
+        """Raise `StoreError` where it cannot be had, or an identity is expected and not there.
+
+        It is asked every second.
+        """
+
+    @abstractmethod
     def is_empty(self) -> bool:
         """Whether there is nothing of any dataset."""
 

@@ -285,11 +285,12 @@ class LocalArchive(Archive):
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """Around what makes folders: they must not take the place of an archive that has gone."""
-        self._insist_on_expected()
+        self.look()
         yield
-        self._insist_on_expected()
+        self.look()
 
-    def _insist_on_expected(self) -> None:
+    def look(self) -> None:
+        """See `Archive`."""
         if self._expected is not None:
             self.insist_on(self._expected)
 
@@ -310,7 +311,7 @@ class LocalArchive(Archive):
     @contextmanager
     def changing(self, timeout_s: float = 60.0) -> Iterator[None]:
         """See `Archive`."""
-        self._insist_on_expected()
+        self.look()
         path = self.root / ASIDE / "changing.lock"
         with locked(path, timeout_s, f"Sealed hours are being changed in {self}"):
             yield

@@ -62,7 +62,7 @@ from kalshi_platform.storage.archive.local import (
     durably,
     write_durably,
 )
-from kalshi_platform.storage.archive.troubles import object_store_error
+from kalshi_platform.storage.archive.troubles import no_such_bucket, object_store_error
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
 
@@ -90,6 +90,7 @@ class ObjectArchive(Archive):
         self._filesystem = filesystem
         self._waiting = LocalArchive(waiting)
         self._leaving = LocalArchive(waiting / LEAVING)
+        self._expected = False
 
     def __str__(self) -> str:
         return f"{SCHEME}{self._base}"
@@ -326,11 +327,30 @@ class ObjectArchive(Archive):
         """See `Archive`."""
         self._waiting.insist_on(identity)
         if (found := self.identity()) != identity:
+            if found is None:
+                self._insist_on_bucket()
             raise archive_identity.gone(str(self), found)
 
     def expect(self, identity: str) -> None:
         """See `Archive`. Each write is held against the folder of what waits: the bucket costs a request."""
         self._waiting.expect(identity)
+        self._expected = True
+
+    def look(self) -> None:
+        """See `Archive`. One request while it is there."""
+        self._waiting.look()
+        if self._is_there(f"{self._base}/{archive_identity.FILE}"):
+            return
+        self._insist_on_bucket()
+        if self._expected:
+            raise archive_identity.gone(str(self), None)
+
+    def _insist_on_bucket(self) -> None:
+        bucket = self._base.partition("/")[0]
+        with self._asking(bucket):
+            found = self._filesystem.get_file_info(bucket).type
+        if found is fs.FileType.NotFound:
+            raise no_such_bucket(f"{SCHEME}{bucket}")
 
     def is_empty(self) -> bool:
         """See `Archive`."""

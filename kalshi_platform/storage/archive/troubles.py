@@ -50,6 +50,11 @@ _REFUSALS = {
 }
 
 
+def no_such_bucket(where: str) -> StoreRefused:
+    """That a bucket is not there, where the store did not say so itself."""
+    return StoreRefused(f"{where}: {_BUCKET}.", name="NO_SUCH_BUCKET")
+
+
 def object_store_error(where: str, error: Exception) -> StoreUnavailable | StoreRefused | None:
     """The error as a sentence; None for one that is not an object store's."""
     found = _ERROR.search(str(error))

@@ -1,0 +1,95 @@
+"""Whether a store is there, asked once a second beside its load.
+
+The archive is written once a minute. What happens to it meanwhile (its disk is unmounted, its bucket removed,
+its key withdrawn, its network silent) would be named with the next write. Here it is named within seconds,
+by a thread of its own, which writes nothing and decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from kalshi_platform.loading import cursor, passage
+from kalshi_platform.loading.stores import ParquetStore
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage.archive import identity, open_archive
+from kalshi_platform.storage.errors import StoreError, StoreRefused
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+SILENT_S = 3.0
+"""A look that takes longer is itself what is wrong."""
+
+
+class Presence:
+    """Looks at one store until `end`; says what the last look found."""
+
+    def __init__(self, look: Callable[[], None], place: str) -> None:
+        """`look` raises `StoreError` where the store is not there; `place`: what people call it."""
+        self._look = look
+        self._place = place
+        self._began: float | None = None
+        """Of the look that is under way, by the monotonic clock."""
+        self._error: StoreError | None = None
+        self._ending = threading.Event()
+
+    def start(self) -> None:
+        """Begin to look."""
+        threading.Thread(target=self._run, name=f"look-{self._place}", daemon=True).start()
+
+    def end(self) -> None:
+        """Look no more; a look under way is not waited for."""
+        self._ending.set()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the store cannot be had at the moment, as a sentence."""
+        error, began = self._error, self._began
+        if error is not None:
+            return str(error)
+        if began is not None and time.monotonic() - began > SILENT_S:
+            return (
+                f"{self._place} has not answered for more than {SILENT_S:.0f} s. See that it runs and that the"
+                " disk or network that it is on does; what goes there is kept, and taken up again by itself."
+            )
+        return None
+
+    @property
+    def refused(self) -> bool:
+        """Whether that is of the kind that no retry mends."""
+        return isinstance(self._error, StoreRefused)
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            self._began = time.monotonic()
+            before, self._error = self._error, self._found()
+            self._began = None
+            if self._error is not None and str(self._error) != str(before):
+                log.error("%s", self._error)
+            elif self._error is None and before is not None:
+                log.warning("%s is there again.", self._place)
+            self._ending.wait(LOOK_S)
+
+    def _found(self) -> StoreError | None:
+        try:
+            self._look()
+        except StoreError as error:
+            return error
+        except OSError as error:
+            return StoreError(f"{self._place} cannot be looked at ({error.strerror}). Mend that.")
+        return None
+
+
+def insist_on_archive(settings: Settings) -> None:
+    """Raise `StoreError` where the archive cannot be had, or is not the one that a shard has loaded into."""
+    archive = open_archive(settings)
+    if archive.identity() is not None:
+        return
+    archive.look()
+    for shard in passage.shards(settings.journals_dir):
+        if cursor.has_loaded(settings.journal_dir(shard), ParquetStore.name, str(archive)):
+            raise identity.gone(str(archive), None)
