@@ -60,6 +60,7 @@ FOREIGN_SHOWN = 8
 SPOOLED_ODD_S = 60.0
 """A market maker sends once a second."""
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
+IN_HOURS_DAYS = 2.0
 _START = "start it (make run, or kalshi-platform stream)"
 _CHANNELS = "set ALERT_SLACK_WEBHOOK_URL, ALERT_WEBHOOK_URL or ALERT_EMAIL_TO"
 
@@ -586,14 +587,22 @@ def _growth(settings: Settings) -> Finding:
     from kalshi_platform.monitoring import growth  # loads Arrow
 
     found = growth.measure(settings)
-    told = "; ".join(_told_growth(each) for each in found if each.bytes or each.per_day)
+    stores = ("Parquet archive", *(("ClickHouse",) if settings.use_clickhouse else ()))
+    unasked = sorted(set(stores) - {each.what for each in found})
+    told = "; ".join(
+        [
+            *(_told_growth(each) for each in found if each.bytes or each.per_day),
+            *(f"{store} cannot be asked" for store in unasked),
+        ]
+    )
     if not any(each.per_day for each in found):
         return Finding(Mark.SKIPPED, "; ".join(filter(None, (told, "too young to tell"))))
     here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
     days = growth.days_until_full(here, growth.free_bytes(settings.data_dir))
     if days is None or days > 365:
         return Finding(Mark.GOOD, f"{told}; the disk lasts for more than a year")
-    text = f"{told}; the disk is full in {days:.0f} days"
+    span = f"{days:.0f} days" if days >= IN_HOURS_DAYS else f"{days * 24:.0f} hours"
+    text = f"{told}; the disk is full in {span}"
     remedy = "see docs/operations.md, What is kept how long"
     if days < FULL_ODD_DAYS:
         return Finding(Mark.BAD if days < FULL_BAD_DAYS else Mark.ODD, text, remedy)

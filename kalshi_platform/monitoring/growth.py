@@ -1,7 +1,8 @@
 """How much the platform keeps, how fast that grows, and when the disk is full.
 
 Sizes are what files take on the disk. Rates are of the last day, or of as much of it as was recorded;
-None where there is too little to tell. What a retention bounds grows to `settles_at` and no further.
+None where there is too little to tell. What a retention bounds grows to `settles_at` and no further. The
+journal's does not bound it while a store lacks what it has: nothing is removed that a store still needs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from kalshi_platform import health_report
 from kalshi_platform.loading import passage
 from kalshi_platform.loading.hours import RECORDED
 from kalshi_platform.monitoring.metrics import folder_bytes
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import Listed, open_archive
@@ -48,23 +51,29 @@ class Growth:
 
 
 def measure(settings: Settings) -> list[Growth]:
-    """Everything that is kept, as it is now. ClickHouse is left out where it cannot be asked."""
-    found = [_journal(settings), _archive(settings), _dagster(settings)]
+    """Everything that is kept, as it is now. A store is left out where it cannot be asked."""
+    found = [_journal(settings)]
+    with suppress(StoreError):  # said by whoever needs it
+        found.append(_archive(settings))
+    found.append(_dagster(settings))
     if settings.use_clickhouse:
-        try:
-            with closing(connect(settings, log_comment="growth")) as client:
-                found.append(_clickhouse(settings, client))
-        except StoreError:
-            pass  # said by whoever needs it
+        with (
+            suppress(StoreError),
+            closing(connect(settings, log_comment="growth")) as client,
+        ):
+            found.append(_clickhouse(settings, client))
     return found
 
 
 def days_until_full(growths: Iterable[Growth], free: int) -> float | None:
     """Days until `free` bytes are used up at the present rates; None: not within ten years."""
-    known = [(each, each.per_day) for each in growths if each.per_day]
-    for day in range(1, HORIZON_DAYS + 1):
-        if sum(_added(each, rate, day) for each, rate in known) > free:
-            return float(day - 1)
+    known = [(each.per_day, _grows_for(each, each.per_day)) for each in growths if each.per_day]
+    day, left = 0.0, float(free)
+    for end in sorted({min(days, HORIZON_DAYS) for _, days in known}):
+        rate = sum(per_day for per_day, days in known if days >= end)
+        if rate * (end - day) > left:
+            return day + left / rate
+        day, left = end, left - rate * (end - day)
     return None
 
 
@@ -86,27 +95,49 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _added(it: Growth, per_day: float, days: float) -> float:
-    """Bytes more than now, after so many days."""
-    grown = per_day * days
+def _grows_for(it: Growth, per_day: float) -> float:
+    """Days until it has settled."""
     if it.settles_at is None:
-        return grown
-    return min(grown, max(it.settles_at - it.bytes, 0.0))
+        return float(HORIZON_DAYS)
+    return max(it.settles_at - it.bytes, 0.0) / per_day
 
 
 def _journal(settings: Settings) -> Growth:
     """All shards. The segments' times of change say how long they took to fill."""
     folder = settings.journal_dir(0).parent
     per_day: float | None = None
+    settles_at: float | None = 0.0
+    days = settings.journal_retention_hours / 24
     for k in passage.shards(folder):
         shard = settings.journal_dir(k)
         paths = [journal.segment_path(shard, first_n) for first_n in journal.segments(shard)]
-        rate = _rate([(it.st_mtime, it.st_size) for it in _stats(paths)])
-        if rate is not None:
-            per_day = (per_day or 0.0) + rate
-    days = settings.journal_retention_hours / 24
-    settles_at = None if per_day is None else per_day * days
-    return Growth("journal", folder_bytes(folder), per_day, settles_at, folder)
+        ended = [(it.st_mtime, it.st_size) for it in _stats(paths)]
+        rate = _rate([*_began(shard), *ended])
+        if rate is None:
+            continue
+        per_day = (per_day or 0.0) + rate
+        settles_at = None if settles_at is None or _holds(shard) else settles_at + rate * days
+    return Growth("journal", folder_bytes(folder), per_day, settles_at if per_day else None, folder)
+
+
+def _began(shard: Path) -> list[tuple[float, int]]:
+    """When the journal's first record came, as the end of a file of no size: its first segment counts, too."""
+    try:
+        received_ns = journal.received_ns(shard, journal.beginning(shard))
+    except JournalError:
+        return []  # said by its load
+    return [(received_ns / 1e9, 0)] if received_ns else []
+
+
+def _holds(shard: Path) -> bool:
+    """Whether a store is in trouble, so that the journal keeps more than its retention; also where the
+    streamer's report does not say.
+    """
+    try:
+        report = health_report.read(shard)
+        return report is not None and any(it["trouble"] for it in report["stores"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def _stats(paths: Iterable[Path]) -> list[os.stat_result]:
@@ -123,6 +154,9 @@ def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
     if len(ended) < 2:
         return None
     ended = sorted(ended)
+    ended = [it for it in ended[:-1] if it[0] > ended[-1][0] - DAY_S] + ended[-1:]
+    if len(ended) < 2:
+        return None
     spent_s = ended[-1][0] - ended[0][0]
     return sum(size for _, size in ended[1:]) / spent_s * DAY_S if spent_s >= LEAST_S else None
 
