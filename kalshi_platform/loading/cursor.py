@@ -132,10 +132,11 @@ def reached(folder: Path, journal: uuid.UUID) -> int:
 
 def has_loaded(folder: Path, store: str, place: str) -> bool:
     """Whether a journal's cursor says that something was loaded into the store at that place."""
+    where = path(folder, store)
     try:
-        cursor = checked_json.decode(path(folder, store).read_bytes(), Cursor)
-    except (FileNotFoundError, Unproved):
-        return False
+        cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT)
+    except (FileNotFoundError, Unproved, LaterFormat):
+        return False  # its load says what is wrong with it
     return cursor.place == place and cursor.committed[2] > 0
 
 

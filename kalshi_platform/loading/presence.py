@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import cursor, passage
 from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.settings import Settings
@@ -34,7 +35,7 @@ class Presence:
         self._place = place
         self._began: float | None = None
         """Of the look that is under way, by the monotonic clock."""
-        self._error: StoreError | None = None
+        self._error: PlatformError | None = None
         self._ending = threading.Event()
 
     def start(self) -> None:
@@ -74,10 +75,10 @@ class Presence:
                 log.warning("%s is there again.", self._place)
             self._ending.wait(LOOK_S)
 
-    def _found(self) -> StoreError | None:
+    def _found(self) -> PlatformError | None:
         try:
             self._look()
-        except StoreError as error:
+        except PlatformError as error:
             return error
         except OSError as error:
             return StoreError(f"{self._place} cannot be looked at ({error.strerror}). Mend that.")
