@@ -47,6 +47,7 @@ from kalshi_platform.recording.journal_identity import LaterVersion
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import HOUR, Archive, floor_hour
+from kalshi_platform.storage.archive import identity as archive_identity
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
@@ -200,6 +201,8 @@ class _Reading:
         self._progress = progress
         self._places = _Places()
         self._journals: list[Journal] = []
+        self._loaded_cold = False
+        """Whether a load has written to the archive."""
         self._hot_from: datetime | None = None
         """The first hour that retention cannot have taken anything of."""
         self._limit: datetime | None = None
@@ -240,6 +243,7 @@ class _Reading:
                 _insist_on_known_format(folder)
                 committed = {n: _committed(folder, n) for n in sorted(self._settings.stores)}
                 end = min(committed.values())
+                self._loaded_cold |= committed.get(PARQUET, 0) > journal.beginning(folder).n
                 read = tally_journal.read(
                     folder,
                     shard,
@@ -311,7 +315,7 @@ class _Reading:
         """Read the archive, hour by hour; a file that cannot be read is named, and its rows are missing."""
         place = Place()
         try:
-            self._archive.identity()  # a later version's is refused
+            self._insist_on_the_archive()
             there = [h for h in self._archived_hours() if self._is_wanted(h)]
             for done, hour in enumerate(there, 1):
                 found = self._cold_hour(hour)
@@ -328,6 +332,11 @@ class _Reading:
             self._failed.append(f"The archive: {error}")
             return
         self._places.cold = place
+
+    def _insist_on_the_archive(self) -> None:
+        """Raise `StoreError` for a later version's, and where there is none, though a load wrote to it."""
+        if self._archive.identity() is None and self._loaded_cold and self._archive.is_empty():
+            raise archive_identity.gone(str(self._archive), None)
 
     def _cold_hour(self, hour: datetime) -> Place | None:
         for tries_left in reversed(range(TRIES)):

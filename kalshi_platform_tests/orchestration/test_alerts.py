@@ -247,6 +247,31 @@ def test_a_dead_streamer_is_told_when_nobody_has_replaced_it(watch: Watch) -> No
     assert over["event"] == "resolved"
 
 
+def test_a_restart_of_less_than_a_minute_is_nothing_to_tell(watch: Watch) -> None:
+    watch.report()
+    assert watch.tick() == []
+    watch.report(pid_started=1.0)  # its process is gone
+    assert watch.tick(30) == []
+    for after in (20.0, CALM_S, FEED_WARN_S):
+        watch.ahead_s += after
+        watch.report()
+        assert watch.tick() == []
+
+
+def test_a_streamer_that_was_stopped_is_told_after_twelve_minutes_and_closed(watch: Watch) -> None:
+    watch.report(state="stopped")
+    assert watch.tick() == []
+    assert watch.tick(121.0) == []  # a restart could have been due until now
+    assert watch.tick(FEED_WARN_S - 1.0) == []
+    (notice,) = watch.tick(1.0)
+    assert (notice["severity"], notice["title"]) == ("warning", "Feed of shard 0: stopped")
+    for after in (30.0, CALM_S):
+        watch.ahead_s += after
+        watch.report()
+        over = watch.tick()
+    assert [it["event"] for it in over] == ["resolved"]
+
+
 def test_a_store_that_is_away_is_told_later_and_mildly(watch: Watch) -> None:
     store = {"lag": 9, "committed_ns": 1, "trouble": "ClickHouse is away.", "refused": False}
     watch.report(stores={"clickhouse": store})

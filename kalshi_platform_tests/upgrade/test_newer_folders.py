@@ -14,13 +14,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import checked_json
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.loading import cursor, load, state
+from kalshi_platform.loading import compaction, cursor, load, state
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
@@ -32,6 +34,7 @@ from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive, identity, recorders
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform_tests.archived import paths as parts
 from kalshi_platform_tests.loading.test_load import archived
 from kalshi_platform_tests.storage.tables import settings_for
 from kalshi_platform_tests.upgrade.test_older_folders import unpacked
@@ -207,6 +210,24 @@ def test_books_that_a_later_version_kept_are_derived_again(settings: Settings) -
         wait_for(lambda: begun.committed, "the load")
     assert (begun.failure, begun.lag) == (None, 0)
     assert archived(settings.archive_dir, "orderbook_events").equals(rows)
+
+
+def test_an_hour_with_columns_of_later_is_not_written_again(settings: Settings) -> None:
+    """It has no number: its columns say it."""
+    (hour,) = compaction.pending(archive := LocalArchive(settings.archive_dir))
+    paths = {path: path.read_bytes() for path in parts(settings.archive_dir, "trades", hour)}
+    for path in paths:
+        table = pq.read_table(path, partitioning=None)
+        pq.write_table(table.append_column("of_later", pa.nulls(table.num_rows, pa.int8())), path)
+        paths[path] = path.read_bytes()
+    refused: list[str] = []
+    compaction.compact(archive, [hour], lambda _: None, lambda _, error: refused.append(str(error)))
+    assert all(path.read_bytes() == content for path, content in paths.items())
+    assert len(refused) == 1
+    assert (
+        "columns of_later, which this version does not know: a later version wrote it."
+        in refused[0]
+    )
 
 
 def test_every_file_of_a_data_folder_is_listed_here(settings: Settings) -> None:

@@ -1,0 +1,421 @@
+"""docs/operations.md: its blocks of commands are run as they stand, from what is wrong to what is right again.
+
+They share one project folder with a recorded data folder, whose hours are the page's. A block that no test
+here runs fails `test_every_block_is_run`; a line that is not run is in `NOT_RUN`, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands.main import main
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.streamer import Health, Streamer
+from kalshi_platform_tests.ports import free_ports
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
+from kalshi_platform_tests.upgrade.test_older_folders import unpacked
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+BLOCKS = [
+    (m[1], m[2].strip().splitlines())
+    for m in re.finditer(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+]
+EXITS = re.compile(r"# exits (\d)")
+HOUR = "2026-11-28-10"
+OF_HOUR = "toStartOfHour(ingest_ts) = toDateTime('2026-11-28 10:00:00', 'UTC')"
+PATIENCE_S = 180.0
+NOT_RUN = {
+    "make run": "installs, and starts everything: test_moved_folder.py and commands/test_up.py do",
+}
+
+
+def block(begins: str) -> list[str]:
+    """The block whose first line begins so."""
+    (found,) = [lines for _, lines in BLOCKS if lines[0].startswith(begins)]
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+class Project:
+    """A project's folder, and whoever reads the page in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, self.simulator_port = free_ports(2)
+        self.jobs: list[subprocess.Popen[bytes]] = []
+        unpacked("b5ce1cc", folder / "data")
+        (folder / ".env").write_text(
+            f"EMBEDDED_CLICKHOUSE_PORT={self.port}\nSIMULATOR_PORT={self.simulator_port}\n"
+            "HOT_RETENTION_DAYS=36500\nJOURNAL_RETENTION_HOURS=1000000\n"
+        )
+        for name in ("elsewhere", "backup"):
+            (folder / name).mkdir()
+
+    @property
+    def settings(self) -> Settings:
+        return platform_settings.load()
+
+    def run(self, lines: list[str]) -> str:
+        """Type the lines, each of which must end as the page says; what they said."""
+        return "".join(self._line(line) for line in lines if line not in NOT_RUN)
+
+    def _line(self, line: str) -> str:
+        wanted = int(said[1]) if (said := EXITS.search(line)) else 0
+        text = line.replace("/elsewhere", str(self.folder / "elsewhere"))
+        text = text.replace("/backup/", f"{self.folder}/backup/")
+        words = shlex.split(text, comments=True)
+        if words[-1] == "&":
+            self.begin(words[:-1])
+            return ""
+        if words == ["kill", "%1"]:
+            self.end()
+            return ""
+        given = [word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word)]
+        words = words[len(given) :]
+        if words[0] == "kalshi-platform":
+            status, output = command(words[1:], dict(given))
+        else:
+            done = subprocess.run(
+                words, cwd=self.folder, capture_output=True, text=True, check=False
+            )
+            status, output = done.returncode, done.stdout + done.stderr
+        assert status == wanted, f"{line}\n{output}"
+        return output
+
+    def begin(self, words: list[str]) -> None:
+        """A program in the background; ClickHouse and the simulator are waited for."""
+        given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+        argv = [str(Path(sys.prefix) / "bin" / words[len(given)]), *words[len(given) + 1 :]]
+        self.jobs.append(subprocess.Popen(argv, cwd=self.folder, env={**os.environ, **given}))
+        ports = {"clickhouse": self.port, "simulate": self.simulator_port}
+        if (port := ports.get(argv[1])) is not None:
+            wait_for(lambda: answers(port), lambda: f"{words} does not answer")
+
+    def end(self) -> None:
+        """End the first program of the background, in order."""
+        job = self.jobs.pop(0)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 0
+
+    @contextmanager
+    def clickhouse(self) -> Iterator[None]:
+        """The embedded ClickHouse, as `up` runs it."""
+        self.begin(["kalshi-platform", "clickhouse"])
+        try:
+            yield
+        finally:
+            self.end()
+
+    def sql(self, *statements: str) -> None:
+        with closing(connect(self.settings)) as client:
+            for statement in statements:
+                client.command(statement)
+
+    @contextmanager
+    def recording(self, data: Path | None = None) -> Iterator[Streamer]:
+        """A recorder of the simulator that runs, in this process."""
+        settings = platform_settings.load(**({"kalshi_data_dir": data} if data else {}))
+        streamer = Streamer(settings)
+        streamer.start()
+        try:
+            wait_for(lambda: streamer.health().frames > 20, streamer.health)
+            yield streamer
+        finally:
+            streamer.stop(30.0)
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def command(argv: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Ours run in this process: starting Python takes a while."""
+    platform_settings.current.cache_clear()
+    done = CliRunner(env=env).invoke(main, argv)
+    platform_settings.current.cache_clear()
+    return done.exit_code, f"{done.output}{done.exception or ''}"
+
+
+def troubles(health: Health) -> dict[str, str]:
+    return {name: str(store.trouble) for name, store in health.stores.items() if store.trouble}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The project of this module: each test leaves it whole."""
+    folder = tmp_path_factory.mktemp("project")
+    project = Project(folder)
+    yield project
+    for job in project.jobs:
+        job.kill()
+        job.wait()
+
+
+@pytest.fixture
+def project(
+    made: Project, monkeypatch: pytest.MonkeyPatch, start_simulator: StartSimulator
+) -> Project:
+    """It is the current folder, and its exchange runs."""
+    monkeypatch.chdir(made.folder)
+    simulator = start_simulator(port=made.simulator_port, markets=4, rate=50.0)
+    key = made.folder / "data" / "simulator" / "key.pem"
+    key.parent.mkdir(exist_ok=True)
+    shutil.copy(simulator.key_file, key)
+    return made
+
+
+def whole(project: Project, *argv: str) -> bool:
+    status, output = command(["proof", *argv])
+    assert status in {0, 2}, output
+    return status == 0
+
+
+# -- restore -----------------------------------------------------------------------------------
+
+
+def test_rows_that_clickhouse_lost_are_restored_while_it_records(project: Project) -> None:
+    with project.clickhouse(), project.recording():
+        project.sql(f"DELETE FROM orderbook_events WHERE {OF_HOUR} AND seq > 60")
+        project.run(block("kalshi-platform proof --hours"))
+    with project.clickhouse():
+        assert whole(project)
+
+
+def test_rows_that_are_there_twice_are_replaced(project: Project) -> None:
+    with project.clickhouse():
+        project.sql(
+            f"INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE {OF_HOUR}"
+            " SETTINGS insert_deduplicate = 0"
+        )
+        status, output = command(["proof", "--hours", HOUR])
+        assert status == 2
+        assert "doubled" in output
+        said = project.run(block(f"kalshi-platform restore --hours {HOUR}  "))
+        assert f"restore --hours {HOUR} --replace" in said
+        assert whole(project)
+
+
+def test_clickhouse_that_is_gone_is_made_again_from_the_archive(project: Project) -> None:
+    said = project.run(block("mv data/clickhouse /elsewhere"))
+    assert "Whole: " in said
+    with project.clickhouse(), project.recording() as streamer:
+        wait_for(lambda: caught_up(streamer), streamer.health)
+    with project.clickhouse():
+        assert whole(project)
+
+
+def caught_up(streamer: Streamer) -> bool:
+    health = streamer.health()
+    return not troubles(health) and all(store.committed_ns for store in health.stores.values())
+
+
+def test_a_database_that_up_made_empty_is_filled_and_loading_goes_on(project: Project) -> None:
+    with project.clickhouse():
+        project.sql("DROP DATABASE kalshi SYNC")
+        assert command(["migrate"])[0] == 0  # as `up` does
+        with project.recording() as streamer:
+            wait_for(lambda: "clickhouse" in troubles(streamer.health()), streamer.health)
+            assert (
+                "does not hold what was loaded there" in troubles(streamer.health())["clickhouse"]
+            )
+    lines = block("kalshi-platform clickhouse &")
+    assert "Whole: " in project.run(lines)
+    with project.clickhouse():
+        with project.recording() as streamer:
+            wait_for(lambda: caught_up(streamer), streamer.health)
+        assert whole(project)
+
+
+def test_a_copy_becomes_a_recorder_of_its_own(project: Project) -> None:
+    project.run(block("cp -a data copy"))
+    with project.clickhouse():
+        copy = project.folder / "copy"
+        with project.recording() as original, project.recording(copy) as second:
+            for streamer in (original, second):
+                wait_for(lambda it=streamer: caught_up(it), streamer.health)  # type: ignore[misc]
+    shutil.rmtree(copy)
+
+
+# -- upgrade -----------------------------------------------------------------------------------
+
+
+def test_a_migration_that_did_not_end_runs_again(project: Project) -> None:
+    with project.clickhouse():
+        project.sql(
+            "INSERT INTO schema_migrations SELECT version, name, '', now64(3)"
+            " FROM schema_migrations FINAL WHERE version = 21"
+        )
+        said = project.run(block("kalshi-platform migrate --status"))
+    assert said.count("021_record_order  begun, not ended") == 1
+    assert "applied 021_record_order" in said
+    assert said.count("021_record_order  applied") == 1
+
+
+def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
+    project: Project,
+) -> None:
+    with project.clickhouse():
+        project.sql(
+            "INSERT INTO schema_migrations SELECT version, name, 'of another file', now64(3)"
+            " FROM schema_migrations FINAL WHERE version = 1"
+        )
+        status, output = command(["migrate"])
+        assert status == 1
+        assert "migrate --accept-changed" in output
+        project.run(block("kalshi-platform migrate --accept-changed"))
+        assert command(["migrate"])[0] == 0
+
+
+# -- two faults at once ------------------------------------------------------------------------
+
+
+def test_both_stores_are_away_and_each_goes_on_when_it_is_back(project: Project) -> None:
+    with project.clickhouse(), project.recording() as streamer:  # the stores are where they were
+        wait_for(lambda: caught_up(streamer), streamer.health)
+    shutil.move(project.folder / "data" / "parquet", project.folder / "elsewhere" / "parquet")
+    with project.recording() as streamer:
+        wait_for(lambda: len(troubles(streamer.health())) == 2, streamer.health)
+        said = project.run(block("kalshi-platform proof                # exits 1"))
+        assert "cannot be reached" in said
+        assert "The archive in" in said
+        assert "is gone: there is no archive.json in it" in said
+        wait_for(lambda: caught_up(streamer), streamer.health)
+    assert whole(project)
+    project.end()
+
+
+# -- other blocks ------------------------------------------------------------------------------
+
+
+def test_a_backup_of_the_archive_follows_it(project: Project) -> None:
+    lines = block("rsync -a --delete")
+    if shutil.which("rsync") is None:
+        pytest.skip("there is no rsync here")
+    project.run(lines)
+    files = [
+        sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+        for root in (project.folder / "data" / "parquet", project.folder / "backup" / "parquet")
+    ]
+    assert files[0] == files[1]
+
+
+def test_the_settings_of_an_archive_on_object_storage_are_settings() -> None:
+    names = {line.partition("=")[0] for line in block("PARQUET_DIR=s3://")}
+    assert names <= {name.upper() for name in Settings.model_fields}
+
+
+def test_the_query_of_slow_queries_runs(clickhouse_url: str, clickhouse_database: str) -> None:
+    """The embedded engine keeps no log: here is a table of those columns."""
+    sql = "\n".join(block("SELECT"))
+    assert "FROM system.query_log" in sql
+    settings = platform_settings.load(
+        _env_file=None, clickhouse_url=clickhouse_url, clickhouse_database=clickhouse_database
+    )
+    with closing(connect(settings)) as client:
+        client.command(
+            "CREATE TABLE query_log (log_comment String, query_duration_ms UInt64, memory_usage UInt64,"
+            " type String, event_date Date) ENGINE = Memory"
+        )
+        client.command(
+            "INSERT INTO query_log VALUES"
+            """ ('{"job": "j", "run_id": "r", "partition": "h"}', 7, 9, 'QueryFinish', today()),"""
+            " ('no JSON', 8, 9, 'QueryFinish', today())"
+        )
+        rows = client.query(sql.replace("system.query_log", "query_log")).result_rows
+    assert rows == [("j", "r", "h", 1, 7, 9)]
+
+
+def test_shards_are_measured_and_drained(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    (data / "simulator").mkdir(parents=True)
+    shutil.copy(project.folder / "data" / "simulator" / "key.pem", data / "simulator")
+    monkeypatch.setenv("KALSHI_DATA_DIR", str(data))
+    monkeypatch.setenv("USE_CLICKHOUSE", "0")
+    start, measure = block("STREAM_SHARDS=2 kalshi-platform stream &")
+    pause, ps = measure.split("; ")
+    assert pause == "sleep 40"  # for figures; here until both record
+    project.run([start])
+    reports = [data / "journal" / f"shard-{k}" / "health.json" for k in (0, 1)]
+    wait_for(lambda: all(is_streaming(path) for path in reports), lambda: reports)
+    said = subprocess.run(["bash", "-c", ps], capture_output=True, text=True, check=True).stdout
+    assert len([line for line in said.splitlines() if "--shard" in line]) >= 2
+    project.end()
+    every, one = (shlex.split(line, comments=True) for line in block("kalshi-platform stream  "))
+    project.begin(every)
+    wait_for(lambda: is_streaming(reports[0]), lambda: reports)
+    project.end()
+    assert command(one[1:])[0] == 0  # shard 1 is no longer configured: drained
+
+
+def is_streaming(report: Path) -> bool:
+    return report.is_file() and '"state":"streaming"' in report.read_text()
+
+
+# -- the page as a whole -----------------------------------------------------------------------
+
+
+def test_commands_within_the_text_are_commands() -> None:
+    """Their names and options; they are run where a procedure has them."""
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGE, flags=re.M | re.S))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    seen = 0
+    for text in inline:
+        words = shlex.split(text) if text.count("'") % 2 == 0 else text.split()
+        if words[:1] == ["kalshi-platform"]:
+            parsed(words[1:])
+        elif words[0] in main.commands and len(words) > 1:
+            parsed(words)
+        elif words[0] == "make" and len(words) > 1:
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), text
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None, text
+        else:
+            continue
+        seen += 1
+    assert seen > 25
+
+
+def parsed(words: list[str]) -> None:
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None, words
+    arguments = [{"…": HOUR, "N": "1"}.get(word, word) for word in words[1:]]
+    command.make_context(words[0], arguments, resilient_parsing=False).close()
+
+
+def test_every_block_is_run_by_a_test_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8").replace("{HOUR}", HOUR)
+    begins = tuple(re.findall(r'\bblock\(f?"([^"]+)"\)', source))
+    assert [lines[0] for _, lines in BLOCKS if not lines[0].startswith(begins)] == []
+    lines = PAGE.splitlines()
+    assert [line for line in NOT_RUN if line not in lines] == []
