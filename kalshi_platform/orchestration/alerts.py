@@ -43,6 +43,10 @@ WELL_S = 120.0
 """A run that has gone on for so long is one that works."""
 FEED_ERROR_S, FEED_WARN_S = 60.0, 600.0
 """How long the feed must be in trouble before it is told: a restart takes less."""
+INTERRUPTED_S = 2 * 3600.0
+"""A run that a restart interrupted is told when nothing has repeated it for so long: what is scheduled runs
+once an hour.
+"""
 TOLD_BY_FEED = dg.AssetCheckKey(dg.AssetKey("orderbook_events"), "fresh")
 """Judges the same as the feed's own condition, every five minutes instead of every tick."""
 _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
@@ -214,20 +218,24 @@ def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[C
     latest: dict[tuple[str, str], dg.RunRecord] = {}
     for record in failures:  # the newest first
         latest.setdefault(_unit(record.dagster_run), record)
-    still: defaultdict[str, list[dg.RunRecord]] = defaultdict(list)
+    still: defaultdict[tuple[str, bool], list[dg.RunRecord]] = defaultdict(list)
     for (what, _), record in latest.items():
-        if not _gone_well_since(instance, record, now):
-            still[what].append(record)
-    for what, records in still.items():
+        if _gone_well_since(instance, record, now):
+            continue
+        interrupted = run_failures.interrupted(instance, record.dagster_run.run_id)
+        if not (interrupted and SHARD_TAG in record.dagster_run.tags):  # the feed tells its end
+            still[what, interrupted].append(record)
+    for (what, interrupted), records in still.items():
         newest = records[0].dagster_run
         units = [unit for record in records if (unit := _unit(record.dagster_run)[1])]
         of = f" ({', '.join(units[:3])}{f' and {len(units) - 3} more' if len(units) > 3 else ''})"
         yield Condition(
-            key=f"run:{what}",
+            key=f"run:{what}:interrupted" if interrupted else f"run:{what}",
             title=f"Run of {what} failed{of if units else ''}",
             sentence=run_failures.why(instance, newest.run_id),
             severity=Severity.WARNING,
             since=min(_ended_at(record) for record in records),
+            after_s=INTERRUPTED_S if interrupted else 0.0,
             link=f"{ui}/runs/{newest.run_id}",
             section="A run failed",
         )

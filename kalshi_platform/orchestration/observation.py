@@ -17,6 +17,7 @@ import psutil
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform import health_report
+from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.supervisor import (
     DRAINING,
     HEALTH_S,
@@ -69,7 +70,7 @@ def observe(
     ended = instance.get_run_records(dg.RunsFilter(tags=tags, statuses=_ENDED), limit=1)
     return Observation(
         runs=tuple(_run(record) for record in active),
-        ended=_ended(ended[0]) if ended else None,
+        ended=_ended(instance, ended[0]) if ended else None,
         health=health,
         jitter=random.random(),  # noqa: S311
         server_since=psutil.Process().create_time(),  # sensors are evaluated in the code server
@@ -172,11 +173,12 @@ def _run(record: dg.RunRecord) -> Run:
     return Run(run.run_id, phase, since, _process(run))
 
 
-def _ended(record: dg.RunRecord) -> Ended:
+def _ended(instance: dg.DagsterInstance, record: dg.RunRecord) -> Ended:
     run = record.dagster_run
     at = record.end_time if record.end_time is not None else record.update_timestamp.timestamp()
     started = record.start_time if record.start_time is not None else at
-    return Ended(run.run_id, run.status is Status.FAILURE, at - started, at, _process(run))
+    failed = run.status is Status.FAILURE and not run_failures.interrupted(instance, run.run_id)
+    return Ended(run.run_id, failed, at - started, at, _process(run))
 
 
 def _process(run: dg.DagsterRun) -> Process | None:

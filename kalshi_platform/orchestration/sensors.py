@@ -162,7 +162,7 @@ def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
             # The worker's op gets an interrupt, flushes and ends. By its pid and not through
             # its code server, which may be gone and would be waited for.
             action.run.process.identity.send(signal.SIGTERM)
-    elif run.status is Status.CANCELING:
+    elif action.canceled or run.status is Status.CANCELING:
         instance.report_run_canceled(run, decision.reason)
     else:
         instance.report_run_failed(run, decision.reason)

@@ -68,7 +68,15 @@ def record_shard(
     context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource
 ) -> None:
     """Record one shard until told to end."""
-    introduce(context)
+    try:
+        introduce(context)
+        _record(context, config, platform)
+    except DagsterExecutionInterruptedError:
+        call_it_canceled(context)
+        raise
+
+
+def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource) -> None:
     shard = int(context.run.tags.get(SHARD_TAG, "0"))
     with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
         source = platform.source
@@ -87,7 +95,12 @@ def record_shard(
                 f"Drained: shard {shard} is no longer configured, and all it had is stored."
             )
         except DagsterExecutionInterruptedError:
-            call_it_canceled(context, flushed=host.stop())
+            call_it_canceled(context)  # first: who is killed while it flushes was asked to end, too
+            context.log.info(
+                "Ended on request; every store has everything that was received."
+                if host.stop()
+                else "Ended on request; what is not loaded yet is in the journal, for the next run."
+            )
             raise
         except _Relieved:
             host.stop()
@@ -195,16 +208,12 @@ def introduce(context: dg.OpExecutionContext) -> None:
     context.instance.add_run_tags(context.run_id, {PROCESS_TAG: str(Identity.own())})
 
 
-def call_it_canceled(context: dg.OpExecutionContext, *, flushed: bool) -> None:
+def call_it_canceled(context: dg.OpExecutionContext) -> None:
     """An interrupt is somebody's wish, also when it came as a signal: canceled, not failed."""
-    context.log.info(
-        "Ended on request; every store has everything that was received."
-        if flushed
-        else "Ended on request; what is not loaded yet is in the journal, for the next run."
-    )
-    run = context.instance.get_run_by_id(context.run_id)
-    if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
-        context.instance.report_run_canceling(run, "Interrupted by a signal.")
+    with capture_interrupts():
+        run = context.instance.get_run_by_id(context.run_id)
+        if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
+            context.instance.report_run_canceling(run, "Interrupted by a signal.")
 
 
 def unreported(

@@ -190,6 +190,8 @@ class Fail:
     """Mark a run as ended: its process is gone, or never came."""
 
     run: Run
+    canceled: bool = False
+    """Whether it went with a code server that has been replaced since, before it began: no failure."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,9 @@ def _starting(seen: Observation, run: Run, state: State, now: float) -> Decision
     age = now - run.since
     if age > _start_patience_s(seen, run):
         return Decision(
-            Fail(run), f"The worker of run {run.name} did not come up within {age:.0f} s.", state
+            Fail(run, canceled=run.since < seen.server_since),
+            f"The worker of run {run.name} did not come up within {age:.0f} s.",
+            state,
         )
     return _wait(f"Run {run.name} is starting.", state)
 
@@ -398,7 +402,11 @@ def _start_patience_s(seen: Observation, run: Run) -> float:
 
 def _nameless(seen: Observation, run: Run, state: State, age: float) -> Decision:
     if age > _start_patience_s(seen, run):
-        return Decision(Fail(run), f"Run {run.name} has named no process in {age:.0f} s.", state)
+        return Decision(
+            Fail(run, canceled=run.since < seen.server_since),
+            f"Run {run.name} has named no process in {age:.0f} s.",
+            state,
+        )
     return _wait(f"Run {run.name} is starting.", state)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -19,12 +21,19 @@ from kalshi_platform.monitoring import incidents, metrics
 from kalshi_platform.monitoring.incidents import CALM_S, Severity
 from kalshi_platform.monitoring.outbox import Outbox, deliver_in_time
 from kalshi_platform.orchestration import alerts as module
-from kalshi_platform.orchestration.alerts import FEED_ERROR_S, FEED_WARN_S, WELL_S, alerts
+from kalshi_platform.orchestration.alerts import (
+    FEED_ERROR_S,
+    FEED_WARN_S,
+    INTERRUPTED_S,
+    WELL_S,
+    alerts,
+)
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.monitoring.servers import Web, socket_server, web_server
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
+from kalshi_platform_tests.orchestration.test_sensors import launch_failed
 
 SECRET = "s3cr3t"
 
@@ -44,6 +53,37 @@ def work(outcome: Outcome) -> None:
 @dg.job
 def planted() -> None:
     work()
+
+
+def tell_to_end() -> None:
+    """SIGTERM, as Dagster hands it to a worker."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+
+
+@dg.op
+def interrupted() -> None:
+    tell_to_end()
+
+
+@dg.job
+def interrupted_in_its_op() -> None:
+    interrupted()
+
+
+@dg.resource
+def told_before(_: dg.InitResourceContext) -> None:
+    tell_to_end()
+
+
+@dg.op(required_resource_keys={"told_before"})
+def never() -> None:
+    raise AssertionError
+
+
+@dg.job(resource_defs={"told_before": told_before})
+def interrupted_before_its_op() -> None:
+    never()
 
 
 @dg.asset
@@ -194,6 +234,51 @@ def test_a_streamer_run_that_was_replaced_is_over_when_the_next_one_has_lasted(
     assert watch.tick(WELL_S / 2) == []
     (over,) = watch.tick(WELL_S + CALM_S)
     assert over["event"] == "resolved"
+
+
+@pytest.mark.parametrize("when", ["in its op", "before its op"])
+def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
+    watch: Watch, when: str
+) -> None:
+    job = interrupted_in_its_op if when == "in its op" else interrupted_before_its_op
+
+    def restart() -> None:
+        known = watch.instance.get_runs_count()
+        job.execute_in_process(instance=watch.instance, raise_on_error=False)
+        assert watch.instance.get_runs_count() == known + 1
+        assert watch.instance.get_runs(limit=1)[0].status is Status.FAILURE
+
+    restart()
+    assert watch.tick() == []
+    assert watch.tick(INTERRUPTED_S / 2) == []
+    done = watch.instance.create_run_for_job(job)
+    watch.instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_SUCCESS", job_name=done.job_name), done.run_id
+    )
+    assert watch.tick(INTERRUPTED_S) == []
+    restart()
+    assert watch.tick(CALM_S) == []
+    (notice,) = watch.tick(INTERRUPTED_S)
+    assert notice["sentence"].endswith("Run it again if nothing else has.")
+    done = watch.instance.create_run_for_job(job)  # what it says
+    watch.instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_SUCCESS", job_name=done.job_name), done.run_id
+    )
+    watch.tick()
+    (over,) = watch.tick(CALM_S)
+    assert over["event"] == "resolved"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_streamers_run_that_was_told_to_end_is_no_failure_and_one_that_was_killed_is(
+    watch: Watch, number: signal.Signals
+) -> None:
+    run = watch.instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
+    launch_failed(watch.instance, run, number)
+    told = [*watch.tick(), *watch.tick(INTERRUPTED_S)]
+    assert [it["title"] for it in told] == (
+        [] if number is signal.SIGTERM else ["Run of stream_orderbook failed (shard 0)"]
+    )
 
 
 def test_a_canceled_run_is_somebodys_wish(watch: Watch) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
+from dagster._core.events import EngineEventData
+from dagster_shared.error import SerializableErrorInfo
 
 from kalshi_platform.monitoring import supervision
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
-from kalshi_platform.orchestration.sensors import read_cursor, streamer_supervisor
+from kalshi_platform.orchestration.sensors import carry_out, read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
-from kalshi_platform.orchestration.supervisor import GRACE_S, State
+from kalshi_platform.orchestration.supervisor import GRACE_S, Decision, Fail, Phase, Run, State
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.orchestration.stand_in import (
     StandInPlatform,
@@ -113,6 +115,22 @@ def write_health(
     )
 
 
+def launch_failed(instance: dg.DagsterInstance, run: dg.DagsterRun, number: signal.Signals) -> None:
+    """What Dagster reports of a worker that a signal ended before it had begun."""
+    error = SerializableErrorInfo(
+        "dagster._core.errors.DagsterLaunchFailedError: GRPC server: Subprocess for"
+        f" {run.run_id} terminated unexpectedly with exit code -{int(number)}",
+        [],
+        "DagsterLaunchFailedError",
+    )
+    instance.report_engine_event(
+        "Caught an unrecoverable error while dequeuing the run.",
+        run,
+        EngineEventData.engine_error(error),
+    )
+    instance.report_run_failed(run)
+
+
 def status(instance: dg.DagsterInstance, run_id: str) -> Status:
     run = instance.get_run_by_id(run_id)
     assert run is not None
@@ -158,6 +176,26 @@ def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
     assert before < backed_off.not_before < time.time() + 10
     soon = json.dumps({"0": {"failures": 1, "counted": run_id}})
     assert tick(instance, platform, soon).run_requests
+
+
+def test_a_run_that_was_told_to_end_before_it_could_say_so_is_replaced_at_once(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    for number, failures in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
+        run = instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
+        launch_failed(instance, run, number)
+        result = tick(instance, platform)
+        assert read_cursor(result.cursor)[0].failures == failures
+        assert len(result.run_requests or []) == (failures == 0)
+
+
+def test_a_run_that_was_never_begun_when_its_code_server_went_is_canceled(
+    instance: dg.DagsterInstance,
+) -> None:
+    run_id = started_run(instance, None)
+    lost = Run(run_id, Phase.STARTED, 0.0)
+    carry_out(instance, Decision(Fail(lost, canceled=True), "It has named no process.", State()))
+    assert status(instance, run_id) is Status.CANCELED
 
 
 def test_what_was_found_is_left_for_those_who_cannot_see_into_dagster(

@@ -104,6 +104,36 @@ def test_an_interrupt_ends_in_a_flushed_streamer_and_a_canceled_run(
     assert run.status is Status.CANCELED
 
 
+@pytest.mark.parametrize("when", ["it names its process", "its modules are loaded"])
+def test_an_interrupt_before_the_recording_began_cancels_the_run(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    streamer = StandInStreamer()
+
+    def interrupted(*_: object) -> None:
+        interrupt(streamer)
+
+    if when == "it names its process":
+        monkeypatch.setattr("kalshi_platform.orchestration.streamer.introduce", interrupted)
+    else:
+        monkeypatch.setattr(StandInPlatform, "streamer", interrupted)
+    assert execute(instance, platform, streamer).status is Status.CANCELED
+
+
+def test_a_run_that_is_killed_while_it_flushes_had_been_asked_to_end(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    streamer = StandInStreamer()
+    streamer.when_dry = interrupt
+    seen: list[Status] = []
+    streamer.when_stopping = lambda _: seen.extend(run.status for run in instance.get_runs())
+    assert execute(instance, platform, streamer).status is Status.CANCELED
+    assert seen == [Status.CANCELING]  # the supervisor calls canceled what ends so
+
+
 @pytest.mark.parametrize("asked_in_the_ui", [False, True])
 def test_a_stop_that_loses_frames_fails_the_run_and_says_how_many(
     instance: dg.DagsterInstance, platform: StandInPlatform, asked_in_the_ui: bool

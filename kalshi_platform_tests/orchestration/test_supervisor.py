@@ -80,6 +80,17 @@ def health(
 
 STARTED = run(Phase.STARTED, 1000, WORKER)
 
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.STARTED])
+@pytest.mark.parametrize(("server_age_s", "canceled"), [(5, True), (900, False)])
+def test_a_run_that_went_with_its_code_server_before_it_began_has_not_failed(
+    phase: Phase, server_age_s: float, canceled: bool
+) -> None:
+    lost = run(phase, START_S + 1)
+    decision = decide(Observation((lost,), server_since=NOW - server_age_s), State(), NOW)
+    assert decision.action == Fail(lost, canceled=canceled)
+
+
 CASES: dict[str, tuple[Observation, type[object]]] = {
     "nothing runs": (Observation(), Launch),
     "a young run waits in the queue": (Observation((run(Phase.WAITING, 5),)), Wait),
