@@ -11,6 +11,7 @@ password (write_password.py).
     engine     connections, sessions, cancelling
     answers    error codes, HTTP statuses, content types
     encodings  HTTP compression
+    parts, failed_writes  what a full disk spoils of the tables, found and set aside
     refused    what older builds let into a data folder, and is taken out
     launch     the server's process: its options, its empty environment
     confinement, system_calls  what the process may do on the host

@@ -20,15 +20,16 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 
-from kalshi_platform.storage.embedded import empty_definitions, refused, rights
+from kalshi_platform.storage.embedded import empty_definitions, parts, refused, rights
 from kalshi_platform.storage.embedded.answers import ClickHouseError
+from kalshi_platform.storage.embedded.failed_writes import FailedWrites
 from kalshi_platform.storage.embedded.permission import (
     Known,
     Permission,
@@ -63,8 +64,11 @@ _CONFIG = """<clickhouse>
   <logger><level>fatal</level></logger>
   <users_config>{users}</users_config>
   <user_files_path>{user_files}/</user_files_path>
-  <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
-  <merge_tree><auto_statistics_types></auto_statistics_types></merge_tree>
+  <merge_tree>
+    <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
+    <auto_statistics_types></auto_statistics_types>
+    <old_parts_lifetime>{sources_kept_s}</old_parts_lifetime>
+  </merge_tree>
 </clickhouse>
 """
 _PARSE_LIMITS = "SET max_query_size = 33554432"
@@ -88,6 +92,8 @@ _LITERALS = re.compile(
 LITERAL_VALUES_BYTES, EXPRESSION_VALUES_BYTES = 16 * 1024 * 1024, 1024 * 1024
 """Longer VALUES are read as literals of their columns' types; expressions are for short ones."""
 _SYNTAX_ERROR = 62
+_FAILED = "WriteBufferFromFileDescriptorWriteFailed"
+"""The engine's count of writes to files that failed; it does not always stop what they were for."""
 REMEMBERED_BYTES, REMEMBERED = 8192, 2048
 """Verdicts on statements of this length are kept, the latest ones: 16 MiB of text at most."""
 
@@ -195,6 +201,8 @@ class Engine:
         self._running = 0
         self._idle = threading.Condition(self._guard)
         self._closing = False
+        self._failed_writes = FailedWrites(path, self._count_failed_writes, self._merging_since)
+        self._failed_writes.start()
 
     def _open(self, path: Path, object_store: Collection[str]) -> None:
         temporary = path / "tmp"
@@ -207,12 +215,25 @@ class Engine:
 
         users, config = path / "users.xml", path / "config.xml"
         users.write_text(rights.users(object_store))
-        config.write_text(_CONFIG.format(users=users, user_files=path / "user_files"))
+        config.write_text(
+            _CONFIG.format(
+                users=users,
+                user_files=path / "user_files",
+                sources_kept_s=parts.SOURCES_KEPT_S,
+            )
+        )
         connect: Callable[[str], Any] = chdb.connect
         self._open_connection = functools.partial(
             connect, f"{path / 'engine'}?config-file={config}"
         )
         empty_definitions.remove(path)
+        try:
+            parts.set_aside(path)
+        except OSError as error:
+            raise StoreError(
+                f"The data folder {path} has a part of a table that cannot be read, and it cannot be set"
+                f" aside: {error}"
+            ) from error
         kept = _keep_default_database(path / "engine")
         try:
             self._keeper = self._open_connection()  # the engine lives as long as a connection does
@@ -345,7 +366,8 @@ class Engine:
         parameters = dict(request.parameters)
         with self._connection(request, statement) as (connection, fresh):
             if not in_pieces or not fresh:
-                result = connection.query(sql, request.default_format, params=parameters)
+                with nullcontext() if statement.reads_only else self._failed_writes.watched():
+                    result = connection.query(sql, request.default_format, params=parameters)
                 progress = _progress(result)
                 view = memoryview(result.get_memview().view()) if result.size() else memoryview(b"")
                 for begin in range(0, max(len(view), 1), ANSWER_PIECE_BYTES):
@@ -370,7 +392,10 @@ class Engine:
         """
         if statement.format is None or statement.format.lower() == "values":
             request = self._with_expressions(request, data)
-        with self._connection(_as_of_a_file(request), statement) as (connection, _):
+        with (
+            self._connection(_as_of_a_file(request), statement) as (connection, _),
+            self._failed_writes.watched(),
+        ):
             source = os.dup(data.fileno())
             try:
                 os.lseek(source, 0, os.SEEK_SET)
@@ -424,6 +449,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the engine and let go of the folder. Queries must have ended."""
+        self._failed_writes.stop()
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.close()
@@ -431,6 +457,15 @@ class Engine:
             self._judges.get_nowait().close()
         self._keeper.close()
         self._lock.release()
+
+    def _count_failed_writes(self) -> int:
+        return int(
+            self._judged("SELECT sum(value) FROM system.events WHERE event = {sql:String}", _FAILED)
+        )
+
+    def _merging_since(self, seconds: float) -> int:
+        asked = "SELECT count() FROM system.merges WHERE elapsed >= {sql:String}::Float64"
+        return int(self._judged(asked, str(seconds)))
 
     def _wait_idle(self, timeout_s: float) -> bool:
         with self._idle:

@@ -1,0 +1,197 @@
+"""Parts of tables whose files are not what was written: found after a failed write, set aside at the start.
+
+The engine does not stop a merge whose writes fail (a full disk, a quota): it makes the new part active with
+files that are short or empty, and deletes the parts that it was merged from. So it is told to keep those for
+`SOURCES_KEPT_S`, its failed writes are watched (failed_writes.py), and what a failed write has spoiled is looked
+for by the sizes in each part's `checksums.txt`. Once such a part is active the process ends: in memory it holds
+what its disk does not. At the next start the part is moved to the table's `detached` folder before the engine
+opens the data folder, and the engine takes the parts that it was merged from.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lz4.block
+import zstandard
+
+from kalshi_platform import durable
+
+log = logging.getLogger(__name__)
+
+SOURCES_KEPT_S = 480
+"""How long the parts stay that were merged into another: what ClickHouse does by itself, and chDB does not."""
+SET_ASIDE = "broken-on-start_"
+"""ClickHouse's own name for a part that it sets aside at its start."""
+
+_PART = re.compile(r"[0-9A-Za-z-]+_(?P<first>\d+)_(?P<last>\d+)_(?P<level>\d+)(?:_\d+)?")
+_CHECKSUMS = "checksums.txt"
+_HEAD = b"checksums format version: 4\n"
+_HASH_BYTES = 16
+_COLUMNS = "columns.txt"
+LONGEST_BLOCK_BYTES = 64 * 1024 * 1024
+"""Of a `checksums.txt`, unpacked; the engine's are 1 MiB at most."""
+UNLISTED = frozenset(
+    {_COLUMNS, "columns_substreams.txt", "default_compression_codec.txt", "metadata_version.txt"}
+)
+"""Files that `checksums.txt` does not list; none is ever empty, and only the first is in every part."""
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A part that cannot be read whole."""
+
+    path: Path
+    why: str
+
+
+def spoiled(path: Path) -> Iterator[Spoiled]:
+    """The spoiled parts of the data folder `path`, in order of their names.
+
+    May run beside the engine: a part that it removes meanwhile is none.
+    """
+    for part in sorted((path / "engine" / "store").glob("*/*/*")):
+        if _PART.fullmatch(part.name) and part.is_dir():
+            try:
+                why = _fault(part)
+            except FileNotFoundError as missing:
+                if not part.exists():
+                    continue
+                why = f"{Path(missing.filename).name} is missing"
+            if why:
+                yield Spoiled(part, why)
+
+
+def set_aside(path: Path) -> None:
+    """Move the spoiled parts of the data folder `path` away, before the engine opens it, and name each.
+
+    Raises `OSError` where one cannot be moved.
+    """
+    for found in list(spoiled(path)):
+        table = found.path.parent
+        detached = table / "detached"
+        detached.mkdir(mode=0o750, exist_ok=True)
+        target = detached / f"{SET_ASIDE}{found.path.name}"
+        number = 0
+        while target.exists():
+            number += 1
+            target = detached / f"{SET_ASIDE}{found.path.name}_try{number}"
+        found.path.rename(target)
+        durable.sync(detached)
+        durable.sync(table)
+        sources = sum(_within(other.name, found.path.name) for other in table.iterdir())
+        log.error(
+            "A part of a table cannot be read, as a write that failed leaves it (%s), and was moved to %s. %s",
+            found.why,
+            target,
+            f"The {sources} parts that it was merged from take its place."
+            if sources
+            else "Nothing is left of what it was made from: `kalshi-platform proof` says whether rows are missing.",
+        )
+
+
+def _within(name: str, merged: str) -> bool:
+    """Whether the part `name` went into the part `merged`."""
+    one, other = _PART.fullmatch(name), _PART.fullmatch(merged)
+    if one is None or other is None or name.partition("_")[0] != merged.partition("_")[0]:
+        return False
+    first, last, level = (int(one[key]) for key in ("first", "last", "level"))
+    return (
+        first >= int(other["first"]) and last <= int(other["last"]) and level < int(other["level"])
+    )
+
+
+def _fault(part: Path) -> str:
+    """What is wrong with a part's files; empty where nothing is. Raises `FileNotFoundError`."""
+    for name in sorted(UNLISTED):
+        file = part / name
+        if (name == _COLUMNS or file.exists()) and not file.stat().st_size:
+            return f"{name} is empty"
+    try:
+        listed = sizes((part / _CHECKSUMS).read_bytes())
+    except ValueError as error:
+        return f"{_CHECKSUMS}: {error}"
+    for name, size in listed.items():
+        file = part / name
+        if file.is_dir():  # a projection
+            if why := _fault(file):
+                return f"{name}: {why}"
+        elif (found := file.stat().st_size) != size:
+            return f"{name} has {found:,} bytes of {size:,}"
+    return ""
+
+
+def sizes(checksums: bytes) -> dict[str, int]:
+    """The size of each file that a `checksums.txt` lists.
+
+    Version 4: a line of text, then compressed blocks, with for each file its name, size, hash, and where it is
+    compressed itself the size and hash of what it unpacks to. Raises `ValueError` for anything else.
+    """
+    if not checksums.startswith(_HEAD):
+        raise ValueError("not of version 4")
+    reader = _Reader(b"".join(_unpacked(checksums[len(_HEAD) :])))
+    found = {}
+    for _ in range(reader.number()):
+        name = reader.take(reader.number()).decode()
+        found[name] = reader.number()
+        reader.take(_HASH_BYTES)
+        if reader.take(1) != b"\0":
+            reader.number()
+            reader.take(_HASH_BYTES)
+    return found
+
+
+def _unpacked(data: bytes) -> Iterator[bytes]:
+    """The content of ClickHouse's compressed blocks: hash, method, both sizes, data."""
+    reader = _Reader(data)
+    while not reader.at_end():
+        reader.take(_HASH_BYTES)
+        method = reader.take(1)[0]
+        packed, plain = (int.from_bytes(reader.take(4), "little") for _ in range(2))
+        block = reader.take(packed - 9)
+        if plain > LONGEST_BLOCK_BYTES:
+            raise ValueError(f"a block of {plain:,} bytes")
+        try:
+            if method == 0x02:
+                yield block
+            elif method == 0x82:
+                yield lz4.block.decompress(block, uncompressed_size=plain)
+            elif method == 0x90:
+                yield zstandard.ZstdDecompressor().decompress(block, max_output_size=plain)
+            else:
+                raise ValueError(f"the compression {method:#x} is unknown")
+        except (lz4.block.LZ4BlockError, zstandard.ZstdError) as error:
+            raise ValueError(str(error)) from error
+
+
+class _Reader:
+    """Bytes, read from their beginning on. Raises `ValueError` where they end too early."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def at_end(self) -> bool:
+        return self._at == len(self._data)
+
+    def take(self, count: int) -> bytes:
+        end = self._at + count
+        if count < 0 or end > len(self._data):
+            raise ValueError("it ends too early")
+        piece = self._data[self._at : end]
+        self._at = end
+        return piece
+
+    def number(self) -> int:
+        """Seven bits a byte, the lowest first."""
+        value, shift = 0, 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
