@@ -459,9 +459,8 @@ class Engine:
         self._lock.release()
 
     def _count_failed_writes(self) -> int:
-        return int(
-            self._judged("SELECT sum(value) FROM system.events WHERE event = {sql:String}", _FAILED)
-        )
+        asked = "SELECT value FROM system.events WHERE event = {sql:String}"
+        return int(self._judged(asked, _FAILED) or 0)  # the engine has no row for none
 
     def _merging_since(self, seconds: float) -> int:
         asked = "SELECT count() FROM system.merges WHERE elapsed >= {sql:String}::Float64"
