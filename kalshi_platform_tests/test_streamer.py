@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pytest
 
@@ -29,10 +30,14 @@ from kalshi_platform.exchange.numbers import contracts, dollars
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
+from kalshi_platform.simulator.book import NO
+from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.server import Simulator
+from kalshi_platform.simulator.venue import Venue
 from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.streamer import Health, Streamer
+from kalshi_platform_tests.orchestration.test_checks import resource, run_checks
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
@@ -572,6 +577,52 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     rounds = audits()
     assert sum(r["levels"] for r in rounds) > 100
     assert sum(r["mismatches"] for r in rounds) == 0
+
+
+def uncross_untold(venue: Venue) -> None:
+    """The exchange takes the crossing order out, and tells nobody: from now on its page shows another book."""
+    exchange = venue.exchange
+    assert isinstance(exchange, Exchange)
+    (crossed,) = (it for it in exchange.markets() if it.book.crossed)
+    level = crossed.listing.grid.levels - 1 - crossed.book.best[NO]
+    exchange._uncross(crossed, level, exchange.now_ns)
+    exchange._happened.clear()
+
+
+def test_a_book_that_is_crossed_here_alone_is_asked_for_anew_as_its_check_says(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.audit.CACHE_S", 3.0)
+    simulator = start_simulator(markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0)
+    settings = settings_for(simulator, audit_interval_seconds=2.0)
+    with streaming(settings), dg.DagsterInstance.ephemeral() as instance:
+
+        def check() -> dg.AssetCheckEvaluation:
+            return run_checks(instance, resource(settings))["books_uncrossed"]
+
+        wait_for(lambda: latest(settings) != set(), "books")
+        simulator.inject("crossed:600")
+        wait_for(lambda: not check().passed, "a book that is crossed for long")
+        found = check()
+        assert "if it shows another book, ours is wrong; the audit asks for it anew" in (
+            found.description or ""
+        )
+        assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'mismatch'") == [
+            (0,)
+        ]
+        simulator._call(uncross_untold)
+        wait_for(lambda: check().passed, "the exchange's book")
+    ((side, theirs),) = [
+        (it["side"], it["theirs"])
+        for (detail,) in query(
+            settings, "SELECT DISTINCT detail FROM stream_events WHERE kind = 'mismatch'"
+        )
+        for it in (json.loads(detail),)
+    ]
+    assert (side, theirs) == ("yes", "0.00")
+    assert_lossless(settings)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
