@@ -15,13 +15,18 @@ MOST_CHARACTERS = 1000
 """Of a run's reason: it goes into cursors, and into people's pockets."""
 
 
-_INTERRUPTS = (
-    "DagsterExecutionInterruptedError",
-    "KeyboardInterrupt",
-    "terminated by interrupt",
-    f"exit code -{int(signal.SIGTERM)}",  # before Dagster listened for it
+UNREACHED = (
+    "It could not be started: its code server was away, as it is while it starts again. Run it again if nothing"
+    " else has."
 )
-"""In Dagster's words, that a worker was told to end. A crash and `kill -9` have others."""
+_OF_A_RESTART = {
+    "DagsterExecutionInterruptedError": INTERRUPTED,
+    "KeyboardInterrupt": INTERRUPTED,
+    "terminated by interrupt": INTERRUPTED,
+    f"exit code -{int(signal.SIGTERM)}": INTERRUPTED,  # before Dagster listened for it
+    "DagsterUserCodeUnreachableError": UNREACHED,
+}
+"""Dagster's words for what a planned restart does to runs. A crash and `kill -9` have others."""
 MOST_EVENTS = 100
 
 
@@ -36,8 +41,7 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
     ).records
     events = [it for record in records if (it := record.event_log_entry.dagster_event) is not None]
     noticed = [_reason(it) for it in events if it.event_type is kinds.ENGINE_EVENT]
-    if INTERRUPTED in noticed:
-        noticed = [INTERRUPTED]
+    noticed.sort(key=lambda said: said not in _OF_A_RESTART.values())
     for kind in (kinds.STEP_FAILURE, kinds.RUN_FAILURE):
         for event in reversed(events):
             said = _reason(event) if event.event_type is kind else ""
@@ -47,8 +51,8 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
 
 
 def interrupted(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether a failed run was told to end, as by a restart: nothing failed but Dagster's name for it."""
-    return why(instance, run_id) == INTERRUPTED
+    """Whether all that a failed run met was a restart: it was told to end, or found no code server."""
+    return why(instance, run_id) in _OF_A_RESTART.values()
 
 
 def _reason(event: dg.DagsterEvent) -> str:
@@ -58,4 +62,5 @@ def _reason(event: dg.DagsterEvent) -> str:
         return str(user.description)
     error = getattr(data, "error", None)
     said = str((error.cause or error).message).strip() if error is not None else event.message or ""
-    return INTERRUPTED if any(words in said for words in _INTERRUPTS) else said
+    whole = f"{error.message} {said}" if error is not None else said
+    return next((it for words, it in _OF_A_RESTART.items() if words in whole), said)

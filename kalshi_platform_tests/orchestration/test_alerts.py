@@ -33,7 +33,7 @@ from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.monitoring.servers import Web, socket_server, web_server
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
-from kalshi_platform_tests.orchestration.test_sensors import launch_failed
+from kalshi_platform_tests.orchestration.test_sensors import launch_failed, not_launched
 
 SECRET = "s3cr3t"
 
@@ -236,7 +236,13 @@ def test_a_streamer_run_that_was_replaced_is_over_when_the_next_one_has_lasted(
     assert over["event"] == "resolved"
 
 
-@pytest.mark.parametrize("when", ["in its op", "before its op"])
+UNREACHABLE = (
+    "dagster._core.errors.DagsterUserCodeUnreachableError: Could not reach user code server."
+    " gRPC Error code: UNAVAILABLE"
+)
+
+
+@pytest.mark.parametrize("when", ["in its op", "before its op", "before it was launched"])
 def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
     watch: Watch, when: str
 ) -> None:
@@ -244,7 +250,10 @@ def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
 
     def restart() -> None:
         known = watch.instance.get_runs_count()
-        job.execute_in_process(instance=watch.instance, raise_on_error=False)
+        if when == "before it was launched":
+            not_launched(watch.instance, watch.instance.create_run_for_job(job), UNREACHABLE)
+        else:
+            job.execute_in_process(instance=watch.instance, raise_on_error=False)
         assert watch.instance.get_runs_count() == known + 1
         assert watch.instance.get_runs(limit=1)[0].status is Status.FAILURE
 

@@ -117,12 +117,17 @@ def write_health(
 
 def launch_failed(instance: dg.DagsterInstance, run: dg.DagsterRun, number: signal.Signals) -> None:
     """What Dagster reports of a worker that a signal ended before it had begun."""
-    error = SerializableErrorInfo(
+    not_launched(
+        instance,
+        run,
         "dagster._core.errors.DagsterLaunchFailedError: GRPC server: Subprocess for"
         f" {run.run_id} terminated unexpectedly with exit code -{int(number)}",
-        [],
-        "DagsterLaunchFailedError",
     )
+
+
+def not_launched(instance: dg.DagsterInstance, run: dg.DagsterRun, why: str) -> None:
+    """What Dagster reports of a run that it could not launch."""
+    error = SerializableErrorInfo(why, [], None)
     instance.report_engine_event(
         "Caught an unrecoverable error while dequeuing the run.",
         run,
