@@ -176,6 +176,15 @@ def test_recording_waits_for_no_migration() -> None:
     assert set(needs) == {"postgres"}  # Dagster's own storage
 
 
+def test_what_clickhouse_acknowledges_outlives_a_power_failure() -> None:
+    for file in ("compose/clickhouse/server.xml", "kubernetes/clickhouse.yaml"):
+        (section,) = re.findall(
+            r"<merge_tree>(.*?)</merge_tree>", (INFRA / file).read_text(), re.DOTALL
+        )
+        for setting in ("fsync_after_insert", "fsync_part_directory"):
+            assert f"<{setting}>1</{setting}>" in section, file
+
+
 def test_every_container_is_bounded() -> None:
     for name, service in compose()["services"].items():
         assert service.get("mem_limit"), name

@@ -68,6 +68,9 @@ _CONFIG = """<clickhouse>
     <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
     <auto_statistics_types></auto_statistics_types>
     <old_parts_lifetime>{sources_kept_s}</old_parts_lifetime>
+    <!-- what is acknowledged outlives a power failure: a load's cursor is durable, too, and builds on it -->
+    <fsync_after_insert>1</fsync_after_insert>
+    <fsync_part_directory>1</fsync_part_directory>
   </merge_tree>
 </clickhouse>
 """

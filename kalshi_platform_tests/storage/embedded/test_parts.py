@@ -118,6 +118,23 @@ def _live_and_die(folder: Path, disk: Path, writers: list[Writer], chance: rando
     return by_itself
 
 
+def test_an_insert_is_durable_when_it_is_acknowledged(tmp_path: Path) -> None:
+    counted = "SELECT sumIf(value, event = 'FileSync'), sumIf(value, event = 'DirectorySync') FROM system.events"
+    with running(tmp_path / "clickhouse") as server:
+        ask(server, CREATE.format("t"))
+        before = [int(count) for count in ask(server, counted).split()]
+        ask(server, "INSERT INTO t FORMAT CSV", "1,2,x\n")
+        files, folders = (
+            int(count) - then
+            for count, then in zip(ask(server, counted).split(), before, strict=True)
+        )
+        part = Path(
+            ask(server, "SELECT path FROM system.parts WHERE active AND table = 't'").strip()
+        )
+        assert files >= len(list(part.iterdir()))
+        assert folders >= 1
+
+
 # -- each file of a part ------------------------------------------------------------------------
 
 
