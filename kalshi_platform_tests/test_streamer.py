@@ -6,13 +6,15 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.loading import freshness
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
@@ -577,6 +580,55 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     rounds = audits()
     assert sum(r["levels"] for r in rounds) > 100
     assert sum(r["mismatches"] for r in rounds) == 0
+
+
+def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_again(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = settings_for(start_simulator(markets=4, rate=50.0), use_clickhouse=False)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def judged(later_s: float = 0.0) -> freshness.Judgement:
+        report = health_report.read(settings.journal_dir())
+        return freshness.judge(report, None, datetime.now(UTC) + timedelta(seconds=later_s))
+
+    def command(sentence: str) -> list[str]:
+        found = re.search(r"`([a-z][^`]+)`", sentence)
+        assert found, sentence
+        return found[1].split()
+
+    def stream(argv: Sequence[str]) -> None:
+        assert argv[0] == "kalshi-platform"
+        more = {"USE_CLICKHOUSE": "0", "KALSHI_HOME": str(tmp_path)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "kalshi_platform", *argv[1:]],
+                env=_environment(settings) | more,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        wait_for(
+            lambda: _pid(settings) == started[-1].pid and judged().cause == "recording", "frames"
+        )
+
+    try:
+        stream(["kalshi-platform", "stream"])
+        started[-1].send_signal(signal.SIGSTOP)
+        hangs = judged(later_s=freshness.ALERTS.report_s + 1)
+        assert hangs.cause == "streamer hangs"
+        subprocess.run(command(hangs.sentence), check=True)
+        assert started[-1].wait(30) == -signal.SIGKILL
+        assert judged().cause == "streamer down"
+        stream(["kalshi-platform", "stream"])  # what the supervisor does
+        started[-1].send_signal(signal.SIGTERM)
+        assert started[-1].wait(30) == 0
+        stopped = judged(later_s=freshness.ALERTS.stopped_s + 1)
+        assert (stopped.cause, stopped.verdict) == ("stopped", freshness.Verdict.WARN)
+        stream(command(stopped.sentence))
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def uncross_untold(venue: Venue) -> None:
