@@ -33,7 +33,7 @@ FOLLOWS_SETTLEMENT = timedelta(seconds=10)
 
 RACE = timedelta(seconds=60)
 """What is found so lately may be explained by rows that come this moment; an engine's clock may be behind."""
-_WINDOW = ("since", "market_ticker", "position_writers", "writing_since")
+_WINDOW = ("since", "markets", "position_writers", "writing_since")
 _EMPTY = "''"
 _ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}
 
@@ -143,11 +143,16 @@ class Parameters:
     strict_runbook: bool = False
     """Checks A, B and C as the runbook words them: nothing since is taken into account."""
 
+    @property
+    def markets(self) -> list[str]:
+        """The markets to look at; empty is all."""
+        return [self.market_ticker] if self.market_ticker else []
+
     def bound(self, since: datetime) -> dict[str, Any]:
         """The values of the SQL's parameters."""
         return {
             "since": moment(since),
-            "market_ticker": self.market_ticker,
+            "markets": self.markets,
             "drift_threshold": self.drift_threshold,
             "open_epsilon": self.open_epsilon,
             "filled_threshold": self.filled_threshold,
@@ -223,9 +228,9 @@ def _position_writers(client: Client, values: Mapping[str, Any]) -> list[tuple[s
     """
     window = (
         "FROM mm_decisions WHERE ts >= {since:DateTime64(3, 'UTC')}"
-        " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+        " AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})"
     )
-    named = {name: values[name] for name in ("since", "market_ticker")}
+    named = {name: values[name] for name in ("since", "markets")}
     with translated():
         strange = client.query(
             f"SELECT 1 {window} AND NOT isFinite(pos_total_est + pos_filled + pos_open_exposure)"
@@ -260,11 +265,11 @@ def _settled(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]
             "SELECT market_ticker, toUnixTimestamp64Milli(toDateTime64(argMax(settlement_ts, as_of), 3, 'UTC')) AS at"
             " FROM market_catalog"
             " WHERE settlement_ts IS NOT NULL AND settlement_ts <= now64(6, 'UTC')"
-            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+            " AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})"
             " AND market_ticker IN"
             " (SELECT market_ticker FROM mm_decisions WHERE ts >= {since:DateTime64(3, 'UTC')})"
             " GROUP BY market_ticker ORDER BY market_ticker",
-            parameters={name: values[name] for name in ("since", "market_ticker")},
+            parameters={name: values[name] for name in ("since", "markets")},
         ).result_rows
     return [(str(ticker), int(at)) for ticker, at in rows]
 
@@ -334,15 +339,14 @@ def sweep(
 def _run(
     client: Client, check: Check, sql: str, values: Mapping[str, Any], unjudged: int
 ) -> Outcome:
-    at, worst = check.at, check.worst
+    question = findings.Question(sql, check.at, check.worst)
     if "AS moved_within" in sql:  # the runbook's own check A has other columns
-        worst = "greatest(moved_within, moved_since)"
-    found = findings.read(client, sql, at, worst, values)
-    newest = max((episode.last for episode in found.episodes), default=None)
-    if newest is not None and newest >= _now(client) - RACE:
+        question = question._replace(worst="greatest(moved_within, moved_since)")
+    found = findings.read(client, question, values)
+    if found.total:
         # Tables are not read at one instant, and an engine writes meanwhile: the second look has
         # what explains the decisions of the first. What is wrong is found again.
-        found = findings.read(client, sql, at, worst, values)
+        found = findings.again(client, question, values, found, _now(client) - RACE)
     notice = ""
     if unjudged and check is not FRESH:
         notice = (
@@ -371,7 +375,7 @@ def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
             " {position_writers:Array(String)}, {writing_since:Array(Int64)}))"
             " FROM mm_decisions"
             " WHERE ts >= {since:DateTime64(3, 'UTC')}"
-            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})",
+            " AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})",
             parameters={name: bound[name] for name in _WINDOW},
         ).first_row
     assert row is not None  # noqa: S101 - a count has one row

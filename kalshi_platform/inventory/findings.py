@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 from kalshi_platform.storage.clickhouse import Client, translated
 
@@ -19,6 +20,16 @@ MOST_EPISODES = 500
 """Of one reading: beyond them something is wrong that no list explains."""
 NO_LIMIT = 1 << 62
 _PLAIN = {"join_use_nulls": 0, "enable_named_columns_in_function_tuple": 1}
+
+
+class Question(NamedTuple):
+    """A check's SQL, which orders its rows by their time and market."""
+
+    sql: str
+    at: str
+    """The column with a finding's time."""
+    worst: str
+    """SQL of how bad it is."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,12 @@ class Findings:
     """At most `MOST_EPISODES`, the earliest first."""
 
 
-def read(client: Client, sql: str, at: str, worst: str, values: Mapping[str, Any]) -> Findings:
-    """Ask once. `at`: the column with a finding's time; `worst`: SQL of how bad it is; `values`: of the SQL's
-    parameters, `limit` for the rows to give.
+def read(client: Client, question: Question, values: Mapping[str, Any]) -> Findings:
+    """Ask once. `values`: of the SQL's parameters, `limit` for the rows to give.
 
     Raises `StoreUnavailable` and `StoreRefused` as the store does.
     """
+    sql, at, worst = question
     transit = "in_transit" if " AS in_transit" in sql else "0"
     # the checks' own SQL inside; nothing here comes from a user
     asked = f"""
@@ -108,6 +119,35 @@ def read(client: Client, sql: str, at: str, worst: str, values: Mapping[str, Any
         episodes=[
             Episode(str(row[0]), row[1], row[2], int(row[3]), float(row[4]), *row[5:8])
             for row in found
+        ],
+    )
+
+
+def again(
+    client: Client,
+    question: Question,
+    values: Mapping[str, Any],
+    found: Findings,
+    since: datetime,
+) -> Findings:
+    """What was `found`, with a second reading of the markets that have a finding since a moment."""
+    markets = sorted({each.market_ticker for each in found.episodes if each.last >= since})
+    if not markets:
+        return found
+    if len(found.episodes) == MOST_EPISODES:  # the others may be as recent
+        return read(client, question, values)
+    second = read(client, question, {**values, "markets": markets})
+    time, ticker = found.columns.index(question.at), found.columns.index("market_ticker")
+    former = [each for each in found.episodes if each.market_ticker in markets]
+    rows = [*(row for row in found.rows if row[ticker] not in markets), *second.rows]
+    episodes = [each for each in found.episodes if each not in former]
+    return Findings(
+        found.columns,
+        sorted(rows, key=itemgetter(time, ticker))[: values["limit"]],
+        total=found.total - sum(each.findings for each in former) + second.total,
+        markets=found.markets - len(markets) + second.markets,
+        episodes=sorted((*episodes, *second.episodes), key=attrgetter("first", "market_ticker"))[
+            :MOST_EPISODES
         ],
     )
 

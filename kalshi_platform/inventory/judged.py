@@ -376,9 +376,9 @@ def _snapshots(client: Client, parameters: Parameters) -> dict[str, datetime]:
         rows = client.query(
             "SELECT market_ticker, toDateTime64(max(ts), 3, 'UTC') FROM mm_position_snapshots"
             " WHERE isFinite(pos_filled)"
-            " AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})"
+            " AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})"
             " GROUP BY market_ticker",
-            parameters={"market_ticker": parameters.market_ticker},
+            parameters={"markets": parameters.markets},
         ).result_rows
     return {str(ticker): at for ticker, at in rows}
 
@@ -390,7 +390,7 @@ def _rows(client: Client, parameters: Parameters, start: datetime, recent: datet
             parameters={
                 "since": moment(start),
                 "recent": moment(recent),
-                "market_ticker": parameters.market_ticker,
+                "markets": parameters.markets,
             },
         ).result_rows
     return [_Row(*row) for row in rows]

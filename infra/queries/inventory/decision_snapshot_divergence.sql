@@ -18,7 +18,7 @@
 --
 -- position_writers, writing_since: engines, with their versions, that write position columns, and
 -- since when.
--- since: the window's first instant. market_ticker: one market; empty is all. settled_tickers,
+-- since: the window's first instant. markets: those to look at; empty is all. settled_tickers,
 -- settled_at: markets that the catalog knows as settled. total: rows before the limit.
 WITH
     reports AS
@@ -36,7 +36,7 @@ WITH
             -- the collector finds a settlement minutes later; an engine writes it as it follows it
             settlement AND said IS NULL AND report.2 = 'settlements' AS untimed
         FROM mm_position_snapshots
-        WHERE (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        WHERE (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(pos_filled)
             AND
             (
@@ -70,7 +70,7 @@ WITH
                     parseDateTime64BestEffortOrNull(JSONExtractString(raw_json, 'created_time'), 3, 'UTC'),
                     toDateTime64(ts, 3, 'UTC')))) AS filled
             FROM mm_fills
-            WHERE (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            WHERE (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
                 AND isFinite(size)
                 AND ts >= (SELECT min(report_ts) FROM reports) - toIntervalMinute(1)
         )
@@ -248,7 +248,7 @@ FROM
             toInt64(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))) AS at
         FROM mm_decisions
         WHERE ts >= {since:DateTime64(3, 'UTC')}
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND (isFinite(pos_filled) OR arrayExists(
                 (writer, begun) -> writer = concat(engine_instance_id, ' ', engine_version)
                     AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) >= begun,

@@ -28,7 +28,7 @@
 -- since when. Markets, engines and
 -- orders are joined by a hash of their names, for speed.
 --
--- since: the window's first second. market_ticker: one market; empty is all. settled_tickers,
+-- since: the window's first second. markets: those to look at; empty is all. settled_tickers,
 -- settled_at: markets that the catalog knows as settled.
 WITH
     (
@@ -38,7 +38,7 @@ WITH
             SELECT market_ticker, engine_instance_id
             FROM mm_decisions
             WHERE ts >= {since:DateTime64(3, 'UTC')}
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             GROUP BY market_ticker, engine_instance_id
             HAVING countIf(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) % 1000 != 0) = 0
         )
@@ -59,7 +59,7 @@ WITH
             size * multiIf(side IN ('bid', 'buy'), 1, side IN ('ask', 'sell'), -1, 0) * if(api_side = 'no', -1, 1) AS amount
         FROM mm_order_actions
         WHERE ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(size)
     ),
     answers AS
@@ -74,7 +74,7 @@ WITH
             if(status = 'rejected' AND reject_reason ILIKE '%not%found%', 'not found', lower(status)) AS said
         FROM mm_order_responses
         WHERE ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
     ),
     events AS
     (
@@ -145,7 +145,7 @@ WITH
                     toDateTime64(ts, 3, 'UTC')))) AS filled
             FROM mm_fills
             WHERE ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
                 AND isFinite(size)
         )
         GROUP BY market_ticker, fill
@@ -282,7 +282,7 @@ WITH
                         argMax(pos_filled, (source, engine_instance_id, pos_filled)) AS held
                     FROM mm_position_snapshots
                     WHERE ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)
-                        AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                        AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
                         AND isFinite(pos_filled) AND NOT startsWith(lower(source), 'settle')
                     GROUP BY market_ticker, ts
                 ) AS r
@@ -299,7 +299,7 @@ WITH
             SELECT market_ticker, engine_instance_id
             FROM mm_decisions
             WHERE ts >= {since:DateTime64(3, 'UTC')}
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             GROUP BY market_ticker, engine_instance_id
         ) AS engines USING (market_ticker)
         WHERE owner != engine
@@ -313,7 +313,7 @@ WITH
             (toInt64(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))), pos_total_est) AS begins
         FROM mm_decisions
         WHERE ts >= {since:DateTime64(3, 'UTC')}
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(pos_total_est)
         -- as the table is sorted, so that it is read and not sorted
         ORDER BY market_ticker, ts, pos_total_est
@@ -325,7 +325,7 @@ WITH
         FROM mm_decisions
         WHERE ts < {since:DateTime64(3, 'UTC')}
             AND ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(pos_total_est)
         GROUP BY market_ticker, engine_instance_id
     ),
@@ -372,7 +372,7 @@ WITH
                         JSONExtractString(raw_json, 'settled_time'), 3, 'UTC'))) - {reaches_ms:Int64}, never)) AS settled_at
             FROM mm_position_snapshots
             WHERE startsWith(lower(source), 'settle')
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             UNION ALL
             SELECT market.1, market.2 - {reaches_ms:Int64}
             FROM (SELECT arrayJoin(arrayZip({settled_tickers:Array(String)}, {settled_at:Array(Int64)})) AS market)
@@ -427,7 +427,7 @@ FROM
                 open_orders_count AS orders
             FROM mm_decisions
             WHERE ts >= {since:DateTime64(3, 'UTC')}
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
                 AND (isFinite(pos_total_est) OR arrayExists(
                 (writer, begun) -> writer = concat(engine_instance_id, ' ', engine_version)
                     AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) >= begun,

@@ -5,7 +5,7 @@
 -- An expectation that came true is no roll. Neither is one of no change to nothing: an engine that
 -- leaves both columns at zero rolls nothing.
 --
--- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
+-- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
 -- limit.
 SELECT
     ts,
@@ -31,14 +31,14 @@ FROM
         row_number() OVER by_time > 1          AS has_previous
     FROM mm_decisions
     WHERE ts >= {since:DateTime64(3, 'UTC')}
-        AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
         -- where inv_before is pos_filled all along, no decision before needs to be found
         AND (market_ticker, engine_instance_id) IN
         (
             SELECT market_ticker, engine_instance_id
             FROM mm_decisions
             WHERE ts >= {since:DateTime64(3, 'UTC')}
-                AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
                 AND abs(round(inv_before - pos_filled, 6)) >= {filled_threshold:Float64}
             GROUP BY market_ticker, engine_instance_id
         )

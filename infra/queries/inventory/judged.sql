@@ -13,7 +13,7 @@
 --   blank                with nothing but zeros for a position, and no convention
 --   precise              at another moment than a whole second
 --
--- market_ticker: one market; empty is all.
+-- markets: those to look at; empty is all.
 WITH ts >= {since:DateTime64(3, 'UTC')} AS inside
 SELECT
     toString(engine_instance_id)                AS engine,
@@ -32,6 +32,6 @@ SELECT
     countIf(inside AND toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')) % 1000 != 0) AS precise
 FROM mm_decisions
 WHERE ts >= {recent:DateTime64(3, 'UTC')}
-    AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+    AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
 GROUP BY engine_instance_id, market_ticker
 ORDER BY last_ts, engine, market

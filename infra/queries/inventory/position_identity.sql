@@ -5,7 +5,7 @@
 --
 -- position_writers, writing_since: engines, with their versions, that write position columns, and
 -- since when.
--- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
+-- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
 -- limit.
 SELECT
     ts,
@@ -22,7 +22,7 @@ SELECT
     count() OVER () AS total
 FROM mm_decisions
 WHERE ts >= {since:DateTime64(3, 'UTC')}
-    AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+    AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
     AND
     (
         abs(difference) > {open_epsilon:Float64}

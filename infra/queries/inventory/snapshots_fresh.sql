@@ -2,7 +2,7 @@
 -- window whose newest decision is more than stale_after_s younger than its newest snapshot; a market
 -- that has no snapshot yet is given that time from its first decision on.
 --
--- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
+-- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
 -- limit.
 SELECT
     last_decision_ts AS ts,
@@ -21,14 +21,14 @@ FROM
         count() AS decisions
     FROM mm_decisions
     WHERE ts >= {since:DateTime64(3, 'UTC')}
-        AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
     GROUP BY market_ticker
 ) AS d
 LEFT JOIN
 (
     SELECT market_ticker, max(ts) AS snapshot
     FROM mm_position_snapshots
-    WHERE empty({market_ticker:String}) OR market_ticker = {market_ticker:String}
+    WHERE empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)}
     GROUP BY market_ticker
 ) AS s USING (market_ticker)
 WHERE without_snapshot_s > {stale_after_s:UInt32}

@@ -4,7 +4,7 @@
 --
 -- snapshot: 'as_of' takes the latest snapshot at or before the decision, 'latest' the newest there
 -- is. A decision with no snapshot to hold it against has no row.
--- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
+-- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
 -- limit.
 WITH
     snapshots AS
@@ -16,7 +16,7 @@ WITH
             argMax(pos_filled, (source, engine_instance_id, pos_filled)) AS snapshot_pos_filled,
             max(source) AS snapshot_source
         FROM mm_position_snapshots
-        WHERE (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        WHERE (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(pos_filled)
             AND
             (
@@ -48,7 +48,7 @@ FROM
     SELECT ts, market_ticker, decision_id, pos_filled
     FROM mm_decisions
     WHERE ts >= {since:DateTime64(3, 'UTC')}
-        AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+        AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
         AND isFinite(pos_filled)
 ) AS d
 ASOF INNER JOIN snapshots AS s ON d.market_ticker = s.market_ticker AND d.ts >= s.valid_from

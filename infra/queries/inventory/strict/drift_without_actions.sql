@@ -10,7 +10,7 @@
 --                  no action from that decision's second up to and including the bucket
 --   total          rows before the limit
 --
--- since: the window's first second. market_ticker: one market; empty is all.
+-- since: the window's first second. markets: those to look at; empty is all.
 WITH
     buckets AS
     (
@@ -23,7 +23,7 @@ WITH
             argMax(pos_total_est, (ts, decision_id))    AS last_total
         FROM mm_decisions
         WHERE ts >= {since:DateTime64(3, 'UTC')}
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             AND isFinite(pos_total_est)
         GROUP BY market_ticker, bucket
         UNION ALL
@@ -40,7 +40,7 @@ WITH
             (
                 SELECT market_ticker FROM mm_decisions
                 WHERE ts >= {since:DateTime64(3, 'UTC')}
-                    AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+                    AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
             )
             AND isFinite(pos_total_est)
         GROUP BY market_ticker
@@ -64,7 +64,7 @@ WITH
         SELECT market_ticker, toStartOfSecond(toDateTime64(ts, 3, 'UTC')) AS action_bucket
         FROM mm_order_actions
         WHERE ts >= (SELECT min(bucket) FROM buckets)
-            AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+            AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
         GROUP BY market_ticker, action_bucket
     )
 SELECT

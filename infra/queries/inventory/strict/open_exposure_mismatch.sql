@@ -1,7 +1,7 @@
 -- Check B, Open Exposure Mismatch: does the engine count exposure from orders that it does not have?
 -- One row for each decision with no open order and an exposure beyond open_epsilon.
 --
--- since: the window's first instant. market_ticker: one market; empty is all. total: rows before the
+-- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
 -- limit.
 SELECT
     ts,
@@ -14,7 +14,7 @@ SELECT
     count() OVER () AS total
 FROM mm_decisions
 WHERE ts >= {since:DateTime64(3, 'UTC')}
-    AND (empty({market_ticker:String}) OR market_ticker = {market_ticker:String})
+    AND (empty({markets:Array(String)}) OR market_ticker IN {markets:Array(String)})
     AND open_orders_count = 0
     AND round(abs(pos_open_exposure), 6) > {open_epsilon:Float64}
 ORDER BY ts, market_ticker, decision_id
