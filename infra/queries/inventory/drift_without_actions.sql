@@ -335,8 +335,9 @@ WITH
         SELECT
             engine,
             at,
-            argMinIf(total_est - high, (round(high - low, 6), at), is_beginning) OVER all_of_it + low AS least_est,
-            argMinIf(total_est - low, (round(high - low, 6), at), is_beginning) OVER all_of_it + high AS most_est
+            argMinIf((total_est - high, total_est - low), (round(high - low, 6), at), is_beginning) OVER all_of_it AS begun,
+            begun.1 + low AS least_est,
+            begun.2 + high AS most_est
         FROM
         (
             SELECT
@@ -350,7 +351,7 @@ WITH
             (
                 SELECT engine, at, low_change, high_change, 0 AS is_beginning, 0. AS total_est
                 FROM changes
-                WHERE at < 8000000000000
+                WHERE at < 8000000000000 AND (low_change != 0 OR high_change != 0)
                 UNION ALL
                 SELECT engine, begins.1, 0., 0., 1, begins.2
                 FROM beginnings
