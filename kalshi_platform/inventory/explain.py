@@ -358,6 +358,7 @@ def _drift(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
         or _phantom(case, apart, row["in_transit"])
         or _phantom(case, case.clearest["unaccounted"], case.clearest["in_transit"])
         or _uncounted_order(case, apart)
+        or _beside_diverged(case, diverged)
         or _orphaned(case)
         or _beside(case, apart)
     )
@@ -370,13 +371,37 @@ def _drift(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
 def _diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained | None:
     """What accounts for pos_filled, where that is off by the same amount at the time."""
     mine = [each["unaccounted"] for each in (case.latest, case.clearest, case.example)]
-    for other, (kind, _) in diverged:
-        if case.last < other.first - NEAR or other.last + NEAR < case.first:
-            continue
+    for other, (kind, _) in _at_the_time(case, diverged):
         theirs = [each["difference"] for each in (other.latest, other.clearest, other.example)]
         if any(abs(one - two) < SAME for one in mine for two in theirs):
             return kind, "pos_filled is off by so much"
     return None
+
+
+def _beside_diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained | None:
+    """Orders that have ended and are still counted, where pos_filled is off, too."""
+    for other, _ in _at_the_time(case, diverged):
+        for mine, theirs in (
+            (case.latest, other.latest),
+            (case.clearest, other.clearest),
+            (case.example, other.example),
+        ):
+            rest = mine["unaccounted"] - theirs["difference"]
+            found = _phantom(case, rest, mine["in_transit"])
+            if found is not None:
+                off = number(theirs["difference"])
+                return found[0], f"pos_filled is off by {off}, and {found[1]}"
+    return None
+
+
+def _at_the_time(
+    case: Case, diverged: Sequence[tuple[Case, Explained]]
+) -> list[tuple[Case, Explained]]:
+    return [
+        each
+        for each in diverged
+        if case.first <= each[0].last + NEAR and each[0].first - NEAR <= case.last
+    ]
 
 
 def _orphaned(case: Case) -> Explained | None:
