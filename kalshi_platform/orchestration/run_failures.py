@@ -24,6 +24,7 @@ _OF_A_RESTART = {
     "KeyboardInterrupt": INTERRUPTED,
     "terminated by interrupt": INTERRUPTED,
     f"exit code -{int(signal.SIGTERM)}": INTERRUPTED,  # before Dagster listened for it
+    f"was terminated by signal {int(signal.SIGTERM)} ": INTERRUPTED,
     "DagsterUserCodeUnreachableError": UNREACHED,
 }
 """Dagster's words for what a planned restart does to runs. A crash and `kill -9` have others."""

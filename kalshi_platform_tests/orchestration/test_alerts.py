@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
+from dagster._utils import get_run_crash_explanation
 
 from kalshi_platform.commands import doctor
 from kalshi_platform.monitoring import incidents, metrics
@@ -278,12 +279,18 @@ def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
     assert over["event"] == "resolved"
 
 
+@pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_streamers_run_that_was_told_to_end_is_no_failure_and_one_that_was_killed_is(
-    watch: Watch, number: signal.Signals
+    watch: Watch, number: signal.Signals, launched: bool
 ) -> None:
     run = watch.instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
-    launch_failed(watch.instance, run, number)
+    if launched:
+        said = get_run_crash_explanation(f"Run execution process for {run.run_id}", -int(number))
+        watch.instance.report_engine_event(said, run)
+        watch.instance.report_run_failed(run)
+    else:
+        launch_failed(watch.instance, run, number)
     told = [*watch.tick(), *watch.tick(INTERRUPTED_S)]
     assert [it["title"] for it in told] == (
         [] if number is signal.SIGTERM else ["Run of stream_orderbook failed (shard 0)"]
