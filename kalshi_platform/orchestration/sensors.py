@@ -39,7 +39,8 @@ from kalshi_platform.orchestration.supervisor import (
 )
 from kalshi_platform.settings import Settings
 
-TICK_S = 10
+TICK_S = 4
+"""Less than the daemon's own round of 5 s, so that it looks in each: a killed streamer is seen so soon."""
 _STEPS = 4
 """Decisions in one tick: a run marked as failed may be replaced in the same tick."""
 

@@ -5,7 +5,8 @@ Run status alone proves nothing: a run whose worker and code server were both ki
 STARTED for ever. So a run is judged by its process (pid and start time), by the age of the last
 received frame and by the age of the last durable write. All times are seconds since the epoch.
 
-    no run          → launch one, after the back-off that its predecessors' failures call for
+    no run          → launch one: at once after one that recorded well until it was killed, else after
+                      the back-off that its predecessors' failures call for
     waiting         → let it wait; withdrawn when that takes too long
     starting        → let it; failed when its worker never comes up
     started         → process gone: failed. Stale: canceled. A day old: a successor is queued,
@@ -57,7 +58,8 @@ BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
 """Wait after the first failure, doubled by each further one up to the limit."""
 KILLED_S, KILLED_FAILURES = 60.0, 2
 """A run that had frames so lately was well until something ended it: it counts as few failures, so
-that the next is there within a minute, however often that happens."""
+that the next is there within a minute, however often that happens. One that lasted so long, too, is
+replaced at once."""
 
 DIALLING = frozenset({"starting", "connecting"})
 QUIET = frozenset({"quiet", "maintenance"})
@@ -254,14 +256,11 @@ def _count(seen: Observation, state: State) -> State:
     if not ended.failed:
         return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
     failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1
+    wait_s = _backoff(failures, seen.jitter)
     if _had_recorded(seen, ended):
         failures = min(failures, KILLED_FAILURES)
-    return replace(
-        state,
-        counted=ended.run_id,
-        failures=failures,
-        not_before=ended.at + _backoff(failures, seen.jitter),
-    )
+        wait_s = 0.0 if ended.lasted_s >= KILLED_S else _backoff(failures, seen.jitter)
+    return replace(state, counted=ended.run_id, failures=failures, not_before=ended.at + wait_s)
 
 
 def _had_recorded(seen: Observation, ended: Ended) -> bool:

@@ -21,6 +21,7 @@ from kalshi_platform.orchestration.supervisor import (
     HEALTH_S,
     HEALTHY_S,
     HEARD_S,
+    KILLED_S,
     ORPHAN_S,
     QUEUE_S,
     RECYCLE_S,
@@ -349,6 +350,18 @@ def test_runs_that_recorded_until_they_were_killed_are_replaced_within_a_minute_
         silent = Observation(ended=ended, health=health(frame_age=None), jitter=1.0)
         state = decide(silent, state, NOW).state
     assert state.not_before - NOW == BACKOFF_LIMIT_S
+
+
+def test_a_run_that_recorded_for_a_minute_until_it_was_killed_is_replaced_at_once_every_time() -> (
+    None
+):
+    state = State()
+    for number in range(12):
+        ended = Ended(f"run-{number}", True, KILLED_S, NOW, WORKER)
+        killed = Observation(ended=replace(ended, process=DEAD), health=health(DEAD), jitter=1.0)
+        decision = decide(killed, state, NOW)
+        assert isinstance(decision.action, Launch)
+        state = decision.state
 
 
 def test_one_failure_is_counted_once_however_often_it_is_seen() -> None:

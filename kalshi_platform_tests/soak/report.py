@@ -117,7 +117,7 @@ def _restarts(outcome: Outcome) -> list[str]:
         "",
         "Recording again: another is in its place, frames come, every book is whole and both stores take"
         " rows. Supervised again: the web page answers and `streamer_supervisor` has looked at the"
-        " streamers, which it does every 10 s. Both from the beginning of the end.",
+        " streamers, which it does every 5 s. Both from the beginning of the end.",
         "",
         *(f"- {it.name}: {it.trouble}" for it in outcome.restarts if it.trouble),
         *([""] if any(it.trouble for it in outcome.restarts) else []),
