@@ -68,6 +68,7 @@ class Project:
         self.folder = folder
         self.port, self.simulator_port = free_ports(2)
         self.jobs: list[subprocess.Popen[bytes]] = []
+        self.has_recorded = False
         unpacked("b5ce1cc", folder / "data")
         (folder / ".env").write_text(
             f"EMBEDDED_CLICKHOUSE_PORT={self.port}\nSIMULATOR_PORT={self.simulator_port}\n"
@@ -190,6 +191,10 @@ def project(
     key = made.folder / "data" / "simulator" / "key.pem"
     key.parent.mkdir(exist_ok=True)
     shutil.copy(simulator.key_file, key)
+    if not made.has_recorded:  # here: its stores were elsewhere before
+        with made.clickhouse(), made.recording() as streamer:
+            wait_for(lambda: caught_up(streamer), streamer.health)
+        made.has_recorded = True
     return made
 
 
@@ -299,8 +304,6 @@ def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
 
 
 def test_both_stores_are_away_and_each_goes_on_when_it_is_back(project: Project) -> None:
-    with project.clickhouse(), project.recording() as streamer:  # the stores are where they were
-        wait_for(lambda: caught_up(streamer), streamer.health)
     shutil.move(project.folder / "data" / "parquet", project.folder / "elsewhere" / "parquet")
     with project.recording() as streamer:
         wait_for(lambda: len(troubles(streamer.health())) == 2, streamer.health)

@@ -30,15 +30,21 @@ from kalshi_platform_tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = Path(__file__).with_name("folders")
-BEGIN_NS = 1_795_863_570 * 10**9
-"""2026-11-28 10:59:30 UTC: half a minute of one hour, and the seal of it in the next."""
-RECORDED_S = 60.0
+BEGIN_NS = 1_795_863_540 * 10**9
+"""2026-11-28 10:59:00 UTC: a minute of one hour, most of it recorded, and the seal of it in the next."""
+RECORDED_S = 80.0
 ANOTHER_TIME = """
 import runpy, sys, time
 back_ns, wall_ns = int(sys.argv.pop(1)), time.time_ns
 time.time_ns = lambda: wall_ns() - back_ns
 time.time = lambda: (wall_ns() - back_ns) / 1e9
 runpy.run_module("kalshi_platform", run_name="__main__", alter_sys=True)
+"""
+ANALYTICS = """
+from datetime import UTC, datetime
+from kalshi_platform import settings
+from kalshi_platform.loading.analytics_hours import compute_hour
+compute_hour(settings.load(), datetime(2026, 11, 28, 10, tzinfo=UTC))
 """
 KEPT = ("journal", "clickhouse", "parquet")
 
@@ -96,6 +102,8 @@ def record(source: Path, data: Path) -> dict[str, object]:
         subprocess.run([*program, "migrate"], env=environment, check=True, cwd=source)
         with running([*then, "stream"], environment, source):
             time.sleep(RECORDED_S)
+        analytics = [sys.executable, "-c", ANALYTICS]
+        subprocess.run(analytics, env=environment, check=True, cwd=source)
         return counted(clickhouse)
 
 

@@ -1,7 +1,7 @@
 """A data folder that an older version recorded is opened, and recording goes on from it.
 
 `folders/` has one of before the record columns and epochs (1a2c9ed), and a recent one; `record.py` made them.
-Each is half a minute of one hour, which was sealed, and half a minute of the next.
+Each is a part of one hour, which was sealed, and of the next.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
 from kalshi_platform.loading import continuity
+from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.parity import compare_hours
 from kalshi_platform.recording import journal, journal_identity
 from kalshi_platform.settings import Settings
@@ -41,6 +42,8 @@ FOLDERS = Path(__file__).with_name("folders")
 SEALED = datetime(2026, 11, 28, 10, tzinfo=UTC)
 WITHOUT_RECORDS = "1a2c9ed"
 QUERIES = Path(__file__).resolve().parents[2] / "infra" / "queries"
+OF_BEFORE = "{} < toDateTime('2026-11-28 12:00:00', 'UTC')"
+"""What the older version recorded; the tests record now."""
 PATIENCE_S = 120.0
 
 
@@ -60,6 +63,10 @@ class Opened:
     client: Client
     were: dict[str, int]
     """Rows by table, as the version that wrote them counted them."""
+    before: set[int]
+    """The migrations that it had."""
+    applied: set[int]
+    """Those that this build applied."""
 
     def rows(self, table: str, where: str = "1") -> int:
         return int(self.client.query(f"SELECT count() FROM {table} WHERE {where}").first_row[0])  # type: ignore[index]
@@ -67,7 +74,7 @@ class Opened:
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in FOLDERS.glob("*.json")))
 def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
-    """The tests of this module are steps, in order: each goes on where the one before it ended."""
+    """A folder that was migrated, in ClickHouse, too. Its rows of before stay what they are."""
     data = unpacked(request.param, tmp_path_factory.mktemp("older") / "data")
     facts = json.loads((FOLDERS / f"{request.param}.json").read_text(encoding="utf-8"))
     with running(data / "clickhouse") as url:
@@ -78,7 +85,9 @@ def opened(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
             journal_retention_hours=1_000_000,
         )
         with closing(connect(settings)) as client:
-            yield Opened(request.param, settings, client, facts["rows"])
+            before = {one.version for one in migrations.standing(client) if one.applied_at}
+            applied = {migration.version for migration in migrations.migrate(settings)}
+            yield Opened(request.param, settings, client, facts["rows"], before, applied)
 
 
 def command(opened: Opened, monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
@@ -93,14 +102,13 @@ def command(opened: Opened, monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
 
 
 def test_the_schema_is_brought_up_to_date(opened: Opened) -> None:
-    before = {one.version for one in migrations.standing(opened.client) if one.applied_at}
-    applied = migrations.migrate(opened.settings)
-    assert {m.version for m in applied} == {m.version for m in migrations.available()} - before
-    assert bool(applied) == (opened.commit == WITHOUT_RECORDS)
+    assert opened.before | opened.applied == {m.version for m in migrations.available()}
+    assert bool(opened.applied) == (opened.commit == WITHOUT_RECORDS)
     assert {one.state for one in migrations.standing(opened.client)} == {State.APPLIED}
     assert migrations.differences(opened.client) == []
     for table in ("orderbook_events", "stream_events", "book_checkpoints", "trades"):
-        assert opened.rows(table) == opened.were[table] > 0, table
+        of_before = OF_BEFORE.format("ts" if table == "book_checkpoints" else "ingest_ts")
+        assert opened.rows(table, of_before) == opened.were[table] > 0, table
 
 
 def test_what_is_there_is_whole(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +134,19 @@ def test_columns_of_later_are_null_in_the_rows_of_before(opened: Opened) -> None
             assert nulls == (0 if records else sum(table.num_rows for table in read)), name
             where = f"toStartOfHour(ingest_ts) = toDateTime('{SEALED:%F %T}', 'UTC')"
             assert opened.rows(name, f"{where} AND {column} IS NULL") == nulls
+
+
+def test_analytics_of_before_are_read_and_made_again(opened: Opened) -> None:
+    archive, known = LocalArchive(opened.settings.archive_dir), opened.commit != WITHOUT_RECORDS
+    for name in ("spreads", "depth", "imbalance"):
+        (table,) = archive.read(name, SEALED)
+        assert table.num_rows == opened.rows(name) == opened.were[name] > 0
+        assert table["known_at"].null_count == (0 if known else table.num_rows)
+    compute_hour(opened.settings, SEALED)
+    for name in ("spreads", "depth", "imbalance"):
+        (table,) = archive.read(name, SEALED)
+        assert table.num_rows == opened.rows(name) == opened.rows(name, "known_at IS NOT NULL") > 0
+        assert table["known_at"].null_count == 0
 
 
 def test_recording_goes_on(
