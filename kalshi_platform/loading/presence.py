@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import cursor, passage
-from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import identity, open_archive
 from kalshi_platform.storage.errors import StoreError, StoreRefused
@@ -24,6 +23,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 SILENT_S = 3.0
 """A look that takes longer is itself what is wrong."""
+_STORE = "parquet"
+"""`ParquetStore.name`; importing that would load Polars into `up`."""
 
 
 class Presence:
@@ -92,5 +93,5 @@ def insist_on_archive(settings: Settings) -> None:
         return
     archive.look()
     for shard in passage.shards(settings.journals_dir):
-        if cursor.has_loaded(settings.journal_dir(shard), ParquetStore.name, str(archive)):
+        if cursor.has_loaded(settings.journal_dir(shard), _STORE, str(archive)):
             raise identity.gone(str(archive), None)
