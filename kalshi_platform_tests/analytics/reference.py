@@ -172,7 +172,10 @@ class Replay:
         elif kind == "disconnected":
             self._open.discard(conn)
             self._ended(us, *(t for t, it in self._markets.items() if it["newest"] == conn))
-            since = max(us - round(note["detail"].get("span_s", 0) * 1_000_000), self._hour_us)
+            heard_us = us - round(note["detail"].get("span_s", 0) * 1_000_000)
+            # an end that is written down in a later hour is known in the hour that it was in
+            self._in_hour |= heard_us // HOUR_US * HOUR_US == self._hour_us
+            since = max(heard_us, self._hour_us)
             self._doubt(since, *(t for t, it in self._markets.items() if it["conn"] == conn))
         elif kind == "left" and ticker in self._markets:
             self._markets[ticker]["left"] = True

@@ -176,6 +176,20 @@ def ended_an_hour_ago_and_set_back() -> Script:
     return script
 
 
+def ended_in_the_next_hour() -> Script:
+    """A connection dies before the hour's end, is ended after it, and the clock is set back."""
+    script = Script()
+    script.connect()
+    script.snapshot("A-1", {4_700: 100}, {})
+    script.at = HOUR_NS + 2_000
+    script.add(Kind.NOTE, wire.note("disconnected", {"cause": "test", "span_s": 0.2}))
+    script.connect()
+    script.delta("A-1", "yes", 4_800, 50)
+    script.at = HOUR_NS - 2 * wire.SECOND
+    script.snapshot("B-2", {4_700: 100}, {})
+    return script
+
+
 def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.Table]:
     """The three recorded datasets of one hour, made as the load makes them."""
     tables: dict[str, list[pa.Table]] = {name: [] for name in RECORDED}
@@ -228,6 +242,7 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 @example(script=left_and_set_back())
 @example(script=succeeded_and_set_back())
 @example(script=ended_an_hour_ago_and_set_back())
+@example(script=ended_in_the_next_hour())
 @settings(max_examples=80, deadline=None)
 def test_an_hour_equals_the_reference(dataset: str, script: Script) -> None:
     compute, expected = DATASETS[dataset]
