@@ -16,6 +16,7 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor, up
+from kalshi_platform.loading import presence
 from kalshi_platform.orchestration.home import Home
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
@@ -203,3 +204,61 @@ def test_up_says_at_once_what_keeps_it_from_the_archive(
 
 def test_an_archive_that_was_never_written_to_is_no_fault(make: Callable[..., Settings]) -> None:
     assert doctor._archive(make()).mark is not doctor.Mark.BAD
+
+
+@contextmanager
+def looking(
+    look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[presence.Presence]:
+    monkeypatch.setattr(presence, "LOOK_S", 0.01)
+    monkeypatch.setattr(presence, "SILENT_S", 0.2)
+    looks = presence.Presence(look, "the store")
+    looks.start()
+    try:
+        yield looks
+    finally:
+        looks.end()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_store_that_answers_slowly_is_in_trouble_until_a_look_is_quick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick, done = threading.Event(), list[int]()
+
+    def look() -> None:
+        if not quick.is_set():
+            quick.wait(0.4)
+        done.append(1)
+
+    with looking(look, monkeypatch) as looks:
+        until(lambda: len(done) == 1)
+        until(lambda: looks.trouble is not None)
+        while len(done) < 4:
+            assert looks.trouble is not None
+            time.sleep(0.005)
+        quick.set()
+        until(lambda: looks.trouble is None)
+
+
+def test_a_look_that_fails_in_any_way_is_named_and_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def look() -> None:
+        if broken.is_set():
+            raise LookupError("no such thing")
+
+    with looking(look, monkeypatch) as looks:
+        until(lambda: looks.trouble is not None)
+        assert "the store cannot be looked at (LookupError: no such thing)" in str(looks.trouble)
+        broken.clear()
+        until(lambda: looks.trouble is None)

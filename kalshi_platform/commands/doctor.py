@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -325,6 +325,12 @@ def _clickhouse(settings: Settings) -> Finding:
             f"{told}; an older version let in, and the server has taken out of the database: {aside}",
             "their first lines say why; make them on a ClickHouse server, if they are needed, and remove the files",
         )
+    if spoiled := _spoiled(settings):
+        return Finding(
+            Mark.ODD,
+            f"{told}; parts of tables that a failed write had spoiled were set aside: {spoiled}",
+            "once kalshi-platform proof says that no row is missing, delete them",
+        )
     return Finding(Mark.GOOD, told)
 
 
@@ -345,8 +351,21 @@ def _refused(settings: Settings) -> str:
 
     if not settings.embedded_clickhouse:
         return ""
-    files = (settings.embedded_clickhouse_dir / FOLDER).rglob("*.sql")
-    found = sorted(str(file) for file in islice(files, FOREIGN_SHOWN + 1))
+    return _some((settings.embedded_clickhouse_dir / FOLDER).rglob("*.sql"))
+
+
+def _spoiled(settings: Settings) -> str:
+    """Parts of tables that it has set aside at its start."""
+    from kalshi_platform.storage.embedded.parts import SET_ASIDE
+
+    if not settings.embedded_clickhouse:
+        return ""
+    tables = settings.embedded_clickhouse_dir / "engine" / "store"
+    return _some(tables.glob(f"*/*/detached/{SET_ASIDE}*"))
+
+
+def _some(paths: Iterable[Path]) -> str:
+    found = sorted(str(path) for path in islice(paths, FOREIGN_SHOWN + 1))
     return ", ".join(found[:FOREIGN_SHOWN]) + (", …" if len(found) > FOREIGN_SHOWN else "")
 
 

@@ -131,11 +131,11 @@ def again(
     since: datetime,
 ) -> Findings:
     """What was `found`, with a second reading of the markets that have a finding since a moment."""
+    if len(found.episodes) == MOST_EPISODES:  # the others may be recent
+        return read(client, question, values)
     markets = sorted({each.market_ticker for each in found.episodes if each.last >= since})
     if not markets:
         return found
-    if len(found.episodes) == MOST_EPISODES:  # the others may be as recent
-        return read(client, question, values)
     second = read(client, question, {**values, "markets": markets})
     time, ticker = found.columns.index(question.at), found.columns.index("market_ticker")
     former = [each for each in found.episodes if each.market_ticker in markets]

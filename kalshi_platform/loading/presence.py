@@ -36,6 +36,8 @@ class Presence:
         self._place = place
         self._began: float | None = None
         """Of the look that is under way, by the monotonic clock."""
+        self._slow = False
+        """Whether the look before took too long: one that does not is what closes it."""
         self._error: PlatformError | None = None
         self._ending = threading.Event()
 
@@ -53,7 +55,7 @@ class Presence:
         error, began = self._error, self._began
         if error is not None:
             return str(error)
-        if began is not None and time.monotonic() - began > SILENT_S:
+        if self._slow or (began is not None and time.monotonic() - began > SILENT_S):
             return (
                 f"{self._place} has not answered for more than {SILENT_S:.0f} s. See that it runs and that the"
                 " disk or network that it is on does; what goes there is kept, and taken up again by itself."
@@ -62,13 +64,14 @@ class Presence:
 
     @property
     def refused(self) -> bool:
-        """Whether that is of the kind that no retry mends."""
+        """Whether that is of the kind that no retry ends."""
         return isinstance(self._error, StoreRefused)
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            self._began = time.monotonic()
+            began = self._began = time.monotonic()
             before, self._error = self._error, self._found()
+            self._slow = time.monotonic() - began > SILENT_S
             self._began = None
             if self._error is not None and str(self._error) != str(before):
                 log.error("%s", self._error)
@@ -82,7 +85,13 @@ class Presence:
         except PlatformError as error:
             return error
         except OSError as error:
-            return StoreError(f"{self._place} cannot be looked at ({error.strerror}). Mend that.")
+            return StoreError(
+                f"{self._place} cannot be looked at ({error.strerror or error}). Repair that."
+            )
+        except Exception as error:  # noqa: BLE001 - named, and looked at again
+            return StoreError(
+                f"{self._place} cannot be looked at ({type(error).__name__}: {error})."
+            )
         return None
 
 

@@ -53,7 +53,7 @@ class Growth:
 def measure(settings: Settings) -> list[Growth]:
     """Everything that is kept, as it is now. A store is left out where it cannot be asked."""
     found = [_journal(settings)]
-    with suppress(StoreError):  # said by whoever needs it
+    with suppress(StoreError):  # said by those who need it
         found.append(_archive(settings))
     found.append(_dagster(settings))
     if settings.use_clickhouse:

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -215,14 +216,20 @@ def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[C
         ),
         limit=MOST_FAILURES,
     )
-    latest: dict[tuple[str, str], dg.RunRecord] = {}
+    of_unit: defaultdict[tuple[str, str], list[dg.RunRecord]] = defaultdict(list)
     for record in failures:  # the newest first
-        latest.setdefault(_unit(record.dagster_run), record)
+        of_unit[_unit(record.dagster_run)].append(record)
     still: defaultdict[tuple[str, bool], list[dg.RunRecord]] = defaultdict(list)
-    for (what, _), record in latest.items():
-        if _gone_well_since(instance, record, now):
+    for (what, _), of_it in of_unit.items():
+        since = list(takewhile(lambda it: not _gone_well_since(instance, it, now), of_it))
+        if not since:
             continue
-        interrupted = run_failures.interrupted(instance, record.dagster_run.run_id)
+        # an interruption later on takes nothing back of a failure
+        crashes = (
+            it for it in since if not run_failures.interrupted(instance, it.dagster_run.run_id)
+        )
+        crash = next(crashes, None)
+        record, interrupted = crash or since[0], crash is None
         if not (interrupted and SHARD_TAG in record.dagster_run.tags):  # the feed tells its end
             still[what, interrupted].append(record)
     for (what, interrupted), records in still.items():

@@ -8,9 +8,7 @@ import dagster as dg
 
 NO_REASON = "marked as failed from outside"
 """Of the sentence that Dagster writes when a worker was killed: what it noticed is written before."""
-INTERRUPTED = (
-    "It was interrupted: its worker was told to end while it ran. Run it again if nothing else has."
-)
+INTERRUPTED = "It was interrupted: its worker was asked to end while it ran. Run it again if nothing else has."
 MOST_CHARACTERS = 1000
 """Of a run's reason: it goes into cursors, and into people's pockets."""
 
@@ -23,11 +21,17 @@ _OF_A_RESTART = {
     "DagsterExecutionInterruptedError": INTERRUPTED,
     "KeyboardInterrupt": INTERRUPTED,
     "terminated by interrupt": INTERRUPTED,
+}
+"""Dagster's words for what a planned restart does to runs. A crash and `kill -9` have others."""
+_NOTICED_OF_A_RESTART = {
+    **_OF_A_RESTART,
     f"exit code -{int(signal.SIGTERM)}": INTERRUPTED,  # before Dagster listened for it
     f"was terminated by signal {int(signal.SIGTERM)} ": INTERRUPTED,
     "DagsterUserCodeUnreachableError": UNREACHED,
 }
-"""Dagster's words for what a planned restart does to runs. A crash and `kill -9` have others."""
+"""The same, of what Dagster notices from outside."""
+_DEATHS = ("was terminated by signal", "exit code")
+"""In what Dagster notices of a worker that went by itself."""
 MOST_EVENTS = 100
 
 
@@ -42,7 +46,7 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
     ).records
     events = [it for record in records if (it := record.event_log_entry.dagster_event) is not None]
     noticed = [_reason(it) for it in events if it.event_type is kinds.ENGINE_EVENT]
-    noticed.sort(key=lambda said: said not in _OF_A_RESTART.values())
+    noticed.sort(key=lambda said: not _tells_the_end(said))
     for kind in (kinds.STEP_FAILURE, kinds.RUN_FAILURE):
         for event in reversed(events):
             said = _reason(event) if event.event_type is kind else ""
@@ -52,8 +56,12 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
 
 
 def interrupted(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether all that a failed run met was a restart: it was told to end, or found no code server."""
-    return why(instance, run_id) in _OF_A_RESTART.values()
+    """Whether all that a failed run met was a restart: it was asked to end, or found no code server."""
+    return why(instance, run_id) in {INTERRUPTED, UNREACHED}
+
+
+def _tells_the_end(said: str) -> bool:
+    return said in {INTERRUPTED, UNREACHED} or any(words in said for words in _DEATHS)
 
 
 def _reason(event: dg.DagsterEvent) -> str:
@@ -64,4 +72,6 @@ def _reason(event: dg.DagsterEvent) -> str:
     error = getattr(data, "error", None)
     said = str((error.cause or error).message).strip() if error is not None else event.message or ""
     whole = f"{error.message} {said}" if error is not None else said
-    return next((it for words, it in _OF_A_RESTART.items() if words in whole), said)
+    noticed = event.event_type is dg.DagsterEventType.ENGINE_EVENT
+    restarts = _NOTICED_OF_A_RESTART if noticed else _OF_A_RESTART
+    return next((it for words, it in restarts.items() if words in whole), said)

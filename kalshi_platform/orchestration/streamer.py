@@ -95,10 +95,13 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
                 f"Drained: shard {shard} is no longer configured, and all it had is stored."
             )
         except DagsterExecutionInterruptedError:
-            call_it_canceled(context)  # first: who is killed while it flushes was asked to end, too
+            try:  # first: a run that is killed while it flushes was asked to end, too
+                call_it_canceled(context)
+            finally:  # whatever became of Dagster's database meanwhile
+                stored = host.stop()
             context.log.info(
                 "Ended on request; every store has everything that was received."
-                if host.stop()
+                if stored
                 else "Ended on request; what is not loaded yet is in the journal, for the next run."
             )
             raise

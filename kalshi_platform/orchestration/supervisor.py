@@ -253,6 +253,8 @@ def _count(seen: Observation, state: State) -> State:
         return state
     if ended.run_id == state.blamed:
         return replace(state, counted=ended.run_id)
+    if not ended.failed and ended.process is None:  # it never began: that forgives nothing
+        return replace(state, counted=ended.run_id)
     if not ended.failed:
         return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
     failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1

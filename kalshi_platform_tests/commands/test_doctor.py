@@ -310,6 +310,20 @@ def test_what_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is_gone(
     assert patient.examined()["ClickHouse"].startswith("✓")
 
 
+def test_a_part_that_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is_gone(
+    patient: Patient, clickhouse_url: str
+) -> None:
+    patient.set(CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
+    tables = patient.data / "clickhouse" / "engine" / "store"
+    aside = tables / "a1b" / "a1b2" / "detached" / "broken-on-start_all_1_3_1"
+    aside.mkdir(parents=True)
+    line = patient.examined()["ClickHouse"]
+    assert line.startswith("!")
+    assert str(aside) in line
+    aside.rmdir()
+    assert patient.examined()["ClickHouse"].startswith("✓")
+
+
 def test_a_schema_that_is_not_ours_is_found(patient: Patient) -> None:
     with closing(connect(platform_settings.current())) as client:
         client.command("ALTER TABLE latest_levels MODIFY COLUMN size Decimal(18, 4)")

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._utils import get_run_crash_explanation
 
 from kalshi_platform.commands import doctor
@@ -241,6 +242,25 @@ UNREACHABLE = (
     "dagster._core.errors.DagsterUserCodeUnreachableError: Could not reach user code server."
     " gRPC Error code: UNAVAILABLE"
 )
+
+
+def test_a_failure_stays_alerted_when_a_later_run_of_its_job_is_interrupted(watch: Watch) -> None:
+    fault: list[BaseException] = [ValueError("the disk is wet"), DagsterExecutionInterruptedError()]
+
+    @dg.op
+    def now_and_then() -> None:
+        raise fault.pop(0)
+
+    @dg.job
+    def nightly() -> None:
+        now_and_then()
+
+    nightly.execute_in_process(instance=watch.instance, raise_on_error=False)
+    (notice,) = watch.tick()
+    assert "the disk is wet" in notice["sentence"]
+    nightly.execute_in_process(instance=watch.instance, raise_on_error=False)
+    assert watch.tick() == []
+    assert watch.tick(CALM_S * 2) == []  # not resolved
 
 
 @pytest.mark.parametrize("when", ["in its op", "before its op", "before it was launched"])

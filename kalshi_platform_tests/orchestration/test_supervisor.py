@@ -372,9 +372,11 @@ def test_one_failure_is_counted_once_however_often_it_is_seen() -> None:
 def test_a_healthy_stretch_or_a_wanted_end_forgives_former_failures() -> None:
     bad = State(failures=6)
     assert decide(failed("run-1", lasted=HEALTHY_S), bad, NOW).state.failures == 1
-    wanted = Observation(ended=Ended("run-1", False, 3.0, NOW))
+    wanted = Observation(ended=Ended("run-1", False, 3.0, NOW, DEAD))
     assert decide(wanted, bad, NOW).state.failures == 0
     assert isinstance(decide(wanted, bad, NOW).action, Launch)
+    never_began = Observation(ended=Ended("run-1", False, 0.0, NOW))  # its code server was replaced
+    assert decide(never_began, bad, NOW).state.failures == 6
 
 
 @pytest.mark.parametrize("ends_as_failure", [True, False])

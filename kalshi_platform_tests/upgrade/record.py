@@ -4,7 +4,7 @@
 
 The commit is checked out beside this folder, and its own commands record its own simulator over the end of
 an hour, on the embedded ClickHouse. Recorder and simulator have a clock that is set to shortly before an
-hour's end of a day that never changes. What `test_folders.py` expects of the recording is written beside it.
+hour's end of a day that never changes. What `test_older_folders.py` expects of the recording is written beside it.
 """
 
 from __future__ import annotations

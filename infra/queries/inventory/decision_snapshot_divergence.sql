@@ -76,7 +76,7 @@ WITH
         )
         GROUP BY market_ticker, fill
     ),
-    told AS
+    reported AS
     (
         -- what a report says, from when on; a settlement counts once the engine has had its time to follow
         SELECT
@@ -149,7 +149,7 @@ WITH
         )
         UNION ALL
         SELECT market_ticker, (at, 0., 0.), at, 0., 0., 0, report.1, 1, settles
-        FROM told
+        FROM reported
     ),
     cumulated AS
     (
@@ -257,7 +257,7 @@ FROM
     ASOF LEFT JOIN timeline AS s ON d.market_ticker = s.market_ticker AND d.at >= s.at
     WHERE wrong OR NOT is_number
 ) AS found
-LEFT JOIN told AS t ON found.market_ticker = t.market_ticker AND found.report_at = t.at
+LEFT JOIN reported AS t ON found.market_ticker = t.market_ticker AND found.report_at = t.at
 -- of those that only the next report contradicts the last
 ORDER BY ts DESC, market_ticker DESC, engine_instance_id DESC, decision_id DESC
 LIMIT 1 BY market_ticker, engine_instance_id, if(differs OR NOT is_number, toString(decision_id), toString(coming_at))

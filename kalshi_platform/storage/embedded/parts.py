@@ -1,7 +1,7 @@
 """Parts of tables whose files are not what was written: found after a failed write, set aside at the start.
 
 The engine does not stop a merge whose writes fail (a full disk, a quota): it makes the new part active with
-files that are short or empty, and deletes the parts that it was merged from. So it is told to keep those for
+files that are short or empty, and deletes the parts that it was merged from. So it keeps those for
 `SOURCES_KEPT_S`, its failed writes are watched (failed_writes.py), and what a failed write has spoiled is looked
 for by the sizes in each part's `checksums.txt`. Once such a part is active the process ends: in memory it holds
 what its disk does not. At the next start the part is moved to the table's `detached` folder before the engine
@@ -28,9 +28,9 @@ SOURCES_KEPT_S = 480
 SET_ASIDE = "broken-on-start_"
 """ClickHouse's own name for a part that it sets aside at its start."""
 
-_PART = re.compile(r"[0-9A-Za-z-]+_(?P<first>\d+)_(?P<last>\d+)_(?P<level>\d+)(?:_\d+)?")
+_PART = re.compile(r"[0-9A-Za-z-]+_(?P<first>\d+)_(?P<last>\d+)_\d+(?:_\d+)?")
 _CHECKSUMS = "checksums.txt"
-_HEAD = b"checksums format version: 4\n"
+_HEAD, _VERSION = b"checksums format version: ", b"4\n"
 _HASH_BYTES = 16
 _COLUMNS = "columns.txt"
 LONGEST_BLOCK_BYTES = 64 * 1024 * 1024
@@ -39,6 +39,10 @@ UNLISTED = frozenset(
     {_COLUMNS, "columns_substreams.txt", "default_compression_codec.txt", "metadata_version.txt"}
 )
 """Files that `checksums.txt` does not list; none is ever empty, and only the first is in every part."""
+
+
+class UnknownFormat(ValueError):
+    """A list of checksums that this build cannot read."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def spoiled(path: Path) -> Iterator[Spoiled]:
 
     May run beside the engine: a part that it removes meanwhile is none.
     """
-    for part in sorted((path / "engine" / "store").glob("*/*/*")):
-        if _PART.fullmatch(part.name) and part.is_dir():
+    tables = (table for some in _folders(path / "engine" / "store") for table in _folders(some))
+    for part in (part for table in tables for part in _folders(table)):
+        if _PART.fullmatch(part.name):
             try:
                 why = _fault(part)
             except FileNotFoundError as missing:
@@ -64,6 +69,14 @@ def spoiled(path: Path) -> Iterator[Spoiled]:
                 why = f"{Path(missing.filename).name} is missing"
             if why:
                 yield Spoiled(part, why)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those in it, in order; none where it is gone meanwhile."""
+    try:
+        return sorted(each for each in path.iterdir() if each.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def set_aside(path: Path) -> None:
@@ -88,21 +101,17 @@ def set_aside(path: Path) -> None:
             "A part of a table cannot be read, as a write that failed leaves it (%s), and was moved to %s. %s",
             found.why,
             target,
-            f"The {sources} parts that it was merged from take its place."
-            if sources
-            else "Nothing is left of what it was made from: `kalshi-platform proof` says whether rows are missing.",
+            f"{sources or 'No'} parts of the same blocks take its place;"
+            " `kalshi-platform proof` says whether rows are missing.",
         )
 
 
-def _within(name: str, merged: str) -> bool:
-    """Whether the part `name` went into the part `merged`."""
-    one, other = _PART.fullmatch(name), _PART.fullmatch(merged)
-    if one is None or other is None or name.partition("_")[0] != merged.partition("_")[0]:
+def _within(name: str, made: str) -> bool:
+    """Whether the part `made` was made of the part `name`, or of others of its blocks."""
+    one, other = _PART.fullmatch(name), _PART.fullmatch(made)
+    if one is None or other is None or name.partition("_")[0] != made.partition("_")[0]:
         return False
-    first, last, level = (int(one[key]) for key in ("first", "last", "level"))
-    return (
-        first >= int(other["first"]) and last <= int(other["last"]) and level < int(other["level"])
-    )
+    return int(one["first"]) >= int(other["first"]) and int(one["last"]) <= int(other["last"])
 
 
 def _fault(part: Path) -> str:
@@ -113,6 +122,8 @@ def _fault(part: Path) -> str:
             return f"{name} is empty"
     try:
         listed = sizes((part / _CHECKSUMS).read_bytes())
+    except UnknownFormat:
+        return ""  # what cannot be judged is left to the engine
     except ValueError as error:
         return f"{_CHECKSUMS}: {error}"
     for name, size in listed.items():
@@ -129,11 +140,14 @@ def sizes(checksums: bytes) -> dict[str, int]:
     """The size of each file that a `checksums.txt` lists.
 
     Version 4: a line of text, then compressed blocks, with for each file its name, size, hash, and where it is
-    compressed itself the size and hash of what it unpacks to. Raises `ValueError` for anything else.
+    compressed itself the size and hash of what it unpacks to. Raises `UnknownFormat` for what another version of
+    the engine may have written, and `ValueError` where bytes are missing.
     """
     if not checksums.startswith(_HEAD):
-        raise ValueError("not of version 4")
-    reader = _Reader(b"".join(_unpacked(checksums[len(_HEAD) :])))
+        raise ValueError("its first line is not whole")
+    if not checksums.startswith(_VERSION, len(_HEAD)):
+        raise UnknownFormat("not of version 4")
+    reader = _Reader(b"".join(_unpacked(checksums[len(_HEAD + _VERSION) :])))
     found = {}
     for _ in range(reader.number()):
         name = reader.take(reader.number()).decode()
@@ -163,7 +177,7 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
             elif method == 0x90:
                 yield zstandard.ZstdDecompressor().decompress(block, max_output_size=plain)
             else:
-                raise ValueError(f"the compression {method:#x} is unknown")
+                raise UnknownFormat(f"the compression {method:#x} is unknown")
         except (lz4.block.LZ4BlockError, zstandard.ZstdError) as error:
             raise ValueError(str(error)) from error
 
