@@ -152,17 +152,23 @@ class Platform:
             and sum(health["synced"] for health in healths) >= self.markets
         )
 
-    def idle(self) -> bool:
-        """Whether nothing comes any more, and what came is stored. Takes two seconds.
+    def lacking(self) -> int:
+        """How many records a store lacked when the streamers ended: the journal has them for the next run."""
+        return sum(report["lag_frames"] for report in self.healths())
 
-        Two reports must say so, not one twice: a streamer that gets no time writes none.
+    def idle(self, *, every: bool = False) -> bool:
+        """Whether nothing comes any more, and what came is in ClickHouse. Takes two seconds.
+
+        `every`: in the archive, too, which takes it once a minute and when the streamer ends. Two reports must
+        say so, not one twice: a streamer that gets no time writes none.
         """
+        stores = ("clickhouse", "parquet") if every else ("clickhouse",)
         before = self.healths()
         time.sleep(2.0)
         return all(
             was["updated_ns"] < now["updated_ns"]
             and was["frames"] == now["frames"]
-            and now["stores"]["clickhouse"]["lag"] < 50
+            and all(now["stores"][store]["lag"] < 50 for store in stores)
             for was, now in zip(before, self.healths(), strict=True)
         )
 
