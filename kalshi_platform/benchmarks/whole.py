@@ -71,7 +71,9 @@ def _rows(settings: platform_settings.Settings) -> int:
     try:
         client = clickhouse.connect(settings)
         try:
-            return int(client.query("SELECT count() FROM orderbook_events").result_rows[0][0])
+            with clickhouse.translated():
+                found = client.query("SELECT count() FROM orderbook_events")
+            return int(found.result_rows[0][0])
         finally:
             client.close()
     except StoreError:  # it is coming up
