@@ -27,3 +27,12 @@ def free_ports(count: int) -> list[int]:
                 continue
         found.append(port)
     raise AssertionError(f"no {count} ports are free in {own}")
+
+
+def answers(port: int) -> bool:
+    """Whether something takes connections there."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

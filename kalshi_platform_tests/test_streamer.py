@@ -632,7 +632,7 @@ def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_ag
 
 
 def uncross_untold(venue: Venue) -> None:
-    """The exchange takes the crossing order out, and tells nobody: from now on its page shows another book."""
+    """The exchange takes the crossing order out without a frame: from now on its page shows another book."""
     exchange = venue.exchange
     assert isinstance(exchange, Exchange)
     (crossed,) = (it for it in exchange.markets() if it.book.crossed)
@@ -641,7 +641,7 @@ def uncross_untold(venue: Venue) -> None:
     exchange._happened.clear()
 
 
-def test_a_book_that_is_crossed_here_alone_is_asked_for_anew_as_its_check_says(
+def test_a_book_that_is_crossed_here_alone_is_asked_for_again_as_its_check_says(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
@@ -658,7 +658,7 @@ def test_a_book_that_is_crossed_here_alone_is_asked_for_anew_as_its_check_says(
         simulator.inject("crossed:600")
         wait_for(lambda: not check().passed, "a book that is crossed for long")
         found = check()
-        assert "if it shows another book, ours is wrong; the audit asks for it anew" in (
+        assert "if it shows another book, ours is wrong; the audit asks for it again" in (
             found.description or ""
         )
         assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'mismatch'") == [

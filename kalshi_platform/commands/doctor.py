@@ -608,20 +608,20 @@ def _growth(settings: Settings) -> Finding:
     found = growth.measure(settings)
     stores = ("Parquet archive", *(("ClickHouse",) if settings.use_clickhouse else ()))
     unasked = sorted(set(stores) - {each.what for each in found})
-    told = "; ".join(
+    sizes = "; ".join(
         [
             *(_told_growth(each) for each in found if each.bytes or each.per_day),
             *(f"{store} cannot be asked" for store in unasked),
         ]
     )
     if not any(each.per_day for each in found):
-        return Finding(Mark.SKIPPED, "; ".join(filter(None, (told, "too young to tell"))))
+        return Finding(Mark.SKIPPED, "; ".join(filter(None, (sizes, "too young to tell"))))
     here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
     days = growth.days_until_full(here, growth.free_bytes(settings.data_dir))
     if days is None or days > 365:
-        return Finding(Mark.GOOD, f"{told}; the disk lasts for more than a year")
+        return Finding(Mark.GOOD, f"{sizes}; the disk lasts for more than a year")
     span = f"{days:.0f} days" if days >= IN_HOURS_DAYS else f"{days * 24:.0f} hours"
-    text = f"{told}; the disk is full in {span}"
+    text = f"{sizes}; the disk is full in {span}"
     remedy = "see docs/operations.md, What is kept how long"
     if days < FULL_ODD_DAYS:
         return Finding(Mark.BAD if days < FULL_BAD_DAYS else Mark.ODD, text, remedy)

@@ -45,7 +45,7 @@ WELL_S = 120.0
 FEED_ERROR_S, FEED_WARN_S = 60.0, 600.0
 """How long the feed must be in trouble before it is told: a restart takes less."""
 INTERRUPTED_S = 2 * 3600.0
-"""A run that a restart interrupted is told when nothing has repeated it for so long: what is scheduled runs
+"""A run that a restart interrupted is alerted when nothing has repeated it for so long: what is scheduled runs
 once an hour.
 """
 TOLD_BY_FEED = dg.AssetCheckKey(dg.AssetKey("orderbook_events"), "fresh")

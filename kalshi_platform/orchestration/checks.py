@@ -242,7 +242,7 @@ def _books_uncrossed(asked: _Asked) -> dg.AssetCheckResult:
         said = (
             f"{len(found)} times a verified book of {markets} markets was crossed for more than"
             f" {LONGER_THAN_S:.0f} s. Compare with the exchange's page: if it shows another book, ours is"
-            " wrong; the audit asks for it anew."
+            " wrong; the audit asks for it again."
         )
         return _failed("books_uncrossed", WARN, said, metadata)
     return _passed("books_uncrossed", "No verified book is or stayed crossed.", metadata)

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from kalshi_platform.loading import tally_journal
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform.streamer import Health, Streamer
-from kalshi_platform_tests.ports import free_ports
+from kalshi_platform_tests.ports import answers, free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.upgrade.test_older_folders import unpacked
 
@@ -63,7 +62,7 @@ def wait_for(condition: Callable[[], object], what: Callable[[], object]) -> Non
 
 
 class Project:
-    """A project's folder, and whoever reads the page in it."""
+    """A project's folder, and a reader of the page in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,14 +148,6 @@ class Project:
             yield streamer
         finally:
             streamer.stop(30.0)
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 def command(argv: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:

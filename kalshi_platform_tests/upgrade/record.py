@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import click
 
-from kalshi_platform_tests.ports import free_ports
+from kalshi_platform_tests.ports import answers, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = Path(__file__).with_name("folders")
@@ -121,15 +120,6 @@ def running(
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, f"{argv[-1]} did not end in order"
-
-
-def answers(port: int) -> bool:
-    """Whether something takes connections there."""
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 def counted(port: int) -> dict[str, object]:

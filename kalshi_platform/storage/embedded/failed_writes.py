@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kalshi_platform.storage.embedded import parts
-from kalshi_platform.storage.embedded.answers import ClickHouseError
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +73,8 @@ class FailedWrites:
                 self._look()
                 if not merging:  # a merge that runs may have missed a write that it ends without
                     self._clear = failed
-            except (ClickHouseError, OSError) as error:
-                log.warning("The parts could not be looked at after a failed write: %s", error)
+            except Exception:
+                log.exception("Failed writes could not be looked at; it is tried again.")
 
     def _now(self) -> int:
         self._known = failed = self._count()

@@ -286,3 +286,24 @@ def test_a_merge_that_missed_a_write_is_looked_at_when_it_ends_long_after(
         assert ended.wait(PATIENCE_S)
     finally:
         watch.stop()
+
+
+def test_the_watch_outlives_whatever_its_question_meets(
+    merged: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "clickhouse"
+    _spoil(merged, folder)()
+    ended, asked = threading.Event(), list[int]()
+
+    def count() -> int:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("no connection can be had")
+        return 1
+
+    watch = FailedWrites(folder, count, lambda _: 0, lambda _: ended.set())
+    watch.start()
+    try:
+        assert ended.wait(PATIENCE_S)
+    finally:
+        watch.stop()
