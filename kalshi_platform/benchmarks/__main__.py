@@ -35,7 +35,7 @@ from kalshi_platform.benchmarks import (
     stored,
     whole,
 )
-from kalshi_platform.benchmarks.figures import Figure, number
+from kalshi_platform.benchmarks.figures import Figure, line, number
 from kalshi_platform.benchmarks.memory import Soak
 from kalshi_platform.benchmarks.pipeline import Recorded
 from kalshi_platform.exchange.frames import decode_delta, decode_head
@@ -80,38 +80,38 @@ class Bench:
         self._size = size
         self._folder = folder
         self._say = say
+        self._figures: list[Figure] = []
 
     def run(self, recorded_flow: tuple[Path, Path] | None) -> Results:
         """All of it."""
         size = self._size
-        figures: list[Figure] = []
         self._say("make run to the first row")
-        figures.append(whole.first_row())
-        figures.append(engine.figure())
+        self._keep([whole.first_row()])
+        self._keep([engine.figure()])
         deltas = self._deltas(MARKETS, max(size.frames, int(RATE * size.soak_s)))
-        figures += self._decoding(deltas)
+        self._keep(self._decoding(deltas))
         self._say("each stage alone")
-        figures += stages.figures(deltas, MARKETS)
+        self._keep(stages.figures(deltas, MARKETS))
         self._say(f"the bare loop and the recorder, {size.frames:,} frames, {MARKETS} markets")
         bare = pipeline.bare_loop(deltas, size.frames, MARKETS)
         recorded = pipeline.record(deltas, size.frames, MARKETS)
-        figures += _throughput(bare, recorded)
+        self._keep(_throughput(bare, recorded))
         self._say(f"delays at {RATE:,.0f} frames/s for {size.steady_s:.0f} s")
-        figures += _delays(pipeline.record(deltas, int(RATE * size.steady_s), MARKETS, RATE))
+        self._keep(_delays(pipeline.record(deltas, int(RATE * size.steady_s), MARKETS, RATE)))
         self._say(f"{FEW} markets, then {MANY}")
-        figures.append(self._scaling())
+        self._keep([self._scaling()])
         self._say(f"an hour of {size.events:,} events: spreads, depth, imbalance, replay")
-        figures += analytics.figures(size.events)
+        self._keep(analytics.figures(size.events))
         self._say(f"live views over {size.rows:,} events")
-        figures += live_views.figures(size.rows)
+        self._keep(live_views.figures(size.rows))
         self._say(f"the inventory audit over {size.decisions:,} decisions")
-        figures += inventory.figures(size.decisions)
+        self._keep(inventory.figures(size.decisions))
         self._say("idle")
-        figures.append(whole.idle(deltas, FEW, size.idle_s))
+        self._keep([whole.idle(deltas, FEW, size.idle_s)])
         if recorded_flow is None:
             self._say("no recorded flow is here: bytes for each event are not measured")
         else:
-            figures += stored.figures(*recorded_flow)
+            self._keep(stored.figures(*recorded_flow))
         soaks = []
         many = self._deltas(MANY, int(RATE * size.soak_s))
         for path, markets, seconds, away in (
@@ -121,8 +121,14 @@ class Bench:
         ):
             self._say(f"memory over {seconds:.0f} s, {markets} markets")
             soaks.append(memory.soak(path, markets, RATE, seconds, away=away))
-            figures += soaks[-1].figures()
-        return Results(figures, recorded, soaks)
+            self._keep(soaks[-1].figures())
+        return Results(self._figures, recorded, soaks)
+
+    def _keep(self, figures: list[Figure]) -> None:
+        """Take them up, and show them at once: a run that is ended early has told what it measured."""
+        for it in figures:
+            self._say(line(it))
+        self._figures += figures
 
     def _deltas(self, markets: int, frames: int) -> Path:
         path = self._folder / f"deltas-{markets}.bin"

@@ -44,8 +44,13 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def line(it: Figure) -> str:
+    """One figure for the terminal."""
+    verdict = {True: "kept", False: "NOT KEPT", None: ""}[it.holds]
+    return f"{it.what:48} {number(it.value):>12} {it.unit:15} {it.bound:12} {verdict}"
+
+
 def show(figures: Iterable[Figure]) -> None:
     """A line for each, for one benchmark by itself."""
     for it in figures:
-        verdict = {True: "kept", False: "NOT KEPT", None: ""}[it.holds]
-        click.echo(f"{it.what:48} {number(it.value):>12} {it.unit:15} {it.bound:12} {verdict}")
+        click.echo(line(it))
