@@ -70,13 +70,14 @@ class Presence:
     def _run(self) -> None:
         while not self._ending.is_set():
             began = self._began = time.monotonic()
-            before, self._error = self._error, self._found()
+            found = self._found()
             self._slow = time.monotonic() - began > SILENT_S
-            self._began = None
-            if self._error is not None and str(self._error) != str(before):
-                log.error("%s", self._error)
-            elif self._error is None and before is not None:
+            if found is not None and str(found) != str(self._error):
+                log.error("%s", found)
+            elif found is None and self._error is not None:
                 log.warning("%s is there again.", self._place)
+            self._error = found  # after the line in the log: what is named can be read there
+            self._began = None
             self._ending.wait(LOOK_S)
 
     def _found(self) -> PlatformError | None:
