@@ -9,9 +9,9 @@ import click
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import compaction
 from kalshi_platform.loading.compaction import Compacted
+from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.restore import parse_hours
 from kalshi_platform.printable import printable
-from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 
 
@@ -28,7 +28,7 @@ def command(hour: str | None, everything: bool) -> None:
     """
     if hour is not None and everything:
         raise click.UsageError("Give --hour or --all, not both.")
-    archive = open_archive(platform_settings.load())
+    archive = known_archive(platform_settings.load())
     if hour is None:
         wanted = compaction.pending(archive)
     else:

@@ -407,7 +407,7 @@ def _data_folder(settings: Settings) -> Finding:
 def _archive(settings: Settings) -> Finding:
     archive = open_archive(settings)
     try:
-        presence.insist_on_archive(settings)
+        presence.known_archive(settings)
         if isinstance(archive, ObjectArchive):
             archive.probe()
             return Finding(Mark.GOOD, f"{archive} can be written and read")

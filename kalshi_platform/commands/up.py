@@ -333,7 +333,7 @@ class _Platform:
         from kalshi_platform.storage.errors import StoreError
 
         try:
-            presence.insist_on_archive(self._settings)
+            presence.known_archive(self._settings)
         except StoreError as error:
             self.say(f"{error} Recording goes on without it: the journal keeps what is not there.")
 

@@ -26,9 +26,10 @@ from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.hours import DatasetHour, HourReport
+from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse, partitions
-from kalshi_platform.storage.archive import Archive, File, Manifest, Part, batches, open_archive
+from kalshi_platform.storage.archive import Archive, File, Manifest, Part, batches
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     DEPTH,
@@ -67,7 +68,7 @@ def compute_hour(
     the datasets that have rows; one without rows leaves neither file nor partition. Raises
     `StoreRefused` and `StoreUnavailable` as the stores do; what was written until then is whole.
     """
-    archive = open_archive(settings)
+    archive = known_archive(settings)
     complete = hours.is_sealed(archive, hour)  # before reading: what is sealed later is read later
     activity = Activity(hour)
     outputs = [_Output(archive, d, hour) for d in ANALYTICS if d.name in wanted]

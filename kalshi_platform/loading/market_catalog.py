@@ -25,10 +25,11 @@ from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import ProtocolError
 from kalshi_platform.exchange.numbers import PRICE_SCALE, QTY_SCALE, fixed_point
 from kalshi_platform.exchange.rest import RestClient
+from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import File, open_archive, table_of
+from kalshi_platform.storage.archive import File, table_of
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import MARKET_CATALOG, NAME
 
@@ -92,7 +93,7 @@ def store(settings: Settings, catalog: Catalog) -> File:
     A ClickHouse that knows fewer markets than the file (a new one) gets them all. Raises what the stores
     raise; doing it again adds nothing.
     """
-    file = open_archive(settings).write_whole(
+    file = known_archive(settings).write_whole(
         MARKET_CATALOG.name, FILE, catalog.known, level=9, sorted_by=("market_ticker",)
     )
     if not settings.use_clickhouse:
@@ -110,7 +111,7 @@ def store(settings: Settings, catalog: Catalog) -> File:
 
 def _before(settings: Settings) -> pa.Table:
     schema = MARKET_CATALOG.arrow
-    file = open_archive(settings).whole(MARKET_CATALOG.name, FILE)
+    file = known_archive(settings).whole(MARKET_CATALOG.name, FILE)
     if file is None:
         return schema.empty_table()
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import cursor, passage
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.archive import identity, open_archive
+from kalshi_platform.storage.archive import Archive, identity, open_archive
 from kalshi_platform.storage.errors import StoreError, StoreRefused
 
 log = logging.getLogger(__name__)
@@ -96,12 +96,19 @@ class Presence:
         return None
 
 
-def insist_on_archive(settings: Settings) -> None:
-    """Raise `StoreError` where the archive cannot be had, or is not the one that a shard has loaded into."""
+def known_archive(settings: Settings) -> Archive:
+    """The archive, for whoever writes there beside the load; it insists on its identity from now on.
+
+    Raises `StoreError` where it cannot be had, or is not the one that a shard has loaded into: a write would
+    make an archive that has gone anew.
+    """
     archive = open_archive(settings)
-    if archive.identity() is not None:
-        return
+    there = archive.identity()
+    if there is not None:
+        archive.expect(there)
+        return archive
     archive.look()
     for shard in passage.shards(settings.journals_dir):
         if cursor.has_loaded(settings.journal_dir(shard), _STORE, str(archive)):
             raise identity.gone(str(archive), None)
+    return archive  # nothing was loaded yet

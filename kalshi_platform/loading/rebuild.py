@@ -26,6 +26,7 @@ from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import at_openings, chunks
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.state import checkpoint_batches, hour_state
 from kalshi_platform.loading.stores import by_hour, concatenated
 from kalshi_platform.recording import journal
@@ -72,7 +73,7 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
     where neither the journals nor ClickHouse can give back what is lost, `StoreUnavailable` while
     somebody else changes sealed hours.
     """
-    archive = open_archive(settings)
+    archive = known_archive(settings)
     if floor_hour(datetime.now(UTC)) <= hour or not _passed(settings, hour):
         return hours.describe(archive, hour, complete=False)
     sources = _in_journals(settings, hour)

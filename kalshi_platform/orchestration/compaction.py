@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def compact_hours(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
     """Compact what is pending; hours that are refused are told at the end, after all the others."""
     from kalshi_platform.loading import compaction
-    from kalshi_platform.storage.archive import open_archive
+    from kalshi_platform.loading.presence import known_archive
 
     compacted: list[Compacted] = []
     refusals: list[str] = []
@@ -42,7 +42,7 @@ def compact_hours(context: dg.OpExecutionContext, platform: KalshiResource) -> N
         context.log.warning(f"{hour:%Y-%m-%d %H:00} UTC was not compacted: {error}")
 
     try:
-        archive = open_archive(platform.settings())
+        archive = known_archive(platform.settings())
         wanted = compaction.pending(archive)
         context.log.info(f"{len(wanted)} sealed hours in {archive} have parts.")
         compaction.compact(archive, wanted, done, refused)

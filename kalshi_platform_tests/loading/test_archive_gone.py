@@ -1,0 +1,85 @@
+"""Whoever writes to the archive beside its load makes none anew that has gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands.main import main
+from kalshi_platform.loading import market_catalog
+from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.loading.market_catalog import Catalog
+from kalshi_platform.loading.presence import known_archive
+from kalshi_platform.loading.rebuild import rebuild
+from kalshi_platform.settings import Settings
+from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.storage.schema import MARKET_CATALOG
+from kalshi_platform_tests.loading.recorder import BEGIN_NS, Recorder
+
+HOUR = datetime.fromtimestamp(BEGIN_NS // 10**9 // 3600 * 3600, UTC)
+EMPTY = MARKET_CATALOG.arrow.empty_table()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Of a folder whose archive has the rows of one recording."""
+    settings = platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
+    Recorder(settings, ("parquet",)).run()
+    return settings
+
+
+def compact(settings: Settings) -> None:
+    """As its command does."""
+    variables = {"KALSHI_DATA_DIR": str(settings.data_dir), "USE_CLICKHOUSE": "false"}
+    raised = CliRunner().invoke(main, ["compact", "--all"], env=variables).exception
+    if raised is not None:
+        raise raised
+
+
+WRITERS: dict[str, Callable[[Settings], object]] = {
+    "the catalogue": lambda it: market_catalog.store(it, Catalog(EMPTY, EMPTY, 0, HOUR)),
+    "analytics": lambda it: compute_hour(it, HOUR),
+    "an hour built again": lambda it: rebuild(it, HOUR),
+    "compaction": compact,
+}
+
+
+@pytest.mark.parametrize("leaves_its_mount_point", [False, True])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_writer_refuses_an_archive_that_has_gone(
+    writer: str, leaves_its_mount_point: bool, settings: Settings, tmp_path: Path
+) -> None:
+    root, write = settings.archive_dir, WRITERS[writer]
+    write(settings)
+    root.rename(tmp_path / "away")
+    if leaves_its_mount_point:
+        root.mkdir()
+    with pytest.raises(StoreError, match=f"The archive in {root} is gone"):
+        write(settings)
+    assert not root.exists() or not list(root.iterdir())
+    if leaves_its_mount_point:
+        root.rmdir()
+    (tmp_path / "away").rename(root)  # what the sentence says to do
+    write(settings)
+
+
+def test_a_writer_that_has_begun_notices_that_the_archive_goes(
+    settings: Settings, tmp_path: Path
+) -> None:
+    archive = known_archive(settings)
+    settings.archive_dir.rename(tmp_path / "away")
+    with pytest.raises(StoreError, match="is gone"):
+        archive.write_whole(MARKET_CATALOG.name, "markets.parquet", EMPTY)
+    assert not settings.archive_dir.exists()
+
+
+def test_before_anything_was_loaded_there_is_no_archive_to_miss(tmp_path: Path) -> None:
+    settings = platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
+    for name in ("the catalogue", "compaction"):
+        WRITERS[name](settings)
+    assert (settings.archive_dir / MARKET_CATALOG.name).is_dir()
