@@ -188,14 +188,30 @@ def _delays(it: Recorded) -> list[Figure]:
     ]
 
 
-def machine() -> str:
-    """What this ran on."""
+class Stolen:
+    """Processor time that the host gave to others while it was wanted here: figures are that much worse."""
+
+    def __init__(self) -> None:
+        self._began = psutil.cpu_times()
+
+    def share(self) -> float:
+        """Of the processor time that was wanted since the beginning; 0 where the system does not tell."""
+        now = psutil.cpu_times()
+        spent = {name: getattr(now, name) - getattr(self._began, name) for name in now._fields}
+        stolen = spent.get("steal", 0.0)
+        wanted = sum(spent.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+        return float(stolen / (stolen + wanted)) if stolen else 0.0
+
+
+def machine(stolen: float) -> str:
+    """What this ran on; `stolen`: see `Stolen`."""
     memory_gib = psutil.virtual_memory().total / 2**30
     libraries = ("chdb", "dagster", "polars", "pyarrow", "websockets")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     return (
         f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()} {platform.machine()},"
-        f" Python {platform.python_version()}, {versions}, {datetime.now(UTC):%Y-%m-%d}"
+        f" Python {platform.python_version()}, {versions}, {datetime.now(UTC):%Y-%m-%d};"
+        f" the host gave {stolen:.0%} of the processor time that was wanted to others"
     )
 
 
@@ -210,15 +226,17 @@ def machine() -> str:
 def main(quick: bool, recorded: tuple[Path, Path] | None) -> None:
     """Measure, show, write."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    stolen = Stolen()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         results = Bench(QUICK if quick else FULL, Path(folder), console.log).run(recorded)
-    table = Table("what", "measured", "", "promised", "", "beside", title=machine())
+    ran_on = machine(stolen.share())
+    table = Table("what", "measured", "", "promised", "", "beside", title=ran_on)
     for it in results.figures:
         verdict = {True: "kept", False: "[red]NOT KEPT[/]", None: ""}[it.holds]
         table.add_row(it.what, number(it.value), it.unit, it.bound, verdict, it.beside)
     console.print(table)
     if not quick:
-        report.write(results.figures, results.recorded, results.soaks, machine())
+        report.write(results.figures, results.recorded, results.soaks, ran_on)
     sys.exit(1 if any(it.holds is False for it in results.figures) else 0)
 
 

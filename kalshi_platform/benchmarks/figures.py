@@ -47,7 +47,7 @@ def number(value: float) -> str:
 def line(it: Figure) -> str:
     """One figure for the terminal."""
     verdict = {True: "kept", False: "NOT KEPT", None: ""}[it.holds]
-    return f"{it.what:48} {number(it.value):>12} {it.unit:15} {it.bound:12} {verdict}"
+    return f"{it.what:48} {number(it.value):>12} {it.unit:15} {it.bound:12} {verdict:8} {it.beside}".rstrip()
 
 
 def show(figures: Iterable[Figure]) -> None:
