@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import moment
+from kalshi_platform.inventory.tables import TAPE
 from kalshi_platform.storage.clickhouse import Client, translated
 
 BEFORE = timedelta(days=1)
@@ -24,6 +25,8 @@ BEFORE = timedelta(days=1)
 MOST_ROWS = 20_000
 """Of one market and table: beyond them the newest count."""
 _MOST = "{most:UInt32} BY market_ticker"
+_TRADE_ID = "coalesce(nullIf(JSONExtractString(raw_json, 'trade_id'), ''), fill_id)"
+"""Of a fill: the exchange gives a fill and its trade one number, and has sent either name."""
 
 SAME = 1e-6
 _FOLLOWS = timedelta(minutes=1)
@@ -70,6 +73,8 @@ class Fill(NamedTuple):
     engine: str
     worded: bool
     """Whether its row has the exchange's own words for the side."""
+    trade_id: str
+    """The exchange's number of the trade, which the public tape has, too."""
 
 
 class Action(NamedTuple):
@@ -161,6 +166,8 @@ class Market:
     moved: Sequence[Moved] = ()
     decisions: Sequence[Decision] = ()
     orders: Sequence[Order] = field(default=())
+    tape: frozenset[str] = frozenset()
+    """Those of the fills' trade ids that are on the public tape."""
 
     def settlement(self, until: datetime) -> Report | None:
         """The market's settlement, where there was one until then."""
@@ -285,7 +292,8 @@ def gather(
         " toDateTime64(ts, 3, 'UTC'), ifNull(toFloat64OrNull(JSONExtractString(raw_json, 'count_fp')), size)"
         " * if(coalesce(nullIf(JSONExtractString(raw_json, 'outcome_side'), ''), toString(side)) = 'yes',"
         " 1, -1), fill_id, client_order_id,"
-        " toString(engine_instance_id), JSONExtractString(raw_json, 'outcome_side') != '', exchange_order_id",
+        " toString(engine_instance_id), JSONExtractString(raw_json, 'outcome_side') != '',"
+        f" {_TRADE_ID}, exchange_order_id",
         "AND isFinite(size)",
     )
     actions = rows(
@@ -311,6 +319,7 @@ def gather(
         " {moments:Array(Int64)}, toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')), toUnixTimestamp(ts))",
     )
     moved = _moved(client, bound)
+    tape = _tape(client, bound) if {TAPE, "mm_fills"} <= there else {}
     catalog = dict(
         zip(values.get("settled_tickers", ()), values.get("settled_at", ()), strict=True)
     )
@@ -327,6 +336,7 @@ def gather(
             moved=moved.get(ticker, ()),
             decisions=[Decision(*row) for row in decisions.get(ticker, ())],
             orders=_orders(known, said, filled),
+            tape=tape.get(ticker, frozenset()),
         )
     return markets
 
@@ -359,6 +369,25 @@ def _moved(client: Client, bound: Mapping[str, Any]) -> dict[str, list[Moved]]:
         str(ticker): [Moved(row[1], row[2], row[3], bool(row[4])) for row in of_market][::-1]
         for ticker, of_market in itertools.groupby(rows, key=itemgetter(0))
     }
+
+
+def _tape(client: Client, bound: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """By market: the trades of recorded fills that the public tape has."""
+    sql = f"""
+        SELECT market_ticker, groupUniqArray({{most:UInt32}})(trade_id)
+        FROM {TAPE}
+        WHERE market_ticker IN {{markets:Array(String)}} AND ingest_ts >= {{early:DateTime64(3, 'UTC')}}
+            AND trade_id IN
+            (
+                SELECT {_TRADE_ID}
+                FROM mm_fills
+                WHERE market_ticker IN {{markets:Array(String)}} AND ts >= {{early:DateTime64(3, 'UTC')}}
+            )
+        GROUP BY market_ticker
+    """  # noqa: S608 - texts of this module
+    with translated():
+        rows = client.query(sql, parameters=dict(bound)).result_rows
+    return {str(ticker): frozenset(trade_ids) for ticker, trade_ids in rows}
 
 
 def _milliseconds(at: datetime) -> int:

@@ -266,14 +266,22 @@ def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Ex
 def _never_filled(
     market: Market, beyond: Iterable[tuple[datetime, Any, float]]
 ) -> Explained | None:
-    """A recorded fill that the reports do not have, or have with the other sign."""
+    """A recorded fill that the reports do not have, or have with the other sign.
+
+    One that the public tape has was filled: what the reports lack is then another's trade against it.
+    """
     for since, report, amount in beyond:
         for fill in between(market.fills, since - audit.REACHES, report.at + audit.REACHES):
-            if abs(amount + fill.amount) < SAME:
+            if abs(amount + fill.amount) < SAME and fill.trade_id not in market.tape:
+                also = (
+                    ", nor has the public tape"
+                    if market.tape
+                    else " (or a trade that was never recorded undid it: without the public tape the two look alike)"
+                )
                 return (
                     Kind.INVENTED_FILL,
                     f"fill {fill.fill_id} of {number(fill.amount)} was recorded, and the exchange"
-                    " does not have it",
+                    f" does not have it{also}",
                 )
             if not fill.worded and abs(amount + 2 * fill.amount) < SAME:
                 return (

@@ -18,12 +18,15 @@ from kalshi_platform.storage.errors import StoreRefused
 _SHOWN = 6
 """Columns that a sentence names."""
 _PRECISE = "DateTime64"
+TAPE = "trades"
+"""The public trades, which the platform records: evidence of which fills there were."""
+_TAPE_COLUMNS = ("market_ticker", "trade_id", "ingest_ts")
 POSITION_COLUMNS = ("pos_filled", "pos_open_exposure", "pos_total_est")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The tables of a database whose names begin with `mm_`, and their columns."""
+    """The tables of a database whose names begin with `mm_`, and the tape, with their columns."""
 
     database: str
     columns: Mapping[str, Mapping[str, str]]
@@ -89,9 +92,10 @@ class Standing:
         return f"RENAME TABLE {self.database}.{table} TO {self.database}.{table}_former"
 
     def _lacking(self, table: str) -> tuple[str, ...]:
-        if table not in TABLES:
+        if table not in TABLES and table != TAPE:
             return ()
-        return tuple(name for name in TABLES[table].columns if name not in self.columns[table])
+        needed = _TAPE_COLUMNS if table == TAPE else TABLES[table].columns
+        return tuple(name for name in needed if name not in self.columns[table])
 
 
 def standing(client: Client) -> Standing:
@@ -99,7 +103,8 @@ def standing(client: Client) -> Standing:
     with translated():
         rows = client.query(
             "SELECT table, name, type, default_expression FROM system.columns WHERE database = currentDatabase()"
-            " AND startsWith(table, 'mm_') ORDER BY table, position"
+            " AND (startsWith(table, 'mm_') OR table = {tape:String}) ORDER BY table, position",
+            parameters={"tape": TAPE},
         ).result_rows
     columns: dict[str, dict[str, str]] = {}
     defaults: dict[str, str] = {}
@@ -111,7 +116,7 @@ def standing(client: Client) -> Standing:
 
 
 def usable(client: Client) -> frozenset[str]:
-    """The market maker's tables that the database has, with their columns."""
+    """The market maker's tables, and the tape, that the database has with their columns."""
     return standing(client).usable
 
 

@@ -455,6 +455,7 @@ class OtherBot(Faulty):
 
     def trades(self, t: int) -> None:
         self.market.position += self.sign * self.amount
+        self.market.prints(t, self.market.name("t"), self.sign * self.amount)
 
 
 class AppTrade(OtherBot):
@@ -606,10 +607,12 @@ _BUSY = Options(minutes=14.0, taker_every=5 * SECOND)
 _WHOLE = Options(minutes=14.0, whole=True)
 _WHOLE_SIZES = (200, 400, 600)
 """Twice the amounts of many honest fills beside them."""
+_UNTAPED = replace(_WHOLE, taped=False)
 _EITHER = _any(MISSING, INVENTED)
-"""A fill missed, or one the other way invented: among equal amounts the tables do not tell. That one was
-recorded with the other sign they do: its raw_json has the exchange's own word.
+"""A fill missed, or one the other way invented: among equal amounts only the public tape tells. That one was
+recorded with the other sign the tables do: its raw_json has the exchange's own word.
 """
+_LOOK_ALIKE = (r"without the public tape the two look alike|never recorded",)
 _SIZE = (r"{size}\b",)
 
 FAULTS: Sequence[Fault] = (
@@ -619,9 +622,11 @@ FAULTS: Sequence[Fault] = (
     Fault("fill counted twice", AddsTwice, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill booked under two names", BooksUnderTwoNames, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill invented", Invents, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
-    Fault("fill missed, whole contracts", MissesFill, _EITHER, sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
+    Fault("fill missed, whole contracts", MissesFill, _any(MISSING), sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
+    Fault("fill missed, whole contracts, no tape", MissesFill, _EITHER, sizes=_WHOLE_SIZES, says=_LOOK_ALIKE, also=_PHANTOM, options=_UNTAPED),
     Fault("fill counted twice, whole contracts", AddsTwice, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
-    Fault("fill invented, whole contracts", Invents, _EITHER, sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
+    Fault("fill invented, whole contracts", Invents, _any(INVENTED), sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
+    Fault("fill invented, whole contracts, no tape", Invents, _EITHER, sizes=_WHOLE_SIZES, says=_LOOK_ALIKE, also=_PHANTOM, options=_UNTAPED),
     Fault("sign flipped once", FlipsSign, _any(CONVENTION, UNEXPLAINED), also=_GHOST),
     Fault("sign flipped once, row too", FlipsRow, _any(CONVENTION, INVENTED), also=_GHOST, never_says=("settled", "clock", "never recorded")),
     Fault("NO fills booked as YES", BooksNoAsYes, _any(CONVENTION), sizes=(100, 200), options=_BUSY, also=_any(*_GHOST, INVENTED), never_says=("settled", "clock", "never recorded")),
@@ -651,6 +656,7 @@ FAULTS: Sequence[Fault] = (
     Fault("pos_filled rolled forward", RollsFilled, _any(ROLLED), sizes=(100, 200), also=_GHOST),
     Fault("another bot trades on the account", OtherBot, _OUTSIDE),
     Fault("another bot trades, whole contracts", OtherBot, _OUTSIDE, sizes=_WHOLE_SIZES, options=_WHOLE),
+    Fault("another bot trades, whole contracts, no tape", OtherBot, _any(*_OUTSIDE, INVENTED), sizes=_WHOLE_SIZES, says=_LOOK_ALIKE, options=_UNTAPED),
     Fault("trade by hand, taken over later", AppTrade, _OUTSIDE, sizes=(300, 1250, 5000)),
     Fault("settled, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=_SETTLES, says=(r"settled at",), never_says=("clock", "never recorded")),
     Fault("settled at nothing, still held", HoldsOn, _any(SETTLED), sizes=(100,), options=replace(_SETTLES, result="no", begins_with=-1475), says=(r"settled at",), never_says=("clock", "never recorded")),

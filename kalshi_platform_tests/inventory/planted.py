@@ -99,6 +99,11 @@ class Planted:
         row = {"ts": at, "market_ticker": TICKER, "pos_filled": position, "source": "positions"}
         self._insert("mm_position_snapshots", {**row, **others})
 
+    def trade(self, at: datetime, trade_id: str, **others: Any) -> None:
+        """A public trade, as the platform records it."""
+        row = {"ts": at, "ingest_ts": at, "market_ticker": TICKER, "trade_id": trade_id}
+        self._insert("trades", {**row, **others})
+
     def _id(self) -> uuid.UUID:
         self._n += 1
         return uuid.uuid5(_NAMESPACE, str(self._n))

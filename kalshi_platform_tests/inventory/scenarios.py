@@ -65,6 +65,8 @@ class Options:
     skew_ms: int = 0
     """How far the engine's clock is ahead of the exchange's and the collector's."""
     begins_with: int = 0
+    taped: bool = True
+    """Whether the platform records the market's public trades."""
     rejects: float = 0.01
     replaces: float = 0.25
     hesitates: float = 0.5
@@ -419,6 +421,8 @@ class Market:
         self.engines: list[Engine] = []
         self.rows: list[tuple[str, int, Row]] = []
         """Table, when it was written in true time, and the row; `ts` from the market's begin."""
+        self.tape: list[tuple[int, str, int]] = []
+        """Of each public trade: when, its id, and its size, signed as the maker's."""
         self._events: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._n = 0
         self._prefix = f"{zlib.crc32(ticker.encode()):08x}-0000-4000-8000-"
@@ -516,8 +520,14 @@ class Market:
         whole = order.remaining == 0
         fill = Fill(self.name("f"), t, order, order.sign * size, whole, planted)
         self.fills.append(fill)
+        self.prints(t, fill.fill_id, fill.signed)
         for engine in self.engines:
             self.at(t + self.rng.randint(5, 80), engine.hears_fill, fill)
+
+    def prints(self, t: int, trade_id: str, signed: int) -> None:
+        """A trade that everyone sees."""
+        if self.options.taped:
+            self.tape.append((t, trade_id, signed))
 
     def plant_fill(self, t: int, engine: Engine, sign: int, size: int) -> None:
         """Fill exactly so much of an engine's order, as soon as one of that sign is large enough."""
@@ -610,6 +620,7 @@ def insert(
     client: Client, markets: Iterable[Market], after: int = -1, until: int | None = None
 ) -> None:
     """Insert what was written in (after, until], each table's rows in one batch."""
+    markets = list(markets)
     rows: dict[str, list[Row]] = {table: [] for table in TABLES}
     for market in markets:
         for table, t, row in market.rows:
@@ -624,3 +635,22 @@ def insert(
         ]
         arrow = pa.Table.from_arrays(columns, schema=schema)
         insert_arrow(client, table, arrow, f"{table} {after} {until} {uuid.uuid4()}")
+    taped = [
+        (
+            trade_id,
+            market.ticker,
+            abs(signed) / 100,
+            "no" if signed > 0 else "yes",
+            datetime.fromtimestamp((market.start_ms + t) / 1000, UTC),
+        )
+        for market in markets
+        for t, trade_id, signed in market.tape
+        if after < t and (until is None or t <= until)
+    ]
+    if taped:
+        columns_of_tape = ("trade_id", "market_ticker", "qty", "taker_outcome_side", "ts")
+        client.insert(
+            "trades",
+            [[*row, row[-1]] for row in taped],
+            column_names=[*columns_of_tape, "ingest_ts"],
+        )

@@ -32,7 +32,8 @@ REPORTS = st.lists(st.tuples(SECONDS, AMOUNTS), max_size=6).map(
 
 
 def fill(at: datetime, amount: float) -> Fill:
-    return Fill(at, at, amount, f"fill {at:%H:%M:%S.%f}", "", "engine-1", False)
+    name = f"fill {at:%H:%M:%S.%f}"
+    return Fill(at, at, amount, name, "", "engine-1", False, name)
 
 
 @given(FILLS, SECONDS, SECONDS)

@@ -17,11 +17,6 @@ from kalshi_platform_tests.inventory.faults import CASES, Case, Verdict, look_at
 
 pytestmark = pytest.mark.timeout(600)
 
-NOT_YET: dict[str, str] = {
-    "another bot trades, whole contracts, 2": "a trade that undoes a recorded fill looks like an invented one",
-}
-"""Cases that fail on the present build, and why."""
-
 
 @pytest.fixture(scope="module")
 def verdicts(migrated_once: Settings) -> Iterator[dict[Case, Verdict]]:
@@ -32,22 +27,9 @@ def verdicts(migrated_once: Settings) -> Iterator[dict[Case, Verdict]]:
 
 def test_no_two_cases_share_a_market() -> None:
     assert len({case.ticker for case in CASES}) == len(CASES)
-    assert set(NOT_YET) <= {case.name for case in CASES}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[pytest.mark.xfail(strict=True, reason=NOT_YET[case.name])]
-            if case.name in NOT_YET
-            else [],
-        )
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_a_fault_is_found_and_named_for_what_it_is(
     verdicts: dict[Case, Verdict], case: Case
 ) -> None:

@@ -95,9 +95,6 @@ SEEDS = (1, 2)
 CASES = [(hours, seed) for hours in HOURS for seed in SEEDS]
 IDS = [f"{hours.name}-{seed}" for hours, seed in CASES]
 
-NOT_YET: dict[str, str] = {}
-"""Cases that fail on the present build, and why: `<test>[<case>]`."""
-
 
 def made(hours: Hours, seed: int, start_ms: int) -> list[Market]:
     """The markets of some hours, with all that happened in them."""
@@ -165,17 +162,7 @@ def counted(outcomes: Sequence[audit.Outcome]) -> dict[str, dict[str, int]]:
     return {case: dict(checks) for case, checks in found.items()}
 
 
-def cases(test: str) -> list[Any]:
-    """The cases of a test, those marked that fail on the present build."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=NOT_YET[f"{test}[{name}]"]))
-        if f"{test}[{name}]" in NOT_YET
-        else name
-        for name in IDS
-    ]
-
-
-@pytest.mark.parametrize("case", cases("model"))
+@pytest.mark.parametrize("case", IDS)
 def test_the_model_keeps_its_own_books_right(judged: Judged, case: str) -> None:
     """Without this, the tests below would judge the model and not the audit."""
     for market in judged.markets[case]:
@@ -197,12 +184,12 @@ def test_every_check_was_asked(judged: Judged) -> None:
     assert set(judged.statuses) == {check.name for check in audit.CHECKS}
 
 
-@pytest.mark.parametrize("case", cases("green"))
+@pytest.mark.parametrize("case", IDS)
 def test_healthy_hours_are_green(judged: Judged, case: str) -> None:
     assert judged.found.get(case, {}) == {}
 
 
-@pytest.mark.parametrize("case", cases("breaks"))
+@pytest.mark.parametrize("case", IDS)
 def test_healthy_hours_have_no_breaks(judged: Judged, case: str) -> None:
     assert [each.headline() + " " + each.explanation for each in judged.breaks[case]] == []
 
@@ -256,7 +243,7 @@ def literally(judged: Judged) -> dict[str, dict[str, int]]:
     return counted(audit.sweep(judged.client, audit.RUNBOOK, parameters))
 
 
-@pytest.mark.parametrize("case", cases("strict"))
+@pytest.mark.parametrize("case", IDS)
 def test_the_strict_runbook_finds_what_its_definitions_say(
     judged: Judged, literally: dict[str, dict[str, int]], case: str
 ) -> None:
