@@ -41,6 +41,8 @@ install-dev: $(VENV)/.installed-dev ## The environment with what the tests and c
 run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the streamer
 	@exec $(BIN)/kalshi-platform up
 
+# The tests write and sync thousands of small files: in memory where 8 GiB are free there, else on the disk.
+test: export TMPDIR ?= $(or $(shell df -k --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 >= 8388608 {print "/dev/shm"}'),/tmp)
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 

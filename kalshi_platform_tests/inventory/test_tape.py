@@ -84,7 +84,7 @@ def foreign(planted: Planted) -> None:
 def own_tape(planted: Planted) -> Iterator[Planted]:
     """A database whose tape the test may replace; afterwards it is as before."""
     yield planted
-    if planted.client.query("EXISTS TABLE trades_aside").first_row[0]:
+    if planted.client.command("EXISTS TABLE trades_aside"):
         planted.client.command("DROP TABLE IF EXISTS trades SYNC")
         planted.client.command("RENAME TABLE trades_aside TO trades")
 
