@@ -55,15 +55,21 @@ def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def _databases() -> Iterator[httpx.Client]:
+    """What makes and drops databases."""
+    # plain HTTP: no certificates to load
+    with httpx.Client(verify=False, timeout=DATABASE_TIMEOUT_S) as client:
+        yield client
+
+
 @pytest.fixture
-def clickhouse_database(clickhouse_url: str) -> Iterator[str]:
+def clickhouse_database(clickhouse_url: str, _databases: httpx.Client) -> Iterator[str]:
     """The name of a database that is empty now and dropped afterwards."""
     name = two_shards.database_name()
     if two_shards.ON_CLUSTER:
         yield name
         return
-    # plain HTTP: no certificates to load
-    with httpx.Client(verify=False, timeout=DATABASE_TIMEOUT_S) as client:
-        client.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
-        yield name
-        client.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
+    _databases.post(clickhouse_url, content=f"CREATE DATABASE {name}").raise_for_status()
+    yield name
+    _databases.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()

@@ -15,13 +15,13 @@ import polars as pl
 import pytest
 
 from kalshi_platform.loading.analytics_hours import compute_hour
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import without_records
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.tables import prepare, settings_for
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
 SNIPPETS = dict(
@@ -153,7 +153,7 @@ def test_the_sql_spread_is_that_of_the_polars_snippet(
     settings = settings_for(
         clickhouse_url, clickhouse_database, parquet_dir=archived, hot_retention_days=36_500
     )
-    migrations.migrate(settings)
+    prepare(settings)
     compute_hour(settings, HOUR)
     found = clickhouse.connect(settings).query(sql.rstrip(";")).result_rows
     polars_is_right(pl.DataFrame(found, orient="row"), archived)

@@ -18,7 +18,7 @@ from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.inventory.planted import Planted
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.tables import prepare, settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
 
 Run = Callable[..., Result]
@@ -28,8 +28,8 @@ Run = Callable[..., Result]
 def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
     """Settings of a database that the tests of a module share, one after the other."""
     name = database_name()
-    settings = settings_for(clickhouse_url, name)
-    migrations.migrate(settings)
+    settings = settings_for(clickhouse_url, name, hot_retention_days=36_500)
+    prepare(settings)
     yield settings
     httpx.post(
         clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S

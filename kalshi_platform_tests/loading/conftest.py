@@ -9,9 +9,8 @@ import httpx
 import pytest
 
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.tables import prepare, settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
 
 
@@ -19,7 +18,7 @@ from kalshi_platform_tests.storage.two_shards import database_name
 def database(clickhouse_url: str) -> Iterator[str]:
     """A migrated database for this module."""
     name = database_name()
-    migrations.migrate(settings_for(clickhouse_url, name, hot_retention_days=36_500))
+    prepare(settings_for(clickhouse_url, name, hot_retention_days=36_500))
     yield name
     httpx.post(
         clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S

@@ -17,13 +17,14 @@ from kalshi_platform.commands import adopt as adopt_command
 from kalshi_platform.loading import adoption
 from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform_tests.loading.recorder import (
     PATIENCE_S,
     Recorder,
     Start,
     assert_each_record_once,
 )
+from kalshi_platform_tests.storage.tables import prepare
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(made)
+    prepare(made)
     return made
 
 

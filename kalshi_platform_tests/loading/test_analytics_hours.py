@@ -11,14 +11,14 @@ import pytest
 
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour, replace_hour
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, migrations
+from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import ANALYTICS, SPREADS, Dataset
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import paths
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.tables import prepare, settings_for
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def recorded(clickhouse_url: str, clickhouse_database: str, tmp_path: Path) -> S
     settings = settings_for(
         clickhouse_url, clickhouse_database, parquet_dir=tmp_path, hot_retention_days=36_500
     )
-    migrations.migrate(settings)
+    prepare(settings)
     record_hour(tmp_path)
     return settings
 

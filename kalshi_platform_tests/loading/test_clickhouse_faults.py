@@ -25,6 +25,7 @@ from kalshi_platform.storage import clickhouse, migrations
 from kalshi_platform.storage.embedded import running
 from kalshi_platform_tests.loading.test_load import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.ports import free_ports
+from kalshi_platform_tests.storage.tables import prepare
 
 Fault = Callable[["Front"], bool]
 """Does its mischief to a request; True where the request has been answered (or cut off)."""
@@ -151,7 +152,7 @@ def test_a_fault_of_an_insert_leaves_each_row_once(
     clickhouse_database: str,
 ) -> None:
     direct = make(clickhouse_url, clickhouse_database, tmp_path)
-    migrations.migrate(direct)
+    prepare(direct)
     writer = journal_of(tmp_path / "journal", recording(90))
     with fronted(clickhouse_url, before=list(before), after=list(after)) as url:
         store = ClickHouseStore(make(url, clickhouse_database, tmp_path), str(writer.id))
@@ -189,7 +190,7 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
 ) -> None:
     """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
     settings = make(clickhouse_url, clickhouse_database, tmp_path)
-    migrations.migrate(settings)
+    prepare(settings)
     writer = journal_of(tmp_path / "journal", recording(300))
     writer.close()
     block = joined(
@@ -231,7 +232,7 @@ def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_pat
     (port,) = free_ports(1)
     with running(data, port=port) as first:
         settings = make(str(first), "kalshi", tmp_path)
-        migrations.migrate(settings)
+        prepare(settings)
     writer = journal_of(tmp_path / "journal", recording(2_000))
     load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
     load.start()

@@ -18,7 +18,6 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import cursor
-from kalshi_platform.storage import migrations
 from kalshi_platform_tests.loading.recorder import (
     Recorder,
     Start,
@@ -26,6 +25,7 @@ from kalshi_platform_tests.loading.recorder import (
     assert_each_record_once,
 )
 from kalshi_platform_tests.loading.test_load import Front
+from kalshi_platform_tests.storage.tables import prepare
 
 KILLS = 8
 
@@ -134,7 +134,7 @@ def test_kills_at_any_step_and_a_lost_witness_leave_each_record_once(
         **options, hot_retention_days=36_500, use_clickhouse=kind == "clickhouse"
     )
     if kind == "clickhouse":
-        migrations.migrate(settings)
+        prepare(settings)
     recorder = Mortal(settings, kinds=[kind])
     dice = random.Random(seed)
     place, good, before = cursor.path(recorder.folder, kind), b"", dict[Path, bytes]()

@@ -30,12 +30,13 @@ from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive, floor_hour, hour_of_ns
 from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.recorders import Ledger
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.storage.tables import prepare
 
 HOUR_NS = 3600 * wire.SECOND
 START_NS = wire.NOON_NS // HOUR_NS * HOUR_NS + 3_500 * wire.SECOND  # 100 s before the hour
@@ -110,7 +111,7 @@ def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(made)
+    prepare(made)
     return made
 
 

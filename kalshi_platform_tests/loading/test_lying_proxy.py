@@ -21,11 +21,11 @@ from kalshi_platform.loading.stores import ClickHouseStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.embedded import running
 from kalshi_platform_tests.loading.test_clickhouse_faults import assert_each_row_once, make
 from kalshi_platform_tests.loading.test_load import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
+from kalshi_platform_tests.storage.tables import prepare
 
 DELTAS = 60
 PAGE = b"<html>\n<title>Sign in</title></html>"
@@ -232,7 +232,7 @@ def test_no_lie_about_an_insert_loses_or_doubles_a_row(
     clickhouse_database: str,
 ) -> None:
     direct = make(clickhouse_url, clickhouse_database, tmp_path)
-    migrations.migrate(direct)
+    prepare(direct)
     folder, writer = tmp_path / "journal", records[1]
     shutil.copytree(records[0], folder)
     said = LIES[lie]
@@ -263,7 +263,7 @@ def refusing_disk(folder: Path) -> Iterator[tuple[Settings, Path]]:
         running(disk / "clickhouse") as url,
     ):
         settings = make(str(url), "kalshi", folder)
-        migrations.migrate(settings)
+        prepare(settings)
         yield settings, disk
 
 

@@ -34,7 +34,6 @@ from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import (
     HOUR,
     Archive,
@@ -62,7 +61,7 @@ from kalshi_platform_tests.loading.test_load import (
     recording,
 )
 from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore
-from kalshi_platform_tests.storage.tables import arrow
+from kalshi_platform_tests.storage.tables import arrow, prepare
 
 EVENTS = "orderbook_events"
 PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
@@ -119,7 +118,7 @@ def with_clickhouse(
         clickhouse_url=clickhouse_url,
         clickhouse_database=clickhouse_database,
     )
-    migrations.migrate(made)
+    prepare(made)
     return made
 
 

@@ -21,7 +21,7 @@ from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, migrations
+from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import LocalArchive, batches, local_file, write_durably
 from kalshi_platform.storage.archive.files import table_of
 from kalshi_platform.storage.clickhouse import connect
@@ -38,7 +38,7 @@ from kalshi_platform_tests.loading.test_load import (
     recording,
 )
 from kalshi_platform_tests.loading.test_parity import compared
-from kalshi_platform_tests.storage.tables import arrow, settings_for
+from kalshi_platform_tests.storage.tables import arrow, prepare, settings_for
 from kalshi_platform_tests.storage.two_shards import database_name
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
@@ -55,7 +55,7 @@ def settings(tmp_path: Path, clickhouse_url: str) -> Iterator[Settings]:
     """An empty database, and two hours of a shard's journal in the archive."""
     name = database_name()
     made = settings_for(clickhouse_url, name, kalshi_data_dir=tmp_path, hot_retention_days=36_500)
-    migrations.migrate(made)
+    prepare(made)
     writer = journal_of(made.journal_dir(SHARD), recording())
     load_all(
         Load(

@@ -50,7 +50,7 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.storage.tables import arrow
+from kalshi_platform_tests.storage.tables import arrow, prepare
 
 HOT = ("orderbook_events", "trades", "book_checkpoints", "stream_events")
 
@@ -67,7 +67,7 @@ def recorded(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(settings)
+    prepare(settings)
     writer = journal_of(settings.journal_dir(), recording())
     for store in (
         ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
@@ -311,7 +311,7 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(settings)
+    prepare(settings)
     records = recording()
     writer = journal_of(settings.journal_dir(), records[:60])
 
@@ -373,7 +373,7 @@ def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(settings)
+    prepare(settings)
     records = recording(600, step_s=12.0)  # two hours
     writer = journal_of(settings.journal_dir(), records[:5])
     pace = Pace(rows=25, seconds=0.0, first_s=0.0)

@@ -24,7 +24,7 @@ from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
@@ -38,6 +38,7 @@ from kalshi_platform_tests.loading.test_load import (
     archived,
     load_all,
 )
+from kalshi_platform_tests.storage.tables import prepare
 
 THIRD_HOUR = SECOND_HOUR + timedelta(hours=1)
 
@@ -65,7 +66,7 @@ def hot(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Settin
         stream_shards=2,
         hot_retention_days=36_500,
     )
-    migrations.migrate(made)
+    prepare(made)
     return made
 
 

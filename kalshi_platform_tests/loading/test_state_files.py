@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform_tests.loading.recorder import (
     KINDS,
@@ -25,6 +25,7 @@ from kalshi_platform_tests.loading.recorder import (
     Start,
     assert_each_record_once,
 )
+from kalshi_platform_tests.storage.tables import prepare
 
 OTHER = {"clickhouse": "parquet", "parquet": "clickhouse"}
 
@@ -37,7 +38,7 @@ def recorder(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> R
         clickhouse_database=clickhouse_database,
         hot_retention_days=36_500,
     )
-    migrations.migrate(settings)
+    prepare(settings)
     return Recorder(settings)
 
 
@@ -285,12 +286,12 @@ def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_g
         start.record(20)
         start.load()
         client.command(f"DROP DATABASE {name} SYNC")
-        migrations.migrate(recorder.settings)
+        prepare(recorder.settings)
         start.record(20)
         waits(start, "does not hold what was loaded there up to record")
         assert recorder.rows("clickhouse", "orderbook_events").is_empty()
     recorder.settings = recorder.settings.model_copy(update={"clickhouse_database": f"{name}_new"})
-    migrations.migrate(recorder.settings)
+    prepare(recorder.settings)
     last = recorder.run()
     assert last.trouble is None
     assert_each_record_once(recorder)

@@ -1,29 +1,104 @@
-"""Rows by hand, and a migrated database to put them into."""
+"""Rows by hand, and a migrated database to put them into.
+
+Migrating takes some seventy statements, a database's definitions as they are afterwards less than half: `prepare`
+runs those, for tests that are about something else. test_tables.py compares both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import count
 from typing import Any
 
+import httpx
 import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
+from kalshi_platform.storage.ddl import definition
+from kalshi_platform.storage.migrations import Migration
+from kalshi_platform.storage.retention import FOR_EVER_DAYS
 from kalshi_platform.storage.schema import NAME, ZERO_UUID, Dataset
+from kalshi_platform.storage.statements import statements
+from kalshi_platform_tests.storage.two_shards import database_name
 
+STATEMENT_TIMEOUT_S = 120.0
+"""For a definition, on a machine that is busy with other things."""
 _tokens = count()
+_made: dict[tuple[Migration, ...], Sequence[str]] = {}
+"""What `prepare` runs, by the migrations that it stands for: the same on every server of this version."""
 
 
 def settings_for(url: str, database: str, **others: Any) -> Settings:
     """Settings for one ClickHouse database, whatever `.env` says."""
     return platform_settings.load(
         _env_file=None, clickhouse_url=url, clickhouse_database=database, **others
+    )
+
+
+def prepare(settings: Settings) -> None:
+    """Make in an empty database what `migrate` makes there. Raises for one that is not empty.
+
+    On a cluster, and where rows are to expire, it is `migrate` that makes it: few tests want that.
+    """
+    if settings.clickhouse_cluster is not None or settings.hot_retention_days < FOR_EVER_DAYS:
+        migrations.migrate(settings)
+        return
+    # plain HTTP: no certificates to load
+    with httpx.Client(verify=False, timeout=STATEMENT_TIMEOUT_S) as web:
+        name = settings.clickhouse_database
+        _run(web, settings.clickhouse_url, f"CREATE DATABASE IF NOT EXISTS {name}")
+        for sql in _definitions(settings):
+            _run(web, settings.clickhouse_url, sql, database=name)
+
+
+def _run(web: httpx.Client, url: str, sql: str, **params: str) -> None:
+    answer = web.post(url, params=params, content=sql)
+    assert answer.is_success, answer.text
+
+
+def _definitions(settings: Settings) -> Sequence[str]:
+    """The statements that make what `migrate` makes, with the migrations that there are now."""
+    there = migrations.available()
+    if there not in _made:
+        template = settings.model_copy(update={"clickhouse_database": database_name()})
+        migrations.migrate(template)
+        with closing(connect(template)) as client:
+            _made[there] = [*_created(client), _bookkeeping(client)]
+            client.command(f"DROP DATABASE {template.clickhouse_database} SYNC")
+    return _made[there]
+
+
+def _created(client: Client) -> Iterator[str]:
+    """The definition of each table and view, without the database's name, in the order in which they can be made."""
+    found = client.query(
+        "SELECT name, create_table_query FROM system.tables WHERE database = currentDatabase()"
+    ).result_rows
+    definitions = {str(name): str(sql) for name, sql in found}
+    order = {"schema_migrations": None}
+    for migration in migrations.available():
+        for statement in statements(migration.sql):
+            if (made := definition(statement)) is not None:
+                order.pop(made.name, None)  # a view that is replaced may need what came meanwhile
+                order[made.name] = None
+    for name in order:
+        if (sql := definitions.pop(name, None)) is not None:
+            yield sql.replace(f"{client.database}.", "")
+    assert not definitions
+
+
+def _bookkeeping(client: Client) -> str:
+    """The statement that writes down which migrations were applied."""
+    rows = client.query("SELECT version, name, checksum FROM schema_migrations FINAL").result_rows
+    applied = ", ".join(f"({version}, '{name}', '{checksum}')" for version, name, checksum in rows)
+    return (
+        "INSERT INTO schema_migrations (version, name, checksum, applied_at)"
+        f" SELECT one.1, one.2, one.3, now64(3) FROM (SELECT arrayJoin([{applied}]) AS one)"
     )
 
 
@@ -34,12 +109,9 @@ def migrated(url: str, database: str, *, retention_days: int = 36_500) -> Iterat
     It keeps what the tests put into it for a hundred years: the days of their rows are fixed, and pass.
     """
     settings = settings_for(url, database, hot_retention_days=retention_days)
-    migrations.migrate(settings)
-    client = connect(settings)
-    try:
+    prepare(settings)
+    with closing(connect(settings)) as client:
         yield client
-    finally:
-        client.close()
 
 
 def arrow(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,25 @@ from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.migrations import Migration, State
 from kalshi_platform.storage.schema import DATASETS, Dataset
 from kalshi_platform.storage.statements import statements
-from kalshi_platform_tests.storage.tables import migrated, settings_for
+from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
+
+
+@pytest.fixture(scope="module")
+def once_migrated(clickhouse_url: str) -> Iterator[Client]:
+    """A client of a database that is only looked at."""
+    settings = settings_for(clickhouse_url, database_name())
+    migrations.migrate(settings)
+    with closing(connect(settings)) as client:
+        yield client
+        client.command(f"DROP DATABASE {settings.clickhouse_database} SYNC")
 
 
 @pytest.mark.parametrize("dataset", DATASETS.values(), ids=DATASETS)
-def test_the_tables_have_the_columns_of_the_schema(
-    clickhouse_url: str, clickhouse_database: str, dataset: Dataset
-) -> None:
-    with migrated(clickhouse_url, clickhouse_database) as client:
-        described = client.query(
-            f"DESCRIBE TABLE {dataset.name}", settings={"print_pretty_type_names": 0}
-        ).result_rows
+def test_the_tables_have_the_columns_of_the_schema(once_migrated: Client, dataset: Dataset) -> None:
+    described = once_migrated.query(
+        f"DESCRIBE TABLE {dataset.name}", settings={"print_pretty_type_names": 0}
+    ).result_rows
     assert [row[:2] for row in described] == [(c.name, c.clickhouse) for c in dataset.columns]
 
 
@@ -33,7 +42,7 @@ def test_a_second_run_applies_nothing(clickhouse_url: str, clickhouse_database: 
     settings = settings_for(clickhouse_url, clickhouse_database)
     assert migrations.migrate(settings) == list(migrations.available())
     assert migrations.migrate(settings) == []
-    with migrated(clickhouse_url, clickhouse_database) as client:
+    with closing(connect(settings)) as client:
         stand = migrations.standing(client)
     assert {one.state for one in stand} == {State.APPLIED}
     assert all(one.applied_at is not None for one in stand)
@@ -218,7 +227,9 @@ def test_applied_migrations_are_frozen() -> None:
 def test_a_view_that_is_missing_is_made_again(
     clickhouse_url: str, clickhouse_database: str
 ) -> None:
-    with migrated(clickhouse_url, clickhouse_database) as client:
+    settings = settings_for(clickhouse_url, clickhouse_database)
+    migrations.migrate(settings)
+    with closing(connect(settings)) as client:
         sql = (
             "SELECT name, create_table_query FROM system.tables"
             " WHERE database = currentDatabase() AND engine = 'View' ORDER BY name"
@@ -227,7 +238,7 @@ def test_a_view_that_is_missing_is_made_again(
         assert "book_at" in [name for name, _ in was]
         for name, _ in was:
             client.command(f"DROP VIEW {name}")
-        assert migrations.migrate(settings_for(clickhouse_url, clickhouse_database)) == []
+        assert migrations.migrate(settings) == []
         assert client.query(sql).result_rows == was
 
 
