@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -25,6 +29,19 @@ os.environ["KALSHI_HOME"] = "."
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MEMORY = Path("/dev/shm")
+LEAST_FREE_BYTES = 8 << 30
+"""Several times what the temporary folders of a whole run come to."""
+
+# Temporary folders are in memory, where there is room. On a disk the tests mostly wait for it to sync, which shows
+# nothing: it loses no power meanwhile (recording/faulty_disk.py stands for one that does). Elsewhere: TMPDIR=/tmp make test.
+if (
+    "TMPDIR" not in os.environ
+    and MEMORY.is_dir()
+    and shutil.disk_usage(MEMORY).free > LEAST_FREE_BYTES
+):
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
 # A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
 # The suite draws the same examples each time, so that a change alone decides how it ends; to look for
 # new ones: make test PYTEST_ARGS="--hypothesis-profile explore".
@@ -42,6 +59,12 @@ DATABASE_TIMEOUT_S = 120.0
 """For making or dropping a database: every table of it is a folder that the disk must forget."""
 
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of garbage collections: it stays, and is a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

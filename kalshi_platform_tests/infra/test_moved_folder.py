@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,13 @@ OF_THE_PROJECT = (
     *("requirements.lock", "infra", "kalshi_platform"),
 )
 PYTHON = Path(sys.prefix) / "bin" / "python"
+
+
+@pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """A folder that may share bytes with the environment: other temporary folders may be in memory."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
 
 
 def own_copy(path: Path) -> None:
@@ -82,16 +91,16 @@ def said(*argv: str | Path) -> str:
     not (Path(sys.prefix) / "bin" / "kalshi-platform").is_file(),
     reason="the package is not installed into an environment here",
 )
-def test_make_repairs_the_environment_of_a_copied_and_of_a_moved_folder(tmp_path: Path) -> None:
+def test_make_repairs_the_environment_of_a_copied_and_of_a_moved_folder(on_disk: Path) -> None:
     programs = {
         path: path.read_bytes()
         for path in (Path(sys.prefix) / "bin").iterdir()
         if path.is_file() and not path.is_symlink()
     }
-    folder = copied(tmp_path / "copy of it")
+    folder = copied(on_disk / "copy of it")
     assert "This folder was moved or copied" in made(folder, "install")
     assert "moved" not in made(folder, "install")
-    moved = folder.rename(tmp_path / "moved")
+    moved = folder.rename(on_disk / "moved")
     assert "not found" in said("sh", "-c", f"{moved}/.venv/bin/kalshi-platform --version")
     assert "This folder was moved or copied" in made(moved, "install")
     assert "moved" not in made(moved, "install")
