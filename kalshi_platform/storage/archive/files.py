@@ -16,8 +16,8 @@ from kalshi_platform.storage.archive.troubles import object_store_error
 from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 ROW_GROUP_ROWS = 262_144
-_NOT_LOOKED_FOR = {"conn_id", "market_id", "client_order_id"}
-"""Columns of one value, or of values without an order: their least and greatest help no reader."""
+_NOT_LOOKED_FOR = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "shard"}
+"""Columns of one or few values, or of values without an order: their least and greatest help no reader."""
 Add = Callable[[pa.Table], None]
 """Puts a table's rows into a file that is being written."""
 _LOCAL = fs.LocalFileSystem()
@@ -61,7 +61,7 @@ def parquet_writer(
     """
     delta = ["seq", "ts", "ingest_ts", "record"]
     names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
-        *("price", "qty", "size", "yes_price", "no_price", "shard")
+        *("price", "qty", "size", "yes_price", "no_price")
     ]
     with pq.ParquetWriter(
         path,
