@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test chaos soak bench bench-quick check fuzz audit format lock clean
+.PHONY: moved help install install-dev run test explore chaos soak bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,10 +41,11 @@ install-dev: $(VENV)/.installed-dev ## The environment with what the tests and c
 run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the streamer
 	@exec $(BIN)/kalshi-platform up
 
-# The tests write and sync thousands of small files: in memory where 8 GiB are free there, else on the disk.
-test: export TMPDIR ?= $(or $(shell df -k --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 >= 8388608 {print "/dev/shm"}'),/tmp)
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+explore: install-dev ## The tests' properties with examples that no run has drawn, and four times as many
+	@$(BIN)/pytest -n 2 --dist worksteal -m hypothesis --hypothesis-profile explore $(PYTEST_ARGS)
 
 chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS="--faults 40 --shards 2")
 	@$(BIN)/python -m kalshi_platform_tests.chaos.campaign $(CHAOS_ARGS)

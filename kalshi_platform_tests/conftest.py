@@ -44,7 +44,7 @@ if (
 
 # A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
 # The suite draws the same examples each time, so that a change alone decides how it ends; to look for
-# new ones: make test PYTEST_ARGS="--hypothesis-profile explore".
+# new ones, and more of them (properties.py): make explore.
 for profile, derandomize in (("suite", True), ("explore", False)):
     hypothesis_settings.register_profile(
         profile,

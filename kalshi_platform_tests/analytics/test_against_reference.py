@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import ladder
@@ -32,6 +32,7 @@ from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
+from kalshi_platform_tests.properties import examples
 
 FRAMES = Path(__file__).resolve().parents[3] / "shared" / "frames"
 TICKERS = ("A-1", "B-2", "C-3")
@@ -247,7 +248,7 @@ def assert_equal(got: pa.Table, expected: list[dict[str, Any]]) -> None:
 @example(script=succeeded_and_set_back())
 @example(script=ended_an_hour_ago_and_set_back())
 @example(script=ended_in_the_next_hour())
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_an_hour_equals_the_reference(script: Script) -> None:
     made = list(derived(script.records))
     for hour in (HOUR - timedelta(hours=1), HOUR):
@@ -258,7 +259,7 @@ def test_an_hour_equals_the_reference(script: Script) -> None:
 
 
 @given(script=scripts(), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_the_order_and_the_number_of_the_files_change_nothing(script: Script, seed: int) -> None:
     tables = hour_tables(script.records, HOUR)
     events = tables["orderbook_events"]
@@ -307,7 +308,7 @@ def flows(table: pa.Table, at: datetime) -> list[tuple[str, datetime, Decimal]]:
 
 
 @given(script=scripts(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_joined_on_known_at_nothing_is_seen_of_later(script: Script, data: st.DataObject) -> None:
     """At a random instant the whole hour shows what an hour that ends there shows."""
     at_us = data.draw(st.integers(0, max(script.at - HOUR_NS, 0) // 1000 + 2_000_000))
@@ -399,7 +400,7 @@ def recorded(path: Path) -> list[tuple[datetime, list[wire.Record]]]:
 
 
 @given(script=scripts(), rows=st.integers(1, 40))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_however_the_work_is_cut_the_rows_are_the_same(script: Script, rows: int) -> None:
     tables = hour_tables(script.records, HOUR)
     given_ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
@@ -34,6 +34,7 @@ from kalshi_platform_tests.analytics.test_against_reference import (
     recorded,
     scripts,
 )
+from kalshi_platform_tests.properties import examples
 
 LEVELS = 3
 Sides = tuple[dict[int, int], dict[int, int]]
@@ -86,7 +87,7 @@ def whole(table: pa.Table) -> dict[tuple[str, datetime], tuple[bool, datetime, S
 
 
 @given(script=scripts(), levels=st.sampled_from([1, LEVELS]))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_after_every_event_the_ladders_are_those_of_the_slow_replay(
     script: Script, levels: int
 ) -> None:
@@ -109,7 +110,7 @@ def test_after_every_event_the_ladders_are_those_of_the_slow_replay(
 
 
 @given(script=scripts(), offsets=st.lists(st.integers(0, 40_000_000), max_size=5))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_at_any_instant_the_books_are_those_of_the_slow_replay(
     script: Script, offsets: list[int]
 ) -> None:
@@ -183,7 +184,7 @@ def assert_as_by_book(records: Sequence[wire.Record], hour: datetime, levels: in
 
 
 @given(script=scripts(kinds=("delta", "delta", "delta", "snapshot", "gap")))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_random_books_replay_as_the_exchanges_own_rules_have_them(script: Script) -> None:
     assert_as_by_book(script.records, HOUR, 10)
 

@@ -21,6 +21,7 @@ from kalshi_platform.inventory.positions import Held
 from kalshi_platform.loading import market_catalog
 from kalshi_platform.recording.roster import Roster, Wish
 from kalshi_platform.settings import Exchange
+from kalshi_platform_tests.properties import examples
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 
@@ -140,6 +141,7 @@ def odd(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
 
 
 @given(odd(market(2)))
+@examples(100)
 def test_any_one_item_of_a_list_of_markets_costs_only_itself(item: Any) -> None:
     rest = Pages({"markets": {"markets": [market(1), item, market(3)]}})
     found = rest.markets(tell=lambda _: None)
@@ -172,6 +174,7 @@ BEFORE = Held(Decimal(0), NOW - timedelta(hours=2))
 
 
 @given(odd(position(2)))
+@examples(100)
 def test_any_one_position_costs_only_itself_and_never_means_flat(item: Any) -> None:
     known = {f"KXA-1-T{n}": BEFORE for n in (1, 2, 3, 4)}
     found = take(pages([position(1), item, position(3, "-2.00")], [fill(1)]), known)
@@ -186,6 +189,7 @@ def test_any_one_position_costs_only_itself_and_never_means_flat(item: Any) -> N
 
 
 @given(odd(fill(2)))
+@examples(100)
 @example(fill(2) | {"ticker": "0", "count_fp": None})
 def test_any_one_fill_costs_only_its_market_and_never_means_flat(item: Any) -> None:
     known = {f"KXA-1-T{n}": BEFORE for n in (1, 2)}

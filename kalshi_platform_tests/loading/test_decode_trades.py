@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.frames import Kind
@@ -19,6 +19,7 @@ from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.properties import examples
 
 SHARED_FRAMES = Path(__file__).resolve().parents[2].parent / "shared" / "frames"
 CONN = wire.conn_id(1)
@@ -171,7 +172,7 @@ ODD: dict[str, list[Any]] = {
 
 
 @given(st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in ODD.items()}))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_a_frame_means_the_same_on_both_paths(odd: dict[str, Any]) -> None:
     sent = frame(7, **{**CURRENT, **odd})
     alone = rows(sent)
@@ -203,7 +204,7 @@ FORMS: dict[str, Callable[[int, int, int], bytes]] = {
     ),
     st.lists(st.integers(1, 30), max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_every_frame_is_one_row_however_the_range_is_cut(
     sent: list[tuple[str, int, int]], cuts: list[int]
 ) -> None:

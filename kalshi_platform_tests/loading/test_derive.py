@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.book import Book, BookError, delta_change
@@ -18,6 +18,7 @@ from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.properties import examples
 
 TICKERS = ("A-1", "B-2", "C-3")
 PRICES = (100, 4_800, 5_200, 9_950)
@@ -118,7 +119,7 @@ def gathered(rows: list[Rows], dataset: str) -> list[dict[str, Any]]:
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut(
     script: Script, cuts: list[int]
 ) -> None:
@@ -145,7 +146,7 @@ def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut
 @given(
     scripts(), st.lists(st.integers(1, 60), max_size=4), st.sampled_from([0, books.RECENT_LEVELS])
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_cutting_a_range_changes_neither_rows_nor_state(
     script: Script, cuts: list[int], kept_apart: int
 ) -> None:
@@ -162,7 +163,7 @@ def test_cutting_a_range_changes_neither_rows_nor_state(
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_latest_levels_is_the_book_also_after_a_snapshot_that_dropped_levels(
     script: Script, cuts: list[int]
 ) -> None:
@@ -180,7 +181,7 @@ def test_latest_levels_is_the_book_also_after_a_snapshot_that_dropped_levels(
 
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_every_frame_is_in_exactly_one_table(script: Script, cuts: list[int]) -> None:
     rows, _ = run(script.records, cuts)
     numbers: dict[tuple[str, int], set[str]] = {}

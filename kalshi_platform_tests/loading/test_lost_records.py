@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.frames import Kind, decode_head
@@ -20,6 +20,7 @@ from kalshi_platform.recording.journal import Hole, Position, Stretch
 from kalshi_platform.storage.archive import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_derive import Script, gathered, scripts
+from kalshi_platform_tests.properties import examples
 
 SECOND = wire.SECOND
 Lost = set[int]
@@ -64,7 +65,7 @@ def within(holes: list[tuple[int, int]], script: Script) -> Lost:
 
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=3))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_every_missing_number_is_named_and_only_true_books_are_believed(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:
@@ -101,7 +102,7 @@ def test_every_missing_number_is_named_and_only_true_books_are_believed(
 
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=4))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_cutting_what_is_left_changes_neither_rows_nor_state(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:

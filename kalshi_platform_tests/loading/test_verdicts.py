@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.frames import Kind
@@ -17,6 +17,7 @@ from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.exchange.test_session import subscribed
+from kalshi_platform_tests.properties import examples
 
 MARKETS = ("A-1", "B-2", "C-3")
 CONN = wire.conn_id(1)
@@ -198,7 +199,7 @@ FRAMES = st.lists(
 
 
 @given(FRAMES)
-@settings(max_examples=150)
+@examples(150)
 def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
     frames: list[tuple[str, str, str, str, int]],
 ) -> None:
