@@ -69,6 +69,9 @@ HEALTH_S = 1.0
 PRUNE_S = 600.0
 BLOCKED_S = 10.0
 """A disk that has not taken a record for so long blocks the recording, whether it says so or not."""
+HEAD_START_S = 3.0
+"""At most so long the loads wait for capture to be connected: they have some of the journal to read again, and
+would take the interpreter from it."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +231,19 @@ class Streamer:
         if writer.damage:
             log.error("%s", writer.damage)
         self._loads = self._make_loads(writer, archive)
-        for load in self._loads:
-            load.start()
         if self._drains:
             for load in self._loads:
+                load.start()
                 load.drain()
-        else:
-            self._capturing = _spawn("capture", self._run_capture)
+            return
+        self._capturing = _spawn("capture", self._run_capture)
+        ends = time.monotonic() + HEAD_START_S
+        for load in self._loads:
+            load.start(lambda: self._connected or time.monotonic() >= ends)
+
+    @property
+    def _connected(self) -> bool:
+        return self._capture is not None and self._capture.connected
 
     def _beginning(self, archive: Archive, known: JournalIdentity, free: int) -> Beginning:
         settings, shard = self._settings, self._shard
@@ -355,6 +364,7 @@ class Streamer:
                     derivation=derivation,
                     distrust=self._distrust_damaged,
                     note=self._note,
+                    presence=Presence(clickhouse.look, clickhouse.place),
                 )
             )
         return loads

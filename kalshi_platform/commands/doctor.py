@@ -41,7 +41,13 @@ from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations, write_password
 from kalshi_platform.storage.archive import ObjectArchive, open_archive
-from kalshi_platform.storage.clickhouse import MINIMUM_VERSION, Client, connect, server_version
+from kalshi_platform.storage.clickhouse import (
+    MINIMUM_VERSION,
+    Client,
+    connect,
+    look,
+    server_version,
+)
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.migrations import State
 
@@ -305,6 +311,7 @@ def _markets(settings: Settings) -> Finding:
 def _clickhouse(settings: Settings) -> Finding:
     if not settings.use_clickhouse:
         return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
+    look(settings)  # where it takes connections and never answers, that shows soon
     with closing(connect(settings, database=False, log_comment="doctor")) as client:
         version = server_version(client)
         cluster = _cluster(client, settings.clickhouse_cluster)

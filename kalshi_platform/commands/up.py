@@ -31,7 +31,7 @@ from kalshi_platform.commands.announcements import Announcements
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
 from kalshi_platform.loading import freshness
-from kalshi_platform.monitoring import supervision
+from kalshi_platform.monitoring import planned_stop, supervision
 from kalshi_platform.orchestration.home import Home, prepare
 from kalshi_platform.printable import printable
 from kalshi_platform.processes import Keeper, Program, require_free_port
@@ -160,9 +160,17 @@ class _Platform:
                 pass
         finally:
             self._over.set()
+            self._note_stop()
             self.say("Ending: the streamer writes what it has, then the rest follows.")
             self._keeper.end(lambda: self._ending.hurried)
             self.say("Ended. `make run` or `kalshi-platform up` goes on from here.")
+
+    def _note_stop(self) -> None:
+        """So that what ends now is known to have been asked to."""
+        try:
+            planned_stop.note(self._settings.data_dir)
+        except OSError as error:
+            self.say(f"Runs that end now will be alerted as failed: {error}.")
 
     def _start(self) -> None:
         settings, start = self._settings, self._keeper.start

@@ -65,6 +65,8 @@ REFUSED_RETRY_S = 30.0
 """A store that refuses for good is asked again now and then: somebody may have mended it."""
 RESTART_S = 30.0
 """A load that was stopped, by damage to the journal or a fault, begins again after this."""
+LOOK_S = 0.05
+"""Between two looks at whether it may begin."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Load:
         self._refused = False
         self._oldest = (-1, 0)
         """The record that the store lacks first, and when it was received."""
+        self._may_begin: Callable[[], bool] = lambda: True
         self._thread = threading.Thread(target=self._run, name=f"load-{store.name}", daemon=True)
 
     @property
@@ -206,10 +209,11 @@ class Load:
             " CPU or a faster disk, or share the markets among more shards (STREAM_SHARDS)."
         )
 
-    def start(self) -> None:
-        """Begin where the last load ended."""
+    def start(self, may_begin: Callable[[], bool] = lambda: True) -> None:
+        """Begin where the last load ended, once `may_begin`, which is asked often, says so or the end has come."""
         if self._presence is not None:
             self._presence.start()
+        self._may_begin = may_begin
         self._thread.start()
 
     def drain(self) -> None:
@@ -260,6 +264,8 @@ class Load:
 
     def _run(self) -> None:
         """Load until the end; what stops that is told, and the rest is begun again from the cursor."""
+        while not (self._may_begin() or self._stopping.wait(LOOK_S)):
+            pass
         while True:
             try:
                 self._load()

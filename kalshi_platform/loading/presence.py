@@ -1,8 +1,9 @@
 """Whether a store is there, asked once a second beside its load.
 
 The archive is written once a minute. What happens to it meanwhile (its disk is unmounted, its bucket removed,
-its key withdrawn, its network silent) would be named with the next write. Here it is named within seconds,
-by a thread of its own, which writes nothing and decides nothing.
+its key withdrawn, its network silent) would be named with the next write; a ClickHouse that takes connections and
+never answers, when its time-out is over. Here it is named within seconds, by a thread of its own, which writes
+nothing and decides nothing.
 """
 
 from __future__ import annotations

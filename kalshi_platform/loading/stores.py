@@ -127,6 +127,10 @@ class ClickHouseStore:
         self._from_before: datetime | None = None
         """Oldest row that this process has written of what came before it began to record."""
 
+    def look(self) -> None:
+        """Raise `StoreError` where ClickHouse does not answer."""
+        clickhouse.look(self._settings)
+
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events.
 

@@ -121,7 +121,7 @@ def conditions(
     return [
         *feed(settings, now),
         *failed_checks(instance, checks, settings.dagster_ui_url),
-        *failed_runs(instance, settings.dagster_ui_url, now),
+        *failed_runs(instance, settings, now),
     ]
 
 
@@ -207,7 +207,9 @@ def _check_keys(context: dg.SensorEvaluationContext) -> list[dg.AssetCheckKey]:
 # -- runs ----------------------------------------------------------------------------------------
 
 
-def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[Condition]:
+def failed_runs(
+    instance: dg.DagsterInstance, settings: Settings, now: float
+) -> Iterator[Condition]:
     """Jobs of which a run failed within a day, and no later run of the same has gone well since."""
     failures = instance.get_run_records(
         dg.RunsFilter(
@@ -225,9 +227,7 @@ def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[C
         if not since:
             continue
         # an interruption later on takes nothing back of a failure
-        crashes = (
-            it for it in since if not run_failures.interrupted(instance, it.dagster_run.run_id)
-        )
+        crashes = (it for it in since if not run_failures.planned(instance, it, settings.data_dir))
         crash = next(crashes, None)
         record, interrupted = crash or since[0], crash is None
         if not (interrupted and SHARD_TAG in record.dagster_run.tags):  # the feed tells its end
@@ -239,13 +239,18 @@ def failed_runs(instance: dg.DagsterInstance, ui: str, now: float) -> Iterator[C
         yield Condition(
             key=f"run:{what}:interrupted" if interrupted else f"run:{what}",
             title=f"Run of {what} failed{of if units else ''}",
-            sentence=run_failures.why(instance, newest.run_id),
+            sentence=_why_failed(instance, newest.run_id, planned=interrupted),
             severity=Severity.WARNING,
             since=min(_ended_at(record) for record in records),
             after_s=INTERRUPTED_S if interrupted else 0.0,
-            link=f"{ui}/runs/{newest.run_id}",
+            link=f"{settings.dagster_ui_url}/runs/{newest.run_id}",
             section="A run failed",
         )
+
+
+def _why_failed(instance: dg.DagsterInstance, run_id: str, *, planned: bool) -> str:
+    said = run_failures.why(instance, run_id)
+    return said if planned or said != run_failures.INTERRUPTED else f"{said} {run_failures.UNASKED}"
 
 
 def _unit(run: dg.DagsterRun) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from kalshi_platform.orchestration.supervisor import (
     Run,
 )
 from kalshi_platform.processes import Identity
+from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -53,28 +54,24 @@ _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 
 
 def observe(
-    instance: dg.DagsterInstance,
-    shard: int,
-    folder: Path,
-    shards: int = 1,
-    in_the_way: str | None = None,
+    instance: dg.DagsterInstance, shard: int, settings: Settings, in_the_way: str | None = None
 ) -> Observation:
     """Look at one shard. Processes are looked at before runs are called active: a run that
     ends in between is seen ended, not dead.
     """
     tags = {SHARD_TAG: str(shard)}
-    health = read_health(folder)
+    health = read_health(settings.journal_dir(shard))
     active = instance.get_run_records(
         dg.RunsFilter(tags=tags, statuses=list(_PHASES)), ascending=True, limit=50
     )
     ended = instance.get_run_records(dg.RunsFilter(tags=tags, statuses=_ENDED), limit=1)
     return Observation(
         runs=tuple(_run(record) for record in active),
-        ended=_ended(instance, ended[0]) if ended else None,
+        ended=_ended(instance, ended[0], settings.data_dir) if ended else None,
         health=health,
         jitter=random.random(),  # noqa: S311
         server_since=psutil.Process().create_time(),  # sensors are evaluated in the code server
-        shards=shards,
+        shards=settings.stream_shards,
         in_the_way=in_the_way,
     )
 
@@ -83,6 +80,13 @@ def active_shards(instance: dg.DagsterInstance) -> set[int]:
     """The shards that have a run which is not over."""
     records = instance.get_run_records(dg.RunsFilter(job_name=JOB, statuses=list(_PHASES)))
     return {int(record.dagster_run.tags.get(SHARD_TAG, "0")) for record in records}
+
+
+def processes(instance: dg.DagsterInstance) -> list[Identity]:
+    """Those of all streamers' runs that have begun and are not over."""
+    records = instance.get_run_records(dg.RunsFilter(job_name=JOB, statuses=[Status.STARTED]))
+    found = [_process(record.dagster_run) for record in records]
+    return [process.identity for process in found if process is not None]
 
 
 def others_in_the_way(
@@ -173,11 +177,11 @@ def _run(record: dg.RunRecord) -> Run:
     return Run(run.run_id, phase, since, _process(run))
 
 
-def _ended(instance: dg.DagsterInstance, record: dg.RunRecord) -> Ended:
+def _ended(instance: dg.DagsterInstance, record: dg.RunRecord, data_dir: Path) -> Ended:
     run = record.dagster_run
     at = record.end_time if record.end_time is not None else record.update_timestamp.timestamp()
     started = record.start_time if record.start_time is not None else at
-    failed = run.status is Status.FAILURE and not run_failures.interrupted(instance, run.run_id)
+    failed = run.status is Status.FAILURE and not run_failures.planned(instance, record, data_dir)
     return Ended(run.run_id, failed, at - started, at, _process(run))
 
 

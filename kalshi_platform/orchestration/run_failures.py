@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import dagster as dg
+
+from kalshi_platform.monitoring import planned_stop
 
 NO_REASON = "marked as failed from outside"
 """Of the sentence that Dagster writes when a worker was killed: what it noticed is written before."""
 INTERRUPTED = "It was interrupted: its worker was asked to end while it ran. Run it again if nothing else has."
+UNASKED = (
+    "Neither the platform nor a person in Dagster had asked for that: an out-of-memory daemon (earlyoom, systemd-oomd)"
+    " or a kill by hand did. The machine's log says who (journalctl); give it more memory, or terminate runs in Dagster."
+)
 MOST_CHARACTERS = 1000
 """Of a run's reason: it goes into cursors, and into people's pockets."""
 
@@ -55,9 +62,14 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
     return next((it[:MOST_CHARACTERS] for it in noticed if it), "Its page in the UI has the log.")
 
 
-def interrupted(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether all that a failed run met was a restart: it was asked to end, or found no code server."""
-    return why(instance, run_id) in {INTERRUPTED, UNREACHED}
+def planned(instance: dg.DagsterInstance, record: dg.RunRecord, data_dir: Path) -> bool:
+    """Whether all that a failed run met was a restart: the platform asked it to end, or its code server was away."""
+    met = why(instance, record.dagster_run.run_id)
+    if met != INTERRUPTED:
+        return met == UNREACHED
+    began = record.start_time or record.create_timestamp.timestamp()
+    ended = record.end_time or record.update_timestamp.timestamp()
+    return planned_stop.planned(data_dir, began, ended)
 
 
 def _tells_the_end(said: str) -> bool:

@@ -1,7 +1,8 @@
 """`streamer_supervisor`: exactly one streamer run per shard, alive.
 
-A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. It never
-waits: a process that needs time gets it until the next tick.
+A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. Then it goes on looking at the
+processes until the next tick is near, so that one which is killed is replaced at once. A process that needs time gets
+it until the next tick, but for those that make room where STREAM_SHARDS has changed.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform.monitoring import supervision
+from kalshi_platform.monitoring import planned_stop, supervision
 from kalshi_platform.monitoring.supervision import Supervised, Supervision
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import (
@@ -23,6 +24,7 @@ from kalshi_platform.orchestration.observation import (
     active_shards,
     observe,
     others_in_the_way,
+    processes,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -33,14 +35,24 @@ from kalshi_platform.orchestration.supervisor import (
     Kill,
     Launch,
     Phase,
+    Run,
     State,
     Wait,
     decide,
 )
+from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 
 TICK_S = 4
-"""Less than the daemon's own round of 5 s, so that it looks in each: a killed streamer is seen so soon."""
+"""Less than the daemon's own round of 5 s, so that it looks in each."""
+WATCH_S = 3.5
+"""So long a tick goes on looking at the processes that it found alive: one that is killed is seen at once. With what a
+tick takes besides, it ends before the next round."""
+LOOK_S = 0.1
+SAID_S = 0.6
+"""Within so long the code server notes how the process of a run of its ended, which says more than that it is gone."""
+ROOM_S = 15.0
+"""For the end of runs that make room for others, before those are left to the next tick."""
 _STEPS = 4
 """Decisions in one tick: a run marked as failed may be replaced in the same tick."""
 
@@ -61,18 +73,28 @@ def streamer_supervisor(
     context: dg.SensorEvaluationContext, platform: KalshiResource
 ) -> dg.SensorResult:
     """One tick: every shard gets what it needs."""
-    states = read_cursor(context.cursor)
-    shards = _shards(context.instance, platform.settings())
-    decisions = {
-        shard: _supervise(context, platform, shard, shards, states.get(shard, State()))
-        for shard in shards
-    }
+    settings, began = platform.settings(), time.monotonic()
+    states, again = read_cursor(context.cursor), True
+    while again:
+        shards = _shards(context.instance, settings)
+        decisions, making_room = _supervise(context, settings, shards, states)
+        states = {shard: decision.state for shard, decision in decisions.items()}
+        if making_room:  # nothing is recorded until those that are to follow them are there
+            again = _end_in_time(context.instance, making_room)
+        elif any(isinstance(decision.action, Launch) for decision in decisions.values()):
+            again = False
+        else:
+            again = _one_ends(processes(context.instance), began + WATCH_S)
+    if planned_stop.asked_here.is_set():  # what it launched now would end with it
+        return dg.SensorResult(
+            skip_reason=dg.SkipReason("This code server ends; the next one looks.")
+        )
     launches = [
         _request(shard, platform.source)
         for shard, decision in decisions.items()
         if isinstance(decision.action, Launch)
     ]
-    _note(context, platform.settings(), decisions)
+    _note(context, settings, decisions)
     reasons = [
         decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
         for shard, decision in decisions.items()
@@ -120,27 +142,70 @@ def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:
 
 def _supervise(
     context: dg.SensorEvaluationContext,
-    platform: KalshiResource,
+    settings: Settings,
+    shards: Sequence[int],
+    states: Mapping[int, State],
+) -> tuple[dict[int, Decision], list[Run]]:
+    """What was decided for each shard, and done; and the runs that were asked to make room for others."""
+    found = {
+        shard: _supervise_shard(context, settings, shard, shards, states.get(shard, State()))
+        for shard in shards
+    }
+    return (
+        {shard: decision for shard, (decision, _) in found.items()},
+        [run for _, making_room in found.values() for run in making_room],
+    )
+
+
+def _supervise_shard(
+    context: dg.SensorEvaluationContext,
+    settings: Settings,
     shard: int,
     shards: Sequence[int],
     state: State,
-) -> Decision:
-    settings = platform.settings()
+) -> tuple[Decision, list[Run]]:
     folders = {each: settings.journal_dir(each) for each in shards}
-    configured = settings.stream_shards
+    configured, making_room = settings.stream_shards, list[Run]()
     for _ in range(_STEPS):
         records = shard < configured
         blocker = others_in_the_way(folders, shard, configured, time.time()) if records else None
-        seen = observe(context.instance, shard, folders[shard], configured, blocker)
-        decision = decide(seen, state, time.time())
+        decision = decide(observe(context.instance, shard, settings, blocker), state, time.time())
         state = decision.state
         if isinstance(decision.action, Wait | Launch):
             break
         context.log.warning(decision.reason)
         carry_out(context.instance, decision)
+        if isinstance(decision.action, Cancel) and decision.action.replaced:
+            making_room.append(decision.action.run)
         if isinstance(decision.action, Kill):
             break  # its end shows at the next tick
-    return decision
+    return decision, making_room
+
+
+def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run]) -> bool:
+    """Wait for the end of runs that were asked to; what takes long is left to the next tick."""
+    ends = time.monotonic() + ROOM_S
+    while going := [run for run in runs if _goes_on(instance, run)]:
+        if time.monotonic() >= ends:
+            break
+        time.sleep(LOOK_S)
+    return not going
+
+
+def _one_ends(watched: Sequence[Identity], until: float) -> bool:
+    """Wait for the end of one of the processes; False where all live on."""
+    while watched and time.monotonic() < until and not planned_stop.asked_here.is_set():
+        if not all(process.alive for process in watched):
+            time.sleep(SAID_S)
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def _goes_on(instance: dg.DagsterInstance, run: Run) -> bool:
+    found = instance.get_run_by_id(run.run_id)
+    alive = run.process is not None and run.process.identity.alive
+    return alive or (found is not None and not found.is_finished)
 
 
 def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
@@ -185,4 +250,10 @@ def read_cursor(cursor: str | None) -> dict[int, State]:
 
 def write_cursor(states: Mapping[int, State]) -> str:
     """The states as the cursor's text."""
-    return json.dumps({str(shard): asdict(state) for shard, state in states.items()})
+    # Defaults are left out: an earlier version knows no more than it had.
+    return json.dumps(
+        {
+            str(shard): {k: v for k, v in asdict(state).items() if v}
+            for shard, state in states.items()
+        }
+    )

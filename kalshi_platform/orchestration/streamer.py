@@ -17,7 +17,9 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, SettingsError
+from kalshi_platform.monitoring import planned_stop
+from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.console import output_log
 from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import (
@@ -42,6 +44,14 @@ SUCCESSOR_S = 5.0
 """Between two looks for a successor, once the run is old enough to be relieved."""
 DRAIN_S = 8.0
 """For the streamer to flush; whoever ends the process waits a little longer than this."""
+HEAD_START_S = 10.0
+"""For the streamer to record, before hours are looked for that nobody has reported."""
+HURRY_S = 3.0
+"""The same where another STREAM_SHARDS is taken up: nothing is recorded until all have ended, and the journal has what
+is not loaded."""
+NOTED_S = 2.0
+"""For the note of a planned stop: who ends a whole container reaches the run as soon as the one who notes."""
+UNASKED = f"SIGTERM ended it; what it had received is kept. {run_failures.UNASKED}"
 _CATCH_UP_HOURS = 48
 """How far back hours are looked for that were sealed while nobody could report them."""
 
@@ -68,17 +78,23 @@ def record_shard(
     context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource
 ) -> None:
     """Record one shard until told to end."""
+    began = time.time()
     try:
         introduce(context)
-        _record(context, config, platform)
+        _record(context, config, platform, began)
     except DagsterExecutionInterruptedError:
+        if not asked_to_end(context, platform, began, patience_s=NOTED_S):
+            raise dg.Failure(description=UNASKED, allow_retries=False) from None
         call_it_canceled(context)
         raise
 
 
-def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource) -> None:
+def _record(
+    context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource, began: float
+) -> None:
     shard = int(context.run.tags.get(SHARD_TAG, "0"))
     with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
+        shards = platform.settings().stream_shards
         source = platform.source
         context.instance.add_run_tags(context.run_id, {SHARD_TAG: str(shard), SOURCE_TAG: source})
         streamer = platform.streamer(shard)
@@ -86,6 +102,7 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
         try:
             streamer.start()
             context.log.info(f"Recording shard {shard} from the {source}.")
+            host.await_frames()
             if shard == 0:  # one of them tells it, and this one there always is
                 for report in unreported(context.instance, platform, datetime.now(UTC)):
                     host.report(report)
@@ -96,13 +113,14 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
             )
         except DagsterExecutionInterruptedError:
             try:  # first: a run that is killed while it flushes was asked to end, too
-                call_it_canceled(context)
+                if asked_to_end(context, platform, began):
+                    call_it_canceled(context)
             finally:  # whatever became of Dagster's database meanwhile
-                stored = host.stop()
+                stored = host.stop(_drain_s(platform, shards))
             context.log.info(
-                "Ended on request; every store has everything that was received."
+                "Ended; every store has everything that was received."
                 if stored
-                else "Ended on request; what is not loaded yet is in the journal, for the next run."
+                else "Ended; what is not loaded yet is in the journal, for the next run."
             )
             raise
         except _Relieved:
@@ -137,6 +155,14 @@ class _Host:
         self._streamer = streamer
         self._source = source
         self._unsaid: HourReport | None = None
+
+    def await_frames(self) -> None:
+        """Leave the interpreter to the streamer until it records, or for a while."""
+        ends = time.monotonic() + HEAD_START_S
+        while not self._streamer.health().last_frame_ns and time.monotonic() < ends:
+            if self._streamer.failure() is not None or self._streamer.drained:
+                return
+            time.sleep(0.1)
 
     def record(self, shard: int, recycle_after_s: float) -> None:
         """Until the streamer fails (`dg.Failure`), a successor may take over (`_Relieved`), or, where
@@ -173,13 +199,13 @@ class _Host:
         log.info("Reported hour %s (%s).", partition_key(report.hour), state)
         self._unsaid = None
 
-    def stop(self) -> bool:
+    def stop(self, timeout_s: float = DRAIN_S) -> bool:
         """Drain and flush; then say what is still unsaid. True where every store has everything.
 
         Raises `JournalError` where something that was received is lost: such a run has failed. Who asks again for the end, as a supervisor and a person may do at once, does not break it off.
         """
         with capture_interrupts():
-            flushed = self._streamer.stop(timeout_s=DRAIN_S)
+            flushed = self._streamer.stop(timeout_s=timeout_s)
             if self._unsaid is not None:
                 self.report(self._unsaid)
             while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
@@ -211,8 +237,39 @@ def introduce(context: dg.OpExecutionContext) -> None:
     context.instance.add_run_tags(context.run_id, {PROCESS_TAG: str(Identity.own())})
 
 
+def asked_to_end(
+    context: dg.OpExecutionContext, platform: KalshiResource, began: float, patience_s: float = 0.0
+) -> bool:
+    """Whether the platform, or a person in Dagster, asked for the end, as far as that shows in time."""
+    ends = time.monotonic() + patience_s
+    with capture_interrupts():
+        while not _asked(context, platform, began):
+            if time.monotonic() >= ends:
+                return False
+            time.sleep(0.05)
+    return True
+
+
+def _asked(context: dg.OpExecutionContext, platform: KalshiResource, began: float) -> bool:
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is None or run.is_finished or run.status == dg.DagsterRunStatus.CANCELING:
+        return True
+    try:
+        return planned_stop.planned(platform.settings().data_dir, began, time.time())
+    except SettingsError:  # `.env` is being changed
+        return True
+
+
+def _drain_s(platform: KalshiResource, shards: int) -> float:
+    """How long a streamer that shares the markets among so many may flush."""
+    try:
+        return DRAIN_S if platform.settings().stream_shards == shards else HURRY_S
+    except SettingsError:
+        return DRAIN_S
+
+
 def call_it_canceled(context: dg.OpExecutionContext) -> None:
-    """An interrupt is somebody's wish, also when it came as a signal: canceled, not failed."""
+    """Who asked for the end by a signal meant what Terminate in the UI does: canceled, not failed."""
     with capture_interrupts():
         run = context.instance.get_run_by_id(context.run_id)
         if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:

@@ -164,6 +164,8 @@ class State:
     """No launch before this."""
     counted: str = ""
     """The run whose end has been counted."""
+    lost: int = 0
+    """Runs in a row that never began, as those do whose code server goes."""
     blamed: str = ""
     """The run that was counted as a failure before its end, for being stale."""
     canceling: dict[str, float] = field(default_factory=dict)
@@ -185,6 +187,8 @@ class Cancel:
     """Withdraw a waiting run, or ask a running one to end."""
 
     run: Run
+    replaced: bool = False
+    """Whether its successors only wait for its end, which comes within seconds."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,8 @@ def _count(seen: Observation, state: State) -> State:
     if ended.run_id == state.blamed:
         return replace(state, counted=ended.run_id)
     if not ended.failed and ended.process is None:  # it never began: that forgives nothing
-        return replace(state, counted=ended.run_id)
+        return _lost(seen, ended, state)
+    state = replace(state, lost=0)
     if not ended.failed:
         return replace(state, counted=ended.run_id, failures=0, not_before=0.0)
     failures = 1 if ended.lasted_s >= HEALTHY_S else state.failures + 1
@@ -263,6 +268,15 @@ def _count(seen: Observation, state: State) -> State:
         failures = min(failures, KILLED_FAILURES)
         wait_s = 0.0 if ended.lasted_s >= KILLED_S else _backoff(failures, seen.jitter)
     return replace(state, counted=ended.run_id, failures=failures, not_before=ended.at + wait_s)
+
+
+def _lost(seen: Observation, ended: Ended, state: State) -> State:
+    """Once it is nothing; a code server that crashes again and again gets time in between."""
+    lost = state.lost + 1
+    wait_s = _backoff(lost - 1, seen.jitter) if lost > 1 else 0.0
+    return replace(
+        state, counted=ended.run_id, lost=lost, not_before=max(state.not_before, ended.at + wait_s)
+    )
 
 
 def _had_recorded(seen: Observation, ended: Ended) -> bool:
@@ -336,7 +350,7 @@ def _without_run(seen: Observation, state: State, now: float) -> Decision:
         return _wait(f"{seen.in_the_way} Then this shard starts.", state)
     if now < state.not_before:
         return _wait(
-            f"{_times(state.failures)} in a row; the next start is in"
+            f"{_setbacks(state)}; the next start is in"
             f" {state.not_before - now:.0f} s. The last run's log says why.",
             state,
         )
@@ -373,12 +387,13 @@ def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
     if health is None and age <= START_S:
         return _wait(f"Run {run.name} is starting.", state)
     if health is not None and health.shards != seen.shards:
-        return Decision(Cancel(run), _outdated(run, health, seen), state)
+        return Decision(Cancel(run, replaced=True), _outdated(run, health, seen), state)
     complaint = _complaint(health, age, now)
     if complaint is not None:
         return Decision(
             Cancel(run), f"Run {run.name} is stale: {complaint}", _blame(seen, run, state, now)
         )
+    state = replace(state, lost=0)
     return _relief(seen, run, state) if age >= RECYCLE_S else _going(run, health, state)
 
 
@@ -510,5 +525,7 @@ def _wait(reason: str, state: State) -> Decision:
     return Decision(Wait(), reason, state)
 
 
-def _times(failures: int) -> str:
-    return "1 failure" if failures == 1 else f"{failures} failures"
+def _setbacks(state: State) -> str:
+    if not state.failures:
+        return f"{state.lost} runs in a row were lost before they began, as with a code server that ends"
+    return ("1 failure" if state.failures == 1 else f"{state.failures} failures") + " in a row"

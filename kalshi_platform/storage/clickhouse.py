@@ -38,6 +38,7 @@ __all__ = [
     "comment",
     "connect",
     "insert_arrow",
+    "look",
     "password",
     "server_version",
     "translated",
@@ -47,6 +48,8 @@ MINIMUM_VERSION = (24, 8)
 """Oldest ClickHouse that the platform is made for."""
 
 CONNECT_TIMEOUT_S = 5
+LOOK_TIMEOUT_S = 2.5
+"""For the answer to a ping, which waits for no query."""
 
 ON_CLUSTER: Mapping[str, Any] = {
     "distributed_foreground_insert": 1,  # an insert is acknowledged when every shard has its rows
@@ -205,6 +208,18 @@ def _client(
             show_clickhouse_errors="scrub",
             tz_mode="aware",  # a time without a zone is a trap
             settings=every_query or None,
+        )
+
+
+def look(settings: Settings) -> None:
+    """Ask whether the configured ClickHouse answers at all: any answer will do.
+
+    Raises `StoreUnavailable` where it is away, or takes the connection and does not answer in time.
+    """
+    pool = transport.pool_to(settings.clickhouse_url, **tls.certificates(settings))
+    with translated(settings):
+        pool.request(
+            "GET", f"{settings.clickhouse_url}/ping", timeout=LOOK_TIMEOUT_S, retries=False
         )
 
 

@@ -32,12 +32,14 @@ from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.chaos import disks
 from kalshi_platform_tests.chaos.faults import (
     DISKS,
+    STREAMER,
     Fault,
     Scene,
     faults,
     slow_fsync_environment,
 )
 from kalshi_platform_tests.chaos.proof import Proof, prove
+from kalshi_platform_tests.chaos.recovery import PROMISED_S, off_s
 from kalshi_platform_tests.chaos.up import Platform
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -73,6 +75,8 @@ class Outcome:
     """Kinds of faults that could not be had on this machine."""
     journal_delay_s: list[float] = field(default_factory=list)
     """For each kill of the streamer: age of the last journalled frame at that moment."""
+    off_s: list[float] = field(default_factory=list)
+    """For each kill of a streamer alone, whose recovery was waited for: until the next journalled frame."""
 
     @property
     def sound(self) -> bool:
@@ -185,12 +189,17 @@ def _make(scene: Scene, known: list[Fault], *, wait: bool) -> Event:
 
 def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: float) -> Outcome:
     proof = prove(it.settings, simulator)
-    cut, delays = 0, []
+    cut, delays, off = 0, [], []
     for shard in range(it.shards):
         folder = it.settings.journal_dir(shard)
+        kills = [e for e in events if shard in e.shards]
         cut += _connections_cut(folder, events)
-        delays += _delays(folder, [e for e in events if shard in e.shards])
-    return Outcome(events, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays)
+        delays += _delays(folder, kills)
+        alone = [e for e in kills if e.fault == STREAMER and e.recovered_s is not None]
+        off += [off_s([folder], e.at) for e in alone]
+    return Outcome(
+        events, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays, off_s=off
+    )
 
 
 def _connections_cut(folder: Path, events: list[Event]) -> int:
@@ -285,6 +294,15 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         " fault's end, where the campaign waited for it; the other faults fell into a recovery that was"
         " still going on.",
     ]
+    if outcome.off_s:
+        lines += [
+            "",
+            f"After a kill of the streamer alone nothing was recorded for {statistics.median(outcome.off_s):.1f} s"
+            f" (p50), {max(outcome.off_s):.1f} s at most, in {len(outcome.off_s)} kills. Promised are"
+            f" {PROMISED_S:.0f} s, on an idle machine and for a streamer that had recorded for a minute"
+            " (`python -m kalshi_platform_tests.chaos.recovery`); here one is killed at any moment, also while"
+            " it recovers, and faults that come one upon the other are waited for longer and longer.",
+        ]
     if outcome.journal_delay_s:
         delays = sorted(outcome.journal_delay_s)
         lines += [

@@ -19,7 +19,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._utils import get_run_crash_explanation
 
 from kalshi_platform.commands import doctor
-from kalshi_platform.monitoring import incidents, metrics
+from kalshi_platform.monitoring import incidents, metrics, planned_stop
 from kalshi_platform.monitoring.incidents import CALM_S, Severity
 from kalshi_platform.monitoring.outbox import Outbox, deliver_in_time
 from kalshi_platform.orchestration import alerts as module
@@ -259,6 +259,21 @@ def test_a_failure_stays_alerted_when_a_later_run_of_its_job_is_interrupted(watc
     (notice,) = watch.tick()
     assert "the disk is wet" in notice["sentence"]
     nightly.execute_in_process(instance=watch.instance, raise_on_error=False)
+    assert watch.tick() == []
+    assert watch.tick(CALM_S * 2) == []  # not resolved
+
+
+@pytest.mark.parametrize("job", [interrupted_in_its_op, interrupted_before_its_op])
+def test_a_run_that_was_ended_by_none_of_ours_is_told_at_once(
+    watch: Watch, job: dg.JobDefinition
+) -> None:
+    data = watch.platform.settings().data_dir
+    planned_stop.begin(data)
+    job.execute_in_process(instance=watch.instance, raise_on_error=False)
+    (notice,) = watch.tick()
+    assert "Neither the platform nor a person in Dagster had asked for that" in notice["sentence"]
+    planned_stop.note(data)
+    job.execute_in_process(instance=watch.instance, raise_on_error=False)  # after that stop
     assert watch.tick() == []
     assert watch.tick(CALM_S * 2) == []  # not resolved
 

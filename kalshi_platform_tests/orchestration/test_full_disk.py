@@ -175,9 +175,13 @@ def tick(
     """One look of the supervisor: its cursor, and its reason for having done nothing."""
     from kalshi_platform.orchestration.resources import KalshiResource
 
-    with dg.build_sensor_context(
-        instance=instance, cursor=cursor, resources={"platform": KalshiResource()}
-    ) as context:
+    with (
+        pytest.MonkeyPatch.context() as brief,
+        dg.build_sensor_context(
+            instance=instance, cursor=cursor, resources={"platform": KalshiResource()}
+        ) as context,
+    ):
+        brief.setattr("kalshi_platform.orchestration.sensors.WATCH_S", 0.0)
         result = streamer_supervisor(context)
     assert isinstance(result, dg.SensorResult)
     assert not result.run_requests

@@ -7,9 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -18,7 +18,8 @@ from dagster import DagsterRunStatus as Status
 from dagster._core.events import EngineEventData
 from dagster_shared.error import SerializableErrorInfo
 
-from kalshi_platform.monitoring import supervision
+from kalshi_platform.monitoring import planned_stop, supervision
+from kalshi_platform.orchestration import sensors
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
 from kalshi_platform.orchestration.sensors import carry_out, read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -46,6 +47,14 @@ class Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick that waits for nothing, unless the test is about that."""
+    monkeypatch.setattr(sensors, "WATCH_S", 0.0)
+    monkeypatch.setattr(sensors, "ROOM_S", 0.0)
+    monkeypatch.setattr(planned_stop, "asked_here", threading.Event())
 
 
 @pytest.fixture
@@ -183,6 +192,42 @@ def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
     assert tick(instance, platform, soon).run_requests
 
 
+def test_a_streamer_that_is_killed_while_a_tick_watches_is_failed_in_that_tick(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensors, "WATCH_S", 60.0)
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    looks = 0
+
+    def alive(who: Identity) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            worker.end()
+        return who.find() is not None
+
+    monkeypatch.setattr(Identity, "alive", property(alive))
+    began = time.monotonic()
+    result = tick(instance, platform)
+    assert time.monotonic() - began < 30
+    assert status(instance, run_id) is Status.FAILURE
+    assert "1 failure in a row" in reason(result)
+
+
+def test_a_code_server_that_ends_launches_nothing(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    planned_stop.asked_here.set()
+    result = tick(instance, platform, cursor='{"0": {"failures": 1}}')
+    assert not result.run_requests
+    assert result.cursor is None  # what was remembered stays
+    assert "This code server ends" in reason(result)
+
+
 def test_a_run_that_was_told_to_end_before_it_could_say_so_is_replaced_at_once(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
@@ -308,10 +353,10 @@ def test_while_the_journal_is_written_outside_dagster_nothing_is_launched(
 
 
 def test_runs_of_other_jobs_and_shards_are_not_looked_at(
-    instance: dg.DagsterInstance, tmp_path: Path
+    instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "7"})
-    assert observe(instance, 0, tmp_path).runs == ()
+    assert observe(instance, 0, platform.settings()).runs == ()
 
 
 @pytest.mark.parametrize("damaged", ["", '{"pid": 1', "[]", '{"pid": 1}'])
@@ -404,11 +449,33 @@ def test_with_a_shard_more_every_run_ends_before_the_first_new_one_starts(
     assert launched(tick(instance, two, first.cursor)) == ["0", "1"]
 
 
+def test_where_the_runs_of_another_number_end_soon_the_new_ones_start_in_the_same_tick(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensors, "ROOM_S", 60.0)
+    workers.append(Worker(MEEK))
+    former = started_run(instance, workers[0].identity)
+    write_health(platform, workers[0].identity)
+
+    def ends_as_asked(who: Identity, number: signal.Signals) -> bool:
+        assert (who, number) == (workers[0].identity, signal.SIGTERM)
+        workers[0].end()
+        end(instance, former)
+        return True
+
+    monkeypatch.setattr(Identity, "send", ends_as_asked)
+    assert launched(tick(instance, with_shards(platform, 2))) == ["0", "1"]
+    assert status(instance, former) is Status.CANCELED
+
+
 def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_replaced(
     instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
 ) -> None:
     two = with_shards(platform, 2)
-    workers += [Worker(MEEK), Worker(MEEK)]
+    workers += [Worker(STUBBORN), Worker(STUBBORN)]  # they take their time to flush
     runs = [started_run(instance, workers[shard].identity, shard) for shard in (0, 1)]
     for shard in (0, 1):
         journal(two, shard)
@@ -419,7 +486,7 @@ def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_repl
         first
     )  # shard 1 still had its markets; the drain waits for itself alone
     for shard in (0, 1):
-        workers[shard].process.wait()
+        workers[shard].end()
         end(instance, runs[shard])
     lag = {"parquet": {"lag": 3}}
     write_health(platform, workers[1].identity, shard=1, state="stopped", shards=2, stores=lag)

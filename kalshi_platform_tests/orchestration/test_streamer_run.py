@@ -10,6 +10,7 @@ import pytest
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.monitoring import planned_stop
 from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook, unreported
@@ -132,6 +133,49 @@ def test_a_run_that_is_killed_while_it_flushes_had_been_asked_to_end(
     streamer.when_stopping = lambda _: seen.extend(run.status for run in instance.get_runs())
     assert execute(instance, platform, streamer).status is Status.CANCELED
     assert seen == [Status.CANCELING]  # the supervisor calls canceled what ends so
+
+
+@pytest.mark.parametrize("who", ["nobody", "up", "a person, in the UI"])
+@pytest.mark.parametrize("when", ["it records", "before"])
+def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    monkeypatch: pytest.MonkeyPatch,
+    who: str,
+    when: str,
+) -> None:
+    monkeypatch.setattr("kalshi_platform.orchestration.streamer.NOTED_S", 0.2)
+    data = platform.settings().data_dir
+    planned_stop.begin(data)
+    streamer = StandInStreamer()
+
+    def end(*_: object) -> None:
+        if who == "up":
+            planned_stop.note(data)
+        elif who != "nobody":
+            [run] = instance.get_runs()
+            instance.report_run_canceling(run)
+        interrupt(streamer)
+
+    streamer.when_dry = end
+    if when == "before":
+        monkeypatch.setattr(StandInPlatform, "streamer", end)
+    run = execute(instance, platform, streamer)
+    assert streamer.stopped.is_set() == (when == "it records")
+    assert run.status is (Status.FAILURE if who == "nobody" else Status.CANCELED)
+    assert ("an out-of-memory daemon" in errors(instance, run)) == (who == "nobody")
+
+
+def test_a_stop_that_is_noted_only_after_the_signal_is_planned_all_the_same(
+    instance: dg.DagsterInstance, platform: StandInPlatform
+) -> None:
+    """A container that is stopped gives SIGTERM to all of its processes at once."""
+    data = platform.settings().data_dir
+    planned_stop.begin(data)
+    streamer = StandInStreamer()
+    streamer.when_dry = interrupt
+    streamer.when_stopping = lambda _: planned_stop.note(data)
+    assert execute(instance, platform, streamer).status is Status.CANCELED
 
 
 @pytest.mark.parametrize("asked_in_the_ui", [False, True])

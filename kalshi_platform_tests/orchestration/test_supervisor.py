@@ -364,6 +364,23 @@ def test_a_run_that_recorded_for_a_minute_until_it_was_killed_is_replaced_at_onc
         state = decision.state
 
 
+def test_runs_that_are_lost_with_their_code_server_wait_longer_and_longer_after_the_first() -> None:
+    state, waits = State(), []
+    for number in range(12):
+        lost = Observation(ended=Ended(f"run-{number}", False, 0.0, NOW), jitter=1.0)
+        decision = decide(lost, state, NOW)
+        state = decision.state
+        waits.append(max(state.not_before - NOW, 0.0))
+        assert isinstance(decision.action, Launch) == (number == 0)
+    assert waits[:4] == [0.0, BACKOFF_S, BACKOFF_S * 2, BACKOFF_S * 4]
+    assert waits[-1] == BACKOFF_LIMIT_S
+    assert "12 runs in a row were lost before they began" in decision.reason
+    well = decide(Observation((STARTED,), health=health()), state, NOW).state
+    assert well.lost == 0
+    again = Observation(ended=Ended("run-12", False, 0.0, NOW + 600), jitter=1.0)
+    assert isinstance(decide(again, well, NOW + 600).action, Launch)
+
+
 def test_one_failure_is_counted_once_however_often_it_is_seen() -> None:
     once = decide(failed("run-1"), State(), NOW).state
     assert decide(failed("run-1"), once, NOW + 1).state == once
