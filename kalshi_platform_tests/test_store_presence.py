@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor, up
-from kalshi_platform.loading import presence
+from kalshi_platform.loading import freshness, numbering, presence
 from kalshi_platform.orchestration.home import Home
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
+from kalshi_platform.storage import migrations
+from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.streamer import Streamer
+from kalshi_platform_tests.between import between
 from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore, object_store
 
 NAMED_S = 5.0
@@ -71,13 +77,13 @@ def in_bucket(store: ObjectStore, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def recording(settings: Settings) -> Iterator[Streamer]:
+def recording(settings: Settings, *, drain_s: float = 10.0) -> Iterator[Streamer]:
     streamer = Streamer(settings)
     streamer.start()
     try:
         yield streamer
     finally:
-        streamer.stop(10.0)
+        streamer.stop(drain_s)
 
 
 def trouble(streamer: Streamer, since: float) -> str:
@@ -204,6 +210,68 @@ def test_up_says_at_once_what_keeps_it_from_the_archive(
 
 def test_an_archive_that_was_never_written_to_is_no_fault(make: Callable[..., Settings]) -> None:
     assert doctor._archive(make()).mark is not doctor.Mark.BAD
+
+
+def test_a_clickhouse_that_takes_connections_and_never_answers_is_named(
+    make: Callable[..., Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = make(use_clickhouse=True, clickhouse_url=url)
+        began = time.monotonic()
+        with caplog.at_level(logging.ERROR), recording(settings, drain_s=1.0) as streamer:
+            named = trouble(streamer, began + numbering.PATIENCE_S)  # so long it waits at its start
+            assert named.startswith(f"ClickHouse at {url} cannot be reached (time-out). ")
+            assert named in caplog.text
+            report = msgspec.to_builtins(streamer.health())
+            assert doctor._judge(report, 0, 1).mark is doctor.Mark.BAD
+        with pytest.raises(StoreUnavailable) as found:
+            doctor._clickhouse(settings)
+        assert str(found.value) == named
+
+
+def test_a_clickhouse_that_stops_answering_while_it_is_idle_is_named_until_it_answers(
+    make: Callable[..., Settings], clickhouse_url: str, clickhouse_database: str
+) -> None:
+    with between(clickhouse_url) as way:
+        settings = make(
+            use_clickhouse=True, clickhouse_url=way.url, clickhouse_database=clickhouse_database
+        )
+        migrations.migrate(settings)
+        with recording(settings) as streamer:
+            while not streamer.health().stores["clickhouse"].committed_ns:
+                assert streamer.failure() is None
+                time.sleep(0.05)
+            well(streamer)
+            way.open.clear()
+            named = trouble(streamer, time.monotonic())
+            assert f"ClickHouse at {way.url} cannot be reached (time-out)" in named
+            way.open.set()
+            well(streamer)
+
+
+def test_an_exchange_that_takes_connections_and_never_answers_is_named(
+    make: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freshness, "maintenance", lambda _: False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        settings = make(kalshi_ws_url=f"ws://{address}/x", kalshi_rest_url=f"http://{address}/x")
+        with recording(settings) as streamer:
+            report = msgspec.to_builtins(streamer.health())
+            for profile, promised_s in (
+                (freshness.DOCTOR, 15),
+                (freshness.CONSOLE, 30),
+                (freshness.ALERTS, 120),
+            ):
+                for after_s, cause in ((-1, "starting"), (1, "disconnected")):
+                    now = datetime.fromtimestamp(
+                        report["started_ns"] / 1e9 + promised_s + after_s, UTC
+                    )
+                    fresh = {**report, "updated_ns": int(now.timestamp() * 1e9)}
+                    judged = freshness.judge(fresh, None, now, profile)
+                    assert judged.cause == cause, judged
+            assert "`kalshi-platform doctor` says why" in judged.sentence
 
 
 @contextmanager

@@ -292,7 +292,10 @@ def _journal(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judg
         return None
     what = f"What came {_told(age)} ago is not durable yet, and a kill would lose it."
     if age > profile.durable_s:
-        remedy = report["trouble"] or "Look at the disk; end the run if it does not go on."
+        remedy = (
+            report["trouble"]
+            or "Give it a faster disk, or find what else writes there; it goes on by itself."
+        )
         return _error("writer stuck", f"{what} {remedy}")
     return _warn(
         "disk slow", f"{what} {report['trouble'] or 'Look at what else writes to the disk.'}"
