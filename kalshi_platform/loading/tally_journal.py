@@ -21,6 +21,7 @@ import pyarrow.json as pj
 
 from kalshi_platform import typed_json
 from kalshi_platform.exchange.frames import DecodeError, Kind, decode_head
+from kalshi_platform.loading.derivation import chunks, up_to
 from kalshi_platform.loading.tally import DELTA, OTHER, SNAPSHOT, TRADE, Place
 from kalshi_platform.loading.tally_stores import named_by
 from kalshi_platform.recording import journal
@@ -75,12 +76,8 @@ def read(
     """
     beginning = journal.beginning(folder)
     found = Journal(shard, beginning.n, max(end, beginning.n))
-    for stretch in journal.read(folder, beginning):
-        if stretch.first_n >= end:
-            break
-        piece = stretch
-        if stretch.first_n + stretch.rows > end:
-            piece, _ = stretch.cut(end - stretch.first_n)
+    # gathered: adding up costs the same for few records, and a quiet exchange makes many small blocks
+    for piece in chunks(up_to(end, journal.read(folder, beginning))):
         if isinstance(piece, Hole):
             found.lost.append((piece.first_n, piece.first_n + piece.rows))
         else:
