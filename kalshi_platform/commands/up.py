@@ -40,7 +40,7 @@ from kalshi_platform.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.25
-"""Between two looks at the programs."""
+"""Between two looks at the programs, and two tries to migrate while the embedded ClickHouse starts."""
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
 """How long to wait for each before the next is started anyway."""
 
@@ -188,16 +188,16 @@ class _Platform:
             self._wait_for(
                 "simulator", SIMULATOR_S
             )  # it makes the key that the streamer signs with
-            if settings.use_clickhouse:
-                start(self._own("paper-mm", PAPER_STAGE, PAPER_GRACE_S, lambda: True))
         self._wait_for("code-server", CODE_S)
         if not self._ending.wished:
+            start(self._daemon())  # it starts the streamer, which all else makes way for
             start(self._webserver())
-            start(self._daemon())
         if settings.metrics_port is not None:
             start(self._own("metrics", DAGSTER_STAGE, METRICS_GRACE_S, lambda: True))
         if self._wait_for("webserver", UI_S):
             self._summary()
+        if _own_simulator(settings) and settings.use_clickhouse and not self._ending.wished:
+            start(self._own("paper-mm", PAPER_STAGE, PAPER_GRACE_S, lambda: True))
         threading.Thread(target=self._announce, name="announce", daemon=True).start()
 
     def _look(self) -> bool:
@@ -365,8 +365,8 @@ class _Platform:
                         f"{error} Recording goes on without it: the journal and Parquet are"
                         " written, and ClickHouse gets it all when it is back."
                     )
-                self._over.wait(wait_s)
-                wait_s = min(wait_s * 2, 15.0)
+                self._over.wait(LOOK_S if starting else wait_s)
+                wait_s = wait_s if starting else min(wait_s * 2, 15.0)
             else:
                 if self._clickhouse_trouble or applied:
                     names = ", ".join(str(migration) for migration in applied) or "nothing to do"

@@ -62,7 +62,7 @@ STATE_EVERY_S = 30.0
 TROUBLE_PATIENCE_S = 1.5
 """At the end, a store that takes nothing is given up after this: the journal has it all."""
 REFUSED_RETRY_S = 30.0
-"""A store that refuses for good is asked again now and then: somebody may have mended it."""
+"""A store that goes on refusing is asked again so often: somebody may have mended it."""
 RESTART_S = 30.0
 """A load that was stopped, by damage to the journal or a fault, begins again after this."""
 LOOK_S = 0.05
@@ -275,8 +275,8 @@ class Load:
                 known = isinstance(error, PlatformError)
                 if self.failure is None or str(error) != str(self.failure):
                     log.error("The load into %s stopped: %s", self.name, error, exc_info=not known)
-                self.failure = error
                 self.errors[_kind(error) if known else "fault"] += 1
+                self.failure = error  # last: whoever sees it finds the line and the count
             else:
                 return
             if self._stopping.wait(RESTART_S):
@@ -593,8 +593,8 @@ class Load:
             self._refused = isinstance(error, StoreRefused)
             sentence = self._disk_sentence(error) if isinstance(error, OSError) else str(error)
             if self._trouble != sentence:
-                self._trouble = sentence
                 log.error("What is not in %s yet stays in the journal: %s", self.name, sentence)
+                self._trouble = sentence  # after the line in the log, where it can be read then
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((StoreError, OSError)),
@@ -640,7 +640,8 @@ def _patience(attempt: tenacity.RetryCallState) -> float:
     error = attempt.outcome.exception() if attempt.outcome else None
     if isinstance(error, StoreUnavailable | OSError):
         return tenacity.wait_random_exponential(multiplier=0.2, max=10)(attempt)
-    return REFUSED_RETRY_S
+    # at a first start the tables are made while it asks for them
+    return tenacity.wait_exponential(multiplier=0.5, max=REFUSED_RETRY_S)(attempt)
 
 
 def _kind(error: BaseException) -> str:

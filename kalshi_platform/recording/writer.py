@@ -362,8 +362,8 @@ class Writer:
 
     def _tell_blocked(self, sentence: str) -> None:
         if self.blocked != sentence:
-            self.blocked = sentence
             log.error("%s Reading stops when %d MiB wait.", sentence, BACKLOG_BYTES >> 20)
+            self.blocked = sentence  # after the line in the log, where it can be read then
 
     def _change_segment(self) -> None:
         """Begin the next segment where this one is long enough, or cannot be trusted any more."""
@@ -394,8 +394,8 @@ class Writer:
             f" another file ({error.strerror}): make room for files (inodes, quota, open files)."
         )
         if self._grown != sentence:
-            self._grown = sentence
             log.error("%s", sentence)
+            self._grown = sentence
 
     def _check(self) -> None:
         """Notice that others may write to the folder, or that the segment is no longer in it."""

@@ -1,0 +1,30 @@
+"""How long a load waits before it asks a store again."""
+
+from __future__ import annotations
+
+import tenacity
+
+from kalshi_platform.loading import load
+from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+
+
+def waits(error: StoreError, attempts: int) -> list[float]:
+    found = []
+    for number in range(1, attempts + 1):
+        attempt = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+        attempt.attempt_number = number
+        attempt.set_exception((type(error), error, None))
+        found.append(load._patience(attempt))
+    return found
+
+
+def test_a_store_that_refuses_is_asked_again_soon_at_first_and_then_rarely() -> None:
+    """At the first start of `up` its tables are made while the streamer asks for them."""
+    found = waits(StoreRefused("There is no such table."), 12)
+    assert sum(found[:4]) < 10
+    assert found == sorted(found)
+    assert found[-1] == load.REFUSED_RETRY_S
+
+
+def test_a_store_that_is_away_is_asked_often() -> None:
+    assert max(waits(StoreUnavailable("ClickHouse is away."), 12)) <= 10
