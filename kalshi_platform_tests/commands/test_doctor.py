@@ -33,8 +33,11 @@ from kalshi_platform.recording import journal
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.inventory.planted import Planted, ago
 from kalshi_platform_tests.monitoring.servers import web_server
+from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
 
 StartSimulator = Callable[..., Simulator]
 
@@ -92,10 +95,21 @@ class Patient:
         return {line.split(" — ")[0][2:]: line for line in lines}
 
 
+@pytest.fixture(scope="module")
+def migrated_once(clickhouse_url: str) -> Iterator[str]:
+    """A database for the tests that only look; who changes it has one of its own (`alone`)."""
+    name = database_name()
+    migrations.migrate(settings_for(clickhouse_url, name))
+    yield name
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
+
+
 @pytest.fixture
 def patient(
     clickhouse_url: str,
-    clickhouse_database: str,
+    migrated_once: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     start_simulator: StartSimulator,
@@ -107,12 +121,19 @@ def patient(
         tmp_path,
         simulator,
         CLICKHOUSE_URL=clickhouse_url,
-        CLICKHOUSE_DATABASE=clickhouse_database,
+        CLICKHOUSE_DATABASE=migrated_once,
     )
     patient.set(MARKET_TICKERS=next(iter(simulator.books())))
-    migrations.migrate(platform_settings.current())
     yield patient
     platform_settings.current.cache_clear()
+
+
+@pytest.fixture
+def alone(patient: Patient, clickhouse_database: str) -> Patient:
+    """A platform that is well, on a database of its own."""
+    patient.set(CLICKHOUSE_DATABASE=clickhouse_database)
+    migrations.migrate(platform_settings.current())
+    return patient
 
 
 def test_a_platform_that_is_well_has_no_complaint(
@@ -327,16 +348,16 @@ def test_a_part_that_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is
     assert patient.examined()["ClickHouse"].startswith("✓")
 
 
-def test_a_schema_that_is_not_ours_is_found(patient: Patient) -> None:
+def test_a_schema_that_is_not_ours_is_found(alone: Patient) -> None:
     with closing(connect(platform_settings.current())) as client:
         client.command("ALTER TABLE latest_levels MODIFY COLUMN size Decimal(18, 4)")
-        assert "latest_levels.size is Decimal(18, 4)" in patient.examined()["schema"]
+        assert "latest_levels.size is Decimal(18, 4)" in alone.examined()["schema"]
         client.command(
             "ALTER TABLE schema_migrations DELETE WHERE version = 2 SETTINGS mutations_sync = 1"
         )
-        assert "lacks 002_live_views" in patient.examined()["schema"]
-    patient.set(CLICKHOUSE_DATABASE="nowhere")
-    assert "kalshi-platform migrate" in patient.examined()["schema"]
+        assert "lacks 002_live_views" in alone.examined()["schema"]
+    alone.set(CLICKHOUSE_DATABASE="nowhere")
+    assert "kalshi-platform migrate" in alone.examined()["schema"]
 
 
 def test_a_folder_that_cannot_be_written_is_found(patient: Patient, tmp_path: Path) -> None:
@@ -466,17 +487,17 @@ def test_a_disk_that_will_be_full_is_found_before_it_is(
     assert "more than a year" in settled.text
 
 
-def test_a_market_maker_that_has_stopped_deciding_is_found_with_its_age(patient: Patient) -> None:
+def test_a_market_maker_that_has_stopped_deciding_is_found_with_its_age(alone: Patient) -> None:
     with closing(connect(platform_settings.current())) as client:
         planted = Planted(client)
         planted.decision(ago(2 * 3600 + 1500), engine_instance_id="mm-1")
-        line = patient.examined()["market maker"]
+        line = alone.examined()["market maker"]
         assert line.startswith(
             "✗ market maker — engine mm-1 has not decided for 2 h 25 min, its newest decision is of "
         )
         assert line.endswith("the line of its spool counts what waits here")
         planted.decision(ago(5), engine_instance_id="mm-1")  # what the line says: it is started
-        line = patient.examined()["market maker"]
+        line = alone.examined()["market maker"]
         assert line.startswith("✓ market maker — it goes on deciding: 1 decision of 1 market")
 
 

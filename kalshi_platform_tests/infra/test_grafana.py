@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import (
     DEPTH,
@@ -25,7 +24,7 @@ from kalshi_platform.storage.schema import (
     SPREADS,
     STREAM_EVENTS,
 )
-from kalshi_platform_tests.storage.tables import insert, settings_for, uuid
+from kalshi_platform_tests.storage.tables import insert, prepare, settings_for, uuid
 from kalshi_platform_tests.storage.two_shards import database_name
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
@@ -131,8 +130,8 @@ def rows_of(client: Client) -> None:
 @pytest.fixture(scope="module")
 def client(clickhouse_url: str) -> Iterator[Client]:
     """A database with rows of the last minute."""
-    settings = settings_for(clickhouse_url, database_name())
-    migrations.migrate(settings)
+    settings = settings_for(clickhouse_url, database_name(), hot_retention_days=36_500)
+    prepare(settings)
     with closing(connect(settings)) as client:
         rows_of(client)
         yield client

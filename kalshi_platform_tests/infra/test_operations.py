@@ -68,6 +68,7 @@ class Project:
         self.folder = folder
         self.port, self.simulator_port = free_ports(2)
         self.jobs: list[subprocess.Popen[bytes]] = []
+        self._clickhouse: subprocess.Popen[bytes] | None = None
         self.has_recorded = False
         unpacked("b5ce1cc", folder / "data")
         (folder / ".env").write_text(
@@ -83,6 +84,8 @@ class Project:
 
     def run(self, lines: list[str]) -> str:
         """Type the lines, each of which must end as the page says; what they said."""
+        if any(line.startswith("kalshi-platform clickhouse &") for line in lines):
+            self.end_clickhouse()
         return "".join(self._line(line) for line in lines if line not in NOT_RUN)
 
     def _line(self, line: str) -> str:
@@ -123,14 +126,24 @@ class Project:
         job.send_signal(signal.SIGTERM)
         assert job.wait(60) == 0
 
-    @contextmanager
-    def clickhouse(self) -> Iterator[None]:
-        """The embedded ClickHouse, as `up` runs it."""
-        self.begin(["kalshi-platform", "clickhouse"])
-        try:
-            yield
-        finally:
-            self.end()
+    def clickhouse(self) -> None:
+        """See to it that the embedded ClickHouse runs, as under `up`; a block that starts one ends it first."""
+        if self._clickhouse is None:
+            self.begin(["kalshi-platform", "clickhouse"])
+            self._clickhouse = self.jobs.pop()
+
+    def end_clickhouse(self) -> None:
+        """End it in order, where it runs."""
+        if self._clickhouse is not None:
+            self._clickhouse.send_signal(signal.SIGTERM)
+            assert self._clickhouse.wait(60) == 0
+            self._clickhouse = None
+
+    def kill(self) -> None:
+        """Leave no process of the project."""
+        for job in [*self.jobs, *([self._clickhouse] if self._clickhouse else [])]:
+            job.kill()
+            job.wait()
 
     def sql(self, *statements: str) -> None:
         with closing(connect(self.settings)) as client:
@@ -168,9 +181,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     folder = tmp_path_factory.mktemp("project")
     project = Project(folder)
     yield project
-    for job in project.jobs:
-        job.kill()
-        job.wait()
+    project.kill()
 
 
 @pytest.fixture
@@ -184,7 +195,8 @@ def project(
     key.parent.mkdir(exist_ok=True)
     shutil.copy(simulator.key_file, key)
     if not made.has_recorded:  # here: its stores were elsewhere before
-        with made.clickhouse(), made.recording() as streamer:
+        made.clickhouse()
+        with made.recording() as streamer:
             wait_for(lambda: caught_up(streamer), streamer.health)
         made.has_recorded = True
     return made
@@ -200,34 +212,34 @@ def whole(project: Project, *argv: str) -> bool:
 
 
 def test_rows_that_clickhouse_lost_are_restored_while_it_records(project: Project) -> None:
-    with project.clickhouse(), project.recording():
+    project.clickhouse()
+    with project.recording():
         project.sql(f"DELETE FROM orderbook_events WHERE {OF_HOUR} AND seq > 60")
         project.run(block("kalshi-platform proof --hours"))
-    with project.clickhouse():
-        assert whole(project)
+    assert whole(project)
 
 
 def test_rows_that_are_there_twice_are_replaced(project: Project) -> None:
-    with project.clickhouse():
-        project.sql(
-            f"INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE {OF_HOUR}"
-            " SETTINGS insert_deduplicate = 0"
-        )
-        status, output = command(["proof", "--hours", HOUR])
-        assert status == 2
-        assert "doubled" in output
-        said = project.run(block(f"kalshi-platform restore --hours {HOUR}  "))
-        assert f"restore --hours {HOUR} --replace" in said
-        assert whole(project)
+    project.clickhouse()
+    project.sql(
+        f"INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE {OF_HOUR}"
+        " SETTINGS insert_deduplicate = 0"
+    )
+    status, output = command(["proof", "--hours", HOUR])
+    assert status == 2
+    assert "doubled" in output
+    said = project.run(block(f"kalshi-platform restore --hours {HOUR}  "))
+    assert f"restore --hours {HOUR} --replace" in said
+    assert whole(project)
 
 
 def test_clickhouse_that_is_gone_is_made_again_from_the_archive(project: Project) -> None:
     said = project.run(block("mv data/clickhouse /elsewhere"))
     assert "Whole: " in said
-    with project.clickhouse(), project.recording() as streamer:
+    project.clickhouse()
+    with project.recording() as streamer:
         wait_for(lambda: caught_up(streamer), streamer.health)
-    with project.clickhouse():
-        assert whole(project)
+    assert whole(project)
 
 
 def caught_up(streamer: Streamer) -> bool:
@@ -236,40 +248,37 @@ def caught_up(streamer: Streamer) -> bool:
 
 
 def test_a_database_that_up_made_empty_is_filled_and_loading_goes_on(project: Project) -> None:
-    with project.clickhouse():
-        project.sql("DROP DATABASE kalshi SYNC")
-        assert command(["migrate"])[0] == 0  # as `up` does
-        with project.recording() as streamer:
-            wait_for(lambda: "clickhouse" in troubles(streamer.health()), streamer.health)
-            assert (
-                "does not hold what was loaded there" in troubles(streamer.health())["clickhouse"]
-            )
+    project.clickhouse()
+    project.sql("DROP DATABASE kalshi SYNC")
+    assert command(["migrate"])[0] == 0  # as `up` does
+    with project.recording() as streamer:
+        wait_for(lambda: "clickhouse" in troubles(streamer.health()), streamer.health)
+        assert "does not hold what was loaded there" in troubles(streamer.health())["clickhouse"]
     lines = block("kalshi-platform clickhouse &")
     assert "Whole: " in project.run(lines)
-    with project.clickhouse():
-        with project.recording() as streamer:
-            wait_for(lambda: caught_up(streamer), streamer.health)
-        assert whole(project)
+    project.clickhouse()
+    with project.recording() as streamer:
+        wait_for(lambda: caught_up(streamer), streamer.health)
+    assert whole(project)
 
 
 def test_a_copy_becomes_a_recorder_of_its_own(project: Project) -> None:
     project.run(block("cp -a data copy"))
     copy = project.folder / "copy"
-    with project.clickhouse():
-        with project.recording() as original, project.recording(copy) as second:
-            for streamer in (original, second):
-                wait_for(lambda it=streamer: caught_up(it), streamer.health)  # type: ignore[misc]
-        assert not whole(
-            project
-        )  # as the page says: the copy's rows are in ClickHouse, and in its own archive
-        first, other = (
-            tally_journal.connections(data / "journal" / "shard-0", 0)
-            for data in (project.folder / "data", copy)
-        )
-        theirs = ", ".join(f"'{conn}'" for conn in other - first)
-        tables = ("orderbook_events", "trades", "stream_events", "book_checkpoints")
-        project.sql(*(f"DELETE FROM {table} WHERE conn_id IN ({theirs})" for table in tables))
-        assert whole(project)
+    project.clickhouse()
+    with project.recording() as original, project.recording(copy) as second:
+        for streamer in (original, second):
+            wait_for(lambda it=streamer: caught_up(it), streamer.health)  # type: ignore[misc]
+    # as the page says: the copy's rows are in ClickHouse, and in its own archive
+    assert not whole(project)
+    first, other = (
+        tally_journal.connections(data / "journal" / "shard-0", 0)
+        for data in (project.folder / "data", copy)
+    )
+    theirs = ", ".join(f"'{conn}'" for conn in other - first)
+    tables = ("orderbook_events", "trades", "stream_events", "book_checkpoints")
+    project.sql(*(f"DELETE FROM {table} WHERE conn_id IN ({theirs})" for table in tables))
+    assert whole(project)
     shutil.rmtree(copy)
 
 
@@ -277,12 +286,12 @@ def test_a_copy_becomes_a_recorder_of_its_own(project: Project) -> None:
 
 
 def test_a_migration_that_did_not_end_runs_again(project: Project) -> None:
-    with project.clickhouse():
-        project.sql(
-            "INSERT INTO schema_migrations SELECT version, name, '', now64(3)"
-            " FROM schema_migrations FINAL WHERE version = 21"
-        )
-        said = project.run(block("kalshi-platform migrate --status"))
+    project.clickhouse()
+    project.sql(
+        "INSERT INTO schema_migrations SELECT version, name, '', now64(3)"
+        " FROM schema_migrations FINAL WHERE version = 21"
+    )
+    said = project.run(block("kalshi-platform migrate --status"))
     assert said.count("021_record_order  begun, not ended") == 1
     assert "applied 021_record_order" in said
     assert said.count("021_record_order  applied") == 1
@@ -291,22 +300,23 @@ def test_a_migration_that_did_not_end_runs_again(project: Project) -> None:
 def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
     project: Project,
 ) -> None:
-    with project.clickhouse():
-        project.sql(
-            "INSERT INTO schema_migrations SELECT version, name, 'of another file', now64(3)"
-            " FROM schema_migrations FINAL WHERE version = 1"
-        )
-        status, output = command(["migrate"])
-        assert status == 1
-        assert "migrate --accept-changed" in output
-        project.run(block("kalshi-platform migrate --accept-changed"))
-        assert command(["migrate"])[0] == 0
+    project.clickhouse()
+    project.sql(
+        "INSERT INTO schema_migrations SELECT version, name, 'of another file', now64(3)"
+        " FROM schema_migrations FINAL WHERE version = 1"
+    )
+    status, output = command(["migrate"])
+    assert status == 1
+    assert "migrate --accept-changed" in output
+    project.run(block("kalshi-platform migrate --accept-changed"))
+    assert command(["migrate"])[0] == 0
 
 
 # -- two faults at once ------------------------------------------------------------------------
 
 
 def test_both_stores_are_away_and_each_goes_on_when_it_is_back(project: Project) -> None:
+    project.end_clickhouse()
     shutil.move(project.folder / "data" / "parquet", project.folder / "elsewhere" / "parquet")
     with project.recording() as streamer:
         wait_for(lambda: len(troubles(streamer.health())) == 2, streamer.health)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -112,6 +113,7 @@ def checks(outcome: Outcome) -> Iterator[dg.AssetCheckResult]:
 checks_job = dg.define_asset_job("checks_job", dg.AssetSelection.checks(checks))
 
 
+@functools.cache
 def definitions(*, good: bool) -> dg.Definitions:
     return dg.Definitions(
         assets=[orderbook_events],

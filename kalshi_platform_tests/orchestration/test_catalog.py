@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import httpx
 import polars as pl
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.exchange import rest
 from kalshi_platform.loading.market_catalog import FILE
 from kalshi_platform.orchestration import catalog
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
+from kalshi_platform_tests.storage.tables import prepare, settings_for
+from kalshi_platform_tests.storage.two_shards import database_name
 
 Make = Callable[..., tuple[KalshiResource, Settings]]
 
 
+@pytest.fixture(scope="module")
+def database(clickhouse_url: str) -> Iterator[str]:
+    """A migrated database for this module."""
+    name = database_name()
+    prepare(settings_for(clickhouse_url, name, hot_retention_days=36_500))
+    yield name
+    httpx.post(
+        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
+    ).raise_for_status()
+
+
 @pytest.fixture
-def platform_of(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Make:
-    """The platform on a simulator, and on a migrated database of the test's own."""
+def platform_of(tmp_path: Path, clickhouse_url: str, database: str) -> Make:
+    """The platform on a simulator, and on a database without a catalogue."""
+    with closing(clickhouse.connect(settings_for(clickhouse_url, database))) as client:
+        client.command("TRUNCATE TABLE market_catalog")
 
     def make(simulator: Simulator, **more: str) -> tuple[KalshiResource, Settings]:
         overrides = {
             "kalshi_data_dir": str(tmp_path / "data"),
             "clickhouse_url": clickhouse_url,
-            "clickhouse_database": clickhouse_database,
+            "clickhouse_database": database,
             "kalshi_ws_url": simulator.ws_url,
             "kalshi_rest_url": simulator.rest_url,
             **more,
@@ -42,8 +62,6 @@ def platform_of(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -
         settings = platform_settings.load(_env_file=None, **overrides)
         settings.exchange.key_file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(simulator.key_file, settings.exchange.key_file)
-        if settings.use_clickhouse:
-            migrations.migrate(settings)
         return KalshiResource(overrides=overrides), settings
 
     return make
@@ -162,7 +180,7 @@ def test_where_the_exchange_does_not_tell_all_nothing_is_written(
     platform_of: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.exchange.rest.ATTEMPTS", 1)
+    monkeypatch.setattr(rest, "RestClient", functools.partial(rest.RestClient, attempts=1))
     simulator = start_simulator(markets=6, rate=0, rolling_markets=0)
     platform, settings = platform_of(simulator)
     simulator.inject("rest401:50")
@@ -219,7 +237,7 @@ def test_a_catalogue_that_cannot_be_read_is_not_asked_for_at_every_tick(
 ) -> None:
     simulator = start_simulator(markets=2)
     platform, _ = platform_of(simulator, kalshi_rest_url="http://127.0.0.1:1/trade-api/v2")
-    monkeypatch.setattr("kalshi_platform.exchange.rest.ATTEMPTS", 1)
+    monkeypatch.setattr(rest, "RestClient", functools.partial(rest.RestClient, attempts=1))
     assert not materialise(instance, platform).success
     assert not asked(instance)
     monkeypatch.setattr(catalog, "TRY_AGAIN_S", 0.0)

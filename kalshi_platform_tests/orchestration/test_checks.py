@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +37,6 @@ from kalshi_platform.orchestration.assets import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.schema import DATASETS, STREAM_EVENTS, ZERO_UUID
@@ -48,11 +49,13 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.storage.tables import insert, settings_for
+from kalshi_platform_tests.storage.tables import insert, prepare, settings_for
 
 NAMES = {"no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "fresh"}
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 CONN = wire.conn_id(1)
+FILLED = (*DATASETS, "recorders")
+"""The tables that a recorder fills."""
 FOR_EVER = {"hot_retention_days": 36_500}
 PACE = Pace(rows=150, seconds=0.0, first_s=0.0)
 
@@ -66,13 +69,7 @@ class Platform:
     instance: dg.DagsterInstance
 
     def record(self, records: Sequence[wire.Record]) -> None:
-        writer = journal_of(self.settings.journal_dir(), records)
-        for store in (
-            ParquetStore(LocalArchive(self.settings.archive_dir), 0, lambda _: None),
-            ClickHouseStore(self.settings, str(writer.id)),
-        ):
-            load_all(Load(self.settings.journal_dir(), writer, store, PACE))
-        writer.close()
+        record(self.settings, records)
         self.health()
 
     def health(self, shard: int = 0, **others: Any) -> None:
@@ -100,37 +97,78 @@ class Platform:
         return run_checks(self.instance, resource(self.settings, **overrides))
 
 
+def record(settings: Settings, records: Sequence[wire.Record]) -> None:
+    """Record into the settings' journal, and load that into both stores."""
+    writer = journal_of(settings.journal_dir(), records)
+    for store in (
+        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ClickHouseStore(settings, str(writer.id)),
+    ):
+        load_all(Load(settings.journal_dir(), writer, store, PACE))
+    writer.close()
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 100)
+
+
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 100)
+    small_chunks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[Settings]:
     """A migrated database for this module."""
     settings = settings_for(clickhouse_url, f"test_{uuid.uuid4().hex}")
-    migrations.migrate(settings_for(clickhouse_url, settings.clickhouse_database, **FOR_EVER))
+    prepare(settings_for(clickhouse_url, settings.clickhouse_database, **FOR_EVER))
     yield settings
     httpx.post(
         clickhouse_url, content=f"DROP DATABASE {settings.clickhouse_database} SYNC"
     ).raise_for_status()
 
 
+@pytest.fixture(scope="module")
+def recording_once(
+    database: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Settings]:
+    """Two recorded hours, in a database and a folder that nothing changes."""
+    kept = f"{database.clickhouse_database}_recorded"
+    data = tmp_path_factory.mktemp("recorded") / "data"
+    settings = settings_for(database.clickhouse_url, kept, kalshi_data_dir=data, **FOR_EVER)
+    prepare(settings)
+    with pytest.MonkeyPatch.context() as patched, closing(connect(settings)) as client:
+        small_chunks(patched)
+        record(settings, recording())
+        yield settings
+        client.command(f"DROP DATABASE {kept} SYNC")
+
+
 @pytest.fixture
 def empty(tmp_path: Path, database: Settings, instance: dg.DagsterInstance) -> Iterator[Platform]:
     """A platform with nothing recorded."""
     settings = settings_for(
-        database.clickhouse_url, database.clickhouse_database, kalshi_data_dir=tmp_path, **FOR_EVER
+        database.clickhouse_url,
+        database.clickhouse_database,
+        kalshi_data_dir=tmp_path / "data",
+        **FOR_EVER,
     )
     with closing(connect(settings)) as client:
-        for name in DATASETS:
+        for name in FILLED:
             client.command(f"TRUNCATE TABLE {name}")
         yield Platform(settings, client, instance)
 
 
 @pytest.fixture
-def recorded(empty: Platform) -> Platform:
-    empty.record(recording())
+def recorded(empty: Platform, recording_once: Settings) -> Platform:
+    """A platform with a copy of the recording, which the test may harm."""
+    shutil.copytree(recording_once.data_dir, empty.settings.data_dir)
+    for name in FILLED:
+        empty.client.command(
+            f"INSERT INTO {name} SELECT * FROM {recording_once.clickhouse_database}.{name}"
+            " SETTINGS insert_deduplicate = 0"
+        )
+    empty.health()
     return empty
 
 
@@ -146,18 +184,24 @@ def resource(settings: Settings, **overrides: str) -> KalshiResource:
     )
 
 
-def run_checks(
-    instance: dg.DagsterInstance, platform: KalshiResource
-) -> dict[str, dg.AssetCheckEvaluation]:
-    """Run the job `order_book_checks`; the evaluations by check."""
+@functools.cache
+def job() -> dg.JobDefinition:
+    """`order_book_checks`: a run of it gives the platform."""
     defs = dg.Definitions(
         assets=[recorded_hour],
         asset_checks=checks.CHECKS,
         jobs=checks.JOBS,
-        resources={"platform": platform},
+        resources={"platform": KalshiResource()},
         executor=dg.in_process_executor,
     )
-    result = defs.resolve_job_def("order_book_checks").execute_in_process(instance=instance)
+    return defs.resolve_job_def("order_book_checks")
+
+
+def run_checks(
+    instance: dg.DagsterInstance, platform: KalshiResource
+) -> dict[str, dg.AssetCheckEvaluation]:
+    """Run the job `order_book_checks`; the evaluations by check."""
+    result = job().execute_in_process(instance=instance, resources={"platform": platform})
     assert result.success
     return {each.check_name: each for each in result.get_asset_check_evaluations()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,19 +18,18 @@ from kalshi_platform.orchestration import inventory
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.storage.tables import prepare, settings_for
 
 
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[Settings]:
     """A migrated database for this module."""
     name = f"test_{uuid.uuid4().hex}"
-    settings = settings_for(clickhouse_url, name)
-    migrations.migrate(settings)
+    settings = settings_for(clickhouse_url, name, hot_retention_days=36_500)
+    prepare(settings)
     yield settings
     httpx.post(clickhouse_url, content=f"DROP DATABASE {name} SYNC").raise_for_status()
 
@@ -53,18 +53,24 @@ def resource(settings: Settings, **others: str) -> KalshiResource:
     return KalshiResource(overrides=overrides)
 
 
-def run_checks(
-    instance: dg.DagsterInstance, platform: KalshiResource
-) -> dict[str, dg.AssetCheckEvaluation]:
-    """Run the job `inventory_qa`; the evaluations by check."""
+@functools.cache
+def job() -> dg.JobDefinition:
+    """`inventory_qa`: a run of it gives the platform."""
     defs = dg.Definitions(
         assets=inventory.ASSETS,
         asset_checks=inventory.CHECKS,
         jobs=inventory.JOBS,
-        resources={"platform": platform},
+        resources={"platform": KalshiResource()},
         executor=dg.in_process_executor,
     )
-    result = defs.resolve_job_def("inventory_qa").execute_in_process(instance=instance)
+    return defs.resolve_job_def("inventory_qa")
+
+
+def run_checks(
+    instance: dg.DagsterInstance, platform: KalshiResource
+) -> dict[str, dg.AssetCheckEvaluation]:
+    """Run the job `inventory_qa`; the evaluations by check."""
+    result = job().execute_in_process(instance=instance, resources={"platform": platform})
     assert result.success
     return {each.check_name: each for each in result.get_asset_check_evaluations()}
 

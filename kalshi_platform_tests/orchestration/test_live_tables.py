@@ -10,8 +10,9 @@ import dagster as dg
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.orchestration import live_tables
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform_tests.ports import free_ports
+from kalshi_platform_tests.storage.tables import prepare
 
 
 def tick(instance: dg.DagsterInstance, overrides: dict[str, str]) -> dg.SensorResult:
@@ -30,9 +31,10 @@ def test_each_live_table_is_observed_with_rows_and_age(
         "kalshi_data_dir": str(tmp_path),
         "clickhouse_url": clickhouse_url,
         "clickhouse_database": clickhouse_database,
+        "hot_retention_days": "36500",
     }
     settings = platform_settings.load(_env_file=None, **overrides)
-    migrations.migrate(settings)
+    prepare(settings)
     client = clickhouse.connect(settings)
     client.command(
         "INSERT INTO mm_decisions (ts, market_ticker) VALUES (now64(3) - 7, 'A-1'), (now64(3) - 7000, 'A-1')"
