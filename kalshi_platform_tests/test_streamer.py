@@ -11,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
@@ -37,12 +39,13 @@ from kalshi_platform.simulator.book import NO
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.simulator.venue import Venue
-from kalshi_platform.storage import clickhouse, migrations
+from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.streamer import Health, Streamer
 from kalshi_platform_tests.orchestration.test_checks import resource, run_checks
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
+from kalshi_platform_tests.storage.tables import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = ROOT.parent / "shared" / "frames"
@@ -55,14 +58,17 @@ def settings_for(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> Callable[..., Settings]:
     """Settings that point at a simulator and at a migrated database of the test's own."""
+    prepared = False
 
     def make(simulator: Simulator, **more: Any) -> Settings:
+        nonlocal prepared
         given: dict[str, Any] = {
             "kalshi_data_dir": tmp_path / "data",
             "clickhouse_url": clickhouse_url,
             "clickhouse_database": clickhouse_database,
             "kalshi_ws_url": simulator.ws_url,
             "kalshi_rest_url": simulator.rest_url,
+            "hot_retention_days": 36_500,
             **more,
         }
         settings = platform_settings.load(**given)
@@ -71,10 +77,12 @@ def settings_for(
         shutil.copy(simulator.key_file, key_file)
         if (
             settings.use_clickhouse
+            and not prepared
             and "clickhouse_url" not in more
             and "clickhouse_password" not in more
         ):
-            migrations.migrate(settings)
+            prepare(settings)
+            prepared = True
         return settings
 
     return make
@@ -175,14 +183,15 @@ def assert_lossless(settings: Settings) -> None:
     for dataset in ("orderbook_events", "stream_events"):
         count = archived(settings, dataset).height
         assert query(settings, f"SELECT count() FROM {dataset}") == [(count,)]
-    columns = ["conn_id", "sid", "seq", "market_ticker", "side", "price", "qty", "size"]
-    cold = archived(settings, "orderbook_events").select(columns)
+    names, numbers = ["conn_id", "market_ticker", "side"], ["sid", "seq", "price", "qty", "size"]
+    cold = archived(settings, "orderbook_events").select(pl.col(names).cast(pl.String), *numbers)
     assert cold.is_duplicated().sum() == 0
-    hot = query(
-        settings,
-        "SELECT toString(conn_id), sid, seq, market_ticker, side, price, qty, size FROM orderbook_events",
-    )
-    assert sorted(map(repr, hot)) == sorted(map(repr, cold.rows()))
+    shown = ", ".join([*(f"toString({name}) AS {name}" for name in names), *numbers])
+    with closing(clickhouse.connect(settings)) as client:
+        found = client.query_arrow(f"SELECT {shown} FROM orderbook_events")
+    hot = pl.DataFrame(pl.from_arrow(found))
+    assert hot.schema == cold.schema
+    assert_frame_equal(hot, cold, check_row_order=False, check_exact=True)
 
 
 def reference(lines: list[bytes]) -> tuple[list[tuple[Any, ...]], set[Level]]:
@@ -437,9 +446,16 @@ def test_reading_that_does_not_end_in_time_is_not_called_stored_and_is_marked(
     streamer.start()
     wait_for(lambda: caught_up(streamer), "books")
     assert streamer._loop is not None
-    streamer._loop.call_soon_threadsafe(time.sleep, 8.0)
-    time.sleep(0.1)
+    held, released = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        held.set()
+        released.wait(60.0)
+
+    streamer._loop.call_soon_threadsafe(hang)
+    assert held.wait(60.0)
     assert streamer.stop(5.0) is False
+    released.set()
     assert streamer._capturing is not None
     streamer._capturing.join()
     with streaming(settings) as streamer:
@@ -518,7 +534,7 @@ def test_what_a_damaged_segment_without_a_backup_lost_is_named_and_the_rest_is_l
             middle = len(data) // 2
             segment.write_bytes(data[:middle] + bytes(3_000) + data[middle + 3_000 :])
             engine.enter_context(running(tmp_path / "clickhouse", port=port))
-            migrations.migrate(settings)
+            prepare(settings)
             remedy = f"rename it to {segment.name}.damaged"
             wait_for(
                 lambda: remedy in str(streamer.health().stores["clickhouse"].trouble), "the damage"
@@ -568,7 +584,7 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.audit.CACHE_S", 3.0)
     simulator = start_simulator(markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0)
-    settings = settings_for(simulator, audit_interval_seconds=2.0)
+    settings = settings_for(simulator, audit_interval_seconds=0.5)
 
     def audits() -> list[dict[str, int]]:
         sql = "SELECT detail FROM stream_events WHERE kind = 'audit'"
@@ -648,7 +664,7 @@ def test_a_book_that_is_crossed_here_alone_is_asked_for_again_as_its_check_says(
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.audit.CACHE_S", 3.0)
     simulator = start_simulator(markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0)
-    settings = settings_for(simulator, audit_interval_seconds=2.0)
+    settings = settings_for(simulator, audit_interval_seconds=0.5)
     with streaming(settings), dg.DagsterInstance.ephemeral() as instance:
 
         def check() -> dg.AssetCheckEvaluation:

@@ -19,11 +19,16 @@ from kalshi_platform.orchestration.home import prepare
 
 TWO_SENSORS = """
 import time
+from pathlib import Path
 import dagster as dg
+
+released = Path(__file__).with_name("released")
 
 @dg.sensor(minimum_interval_seconds=1, default_status=dg.DefaultSensorStatus.RUNNING, job_name="job")
 def waits():
-    time.sleep(55)
+    deadline = time.monotonic() + 55
+    while not released.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     return dg.SkipReason("waited")
 
 @dg.sensor(minimum_interval_seconds=1, default_status=dg.DefaultSensorStatus.RUNNING, job_name="job")
@@ -89,8 +94,9 @@ def test_while_one_sensor_waits_the_daemon_goes_on_evaluating_the_other(tmp_path
             deadline = time.monotonic() + 50
             while evaluated("ticks").count(TickStatus.SKIPPED) < 2:
                 assert time.monotonic() < deadline, (evaluated("ticks"), evaluated("waits"))
-                time.sleep(0.2)
+                time.sleep(0.05)
             assert evaluated("waits") == [TickStatus.STARTED]
         finally:
+            (tmp_path / "released").touch()
             over.set()
             thread.join(90)
