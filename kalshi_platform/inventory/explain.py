@@ -65,6 +65,11 @@ class Case:
         """The engine of the latest finding; None where the check does not say."""
         return self.latest.get("engine_instance_id")
 
+    def at(self, row: Mapping[str, Any]) -> datetime:
+        """Of a finding's row; a bucket has the end of its second."""
+        at: datetime = row[self.check.at]
+        return at if self.check.at == "ts" else at + timedelta(seconds=1)
+
     @property
     def brief(self) -> bool:
         """Whether it is short enough to be timing: over within the bound, or begun within it."""
@@ -127,11 +132,12 @@ def _divergence(case: Case) -> Explained:
     )
     kind, why = (
         _sign(case)
-        or _clock(case)
+        or _clock(case, "difference")
         or _rolled_position(case)
         or _cause(case, row, case.last)
-        or _all_fills(case)
-        or _cause(case, case.clearest, case.clearest["ts"])
+        or _all_fills(case, row)
+        or _cause(case, case.clearest, case.at(case.clearest))
+        or _all_fills(case, case.clearest)
         or _cause(case, case.example, case.first)
         or _nothing_accounts(case)
     )
@@ -145,11 +151,14 @@ def _accounted(row: Mapping[str, Any]) -> float:
 
 
 def _sign(case: Case) -> Explained | None:
-    """The whole position with the other sign, or a convention that says so."""
-    held, accounted = case.latest["pos_filled"], _accounted(case.latest)
+    """The whole position with the other sign from the first finding on, or a convention that says so."""
+    rows = (case.latest, case.clearest, case.example)
     decision = case.market.decision(case.last, case.engine)
     convention = decision.convention if decision is not None else ""
-    if abs(accounted) > SAME and abs(held + accounted) < SAME:
+    if all(
+        abs(_accounted(row)) > SAME and abs(row["pos_filled"] + _accounted(row)) < SAME
+        for row in rows
+    ):
         return (
             Kind.WRONG_CONVENTION,
             f"it is the same with the other sign (inv_convention {convention or 'none'})",
@@ -185,15 +194,15 @@ def _came(case: Case, by: float) -> bool:
     )
 
 
-def _clock(case: Case) -> Explained | None:
-    """A difference of fills that the engine's clock puts beside where they were."""
+def _clock(case: Case, column: str) -> Explained | None:
+    """A difference of fills that the engine's clock puts beside where they were; `column`: where it is."""
     if case.skew is None:
         return None
     seconds = case.skew.total_seconds()
     reach = abs(case.skew) + timedelta(seconds=4)
     for row, at in ((case.latest, case.last), (case.example, case.first)):
         near = between(case.market.fills, at - reach, at + reach)
-        if _adds_up([each.amount for each in near], row["difference"]):
+        if _adds_up([each.amount for each in near], row[column]):
             direction = "ahead" if seconds > 0 else "behind"
             learns = "late" if seconds > 0 else "early"
             return Kind.CLOCK, (
@@ -292,19 +301,31 @@ def _never_filled(
 
 
 def _of_fills(case: Case, apart: float) -> Explained | None:
-    """A recorded fill that was counted twice, with the other sign, or not at all."""
+    """A recorded fill that was counted twice, with the other sign, or not at all.
+
+    Among equal amounts the fill counts beside which pos_filled moved as it says, and then the closest. One with
+    the other sign is never taken without that: twice an amount is found too often by chance.
+    """
     fills = sorted(
         between(case.market.fills, case.first - NEAR, case.first + audit.REACHES),
         key=lambda each: abs(each.at - case.first),
     )
+    ranked: list[tuple[int, Explained]] = []
     for fill in fills:
         named = f"fill {fill.fill_id} of {number(fill.amount)}"
         if abs(apart - fill.amount) < SAME:
-            return Kind.INVENTED_FILL, f"{named} was counted twice"
+            rank = _doubt_of_move(case, fill, 2 * fill.amount)
+            ranked.append((rank, (Kind.INVENTED_FILL, f"{named} was counted twice")))
         if abs(apart + fill.amount) < SAME:
-            return _uncounted(case, fill.amount, fill.at)
+            rank = 1 if _doubt_of_move(case, fill, fill.amount) > 1 else 3
+            ranked.append((rank, _uncounted(case, fill.amount, fill.at)))
         if abs(apart + 2 * fill.amount) < SAME:
-            return Kind.WRONG_CONVENTION, f"{named} was counted with the other sign"
+            rank = _doubt_of_move(case, fill, -fill.amount)
+            if rank < 2:
+                said = f"{named} was counted with the other sign"
+                ranked.append((rank, (Kind.WRONG_CONVENTION, said)))
+    if ranked:
+        return min(ranked, key=itemgetter(0))[1]
     total = 0.0
     for fill in sorted(fills, key=lambda each: each.at, reverse=True):
         total += fill.amount
@@ -321,22 +342,46 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
     return None
 
 
-def _all_fills(case: Case) -> Explained | None:
-    """All fills of one side since the beginning, counted with the other sign or not at all."""
-    apart = case.latest["difference"]
-    since = between(case.market.fills, case.first - 2 * audit.REACHES, case.last)
+def _doubt_of_move(case: Case, fill: Fill, by: float) -> int:
+    """Whether pos_filled moved so far beside a fill, in one step or two: 0 it did, 1 with other fills' amounts,
+    2 it did not, or a fill of that amount was beside it.
+    """
+    begin, end = fill.at - audit.REACHES, fill.at + audit.REACHES
+    others = [each.amount for each in between(case.market.fills, begin, end) if each is not fill]
+    if any(abs(each - by) < SAME for each in others):
+        return 2
+    moves = [each.by for each in between(case.market.moved, begin, end)]
+    steps = [*moves, *(one + two for one, two in itertools.pairwise(moves))]
+    if any(abs(step - by) < SAME for step in steps):
+        return 0
+    beside = {sum(others), *others}
+    return 1 if any(abs(step - by - each) < SAME for step in steps for each in beside) else 2
+
+
+def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
+    """All fills of one side since the beginning, counted with the other sign or not at all.
+
+    Which was the first is not known: each is tried of those about the beginning, and of those before, for a
+    difference that is small is not seen at once.
+    """
+    apart, in_transit = row["difference"], row.get("in_transit", 0.0)
+    begun = case.first - 2 * audit.REACHES
+    since = between(case.market.fills, case.first - NEAR, case.at(row))
     for side, sense in (("YES", 1), ("NO", -1)):
-        of_side = [each.amount for each in since if each.amount * sense > 0]
-        total = sum(of_side)
-        # a few fills that nearly add up may be chance
-        in_transit = case.latest.get("in_transit", 0.0) if len(of_side) >= ENOUGH else 0.0
-        if _accounts(-2 * total, apart, in_transit):
-            return (
-                Kind.WRONG_CONVENTION,
-                f"{side} fills of {number(total)} were counted with the other sign",
-            )
-        if total and abs(apart + total) < SAME:
-            return _uncounted(case, total, case.first)
+        of_side = [each for each in since if each.amount * sense > 0]
+        total = sum(each.amount for each in of_side)
+        for left, fill in zip(range(len(of_side), 0, -1), of_side, strict=True):
+            if fill.at > case.first + audit.REACHES:
+                break
+            # a few fills that nearly add up, or that came long before, may be chance
+            near = in_transit if left >= ENOUGH and fill.at >= begun else 0.0
+            if left >= ENOUGH or fill.at >= begun:
+                if _accounts(-2 * total, apart, near):
+                    said = f"{side} fills of {number(total)} were counted with the other sign"
+                    return Kind.WRONG_CONVENTION, said
+                if abs(apart + total) < SAME:
+                    return _uncounted(case, total, case.first)
+            total -= fill.amount
     return None
 
 
@@ -362,9 +407,12 @@ def _drift(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
     if not math.isfinite(total):
         return Kind.UNEXPLAINED, f"pos_total_est is {total}, which is no number of contracts"
     kind, why = (
-        _diverged(case, diverged)
-        or _phantom(case, apart, row["in_transit"])
-        or _phantom(case, case.clearest["unaccounted"], case.clearest["in_transit"])
+        _clock(case, "unaccounted")
+        or _diverged(case, diverged)
+        or _phantom(case, apart, row["in_transit"], case.at(row))
+        or _phantom(
+            case, case.clearest["unaccounted"], case.clearest["in_transit"], case.at(case.clearest)
+        )
         or _uncounted_order(case, apart)
         or _beside_diverged(case, diverged)
         or _orphaned(case)
@@ -395,7 +443,7 @@ def _beside_diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> 
             (case.example, other.example),
         ):
             rest = mine["unaccounted"] - theirs["difference"]
-            found = _phantom(case, rest, mine["in_transit"])
+            found = _phantom(case, rest, mine["in_transit"], case.at(mine))
             if found is not None:
                 off = number(theirs["difference"])
                 return found[0], f"pos_filled is off by {off}, and {found[1]}"
@@ -443,47 +491,63 @@ def _strict_drift(case: Case) -> Explained:
     return Kind.UNEXPLAINED, said
 
 
-def _phantom(case: Case, apart: float, in_transit: float) -> Explained | None:
-    """Orders that have ended and are still counted."""
+def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Explained | None:
+    """Orders that have ended and are still counted, `at` the time of the difference."""
     begin, end = case.first - ONSET, case.first + timedelta(seconds=2)
     ended = [
         (each, each.ended_at)
         for each in sorted(
-            between(case.market.ended, begin, case.last, at=attrgetter("ended_at")),
+            between(case.market.ended, begin, at, at=attrgetter("ended_at")),
             key=attrgetter("began_at"),
         )
         if each.ended_at is not None
         and abs(each.remaining) > SAME
         and case.engine in {None, each.engine}
     ]
-    for order, at in ended:
-        if at <= end and abs(order.remaining - apart) < SAME:
+    for order, ended_at in ended:
+        if ended_at <= end and abs(order.remaining - apart) < SAME:
             return Kind.PHANTOM_ORDER, (
                 f"order {order.order_id} of {number(order.remaining)} was {_how(order)} at"
-                f" {moment(at)} and is still counted"
+                f" {moment(ended_at)} and is still counted"
             )
     for how in sorted({order.how for order, _ in ended}):
         of_it = [each for each in ended if each[0].how == how and each[0].remaining * apart > 0]
         of_it.sort(key=itemgetter(1), reverse=True)
         totals = itertools.accumulate(order.remaining for order, _ in of_it)
         for count, (total, (oldest, _)) in enumerate(zip(totals, of_it, strict=True), 1):
-            if _accounts(total, apart, 0.0):
+            if _accounts(total, apart, in_transit if count >= ENOUGH else 0.0):
                 return Kind.PHANTOM_ORDER, (
                     f"the last {count} orders that were {_how(oldest)} are still counted"
                 )
-    for fill in between(case.market.fills, begin, end):
+    return _filled_order(case, begin, end, apart, in_transit)
+
+
+def _filled_order(
+    case: Case, begin: datetime, end: datetime, apart: float, in_transit: float
+) -> Explained | None:
+    """Fills that were not taken off their orders, or that there never were."""
+    market = case.market
+    near = [
+        fill
+        for fill in between(market.fills, begin, end)
         # an order that was never recorded was never counted by the check
-        if fill.order_id in case.market.order_ids and _accounts(fill.amount, apart, in_transit):
-            twin = _twin(case.market.fills, fill)
-            if twin is not None:
-                return Kind.INVENTED_FILL, (
-                    f"fill {fill.fill_id} of {number(fill.amount)} is recorded a second time as"
-                    f" {twin.fill_id}"
-                )
-            return Kind.PHANTOM_ORDER, (
-                f"order {fill.order_id} was filled by {number(fill.amount)} at {moment(fill.at)} and is"
-                " still counted whole"
+        if fill.order_id in market.order_ids and _accounts(fill.amount, apart, in_transit)
+    ]
+    for fill in near:
+        named = f"fill {fill.fill_id} of {number(fill.amount)}"
+        twin = _twin(market.fills, fill)
+        if twin is not None:
+            return Kind.INVENTED_FILL, f"{named} is recorded a second time as {twin.fill_id}"
+        if market.tape and fill.trade_id not in market.tape:
+            return (
+                Kind.INVENTED_FILL,
+                f"{named} was recorded, and the public tape does not have it",
             )
+    for fill in sorted(near, key=lambda each: abs(each.amount - apart)):
+        return Kind.PHANTOM_ORDER, (
+            f"order {fill.order_id} was filled by {number(fill.amount)} at {moment(fill.at)} and is"
+            " still counted whole"
+        )
     return None
 
 
@@ -540,7 +604,7 @@ def _exposure(case: Case) -> Explained:
     exposure = case.latest["pos_open_exposure"]
     if not math.isfinite(exposure):
         return Kind.UNEXPLAINED, f"pos_open_exposure is {exposure}, which is no number of contracts"
-    found = _phantom(case, exposure, 0.0)
+    found = _phantom(case, exposure, 0.0, case.last)
     said = (
         f"the engine counts {number(exposure)} contracts of exposure although it has no open order"
     )

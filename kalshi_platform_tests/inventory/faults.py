@@ -231,6 +231,16 @@ class RacesRight(Faulty):
 
     raced = False
 
+    def plants(self) -> None:
+        self.market.at(SINCE, self.races)
+
+    def races(self, t: int) -> None:
+        for order in self.own():
+            if order.remaining > self.amount and not order.leaving:
+                self.cancels(t, order)
+                return
+        self.market.at(t + 150, self.races)
+
     def cancels(self, t: int, order: Order) -> None:
         super().cancels(t, order)
         fits = order.remaining > self.amount and order.sign == self.sign
@@ -298,11 +308,12 @@ class CountsCanceled(Faulty):
 
     def ends(self, t: int) -> None:
         for order in self.own():
-            if not order.leaving and order.seen == order.remaining:
+            if not order.leaving and order.seen == order.remaining >= self.amount:
                 self.dead = order
                 order.forgotten = True
                 self.market.ends(t, order, self.status)
                 return
+        self.sign = -self.sign  # it may not quote that side now
         self.market.at(t + 150, self.ends)
 
     def hears_end(self, t: int, word: Word) -> None:
@@ -321,10 +332,11 @@ class CountsNotFound(CountsCanceled):
 
     def ends(self, t: int) -> None:
         for order in self.own():
-            if not order.leaving and order.seen == order.remaining:
+            if not order.leaving and order.seen == order.remaining >= self.amount:
                 order.remaining = 0
                 self.dead = order
                 return
+        self.sign = -self.sign
         self.market.at(t + 150, self.ends)
 
     def hears_rejected(self, t: int, word: Word) -> None:
@@ -338,11 +350,12 @@ class CountsAckedCancel(CountsCanceled):
 
     def ends(self, t: int) -> None:
         for order in self.own():
-            if not order.leaving and order.seen == order.remaining:
+            if not order.leaving and order.seen == order.remaining >= self.amount:
                 self.dead = order
                 order.forgotten = True
                 self.cancels(t, order)
                 return
+        self.sign = -self.sign
         self.market.at(t + 150, self.ends)
 
 
@@ -396,7 +409,12 @@ class RejectStorm(Faulty):
 
 
 class CountsRejected(RejectStorm):
-    """It goes on counting the refused bids."""
+    """It goes on counting the refused orders of the side that it may quote."""
+
+    def storms(self, t: int, rejecting: bool) -> None:
+        if rejecting:
+            self.sign = -1 if self.position > 0 else 1
+        super().storms(t, rejecting)
 
     def hears_rejected(self, t: int, word: Word) -> None:
         if word.asked == "place" and word.order.sign == self.sign and t >= SINCE:
@@ -620,8 +638,8 @@ FAULTS: Sequence[Fault] = (
     Fault("fill recorded, not counted", RecordsOnly, _any(MISSING), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill recorded and counted twice", BooksTwice, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
     Fault("fill counted twice", AddsTwice, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
-    Fault("fill booked under two names", BooksUnderTwoNames, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
-    Fault("fill invented", Invents, _any(INVENTED), says=_SIZE, never_says=("settled", "clock", "never recorded")),
+    Fault("fill booked under two names", BooksUnderTwoNames, _any(INVENTED), says=_SIZE, also=_PHANTOM, never_says=("settled", "clock", "never recorded")),
+    Fault("fill invented", Invents, _any(INVENTED), says=_SIZE, also=_PHANTOM, never_says=("settled", "clock", "never recorded")),
     Fault("fill missed, whole contracts", MissesFill, _any(MISSING), sizes=_WHOLE_SIZES, also=_PHANTOM, options=_WHOLE),
     Fault("fill missed, whole contracts, no tape", MissesFill, _EITHER, sizes=_WHOLE_SIZES, says=_LOOK_ALIKE, also=_PHANTOM, options=_UNTAPED),
     Fault("fill counted twice, whole contracts", AddsTwice, _any(INVENTED), sizes=_WHOLE_SIZES, says=_SIZE, never_says=("settled", "clock", "never recorded"), options=_WHOLE),
@@ -632,7 +650,7 @@ FAULTS: Sequence[Fault] = (
     Fault("NO fills booked as YES", BooksNoAsYes, _any(CONVENTION), sizes=(100, 200), options=_BUSY, also=_any(*_GHOST, INVENTED), never_says=("settled", "clock", "never recorded")),
     Fault("position kept with the other sign", OtherSign, _any(CONVENTION), sizes=(100, 200), options=_HELD, also=_GHOST),
     Fault("wrong market, where it was filled", MissesFill, _any(MISSING), says=_SIZE, companion=Right),
-    Fault("wrong market, where it was booked", Invents, _any(INVENTED), says=_SIZE, companion=MissesFill, never_says=("settled", "clock", "never recorded")),
+    Fault("wrong market, where it was booked", Invents, _any(INVENTED), says=_SIZE, companion=MissesFill, also=_PHANTOM, never_says=("settled", "clock", "never recorded")),
     Fault("netting left out", NetsNothing, _any(MISSING, CONVENTION, UNEXPLAINED), sizes=(100, 200), options=replace(_HELD, taker_every=6 * SECOND), also=_GHOST, never_says=("settled", "clock", "never recorded")),
     Fault("netting added up", NetsUp, _any(CONVENTION, UNEXPLAINED), sizes=(100, 200), options=replace(_HELD, taker_every=6 * SECOND), also=_any(*_GHOST, INVENTED)),
     Fault("fractions lost", LosesFractions, _any(MISSING, UNEXPLAINED), sizes=(100, 200), options=_BUSY, by_look=2, also=_GHOST),
