@@ -36,7 +36,8 @@ HEAD = """# What the inventory audit finds
 Faults planted on healthy trading of one engine (fills in fractions, cancels, expiries, a snapshot every five minutes),
 each at several sizes in a market of its own: which check finds it, the class of its breaks, and the sentence of the
 largest. This page is written by `python -m kalshi_platform_tests.inventory.table --write`; `make test` holds each row
-against what was expected. See [inventory.md](inventory.md).
+against what was expected. Other trading around the same faults: `--seed N --wrong` (2, 3 and 31: all right).
+See [inventory.md](inventory.md).
 """
 
 
