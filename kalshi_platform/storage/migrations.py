@@ -166,8 +166,10 @@ def migrate(
         means = {m.version: _meaning(m, cluster) for m in migrations}
         explicit = apply_retention or settings.hot_retention_given
         missing = _missing_tables(client, migrations, now, cluster)
+        if pending:
+            _make_bookkeeping(client, cluster)
         for migration in pending:
-            _apply(client, migration, means[migration.version], cluster)
+            _apply(client, migration, means[migration.version])
             _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
             _record(client, migration, migration.checksum)
         _refuse_later(client, [s for s in stand if s.state is State.UNKNOWN])
@@ -241,7 +243,10 @@ def _begin_retention(client: Client, migration: Migration, days: int, *, explici
     One that was there before and has older rows keeps them, unless HOT_RETENTION_DAYS is set.
     """
     made = {m.name for m in map(definition, statements(migration.sql)) if m is not None}
-    found = retention.changes(client, days, [table for table in RETAINED if table in made])
+    retained = [table for table in RETAINED if table in made]
+    if not retained:
+        return
+    found = retention.changes(client, days, retained)
     first = [c for c in found if c.now is None and (explicit or not c.rows)]
     retention.set_days(client, *first)
 
@@ -527,17 +532,18 @@ def _stand(
     return Standing(version, migration.name, state, recorded[2])
 
 
-def _apply(
-    client: Client, migration: Migration, means: Sequence[str], cluster: Cluster | None
-) -> None:
+def _make_bookkeeping(client: Client, cluster: Cluster | None) -> None:
+    """Make the table of what has been applied, where it is not there yet."""
+    with translated():
+        for statement in [_BOOKKEEPING] if cluster is None else cluster.spread(_BOOKKEEPING):
+            client.command(statement)
+
+
+def _apply(client: Client, migration: Migration, means: Sequence[str]) -> None:
     """Run a migration's statements, once it is written down that it was begun.
 
     Raises what a statement raises, with the migration, the statement and its table.
     """
-    bookkeeping = [_BOOKKEEPING] if cluster is None else cluster.spread(_BOOKKEEPING)
-    with translated():
-        for statement in bookkeeping:
-            client.command(statement)
     _record(client, migration, "")
     for number, statement in enumerate(means, 1):
         try:
