@@ -124,17 +124,18 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(recorded: Setting
     assert (rows_of(recorded), levels(recorded)) == (was, book)
 
 
-@pytest.mark.parametrize("lost", HOT)
 def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
-    lost: str, archived: Settings
+    archived: Settings,
 ) -> None:
     """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
     run(archived)
     was = rows_of(archived)
-    command(archived, f"ALTER TABLE {lost} DELETE WHERE true SETTINGS mutations_sync = 2")
-    for _ in range(2):
-        run(archived)
-        assert rows_of(archived) == was
+    for lost in HOT:
+        command(archived, f"ALTER TABLE {lost} DELETE WHERE true SETTINGS mutations_sync = 2")
+        assert rows_of(archived) == was | {lost: 0}
+        for _ in range(2):
+            run(archived)
+            assert rows_of(archived) == was, lost
 
 
 def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
@@ -147,19 +148,19 @@ def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
     assert first >= SECOND_HOUR
 
 
-@pytest.mark.parametrize("share", [1, 3])
-def test_only_what_is_missing_is_inserted(recorded: Settings, share: int) -> None:
+def test_only_what_is_missing_is_inserted(recorded: Settings) -> None:
     was = rows_of(recorded)
-    command(recorded, f"DELETE FROM orderbook_events WHERE seq % {share} = 0 AND seq < 60")
-    gone = was["orderbook_events"] - rows_of(recorded)["orderbook_events"]
-    assert gone
-    done = run(recorded)
-    found = [it for it in done if it.verdict is Verdict.COMPLETED]
-    assert [(it.dataset, it.hour, it.inserted) for it in found] == [
-        ("orderbook_events", FIRST_HOUR, gone)
-    ]
-    assert rows_of(recorded) == was
-    assert verdicts(run(recorded)) == {Verdict.EQUAL}
+    for share in (3, 1):
+        command(recorded, f"DELETE FROM orderbook_events WHERE seq % {share} = 0 AND seq < 60")
+        gone = was["orderbook_events"] - rows_of(recorded)["orderbook_events"]
+        assert gone
+        done = run(recorded)
+        found = [it for it in done if it.verdict is Verdict.COMPLETED]
+        assert [(it.dataset, it.hour, it.inserted) for it in found] == [
+            ("orderbook_events", FIRST_HOUR, gone)
+        ]
+        assert rows_of(recorded) == was
+        assert verdicts(run(recorded)) == {Verdict.EQUAL}
 
 
 @pytest.mark.parametrize(

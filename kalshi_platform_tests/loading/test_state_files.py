@@ -53,14 +53,20 @@ Damage = Callable[[Path, "Earlier"], None]
 class Earlier:
     """Copies of a data folder: of an earlier moment, and of another recorder."""
 
-    def __init__(self, data: Path, old: Path, other: Path) -> None:
+    def __init__(self, data: Path, old: Path, other: Recorder) -> None:
+        """`other` is made when it is asked for: few damages need it."""
         self._data, self._old, self._other = data, old, other
 
     def old(self, path: Path) -> Path:
         return self._old / path.relative_to(self._data)
 
     def of_another(self, path: Path) -> Path:
-        return self._other / path.relative_to(self._data)
+        data = self._other.settings.data_dir
+        if not data.exists():
+            self._other.run(40)
+            cursors = self._other.folder / "load"
+            shutil.copy(cursors / "parquet.json", cursors / "clickhouse.json")
+        return data / path.relative_to(self._data)
 
 
 def missing(path: Path, _: Earlier) -> None:
@@ -117,9 +123,7 @@ def earlier_of(recorder: Recorder, tmp_path: Path) -> Earlier:
         update={"kalshi_data_dir": tmp_path / "other", "use_clickhouse": False}
     )
     other = Recorder(elsewhere, kinds=["parquet"])
-    other.run(40)
-    shutil.copy(other.folder / "load" / "parquet.json", other.folder / "load" / "clickhouse.json")
-    return Earlier(data, tmp_path / "old", tmp_path / "other")
+    return Earlier(data, tmp_path / "old", other)
 
 
 def disturbed(
