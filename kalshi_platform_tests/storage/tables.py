@@ -20,6 +20,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
+from kalshi_platform.storage.cluster import LOCAL
 from kalshi_platform.storage.ddl import definition
 from kalshi_platform.storage.migrations import Migration
 from kalshi_platform.storage.retention import FOR_EVER_DAYS
@@ -30,8 +31,8 @@ from kalshi_platform_tests.storage.two_shards import database_name
 STATEMENT_TIMEOUT_S = 120.0
 """For a definition, on a machine that is busy with other things."""
 _tokens = count()
-_made: dict[tuple[Migration, ...], Sequence[str]] = {}
-"""What `prepare` runs, by the migrations that it stands for: the same on every server of this version."""
+_made: dict[tuple[tuple[Migration, ...], str | None], Sequence[str]] = {}
+"""What `prepare` runs, by the migrations that it stands for and the cluster: the same on every server of this version."""
 
 
 def settings_for(url: str, database: str, **others: Any) -> Settings:
@@ -44,9 +45,9 @@ def settings_for(url: str, database: str, **others: Any) -> Settings:
 def prepare(settings: Settings) -> None:
     """Make in an empty database what `migrate` makes there. Raises for one that is not empty.
 
-    On a cluster, and where rows are to expire, it is `migrate` that makes it: few tests want that.
+    Where rows are to expire it is `migrate` that makes it: few tests want that.
     """
-    if settings.clickhouse_cluster is not None or settings.hot_retention_days < FOR_EVER_DAYS:
+    if settings.hot_retention_days < FOR_EVER_DAYS:
         migrations.migrate(settings)
         return
     # plain HTTP: no certificates to load
@@ -54,7 +55,9 @@ def prepare(settings: Settings) -> None:
         name = settings.clickhouse_database
         _run(web, settings.clickhouse_url, f"CREATE DATABASE IF NOT EXISTS {name}")
         for sql in _definitions(settings):
-            _run(web, settings.clickhouse_url, sql, database=name)
+            _run(
+                web, settings.clickhouse_url, sql, database=name, distributed_foreground_insert="1"
+            )
 
 
 def _run(web: httpx.Client, url: str, sql: str, **params: str) -> None:
@@ -64,7 +67,7 @@ def _run(web: httpx.Client, url: str, sql: str, **params: str) -> None:
 
 def _definitions(settings: Settings) -> Sequence[str]:
     """The statements that make what `migrate` makes, with the migrations that there are now."""
-    there = migrations.available()
+    there = migrations.available(), settings.clickhouse_cluster
     if there not in _made:
         template = settings.model_copy(update={"clickhouse_database": database_name()})
         migrations.migrate(template)
@@ -87,8 +90,10 @@ def _created(client: Client) -> Iterator[str]:
                 order.pop(made.name, None)  # a view that is replaced may need what came meanwhile
                 order[made.name] = None
     for name in order:
-        if (sql := definitions.pop(name, None)) is not None:
-            yield sql.replace(f"{client.database}.", "")
+        for each in (name + LOCAL, name):
+            if (sql := definitions.pop(each, None)) is not None:
+                unnamed = sql.replace(f"{client.database}.", "")
+                yield unnamed.replace(f"'{client.database}'", "currentDatabase()")
     assert not definitions
 
 
