@@ -38,6 +38,7 @@ LEAST_FREE_BYTES = 8 << 30
 if (
     "TMPDIR" not in os.environ
     and MEMORY.is_dir()
+    and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC  # tests build programs, and run them
     and shutil.disk_usage(MEMORY).free > LEAST_FREE_BYTES
 ):
     os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +40,7 @@ from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.simulator.venue import Venue
 from kalshi_platform.storage import clickhouse
+from kalshi_platform.storage.clickhouse import Client
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.streamer import Health, Streamer
 from kalshi_platform_tests.orchestration.test_checks import resource, run_checks
@@ -115,8 +116,22 @@ def caught_up(streamer: Streamer) -> bool:
     return health.frames > 500 and health.stores["clickhouse"].lag < 500
 
 
+_clients: dict[tuple[str, str], Client] = {}
+
+
+def client_of(settings: Settings) -> Client:
+    """A client of the test's database; the same for each look at it, since connecting costs more than a look."""
+    key = (settings.clickhouse_url, settings.clickhouse_database)
+    if key not in _clients:
+        for former in _clients.values():
+            former.close()
+        _clients.clear()
+        _clients[key] = clickhouse.connect(settings)
+    return _clients[key]
+
+
 def query(settings: Settings, sql: str) -> list[Any]:
-    return list(clickhouse.connect(settings).query(sql).result_rows)
+    return list(client_of(settings).query(sql).result_rows)
 
 
 def archived(settings: Settings, dataset: str) -> pl.DataFrame:
@@ -170,7 +185,7 @@ def wait_for_the_last_frames(
 def proved(settings: Settings) -> list[dict[str, Any]]:
     """The user's own proof, which must find nothing that is not named, and nothing twice."""
     with clickhouse.translated():
-        proof = clickhouse.connect(settings).query(PROOF.read_text().strip().rstrip(";"))
+        proof = client_of(settings).query(PROOF.read_text().strip().rstrip(";"))
     rows = [dict(zip(proof.column_names, row, strict=True)) for row in proof.result_rows]
     assert rows
     assert [r for r in rows if r["unexplained_holes"] or r["doubled"]] == []
@@ -187,8 +202,7 @@ def assert_lossless(settings: Settings) -> None:
     cold = archived(settings, "orderbook_events").select(pl.col(names).cast(pl.String), *numbers)
     assert cold.is_duplicated().sum() == 0
     shown = ", ".join([*(f"toString({name}) AS {name}" for name in names), *numbers])
-    with closing(clickhouse.connect(settings)) as client:
-        found = client.query_arrow(f"SELECT {shown} FROM orderbook_events")
+    found = client_of(settings).query_arrow(f"SELECT {shown} FROM orderbook_events")
     hot = pl.DataFrame(pl.from_arrow(found))
     assert hot.schema == cold.schema
     assert_frame_equal(hot, cold, check_row_order=False, check_exact=True)

@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
-import httpx
 from filelock import FileLock, Timeout
 from rich.console import Console
 
@@ -396,11 +398,18 @@ def _recorded(settings: Settings) -> str:
 
 
 def _answers(url: str) -> Callable[[], bool]:
+    """Whether a server of this machine answers at a plain HTTP address; asked often, so it loads no certificates."""
+    address = urlsplit(url)
+
     def ask() -> bool:
+        connection = HTTPConnection(address.hostname or "", address.port, timeout=1.0)
         try:
-            return httpx.get(url, timeout=1.0, trust_env=False).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+            connection.request("GET", address.path)
+            return connection.getresponse().status == HTTPStatus.OK
+        except (OSError, HTTPException):
             return False
+        finally:
+            connection.close()
 
     return ask
 
