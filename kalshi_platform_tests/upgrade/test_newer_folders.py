@@ -6,6 +6,7 @@ in `UNVERSIONED`: they are read by their members, and belong to a journal and an
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -95,10 +96,17 @@ def _own_settings() -> Iterator[None]:
     platform_settings.current.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recorded folder, which nothing changes."""
+    return unpacked(RECENT, tmp_path_factory.mktemp("recorded") / "data")
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, recorded: Path) -> Settings:
     """A recorded folder, without ClickHouse."""
-    data = unpacked(RECENT, tmp_path / "data")
+    data = tmp_path / "data"
+    shutil.copytree(recorded, data, ignore=shutil.ignore_patterns("clickhouse"))
     return settings_for("http://127.0.0.1:1", "kalshi", kalshi_data_dir=data, use_clickhouse=False)
 
 
