@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -91,21 +92,50 @@ def save(state: State, path: Path) -> None:
         )
     )
     schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
-    content = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_file(content, schema, options=options) as writer:
-        for levels in state.ladders.batches(BATCH_LEVELS):
-            writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
-    body = content.getvalue()
     # Both loads of a streamer keep the same state of the same hour, at the same moment.
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
-        file.write(MAGIC + _digest(body))
-        file.write(body)
+        file.write(MAGIC + bytes(_DIGEST_BYTES))
+        body = _Body(file)
+        with (
+            pa.PythonFile(body, mode="w") as sink,
+            pa.ipc.new_file(sink, schema, options=options) as writer,
+        ):
+            for levels in state.ladders.batches(BATCH_LEVELS):
+                writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
+        file.seek(len(MAGIC))
+        file.write(body.hash.digest())
         file.flush()
         os.fsync(file.fileno())  # the cursor will name it: it must survive what the cursor survives
     temporary.replace(path)
+
+
+class _Body:
+    """The part of a file behind its digest, as a file of its own, which is hashed as it is written."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._written = 0
+        self.hash = blake2b(digest_size=_DIGEST_BYTES)
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.hash.update(data)
+        self._file.write(data)
+        self._written += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The file below stays open: its digest comes last."""
 
 
 def load(path: Path, n: int | None = None) -> State:
