@@ -76,6 +76,8 @@ DOCTOR = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 15.0, 0.0, 0.0)
 CONSOLE = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 30.0, 30.0, 60.0)
 """Who sits before `up`: soon, but no redial that works at once."""
 
+DIALLING = frozenset({"starting", "connecting"})
+"""States of a streamer without a connection."""
 NO_FRAMES = frozenset(
     {"stopped", "streamer down", "streamer hangs", "disk", "disconnected", "silent"}
 )
@@ -356,7 +358,9 @@ def _tasks(report: Mapping[str, Any], now: datetime, profile: Profile) -> list[J
 
 
 def _books(report: Mapping[str, Any], now: datetime, profile: Profile) -> Judgement | None:
-    """Whether the books of its markets have come."""
+    """Whether the books of its markets have come, over a connection that there is."""
+    if str(report["state"]) in DIALLING:
+        return None
     markets, synced = int(report.get("markets", 0)), int(report.get("synced", 0))
     if synced or not markets or _age(report["started_ns"], now) <= profile.books_s:
         return None
@@ -374,7 +378,7 @@ def _exchange(report: Mapping[str, Any], now: datetime, profile: Profile) -> Jud
     frame = _told(_age(report["last_frame_ns"] or report["started_ns"], now))
     if maintenance(now) and state != "streaming":
         return _good("maintenance", "The exchange's weekly maintenance is on; nothing to do.")
-    if state in {"starting", "connecting"}:
+    if state in DIALLING:
         return _dialling(heard, profile)
     if heard > HEARD_S:
         return _warn(

@@ -10,10 +10,11 @@ import gc
 import os
 import signal
 
-import dagster._grpc.impl  # noqa: F401 - this and the others are for the processes that are forked
+import dagster._cli
+import dagster._grpc.impl
+import dagster._grpc.server  # noqa: F401 - these and the others are for the processes that are forked
 
 import kalshi_platform.definitions
-import kalshi_platform.orchestration.code_server
 import kalshi_platform.streamer  # noqa: F401
 
 

@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--rate", type=float, default=500.0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, ends what was started
     os.environ["KALSHI_HOME"] = "."
     with (
         temporary("recovery-") as folder,

@@ -136,6 +136,8 @@ def test_books_that_never_come_are_an_error_once_they_had_time() -> None:
     assert causes(report(markets=3, synced=0)) == ["no books"]
     assert causes(report(markets=3, synced=0, started_ns=ago(30))) == ["recording"]
     assert causes(report(markets=3, synced=0, started_ns=ago(30)), DOCTOR) == ["no books"]
+    away = report(markets=3, synced=0, state="connecting", last_heard_ns=ago(200))
+    assert causes(away) == ["disconnected"]  # which is why
     assert causes(report(markets=3, synced=1)) == ["recording"]
 
 
