@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test explore chaos soak bench bench-quick check fuzz audit format lock clean
+.PHONY: moved help install install-dev run test explore chaos soak nights bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS=
 
 soak: install-dev ## 30 minutes of load, each part restarted once, and docs/soak.md (SOAK_ARGS="--minutes 4")
 	@$(BIN)/python -m kalshi_platform_tests.soak.campaign $(SOAK_ARGS)
+
+nights: install-dev ## Two faults at a time, each told once, in time, and closed; 10 minutes a pair (NIGHTS_ARGS="--pairs 2")
+	@$(BIN)/python -m kalshi_platform_tests.soak.nights $(NIGHTS_ARGS)
 
 # A recorded order flow, for the bytes that an event takes; without it that row is left out.
 RECORDED ?= ../shared/frames/ws_legacy_cents_2025-11-30

@@ -1,0 +1,21 @@
+"""Some pairs of faults, with every time shortened: `make nights` has the times as they are."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from kalshi_platform_tests.soak.nights import PAIRS, SHORT, run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_of_two_faults_at_a_time_each_is_told_once_and_closed(
+    tmp_path: Path, clickhouse_url: str
+) -> None:
+    said: list[str] = []
+    pairs = random.Random(4).sample(PAIRS, 2)
+    found = run(tmp_path, clickhouse_url, pairs, SHORT, seed=4, say=said.append)
+    assert [night for night in found if not night.sound] == [], said
