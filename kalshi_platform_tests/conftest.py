@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import httpx
@@ -62,10 +62,15 @@ DATABASE_TIMEOUT_S = 120.0
 pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of garbage collections: it stays, and is a million objects."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without garbage collections, and leave what was imported out of later ones: a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
