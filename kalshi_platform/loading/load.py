@@ -41,6 +41,7 @@ from kalshi_platform.loading.state import (
     keep_hour_state,
     load,
     newest_before,
+    newest_of_a_load,
     save,
 )
 from kalshi_platform.loading.stores import Abandoned, Store
@@ -497,9 +498,18 @@ class Load:
             else:
                 return state, Position(*cursor.state_at)
         beginning = journal.beginning(self._folder)
-        kept = newest_before(self._folder, n)
-        if kept is not None and kept.n >= beginning.n:
-            return kept, journal.find(self._folder, kept.n)
+        starts = {start.token for start in self._writer.identity.starts}
+        kept = [
+            state
+            for state in (
+                newest_of_a_load(self._folder, starts, n),
+                newest_before(self._folder, n),
+            )
+            if state is not None and state.n >= beginning.n
+        ]
+        if kept:
+            newest = max(kept, key=lambda state: state.n)
+            return newest, journal.find(self._folder, newest.n)
         return State(n=beginning.n), beginning
 
     @property
@@ -622,14 +632,18 @@ class Load:
         """Save the books as of the committed position, and forget the ones before."""
         if self._position.n != self._cursor.committed[2]:
             raise ValueError("a state is kept only for what has been committed")
-        before = self._cursor.state_file
-        name = f"{self.name}-{self._position.n:015d}.state"
-        self._insist(lambda: save(self._state, self._folder / "load" / name))
+        folder = self._folder / "load"
+        path = folder / f"{self.name}-{self._position.n:015d}.state"
+        start = self._writer.identity.starts[-1].token
+        self._insist(lambda: save(self._state, path, start))
         self._write_cursor(
-            msgspec.structs.replace(self._cursor, state_at=plain(self._position), state_file=name)
+            msgspec.structs.replace(
+                self._cursor, state_at=plain(self._position), state_file=path.name
+            )
         )
-        if before and before != name:
-            (self._folder / "load" / before).unlink(missing_ok=True)
+        for other in folder.glob(f"{self.name}-*.state"):  # those of cursors that were lost, too
+            if other != path:
+                other.unlink(missing_ok=True)
 
     def _write_cursor(self, cursor: Cursor) -> None:
         self._insist(lambda: cursor_file.write(self._folder, cursor))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -53,6 +53,7 @@ _LIVE = pl.Schema(
 )
 """What a checkpoint says of a book."""
 _HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
+_LOAD_STATE = re.compile(r"[a-z]+-([0-9]{15,})\.state")
 ALIVE_NS = 30_000_000_000
 """The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
 
@@ -80,15 +81,17 @@ class _Head(msgspec.Struct):
     partial: frozenset[str] = frozenset()
     last_ns: int = 0
     """That of the last record; 0 in files of versions that took the newest for it."""
+    start: str = ""
+    """Token of the recorder's start that wrote it; empty in files of before, and of hours' beginnings."""
 
 
-def save(state: State, path: Path) -> None:
-    """Write a state, whole or not at all."""
+def save(state: State, path: Path, start: str = "") -> None:
+    """Write a state, whole or not at all. `start`: token of the start that does."""
     head = msgspec.json.encode(
         _Head(
             *(state.n, state.version, state.connections, state.books),
             *(state.numbers, state.partial),
-            state.clock.last_ns,
+            *(state.clock.last_ns, start),
         )
     )
     schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
@@ -138,10 +141,10 @@ class _Body:
         """The file below stays open: its digest comes last."""
 
 
-def load(path: Path, n: int | None = None) -> State:
-    """Read a state; with `n` the one of that record.
+def load(path: Path, n: int | None = None, starts: Container[str] | None = None) -> State:
+    """Read a state; with `n` the one of that record, with `starts` one that one of those wrote.
 
-    Raises `UnreadableState` for a file that is missing, damaged, or of another record.
+    Raises `UnreadableState` for a file that is missing, damaged, of another record, or of another start.
     """
     try:
         table = pa.ipc.open_file(_proved(path.read_bytes())).read_all()
@@ -150,6 +153,8 @@ def load(path: Path, n: int | None = None) -> State:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
     if n is not None and head.n != n:
         raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
+    if starts is not None and head.start not in starts:
+        raise UnreadableState(f"{path} is of a start that this journal does not know.")
     clock = Clock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     if "market_ticker" in levels.columns:  # a file of before
@@ -206,6 +211,27 @@ def newest_before(journal_folder: Path, n: int) -> State | None:
             return load(kept[first_n], first_n)
         except UnreadableState as error:
             log.warning("%s An earlier one is tried.", error)
+    return None
+
+
+def newest_of_a_load(journal_folder: Path, starts: Container[str], n: int) -> State | None:
+    """The newest readable state at or before record `n` that a load of this journal keeps beside its cursor.
+
+    The books do not depend on the store. One that knows some books in part is passed over.
+    """
+    kept = {
+        path: int(match[1])
+        for path in (journal_folder / "load").glob("*.state")
+        if (match := _LOAD_STATE.fullmatch(path.name)) is not None and int(match[1]) <= n
+    }
+    for path in sorted(kept, key=lambda path: kept[path], reverse=True):
+        try:
+            state = load(path, kept[path], starts)
+        except UnreadableState as error:  # the other load may have replaced it meanwhile
+            log.info("%s An earlier one is tried.", error)
+        else:
+            if not state.partial:
+                return state
     return None
 
 

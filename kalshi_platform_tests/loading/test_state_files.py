@@ -16,6 +16,11 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.loading import state as state_files
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.load import Load
+from kalshi_platform.recording import journal_identity
+from kalshi_platform.recording.journal import Position
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform_tests.loading.recorder import (
@@ -161,6 +166,49 @@ def test_a_cursor_that_is_not_the_right_one_costs_nothing(
     assert_each_record_once(recorder)
     if when == "at a start":  # else the running load has written it again
         assert any(note.startswith(f"{kind}: resumed") for note in notes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_whose_cursor_is_lost_reads_from_the_newest_state_that_any_load_has(
+    kind: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.run()
+    recorder.run()
+    (recorder.folder / "load" / f"{kind}.json").unlink()
+    began: dict[str, int] = {}
+    before = Load._books_before
+
+    def books_before(load: Load, n: int, cursor: object) -> tuple[State, Position]:
+        state, position = before(load, n, cursor)  # type: ignore[arg-type]
+        began[load.name] = n - position.n
+        return state, position
+
+    monkeypatch.setattr(Load, "_books_before", books_before)
+    recorder.run()
+    assert began[kind] == 0
+    assert_each_record_once(recorder)
+    for each in KINDS:  # and none is left over
+        assert len([*(recorder.folder / "load").glob(f"{each}-*.state")]) == 1
+
+
+def test_a_state_of_a_start_that_the_journal_does_not_know_is_passed_over(
+    recorder: Recorder,
+) -> None:
+    recorder.run()
+    folder = recorder.folder
+    (kept,) = (folder / "load").glob("parquet-*.state")
+    n = int(kept.stem.partition("-")[2])
+    identity = journal_identity.read(folder)
+    assert identity is not None
+    tokens = {start.token for start in identity.starts}
+    found = state_files.newest_of_a_load(folder, tokens, n)
+    assert found is not None
+    assert found.n == n
+    assert state_files.newest_of_a_load(folder, {"another"}, n) is None
+    assert state_files.newest_of_a_load(folder, {""}, n) is None
+    for path in (folder / "load").glob("*.state"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert state_files.newest_of_a_load(folder, tokens, n) is None
 
 
 @pytest.mark.parametrize("when", TIMES)
