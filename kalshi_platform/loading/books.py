@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
 from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
 
@@ -37,6 +38,8 @@ _OF_MARKET = 2 * _PRICES
 RECENT_LEVELS = 1 << 15
 RECENT_SHARE = 8
 """Changed levels are kept apart until they are more than the one, and than all divided by the other."""
+MERGED_LEVELS = 1 << 18
+"""So many levels are merged at a time."""
 
 
 class Book(msgspec.Struct, frozen=True):
@@ -174,8 +177,19 @@ class Ladders:
         ).rechunk()
         after = Ladders(self.base, recent)
         if recent.height > max(RECENT_LEVELS, self.base.height // RECENT_SHARE):
-            return Ladders(after.all())
+            return after.merged()
         return after
+
+    def merged(self) -> Ladders:
+        """The same levels with nothing recent. Needs room for one copy, made some levels at a time."""
+        made = {name: np.empty(self.height, np.int64) for name in PACKED}
+        n = 0
+        for part in self.batches(MERGED_LEVELS):
+            for name, values in made.items():
+                values[n : n + part.height] = part[name].to_numpy()
+            n += part.height
+        columns = [pa.array(values[:n]) for values in made.values()]
+        return Ladders(pl.DataFrame(pa.table(columns, names=PACKED.names())))
 
 
 def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

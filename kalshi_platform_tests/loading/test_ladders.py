@@ -26,18 +26,21 @@ levels = st.tuples(
         max_size=20,
     ),
     st.sampled_from([0, 5, 1 << 15]),
+    st.sampled_from([1, 3, 1 << 18]),
     st.sets(levels),
     st.sets(st.sampled_from(MARKETS)),
 )
 def test_levels_are_what_was_put_there_last_however_often_they_are_merged(
     changes: list[tuple[Sizes, set[int]]],
     kept_apart: int,
+    merged_at_once: int,
     asked: set[tuple[int, str, int]],
     of: set[int],
 ) -> None:
     ladders, sizes = Ladders(), Sizes()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(books, "RECENT_LEVELS", kept_apart)
+        patched.setattr(books, "MERGED_LEVELS", merged_at_once)
         for changed, renewed in changes:
             before, expected = ladders, dict(sizes)
             ladders = ladders.changed(packed(changed), pl.Series(list(renewed), dtype=pl.Int64))
