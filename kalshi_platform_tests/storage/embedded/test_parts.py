@@ -67,7 +67,7 @@ def test_whatever_a_full_disk_does_to_merges_what_was_acknowledged_is_there_at_t
 ) -> None:
     chance = random.Random(7)
     writers = [Writer(range(n * 1_000_000, (n + 1) * 1_000_000), n) for n in range(2)]
-    with small_disk(tmp_path, megabytes=1_500) as disk:
+    with small_disk(tmp_path, megabytes=700) as disk:
         folder = disk / "clickhouse"
         for writer in writers:
             writer.start()
