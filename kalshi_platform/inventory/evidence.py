@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import moment
-from kalshi_platform.inventory.tables import TAPE
+from kalshi_platform.inventory.tables import STREAM_EVENTS, TAPE
 from kalshi_platform.storage.clickhouse import Client, translated
 
 BEFORE = timedelta(days=1)
@@ -75,6 +75,27 @@ class Fill(NamedTuple):
     """Whether its row has the exchange's own words for the side."""
     trade_id: str
     """The exchange's number of the trade, which the public tape has, too."""
+
+
+class Tape(NamedTuple):
+    """The market's public trades, as far as the platform recorded them."""
+
+    own: frozenset[str] = frozenset()
+    """The trade ids of recorded fills that are among them."""
+    first: datetime = datetime.max.replace(tzinfo=UTC)
+    last: datetime = datetime.min.replace(tzinfo=UTC)
+    """By the exchange's clock; what came before or after them is not known."""
+
+    def has(self, fill: Fill) -> bool:
+        """Whether the fill is a public trade: the exchange made it."""
+        return fill.trade_id in self.own
+
+    def lacks(self, fill: Fill) -> bool:
+        """Whether it would have the fill, had the exchange made it.
+
+        Its ids are known to be comparable where it has any of the market's fills.
+        """
+        return bool(self.own) and not self.has(fill) and self.first <= fill.at <= self.last
 
 
 class Action(NamedTuple):
@@ -166,8 +187,7 @@ class Market:
     moved: Sequence[Moved] = ()
     decisions: Sequence[Decision] = ()
     orders: Sequence[Order] = field(default=())
-    tape: frozenset[str] = frozenset()
-    """Those of the fills' trade ids that are on the public tape."""
+    tape: Tape = Tape()  # noqa: RUF009 - immutable
 
     def settlement(self, until: datetime) -> Report | None:
         """The market's settlement, where there was one until then."""
@@ -319,7 +339,7 @@ def gather(
         " {moments:Array(Int64)}, toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')), toUnixTimestamp(ts))",
     )
     moved = _moved(client, bound)
-    tape = _tape(client, bound) if {TAPE, "mm_fills"} <= there else {}
+    tape = _tape(client, bound) if {TAPE, STREAM_EVENTS, "mm_fills"} <= there else {}
     catalog = dict(
         zip(values.get("settled_tickers", ()), values.get("settled_at", ()), strict=True)
     )
@@ -336,7 +356,7 @@ def gather(
             moved=moved.get(ticker, ()),
             decisions=[Decision(*row) for row in decisions.get(ticker, ())],
             orders=_orders(known, said, filled),
-            tape=tape.get(ticker, frozenset()),
+            tape=tape.get(ticker, Tape()),
         )
     return markets
 
@@ -371,23 +391,32 @@ def _moved(client: Client, bound: Mapping[str, Any]) -> dict[str, list[Moved]]:
     }
 
 
-def _tape(client: Client, bound: Mapping[str, Any]) -> dict[str, frozenset[str]]:
-    """By market: the trades of recorded fills that the public tape has."""
+def _tape(client: Client, bound: Mapping[str, Any]) -> dict[str, Tape]:
+    """By market. Where missed trades could not be fetched since then, no tape is taken for whole."""
+    lost = """
+        SELECT count()
+        FROM stream_events
+        WHERE ingest_ts >= {early:DateTime64(3, 'UTC')} AND kind = 'recovered'
+            AND JSONExtractString(detail, 'reason') != ''
+    """
     sql = f"""
-        SELECT market_ticker, groupUniqArray({{most:UInt32}})(trade_id)
-        FROM {TAPE}
-        WHERE market_ticker IN {{markets:Array(String)}} AND ingest_ts >= {{early:DateTime64(3, 'UTC')}}
-            AND trade_id IN
+        SELECT market_ticker, groupUniqArrayIf({{most:UInt32}})(trade_id, trade_id IN
             (
                 SELECT {_TRADE_ID}
                 FROM mm_fills
                 WHERE market_ticker IN {{markets:Array(String)}} AND ts >= {{early:DateTime64(3, 'UTC')}}
-            )
+            )), toDateTime64(min(ts), 3, 'UTC'), toDateTime64(max(ts), 3, 'UTC')
+        FROM {TAPE}
+        WHERE market_ticker IN {{markets:Array(String)}} AND ingest_ts >= {{early:DateTime64(3, 'UTC')}}
         GROUP BY market_ticker
     """  # noqa: S608 - texts of this module
     with translated():
         rows = client.query(sql, parameters=dict(bound)).result_rows
-    return {str(ticker): frozenset(trade_ids) for ticker, trade_ids in rows}
+        ((holes,),) = client.query(lost, parameters=dict(bound)).result_rows
+    return {
+        str(ticker): Tape(frozenset(own)) if holes else Tape(frozenset(own), *span)
+        for ticker, own, *span in rows
+    }
 
 
 def _milliseconds(at: datetime) -> int:

@@ -281,11 +281,11 @@ def _never_filled(
     """
     for since, report, amount in beyond:
         for fill in between(market.fills, since - audit.REACHES, report.at + audit.REACHES):
-            if abs(amount + fill.amount) < SAME and fill.trade_id not in market.tape:
+            if abs(amount + fill.amount) < SAME and not market.tape.has(fill):
                 also = (
                     ", nor has the public tape"
-                    if market.tape
-                    else " (or a trade that was never recorded undid it: without the public tape the two look alike)"
+                    if market.tape.lacks(fill)
+                    else " (or a trade that was never recorded undid it: the public tape does not tell)"
                 )
                 return (
                     Kind.INVENTED_FILL,
@@ -314,16 +314,16 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
     for fill in fills:
         named = f"fill {fill.fill_id} of {number(fill.amount)}"
         if abs(apart - fill.amount) < SAME:
-            rank = _doubt_of_move(case, fill, 2 * fill.amount)
+            rank = _move_rank(case, fill, 2 * fill.amount)
             ranked.append((rank, (Kind.INVENTED_FILL, f"{named} was counted twice")))
         if abs(apart + fill.amount) < SAME:
-            rank = 1 if _doubt_of_move(case, fill, fill.amount) > 1 else 3
+            rank = 1 if _move_rank(case, fill, fill.amount) > 1 else 3
             ranked.append((rank, _uncounted(case, fill.amount, fill.at)))
         if abs(apart + 2 * fill.amount) < SAME:
-            rank = _doubt_of_move(case, fill, -fill.amount)
+            rank = _move_rank(case, fill, -fill.amount)
             if rank < 2:
-                said = f"{named} was counted with the other sign"
-                ranked.append((rank, (Kind.WRONG_CONVENTION, said)))
+                sentence = f"{named} was counted with the other sign"
+                ranked.append((rank, (Kind.WRONG_CONVENTION, sentence)))
     if ranked:
         return min(ranked, key=itemgetter(0))[1]
     total = 0.0
@@ -342,9 +342,9 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
     return None
 
 
-def _doubt_of_move(case: Case, fill: Fill, by: float) -> int:
-    """Whether pos_filled moved so far beside a fill, in one step or two: 0 it did, 1 with other fills' amounts,
-    2 it did not, or a fill of that amount was beside it.
+def _move_rank(case: Case, fill: Fill, by: float) -> int:
+    """How well a move of pos_filled beside a fill shows an amount: 0 in one step or two, 1 with other fills'
+    amounts, 2 not at all, or a fill of that amount was beside it.
     """
     begin, end = fill.at - audit.REACHES, fill.at + audit.REACHES
     others = [each.amount for each in between(case.market.fills, begin, end) if each is not fill]
@@ -377,8 +377,8 @@ def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
             near = in_transit if left >= ENOUGH and fill.at >= begun else 0.0
             if left >= ENOUGH or fill.at >= begun:
                 if _accounts(-2 * total, apart, near):
-                    said = f"{side} fills of {number(total)} were counted with the other sign"
-                    return Kind.WRONG_CONVENTION, said
+                    sentence = f"{side} fills of {number(total)} were counted with the other sign"
+                    return Kind.WRONG_CONVENTION, sentence
                 if abs(apart + total) < SAME:
                     return _uncounted(case, total, case.first)
             total -= fill.amount
@@ -538,7 +538,7 @@ def _filled_order(
         twin = _twin(market.fills, fill)
         if twin is not None:
             return Kind.INVENTED_FILL, f"{named} is recorded a second time as {twin.fill_id}"
-        if market.tape and fill.trade_id not in market.tape:
+        if market.tape.lacks(fill):
             return (
                 Kind.INVENTED_FILL,
                 f"{named} was recorded, and the public tape does not have it",

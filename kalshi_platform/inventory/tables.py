@@ -20,13 +20,18 @@ _SHOWN = 6
 _PRECISE = "DateTime64"
 TAPE = "trades"
 """The public trades, which the platform records: evidence of which fills there were."""
-_TAPE_COLUMNS = ("market_ticker", "trade_id", "ingest_ts")
+STREAM_EVENTS = "stream_events"
+"""What happened to the recording: whether the tape is whole."""
+_COLUMNS_READ = {
+    TAPE: ("market_ticker", "trade_id", "ts", "ingest_ts"),
+    STREAM_EVENTS: ("kind", "detail", "ingest_ts"),
+}
 POSITION_COLUMNS = ("pos_filled", "pos_open_exposure", "pos_total_est")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The tables of a database whose names begin with `mm_`, and the tape, with their columns."""
+    """The tables of a database whose names begin with `mm_`, and those of the recording, with their columns."""
 
     database: str
     columns: Mapping[str, Mapping[str, str]]
@@ -92,9 +97,9 @@ class Standing:
         return f"RENAME TABLE {self.database}.{table} TO {self.database}.{table}_former"
 
     def _lacking(self, table: str) -> tuple[str, ...]:
-        if table not in TABLES and table != TAPE:
+        if table not in TABLES and table not in _COLUMNS_READ:
             return ()
-        needed = _TAPE_COLUMNS if table == TAPE else TABLES[table].columns
+        needed = TABLES[table].columns if table in TABLES else _COLUMNS_READ[table]
         return tuple(name for name in needed if name not in self.columns[table])
 
 
@@ -103,8 +108,8 @@ def standing(client: Client) -> Standing:
     with translated():
         rows = client.query(
             "SELECT table, name, type, default_expression FROM system.columns WHERE database = currentDatabase()"
-            " AND (startsWith(table, 'mm_') OR table = {tape:String}) ORDER BY table, position",
-            parameters={"tape": TAPE},
+            " AND (startsWith(table, 'mm_') OR table IN {read:Array(String)}) ORDER BY table, position",
+            parameters={"read": list(_COLUMNS_READ)},
         ).result_rows
     columns: dict[str, dict[str, str]] = {}
     defaults: dict[str, str] = {}
@@ -116,7 +121,7 @@ def standing(client: Client) -> Standing:
 
 
 def usable(client: Client) -> frozenset[str]:
-    """The market maker's tables, and the tape, that the database has with their columns."""
+    """The market maker's tables, and those of the recording, that the database has with their columns."""
     return standing(client).usable
 
 

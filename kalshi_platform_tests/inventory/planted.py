@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -103,6 +104,10 @@ class Planted:
         """A public trade, as the platform records it."""
         row = {"ts": at, "ingest_ts": at, "market_ticker": TICKER, "trade_id": trade_id}
         self._insert("trades", {**row, **others})
+
+    def event(self, at: datetime, kind: str, detail: Mapping[str, Any]) -> None:
+        """Something that happened to the recording."""
+        self._insert("stream_events", {"ingest_ts": at, "kind": kind, "detail": json.dumps(detail)})
 
     def _id(self) -> uuid.UUID:
         self._n += 1

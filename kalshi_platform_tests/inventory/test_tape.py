@@ -13,7 +13,7 @@ from kalshi_platform.inventory.breaks import Break
 from kalshi_platform.inventory.kinds import Kind
 from kalshi_platform_tests.inventory.planted import Planted, ago
 
-LOOK_ALIKE = "without the public tape the two look alike"
+EITHER = "the public tape does not tell"
 
 
 def undone(planted: Planted, **fill: str) -> None:
@@ -55,10 +55,46 @@ def test_a_fill_that_the_tape_lacks_beside_others_was_invented(planted: Planted)
     planted.fill(ago(540), -5, fill_id="trade-00")
     planted.trade(ago(550), "trade-0")
     planted.trade(ago(540), "trade-00")
+    planted.trade(ago(450), "of another")
     found = diverged(planted)
     assert found.kind == Kind.INVENTED_FILL
     assert "fill trade-1 of 2 was recorded" in found.explanation
     assert "nor has the public tape" in found.explanation
+
+
+@pytest.mark.parametrize("taped", [(550, 540), (450, 440)])
+def test_a_tape_that_begins_after_a_fill_or_ends_before_it_does_not_tell(
+    planted: Planted, taped: tuple[int, int]
+) -> None:
+    undone(planted, fill_id="trade-1")
+    for second, signed in zip(taped, (5, -5), strict=True):
+        planted.fill(ago(second), signed, fill_id=f"taped {second}")
+        planted.trade(ago(second), f"taped {second}")
+    found = diverged(planted)
+    assert found.kind == Kind.INVENTED_FILL
+    assert EITHER in found.explanation
+
+
+def test_a_tape_whose_ids_are_not_the_fills_does_not_tell(planted: Planted) -> None:
+    undone(planted, fill_id="number 1 of the engine's own")
+    planted.trade(ago(550), "of another")
+    planted.trade(ago(450), "of another, too")
+    found = diverged(planted)
+    assert found.kind == Kind.INVENTED_FILL
+    assert EITHER in found.explanation
+
+
+def test_a_tape_with_a_hole_does_not_tell(planted: Planted) -> None:
+    undone(planted, fill_id="trade-1")
+    for second, signed in ((550, 5), (540, -5)):
+        planted.fill(ago(second), signed, fill_id=f"taped {second}")
+        planted.trade(ago(second), f"taped {second}")
+    planted.trade(ago(450), "of another")
+    assert "nor has the public tape" in diverged(planted).explanation
+    planted.event(ago(480), "recovered", {"trades": 0, "missing": 3, "reason": ""})
+    assert "nor has the public tape" in diverged(planted).explanation
+    planted.event(ago(480), "recovered", {"trades": 0, "missing": 3, "reason": "HTTP 503"})
+    assert EITHER in diverged(planted).explanation
 
 
 def test_the_tape_of_another_market_is_no_evidence(planted: Planted) -> None:
@@ -98,4 +134,4 @@ def test_without_the_tape_the_sentence_says_that_it_may_be_either(
     undone(own_tape, fill_id="trade-1")
     found = diverged(own_tape)
     assert found.kind == Kind.INVENTED_FILL
-    assert LOOK_ALIKE in found.explanation
+    assert EITHER in found.explanation
