@@ -19,6 +19,7 @@ import msgspec
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import traces
 from kalshi_platform.loading.cursor import Cursor, plain
+from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.resume import Unresolved
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, Store
 from kalshi_platform.loading.traces import Trace
@@ -31,7 +32,6 @@ from kalshi_platform.recording.journal_identity import (
     Start,
 )
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.recorders import Entry
 
 
@@ -48,8 +48,8 @@ class Adopted:
 def adopt(settings: Settings, shard: int) -> Adopted:
     """Give a shard's journal a new identity.
 
-    Raises `JournalError` where its recorder runs, `StoreError` where a store does not answer, and
-    `Unresolved` where a store holds rows of the journal up to a record that cannot be found out.
+    Raises `JournalError` where its recorder runs, `StoreError` where a store does not answer or the archive has
+    gone, and `Unresolved` where a store holds rows of the journal up to a record that cannot be found out.
     """
     folder = settings.journal_dir(shard)
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def adopt(settings: Settings, shard: int) -> Adopted:
         before = _known(folder)
         after = uuid.uuid4()
         start = Start((before.epoch if before else 0) + 1, secrets.token_hex(8))
-        stores: list[Store] = [ParquetStore(open_archive(settings), shard, lambda _: None)]
+        stores: list[Store] = [ParquetStore(known_archive(settings), shard, lambda _: None)]
         if settings.use_clickhouse:
             stores.append(ClickHouseStore(settings, str(after), "adopt", shard=shard))
         points = {}

@@ -98,15 +98,15 @@ class Presence:
 
 
 def known_archive(settings: Settings) -> Archive:
-    """The archive, for whoever writes there beside the load; it insists on its identity from now on.
+    """The archive, for a writer beside the load; it insists on its identity from now on.
 
     Raises `StoreError` where it cannot be had, or is not the one that a shard has loaded into: a write would
-    make an archive that has gone anew.
+    make a second archive in the place of one that has gone.
     """
     archive = open_archive(settings)
-    there = archive.identity()
-    if there is not None:
-        archive.expect(there)
+    found = archive.identity()
+    if found is not None:
+        archive.expect(found)
         return archive
     archive.look()
     for shard in passage.shards(settings.journals_dir):

@@ -1,4 +1,4 @@
-"""Whoever writes to the archive beside its load makes none anew that has gone."""
+"""A writer beside the load makes no second archive in the place of one that has gone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.loading import market_catalog
+from kalshi_platform.loading import adoption, market_catalog
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.market_catalog import Catalog
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.rebuild import rebuild
+from kalshi_platform.recording import journal_identity
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.schema import MARKET_CATALOG
@@ -42,10 +43,13 @@ def compact(settings: Settings) -> None:
 
 
 WRITERS: dict[str, Callable[[Settings], object]] = {
-    "the catalogue": lambda it: market_catalog.store(it, Catalog(EMPTY, EMPTY, 0, HOUR)),
-    "analytics": lambda it: compute_hour(it, HOUR),
-    "an hour built again": lambda it: rebuild(it, HOUR),
+    "the catalogue": lambda settings: market_catalog.store(
+        settings, Catalog(EMPTY, EMPTY, 0, HOUR)
+    ),
+    "analytics": lambda settings: compute_hour(settings, HOUR),
+    "an hour built again": lambda settings: rebuild(settings, HOUR),
     "compaction": compact,
+    "adopt": lambda settings: adoption.adopt(settings, 0),
 }
 
 
@@ -56,12 +60,14 @@ def test_a_writer_refuses_an_archive_that_has_gone(
 ) -> None:
     root, write = settings.archive_dir, WRITERS[writer]
     write(settings)
+    journal_of = journal_identity.read(settings.journal_dir())
     root.rename(tmp_path / "away")
     if leaves_its_mount_point:
         root.mkdir()
     with pytest.raises(StoreError, match=f"The archive in {root} is gone"):
         write(settings)
     assert not root.exists() or not list(root.iterdir())
+    assert journal_identity.read(settings.journal_dir()) == journal_of
     if leaves_its_mount_point:
         root.rmdir()
     (tmp_path / "away").rename(root)  # what the sentence says to do
