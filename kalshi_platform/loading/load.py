@@ -40,8 +40,7 @@ from kalshi_platform.loading.state import (
     checkpoint_batches,
     keep_hour_state,
     load,
-    newest_before,
-    newest_of_a_load,
+    newest_kept,
     save,
 )
 from kalshi_platform.loading.stores import Abandoned, Store
@@ -63,7 +62,7 @@ STATE_EVERY_S = 30.0
 TROUBLE_PATIENCE_S = 1.5
 """At the end, a store that takes nothing is given up after this: the journal has it all."""
 REFUSED_RETRY_S = 30.0
-"""A store that goes on refusing is asked again so often: somebody may have mended it."""
+"""A store that goes on refusing is asked again so often: it may have been repaired."""
 RESTART_S = 30.0
 """A load that was stopped, by damage to the journal or a fault, begins again after this."""
 LOOK_S = 0.05
@@ -277,7 +276,7 @@ class Load:
                 if self.failure is None or str(error) != str(self.failure):
                     log.error("The load into %s stopped: %s", self.name, error, exc_info=not known)
                 self.errors[_kind(error) if known else "fault"] += 1
-                self.failure = error  # last: whoever sees it finds the line and the count
+                self.failure = error  # last: where it is seen, the line and the count are there
             else:
                 return
             if self._stopping.wait(RESTART_S):
@@ -499,16 +498,8 @@ class Load:
                 return state, Position(*cursor.state_at)
         beginning = journal.beginning(self._folder)
         starts = {start.token for start in self._writer.identity.starts}
-        kept = [
-            state
-            for state in (
-                newest_of_a_load(self._folder, starts, n),
-                newest_before(self._folder, n),
-            )
-            if state is not None and state.n >= beginning.n
-        ]
-        if kept:
-            newest = max(kept, key=lambda state: state.n)
+        newest = newest_kept(self._folder, starts, beginning.n, n)
+        if newest is not None:
             return newest, journal.find(self._folder, newest.n)
         return State(n=beginning.n), beginning
 

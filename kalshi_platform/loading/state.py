@@ -141,20 +141,19 @@ class _Body:
         """The file below stays open: its digest comes last."""
 
 
-def load(path: Path, n: int | None = None, starts: Container[str] | None = None) -> State:
-    """Read a state; with `n` the one of that record, with `starts` one that one of those wrote.
+def load(
+    path: Path,
+    n: int | None = None,
+    starts: Container[str] | None = None,
+    *,
+    whole: bool = False,
+) -> State:
+    """Read a state; with `n` the one of that record, with `starts` one that one of those wrote, with `whole` one
+    that knows all of its books.
 
-    Raises `UnreadableState` for a file that is missing, damaged, of another record, or of another start.
+    Raises `UnreadableState` for a file that is missing, damaged, or another one than that.
     """
-    try:
-        table = pa.ipc.open_file(_proved(path.read_bytes())).read_all()
-        head = typed_json.decode(table.schema.metadata[b"state"], _Head)
-    except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
-        raise UnreadableState(f"{path} cannot be read ({error}).") from None
-    if n is not None and head.n != n:
-        raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
-    if starts is not None and head.start not in starts:
-        raise UnreadableState(f"{path} is of a start that this journal does not know.")
+    head, table = _read(path, n, starts, whole=whole)
     clock = Clock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     if "market_ticker" in levels.columns:  # a file of before
@@ -168,6 +167,24 @@ def load(path: Path, n: int | None = None, starts: Container[str] | None = None)
         Ladders(levels.cast(PACKED).rechunk()),
         head.partial,
     )
+
+
+def _read(
+    path: Path, n: int | None, starts: Container[str] | None, *, whole: bool
+) -> tuple[_Head, pa.Table]:
+    """A file's head and levels. The head is looked at first: the levels of a state that is refused are not read."""
+    try:
+        file = pa.ipc.open_file(_proved(path.read_bytes()))
+        head = typed_json.decode(file.schema.metadata[b"state"], _Head)
+        if n is not None and head.n != n:
+            raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
+        if starts is not None and head.start not in starts:
+            raise UnreadableState(f"{path} is of a start that this journal does not know.")
+        if whole and head.partial:
+            raise UnreadableState(f"{path} knows some of its books in part.")
+        return head, file.read_all()
+    except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise UnreadableState(f"{path} cannot be read ({error}).") from None
 
 
 def _proved(content: bytes) -> pa.Buffer:
@@ -203,35 +220,26 @@ def hour_state(journal_folder: Path, hour: datetime) -> State | None:
     return load(kept[min(kept)], min(kept)) if kept else None
 
 
-def newest_before(journal_folder: Path, n: int) -> State | None:
-    """The newest readable state of an hour's beginning at or before record `n`."""
-    kept = {first_n: path for _, first_n, path in _hour_states(journal_folder)}
-    for first_n in sorted((k for k in kept if k <= n), reverse=True):
-        try:
-            return load(kept[first_n], first_n)
-        except UnreadableState as error:
-            log.warning("%s An earlier one is tried.", error)
-    return None
+def newest_kept(journal_folder: Path, starts: Container[str], first_n: int, n: int) -> State | None:
+    """The newest readable state from record `first_n` to record `n`: of an hour's beginning, or one that a load of
+    this journal keeps beside its cursor (the books do not depend on the store).
 
-
-def newest_of_a_load(journal_folder: Path, starts: Container[str], n: int) -> State | None:
-    """The newest readable state at or before record `n` that a load of this journal keeps beside its cursor.
-
-    The books do not depend on the store. One that knows some books in part is passed over.
+    The files' names say which is the newest, so one state is in memory at a time. A load's state that another start
+    wrote, or that knows some books in part, is passed over.
     """
-    kept = {
-        path: int(match[1])
+    kept: list[tuple[int, Path, Container[str] | None]] = [
+        (int(match[1]), path, starts)
         for path in (journal_folder / "load").glob("*.state")
-        if (match := _LOAD_STATE.fullmatch(path.name)) is not None and int(match[1]) <= n
-    }
-    for path in sorted(kept, key=lambda path: kept[path], reverse=True):
+        if (match := _LOAD_STATE.fullmatch(path.name)) is not None
+    ]
+    kept += [(at_n, path, None) for _, at_n, path in _hour_states(journal_folder)]
+    within = [state for state in kept if first_n <= state[0] <= n]
+    for at_n, path, of_starts in sorted(within, key=lambda state: state[0], reverse=True):
         try:
-            state = load(path, kept[path], starts)
-        except UnreadableState as error:  # the other load may have replaced it meanwhile
-            log.info("%s An earlier one is tried.", error)
-        else:
-            if not state.partial:
-                return state
+            return load(path, at_n, of_starts, whole=True)
+        except UnreadableState as error:  # of a load: the other one may have replaced it meanwhile
+            level = logging.WARNING if of_starts is None else logging.INFO
+            log.log(level, "%s An earlier one is tried.", error)
     return None
 
 

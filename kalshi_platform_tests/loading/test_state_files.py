@@ -11,7 +11,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,12 +171,15 @@ def test_a_cursor_that_is_not_the_right_one_costs_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_load_whose_cursor_is_lost_reads_from_the_newest_state_that_any_load_has(
+def test_a_load_without_cursor_begins_at_the_newest_kept_state(
     kind: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder.run()
     recorder.run()
     (recorder.folder / "load" / f"{kind}.json").unlink()
+    recorder.kinds = [kind]  # the other load reads its own
+    state_files.keep_hour_state(State(n=1), recorder.folder, datetime(2026, 1, 1, tzinfo=UTC))
+    read = counting(monkeypatch)
     began: dict[str, int] = {}
     before = Load._books_before
 
@@ -186,12 +191,56 @@ def test_a_load_whose_cursor_is_lost_reads_from_the_newest_state_that_any_load_h
     monkeypatch.setattr(Load, "_books_before", books_before)
     recorder.run()
     assert began[kind] == 0
+    assert len(read) == 1
+    recorder.kinds = KINDS
+    recorder.run()
     assert_each_record_once(recorder)
-    for each in KINDS:  # and none is left over
-        assert len([*(recorder.folder / "load").glob(f"{each}-*.state")]) == 1
+    for name in KINDS:  # and none is left over
+        assert len([*(recorder.folder / "load").glob(f"{name}-*.state")]) == 1
 
 
-def test_a_state_of_a_start_that_the_journal_does_not_know_is_passed_over(
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The record of each state whose levels are read from now on."""
+    read: list[int] = []
+    load = state_files.load
+
+    def loaded(*args: Any, **options: Any) -> State:
+        state = load(*args, **options)
+        read.append(state.n)
+        return state
+
+    monkeypatch.setattr(state_files, "load", loaded)
+    return read
+
+
+def test_of_the_kept_states_one_is_read_and_the_next_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {}
+    for n, start, partial in (
+        (5, "ours", False),
+        (9, "ours", False),
+        (10, "ours", True),
+        (11, "another", False),
+        (13, "ours", False),
+    ):
+        paths[n] = tmp_path / "load" / f"parquet-{n:015d}.state"
+        state = State(n=n, partial=frozenset({"known in part"} if partial else ()))
+        state_files.save(state, paths[n], start)
+    for n in (3, 7, 12):
+        state_files.keep_hour_state(State(n=n), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
+        (paths[n],) = state_files.hour_folder(tmp_path).glob(f"*-{n:015d}.state")
+    read = counting(monkeypatch)
+    for damaged, newest in ((None, 9), (9, 7), (7, 5), (5, None)):
+        if damaged is not None:
+            paths[damaged].write_bytes(paths[damaged].read_bytes()[:-1])
+        read.clear()
+        found = state_files.newest_kept(tmp_path, {"ours"}, 4, 11)
+        assert (found.n if found else None) == newest
+        assert read == ([newest] if newest else [])
+
+
+def test_a_state_of_an_unknown_start_is_passed_over(
     recorder: Recorder,
 ) -> None:
     recorder.run()
@@ -201,14 +250,11 @@ def test_a_state_of_a_start_that_the_journal_does_not_know_is_passed_over(
     identity = journal_identity.read(folder)
     assert identity is not None
     tokens = {start.token for start in identity.starts}
-    found = state_files.newest_of_a_load(folder, tokens, n)
+    found = state_files.newest_kept(folder, tokens, n, n)
     assert found is not None
     assert found.n == n
-    assert state_files.newest_of_a_load(folder, {"another"}, n) is None
-    assert state_files.newest_of_a_load(folder, {""}, n) is None
-    for path in (folder / "load").glob("*.state"):
-        path.write_bytes(path.read_bytes()[:-1])
-    assert state_files.newest_of_a_load(folder, tokens, n) is None
+    assert state_files.newest_kept(folder, {"another"}, n, n) is None
+    assert state_files.newest_kept(folder, {""}, n, n) is None
 
 
 @pytest.mark.parametrize("when", TIMES)

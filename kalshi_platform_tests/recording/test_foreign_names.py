@@ -46,7 +46,7 @@ def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists
     assert sum(b.rows for b in journal.blocks(shard, journal.beginning(shard))) == 1
     state.keep_hour_state(State(n=5), shard, HOUR)
     assert state.hour_state(shard, HOUR) is not None
-    assert state.newest_before(shard, 9) is not None
+    assert state.newest_kept(shard, (), 0, 9) is not None
     state.prune_hour_states(shard, 9)
     assert state.hour_state(shard, HOUR) is None
     growth.measure(settings)
