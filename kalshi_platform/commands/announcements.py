@@ -6,7 +6,7 @@ Sentences alone; `up.py` collects what is to be seen, and prints.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from kalshi_platform.loading.freshness import Judgement, Verdict
@@ -28,9 +28,8 @@ IN_A_ROW = 2
 class Announcements:
     """Each thing once: when it begins, when it gets worse, and when it is over."""
 
-    def __init__(self, shards: int, where_to_look: str, now: float) -> None:
+    def __init__(self, where_to_look: str, now: float) -> None:
         """`now`, here and below: seconds of a clock that nobody sets."""
-        self._shards = shards
         self._where_to_look = where_to_look
         self._began = now
         self._late = False
@@ -38,7 +37,7 @@ class Announcements:
         self._troubles: dict[int, str] = {}
         self._failures: dict[int, int] = {}
         self._seen: dict[int, float] = {}
-        """When each shard's streamer was last seen alive."""
+        """When each shard's streamer was last seen alive, or was first due."""
         self._absent: set[int] = set()
         self._states: dict[int, tuple[frozenset[str], bool]] = {}
         """Of each shard the causes in its last line, and whether any of them was an error."""
@@ -46,27 +45,43 @@ class Announcements:
 
     def look(
         self,
+        shards: int,
         reports: Mapping[int, Mapping[str, Any]],
         supervised: Mapping[int, Supervised],
         now: float,
+        *,
         known_trouble: str = "",
         judged: Mapping[int, Sequence[Judgement]] | None = None,
     ) -> list[str]:
-        """What is new. `reports`: of the streamers since `up` began, and `judged` what they amount to;
-        `known_trouble` has been said already.
+        """What is new. `shards` are to record now, and others that are supervised are only drained. `reports`: of
+        the streamers since `up` began, and `judged` what they amount to; `known_trouble` has been said already.
         """
         said = list(self._beginning(reports, now))
-        for shard in range(self._shards):
-            whose = "" if self._shards == 1 else f"Shard {shard}: "
+        shown = {*range(shards), *supervised}
+        for shard in sorted(shown):
+            whose = "" if shown == {0} else f"Shard {shard}: "
             report, noted = reports.get(shard), supervised.get(shard)
-            for sentence in (
+            sentences = [
                 *self._trouble(shard, report, known_trouble),
                 *self._failed(shard, noted),
-                *self._missing(shard, report, noted, now),
-                *self._state(shard, report, (judged or {}).get(shard, ()), now),
-            ):
-                said.append(f"{whose}{sentence}")
+            ]
+            if shard < shards:
+                sentences += self._missing(shard, report, noted, now)
+                sentences += self._state(shard, report, (judged or {}).get(shard, ()), now)
+            said += (f"{whose}{sentence}" for sentence in sentences)
+        self._forget(shards, shown)
         return said
+
+    def _forget(self, shards: int, shown: Set[int]) -> None:
+        """What was seen of shards that record no longer, and, once they are drained, what they had said."""
+        for shard in {*self._seen, *self._states} - {*range(shards)}:
+            self._seen.pop(shard, None)
+            self._states.pop(shard, None)
+            self._stated.pop(shard, None)
+            self._absent.discard(shard)
+        for shard in {*self._troubles, *self._failures} - shown:
+            self._troubles.pop(shard, None)
+            self._failures.pop(shard, None)
 
     def _beginning(self, reports: Mapping[int, Mapping[str, Any]], now: float) -> Iterator[str]:
         frames = sum(it["frames"] for it in reports.values() if it["state"] != "stopped")
@@ -132,7 +147,9 @@ class Announcements:
                 self._absent.remove(shard)
                 yield "A streamer runs again."
             return
-        absent_s = now - self._seen.get(shard, now)  # one that never ran is told as late
+        if self._recording:  # before, it is told as late
+            self._seen.setdefault(shard, now)
+        absent_s = now - self._seen.get(shard, now)
         if absent_s >= ABSENT_S and shard not in self._absent:
             self._absent.add(shard)
             reason = noted.reason if noted is not None else self._where_to_look

@@ -322,18 +322,24 @@ class _Platform:
             f" {self._keeper.log_path('code-server')}."
         )
         shards = settings.stream_shards
-        announcements = Announcements(shards, where, time.monotonic())
+        announcements = Announcements(where, time.monotonic())
         while not self._over.wait(1.0):
-            reports = {
-                shard: report
-                for shard in range(shards)
-                if (report := _report(settings, shard, since_ns=self._began_ns)) is not None
-            }
+            shards = _shards(shards)
             noted = supervision.read(settings.data_dir)
             supervised = noted.shards if noted and noted.at * 1e9 >= self._began_ns else {}
+            reports = {
+                shard: report
+                for shard in {*range(shards), *supervised}
+                if (report := _report(settings, shard, since_ns=self._began_ns)) is not None
+            }
             judged = {shard: _judged(report) for shard, report in reports.items()}
             for sentence in announcements.look(
-                reports, supervised, time.monotonic(), self._clickhouse_trouble, judged
+                shards,
+                reports,
+                supervised,
+                time.monotonic(),
+                known_trouble=self._clickhouse_trouble,
+                judged=judged,
             ):
                 self.say(sentence)
 
@@ -412,6 +418,14 @@ def _answers(url: str) -> Callable[[], bool]:
             connection.close()
 
     return ask
+
+
+def _shards(known: int) -> int:
+    """How many shards are to record, as the supervisor reads it in each of its ticks."""
+    try:
+        return platform_settings.load().stream_shards
+    except SettingsError:  # `.env` is being changed
+        return known
 
 
 def _judged(report: dict[str, Any]) -> list[freshness.Judgement]:

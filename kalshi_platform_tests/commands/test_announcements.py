@@ -24,7 +24,8 @@ STOPPED = report(state="stopped")
 
 class Story:
     def __init__(self, shards: int = 1) -> None:
-        self.it = Announcements(shards, WHERE, 0.0)
+        self.it = Announcements(WHERE, 0.0)
+        self.shards = shards
         self.now = 0.0
 
     def look(
@@ -35,7 +36,14 @@ class Story:
         judged: dict[int, list[Judgement]] | None = None,
     ) -> list[str]:
         self.now += after_s
-        return self.it.look(reports, supervised or {}, self.now, "ClickHouse is away.", judged)
+        return self.it.look(
+            self.shards,
+            reports,
+            supervised or {},
+            self.now,
+            known_trouble="ClickHouse is away.",
+            judged=judged,
+        )
 
 
 def test_the_first_frames_are_told_once() -> None:
@@ -135,3 +143,40 @@ def test_a_trouble_that_the_streamer_tells_itself_is_said_once() -> None:
     story.look({0: report()}, judged={0: [GOOD]})
     assert story.look({0: report(trouble=trouble)}, judged={0: [behind]}) == [trouble]
     assert story.look({0: report()}, judged={0: [GOOD]}) == ["The streamer is well again."]
+
+
+def test_a_shard_that_is_taken_out_is_not_missed_and_its_drain_tells_its_trouble() -> None:
+    story = Story(shards=2)
+    story.look({0: report(), 1: report()})
+    story.shards = 1
+    drains = {0: Supervised("It records."), 1: Supervised("It is drained.")}
+    assert story.look({0: report(), 1: report()}, drains) == []
+    trouble = {0: report(), 1: report(trouble="parquet is away.")}
+    assert story.look(trouble, drains) == ["Shard 1: parquet is away."]
+    failed = {**drains, 1: Supervised("The next start is in 9 s.", 2, "Bad name.")}
+    (line,) = story.look(trouble, failed)
+    assert line.startswith("Shard 1: 2 runs in a row have failed")
+    stopped = {0: report(), 1: STOPPED}
+    assert story.look(stopped, drains) == ["Shard 1: The streamer is well again."]
+    for _ in range(3):
+        assert story.look(stopped, {0: drains[0]}, after_s=2 * ABSENT_S) == []
+    assert story.look({0: DEAD}) == []
+    assert story.look({0: DEAD}, after_s=ABSENT_S) == [
+        f"No streamer has run for 61 s: nothing is recorded. {WHERE}"  # of the only one: no number
+    ]
+
+
+def test_a_shard_that_is_added_is_told_of_like_the_others() -> None:
+    story = Story()
+    story.look({0: report()})
+    story.shards = 2
+    assert story.look({0: report(), 1: report(trouble="No space is left.")}) == [
+        "Shard 1: No space is left."
+    ]
+    story.shards = 1
+    assert story.look({0: report()}) == []
+    story.shards = 2  # and never comes up
+    assert story.look({0: report(), 1: STOPPED}) == []
+    assert story.look({0: report(), 1: STOPPED}, after_s=ABSENT_S - 1) == []
+    (line,) = story.look({0: report(), 1: STOPPED}, after_s=1)
+    assert line == f"Shard 1: No streamer has run for 60 s: nothing is recorded. {WHERE}"

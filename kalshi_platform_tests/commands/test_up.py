@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,10 @@ import httpx
 import psutil
 import pytest
 
+from kalshi_platform import settings as platform_settings
+from kalshi_platform.commands import announcements
+from kalshi_platform.commands.up import _Ending, _Platform
+from kalshi_platform.orchestration.home import Home
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.ports import free_ports
 
@@ -272,3 +278,55 @@ def test_a_key_file_that_is_not_there_is_named_before_anything_starts(tmp_path: 
     said = refused(tmp_path, PROD_KEYID="some-id", PROD_KEYFILE=str(tmp_path / "key.pem"))
     assert f"Key file {tmp_path / 'key.pem'} does not exist" in said
     assert not (tmp_path / "data").exists()
+
+
+def test_up_tells_of_the_shards_that_env_names_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real settings, reports of a living process, and `up`'s own look at them each second."""
+    env_file, told = tmp_path / ".env", list[str]()
+    for name in [it for it in os.environ if it.startswith(("PROD_", "KALSHI_", "STREAM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KALSHI_HOME", str(tmp_path))
+    monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(announcements, "ABSENT_S", 2.0)
+    env_file.write_text("STREAM_SHARDS=2\n")
+    settings = platform_settings.load()
+    home = Home(tmp_path, tmp_path / "workspace.yaml", "module", "location")
+    platform = _Platform(settings, 1, home, tmp_path / "code.sock", _Ending())
+    monkeypatch.setattr(platform, "say", told.append)
+
+    def report(shard: int, state: str, trouble: str | None = None) -> None:
+        own, now = Identity.own(), time.time_ns()
+        times = ("updated_ns", "started_ns", "last_frame_ns", "last_heard_ns", "last_durable_ns")
+        folder = settings.journal_dir(shard)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"pid": own.pid, "pid_started": own.started, "frames": 10, "stores": {}}
+        said = {**values, **dict.fromkeys(times, now), "state": state, "trouble": trouble}
+        (folder / "health.json").write_text(json.dumps(said))
+
+    def says(words: str) -> None:
+        until(lambda: any(words in it for it in told), lambda: str(told))
+
+    for shard in (0, 1):
+        report(shard, "streaming")
+    looks = threading.Thread(target=platform._announce)
+    looks.start()
+    try:
+        says("Recording: 20 frames")
+        env_file.write_text("STREAM_SHARDS=1\n")
+        report(1, "stopped")
+        report(0, "streaming", "parquet is away.")
+        says("parquet is away.")
+        report(0, "stopped")
+        says("No streamer has run for")
+        report(0, "streaming")
+        says("A streamer runs again.")
+        assert not any("Shard 1" in it for it in told), told
+        env_file.write_text("STREAM_SHARDS=many\n")  # being changed: what was known holds
+        env_file.write_text("STREAM_SHARDS=2\n")
+        report(1, "streaming", "No space is left.")
+        says("Shard 1: No space is left.")
+    finally:
+        platform._over.set()
+        looks.join()
