@@ -1,57 +1,73 @@
 """When the platform asked its own processes to end: what tells a planned SIGTERM from one that it did not send.
 
-`up` and the code server note the time when they ask. A run that was asked looks for a note since it began. Where
-neither has run on the data folder (`dagster dev` starts Dagster's own code server), nothing is known of any stop,
-and each counts as planned. The note has a fixed size and is written in place: it needs no room on a full disk.
+`up` and the platform's code server note the time when they ask, and a run that was asked finds it shortly before its
+own end. Where nothing can be read, no stop is known of. Whether a run's code server notes its stops at all is not said
+here (`run_failures.py` knows).
+
+`begin` makes the file in its whole size, which it keeps, and a note is written in place: a full disk takes it. (A file
+system that copies on write, such as btrfs or APFS, needs room all the same.)
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from pathlib import Path
 
-KEPT = 8
-"""So many stops are remembered, each of them by its second."""
-SIZE = 512
-LATE_S = 15.0
-"""A process that is asked may end so long after the asking: flushing takes a while."""
+import msgspec
+
+from kalshi_platform import durable, typed_json
+
+KEPT = 64
+"""Stops that are remembered. A run's end is judged again for a day, and a day has fewer."""
+SIZE = 2048
+"""Bytes of the file: each time takes at most 20."""
+TOGETHER_S = 3.0
+"""What belongs to one stop comes within so long: the notes of `up` and of the code server, and, where a whole container
+gets the signal at once, the end of a run before the note. A run that is made so soon after a note is still made by what
+ends."""
+ASKED_S = 60.0
+"""A run that was asked ends within so long of the note: the code server asks 10 s after it was asked itself, and
+containers are killed after 60 s (`stop_grace_period`, `terminationGracePeriodSeconds`)."""
 
 asked_here = threading.Event()
 """Set where this very process, a code server, was asked to end."""
 
 
 def begin(data_dir: Path) -> None:
-    """From now on stops are noted here. Raises `OSError`."""
+    """Make the file, or make it whole, so that stops can be noted. Raises `OSError`."""
     path = _path(data_dir)
-    if not path.exists():
+    if not path.exists() or path.stat().st_size != SIZE:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"[]".ljust(SIZE))
+        durable.replace(path, _encoded(_times(data_dir)))
 
 
 def note(data_dir: Path) -> None:
     """The processes of the platform are asked to end now. Raises `OSError`."""
     begin(data_dir)
-    times = [*(_times(data_dir) or ()), time.time()][-KEPT:]
+    now, times = round(time.time(), 3), _times(data_dir)
+    if times and 0.0 <= now - times[-1] <= TOGETHER_S:
+        return  # the same stop
     with _path(data_dir).open("r+b") as file:
-        file.write(json.dumps(times).encode().ljust(SIZE))
+        file.write(_encoded([*times, now]))
 
 
-def planned(data_dir: Path, began: float, ended: float) -> bool:
-    """Whether a process that began and ended then (seconds since the epoch) was asked to by the platform."""
-    times = _times(data_dir)
-    return times is None or any(began <= at <= ended + LATE_S for at in times)
+def planned(data_dir: Path, created: float, ended: float) -> bool:
+    """Whether a run that was created and ended then (seconds since the epoch) was asked to by the platform."""
+    first = max(created - TOGETHER_S, ended - ASKED_S)
+    return any(first <= at <= ended + TOGETHER_S for at in _times(data_dir))
 
 
-def _times(data_dir: Path) -> list[float] | None:
-    """The stops that were noted, none where that cannot be read; None where none ever is."""
+def _times(data_dir: Path) -> list[float]:
+    """The stops that were noted, in this order; none where that cannot be read."""
     try:
-        return [float(at) for at in json.loads(_path(data_dir).read_bytes())]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError):
+        return typed_json.decode(_path(data_dir).read_bytes(), list[float])
+    except (OSError, msgspec.DecodeError):
         return []
+
+
+def _encoded(times: list[float]) -> bytes:
+    return msgspec.json.encode(times[-KEPT:]).ljust(SIZE)
 
 
 def _path(data_dir: Path) -> Path:

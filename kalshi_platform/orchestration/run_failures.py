@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
 
 from kalshi_platform.monitoring import planned_stop
 
@@ -13,8 +14,8 @@ NO_REASON = "marked as failed from outside"
 """Of the sentence that Dagster writes when a worker was killed: what it noticed is written before."""
 INTERRUPTED = "It was interrupted: its worker was asked to end while it ran. Run it again if nothing else has."
 UNASKED = (
-    "Neither the platform nor a person in Dagster had asked for that: an out-of-memory daemon (earlyoom, systemd-oomd)"
-    " or a kill by hand did. The machine's log says who (journalctl); give it more memory, or terminate runs in Dagster."
+    "No planned stop is on record: an out-of-memory daemon (earlyoom, systemd-oomd) or a kill by hand may have ended it."
+    " To end a run, use Terminate in Dagster."
 )
 MOST_CHARACTERS = 1000
 """Of a run's reason: it goes into cursors, and into people's pockets."""
@@ -63,13 +64,31 @@ def why(instance: dg.DagsterInstance, run_id: str) -> str:
 
 
 def planned(instance: dg.DagsterInstance, record: dg.RunRecord, data_dir: Path) -> bool:
-    """Whether all that a failed run met was a restart: the platform asked it to end, or its code server was away."""
+    """Whether a restart is all that a failed run met: it may have been asked to end, or its code server was away."""
     met = why(instance, record.dagster_run.run_id)
     if met != INTERRUPTED:
         return met == UNREACHED
-    began = record.start_time or record.create_timestamp.timestamp()
-    ended = record.end_time or record.update_timestamp.timestamp()
-    return planned_stop.planned(data_dir, began, ended)
+    return may_be_asked(record, data_dir, record.end_time or record.update_timestamp.timestamp())
+
+
+def may_be_asked(record: dg.RunRecord, data_dir: Path, ended: float) -> bool:
+    """Whether the platform may have asked for the end of a run that was interrupted then.
+
+    Where the run's code server notes its stops, a note must say so; of others it cannot be known.
+    """
+    created = record.create_timestamp.timestamp()
+    noted = planned_stop.planned(data_dir, created, ended)
+    return noted or not _stops_are_noted(record.dagster_run)
+
+
+def _stops_are_noted(run: dg.DagsterRun) -> bool:
+    """Whether the run is of a code server that the workspace names: the platform's own, which notes its stops.
+
+    `dagster dev` and `dagster job` run Dagster's, which does not.
+    """
+    job = run.remote_job_origin
+    server = job.repository_origin.code_location_origin if job is not None else None
+    return isinstance(server, GrpcServerCodeLocationOrigin)
 
 
 def _tells_the_end(said: str) -> bool:

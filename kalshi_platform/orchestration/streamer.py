@@ -18,7 +18,6 @@ from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
 from kalshi_platform.errors import PlatformError, SettingsError
-from kalshi_platform.monitoring import planned_stop
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.console import output_log
 from kalshi_platform.orchestration.metadata import materializations, partition_key
@@ -78,20 +77,17 @@ def record_shard(
     context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource
 ) -> None:
     """Record one shard until told to end."""
-    began = time.time()
     try:
         introduce(context)
-        _record(context, config, platform, began)
+        _record(context, config, platform)
     except DagsterExecutionInterruptedError:
-        if not asked_to_end(context, platform, began, patience_s=NOTED_S):
+        if not asked_to_end(context, platform, patience_s=NOTED_S):
             raise dg.Failure(description=UNASKED, allow_retries=False) from None
         call_it_canceled(context)
         raise
 
 
-def _record(
-    context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource, began: float
-) -> None:
+def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource) -> None:
     shard = int(context.run.tags.get(SHARD_TAG, "0"))
     with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
         shards = platform.settings().stream_shards
@@ -113,7 +109,7 @@ def _record(
             )
         except DagsterExecutionInterruptedError:
             try:  # first: a run that is killed while it flushes was asked to end, too
-                if asked_to_end(context, platform, began):
+                if asked_to_end(context, platform):
                     call_it_canceled(context)
             finally:  # whatever became of Dagster's database meanwhile
                 stored = host.stop(_drain_s(platform, shards))
@@ -238,24 +234,26 @@ def introduce(context: dg.OpExecutionContext) -> None:
 
 
 def asked_to_end(
-    context: dg.OpExecutionContext, platform: KalshiResource, began: float, patience_s: float = 0.0
+    context: dg.OpExecutionContext, platform: KalshiResource, patience_s: float = 0.0
 ) -> bool:
-    """Whether the platform, or a person in Dagster, asked for the end, as far as that shows in time."""
+    """Whether the platform, or a person in Dagster, asked for the end or may have, as far as that shows in time."""
     ends = time.monotonic() + patience_s
     with capture_interrupts():
-        while not _asked(context, platform, began):
+        while not _asked(context, platform):
             if time.monotonic() >= ends:
                 return False
             time.sleep(0.05)
     return True
 
 
-def _asked(context: dg.OpExecutionContext, platform: KalshiResource, began: float) -> bool:
-    run = context.instance.get_run_by_id(context.run_id)
-    if run is None or run.is_finished or run.status == dg.DagsterRunStatus.CANCELING:
+def _asked(context: dg.OpExecutionContext, platform: KalshiResource) -> bool:
+    record = context.instance.get_run_record_by_id(context.run_id)
+    if record is None or record.dagster_run.is_finished:
+        return True
+    if record.dagster_run.status == dg.DagsterRunStatus.CANCELING:
         return True
     try:
-        return planned_stop.planned(platform.settings().data_dir, began, time.time())
+        return run_failures.may_be_asked(record, platform.settings().data_dir, time.time())
     except SettingsError:  # `.env` is being changed
         return True
 

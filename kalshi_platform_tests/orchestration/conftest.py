@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.workspace.load_target import WorkspaceFileTarget
 
+from kalshi_platform.orchestration.home import prepare, shipped
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 
@@ -26,3 +29,27 @@ def platform(tmp_path: Path) -> StandInPlatform:
     return StandInPlatform(
         overrides={"kalshi_data_dir": str(tmp_path / "data"), "use_clickhouse": "0"}
     )
+
+
+@pytest.fixture
+def launched_by(
+    instance: dg.DagsterInstance,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], None]:
+    """From now on runs have the origin that `up`, or `dagster dev`, gives them by its workspace."""
+    add = instance.run_storage.add_run
+
+    def choose(program: str) -> None:
+        folder = tmp_path_factory.mktemp("workspace")
+        ours = prepare(folder, folder / "code.sock", 7).workspace
+        path = {"up": ours, "dagster dev": shipped("workspace.yaml")}[program]
+        [location] = WorkspaceFileTarget([str(path)]).create_origins()
+        repository = RemoteRepositoryOrigin(location, "__repository__")
+
+        def add_run(run: dg.DagsterRun) -> dg.DagsterRun:
+            return add(run.with_job_origin(RemoteJobOrigin(repository, run.job_name)))
+
+        monkeypatch.setattr(instance.run_storage, "add_run", add_run)
+
+    return choose

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -267,17 +267,34 @@ def test_a_failure_stays_alerted_when_a_later_run_of_its_job_is_interrupted(watc
 
 @pytest.mark.parametrize("job", [interrupted_in_its_op, interrupted_before_its_op])
 def test_a_run_that_was_ended_by_none_of_ours_is_told_at_once(
-    watch: Watch, job: dg.JobDefinition
+    watch: Watch, job: dg.JobDefinition, launched_by: Callable[[str], None]
 ) -> None:
+    launched_by("up")
     data = watch.platform.settings().data_dir
     planned_stop.begin(data)
     job.execute_in_process(instance=watch.instance, raise_on_error=False)
     (notice,) = watch.tick()
-    assert "Neither the platform nor a person in Dagster had asked for that" in notice["sentence"]
+    assert "No planned stop is on record: an out-of-memory daemon" in notice["sentence"]
+    watch.ahead_s += 2 * planned_stop.TOGETHER_S  # another stop
     planned_stop.note(data)
     job.execute_in_process(instance=watch.instance, raise_on_error=False)  # after that stop
     assert watch.tick() == []
     assert watch.tick(CALM_S * 2) == []  # not resolved
+
+
+@pytest.mark.parametrize("program", ["up", "dagster dev"])
+def test_a_run_that_is_interrupted_under_dagster_dev_is_held_against_no_note(
+    watch: Watch, launched_by: Callable[[str], None], program: str
+) -> None:
+    """Its code server notes no stop, whether or not `up` ran on the data folder before."""
+    launched_by(program)
+    planned_stop.begin(watch.platform.settings().data_dir)
+    interrupted_in_its_op.execute_in_process(instance=watch.instance, raise_on_error=False)
+    told = watch.tick()
+    assert len(told) == (1 if program == "up" else 0)
+    if not told:  # and not excused for good either
+        (notice,) = watch.tick(INTERRUPTED_S)
+        assert notice["sentence"].endswith("Run it again if nothing else has.")
 
 
 @pytest.mark.parametrize("when", ["in its op", "before its op", "before it was launched"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from kalshi_platform.monitoring import planned_stop
@@ -59,11 +60,11 @@ def test_a_code_server_that_is_asked_alone_asks_its_runs_and_ends(tmp_path: Path
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == "serving\n"
-            assert not planned_stop.planned(data, 0.0, 1e12)
+            assert not planned_stop.planned(data, 0.0, time.time())
             server.send_signal(signal.SIGTERM)
             assert server.stdout.readline() == "the run ended with 0\n"
             assert server.wait(30) == 0
-            assert planned_stop.planned(data, 0.0, 1e12)
+            assert planned_stop.planned(data, 0.0, time.time())
         finally:
             server.kill()
 

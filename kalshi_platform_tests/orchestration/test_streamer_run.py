@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -140,11 +142,14 @@ def test_a_run_that_is_killed_while_it_flushes_had_been_asked_to_end(
 def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
+    launched_by: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
+    *,
     who: str,
     when: str,
 ) -> None:
     monkeypatch.setattr("kalshi_platform.orchestration.streamer.NOTED_S", 0.2)
+    launched_by("up")
     data = platform.settings().data_dir
     planned_stop.begin(data)
     streamer = StandInStreamer()
@@ -152,7 +157,7 @@ def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
     def end(*_: object) -> None:
         if who == "up":
             planned_stop.note(data)
-        elif who != "nobody":
+        elif who != "nobody":  # the remedy: Terminate
             [run] = instance.get_runs()
             instance.report_run_canceling(run)
         interrupt(streamer)
@@ -163,13 +168,59 @@ def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
     run = execute(instance, platform, streamer)
     assert streamer.stopped.is_set() == (when == "it records")
     assert run.status is (Status.FAILURE if who == "nobody" else Status.CANCELED)
-    assert ("an out-of-memory daemon" in errors(instance, run)) == (who == "nobody")
+    accused = "No planned stop is on record: an out-of-memory daemon"
+    assert (accused in errors(instance, run)) == (who == "nobody")
+
+
+@pytest.mark.parametrize("notes", ["deleted", "never made", "damaged", "of hours ago"])
+@pytest.mark.parametrize("program", ["up", "dagster dev"])
+def test_where_no_stop_is_on_record_only_runs_whose_server_notes_stops_have_failed(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    launched_by: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    notes: str,
+    program: str,
+) -> None:
+    """Dagster's own code server, which `dagster dev` has, tells nobody when it is asked to end."""
+    monkeypatch.setattr("kalshi_platform.orchestration.streamer.NOTED_S", 0.2)
+    launched_by(program)
+    data = platform.settings().data_dir
+    file = data / "checks" / "planned_stops.json"
+    if notes == "of hours ago":
+        with monkeypatch.context() as patched:
+            hours_ago = time.time() - 7200.0
+            patched.setattr(time, "time", lambda: hours_ago)
+            planned_stop.note(data)
+        read = instance.get_run_record_by_id
+
+        def read_older(run_id: str) -> dg.RunRecord | None:
+            record = read(run_id)
+            assert record is not None
+            return record._replace(create_timestamp=datetime.now(UTC) - timedelta(hours=3))
+
+        monkeypatch.setattr(instance, "get_run_record_by_id", read_older)
+    elif notes != "never made":  # `up` ran here
+        planned_stop.note(data)
+        file.write_bytes(b"x")
+        if notes == "deleted":
+            file.unlink()
+    streamer = StandInStreamer()
+    streamer.when_dry = interrupt
+    run = execute(instance, platform, streamer)
+    assert streamer.stopped.is_set()
+    assert run.status is (Status.FAILURE if program == "up" else Status.CANCELED)
+    assert ("No planned stop is on record" in errors(instance, run)) == (program == "up")
 
 
 def test_a_stop_that_is_noted_only_after_the_signal_is_planned_all_the_same(
-    instance: dg.DagsterInstance, platform: StandInPlatform
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    launched_by: Callable[[str], None],
 ) -> None:
     """A container that is stopped gives SIGTERM to all of its processes at once."""
+    launched_by("up")
     data = platform.settings().data_dir
     planned_stop.begin(data)
     streamer = StandInStreamer()
