@@ -44,7 +44,7 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-explore: install-dev ## The tests' properties with examples that no run has drawn, and four times as many
+explore: install-dev ## The tests' properties with new examples, up to four times as many: for a release, and after a change to what they test (CI does not run it)
 	@$(BIN)/pytest -n 2 --dist worksteal -m hypothesis --hypothesis-profile explore $(PYTEST_ARGS)
 
 chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS="--faults 40 --shards 2")
@@ -53,7 +53,7 @@ chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS=
 soak: install-dev ## 30 minutes of load, each part restarted once, and docs/soak.md (SOAK_ARGS="--minutes 4")
 	@$(BIN)/python -m kalshi_platform_tests.soak.campaign $(SOAK_ARGS)
 
-nights: install-dev ## Two faults at a time, each told once, in time, and closed; 10 minutes a pair (NIGHTS_ARGS="--pairs 2")
+nights: install-dev ## Two faults at a time, each reported once, in time, and closed; 10 minutes a pair (NIGHTS_ARGS="--pairs 2")
 	@$(BIN)/python -m kalshi_platform_tests.soak.nights $(NIGHTS_ARGS)
 
 # A recorded order flow, for the bytes that an event takes; without it that row is left out.

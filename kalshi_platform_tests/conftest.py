@@ -44,8 +44,8 @@ if (
     os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
-# The suite draws the same examples each time, so that a change alone decides how it ends; to look for
-# new ones, and more of them (properties.py): make explore.
+# The suite draws the same examples each time, so that a change alone decides how it ends; new ones, and more of
+# them, are drawn by `make explore` alone, which CI does not run (properties.py says who does).
 for profile, derandomize in (("suite", True), ("explore", False)):
     hypothesis_settings.register_profile(
         profile,
