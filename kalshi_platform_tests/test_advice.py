@@ -1,4 +1,4 @@
-"""What is said of a feed that is not well is done here, word by word, and the feed is well again."""
+"""What a verdict on a feed says to do, or that the streamer does, is done here, and the feed is well again."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_no_books_snapshots_are_asked_for_by_themselves(exchange: tuple[Settings
     settings, simulator = exchange
     simulator.inject("slow:1.5")
     with recording(settings) as streamer:
-        said = becomes(streamer, "no books").sentence
-        assert f"0 of {MARKETS} books are synced" in said
-        assert "Snapshots are asked for by themselves" in said
+        sentence = becomes(streamer, "no books").sentence
+        assert f"0 of {MARKETS} books are synced" in sentence
+        assert "Snapshots are asked for by themselves" in sentence
         becomes(streamer, "recording")
         until(lambda: streamer.health().synced == MARKETS, streamer.health)
 
@@ -109,7 +109,7 @@ def test_silent_the_streamer_dials_again_by_itself(
         until(lambda: streamer.health().connections == 2, streamer.health)
 
 
-def test_a_slow_disk_loses_what_else_writes_there_and_nothing_is_lost(
+def test_a_slow_disk_is_freed_and_nothing_is_lost(
     exchange: tuple[Settings, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
@@ -125,8 +125,8 @@ def test_a_slow_disk_loses_what_else_writes_there_and_nothing_is_lost(
         assert slow.cause == "disk slow"
         stuck = judge(streamer, DOCTOR, later_s=DOCTOR.durable_s - 1.0)
         assert stuck.cause == "writer stuck"
-        for said in (slow.sentence, stuck.sentence):
-            assert "Give it a faster disk, or find what else writes there" in said
+        for verdict in (slow, stuck):
+            assert "Give it a faster disk, or find what else writes there" in verdict.sentence
         free.set()  # it was found
         becomes(streamer, "recording")
     kept = sum(
@@ -136,32 +136,32 @@ def test_a_slow_disk_loses_what_else_writes_there_and_nothing_is_lost(
     assert kept == streamer.health().journal_records
 
 
-def test_no_report_a_living_streamer_writes_it_anew(exchange: tuple[Settings, Any]) -> None:
+def test_no_report_a_living_streamer_writes_it_again(exchange: tuple[Settings, Any]) -> None:
     settings, _ = exchange
     path = settings.journal_dir() / health_report.FILE
 
-    def told() -> Judgement:
+    def judged() -> Judgement:
         return alerts._judge(settings, 0, time.time())[0][0]
 
     with recording(settings) as streamer:
         becomes(streamer, "recording")
     path.write_bytes(b"{")
-    assert told().cause == "no report"
-    assert "A living streamer writes it each second." in told().sentence
+    assert judged().cause == "no report"
+    assert "A living streamer writes it each second." in judged().sentence
     found = doctor._reported(settings, 0)
     assert (found.mark, found.remedy) == (
         doctor.Mark.BAD,
         "remove it; a living streamer writes it each second",
     )
-    with recording(settings) as streamer:  # it lives
+    with recording(settings) as streamer:
         becomes(streamer, "recording")
-        until(lambda: told().cause == "recording", told)
+        until(lambda: judged().cause == "recording", judged)
     path.write_bytes(b"{")
     path.unlink()  # as `doctor` says
     assert doctor._reported(settings, 0).mark is not doctor.Mark.BAD
     with recording(settings) as streamer:
         becomes(streamer, "recording")
-        until(lambda: doctor._reported(settings, 0).mark is doctor.Mark.GOOD, told)
+        until(lambda: doctor._reported(settings, 0).mark is doctor.Mark.GOOD, judged)
 
 
 def test_not_started_the_command_that_is_named_records_the_shard(
@@ -169,9 +169,9 @@ def test_not_started_the_command_that_is_named_records_the_shard(
 ) -> None:
     alone, _ = exchange
     settings = alone.model_copy(update={"stream_shards": 2})
-    said = freshness.never_run(1)
-    assert said.cause == "not started"
-    found = re.search(r"`kalshi-platform ([^`]+)`", said.sentence)
+    verdict = freshness.never_run(1)
+    assert verdict.cause == "not started"
+    found = re.search(r"`kalshi-platform ([^`]+)`", verdict.sentence)
     assert found
     environment = {
         **os.environ,

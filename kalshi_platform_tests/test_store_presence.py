@@ -212,7 +212,7 @@ def test_an_archive_that_was_never_written_to_is_no_fault(make: Callable[..., Se
     assert doctor._archive(make()).mark is not doctor.Mark.BAD
 
 
-def test_a_clickhouse_that_takes_connections_and_never_answers_is_named(
+def test_a_clickhouse_that_never_answers_is_named(
     make: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -230,7 +230,7 @@ def test_a_clickhouse_that_takes_connections_and_never_answers_is_named(
         assert str(found.value) == named
 
 
-def test_a_clickhouse_that_stops_answering_while_it_is_idle_is_named_until_it_answers(
+def test_an_idle_clickhouse_is_named_until_it_answers_again(
     make: Callable[..., Settings], clickhouse_url: str, clickhouse_database: str
 ) -> None:
     with between(clickhouse_url) as way:
@@ -250,7 +250,7 @@ def test_a_clickhouse_that_stops_answering_while_it_is_idle_is_named_until_it_an
             well(streamer)
 
 
-def test_an_exchange_that_takes_connections_and_never_answers_is_named(
+def test_an_exchange_that_never_answers_is_named(
     make: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(freshness, "maintenance", lambda _: False)

@@ -125,9 +125,9 @@ class Bench:
         return Results(self._figures, recorded, soaks)
 
     def _keep(self, figures: list[Figure]) -> None:
-        """Take them up, and show them at once: a run that is ended early has told what it measured."""
-        for it in figures:
-            self._say(line(it))
+        """Add and print them at once: a run that is ended early has printed what it measured."""
+        for figure in figures:
+            self._say(line(figure))
         self._figures += figures
 
     def _deltas(self, markets: int, frames: int) -> Path:

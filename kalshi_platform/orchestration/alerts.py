@@ -249,8 +249,10 @@ def failed_runs(
 
 
 def _why_failed(instance: dg.DagsterInstance, run_id: str, *, planned: bool) -> str:
-    said = run_failures.why(instance, run_id)
-    return said if planned or said != run_failures.INTERRUPTED else f"{said} {run_failures.UNASKED}"
+    reason = run_failures.why(instance, run_id)
+    if planned or reason != run_failures.INTERRUPTED:
+        return reason
+    return f"{reason} {run_failures.UNASKED}"
 
 
 def _unit(run: dg.DagsterRun) -> tuple[str, str]:

@@ -44,7 +44,7 @@ SUCCESSOR_S = 5.0
 DRAIN_S = 8.0
 """For the streamer to flush; whoever ends the process waits a little longer than this."""
 HEAD_START_S = 10.0
-"""For the streamer to record, before hours are looked for that nobody has reported."""
+"""For the streamer to record, before unreported hours are looked for."""
 HURRY_S = 3.0
 """The same where another STREAM_SHARDS is taken up: nothing is recorded until all have ended, and the journal has what
 is not loaded."""

@@ -54,7 +54,7 @@ def kill(it: Platform) -> float:
 
 
 def change(it: Platform, shards: int) -> float:
-    """Set STREAM_SHARDS in `.env`; when the last frame of before came, once all have begun anew."""
+    """Set STREAM_SHARDS in `.env`; the time of the former streamers' last frame, once all are replaced."""
     former = it.streamers()
     (it.data.parent / ".env").write_text(f"STREAM_SHARDS={shards}\n")
     last = 0.0

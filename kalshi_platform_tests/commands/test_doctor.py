@@ -487,7 +487,7 @@ def test_a_disk_that_will_be_full_is_found_before_it_is(
     assert "more than a year" in settled.text
 
 
-def test_a_market_maker_that_has_stopped_deciding_is_found_with_its_age(alone: Patient) -> None:
+def test_a_stopped_market_maker_is_found_with_its_age(alone: Patient) -> None:
     with closing(connect(platform_settings.current())) as client:
         planted = Planted(client)
         planted.decision(ago(2 * 3600 + 1500), engine_instance_id="mm-1")

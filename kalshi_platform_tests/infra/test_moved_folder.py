@@ -91,7 +91,7 @@ def said(*argv: str | Path) -> str:
     not (Path(sys.prefix) / "bin" / "kalshi-platform").is_file(),
     reason="the package is not installed into an environment here",
 )
-def test_make_repairs_the_environment_of_a_copied_and_of_a_moved_folder(on_disk: Path) -> None:
+def test_make_repairs_the_environment_of_a_moved_or_copied_one(on_disk: Path) -> None:
     programs = {
         path: path.read_bytes()
         for path in (Path(sys.prefix) / "bin").iterdir()

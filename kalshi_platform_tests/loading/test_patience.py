@@ -18,7 +18,7 @@ def waits(error: StoreError, attempts: int) -> list[float]:
     return found
 
 
-def test_a_store_that_refuses_is_asked_again_soon_at_first_and_then_rarely() -> None:
+def test_a_refusing_store_is_asked_again_soon_then_rarely() -> None:
     """At the first start of `up` its tables are made while the streamer asks for them."""
     found = waits(StoreRefused("There is no such table."), 12)
     assert sum(found[:4]) < 10

@@ -104,7 +104,7 @@ WAITING: dict[str, tuple[Callable[[socket.socket], None], Callable[[int], Channe
 def refused_in_time(
     talk: Callable[[socket.socket], None], channel: Callable[[int], Channel]
 ) -> str:
-    """What is said of a channel that has three seconds."""
+    """Why a channel that has three seconds failed, as a sentence."""
     with socket_server(talk) as port:
         began = time.monotonic()
         with pytest.raises(ChannelError) as refused:
@@ -118,9 +118,9 @@ def test_channels_that_make_us_wait_are_left_in_time() -> None:
     with ThreadPoolExecutor(len(WAITING)) as pool:
         waits = {name: pool.submit(refused_in_time, *each) for name, each in WAITING.items()}
     for name, wait in waits.items():
-        said = wait.result()
-        assert said.startswith(("The host of ALERT_", "The mail server 127.0.0.1:")), name
-        assert "s3cr3t" not in said, name
+        sentence = wait.result()
+        assert sentence.startswith(("The host of ALERT_", "The mail server 127.0.0.1:")), name
+        assert "s3cr3t" not in sentence, name
 
 
 def test_a_name_server_that_does_not_answer_is_left_in_time(

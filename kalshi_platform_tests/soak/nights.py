@@ -1,4 +1,4 @@
-"""Two faults at a time: each is told by its name, within what is promised, once, and closed when it is over.
+"""Two faults at a time: each is reported by its name, within what is promised, once, and closed when it is over.
 
 A recorder in this process (a real streamer, exchange, embedded ClickHouse, archive, and a disk that can stand still)
 is looked at as the sensor `alerts` does. `make nights` draws pairs with all times as they are: about ten minutes each.
@@ -192,7 +192,7 @@ class Fault:
     """One thing that is taken away."""
 
     cause: str
-    """By which it is told."""
+    """By which it is reported."""
     take: Callable[..., None]
     """Of a scene, with `there`."""
     promised_s: Callable[[Times], float]
@@ -222,19 +222,19 @@ PAIRS = tuple(combinations(FAULTS, 2))
 
 
 class Watch:
-    """What the sensor `alerts` would tell of the feed."""
+    """What the sensor `alerts` would report of the feed."""
 
     def __init__(self, settings: Settings, times: Times) -> None:
         self._settings, self._times = settings, times
         self._ledger = Ledger()
-        self.told: list[Notice] = []
+        self.notices: list[Notice] = []
 
     def tick(self) -> None:
         """Look once, then wait until the next look."""
         now = time.time()
         found = list(alerts.feed(self._settings, now))
         seen = incidents.observe(self._ledger, found, [CHANNEL], now, FOR_EVER_S)
-        self.told += seen.mailboxes[CHANNEL].waiting
+        self.notices += seen.mailboxes[CHANNEL].waiting
         self._ledger = msgspec.structs.replace(seen, mailboxes={CHANNEL: Mailbox()})
         time.sleep(self._times.tick_s)
 
@@ -248,13 +248,15 @@ class Watch:
         return True
 
     def has_opened(self, cause: str) -> bool:
-        """Whether an incident of this cause was told."""
+        """Whether an incident of this cause was reported."""
         return cause in self.count(Event.OPENED)
 
     def count(self, event: Event) -> Counter[str]:
-        """How often each cause was told so."""
+        """How many notices of this event each cause has."""
         return Counter(
-            notice.condition.key.rpartition(":")[2] for notice in self.told if notice.event is event
+            notice.condition.key.rpartition(":")[2]
+            for notice in self.notices
+            if notice.event is event
         )
 
 
@@ -266,17 +268,17 @@ class Night:
     opened: Mapping[str, int]
     resolved: Mapping[str, int]
     late: tuple[str, ...]
-    """What was not told, or not closed, in time."""
+    """What was not reported, or not closed, in time."""
 
     @property
     def sound(self) -> bool:
-        """Whether each was told once, by its name, in time, and closed, and nothing else was."""
+        """Whether each was reported once, by its name, in time, and closed, and nothing else was."""
         once = dict.fromkeys(self.causes, 1)
         return not self.late and self.opened == once and self.resolved == once
 
 
 def night(scene: Scene, pair: Sequence[Fault], times: Times, dice: random.Random) -> Night:
-    """Take both away, one soon after the other; give them back when they were told."""
+    """Take both away, one soon after the other; give them back when they were reported."""
     watch = Watch(scene.settings, times)
     late: list[str] = []
     if not watch.until(lambda: scene.well, 120.0 + times.slack_s):
@@ -292,7 +294,7 @@ def night(scene: Scene, pair: Sequence[Fault], times: Times, dice: random.Random
         for fault in some:
             promised_s = fault.promised_s(times) + 2 * times.tick_s + times.slack_s
             if not watch.until(functools.partial(watch.has_opened, fault.cause), promised_s):
-                late.append(f"{fault.cause} was not told")
+                late.append(f"{fault.cause} was not reported")
         for fault in some:
             fault.take(scene, there=True)
     if not watch.until(
@@ -355,7 +357,7 @@ def main() -> None:
             seed=given.seed,
             say=functools.partial(print, flush=True),
         )
-    sys.exit(0 if all(it.sound for it in found) else 1)
+    sys.exit(0 if all(night.sound for night in found) else 1)
 
 
 if __name__ == "__main__":

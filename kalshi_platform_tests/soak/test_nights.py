@@ -12,10 +12,10 @@ from kalshi_platform_tests.soak.nights import PAIRS, SHORT, run
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_of_two_faults_at_a_time_each_is_told_once_and_closed(
+def test_of_two_faults_at_a_time_each_is_reported_once_and_closed(
     tmp_path: Path, clickhouse_url: str
 ) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     pairs = random.Random(4).sample(PAIRS, 2)
-    found = run(tmp_path, clickhouse_url, pairs, SHORT, seed=4, say=said.append)
-    assert [night for night in found if not night.sound] == [], said
+    found = run(tmp_path, clickhouse_url, pairs, SHORT, seed=4, say=lines.append)
+    assert [night for night in found if not night.sound] == [], lines
