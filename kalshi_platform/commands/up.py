@@ -77,11 +77,11 @@ def command(port: int) -> None:
         check_ports(settings, port)
         home = prepare(
             settings.data_dir,
-            sockets / "code.sock",
+            sockets / planned_stop.SOCKET,
             settings.dagster_tick_retention_days,
             settings.stream_shards,
         )
-        _Platform(settings, port, home, sockets / "code.sock", ending).run()
+        _Platform(settings, port, home, sockets / planned_stop.SOCKET, ending).run()
 
 
 def check_ports(settings: Settings, port: int) -> None:

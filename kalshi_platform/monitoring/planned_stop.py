@@ -30,6 +30,9 @@ ASKED_S = 60.0
 """A run that was asked ends within so long of the note: the code server asks 10 s after it was asked itself, and
 containers are killed after 60 s (`stop_grace_period`, `terminationGracePeriodSeconds`)."""
 
+SOCKET = "code.sock"
+"""The name of the socket of `up`'s code server; `dagster dev` gives its own a name by chance."""
+
 asked_here = threading.Event()
 """Set where this very process, a code server, was asked to end."""
 

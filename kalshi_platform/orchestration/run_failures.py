@@ -82,13 +82,15 @@ def may_be_asked(record: dg.RunRecord, data_dir: Path, ended: float) -> bool:
 
 
 def _stops_are_noted(run: dg.DagsterRun) -> bool:
-    """Whether the run is of a code server that the workspace names: the platform's own, which notes its stops.
+    """Whether the run's code server is the platform's own: `up`'s, or one with a port, as containers have.
 
-    `dagster dev` and `dagster job` run Dagster's, which does not.
+    `dagster dev` starts Dagster's, on a socket with a name by chance, which notes no stop; `dagster job` has none.
     """
     job = run.remote_job_origin
     server = job.repository_origin.code_location_origin if job is not None else None
-    return isinstance(server, GrpcServerCodeLocationOrigin)
+    if not isinstance(server, GrpcServerCodeLocationOrigin):
+        return False
+    return server.port is not None or Path(server.socket or "").name == planned_stop.SOCKET
 
 
 def _tells_the_end(said: str) -> bool:

@@ -10,7 +10,8 @@ import pytest
 from dagster._core.remote_origin import RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.workspace.load_target import WorkspaceFileTarget
 
-from kalshi_platform.orchestration.home import prepare, shipped
+from kalshi_platform.monitoring import planned_stop
+from kalshi_platform.orchestration.home import prepare
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 
@@ -37,13 +38,18 @@ def launched_by(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], None]:
-    """From now on runs have the origin that `up`, or `dagster dev`, gives them by its workspace."""
+    """From now on runs have the origin that `up`, a container's workspace or `dagster dev` gives them."""
     add = instance.run_storage.add_run
 
     def choose(program: str) -> None:
         folder = tmp_path_factory.mktemp("workspace")
-        ours = prepare(folder, folder / "code.sock", 7).workspace
-        path = {"up": ours, "dagster dev": shipped("workspace.yaml")}[program]
+        # `dagster dev` writes a workspace of its own, with such a socket.
+        socket = {"up": folder / planned_stop.SOCKET, "dagster dev": folder / "tmpbagp819q"}
+        if program in socket:
+            path = prepare(folder, socket[program], 7).workspace
+        else:
+            path = folder / "workspace.yaml"
+            path.write_text("load_from: [{grpc_server: {host: code, port: 4000}}]")
         [location] = WorkspaceFileTarget([str(path)]).create_origins()
         repository = RemoteRepositoryOrigin(location, "__repository__")
 
