@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -484,6 +485,15 @@ def load(**overrides: Any) -> Settings:
 def current() -> Settings:
     """The process's settings, read once."""
     return load()
+
+
+def variables(names: Iterable[str]) -> list[str]:
+    """Those of the names of variables that are settings, in whatever case."""
+    known = {HOME.lower()}
+    for name, field in Settings.model_fields.items():
+        alias = field.validation_alias
+        known |= {str(one) for one in alias.choices} if isinstance(alias, AliasChoices) else {name}
+    return [name for name in names if name.lower() in known]
 
 
 def secrets_in_file() -> list[str]:

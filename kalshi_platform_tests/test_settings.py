@@ -358,3 +358,12 @@ def test_the_home_of_nobody_is_a_sentence(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(name, "~nobody-of-that-name/x")
     with pytest.raises(SettingsError, match=f"{name} is .* does not know"):
         load()
+
+
+def test_variables_that_are_settings_are_told_from_all_others() -> None:
+    ours = ["STREAM_SHARDS", "stream_shards", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"]
+    others = ["PATH", "DAGSTER_PG_PASSWORD", "AWS_PROFILE"]
+    assert platform_settings.variables([*ours, platform_settings.HOME, *others]) == [
+        *ours,
+        platform_settings.HOME,
+    ]

@@ -4,17 +4,20 @@ Dagster's own, asked alone (SIGTERM to that one process), waits until its runs h
 streamer's never does, and starts no other meanwhile: a streamer that then ends would not come back.
 Here the runs that go on are asked to end as well. The arguments are `dagster`'s: `api grpc …`.
 
-A run's process is forked from one that has imported what runs need (`run_modules.py`). In a new interpreter, as
-Dagster's own starts them, importing takes seconds, and a streamer that is replaced records nothing meanwhile.
+Runs' processes start as `run_processes.py` says. And Dagster's own takes `.env` of the current folder into its
+environment, once; here the settings of the platform stay in `.env`, where each look at them finds what is new.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import sys
 import threading
-from multiprocessing import forkserver
+from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,8 +28,7 @@ from dagster._grpc.server import DagsterApiServer
 from kalshi_platform import settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.monitoring import planned_stop
-
-RUN_MODULES = "kalshi_platform.orchestration.run_modules"
+from kalshi_platform.orchestration import run_processes
 
 GRACE_S = 10.0
 """For the runs that were asked together with the server, as `up` and `tini -g` do: a second signal
@@ -34,17 +36,22 @@ would break their flush off."""
 
 
 class CodeServer(DagsterApiServer):
-    """Dagster's, with another way to start the process of a run."""
+    """Dagster's, with another way to start the process of a run, and with the environment that it was given."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        given = dict(os.environ)
         super().__init__(*arguments, **options)
-        forkserver.set_forkserver_preload([RUN_MODULES])
-        try:
-            forkserver.ensure_running()
-        except OSError as error:  # its socket is in the folder for temporary files
-            self._logger.warning("Runs start in new interpreters, seconds later: %s.", error)
+        restore_settings(given)
+        self._mp_ctx = run_processes.prepare()  # type: ignore[assignment]
+
+
+def restore_settings(given: Mapping[str, str]) -> None:
+    """Give the platform's settings in the environment the values that they had; what else Dagster has added stays."""
+    for name in settings.variables(os.environ):
+        if name in given:
+            os.environ[name] = given[name]
         else:
-            self._mp_ctx = multiprocessing.get_context("forkserver")  # type: ignore[assignment]
+            del os.environ[name]
 
 
 def end_runs() -> None:
@@ -69,6 +76,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, ask_to_end)  # Dagster gives SIGTERM the same handler
     with contextlib.suppress(OSError, SettingsError):  # told in full by whatever runs first
         planned_stop.begin(settings.load().data_dir)
+    if "--socket" in sys.argv:
+        run_processes.keep_socket_in(Path(sys.argv[sys.argv.index("--socket") + 1]).parent)
     vars(server)["DagsterApiServer"] = CodeServer  # no option names another class
     dagster()  # type: ignore[no-untyped-call]
 

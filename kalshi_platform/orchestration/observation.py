@@ -41,6 +41,8 @@ PROCESS_TAG = "kalshi/process"
 """On a started run: its worker, as pid@start time."""
 SOURCE_TAG = "kalshi/source"
 """On every streamer run: exchange or simulator."""
+OTHER_RUNS = 2
+"""Of the runs that Dagster lets go on at once, so many are for other jobs."""
 
 _PHASES = {
     Status.NOT_STARTED: Phase.WAITING,
@@ -74,6 +76,20 @@ def observe(
         shards=settings.stream_shards,
         in_the_way=in_the_way,
     )
+
+
+def slots(instance: dg.DagsterInstance) -> int | None:
+    """How many runs Dagster lets go on at once (max_concurrent_runs); None: any number."""
+    queue = instance.get_concurrency_config().run_queue_config
+    return None if queue is None or queue.max_concurrent_runs < 0 else queue.max_concurrent_runs
+
+
+def shards(instance: dg.DagsterInstance, settings: Settings) -> int:
+    """Among how many streamers the markets are shared: STREAM_SHARDS, as far as Dagster has room for them."""
+    room = slots(instance)
+    if room is None:
+        return settings.stream_shards
+    return min(settings.stream_shards, max(room - OTHER_RUNS, 1))
 
 
 def active_shards(instance: dg.DagsterInstance) -> set[int]:

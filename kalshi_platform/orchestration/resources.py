@@ -47,11 +47,11 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The settings. Raises `SettingsError` naming the variable."""
         return platform_settings.load(**self.overrides)
 
-    def streamer(self, shard: int) -> Streamer:
-        """A streamer of one shard, not yet started."""
+    def streamer(self, shard: int, shards: int) -> Streamer:
+        """A streamer of one of so many shards, not yet started."""
         from kalshi_platform.streamer import Streamer
 
-        return Streamer(self.settings(), shard)
+        return Streamer(self.settings().model_copy(update={"stream_shards": shards}), shard)
 
     def is_sealed(self, hour: datetime) -> bool:
         """Whether the archive has data of an hour, and has it whole."""

@@ -2,13 +2,14 @@
 
 A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. Then it goes on looking at the
 processes until the next tick is near, so that one which is killed is replaced at once. A process that needs time gets
-it until the next tick, but for those that make room where STREAM_SHARDS has changed.
+it until the next tick, but for those that make room: where STREAM_SHARDS has changed, and where a run has ended before
+its process.
 """
 
 import json
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.monitoring import planned_stop, supervision
 from kalshi_platform.monitoring.supervision import Supervised, Supervision
-from kalshi_platform.orchestration import run_failures
+from kalshi_platform.orchestration import observation, run_failures
 from kalshi_platform.orchestration.observation import (
     SHARD_TAG,
     SOURCE_TAG,
@@ -31,6 +32,7 @@ from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.orchestration.supervisor import (
     Cancel,
     Decision,
+    End,
     Fail,
     Kill,
     Launch,
@@ -52,7 +54,8 @@ LOOK_S = 0.1
 SAID_S = 0.6
 """Within so long the code server notes how the process of a run of its ended, which says more than that it is gone."""
 ROOM_S = 15.0
-"""For the end of runs that make room for others, before those are left to the next tick."""
+"""So long after its beginning a tick waits for the end of runs that make room for others, before those are left to the
+next."""
 _STEPS = 4
 """Decisions in one tick: a run marked as failed may be replaced in the same tick."""
 
@@ -73,14 +76,16 @@ def streamer_supervisor(
     context: dg.SensorEvaluationContext, platform: KalshiResource
 ) -> dg.SensorResult:
     """One tick: every shard gets what it needs."""
-    settings, began = platform.settings(), time.monotonic()
+    began, wished = time.monotonic(), platform.settings()
+    fitting = observation.shards(context.instance, wished)
+    settings = wished.model_copy(update={"stream_shards": fitting})
     states, again = read_cursor(context.cursor), True
     while again:
         shards = _shards(context.instance, settings)
         decisions, making_room = _supervise(context, settings, shards, states)
         states = {shard: decision.state for shard, decision in decisions.items()}
         if making_room:  # nothing is recorded until those that are to follow them are there
-            again = _end_in_time(context.instance, making_room)
+            again = _end_in_time(context.instance, making_room, began + ROOM_S)
         elif any(isinstance(decision.action, Launch) for decision in decisions.values()):
             again = False
         else:
@@ -96,14 +101,28 @@ def streamer_supervisor(
     ]
     _note(context, settings, decisions)
     reasons = [
-        decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
-        for shard, decision in decisions.items()
+        *_without_room(context.instance, wished.stream_shards, fitting),
+        *(
+            decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
+            for shard, decision in decisions.items()
+        ),
     ]
     return dg.SensorResult(
         run_requests=launches,
         skip_reason=None if launches else dg.SkipReason(" ".join(reasons)),
         cursor=write_cursor({shard: decision.state for shard, decision in decisions.items()}),
     )
+
+
+def _without_room(instance: dg.DagsterInstance, wished: int, fitting: int) -> list[str]:
+    """Why fewer streamers run than STREAM_SHARDS says, where that is so."""
+    if fitting == wished:
+        return []
+    return [
+        f"STREAM_SHARDS={wished} needs a restart of `up` (elsewhere a greater max_concurrent_runs in dagster.yaml):"
+        f" Dagster runs {observation.slots(instance)} at once, {observation.OTHER_RUNS} of them for other jobs, and"
+        f" until then {fitting} share all markets."
+    ]
 
 
 def _note(
@@ -175,28 +194,32 @@ def _supervise_shard(
             break
         context.log.warning(decision.reason)
         carry_out(context.instance, decision)
-        if isinstance(decision.action, Cancel) and decision.action.replaced:
+        if isinstance(decision.action, End) or (
+            isinstance(decision.action, Cancel) and decision.action.replaced
+        ):
             making_room.append(decision.action.run)
         if isinstance(decision.action, Kill):
             break  # its end shows at the next tick
     return decision, making_room
 
 
-def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run]) -> bool:
-    """Wait for the end of runs that were asked to; what takes long is left to the next tick."""
-    ends = time.monotonic() + ROOM_S
-    while going := [run for run in runs if _goes_on(instance, run)]:
-        if time.monotonic() >= ends:
-            break
-        time.sleep(LOOK_S)
-    return not going
+def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run], until: float) -> bool:
+    """Wait for the end of all runs that were asked to; what takes long is left to the next tick."""
+    return _wait_while(lambda: any(_goes_on(instance, run) for run in runs), until)
 
 
 def _one_ends(watched: Sequence[Identity], until: float) -> bool:
     """Wait for the end of one of the processes; False where all live on."""
-    while watched and time.monotonic() < until and not planned_stop.asked_here.is_set():
-        if not all(process.alive for process in watched):
-            time.sleep(SAID_S)
+    if not watched or not _wait_while(lambda: all(one.alive for one in watched), until):
+        return False
+    time.sleep(SAID_S)
+    return True
+
+
+def _wait_while(condition: Callable[[], bool], until: float) -> bool:
+    """Whether the condition ended before that moment (monotonic), and before this code server was asked to end."""
+    while time.monotonic() < until and not planned_stop.asked_here.is_set():
+        if not condition():
             return True
         time.sleep(LOOK_S)
     return False
@@ -213,6 +236,9 @@ def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
     action = decision.action
     if isinstance(action, Kill):
         action.process.send(signal.SIGKILL)
+        return
+    if isinstance(action, End) and action.run.process is not None:
+        action.run.process.identity.send(signal.SIGTERM)
         return
     if not isinstance(action, Cancel | Fail):
         return

@@ -18,7 +18,7 @@ from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
 from kalshi_platform.errors import PlatformError, SettingsError
-from kalshi_platform.orchestration import run_failures
+from kalshi_platform.orchestration import observation, run_failures
 from kalshi_platform.orchestration.console import output_log
 from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import (
@@ -90,10 +90,10 @@ def record_shard(
 def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource) -> None:
     shard = int(context.run.tags.get(SHARD_TAG, "0"))
     with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
-        shards = platform.settings().stream_shards
+        shards = observation.shards(context.instance, platform.settings())
         source = platform.source
         context.instance.add_run_tags(context.run_id, {SHARD_TAG: str(shard), SOURCE_TAG: source})
-        streamer = platform.streamer(shard)
+        streamer = platform.streamer(shard, shards)
         host = _Host(context, streamer, source)
         try:
             streamer.start()
@@ -112,7 +112,7 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
                 if asked_to_end(context, platform):
                     call_it_canceled(context)
             finally:  # whatever became of Dagster's database meanwhile
-                stored = host.stop(_drain_s(platform, shards))
+                stored = host.stop(_drain_s(context, platform, shards))
             context.log.info(
                 "Ended; every store has everything that was received."
                 if stored
@@ -258,12 +258,13 @@ def _asked(context: dg.OpExecutionContext, platform: KalshiResource) -> bool:
         return True
 
 
-def _drain_s(platform: KalshiResource, shards: int) -> float:
+def _drain_s(context: dg.OpExecutionContext, platform: KalshiResource, shards: int) -> float:
     """How long a streamer that shares the markets among so many may flush."""
     try:
-        return DRAIN_S if platform.settings().stream_shards == shards else HURRY_S
+        wanted = observation.shards(context.instance, platform.settings())
     except SettingsError:
         return DRAIN_S
+    return DRAIN_S if wanted == shards else HURRY_S
 
 
 def call_it_canceled(context: dg.OpExecutionContext) -> None:

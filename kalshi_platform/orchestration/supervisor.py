@@ -12,6 +12,7 @@ received frame and by the age of the last durable write. All times are seconds s
     started         → process gone: failed. Stale: canceled. A day old: a successor is queued,
                       for which it makes room by itself
     canceling       → let it flush; killed when it does not end
+    ended, and its process goes on → ask that to end, as one that is canceled; then a new run follows
 
 A living process whose disk is blocked and that holds records in memory is neither canceled, relieved nor
 killed, however old its report is: only it can still write them. This is judged first.
@@ -112,6 +113,11 @@ class Ended:
     at: float
     process: Process | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether its process does, although the run has ended."""
+        return self.process is not None and self.process.alive
+
 
 @dataclass(frozen=True)
 class Health:
@@ -169,7 +175,7 @@ class State:
     blamed: str = ""
     """The run that was counted as a failure before its end, for being stale."""
     canceling: dict[str, float] = field(default_factory=dict)
-    """Since when each run has been seen canceling."""
+    """Since when each run has been seen canceling, or, where it has ended, its process has been asked to end."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class End:
+    """Ask the process of a run that has ended already to end, too."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
 class Fail:
     """Mark a run as ended: its process is gone, or never came."""
 
@@ -211,7 +224,7 @@ class Kill:
 class Decision:
     """What to do, why (a sentence for the UI), and what to remember."""
 
-    action: Wait | Launch | Cancel | Fail | Kill
+    action: Wait | Launch | Cancel | End | Fail | Kill
     reason: str
     state: State
 
@@ -219,14 +232,7 @@ class Decision:
 def decide(seen: Observation, state: State, now: float) -> Decision:
     """The one thing to do for this shard now."""
     state = _count(seen, state)
-    state = replace(
-        state,
-        canceling={
-            run.run_id: state.canceling.get(run.run_id, now)
-            for run in seen.runs
-            if run.phase is Phase.CANCELING
-        },
-    )
+    state = replace(state, canceling=_canceling_since(seen, state, now))
     if not seen.runs:
         return _holding(seen, state) or _without_run(seen, state, now)
     run = _incumbent(seen)
@@ -237,6 +243,18 @@ def decide(seen: Observation, state: State, now: float) -> Decision:
             )
     holding = _holding(seen, state) if _reports(seen, run) else None
     return holding or _PHASES[run.phase](seen, run, state, now)
+
+
+def _canceling_since(seen: Observation, state: State, now: float) -> dict[str, float]:
+    since = {
+        run.run_id: state.canceling.get(run.run_id, now)
+        for run in seen.runs
+        if run.phase is Phase.CANCELING
+    }
+    ended = seen.ended
+    if ended is not None and ended.goes_on and ended.run_id in state.canceling:
+        since[ended.run_id] = state.canceling[ended.run_id]
+    return since
 
 
 def _holding(seen: Observation, state: State) -> Decision | None:
@@ -334,12 +352,7 @@ def _reports(seen: Observation, run: Run) -> bool:
 def _without_run(seen: Observation, state: State, now: float) -> Decision:
     ended, health = seen.ended, seen.health
     if ended is not None and ended.process is not None and ended.process.alive:
-        who = ended.process.identity
-        if _may_go_on(seen, ended.process, now - ended.at, now):
-            return _wait(f"Process {who.pid} of the run that ended is still flushing.", state)
-        return Decision(
-            Kill(who), f"Process {who.pid} goes on though its run has ended; it is killed.", state
-        )
+        return _outlived(seen, ended, ended.process, state, now)
     if health is not None and health.process.alive and now - health.updated < HEALTH_S:
         return _wait(
             f"Process {health.process.identity.pid} writes this journal outside Dagster"
@@ -355,6 +368,24 @@ def _without_run(seen: Observation, state: State, now: float) -> Decision:
             state,
         )
     return Decision(Launch(), "No streamer runs; one is launched.", state)
+
+
+def _outlived(
+    seen: Observation, ended: Ended, process: Process, state: State, now: float
+) -> Decision:
+    """A run was marked as ended, by a person or by Dagster, and its process was perhaps not asked."""
+    who, asked = process.identity, state.canceling.get(ended.run_id)
+    if asked is None:
+        return Decision(
+            End(Run(ended.run_id, Phase.CANCELING, ended.at, process)),
+            f"Process {who.pid} goes on though its run has ended; it is asked to end.",
+            replace(state, canceling={**state.canceling, ended.run_id: now}),
+        )
+    if _may_go_on(seen, process, now - asked, now):
+        return _wait(f"Process {who.pid} of the run that ended is still flushing.", state)
+    return Decision(
+        Kill(who), f"Process {who.pid} goes on though its run has ended; it is killed.", state
+    )
 
 
 def _waiting(seen: Observation, run: Run, state: State, now: float) -> Decision:

@@ -53,10 +53,16 @@ def kill(it: Platform) -> float:
     return time.time()
 
 
+def set_shards(it: Platform) -> None:
+    """Say in `.env`, which `up` begins with, how many there are to be."""
+    (it.data.parent / ".env").write_text(f"STREAM_SHARDS={it.shards}\n")
+
+
 def change(it: Platform, shards: int) -> float:
     """Set STREAM_SHARDS in `.env`; the time of the former streamers' last frame, once all are replaced."""
     former = it.streamers()
-    (it.data.parent / ".env").write_text(f"STREAM_SHARDS={shards}\n")
+    it.shards = shards
+    set_shards(it)
     last = 0.0
 
     def replaced() -> bool:
@@ -67,7 +73,6 @@ def change(it: Platform, shards: int) -> float:
         )
         return bool(now) and now.keys().isdisjoint(former.values())
 
-    it.shards = shards
     it.wait(replaced, f"{shards} shards")
     return last
 
@@ -126,7 +131,8 @@ def main() -> None:
         ) as simulator,
     ):
         it = Platform(folder, simulator, markets=MARKETS)
-        del it.environment["STREAM_SHARDS"]  # `.env` says it
+        del it.environment["STREAM_SHARDS"]
+        set_shards(it)
         try:
             it.start()
             with busy(given.busy):

@@ -124,7 +124,7 @@ class StandInPlatform(KalshiResource):
     hours: ClassVar[dict[datetime, HourReport | PlatformError]] = {}
     rebuilt: ClassVar[list[datetime]] = []
 
-    def streamer(self, shard: int) -> Streamer:
+    def streamer(self, shard: int, shards: int) -> Streamer:
         return cast("Streamer", self.streamers.popleft())
 
     def is_sealed(self, hour: datetime) -> bool:

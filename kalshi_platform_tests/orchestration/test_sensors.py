@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -18,8 +19,10 @@ from dagster import DagsterRunStatus as Status
 from dagster._core.events import EngineEventData
 from dagster_shared.error import SerializableErrorInfo
 
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.monitoring import planned_stop, supervision
 from kalshi_platform.orchestration import sensors
+from kalshi_platform.orchestration.home import prepare
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
 from kalshi_platform.orchestration.sensors import carry_out, read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -331,8 +334,10 @@ def test_a_process_that_only_shares_the_pid_is_never_touched(
 
 
 def test_a_worker_whose_run_was_force_terminated_is_not_doubled(
-    instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
+    instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
 ) -> None:
+    workers.append(Worker(STUBBORN))
+    worker = workers[-1]
     run_id = started_run(instance, worker.identity)
     write_health(platform, worker.identity)
     run = instance.get_run_by_id(run_id)
@@ -341,6 +346,45 @@ def test_a_worker_whose_run_was_force_terminated_is_not_doubled(
     result = tick(instance, platform)
     assert not result.run_requests
     assert "still flushing" in reason(result)
+
+
+def test_a_worker_whose_run_was_marked_as_failed_ends_in_order_and_is_replaced_in_that_tick(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensors, "ROOM_S", 60.0)
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    instance.report_run_failed(run)
+    result = tick(instance, platform, json.dumps({"0": {"counted": run_id}}))
+    assert worker.process.wait(30) == -signal.SIGTERM
+    assert launched(result) == ["0"]
+
+
+def test_a_tick_that_makes_room_ends_in_time_and_with_its_code_server(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers.append(Worker(STUBBORN))
+    started_run(instance, workers[0].identity)
+    write_health(platform, workers[0].identity)
+    monkeypatch.setattr(sensors, "ROOM_S", 0.5)
+    assert launched(tick(instance, with_shards(platform, 2))) == []
+
+    workers.append(Worker(STUBBORN))
+    started_run(instance, workers[1].identity, 1)
+    write_health(platform, workers[1].identity, shard=1)
+    monkeypatch.setattr(sensors, "ROOM_S", 600.0)
+    threading.Timer(0.5, planned_stop.asked_here.set).start()
+    began = time.monotonic()
+    assert "This code server ends" in reason(tick(instance, with_shards(platform, 2)))
+    assert time.monotonic() - began < 60
 
 
 def test_while_the_journal_is_written_outside_dagster_nothing_is_launched(
@@ -469,6 +513,39 @@ def test_where_the_runs_of_another_number_end_soon_the_new_ones_start_in_the_sam
     monkeypatch.setattr(Identity, "send", ends_as_asked)
     assert launched(tick(instance, with_shards(platform, 2))) == ["0", "1"]
     assert status(instance, former) is Status.CANCELED
+
+
+def test_more_shards_than_dagster_has_room_for_wait_for_a_restart_of_up(
+    platform: StandInPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[tuple[int, int]] = []
+
+    def streamer(_: StandInPlatform, shard: int, shards: int) -> None:
+        shares.append((shard, shards))
+        raise PlatformError("enough")
+
+    monkeypatch.setattr(StandInPlatform, "streamer", streamer)
+    twelve = with_shards(platform, 12)
+
+    def look(began_with: int) -> tuple[int, str]:
+        home = prepare(tmp_path / str(began_with), tmp_path / "code.sock", 7, began_with)
+        with dg.DagsterInstance.from_config(str(home.folder)) as instance:
+            first = tick(instance, twelve)
+            later = json.dumps({str(shard): {"not_before": 1e12} for shard in range(12)})
+            said = reason(tick(instance, twelve, later))
+            stream_orderbook.execute_in_process(
+                instance=instance, resources={"platform": twelve}, raise_on_error=False
+            )
+        return len(launched(first)), said
+
+    launches, said = look(began_with=1)
+    assert launches == 6
+    assert "STREAM_SHARDS=12 needs a restart of `up`" in said
+    assert "Dagster runs 8 at once, 2 of them for other jobs, and until then 6 share" in said
+    launches, said = look(began_with=12)  # restarted, as it says
+    assert launches == 12
+    assert "STREAM_SHARDS" not in said
+    assert shares == [(0, 6), (0, 12)]
 
 
 def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_replaced(

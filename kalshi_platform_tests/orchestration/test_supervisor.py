@@ -28,6 +28,7 @@ from kalshi_platform.orchestration.supervisor import (
     START_S,
     Cancel,
     Decision,
+    End,
     Ended,
     Fail,
     Health,
@@ -242,17 +243,17 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
         Observation(health=health(STRANGER, age=HEALTH_S + 1)),
         Launch,
     ),
-    "marked as ended a moment ago, the process flushes": (
-        Observation(ended=Ended("run-0", False, 1000, NOW - 2, WORKER), health=health()),
-        Wait,
-    ),
     "marked as ended long ago, the process lives on": (
         Observation(ended=Ended("run-0", False, 1000, NOW - FLUSH_S - 1, WORKER), health=health()),
-        Kill,
+        End,
+    ),
+    "marked as failed, the process records on": (
+        Observation(ended=Ended("run-0", True, 1000, NOW - 2, WORKER), health=health()),
+        End,
     ),
     "marked as ended, the process hung before its first report": (
         Observation(ended=Ended("run-0", False, 1000, NOW - GRACE_S - 1, WORKER)),
-        Kill,
+        End,
     ),
 }
 
@@ -318,6 +319,37 @@ def test_a_canceled_run_is_killed_after_the_grace_but_not_while_it_writes() -> N
     assert isinstance(later(GRACE_S + 1, first.state, health(age=0)).action, Kill)
     assert isinstance(later(GRACE_S + 1, first.state, writing(GRACE_S + 1)).action, Wait)
     assert later(FLUSH_S + 1, first.state, writing(FLUSH_S + 1)).action == Kill(WORKER.identity)
+
+
+def test_a_process_that_outlives_its_run_is_asked_to_end_once_and_killed_after_the_grace() -> None:
+    ended = Ended("run-0", True, 1000, NOW - 10 * FLUSH_S, WORKER)
+
+    def at(seconds: float, state: State, durable_age: float = 0.5) -> Decision:
+        seen = replace(health(durable_age=durable_age), updated=NOW + seconds)
+        return decide(Observation(ended=ended, health=seen), state, NOW + seconds)
+
+    first = at(0, State())
+    assert first.action == End(Run("run-0", Phase.CANCELING, ended.at, WORKER))
+    soon = at(GRACE_S - 1, first.state)
+    assert isinstance(soon.action, Wait)
+    assert soon.state.canceling == {"run-0": NOW}
+    flushing = at(GRACE_S + 1, soon.state, durable_age=-GRACE_S)
+    assert isinstance(flushing.action, Wait)
+    assert at(GRACE_S + 1, soon.state).action == Kill(WORKER.identity)
+    long = at(FLUSH_S + 1, soon.state, durable_age=-FLUSH_S)
+    assert long.action == Kill(WORKER.identity)
+    gone = decide(Observation(ended=replace(ended, process=DEAD)), soon.state, NOW + 2)
+    assert isinstance(gone.action, Launch)
+    assert gone.state.canceling == {}
+
+
+def test_a_process_whose_run_ends_while_it_is_canceled_is_not_asked_again() -> None:
+    canceling = Observation((run(Phase.CANCELING, 1000, WORKER),), health=health())
+    state = decide(canceling, State(), NOW).state
+    ended = Ended("run-1", False, 1000, NOW + 1, WORKER)
+    after = decide(Observation(ended=ended, health=health()), state, NOW + 2)
+    assert isinstance(after.action, Wait)
+    assert "still flushing" in after.reason
 
 
 def failed(run_id: str, lasted: float = 1.0, at: float = NOW) -> Observation:
