@@ -139,6 +139,11 @@ class Project:
             assert self._clickhouse.wait(60) == 0
             self._clickhouse = None
 
+    def restart_clickhouse(self) -> None:
+        """What is read from now on is what it had on disk."""
+        self.end_clickhouse()
+        self.clickhouse()
+
     def kill(self) -> None:
         """Leave no process of the project."""
         for job in [*self.jobs, *([self._clickhouse] if self._clickhouse else [])]:
@@ -216,6 +221,7 @@ def test_rows_that_clickhouse_lost_are_restored_while_it_records(project: Projec
     with project.recording():
         project.sql(f"DELETE FROM orderbook_events WHERE {OF_HOUR} AND seq > 60")
         project.run(block("kalshi-platform proof --hours"))
+    project.restart_clickhouse()
     assert whole(project)
 
 
@@ -228,8 +234,8 @@ def test_rows_that_are_there_twice_are_replaced(project: Project) -> None:
     status, output = command(["proof", "--hours", HOUR])
     assert status == 2
     assert "doubled" in output
-    said = project.run(block(f"kalshi-platform restore --hours {HOUR}  "))
-    assert f"restore --hours {HOUR} --replace" in said
+    output = project.run(block(f"kalshi-platform restore --hours {HOUR}  "))
+    assert f"restore --hours {HOUR} --replace" in output
     assert whole(project)
 
 
@@ -259,6 +265,7 @@ def test_a_database_that_up_made_empty_is_filled_and_loading_goes_on(project: Pr
     project.clickhouse()
     with project.recording() as streamer:
         wait_for(lambda: caught_up(streamer), streamer.health)
+    project.restart_clickhouse()
     assert whole(project)
 
 
@@ -278,6 +285,7 @@ def test_a_copy_becomes_a_recorder_of_its_own(project: Project) -> None:
     theirs = ", ".join(f"'{conn}'" for conn in other - first)
     tables = ("orderbook_events", "trades", "stream_events", "book_checkpoints")
     project.sql(*(f"DELETE FROM {table} WHERE conn_id IN ({theirs})" for table in tables))
+    project.restart_clickhouse()
     assert whole(project)
     shutil.rmtree(copy)
 
@@ -291,10 +299,10 @@ def test_a_migration_that_did_not_end_runs_again(project: Project) -> None:
         "INSERT INTO schema_migrations SELECT version, name, '', now64(3)"
         " FROM schema_migrations FINAL WHERE version = 21"
     )
-    said = project.run(block("kalshi-platform migrate --status"))
-    assert said.count("021_record_order  begun, not ended") == 1
-    assert "applied 021_record_order" in said
-    assert said.count("021_record_order  applied") == 1
+    output = project.run(block("kalshi-platform migrate --status"))
+    assert output.count("021_record_order  begun, not ended") == 1
+    assert "applied 021_record_order" in output
+    assert output.count("021_record_order  applied") == 1
 
 
 def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
