@@ -44,6 +44,12 @@ def held(
 # -- A -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_each_test_has_empty_tables(planted: Planted, turn: str) -> None:
+    assert planted.client.query("SELECT count() FROM mm_decisions").first_row == (0,), turn
+    planted.decision(ago(100))
+
+
 def test_a_drift_within_a_second_is_found_from_the_threshold_on(planted: Planted) -> None:
     def plant(moved: float, ticker: str) -> None:
         planted.decision(ago(100.9), exposure=7.3, market_ticker=ticker)
@@ -69,7 +75,7 @@ def test_a_spike_that_returns_within_the_second_is_a_drift(planted: Planted) -> 
     assert total(planted, audit.DRIFT) == 1
 
 
-def test_an_action_from_the_last_decisions_second_to_the_buckets_end_explains_a_drift(
+def test_an_action_up_to_its_buckets_end_explains_a_drift(
     planted: Planted,
 ) -> None:
     def plant(action_at: float, ticker: str) -> None:
@@ -177,7 +183,7 @@ def test_exposure_without_an_order_is_found_beyond_epsilon(planted: Planted) -> 
 # -- C -----------------------------------------------------------------------------------------
 
 
-def test_a_divergence_from_the_snapshot_is_found_from_the_threshold_on(planted: Planted) -> None:
+def test_a_divergence_is_found_from_the_threshold_on(planted: Planted) -> None:
     def plant(apart: float, ticker: str) -> None:
         planted.snapshot(ago(60), -3.2, market_ticker=ticker)
         planted.decision(ago(50), filled=-3.2 + apart, market_ticker=ticker)

@@ -126,7 +126,7 @@ def own_tape(planted: Planted) -> Iterator[Planted]:
 
 
 @pytest.mark.parametrize("tape", [nothing, gone, foreign])
-def test_without_the_tape_the_sentence_says_that_it_may_be_either(
+def test_without_the_tape_the_sentence_says_it_may_be_either(
     own_tape: Planted, tape: Callable[[Planted], None]
 ) -> None:
     tape(own_tape)

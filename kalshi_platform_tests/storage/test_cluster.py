@@ -293,6 +293,7 @@ ASKED = [
     "storage/test_views.py::test_top_of_book_turns_no_bids_into_yes_asks",
     "storage/test_lossless_proof.py::test_a_gap_row_never_hides_a_hole_elsewhere",
     "storage/test_lossless_proof.py::test_random_losses_are_counted_as_python_counts_them[1]",
+    "inventory/test_checks.py::test_each_test_has_empty_tables",
     "inventory/test_checks.py::test_a_spike_that_returns_within_the_second_is_a_drift",
     "inventory/test_checks.py::test_an_action_of_another_market_explains_nothing",
     "inventory/test_checks.py::test_the_last_decision_may_lie_before_the_window",
