@@ -147,7 +147,7 @@ class Announcements:
                 self._absent.remove(shard)
                 yield "A streamer runs again."
             return
-        if self._recording:  # before, it is told as late
+        if self._recording:  # before, no shard is missed
             self._seen.setdefault(shard, now)
         absent_s = now - self._seen.get(shard, now)
         if absent_s >= ABSENT_S and shard not in self._absent:

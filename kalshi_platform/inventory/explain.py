@@ -543,12 +543,13 @@ def _filled_order(
                 Kind.INVENTED_FILL,
                 f"{named} was recorded, and the public tape does not have it",
             )
-    for fill in sorted(near, key=lambda each: abs(each.amount - apart)):
-        return Kind.PHANTOM_ORDER, (
-            f"order {fill.order_id} was filled by {number(fill.amount)} at {moment(fill.at)} and is"
-            " still counted whole"
-        )
-    return None
+    if not near:
+        return None
+    closest = min(near, key=lambda fill: abs(fill.amount - apart))
+    return Kind.PHANTOM_ORDER, (
+        f"order {closest.order_id} was filled by {number(closest.amount)} at {moment(closest.at)} and is"
+        " still counted whole"
+    )
 
 
 def _accounts(amount: float, apart: float, in_transit: float) -> bool:

@@ -74,7 +74,7 @@ def ask_to_end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     signal.signal(signal.SIGINT, ask_to_end)  # Dagster gives SIGTERM the same handler
-    with contextlib.suppress(OSError, SettingsError):  # told in full by whatever runs first
+    with contextlib.suppress(OSError, SettingsError):  # the first tick names the error
         planned_stop.begin(settings.load().data_dir)
     if "--socket" in sys.argv:
         run_processes.keep_socket_in(Path(sys.argv[sys.argv.index("--socket") + 1]).parent)

@@ -284,7 +284,7 @@ def test_up_tells_of_the_shards_that_env_names_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real settings, reports of a living process, and `up`'s own look at them each second."""
-    env_file, told = tmp_path / ".env", list[str]()
+    env_file, sentences = tmp_path / ".env", list[str]()
     for name in [it for it in os.environ if it.startswith(("PROD_", "KALSHI_", "STREAM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("KALSHI_HOME", str(tmp_path))
@@ -294,7 +294,7 @@ def test_up_tells_of_the_shards_that_env_names_now(
     settings = platform_settings.load()
     home = Home(tmp_path, tmp_path / "workspace.yaml", "module", "location")
     platform = _Platform(settings, 1, home, tmp_path / "code.sock", _Ending())
-    monkeypatch.setattr(platform, "say", told.append)
+    monkeypatch.setattr(platform, "say", sentences.append)
 
     def report(shard: int, state: str, trouble: str | None = None) -> None:
         own, now = Identity.own(), time.time_ns()
@@ -306,7 +306,7 @@ def test_up_tells_of_the_shards_that_env_names_now(
         (folder / "health.json").write_text(json.dumps(said))
 
     def says(words: str) -> None:
-        until(lambda: any(words in it for it in told), lambda: str(told))
+        until(lambda: any(words in it for it in sentences), lambda: str(sentences))
 
     for shard in (0, 1):
         report(shard, "streaming")
@@ -322,7 +322,7 @@ def test_up_tells_of_the_shards_that_env_names_now(
         says("No streamer has run for")
         report(0, "streaming")
         says("A streamer runs again.")
-        assert not any("Shard 1" in it for it in told), told
+        assert not any("Shard 1" in it for it in sentences), sentences
         env_file.write_text("STREAM_SHARDS=many\n")  # being changed: what was known holds
         env_file.write_text("STREAM_SHARDS=2\n")
         report(1, "streaming", "No space is left.")

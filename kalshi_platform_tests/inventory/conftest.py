@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-import httpx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -16,10 +15,8 @@ from kalshi_platform.inventory.tables import usable
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.inventory.planted import Planted
-from kalshi_platform_tests.storage.tables import prepare, settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.storage.tables import database_of_a_module
 
 Run = Callable[..., Result]
 _WRITTEN = "SELECT DISTINCT table FROM system.parts WHERE active AND database = currentDatabase()"
@@ -29,13 +26,8 @@ _WRITTEN = "SELECT DISTINCT table FROM system.parts WHERE active AND database = 
 @pytest.fixture(scope="module")
 def migrated_once(clickhouse_url: str) -> Iterator[Settings]:
     """Settings of a database that the tests of a module share, one after the other."""
-    name = database_name()
-    settings = settings_for(clickhouse_url, name, hot_retention_days=36_500)
-    prepare(settings)
-    yield settings
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
+    with database_of_a_module(clickhouse_url) as settings:
+        yield settings
 
 
 @pytest.fixture

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from kalshi_platform.settings import Settings
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.storage.tables import prepare, settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.storage.tables import database_of_a_module, settings_for
 
 
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[str]:
     """A migrated database for this module."""
-    name = database_name()
-    prepare(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
+    with database_of_a_module(clickhouse_url) as settings:
+        yield settings.clickhouse_database
 
 
 @pytest.fixture

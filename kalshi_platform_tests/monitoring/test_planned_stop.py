@@ -1,4 +1,4 @@
-"""A stop that the platform asked for is told from one that it did not."""
+"""A stop that the platform asked for is distinguished from one that it did not."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_clock_that_is_set_back_hides_no_stop(
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[1.0", b"{}", b"5", b'["x"]', b"\0" * SIZE])
-def test_a_damaged_note_excuses_nobody_and_is_mended_by_the_next(
+def test_a_damaged_note_excuses_no_run_and_the_next_note_repairs_it(
     tmp_path: Path, damaged: bytes
 ) -> None:
     begin(tmp_path)

@@ -266,7 +266,7 @@ def test_a_failure_stays_alerted_when_a_later_run_of_its_job_is_interrupted(watc
 
 
 @pytest.mark.parametrize("job", [interrupted_in_its_op, interrupted_before_its_op])
-def test_a_run_that_was_ended_by_none_of_ours_is_told_at_once(
+def test_a_run_that_was_ended_by_none_of_ours_alerts_at_once(
     watch: Watch, job: dg.JobDefinition, launched_by: Callable[[str], None]
 ) -> None:
     launched_by("up")
@@ -290,9 +290,9 @@ def test_a_run_that_is_interrupted_under_dagster_dev_is_held_against_no_note(
     launched_by(program)
     planned_stop.begin(watch.platform.settings().data_dir)
     interrupted_in_its_op.execute_in_process(instance=watch.instance, raise_on_error=False)
-    told = watch.tick()
-    assert len(told) == (1 if program == "up" else 0)
-    if not told:  # and not excused for good either
+    alerts = watch.tick()
+    assert len(alerts) == (1 if program == "up" else 0)
+    if not alerts:  # and not excused for good either
         (notice,) = watch.tick(INTERRUPTED_S)
         assert notice["sentence"].endswith("Run it again if nothing else has.")
 

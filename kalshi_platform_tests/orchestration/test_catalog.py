@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import httpx
 import polars as pl
 import pytest
 
@@ -25,10 +24,8 @@ from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.storage.tables import prepare, settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.storage.tables import database_of_a_module, settings_for
 
 Make = Callable[..., tuple[KalshiResource, Settings]]
 
@@ -36,12 +33,8 @@ Make = Callable[..., tuple[KalshiResource, Settings]]
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[str]:
     """A migrated database for this module."""
-    name = database_name()
-    prepare(settings_for(clickhouse_url, name, hot_retention_days=36_500))
-    yield name
-    httpx.post(
-        clickhouse_url, content=f"DROP DATABASE {name} SYNC", timeout=DATABASE_TIMEOUT_S
-    ).raise_for_status()
+    with database_of_a_module(clickhouse_url) as settings:
+        yield settings.clickhouse_database
 
 
 @pytest.fixture

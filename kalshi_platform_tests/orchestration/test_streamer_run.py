@@ -137,9 +137,9 @@ def test_a_run_that_is_killed_while_it_flushes_had_been_asked_to_end(
     assert seen == [Status.CANCELING]  # the supervisor calls canceled what ends so
 
 
-@pytest.mark.parametrize("who", ["nobody", "up", "a person, in the UI"])
+@pytest.mark.parametrize("who", ["none of them", "up", "a person, in the UI"])
 @pytest.mark.parametrize("when", ["it records", "before"])
-def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
+def test_an_unplanned_sigterm_is_a_failure_that_says_so(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     launched_by: Callable[[str], None],
@@ -157,7 +157,7 @@ def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
     def end(*_: object) -> None:
         if who == "up":
             planned_stop.note(data)
-        elif who != "nobody":  # the remedy: Terminate
+        elif who != "none of them":  # the remedy: Terminate
             [run] = instance.get_runs()
             instance.report_run_canceling(run)
         interrupt(streamer)
@@ -167,9 +167,9 @@ def test_a_sigterm_that_nobody_planned_is_a_failure_that_says_so(
         monkeypatch.setattr(StandInPlatform, "streamer", end)
     run = execute(instance, platform, streamer)
     assert streamer.stopped.is_set() == (when == "it records")
-    assert run.status is (Status.FAILURE if who == "nobody" else Status.CANCELED)
+    assert run.status is (Status.FAILURE if who == "none of them" else Status.CANCELED)
     accused = "No planned stop is on record: an out-of-memory daemon"
-    assert (accused in errors(instance, run)) == (who == "nobody")
+    assert (accused in errors(instance, run)) == (who == "none of them")
 
 
 @pytest.mark.parametrize("notes", ["deleted", "never made", "damaged", "of hours ago"])
@@ -183,7 +183,7 @@ def test_where_no_stop_is_on_record_only_runs_whose_server_notes_stops_have_fail
     notes: str,
     program: str,
 ) -> None:
-    """Dagster's own code server, which `dagster dev` has, tells nobody when it is asked to end."""
+    """Dagster's own code server, which `dagster dev` has, notes nothing when it is asked to end."""
     monkeypatch.setattr("kalshi_platform.orchestration.streamer.NOTED_S", 0.2)
     launched_by(program)
     data = platform.settings().data_dir

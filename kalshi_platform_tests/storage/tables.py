@@ -26,6 +26,7 @@ from kalshi_platform.storage.migrations import Migration
 from kalshi_platform.storage.retention import FOR_EVER_DAYS
 from kalshi_platform.storage.schema import NAME, ZERO_UUID, Dataset
 from kalshi_platform.storage.statements import statements
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.storage.two_shards import database_name
 
 STATEMENT_TIMEOUT_S = 120.0
@@ -58,6 +59,16 @@ def prepare(settings: Settings) -> None:
             _run(
                 web, settings.clickhouse_url, sql, database=name, distributed_foreground_insert="1"
             )
+
+
+@contextmanager
+def database_of_a_module(url: str) -> Iterator[Settings]:
+    """Settings of a fresh database with every table, dropped at the end."""
+    settings = settings_for(url, database_name(), hot_retention_days=36_500)
+    prepare(settings)
+    yield settings
+    drop = f"DROP DATABASE {settings.clickhouse_database} SYNC"
+    httpx.post(url, content=drop, timeout=DATABASE_TIMEOUT_S).raise_for_status()
 
 
 def _run(web: httpx.Client, url: str, sql: str, **params: str) -> None:
