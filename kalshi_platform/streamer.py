@@ -29,7 +29,7 @@ from typing import TypeVar
 import msgspec
 
 from kalshi_platform import __version__
-from kalshi_platform.errors import SettingsError
+from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.exchange.errors import CredentialsError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
@@ -43,6 +43,7 @@ from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.state import prune_hour_states
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.processes import Identity
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture, CaptureState
@@ -56,7 +57,6 @@ from kalshi_platform.recording.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import Archive, open_archive
 from kalshi_platform.storage.archive.recorders import ArchiveLedger
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.recorders_table import open_table_ledger
 
 log = logging.getLogger(__name__)
@@ -709,7 +709,7 @@ class Streamer:
     def _prune_drained(self, older_than_s: float) -> None:
         """The same for shards that are no longer configured, and have nobody of their own."""
         settings, journals = self._settings, self._settings.journals_dir
-        waiting = passage.left_over(journals, settings.stream_shards, settings.stores)
+        waiting = monitored_shards.left_over(journals, settings.stream_shards, settings.stores)
         for shard in passage.shards(journals):
             if shard >= settings.stream_shards and shard not in waiting:
                 folder = settings.journal_dir(shard)

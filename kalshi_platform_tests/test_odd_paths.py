@@ -20,9 +20,10 @@ from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.settings import MOST_PATH_BYTES
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.archive import floor_hour, open_archive
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.streamer import Streamer
+from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.test_streamer import wait_for
 

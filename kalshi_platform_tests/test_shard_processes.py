@@ -20,15 +20,16 @@ from click.testing import CliRunner
 
 from kalshi_platform import health_report
 from kalshi_platform.commands.stream import command
-from kalshi_platform.errors import SettingsError
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.loading import compaction, hours, passage
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.shares import share
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.archive import LocalArchive, floor_hour
-from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.streamer import Streamer
+from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.test_streamer import (
     _environment,
@@ -202,7 +203,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
         wait_for(lambda: first.health().synced + second.health().synced == 12, "all books")
         time.sleep(1.0)
     assert second.health().stores["clickhouse"].lag > 0
-    assert passage.left_over(one.journals_dir, 1, one.stores) == [1]
+    assert monitored_shards.left_over(one.journals_dir, 1, one.stores) == [1]
 
     # One shard has all markets; the other one's journal is drained beside it.
     alone, drain = Streamer(one, 0), Streamer(one, 1)
@@ -212,7 +213,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
         with streaming(drain):
             wait_for(lambda: drain.drained, "the drain")
         assert drain.health().state == "stopped"
-    assert passage.left_over(one.journals_dir, 1, one.stores) == []
+    assert monitored_shards.left_over(one.journals_dir, 1, one.stores) == []
 
     # And two again.
     first, second = Streamer(two, 0), Streamer(two, 1)

@@ -32,9 +32,9 @@ from kalshi_platform.analytics.frames import (
     Codes,
 )
 from kalshi_platform.analytics.ladder import Top, seen_from, top_at
+from kalshi_platform.errors import NothingRecorded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.storage.archive import Archive, floor_hour
-from kalshi_platform.storage.errors import NothingRecorded
+from kalshi_platform.storage.archive import Archive
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     NAME,
@@ -45,6 +45,7 @@ from kalshi_platform.storage.schema import (
     STREAM_EVENTS,
     TIME,
 )
+from kalshi_platform.utc_hours import floor_hour
 
 T = TypeVar("T")
 _SIDES = ["yes", "no"]

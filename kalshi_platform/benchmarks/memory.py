@@ -31,17 +31,18 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks import feed
 from kalshi_platform.benchmarks.figures import Figure, show
 from kalshi_platform.benchmarks.pipeline import Recorder, feeding
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.numbers import dollars
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns, open_archive
+from kalshi_platform.storage.archive import open_archive
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
+from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 
 SAMPLE_S = 1.0
 BOUND_MIB = 600.0

@@ -21,7 +21,6 @@ from websockets.uri import parse_uri
 
 from kalshi_platform.benchmarks import feed
 from kalshi_platform.benchmarks.figures import Figure, number
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.framing import Framing
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.loading.books import State
@@ -29,6 +28,7 @@ from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, joined
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.archive import write_durably
 from kalshi_platform.storage.clickhouse import WIRE_CODEC

@@ -14,17 +14,19 @@ from pathlib import Path
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks.figures import Figure, number
-from kalshi_platform.exchange.frames import Kind, decode_head
+from kalshi_platform.errors import StoreError
+from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.loading.compaction import compact, pending
 from kalshi_platform.loading.load import CLICKHOUSE_PACE, PARQUET_PACE, Load
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.archive import HOUR, hour_of_ns, hour_start_ns, open_archive, rows_of
+from kalshi_platform.storage.archive import open_archive, rows_of
 from kalshi_platform.storage.embedded import running
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 
 BOUND = 7.5
 

@@ -17,9 +17,9 @@ import psutil
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.benchmarks.figures import Figure
 from kalshi_platform.benchmarks.pipeline import feeding, plain_environment
+from kalshi_platform.errors import StoreError
 from kalshi_platform.simulator.keys import own_key
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.errors import StoreError
 
 SETTLE_S = 60.0
 PATIENCE_S = 120.0

@@ -7,12 +7,12 @@ from datetime import datetime
 import click
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.loading import compaction
 from kalshi_platform.loading.compaction import Compacted
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.restore import parse_hours
 from kalshi_platform.printable import printable
-from kalshi_platform.storage.errors import StoreError, StoreRefused
 
 
 @click.command()

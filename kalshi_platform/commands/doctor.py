@@ -25,13 +25,14 @@ import httpx
 from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.announcements import IN_A_ROW
-from kalshi_platform.errors import PlatformError, SettingsError
+from kalshi_platform.errors import PlatformError, SettingsError, StoreError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
 from kalshi_platform.loading import freshness, passage, presence
 from kalshi_platform.monitoring import channels, supervision
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.monitoring.metrics import channel_troubles
 from kalshi_platform.monitoring.outbox import deliver_in_time
 from kalshi_platform.printable import printable
@@ -48,7 +49,6 @@ from kalshi_platform.storage.clickhouse import (
     look,
     server_version,
 )
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.migrations import State
 
 if TYPE_CHECKING:
@@ -715,7 +715,9 @@ CHECKS: Mapping[str, Check] = {
 
 def _checks(settings: Settings) -> dict[str, Check]:
     """The checks, with a line for each shard where there are several."""
-    shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+    shards = monitored_shards.supervised(
+        settings.journals_dir, settings.stream_shards, settings.stores
+    )
     if len(shards) == 1:
         return dict(CHECKS)
     each: dict[str, Check] = {

@@ -16,8 +16,8 @@ import click
 from kalshi_platform import logs
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading import passage
 from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.processes import exit_words
 from kalshi_platform.settings import Settings
 from kalshi_platform.streamer import Health, Streamer
@@ -67,7 +67,9 @@ def _say_which(shard: int) -> None:
 
 def _shards(settings: Settings) -> list[int]:
     """Every shard of the settings, and those of former settings that have not been drained."""
-    return passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+    return monitored_shards.supervised(
+        settings.journals_dir, settings.stream_shards, settings.stores
+    )
 
 
 # -- one shard, in this process ----------------------------------------------------------------

@@ -345,8 +345,8 @@ class _Platform:
 
     def _look_at_archive(self) -> None:
         """Say at once why the archive cannot be had: the streamer comes up later, and says it from then on."""
+        from kalshi_platform.errors import StoreError
         from kalshi_platform.loading import presence
-        from kalshi_platform.storage.errors import StoreError
 
         try:
             presence.known_archive(self._settings)
@@ -355,8 +355,8 @@ class _Platform:
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
+        from kalshi_platform.errors import StoreError, StoreUnavailable
         from kalshi_platform.storage import migrations
-        from kalshi_platform.storage.errors import StoreError, StoreUnavailable
 
         # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)

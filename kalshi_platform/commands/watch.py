@@ -24,18 +24,13 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.exchange.book import SIDES, Book, BookError, State, delta_change
 from kalshi_platform.exchange.connection import LIVENESS_S, LiveConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
-from kalshi_platform.exchange.frames import (
-    DecodeError,
-    Kind,
-    decode_delta,
-    decode_head,
-    decode_snapshot,
-)
+from kalshi_platform.exchange.frames import DecodeError, decode_delta, decode_head, decode_snapshot
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.printable import printable
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Exchange
 
 LADDER_LEVELS = 12

@@ -7,29 +7,14 @@ load decodes millions of bodies by columns instead (`loading/decode.py`).
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Annotated, Any
 
 import msgspec
 
+from kalshi_platform.recording.kind import Kind
+
 Sid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
-class Kind(IntEnum):
-    """What a journal record holds. The numbers are in the journal: never renumber."""
-
-    NOTE = 0
-    """Not a frame: something that happened to the recording, as JSON."""
-    DELTA = 1
-    SNAPSHOT = 2
-    CONTROL = 3
-    """Any other readable frame: acks, errors, other channels, types not known yet."""
-    MALFORMED = 4
-    """Bytes that are no JSON object with a type."""
-    TRADE = 5
-    """A trade of the trade channel. Without a `seq`: one that the stream had missed, as REST told it.
-    Journals from before trades were recorded have none."""
 
 
 class Head(msgspec.Struct, gc=False):

@@ -26,7 +26,6 @@ from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, Pro
 from kalshi_platform.exchange.frames import (
     DecodeError,
     Head,
-    Kind,
     LifeEvent,
     Reply,
     decode_head,
@@ -46,6 +45,7 @@ from kalshi_platform.exchange.side_channel import (
     side_channels,
 )
 from kalshi_platform.printable import printable
+from kalshi_platform.recording.kind import Kind
 
 CHANNEL = "orderbook_delta"
 IN_FLIGHT = 8

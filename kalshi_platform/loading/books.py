@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Self
 
 import msgspec
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
+from kalshi_platform.loading.clock import Clock
 
 LEVELS = pl.Schema(
     {
@@ -198,34 +197,6 @@ def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.ND
     count = np.searchsorted(base, lowest + _OF_MARKET) - first
     spans: npt.NDArray[np.int64] = np.repeat(first - np.cumsum(count) + count, count)
     return spans + np.arange(len(spans))
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Receive times at a place in the journal, in ns; 0: there are none before it."""
-
-    last_ns: int = 0
-    """That of the record before it."""
-    newest_ns: int = 0
-    """The newest before it. It is not the last one where the clock was set back."""
-
-    def opens(self, recv_ns: int) -> datetime | None:
-        """Where a record received at `recv_ns` comes next: the time at which the books before it are to be
-        written down, or None.
-
-        They are where the recording enters an hour, and where the receive clock was set back. So an hour
-        needs no other hour's rows, and between two such places receive times ascend with the records. The
-        time is the hour's first instant where the hour is new, else the record's own.
-        """
-        last_ns = self.last_ns or recv_ns
-        if recv_ns >= last_ns and recv_ns // HOUR_NS == last_ns // HOUR_NS:
-            return None
-        at = time_of_ns(recv_ns)
-        return floor_hour(at) if self.is_new(at) else at
-
-    def is_new(self, at: datetime) -> bool:
-        """Whether the hour of `at` is later than all hours that the clock has shown."""
-        return hour_start_ns(floor_hour(at)) > self.newest_ns
 
 
 @dataclass(frozen=True)

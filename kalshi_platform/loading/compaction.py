@@ -29,6 +29,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hours
 from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import (
@@ -37,14 +38,12 @@ from kalshi_platform.storage.archive import (
     Manifest,
     Part,
     batches,
-    floor_hour,
     local_file,
     part_range,
     rows_of,
     stage_manifest,
     write_durably,
 )
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -54,6 +53,7 @@ from kalshi_platform.storage.schema import (
     TRADES,
     Dataset,
 )
+from kalshi_platform.utc_hours import floor_hour
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,6 @@ from kalshi_platform.exchange.frames import (
     DecodeError,
     Delta,
     Head,
-    Kind,
     Reply,
     decode_delta,
     decode_head,
@@ -47,8 +46,9 @@ from kalshi_platform.exchange.frames import (
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading import decode_trades
-from kalshi_platform.loading.books import Clock
+from kalshi_platform.loading.clock import Clock
 from kalshi_platform.recording.journal import Block, Hole, Stretch, Unread
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.storage.schema import ZERO_UUID
 
 

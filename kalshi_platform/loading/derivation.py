@@ -23,13 +23,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.exchange.frames import Kind
-from kalshi_platform.loading.books import Clock, State
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.clock import Clock
 from kalshi_platform.loading.decode import Decoded, decoded
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Hole, JournalError, Position, Stretch, joined
-from kalshi_platform.storage.archive import HOUR_NS
+from kalshi_platform.recording.kind import Kind
+from kalshi_platform.utc_hours import HOUR_NS
 
 CHUNK_ROWS = 65_536
 CHUNK_BYTES = 16 << 20

@@ -40,7 +40,6 @@ from kalshi_platform.loading.columns import codes, names, place, prices, quantit
 from kalshi_platform.loading.decode import STREAM, Decoded
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.recording.journal import Unread
-from kalshi_platform.storage.archive.layout import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -50,6 +49,7 @@ from kalshi_platform.storage.schema import (
     TRADES,
     ZERO_UUID,
 )
+from kalshi_platform.utc_hours import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
 
 _StreamRow = tuple[Any, ...]
 """A row of stream_events, as `STREAM` has it."""

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import HOUR
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, Dataset
+from kalshi_platform.utc_hours import HOUR
 
 ROWS_AT_A_TIME = 500_000
 """Rows that are in memory at once, unless one minute has more."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from kalshi_platform.loading.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
 from kalshi_platform.storage import checksum
-from kalshi_platform.storage.archive import HOUR, Archive, File, Manifest, Part, batches, rows_of
+from kalshi_platform.storage.archive import Archive, File, Manifest, Part, batches, rows_of
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -23,6 +23,7 @@ from kalshi_platform.storage.schema import (
     TRADES,
     ZERO_UUID,
 )
+from kalshi_platform.utc_hours import HOUR
 
 RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name, TRADES.name)
 """The datasets that the recording itself makes."""

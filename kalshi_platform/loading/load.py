@@ -24,7 +24,7 @@ import msgspec
 import pyarrow as pa
 import tenacity
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import resume, traces
 from kalshi_platform.loading.books import State
@@ -50,10 +50,9 @@ from kalshi_platform.recording.delays import Delays
 from kalshi_platform.recording.journal import JournalError, Position
 from kalshi_platform.recording.journal_identity import ADOPT
 from kalshi_platform.recording.writer import Writer
-from kalshi_platform.storage.archive import floor_hour, hour_of_ns
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.recorders import Entry, RecordGone, Superseded
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS
+from kalshi_platform.utc_hours import floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)
 

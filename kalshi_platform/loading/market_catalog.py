@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import ProtocolError
 from kalshi_platform.exchange.numbers import PRICE_SCALE, QTY_SCALE, fixed_point
@@ -30,7 +31,6 @@ from kalshi_platform.recording.markets import wish_of
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import File, table_of
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import MARKET_CATALOG, NAME
 
 FILE = "markets.parquet"

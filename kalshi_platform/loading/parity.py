@@ -19,14 +19,15 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform import typed_json
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import hot_hour, hours
 from kalshi_platform.loading.continuity import Extent
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse, retention
-from kalshi_platform.storage.archive import HOUR, Archive, Manifest, batches, open_archive
+from kalshi_platform.storage.archive import Archive, Manifest, batches, open_archive
 from kalshi_platform.storage.checksum import Content
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS, Dataset
+from kalshi_platform.utc_hours import HOUR
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
-from kalshi_platform import durable, health_report, typed_json
+from kalshi_platform import durable, typed_json
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.storage.archive import hour_of_ns
+from kalshi_platform.utc_hours import hour_of_ns
 
 log = logging.getLogger(__name__)
 
@@ -108,42 +107,6 @@ def behind(journals: Path, hour: datetime) -> list[int]:
         for k in shards(journals)
         if not (known := passed(journals, k)).resting and known.before <= hour
     ]
-
-
-def supervised(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
-    """The shards that somebody has to look after: the configured ones, and who is `left_over`."""
-    return [*range(configured), *left_over(journals, configured, stores)]
-
-
-def left_over(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
-    """The shards that are no longer configured and have not been drained: a store may lack records."""
-    return [
-        k
-        for k in shards(journals)
-        if k >= configured and not _ended_whole(journals / f"shard-{k}", stores)
-    ]
-
-
-def _ended_whole(folder: Path, stores: Collection[str]) -> bool:
-    """Whether the last streamer of a journal stopped with everything in every store."""
-    try:
-        said = typed_json.convert(health_report.read(folder), _Stopped)
-    except (OSError, ValueError):
-        return False
-    return said.state == "stopped" and all(
-        (store := said.stores.get(name)) is not None and store.lag == 0 for name in stores
-    )
-
-
-class _Lag(msgspec.Struct):
-    lag: int
-
-
-class _Stopped(msgspec.Struct):
-    """What is looked at of a streamer's report."""
-
-    state: str
-    stores: dict[str, _Lag]
 
 
 def _now() -> datetime:

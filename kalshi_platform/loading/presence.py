@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.loading import cursor, passage
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import Archive, identity, open_archive
-from kalshi_platform.storage.errors import StoreError, StoreRefused
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import (
     continuity,
     hot_hour,
@@ -46,10 +47,10 @@ from kalshi_platform.recording.journal import JournalError
 from kalshi_platform.recording.journal_identity import LaterVersion
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import HOUR, Archive, floor_hour
+from kalshi_platform.storage.archive import Archive
 from kalshi_platform.storage.archive import identity as archive_identity
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
+from kalshi_platform.utc_hours import HOUR, floor_hour
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import __version__
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.compaction import SORTED_BY, own_dictionaries
@@ -41,7 +42,6 @@ from kalshi_platform.storage.archive import (
     stage_manifest,
     write_durably,
 )
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     BOOK_CHECKPOINTS,

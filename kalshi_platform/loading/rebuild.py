@@ -19,9 +19,10 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.loading import compaction, hours, passage, sealing
-from kalshi_platform.loading.books import Clock, State
+from kalshi_platform.loading.books import State
+from kalshi_platform.loading.clock import Clock
 from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import at_openings, chunks
 from kalshi_platform.loading.derive import Rows, derive
@@ -35,18 +36,15 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
 from kalshi_platform.storage.archive import (
     FROM_CLICKHOUSE,
-    HOUR,
     Archive,
     LocalArchive,
     Manifest,
-    floor_hour,
-    hour_of_ns,
     open_archive,
     part_name,
     part_range,
 )
-from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)
 

@@ -30,16 +30,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hot_hour, hours, passage
 from kalshi_platform.loading.unloaded import Unloaded
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse, partitions, queries, retention
-from kalshi_platform.storage.archive import HOUR, Archive, File, batches, open_archive, rows_of
+from kalshi_platform.storage.archive import Archive, File, batches, open_archive, rows_of
 from kalshi_platform.storage.archive.local import locked
 from kalshi_platform.storage.checksum import U64, Content
 from kalshi_platform.storage.cluster import place
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -48,6 +47,7 @@ from kalshi_platform.storage.schema import (
     TRADES,
     Dataset,
 )
+from kalshi_platform.utc_hours import HOUR
 
 RESTORED = (ORDERBOOK_EVENTS.name, TRADES.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
 """In this order, as the loader writes: what `stream_events` reaches to is whole."""

@@ -20,19 +20,11 @@ import pyarrow as pa
 
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.books import (
-    LEVELS,
-    PACKED,
-    Book,
-    Clock,
-    Connection,
-    Ladders,
-    State,
-    unpacked,
-)
+from kalshi_platform.loading.books import LEVELS, PACKED, Book, Connection, Ladders, State, unpacked
+from kalshi_platform.loading.clock import Clock
 from kalshi_platform.loading.columns import names, place, prices, quantities
-from kalshi_platform.storage.archive import floor_hour, hour_start_ns
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, TIME
+from kalshi_platform.utc_hours import floor_hour, hour_start_ns
 
 log = logging.getLogger(__name__)
 

@@ -20,22 +20,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.errors import StoreUnavailable
 from kalshi_platform.loading import hours, passage, sealing
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, queries, recorders_table, verified_inserts
-from kalshi_platform.storage.archive import (
-    HOUR,
-    Archive,
-    floor_hour,
-    hour_of_ns,
-    part_name,
-    part_range,
-)
+from kalshi_platform.storage.archive import Archive, part_name, part_range
 from kalshi_platform.storage.archive.recorders import ArchiveLedger
-from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.recorders import Ledger
 from kalshi_platform.storage.recorders_table import TableLedger
 from kalshi_platform.storage.schema import (
@@ -48,6 +41,7 @@ from kalshi_platform.storage.schema import (
     Dataset,
 )
 from kalshi_platform.storage.verified_inserts import Insert
+from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)
 

@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from kalshi_platform import typed_json
-from kalshi_platform.exchange.frames import DecodeError, Kind, decode_head
+from kalshi_platform.exchange.frames import DecodeError, decode_head
 from kalshi_platform.loading.derivation import chunks, up_to
 from kalshi_platform.loading.tally import DELTA, OTHER, SNAPSHOT, TRADE, Place
 from kalshi_platform.loading.tally_stores import named_by
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Hole
-from kalshi_platform.storage.archive import hour_start_ns
+from kalshi_platform.recording.kind import Kind
+from kalshi_platform.utc_hours import hour_start_ns
 
 _HEAD = pa.schema([pa.field("sid", pa.uint32()), pa.field("seq", pa.uint64())])
 _MOST = 2**63 - 1

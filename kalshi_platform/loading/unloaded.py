@@ -19,8 +19,8 @@ from kalshi_platform.recording import journal, journal_identity
 from kalshi_platform.recording.journal import Hole
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse, recorders_table
-from kalshi_platform.storage.archive import hour_of_ns
 from kalshi_platform.storage.recorders_table import TableLedger
+from kalshi_platform.utc_hours import hour_of_ns
 
 _HOUR_NS = 3_600_000_000_000
 

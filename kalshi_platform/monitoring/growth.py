@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from kalshi_platform import health_report
+from kalshi_platform.errors import StoreError
 from kalshi_platform.loading import passage
 from kalshi_platform.loading.hours import RECORDED
 from kalshi_platform.monitoring.metrics import folder_bytes
@@ -26,7 +27,6 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import Listed, open_archive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform.storage.retention import FOR_EVER_DAYS, RETAINED
 from kalshi_platform.storage.schema import DATASETS
 

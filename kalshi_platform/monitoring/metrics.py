@@ -25,7 +25,8 @@ from prometheus_client.registry import Collector
 
 from kalshi_platform import health_report, typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading import freshness, passage
+from kalshi_platform.loading import freshness
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 
@@ -228,7 +229,7 @@ def _shards(settings: Settings, now: datetime) -> list[_Shard]:
     """Every shard that has run here, by number; of those that are no longer configured, only what is not
     drained yet."""
     configured = settings.stream_shards
-    wanted = passage.supervised(settings.journals_dir, configured, settings.stores)
+    wanted = monitored_shards.supervised(settings.journals_dir, configured, settings.stores)
     return [
         _shard(shard, configured, settings.journal_dir(shard), now)
         for shard in wanted

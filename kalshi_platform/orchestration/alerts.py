@@ -24,8 +24,9 @@ from dagster._core.storage.asset_check_execution_record import (
 )
 
 from kalshi_platform import health_report
-from kalshi_platform.loading import freshness, passage
+from kalshi_platform.loading import freshness
 from kalshi_platform.monitoring import incidents
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG
@@ -130,7 +131,9 @@ def conditions(
 
 def feed(settings: Settings, now: float) -> Iterator[Condition]:
     """Everything that is wrong with a shard whose frames do not come, are not kept or do not reach a store."""
-    for shard in passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores):
+    for shard in monitored_shards.supervised(
+        settings.journals_dir, settings.stream_shards, settings.stores
+    ):
         judgements, last_frame = _judge(settings, shard, now)
         for judged in judgements:
             if judged.verdict is freshness.Verdict.GOOD:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster import AutomationCondition, MetadataValue
 
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import NothingRecorded, PlatformError, StoreUnavailable
 from kalshi_platform.orchestration.metadata import (
     HOURS,
     column_schema,
@@ -20,7 +20,6 @@ from kalshi_platform.orchestration.metadata import (
     reported_rows,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage.errors import NothingRecorded, StoreUnavailable
 from kalshi_platform.storage.schema import (
     ANALYTICS,
     BOOK_CHECKPOINTS,

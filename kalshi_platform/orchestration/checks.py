@@ -18,6 +18,7 @@ from dagster import MetadataValue
 
 from kalshi_platform import health_report
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.monitoring import monitored_shards
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import markdown
 from kalshi_platform.storage.archive import open_archive
@@ -117,9 +118,10 @@ def order_book_checks(
 
 def _reports(settings: "Settings") -> tuple[Reports, dict[int, str]]:
     """What each shard says, and of those whose report cannot be read a sentence."""
-    from kalshi_platform.loading import passage
 
-    shards = passage.supervised(settings.journals_dir, settings.stream_shards, settings.stores)
+    shards = monitored_shards.supervised(
+        settings.journals_dir, settings.stream_shards, settings.stores
+    )
     reports: dict[int, Mapping[str, Any] | None] = {}
     damaged: dict[int, str] = {}
     for shard in shards:

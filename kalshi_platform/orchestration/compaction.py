@@ -16,8 +16,8 @@ from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:
+    from kalshi_platform.errors import StoreError
     from kalshi_platform.loading.compaction import Compacted
-    from kalshi_platform.storage.errors import StoreError
 
 
 @dg.op(description="Every sealed hour that still has parts becomes one sorted file per dataset.")

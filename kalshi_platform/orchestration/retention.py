@@ -82,10 +82,10 @@ def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[st
 
 
 def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
+    from kalshi_platform.errors import StoreUnavailable
     from kalshi_platform.loading import compaction
     from kalshi_platform.monitoring.metrics import folder_bytes
     from kalshi_platform.storage.archive import ASIDE, open_archive
-    from kalshi_platform.storage.errors import StoreUnavailable
 
     aside = settings.archive_dir / ASIDE
     before = folder_bytes(aside)

@@ -152,10 +152,10 @@ def _why_failed(instance: dg.DagsterInstance, shard: int) -> str:
 
 def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:
     """Those of the settings, and those of former settings that are not over or not drained yet."""
-    from kalshi_platform.loading import passage
+    from kalshi_platform.monitoring import monitored_shards
 
     configured = settings.stream_shards
-    known = passage.supervised(settings.journals_dir, configured, settings.stores)
+    known = monitored_shards.supervised(settings.journals_dir, configured, settings.stores)
     return sorted({*known, *active_shards(instance)})
 
 

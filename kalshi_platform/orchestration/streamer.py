@@ -17,7 +17,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
-from kalshi_platform.errors import PlatformError, SettingsError
+from kalshi_platform.errors import PlatformError, SettingsError, StoreUnavailable
 from kalshi_platform.orchestration import observation, run_failures
 from kalshi_platform.orchestration.console import output_log
 from kalshi_platform.orchestration.metadata import materializations, partition_key
@@ -30,7 +30,6 @@ from kalshi_platform.orchestration.observation import (
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.supervisor import BLOCKED, RECYCLE_S
 from kalshi_platform.processes import Identity
-from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import STREAM_EVENTS
 
 if TYPE_CHECKING:

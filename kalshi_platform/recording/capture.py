@@ -21,12 +21,13 @@ from websockets.exceptions import ConnectionClosed
 
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
-from kalshi_platform.exchange.frames import Kind, LifeEvent, kind_of
+from kalshi_platform.exchange.frames import LifeEvent, kind_of
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.printable import printable
 from kalshi_platform.recording.journal import NO_CONNECTION
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ import msgspec
 
 from kalshi_platform import checked_json, durable, typed_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError, Position
+from kalshi_platform.recording.kind import Kind
 
 log = logging.getLogger(__name__)
 

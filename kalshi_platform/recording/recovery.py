@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.exchange.answers import Trade
-from kalshi_platform.exchange.frames import DecodeError, Kind, trade_id
+from kalshi_platform.exchange.frames import DecodeError, trade_id
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import RECENT_TRADES, Loss
 from kalshi_platform.recording.journal import Position
+from kalshi_platform.recording.kind import Kind
 
 MARGIN_S = 10
 """Our clock and the exchange's may be so far apart."""

@@ -32,7 +32,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kalshi_platform import durable
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal, journal_identity
 from kalshi_platform.recording.delays import Delays
 from kalshi_platform.recording.journal import (
@@ -44,6 +43,7 @@ from kalshi_platform.recording.journal import (
     checksum,
 )
 from kalshi_platform.recording.journal_identity import Claim, JournalIdentity
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.lock import FolderLock, Held, insist_on_no_writer
 from kalshi_platform.recording.segment import REAL_DISK, Disk, Segment
 

@@ -22,10 +22,10 @@ from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.summary import QuerySummary
 from urllib3.exceptions import HTTPError
 
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import tls, transport, write_password
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.write_password import READ_ONLY
 
 __all__ = [

@@ -23,12 +23,12 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
+from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import ownership, retention
 from kalshi_platform.storage.clickhouse import Client, connect, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster
 from kalshi_platform.storage.ddl import altered, definition, dropped
-from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform.storage.retention import RETAINED, Change
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform.storage.statements import statements

@@ -19,11 +19,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.printable import printable
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster
 from kalshi_platform.storage.ddl import Definition, definition
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage.clickhouse import Client, translated
 from kalshi_platform.storage.cluster import LOCAL, Cluster, Place, place
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.migrations import insist_ours
 
 __all__ = ["Span", "remove_left_over", "replacing", "replacing_span", "synced"]

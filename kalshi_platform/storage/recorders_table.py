@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.recorders import Entry, insist_on
 
 _THROWN = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO

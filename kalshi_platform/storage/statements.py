@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.errors import StoreRefused
 
 _TOKEN = re.compile(
     r"""

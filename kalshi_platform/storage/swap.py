@@ -10,7 +10,7 @@ import errno
 from pathlib import Path
 
 from kalshi_platform import durable
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.errors import StoreRefused
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -6,8 +6,8 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.errors import StoreRefused
 
 __all__ = ["certificates", "may_want_a_certificate", "refusal"]
 

@@ -28,9 +28,9 @@ from urllib3 import PoolManager, ProxyManager
 from urllib3.exceptions import HTTPError
 from urllib3.response import BaseHTTPResponse
 
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.printable import printable
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 __all__ = ["pool_to"]
 

@@ -29,9 +29,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import clickhouse, partitions, retention
 from kalshi_platform.storage.cluster import place
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     LATEST_LEVELS,

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kalshi_platform import durable
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.errors import StoreRefused
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ import random
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.storage.archive import LocalArchive, part_name, write_durably
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS
 from kalshi_platform_tests import wire

@@ -23,13 +23,13 @@ from kalshi_platform.analytics.books import Books, books, books_in_groups
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decoded
 from kalshi_platform.loading.derivation import at_openings
 from kalshi_platform.loading.derive import derive
 from kalshi_platform.loading.state import checkpoint
 from kalshi_platform.loading.stores import by_hour
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
 from kalshi_platform_tests.properties import examples

@@ -16,9 +16,9 @@ import pytest
 
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import without_records
 from kalshi_platform_tests.storage.tables import prepare, settings_for

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kalshi_platform import __version__
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.chaos import disks

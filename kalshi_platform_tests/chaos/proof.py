@@ -17,10 +17,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.exchange.frames import Kind, decode_head
+from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.exchange.numbers import contracts, dollars
 from kalshi_platform.loading import proof as own_proof
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage import clickhouse

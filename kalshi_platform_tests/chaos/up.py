@@ -22,8 +22,8 @@ import psutil
 
 from kalshi_platform import health_report
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import StoreError
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform_tests.ports import free_ports
 
 PATIENCE_S = 150.0

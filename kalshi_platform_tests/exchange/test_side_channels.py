@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kalshi_platform.exchange import side_channel
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import CHANNEL, Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform_tests import wire
 
 BESIDE = (LIFECYCLE, TRADES)

@@ -21,8 +21,8 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import polars as pl
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.answers import read_refusal
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES
 from kalshi_platform.loading import decode as decoding
@@ -33,11 +33,11 @@ from kalshi_platform.loading.derive import derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording import writer as writer_module
 from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.embedded import running
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 from kalshi_platform.storage.embedded.statement import parse
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz import inputs, sql

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
@@ -16,7 +17,6 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect, translated
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform.storage.statements import statements
 from kalshi_platform_tests.infra import as_role

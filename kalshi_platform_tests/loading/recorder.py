@@ -14,13 +14,13 @@ from pathlib import Path
 
 import polars as pl
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import cursor, numbering
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Position
 from kalshi_platform.recording.journal_identity import JournalIdentity
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse

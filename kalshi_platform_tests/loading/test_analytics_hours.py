@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour, replace_hour
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import ANALYTICS, SPREADS, Dataset
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import paths

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import audit
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform_tests import wire
 
 AT = wire.NOON_NS

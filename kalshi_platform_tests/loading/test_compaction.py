@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from kalshi_platform import durable
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.compact import command
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import compaction, hours
 from kalshi_platform.loading.derive import Rows
 from kalshi_platform.loading.load import Load
@@ -29,10 +29,11 @@ from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Position
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import swap
-from kalshi_platform.storage.archive import ASIDE, LocalArchive, Manifest, floor_hour, local
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.storage.archive import ASIDE, LocalArchive, Manifest, local
+from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.deaths import Killed, die_at

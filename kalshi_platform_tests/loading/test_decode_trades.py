@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.properties import examples
 

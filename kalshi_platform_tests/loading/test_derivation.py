@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import derivation
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded
@@ -18,6 +17,7 @@ from kalshi_platform.loading.derivation import Derivation, chunks, up_to
 from kalshi_platform.loading.derive import Rows, derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import Block, Position
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_load import PATIENCE_S, journal_of, recording

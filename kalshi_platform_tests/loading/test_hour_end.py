@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.errors import StoreUnavailable
 from kalshi_platform.loading import hours, passage, state
 from kalshi_platform.loading.books import Ladders, State
 from kalshi_platform.loading.decode import decode
@@ -29,10 +29,10 @@ from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.state import checkpoint_batches
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse
 from kalshi_platform.storage.archive import LocalArchive, rows_of
-from kalshi_platform.storage.errors import StoreUnavailable
 from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_load import (

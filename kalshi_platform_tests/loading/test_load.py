@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hours
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import Decoded
@@ -28,12 +28,13 @@ from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive, floor_hour, hour_of_ns
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive
 from kalshi_platform.storage.recorders import Ledger
+from kalshi_platform.utc_hours import floor_hour, hour_of_ns
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.storage.tables import prepare

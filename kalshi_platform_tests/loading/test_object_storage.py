@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import compact as compact_command
 from kalshi_platform.commands import doctor
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.loading import compaction, continuity, hours, passage
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.derive import Rows
@@ -35,12 +36,9 @@ from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.storage.archive import (
-    HOUR,
     Archive,
     LocalArchive,
     archive_at,
-    hour_of_ns,
-    hour_start_ns,
     local,
     objects,
     open_archive,
@@ -48,9 +46,9 @@ from kalshi_platform.storage.archive import (
     table_of,
 )
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import MARKET_CATALOG, SPREADS
 from kalshi_platform.streamer import Streamer
+from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 from kalshi_platform_tests import object_store
 from kalshi_platform_tests.analytics.test_docs import PAGE, SNIPPETS
 from kalshi_platform_tests.deaths import Killed, die_at

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.stores import ParquetStore
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform_tests import wire

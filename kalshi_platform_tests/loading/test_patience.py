@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tenacity
 
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import load
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 
 
 def waits(error: StoreError, attempts: int) -> list[float]:

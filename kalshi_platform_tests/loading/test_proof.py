@@ -16,13 +16,13 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import tally_journal
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.proof import CLICKHOUSE, PARQUET, Counts, Proof, prove
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
 from kalshi_platform.storage.archive import LocalArchive, open_archive, part_name

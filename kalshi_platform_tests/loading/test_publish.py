@@ -15,13 +15,13 @@ from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.exchange.frames import Kind
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import compaction, hours, publish
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.publish import public_detail
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import LocalArchive, write_durably
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths

@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import compaction, hours
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.publish import publish
@@ -25,7 +26,6 @@ from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import LocalArchive, batches, local_file, write_durably
 from kalshi_platform.storage.archive.files import table_of
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
 from kalshi_platform_tests.archived import paths, without_records
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S

@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.exchange.book import delta_change, snapshot_ladder
-from kalshi_platform.exchange.frames import Kind, decode_delta, decode_snapshot
+from kalshi_platform.exchange.frames import decode_delta, decode_snapshot
 from kalshi_platform.loading import compaction, continuity, hours
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hour
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import queries
-from kalshi_platform.storage.archive import HOUR as ONE_HOUR
 from kalshi_platform.storage.archive import LocalArchive, part_name
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics.test_against_reference import (
     HOUR,

@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import PlatformError
+from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import restore as module
 from kalshi_platform.loading.load import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
@@ -33,12 +33,12 @@ from kalshi_platform.recording import journal_identity
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import checksum, clickhouse, migrations, recorders_table
-from kalshi_platform.storage.archive import LocalArchive, floor_hour
+from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.checksum import Content
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.recorders import Entry
 from kalshi_platform.storage.recorders_table import open_table_ledger
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_load import (

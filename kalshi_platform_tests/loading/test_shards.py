@@ -15,13 +15,13 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.books import books
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import compaction, hours, passage
 from kalshi_platform.loading.hours import HourReport
 from kalshi_platform.loading.load import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage import clickhouse

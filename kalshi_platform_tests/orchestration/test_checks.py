@@ -26,7 +26,6 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.loading import continuity
 from kalshi_platform.loading.analytics_hours import compute_hour
 from kalshi_platform.loading.load import Load, Pace
@@ -36,6 +35,7 @@ from kalshi_platform.orchestration import checks
 from kalshi_platform.orchestration.assets import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.processes import Identity
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.storage.archive import LocalArchive
 from kalshi_platform.storage.clickhouse import Client, connect

@@ -16,8 +16,9 @@ from kalshi_platform.orchestration.compaction import (
 )
 from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage.archive import LocalArchive, floor_hour, part_name, write_durably
+from kalshi_platform.storage.archive import LocalArchive, part_name, write_durably
 from kalshi_platform.storage.schema import STREAM_EVENTS, ZERO_UUID
+from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests.archived import paths
 
 HOUR = floor_hour(datetime.now(UTC)) - timedelta(hours=2)

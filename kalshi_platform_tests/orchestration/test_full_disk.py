@@ -21,13 +21,14 @@ from dagster import DagsterRunStatus as Status
 from kalshi_platform import health_report, streamer
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
-from kalshi_platform.exchange.frames import Kind, decode_head
+from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.monitoring import metrics
 from kalshi_platform.orchestration import alerts, supervisor
 from kalshi_platform.orchestration.home import prepare
 from kalshi_platform.orchestration.observation import read_health
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.recording import journal
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.segment import Disk
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.settings import Settings

@@ -18,13 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from kalshi_platform.exchange.connection import BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
 from kalshi_platform.loading.books import State
 from kalshi_platform.loading.decode import decode
 from kalshi_platform.loading.derive import derive
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.simulator_fixtures import StartSimulator

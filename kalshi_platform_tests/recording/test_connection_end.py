@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer
 from kalshi_platform.recording import journal
 from kalshi_platform.recording.capture import Capture
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.recording import recorder_process

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import Unproved
-from kalshi_platform.exchange.frames import Kind
 from kalshi_platform.recording import journal_identity
 from kalshi_platform.recording.journal import NO_CONNECTION, JournalError
 from kalshi_platform.recording.journal_identity import FILE, Claim, JournalIdentity, Start
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.writer import Beginning, Writer
 
 

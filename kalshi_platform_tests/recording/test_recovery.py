@@ -11,10 +11,11 @@ import msgspec
 import pytest
 
 from kalshi_platform.exchange.answers import Trade
-from kalshi_platform.exchange.frames import Kind, decode_trade
+from kalshi_platform.exchange.frames import decode_trade
 from kalshi_platform.exchange.side_channel import TRADES, Lost
 from kalshi_platform.recording import recovery
 from kalshi_platform.recording.capture import RECENT_TRADES, Loss
+from kalshi_platform.recording.kind import Kind
 from kalshi_platform.recording.recovery import Memory, ask, missed, remembered
 from kalshi_platform.recording.writer import Writer
 from kalshi_platform_tests import wire

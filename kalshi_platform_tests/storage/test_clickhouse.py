@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.clickhouse import (
     MINIMUM_VERSION,
     TRANSIENT,
@@ -21,7 +22,6 @@ from kalshi_platform.storage.clickhouse import (
     server_version,
     translated,
 )
-from kalshi_platform.storage.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.storage.tables import arrow, migrated, one_row, settings_for, uuid
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform.commands import doctor
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import migrations, retention
 from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
 from kalshi_platform.storage.cluster import DEDUPLICATION_SECONDS, Cluster, place
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
 from kalshi_platform_tests.storage import two_shards
 from kalshi_platform_tests.storage.tables import settings_for

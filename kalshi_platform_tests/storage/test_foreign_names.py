@@ -13,17 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import compaction, hours
-from kalshi_platform.storage.archive import (
-    HOUR,
-    LocalArchive,
-    hour_path,
-    part_name,
-    part_range,
-)
+from kalshi_platform.storage.archive import LocalArchive, hour_path, part_name, part_range
 from kalshi_platform.storage.archive.layout import day_of_name, hour_of_path, is_data
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS
+from kalshi_platform.utc_hours import HOUR
 from kalshi_platform_tests import foreign
 
 EVENTS = ORDERBOOK_EVENTS.name

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import migrations, retention
 from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.migrations import Migration, State
 from kalshi_platform.storage.schema import DATASETS, Dataset
 from kalshi_platform.storage.statements import statements

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import Client, connect
 from kalshi_platform.storage.ddl import Definition, definition
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.ownership import MADE_BY_ENGINES
 from kalshi_platform.storage.partitions import replacing
 from kalshi_platform.storage.statements import statements

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import migrations, retention
 from kalshi_platform.storage.clickhouse import Client
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import STREAM_EVENTS, ZERO_UUID
 from kalshi_platform_tests.storage.tables import insert, migrated, settings_for
 

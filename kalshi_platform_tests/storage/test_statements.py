@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kalshi_platform.storage.errors import StoreRefused
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage.statements import statements
 
 

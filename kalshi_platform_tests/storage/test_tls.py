@@ -14,10 +14,9 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
-from kalshi_platform.errors import SettingsError
+from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform_tests.storage.tables import settings_for
 from kalshi_platform_tests.storage.tls_front import Authority, Pair, in_front_of
 

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.inventory.rows import FILLS
 from kalshi_platform.storage import clickhouse, verified_inserts
 from kalshi_platform.storage.clickhouse import Client
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,

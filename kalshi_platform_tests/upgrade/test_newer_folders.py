@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from kalshi_platform import checked_json
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import compaction, cursor, load, state
 from kalshi_platform.loading.derivation import Derivation
 from kalshi_platform.loading.load import Load, Pace
@@ -34,7 +35,6 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.storage import migrations
 from kalshi_platform.storage.archive import LocalArchive, identity, recorders
 from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform_tests.archived import paths as parts
 from kalshi_platform_tests.loading.test_load import archived
 from kalshi_platform_tests.storage.tables import settings_for

@@ -20,16 +20,10 @@ from kalshi_platform.storage.archive.interface import Archive, Listed, Manifest,
 from kalshi_platform.storage.archive.layout import (
     ASIDE,
     FROM_CLICKHOUSE,
-    HOUR,
-    HOUR_NS,
     MANIFEST,
-    floor_hour,
-    hour_of_ns,
     hour_path,
-    hour_start_ns,
     part_name,
     part_range,
-    time_of_ns,
 )
 from kalshi_platform.storage.archive.local import (
     LocalArchive,
@@ -43,8 +37,6 @@ from kalshi_platform.storage.archive.opening import archive_at, open_archive
 __all__ = [
     "ASIDE",
     "FROM_CLICKHOUSE",
-    "HOUR",
-    "HOUR_NS",
     "MANIFEST",
     "Archive",
     "File",
@@ -57,10 +49,7 @@ __all__ = [
     "archive_at",
     "batches",
     "durably",
-    "floor_hour",
-    "hour_of_ns",
     "hour_path",
-    "hour_start_ns",
     "local_file",
     "open_archive",
     "part_name",
@@ -68,6 +57,5 @@ __all__ = [
     "rows_of",
     "stage_manifest",
     "table_of",
-    "time_of_ns",
     "write_durably",
 ]

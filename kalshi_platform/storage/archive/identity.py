@@ -12,7 +12,7 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 
 FILE = "archive.json"
 FORMAT = 1

@@ -15,10 +15,8 @@ for an hour, and `doctor` lists it.
 from __future__ import annotations
 
 import re
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 
-HOUR = timedelta(hours=1)
-HOUR_NS = 3_600_000_000_000
 MANIFEST = "_manifest.json"
 PARQUET = ".parquet"
 FROM_CLICKHOUSE = "part-clickhouse.parquet"
@@ -30,28 +28,6 @@ _DAY = re.compile(r"date=([0-9]{4}-[0-9]{2}-[0-9]{2})")
 _HOUR = re.compile(r"hour=([01][0-9]|2[0-3])")
 _PART = re.compile(r"part-([0-9]+)-([0-9]+)-([0-9]+)\.parquet")
 _WHOLE_HOUR = re.compile(r"hour(?:-[0-9a-z]+)?\.parquet")
-
-
-def floor_hour(at: datetime) -> datetime:
-    """The hour that `at` is in."""
-    return at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-
-
-def hour_of_ns(ns: int) -> datetime:
-    """The hour of a time in ns since the epoch."""
-    return datetime.fromtimestamp(ns // HOUR_NS * 3600, UTC)
-
-
-def time_of_ns(ns: int) -> datetime:
-    """A time in ns since the epoch, rounded down to the microsecond."""
-    return datetime.fromtimestamp(ns // 1_000_000_000, UTC) + timedelta(
-        microseconds=ns % 1_000_000_000 // 1000
-    )
-
-
-def hour_start_ns(hour: datetime) -> int:
-    """An hour's first instant in ns since the epoch."""
-    return int(hour.timestamp()) * 1_000_000_000
 
 
 def hour_path(dataset: str, hour: datetime) -> str:

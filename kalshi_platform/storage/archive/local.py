@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from kalshi_platform import durable
 from kalshi_platform.durable import sync
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage import swap
 from kalshi_platform.storage.archive import identity as archive_identity
 from kalshi_platform.storage.archive.files import Add, File, local_file, parquet_writer
@@ -47,7 +48,6 @@ from kalshi_platform.storage.archive.layout import (
     is_data,
     is_temporary,
 )
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.storage.schema import DATASETS
 
 GRACE_S = 60.0

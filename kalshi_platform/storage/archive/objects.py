@@ -33,6 +33,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from kalshi_platform.durable import sync
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage import checksum
 from kalshi_platform.storage.archive import identity as archive_identity
 from kalshi_platform.storage.archive.files import Add, File, batches, local_file
@@ -49,7 +50,6 @@ from kalshi_platform.storage.archive.layout import (
     MANIFEST,
     PARQUET,
     day_of_name,
-    floor_hour,
     hour_of_path,
     hour_path,
     is_data,
@@ -63,8 +63,8 @@ from kalshi_platform.storage.archive.local import (
     write_durably,
 )
 from kalshi_platform.storage.archive.troubles import no_such_bucket, object_store_error
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.schema import DATASETS
+from kalshi_platform.utc_hours import floor_hour
 
 SCHEME = "s3://"
 SORTED = "hour-sorted.parquet"

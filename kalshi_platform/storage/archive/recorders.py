@@ -13,8 +13,8 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.storage.archive.interface import Archive
-from kalshi_platform.storage.errors import StoreRefused
 from kalshi_platform.storage.recorders import Entry, insist_on
 
 log = logging.getLogger(__name__)

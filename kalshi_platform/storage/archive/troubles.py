@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kalshi_platform.storage.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 
 _ERROR = re.compile(
     r"AWS Error (?P<name>\w+)(?: \(HTTP status (?P<status>\d+)\))? during (?P<act>\w+)"

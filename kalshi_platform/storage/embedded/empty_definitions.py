@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kalshi_platform import durable
-from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.errors import StoreError
 
 log = logging.getLogger(__name__)
 

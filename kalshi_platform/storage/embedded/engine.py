@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import filelock
 
+from kalshi_platform.errors import StoreError
 from kalshi_platform.storage.embedded import empty_definitions, parts, refused, rights
 from kalshi_platform.storage.embedded.answers import ClickHouseError
 from kalshi_platform.storage.embedded.failed_writes import FailedWrites
@@ -37,7 +38,6 @@ from kalshi_platform.storage.embedded.permission import (
     require_format,
 )
 from kalshi_platform.storage.embedded.statement import Statement
-from kalshi_platform.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from kalshi_platform.storage.errors import StoreError
+from kalshi_platform.errors import StoreError
 
 _KEPT = (
     *("LANG", "LC_ALL", "LC_CTYPE", "TZ"),

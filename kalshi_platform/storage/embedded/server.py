@@ -38,6 +38,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kalshi_platform.browsers import refusal
+from kalshi_platform.errors import StoreError
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.storage import write_password
 from kalshi_platform.storage.embedded.answers import ClickHouseError, content_type
@@ -53,7 +54,6 @@ from kalshi_platform.storage.embedded.engine import (
 from kalshi_platform.storage.embedded.engine import Request as EngineRequest
 from kalshi_platform.storage.embedded.permission import require_format
 from kalshi_platform.storage.embedded.statement import Statement, parse
-from kalshi_platform.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")

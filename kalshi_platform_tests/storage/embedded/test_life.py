@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kalshi_platform.errors import StoreError
 from kalshi_platform.storage.embedded import running
-from kalshi_platform.storage.errors import StoreError
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.storage.embedded.conftest import PATIENCE_S
 

@@ -26,11 +26,11 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from pydantic import SecretStr
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.loading.stores import ClickHouseStore
 from kalshi_platform.storage import clickhouse, write_password
 from kalshi_platform.storage.embedded import launch, permission, running
 from kalshi_platform.storage.embedded.answers import ClickHouseError
-from kalshi_platform.storage.errors import StoreError, StoreRefused
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.storage.embedded.conftest import PATIENCE_S
 
