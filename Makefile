@@ -61,10 +61,10 @@ RECORDED ?= ../shared/frames/ws_legacy_cents_2025-11-30
 FLOW = $(if $(wildcard $(RECORDED).jsonl.gz),--recorded $(RECORDED).jsonl.gz $(RECORDED).recv.txt.gz)
 
 bench: install ## Every figure that is promised, and docs/performance.md (45 minutes)
-	@$(BIN)/python -m kalshi_platform.benchmarks $(FLOW) $(BENCH_ARGS)
+	@$(BIN)/python -m kalshi_platform_tests.benchmarks $(FLOW) $(BENCH_ARGS)
 
 bench-quick: install ## A fraction of it, for a look (5 minutes); writes nothing
-	@$(BIN)/python -m kalshi_platform.benchmarks --quick $(FLOW) $(BENCH_ARGS)
+	@$(BIN)/python -m kalshi_platform_tests.benchmarks --quick $(FLOW) $(BENCH_ARGS)
 
 check: install-dev ## Formatting, lint, strict types
 	@$(BIN)/ruff format --check .

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import (
-    analytics,
-    catalog,
-    checks,
-    compaction,
-    console,
-    inventory,
-    live_tables,
-    retention,
-)
+from kalshi_platform.orchestration import analytics, market_catalog, checks, compaction, console, inventory, live_tables, retention
 from kalshi_platform.orchestration.alerts import alerts
-from kalshi_platform.orchestration.assets import ASSETS
+from kalshi_platform.orchestration.recorded_tables import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
@@ -23,18 +14,18 @@ from kalshi_platform.orchestration.streamer import stream_orderbook
 console.adopt()
 
 defs = dg.Definitions(
-    assets=[*ASSETS, *catalog.ASSETS, *analytics.ASSETS, *inventory.ASSETS],
+    assets=[*ASSETS, *market_catalog.ASSETS, *analytics.ASSETS, *inventory.ASSETS],
     asset_checks=[*checks.CHECKS, *inventory.CHECKS],
     jobs=[
         stream_orderbook,
-        *catalog.JOBS,
+        *market_catalog.JOBS,
         *checks.JOBS,
         *compaction.JOBS,
         *inventory.JOBS,
         *retention.JOBS,
     ],
     schedules=[
-        *catalog.SCHEDULES,
+        *market_catalog.SCHEDULES,
         *checks.SCHEDULES,
         *compaction.SCHEDULES,
         *inventory.SCHEDULES,
@@ -44,7 +35,7 @@ defs = dg.Definitions(
         streamer_supervisor,
         analytics.analytics_automation,
         alerts,
-        *catalog.SENSORS,
+        *market_catalog.SENSORS,
         *live_tables.SENSORS,
     ],
     resources={"platform": KalshiResource()},

@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pyarrow.parquet as pq
 
-from kalshi_platform.loading import hours
-from kalshi_platform.storage import checksum
-from kalshi_platform.storage.archive import LocalArchive, Part, batches, local_file, write_durably
-from kalshi_platform.storage.schema import DATASETS, PLACE
+from kalshi_platform.archive import hours
+from kalshi_platform.archive import checksum
+from kalshi_platform.archive import LocalArchive, Part, batches, local_file, write_durably
+from kalshi_platform.schema import DATASETS, PLACE
 
 
 def paths(root: Path, dataset: str, hour: datetime) -> list[Path]:

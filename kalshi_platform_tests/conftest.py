@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
-from kalshi_platform.storage.embedded import running
-from kalshi_platform_tests.storage import two_shards
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform_tests.clickhouse import two_shards
 
 # Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"

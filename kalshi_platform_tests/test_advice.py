@@ -19,17 +19,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
-from kalshi_platform.loading import freshness
-from kalshi_platform.loading.freshness import ALERTS, DOCTOR, Judgement, Profile
+from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health.verdict import ALERTS, DOCTOR, Judgement, Profile
 from kalshi_platform.orchestration import alerts
-from kalshi_platform.recording import capture, journal
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.recorder import capture
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.streamer import Streamer
-from kalshi_platform_tests.recording.faulty_disk import FaultyDisk
+from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 MARKETS = 3
@@ -115,7 +116,7 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
     free = threading.Event()
     free.set()
     disk = FaultyDisk({}, delay=functools.partial(free.wait, 60)).disk
-    monkeypatch.setattr("kalshi_platform.streamer.Writer", functools.partial(Writer, disk=disk))
+    monkeypatch.setattr("kalshi_platform.recorder.streamer.Writer", functools.partial(Writer, disk=disk))
     settings, _ = exchange
     with recording(settings) as streamer:
         becomes(streamer, "recording")
@@ -131,7 +132,7 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
         becomes(streamer, "recording")
     kept = sum(
         b.batch.num_rows
-        for b in journal.blocks(settings.journal_dir(), journal.beginning(settings.journal_dir()))
+        for b in reader.blocks(settings.journal_dir(), reader.beginning(settings.journal_dir()))
     )
     assert kept == streamer.health().journal_records
 

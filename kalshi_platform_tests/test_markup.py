@@ -24,12 +24,12 @@ from kalshi_platform.analytics import plots
 from kalshi_platform.analytics.activity import Activity
 from kalshi_platform.commands import doctor, sql, watch
 from kalshi_platform.exchange.book import Book
-from kalshi_platform.monitoring.channels import Message
-from kalshi_platform.monitoring.incidents import Condition, Event, Notice, Severity
+from kalshi_platform.health.channels import Message
+from kalshi_platform.health.incidents import Condition, Event, Notice, Severity
 from kalshi_platform.orchestration import checks
 from kalshi_platform.printable import from_markdown, markdown, printable
 from kalshi_platform.qa import mm_inventory_qa
-from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
+from kalshi_platform.schema import DEPTH, IMBALANCE, SPREADS
 
 HOSTILE = (
     "$x$",

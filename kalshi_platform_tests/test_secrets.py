@@ -38,8 +38,8 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.commands.test_up import Up, until
@@ -314,7 +314,7 @@ def unpacked(path: Path) -> Iterator[bytes]:
     yield path.read_bytes()
     if path.suffix == ".parquet":
         yield str(pq.read_table(path, partitioning=None).to_pydict()).encode()
-    elif path.suffix == journal.SUFFIX:
+    elif path.suffix == reader.SUFFIX:
         with pa.ipc.open_stream(path) as stream, suppress(pa.ArrowInvalid):
             for batch in stream:
                 yield from batch.column("frame").to_pylist()

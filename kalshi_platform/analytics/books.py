@@ -49,7 +49,7 @@ from kalshi_platform.analytics.frames import (
     running_max,
 )
 from kalshi_platform.analytics.ladder import SIDES, Side, side_at
-from kalshi_platform.storage.schema import CONNECTION_ENDS, DOUBTS, PLACE
+from kalshi_platform.schema import CONNECTION_ENDS, DOUBTS, PLACE
 
 _KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]

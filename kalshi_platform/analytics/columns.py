@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kalshi_platform.storage.schema import TIME
+from kalshi_platform.schema import TIME
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]

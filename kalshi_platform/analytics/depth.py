@@ -10,7 +10,7 @@ from kalshi_platform.analytics.columns import Array, Bools, Ints, decimals, name
 from kalshi_platform.analytics.frames import NONE, SECOND_US
 from kalshi_platform.analytics.ladder import CENTS, Side
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.storage.schema import DEPTH, NOTIONAL, PRICE, QTY
+from kalshi_platform.schema import DEPTH, NOTIONAL, PRICE, QTY
 
 
 def depth(books: Books) -> pa.Table:

@@ -10,7 +10,7 @@ from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Array, Bools, Ints, decimals, floats, names, times
 from kalshi_platform.analytics.depth import changed
 from kalshi_platform.analytics.frames import DELTA, SECOND_US
-from kalshi_platform.storage.schema import IMBALANCE, QTY
+from kalshi_platform.schema import IMBALANCE, QTY
 
 CENTS = 5
 

@@ -22,7 +22,7 @@ from kalshi_platform.analytics.activity import Activity
 from kalshi_platform.analytics.columns import Floats
 from kalshi_platform.analytics.frames import SECOND_US
 from kalshi_platform.printable import printable
-from kalshi_platform.storage.schema import DEPTH, IMBALANCE, SPREADS
+from kalshi_platform.schema import DEPTH, IMBALANCE, SPREADS
 
 _STYLE: Any = {
     "font.size": 8,

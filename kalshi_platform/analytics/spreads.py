@@ -10,7 +10,7 @@ from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import Bools, decimals, floats, names, times
 from kalshi_platform.analytics.frames import CAUSES, NO_TIME, NONE
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.storage.schema import MID, PRICE, QTY, SPREADS
+from kalshi_platform.schema import MID, PRICE, QTY, SPREADS
 
 
 def spreads(books: Books) -> pa.Table:

@@ -23,7 +23,7 @@ from kalshi_platform import settings
 )
 def command(port: int | None, host: str, path: Path | None) -> None:
     """The embedded ClickHouse in the foreground. Ctrl-C ends it."""
-    from kalshi_platform.storage.embedded import launch
+    from kalshi_platform.embedded_clickhouse import launch
 
     current = settings.current()
     launch.replace_this_process(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import httpx
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.announcements import IN_A_ROW
 from kalshi_platform.errors import PlatformError, SettingsError, StoreError
@@ -30,35 +30,38 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
-from kalshi_platform.loading import freshness, passage, presence
-from kalshi_platform.monitoring import channels, supervision
-from kalshi_platform.monitoring import monitored_shards
-from kalshi_platform.monitoring.metrics import channel_troubles
-from kalshi_platform.monitoring.outbox import deliver_in_time
+from kalshi_platform.health import verdict as freshness
+from kalshi_platform.archive import watermarks
+from kalshi_platform.loading import presence
+from kalshi_platform.health import channels, supervision
+from kalshi_platform.health import monitored_shards
+from kalshi_platform.health.metrics import channel_troubles
+from kalshi_platform.health.outbox import deliver_in_time
 from kalshi_platform.printable import printable
-from kalshi_platform.recording import journal_identity
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.markets import wish_of
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.recorder.market_selection import wish_of
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations, write_password
-from kalshi_platform.storage.archive import ObjectArchive, open_archive
-from kalshi_platform.storage.clickhouse import (
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.embedded_clickhouse import write_password
+from kalshi_platform.archive import ObjectArchive, open_archive
+from kalshi_platform.clickhouse.client import (
     MINIMUM_VERSION,
     Client,
     connect,
     look,
     server_version,
 )
-from kalshi_platform.storage.migrations import State
+from kalshi_platform.clickhouse.migrations import State
 
 if TYPE_CHECKING:
-    from kalshi_platform.monitoring.growth import Growth
+    from kalshi_platform.health.growth import Growth
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
 """The exchange refuses signatures about 10 s off; the measurement itself is good to a second."""
 LINE_S = 20.0
 """How long a check may take, and one that stands on another after that one; loading libraries is not in it."""
-_HEAVY = ("kalshi_platform.orchestration.daemon", "kalshi_platform.monitoring.growth")
+_HEAVY = ("kalshi_platform.orchestration.host.daemon", "kalshi_platform.health.growth")
 """What takes seconds to load on a busy machine: Dagster and Arrow."""
 FREE_BAD_BYTES, FREE_ODD_BYTES = 1 << 30, 10 << 30
 GIB = 1 << 30
@@ -354,7 +357,7 @@ def _lacks_password(settings: Settings) -> bool:
 
 def _refused(settings: Settings) -> str:
     """Definitions that the embedded ClickHouse has set aside at its start."""
-    from kalshi_platform.storage.embedded.refused import FOLDER  # loads a web server
+    from kalshi_platform.embedded_clickhouse.refused import FOLDER  # loads a web server
 
     if not settings.embedded_clickhouse:
         return ""
@@ -363,7 +366,7 @@ def _refused(settings: Settings) -> str:
 
 def _spoiled(settings: Settings) -> str:
     """Parts of tables that it has set aside at its start."""
-    from kalshi_platform.storage.embedded.parts import SET_ASIDE
+    from kalshi_platform.embedded_clickhouse.parts import SET_ASIDE
 
     if not settings.embedded_clickhouse:
         return ""
@@ -425,11 +428,11 @@ def _archive(settings: Settings) -> Finding:
 
 def _foreign(settings: Settings) -> Finding:
     """What somebody else has put among our files."""
-    from kalshi_platform.monitoring import foreign  # loads Arrow
+    from kalshi_platform.quality import foreign_files  # loads Arrow
 
     found = [
-        *islice(foreign.in_archive(settings), FOREIGN_SHOWN + 1),
-        *islice(foreign.in_data_folder(settings), FOREIGN_SHOWN + 1),
+        *islice(foreign_files.in_archive(settings), FOREIGN_SHOWN + 1),
+        *islice(foreign_files.in_data_folder(settings), FOREIGN_SHOWN + 1),
     ]
     if not found:
         return Finding(Mark.GOOD, "none among the platform's own")
@@ -550,7 +553,7 @@ def _unreported(settings: Settings, shard: int) -> Finding:
     """A shard of which there is no report."""
     if shard >= settings.stream_shards:
         return Finding(Mark.ODD, freshness.left_over(None, shard, datetime.now(UTC)).sentence)
-    if passage.shards(settings.journals_dir):
+    if watermarks.shards(settings.journals_dir):
         return Finding(
             Mark.ODD,
             "none has run here yet: its share of the markets is not recorded",
@@ -610,7 +613,7 @@ def _told_age(report: Mapping[str, Any], key: str, now: datetime) -> str:
 
 def _growth(settings: Settings) -> Finding:
     """What is kept, and when the data folder's disk is full at the present rate."""
-    from kalshi_platform.monitoring import growth  # loads Arrow
+    from kalshi_platform.health import growth  # loads Arrow
 
     found = growth.measure(settings)
     stores = ("Parquet archive", *(("ClickHouse",) if settings.use_clickhouse else ()))
@@ -645,7 +648,7 @@ def _told_growth(it: Growth) -> str:
 
 
 def _daemon(settings: Settings) -> Finding:
-    from kalshi_platform.orchestration import daemon  # loads Dagster
+    from kalshi_platform.orchestration.host import daemon  # loads Dagster
 
     folder = daemon.home(settings.data_dir)
     if folder is None:

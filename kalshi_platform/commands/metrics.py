@@ -8,7 +8,7 @@ import threading
 import click
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.monitoring.metrics import serve
+from kalshi_platform.health.metrics import serve
 
 
 @click.command()

@@ -8,9 +8,9 @@ import click
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations, retention
-from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.migrations import State
+from kalshi_platform.clickhouse import migrations, hot_retention
+from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.clickhouse.migrations import State
 
 
 @click.command()
@@ -52,7 +52,7 @@ def command(*, status: bool, apply_retention: bool, accept_changed: bool) -> Non
             _status(client, settings)
             return
         stand = migrations.standing(client)
-        kept = retention.in_words(retention.kept(client).values())
+        kept = hot_retention.in_words(hot_retention.kept(client).values())
     for one in stand:
         if one.state is State.UNKNOWN:
             click.echo(f"note: {one} was {one.state.value} of the platform", err=True)
@@ -67,5 +67,5 @@ def _status(client: Client, settings: Settings) -> None:
     for name in migrations.missing_tables(client):
         click.echo(f"{name}  missing: kalshi-platform migrate makes it again, empty")
     given = "" if settings.hot_retention_given else " (the default, which shortens nothing)"
-    for change in retention.changes(client, settings.hot_retention_days):
+    for change in hot_retention.changes(client, settings.hot_retention_days):
         click.echo(f"HOT_RETENTION_DAYS={settings.hot_retention_days}{given}: {change}")

@@ -27,14 +27,14 @@ import click
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.announcements import Announcements
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
-from kalshi_platform.loading import freshness
-from kalshi_platform.monitoring import planned_stop, supervision
-from kalshi_platform.orchestration.home import Home, prepare
+from kalshi_platform.health import verdict
+from kalshi_platform.health import planned_stop, supervision
+from kalshi_platform.orchestration.host.home import Home, prepare
 from kalshi_platform.printable import printable
 from kalshi_platform.processes import Keeper, Program, require_free_port
 from kalshi_platform.settings import Settings
@@ -232,7 +232,7 @@ class _Platform:
         # Not `dagster code-server start`: that is a proxy, which outlives the server behind it
         # when that is killed, and then answers with errors for ever.
         argv = (
-            *(sys.executable, "-m", "kalshi_platform.orchestration.code_server"),
+            *(sys.executable, "-m", "kalshi_platform.orchestration.host.code_server"),
             *("api", "grpc", "--lazy-load-user-code"),
             *("--socket", str(self._socket)),
             *("--module-name", self._home.module),
@@ -243,7 +243,7 @@ class _Platform:
 
     def _webserver(self) -> Program:
         argv = (
-            *(sys.executable, "-m", "kalshi_platform.orchestration.webserver"),
+            *(sys.executable, "-m", "kalshi_platform.orchestration.host.webserver"),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *("--workspace", str(self._home.workspace)),
             *self._log_format(),
@@ -356,7 +356,7 @@ class _Platform:
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
         from kalshi_platform.errors import StoreError, StoreUnavailable
-        from kalshi_platform.storage import migrations
+        from kalshi_platform.clickhouse import migrations
 
         # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
@@ -428,10 +428,10 @@ def _shards(known: int) -> int:
         return known
 
 
-def _judged(report: dict[str, Any]) -> list[freshness.Judgement]:
+def _judged(report: dict[str, Any]) -> list[verdict.Judgement]:
     """What a report amounts to; nothing where it is damaged, which `doctor` names."""
     try:
-        return freshness.judgements(report, None, datetime.now(UTC), freshness.CONSOLE)
+        return verdict.judgements(report, None, datetime.now(UTC), verdict.CONSOLE)
     except (KeyError, TypeError, ValueError):
         return []
 

@@ -30,7 +30,7 @@ from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.printable import printable
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Exchange
 
 LADDER_LEVELS = 12

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal.kind import Kind
 
 Sid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -35,7 +35,7 @@ from kalshi_platform.exchange.frames import (
     subject,
 )
 from kalshi_platform.exchange.scale import Scale
-from kalshi_platform.exchange.side_channel import (
+from kalshi_platform.exchange.auxiliary_channel import (
     BATCH,
     LIFECYCLE,
     TRADES,
@@ -45,7 +45,7 @@ from kalshi_platform.exchange.side_channel import (
     side_channels,
 )
 from kalshi_platform.printable import printable
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal.kind import Kind
 
 CHANNEL = "orderbook_delta"
 IN_FLIGHT = 8

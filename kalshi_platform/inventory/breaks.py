@@ -22,7 +22,7 @@ from kalshi_platform.inventory.evidence import Market
 from kalshi_platform.inventory.explain import Case, number
 from kalshi_platform.inventory.findings import NO_LIMIT, QUIET, Episode
 from kalshi_platform.inventory.tables import usable
-from kalshi_platform.storage.clickhouse import Client, acknowledged, translated
+from kalshi_platform.clickhouse.client import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
 

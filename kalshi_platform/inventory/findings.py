@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
-from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.clickhouse.client import Client, translated
 
 QUIET = timedelta(seconds=60)
 """So long in order, and an episode is over; what comes later is another one."""

@@ -27,7 +27,7 @@ from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS
 from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS, SETTLEMENTS
 from kalshi_platform.inventory.tables import usable
-from kalshi_platform.storage.clickhouse import Client, insert_arrow, translated
+from kalshi_platform.clickhouse.client import Client, insert_arrow, translated
 
 ENGINE = "platform"
 """`engine_instance_id` of the snapshots taken here."""

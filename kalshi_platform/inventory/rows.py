@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.inventory.values import EARLIEST, LATEST
-from kalshi_platform.storage.schema import Key
+from kalshi_platform.schema import Key
 
 SETTLEMENTS = "settlements"
 """The `source` of a snapshot that says that the market was settled or voided, and nothing is held any more."""

@@ -45,10 +45,10 @@ from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.values import InventoryError, shown
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import Client, connect, translated
+from kalshi_platform.clickhouse.client import Client, connect, translated
 
 if TYPE_CHECKING:
-    from kalshi_platform.storage.verified_inserts import Insert
+    from kalshi_platform.clickhouse.verified_inserts import Insert
 
 FLUSH_S = 1.0
 MOST_ROWS, MOST_BYTES = 100_000, 256 << 20
@@ -74,7 +74,7 @@ REMEDY = (
     "Mend what they are refused for, or the rows, and move the .arrow files back into the spool's folder: they are"
     " sent again. Remove what is not wanted."
 )
-_SENDING = "kalshi_platform.storage.verified_inserts"
+_SENDING = "kalshi_platform.clickhouse.verified_inserts"
 """Loads Polars, which the import of an engine is to be spared."""
 _TYPE_OF_TS = (
     "SELECT type FROM system.columns"
@@ -577,7 +577,7 @@ class Spool:
 
     def _insert(self, client: Client, group: _Group) -> None:
         """Send a group until its rows are there, and remove its files."""
-        from kalshi_platform.storage import verified_inserts
+        from kalshi_platform.clickhouse import verified_inserts
 
         name, stems = group.name, [path.stem for path in group.paths]
         it = self._as_insert(client, name, group.rows, group.token)
@@ -604,7 +604,7 @@ class Spool:
 
     def _as_insert(self, client: Client, name: str, rows: pa.Table, token: str) -> Insert:
         """The rows with times as fine as the table keeps them: an engine's own may have whole seconds."""
-        from kalshi_platform.storage import verified_inserts
+        from kalshi_platform.clickhouse import verified_inserts
 
         if name not in self._in_seconds:
             with translated():
@@ -617,7 +617,7 @@ class Spool:
         return verified_inserts.Insert(name, rows, token, TABLES[name].key)
 
     def _insert_part(self, client: Client, it: Insert, numbers: Sequence[int]) -> None:
-        from kalshi_platform.storage import verified_inserts
+        from kalshi_platform.clickhouse import verified_inserts
 
         if numbers:
             digest = hashlib.blake2b(repr(list(numbers)).encode(), digest_size=8).hexdigest()
@@ -653,7 +653,7 @@ class Spool:
         self, client: Client, name: str, token: str, rows: pa.Table
     ) -> Mapping[int, str]:
         """Insert rows by halves, and return which of them ClickHouse refuses, and why."""
-        from kalshi_platform.storage import verified_inserts
+        from kalshi_platform.clickhouse import verified_inserts
 
         it = self._as_insert(client, name, rows, token)
         parts = [verified_inserts.missing(client, it)]

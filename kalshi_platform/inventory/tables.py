@@ -13,7 +13,7 @@ from functools import cached_property
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.inventory.rows import DECISIONS, INVENTORY_COLUMNS, TABLES
 from kalshi_platform.printable import printable
-from kalshi_platform.storage.clickhouse import Client, translated
+from kalshi_platform.clickhouse.client import Client, translated
 
 _SHOWN = 6
 """Columns that a sentence names."""

@@ -21,18 +21,18 @@ from kalshi_platform.loading import traces
 from kalshi_platform.loading.cursor import Cursor, plain
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.resume import Unresolved
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, Store
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, Store
 from kalshi_platform.loading.traces import Trace
-from kalshi_platform.recording import journal, journal_identity, writer
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.journal_identity import (
+from kalshi_platform.journal import reader, journal_identity, writer
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.journal_identity import (
     Claim,
     JournalIdentity,
     LaterVersion,
     Start,
 )
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.recorders import Entry
+from kalshi_platform.journal.ledger import Entry
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def adopt(settings: Settings, shard: int) -> Adopted:
         if settings.use_clickhouse:
             stores.append(ClickHouseStore(settings, str(after), "adopt", shard=shard))
         points = {}
-        if journal.segments(folder):
+        if reader.segments(folder):
             points = {store.name: _point(folder, store, before, end_n) for store in stores}
             cursors = {
                 store.name: _cursor(folder, store, before, Claim(after, start), points[store.name])
@@ -109,7 +109,7 @@ def _point(folder: Path, store: Store, before: JournalIdentity | None, end_n: in
     found = cursor_file.read(folder, store.name, before.id if before else uuid.UUID(int=0))
     if isinstance(found, Cursor) and _holds(store, traces.before(folder, found.committed[2])):
         return _settled(folder, store, found.committed[2], found.planned_n, end_n)
-    beginning = journal.beginning(folder).n
+    beginning = reader.beginning(folder).n
     if not _holds(store, traces.following(folder, beginning)):
         return beginning
     if _holds(store, traces.before(folder, end_n)):
@@ -157,7 +157,7 @@ def _cursor(
         store=store.name,
         place=store.place,
         start=after.start,
-        committed=plain(journal.find(folder, n)),
+        committed=plain(reader.find(folder, n)),
     )
     if isinstance(old, Cursor) and old.state_at is not None and old.state_at[2] <= n:
         return msgspec.structs.replace(made, state_at=old.state_at, state_file=old.state_file)

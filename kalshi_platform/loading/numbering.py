@@ -20,12 +20,12 @@ from queue import Empty, SimpleQueue
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading import cursor
-from kalshi_platform.loading.stores import ParquetStore
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.journal_identity import ADOPT, JournalIdentity
-from kalshi_platform.recording.writer import Beginning
-from kalshi_platform.storage.recorders import Entry, Ledger
+from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.journal_identity import ADOPT, JournalIdentity
+from kalshi_platform.journal.writer import Beginning
+from kalshi_platform.journal.ledger import Entry, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def begin(folder: Path, stores: Mapping[str, Open], known: JournalIdentity, free
     Raises `JournalError` where the folder is empty and a store says that a journal was in it.
     """
     answers = _ask(stores, known.id)
-    if not journal.segments(folder):
+    if not reader.segments(folder):
         for store, answer in answers.items() if not known.starts else ():
             _insist_on_no_former_journal(folder, store, answer)
         others = any(answer.of_shard for answer in answers.values())

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
-from kalshi_platform.loading import cursor, passage
+from kalshi_platform.loading import cursor
+from kalshi_platform.archive import watermarks
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.archive import Archive, identity, open_archive
+from kalshi_platform.archive import Archive, open_archive
+from kalshi_platform.archive import archive_identity
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def known_archive(settings: Settings) -> Archive:
         archive.expect(found)
         return archive
     archive.look()
-    for shard in passage.shards(settings.journals_dir):
+    for shard in watermarks.shards(settings.journals_dir):
         if cursor.has_loaded(settings.journal_dir(shard), _STORE, str(archive)):
-            raise identity.gone(str(archive), None)
+            raise archive_identity.gone(str(archive), None)
     return archive  # nothing was loaded yet

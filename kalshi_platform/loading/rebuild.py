@@ -20,21 +20,21 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
-from kalshi_platform.loading import compaction, hours, passage, sealing
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.clock import Clock
-from kalshi_platform.loading.decode import decoded
-from kalshi_platform.loading.derivation import at_openings, chunks
-from kalshi_platform.loading.derive import Rows, derive
-from kalshi_platform.loading.hours import HourReport
+from kalshi_platform.archive import compaction, hours, watermarks, sealing
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.journal.clock import Clock
+from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.loading.shared_rows import at_openings, chunks
+from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.archive.hours import HourReport
 from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.loading.state import checkpoint_batches, hour_state
-from kalshi_platform.loading.stores import by_hour, concatenated
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, Hole, Position
+from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
+from kalshi_platform.loading.sinks import by_hour, concatenated
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import Block, Hole, Position
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import (
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.archive import (
     FROM_CLICKHOUSE,
     Archive,
     LocalArchive,
@@ -43,7 +43,7 @@ from kalshi_platform.storage.archive import (
     part_name,
     part_range,
 )
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
 from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _passed(settings: Settings, hour: datetime) -> bool:
     """Whether every shard is done with the hour: until then its files are the streamers' alone."""
     if hours.is_sealed(open_archive(settings), hour):
         return True
-    waiting = passage.behind(settings.journals_dir, hour)
+    waiting = watermarks.behind(settings.journals_dir, hour)
     if waiting:
         log.info("The hour %s is open: shards %s have not passed it.", hour, waiting)
     return not waiting
@@ -128,7 +128,7 @@ def _parts_of_others(
 def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
     """The journals that still have the hour, of whatever shard: configured or not."""
     found = []
-    for shard in passage.shards(settings.journals_dir):
+    for shard in watermarks.shards(settings.journals_dir):
         folder = settings.journal_dir(shard)
         start = _in_journal(folder, hour)
         if start is not None:
@@ -138,12 +138,12 @@ def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
 
 def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
     """The books before the hour's first record, and where that record is; None if not kept."""
-    beginning = journal.beginning(folder)
+    beginning = reader.beginning(folder)
     state = hour_state(folder, hour)
     if state is not None and state.n >= beginning.n:
-        return state, journal.find(folder, state.n)
+        return state, reader.find(folder, state.n)
     if beginning.n == 0:  # the journal's very first hour begins with no books at all
-        first = next(journal.read(folder, beginning), None)
+        first = next(reader.read(folder, beginning), None)
         if (
             isinstance(first, Block)
             and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour
@@ -284,7 +284,7 @@ def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Block]
     """
     clock = source.state.clock
     last = max(edges, default=0)
-    for stretch in chunks(journal.read(source.folder, source.position)):
+    for stretch in chunks(reader.read(source.folder, source.position)):
         for piece, opens in at_openings(stretch, clock):
             is_later = opens is not None and opens > hour and clock.is_new(opens)
             if is_later and piece.first_n >= last:

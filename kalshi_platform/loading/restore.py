@@ -31,15 +31,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
-from kalshi_platform.loading import hot_hour, hours, passage
+from kalshi_platform.loading import hot_hour
+from kalshi_platform.archive import hours, watermarks
 from kalshi_platform.loading.unloaded import Unloaded
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse, partitions, queries, retention
-from kalshi_platform.storage.archive import Archive, File, batches, open_archive, rows_of
-from kalshi_platform.storage.archive.local import locked
-from kalshi_platform.storage.checksum import U64, Content
-from kalshi_platform.storage.cluster import place
-from kalshi_platform.storage.schema import (
+from kalshi_platform.archive import checksum
+from kalshi_platform.clickhouse import client as clickhouse, partitions, queries, hot_retention
+from kalshi_platform.archive import Archive, File, batches, open_archive, rows_of
+from kalshi_platform.archive.local import locked
+from kalshi_platform.archive.checksum import U64, Content
+from kalshi_platform.clickhouse.cluster import place
+from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
     ORDERBOOK_EVENTS,
@@ -170,7 +172,7 @@ class _Restore:
         self._replace = replace
         self._is_own = str(archive) == str(open_archive(settings))
         self._unloaded = Unloaded(settings, client)
-        self._kept = retention.kept(client)
+        self._kept = hot_retention.kept(client)
         self._one_server = all(
             (where := place(client, name)) is not None and where.cluster is None
             for name in RESTORED
@@ -207,7 +209,7 @@ class _Restore:
         """Whether no recorder writes to this archive's journals, until `held` is left."""
         if not self._is_own:
             return False
-        for shard in passage.shards(self._journals):
+        for shard in watermarks.shards(self._journals):
             lock = filelock.FileLock(self._journals / f"shard-{shard}" / "lock")
             try:
                 held.enter_context(lock.acquire(timeout=0))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.loading.cursor import Cursor
-from kalshi_platform.storage.recorders import Entry, Superseded, superseded
+from kalshi_platform.journal.ledger import Entry, Superseded, superseded
 
 
 class Unresolved(PlatformError):

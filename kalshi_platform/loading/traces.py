@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalshi_platform.loading.decode import Decoded, decode
-from kalshi_platform.loading.derivation import chunks, up_to
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Block, JournalError
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
+from kalshi_platform.exchange.columnar import Decoded, decode
+from kalshi_platform.loading.shared_rows import chunks, up_to
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import Block, JournalError
+from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
 NEAR_RECORDS = 4_096
 """So many records before or after a place are looked at."""
@@ -34,7 +34,7 @@ class Trace:
 
 def before(folder: Path, n: int) -> list[Trace]:
     """The last record before `n` of each dataset, as far as the journal has one near."""
-    first = max(n - NEAR_RECORDS, journal.beginning(folder).n)
+    first = max(n - NEAR_RECORDS, reader.beginning(folder).n)
     found: dict[str, Trace] = {}
     for block in _blocks(folder, first, n):
         found |= {trace.dataset: trace for trace in _traces(decode([block]), last=True)}
@@ -53,7 +53,7 @@ def _blocks(folder: Path, first: int, until: int) -> Iterator[Block]:
     if first >= until:
         return
     try:
-        near = up_to(until, journal.read(folder, journal.find(folder, first)))
+        near = up_to(until, reader.read(folder, reader.find(folder, first)))
         yield from (stretch for stretch in chunks(near) if isinstance(stretch, Block))
     except JournalError:
         return  # the load reports damage; what was read before it is enough here

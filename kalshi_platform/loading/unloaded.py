@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kalshi_platform.loading import cursor, passage
+from kalshi_platform.loading import cursor
+from kalshi_platform.archive import watermarks
 from kalshi_platform.loading.cursor import Cursor
-from kalshi_platform.recording import journal, journal_identity
-from kalshi_platform.recording.journal import Hole
+from kalshi_platform.journal import reader, journal_identity
+from kalshi_platform.journal.reader import Hole
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, recorders_table
-from kalshi_platform.storage.recorders_table import TableLedger
+from kalshi_platform.clickhouse import client as clickhouse, clickhouse_ledger
+from kalshi_platform.clickhouse.clickhouse_ledger import TableLedger
 from kalshi_platform.utc_hours import hour_of_ns
 
 _HOUR_NS = 3_600_000_000_000
@@ -49,7 +50,7 @@ class Unloaded:
         `JournalError` where a journal cannot be read, `StoreError` where ClickHouse cannot be asked.
         """
         found = {}
-        for number in passage.shards(self._settings.journals_dir):
+        for number in watermarks.shards(self._settings.journals_dir):
             folder = self._settings.journal_dir(number)
             shard = self._shards.setdefault(number, _Shard(number, folder))
             loaded_to = _loaded_to(self._settings, self._client, shard)
@@ -65,15 +66,15 @@ def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> 
     As the loader itself decides (`resume`): by what ClickHouse says of the journal, else by the cursor. One
     that is of another place, missing or damaged lets it begin with the journal, or stop and ask.
     """
-    beginning = journal.beginning(shard.folder).n
+    beginning = reader.beginning(shard.folder).n
     identity = journal_identity.read(shard.folder)
     if identity is None:
         return beginning
-    ledger = TableLedger(shard.number, lambda: client, recorders_table.place(settings))
+    ledger = TableLedger(shard.number, lambda: client, clickhouse_ledger.place(settings))
     if entries := ledger.entries(identity.id):
         return max(max(entries, key=lambda entry: entry.start).loaded_to, beginning)
     found = cursor.read(shard.folder, "clickhouse", identity.id)
-    if isinstance(found, Cursor) and found.place in {"", recorders_table.place(settings)}:
+    if isinstance(found, Cursor) and found.place in {"", clickhouse_ledger.place(settings)}:
         return max(found.committed[2], beginning)
     return beginning
 
@@ -81,7 +82,7 @@ def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> 
 def _scan(shard: _Shard, loaded_to: int) -> None:
     """Note the hours of the records from `loaded_to` on that were not scanned yet."""
     begin = max(shard.scanned_to, loaded_to)
-    for stretch in journal.read(shard.folder, journal.find(shard.folder, begin)):
+    for stretch in reader.read(shard.folder, reader.find(shard.folder, begin)):
         shard.scanned_to = stretch.first_n + stretch.rows
         if isinstance(stretch, Hole):
             continue

@@ -23,11 +23,11 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as CheckStatus,
 )
 
-from kalshi_platform import health_report
-from kalshi_platform.loading import freshness
-from kalshi_platform.monitoring import incidents
-from kalshi_platform.monitoring import monitored_shards
-from kalshi_platform.monitoring.incidents import Condition, Ledger, Severity
+from kalshi_platform.health import health_report
+from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import incidents
+from kalshi_platform.health import monitored_shards
+from kalshi_platform.health.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.resources import KalshiResource
@@ -35,7 +35,7 @@ from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
-    from kalshi_platform.monitoring.outbox import Outbox
+    from kalshi_platform.health.outbox import Outbox
 
 TICK_S = 30
 LOOK_BACK_S = 24 * 3600.0
@@ -66,7 +66,7 @@ _PARTITION = "dagster/partition"
 )
 def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.SensorResult:
     """One tick: look, remember, tell."""
-    from kalshi_platform.monitoring import channels, metrics  # load HTTP and mail
+    from kalshi_platform.health import channels, metrics  # load HTTP and mail
 
     if not context.cursor:
         _outbox().forget()
@@ -98,7 +98,7 @@ def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.
 @functools.cache
 def _outbox() -> "Outbox":
     """This process's own."""
-    from kalshi_platform.monitoring.outbox import Outbox
+    from kalshi_platform.health.outbox import Outbox
 
     return Outbox()
 

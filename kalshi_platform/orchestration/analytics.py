@@ -20,7 +20,7 @@ from kalshi_platform.orchestration.metadata import (
     reported_rows,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage.schema import (
+from kalshi_platform.schema import (
     ANALYTICS,
     BOOK_CHECKPOINTS,
     ORDERBOOK_EVENTS,
@@ -92,7 +92,7 @@ def analytics_hour(
     context: dg.AssetExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Compute one hour, once for all the datasets that were asked for."""
-    from kalshi_platform.loading.analytics_hours import compute_hour  # loads Arrow and numpy
+    from kalshi_platform.analytics.hourly import compute_hour  # loads Arrow and numpy
 
     wanted = {key.to_user_string() for key in context.selected_asset_keys}
     try:
@@ -139,7 +139,7 @@ def _rows_of(
     """The hour's rows of some markets, as they were written."""
     import pyarrow as pa
 
-    from kalshi_platform.storage.archive import open_archive
+    from kalshi_platform.archive import open_archive
 
     archive = open_archive(platform.settings())
     return pa.concat_tables(archive.read(dataset, hour, tickers=tickers))

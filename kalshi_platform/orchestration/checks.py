@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster import MetadataValue
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.monitoring import monitored_shards
+from kalshi_platform.health import monitored_shards
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import markdown
-from kalshi_platform.storage.archive import open_archive
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.archive import open_archive
+from kalshi_platform.schema import ORDERBOOK_EVENTS
 
 if TYPE_CHECKING:
-    from kalshi_platform.loading.continuity import Extent
+    from kalshi_platform.quality.continuity import Extent
     from kalshi_platform.settings import Settings
-    from kalshi_platform.storage.clickhouse import Client
+    from kalshi_platform.clickhouse.client import Client
 
 Reports = Mapping[int, Mapping[str, Any] | None]
 """What each shard's streamer says of itself."""
@@ -85,8 +85,9 @@ def order_book_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, with one connection."""
-    from kalshi_platform.loading import continuity, freshness
-    from kalshi_platform.storage.clickhouse import connect
+    from kalshi_platform.quality import continuity
+    from kalshi_platform.health import verdict as freshness
+    from kalshi_platform.clickhouse.client import connect
 
     wanted = {key.name for key in context.selected_asset_check_keys}
     now = datetime.now(UTC)
@@ -148,7 +149,7 @@ def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
 
 
 def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
-    from kalshi_platform.loading import continuity
+    from kalshi_platform.quality import continuity
 
     proof = continuity.prove(asked.client, asked.whole, asked.proved)
     noticed = continuity.gaps(asked.client, proof.until)
@@ -195,8 +196,8 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
 def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
     import msgspec
 
-    from kalshi_platform.loading.freshness import behind
-    from kalshi_platform.loading.parity import compare_hours
+    from kalshi_platform.health.verdict import behind
+    from kalshi_platform.quality.parity import compare_hours
 
     lags = any(behind(report, "clickhouse", asked.now) for report in asked.health.values())
     found = compare_hours(asked.settings, asked.client, asked.whole, asked.now, behind=lags)
@@ -230,7 +231,7 @@ def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
 
 
 def _books_uncrossed(asked: _Asked) -> dg.AssetCheckResult:
-    from kalshi_platform.loading.crossed_books import LONGER_THAN_S, crossed_books
+    from kalshi_platform.quality.crossed_books import LONGER_THAN_S, crossed_books
 
     found = crossed_books(asked.client, asked.hot)
     metadata: dict[str, Any] = {
@@ -266,7 +267,7 @@ def _fresh(
     *,
     configured: int,
 ) -> dg.AssetCheckResult:
-    from kalshi_platform.loading import freshness
+    from kalshi_platform.health import verdict as freshness
 
     found = [(shard, freshness.no_report(sentence)) for shard, sentence in damaged.items()]
     sound: dict[int, Mapping[str, Any]] = {}

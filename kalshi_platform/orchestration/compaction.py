@@ -17,13 +17,13 @@ from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:
     from kalshi_platform.errors import StoreError
-    from kalshi_platform.loading.compaction import Compacted
+    from kalshi_platform.archive.compaction import Compacted
 
 
 @dg.op(description="Every sealed hour that still has parts becomes one sorted file per dataset.")
 def compact_hours(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
     """Compact what is pending; hours that are refused are told at the end, after all the others."""
-    from kalshi_platform.loading import compaction
+    from kalshi_platform.archive import compaction
     from kalshi_platform.loading.presence import known_archive
 
     compacted: list[Compacted] = []

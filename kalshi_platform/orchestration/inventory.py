@@ -80,7 +80,7 @@ def mm_position_snapshots(
     """Read the exchange's positions and write them beside the decisions."""
     from kalshi_platform.exchange.rest import RestClient
     from kalshi_platform.inventory import positions
-    from kalshi_platform.storage.clickhouse import connect
+    from kalshi_platform.clickhouse.client import connect
 
     settings = platform.settings()
     if not settings.use_clickhouse:
@@ -153,7 +153,7 @@ def inventory_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, and bring `mm_inventory_breaks` up to date."""
     from kalshi_platform.inventory import audit, breaks, judged
-    from kalshi_platform.storage.clickhouse import connect
+    from kalshi_platform.clickhouse.client import connect
 
     wanted = {key.name for key in context.selected_asset_check_keys}
     settings = platform.settings()

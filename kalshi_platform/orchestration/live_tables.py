@@ -15,10 +15,10 @@ from dagster import MetadataValue
 
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage.schema import LATEST_LEVELS
+from kalshi_platform.schema import LATEST_LEVELS
 
 if TYPE_CHECKING:
-    from kalshi_platform.storage.clickhouse import Client
+    from kalshi_platform.clickhouse.client import Client
 
 EVERY_S = 300
 TIMEOUT_S = 10
@@ -40,7 +40,7 @@ TIME_COLUMNS: Mapping[str, str] = {
 )
 def live_tables(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.SensorResult:
     """One observation for each table that ClickHouse has."""
-    from kalshi_platform.storage.clickhouse import connect
+    from kalshi_platform.clickhouse.client import connect
 
     settings = platform.settings()
     if not settings.use_clickhouse:
@@ -55,7 +55,7 @@ def live_tables(context: dg.SensorEvaluationContext, platform: KalshiResource) -
 
 def observations(client: "Client") -> Iterator[dg.AssetObservation]:
     """What each table holds now; a table that is not there is left out."""
-    from kalshi_platform.storage.clickhouse import translated
+    from kalshi_platform.clickhouse.client import translated
 
     with translated():
         found = client.query(

@@ -12,11 +12,11 @@ from dagster import MetadataValue
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError, StoreError
-from kalshi_platform.storage.archive import open_archive
-from kalshi_platform.storage.schema import Dataset
+from kalshi_platform.archive import open_archive
+from kalshi_platform.schema import Dataset
 
 if TYPE_CHECKING:
-    from kalshi_platform.loading.hours import DatasetHour, HourReport
+    from kalshi_platform.archive.hours import DatasetHour, HourReport
 
 
 log = logging.getLogger(__name__)

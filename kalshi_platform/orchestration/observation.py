@@ -16,7 +16,7 @@ import dagster as dg
 import psutil
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.supervisor import (
     DRAINING,

@@ -19,8 +19,8 @@ from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
-    from kalshi_platform.loading.hours import HourReport
-    from kalshi_platform.streamer import Streamer
+    from kalshi_platform.archive.hours import HourReport
+    from kalshi_platform.recorder.streamer import Streamer
 
 
 PARTITION_TAG = "dagster/partition"
@@ -38,9 +38,9 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Self]:
         """While it is in use, every ClickHouse query carries the ids of who asks (`log_comment`)."""
-        from kalshi_platform.storage import clickhouse
+        from kalshi_platform.clickhouse import client
 
-        with clickhouse.called_by(lambda: identify(context)):
+        with client.called_by(lambda: identify(context)):
             yield self
 
     def settings(self) -> Settings:
@@ -49,21 +49,21 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def streamer(self, shard: int, shards: int) -> Streamer:
         """A streamer of one of so many shards, not yet started."""
-        from kalshi_platform.streamer import Streamer
+        from kalshi_platform.recorder.streamer import Streamer
 
         return Streamer(self.settings().model_copy(update={"stream_shards": shards}), shard)
 
     def is_sealed(self, hour: datetime) -> bool:
         """Whether the archive has data of an hour, and has it whole."""
-        from kalshi_platform.loading import hours
-        from kalshi_platform.storage.archive import open_archive
+        from kalshi_platform.archive import hours
+        from kalshi_platform.archive import open_archive
 
         return hours.is_sealed(open_archive(self.settings()), hour)
 
     def describe(self, hour: datetime) -> HourReport:
         """What the archive holds of an hour. Reads all of it."""
-        from kalshi_platform.loading import hours
-        from kalshi_platform.storage.archive import open_archive
+        from kalshi_platform.archive import hours
+        from kalshi_platform.archive import open_archive
 
         return hours.describe(open_archive(self.settings()), hour, complete=self.is_sealed(hour))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
 
-from kalshi_platform.monitoring import planned_stop
+from kalshi_platform.health import planned_stop
 
 NO_REASON = "marked as failed from outside"
 """Of the sentence that Dagster writes when a worker was killed: what it noticed is written before."""

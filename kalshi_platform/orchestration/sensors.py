@@ -16,8 +16,8 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform.monitoring import planned_stop, supervision
-from kalshi_platform.monitoring.supervision import Supervised, Supervision
+from kalshi_platform.health import planned_stop, supervision
+from kalshi_platform.health.supervision import Supervised, Supervision
 from kalshi_platform.orchestration import observation, run_failures
 from kalshi_platform.orchestration.observation import (
     SHARD_TAG,
@@ -152,7 +152,7 @@ def _why_failed(instance: dg.DagsterInstance, shard: int) -> str:
 
 def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:
     """Those of the settings, and those of former settings that are not over or not drained yet."""
-    from kalshi_platform.monitoring import monitored_shards
+    from kalshi_platform.health import monitored_shards
 
     configured = settings.stream_shards
     known = monitored_shards.supervised(settings.journals_dir, configured, settings.stores)

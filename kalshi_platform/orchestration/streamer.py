@@ -30,11 +30,11 @@ from kalshi_platform.orchestration.observation import (
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.supervisor import BLOCKED, RECYCLE_S
 from kalshi_platform.processes import Identity
-from kalshi_platform.storage.schema import STREAM_EVENTS
+from kalshi_platform.schema import STREAM_EVENTS
 
 if TYPE_CHECKING:
-    from kalshi_platform.loading.hours import HourReport
-    from kalshi_platform.streamer import Health, Streamer
+    from kalshi_platform.archive.hours import HourReport
+    from kalshi_platform.recorder.streamer import Health, Streamer
 
 HEARTBEAT_S = 60.0
 """Between two lines in the run's output."""

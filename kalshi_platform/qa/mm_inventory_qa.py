@@ -26,7 +26,7 @@ from kalshi_platform.inventory.audit import Outcome, Parameters, Status
 from kalshi_platform.inventory.judged import Judged
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse.client import connect
 
 FOUND = 2
 """The exit code for anomalies."""

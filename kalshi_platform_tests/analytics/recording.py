@@ -6,15 +6,15 @@ import random
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalshi_platform.loading import hours
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import derive
-from kalshi_platform.loading.state import checkpoint
-from kalshi_platform.loading.stores import by_hour
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.storage.archive import LocalArchive, part_name, write_durably
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS, DATASETS
+from kalshi_platform.archive import hours
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.state_files import checkpoint
+from kalshi_platform.loading.sinks import by_hour
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.archive import LocalArchive, part_name, write_durably
+from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS
 from kalshi_platform_tests import wire
 
 HOUR = datetime(2026, 9, 21, 15, tzinfo=UTC)

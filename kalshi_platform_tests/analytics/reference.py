@@ -18,7 +18,7 @@ from typing import Any
 
 from kalshi_platform.exchange.book import delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests.wire import Record
 
 HOUR_US = 3_600_000_000

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from kalshi_platform.analytics.crossed import COLUMNS, lasting
-from kalshi_platform.storage.schema import SPREADS
+from kalshi_platform.schema import SPREADS
 
 HOUR = datetime(2026, 11, 22, 14, tzinfo=UTC)
 TYPES = pl.Schema(pl.DataFrame(SPREADS.arrow.empty_table()).select(COLUMNS).schema)

@@ -14,14 +14,14 @@ import matplotlib as mpl
 import polars as pl
 import pytest
 
-from kalshi_platform.loading.analytics_hours import compute_hour
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import LocalArchive
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.clickhouse import client
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import without_records
-from kalshi_platform_tests.storage.tables import prepare, settings_for
+from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
 SNIPPETS = dict(
@@ -155,7 +155,7 @@ def test_the_sql_spread_is_that_of_the_polars_snippet(
     )
     prepare(settings)
     compute_hour(settings, HOUR)
-    found = clickhouse.connect(settings).query(sql.rstrip(";")).result_rows
+    found = client.connect(settings).query(sql.rstrip(";")).result_rows
     polars_is_right(pl.DataFrame(found, orient="row"), archived)
 
 

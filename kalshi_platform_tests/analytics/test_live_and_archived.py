@@ -10,12 +10,12 @@ import polars as pl
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.archive import LocalArchive
-from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.streamer import Streamer
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 

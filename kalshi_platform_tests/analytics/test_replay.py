@@ -19,8 +19,8 @@ from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.book import State as BookState
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.archive import LocalArchive
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
 from kalshi_platform_tests.analytics.recording import HOUR as ARCHIVED

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kalshi_platform import __version__
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.chaos import disks
@@ -207,7 +207,7 @@ def _connections_cut(folder: Path, events: list[Event]) -> int:
     ending = [e for e in events if e.shards]
     open_since: dict[bytes, int] = {}
     cut = 0
-    for block in journal.blocks(folder, journal.beginning(folder)):
+    for block in reader.blocks(folder, reader.beginning(folder)):
         notes = block.batch.to_pylist()
         for record in (r for r in notes if r["kind"] == Kind.NOTE):
             if b'"kind":"connected"' in record["frame"]:
@@ -223,7 +223,7 @@ def _connections_cut(folder: Path, events: list[Event]) -> int:
 def _delays(folder: Path, kills: list[Event]) -> list[float]:
     """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
-    for block in journal.blocks(folder, journal.beginning(folder)):
+    for block in reader.blocks(folder, reader.beginning(folder)):
         for record in block.batch.to_pylist():
             at = record["recv_ns"] / 1e9
             if record["kind"] != Kind.NOTE:

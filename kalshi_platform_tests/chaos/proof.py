@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 
 from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.exchange.numbers import contracts, dollars
-from kalshi_platform.loading import proof as own_proof
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.quality import proof as own_proof
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import open_archive
-from kalshi_platform.storage.embedded import running as clickhouse_running
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.archive import open_archive
+from kalshi_platform.embedded_clickhouse import running as clickhouse_running
 
 PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
 
@@ -159,7 +159,7 @@ def _journalled(settings: Settings) -> tuple[int, Counter[str]]:
     kinds = np.zeros(len(Kind), np.int64)
     found: Counter[str] = Counter()
     for folder in sorted(settings.journals_dir.glob("shard-*")):
-        for block in journal.blocks(folder, journal.beginning(folder)):
+        for block in reader.blocks(folder, reader.beginning(folder)):
             of = block.batch.column("kind").cast(pa.int64())
             kinds += np.bincount(of.to_numpy(), minlength=len(Kind))
             others = block.batch.column("frame").filter(pc.equal(of, int(Kind.CONTROL)))

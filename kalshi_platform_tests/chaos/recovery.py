@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from kalshi_platform.orchestration.supervisor import KILLED_S
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import running
 from kalshi_platform_tests.chaos.up import Platform
@@ -40,7 +40,7 @@ def off_s(folders: Sequence[Path], since: float) -> float:
 
 def _first_frame(folder: Path, since: float) -> float:
     """When a journal got its first frame after that moment; infinite where none has come."""
-    for block in journal.blocks(folder, journal.beginning(folder)):
+    for block in reader.blocks(folder, reader.beginning(folder)):
         for record in block.batch.select(["recv_ns", "kind"]).to_pylist():
             if record["recv_ns"] / 1e9 > since and record["kind"] != Kind.NOTE:
                 return float(record["recv_ns"] / 1e9)

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from kalshi_platform import health_report
+from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import StoreError
 from kalshi_platform.simulator.server import Simulator
@@ -35,7 +35,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], bool]] = {
     CLICKHOUSE: lambda argv: argv[-1:] == ["clickhouse"],
     CODE_SERVER: lambda argv: "api" in argv and "grpc" in argv,
     DAEMON: lambda argv: "dagster._daemon" in argv,
-    WEBSERVER: lambda argv: "kalshi_platform.orchestration.webserver" in argv,
+    WEBSERVER: lambda argv: "kalshi_platform.orchestration.host.webserver" in argv,
 }
 """How the programs of `up` are told apart, by their arguments."""
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import main
 from kalshi_platform.errors import PlatformError
-from kalshi_platform_tests.recording.test_journal import write
+from kalshi_platform_tests.journal.test_reader import write
 
 BROKEN = {
     "empty": b"",

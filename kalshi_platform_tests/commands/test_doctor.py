@@ -23,21 +23,21 @@ from dagster._daemon.types import DaemonHeartbeat
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange import rest
-from kalshi_platform.monitoring import metrics, supervision
-from kalshi_platform.monitoring.supervision import Supervised, Supervision
-from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.health import metrics, supervision
+from kalshi_platform.health.supervision import Supervised, Supervision
+from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
-from kalshi_platform.recording import journal
+from kalshi_platform.journal import reader
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.inventory.planted import Planted, ago
-from kalshi_platform_tests.monitoring.servers import web_server
-from kalshi_platform_tests.storage.tables import settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.health.servers import web_server
+from kalshi_platform_tests.clickhouse.tables import settings_for
+from kalshi_platform_tests.clickhouse.two_shards import database_name
 
 StartSimulator = Callable[..., Simulator]
 
@@ -467,7 +467,7 @@ def test_a_disk_that_will_be_full_is_found_before_it_is(
     folder = tmp_path / "journal" / "shard-0"
     folder.mkdir(parents=True)
     for number in range(3):  # a segment each hour
-        path = journal.segment_path(folder, number * 1000)
+        path = reader.segment_path(folder, number * 1000)
         path.write_bytes(b"x" * (1 << 20))
         os.utime(path, (1e9 + 3600 * number, 1e9 + 3600 * number))
     usage = shutil.disk_usage(tmp_path)

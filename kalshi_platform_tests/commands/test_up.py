@@ -23,7 +23,7 @@ import pytest
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import announcements
 from kalshi_platform.commands.up import _Ending, _Platform
-from kalshi_platform.orchestration.home import Home
+from kalshi_platform.orchestration.host.home import Home
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.ports import free_ports
 

@@ -18,8 +18,8 @@ from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.exchange.rest import Params, RestClient
 from kalshi_platform.inventory import positions
 from kalshi_platform.inventory.positions import Held
-from kalshi_platform.loading import market_catalog
-from kalshi_platform.recording.roster import Roster, Wish
+from kalshi_platform.recorder import market_catalog
+from kalshi_platform.recorder.universe import Roster, Wish
 from kalshi_platform.settings import Exchange
 from kalshi_platform_tests.properties import examples
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kalshi_platform.exchange import session as rules
 from kalshi_platform.exchange.session import Session
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests import wire
 
 SHARED_FRAMES = Path(__file__).resolve().parents[2].parent / "shared" / "frames"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import httpx
 
-from kalshi_platform_tests.storage.embedded import list_alone
-from kalshi_platform_tests.storage.embedded.attacks import ATTACKS
+from kalshi_platform_tests.embedded_clickhouse import list_alone
+from kalshi_platform_tests.embedded_clickhouse.attacks import ATTACKS
 
 Run = Callable[[bytes], None]
 

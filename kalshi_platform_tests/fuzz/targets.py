@@ -24,21 +24,21 @@ import polars as pl
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.answers import read_refusal
 from kalshi_platform.exchange.session import Session
-from kalshi_platform.exchange.side_channel import LIFECYCLE, TRADES
-from kalshi_platform.loading import decode as decoding
-from kalshi_platform.loading import publish
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import Decoded, decode
-from kalshi_platform.loading.derive import derive
-from kalshi_platform.recording import journal
-from kalshi_platform.recording import writer as writer_module
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.recording.writer import Writer
-from kalshi_platform.storage.embedded import running
-from kalshi_platform.storage.embedded.answers import ClickHouseError
-from kalshi_platform.storage.embedded.statement import parse
-from kalshi_platform.storage.statements import statements
+from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES
+from kalshi_platform.exchange import columnar as decoding
+from kalshi_platform.archive import export
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.exchange.columnar import Decoded, decode
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.journal import reader
+from kalshi_platform.journal import writer as writer_module
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
+from kalshi_platform.embedded_clickhouse.statement import parse
+from kalshi_platform.clickhouse.statements import statements
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz import inputs, sql
 
@@ -148,7 +148,7 @@ def journal_bytes() -> Iterator[Run]:
                 if n % 3 == 2:
                     writer.hand_over()
             writer.close()
-        paths = [journal.segment_path(folder, n) for n in journal.segments(folder)]
+        paths = [reader.segment_path(folder, n) for n in reader.segments(folder)]
         whole = [path.read_bytes() for path in paths]
         original = _records(folder)
 
@@ -169,7 +169,7 @@ def journal_bytes() -> Iterator[Run]:
                 assert damage or next_n <= len(original)
             except JournalError:
                 pass
-            aside = paths[which].rename(journal.set_aside(paths[which]))
+            aside = paths[which].rename(reader.set_aside(paths[which]))
             try:
                 kept = _records(folder)
                 assert set(kept) <= set(original), "a record that was never written"
@@ -188,8 +188,8 @@ def journal_bytes() -> Iterator[Run]:
 def _records(folder: Path) -> list[tuple[Any, ...]]:
     return [
         (it.first_n + i, *row.values())
-        for it in journal.read(folder, journal.beginning(folder))
-        if isinstance(it, journal.Block)
+        for it in reader.read(folder, reader.beginning(folder))
+        if isinstance(it, reader.Block)
         for i, row in enumerate(it.batch.to_pylist())
     ]
 
@@ -245,11 +245,11 @@ def texts() -> Iterator[Run]:
         except StoreRefused:
             parts = []
         assert all(part in text for part in parts)
-        for kind in (*publish.NOTES, *publish.FRAMES, "fill"):
-            public = msgspec.json.decode(publish.public_detail(kind, text))
-            allowed = publish.NOTES.get(kind, publish.ENVELOPE | {"msg"})
+        for kind in (*export.NOTES, *export.FRAMES, "fill"):
+            public = msgspec.json.decode(export.public_detail(kind, text))
+            allowed = export.NOTES.get(kind, export.ENVELOPE | {"msg"})
             assert set(public) <= allowed
-            assert set(public.get("msg", {})) <= publish.FRAMES.get(kind, frozenset())
+            assert set(public.get("msg", {})) <= export.FRAMES.get(kind, frozenset())
 
     yield run
 

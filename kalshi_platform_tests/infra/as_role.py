@@ -20,8 +20,9 @@ from xml.sax.saxutils import escape
 
 import click
 
-from kalshi_platform.storage.embedded import engine, refused, rights, serve
-from kalshi_platform.storage.statements import statements
+from kalshi_platform.embedded_clickhouse import engine, refused, rights
+from kalshi_platform.embedded_clickhouse import serve
+from kalshi_platform.clickhouse.statements import statements
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = ROOT / "infra" / "clickhouse_users" / "roles.sql"

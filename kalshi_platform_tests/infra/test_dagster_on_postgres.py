@@ -135,7 +135,7 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
         code = stack.enter_context(
             process(
                 tmp_path / "code.log",
-                *("kalshi_platform.orchestration.code_server", "api", "grpc"),
+                *("kalshi_platform.orchestration.host.code_server", "api", "grpc"),
                 *("--host", "127.0.0.1"),
                 *("--port", os.environ["CODE_PORT"]),
                 *("--module-name", "kalshi_platform.definitions"),

@@ -260,11 +260,11 @@ def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
 
 def test_the_ui_is_behind_the_check_of_who_asks() -> None:
     command = compose()["services"]["webserver"]["command"]
-    assert command[:3] == ["python", "-m", "kalshi_platform.orchestration.webserver"]
+    assert command[:3] == ["python", "-m", "kalshi_platform.orchestration.host.webserver"]
 
 
 def test_the_code_server_is_the_one_that_ends_when_it_is_asked_to() -> None:
-    ours = ["python", "-m", "kalshi_platform.orchestration.code_server", "api", "grpc"]
+    ours = ["python", "-m", "kalshi_platform.orchestration.host.code_server", "api", "grpc"]
     assert compose()["services"]["code-location"]["command"][:5] == ours
     args = [
         args

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.schema import (
+from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.schema import (
     DEPTH,
     IMBALANCE,
     LATEST_LEVELS,
@@ -24,8 +24,8 @@ from kalshi_platform.storage.schema import (
     SPREADS,
     STREAM_EVENTS,
 )
-from kalshi_platform_tests.storage.tables import insert, prepare, settings_for, uuid
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.clickhouse.tables import insert, prepare, settings_for, uuid
+from kalshi_platform_tests.clickhouse.two_shards import database_name
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 TICKER = "KXSHOWN-26"

@@ -15,9 +15,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.monitoring import metrics
+from kalshi_platform.health import metrics
 from kalshi_platform.settings import Settings
-from kalshi_platform_tests.monitoring.test_metrics import INFRA, health, leave
+from kalshi_platform_tests.health.test_metrics import INFRA, health, leave
 from kalshi_platform_tests.ports import free_ports
 
 pytestmark = pytest.mark.skipif(

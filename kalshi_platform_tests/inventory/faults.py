@@ -19,7 +19,7 @@ from typing import Any
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters
 from kalshi_platform.inventory.breaks import Break
-from kalshi_platform.storage.clickhouse import Client
+from kalshi_platform.clickhouse.client import Client
 from kalshi_platform_tests.inventory.scenarios import (
     MINUTE,
     SECOND,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from kalshi_platform.storage.clickhouse import Client
+from kalshi_platform.clickhouse.client import Client
 
 TICKER = "KXPLANTED-26NOV22"
 _NAMESPACE = uuid.UUID(int=5)

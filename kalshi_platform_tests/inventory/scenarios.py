@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from kalshi_platform.inventory.rows import TABLES
-from kalshi_platform.storage.clickhouse import Client, insert_arrow
+from kalshi_platform.clickhouse.client import Client, insert_arrow
 
 SECOND = 1000
 MINUTE = 60 * SECOND

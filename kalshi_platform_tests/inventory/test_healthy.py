@@ -20,7 +20,7 @@ from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.breaks import Break
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform_tests.inventory.scenarios import (
     MINUTE,
     SECOND,

@@ -17,8 +17,8 @@ from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.judged import Concern, Engine, Judged
 from kalshi_platform.inventory.tables import Standing
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
 

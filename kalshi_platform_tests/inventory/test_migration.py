@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import Client, connect
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.clickhouse.tables import settings_for
 
 OLDER = """
 CREATE TABLE mm_decisions (

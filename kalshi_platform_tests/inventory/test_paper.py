@@ -27,7 +27,7 @@ from kalshi_platform.simulator.paper import (
     Tampering,
 )
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.storage.clickhouse import insert_arrow
+from kalshi_platform.clickhouse.client import insert_arrow
 from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import Planted
 

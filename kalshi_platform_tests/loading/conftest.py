@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform.settings import Settings
-from kalshi_platform_tests.storage.tables import database_of_a_module, settings_for
+from kalshi_platform_tests.clickhouse.tables import database_of_a_module, settings_for
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,18 @@ from pathlib import Path
 import polars as pl
 
 from kalshi_platform.loading import cursor, numbering
-from kalshi_platform.loading.load import Load, Pace
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import Position
-from kalshi_platform.recording.journal_identity import JournalIdentity
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.recording.writer import Beginning, Writer
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import Position
+from kalshi_platform.journal.journal_identity import JournalIdentity
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import open_archive
-from kalshi_platform.storage.archive.recorders import ArchiveLedger
-from kalshi_platform.storage.recorders_table import open_table_ledger
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.archive import open_archive
+from kalshi_platform.archive.archive_ledger import ArchiveLedger
+from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform_tests import wire
 
 DATASETS = ("orderbook_events", "trades", "stream_events")
@@ -97,9 +97,9 @@ class Recorder:
     def journalled(self) -> list[int]:
         """The number of every record that the journal has."""
         found = list[int]()
-        for first_n in journal.segments(self.folder):
-            path = journal.segment_path(self.folder, first_n)
-            for block in journal.read_segment(path, Position(first_n, 0, first_n), None):
+        for first_n in reader.segments(self.folder):
+            path = reader.segment_path(self.folder, first_n)
+            for block in reader.read_segment(path, Position(first_n, 0, first_n), None):
                 found += range(block.first_n, block.first_n + block.rows)
         return found
 

@@ -15,16 +15,16 @@ from click.testing import CliRunner
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import adopt as adopt_command
 from kalshi_platform.loading import adoption
-from kalshi_platform.recording.journal import JournalError
+from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse
+from kalshi_platform.clickhouse import client
 from kalshi_platform_tests.loading.recorder import (
     PATIENCE_S,
     Recorder,
     Start,
     assert_each_record_once,
 )
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.05)
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.RESTART_S", 0.05)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
 
 
 def until(condition: Callable[[], bool], start: Start) -> None:
@@ -63,7 +63,7 @@ def copy_of(original: Recorder, to: Path) -> Recorder:
 def deltas(settings: Settings) -> list[tuple[str, int]]:
     """(connection, number) of each delta that ClickHouse has, as often as it has it."""
     sql = "SELECT toString(conn_id), seq FROM orderbook_events WHERE type = 'delta'"
-    return [(str(c), int(n)) for c, n in clickhouse.connect(settings).query(sql).result_rows]
+    return [(str(c), int(n)) for c, n in client.connect(settings).query(sql).result_rows]
 
 
 def assert_clickhouse_has_each_once(*recorders: Recorder) -> None:

@@ -13,19 +13,19 @@ import httpx
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import derive
-from kalshi_platform.loading.load import Load
-from kalshi_platform.loading.stores import ClickHouseStore
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import joined
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import joined
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse, migrations
-from kalshi_platform.storage.embedded import running
-from kalshi_platform_tests.loading.test_load import PATIENCE_S, SMALL, journal_of, recording
+from kalshi_platform.clickhouse import client as clickhouse, migrations
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.ports import free_ports
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 Fault = Callable[["Front"], bool]
 """Does its mischief to a request; True where the request has been answered (or cut off)."""
@@ -111,9 +111,9 @@ def make(url: str, database: str, data: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
-    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.3)
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
 
 
 def assert_each_row_once(settings: Settings, deltas: int) -> None:
@@ -193,7 +193,7 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
     writer = journal_of(tmp_path / "journal", recording(300))
     writer.close()
     block = joined(
-        list(journal.blocks(tmp_path / "journal", journal.beginning(tmp_path / "journal")))
+        list(reader.blocks(tmp_path / "journal", reader.beginning(tmp_path / "journal")))
     )
     rows, _ = derive(decode([block]), State())
     client = clickhouse.connect(settings)

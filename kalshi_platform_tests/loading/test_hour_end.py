@@ -20,22 +20,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from kalshi_platform.errors import StoreUnavailable
-from kalshi_platform.loading import hours, passage, state
-from kalshi_platform.loading.books import Ladders, State
-from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derivation import Derivation
-from kalshi_platform.loading.derive import derive
-from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.archive import hours, watermarks
+from kalshi_platform.loading import state_files
+from kalshi_platform.loading.book_state import Ladders, State
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.state import checkpoint_batches
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.loading.state_files import checkpoint_batches
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse
-from kalshi_platform.storage.archive import LocalArchive, rows_of
-from kalshi_platform.storage.schema import BOOK_CHECKPOINTS
+from kalshi_platform.archive import checksum
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.archive import LocalArchive, rows_of
+from kalshi_platform.schema import BOOK_CHECKPOINTS
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.loading.test_load import (
+from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     HOUR_NS,
     PATIENCE_S,
@@ -83,8 +85,8 @@ def over_the_hour(markets: int, at: int = BEGIN_NS) -> list[wire.Record]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "CHECKPOINT_ROWS", BATCH_ROWS)
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
+    monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", BATCH_ROWS)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
 
 
 def state_after(records: Sequence[wire.Record]) -> State:
@@ -101,7 +103,7 @@ def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same
     assert len(set(itertools.chain(*tickers))) == sum(map(len, tickers)) == 12
     merged = State(**{**vars(before), "ladders": Ladders(before.ladders.all())})
     assert list(checkpoint_batches(merged, SECOND_HOUR)) == found
-    monkeypatch.setattr(state, "CHECKPOINT_ROWS", 1 << 17)
+    monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", 1 << 17)
     (whole,) = checkpoint_batches(before, SECOND_HOUR)
     assert pl.DataFrame(whole).equals(pl.concat([pl.DataFrame(batch) for batch in found]))
 
@@ -161,7 +163,7 @@ def test_a_kill_between_any_two_batches_leaves_each_checkpoint_once(
             assert book_at(client, ticker(market), SECOND_HOUR) == expected_book()
     if kind == "clickhouse":
         assert inserted == [0, 25, 43]
-    monkeypatch.setattr(state, "CHECKPOINT_ROWS", 7)
+    monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", 7)
     store = (
         ParquetStore(archive, 0, lambda _: None)
         if kind == "parquet"
@@ -216,7 +218,7 @@ def test_a_checkpoint_that_an_insert_failed_in_goes_on_where_it_was(
         insert(client, table, rows, token)
 
     monkeypatch.setattr(clickhouse, "insert_arrow", failing)
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
     load_all(Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL))
     writer.close()
     assert len(sent) == 5
@@ -344,7 +346,7 @@ def test_a_rebuilt_hour_whose_cuts_are_not_known_is_cut_by_rows(
     before = archived(settings.archive_dir, "orderbook_events").sort("record", "side", "price")
     for dataset in hours.RECORDED:
         archive.remove_hour(dataset, FIRST_HOUR)
-    passage.advance(settings.journals_dir, 0, SECOND_HOUR)
+    watermarks.advance(settings.journals_dir, 0, SECOND_HOUR)
     assert rebuild(settings, FIRST_HOUR).complete
     sizes = [rows_of(file) for file in archive.files("orderbook_events", FIRST_HOUR)]
     assert len(sizes) > 1

@@ -24,8 +24,8 @@ from kalshi_platform_tests.loading.recorder import (
     Store,
     assert_each_record_once,
 )
-from kalshi_platform_tests.loading.test_load import Front
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.loading.test_loader import Front
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 KILLS = 8
 

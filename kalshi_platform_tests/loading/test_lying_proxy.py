@@ -16,16 +16,16 @@ import httpx
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.loading.load import Load
-from kalshi_platform.loading.stores import ClickHouseStore
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.embedded import running
+from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform_tests.loading.test_clickhouse_faults import assert_each_row_once, make
-from kalshi_platform_tests.loading.test_load import PATIENCE_S, SMALL, journal_of, recording
+from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 DELTAS = 60
 PAGE = b"<html>\n<title>Sign in</title></html>"
@@ -202,10 +202,10 @@ def proxied(target: str) -> Iterator[tuple[str, Plan]]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
-    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.2)
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 60.0)
-    monkeypatch.setattr("kalshi_platform.storage.verified_inserts.SETTLE_S", (0.02,))
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.2)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.clickhouse.verified_inserts.SETTLE_S", (0.02,))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_no_lie_about_an_insert_loses_or_doubles_a_row(
             trouble = str(load.trouble)
             assert url in trouble or "cannot be reached" in trouble
             assert load.committed is not None
-            assert load.committed.n == journal.beginning(folder).n, "the cursor waits for the rows"
+            assert load.committed.n == reader.beginning(folder).n, "the cursor waits for the rows"
             wait_for(lambda: plan.lies > 1, load)
             plan.lie = None
         load.drain()
@@ -276,7 +276,7 @@ def test_with_its_disk_full_the_cursor_waits_and_with_room_every_row_comes(tmp_p
         load.start()
         wait_for(lambda: "NOT_ENOUGH_SPACE" in str(load.trouble), load)
         ahead = load.committed.n if load.committed else 0
-        assert ahead == journal.beginning(folder).n
+        assert ahead == reader.beginning(folder).n
         assert load.lag == writer.durable.n
         make_room(disk)
         load.drain()

@@ -16,23 +16,23 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
-from kalshi_platform.loading import compaction, hours
-from kalshi_platform.loading.analytics_hours import COMPUTED, compute_hour
-from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.archive import compaction, hours
+from kalshi_platform.analytics.hourly import COMPUTED, compute_hour
+from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hour
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import queries
-from kalshi_platform.storage.archive import LocalArchive, part_name, part_range
-from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.schema import ANALYTICS
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.archive import LocalArchive, part_name, part_range
+from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.schema import ANALYTICS
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics.test_against_reference import HOUR, HOUR_NS, derived
-from kalshi_platform_tests.loading.test_load import journal_of, load_all
-from kalshi_platform_tests.loading.test_parity import compared
+from kalshi_platform_tests.loading.test_loader import journal_of, load_all
+from kalshi_platform_tests.quality.test_parity import compared
 
 S = wire.SECOND
 BEAT_S = 10

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from kalshi_platform.loading.load import Load
-from kalshi_platform.loading.stores import ParquetStore
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.recording.writer import Writer
-from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.archive import LocalArchive
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.loading.test_load import SMALL, archived, load_all
-from kalshi_platform_tests.recording.test_overlapping_segments import follow_the_remedy
+from kalshi_platform_tests.loading.test_loader import SMALL, archived, load_all
+from kalshi_platform_tests.journal.test_overlapping_segments import follow_the_remedy
 
 SHARED, OURS, THEIRS = 20, 60, 30
 
@@ -57,7 +57,7 @@ def overlapping(folder: Path, archive: Path, loaded: int) -> None:
         load_all(load(folder, archive, writer))
     write(writer, records[max(loaded, SHARED) :])
     writer.close()
-    shutil.copy(journal.segment_path(other, SHARED), folder)
+    shutil.copy(reader.segment_path(other, SHARED), folder)
 
 
 def load(folder: Path, archive: Path, writer: Writer) -> Load:

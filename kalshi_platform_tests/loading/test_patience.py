@@ -5,7 +5,7 @@ from __future__ import annotations
 import tenacity
 
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.loading import load
+from kalshi_platform.loading import loader
 
 
 def waits(error: StoreError, attempts: int) -> list[float]:
@@ -14,7 +14,7 @@ def waits(error: StoreError, attempts: int) -> list[float]:
         attempt = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
         attempt.attempt_number = number
         attempt.set_exception((type(error), error, None))
-        found.append(load._patience(attempt))
+        found.append(loader._patience(attempt))
     return found
 
 
@@ -23,7 +23,7 @@ def test_a_refusing_store_is_asked_again_soon_then_rarely() -> None:
     found = waits(StoreRefused("There is no such table."), 12)
     assert sum(found[:4]) < 10
     assert found == sorted(found)
-    assert found[-1] == load.REFUSED_RETRY_S
+    assert found[-1] == loader.REFUSED_RETRY_S
 
 
 def test_a_store_that_is_away_is_asked_often() -> None:

@@ -14,22 +14,22 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.loading import compaction, hours
-from kalshi_platform.loading.load import Load, Pace
-from kalshi_platform.loading.publish import publish
+from kalshi_platform.archive import compaction, hours
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.archive.export import publish
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording import journal
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal import reader
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum
-from kalshi_platform.storage.archive import LocalArchive, batches, local_file, write_durably
-from kalshi_platform.storage.archive.files import table_of
-from kalshi_platform.storage.clickhouse import connect
-from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
+from kalshi_platform.archive import checksum
+from kalshi_platform.archive import LocalArchive, batches, local_file, write_durably
+from kalshi_platform.archive.parquet import table_of
+from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
 from kalshi_platform_tests.archived import paths, without_records
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.loading.test_load import (
+from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     SECOND_HOUR,
     archived,
@@ -37,9 +37,9 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.loading.test_parity import compared
-from kalshi_platform_tests.storage.tables import arrow, prepare, settings_for
-from kalshi_platform_tests.storage.two_shards import database_name
+from kalshi_platform_tests.quality.test_parity import compared
+from kalshi_platform_tests.clickhouse.tables import arrow, prepare, settings_for
+from kalshi_platform_tests.clickhouse.two_shards import database_name
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 SHARD = 3
@@ -47,7 +47,7 @@ SHARD = 3
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def numbered(root: Path) -> dict[str, int]:
 def test_every_row_names_the_shard_and_the_record_of_its_frame(settings: Settings) -> None:
     folder = settings.journal_dir(SHARD)
     frames: dict[int, dict[str, object]] = {}
-    for block in journal.blocks(folder, journal.beginning(folder)):
+    for block in reader.blocks(folder, reader.beginning(folder)):
         for n, frame in enumerate(block.batch.column("frame").to_pylist(), block.first_n):
             frames[n] = msgspec.json.decode(frame)
     met = set()

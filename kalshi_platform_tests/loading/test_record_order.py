@@ -21,17 +21,18 @@ from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.exchange.book import delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import decode_delta, decode_snapshot
-from kalshi_platform.loading import compaction, continuity, hours
-from kalshi_platform.loading.analytics_hours import compute_hour
-from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.archive import compaction, hours
+from kalshi_platform.quality import continuity
+from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore, by_hour
-from kalshi_platform.recording.kind import Kind
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import queries
-from kalshi_platform.storage.archive import LocalArchive, part_name
-from kalshi_platform.storage.clickhouse import Client, connect, insert_arrow
-from kalshi_platform.storage.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.archive import LocalArchive, part_name
+from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
+from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics.test_against_reference import (
@@ -42,9 +43,9 @@ from kalshi_platform_tests.analytics.test_against_reference import (
     scripts,
 )
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.loading.test_load import Dying, archived, journal_of, load_all
-from kalshi_platform_tests.loading.test_parity import compared
-from kalshi_platform_tests.storage.tables import insert, settings_for
+from kalshi_platform_tests.loading.test_loader import Dying, archived, journal_of, load_all
+from kalshi_platform_tests.quality.test_parity import compared
+from kalshi_platform_tests.clickhouse.tables import insert, settings_for
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 CONN = wire.conn_id(1)
@@ -279,7 +280,7 @@ def test_late_deltas_reach_the_book_of_the_hour_that_the_clock_had_left(
 def test_a_load_that_dies_at_any_step_keeps_each_checkpoint_of_a_set_back_clock_once(
     kind: str, settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 5)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 5)
     records = over_the_hour()
     writer = journal_of(settings.journal_dir(), records)
     dice = random.Random(7)

@@ -25,23 +25,24 @@ from hypothesis import strategies as st
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import restore as module
-from kalshi_platform.loading.load import Load, Pace
+from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refusals, restore
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording import journal_identity
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import checksum, clickhouse, migrations, recorders_table
-from kalshi_platform.storage.archive import LocalArchive
-from kalshi_platform.storage.checksum import Content
-from kalshi_platform.storage.recorders import Entry
-from kalshi_platform.storage.recorders_table import open_table_ledger
-from kalshi_platform.storage.schema import ORDERBOOK_EVENTS
+from kalshi_platform.archive import checksum
+from kalshi_platform.clickhouse import client as clickhouse, migrations, clickhouse_ledger
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.archive.checksum import Content
+from kalshi_platform.journal.ledger import Entry
+from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
+from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
-from kalshi_platform_tests.loading.test_load import (
+from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     PATIENCE_S,
     SECOND_HOUR,
@@ -50,7 +51,7 @@ from kalshi_platform_tests.loading.test_load import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.storage.tables import arrow, prepare
+from kalshi_platform_tests.clickhouse.tables import arrow, prepare
 
 HOT = ("orderbook_events", "trades", "book_checkpoints", "stream_events")
 
@@ -347,7 +348,7 @@ def test_what_clickhouse_says_of_the_journal_decides_and_else_the_cursor_of_that
     """A ClickHouse from a backup is behind the cursor, and a new one is loaded from the beginning."""
     command(archived, "ALTER TABLE recorders DELETE WHERE 1 SETTINGS mutations_sync = 2")
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(recorders_table, "place", lambda _: "a new place")
+        elsewhere.setattr(clickhouse_ledger, "place", lambda _: "a new place")
         assert sum(it.rows for it in run(archived)) == 0
     assert rows_of(archived) == dict.fromkeys(HOT, 0)
     identity = journal_identity.read(archived.journal_dir())

@@ -15,21 +15,21 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.books import books
-from kalshi_platform.loading import compaction, hours, passage
-from kalshi_platform.loading.hours import HourReport
-from kalshi_platform.loading.load import Load
+from kalshi_platform.archive import compaction, hours, watermarks
+from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.loading.loader import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import FROM_CLICKHOUSE, LocalArchive
-from kalshi_platform.storage.schema import DATASETS
+from kalshi_platform.clickhouse import client
+from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive
+from kalshi_platform.schema import DATASETS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
-from kalshi_platform_tests.loading.test_load import (
+from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     PATIENCE_S,
     SECOND_HOUR,
@@ -38,14 +38,14 @@ from kalshi_platform_tests.loading.test_load import (
     archived,
     load_all,
 )
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 THIRD_HOUR = SECOND_HOUR + timedelta(hours=1)
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.derivation.CHUNK_ROWS", 30)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     monkeypatch.setattr(compaction, "LINGER_S", 0.0)
 
 
@@ -112,7 +112,7 @@ class Shard:
 
     def writer(self, records: Sequence[wire.Record]) -> Writer:
         writer = Writer(self.folder)
-        passage.arrive(self.settings.journals_dir, self.number, empty=not writer.next_n)
+        watermarks.arrive(self.settings.journals_dir, self.number, empty=not writer.next_n)
         for record in records:
             writer.append(*record)
         writer.hand_over()
@@ -140,7 +140,7 @@ class Shard:
 @pytest.fixture(autouse=True)
 def _long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shards arrive when their records begin."""
-    monkeypatch.setattr(passage, "_now", lambda: FIRST_HOUR)
+    monkeypatch.setattr(watermarks, "_now", lambda: FIRST_HOUR)
 
 
 def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) -> None:
@@ -150,7 +150,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     fast.record(life(0, "A-1", 0, 200))
     root = settings.archive_dir
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
-    assert passage.behind(settings.journals_dir, FIRST_HOUR) == [1]
+    assert watermarks.behind(settings.journals_dir, FIRST_HOUR) == [1]
     assert rebuild(settings, FIRST_HOUR).complete is False  # not by hand either
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     writer.append(*wire.started(at(101)))
@@ -225,7 +225,7 @@ def test_a_shard_drained_last_seals_what_waited_for_it(settings: Settings) -> No
 def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_comes_with_a_later_write(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.stores.SEAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr("kalshi_platform.loading.sinks.SEAL_PATIENCE_S", 0.0)
     shard = Shard(settings, 0)
     store = shard.store()
     writer = shard.writer(life(0, "A-1", 0, 150))
@@ -300,10 +300,10 @@ LOADING = """
 import sys
 from pathlib import Path
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.load import Load, Pace
-from kalshi_platform.loading.stores import ParquetStore
-from kalshi_platform.recording.writer import Writer
-from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.archive import LocalArchive
 data, shard = Path(sys.argv[1]), int(sys.argv[2])
 settings = platform_settings.load(kalshi_data_dir=data, use_clickhouse=False, stream_shards=2)
 folder = settings.journal_dir(shard)
@@ -327,11 +327,11 @@ def test_a_shard_that_comes_back_holds_the_hour_in_which_it_does(
     shard = Shard(settings, 1)
     shard.record(life(1, "B-2", 0, 60))
     shard.store().drained(seal=False)
-    monkeypatch.setattr(passage, "_now", lambda: SECOND_HOUR)
-    assert passage.everywhere(settings.journals_dir) == SECOND_HOUR
-    passage.arrive(settings.journals_dir, 1, empty=False)
-    assert passage.behind(settings.journals_dir, FIRST_HOUR) == []
-    assert passage.behind(settings.journals_dir, SECOND_HOUR) == [1]
+    monkeypatch.setattr(watermarks, "_now", lambda: SECOND_HOUR)
+    assert watermarks.everywhere(settings.journals_dir) == SECOND_HOUR
+    watermarks.arrive(settings.journals_dir, 1, empty=False)
+    assert watermarks.behind(settings.journals_dir, FIRST_HOUR) == []
+    assert watermarks.behind(settings.journals_dir, SECOND_HOUR) == [1]
 
 
 @pytest.mark.parametrize("mark", [None, b"", b"{", b'{"before": 7}'])
@@ -340,10 +340,10 @@ def test_a_journal_that_says_nothing_of_itself_holds_every_hour(
 ) -> None:
     shard = Shard(settings, 1)
     shard.record(life(1, "B-2", 0, 60), load=False)
-    path = shard.folder / passage.FILE
+    path = shard.folder / watermarks.FILE
     path.unlink() if mark is None else path.write_bytes(mark)
-    passage.arrive(settings.journals_dir, 1, empty=False)
-    assert passage.behind(settings.journals_dir, FIRST_HOUR - timedelta(days=100)) == [1]
+    watermarks.arrive(settings.journals_dir, 1, empty=False)
+    assert watermarks.behind(settings.journals_dir, FIRST_HOUR - timedelta(days=100)) == [1]
 
 
 def test_each_checkpoint_holds_its_shards_own_markets(settings: Settings) -> None:
@@ -491,7 +491,7 @@ def test_a_market_that_moves_in_an_hour_is_covered_by_its_shards_one_after_the_o
 def book(settings: Settings, ticker: str = "M-1") -> dict[tuple[str, int], int]:
     """`latest_levels`, prices in 1e-4 dollars, sizes in 1e-2 contracts."""
     rows = (
-        clickhouse.connect(settings)
+        client.connect(settings)
         .query(
             "SELECT toString(side), toInt64(price * 10000), toInt64(size * 100) FROM latest_levels FINAL"
             " WHERE size > 0 AND market_ticker = {ticker:String}",
@@ -505,7 +505,7 @@ def book(settings: Settings, ticker: str = "M-1") -> dict[tuple[str, int], int]:
 def book_at(settings: Settings, seconds: float, ticker: str = "M-1") -> dict[tuple[str, int], int]:
     instant = datetime.fromtimestamp(at(seconds) / 1e9, FIRST_HOUR.tzinfo)
     rows = (
-        clickhouse.connect(settings)
+        client.connect(settings)
         .query(
             "SELECT toString(side), toInt64(price * 10000), toInt64(size * 100)"
             " FROM book_at(ticker = {ticker:String}, at = {at:DateTime64(6, 'UTC')})",
@@ -550,7 +550,7 @@ def test_after_a_move_the_book_is_the_new_shards_whoever_is_loaded_last(
     assert book(hot) == {("yes", 5_000): 400, ("yes", 4_700): 50}
     assert book_at(hot, 15) == {("yes", 5_000): 200, ("yes", 4_800): 700}
     assert book_at(hot, 35) == {("yes", 5_000): 400, ("yes", 4_700): 50}
-    count = clickhouse.connect(hot).query("SELECT count() FROM orderbook_events").result_rows
+    count = client.connect(hot).query("SELECT count() FROM orderbook_events").result_rows
     assert count == [(6,)]
 
 
@@ -570,7 +570,7 @@ def test_a_market_that_two_shards_record_for_a_while_has_the_book_of_the_newest_
     assert book(hot) == {("yes", 5_000): 200}
     assert book_at(hot, 26) == {("yes", 5_000): 200}
     proof = (Path(__file__).parents[2] / "infra" / "queries" / "lossless_proof.sql").read_text()
-    rows = clickhouse.connect(hot).query(proof).named_results()
+    rows = client.connect(hot).query(proof).named_results()
     found = [(row["frames"], row["unexplained_holes"], row["doubled"]) for row in rows]
     assert sorted(found) == [(2, 0, 0), (3, 0, 0)]
 

@@ -10,10 +10,10 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.loading import state
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.decode import decode
-from kalshi_platform.loading.derive import derive
+from kalshi_platform.loading import state_files
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.loading.rows import derive
 from kalshi_platform_tests import wire
 
 
@@ -30,16 +30,16 @@ def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
 
     monkeypatch.setattr(Path, "replace", replace_when_both_have_written)
     with ThreadPoolExecutor(2) as loads:
-        for saved in [loads.submit(state.save, State(), path) for _ in range(2)]:
+        for saved in [loads.submit(state_files.save, State(), path) for _ in range(2)]:
             saved.result()
-    assert state.load(path).n == State().n
+    assert state_files.load(path).n == State().n
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_state_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     before = some_state()
-    state.save(before, tmp_path / "kept.state")
-    after = state.load(tmp_path / "kept.state")
+    state_files.save(before, tmp_path / "kept.state")
+    after = state_files.load(tmp_path / "kept.state")
     assert (after.n, after.version, after.connections) == (
         before.n,
         before.version,
@@ -64,7 +64,7 @@ def test_a_state_that_an_earlier_version_kept_is_read(tmp_path: Path) -> None:
         metadata = {"state": msgspec.json.encode(head)}
         with pa.ipc.new_file(file, table.schema.with_metadata(metadata)) as writer:
             writer.write_table(table)
-    after = state.load(tmp_path / "old.state")
+    after = state_files.load(tmp_path / "old.state")
     assert (after.n, after.version, after.books) == (before.n, before.version, before.books)
     assert after.levels.sort(after.levels.columns).equals(before.levels.sort(before.levels.columns))
 

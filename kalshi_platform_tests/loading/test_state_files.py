@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading import state as state_files
-from kalshi_platform.loading.books import State
-from kalshi_platform.loading.load import Load
-from kalshi_platform.recording import journal_identity
-from kalshi_platform.recording.journal import Position
-from kalshi_platform.storage import clickhouse
-from kalshi_platform.storage.archive import LocalArchive
+from kalshi_platform.loading import state_files
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.reader import Position
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.archive import LocalArchive
 from kalshi_platform_tests.loading.recorder import (
     KINDS,
     PATIENCE_S,
@@ -32,7 +32,7 @@ from kalshi_platform_tests.loading.recorder import (
     Start,
     assert_each_record_once,
 )
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 OTHER = {"clickhouse": "parquet", "parquet": "clickhouse"}
 
@@ -51,7 +51,7 @@ def recorder(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> R
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.RESTART_S", 0.05)
+    monkeypatch.setattr("kalshi_platform.loading.loader.RESTART_S", 0.05)
 
 
 Damage = Callable[[Path, "Earlier"], None]
@@ -311,7 +311,7 @@ def test_an_archive_that_goes_while_running_is_not_made_again(
 def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
     root = recorder.settings.archive_dir
     recorder.run()
     root.rename(tmp_path / "away")
@@ -335,7 +335,7 @@ def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
     root = recorder.settings.archive_dir
     cursor = recorder.folder / "load" / "parquet.json"
     recorder.run()
@@ -375,8 +375,8 @@ def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
 def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_gets_everything(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
-    monkeypatch.setattr("kalshi_platform.loading.load.REFUSED_RETRY_S", 0.1)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.1)
     name = recorder.settings.clickhouse_database
     client = clickhouse.connect(recorder.settings, database=False)
     recorder.run()
@@ -425,7 +425,7 @@ def test_a_folder_of_a_version_without_records_is_taken_over_once(recorder: Reco
 def test_of_such_a_folder_a_cursor_that_is_lost_is_an_error_until_it_is_restored(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.load.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
     recorder.run()
     make_it_older(recorder)
     load = recorder.folder / "load"

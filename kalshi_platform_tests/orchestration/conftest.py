@@ -10,8 +10,8 @@ import pytest
 from dagster._core.remote_origin import RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.workspace.load_target import WorkspaceFileTarget
 
-from kalshi_platform.monitoring import planned_stop
-from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.health import planned_stop
+from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 

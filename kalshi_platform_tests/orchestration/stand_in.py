@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.hours import DatasetHour, HourReport
+from kalshi_platform.archive.hours import DatasetHour, HourReport
 from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:
-    from kalshi_platform.streamer import Health, Streamer
+    from kalshi_platform.recorder.streamer import Health, Streamer
 
 HOUR = datetime(2026, 11, 20, 14, tzinfo=UTC)
 DATASETS = ("orderbook_events", "stream_events", "book_checkpoints", "trades")

@@ -20,9 +20,9 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._utils import get_run_crash_explanation
 
 from kalshi_platform.commands import doctor
-from kalshi_platform.monitoring import incidents, metrics, planned_stop
-from kalshi_platform.monitoring.incidents import CALM_S, Severity
-from kalshi_platform.monitoring.outbox import Outbox, deliver_in_time
+from kalshi_platform.health import incidents, metrics, planned_stop
+from kalshi_platform.health.incidents import CALM_S, Severity
+from kalshi_platform.health.outbox import Outbox, deliver_in_time
 from kalshi_platform.orchestration import alerts as module
 from kalshi_platform.orchestration.alerts import (
     FEED_ERROR_S,
@@ -34,7 +34,7 @@ from kalshi_platform.orchestration.alerts import (
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
-from kalshi_platform_tests.monitoring.servers import Web, socket_server, web_server
+from kalshi_platform_tests.health.servers import Web, socket_server, web_server
 from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 from kalshi_platform_tests.orchestration.test_sensors import launch_failed, not_launched
 

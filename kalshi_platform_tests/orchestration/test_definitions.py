@@ -15,7 +15,7 @@ from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.scheduler.instigation import TickStatus
 
 from kalshi_platform.errors import SettingsError
-from kalshi_platform.orchestration.home import prepare, shipped
+from kalshi_platform.orchestration.host.home import prepare, shipped
 from kalshi_platform.settings import Settings
 
 LOAD = """

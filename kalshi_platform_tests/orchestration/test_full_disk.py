@@ -18,19 +18,20 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform import health_report, streamer
+from kalshi_platform.health import health_report
+from kalshi_platform.recorder import streamer
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange.frames import decode_head
-from kalshi_platform.monitoring import metrics
+from kalshi_platform.health import metrics
 from kalshi_platform.orchestration import alerts, supervisor
-from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.observation import read_health
 from kalshi_platform.orchestration.sensors import streamer_supervisor
-from kalshi_platform.recording import journal
-from kalshi_platform.recording.kind import Kind
-from kalshi_platform.recording.segment import Disk
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.segment import Disk
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
@@ -211,7 +212,7 @@ def assert_no_number_is_missing(settings: Settings) -> None:
     folder = settings.journal_dir()
     numbers: dict[int, list[int]] = {}
     connections = 0
-    for block in journal.blocks(folder, journal.beginning(folder)):
+    for block in reader.blocks(folder, reader.beginning(folder)):
         kinds = block.batch.column("kind").to_pylist()
         for kind, frame in zip(kinds, block.batch.column("frame").to_pylist(), strict=True):
             if kind == Kind.NOTE:

@@ -18,10 +18,10 @@ from kalshi_platform.orchestration import inventory
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.storage.tables import prepare, settings_for
+from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import dagster as dg
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.orchestration import live_tables
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.storage import clickhouse
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform_tests.ports import free_ports
-from kalshi_platform_tests.storage.tables import prepare
+from kalshi_platform_tests.clickhouse.tables import prepare
 
 
 def tick(instance: dg.DagsterInstance, overrides: dict[str, str]) -> dg.SensorResult:

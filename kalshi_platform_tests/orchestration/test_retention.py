@@ -22,8 +22,8 @@ from kalshi_platform.orchestration import history
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.retention import retention
 from kalshi_platform.orchestration.streamer import stream_orderbook
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 
 HOURS = dg.HourlyPartitionsDefinition(start_date="2026-11-01-00:00", timezone="UTC")
 KEY = dg.AssetKey("recorded")

@@ -15,7 +15,7 @@ from dagster._daemon.controller import create_daemon_of_type
 from dagster._daemon.daemon import SensorDaemon
 
 from kalshi_platform.definitions import defs
-from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.orchestration.host.home import prepare
 
 TWO_SENSORS = """
 import time

@@ -20,9 +20,9 @@ from dagster._core.events import EngineEventData
 from dagster_shared.error import SerializableErrorInfo
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.monitoring import planned_stop, supervision
+from kalshi_platform.health import planned_stop, supervision
 from kalshi_platform.orchestration import sensors
-from kalshi_platform.orchestration.home import prepare
+from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
 from kalshi_platform.orchestration.sensors import carry_out, read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook

@@ -12,7 +12,7 @@ import pytest
 from dagster import DagsterRunStatus as Status
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.monitoring import planned_stop
+from kalshi_platform.health import planned_stop
 from kalshi_platform.orchestration.metadata import materializations, partition_key
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook, unreported

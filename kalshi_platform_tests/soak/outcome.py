@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kalshi_platform.benchmarks.memory import BOUND_MIB, FLAT
+from kalshi_platform_tests.benchmarks.memory import BOUND_MIB, FLAT
 from kalshi_platform_tests.chaos.proof import Proof
 from kalshi_platform_tests.soak.restarts import Restart
 from kalshi_platform_tests.soak.samples import Sample

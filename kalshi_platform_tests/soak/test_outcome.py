@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from kalshi_platform.benchmarks.memory import BOUND_MIB
+from kalshi_platform_tests.benchmarks.memory import BOUND_MIB
 from kalshi_platform.settings import load
 from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, Kept, Proof, doubled
 from kalshi_platform_tests.soak.outcome import JUDGED_S, Load, Markets, Outcome

@@ -42,7 +42,7 @@ runpy.run_module("kalshi_platform", run_name="__main__", alter_sys=True)
 ANALYTICS = """
 from datetime import UTC, datetime
 from kalshi_platform import settings
-from kalshi_platform.loading.analytics_hours import compute_hour
+from kalshi_platform.analytics.hourly import compute_hour
 compute_hour(settings.load(), datetime(2026, 11, 28, 10, tzinfo=UTC))
 """
 KEPT = ("journal", "clickhouse", "parquet")

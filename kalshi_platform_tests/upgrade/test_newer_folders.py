@@ -24,20 +24,22 @@ from kalshi_platform import checked_json
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.loading import compaction, cursor, load, state
-from kalshi_platform.loading.derivation import Derivation
-from kalshi_platform.loading.load import Load, Pace
-from kalshi_platform.loading.stores import ClickHouseStore, ParquetStore
-from kalshi_platform.recording import journal_identity
-from kalshi_platform.recording.journal import JournalError
-from kalshi_platform.recording.writer import Writer
+from kalshi_platform.archive import compaction
+from kalshi_platform.loading import cursor, loader, state_files
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.archive import LocalArchive, identity, recorders
-from kalshi_platform.storage.clickhouse import connect
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.archive import archive_identity, archive_ledger
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.archived import paths as parts
-from kalshi_platform_tests.loading.test_load import archived
-from kalshi_platform_tests.storage.tables import settings_for
+from kalshi_platform_tests.loading.test_loader import archived
+from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.upgrade.test_older_folders import unpacked
 
 PATIENCE_S = 60.0
@@ -49,8 +51,8 @@ RECORDERS = "parquet/recorders/*.json"
 VERSIONED = {
     JOURNAL: journal_identity.FORMAT,
     CURSOR: cursor.FORMAT,
-    ARCHIVE: identity.FORMAT,
-    RECORDERS: recorders.FORMAT,
+    ARCHIVE: archive_identity.FORMAT,
+    RECORDERS: archive_ledger.FORMAT,
 }
 """Those in JSON, and the format that this version knows."""
 STATES = ("journal/shard-0/load/*.state", "journal/shard-0/load/hours/*.state")
@@ -178,8 +180,8 @@ def test_no_recorder_starts_on_a_later_journal(settings: Settings) -> None:
 def test_a_load_that_meets_a_later_format_waits_and_the_journal_goes_on(
     settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "RESTART_S", 0.2)
-    monkeypatch.setattr(load, "TROUBLE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(loader, "RESTART_S", 0.2)
+    monkeypatch.setattr(loader, "TROUBLE_PATIENCE_S", 0.2)
     (path,) = settings.data_dir.glob(name)
     before = path.read_bytes()
     _, content = made_later(settings.data_dir, name)
@@ -210,9 +212,9 @@ def test_books_that_a_later_version_kept_are_derived_again(settings: Settings) -
     """They are no more than what the journal gives: nothing is refused for them."""
     for pattern in STATES:
         for path in settings.data_dir.glob(pattern):
-            path.write_bytes(path.read_bytes().replace(state.MAGIC, b"KSTATE99", 1))
-            with pytest.raises(state.UnreadableState, match="another version wrote it"):
-                state.load(path)
+            path.write_bytes(path.read_bytes().replace(state_files.MAGIC, b"KSTATE99", 1))
+            with pytest.raises(state_files.UnreadableState, match="another version wrote it"):
+                state_files.load(path)
     rows = archived(settings.archive_dir, "orderbook_events")
     with loading(settings) as begun:
         wait_for(lambda: begun.committed, "the load")
@@ -248,7 +250,7 @@ def test_every_file_of_a_data_folder_is_listed_here(settings: Settings) -> None:
     for pattern in (*VERSIONED, *STATES):
         for path in settings.data_dir.glob(pattern):
             content = path.read_bytes()
-            assert content.startswith(state.MAGIC) or b'"format":' in content
+            assert content.startswith(state_files.MAGIC) or b'"format":' in content
 
 
 # -- the database ------------------------------------------------------------------------------

@@ -23,18 +23,18 @@ from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.main import main
-from kalshi_platform.loading import continuity
-from kalshi_platform.loading.analytics_hours import compute_hour
-from kalshi_platform.loading.parity import compare_hours
-from kalshi_platform.recording import journal, journal_identity
+from kalshi_platform.quality import continuity
+from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.quality.parity import compare_hours
+from kalshi_platform.journal import reader, journal_identity
 from kalshi_platform.settings import Settings
-from kalshi_platform.storage import migrations
-from kalshi_platform.storage.archive import LocalArchive
-from kalshi_platform.storage.clickhouse import Client, connect
-from kalshi_platform.storage.embedded import running
-from kalshi_platform.storage.migrations import State
-from kalshi_platform.storage.schema import PLACE
-from kalshi_platform.streamer import Streamer
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.clickhouse.migrations import State
+from kalshi_platform.schema import PLACE
+from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform_tests import archived
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
@@ -174,7 +174,7 @@ def test_recording_goes_on(
     after = journal_identity.read(folder)
     assert after is not None
     assert (after.id, after.format, after.epoch) == (before.id, 2, before.epoch + 1)
-    assert journal.beginning(folder).n == 0
+    assert reader.beginning(folder).n == 0
     assert opened.rows("orderbook_events") > opened.were["orderbook_events"]
     assert opened.rows("orderbook_events", "record IS NULL") == (
         opened.were["orderbook_events"] if opened.commit == WITHOUT_RECORDS else 0

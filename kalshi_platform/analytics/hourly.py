@@ -1,0 +1,209 @@
+"""An hour's analytics, computed from its archived files and written to both stores.
+
+    <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour.parquet, _manifest.json
+
+The rows, their order and the file's bytes follow from the hour's recorded rows alone. Writing an hour
+again replaces it whole: in the archive by a rename, in ClickHouse by replacing the hour's partition, so
+that a kill at any instant leaves the old hour or the new one. Formulas are in `kalshi_platform.analytics`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform.analytics import replay
+from kalshi_platform.analytics.activity import Activity
+from kalshi_platform.analytics.books import Books
+from kalshi_platform.analytics.depth import depth
+from kalshi_platform.analytics.imbalance import imbalance
+from kalshi_platform.analytics.spreads import spreads
+from kalshi_platform.archive import hours
+from kalshi_platform.archive.hours import DatasetHour, HourReport
+from kalshi_platform.loading.presence import known_archive
+from kalshi_platform.settings import Settings
+from kalshi_platform.archive import checksum
+from kalshi_platform.clickhouse import client as clickhouse, partitions
+from kalshi_platform.archive import Archive, File, Manifest, Part, batches
+from kalshi_platform.schema import (
+    ANALYTICS,
+    DEPTH,
+    IMBALANCE,
+    SPREADS,
+    Dataset,
+)
+
+log = logging.getLogger(__name__)
+
+FILE = "hour.parquet"
+INSERT_ROWS = 1 << 20
+"""Rows of one insert: what ClickHouse holds in memory at once."""
+COMPUTED: dict[str, Callable[[Books], pa.Table]] = {
+    SPREADS.name: spreads,
+    DEPTH.name: depth,
+    IMBALANCE.name: imbalance,
+}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An hour as it was computed: what happened in it, and the report on its datasets."""
+
+    activity: Activity
+    report: HourReport
+
+
+def compute_hour(
+    settings: Settings, hour: datetime, wanted: Collection[str] = tuple(COMPUTED)
+) -> Computed:
+    """Compute the `wanted` datasets of an hour from its archived files and write them.
+
+    Some markets are computed while those before are written, so that memory does not grow with the
+    hour. An hour that is not sealed is computed as it is, and said not to be complete. The report has
+    the datasets that have rows; one without rows leaves neither file nor partition. Raises
+    `StoreRefused` and `StoreUnavailable` as the stores do; what was written until then is whole.
+    """
+    archive = known_archive(settings)
+    complete = hours.is_sealed(archive, hour)  # before reading: what is sealed later is read later
+    activity = Activity(hour)
+    outputs = [_Output(archive, d, hour) for d in ANALYTICS if d.name in wanted]
+    with ExitStack() as files:
+        for tables in replay.ahead(
+            _tables(archive, hour, [it.dataset.name for it in outputs], activity)
+        ):
+            for output, table in zip(outputs, tables, strict=True):
+                output.add(table, files)
+    reports = [it.report(complete=complete, gaps=activity.gaps) for it in outputs]
+    if settings.use_clickhouse:
+        for output in outputs:
+            name = output.dataset.name
+            client = clickhouse.connect(settings, log_comment=f"{name} {hour:%Y-%m-%dT%H}")
+            try:
+                replace_hour(client, output.dataset, hour, output.written())
+            finally:
+                client.close()
+    told = tuple(report for report in reports if report is not None)
+    return Computed(activity, HourReport(hour, complete, told))
+
+
+def _tables(
+    archive: Archive, hour: datetime, names: list[str], activity: Activity
+) -> Iterator[list[pa.Table]]:
+    """The rows of the named datasets, some markets at a time."""
+    for of in replay.read_in_groups(archive, hour):
+        activity.add(of)
+        yield [COMPUTED[name](of) for name in names]
+
+
+# -- the archive -------------------------------------------------------------------------------
+
+
+class _Output:
+    """A dataset's file of the hour, in the making, and what is known of it so far."""
+
+    def __init__(self, archive: Archive, dataset: Dataset, hour: datetime) -> None:
+        self.dataset = dataset
+        self._archive, self._hour = archive, hour
+        self._write: Callable[[pa.Table], None] | None = None
+        self._rows, self._markets, self._checksum = 0, 0, 0
+        self._first: datetime | None = None
+        self._last: datetime | None = None
+
+    def add(self, table: pa.Table, files: ExitStack) -> None:
+        """Take the rows of some markets; the file is there when `files` is closed."""
+        if not table.num_rows:
+            return
+        if self._write is None:
+            writing = self._archive.writing(self.dataset.name, self._hour, FILE, self.dataset.arrow)
+            self._write = files.enter_context(writing)
+        self._write(table)
+        span = pc.min_max(table["ingest_ts" if self.dataset is SPREADS else "second"]).as_py()
+        self._first = min(self._first or span["min"], span["min"])
+        self._last = max(self._last or span["max"], span["max"])
+        self._rows += table.num_rows
+        self._markets += len(pc.unique(table["market_ticker"].combine_chunks().indices))
+        self._checksum = (self._checksum + checksum.rows_checksum(table)) % 2**64
+
+    def written(self) -> Iterator[pa.Table]:
+        """The file's rows."""
+        if self._rows:
+            yield from batches(self._file, self.dataset.arrow, INSERT_ROWS)
+
+    @property
+    def _file(self) -> File:
+        """The file, once it is there."""
+        there = self._archive.files(self.dataset.name, self._hour)
+        return next(file for file in there if file.name == FILE)
+
+    def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
+        """Put the manifest beside the file and say what it says; without rows take both away."""
+        name = self.dataset.name
+        if not self._rows:
+            self._archive.remove_hour(name, self._hour)
+            return None
+        report = DatasetHour(
+            dataset=name,
+            hour=self._hour,
+            complete=complete,
+            rows=self._rows,
+            files=1,
+            bytes=self._file.bytes,
+            markets=self._markets,
+            gaps=gaps,
+            verified_seconds=None,
+            coverage=None,
+            first=self._first,
+            last=self._last,
+            checksum=checksum.text(self._checksum),
+            path=self._archive.where(name, self._hour),
+        )
+        self._archive.write_manifest(_manifest(report))
+        return report
+
+
+def _manifest(it: DatasetHour) -> Manifest:
+    return Manifest(
+        dataset=it.dataset,
+        hour=it.hour.isoformat(),
+        complete=it.complete,
+        rows=it.rows,
+        bytes=it.bytes,
+        markets=it.markets,
+        gaps=it.gaps,
+        verified_seconds=None,
+        coverage=None,
+        first=it.first.isoformat() if it.first else None,
+        last=it.last.isoformat() if it.last else None,
+        checksum=it.checksum,
+        parts=[Part(FILE, it.rows, it.bytes)],
+    )
+
+
+# -- ClickHouse --------------------------------------------------------------------------------
+
+
+def replace_hour(
+    client: clickhouse.Client, dataset: Dataset, hour: datetime, tables: Iterable[pa.Table]
+) -> None:
+    """Put the rows of `tables` in the place of whatever ClickHouse has of the dataset's hour, at one instant.
+
+    They are collected in a table of their own first. It may have been left behind by a run that was
+    killed; it is made anew each time, so nothing in it can be doubled or missing.
+    """
+    # the partition's id: the hour in seconds since the epoch
+    partition = str(int(hour.timestamp()))
+    staging = f"{dataset.name}_staging_{hour:%Y%m%d%H}"
+    rows = 0
+    with partitions.replacing(client, dataset.name, partition, staging) as collected:
+        for table in tables:
+            if table.num_rows:
+                summed = checksum.text(checksum.rows_checksum(table))
+                token = f"{dataset.name}:{hour:%Y-%m-%dT%H}:{rows}:{summed}"
+                clickhouse.insert_arrow(client, collected, table, token)
+                rows += table.num_rows

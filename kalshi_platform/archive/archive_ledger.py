@@ -1,0 +1,107 @@
+"""The archive's record of the recorders that load into it: `recorders/<journal id>.json`.
+
+One file for each journal, apart from the datasets, so that no reader and no compaction looks at it.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from kalshi_platform import checked_json
+from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.archive.interface import Archive
+from kalshi_platform.journal.ledger import Entry, insist_on
+
+log = logging.getLogger(__name__)
+
+FOLDER = "recorders"
+FORMAT = 1
+ENTRIES_KEPT = 256
+
+
+class _File(msgspec.Struct, frozen=True):
+    format: int
+    journal: uuid.UUID
+    shard: int
+    archive: str
+    entries: tuple[Entry, ...]
+
+
+class ArchiveLedger:
+    """See `storage.recorders.Ledger`. The archive has an identity from the first claim on."""
+
+    def __init__(self, archive: Archive, shard: int) -> None:
+        self._archive = archive
+        self._shard = shard
+        self._identity: str | None = None
+        """The archive's, once something was claimed there."""
+
+    def entries(self, journal: uuid.UUID) -> Sequence[Entry]:
+        """See `Ledger`. A damaged file is one that says nothing; a later version's is refused."""
+        found = self._read(_path(journal))
+        if found is None or found.journal != journal:
+            if found is not None:
+                log.error("%s of %s is of another journal.", _path(journal), self._archive)
+            return ()
+        return found.entries
+
+    def journals(self) -> Sequence[tuple[uuid.UUID, Entry]]:
+        """See `Ledger`."""
+        found = [self._read(name) for name in self._archive.metadata_files(FOLDER)]
+        return [
+            (file.journal, file.entries[-1])
+            for file in found
+            if file is not None and file.shard == self._shard and file.entries
+        ]
+
+    def claim(self, journal: uuid.UUID, entry: Entry) -> None:
+        """See `Ledger`. The archive is expected to be this one from now on."""
+        known = self._read(_path(journal))
+        self._identity = self._archive.identify(known.archive if known else None)
+        self._archive.expect(self._identity)
+        with self._archive.locking_metadata():
+            self._put(journal, self.entries(journal), entry)
+
+    def plan(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
+        """See `Ledger`."""
+        self._replace(journal, before, after, latest=True)
+
+    def settle(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
+        """See `Ledger`. Rows that were written into the place of an archive that had gone do not count."""
+        self._replace(journal, before, after, latest=False)
+
+    def _replace(self, journal: uuid.UUID, before: Entry, after: Entry, *, latest: bool) -> None:
+        if self._identity is None:
+            raise ValueError("nothing was claimed")
+        self._archive.insist_on(self._identity)
+        with self._archive.locking_metadata():
+            entries = self.entries(journal)
+            insist_on(journal, entries, before, f"The archive in {self._archive}", latest=latest)
+            self._put(journal, entries, after)
+
+    def _put(self, journal: uuid.UUID, entries: Sequence[Entry], entry: Entry) -> None:
+        others = [it for it in entries if it.start != entry.start]
+        kept = tuple(sorted([*others, entry], key=lambda it: it.start)[-ENTRIES_KEPT:])
+        file = _File(FORMAT, journal, self._shard, str(self._identity), kept)
+        self._archive.write_metadata(_path(journal), checked_json.encode(file))
+
+    def _read(self, name: str) -> _File | None:
+        text = self._archive.read_metadata(name)
+        if text is None:
+            return None
+        try:
+            return checked_json.decode(text, _File, f"{name} of {self._archive}", FORMAT)
+        except LaterFormat as error:
+            raise StoreRefused(str(error)) from None
+        except Unproved as error:
+            log.error("%s of %s is damaged (%s).", name, self._archive, error)
+            return None
+
+
+def _path(journal: uuid.UUID) -> str:
+    return f"{FOLDER}/{journal}.json"

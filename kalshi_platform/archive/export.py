@@ -1,0 +1,463 @@
+"""Hours of the archive for publication: what is the recorder's own is taken out, by naming what may stay.
+
+What is private in a recording: `client_order_id` of own orders; frames of private channels (fills, own
+orders, positions, quotes), of which even the time is a secret; the raw bytes of frames that could not
+be read or are of a type that nobody knows, since they may be any of those; and free text. So datasets,
+kinds of events and the fields of their `detail` are published only where they are listed here.
+
+Rows that may not be published and have consumed a number keep that number, as kind `withheld`, so that
+the published hours still prove themselves complete. The others are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalshi_platform import __version__
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.exchange.frames import DecodeError
+from kalshi_platform.archive import hours
+from kalshi_platform.archive.compaction import SORTED_BY, own_dictionaries
+from kalshi_platform.archive import checksum
+from kalshi_platform.archive import (
+    Archive,
+    File,
+    LocalArchive,
+    Manifest,
+    Part,
+    batches,
+    local_file,
+    stage_manifest,
+    write_durably,
+)
+from kalshi_platform.schema import (
+    ANALYTICS,
+    BOOK_CHECKPOINTS,
+    DATASETS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    TRADES,
+    Dataset,
+)
+
+PUBLIC = (
+    ORDERBOOK_EVENTS.name,
+    STREAM_EVENTS.name,
+    BOOK_CHECKPOINTS.name,
+    TRADES.name,
+    *(dataset.name for dataset in ANALYTICS),
+)
+"""The datasets of which nothing is private once they have been scrubbed."""
+
+MARK = "_public.json"
+"""At the root of a folder that holds published hours and nothing else."""
+WITHHELD = "withheld"
+ZSTD_LEVEL = 9
+SEARCHED_FROM = 8
+"""Own ids of so many characters are searched for in whatever was written; a shorter one, say `1`, is
+found everywhere. All are cleared."""
+
+NOTES: Mapping[str, frozenset[str]] = {
+    kind: frozenset(fields.split())
+    for kind, fields in {
+        "started": "version shard",
+        "connected": "use_yes_price asked_yes_price markets attempt assumed",
+        "disconnected": "cause frames seconds span_s last_frame",
+        "unheard": "cause until",
+        "heartbeat": "state frames markets synced last_heard_ns backlog_bytes",
+        "refused": "channel action code",
+        "recovered": "channel cause since until missing trades",
+        "gap": "cause expected got missing channel seq side price size span_s record until_record"
+        " use_yes_price asked",
+        "malformed_field": "field seq",
+        "resynced": "expected got markets seconds",
+        "left": "",
+        "unknown_market": "",
+        "audit": "markets levels mismatches",
+        "mismatch": "side price ours theirs",
+        "snapshot": "levels",
+    }.items()
+}
+"""What the recorder itself wrote down: the fields of `detail` that may be published."""
+
+_LIFECYCLE = (
+    "market_ticker event_type open_ts close_ts determination_ts settled_ts is_deactivated result"
+    " settlement_value price_level_structure price_ranges exchange_index additional_metadata strike_type"
+    " floor_strike cap_strike name title yes_sub_title no_sub_title rules_primary rules_secondary"
+)
+ENVELOPE = frozenset({"type", "id", "sid", "seq"})
+FRAMES: Mapping[str, frozenset[str]] = {
+    kind: frozenset(fields.split())
+    for kind, fields in {
+        "subscribed": "channel sid",
+        "ok": "",
+        "unsubscribed": "",
+        "error": "code",
+        "ticker": (
+            "market_ticker market_id price_dollars yes_bid_dollars yes_ask_dollars yes_bid_size_fp"
+            " yes_ask_size_fp last_trade_size_fp volume_fp open_interest_fp dollar_volume"
+            " dollar_open_interest ts ts_ms time price yes_bid yes_ask volume open_interest"
+        ),
+        "trade": (
+            "trade_id market_ticker yes_price_dollars no_price_dollars count_fp taker_side"
+            " taker_outcome_side taker_book_side is_block_trade ts ts_ms yes_price no_price count"
+        ),
+        "market_lifecycle_v2": _LIFECYCLE,
+        "multivariate_market_lifecycle": _LIFECYCLE,
+        "event_lifecycle": (
+            "event_ticker exchange_index title subtitle sub_title collateral_return_type series_ticker"
+        ),
+        "event_fee_update": (
+            "event_ticker series_ticker fee_type fee_multiplier fee_type_override"
+            " fee_multiplier_override"
+        ),
+    }.items()
+}
+"""Frames of public channels: the fields of `msg` that may be published, beside type, id, sid and seq."""
+
+_OWN = frozenset({"client_order_id", "order_id", "user_id", "order_group_id", "fill_id"})
+"""Fields whose values name the recorder's own orders or account, wherever they stand."""
+
+
+@dataclass
+class Published:
+    """One dataset's hour, after it was written and read back."""
+
+    dataset: str
+    hour: datetime
+    rows: int = 0
+    bytes: int = 0
+    cleared: int = 0
+    """Rows of which the `client_order_id` was cleared."""
+    withheld: int = 0
+    """Rows that keep their number alone."""
+    removed: Counter[str] = field(default_factory=Counter)
+    """Rows left out, by kind."""
+    own_ids: int = 0
+    """Own ids that were searched for in the hour, and not found."""
+
+
+def publish(
+    archive: Archive,
+    to: Path,
+    *,
+    span: tuple[datetime, datetime] | None,
+    wanted: Collection[str],
+    done: Callable[[Published], None],
+    left: Callable[[str], None],
+) -> None:
+    """Copy the sealed hours of `span` (None: all) of the `wanted` datasets from `archive` to `to`.
+
+    `done` is told of each hour, `left` of what is not published and why. Hours that `to` has already
+    are replaced, each in one step. Raises `StoreRefused` where `to` is or touches the archive, holds
+    anything but published hours, where an hour is not what its manifest says, or where something of the
+    recorder's own is found in what was written (which is then not put in place).
+    """
+    _insist_apart(archive, to)
+    _mark(to)
+    public = LocalArchive(to)
+    there = {name: set(archive.hours(name)) for name in sorted(wanted)}
+    with public.compacting():
+        for hour in sorted(set().union(*there.values())):
+            if span is not None and not span[0] <= hour <= span[1]:
+                continue
+            own = own_ids(archive, hour)
+            for name in (name for name, of_it in there.items() if hour in of_it):
+                manifest = archive.read_manifest(name, hour)
+                if manifest is None or not manifest.complete:
+                    left(f"{name} of {hour:%Y-%m-%d %H:00} UTC is not sealed: left out.")
+                    continue
+                staged = public.staging(name, hour)
+                try:
+                    done(
+                        _publish_hour(
+                            archive, public, DATASETS[name], manifest, staged=staged, own=own
+                        )
+                    )
+                except BaseException:
+                    shutil.rmtree(staged, ignore_errors=True)  # it may hold what must not go out
+                    raise
+        with public.changing():
+            public.sweep()
+
+
+def _insist_apart(archive: Archive, to: Path) -> None:
+    if not isinstance(archive, LocalArchive):
+        return
+    ours, theirs = archive.root.resolve(), to.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise StoreRefused(
+            f"--to {to} is in the archive, {archive}, or holds it. Give a folder apart from it."
+        )
+
+
+def _mark(to: Path) -> None:
+    """Make the folder, or see that it is one of ours: a copy of the archive must not be published."""
+    mark = to / MARK
+    try:
+        if to.is_dir() and any(to.iterdir()) and not mark.is_file():
+            raise StoreRefused(
+                f"--to {to} is not empty and was not made by `export --public` (it has no {MARK}): what is"
+                " in it may be private. Give a new folder."
+            )
+        to.mkdir(parents=True, exist_ok=True)
+        mark.write_text(f'{{"scrubbed_by": "kalshi-platform {__version__}"}}\n')
+    except OSError as error:
+        raise StoreRefused(
+            f"--to {to} cannot be written ({error.strerror}). Give another folder."
+        ) from None
+
+
+# -- one hour ----------------------------------------------------------------------------------
+
+
+def _publish_hour(
+    archive: Archive,
+    to: LocalArchive,
+    dataset: Dataset,
+    manifest: Manifest,
+    *,
+    staged: Path,
+    own: Collection[str],
+) -> Published:
+    hour = datetime.fromisoformat(manifest.hour)
+    told = Published(dataset.name, hour)
+    sources = archive.files(dataset.name, hour)
+    source, written = _Content(dataset), _Content(dataset)
+    sorted_by = (
+        SORTED_BY.get(dataset.name, ()) if hours.is_compacted([p.name for p in sources]) else ()
+    )
+    parts = []
+    for file in sources:
+        before = written.rows
+        path = staged / file.name
+        tables = _scrubbed(file, dataset, source, written, told)
+        size = write_durably(path, tables, dataset.arrow, level=ZSTD_LEVEL, sorted_by=sorted_by)
+        if written.rows == before:
+            path.unlink()  # a file without rows says nothing
+        else:
+            name = _rename(path)
+            parts.append(Part(name, written.rows - before, size))
+    if (source.rows, source.checksum) != (manifest.rows, manifest.checksum):
+        raise StoreRefused(
+            f"{dataset.name} of {manifest.hour}: its files hold {source.rows:,} rows of checksum"
+            f" {source.checksum}, its manifest says {manifest.rows:,} of {manifest.checksum}. It was not"
+            " published. Materialise that hour again."
+        )
+    _read_back([staged / part.file for part in parts], dataset, written, own)
+    told.rows, told.bytes, told.own_ids = written.rows, sum(part.bytes for part in parts), len(own)
+    after = msgspec.structs.replace(
+        manifest,
+        rows=written.rows,
+        bytes=told.bytes,
+        markets=len(written.markets - {""}),
+        first=written.first,
+        last=written.last,
+        checksum=written.checksum,
+        parts=parts,
+        compacted=hours.is_compacted([part.file for part in parts]),
+        merged=[],
+    )
+    stage_manifest(staged, after)
+    with to.changing():
+        to.replace_hour(dataset.name, hour, staged)
+    return told
+
+
+def _scrubbed(
+    file: File, dataset: Dataset, source: _Content, written: _Content, told: Published
+) -> Iterator[pa.Table]:
+    for table in batches(file, dataset.arrow):
+        source.add(table)
+        if dataset is ORDERBOOK_EVENTS:
+            table = _without_own_orders(table, told)  # noqa: PLW2901 - the same rows, scrubbed
+        elif dataset is STREAM_EVENTS:
+            table = _public_events(table, told)  # noqa: PLW2901 - the rows that may stay
+        table = own_dictionaries(table)  # noqa: PLW2901 - a dictionary keeps what no row has any more
+        written.add(table)
+        yield table
+
+
+def _rename(path: Path) -> str:
+    """A compacted hour's file is named for its bytes, which are others now."""
+    if not path.name.startswith(hours.COMPACTED):
+        return path.name
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return path.rename(path.with_name(f"{hours.COMPACTED}{digest}.parquet")).name
+
+
+class _Content:
+    """What tables hold, added up for a manifest."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._clock = next(n for n in ("ingest_ts", "second", "ts") if n in dataset.arrow.names)
+        self._sum = 0
+        self._span: tuple[datetime, datetime] | None = None
+        self.rows = 0
+        self.markets: set[str] = set()
+
+    def add(self, table: pa.Table) -> None:
+        """Count another table in."""
+        if not table.num_rows:
+            return
+        self.rows += table.num_rows
+        self._sum = (self._sum + checksum.rows_checksum(table)) % 2**64
+        self.markets.update(table["market_ticker"].cast(pa.string()).unique().to_pylist())
+        span = pc.min_max(table[self._clock]).as_py()
+        if span["min"] is not None:
+            before = self._span or (span["min"], span["max"])
+            self._span = min(before[0], span["min"]), max(before[1], span["max"])
+
+    @property
+    def checksum(self) -> str:
+        """As a manifest has it."""
+        return checksum.text(self._sum)
+
+    @property
+    def first(self) -> str | None:
+        """The oldest time, ISO 8601."""
+        return self._span[0].isoformat() if self._span else None
+
+    @property
+    def last(self) -> str | None:
+        """The newest time, ISO 8601."""
+        return self._span[1].isoformat() if self._span else None
+
+
+# -- scrubbing ---------------------------------------------------------------------------------
+
+
+def _without_own_orders(table: pa.Table, told: Published) -> pa.Table:
+    at = table.column_names.index("client_order_id")
+    own = table[at].cast(pa.string())
+    told.cleared += pc.sum(pc.not_equal(own, "")).as_py() or 0
+    empty = pa.repeat(pa.scalar("", pa.string()), table.num_rows).dictionary_encode()
+    return table.set_column(at, table.schema.field(at), empty.cast(table.schema.field(at).type))
+
+
+def _public_events(table: pa.Table, told: Published) -> pa.Table:
+    events = pl.DataFrame(pl.from_arrow(table)).with_columns(
+        pl.col("kind", "market_ticker").cast(pl.String)
+    )
+    public = pl.col("kind").is_in([*NOTES, *FRAMES])
+    out = events.filter(~public & (pl.col("seq") == 0))
+    told.removed.update(dict(out.group_by("kind").len().iter_rows()))
+    told.withheld += events.filter(~public & (pl.col("seq") > 0)).height
+    kept = events.filter(public | (pl.col("seq") > 0)).with_columns(
+        pl.when(public).then("kind").otherwise(pl.lit(WITHHELD)).alias("kind"),
+        pl.when(public).then("market_ticker").otherwise(pl.lit("")).alias("market_ticker"),
+        pl.when(public).then("detail").otherwise(pl.lit("{}")).alias("detail"),
+    )
+    details = [
+        public_detail(kind, detail) for kind, detail in kept.select("kind", "detail").iter_rows()
+    ]
+    return kept.with_columns(pl.Series("detail", details, pl.String)).to_arrow().cast(table.schema)
+
+
+def public_detail(kind: str, detail: str) -> str:
+    """The `detail` of an event, with the listed fields alone."""
+    try:
+        found = msgspec.json.decode(detail)
+    except DecodeError:
+        return "{}"
+    if not isinstance(found, dict):
+        return "{}"
+    if kind in NOTES:
+        kept = _only(found, NOTES[kind])
+        if isinstance(kept.get("cause"), str):
+            kept["cause"] = kept["cause"].partition(":")[
+                0
+            ]  # what follows is the exchange's free text
+    else:
+        kept = _only(found, ENVELOPE)
+        body = found.get("msg")
+        if isinstance(body, dict) and kind in FRAMES:
+            kept["msg"] = _only(body, FRAMES[kind])
+    return msgspec.json.encode(kept).decode()
+
+
+def _only(found: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name in allowed}
+
+
+# -- proof -------------------------------------------------------------------------------------
+
+
+def own_ids(archive: Archive, hour: datetime) -> set[str]:
+    """Every id of the recorder's own that the archive has in an hour, long enough to search for."""
+    found: set[str] = set()
+    for table in archive.read(ORDERBOOK_EVENTS.name, hour, ["client_order_id"]):
+        found.update(table["client_order_id"].cast(pa.string()).unique().to_pylist())
+    for table in archive.read(STREAM_EVENTS.name, hour, ["kind", "detail"]):
+        private = pc.invert(pc.is_in(table["kind"].cast(pa.string()), pa.array([*NOTES, *FRAMES])))
+        for detail in table["detail"].filter(private).to_pylist():
+            found.update(_ids_in(detail))
+    return {own for own in found if len(own) >= SEARCHED_FROM}
+
+
+def _ids_in(detail: str) -> Iterator[str]:
+    """Values of own fields, at any depth; a raw frame may itself be a text within."""
+    try:
+        waiting = [msgspec.json.decode(detail)]
+    except DecodeError:
+        return
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            yield from (v for k, v in value.items() if k in _OWN and isinstance(v, str))
+            waiting.extend(value.values())
+        elif isinstance(value, str) and value.startswith("{"):
+            yield from _ids_in(value)
+
+
+def _read_back(
+    paths: Sequence[Path], dataset: Dataset, written: _Content, own: Collection[str]
+) -> None:
+    """Raise `StoreRefused` unless the files hold what was written, and nothing of the recorder's own."""
+    found = _Content(dataset)
+    for path in paths:
+        for table in batches(local_file(path), dataset.arrow):
+            found.add(table)
+            for at, column in enumerate(table.schema):
+                texts = _texts(table[at])
+                if texts is None:
+                    continue
+                if own and bool(texts.str.contains_any(list(own)).any()):
+                    raise StoreRefused(
+                        f"{path.name} of {dataset.name}, column {column.name}, still holds an id of own"
+                        " orders. The hour was not published; please report this."
+                    )
+                if column.name == "client_order_id" and set(texts.to_list()) - {""}:
+                    raise StoreRefused(
+                        f"{path.name} of {dataset.name} still holds client order ids. The hour was not"
+                        " published; please report this."
+                    )
+    if (found.rows, found.checksum) != (written.rows, written.checksum):
+        raise StoreRefused(
+            f"{dataset.name}: {written.rows:,} rows of checksum {written.checksum} were written and"
+            f" read as {found.rows:,} of {found.checksum}. The hour was not published. Is the disk failing?"
+        )
+
+
+def _texts(column: pa.ChunkedArray) -> pl.Series | None:
+    """The distinct texts of a column and of its dictionary, used or not; None: it holds none."""
+    if pa.types.is_dictionary(column.type):
+        return pl.Series([text for chunk in column.chunks for text in chunk.dictionary.to_pylist()])
+    if pa.types.is_string(column.type):
+        return pl.Series(column.unique().to_pylist(), dtype=pl.String)
+    return None

@@ -1,0 +1,58 @@
+"""The archive that the settings name, and the file system that it is on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+from pydantic import SecretStr
+
+from kalshi_platform.settings import Settings, load
+from kalshi_platform.archive.interface import Archive
+from kalshi_platform.archive.local import LocalArchive
+from kalshi_platform.archive.object_storage import ObjectArchive
+
+
+def open_archive(settings: Settings) -> Archive:
+    """The archive that PARQUET_DIR names."""
+    base = settings.archive_base
+    if base is None:
+        return LocalArchive(settings.archive_dir)
+    return ObjectArchive(base, _object_store(settings), settings.archive_dir)
+
+
+def archive_at(location: str | Path) -> Archive:
+    """An archive that is to be read: a folder, or s3://bucket/prefix of the object store of the settings.
+
+    A relative folder begins at the current one: a person has typed it. Raises `SettingsError` for something
+    else.
+    """
+    is_folder = "://" not in str(location)
+    other = load(parquet_dir=Path(location).expanduser().absolute() if is_folder else location)
+    if other.archive_base is None:
+        return LocalArchive(other.archive_dir)
+    return ObjectArchive(other.archive_base, _object_store(other), other.archive_dir / ".elsewhere")
+
+
+def _object_store(settings: Settings) -> fs.FileSystem:
+    """The file system of the object store. What is unset is found as Amazon's own tools find it."""
+
+    def plain(secret: SecretStr | None) -> str | None:
+        return secret.get_secret_value() if secret else None
+
+    endpoint = urlsplit(settings.s3_endpoint_url) if settings.s3_endpoint_url else None
+    return fs.S3FileSystem(
+        access_key=plain(settings.aws_access_key_id),
+        secret_key=plain(settings.aws_secret_access_key),
+        session_token=plain(settings.aws_session_token),
+        region=settings.aws_region,
+        scheme=endpoint.scheme if endpoint else None,
+        endpoint_override=endpoint.netloc + endpoint.path.rstrip("/") if endpoint else None,
+        # A process's end waits for requests under way, each try of them for 3 s; the load tries for ever.
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
+        allow_delayed_open=True,  # a small file is one request
+        # Written in the foreground, an upload that failed is completed without the part that failed when
+        # its stream is let go.
+        background_writes=True,
+    )

@@ -1,0 +1,59 @@
+"""Polars columns to Arrow columns of the one schema, exactly and without a loop per row."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform.schema import NAME, PRICE, QTY, TIME
+
+
+def names(values: pl.Series) -> pa.Array:
+    """Text that repeats, dictionary-encoded."""
+    encoded = values.to_arrow().cast(pa.string()).dictionary_encode()
+    if encoded.null_count:
+        return encoded.cast(NAME)
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), encoded.dictionary)
+
+
+def codes(values: pl.Series) -> pl.Series:
+    """A number for each value, from 0, in the order in which they first come."""
+    return pl.Series(values.to_arrow().dictionary_encode().indices).cast(pl.Int64)
+
+
+def text(values: pl.Series) -> pa.Array:
+    """Text that does not repeat."""
+    return values.to_arrow().cast(pa.string())
+
+
+def prices(values: pl.Series) -> pa.Array:
+    """1e-4 dollars to Decimal(9, 4)."""
+    return _decimal(values, PRICE)
+
+
+def quantities(values: pl.Series) -> pa.Array:
+    """1e-2 contracts to Decimal(18, 2)."""
+    return _decimal(values, QTY)
+
+
+def times(values_ns: pl.Series) -> pa.Array:
+    """ns since the epoch to timestamps of microseconds, UTC, rounded down."""
+    return pa.array((values_ns // 1000).to_numpy(), pa.int64()).cast(TIME)
+
+
+def place(records: pl.Series, shard: int) -> tuple[pa.Array, pa.Array]:
+    """The columns `shard` and `record` of rows that journal records made."""
+    return pa.repeat(pa.scalar(shard, pa.uint32()), len(records)), records.to_arrow()
+
+
+def _decimal(values: pl.Series, dtype: pa.Decimal128Type) -> pa.Array:
+    """Unscaled integers as 128-bit decimals: the low word, and its sign carried into the high one."""
+    low = values.fill_null(0).cast(pl.Int64).to_numpy()
+    words = np.empty((len(low), 2), dtype=np.int64)
+    words[:, 0] = low
+    words[:, 1] = low >> 63
+    validity = None
+    if values.null_count():
+        validity = pa.array(values.is_not_null().to_numpy()).buffers()[1]
+    return pa.Array.from_buffers(dtype, len(low), [validity, pa.py_buffer(words)])

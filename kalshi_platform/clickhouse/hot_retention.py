@@ -1,0 +1,180 @@
+"""How long the hot tables keep their rows: a TTL for each, from HOT_RETENTION_DAYS.
+
+A retention that is there is changed only where the setting was given: in the environment, in `.env`, or by
+`migrate --apply-retention`. A command that found no `.env` has the default, and a default shortens nothing.
+What a change deletes is counted before it is made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from kalshi_platform.clickhouse.client import Client, translated
+from kalshi_platform.clickhouse.cluster import LOCAL, Place, place_of
+
+__all__ = [
+    "FOR_EVER_DAYS",
+    "RETAINED",
+    "Change",
+    "apply",
+    "changes",
+    "in_words",
+    "kept",
+    "set_days",
+]
+
+RETAINED: Mapping[str, str] = {
+    "orderbook_events": "ingest_ts",
+    "stream_events": "ingest_ts",
+    "book_checkpoints": "ts",
+    "trades": "ingest_ts",
+    "spreads": "ingest_ts",
+    "depth": "second",
+    "imbalance": "second",
+}
+"""Tables that keep HOT_RETENTION_DAYS, with the column that the age is taken from."""
+
+FOR_EVER_DAYS = 20_000
+"""From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
+
+_NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
+_TTL = re.compile(r"\bTTL toDateTime\(\w+\) \+ toIntervalDay\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A table whose retention is not the one that is wanted. Days are None for "for ever"."""
+
+    table: str
+    now: int | None
+    wanted: int | None
+    rows: int
+    """Rows that are older than the wanted days: the change deletes them."""
+    days: int
+    """The calendar days (UTC) that these rows are of."""
+
+    @property
+    def shortens(self) -> bool:
+        """Whether rows would be kept for less long than now."""
+        return self.wanted is not None and (self.now is None or self.wanted < self.now)
+
+    def __str__(self) -> str:
+        text = f"{self.table}: {in_words([self.now])} → {in_words([self.wanted])}"
+        if self.rows:
+            text += f", which deletes {self.rows:,} rows of {_counted(self.days, 'day')}"
+        return text
+
+
+def kept(client: Client) -> Mapping[str, int | None]:
+    """The days that each table keeps, as the server has it; None: for ever. Tables that are not there are left out."""
+    return {table: days for table, (_, days) in _there(client, RETAINED).items()}
+
+
+def changes(
+    client: Client, days: int, tables: Collection[str] = tuple(RETAINED)
+) -> Sequence[Change]:
+    """The tables that keep another time than `days`, with what a change would delete."""
+    wanted = days if days < FOR_EVER_DAYS else None
+    return [
+        Change(table, now, wanted, *_expired(client, table, wanted))
+        for table, (_, now) in _there(client, tables).items()
+        if now != wanted
+    ]
+
+
+def apply(client: Client, wanted: Iterable[Change], tell: Callable[[str], None]) -> None:
+    """Make the changes; `tell` is given each in words before it is made, and each is written down."""
+    for change in wanted:
+        tell(str(change))
+        _write_down(client, change)
+        set_days(client, change)
+
+
+def set_days(client: Client, *changes: Change) -> None:
+    """Give tables their days, without a word: for those that are new."""
+    for change in changes:
+        with translated():
+            ((where, _),) = _there(client, [change.table]).values()
+            ttl = (
+                "REMOVE TTL"
+                if change.wanted is None
+                else f"MODIFY TTL toDateTime({RETAINED[change.table]}) + toIntervalDay({change.wanted:d})"
+            )
+            client.command(f"ALTER TABLE {where.target} {ttl}")
+
+
+def _write_down(client: Client, change: Change) -> None:
+    """Rows older than what was kept so far may be gone: the proof of losslessness asks for that."""
+    now = datetime.now(UTC)
+    taken_before = _NOTHING if change.now is None else now - timedelta(days=change.now)
+    with translated():
+        client.command(
+            "INSERT INTO retention_changes"
+            " (changed_at, table_name, days_before, days_after, rows_deleted, taken_before)"
+            " SELECT {at:DateTime64(6, 'UTC')}, {table:String}, {before:Nullable(UInt32)},"
+            " {after:Nullable(UInt32)}, {rows:UInt64}, {taken:DateTime64(6, 'UTC')}",
+            parameters={
+                "at": now,
+                "table": change.table,
+                "before": change.now,
+                "after": change.wanted,
+                "rows": change.rows,
+                "taken": taken_before,
+            },
+        )
+
+
+def in_words(days: Iterable[int | None]) -> str:
+    """`30 days`, `7 to 30 days`, `for ever`."""
+    different = sorted({FOR_EVER_DAYS if each is None else each for each in days})
+    if not different:
+        return "nothing"
+    if different[0] >= FOR_EVER_DAYS:
+        return "for ever"
+    least = _counted(different[0], "day")
+    if len(different) == 1:
+        return least
+    most = different[-1]
+    return f"{different[0]:,} to {'for ever' if most >= FOR_EVER_DAYS else _counted(most, 'day')}"
+
+
+def _there(client: Client, tables: Iterable[str]) -> Mapping[str, tuple[Place, int | None]]:
+    """Where each table's rows are, and its days; of those that there are."""
+    wanted = list(tables)
+    with translated():
+        answer = client.query(
+            "SELECT name, engine_full, database, create_table_query FROM system.tables"
+            " WHERE database = currentDatabase() AND name IN {names:Array(String)}",
+            parameters={"names": [*wanted, *(table + LOCAL for table in wanted)]},
+        ).result_rows
+    created = {str(name): (str(engine), str(of), str(sql)) for name, engine, of, sql in answer}
+    found = {}
+    for table in wanted:
+        if table not in created:
+            continue  # not one of this set of migrations
+        engine, database, _ = created[table]
+        where = place_of(table, engine, database)
+        ttl = _TTL.search(created[where.table][2])
+        found[table] = (where, int(ttl[1]) if ttl else None)
+    return found
+
+
+def _expired(client: Client, table: str, days: int | None) -> tuple[int, int]:
+    """(rows, calendar days) of a table that are older than `days`."""
+    if days is None:
+        return 0, 0
+    clock = RETAINED[table]
+    with translated():
+        ((rows, of_days),) = client.query(
+            f"SELECT count(), uniqExact(toDate({clock})) FROM {table}"  # noqa: S608 - names of our own
+            f" WHERE {clock} < {{before:DateTime64(6, 'UTC')}}",
+            parameters={"before": datetime.now(UTC) - timedelta(days=days)},
+        ).result_rows
+    return int(rows), int(of_days)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

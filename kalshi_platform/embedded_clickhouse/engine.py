@@ -1,0 +1,714 @@
+"""The engine: one data folder, a connection for each request, sessions, cancelling.
+
+A fresh connection costs well under a millisecond and carries its own settings, current database
+and temporary tables, so nothing of one request can reach the next. Only a session that was told
+to remember something (SET, USE, a temporary table) keeps a connection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from kalshi_platform.errors import StoreError
+from kalshi_platform.embedded_clickhouse import empty_definitions, parts, refused, rights
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
+from kalshi_platform.embedded_clickhouse.failed_writes import FailedWrites
+from kalshi_platform.embedded_clickhouse.permission import (
+    Known,
+    Permission,
+    not_listed,
+    require_format,
+)
+from kalshi_platform.embedded_clickhouse.statement import Statement
+
+log = logging.getLogger(__name__)
+
+MINIMUM_FREE_BYTES = 256 * 1024 * 1024
+"""The engine does not start with less room on its disk: a full one can lose merges half-way."""
+ANSWER_PIECE_BYTES = 1024 * 1024
+CHUNKED_FORMATS = frozenset(
+    {"native", "rowbinary", "tabseparated", "tsv", "tabseparatedraw", "tsvraw", "csv"}
+    | {"jsoneachrow", "jsonlines", "ndjson", "jsonstringseachrow", "jsoncompacteachrow"}
+    | {"jsoncompactstringseachrow"}
+)
+"""Formats without head or foot: the engine's pieces, one after the other, are the whole answer."""
+BLOCK_ROWS = 65_409
+"""The engine's own block size for what it reads."""
+SESSION_TIMEOUT_S = 60
+_ONLY_WHOLE = frozenset({"extremes", "output_format_json_array_of_rows"})
+"""Settings that add to an answer what its pieces do not have."""
+_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TAG = "query_cache_tag"
+"""A setting without effect unless the query cache is used: carries the request's number, by which
+a running query is found and killed. A request that sets it itself cannot be cancelled."""
+
+_CONFIG = """<clickhouse>
+  <logger><level>fatal</level></logger>
+  <users_config>{users}</users_config>
+  <user_files_path>{user_files}/</user_files_path>
+  <merge_tree>
+    <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
+    <auto_statistics_types></auto_statistics_types>
+    <old_parts_lifetime>{sources_kept_s}</old_parts_lifetime>
+    <!-- what is acknowledged outlives a power failure: a load's cursor is durable, too, and builds on it -->
+    <fsync_after_insert>1</fsync_after_insert>
+    <fsync_part_directory>1</fsync_part_directory>
+  </merge_tree>
+</clickhouse>
+"""
+_PARSE_LIMITS = "SET max_query_size = 33554432"
+_UNSUPPORTED = re.compile(r"AST node of type '([^']*)' does not support JSON serialization")
+_WITHIN = ": In scope SELECT parseQueryToJSON("
+"""Behind an error of the parser: the statement that asked it."""
+_PART = r"(?:[A-Za-z_]\w*|`(?:[^`\\]|\\.)*`|\{\w+:\s*Identifier\})"
+_ABOUT_NAMES = re.compile(
+    rf"(?:(?:EXISTS|SHOW CREATE)(?: TEMPORARY)?(?: TABLE| VIEW| DATABASE| DICTIONARY)? {_PART}(?:\.{_PART})?"
+    rf"|SHOW (?:ENGINES|PROCESSLIST|PRIVILEGES|GRANTS|SETTING {_PART})"
+    r"|SHOW FUNCTIONS(?: I?LIKE '(?:[^'\\]|\\.)*')?)(?: FORMAT (?P<format>\w+))?"
+)
+"""Statements, as the engine formats them, that only name things; it has no syntax tree of them as JSON."""
+_DESCRIBE = re.compile(r"(?:DESCRIBE|DESC) (?:TABLE )?(?P<table>.*)", re.DOTALL)
+_LITERALS = re.compile(
+    rb"(?:[\s()\[\]{},:;+\-.]++|\d[\w.]*+|'(?:[^'\\]++|\\.|'')*+'"
+    rb"|(?i:NULL|TRUE|FALSE|INF|NAN|DEFAULT)\b)*+",
+    re.DOTALL,
+)
+"""VALUES without any expression."""
+LITERAL_VALUES_BYTES, EXPRESSION_VALUES_BYTES = 16 * 1024 * 1024, 1024 * 1024
+"""Longer VALUES are read as literals of their columns' types; expressions are for short ones."""
+_SYNTAX_ERROR = 62
+_FAILED = "WriteBufferFromFileDescriptorWriteFailed"
+"""The engine's count of writes to files that failed; it does not always stop what they were for."""
+REMEMBERED_BYTES, REMEMBERED = 8192, 2048
+"""Verdicts on statements of this length are kept, the latest ones: 16 MiB of text at most."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run, and under which conditions."""
+
+    database: str
+    """Current database; empty for the default one."""
+    settings: Mapping[str, str]
+    parameters: Mapping[str, str]
+    """Values of `{name:Type}`, in ClickHouse's escaped form."""
+    default_format: str
+    readonly: bool
+    reader: bool = False
+    """Came without a password: it may only read, and shares no session with who has one."""
+    session_id: str = ""
+    session_timeout_s: float = SESSION_TIMEOUT_S
+    session_must_exist: bool = False
+    buffered: bool = False
+    """Hold the whole answer back until the query has ended (`wait_end_of_query`)."""
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+_OF_AN_INSERT = ("written_rows", "written_bytes", "elapsed_ns")
+Progress = Counter[str]
+"""Work done, as the engine counts it, under the names of `X-ClickHouse-Summary`. What it does not
+count is missing, not zero."""
+
+
+class Answer:
+    """A statement's answer, piece by piece. Holds a connection until it ends or is closed."""
+
+    def __init__(
+        self, pieces: Generator[tuple[bytes, Progress], None, None], kill: Callable[[], None]
+    ) -> None:
+        self._pieces = pieces
+        self._kill = kill
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def fetch(self) -> tuple[bytes, Progress] | None:
+        """The next piece, with the work done so far; None at the end. At least one piece comes.
+
+        Raises `ClickHouseError`, after which the answer is ended.
+        """
+        with self._lock:
+            try:
+                piece = next(self._pieces, None)
+            except BaseException:
+                self._ended = True
+                raise
+            self._ended = piece is None
+            return piece
+
+    def close(self) -> None:
+        """End the query, whatever another thread is fetching."""
+        if not self._ended:
+            self._kill()
+        with self._lock:
+            self._ended = True
+            self._pieces.close()
+
+
+@dataclass
+class _Session:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    connection: Any = None
+    last_used: float = 0.0
+    timeout_s: float = SESSION_TIMEOUT_S
+
+
+class Engine:
+    """The chDB engine on one data folder, held exclusively while open. Thread-safe."""
+
+    def __init__(self, path: Path, object_store: Collection[str] = ()) -> None:
+        """Open the folder, creating it where it is missing. Raises `StoreError`.
+
+        `object_store` are the URL prefixes that `s3()` may reach.
+        """
+        make_writable(path)
+        self._lock = filelock.FileLock(path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise StoreError(
+                f"The data folder {path} is in use by another process: the embedded ClickHouse"
+                " serves a folder to one process only. Stop the other one, or give another --path."
+            ) from None
+        self.spool = path / "spool"
+        self._path = path
+        self._folder = _identity_of(path)
+        """Which folder it is, wherever its path leads meanwhile."""
+        self._judges: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._remembered = functools.lru_cache(REMEMBERED)(self._verdict)
+        try:
+            self._open(path, object_store)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._sessions: dict[tuple[bool, str], _Session] = {}
+        """By whether it is a reader's, and its id."""
+        self._guard = threading.Lock()
+        self._running = 0
+        self._idle = threading.Condition(self._guard)
+        self._closing = False
+        self._failed_writes = FailedWrites(path, self._count_failed_writes, self._merging_since)
+        self._failed_writes.start()
+
+    def _open(self, path: Path, object_store: Collection[str]) -> None:
+        temporary = path / "tmp"
+        for folder in (self.spool, temporary):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        for folder in (self.spool, temporary, path / "engine", path / "user_files"):
+            folder.mkdir(exist_ok=True)
+        os.environ["TMPDIR"] = str(temporary)  # loading the engine makes a temporary folder
+        import chdb  # half a gigabyte: loaded when it is needed
+
+        users, config = path / "users.xml", path / "config.xml"
+        users.write_text(rights.users(object_store))
+        config.write_text(
+            _CONFIG.format(
+                users=users,
+                user_files=path / "user_files",
+                sources_kept_s=parts.SOURCES_KEPT_S,
+            )
+        )
+        connect: Callable[[str], Any] = chdb.connect
+        self._open_connection = functools.partial(
+            connect, f"{path / 'engine'}?config-file={config}"
+        )
+        empty_definitions.remove(path)
+        try:
+            parts.set_aside(path)
+        except OSError as error:
+            raise StoreError(
+                f"The data folder {path} has a part of a table that cannot be read, and it cannot be set"
+                f" aside: {error}"
+            ) from error
+        kept = _keep_default_database(path / "engine")
+        try:
+            self._keeper = self._open_connection()  # the engine lives as long as a connection does
+            self._make_default_database_plain(kept)
+            row = self._keeper.query("SELECT version(), timezone(), hostName()", "TabSeparated")
+        except (RuntimeError, chdb.ChdbError) as error:
+            raise StoreError(
+                f"The embedded ClickHouse cannot open its data folder {path}: {error}"
+            ) from error
+        self._permission = Permission(self._known_names(), self.syntax_tree, tuple(object_store))
+        try:
+            with self._connect() as connection:
+                refused.set_aside(connection, lambda sql: self._verdict(sql, reader=False), path)
+        except (RuntimeError, chdb.ChdbError, OSError) as error:
+            raise StoreError(
+                f"The data folder {path} holds what the embedded ClickHouse may not run, and it cannot be"
+                f" taken out: {error}"
+            ) from error
+        self.version, self.timezone, self.host_name = row.bytes().decode().rstrip("\n").split("\t")
+
+    def _make_default_database_plain(self, kept: bool) -> None:
+        """Make `default` an ordinary database: as the engine opens it, unknown tables are files."""
+        self._keeper.query("USE system")
+        self._keeper.query("DETACH DATABASE default")
+        self._keeper.query(
+            "ATTACH DATABASE default" if kept else "CREATE DATABASE default ENGINE = Atomic"
+        )
+        self._keeper.query("USE default")
+
+    def _connect(self) -> Any:
+        """A fresh connection; brings back the database `default`, without which there is none."""
+        try:
+            return self._open_connection()
+        except RuntimeError as error:
+            if "Database default does not exist" not in str(error):
+                raise
+            self._keeper.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
+            return self._open_connection()
+
+    def permit(self, sql: str, settings: Iterable[str], *, reader: bool) -> None:
+        """Raise `ClickHouseError` unless SQL and settings are on the list (permission.py).
+
+        `sql` is one statement, an INSERT without its data. `reader`: it may only read.
+        """
+        self._permission.require_settings(settings)
+        known = len(sql) <= REMEMBERED_BYTES
+        verdict = self._remembered(sql, reader) if known else self._verdict(sql, reader)
+        if verdict is not None:
+            raise verdict.with_traceback(None)
+
+    def _verdict(self, sql: str, reader: bool) -> ClickHouseError | None:
+        try:
+            try:
+                tree = self.syntax_tree(sql)
+            except ClickHouseError as error:
+                unsupported = _UNSUPPORTED.search(str(error))
+                if unsupported is None:
+                    raise
+                self._require_without_tree(sql, unsupported[1], reader)
+            else:
+                self._permission.require(tree, reader=reader)
+        except ClickHouseError as error:
+            return error
+        return None
+
+    def _require_without_tree(self, sql: str, kind: str, reader: bool) -> None:
+        formatted = self._judged("SELECT formatQuerySingleLine({sql:String})", sql)
+        if about := _ABOUT_NAMES.fullmatch(formatted):
+            if about["format"]:
+                require_format(about["format"])
+        elif kind == "DescribeQuery" and (described := _DESCRIBE.fullmatch(formatted)):
+            table = described["table"]  # as the engine formats it; nothing is run
+            tree = self.syntax_tree(f"SELECT * FROM {table}")  # noqa: S608
+            self._permission.require(tree, reader=reader)
+        else:
+            raise not_listed(f"the statement, or a part of it, {kind}")
+
+    def syntax_tree(self, sql: str) -> Mapping[str, Any]:
+        """The engine's own parse of a statement. Raises `ClickHouseError` where it does not parse."""
+        try:
+            tree: Mapping[str, Any] = json.loads(
+                self._judged("SELECT parseQueryToJSON({sql:String})", sql)
+            )
+        except RecursionError as error:
+            raise ClickHouseError(168, "TOO_DEEP_AST", "The query is nested too deeply") from error
+        return tree
+
+    def _judged(self, question: str, sql: str) -> str:
+        """The answer of a connection that only parses."""
+        try:
+            judge = self._judges.get_nowait()
+        except queue.Empty:
+            judge = self._connect()
+            judge.query(_PARSE_LIMITS)
+        try:
+            with self._translated():
+                answer = judge.query(question, "TabSeparatedRaw", params={"sql": _escaped(sql)})
+        except ClickHouseError as error:
+            sentence = error.sentence.partition(_WITHIN)[0]
+            raise ClickHouseError(error.code, error.name, sentence) from None
+        finally:
+            self._judges.put(judge)
+        return str(answer.bytes().decode(errors="replace")).rstrip("\n")
+
+    def _known_names(self) -> Known:
+        def names(question: str) -> list[str]:
+            return str(self._keeper.query(question, "TabSeparatedRaw").bytes().decode()).split()
+
+        return Known(
+            functions=frozenset(names("SELECT name FROM system.functions")),
+            table_functions=frozenset(names("SELECT name FROM system.table_functions")),
+            higher_order=frozenset(names("SELECT name FROM system.functions WHERE higher_order")),
+            combinators=tuple(names("SELECT name FROM system.aggregate_function_combinators")),
+        )
+
+    def query(self, request: Request, statement: Statement, sql: str) -> Answer:
+        """Begin a statement; nothing runs before the first `fetch`, which gives its errors too."""
+        return Answer(self._pieces(request, statement, sql), lambda: self.kill(request.tag))
+
+    def _pieces(
+        self, request: Request, statement: Statement, sql: str
+    ) -> Generator[tuple[bytes, Progress], None, None]:
+        output_format = statement.format or request.default_format
+        in_pieces = (
+            statement.streams
+            and not request.buffered
+            and output_format.lower() in CHUNKED_FORMATS
+            and _ONLY_WHOLE.isdisjoint(request.settings)
+        )
+        parameters = dict(request.parameters)
+        with self._connection(request, statement) as (connection, fresh):
+            if not in_pieces or not fresh:
+                with nullcontext() if statement.reads_only else self._failed_writes.watched():
+                    result = connection.query(sql, request.default_format, params=parameters)
+                progress = _progress(result)
+                view = memoryview(result.get_memview().view()) if result.size() else memoryview(b"")
+                for begin in range(0, max(len(view), 1), ANSWER_PIECE_BYTES):
+                    yield bytes(view[begin : begin + ANSWER_PIECE_BYTES]), progress
+                return
+            done: Progress = Counter()
+            with connection.send_query(sql, request.default_format, params=parameters) as stream:
+                for piece in stream:
+                    done.update(_progress(piece))  # each piece is counted anew
+                    yield piece.bytes(), done
+            if not done:
+                yield b"", done
+
+    def insert(
+        self, request: Request, statement: Statement, header: str, data: IO[bytes]
+    ) -> Progress:
+        """Run an INSERT with the data of a file. Raises `ClickHouseError`, as the engine words it.
+
+        The engine reads the file itself, in pieces, as INSERT … FROM INFILE: that reports what fails at
+        any stage of the insert, which its streaming insert (`send_insert`) does not. The file is named
+        by its descriptor, of which this call has a copy of its own until the engine is done.
+        """
+        if statement.format is None or statement.format.lower() == "values":
+            request = self._with_expressions(request, data)
+        with (
+            self._connection(_as_of_a_file(request), statement) as (connection, _),
+            self._failed_writes.watched(),
+        ):
+            source = os.dup(data.fileno())
+            try:
+                os.lseek(source, 0, os.SEEK_SET)
+                result = connection.query(
+                    f"{header}\nFROM INFILE '/dev/fd/{source}' COMPRESSION 'none'"
+                    f"\n{statement.settings}\nFORMAT {statement.format}",
+                    params=dict(request.parameters),
+                )
+            finally:
+                os.close(source)
+        written = _progress(result)
+        return Counter({name: written[name] for name in _OF_AN_INSERT})
+
+    def _with_expressions(self, request: Request, data: IO[bytes]) -> Request:
+        """Let the engine evaluate expressions in VALUES where each is on the list; else it takes none.
+
+        Raises `ClickHouseError` for one that is not.
+        """
+        begin = data.tell()
+        text = data.read(LITERAL_VALUES_BYTES + 1)
+        data.seek(begin)
+        if len(text) > LITERAL_VALUES_BYTES:
+            return request
+        if _LITERALS.fullmatch(text) is None:
+            if len(text) > EXPRESSION_VALUES_BYTES:
+                return request
+            rows = text.decode(errors="replace").strip().removesuffix(";")
+            verdict = self._verdict(f"SELECT {rows}", reader=False)
+            if verdict is not None and verdict.code != _SYNTAX_ERROR:
+                raise verdict.with_traceback(None)
+            if verdict is not None:
+                return request
+        evaluated = {"input_format_values_interpret_expressions": "1"}
+        return dataclasses.replace(request, settings={**request.settings, **evaluated})
+
+    def kill(self, tag: str) -> None:
+        """Ask the engine to end the query of a request; returns at once, ended or not."""
+        self._kill(f"Settings['{_TAG}'] = {_literal(tag)}")
+
+    def end_queries(self, patience_s: float) -> bool:
+        """Take no new query and kill the running ones; False where one did not end in time."""
+        with self._guard:
+            self._closing = True
+        deadline = time.monotonic() + patience_s
+        while not self._wait_idle(0):
+            if time.monotonic() > deadline:
+                return False
+            self._kill("1")
+            self._wait_idle(0.2)
+        return True
+
+    def close(self) -> None:
+        """Close the engine and let go of the folder. Queries must have ended."""
+        self._failed_writes.stop()
+        for session in self._sessions.values():
+            if session.connection is not None:
+                session.connection.close()
+        while not self._judges.empty():
+            self._judges.get_nowait().close()
+        self._keeper.close()
+        self._lock.release()
+
+    def _count_failed_writes(self) -> int:
+        asked = "SELECT value FROM system.events WHERE event = {sql:String}"
+        return int(self._judged(asked, _FAILED) or 0)  # the engine has no row for none
+
+    def _merging_since(self, seconds: float) -> int:
+        asked = "SELECT count() FROM system.merges WHERE elapsed >= {sql:String}::Float64"
+        return int(self._judged(asked, str(seconds)))
+
+    def _wait_idle(self, timeout_s: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(lambda: self._running == 0, timeout_s)
+
+    def _kill(self, condition: str) -> None:
+        connection = self._connect()
+        try:
+            connection.query(f"KILL QUERY WHERE query_id != queryID() AND ({condition}) ASYNC")
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _connection(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
+        """A connection to run on, and whether it is a fresh one."""
+        with self._guard:
+            if self._closing:
+                raise ClickHouseError(236, "ABORTED", "The server is shutting down")
+            self._running += 1
+        try:
+            self.insist_on_folder()
+            with self._translated():
+                if request.session_id:
+                    with self._session(request, statement) as connection_and_freshness:
+                        yield connection_and_freshness
+                else:
+                    connection = self._connect()
+                    try:
+                        self._prepare(connection, request)
+                        yield connection, True
+                    finally:
+                        connection.close()
+            self.insist_on_folder()  # what went meanwhile was not stored
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def insist_on_folder(self) -> None:
+        """The engine would make folders that are gone again, without what was in them."""
+        if _identity_of(self._path) != self._folder:
+            raise ClickHouseError(
+                425,
+                "SYSTEM_ERROR",
+                f"The data folder {self._path} is gone: it is not mounted, or was removed or replaced."
+                " Bring it back; nothing is read or written meanwhile",
+            )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        import chdb
+
+        try:
+            yield
+        except (RuntimeError, chdb.ChdbError) as error:
+            raise ClickHouseError.from_engine(str(error)) from error
+        except UnicodeDecodeError as error:  # an error's text that quotes the data
+            raise ClickHouseError.from_engine(error.object.decode(errors="replace")) from error
+
+    @contextmanager
+    def _session(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
+        session = self._find_session(request)
+        if session.connection is None and not statement.keeps_state:
+            connection = self._connect()  # nothing to remember: as good as no session
+            try:
+                self._prepare(connection, request)
+                yield connection, True
+            finally:
+                connection.close()
+            return
+        if not session.lock.acquire(blocking=False):
+            raise ClickHouseError(
+                373,
+                "SESSION_IS_LOCKED",
+                f"Session {request.session_id} is locked by a concurrent client",
+            )
+        try:
+            if session.connection is None:
+                session.connection = self._connect()
+            if (
+                request.readonly
+                and not statement.reads_only
+                and statement.verb not in {"SET", "USE"}
+            ):
+                raise ClickHouseError(
+                    164, "READONLY", "default: Cannot execute query in readonly mode."
+                )
+            with _restored(session.connection, request, keep_database=statement.verb == "USE"):
+                self._prepare(session.connection, request, lock_down=False)
+                yield session.connection, False
+        finally:
+            session.last_used = time.monotonic()
+            session.lock.release()
+
+    def _find_session(self, request: Request) -> _Session:
+        now = time.monotonic()
+        key = (request.reader, request.session_id)
+        with self._guard:
+            for name, session in list(self._sessions.items()):
+                if now - session.last_used > session.timeout_s and not session.lock.locked():
+                    if session.connection is not None:
+                        session.connection.close()
+                    del self._sessions[name]
+            if request.session_must_exist and key not in self._sessions:
+                raise ClickHouseError(
+                    372, "SESSION_NOT_FOUND", f"Session {request.session_id} not found"
+                )
+            session = self._sessions.setdefault(key, _Session())
+            session.last_used = now
+            session.timeout_s = request.session_timeout_s
+        return session
+
+    def _prepare(self, connection: Any, request: Request, *, lock_down: bool = True) -> None:
+        if request.database:
+            connection.query(f"USE {_identifier(request.database)}")
+        settings = {_TAG: request.tag, **request.settings}
+        if lock_down and request.readonly and settings.get("readonly", "0") == "0":
+            settings["readonly"] = "2"
+        # last, for nothing can be set after it
+        ordered = sorted(settings.items(), key=lambda item: item[0] == "readonly")
+        assignments = ", ".join(f"{_name(name)} = {_literal(value)}" for name, value in ordered)
+        connection.query(f"SET {assignments}")
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    """Which file the folder's lock is; None where there is none."""
+    try:
+        found = (path / "lock").stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _keep_default_database(engine_path: Path) -> bool:
+    """Whether the folder has a database `default` from before; sees to it that the engine finds it.
+
+    ClickHouse links `metadata/default` to the database's folder when its first table is made; the
+    engine looks for the link only. So a database that never had a table gets its link here.
+    """
+    definition = engine_path / "metadata" / "default.sql"
+    if not definition.exists():
+        return False
+    link = definition.with_suffix("")
+    if not link.is_symlink():
+        found = re.search(r"UUID '([0-9a-f-]{36})'", definition.read_text())
+        if found is None:
+            raise StoreError(f"{definition} has no UUID: the data folder is damaged.")
+        target = Path("store") / found[1][:3] / found[1]
+        (engine_path / target).mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("..") / target, target_is_directory=True)
+    return True
+
+
+@contextmanager
+def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iterator[None]:
+    """Put a session's settings and database back after a request that had its own."""
+    rows = connection.query(
+        "SELECT name, value, changed FROM system.settings WHERE has({names:Array(String)}, name)",
+        "JSONCompactEachRow",
+        params={"names": "[" + ",".join(_literal(name) for name in request.settings) + "]"},
+    )
+    before = {
+        name: (value, changed)
+        for name, value, changed in map(json.loads, rows.bytes().splitlines())
+    }
+    database = connection.query("SELECT currentDatabase()", "JSONCompactEachRow")
+    home = json.loads(database.bytes())[0]
+    try:
+        yield
+    finally:
+        back = [
+            f"{name} = {_literal(value) if changed else 'DEFAULT'}"
+            for name, (value, changed) in before.items()
+        ]
+        if back:
+            connection.query("SET " + ", ".join(back))
+        if request.database and not keep_database:
+            connection.query(f"USE {_identifier(home)}")
+
+
+def _as_of_a_file(request: Request) -> Request:
+    """The request, with small blocks cut as they are when the data comes in the statement."""
+    size = request.settings.get("max_insert_block_size", "")
+    if not size.isdecimal() or not 0 < int(size[:20]) < BLOCK_ROWS:
+        return request
+    return dataclasses.replace(request, settings={"max_block_size": size, **request.settings})
+
+
+def _progress(result: Any) -> Progress:
+    return Counter(
+        read_rows=result.storage_rows_read(),
+        read_bytes=result.storage_bytes_read(),
+        written_rows=result.rows_written(),
+        written_bytes=result.bytes_written(),
+        result_rows=result.rows_read(),
+        result_bytes=result.bytes_read(),
+        elapsed_ns=int(result.elapsed() * 1e9),
+    )
+
+
+def _name(name: str) -> str:
+    if not _SETTING_NAME.fullmatch(name):
+        raise ClickHouseError(115, "UNKNOWN_SETTING", f"Unknown setting '{name}'")
+    return name
+
+
+def _literal(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _escaped(value: str) -> str:
+    """A text as a parameter's value: the form of TabSeparated."""
+    return value.translate(_ESCAPES)
+
+
+_ESCAPES = str.maketrans(
+    {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0", "'": "\\'"}
+)
+
+
+def _identifier(name: str) -> str:
+    return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
+
+
+def make_writable(path: Path) -> None:
+    """Create the folder where it is missing. Raises `StoreError` where it cannot be written."""
+    if any(sign in str(path) for sign in "?&<>\\"):
+        raise StoreError(f"The data folder {path} has one of ? & < > \\ in its name: give another.")
+    try:
+        path.mkdir(mode=0o750, parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(b"1")
+        probe.unlink()
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise StoreError(
+            f"The data folder {path} cannot be written: {error.strerror or error}."
+            " Mend its permissions or its disk, or give another --path."
+        ) from error
+    if free < MINIMUM_FREE_BYTES:
+        raise StoreError(
+            f"The disk of {path} has {free // 2**20} MiB left; the embedded ClickHouse needs"
+            f" {MINIMUM_FREE_BYTES // 2**20} MiB. Make room, or give another --path."
+        )

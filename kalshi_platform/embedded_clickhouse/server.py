@@ -1,0 +1,630 @@
+"""The HTTP side: a request in, a statement run, an answer out, all as ClickHouse does it.
+
+One thread per running query; the event loop only reads and writes sockets, so `/ping` and other
+clients are answered while queries run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import hmac
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import string
+import tempfile
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from email.parser import BytesParser
+from email.policy import HTTP as MIME
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+from urllib.parse import unquote_to_bytes, urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kalshi_platform.browsers import refusal
+from kalshi_platform.errors import StoreError
+from kalshi_platform.loopback import is_loopback
+from kalshi_platform.embedded_clickhouse import write_password
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, content_type
+from kalshi_platform.embedded_clickhouse.confinement import confine
+from kalshi_platform.embedded_clickhouse.encodings import Decompressor, chosen, compressor
+from kalshi_platform.embedded_clickhouse.engine import (
+    MINIMUM_FREE_BYTES,
+    Answer,
+    Engine,
+    Progress,
+    make_writable,
+)
+from kalshi_platform.embedded_clickhouse.engine import Request as EngineRequest
+from kalshi_platform.embedded_clickhouse.permission import require_format
+from kalshi_platform.embedded_clickhouse.statement import Statement, parse
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+Piece = tuple[bytes, Progress]
+
+WORKERS = 64
+"""Queries that run side by side; more of them wait."""
+LONGEST_SESSION_S = 3600
+QUERY_BYTES = 256 * 1024
+"""A query's length, and that of an INSERT before its data, unless the setting max_query_size says more."""
+LONGEST_QUERY_BYTES = 4 * 1024 * 1024
+"""Whatever the setting says."""
+ROOM_EVERY_BYTES = 16 * 1024 * 1024
+"""Of an INSERT's data, after which the disk is looked at again."""
+FINISH_REQUESTS_S = 3
+"""After SIGTERM, for running requests to end by themselves."""
+END_QUERIES_S = 3
+"""After that, for killed queries to end."""
+
+_NOT_SETTINGS = frozenset(
+    {"query", "database", "default_format", "user", "password", "quota_key", "query_id", "role"}
+    | {"session_id", "session_timeout", "session_check", "close_session", "client_protocol_version"}
+    | {"compress", "decompress", "buffer_size", "wait_end_of_query", "stacktrace"}
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request, read: what to run, under which conditions, with which data."""
+
+    request: EngineRequest
+    statement: Statement
+    sql: str
+    data: IO[bytes] | None
+    query_id: str
+    encoding: str | None
+
+
+class Server:
+    """Answers HTTP for one engine."""
+
+    def __init__(
+        self, engine: Engine, user: str, password: str, *, readers: bool, loopback: bool = True
+    ) -> None:
+        """`readers`: who gives no password may read. `loopback`: it listens on that interface alone."""
+        self._engine = engine
+        self._loopback = loopback
+        self._user = user.encode()
+        self._password = password.encode()
+        self._readers = frozenset({b"default", self._user}) if readers else frozenset()
+        self._spool = _Spool(engine.spool)
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
+        self.app = Starlette(
+            routes=[
+                Route("/", self._root, methods=["GET", "POST"]),
+                Route("/ping", _ok, methods=["GET"]),
+                Route("/replicas_status", _ok, methods=["GET"]),
+                Route("/{path:path}", _unknown_path, methods=["GET", "POST"]),
+            ]
+        )
+
+    def stop(self) -> None:
+        """Take no more work; what runs goes on."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _root(self, http: Request) -> Response:
+        if http.method in {"GET", "HEAD"} and not http.scope["query_string"]:
+            return await _ok(http)
+        query_id = str(uuid.uuid4())
+        with ExitStack() as held:
+            try:
+                _check_origin(http, loopback=self._loopback)
+                options = _options(http.scope["query_string"])
+                query_id = options.get("query_id") or query_id
+                reader = self._is_reader(http, options)
+                call = await self._read(http, options, query_id, held, reader=reader)
+                return await self._answer(http, call)
+            except ClickHouseError as error:
+                return self._refusal(error, query_id)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it; the statement was not run
+            except OSError as error:
+                return self._refusal(_of_the_system(error), query_id)
+
+    def _is_reader(self, http: Request, options: Mapping[str, str]) -> bool:
+        """Whether a request came without a password, to read. Raises `ClickHouseError` for a wrong one."""
+        user, password = _credentials(http, options)
+        right_user = hmac.compare_digest(user, self._user)
+        right_password = hmac.compare_digest(password, self._password)
+        if right_user and right_password:
+            return False
+        if user in self._readers and not password:
+            return True
+        raise ClickHouseError(
+            516,
+            "AUTHENTICATION_FAILED",
+            f"{user.decode(errors='replace')}: Authentication failed: password is incorrect,"
+            " or there is no user with such name.",
+        )
+
+    async def _read(
+        self,
+        http: Request,
+        options: dict[str, str],
+        query_id: str,
+        held: ExitStack,
+        *,
+        reader: bool,
+    ) -> _Call:
+        """The request, whole. An INSERT's data goes to a file; a query is bounded, and so in memory."""
+        for flag in ("compress", "decompress"):
+            if options.get(flag, "0") not in {"0", ""}:
+                raise ClickHouseError(
+                    48,
+                    "NOT_IMPLEMENTED",
+                    f"{flag}=1 (ClickHouse's own block compression) is not supported by the embedded"
+                    " ClickHouse; use HTTP compression: Accept-Encoding and Content-Encoding",
+                )
+        body = _pieces(http)
+        if http.headers.get("content-type", "").startswith("multipart/form-data"):
+            options |= _form_fields(http, await _beginning(body, b"", LONGEST_QUERY_BYTES))
+        limit = _longest_query(options)
+        url_query = options.pop("query", "").encode()
+        head = await _beginning(body, url_query and url_query + b"\n", limit)
+        request = _engine_request(http, options, reader=reader)
+        statement, sql = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._understood, head, limit, request
+        )
+        data: IO[bytes] | None = None
+        if statement.data_begin is not None:
+            self._engine.insist_on_folder()  # the data is put there first
+            data = held.enter_context(self._spool.file())
+            self._spool.write(data, memoryview(head)[statement.data_begin :])
+            async for piece in body:
+                self._spool.write(data, memoryview(piece))
+            data.seek(0)
+        http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
+        return _Call(
+            request=request,
+            statement=statement,
+            sql=sql,
+            data=data,
+            query_id=query_id,
+            encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
+        )
+
+    def _understood(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
+        """The statement at the start of a body, where it may run, and its text: an INSERT's up to its target."""
+        statement = parse(head[:limit])
+        end = len(head) if statement.data_begin is None else statement.data_begin
+        if end > limit or (end == limit and len(head) > limit):
+            raise ClickHouseError(
+                62,
+                "SYNTAX_ERROR",
+                f"Max query size exceeded: the query is longer than {limit} bytes (can be increased with"
+                f" the `max_query_size` setting, up to {LONGEST_QUERY_BYTES})",
+            )
+        try:
+            sql = head[:end].decode()
+        except UnicodeDecodeError as error:
+            raise ClickHouseError(
+                62, "SYNTAX_ERROR", f"The query is not UTF-8: {error.reason} at byte {error.start}"
+            ) from error
+        if not statement.verb:
+            raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
+        judged = sql
+        if statement.inserts_data:
+            sql = head[: statement.header_end].decode()
+            judged = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
+        require_format(request.default_format)
+        self._engine.permit(judged, request.settings, reader=request.reader)
+        return statement, sql
+
+    async def _answer(self, http: Request, call: _Call) -> Response:
+        if call.data is not None:
+            done = await self._in_thread(
+                http,
+                call,
+                lambda: self._engine.insert(
+                    call.request, call.statement, call.sql, cast(IO[bytes], call.data)
+                ),
+            )
+            return Response(b"", headers=self._headers(call, done, result=False))
+        answer = self._engine.query(call.request, call.statement, call.sql)
+        try:
+            # in one go: each way to a thread and back is time that a small answer waits
+            first, second = await self._in_thread(
+                http, call, lambda: (cast(Piece, answer.fetch()), answer.fetch())
+            )
+            if second is None:
+                return await self._whole(http, call, first)
+        except BaseException:
+            self._threads.submit(answer.close)
+            raise
+        headers = self._headers(call, second[1], result=True)
+        if call.encoding:
+            headers["Content-Encoding"] = call.encoding
+        headers["X-ClickHouse-Exception-Tag"] = tag = "".join(
+            secrets.choice(string.ascii_lowercase) for _ in range(16)
+        )
+        pieces = self._stream(call, [first[0], second[0]], answer, tag)
+        return StreamingResponse(pieces, headers=headers)
+
+    async def _whole(self, http: Request, call: _Call, piece: Piece) -> Response:
+        body, progress = piece
+        headers = self._headers(call, progress, result=bool(body) or call.statement.reads_only)
+        if call.encoding:
+            packed = compressor(call.encoding)
+            headers["Content-Encoding"] = call.encoding
+            body = await self._in_thread(
+                http, call, lambda: packed.compress(piece[0]) + packed.flush()
+            )
+        return Response(body, headers=headers)
+
+    async def _stream(
+        self, call: _Call, begun: list[bytes], answer: Answer, tag: str
+    ) -> AsyncIterator[bytes]:
+        """The answer in pieces; an error on the way is written behind them, as ClickHouse does."""
+        packed = compressor(call.encoding) if call.encoding else None
+        loop = asyncio.get_running_loop()
+
+        def following() -> bytes | None:
+            piece = (begun.pop(0),) if begun else answer.fetch()
+            return packed.compress(piece[0]) if packed and piece else piece and piece[0]
+
+        try:
+            while (piece := await loop.run_in_executor(self._threads, following)) is not None:
+                if piece:
+                    yield piece
+            if packed:
+                yield packed.flush()
+        except ClickHouseError as error:
+            trailer = self._exception_block(error, tag)
+            yield packed.compress(trailer) + packed.flush() if packed else trailer
+            raise _AnswerBroken(str(error)) from error
+        finally:
+            self._threads.submit(answer.close)
+
+    def _exception_block(self, error: ClickHouseError, tag: str) -> bytes:
+        message = self._text(error)
+        return (
+            f"\r\n__exception__\r\n{tag}\r\n{message}\n{len(message.encode()) + 1} {tag}\r\n__exception__\r\n"
+        ).encode()
+
+    async def _in_thread(self, http: Request, call: _Call, work: Callable[[], _T]) -> _T:
+        """Run `work` in a thread; a client that goes away meanwhile ends its query."""
+        loop = asyncio.get_running_loop()
+        result = loop.run_in_executor(self._threads, work)
+        gone = asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait([cast(Any, result), gone], return_when=asyncio.FIRST_COMPLETED)
+            while not result.done() and call.statement.reads_only:
+                await loop.run_in_executor(None, self._engine.kill, call.request.tag)
+                # one that had not begun yet was not found: it is looked for again
+                await asyncio.wait([cast(Any, result)], timeout=0.5)
+            return await asyncio.shield(result)
+        finally:
+            gone.cancel()
+
+    def _headers(self, call: _Call, progress: Progress, *, result: bool) -> dict[str, str]:
+        """Headers of an answer; `result` says whether the statement has one, be it empty."""
+        headers = self._common_headers(call.query_id) | {
+            "X-ClickHouse-Timezone": self._engine.timezone,
+            "X-ClickHouse-Summary": json.dumps({name: str(n) for name, n in progress.items()}),
+        }
+        if result:
+            output_format = call.statement.format or call.request.default_format
+            headers["X-ClickHouse-Format"] = output_format
+            headers["Content-Type"] = content_type(output_format)
+        return headers
+
+    def _common_headers(self, query_id: str) -> dict[str, str]:
+        return {
+            "X-ClickHouse-Server-Display-Name": self._engine.host_name,
+            "X-ClickHouse-Query-Id": "".join(c if " " <= c <= "~" else "?" for c in query_id),
+        }
+
+    def _text(self, error: ClickHouseError) -> str:
+        return f"{error} (version {self._engine.version})"
+
+    def _refusal(self, error: ClickHouseError, query_id: str) -> Response:
+        headers = self._common_headers(query_id) | {"X-ClickHouse-Exception-Code": str(error.code)}
+        return PlainTextResponse(self._text(error) + "\n", error.status, headers=headers)
+
+
+class _AnswerBroken(Exception):
+    """Ends a connection in the middle of an answer, so that no client takes it for whole."""
+
+
+def _is_no_broken_answer(record: logging.LogRecord) -> bool:
+    """Keeps a query's own error, which its client has been told, out of the server's log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], _AnswerBroken))
+
+
+class _Spool:
+    """Files for the data of INSERTs, in the data folder; without names, so that none is left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def file(self) -> IO[bytes]:
+        """An empty one, gone when it is closed."""
+        return tempfile.TemporaryFile(dir=self._folder, buffering=0)
+
+    def write(self, file: IO[bytes], data: memoryview) -> None:
+        """Append; a body that would fill the disk is refused, for the engine needs room, too."""
+        before = file.tell() // ROOM_EVERY_BYTES
+        while data:
+            data = data[file.write(data) :]
+        if file.tell() // ROOM_EVERY_BYTES == before:
+            return
+        if shutil.disk_usage(self._folder).free < MINIMUM_FREE_BYTES:
+            raise ClickHouseError(
+                243,
+                "NOT_ENOUGH_SPACE",
+                f"No room for the request body: less than {MINIMUM_FREE_BYTES // 2**20} MiB are left on the"
+                " disk of the data folder",
+            )
+
+
+async def _pieces(http: Request) -> AsyncIterator[bytes]:
+    """The body, unpacked, in pieces that fit into memory whatever they are."""
+    encoding = http.headers.get("content-encoding", "").strip().lower()
+    if encoding in {"", "identity"}:
+        async for piece in http.stream():
+            yield piece
+        return
+    decompressor = Decompressor(encoding)
+    async for piece in http.stream():
+        for unpacked in decompressor.decompress(piece):
+            yield unpacked
+    decompressor.finish()
+
+
+async def _beginning(body: AsyncIterator[bytes], before: bytes, limit: int) -> bytes:
+    """The first bytes of a body, behind those that come `before` it: all, or more than `limit`."""
+    head = bytearray(before)
+    while len(head) <= limit and (piece := await anext(body, None)) is not None:
+        head += piece
+    return bytes(head)
+
+
+def _of_the_system(error: OSError) -> ClickHouseError:
+    """A request that could not be read for want of something that the system has not got now."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return ClickHouseError(
+            243, "NOT_ENOUGH_SPACE", f"No room for the request body: {error.strerror}"
+        )
+    log.error("A request could not be read: %s", error)
+    return ClickHouseError(425, "SYSTEM_ERROR", f"The request could not be read: {error.strerror}")
+
+
+def _longest_query(options: Mapping[str, str]) -> int:
+    """In bytes; the engine has the same limit by default."""
+    wanted = options.get("max_query_size", "")
+    if not wanted.isdecimal() or not int(wanted[:20]):
+        return QUERY_BYTES
+    return min(int(wanted[:20]), LONGEST_QUERY_BYTES)
+
+
+async def _ok(_: Request) -> Response:
+    return Response(b"Ok.\n", media_type="text/html; charset=UTF-8")
+
+
+async def _unknown_path(http: Request) -> Response:
+    return PlainTextResponse(
+        f"There is no handle {http.scope['path']}\n\nUse / or /ping for health checks.\n", 404
+    )
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_origin(http: Request, *, loopback: bool) -> None:
+    """Refuse what a web page of another site sends through its visitor's browser.
+
+    Such a page can reach the loopback interface, and reading needs no password.
+    """
+    if why := refusal(http.headers, scheme=http.scope["scheme"], loopback=loopback):
+        raise ClickHouseError(497, "ACCESS_DENIED", why)
+
+
+def _options(query_string: bytes) -> dict[str, str]:
+    """The URL's parameters; of one that is given twice, the last."""
+    options = {}
+    for part in query_string.split(b"&"):
+        name, _, value = part.replace(b"+", b" ").partition(b"=")
+        if name:
+            shown = _decoded(unquote_to_bytes(name), "A name in the URL")
+            options[shown] = _decoded(unquote_to_bytes(value), f"{shown} in the URL")
+    return options
+
+
+def _decoded(value: bytes, what: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ClickHouseError(
+            36, "BAD_ARGUMENTS", f"{what} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def _header(http: Request, name: str, otherwise: str = "") -> bytes:
+    return http.headers.get(name, otherwise).encode("latin-1")  # as it came
+
+
+def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """User and password, wherever the client put them; `default` without one when nowhere."""
+    headers = http.headers
+    if "x-clickhouse-user" in headers or "x-clickhouse-key" in headers:
+        return _header(http, "x-clickhouse-user", "default"), _header(http, "x-clickhouse-key")
+    scheme, _, encoded = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            user, _, password = base64.b64decode(encoded, validate=True).partition(b":")
+        except ValueError as error:
+            raise ClickHouseError(
+                516, "AUTHENTICATION_FAILED", "The Authorization header is not valid Basic"
+            ) from error
+        return user, password
+    return options.get("user", "default").encode(), options.get("password", "").encode()
+
+
+def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) -> EngineRequest:
+    timeout = options.get("session_timeout", "60")
+    if not timeout.isdecimal() or int(timeout[:20]) > LONGEST_SESSION_S:
+        raise ClickHouseError(
+            374, "INVALID_SESSION_TIMEOUT", f"Invalid session timeout: '{timeout}'"
+        )
+    return EngineRequest(
+        database=options.get("database")
+        or _decoded(_header(http, "x-clickhouse-database"), "X-ClickHouse-Database"),
+        settings={
+            name: value
+            for name, value in options.items()
+            if name not in _NOT_SETTINGS and not name.startswith("param_")
+        },
+        parameters={
+            name.removeprefix("param_"): value
+            for name, value in options.items()
+            if name.startswith("param_")
+        },
+        default_format=options.get("default_format")
+        or _decoded(_header(http, "x-clickhouse-format"), "X-ClickHouse-Format")
+        or "TabSeparated",
+        readonly=reader or http.method == "GET",
+        reader=reader,
+        session_id=options.get("session_id", ""),
+        session_timeout_s=float(timeout),
+        session_must_exist=options.get("session_check") == "1",
+        buffered=options.get("wait_end_of_query", "0") not in {"0", ""},
+    )
+
+
+def _form_fields(http: Request, body: bytes) -> dict[str, str]:
+    """The plain fields of a multipart form: `query` and `param_*`."""
+    if len(body) > LONGEST_QUERY_BYTES:
+        raise ClickHouseError(
+            62, "SYNTAX_ERROR", f"A form may have {LONGEST_QUERY_BYTES} bytes, this one has more"
+        )
+    head = b"Content-Type: " + _header(http, "content-type") + b"\r\n\r\n"
+    message = BytesParser(policy=MIME).parsebytes(head + body)
+    fields = {}
+    for part in message.iter_parts():
+        name = str(part.get_param("name", header="content-disposition"))
+        if part.get_filename() is not None:
+            raise ClickHouseError(
+                48,
+                "NOT_IMPLEMENTED",
+                f"External data ({name}) is not supported by the embedded ClickHouse",
+            )
+        content = part.get_payload(decode=True)
+        if not isinstance(content, bytes):
+            raise ClickHouseError(36, "BAD_ARGUMENTS", f"The form's field {name} is a form itself")
+        fields[name] = _decoded(content, f"The form's field {name}")
+    return fields
+
+
+def serve(
+    *,
+    path: Path,
+    host: str = "127.0.0.1",
+    port: int,
+    user: str,
+    password: str | None,
+    object_store: Collection[str] = (),
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Serve the data folder `path` until SIGTERM or SIGINT; port 0 takes any free one.
+
+    On Linux the calling process is confined to `path` for good (confinement.py): give `serve` a
+    process of its own. `password` is as in `launch.Options`. `object_store` are the URL prefixes that
+    SQL may reach. `ready` is called with the port once requests are answered. Raises `StoreError` where the
+    port is taken, the folder is in use, not writable or on a full disk, its password file is unfit, or other
+    machines could come in without a password.
+    """
+    folder = path.expanduser().absolute()
+    if not password and not is_loopback(host):
+        raise StoreError(
+            f"--host {host} opens the database to other machines, and CLICKHOUSE_PASSWORD is empty: whoever"
+            " reaches the port could read everything. Set a password, or leave --host out."
+        )
+    make_writable(folder)
+    # before a client can connect: one that finds no password connects as a reader
+    secret = write_password.read_or_make(folder) if password is None else password
+    listener = _bind(host, port)
+    with listener:
+        confine(folder, [_port(url) for url in object_store])
+        engine = Engine(folder, object_store)
+        server = Server(engine, user, secret, readers=password is None, loopback=is_loopback(host))
+        _run(server, engine, listener, ready)
+        server.stop()
+        if not engine.end_queries(END_QUERIES_S / 3):
+            log.warning("a query did not end in time; the engine is left without a clean close")
+            os._exit(0)  # its thread would hold the process; what was acknowledged is on disk
+        engine.close()
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StoreError(
+                f"Port {port} is taken by another program on {host}: stop it, or give another --port."
+            ) from None
+        raise StoreError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Give another --host or --port."
+        ) from error
+
+
+def _run(
+    server: Server, engine: Engine, listener: socket.socket, ready: Callable[[int], None] | None
+) -> None:
+    class Web(uvicorn.Server):
+        """Says when requests are answered; at the end ends the queries that do not end."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if ready is not None:
+                ready(listener.getsockname()[1])
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            end = loop.call_later(
+                FINISH_REQUESTS_S, loop.run_in_executor, None, engine.end_queries, END_QUERIES_S
+            )
+            await super().shutdown(sockets)
+            end.cancel()
+
+    config = uvicorn.Config(
+        server.app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=FINISH_REQUESTS_S + END_QUERIES_S,
+    )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_broken_answer)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again when it is done: let that find a quiet handler
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    Web(config).run(sockets=[listener])

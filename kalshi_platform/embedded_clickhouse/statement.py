@@ -1,0 +1,291 @@
+"""Reading a request's SQL just as far as HTTP needs it; the engine's own parser does the rest.
+
+Needed: where an INSERT's data begins, which format the answer will have, whether there is more
+than one statement, and whether the text asks for a file of the host. Bytes in, bytes out: what
+follows an INSERT's header may be any binary format.
+
+Tokens are cut as the engine's lexer cuts them, in time linear in the text: a string, a quoted name or a
+comment that is not closed reaches to the end. The engine's lexer is not linear in one case, a heredoc
+that is not closed, for which it searches the rest of the text each time and cannot be interrupted. A
+text with too much of that is refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
+
+_TOKEN = re.compile(
+    rb"""
+    (?P<space> \s++ | \xef\xbb\xbf | \xc2\xa0
+             | --[^\n]*+ | \#(?=[\ !])[^\n]*+ | /\*.*?(?:\*/|\Z) )
+  | (?P<string> '(?:[^'\\]++|\\.|\\\Z|'')*+(?:'|\Z) )
+  | (?P<quoted> `(?:[^`\\]++|\\.|\\\Z|``)*+(?:`|\Z) | "(?:[^"\\]++|\\.|\\\Z|"")*+(?:"|\Z) )
+  | (?P<number> \d[\w.]*+ )
+  | (?P<word> [A-Za-z_$][\w$]*+ )
+  | (?P<other> . )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+"""All that a text consists of, but heredocs, which `_Heredocs` finds. Nothing is read twice."""
+_TAG = re.compile(rb"\$\w*+(?=\$)")
+
+_DOLLAR = ord("$")
+
+LONGEST_SEARCH_BYTES = 8 * 1024 * 1024
+"""What the engine may search in vain for the ends of a text's heredocs: about 0.2 seconds of its time."""
+
+_BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
+
+_READ_FIRST = {"SELECT", "WITH", "FROM", "("}
+"""First words of a statement whose answer can come in pieces."""
+_READ_ONLY = _READ_FIRST | {"SHOW", "DESCRIBE", "DESC", "EXPLAIN", "EXISTS"}
+_ONLY_WHOLE = {"TOTALS", "EXTREMES", "OUTPUT_FORMAT_JSON_ARRAY_OF_ROWS"}
+_HOST_FUNCTIONS = {"file", "python"}
+_HOST_ENGINES = {"SQLITE", "FILESYSTEM", "PYTHON", "BACKUP"}
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+    """Words in upper case; other tokens as written."""
+    begin: int
+    end: int
+    depth: int
+    """How many brackets are open around it."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement of a request."""
+
+    verb: str
+    """The first word, in upper case; empty for an empty text."""
+    format: str | None
+    """The format that the text names: of the answer, or of an INSERT's data."""
+    header_end: int | None
+    """INSERT with data: where its target ends, before SETTINGS, FORMAT or VALUES."""
+    data_begin: int | None
+    """INSERT with data: where the data begins."""
+    settings: str = ""
+    """INSERT with data: its SETTINGS clause."""
+    temporary: bool = False
+    """CREATE TEMPORARY TABLE and its like."""
+    whole: bool = False
+    """The answer has a part (totals, extremes, brackets) that it only has in one piece."""
+    inserts: bool = False
+    """An INSERT, also one that starts with WITH."""
+
+    @property
+    def inserts_data(self) -> bool:
+        """Whether data follows the statement, in the text or in the body."""
+        return self.data_begin is not None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the engine can hand out the answer in pieces."""
+        return self.verb in _READ_FIRST and not self.whole and not self.inserts
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether, by its first word, the statement changes nothing."""
+        return self.verb in _READ_ONLY and not self.inserts
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the statement changes the session that it runs in."""
+        return self.verb in {"SET", "USE"} or self.temporary
+
+
+def parse(text: bytes) -> Statement:
+    """Read the statement at the start of `text`.
+
+    Raises `ClickHouseError` for a second statement and for what would reach the host's files
+    past the engine's own access rights.
+    """
+    tokens: list[_Token] = []
+    for token in _tokens(text):
+        if tokens and tokens[-1].text == ";" and token.text != ";":
+            raise ClickHouseError(
+                62,
+                "SYNTAX_ERROR",
+                f"Syntax error (Multi-statements are not allowed): failed at position {token.begin + 1}",
+            )
+        tokens.append(token)
+        if tokens[0].text == "INSERT" and (insert := _insert(text, tokens)):
+            return insert
+    while tokens and tokens[-1].text == ";":
+        tokens.pop()
+    if tokens and (len(tokens) == 1 or (tokens[0].kind != "word" and tokens[0].text != "(")):
+        # such as `exit`, to which the engine, as a command-line tool, would say nothing
+        shown = text.decode("utf-8", "replace").strip()[:80]
+        raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: failed at position 1: {shown}")
+    _refuse_host_access(text, tokens)
+    inserts = any(t.text == "INSERT" and not t.depth for t in tokens)
+    if inserts and any(t.text == "INPUT" and after.text == "(" for t, after in pairwise(tokens)):
+        raise ClickHouseError(
+            48,
+            "NOT_IMPLEMENTED",
+            "INSERT … SELECT … FROM input() is not supported by the embedded ClickHouse;"
+            " insert the data into a table first",
+        )
+    verb = tokens[0].text if tokens else ""
+    return Statement(
+        verb=verb,
+        format=_trailing_format(text, tokens),
+        header_end=None,
+        data_begin=None,
+        temporary=verb in {"CREATE", "REPLACE", "DROP", "ATTACH"}
+        and any(t.text == "TEMPORARY" for t in tokens[1:5]),
+        whole=any(t.text in _ONLY_WHOLE for t in tokens),
+        inserts=inserts,
+    )
+
+
+def _tokens(text: bytes) -> Iterator[_Token]:
+    depth = begin = 0
+    heredocs = _Heredocs(text)
+    while begin < len(text):
+        if text[begin] == _DOLLAR and (closed := heredocs.end(begin)):
+            yield _Token("heredoc", "", begin, closed, depth)
+            begin = closed
+            continue
+        match = _TOKEN.match(text, begin)
+        if match is None:
+            raise AssertionError("a token can be any byte")
+        kind, end = str(match.lastgroup), match.end()
+        if kind == "word":
+            yield _Token(kind, match[0].decode("ascii").upper(), begin, end, depth)
+        elif kind == "other":
+            mark = match[0].decode("latin-1")
+            depth -= mark in ")]"
+            yield _Token(kind, mark, begin, end, depth)
+            depth += mark in "(["
+        elif kind != "space":
+            yield _Token(kind, "", begin, end, depth)
+        begin = end
+
+
+class _Heredocs:
+    """Where the heredocs of a text end: each tag's places are looked up once."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._searched = 0
+        self._places: dict[bytes, list[int]] | None = None
+
+    def end(self, begin: int) -> int | None:
+        """The end of the heredoc that begins here; None where none does.
+
+        Raises `ClickHouseError` where too many of the text's heredocs have no end.
+        """
+        tag = _TAG.match(self._text, begin)
+        if tag is None:
+            return None
+        size = tag.end() + 1 - begin  # with the dollar behind it
+        places = self._tags()[tag.group()]
+        following = bisect_left(places, begin + size)
+        if following < len(places):
+            return places[following] + size
+        self._searched += len(self._text) - begin
+        if self._searched > LONGEST_SEARCH_BYTES:
+            raise ClickHouseError(
+                62,
+                "SYNTAX_ERROR",
+                "Syntax error: the text has too many heredocs that are not closed",
+            )
+        return None
+
+    def _tags(self) -> dict[bytes, list[int]]:
+        if self._places is None:
+            self._places = {}
+            for match in _TAG.finditer(self._text):
+                self._places.setdefault(match.group(), []).append(match.start())
+        return self._places
+
+
+def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
+    """The INSERT whose data begins right after the last token, if it does."""
+    last = tokens[-1]
+    if last.depth or len(tokens) < 3:
+        return None
+    named = tokens[-3].text in {"INTO", "TABLE", "."}  # a table may be called format, or values
+    if tokens[-2].text == "FORMAT" and last.kind == "word" and not named:
+        data_format = text[last.begin : last.end].decode()
+        header_end, data_begin = tokens[-2].begin, _after_format(text, last.end)
+    elif last.text == "VALUES" and tokens[-2].text not in {"INTO", "TABLE", ".", "FORMAT"}:
+        data_format, header_end, data_begin = "Values", last.begin, last.end
+    else:
+        return None
+    if any(t.text in {"SELECT", "WITH", "WATCH"} and not t.depth for t in tokens[2:]):
+        return None  # FORMAT is the answer's, or part of the SELECT
+    _refuse_host_access(text, tokens)
+    target_end = next(
+        (
+            t.begin
+            for before, t in pairwise(tokens[2:-1])
+            if t.text == "SETTINGS" and not t.depth and before.text not in {"INTO", "TABLE", "."}
+        ),
+        header_end,
+    )
+    return Statement(
+        *(
+            "INSERT",
+            data_format,
+            target_end,
+            data_begin,
+            text[target_end:header_end].decode(errors="replace"),
+        ),
+        inserts=True,
+    )
+
+
+def _after_format(text: bytes, position: int) -> int:
+    """Where data starts after `FORMAT x`: past blanks and one line end, or past a semicolon."""
+    match = _BEFORE_DATA.match(text, position)
+    return match.end() if match else position
+
+
+def _trailing_format(text: bytes, tokens: list[_Token]) -> str | None:
+    for index in range(len(tokens) - 2, 0, -1):
+        token, following = tokens[index], tokens[index + 1]
+        if token.text != "FORMAT" or token.depth or following.kind != "word":
+            continue
+        after = tokens[index + 2].text if index + 2 < len(tokens) else "SETTINGS"
+        if after in {"SETTINGS", "INTO"}:
+            return text[following.begin : following.end].decode()
+    return None
+
+
+def _refuse_host_access(text: bytes, tokens: list[_Token]) -> None:
+    """Refuse what the engine, being a local tool by birth, would do with the host's files.
+
+    The first line of defence are access rights (engine.py) and, on Linux, the kernel
+    (confinement.py); this one answers with a sentence that names the thing.
+    """
+    for index, token in enumerate(tokens):
+        following = tokens[index + 1] if index + 1 < len(tokens) else None
+        before = tokens[index - 1].text if index else ""
+        named = text[token.begin : token.end].decode("utf-8", "replace").strip('`"').lower()
+        if token.text in {"OUTFILE", "INFILE"} and following and following.kind == "string":
+            _refuse(f"{before} {token.text}")
+        called = before == "APPLY" or (following is not None and following.text == "(")
+        if token.kind in {"word", "quoted"} and named in _HOST_FUNCTIONS and called:
+            _refuse(f"{named}()")
+        if token.text in _HOST_ENGINES and before == "=" and tokens[index - 2].text == "ENGINE":
+            _refuse(f"ENGINE = {token.text}")
+
+
+def _refuse(what: str) -> None:
+    raise ClickHouseError(
+        497,
+        "ACCESS_DENIED",
+        f"{what} is not available: the embedded ClickHouse does not touch files of the host."
+        " Send data in the request, read results from the answer.",
+    )

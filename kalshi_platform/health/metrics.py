@@ -1,0 +1,423 @@
+"""Prometheus metrics of every shard, from what the streamers write of themselves.
+
+A process of its own serves them, and not the streamers: one address has all shards, recording does not
+wait for whoever asks, and a streamer that is dead still shows, as an age that grows. Ages are taken when
+they are asked for, by the clock that stamped what they are the age of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kalshi_platform.health import health_report
+from kalshi_platform import typed_json
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import monitored_shards
+from kalshi_platform.processes import Identity
+from kalshi_platform.settings import Settings
+
+_VERDICTS = {
+    freshness.Verdict.GOOD: 0.0,
+    freshness.Verdict.WARN: 1.0,
+    freshness.Verdict.ERROR: 2.0,
+}
+_STATES = (
+    "starting",
+    "connecting",
+    "streaming",
+    "quiet",
+    "blocked",
+    "draining",
+    "stopping",
+    "stopped",
+)
+
+_COUNTERS: Mapping[str, tuple[str, str]] = {
+    "frames": ("kalshi_frames", "Frames received."),
+    "deltas": ("kalshi_deltas", "Order-book deltas received."),
+    "snapshots": ("kalshi_snapshots", "Order-book snapshots received."),
+    "trades": ("kalshi_trades", "Trades received."),
+    "malformed": ("kalshi_malformed_frames", "Frames that are not what the exchange documents."),
+    "gaps": ("kalshi_gaps", "Gaps noticed; each is named by a row of stream_events."),
+    "connections": ("kalshi_connections", "Connections made; all but the first are reconnects."),
+    "journal_records": ("kalshi_journal_records", "Records durable in the journal, ever."),
+}
+_AGES: Mapping[str, tuple[str, str]] = {
+    "updated_ns": ("kalshi_report_age_seconds", "Age of the streamer's last report."),
+    "last_frame_ns": ("kalshi_last_frame_age_seconds", "Age of the last frame received."),
+    "last_heard_ns": ("kalshi_last_heard_age_seconds", "Age of the last bytes, pings included."),
+    "last_durable_ns": ("kalshi_last_durable_write_age_seconds", "Age of the last durable write."),
+    "started_ns": ("kalshi_streamer_uptime_seconds", "Since the streamer started."),
+}
+_GAUGES: Mapping[str, tuple[str, str]] = {
+    "markets": ("kalshi_markets", "Markets followed."),
+    "synced": ("kalshi_books_synced", "Markets whose book can be believed."),
+    "journal_backlog_bytes": ("kalshi_journal_backlog_bytes", "Received, and not durable yet."),
+}
+
+
+class ShardCollector(Collector):
+    """Everything that is known of the platform on this machine, read anew at each scrape."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read the files."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, each with a sample for each shard that has run here."""
+        now_ns = time.time_ns()
+        shards = _shards(self._settings, datetime.fromtimestamp(now_ns / 1e9, UTC))
+        yield from _streamers(shards, now_ns)
+        yield from _numbers(shards, now_ns)
+        yield from _stores(shards, now_ns)
+        yield _delays(shards)
+        yield _journal_bytes(shards)
+        yield from _disks(self._settings)
+        yield from _incidents(self._settings.data_dir, now_ns)
+
+
+def registry(settings: Settings) -> CollectorRegistry:
+    """What there is to scrape."""
+    made = CollectorRegistry()
+    made.register(ShardCollector(settings))
+    return made
+
+
+def serve(settings: Settings, host: str, port: int) -> tuple[threading.Thread, Any]:
+    """Serve the metrics in a thread: the thread, and the server to shut down.
+
+    Port 0 takes a free one: `server.server_port`. Raises `PlatformError` where the port cannot be had.
+    """
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry(settings))
+    except OSError as error:
+        raise PlatformError(
+            f"The metrics cannot be served on {host}:{port} ({error.strerror})."
+            " Set METRICS_PORT to a port that is free."
+        ) from None
+    return thread, server
+
+
+# -- what the alerts sensor leaves for us ----------------------------------------------------------
+
+
+def note_incidents(
+    data_dir: Path, counts: Mapping[str, int], now: float, troubles: Sequence[str] = ()
+) -> None:
+    """Leave a look's result for the metrics and `doctor`, which cannot see into Dagster: the open incidents,
+    and why channels do not take their messages. Raises OSError.
+    """
+    path = _incident_file(data_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    noted = {"at": now, "open": dict(counts), "troubles": list(troubles)}
+    temporary.write_text(json.dumps(noted), "utf-8")
+    temporary.replace(path)
+
+
+def channel_troubles(data_dir: Path) -> list[str]:
+    """Why alert channels do not take their messages, as the sensor found last; none where it says nothing."""
+    try:
+        return [str(each) for each in json.loads(_incident_file(data_dir).read_bytes())["troubles"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no sensor has looked yet, or one of an earlier version
+
+
+def _incident_file(data_dir: Path) -> Path:
+    return data_dir / "checks" / "alerts.json"
+
+
+def _incidents(data_dir: Path, now_ns: int) -> Iterator[Metric]:
+    age = GaugeMetricFamily(
+        "kalshi_alerts_evaluated_age_seconds",
+        "Since Dagster's sensor `alerts` last looked; it does every 30 s while the daemon lives.",
+    )
+    found = GaugeMetricFamily(
+        "kalshi_incidents_open", "Incidents that people were told of.", labels=["severity"]
+    )
+    try:
+        noted = json.loads(_incident_file(data_dir).read_bytes())
+        age.add_metric([], max(now_ns / 1e9 - float(noted["at"]), 0.0))
+        for severity, count in noted["open"].items():
+            found.add_metric([severity], float(count))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # no sensor has looked yet: an absent series says so
+    yield age
+    yield found
+
+
+# -- what the streamers say ------------------------------------------------------------------------
+
+
+class _Store(msgspec.Struct):
+    """The part of a report that is about one store."""
+
+    lag: int
+    committed_ns: int
+    trouble: str | None
+    refused: bool
+    rows: dict[str, int] = {}
+    errors: dict[str, int] = {}
+    oldest_ns: int = 0
+
+
+class _Delay(msgspec.Struct):
+    """Of a report: how long after their receipt frames reach a place."""
+
+    records: int
+    p50: float
+    p99: float
+    max: float
+
+
+class _Report(msgspec.Struct):
+    """A streamer's report, as far as it is shown; it is written by `streamer.Health`."""
+
+    pid: int
+    pid_started: float
+    state: str
+    updated_ns: int
+    started_ns: int
+    last_frame_ns: int
+    last_heard_ns: int
+    last_durable_ns: int
+    frames: int
+    deltas: int
+    snapshots: int
+    malformed: int
+    gaps: int
+    connections: int
+    journal_records: int
+    journal_backlog_bytes: int
+    markets: int
+    synced: int
+    stores: dict[str, _Store]
+    trades: int = 0
+    oldest_undurable_ms: int = 0
+    disconnects: dict[str, int] = {}
+    delays_ms: dict[str, _Delay] = {}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    number: str
+    folder: Path
+    report: _Report | None
+    """None where there is none that can be read, which a metric of its own says."""
+    judged: Sequence[freshness.Judgement]
+    """Everything that is wrong, or the one thing that it does."""
+
+
+def _shards(settings: Settings, now: datetime) -> list[_Shard]:
+    """Every shard that has run here, by number; of those that are no longer configured, only what is not
+    drained yet."""
+    configured = settings.stream_shards
+    wanted = monitored_shards.supervised(settings.journals_dir, configured, settings.stores)
+    return [
+        _shard(shard, configured, settings.journal_dir(shard), now)
+        for shard in wanted
+        if settings.journal_dir(shard).is_dir()
+    ]
+
+
+def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
+    number = str(shard)
+    try:
+        raw = health_report.read(folder)
+        judged = freshness.judge_shard(raw, shard, configured, None, now)
+        report = None if raw is None else typed_json.convert(raw, _Report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        judged = [freshness.no_report(str(error))]
+        return _Shard(number, folder, None, judged)
+    return _Shard(number, folder, report, judged)
+
+
+def _streamers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
+    up = GaugeMetricFamily(
+        "kalshi_streamer_up", "1 while the shard's streamer lives and reports.", labels=["shard"]
+    )
+    state = GaugeMetricFamily(
+        "kalshi_streamer_state", "1 for the state it says it is in.", labels=["shard", "state"]
+    )
+    verdict = GaugeMetricFamily(
+        "kalshi_feed_verdict",
+        "How bad each thing is that is wrong, or 0 of what it does (also quiet, and the exchange's maintenance):"
+        " 1 look at it today, 2 data is being lost. The same judgement as the check `fresh` and the alerts.",
+        labels=["shard", "cause"],
+    )
+    ended = CounterMetricFamily(
+        "kalshi_disconnects", "Connections that ended, by cause.", labels=["shard", "cause"]
+    )
+    for shard in shards:
+        for judged in shard.judged:
+            verdict.add_metric([shard.number, judged.cause], _VERDICTS[judged.verdict])
+        up.add_metric([shard.number], float(_lives(shard.report, now_ns)))
+        if shard.report is None:
+            continue
+        for each in _STATES:
+            state.add_metric([shard.number, each], float(shard.report.state == each))
+        for cause, count in shard.report.disconnects.items():
+            ended.add_metric([shard.number, cause], float(count))
+    yield from (up, state, verdict, ended)
+
+
+def _lives(report: _Report | None, now_ns: int) -> bool:
+    return (
+        report is not None
+        and report.state != "stopped"
+        and (now_ns - report.updated_ns) / 1e9 < freshness.ALERTS.report_s
+        and Identity(report.pid, report.pid_started).alive
+    )
+
+
+def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
+    """The families that are one number of the report each."""
+    reports = [(shard.number, shard.report) for shard in shards if shard.report is not None]
+    for key, (name, text) in _COUNTERS.items():
+        counter = CounterMetricFamily(name, text, labels=["shard"])
+        for number, report in reports:
+            counter.add_metric([number], float(getattr(report, key)))
+        yield counter
+    for key, (name, text) in _GAUGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=["shard"])
+        for number, report in reports:
+            gauge.add_metric([number], float(getattr(report, key)))
+        yield gauge
+    undurable = GaugeMetricFamily(
+        "kalshi_journal_oldest_undurable_seconds",
+        "Age of the oldest record that is not durable, when the streamer last reported; 0 where all are.",
+        labels=["shard"],
+    )
+    for number, report in reports:
+        undurable.add_metric([number], report.oldest_undurable_ms / 1e3)
+    yield undurable
+    for key, (name, text) in _AGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=["shard"])
+        for number, report in reports:
+            if at_ns := getattr(report, key):  # 0: has not happened yet
+                gauge.add_metric([number], _age_s(at_ns, now_ns))
+        yield gauge
+
+
+def _delays(shards: Sequence[_Shard]) -> Metric:
+    family = Metric(
+        "kalshi_delay_seconds",
+        "From a frame's receipt to its being durable in the journal, or in a store: all of them since"
+        " the streamer's start. Quantiles are rounded up by a tenth at most; 1 is the longest.",
+        "summary",
+    )
+    for shard in shards:
+        for place, it in (shard.report.delays_ms if shard.report else {}).items():
+            labels = {"shard": shard.number, "place": place}
+            if it.records:
+                for quantile, ms in (("0.5", it.p50), ("0.99", it.p99), ("1", it.max)):
+                    family.add_sample(family.name, {**labels, "quantile": quantile}, ms / 1000)
+                family.add_sample(f"{family.name}_count", labels, it.records)
+    return family
+
+
+def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
+    labels = ["shard", "store"]
+    lag = GaugeMetricFamily(
+        "kalshi_store_lag_records", "Durable journal records that the store lacks.", labels=labels
+    )
+    age = GaugeMetricFamily(
+        "kalshi_store_last_write_age_seconds", "Since the store's last write.", labels=labels
+    )
+    behind = GaugeMetricFamily(
+        "kalshi_store_behind_seconds",
+        "Age of the oldest durable record that the store lacks; 0 while it lacks none.",
+        labels=labels,
+    )
+    trouble = GaugeMetricFamily(
+        "kalshi_store_trouble", "1 while the store takes nothing, or is behind.", labels=labels
+    )
+    refused = GaugeMetricFamily(
+        "kalshi_store_refused", "1 while it refuses for a reason no retry mends.", labels=labels
+    )
+    rows = CounterMetricFamily(
+        "kalshi_rows", "Rows written to the store.", labels=[*labels, "dataset"]
+    )
+    errors = CounterMetricFamily(
+        "kalshi_store_errors",
+        "Writes that the store did not take, by ClickHouse's error code; `unreachable` and `disk`"
+        " where there is none. Loads that were stopped: `damage` to the journal, or a `fault`.",
+        labels=[*labels, "code"],
+    )
+    for shard in shards:
+        for store, it in (shard.report.stores if shard.report else {}).items():
+            of = [shard.number, store]
+            lag.add_metric(of, float(it.lag))
+            if it.committed_ns:
+                age.add_metric(of, _age_s(it.committed_ns, now_ns))
+            if it.oldest_ns or not it.lag:
+                behind.add_metric(of, _age_s(it.oldest_ns, now_ns) if it.lag else 0.0)
+            trouble.add_metric(of, float(it.trouble is not None))
+            refused.add_metric(of, float(it.refused))
+            for dataset, count in it.rows.items():
+                rows.add_metric([*of, dataset], float(count))
+            for code, count in it.errors.items():
+                errors.add_metric([*of, code], float(count))
+    yield from (lag, age, behind, trouble, refused, rows, errors)
+
+
+def _age_s(at_ns: int, now_ns: int) -> float:
+    return max((now_ns - at_ns) / 1e9, 0.0)
+
+
+def _journal_bytes(shards: Sequence[_Shard]) -> Metric:
+    family = GaugeMetricFamily(
+        "kalshi_journal_bytes", "Bytes of the journal on disk.", labels=["shard"]
+    )
+    for shard in shards:
+        family.add_metric([shard.number], float(folder_bytes(shard.folder)))
+    return family
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder take on the disk; those that go meanwhile count nothing."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(base) / name).lstat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _disks(settings: Settings) -> Iterator[Metric]:
+    free = GaugeMetricFamily(
+        "kalshi_disk_free_bytes", "Free space where a folder is.", labels=["folder"]
+    )
+    size = GaugeMetricFamily(
+        "kalshi_disk_size_bytes", "Size of the file system where a folder is.", labels=["folder"]
+    )
+    folders = {"data": settings.data_dir}
+    if settings.archive_base is None:  # object storage has no end
+        folders["archive"] = settings.archive_dir
+    for name, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(there)
+        free.add_metric([name], float(usage.free))
+        size.add_metric([name], float(usage.total))
+    yield free
+    yield size

@@ -1,0 +1,1 @@
+"""The append-only log of frames: format, reader, writer. It knows bytes only."""

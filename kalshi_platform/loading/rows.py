@@ -1,0 +1,886 @@
+"""Decoded frames and the books so far to rows for the stores, in columns.
+
+`derive` is a pure function of a journal range and the state at its beginning: cutting a range in
+two gives the same event rows and the same state as taking it whole, which is what makes loading
+twice harmless. The rules are those of `exchange.book.Book`, the reference that the tests compare
+with; here the size after an event is a running sum within (book, snapshot, side, price).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
+from kalshi_platform.exchange.session import SCALE
+from kalshi_platform.exchange import columnar_trades
+from kalshi_platform.loading.book_state import (
+    Book,
+    Connection,
+    Ladders,
+    Lost,
+    OpenGap,
+    State,
+    in_words,
+    level_number,
+    market_of,
+    numbered,
+    on_ladder,
+)
+from kalshi_platform.arrow_columns import codes, names, place, prices, quantities, text, times
+from kalshi_platform.exchange.columnar import STREAM, Decoded
+from kalshi_platform.loading.state_files import checkpoint
+from kalshi_platform.journal.reader import Unread
+from kalshi_platform.schema import (
+    BOOK_CHECKPOINTS,
+    DATASETS,
+    LATEST_LEVELS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    TRADES,
+    ZERO_UUID,
+)
+from kalshi_platform.utc_hours import HOUR_NS, floor_hour, hour_start_ns, time_of_ns
+
+_StreamRow = tuple[Any, ...]
+"""A row of stream_events, as `STREAM` has it."""
+MARKER, LEVEL, DELTA = 0, 1, 2
+CARRY = -1
+
+
+@dataclass(frozen=True)
+class Distrust:
+    """A book found to be wrong; capture asks for its snapshot."""
+
+    market_ticker: str
+    cause: str
+    detail: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a journal range comes to, in the stores' own columns."""
+
+    first_n: int
+    end_n: int
+    tables: dict[str, pa.Table]
+    """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
+    latest_levels. Where a range's stream_events are, what comes before them is, too."""
+    distrusted: tuple[Distrust, ...] = ()
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows of what is recorded there are; what only mirrors them is left out."""
+        return sum(t.num_rows for name, t in self.tables.items() if DATASETS[name].archived)
+
+    @cached_property
+    def bytes(self) -> int:
+        """What they hold in memory."""
+        return sum(int(table.nbytes) for table in self.tables.values())
+
+    def of(self, datasets: Container[str]) -> Rows:
+        """The same, of these datasets only."""
+        kept = {name: table for name, table in self.tables.items() if name in datasets}
+        return replace(self, tables=kept)
+
+
+def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]:
+    """Rows of one range of a shard's journal, and the state after it.
+
+    The range is cut at `derivation.at_openings`. Where its first record enters an hour again, or the clock
+    was set back, the books before it are among the rows; those before a new hour are the load's to write.
+    Raises ValueError where the range does not begin where the state ends.
+    """
+    if decoded.first_n != state.n:
+        raise ValueError(
+            f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
+        )
+    if decoded.lost:
+        return _lost(decoded, state, shard)
+    unread: list[_StreamRow] = []
+    if decoded.unread is not None:
+        unread, state = _unread(decoded, decoded.unread, state)
+    events, numbers = _events(decoded, state)
+    markets = _Markets(events, state, numbers)
+    events, sized = _with_sizes(events, state, markets)
+    heard = _heard(decoded)
+    status = _Status(state, _last_heard(heard))
+    happenings = _happenings(decoded, events, markets)
+    if doubtful := _doubtful(decoded, state, heard):
+        happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
+    happened = [*unread, *_still_unbased(decoded, state), *status.follow(happenings)]
+    clock = decoded.clock_after(state.clock)
+    status.forget(clock.newest_ns)
+    extra = pl.DataFrame(happened, schema=STREAM, orient="row")
+    stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
+        "n", maintain_order=True
+    )
+    books = {ticker: status.books[ticker] for ticker in markets.touched if ticker in status.books}
+    final = _final_levels(sized, books, markets)
+    changed = _changed_levels(events, sized, final, books, markets)
+    rows = Rows(
+        decoded.first_n,
+        decoded.end_n,
+        {
+            ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL), shard),
+            TRADES.name: columnar_trades.table(decoded.trades, shard),
+            BOOK_CHECKPOINTS.name: _reopening(decoded, state, shard),
+            STREAM_EVENTS.name: _stream_table(stream, shard),
+            LATEST_LEVELS.name: _latest_table(changed, state),
+        },
+        tuple(status.distrusted),
+    )
+    connections = _connections_after(status.connections, heard)
+    return rows, State(
+        decoded.end_n,
+        clock,
+        connections,
+        status.books,
+        _numbers_after(numbers, status.books),
+        _ladders_after(final, status.books, state, markets),
+        state.partial & connections.keys(),
+    )
+
+
+def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+    """A hole of the journal: what its records said of which connection shows with their next frames."""
+    at = state.version or decoded.clock.newest_ns
+    row = _journal_gap(decoded.first_n, at, decoded.first_n, decoded.end_n)
+    empty = {
+        name: DATASETS[name].arrow.empty_table()
+        for name in (ORDERBOOK_EVENTS.name, TRADES.name, BOOK_CHECKPOINTS.name)
+    }
+    tables = empty | {
+        STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row"), shard),
+        LATEST_LEVELS.name: LATEST_LEVELS.arrow.empty_table(),
+    }
+    doubted = _after_lost_records(state, at)
+    return Rows(decoded.first_n, decoded.end_n, tables), replace(doubted, n=decoded.end_n)
+
+
+def _unread(decoded: Decoded, unread: Unread, state: State) -> tuple[list[tuple[Any, ...]], State]:
+    """(a row that names the records of an overlapping segment that are not read, the state after them)"""
+    at = state.version or decoded.clock.newest_ns
+    row = _journal_gap(
+        decoded.first_n,
+        at,
+        unread.first_n,
+        unread.end_n,
+        segment=unread.segment,
+        instead=unread.following,
+    )
+    return [row], _after_lost_records(state, at)
+
+
+def _journal_gap(n: int, at_ns: int, first_n: int, end_n: int, **more: str) -> _StreamRow:
+    """A row that names records of the journal which are not loaded, told at record `n`."""
+    detail = {
+        "cause": DAMAGED,
+        "channel": "journal",
+        "record": first_n,
+        "until_record": end_n,
+        **more,
+    }
+    body = msgspec.json.encode(detail).decode()
+    return (n, at_ns, ZERO_UUID, 0, 0, "gap", "", body)
+
+
+def _after_lost_records(state: State, at_ns: int) -> State:
+    """The state where any open connection may have had frames that are not loaded."""
+    connections = {}
+    for conn, it in state.connections.items():
+        since_ns = it.lost.since_ns if it.lost and it.lost.last else at_ns
+        connections[conn] = msgspec.structs.replace(it, lost=Lost(since_ns, it.seqs))
+    return replace(state, connections=connections)
+
+
+def _reopens(decoded: Decoded, state: State) -> datetime | None:
+    """When the clock shows an hour again, or was set back within one."""
+    at = state.clock.opens(decoded.first_ns)
+    return None if at is None or state.clock.is_new(at) else at
+
+
+def _reopening(decoded: Decoded, state: State, shard: int) -> pa.Table:
+    at = _reopens(decoded, state)
+    return BOOK_CHECKPOINTS.arrow.empty_table() if at is None else checkpoint(state, at, shard)
+
+
+def _still_unbased(decoded: Decoded, state: State) -> Iterator[tuple[Any, ...]]:
+    """Books without a snapshot are in no checkpoint: where one reopens, their gaps are told once more."""
+    if (at := _reopens(decoded, state)) is None:
+        return
+    hour_ns = hour_start_ns(floor_hour(at))
+    it = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
+    for ticker, book in state.books.items():
+        if not book.based and state.may_be_in(hour_ns, book):
+            body = {"cause": "delta_before_snapshot"}
+            yield _row(it, book.conn, book.sid, "gap", body, ticker=ticker)
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Snapshot markers, their levels and the deltas in the journal's order, on one price scale.
+
+    Beside them the number of each market, which is the column `market`, those of `state` included.
+    """
+    common = ["n", "recv_ns", "conn", "sid", "seq", "market_id", "market_ticker"]
+    no_level = [
+        pl.lit(None, pl.String).alias("side"),
+        pl.lit(None, pl.Int64).alias("price"),
+        pl.lit(0, pl.Int64).alias("qty"),
+    ]
+    no_time = [
+        pl.lit(None, pl.Datetime("us", "UTC")).alias("ts"),
+        pl.lit("").alias("client_order_id"),
+    ]
+    events = pl.concat(
+        [
+            decoded.snapshots.select(
+                *common, *no_level, *no_time, pl.lit(MARKER, pl.Int8).alias("type")
+            ),
+            decoded.levels.select(
+                *common, "side", "price", "qty", *no_time, pl.lit(LEVEL, pl.Int8).alias("type")
+            ),
+            decoded.deltas.select(
+                *common,
+                "side",
+                "price",
+                "qty",
+                "ts",
+                "client_order_id",
+                pl.lit(DELTA, pl.Int8).alias("type"),
+            ),
+        ]
+    ).sort("n", maintain_order=True)
+    if (on_yes_scale := _on_yes_scale(decoded, state)) is not None:
+        events = events.with_columns(
+            pl.when(on_yes_scale & (pl.col("side") == "no"))
+            .then(ONE_DOLLAR - pl.col("price"))
+            .otherwise(pl.col("price"))
+            .alias("price")
+        )
+    market, numbers = numbered(events["market_ticker"], state.numbers)
+    events = events.with_columns(market.alias("market"))
+    return events.with_columns(level_number().alias("level")), numbers
+
+
+def _on_yes_scale(decoded: Decoded, state: State) -> pl.Expr | None:
+    """Whether an event's no bids are quoted at 1 - p; None where none are.
+
+    A connection whose beginning is not in the journal is taken to quote them as this platform asks.
+    """
+    opened = {conn: flag for _, conn, flag in _opened(decoded.stream)}
+    known = {conn: c.use_yes_price for conn, c in state.connections.items()} | opened
+    found = list(_rescaled(decoded.stream))
+    conns = [conn for conn, flag in known.items() if flag]
+    if not conns and not found:
+        return None
+    on_yes = pl.col("conn").is_in(conns)
+    for n, conn, flag in found:
+        from_there = (pl.col("conn") == conn) & (pl.col("n") >= n)
+        on_yes = pl.when(from_there).then(pl.lit(flag)).otherwise(on_yes)
+    return on_yes
+
+
+def _rescaled(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
+    """From which record on a connection's no bids were found to be on which scale."""
+    of_scale = (pl.col("kind") == "gap") & pl.col("detail").str.contains(SCALE, literal=True)
+    for n, conn, detail in stream.filter(of_scale).select("n", "conn", "detail").iter_rows():
+        body = msgspec.json.decode(detail)
+        if body["cause"] == SCALE:
+            yield n, conn, bool(body["use_yes_price"])
+
+
+def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
+    for n, conn, detail in (
+        stream.filter(pl.col("kind") == "connected").select("n", "conn", "detail").iter_rows()
+    ):
+        yield n, conn, bool(msgspec.json.decode(detail)["use_yes_price"])
+
+
+class _Markets:
+    """Numbers for what the events and the books before them name: markets, connections, books.
+
+    A book is a market on a connection.
+    """
+
+    def __init__(self, events: pl.DataFrame, state: State, numbers: dict[str, int]) -> None:
+        encoded = events["conn"].to_arrow().dictionary_encode()
+        self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
+        self.touched: list[str] = events["market_ticker"].unique().to_list()
+        """Of tens of thousands of markets a range touches few: of the others nothing is asked here."""
+        before = {ticker: state.books[ticker] for ticker in self.touched if ticker in state.books}
+        for book in before.values():
+            self._conns.setdefault(book.conn, len(self._conns))
+        self.numbering = numbers
+        market = events["market"]
+        conn = pl.Series(encoded.indices).cast(pl.Int64)
+        self.of_events = market * len(self._conns) + conn
+        """The book of each event."""
+        self._before = np.full(len(numbers) and max(numbers.values()) + 1, -1)
+        """The book that each touched market had before, by the market's number; -1 where it had none."""
+        self._before[self.numbers(before).to_numpy()] = self.books(before)
+        marker = events["type"] == MARKER
+        self.any_snapshot = bool(marker.any())
+        self.renewed = market.filter(marker | (self.of_events != self.before(market))).unique()
+        """The markets whose books begin anew in this range: by a snapshot, or on another connection."""
+
+    def before(self, markets: pl.Series) -> pl.Series:
+        """The book that each of these markets had before; -1 where it had none."""
+        return pl.Series(self._before[markets.to_numpy()], dtype=pl.Int64)
+
+    def books(self, books: Mapping[str, Book]) -> list[int]:
+        """The number of each. Raises KeyError for what no event touches."""
+        width = len(self._conns)
+        return [self.numbering[t] * width + self._conns[book.conn] for t, book in books.items()]
+
+    def numbers(self, tickers: Iterable[str]) -> pl.Series:
+        """The markets' numbers."""
+        return pl.Series([self.numbering[ticker] for ticker in tickers], dtype=pl.Int64)
+
+
+def _with_sizes(
+    events: pl.DataFrame, state: State, markets: _Markets
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(the events with `book` and `size`, the level's size after the event; what that is made from)
+
+    The latter has a row for each event, and in front of them, as rows of type CARRY, the levels that
+    were there before: those that an event touches, and of a renewed book all, so that it is seen which
+    ones are gone. Its `ladder` is a book between two snapshots, its `standing` a level of that.
+    """
+    carry = state.ladders.of(events["level"].drop_nulls(), markets.renewed)
+    before = markets.before(carry.select(market_of(pl.col("level"))).to_series())
+    carry = carry.select(
+        pl.lit(None, pl.UInt32).alias("row"),
+        pl.lit(CARRY, pl.Int8).alias("type"),
+        before.alias("book"),
+        "level",
+        pl.col("size").alias("qty"),
+    )
+    both = pl.concat(
+        [
+            carry,
+            events.select(
+                pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
+                "type",
+                markets.of_events.alias("book"),
+                "level",
+                "qty",
+            ),
+        ]
+    )
+    both = both.with_columns(_ladders(both, any_snapshot=markets.any_snapshot).alias("ladder"))
+    both = both.with_columns(on_ladder().alias("standing"))
+    both = both.with_columns(pl.col("qty").cum_sum().over("standing").alias("size"))
+    sized = both.slice(carry.height)
+    return events.with_columns(sized["book"], sized["size"]), both
+
+
+def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
+    """A number for each book as it stands between two snapshots; later ones have higher numbers."""
+    if not any_snapshot:
+        return rows["book"]
+    epoch = rows.select(
+        (pl.col("type") == MARKER).cast(pl.Int64).cum_sum().over("book")
+    ).to_series()
+    return codes(rows["book"]) * (1 + rows.height) + epoch  # more than any book's snapshots
+
+
+# -- which books can be believed ---------------------------------------------------------------
+
+DAMAGED = "journal_damaged"
+"""The cause of a gap whose frames had been received: the journal no longer has them."""
+_BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed")
+
+
+def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
+    """The few events that change what is believed of a book, in order."""
+    columns = ["n", "recv_ns", "conn", "sid", "seq", "kind", "market_ticker", "market_id", "detail"]
+    nothing = [pl.lit("").alias("market_id")]
+    breaks = decoded.stream.filter(pl.col("kind").is_in(_BREAKS)).with_columns(nothing)
+    deltas = events.filter(pl.col("type") == DELTA)
+    if markets.renewed.is_empty() and breaks.is_empty():
+        first = deltas.clear()  # all of books that are known, and nothing in between
+    else:
+        first = deltas.unique(subset="book", keep="first", maintain_order=True)
+    below_zero = deltas.filter(pl.col("size") < 0)
+    snapshots = decoded.snapshots.with_columns(
+        pl.lit("snapshot").alias("kind"), pl.lit("").alias("detail")
+    )
+    level = pl.format("{}|{}|{}", "side", "price", "size").alias("detail")
+    parts = [
+        breaks,
+        snapshots,
+        first.with_columns(pl.lit("delta").alias("kind"), pl.lit("").alias("detail")),
+        below_zero.with_columns(pl.lit("below_zero").alias("kind"), level),
+    ]
+    # Of one frame, "delta" goes before "below_zero": a book is met before it is judged.
+    return (
+        pl.concat([part.select(columns) for part in parts])
+        .sort("n", maintain_order=True)
+        .to_dicts()
+    )
+
+
+def _doubtful(decoded: Decoded, state: State, heard: list[tuple[str, int, int, int]]) -> set[str]:
+    """Connections of which the journal may lack frames: records were lost, or its beginning is not there."""
+    known = state.connections.keys() | {conn for _, conn, _ in _opened(decoded.stream)}
+    lost = {conn for conn, it in state.connections.items() if it.lost is not None}
+    return {conn for conn, _, seq, _ in heard if conn in lost or (seq and conn not in known)}
+
+
+def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
+    """The first numbered frame of each sid of these connections, as happenings."""
+    columns = ["n", "recv_ns", "conn", "sid", "seq"]
+    frames = pl.concat(
+        frame.select(columns).filter(pl.col("conn").is_in(conns), pl.col("seq") > 0)
+        for frame in (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
+    )
+    first = frames.sort("n").unique(subset=["conn", "sid"], keep="first", maintain_order=True)
+    return [
+        {**row, "kind": "first", "market_ticker": "", "market_id": "", "detail": ""}
+        for row in first.iter_rows(named=True)
+    ]
+
+
+class _Status:
+    """Follows which connections are open and which books are verified."""
+
+    def __init__(self, state: State, last_heard: dict[str, int]) -> None:
+        self.connections = dict(state.connections)
+        self.books = dict(state.books)
+        self._version = state.version
+        self._last_heard = last_heard
+        """The newest receive time of each connection in the range."""
+        self.distrusted: list[Distrust] = []
+
+    def follow(self, happenings: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+        """Take the happenings in order; yields the stream rows that they call for."""
+        for it in happenings:
+            kind, conn, ticker = it["kind"], it["conn"], it["market_ticker"]
+            if kind == "first":
+                yield from self._first_frame(it)
+            elif kind == "snapshot":
+                self.books[ticker] = Book(
+                    conn, it["sid"], it["market_id"], based=True, verified=True
+                )
+                yield from self._arrived(it, conn, it["sid"])
+            elif kind == "delta":
+                yield from self._first_delta(it)
+            elif kind == "below_zero":
+                yield from self._below_zero(it)
+            elif kind == "connected":
+                yield from self._connected(it)
+            elif kind == "disconnected":
+                yield from self._disconnected(it)
+            elif kind == "started":
+                for open_conn in list(self.connections):
+                    yield from self._end(it, open_conn, "the recorder ended without closing")
+            elif kind == "left":
+                yield from self._left(it)
+            elif kind == "malformed":
+                yield from self._malformed(it)
+            elif kind in {"gap", "unsubscribed"}:
+                self._lapse(it)
+
+    def _lapse(self, it: dict[str, Any]) -> None:
+        """A gap, or the end of a subscription: of one market, or of all of a subscription."""
+        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
+        if it["kind"] == "gap" and ticker:
+            self._doubt(ticker)
+            return
+        self._rescale(it)
+        self._doubt(*(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)))
+
+    def _left(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        if (book := self.books.get(it["market_ticker"])) is not None:
+            ended_ns = book.ended_ns or self._clock_ns(it)
+            left = msgspec.structs.replace(book, verified=False, left=True, ended_ns=ended_ns)
+            self.books[it["market_ticker"]] = left
+            yield from self._arrived(it, book.conn, book.sid)
+
+    def _first_frame(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The next frame of a sid after lost records, or the first one of a connection without beginning."""
+        conn, sid, got = it["conn"], it["sid"], it["seq"]
+        connection = self.connections.get(conn)
+        if connection is None:
+            yield from self._end_lost(it)
+            connection = Connection(False, it["recv_ns"], {}, Lost(it["recv_ns"], {}))
+            body = {"use_yes_price": False, "assumed": "its beginning is not in the journal"}
+            yield _row(it, conn, 0, "connected", body)
+        if (lost := connection.lost) is None or (sid in connection.seqs and sid not in lost.last):
+            return
+        expected = lost.last.get(sid, 0) + 1
+        left = Lost(lost.since_ns, {other: seq for other, seq in lost.last.items() if other != sid})
+        self.connections[conn] = msgspec.structs.replace(connection, lost=left)
+        if got == expected:
+            return
+        markets = [
+            t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid) and not b.left
+        ]
+        detail = {
+            "cause": DAMAGED,
+            "channel": "orderbook_delta" if markets else "journal",
+            "expected": expected,
+            "got": got,
+            "missing": got - expected,
+            "span_s": round((it["recv_ns"] - lost.since_ns) / 1e9, 6),
+        }
+        yield _row(it, conn, sid, "gap", detail)
+        self._doubt(*markets)
+        self.distrusted += [Distrust(t, DAMAGED, {"record": it["n"]}) for t in markets]
+        if markets:
+            gap = OpenGap(expected, got, it["recv_ns"], len(markets), frozenset(markets))
+            gaps = connection.gaps | {sid: gap}
+            self.connections[conn] = msgspec.structs.replace(connection, lost=left, gaps=gaps)
+
+    def _arrived(self, it: dict[str, Any], conn: str, sid: int) -> Iterator[tuple[Any, ...]]:
+        """A book has its snapshot, or is no longer followed: perhaps a gap waited for it."""
+        connection = self.connections.get(conn)
+        gap = connection.gaps.get(sid) if connection is not None else None
+        if connection is None or gap is None or it["market_ticker"] not in gap.waiting:
+            return
+        waiting = gap.waiting - {it["market_ticker"]}
+        gaps = {other: g for other, g in connection.gaps.items() if other != sid}
+        if waiting:
+            gaps[sid] = msgspec.structs.replace(gap, waiting=waiting)
+        else:
+            detail = {
+                "expected": gap.expected,
+                "got": gap.got,
+                "markets": gap.markets,
+                "seconds": round((it["recv_ns"] - gap.since_ns) / 1e9, 6),
+            }
+            yield _row(it, conn, sid, "resynced", detail)
+        self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
+
+    def _connected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        yield from self._end_lost(it)
+        flag = bool(msgspec.json.decode(it["detail"])["use_yes_price"])
+        self.connections[it["conn"]] = Connection(flag, it["recv_ns"], {})
+
+    def _end_lost(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """A shard has one connection at a time: where another begins, those before have ended, and it
+        was in lost records that they did."""
+        cause = "its end is not in the journal"
+        lost = [conn for conn, open_ in self.connections.items() if open_.lost is not None]
+        for conn in lost:
+            yield from self._end(it, conn, cause)
+
+    def _end(self, it: dict[str, Any], conn: str, cause: str) -> Iterator[tuple[Any, ...]]:
+        """The end of a connection that nobody has written down."""
+        connection = self.connections[conn]
+        last_ns = max(connection.last_recv_ns, self._last_heard.get(conn, 0))
+        detail = {
+            "cause": cause,
+            "last_frame": datetime.fromtimestamp(last_ns // 1_000_000_000, UTC).isoformat(),
+            "span_s": round((it["recv_ns"] - last_ns) / 1e9, 6),
+        }
+        yield _row(it, conn, 0, "disconnected", detail)
+        yield from self._unheard(it, conn, cause, last_ns)
+        self._close(it, conn)
+
+    def _disconnected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The end of a connection that capture wrote down: it may have been dead before that."""
+        body = msgspec.json.decode(it["detail"])
+        if span_s := float(body.get("span_s", 0)):
+            last_ns = it["recv_ns"] - round(span_s * 1e9)
+            yield from self._unheard(it, it["conn"], body["cause"], last_ns)
+        self._close(it, it["conn"])
+
+    def _unheard(
+        self, it: dict[str, Any], conn: str, cause: str, last_ns: int
+    ) -> Iterator[tuple[Any, ...]]:
+        """What an earlier hour is to know of an end that is written down in a later one: a row in it."""
+        if conn in self.connections and last_ns // HOUR_NS < it["recv_ns"] // HOUR_NS:
+            detail = {"cause": cause, "until": time_of_ns(it["recv_ns"]).isoformat()}
+            yield _row({**it, "recv_ns": last_ns}, conn, 0, "unheard", detail)
+
+    def _first_delta(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """The first delta of a book in this range: it may be of a book that has no snapshot."""
+        known = self.books.get(it["market_ticker"])
+        if known is not None and known.conn == it["conn"]:
+            return
+        self.books[it["market_ticker"]] = Book(
+            it["conn"], it["sid"], it["market_id"], based=False, verified=False
+        )
+        yield self._gap(it, "delta_before_snapshot", {"seq": it["seq"]})
+
+    def _below_zero(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        book = self.books.get(it["market_ticker"])
+        if book is None or not book.verified or book.conn != it["conn"]:
+            return
+        side, price, size = it["detail"].split("|")
+        detail = {
+            "seq": it["seq"],
+            "side": side,
+            "price": dollars(int(price)),
+            "size": contracts(int(size)),
+        }
+        self.books[it["market_ticker"]] = msgspec.structs.replace(book, verified=False)
+        yield self._gap(it, "negative_level", detail)
+
+    def _malformed(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """A delta or snapshot that cannot be read: its book, or every one of its sid, is stale."""
+        body = msgspec.json.decode(it["detail"])
+        if (of := body.get("of")) is None:
+            return
+        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
+        stale = [
+            name
+            for name in ([ticker] if ticker else list(self.books))
+            if (book := self.books.get(name)) is not None
+            and book.verified
+            and (book.conn, book.sid) == (conn, sid)
+        ]
+        if not stale:
+            return
+        detail = {"cause": f"malformed_{of}", "seq": it["seq"], "reason": body["reason"]}
+        if not ticker:
+            detail |= {"expected": it["seq"], "got": it["seq"] + 1, "missing": 1}
+        yield _row(it, conn, sid, "gap", detail, ticker=ticker)
+        self._doubt(*stale)
+        self.distrusted += [Distrust(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
+
+    def _rescale(self, it: dict[str, Any]) -> None:
+        """Keep the scale of no bids that a gap of cause `scale` names."""
+        connection = self.connections.get(it["conn"])
+        body = msgspec.json.decode(it["detail"]) if it["kind"] == "gap" else {}
+        if connection is not None and body.get("cause") == SCALE:
+            flag = bool(body["use_yes_price"])
+            self.connections[it["conn"]] = msgspec.structs.replace(connection, use_yes_price=flag)
+
+    def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
+        self.distrusted.append(Distrust(it["market_ticker"], cause, detail))
+        body = {"cause": cause, **detail}
+        return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
+
+    def _close(self, it: dict[str, Any], conn: str) -> None:
+        self.connections.pop(conn, None)
+        for ticker, book in self.books.items():
+            if book.conn == conn:
+                ended_ns = book.ended_ns or self._clock_ns(it)
+                self.books[ticker] = msgspec.structs.replace(
+                    book, verified=False, ended_ns=ended_ns
+                )
+
+    def _clock_ns(self, it: dict[str, Any]) -> int:
+        """The receive time of a happening, or the newest before it where the clock was set back."""
+        return max(self._version, int(it["recv_ns"]))
+
+    def forget(self, newest_ns: int) -> None:
+        """Forget what was left in an earlier hour than the newest, where its connection has ended, too.
+
+        Until then a checkpoint of a clock that was set back may have to name it.
+        """
+        hour_ns = newest_ns // HOUR_NS * HOUR_NS
+        self.books = {
+            ticker: book
+            for ticker, book in self.books.items()
+            if not (book.left and book.conn not in self.connections and book.ended_ns < hour_ns)
+        }
+
+    def _doubt(self, *tickers: str) -> None:
+        for ticker in tickers:
+            book = self.books.get(ticker)
+            if book is not None and book.verified:
+                self.books[ticker] = msgspec.structs.replace(book, verified=False)
+
+
+def _row(
+    it: dict[str, Any], conn: str, sid: int, kind: str, detail: dict[str, Any], *, ticker: str = ""
+) -> tuple[Any, ...]:
+    """A row of stream_events at a happening."""
+    body = msgspec.json.encode(detail).decode()
+    return (it["n"], it["recv_ns"], conn, sid, 0, kind, ticker, body)
+
+
+def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
+    """(connection, sid, last number, last receive time) of the frames of this range."""
+    frames = (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
+    last = [
+        pl.col("n").last(),
+        pl.col("seq").max(),
+        pl.col("recv_ns").last(),
+    ]  # notes have no number
+    parts = [frame.group_by("conn", "sid").agg(last) for frame in frames]
+    both = pl.concat(parts).sort("n").group_by("conn", "sid", maintain_order=True).agg(last)
+    return list(both.drop("n").iter_rows())
+
+
+def _last_heard(heard: list[tuple[str, int, int, int]]) -> dict[str, int]:
+    """Each connection's newest receive time, of whatever sid."""
+    newest: dict[str, int] = {}
+    for conn, _, _, recv_ns in heard:
+        newest[conn] = max(newest.get(conn, 0), recv_ns)
+    return newest
+
+
+def _connections_after(
+    connections: dict[str, Connection], heard: list[tuple[str, int, int, int]]
+) -> dict[str, Connection]:
+    after = dict(connections)
+    for conn, sid, seq, recv_ns in heard:
+        known = after.get(conn)
+        if known is not None:
+            seqs = known.seqs | {sid: seq} if seq else known.seqs
+            last_ns = max(known.last_recv_ns, recv_ns)
+            after[conn] = msgspec.structs.replace(known, last_recv_ns=last_ns, seqs=seqs)
+    return after
+
+
+# -- levels after ------------------------------------------------------------------------------
+
+
+def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets) -> pl.DataFrame:
+    """The last row of every level of `books`, the touched markets' newest ones, size 0 included."""
+    newest = pl.Series(markets.books(books), dtype=pl.Int64)
+    rows = sized.filter(pl.col("book").is_in(newest.implode()))
+    if markets.any_snapshot:
+        last = rows.group_by("book").agg(pl.col("ladder").max())["ladder"]
+        rows = rows.filter((pl.col("type") != MARKER) & pl.col("ladder").is_in(last.implode()))
+    return rows.unique(subset="standing", keep="last", maintain_order=True)
+
+
+def _ladders_after(
+    final: pl.DataFrame, books: dict[str, Book], state: State, markets: _Markets
+) -> Ladders:
+    forgotten = markets.numbers(state.books.keys() - books.keys())
+    return state.ladders.changed(final, pl.concat([markets.renewed, forgotten]))
+
+
+def _numbers_after(numbers: dict[str, int], books: dict[str, Book]) -> dict[str, int]:
+    if len(numbers) == len(books):  # each book has one
+        return numbers
+    return {ticker: numbers[ticker] for ticker in books}
+
+
+def _changed_levels(
+    events: pl.DataFrame,
+    sized: pl.DataFrame,
+    final: pl.DataFrame,
+    books: dict[str, Book],
+    markets: _Markets,
+) -> pl.DataFrame:
+    """What `latest_levels` must learn: levels that events touched, and those that a snapshot dropped.
+
+    `books` are those of the markets that events touched.
+    """
+    based = markets.numbers(ticker for ticker, book in books.items() if book.based).implode()
+    columns = ["market_id", "market_ticker", "side", "price", "size", "ts", "recv_ns"]
+    touched = final.filter((pl.col("type") != CARRY) & market_of(pl.col("level")).is_in(based))
+    changed = events.select(columns)[touched["row"]]
+    if not markets.any_snapshot:  # nothing but a snapshot drops a level
+        return changed
+    markers = (
+        events.filter(pl.col("type") == MARKER)
+        .unique(subset="market", keep="last", maintain_order=True)
+        .select("market", pl.col("recv_ns").alias("dropped_ns"))
+    )
+    gone = (
+        sized.filter(pl.col("type") != MARKER)
+        .unique(subset="level", keep="last", maintain_order=True)
+        .filter(~pl.col("level").is_in(final["level"].implode()))
+        .select("level")
+        .filter(market_of(pl.col("level")).is_in(based))
+    )
+    dropped = (
+        in_words(gone, books, markets.numbering)
+        .join(markers, on="market", maintain_order="left")
+        .select(
+            "market_id",
+            "market_ticker",
+            "side",
+            "price",
+            pl.lit(0, pl.Int64).alias("size"),
+            pl.lit(None, pl.Datetime("us", "UTC")).alias("ts"),
+            pl.col("dropped_ns").alias("recv_ns"),
+        )
+    )
+    return pl.concat([changed, dropped])
+
+
+# -- rows to Arrow -----------------------------------------------------------------------------
+
+
+def _snapshot_rows(snapshots: pl.DataFrame) -> pl.DataFrame:
+    """One row for each snapshot, so that an empty one leaves a trace too."""
+    return snapshots.select(
+        *["n", "recv_ns", "conn", "sid", "seq"],
+        pl.lit("snapshot").alias("kind"),
+        "market_ticker",
+        pl.concat_str(pl.lit('{"levels":'), pl.col("levels").cast(pl.String), pl.lit("}")).alias(
+            "detail"
+        ),
+    )
+
+
+def _event_table(events: pl.DataFrame, shard: int) -> pa.Table:
+    kinds = events["type"].replace_strict(
+        {LEVEL: "snapshot", DELTA: "delta"}, return_dtype=pl.String
+    )
+    return pa.Table.from_arrays(
+        [
+            names(kinds),
+            names(events["conn"]),
+            events["sid"].to_arrow(),
+            events["seq"].to_arrow(),
+            names(events["market_id"]),
+            names(events["market_ticker"]),
+            names(events["side"]),
+            prices(events["price"]),
+            quantities(events["qty"]),
+            quantities(events["size"]),
+            events["ts"].to_arrow(),
+            times(events["recv_ns"]),
+            names(events["client_order_id"]),
+            *place(events["n"], shard),
+        ],
+        schema=ORDERBOOK_EVENTS.arrow,
+    )
+
+
+def _stream_table(stream: pl.DataFrame, shard: int) -> pa.Table:
+    return pa.Table.from_arrays(
+        [
+            times(stream["recv_ns"]),
+            names(stream["conn"]),
+            stream["sid"].to_arrow(),
+            stream["seq"].to_arrow(),
+            names(stream["kind"]),
+            names(stream["market_ticker"]),
+            text(stream["detail"]),
+            *place(stream["n"], shard),
+        ],
+        schema=STREAM_EVENTS.arrow,
+    )
+
+
+def _latest_table(levels: pl.DataFrame, before: State) -> pa.Table:
+    """`version` is each level's own time: the book of another shard may be newer than this range's
+    beginning, and older than its end. It does not step back where the clock did."""
+    version = levels["recv_ns"].clip(lower_bound=before.version).cast(pl.UInt64)
+    return pa.Table.from_arrays(
+        [
+            names(levels["market_id"]),
+            names(levels["market_ticker"]),
+            names(levels["side"]),
+            prices(levels["price"]),
+            quantities(levels["size"]),
+            levels["ts"].to_arrow(),
+            times(levels["recv_ns"]),
+            version.to_arrow(),
+        ],
+        schema=LATEST_LEVELS.arrow,
+    )

@@ -1,0 +1,331 @@
+"""The derivation's state on disk, and as the checkpoint that begins an hour."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import threading
+from collections.abc import Container, Iterator
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform import typed_json
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.loading.book_state import LEVELS, PACKED, Book, Connection, Ladders, State, unpacked
+from kalshi_platform.journal.clock import Clock
+from kalshi_platform.arrow_columns import names, place, prices, quantities
+from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
+from kalshi_platform.utc_hours import floor_hour, hour_start_ns
+
+log = logging.getLogger(__name__)
+
+BATCH_LEVELS = 1 << 16
+"""Compressed at a time."""
+CHECKPOINT_ROWS = 1 << 17
+"""Of a checkpoint at a time: about 40 MB while they are made."""
+_LIVE = pl.Schema(
+    {
+        "market": pl.Int64,
+        "market_ticker": pl.String,
+        "conn": pl.String,
+        "sid": pl.UInt32,
+        "market_id": pl.String,
+        "verified": pl.Boolean,
+        "seq": pl.UInt64,
+    }
+)
+"""What a checkpoint says of a book."""
+_HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
+_LOAD_STATE = re.compile(r"[a-z]+-([0-9]{15,})\.state")
+ALIVE_NS = 30_000_000_000
+"""The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
+
+
+class UnreadableState(PlatformError):
+    """A state file that is missing or damaged; the books can be had from an earlier one."""
+
+
+_KIND = b"KSTATE"
+MAGIC = _KIND + b"02"
+"""Begins a state file; then come the digest of what follows, and an Arrow IPC file. Files of earlier versions
+are the latter alone."""
+_ARROW = b"ARROW1"
+_DIGEST_BYTES = 16
+
+
+class _Head(msgspec.Struct):
+    n: int
+    version: int
+    """The newest receive time, ns."""
+    connections: dict[str, Connection]
+    books: dict[str, Book]
+    numbers: dict[str, int] = {}
+    """Of the markets, where the levels are as the state has them: in files of before they are in words."""
+    partial: frozenset[str] = frozenset()
+    last_ns: int = 0
+    """That of the last record; 0 in files of versions that took the newest for it."""
+    start: str = ""
+    """Token of the recorder's start that wrote it; empty in files of before, and of hours' beginnings."""
+
+
+def save(state: State, path: Path, start: str = "") -> None:
+    """Write a state, whole or not at all. `start`: token of the start that does."""
+    head = msgspec.json.encode(
+        _Head(
+            *(state.n, state.version, state.connections, state.books),
+            *(state.numbers, state.partial),
+            *(state.clock.last_ns, start),
+        )
+    )
+    schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    # Both loads of a streamer keep the same state of the same hour, at the same moment.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+        file.write(MAGIC + bytes(_DIGEST_BYTES))
+        body = _Body(file)
+        with (
+            pa.PythonFile(body, mode="w") as sink,
+            pa.ipc.new_file(sink, schema, options=options) as writer,
+        ):
+            for levels in state.ladders.batches(BATCH_LEVELS):
+                writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
+        file.seek(len(MAGIC))
+        file.write(body.hash.digest())
+        file.flush()
+        os.fsync(file.fileno())  # the cursor will name it: it must survive what the cursor survives
+    temporary.replace(path)
+
+
+class _Body:
+    """The part of a file behind its digest, as a file of its own, which is hashed as it is written."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._written = 0
+        self.hash = blake2b(digest_size=_DIGEST_BYTES)
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.hash.update(data)
+        self._file.write(data)
+        self._written += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The file below stays open: its digest comes last."""
+
+
+def load(
+    path: Path,
+    n: int | None = None,
+    starts: Container[str] | None = None,
+    *,
+    whole: bool = False,
+) -> State:
+    """Read a state; with `n` the one of that record, with `starts` one that one of those wrote, with `whole` one
+    that knows all of its books.
+
+    Raises `UnreadableState` for a file that is missing, damaged, or another one than that.
+    """
+    head, table = _read(path, n, starts, whole=whole)
+    clock = Clock(head.last_ns or head.version, head.version)
+    levels = pl.DataFrame(table.replace_schema_metadata(None))
+    if "market_ticker" in levels.columns:  # a file of before
+        return State.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
+    return State(
+        head.n,
+        clock,
+        head.connections,
+        head.books,
+        head.numbers,
+        Ladders(levels.cast(PACKED).rechunk()),
+        head.partial,
+    )
+
+
+def _read(
+    path: Path, n: int | None, starts: Container[str] | None, *, whole: bool
+) -> tuple[_Head, pa.Table]:
+    """A file's head and levels. The head is looked at first: the levels of a state that is refused are not read."""
+    try:
+        file = pa.ipc.open_file(_proved(path.read_bytes()))
+        head = typed_json.decode(file.schema.metadata[b"state"], _Head)
+        if n is not None and head.n != n:
+            raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
+        if starts is not None and head.start not in starts:
+            raise UnreadableState(f"{path} is of a start that this journal does not know.")
+        if whole and head.partial:
+            raise UnreadableState(f"{path} knows some of its books in part.")
+        return head, file.read_all()
+    except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise UnreadableState(f"{path} cannot be read ({error}).") from None
+
+
+def _proved(content: bytes) -> pa.Buffer:
+    """The Arrow file in a state file. Raises `ValueError` for one that is damaged."""
+    view = memoryview(content)
+    if content.startswith(_ARROW):
+        return pa.py_buffer(view)
+    begin = len(MAGIC) + _DIGEST_BYTES
+    body = view[begin:]
+    if content.startswith(_KIND) and not content.startswith(MAGIC):
+        raise ValueError("another version wrote it")
+    if not content.startswith(MAGIC) or view[len(MAGIC) : begin] != _digest(body):
+        raise ValueError("its checksum does not fit")
+    return pa.py_buffer(body)
+
+
+def _digest(body: pa.Buffer | memoryview) -> bytes:
+    return blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
+    """Keep the books before an hour's first record, so that the hour can be derived again.
+
+    Books that are known in part are not kept: another load of the journal may have them whole.
+    """
+    if not state.partial:
+        save(state, hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
+
+
+def hour_state(journal_folder: Path, hour: datetime) -> State | None:
+    """The books before an hour's first record, or None where they were not kept."""
+    kept = {n: path for at, n, path in _hour_states(journal_folder) if at == f"{hour:%Y-%m-%dT%H}"}
+    return load(kept[min(kept)], min(kept)) if kept else None
+
+
+def newest_kept(journal_folder: Path, starts: Container[str], first_n: int, n: int) -> State | None:
+    """The newest readable state from record `first_n` to record `n`: of an hour's beginning, or one that a load of
+    this journal keeps beside its cursor (the books do not depend on the store).
+
+    The files' names say which is the newest, so one state is in memory at a time. A load's state that another start
+    wrote, or that knows some books in part, is passed over.
+    """
+    kept: list[tuple[int, Path, Container[str] | None]] = [
+        (int(match[1]), path, starts)
+        for path in (journal_folder / "load").glob("*.state")
+        if (match := _LOAD_STATE.fullmatch(path.name)) is not None
+    ]
+    kept += [(at_n, path, None) for _, at_n, path in _hour_states(journal_folder)]
+    within = [state for state in kept if first_n <= state[0] <= n]
+    for at_n, path, of_starts in sorted(within, key=lambda state: state[0], reverse=True):
+        try:
+            return load(path, at_n, of_starts, whole=True)
+        except UnreadableState as error:  # of a load: the other one may have replaced it meanwhile
+            level = logging.WARNING if of_starts is None else logging.INFO
+            log.log(level, "%s An earlier one is tried.", error)
+    return None
+
+
+def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:
+    """Forget the states of hours whose records the journal no longer has."""
+    for _, first_n, path in _hour_states(journal_folder):
+        if first_n < kept_from_n:
+            path.unlink()
+
+
+def _hour_states(journal_folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """The hour, the first record and the file of each state that is kept; other files are passed over."""
+    for path in hour_folder(journal_folder).glob("*.state"):
+        if (match := _HOUR_STATE.fullmatch(path.name)) is not None:
+            yield match[1], int(match[2]), path
+
+
+def is_hour_state(name: str) -> bool:
+    """Whether a file of that folder is a state, or one being written, by its name."""
+    return bool(_HOUR_STATE.fullmatch(name)) or name.endswith(".tmp")
+
+
+def hour_folder(journal_folder: Path) -> Path:
+    """Where a journal's states of hours' beginnings are."""
+    return journal_folder / "load" / "hours"
+
+
+def checkpoint(state: State, at: datetime, shard: int = 0) -> pa.Table:
+    """All of `checkpoint_batches` as one table."""
+    empty = BOOK_CHECKPOINTS.arrow.empty_table()
+    return pa.concat_tables([empty, *checkpoint_batches(state, at, shard)]).unify_dictionaries()
+
+
+def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
+    """Every followed book where `Clock.opens` asks for it, from the state before that record.
+
+
+    Followed means: based on a snapshot, and not left. Of a connection that has ended, or of a recorder that
+    has been silent for longer than it may be, it is not verified: the hour begins within an outage. Where the
+    clock shows an hour again, books that have ended are there too, as not verified, if earlier rows of this
+    hour may have them live, or frames of theirs may still come: the hour lacks what came in between. All
+    rows carry the record, `state.n`.
+
+    Books go by ticker and are whole: a batch has CHECKPOINT_ROWS, and what its last book has more. Equal
+    states come in equal batches.
+    """
+    books = _live_books(state, at)
+    rows = np.maximum(state.ladders.heights(books["market"]), 1)  # an empty book has a row, too
+    batch = (np.cumsum(rows) - rows) // CHECKPOINT_ROWS
+    edges = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), books.height]
+    for begin, end in itertools.pairwise(edges):
+        if begin < end:
+            yield _checkpoint_of(books.slice(begin, end - begin), state, at, shard)
+
+
+def _live_books(state: State, at: datetime) -> pl.DataFrame:
+    start_ns = hour_start_ns(floor_hour(at))
+    alive = start_ns - state.version <= ALIVE_NS
+    again = start_ns <= state.version
+    ended_ns = state.all_ended_ns
+    books = [
+        (
+            *(state.numbers[ticker], ticker, book.conn, book.sid, book.market_id),
+            *(alive and state.trusts(book), state.seq_of(book)),
+        )
+        for ticker, book in sorted(state.books.items())
+        if book.based
+        and (
+            state.may_be_in(start_ns, book)
+            if again
+            else state.follows(book) or (not book.left and book.ended_ns == ended_ns)
+        )
+    ]
+    return pl.DataFrame(books, schema=_LIVE, orient="row")
+
+
+def _checkpoint_of(books: pl.DataFrame, state: State, at: datetime, shard: int) -> pa.Table:
+    levels = state.ladders.of(state.ladders.base["level"].clear(), books["market"])
+    rows = books.join(unpacked(levels), on="market", how="left").sort(
+        "market_ticker", "side", "price"
+    )
+    return pa.Table.from_arrays(
+        [
+            pa.repeat(pa.scalar(at, TIME), rows.height),
+            names(rows["conn"]),
+            rows["sid"].to_arrow(),
+            rows["seq"].to_arrow(),
+            names(rows["market_id"]),
+            names(rows["market_ticker"]),
+            rows["verified"].to_arrow(),
+            names(rows["side"]),
+            prices(rows["price"]),
+            quantities(rows["size"]),
+            *place(pl.repeat(state.n, rows.height, dtype=pl.UInt64, eager=True), shard),
+        ],
+        schema=BOOK_CHECKPOINTS.arrow,
+    )

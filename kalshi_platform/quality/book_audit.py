@@ -1,0 +1,155 @@
+"""The continuous audit: is the book that we hold the book that the exchange shows?
+
+The exchange's REST books are cached for up to 15 s, so only what was still over that time can be
+compared: a level that no event touched from well before the request until after the answer must be
+the same on both sides. A difference becomes a `mismatch` row, and the book is asked for anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform.exchange.numbers import contracts, dollars, price_units, qty_units
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import Rows
+from kalshi_platform.schema import LATEST_LEVELS
+
+CACHE_S = 20.0
+"""The exchange's cache (15 s), and some seconds for two clocks and the way."""
+KEEP_S = 90.0
+"""How long touched levels are remembered; an audit that takes longer is given up."""
+SAMPLE = 100
+"""Markets of one round: what one REST request gives."""
+
+Wire = Mapping[str, Sequence[tuple[str, str]]]
+"""A REST book: side to (price in dollars, contracts)."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One level on which we and the exchange disagree."""
+
+    market_ticker: str
+    side: str
+    price: str
+    ours: str
+    theirs: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one audit compared."""
+
+    markets: int
+    levels: int
+    mismatches: tuple[Mismatch, ...]
+
+
+class Recent:
+    """The load's newest books, and which levels were touched lately. Shared between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = State()
+        self._touched: deque[tuple[int, pa.Table]] = deque()
+
+    def saw(self, rows: Rows, state: State) -> None:
+        """The load has derived these rows, and this is the state after them."""
+        levels = rows.tables[LATEST_LEVELS.name]
+        with self._lock:
+            self._state = state
+            if levels.num_rows:
+                columns = ["market_ticker", "side", "price", "ingest_ts"]
+                self._touched.append((state.version, levels.select(columns)))
+            horizon = state.version - int(KEEP_S * 1e9)
+            while self._touched and self._touched[0][0] < horizon:
+                self._touched.popleft()
+
+    @property
+    def state(self) -> State:
+        """The books as of the last derivation."""
+        with self._lock:
+            return self._state
+
+    def touched_since(self, since_ns: int) -> pl.DataFrame:
+        """Levels with an event since then: market_ticker, side, price (1e-4 dollars)."""
+        with self._lock:
+            tables = [table for newest, table in self._touched if newest >= since_ns]
+        schema = {"market_ticker": pl.String, "side": pl.String, "price": pl.Int64}
+        if not tables:
+            return pl.DataFrame(schema=schema)
+        levels = pl.concat(
+            [
+                pl.DataFrame(t).with_columns(pl.col("market_ticker", "side").cast(pl.String))
+                for t in tables
+            ]
+        )
+        at = pl.lit(since_ns // 1000).cast(pl.Datetime("us", "UTC"))
+        return (
+            levels.filter(pl.col("ingest_ts") >= at)
+            .select("market_ticker", "side", (pl.col("price") * 10_000).cast(pl.Int64))
+            .unique()
+        )
+
+
+def comparable(state: State, offset: int) -> list[str]:
+    """The markets of the round that begins at `offset`: verified books, in turn."""
+    verified = sorted(ticker for ticker, book in state.books.items() if book.verified)
+    if not verified:
+        return []
+    start = offset % len(verified)
+    return (verified[start:] + verified[:start])[:SAMPLE]
+
+
+def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
+    """Hold the exchange's books against ours, where nothing moved since `since_ns`.
+
+    Call once our state has passed the time of the answer.
+    """
+    state = recent.state
+    tickers = [t for t in books if (book := state.books.get(t)) is not None and book.verified]
+    key = ["market_ticker", "side", "price"]
+    theirs = pl.DataFrame(
+        [
+            (ticker, side, price_units(price), qty_units(size))
+            for ticker in tickers
+            for side, levels in books[ticker].items()
+            for price, size in levels
+        ],
+        schema={
+            "market_ticker": pl.String,
+            "side": pl.String,
+            "price": pl.Int64,
+            "theirs": pl.Int64,
+        },
+        orient="row",
+    )
+    ours = state.levels.filter(pl.col("market_ticker").is_in(tickers)).select(
+        *key, pl.col("size").alias("ours")
+    )
+    still = (
+        ours.join(theirs, on=key, how="full", coalesce=True)
+        .join(recent.touched_since(since_ns), on=key, how="anti")
+        .with_columns(pl.col("ours", "theirs").fill_null(0))
+    )
+    differing = still.filter(pl.col("ours") != pl.col("theirs")).sort(key)
+    return Round(
+        len(tickers),
+        still.height,
+        tuple(
+            Mismatch(t, side, dollars(price), contracts(our), contracts(their))
+            for t, side, price, our, their in differing.select(*key, "ours", "theirs").iter_rows()
+        ),
+    )
+
+
+def window_start_ns() -> int:
+    """What happens from this instant on, or within the cache's time before it, is not compared."""
+    return time.time_ns() - int(CACHE_S * 1e9)

@@ -1,0 +1,88 @@
+"""Which verified books have been crossed for longer than any matching event takes?
+
+Two sources, both cheap. Of past hours, once they are computed, `spreads` has every state. Of the hour that
+goes on, only the markets that are crossed now (`latest_levels`) are looked at more closely: their
+events since the hour's beginning are replayed, which tells since when, and whether they are verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import polars as pl
+import pyarrow as pa
+
+from kalshi_platform.analytics.books import EVENT_COLUMNS, books
+from kalshi_platform.analytics.crossed import COLUMNS, lasting
+from kalshi_platform.analytics.spreads import spreads
+from kalshi_platform.quality.continuity import Extent, ask
+from kalshi_platform.loading.rebuild import as_archived, select_list
+from kalshi_platform import archive
+from kalshi_platform.clickhouse import client as clickhouse, queries
+from kalshi_platform.schema import (
+    BOOK_CHECKPOINTS,
+    ORDERBOOK_EVENTS,
+    STREAM_EVENTS,
+    Dataset,
+)
+
+LONGER_THAN_S = 5.0
+"""Seconds for which a book may be crossed: an event's deltas come within milliseconds."""
+LOOK_BACK = timedelta(hours=3)
+"""For how long a crossed state of a computed hour is told."""
+CLOSELY = 200
+"""Markets that are replayed at a time."""
+
+
+def crossed_books(client: clickhouse.Client, hot: Extent) -> list[dict[str, object]]:
+    """Runs of crossed states of verified books, the longest first, as `analytics.crossed` has them."""
+    until = hot.newest
+    suspects = [row["market_ticker"] for row in ask(client, "checks/crossed_now")]
+    hour = archive.floor_hour(until)
+    found = [lasting(_recorded(client, until - LOOK_BACK, hour), hour, LONGER_THAN_S)]
+    for first in range(0, len(suspects), CLOSELY):
+        states = _replayed(client, hour, suspects[first : first + CLOSELY])
+        found.append(lasting(states, until, LONGER_THAN_S).filter("lasts"))
+    return pl.concat(found).sort("lasted_s", descending=True).to_dicts()
+
+
+def _recorded(client: clickhouse.Client, since: datetime, until: datetime) -> pl.DataFrame:
+    with clickhouse.translated():
+        rows = client.query_arrow(
+            queries.text("checks/crossed_recorded"), parameters={"since": since, "until": until}
+        )
+    return _states(pl.DataFrame(rows))
+
+
+def _replayed(client: clickhouse.Client, hour: datetime, tickers: Sequence[str]) -> pl.DataFrame:
+    """Every state of these markets since the beginning of the hour that goes on."""
+
+    def rows(dataset: Dataset, clock: str) -> pa.Table:
+        wanted = "market_ticker IN {tickers:Array(String)}"
+        if dataset is STREAM_EVENTS:
+            wanted += " OR market_ticker = ''"  # what happened to whole subscriptions
+        with clickhouse.translated():
+            return client.query_arrow(
+                f"SELECT {select_list(dataset)} FROM {dataset.name}"  # noqa: S608 - schema's names
+                f" WHERE {clock} >= {{since:DateTime64(6, 'UTC')}} AND ({wanted})",
+                parameters={"since": hour, "tickers": list(tickers)},
+            )
+
+    events = as_archived(rows(ORDERBOOK_EVENTS, "ingest_ts"), ORDERBOOK_EVENTS)
+    of_hour = books(
+        hour,
+        [events.select(EVENT_COLUMNS)],
+        [as_archived(rows(BOOK_CHECKPOINTS, "ts"), BOOK_CHECKPOINTS)],
+        [as_archived(rows(STREAM_EVENTS, "ingest_ts"), STREAM_EVENTS)],
+    )
+    return _states(pl.DataFrame(spreads(of_hour)))
+
+
+def _states(table: pl.DataFrame) -> pl.DataFrame:
+    return table.select(COLUMNS).with_columns(
+        pl.col("market_ticker", "conn_id").cast(pl.String),
+        pl.col("verified").cast(pl.Boolean),
+        pl.col("ts", "ingest_ts").cast(pl.Datetime("us", "UTC")),
+        pl.col("sid").cast(pl.UInt32),
+    )

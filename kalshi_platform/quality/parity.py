@@ -1,0 +1,308 @@
+"""Do the archive and ClickHouse hold the same rows? Hour by hour, by count and by content.
+
+Of a sealed hour, the manifest, the Parquet files and ClickHouse must agree on the rows of every
+recorded dataset: same number, same checksum (`storage.checksum`, which no order or encoding changes).
+There is no tolerance. What was found is kept in `$KALSHI_DATA_DIR/checks/hot_cold_parity.json`: a run
+verifies the newest hours that are new or whose files have changed, then those that differed, then
+what was last verified a week ago. No row is mended here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from kalshi_platform import typed_json
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.loading import hot_hour
+from kalshi_platform.archive import hours
+from kalshi_platform.quality.continuity import Extent
+from kalshi_platform.settings import Settings
+from kalshi_platform.archive import checksum
+from kalshi_platform.clickhouse import client as clickhouse, hot_retention
+from kalshi_platform.archive import Archive, Manifest, batches, open_archive
+from kalshi_platform.archive.checksum import Content
+from kalshi_platform.schema import DATASETS, Dataset
+from kalshi_platform.utc_hours import HOUR
+
+log = logging.getLogger(__name__)
+
+HOURS_AT_A_TIME = 3
+AGAIN_AFTER = timedelta(days=7)
+_EXPIRES_SOON = timedelta(hours=2)
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One dataset's hour that is not the same everywhere. A checksum is empty where there is none."""
+
+    hour: str
+    dataset: str
+    what: str
+    """A sentence."""
+    rows_manifest: int
+    rows_parquet: int
+    rows_clickhouse: int
+    checksum_manifest: str
+    checksum_parquet: str
+    checksum_clickhouse: str
+    remedy: str = ""
+    """What to do, as a sentence."""
+
+
+class _Verdict(msgspec.Struct, frozen=True):
+    files: str
+    """What the hour's files looked like: names, sizes, times."""
+    at: float
+    rows: int
+    differences: list[Difference]
+
+
+class _Memory(msgspec.Struct, frozen=True):
+    clickhouse: str
+    """Of which server and database this tells."""
+    hours: dict[str, _Verdict]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What one run compared, and what is known of all hot hours."""
+
+    compared: tuple[datetime, ...]
+    rows: int
+    """Rows of those hours, in each store."""
+    equal: int
+    """Hours of which the last comparison found no difference."""
+    waiting: int
+    """Sealed hours still to be compared."""
+    behind: tuple[datetime, ...]
+    """Sealed hours that ClickHouse does not have whole yet."""
+    cold_only: int
+    """Sealed hours from before ClickHouse's first row."""
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    content: Content
+    fault: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.content.rows
+
+    @property
+    def checksum(self) -> str:
+        return checksum.text(self.content.total) if self.rows else ""
+
+
+def compare_hours(
+    settings: Settings,
+    client: clickhouse.Client,
+    hot: Extent,
+    now: datetime,
+    *,
+    behind: bool = False,
+    limit: int = HOURS_AT_A_TIME,
+) -> Parity:
+    """Compare up to `limit` hours, and tell what is known of all that are in both stores.
+
+    `behind`: ClickHouse's load says that it lags, so that a difference proves nothing yet. Raises what
+    ClickHouse raises; a file that cannot be read is a difference.
+    """
+    archive = open_archive(settings)
+    path = settings.data_dir / "checks" / "hot_cold_parity.json"
+    where = f"{settings.clickhouse_url} {settings.clickhouse_database}"
+    known = _remembered(path, where)
+    days = [d for d in hot_retention.kept(client).values() if d is not None]
+    kept_from = now - timedelta(days=min(days)) + _EXPIRES_SOON if days else _BEGINNING
+    looks = _sealed(archive, kept_from)
+    sealed = sorted(looks)
+    loaded = [h for h in sealed if h + HOUR <= hot.newest]
+    shared = [h for h in loaded if h + HOUR > hot.first]
+    verdicts = {
+        hour: verdict
+        for hour in shared
+        if (verdict := known.get(_key(hour))) is not None and verdict.files == looks[hour]
+    }
+    late = [hour for hour in sealed if hour not in loaded]
+    compared = []
+    rows = 0
+    for hour in _due(shared, verdicts, now)[:limit]:
+        verdict = _compare(client, archive, hour, looks[hour], now)
+        if _sealed(archive, hour, hour).get(hour) != looks[hour]:
+            continue  # written anew under our eyes: the next run compares it
+        if verdict.differences and behind:
+            late.append(hour)
+            continue
+        verdicts[hour] = verdict
+        compared.append(hour)
+        rows += verdict.rows
+    _remember(path, _Memory(where, {_key(hour): v for hour, v in sorted(verdicts.items())}))
+    return Parity(
+        compared=tuple(compared),
+        rows=rows,
+        equal=sum(not v.differences for v in verdicts.values()),
+        waiting=len([h for h in shared if h not in verdicts and h not in late]),
+        behind=tuple(sorted(late)),
+        cold_only=len(loaded) - len(shared),
+        differences=tuple(d for hour in sorted(verdicts) for d in verdicts[hour].differences),
+    )
+
+
+def _sealed(archive: Archive, first: datetime, last: datetime | None = None) -> dict[datetime, str]:
+    """The sealed hours after `first`, and how their files look from outside.
+
+    Another text means that they were written anew.
+    """
+    found: dict[datetime, list[str]] = {}
+    sealed = set()
+    for name in hours.RECORDED:
+        for hour, listed in archive.listing(name, first, last).items():
+            if listed.manifest is not None:
+                sealed.add(hour)
+            for file in (*listed.files, *listed.foreign, listed.manifest):
+                if file is not None:
+                    text = f"{name}/{file.name}:{file.bytes}:{file.version}"
+                    found.setdefault(hour, []).append(text)
+    return {
+        hour: checksum.text(
+            checksum.rows_checksum(pa.table({"file": pa.array(found[hour], pa.string())}))
+        )
+        for hour in sorted(sealed)
+    }
+
+
+def _due(
+    shared: Sequence[datetime], verdicts: Mapping[datetime, _Verdict], now: datetime
+) -> list[datetime]:
+    """Which hours to compare, in which order: new ones, those that differed, those of a week ago."""
+    new = [hour for hour in reversed(shared) if hour not in verdicts]
+    seen = sorted(verdicts, key=lambda hour: verdicts[hour].at)
+    differed = [hour for hour in seen if verdicts[hour].differences]
+    old = now.timestamp() - AGAIN_AFTER.total_seconds()
+    again = [h for h in seen if not verdicts[h].differences and verdicts[h].at < old]
+    return [*new, *differed, *again[:1]]
+
+
+# -- one hour ----------------------------------------------------------------------------------
+
+
+def _compare(
+    client: clickhouse.Client, archive: Archive, hour: datetime, files: str, now: datetime
+) -> _Verdict:
+    differences = []
+    rows = 0
+    for name in hours.RECORDED:
+        cold = _cold(archive, DATASETS[name], hour)
+        hot = _hot(client, DATASETS[name], hour)
+        rows += cold.rows
+        found = _difference(_manifest(archive, name, hour), cold, hot, hour, name)
+        if found is not None:
+            differences.append(found)
+    return _Verdict(files, now.timestamp(), rows, differences)
+
+
+def _manifest(archive: Archive, dataset: str, hour: datetime) -> _Side:
+    try:
+        manifest: Manifest | None = archive.read_manifest(dataset, hour)
+    except StoreRefused as error:
+        return _Side(Content(), str(error))
+    return _Side(Content(manifest.rows, int(manifest.checksum, 16)) if manifest else Content())
+
+
+def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
+    content = Content()
+    try:
+        listed = archive.listed(dataset.name, hour)
+        listed.insist_on_ours(archive.where(dataset.name, hour))
+        for file in listed.files:
+            for table in batches(file, dataset.arrow):
+                content += checksum.content(table)
+    except StoreRefused as error:
+        return _Side(content, str(error))
+    return _Side(content)
+
+
+def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
+    content = Content()
+    for table in hot_hour.tables(client, dataset, hour):
+        content += checksum.content(table)
+    return _Side(content)
+
+
+def _difference(
+    manifest: _Side, cold: _Side, hot: _Side, hour: datetime, dataset: str
+) -> Difference | None:
+    said = []
+    remedy = ""
+    if not cold.fault and not cold.content.agrees_with(hot.content):
+        said.append(_apart("ClickHouse", hot, "the archive", cold))
+        remedy = f"Run kalshi-platform restore --hours {hour:%Y-%m-%d-%H}"
+        remedy += "." if hot.rows < cold.rows else " --replace."
+    fault = manifest.fault or cold.fault
+    if not fault and (manifest.rows, manifest.checksum) != (cold.rows, cold.checksum):
+        fault = _apart("The files", cold, "the manifest", manifest)
+    if fault:
+        said.insert(0, fault)
+        remedy = "Materialise the hour again."
+    if not said:
+        return None
+    return Difference(
+        hour=f"{hour:%Y-%m-%d %H:00}",
+        dataset=dataset,
+        what=" ".join(said),
+        rows_manifest=manifest.rows,
+        rows_parquet=cold.rows,
+        rows_clickhouse=hot.rows,
+        checksum_manifest=manifest.checksum,
+        checksum_parquet=cold.checksum,
+        checksum_clickhouse=hot.checksum,
+        remedy=remedy,
+    )
+
+
+def _apart(one: str, has: _Side, other: str, wanted: _Side) -> str:
+    if has.rows < wanted.rows:
+        return f"{one} lacks {wanted.rows - has.rows:,} of {other}'s {wanted.rows:,} rows."
+    if has.rows > wanted.rows:
+        return f"{one} has {has.rows - wanted.rows:,} rows more than {other}, of {has.rows:,}."
+    return f"{one} and {other} have {has.rows:,} rows each, with different values."
+
+
+# -- what is remembered ------------------------------------------------------------------------
+
+
+def _key(hour: datetime) -> str:
+    return f"{hour:%Y-%m-%dT%H}"
+
+
+def _remembered(path: Path, where: str) -> dict[str, _Verdict]:
+    try:
+        memory = typed_json.decode(path.read_bytes(), _Memory)
+    except FileNotFoundError:
+        return {}
+    except (msgspec.DecodeError, OSError) as error:
+        log.warning("%s cannot be read (%s): every hour is compared anew.", path, error)
+        return {}
+    return memory.hours if memory.clickhouse == where else {}
+
+
+def _remember(path: Path, memory: _Memory) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(memory))
+        temporary.replace(path)
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): the next run compares these hours again. Make it writable.",
+            path,
+            error.strerror,
+        )

@@ -1,0 +1,112 @@
+"""The whole platform, `kalshi-platform up`: how soon it stores a first row, and what it costs idle."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+
+from kalshi_platform import settings as platform_settings
+from kalshi_platform_tests.benchmarks.figures import Figure
+from kalshi_platform_tests.benchmarks.pipeline import feeding, plain_environment
+from kalshi_platform.errors import StoreError
+from kalshi_platform.simulator.keys import own_key
+from kalshi_platform.clickhouse import client as clickhouse
+
+SETTLE_S = 60.0
+PATIENCE_S = 120.0
+
+
+@contextmanager
+def up(folder: Path, **variables: str) -> Iterator[tuple[psutil.Process, str]]:
+    """`kalshi-platform up` on free ports; yields its process and the URL of its ClickHouse."""
+    with ExitStack() as stack:
+        ports = []
+        for _ in range(3):
+            taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports.append(str(taken.getsockname()[1]))
+    environment = {
+        "KALSHI_DATA_DIR": str(folder),
+        "EMBEDDED_CLICKHOUSE_PORT": ports[1],
+        "SIMULATOR_PORT": ports[2],
+        **variables,
+    }
+    child = subprocess.Popen(  # noqa: S603 - our own command, no shell
+        [sys.executable, "-m", "kalshi_platform", "up", "--port", ports[0]],
+        env=plain_environment() | environment,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield psutil.Process(child.pid), f"http://127.0.0.1:{ports[1]}"
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.wait(60)
+
+
+def first_row() -> Figure:
+    """Seconds from the start, on an empty folder, to the first row that ClickHouse gives back."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+        began = time.monotonic()
+        with up(Path(folder)) as (_, url):
+            settings = platform_settings.load(clickhouse_url=url)
+            while not _rows(settings):
+                if time.monotonic() - began > PATIENCE_S:
+                    raise RuntimeError(f"no row within {PATIENCE_S:.0f} s")
+                time.sleep(0.1)
+            took = time.monotonic() - began
+    return Figure("make run to the first row", took, "s", at_most=20.0)
+
+
+def _rows(settings: platform_settings.Settings) -> int:
+    try:
+        client = clickhouse.connect(settings)
+        try:
+            with clickhouse.translated():
+                found = client.query("SELECT count() FROM orderbook_events")
+            return int(found.result_rows[0][0])
+        finally:
+            client.close()
+    except StoreError:  # it is coming up
+        return 0
+
+
+def idle(path: Path, markets: int, seconds: float) -> Figure:
+    """Share of one core that everything takes together while the exchange is quiet."""
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder,
+        feeding(path, markets, frames=0) as feeder,
+    ):
+        own_key(Path(folder) / "simulator" / "key.pem")
+        urls = {"KALSHI_WS_URL": feeder.ws_url, "KALSHI_REST_URL": feeder.rest_url}
+        with up(Path(folder), **urls) as (root, _):
+            feeder.hear()  # the books are there
+            time.sleep(SETTLE_S)
+            used: dict[tuple[int, float], float] = {}
+            before = _used(root, used)
+            began = time.monotonic()
+            while (took := time.monotonic() - began) < seconds:
+                time.sleep(0.5)
+                now = _used(root, used)
+    share = 100 * (now - before) / took
+    return Figure("idle `up`, quiet exchange", share, "% of one core", at_most=15.0)
+
+
+def _used(root: psutil.Process, used: dict[tuple[int, float], float]) -> float:
+    """CPU seconds of the tree so far, those of processes that have ended since included."""
+    for process in (root, *root.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+            used[process.pid, process.create_time()] = times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return sum(used.values())

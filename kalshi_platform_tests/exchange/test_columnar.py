@@ -1,0 +1,177 @@
+"""Decoding: frames that are nearly right mean the same whichever path reads them, and end nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kalshi_platform.exchange.frames import SNAPSHOT_BYTES, DecodeError, decode_snapshot
+from kalshi_platform.exchange.numbers import price_units
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.exchange.columnar import KEPT_OF_LARGE, Decoded, decode
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform_tests import wire
+from kalshi_platform_tests.fuzz.targets import check_frames
+
+DELTA = wire.delta("A-1", 2, "yes", 4_800, 500).decode().rstrip("\n")
+SNAPSHOT = wire.snapshot("A-1", 1, {4_800: 500}, {5_000: 100}).decode().rstrip("\n")
+
+
+def decoded(frame: bytes) -> Decoded:
+    """The frame, recorded and loaded; the two ways of reading it have been compared."""
+    check_frames([frame, DELTA.encode()])
+    kind = Session().receive(frame, 0.0)
+    return decode(wire.blocks([(wire.NOON_NS, wire.conn_id(1), int(kind), frame)]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"0.4800"', "0.4800"),  # a number is not exact
+        ('"0.4800"', "0.1234"),
+        ('"5.00"', "12.25"),
+        ('"0.4800"', '"1e999999999"'),  # a minute of arithmetic
+        ('"5.00"', '"99999999999999999999.00"'),
+        ('"5.00"', '"NaN"'),
+        ('"5.00"', '"1_000.00"'),
+        ('"A-1"', "5"),
+        ('"yes"', "null"),
+        ('"seq":2', '"seq":18446744073709551616'),
+        ('"seq":2', '"seq":-1'),
+        ('"sid":1', '"sid":4294967296'),
+        ('"A-1"', '""'),
+        ('"5.00"', '"0.005"'),
+        ('"0.4800"', '"0.41005"'),
+        ('"0.4800"', '"1.0001"'),
+        ('"price_dollars":"0.4800","delta_fp":"5.00"', '"price":9999999999999999,"delta":1'),
+    ],
+)
+def test_a_delta_that_is_nearly_right_is_malformed_and_kept(before: str, after: str) -> None:
+    frame = DELTA.replace(before, after)
+    assert frame != DELTA
+    result = decoded(frame.encode())
+    assert result.deltas.is_empty()
+    [row] = result.stream.to_dicts()
+    assert row["kind"] == "malformed"
+    assert json.loads(row["detail"])["frame"] == frame
+
+
+TIMES = '"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978'
+ID = f'"market_id":"{wire.market_id("A-1")}"'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07"', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07T06:46:28"', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', '""', "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', "1786085188", "ts"),
+        ('"2026-08-07T06:46:28.97871Z"', "{}", "ts"),
+        (TIMES, '"ts_ms":999999999999999999', "ts"),
+        (TIMES, '"ts_ms":"1786085188978"', "ts"),
+        (TIMES, '"ts_ms":true', "ts"),
+        (TIMES, '"ts":"0001-01-01T00:00:00+09:00","ts_ms":1786085188978', "ts"),
+        (ID, '"market_id":7', "market_id"),
+        (ID, '"market_id":"A-1"', "market_id"),
+        (ID, '"market_id":["x"]', "market_id"),
+        ('"ts_ms"', '"client_order_id":12,"ts_ms"', "client_order_id"),
+        ('"ts_ms"', '"client_order_id":{},"ts_ms"', "client_order_id"),
+    ],
+)
+def test_an_odd_field_that_the_book_does_not_need_costs_only_itself(
+    before: str, after: str, field: str
+) -> None:
+    frame = DELTA.replace(before, after)
+    assert frame != DELTA
+    result = decoded(frame.encode())
+    [row] = result.deltas.to_dicts()
+    assert (row["market_ticker"], row["price"], row["qty"]) == ("A-1", 4_800, 500)
+    [odd] = result.stream.to_dicts()
+    assert (odd["kind"], odd["market_ticker"], odd["seq"]) == ("malformed_field", "A-1", 0)
+    assert json.loads(odd["detail"])["field"] == field
+    assert json.loads(odd["detail"])["seq"] == 2
+
+
+def test_a_snapshot_with_an_odd_market_id_is_read() -> None:
+    result = decoded(SNAPSHOT.replace(ID, '"market_id":7').encode())
+    assert result.levels.height == 2
+    assert result.stream["kind"].to_list() == ["malformed_field"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"ts_ms"', '"client_order_id":null,"ts_ms"'),
+        ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07T08:46:28.97871+02:00"'),
+        ('"A-1"', '"\\u0041-1"'),
+        (":", " : "),
+        ('"ts_ms":1786085188978', '"ts_ms":"1_000.00"'),  # `ts` says it already
+    ],
+)
+def test_a_delta_that_is_right_in_other_words_is_read(before: str, after: str) -> None:
+    frame = DELTA.replace(before, after).replace("06 : 46 : 28", "06:46:28")
+    plain = decoded(DELTA.encode()).deltas
+    assert decoded(frame.encode()).deltas.equals(plain)
+
+
+def test_a_market_without_an_id_is_read_with_a_null_too() -> None:
+    frame: dict[str, Any] = json.loads(SNAPSHOT)
+    frame["msg"]["market_id"] = None
+    result = decoded(json.dumps(frame, separators=(",", ":")).encode())
+    assert result.snapshots["market_ticker"].to_list() == ["A-1"]
+
+
+@pytest.mark.parametrize(
+    "levels",
+    ["[[0.1234,12.25]]", '[["0.1000"]]', '[["0.1000","1.00","x"]]', '["0.1000"]', "[null]", "{}"],
+)
+def test_levels_that_are_no_pairs_of_texts_are_malformed(levels: str) -> None:
+    frame = SNAPSHOT.replace('[["0.4800","5.00"]]', levels)
+    assert frame != SNAPSHOT
+    result = decoded(frame.encode())
+    assert result.snapshots.is_empty()
+    assert result.stream["kind"].to_list() == ["malformed"]
+
+
+def test_a_key_that_comes_twice_means_the_same_to_capture_and_load() -> None:
+    for key, twice in (
+        ("seq", '"seq":7,"seq":2'),
+        ("delta_fp", '"delta_fp":"9.00","delta_fp":"5.00"'),
+    ):
+        first = '"seq":2' if key == "seq" else '"delta_fp":"5.00"'
+        result = decoded(DELTA.replace(first, twice).encode())
+        assert result.deltas.equals(decoded(DELTA.encode()).deltas)
+
+
+def test_brackets_without_end_are_malformed() -> None:
+    deep = b'{"type":"error","sid":1,"seq":3,"msg":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert Session().receive(deep, 0.0) is Kind.MALFORMED
+    check_frames([deep])
+
+
+@pytest.mark.parametrize("text", ["1e5", "١.٠٠", "0x1", "", ".5", "1.", "1" * 30, " 1.00"])  # noqa: RUF001
+def test_only_plain_decimals_are_prices(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a decimal number"):
+        price_units(text)
+
+
+def test_a_snapshot_that_is_larger_than_any_book_is_malformed_and_not_read() -> None:
+    """All of its levels could be read: reading is what would take the memory."""
+    padded = SNAPSHOT.replace('"msg":{', '"msg":{' + " " * SNAPSHOT_BYTES)
+    records = [
+        (wire.NOON_NS, wire.conn_id(1), int(Kind.SNAPSHOT), frame.encode())
+        for frame in (SNAPSHOT.replace("A-1", "B-2"), padded)
+    ]
+    result = decode(wire.blocks(records))
+    assert result.snapshots["market_ticker"].to_list() == ["B-2"]
+    assert result.stream.select("kind", "market_ticker", "seq").rows() == [("malformed", "A-1", 1)]
+    detail = json.loads(result.stream["detail"][0])
+    assert detail["of"] == "snapshot"
+    assert "and no book has" in detail["reason"]
+    assert detail["bytes"] == len(padded)
+    assert len(detail["frame"]) == KEPT_OF_LARGE
+    with pytest.raises(DecodeError, match="and no book has"):  # capture says the same
+        decode_snapshot(padded.encode())

@@ -1,0 +1,143 @@
+"""A disk that is slow makes batches larger, not older; what it does not take in time is counted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.writer import UNDURABLE_MS, Writer
+from kalshi_platform_tests.recorder import steady_feed
+from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
+from kalshi_platform_tests.recorder.steady_feed import RECORDS, oldest_ms
+from kalshi_platform_tests.journal.test_reader import CONN, frames
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).with_name("slow_fdatasync.c")
+
+
+@pytest.fixture
+def slow() -> FaultyDisk:
+    """40 ms for each sync."""
+    return FaultyDisk({}, delay=lambda: time.sleep(0.04))
+
+
+def test_at_40_ms_a_sync_10_000_frames_a_second_are_durable_within_a_second(
+    slow: FaultyDisk, tmp_path: Path
+) -> None:
+    writer = Writer(tmp_path, disk=slow.disk)
+    assert oldest_ms(writer) < 1_000
+    assert writer.durable.n == RECORDS
+    writer.close()
+    blocks = list(reader.blocks(tmp_path, reader.beginning(tmp_path)))
+    assert sum(block.rows for block in blocks) == RECORDS
+    assert len(blocks) < 150  # of 300 that were handed over
+
+
+def test_a_process_whose_fdatasync_takes_40_ms_keeps_up(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    shim = tmp_path / "slow.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, SHIM, "-ldl"], check=True)
+    took = subprocess.run(
+        [sys.executable, "-m", steady_feed.__name__, str(tmp_path / "journal")],
+        cwd=ROOT,
+        env={**os.environ, "LD_PRELOAD": str(shim), "SLOW_FDATASYNC_US": "40000"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 40 <= int(took.stdout) < 1_000
+    assert len(frames(tmp_path / "journal")) == RECORDS
+
+
+def test_what_is_written_at_once_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kalshi_platform.journal.writer.BATCH_RECORDS", 100)
+    monkeypatch.setattr("kalshi_platform.journal.writer.BATCH_BYTES", 20_000)
+    go_on = threading.Event()
+    go_on.set()
+    writer = Writer(tmp_path, disk=FaultyDisk({}, delay=go_on.wait).disk)
+    go_on.clear()
+    for n in range(1_000):
+        writer.append(n, CONN, 1, bytes(1_000 if n >= 500 else 1))
+        if n % 7 == 6:
+            writer.hand_over()
+    go_on.set()
+    writer.close()
+    blocks = list(reader.blocks(tmp_path, reader.beginning(tmp_path)))
+    assert len(blocks) < 50  # of 143 that were handed over
+    assert max(block.rows for block in blocks) <= 100
+    assert max(sum(map(len, block.batch["frame"].to_pylist())) for block in blocks) <= 20_000
+    assert sum(block.rows for block in blocks) == 1_000
+
+
+def test_the_age_of_the_oldest_record_is_told_and_beyond_a_bound_it_is_trouble(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+    go_on.set()
+    writer = Writer(tmp_path, disk=FaultyDisk({}, delay=go_on.wait).disk)
+    assert writer.oldest_undurable_ms == 0
+    assert writer.trouble is None
+    go_on.clear()
+    writer.append(0, CONN, 1, b"not even handed over")
+    time.sleep(0.05)
+    assert writer.oldest_undurable_ms >= 50
+    writer.hand_over()
+    writer.append(1, CONN, 1, b"younger")
+    time.sleep(0.05)
+    assert writer.oldest_undurable_ms >= 100
+    assert writer.trouble is None
+    monkeypatch.setattr("kalshi_platform.journal.writer.UNDURABLE_MS", 20)
+    assert "is slow: what came 0.1 s ago is not durable yet" in str(writer.trouble)
+    go_on.set()
+    assert writer.wait_durable(1, 60)
+    writer.hand_over()
+    assert writer.wait_durable(2, 60)
+    assert writer.oldest_undurable_ms == 0
+    assert writer.trouble is None
+    writer.close()
+    assert UNDURABLE_MS <= 2_000
+
+
+def test_a_close_that_loses_something_says_how_many_frames_and_bytes(tmp_path: Path) -> None:
+    faulty = FaultyDisk({("pwrite", n): errno.ENOSPC for n in range(2, 10_000)})
+    writer = Writer(tmp_path, disk=faulty.disk)
+    writer.append(0, CONN, 1, b"durable")
+    writer.hand_over()
+    assert writer.wait_durable(1, 60)
+    writer.append(1, CONN, 1, b"12345")
+    writer.hand_over()
+    writer.append(2, CONN, 2, b"67")
+    writer.note("gap", {})
+    with pytest.raises(
+        JournalError, match=r"^2 frames \(7 bytes\) and 1 notes could not be written"
+    ):
+        writer.close(timeout_s=0.1)
+
+
+def test_a_writer_that_dies_of_a_fault_says_so_and_what_is_lost(tmp_path: Path) -> None:
+    def fault() -> None:
+        raise RuntimeError("a bug")
+
+    faulty = FaultyDisk({})
+    writer = Writer(tmp_path, disk=faulty.disk)
+    faulty.delay = fault
+    writer.append(0, CONN, 1, b"12345")
+    writer.hand_over()
+    while writer.failure is None:
+        time.sleep(0.002)
+    with pytest.raises(JournalError, match=r"^1 frames \(5 bytes\).* a bug"):
+        writer.close()

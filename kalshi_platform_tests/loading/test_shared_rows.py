@@ -1,0 +1,233 @@
+"""One derivation for all stores: each load gets the rows that it would have derived alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kalshi_platform.loading import shared_rows
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.exchange.columnar import Decoded
+from kalshi_platform.loading.shared_rows import Derivation, chunks, up_to
+from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.reader import Block, Position
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform_tests import wire
+from kalshi_platform_tests.loading.test_loader import PATIENCE_S, journal_of, recording
+
+
+def follow(
+    shared: Derivation, name: str, at: tuple[Position, State], limit: Position, steps: int
+) -> tuple[tuple[Position, State], list[dict[str, object]]]:
+    """So many steps of one load, and the event rows that it got."""
+    rows: list[dict[str, object]] = []
+    for step in shared.steps(name, at[0], at[1], limit):
+        rows += step.rows.tables["orderbook_events"].to_pylist()
+        at = (step.end, step.state)
+        steps -= 1
+        if not steps:
+            break
+    return at, rows
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_loads_that_take_turns_in_any_way_get_the_same_rows(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ends of hours, of segments and of what is kept, wherever they fall."""
+    dice = random.Random(seed)
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", dice.choice((10, 30, 80)))
+    monkeypatch.setattr(shared_rows, "KEPT_STEPS", dice.choice((2, 4, 8)))
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, recording(600, dice.choice((1.0, 60.0))), dice.randint(1, 40))
+    start = (reader.beginning(folder), State())
+    _, alone = follow(joined(folder, "alone"), "alone", start, writer.durable, -1)
+    shared = joined(folder, "hot", "cold")
+    at = {"hot": start, "cold": start}
+    got: dict[str, list[dict[str, object]]] = {"hot": [], "cold": []}
+    while any(position.n < writer.durable.n for position, _ in at.values()):
+        name = dice.choice(("hot", "hot", "hot", "cold"))
+        at[name], rows = follow(shared, name, at[name], writer.durable, dice.randint(1, 9))
+        got[name] += rows
+    writer.close()
+    assert got["hot"] == alone
+    assert got["cold"] == alone
+
+
+def test_a_load_that_comes_to_the_same_place_derives_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, recording(200))
+    derived = counted(monkeypatch)
+    shared = joined(folder, "hot", "cold")
+    at = {name: (reader.beginning(folder), State()) for name in ("hot", "cold")}
+    while at["cold"][0].n < writer.durable.n:
+        for name in ("hot", "cold"):
+            at[name], _ = follow(shared, name, at[name], writer.durable, 1)
+    writer.close()
+    assert len(derived) == len(set(derived))
+
+
+def test_a_load_that_was_behind_meets_the_other_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
+    folder = tmp_path / "journal"
+    writer = Writer(folder)
+    records = recording(600)
+    derived = counted(monkeypatch)
+    shared = joined(folder, "hot", "cold")
+    at: dict[str, tuple[Position, State]] = {}
+    for n, record in enumerate(records):
+        writer.append(*record)
+        if n % 17:
+            continue
+        writer.hand_over()
+        assert writer.wait_durable(n + 1, PATIENCE_S)
+        behind = n < 300
+        for name in ("hot",) if behind else ("cold", "hot"):
+            at.setdefault(name, (reader.beginning(folder), State()))
+            at[name], _ = follow(shared, name, at[name], writer.durable, -1)
+    writer.close()
+    late = [first_n for first_n in derived if first_n > 400]
+    assert len(late) == len(set(late))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunks_are_bounded_by_rows_and_bytes_and_hold_every_record(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the record that fills one; each can be read again from where the one before it ended."""
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 40)
+    monkeypatch.setattr(shared_rows, "CHUNK_BYTES", 4_000)
+    dice = random.Random(seed)
+    conn = wire.conn_id(1)
+    records: list[wire.Record] = []
+    for seq in range(1, 150):
+        ladder = {100 + level: 5 for level in range(dice.choice((0, 1, 30, 200)))}
+        frame = wire.snapshot("A-1", seq, ladder, {})
+        kind = dice.choice((Kind.SNAPSHOT, Kind.DELTA, Kind.CONTROL))
+        if kind is not Kind.SNAPSHOT:
+            frame = wire.delta("A-1", seq, "yes", 4_800, 5) + b" " * dice.choice((0, 0, 0, 5_000))
+        records.append((wire.NOON_NS + seq, conn, int(kind), frame))
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, records, dice.randint(1, 3))
+    writer.close()
+    dropped = dice.choice((0, 7))
+    start = reader.beginning(folder)
+    found = list(blocks(chunks(reader.read(folder, start), dropped)))
+    assert frames_of(found) == [(recv_ns, frame) for recv_ns, _, _, frame in records]
+    for chunk in found:
+        *others, last = chunk.batch.to_pylist()
+        rows, size = (sum(each) for each in zip((0, 0), *map(cost, others), strict=True))
+        assert rows + len([it for it in others if it["kind"] == Kind.SNAPSHOT]) * dropped < 40
+        assert size < 4_000
+        assert cost(last)
+    for before in found[:-1]:
+        again = next(blocks(chunks(reader.read(folder, before.end), dropped)))
+        assert frames_of([again]) == frames_of(found)[before.end.n :][: again.rows]
+    until = dice.randint(0, len(records))
+    cut = list(blocks(chunks(up_to(until, reader.read(folder, start)), dropped)))
+    assert frames_of(cut) == frames_of(found)[:until]
+
+
+def cost(record: dict[str, object]) -> tuple[int, int]:
+    """(rows, bytes) of a record, of a snapshot as many rows as it has levels or more."""
+    frame = record["frame"]
+    assert isinstance(frame, bytes)
+    levels = frame.count(b'"],') if record["kind"] == Kind.SNAPSHOT else 0
+    return 1 + levels, len(frame)
+
+
+def blocks(stretches: Iterator[reader.Stretch]) -> Iterator[Block]:
+    for it in stretches:
+        assert isinstance(it, Block)
+        yield it
+
+
+def frames_of(found: list[Block]) -> list[tuple[int, bytes]]:
+    return [
+        (record["recv_ns"], record["frame"])
+        for block in found
+        for record in block.batch.select(["recv_ns", "frame"]).to_pylist()
+    ]
+
+
+@pytest.mark.parametrize("ahead", [0, 3], ids=["at the same step", "some steps ahead"])
+def test_a_load_that_is_held_up_in_a_derivation_holds_up_no_other(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(shared_rows, "SHARED_WAIT_S", 0.05)
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, recording(300))
+    shared = joined(folder, "slow", "quick")
+    start = (reader.beginning(folder), State())
+    at = {"slow": start, "quick": start}
+    at["slow"], _ = (
+        follow(shared, "slow", start, writer.durable, ahead or -1) if ahead else (start, [])
+    )
+    held, go_on = threading.Event(), threading.Event()
+
+    def deriving(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+        if threading.current_thread().name.startswith("slow"):
+            held.set()
+            assert go_on.wait(PATIENCE_S)
+        return derive(decoded, state, shard)
+
+    monkeypatch.setattr(shared_rows, "derive", deriving)
+    with ThreadPoolExecutor(1, thread_name_prefix="slow") as threads:
+        slow = threads.submit(follow, shared, "slow", at["slow"], writer.durable, -1)
+        try:
+            assert held.wait(PATIENCE_S)
+            (reached, _), rows = follow(shared, "quick", at["quick"], writer.durable, -1)
+        finally:
+            go_on.set()
+        _, late = slow.result(PATIENCE_S)
+    writer.close()
+    assert reached.n == writer.durable.n
+    assert len(rows) == 303
+    assert late == rows[len(rows) - len(late) :]
+
+
+def test_what_is_kept_for_other_loads_is_bounded_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of many levels holds them all: of such steps the newest one alone is kept."""
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, recording(200))
+    for at_most, kept in ((64 << 20, shared_rows.KEPT_STEPS), (1, 1)):
+        monkeypatch.setattr(shared_rows, "KEPT_BYTES", at_most)
+        shared = joined(folder, "hot", "cold")
+        follow(shared, "hot", (reader.beginning(folder), State()), writer.durable, -1)
+        assert len(shared._kept) == kept
+    writer.close()
+
+
+def joined(folder: Path, *loads: str) -> Derivation:
+    shared = Derivation(folder)
+    for load in loads:
+        shared.joins(load)
+    return shared
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first records of all that is derived from now on."""
+    derived: list[int] = []
+
+    def counting(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+        derived.append(decoded.first_n)
+        return derive(decoded, state, shard)
+
+    monkeypatch.setattr(shared_rows, "derive", counting)
+    return derived
