@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import dagster as dg
 
-from kalshi_platform.orchestration import analytics, market_catalog, checks, compaction, console, inventory, live_tables, retention
+from kalshi_platform.orchestration import (
+    analytics,
+    checks,
+    compaction,
+    console,
+    inventory,
+    live_tables,
+    market_catalog,
+    retention,
+)
 from kalshi_platform.orchestration.alerts import alerts
 from kalshi_platform.orchestration.recorded_tables import ASSETS
 from kalshi_platform.orchestration.resources import KalshiResource

@@ -3,7 +3,7 @@
     PlatformError
     ├── SettingsError          a setting is missing or does not make sense
     ├── ExchangeError          the exchange refused, or cannot be reached     (exchange/errors.py)
-    ├── JournalError           the journal cannot be written, or is damaged   (recording/journal.py)
+    ├── JournalError           the journal cannot be written, or is damaged   (journal/reader.py)
     └── StoreError             ClickHouse or the archive did not do what was asked
         ├── StoreUnavailable   transient: away, overloaded, starting; the load waits and tries again
         └── StoreRefused       permanent: wrong password, missing table, bad data; the load stops, loudly

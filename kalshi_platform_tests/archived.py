@@ -8,9 +8,15 @@ from pathlib import Path
 import msgspec
 import pyarrow.parquet as pq
 
-from kalshi_platform.archive import hours
-from kalshi_platform.archive import checksum
-from kalshi_platform.archive import LocalArchive, Part, batches, local_file, write_durably
+from kalshi_platform.archive import (
+    LocalArchive,
+    Part,
+    batches,
+    checksum,
+    hours,
+    local_file,
+    write_durably,
+)
 from kalshi_platform.schema import DATASETS, PLACE
 
 

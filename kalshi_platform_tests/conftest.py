@@ -34,7 +34,7 @@ LEAST_FREE_BYTES = 8 << 30
 """Several times what the temporary folders of a whole run come to."""
 
 # Temporary folders are in memory, where there is room. On a disk the tests mostly wait for it to sync, which shows
-# nothing: it loses no power meanwhile (recording/faulty_disk.py stands for one that does). Elsewhere: TMPDIR=/tmp make test.
+# nothing: it loses no power meanwhile (journal/faulty_disk.py stands for one that does). Elsewhere: TMPDIR=/tmp make test.
 if (
     "TMPDIR" not in os.environ
     and MEMORY.is_dir()
@@ -59,7 +59,10 @@ hypothesis_settings.load_profile("suite")
 DATABASE_TIMEOUT_S = 120.0
 """For making or dropping a database: every table of it is a folder that the disk must forget."""
 
-pytest_plugins = ["kalshi_platform_tests.simulator_fixtures"]
+pytest_plugins = [
+    "kalshi_platform_tests.simulator_fixtures",
+    "kalshi_platform_tests.store_fixtures",
+]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,7 +80,7 @@ def pytest_collection() -> Generator[None, object, object]:
 def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an embedded ClickHouse of this test run; user `default`, no password.
 
-    With CLICKHOUSE_CLUSTER=two it is one that stands in for a cluster: storage/two_shards.py.
+    With CLICKHOUSE_CLUSTER=two it is one that stands in for a cluster: clickhouse/two_shards.py.
     """
     start = two_shards.running if two_shards.ON_CLUSTER else running
     with start(tmp_path_factory.mktemp("clickhouse")) as url:

@@ -19,17 +19,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
+from kalshi_platform.health import health_report
 from kalshi_platform.health import verdict as freshness
 from kalshi_platform.health.verdict import ALERTS, DOCTOR, Judgement, Profile
-from kalshi_platform.orchestration import alerts
-from kalshi_platform.recorder import capture
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
+from kalshi_platform.orchestration import alerts
+from kalshi_platform.recorder import capture
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
@@ -116,7 +116,9 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
     free = threading.Event()
     free.set()
     disk = FaultyDisk({}, delay=functools.partial(free.wait, 60)).disk
-    monkeypatch.setattr("kalshi_platform.recorder.streamer.Writer", functools.partial(Writer, disk=disk))
+    monkeypatch.setattr(
+        "kalshi_platform.recorder.streamer.Writer", functools.partial(Writer, disk=disk)
+    )
     settings, _ = exchange
     with recording(settings) as streamer:
         becomes(streamer, "recording")

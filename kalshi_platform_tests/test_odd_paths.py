@@ -11,21 +11,21 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import hours, open_archive
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.commands import doctor
-from kalshi_platform.archive import hours
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.health import health_report
 from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.streamer import stream_orderbook
-from kalshi_platform.settings import MOST_PATH_BYTES
-from kalshi_platform.clickhouse import client as clickhouse, migrations
-from kalshi_platform.archive import open_archive
-from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.settings import MOST_PATH_BYTES
 from kalshi_platform.utc_hours import floor_hour
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.recorder.test_streamer import wait_for
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 ODD = """dä ta #1 'q' "d" [a-z] {b} *c $d ;f ~g,(h)=i@j:k|l`n` %zz 100% 日本 \u202a!"""
 

@@ -37,9 +37,9 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
-from kalshi_platform.loopback import is_loopback
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loopback import is_loopback
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 from kalshi_platform_tests.commands.test_up import Up, until
@@ -377,7 +377,7 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
     for _ in range(50):
         writer.note("error", {"said": WRONG_PASSWORD})
     writer.close()
-    [segment] = (tmp_path / "journal").glob(f"*{journal.SUFFIX}")
+    [segment] = (tmp_path / "journal").glob(f"*{reader.SUFFIX}")
     for path in (tmp_path / "a.parquet", tmp_path / "a.db", segment):
         packed, *pieces = unpacked(path)
         assert path.suffix != ".db" or not found_in(packed, session.secrets)

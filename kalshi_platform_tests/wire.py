@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
-from kalshi_platform.journal.reader import NO_CONNECTION, SCHEMA, Block, Position
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import NO_CONNECTION, SCHEMA, Block, Position
 
 Record = tuple[int, bytes, int, bytes]
 """(recv_ns, conn, kind, frame)"""

@@ -24,13 +24,11 @@ from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
-from kalshi_platform.archive import hours
+from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, hours
 from kalshi_platform.archive.hours import DatasetHour, HourReport
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import partitions
 from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.clickhouse import client as clickhouse, partitions
-from kalshi_platform.archive import Archive, File, Manifest, Part, batches
 from kalshi_platform.schema import (
     ANALYTICS,
     DEPTH,
@@ -38,6 +36,7 @@ from kalshi_platform.schema import (
     SPREADS,
     Dataset,
 )
+from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,9 @@ from kalshi_platform.analytics.frames import (
     Codes,
 )
 from kalshi_platform.analytics.ladder import Top, seen_from, top_at
+from kalshi_platform.archive import Archive
 from kalshi_platform.errors import NothingRecorded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.archive import Archive
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     NAME,

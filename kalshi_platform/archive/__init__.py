@@ -9,13 +9,6 @@ troubles    what an object store's errors mean
 opening     the archive that the settings name
 """
 
-from kalshi_platform.archive.parquet import (
-    File,
-    batches,
-    local_file,
-    rows_of,
-    table_of,
-)
 from kalshi_platform.archive.interface import Archive, Listed, Manifest, Part, Sort
 from kalshi_platform.archive.layout import (
     ASIDE,
@@ -33,6 +26,13 @@ from kalshi_platform.archive.local import (
 )
 from kalshi_platform.archive.object_storage import ObjectArchive
 from kalshi_platform.archive.opening import archive_at, open_archive
+from kalshi_platform.archive.parquet import (
+    File,
+    batches,
+    local_file,
+    rows_of,
+    table_of,
+)
 
 __all__ = [
     "ASIDE",

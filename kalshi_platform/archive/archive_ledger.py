@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import msgspec
 
 from kalshi_platform import checked_json
+from kalshi_platform.archive.interface import Archive
 from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive.interface import Archive
 from kalshi_platform.journal.ledger import Entry, insist_on
 
 log = logging.getLogger(__name__)

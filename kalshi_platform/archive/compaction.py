@@ -29,21 +29,21 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.archive import hours
-from kalshi_platform.archive import checksum
 from kalshi_platform.archive import (
     Archive,
     File,
     Manifest,
     Part,
     batches,
+    checksum,
+    hours,
     local_file,
     part_range,
     rows_of,
     stage_manifest,
     write_durably,
 )
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,

@@ -26,11 +26,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import __version__
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.exchange.frames import DecodeError
-from kalshi_platform.archive import hours
-from kalshi_platform.archive.compaction import SORTED_BY, own_dictionaries
-from kalshi_platform.archive import checksum
 from kalshi_platform.archive import (
     Archive,
     File,
@@ -38,10 +33,15 @@ from kalshi_platform.archive import (
     Manifest,
     Part,
     batches,
+    checksum,
+    hours,
     local_file,
     stage_manifest,
     write_durably,
 )
+from kalshi_platform.archive.compaction import SORTED_BY, own_dictionaries
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.schema import (
     ANALYTICS,
     BOOK_CHECKPOINTS,

@@ -11,9 +11,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, rows_of
 from kalshi_platform.archive.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
-from kalshi_platform.archive import checksum
-from kalshi_platform.archive import Archive, File, Manifest, Part, batches, rows_of
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,

@@ -18,8 +18,8 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform import typed_json
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.archive.parquet import Add, File, table_of
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import DATASETS
 
 

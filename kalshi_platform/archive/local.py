@@ -24,11 +24,7 @@ import filelock
 import pyarrow as pa
 
 from kalshi_platform import durable
-from kalshi_platform.durable import sync
-from kalshi_platform.errors import StoreRefused, StoreUnavailable
-from kalshi_platform.archive import atomic_exchange
-from kalshi_platform.archive import archive_identity
-from kalshi_platform.archive.parquet import Add, File, local_file, parquet_writer
+from kalshi_platform.archive import archive_identity, atomic_exchange
 from kalshi_platform.archive.interface import (
     Archive,
     Listed,
@@ -48,6 +44,9 @@ from kalshi_platform.archive.layout import (
     is_data,
     is_temporary,
 )
+from kalshi_platform.archive.parquet import Add, File, local_file, parquet_writer
+from kalshi_platform.durable import sync
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.schema import DATASETS
 
 GRACE_S = 60.0

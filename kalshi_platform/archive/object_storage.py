@@ -32,11 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from kalshi_platform.durable import sync
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive import checksum
-from kalshi_platform.archive import archive_identity
-from kalshi_platform.archive.parquet import Add, File, batches, local_file
+from kalshi_platform.archive import archive_identity, checksum
 from kalshi_platform.archive.interface import (
     Archive,
     Listed,
@@ -63,6 +59,9 @@ from kalshi_platform.archive.local import (
     write_durably,
 )
 from kalshi_platform.archive.object_storage_errors import no_such_bucket, object_store_error
+from kalshi_platform.archive.parquet import Add, File, batches, local_file
+from kalshi_platform.durable import sync
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import DATASETS
 from kalshi_platform.utc_hours import floor_hour
 

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 from pyarrow import fs
 from pydantic import SecretStr
 
-from kalshi_platform.settings import Settings, load
 from kalshi_platform.archive.interface import Archive
 from kalshi_platform.archive.local import LocalArchive
 from kalshi_platform.archive.object_storage import ObjectArchive
+from kalshi_platform.settings import Settings, load
 
 
 def open_archive(settings: Settings) -> Archive:

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.archive.object_storage_errors import object_store_error
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 
 ROW_GROUP_ROWS = 262_144
 _NOT_LOOKED_FOR = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "shard"}

@@ -11,9 +11,8 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from kalshi_platform.archive import compaction, hours
+from kalshi_platform.archive import Archive, File, Sort, compaction, hours
 from kalshi_platform.archive.hours import HourReport
-from kalshi_platform.archive import Archive, File, Sort
 from kalshi_platform.schema import DATASETS
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.journal.ledger import Entry, insist_on
+from kalshi_platform.settings import Settings
 
 _THROWN = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO
 _ENGINE = (

@@ -22,12 +22,12 @@ from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.summary import QuerySummary
 from urllib3.exceptions import HTTPError
 
-from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.loopback import is_loopback
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import tls, transport
 from kalshi_platform.embedded_clickhouse import write_password
 from kalshi_platform.embedded_clickhouse.write_password import READ_ONLY
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.loopback import is_loopback
+from kalshi_platform.settings import Settings
 
 __all__ = [
     "MINIMUM_VERSION",

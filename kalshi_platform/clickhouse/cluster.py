@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.clickhouse.ddl import Token, after_if, tokens_of
+from kalshi_platform.errors import StoreRefused
 
 __all__ = ["LOCAL", "Cluster", "Place", "place", "place_of"]
 

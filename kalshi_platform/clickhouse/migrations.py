@@ -23,15 +23,15 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
-from kalshi_platform.errors import StoreError, StoreRefused
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import ownership, hot_retention
+from kalshi_platform.clickhouse import hot_retention, ownership
 from kalshi_platform.clickhouse.client import Client, connect, translated
 from kalshi_platform.clickhouse.cluster import LOCAL, Cluster
 from kalshi_platform.clickhouse.ddl import altered, definition, dropped
 from kalshi_platform.clickhouse.hot_retention import RETAINED, Change
-from kalshi_platform.schema import DATASETS
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreError, StoreRefused
+from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def insist_ours(client: Client, *tables: str) -> None:
 
 
 def differences(client: Client) -> list[str]:
-    """How the tables differ from storage/schema.py, a sentence for each column; empty: not at all."""
+    """How the tables differ from schema.py, a sentence for each column; empty: not at all."""
     found = []
     for dataset in DATASETS.values():
         with translated():

@@ -19,12 +19,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.printable import printable
 from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.clickhouse.cluster import LOCAL, Cluster
 from kalshi_platform.clickhouse.ddl import Definition, definition
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.printable import printable
 
 if TYPE_CHECKING:
     from kalshi_platform.clickhouse.migrations import Migration

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.clickhouse.cluster import LOCAL, Cluster, Place, place
 from kalshi_platform.clickhouse.migrations import insist_ours
+from kalshi_platform.errors import StoreRefused
 
 __all__ = ["Span", "remove_left_over", "replacing", "replacing_span", "synced"]
 

@@ -29,9 +29,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.clickhouse import client as clickhouse, partitions, hot_retention
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import hot_retention, partitions
 from kalshi_platform.clickhouse.cluster import place
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     LATEST_LEVELS,

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from kalshi_platform.health.verdict import Judgement, Verdict
 from kalshi_platform.health.supervision import Supervised
+from kalshi_platform.health.verdict import Judgement, Verdict
 from kalshi_platform.processes import Identity
 
 RECORDING_S = 90.0

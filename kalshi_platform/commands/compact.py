@@ -7,9 +7,9 @@ from datetime import datetime
 import click
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.archive import compaction
 from kalshi_platform.archive.compaction import Compacted
+from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.restore import parse_hours
 from kalshi_platform.printable import printable

@@ -22,29 +22,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import httpx
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.announcements import IN_A_ROW
-from kalshi_platform.errors import PlatformError, SettingsError, StoreError
-from kalshi_platform.exchange.connection import LiveConnection, dial
-from kalshi_platform.exchange.errors import ExchangeError, Unreachable
-from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
-from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
-from kalshi_platform.health import verdict as freshness
-from kalshi_platform.archive import watermarks
-from kalshi_platform.loading import presence
-from kalshi_platform.health import channels, supervision
-from kalshi_platform.health import monitored_shards
-from kalshi_platform.health.metrics import channel_troubles
-from kalshi_platform.health.outbox import deliver_in_time
-from kalshi_platform.printable import printable
-from kalshi_platform.journal import journal_identity
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.recorder.market_selection import wish_of
-from kalshi_platform.settings import Settings
+from kalshi_platform.archive import ObjectArchive, open_archive, watermarks
 from kalshi_platform.clickhouse import migrations
-from kalshi_platform.embedded_clickhouse import write_password
-from kalshi_platform.archive import ObjectArchive, open_archive
 from kalshi_platform.clickhouse.client import (
     MINIMUM_VERSION,
     Client,
@@ -53,6 +33,23 @@ from kalshi_platform.clickhouse.client import (
     server_version,
 )
 from kalshi_platform.clickhouse.migrations import State
+from kalshi_platform.commands.announcements import IN_A_ROW
+from kalshi_platform.embedded_clickhouse import write_password
+from kalshi_platform.errors import PlatformError, SettingsError, StoreError
+from kalshi_platform.exchange.connection import LiveConnection, dial
+from kalshi_platform.exchange.errors import ExchangeError, Unreachable
+from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
+from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
+from kalshi_platform.health import channels, health_report, monitored_shards, supervision
+from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health.metrics import channel_troubles
+from kalshi_platform.health.outbox import deliver_in_time
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.loading import presence
+from kalshi_platform.printable import printable
+from kalshi_platform.recorder.market_selection import wish_of
+from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
     from kalshi_platform.health.growth import Growth

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import StoreRefused
+from kalshi_platform.archive import open_archive
 from kalshi_platform.archive.export import PUBLIC, Published, publish
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading.restore import parse_hours
 from kalshi_platform.printable import printable
-from kalshi_platform.archive import open_archive
 
 
 @click.command()

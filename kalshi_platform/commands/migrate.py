@@ -7,10 +7,10 @@ from contextlib import closing
 import click
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations, hot_retention
+from kalshi_platform.clickhouse import hot_retention, migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.clickhouse.migrations import State
+from kalshi_platform.settings import Settings
 
 
 @click.command()

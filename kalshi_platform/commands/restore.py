@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import click
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import archive_at, open_archive
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.errors import SettingsError, StoreRefused
 from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refusals, restore
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.archive import archive_at, open_archive
 
 
 @click.command()

@@ -19,11 +19,11 @@ from urllib3 import HTTPResponse
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform import typed_json
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.printable import printable, printable_block
 from kalshi_platform.clickhouse import migrations, queries
 from kalshi_platform.clickhouse.client import Client, broken_answer, connect, translated
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.printable import printable, printable_block
 
 _SOURCE = re.compile(
     r"SOURCE\s+(?P<quote>['\"]?)(?P<path>.+?)(?P=quote)\s*", re.IGNORECASE | re.DOTALL

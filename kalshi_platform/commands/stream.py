@@ -15,12 +15,12 @@ import click
 
 from kalshi_platform import logs
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import PlatformError
 from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.health import monitored_shards
 from kalshi_platform.processes import exit_words
-from kalshi_platform.settings import Settings
 from kalshi_platform.recorder.streamer import Health, Streamer
+from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -27,13 +27,11 @@ import click
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands.announcements import Announcements
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.exchange.signing import load_signer
-from kalshi_platform.health import verdict
-from kalshi_platform.health import planned_stop, supervision
+from kalshi_platform.health import health_report, planned_stop, supervision, verdict
 from kalshi_platform.orchestration.host.home import Home, prepare
 from kalshi_platform.printable import printable
 from kalshi_platform.processes import Keeper, Program, require_free_port
@@ -355,8 +353,8 @@ class _Platform:
 
     def _migrate(self) -> None:
         """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
-        from kalshi_platform.errors import StoreError, StoreUnavailable
         from kalshi_platform.clickhouse import migrations
+        from kalshi_platform.errors import StoreError, StoreUnavailable
 
         # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)

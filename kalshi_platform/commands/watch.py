@@ -29,8 +29,8 @@ from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, load_signer
-from kalshi_platform.printable import printable
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.printable import printable
 from kalshi_platform.settings import Exchange
 
 LADDER_LEVELS = 12

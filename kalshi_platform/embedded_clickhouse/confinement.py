@@ -108,7 +108,7 @@ def _restrict_files(data: Path, ports: frozenset[int]) -> None:
 
 
 def _readable() -> Iterable[Path]:
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[1]
     imports = {Path(entry) for entry in sys.path if entry.endswith(("-packages", "lib-dynload"))}
     interpreter = {Path(sys.base_prefix) / "lib", Path(sys.prefix) / "lib"}
     system = {Path(name) for name in (*_SYSTEM, *_SYSTEM_FILES)}

@@ -27,7 +27,6 @@ from typing import IO, Any
 
 import filelock
 
-from kalshi_platform.errors import StoreError
 from kalshi_platform.embedded_clickhouse import empty_definitions, parts, refused, rights
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 from kalshi_platform.embedded_clickhouse.failed_writes import FailedWrites
@@ -38,6 +37,7 @@ from kalshi_platform.embedded_clickhouse.permission import (
     require_format,
 )
 from kalshi_platform.embedded_clickhouse.statement import Statement
+from kalshi_platform.errors import StoreError
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from kalshi_platform.errors import StoreError
 from kalshi_platform.embedded_clickhouse import launch
+from kalshi_platform.errors import StoreError
 
 END_S = 15
 

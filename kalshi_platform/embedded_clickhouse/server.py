@@ -38,8 +38,6 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kalshi_platform.browsers import refusal
-from kalshi_platform.errors import StoreError
-from kalshi_platform.loopback import is_loopback
 from kalshi_platform.embedded_clickhouse import write_password
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, content_type
 from kalshi_platform.embedded_clickhouse.confinement import confine
@@ -54,6 +52,8 @@ from kalshi_platform.embedded_clickhouse.engine import (
 from kalshi_platform.embedded_clickhouse.engine import Request as EngineRequest
 from kalshi_platform.embedded_clickhouse.permission import require_format
 from kalshi_platform.embedded_clickhouse.statement import Statement, parse
+from kalshi_platform.errors import StoreError
+from kalshi_platform.loopback import is_loopback
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")

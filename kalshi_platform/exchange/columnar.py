@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from kalshi_platform.exchange import columnar_trades
 from kalshi_platform.exchange.book import (
     SIDES,
     BookError,
@@ -45,10 +46,9 @@ from kalshi_platform.exchange.frames import (
     subject,
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.exchange import columnar_trades
 from kalshi_platform.journal.clock import Clock
-from kalshi_platform.journal.reader import Block, Hole, Stretch, Unread
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Block, Hole, Stretch, Unread
 from kalshi_platform.schema import ZERO_UUID
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from kalshi_platform.arrow_columns import names, place, prices, quantities, text, times
 from kalshi_platform.exchange.book import SIDES
 from kalshi_platform.exchange.frames import DecodeError, Head, decode_head, decode_trade
 from kalshi_platform.exchange.frames import Trade as TradeFrame
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, cents_units, price_units, qty_units
-from kalshi_platform.arrow_columns import names, place, prices, quantities, text, times
 from kalshi_platform.schema import TRADES as DATASET
 
 BOOK_SIDES = ("bid", "ask")

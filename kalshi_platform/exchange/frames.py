@@ -2,7 +2,7 @@
 
 Two depths. The *head* (type, sid, seq) is all that capture needs of most frames and costs a third of
 a microsecond. The *body* types here serve the book in `book.py`, the wire watcher and the tests; the
-load decodes millions of bodies by columns instead (`loading/decode.py`).
+load decodes millions of bodies by columns instead (`exchange/columnar.py`).
 """
 
 from __future__ import annotations

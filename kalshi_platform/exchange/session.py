@@ -21,6 +21,15 @@ from typing import Any
 
 import msgspec
 
+from kalshi_platform.exchange.auxiliary_channel import (
+    BATCH,
+    LIFECYCLE,
+    TRADES,
+    Ask,
+    Lost,
+    SideChannel,
+    side_channels,
+)
 from kalshi_platform.exchange.book import BookError, snapshot_extents
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, ProtocolError
 from kalshi_platform.exchange.frames import (
@@ -35,17 +44,8 @@ from kalshi_platform.exchange.frames import (
     subject,
 )
 from kalshi_platform.exchange.scale import Scale
-from kalshi_platform.exchange.auxiliary_channel import (
-    BATCH,
-    LIFECYCLE,
-    TRADES,
-    Ask,
-    Lost,
-    SideChannel,
-    side_channels,
-)
-from kalshi_platform.printable import printable
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.printable import printable
 
 CHANNEL = "orderbook_delta"
 IN_FLIGHT = 8

@@ -16,19 +16,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from kalshi_platform.health import health_report
-from kalshi_platform.errors import StoreError
-from kalshi_platform.archive import watermarks
+from kalshi_platform.archive import Listed, open_archive, watermarks
 from kalshi_platform.archive.hours import RECORDED
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import Client, connect, translated
+from kalshi_platform.clickhouse.hot_retention import FOR_EVER_DAYS, RETAINED
+from kalshi_platform.errors import StoreError
+from kalshi_platform.health import health_report
 from kalshi_platform.health.metrics import folder_bytes
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.archive import Listed, open_archive
-from kalshi_platform.clickhouse.client import Client, connect, translated
-from kalshi_platform.clickhouse.hot_retention import FOR_EVER_DAYS, RETAINED
 from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 
 DAY_S = 86_400.0
 LEAST_S = 600.0

@@ -23,11 +23,10 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kalshi_platform.health import health_report
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.health import health_report, monitored_shards
 from kalshi_platform.health import verdict as freshness
-from kalshi_platform.health import monitored_shards
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 

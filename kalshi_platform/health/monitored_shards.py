@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from kalshi_platform.health import health_report
 from kalshi_platform import typed_json
 from kalshi_platform.archive import watermarks
+from kalshi_platform.health import health_report
 
 
 def supervised(journals: Path, configured: int, stores: Collection[str]) -> list[int]:

@@ -1,6 +1,6 @@
 """How old is the newest of everything, and which of the many reasons for age is it?
 
-A pure judgement over what the streamer reports of itself (`health_report.py`) and how far ClickHouse is. It
+A pure judgement over what the streamer reports of itself (`health/health_report.py`) and how far ClickHouse is. It
 tells apart: a quiet exchange, its maintenance, a streamer that is down or hangs, a journal that does
 not become durable, and a store that is behind. Every judgement says what to do.
 """

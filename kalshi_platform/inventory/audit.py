@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.inventory import findings
 from kalshi_platform.inventory.findings import Episode
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.tables import standing
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.clickhouse.client import Client, translated
 
 DECISIONS = "mm_decisions"
 ACTIONS = "mm_order_actions"

@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from kalshi_platform.clickhouse.client import Client, acknowledged, translated
 from kalshi_platform.inventory import audit, evidence, explain
 from kalshi_platform.inventory.audit import Check, Outcome, Parameters, moment
 from kalshi_platform.inventory.evidence import Market
 from kalshi_platform.inventory.explain import Case, number
 from kalshi_platform.inventory.findings import NO_LIMIT, QUIET, Episode
 from kalshi_platform.inventory.tables import usable
-from kalshi_platform.clickhouse.client import Client, acknowledged, translated
 
 TABLE = "mm_inventory_breaks"
 

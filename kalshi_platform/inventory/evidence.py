@@ -15,10 +15,10 @@ from operator import attrgetter, itemgetter
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
 
+from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.audit import moment
 from kalshi_platform.inventory.tables import STREAM_EVENTS, TAPE
-from kalshi_platform.clickhouse.client import Client, translated
 
 BEFORE = timedelta(days=1)
 """So long before the window orders may have begun."""

@@ -13,11 +13,11 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS, Parameters, moment
 from kalshi_platform.inventory.tables import Standing, standing
 from kalshi_platform.printable import printable
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.clickhouse.client import Client, translated
 
 DECISIONS_STALE_S = 300
 """An engine decides every few seconds; so long without a decision, and it has stopped."""

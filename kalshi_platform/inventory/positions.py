@@ -20,6 +20,7 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform import __version__
+from kalshi_platform.clickhouse.client import Client, insert_arrow, translated
 from kalshi_platform.exchange.answers import Fill, Position, Settlement
 from kalshi_platform.exchange.errors import ExchangeError
 from kalshi_platform.exchange.items import Tell, Unreadable
@@ -27,7 +28,6 @@ from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS
 from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS, SETTLEMENTS
 from kalshi_platform.inventory.tables import usable
-from kalshi_platform.clickhouse.client import Client, insert_arrow, translated
 
 ENGINE = "platform"
 """`engine_instance_id` of the snapshots taken here."""

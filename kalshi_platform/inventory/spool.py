@@ -41,11 +41,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import durable, typed_json
+from kalshi_platform.clickhouse.client import Client, connect, translated
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.inventory.values import InventoryError, shown
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse.client import Client, connect, translated
 
 if TYPE_CHECKING:
     from kalshi_platform.clickhouse.verified_inserts import Insert

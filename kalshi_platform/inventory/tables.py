@@ -1,7 +1,7 @@
 """How the market maker's tables stand in a database: there, missing, another owner's, or from before 010.
 
 Engines may have made these tables themselves, so a name alone proves nothing: the columns do. What the
-columns are is in rows.py; who may make a table is in storage/ownership.py.
+columns are is in rows.py; who may make a table is in clickhouse/ownership.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.inventory.rows import DECISIONS, INVENTORY_COLUMNS, TABLES
 from kalshi_platform.printable import printable
-from kalshi_platform.clickhouse.client import Client, translated
 
 _SHOWN = 6
 """Columns that a sentence names."""

@@ -22,8 +22,8 @@ import msgspec
 from kalshi_platform import checked_json, durable, typed_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.journal import reader as journal
-from kalshi_platform.journal.reader import JournalError, Position
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import JournalError, Position
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kalshi_platform.journal.reader import END_MARK, HEADER, SUFFIX
 from kalshi_platform.journal.lock import Held, lock_if_supported
+from kalshi_platform.journal.reader import END_MARK, HEADER, SUFFIX
 
 log = logging.getLogger(__name__)
 

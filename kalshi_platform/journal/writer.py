@@ -32,8 +32,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kalshi_platform import durable
-from kalshi_platform.journal import reader, journal_identity
+from kalshi_platform.journal import journal_identity, reader
+from kalshi_platform.journal.journal_identity import Claim, JournalIdentity
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.latency import Delays
+from kalshi_platform.journal.lock import FolderLock, Held, insist_on_no_writer
 from kalshi_platform.journal.reader import (
     NO_CONNECTION,
     SCHEMA,
@@ -42,9 +45,6 @@ from kalshi_platform.journal.reader import (
     Position,
     checksum,
 )
-from kalshi_platform.journal.journal_identity import Claim, JournalIdentity
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.lock import FolderLock, Held, insist_on_no_writer
 from kalshi_platform.journal.segment import REAL_DISK, Disk, Segment
 
 log = logging.getLogger(__name__)

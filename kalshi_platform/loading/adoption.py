@@ -16,6 +16,15 @@ from pathlib import Path
 
 import msgspec
 
+from kalshi_platform.journal import journal_identity, reader, writer
+from kalshi_platform.journal.journal_identity import (
+    Claim,
+    JournalIdentity,
+    LaterVersion,
+    Start,
+)
+from kalshi_platform.journal.ledger import Entry
+from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import traces
 from kalshi_platform.loading.cursor import Cursor, plain
@@ -23,16 +32,7 @@ from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.resume import Unresolved
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, Store
 from kalshi_platform.loading.traces import Trace
-from kalshi_platform.journal import reader, journal_identity, writer
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.journal_identity import (
-    Claim,
-    JournalIdentity,
-    LaterVersion,
-    Start,
-)
 from kalshi_platform.settings import Settings
-from kalshi_platform.journal.ledger import Entry
 
 
 @dataclass(frozen=True)

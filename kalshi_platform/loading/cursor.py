@@ -15,8 +15,8 @@ import msgspec
 
 from kalshi_platform import checked_json, durable
 from kalshi_platform.checked_json import LaterFormat, Unproved
-from kalshi_platform.journal.reader import Position
 from kalshi_platform.journal.journal_identity import Claim, LaterVersion, Start
+from kalshi_platform.journal.reader import Position
 
 FORMAT = 2
 UNSEALED_FORMAT = 1

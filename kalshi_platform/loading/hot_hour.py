@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
-from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.schema import BOOK_CHECKPOINTS, Dataset
 from kalshi_platform.utc_hours import HOUR
 

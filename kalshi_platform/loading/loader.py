@@ -25,16 +25,23 @@ import pyarrow as pa
 import tenacity
 
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.health.verdict import BEHIND_S
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.journal_identity import ADOPT
+from kalshi_platform.journal.latency import Delays
+from kalshi_platform.journal.ledger import Entry, RecordGone, Superseded
+from kalshi_platform.journal.reader import JournalError, Position
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import resume, traces
 from kalshi_platform.loading.book_state import State
 from kalshi_platform.loading.cursor import Cursor, Unusable, plain
-from kalshi_platform.exchange.columnar import decoded
-from kalshi_platform.loading.shared_rows import CHUNK_ROWS, Derivation, at_openings, chunks, up_to
-from kalshi_platform.loading.rows import Distrust, Rows, derive
-from kalshi_platform.health.verdict import BEHIND_S
 from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
+from kalshi_platform.loading.rows import Distrust, Rows, derive
+from kalshi_platform.loading.shared_rows import CHUNK_ROWS, Derivation, at_openings, chunks, up_to
+from kalshi_platform.loading.sinks import Abandoned, Store
 from kalshi_platform.loading.state_files import (
     UnreadableState,
     checkpoint_batches,
@@ -43,14 +50,7 @@ from kalshi_platform.loading.state_files import (
     newest_kept,
     save,
 )
-from kalshi_platform.loading.sinks import Abandoned, Store
 from kalshi_platform.loading.traces import Trace
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.latency import Delays
-from kalshi_platform.journal.reader import JournalError, Position
-from kalshi_platform.journal.journal_identity import ADOPT
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.journal.ledger import Entry, RecordGone, Superseded
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS
 from kalshi_platform.utc_hours import floor_hour, hour_of_ns
 

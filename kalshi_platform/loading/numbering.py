@@ -19,13 +19,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kalshi_platform.errors import PlatformError
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.journal_identity import ADOPT, JournalIdentity
+from kalshi_platform.journal.ledger import Entry, Ledger
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.writer import Beginning
 from kalshi_platform.loading import cursor
 from kalshi_platform.loading.sinks import ParquetStore
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.journal_identity import ADOPT, JournalIdentity
-from kalshi_platform.journal.writer import Beginning
-from kalshi_platform.journal.ledger import Entry, Ledger
 
 log = logging.getLogger(__name__)
 

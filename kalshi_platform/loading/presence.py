@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from kalshi_platform.archive import Archive, archive_identity, open_archive, watermarks
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.loading import cursor
-from kalshi_platform.archive import watermarks
 from kalshi_platform.settings import Settings
-from kalshi_platform.archive import Archive, open_archive
-from kalshi_platform.archive import archive_identity
 
 log = logging.getLogger(__name__)
 

@@ -19,31 +19,34 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
-from kalshi_platform.archive import compaction, hours, watermarks, sealing
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.journal.clock import Clock
-from kalshi_platform.exchange.columnar import decoded
-from kalshi_platform.loading.shared_rows import at_openings, chunks
-from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.archive.hours import HourReport
-from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
-from kalshi_platform.loading.sinks import by_hour, concatenated
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, Hole, Position
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.archive import (
     FROM_CLICKHOUSE,
     Archive,
     LocalArchive,
     Manifest,
+    compaction,
+    hours,
     open_archive,
     part_name,
     part_range,
+    sealing,
+    watermarks,
 )
+from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
+from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.clock import Clock
+from kalshi_platform.journal.reader import Block, Hole, Position
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.presence import known_archive
+from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.loading.shared_rows import at_openings, chunks
+from kalshi_platform.loading.sinks import by_hour, concatenated
+from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
 from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)

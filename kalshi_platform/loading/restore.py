@@ -30,17 +30,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.archive import (
+    Archive,
+    File,
+    batches,
+    checksum,
+    hours,
+    open_archive,
+    rows_of,
+    watermarks,
+)
+from kalshi_platform.archive.checksum import U64, Content
+from kalshi_platform.archive.local import locked
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import hot_retention, partitions, queries
+from kalshi_platform.clickhouse.cluster import place
 from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hot_hour
-from kalshi_platform.archive import hours, watermarks
 from kalshi_platform.loading.unloaded import Unloaded
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.clickhouse import client as clickhouse, partitions, queries, hot_retention
-from kalshi_platform.archive import Archive, File, batches, open_archive, rows_of
-from kalshi_platform.archive.local import locked
-from kalshi_platform.archive.checksum import U64, Content
-from kalshi_platform.clickhouse.cluster import place
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -49,6 +56,7 @@ from kalshi_platform.schema import (
     TRADES,
     Dataset,
 )
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR
 
 RESTORED = (ORDERBOOK_EVENTS.name, TRADES.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.cursor import Cursor
 from kalshi_platform.journal.ledger import Entry, Superseded, superseded
+from kalshi_platform.loading.cursor import Cursor
 
 
 class Unresolved(PlatformError):

@@ -20,9 +20,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from kalshi_platform.arrow_columns import codes, names, place, prices, quantities, text, times
+from kalshi_platform.exchange import columnar_trades
+from kalshi_platform.exchange.columnar import STREAM, Decoded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.session import SCALE
-from kalshi_platform.exchange import columnar_trades
+from kalshi_platform.journal.reader import Unread
 from kalshi_platform.loading.book_state import (
     Book,
     Connection,
@@ -36,10 +39,7 @@ from kalshi_platform.loading.book_state import (
     numbered,
     on_ladder,
 )
-from kalshi_platform.arrow_columns import codes, names, place, prices, quantities, text, times
-from kalshi_platform.exchange.columnar import STREAM, Decoded
 from kalshi_platform.loading.state_files import checkpoint
-from kalshi_platform.journal.reader import Unread
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,

@@ -23,13 +23,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.journal.clock import Clock
 from kalshi_platform.exchange.columnar import Decoded, decoded
-from kalshi_platform.loading.rows import Rows, derive
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, Hole, JournalError, Position, Stretch, joined
+from kalshi_platform.journal.clock import Clock
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Block, Hole, JournalError, Position, Stretch, joined
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import Rows, derive
 from kalshi_platform.utc_hours import HOUR_NS
 
 CHUNK_ROWS = 65_536

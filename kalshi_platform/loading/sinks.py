@@ -20,17 +20,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.errors import StoreUnavailable
-from kalshi_platform.archive import hours, watermarks, sealing
-from kalshi_platform.loading.rows import Rows
-from kalshi_platform.archive.hours import HourReport
-from kalshi_platform.loading.traces import Trace
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client, queries, clickhouse_ledger, verified_inserts
-from kalshi_platform.archive import Archive, part_name, part_range
+from kalshi_platform.archive import Archive, hours, part_name, part_range, sealing, watermarks
 from kalshi_platform.archive.archive_ledger import ArchiveLedger
-from kalshi_platform.journal.ledger import Ledger
+from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.clickhouse import clickhouse_ledger, client, queries, verified_inserts
 from kalshi_platform.clickhouse.clickhouse_ledger import TableLedger
+from kalshi_platform.clickhouse.verified_inserts import Insert
+from kalshi_platform.errors import StoreUnavailable
+from kalshi_platform.journal.ledger import Ledger
+from kalshi_platform.loading.rows import Rows
+from kalshi_platform.loading.traces import Trace
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -40,7 +39,7 @@ from kalshi_platform.schema import (
     TRADES,
     Dataset,
 )
-from kalshi_platform.clickhouse.verified_inserts import Insert
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,18 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform import typed_json
-from kalshi_platform.errors import PlatformError
-from kalshi_platform.loading.book_state import LEVELS, PACKED, Book, Connection, Ladders, State, unpacked
-from kalshi_platform.journal.clock import Clock
 from kalshi_platform.arrow_columns import names, place, prices, quantities
+from kalshi_platform.errors import PlatformError
+from kalshi_platform.journal.clock import Clock
+from kalshi_platform.loading.book_state import (
+    LEVELS,
+    PACKED,
+    Book,
+    Connection,
+    Ladders,
+    State,
+    unpacked,
+)
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
 from kalshi_platform.utc_hours import floor_hour, hour_start_ns
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kalshi_platform.exchange.columnar import Decoded, decode
-from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import Block, JournalError
+from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
 NEAR_RECORDS = 4_096

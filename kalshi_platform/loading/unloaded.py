@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kalshi_platform.loading import cursor
 from kalshi_platform.archive import watermarks
-from kalshi_platform.loading.cursor import Cursor
-from kalshi_platform.journal import reader, journal_identity
-from kalshi_platform.journal.reader import Hole
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse, clickhouse_ledger
+from kalshi_platform.clickhouse import clickhouse_ledger
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.clickhouse.clickhouse_ledger import TableLedger
+from kalshi_platform.journal import journal_identity, reader
+from kalshi_platform.journal.reader import Hole
+from kalshi_platform.loading import cursor
+from kalshi_platform.loading.cursor import Cursor
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import hour_of_ns
 
 _HOUR_NS = 3_600_000_000_000

@@ -3,10 +3,10 @@
 One sensor, and not Dagster's run-failure sensor beside others: what is wrong is looked up anew at each
 tick, so that twenty failed hours of a backfill are one incident, a run that succeeds ends it, and a
 channel that is down gets the message later. What must be remembered is in the sensor's cursor.
-What an incident is: monitoring/incidents.py. Where it is told: monitoring/channels.py.
+What an incident is: health/incidents.py. Where it is told: health/channels.py.
 
 A tick decides and writes down; it sends nothing itself, since whoever is told may take any time. The outbox of
-this process (monitoring/outbox.py) does, and the next tick notes what came of it.
+this process (health/outbox.py) does, and the next tick notes what came of it.
 """
 
 import functools
@@ -23,10 +23,8 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as CheckStatus,
 )
 
-from kalshi_platform.health import health_report
+from kalshi_platform.health import health_report, incidents, monitored_shards
 from kalshi_platform.health import verdict as freshness
-from kalshi_platform.health import incidents
-from kalshi_platform.health import monitored_shards
 from kalshi_platform.health.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG

@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster import MetadataValue
 
-from kalshi_platform.health import health_report
+from kalshi_platform.archive import open_archive
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.health import monitored_shards
+from kalshi_platform.health import health_report, monitored_shards
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import markdown
-from kalshi_platform.archive import open_archive
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 
 if TYPE_CHECKING:
+    from kalshi_platform.clickhouse.client import Client
     from kalshi_platform.quality.continuity import Extent
     from kalshi_platform.settings import Settings
-    from kalshi_platform.clickhouse.client import Client
 
 Reports = Mapping[int, Mapping[str, Any] | None]
 """What each shard's streamer says of itself."""
@@ -85,9 +84,9 @@ def order_book_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, with one connection."""
-    from kalshi_platform.quality import continuity
-    from kalshi_platform.health import verdict as freshness
     from kalshi_platform.clickhouse.client import connect
+    from kalshi_platform.health import verdict as freshness
+    from kalshi_platform.quality import continuity
 
     wanted = {key.name for key in context.selected_asset_check_keys}
     now = datetime.now(UTC)

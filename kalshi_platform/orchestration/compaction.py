@@ -1,4 +1,4 @@
-"""Compaction in Dagster: the job, and its schedule. What it does is in loading/compaction.py.
+"""Compaction in Dagster: the job, and its schedule. What it does is in archive/compaction.py.
 
 An hour keeps its rows, so it is observed and not materialised anew: nothing downstream runs for it.
 
@@ -16,8 +16,8 @@ from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:
-    from kalshi_platform.errors import StoreError
     from kalshi_platform.archive.compaction import Compacted
+    from kalshi_platform.errors import StoreError
 
 
 @dg.op(description="Every sealed hour that still has parts becomes one sorted file per dataset.")

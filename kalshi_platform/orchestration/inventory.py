@@ -78,9 +78,9 @@ def mm_position_snapshots(
     context: dg.AssetExecutionContext, platform: KalshiResource
 ) -> dg.MaterializeResult[None]:
     """Read the exchange's positions and write them beside the decisions."""
+    from kalshi_platform.clickhouse.client import connect
     from kalshi_platform.exchange.rest import RestClient
     from kalshi_platform.inventory import positions
-    from kalshi_platform.clickhouse.client import connect
 
     settings = platform.settings()
     if not settings.use_clickhouse:
@@ -152,8 +152,8 @@ def inventory_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, and bring `mm_inventory_breaks` up to date."""
-    from kalshi_platform.inventory import audit, breaks, judged
     from kalshi_platform.clickhouse.client import connect
+    from kalshi_platform.inventory import audit, breaks, judged
 
     wanted = {key.name for key in context.selected_asset_check_keys}
     settings = platform.settings()

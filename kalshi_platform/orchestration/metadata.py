@@ -11,8 +11,8 @@ import dagster as dg
 from dagster import MetadataValue
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.archive import open_archive
+from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.schema import Dataset
 
 if TYPE_CHECKING:

@@ -55,15 +55,13 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def is_sealed(self, hour: datetime) -> bool:
         """Whether the archive has data of an hour, and has it whole."""
-        from kalshi_platform.archive import hours
-        from kalshi_platform.archive import open_archive
+        from kalshi_platform.archive import hours, open_archive
 
         return hours.is_sealed(open_archive(self.settings()), hour)
 
     def describe(self, hour: datetime) -> HourReport:
         """What the archive holds of an hour. Reads all of it."""
-        from kalshi_platform.archive import hours
-        from kalshi_platform.archive import open_archive
+        from kalshi_platform.archive import hours, open_archive
 
         return hours.describe(open_archive(self.settings()), hour, complete=self.is_sealed(hour))
 

@@ -64,8 +64,8 @@ def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str,
 
 def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[str, Any]:
     """Apply HOT_RETENTION_DAYS, where it is set: nothing has to be restarted for it."""
-    from kalshi_platform.clickhouse import migrations
     from kalshi_platform.clickhouse import hot_retention as hot
+    from kalshi_platform.clickhouse import migrations
     from kalshi_platform.clickhouse.client import connect
 
     if not settings.use_clickhouse:
@@ -82,10 +82,9 @@ def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[st
 
 
 def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
+    from kalshi_platform.archive import ASIDE, compaction, open_archive
     from kalshi_platform.errors import StoreUnavailable
-    from kalshi_platform.archive import compaction
     from kalshi_platform.health.metrics import folder_bytes
-    from kalshi_platform.archive import ASIDE, open_archive
 
     aside = settings.archive_dir / ASIDE
     before = folder_bytes(aside)

@@ -20,13 +20,13 @@ import click
 import msgspec
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.inventory import audit, breaks, judged
 from kalshi_platform.inventory.audit import Outcome, Parameters, Status
 from kalshi_platform.inventory.judged import Judged
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse.client import connect
 
 FOUND = 2
 """The exit code for anomalies."""

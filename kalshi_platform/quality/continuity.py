@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from kalshi_platform.clickhouse import client as clickhouse, queries, hot_retention
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import hot_retention, queries
 
 Row = Mapping[str, Any]
 WHOLE_EVENTS = 10_000_000

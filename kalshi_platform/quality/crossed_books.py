@@ -13,13 +13,14 @@ from datetime import datetime, timedelta
 import polars as pl
 import pyarrow as pa
 
+from kalshi_platform import archive
 from kalshi_platform.analytics.books import EVENT_COLUMNS, books
 from kalshi_platform.analytics.crossed import COLUMNS, lasting
 from kalshi_platform.analytics.spreads import spreads
-from kalshi_platform.quality.continuity import Extent, ask
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import queries
 from kalshi_platform.loading.rebuild import as_archived, select_list
-from kalshi_platform import archive
-from kalshi_platform.clickhouse import client as clickhouse, queries
+from kalshi_platform.quality.continuity import Extent, ask
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     ORDERBOOK_EVENTS,

@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kalshi_platform.archive import open_archive, watermarks
 from kalshi_platform.inventory import spool
-from kalshi_platform.archive import watermarks
-from kalshi_platform.loading import state_files
 from kalshi_platform.journal import reader
+from kalshi_platform.loading import state_files
 from kalshi_platform.settings import Settings
-from kalshi_platform.archive import open_archive
 
 _BESIDE_SEGMENTS = re.compile(r"lock|load|.*\.(?:json|tmp|twin)|[0-9]{20}\.arrows\.torn-[0-9]+")
 

@@ -19,16 +19,15 @@ import msgspec
 import pyarrow as pa
 
 from kalshi_platform import typed_json
+from kalshi_platform.archive import Archive, Manifest, batches, checksum, hours, open_archive
+from kalshi_platform.archive.checksum import Content
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import hot_retention
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading import hot_hour
-from kalshi_platform.archive import hours
 from kalshi_platform.quality.continuity import Extent
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.clickhouse import client as clickhouse, hot_retention
-from kalshi_platform.archive import Archive, Manifest, batches, open_archive
-from kalshi_platform.archive.checksum import Content
 from kalshi_platform.schema import DATASETS, Dataset
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR
 
 log = logging.getLogger(__name__)

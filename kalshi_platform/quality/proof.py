@@ -28,23 +28,22 @@ from pathlib import Path
 import msgspec
 
 from kalshi_platform import checked_json
+from kalshi_platform.archive import Archive, archive_identity, hours, watermarks
 from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.quality import continuity, tally_journal, tally_stores
-from kalshi_platform.loading import hot_hour
-from kalshi_platform.archive import hours, watermarks
-from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.exchange.columnar_numbers import Numbers, disjoint, gaps_between
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal import reader as journal
+from kalshi_platform.journal.journal_identity import LaterVersion
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.loading import cursor as cursor_file
+from kalshi_platform.loading import hot_hour
+from kalshi_platform.quality import continuity, tally_journal, tally_stores
 from kalshi_platform.quality.tally import Place, Subscription, Tally
 from kalshi_platform.quality.tally_journal import Journal
-from kalshi_platform.journal import reader as journal, journal_identity
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.journal_identity import LaterVersion
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import Archive
-from kalshi_platform.archive import archive_identity
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, floor_hour
 
 log = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ import pyarrow.json as pj
 
 from kalshi_platform import typed_json
 from kalshi_platform.exchange.frames import DecodeError, decode_head
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Block, Hole
 from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.quality.tally import DELTA, OTHER, SNAPSHOT, TRADE, Place
 from kalshi_platform.quality.tally_stores import named_by
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, Hole
-from kalshi_platform.journal.kind import Kind
 from kalshi_platform.utc_hours import hour_start_ns
 
 _HEAD = pa.schema([pa.field("sid", pa.uint32()), pa.field("seq", pa.uint64())])

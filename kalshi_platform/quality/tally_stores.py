@@ -15,10 +15,10 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform import typed_json
+from kalshi_platform.archive import Archive, batches
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.loading import hot_hour
 from kalshi_platform.quality.tally import DELTA, NOT_FRAMES, OTHER, SNAPSHOT, TRADE, Place
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import Archive, batches
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES, Dataset
 
 ROWS_AT_A_TIME = 262_144

@@ -19,16 +19,16 @@ from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
+from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import LifeEvent, kind_of
 from kalshi_platform.exchange.session import Session
-from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, Lost
 from kalshi_platform.exchange.signing import Credentials
-from kalshi_platform.printable import printable
-from kalshi_platform.journal.reader import NO_CONNECTION
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import NO_CONNECTION
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.printable import printable
 
 log = logging.getLogger(__name__)
 

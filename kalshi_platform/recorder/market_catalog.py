@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.archive import File, table_of
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import ProtocolError
@@ -28,10 +30,8 @@ from kalshi_platform.exchange.numbers import PRICE_SCALE, QTY_SCALE, fixed_point
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.recorder.market_selection import wish_of
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import File, table_of
 from kalshi_platform.schema import MARKET_CATALOG, NAME
+from kalshi_platform.settings import Settings
 
 FILE = "markets.parquet"
 FINAL = "finalized"

@@ -19,8 +19,8 @@ from kalshi_platform.exchange.items import Tell, logged
 from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.printable import invisible_in, strip_invisible
-from kalshi_platform.recorder.universe import Roster, Wish
 from kalshi_platform.recorder.sharding import share
+from kalshi_platform.recorder.universe import Roster, Wish
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ A shard that STREAM_SHARDS no longer has is only *drained*: what its journal sti
 stores, without a connection, and then it is done.
 
 It is hosted by the `stream` command and by Dagster's `stream_orderbook`, which see only this class.
-Once a second it reports its health, until its very end: `health_report.py` says where. The thread that does
+Once a second it reports its health, until its very end: `health/health_report.py` says where. The thread that does
 so touches no disk; the copy on the disk is another thread's.
 """
 
@@ -29,37 +29,36 @@ from typing import TypeVar
 import msgspec
 
 from kalshi_platform import __version__
+from kalshi_platform.archive import Archive, open_archive, watermarks
+from kalshi_platform.archive.archive_ledger import ArchiveLedger
+from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.exchange.errors import CredentialsError, Unreachable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer
-from kalshi_platform.health.health_report import Publisher
-from kalshi_platform.quality import book_audit
-from kalshi_platform.loading import cursor, numbering
-from kalshi_platform.archive import watermarks
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.rows import DAMAGED, Distrust, Rows
-from kalshi_platform.archive.hours import HourReport
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
-from kalshi_platform.loading.presence import Presence
-from kalshi_platform.loading.state_files import prune_hour_states
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.health import monitored_shards
-from kalshi_platform.processes import Identity
+from kalshi_platform.health.health_report import Publisher
 from kalshi_platform.journal import reader
-from kalshi_platform.recorder.capture import Capture, CaptureState
+from kalshi_platform.journal.journal_identity import JournalIdentity
 from kalshi_platform.journal.latency import Delay
 from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.journal_identity import JournalIdentity
-from kalshi_platform.recorder.trade_backfill import Memory, remembered
-from kalshi_platform.recorder.background import TaskHealth, Tasks
-from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
 from kalshi_platform.journal.writer import Beginning, Writer
+from kalshi_platform.loading import cursor, numbering
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.presence import Presence
+from kalshi_platform.loading.rows import DAMAGED, Distrust, Rows
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.state_files import prune_hour_states
+from kalshi_platform.processes import Identity
+from kalshi_platform.quality import book_audit
+from kalshi_platform.recorder.background import TaskHealth, Tasks
+from kalshi_platform.recorder.capture import Capture, CaptureState
+from kalshi_platform.recorder.trade_backfill import Memory, remembered
+from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
 from kalshi_platform.settings import Settings
-from kalshi_platform.archive import Archive, open_archive
-from kalshi_platform.archive.archive_ledger import ArchiveLedger
-from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +261,7 @@ class Streamer:
         except OSError as error:
             writer.close()
             raise JournalError(
-                f"{self._folder / passage.FILE} cannot be written ({error.strerror}). Make room, and make"
+                f"{self._folder / watermarks.FILE} cannot be written ({error.strerror}). Make room, and make"
                 " the folder writable."
             ) from None
 
@@ -597,7 +596,9 @@ class Streamer:
             log.warning("The books were not audited: the load is behind.")
             return
         wire = {t: {"yes": b.yes_dollars or [], "no": b.no_dollars or []} for t, b in books.items()}
-        self._judge(await asyncio.to_thread(book_audit.compare, self._recent, since_ns, wire), capture)
+        self._judge(
+            await asyncio.to_thread(book_audit.compare, self._recent, since_ns, wire), capture
+        )
 
     async def _caught_up(self, until_ns: int) -> bool:
         """Wait until the derived books are as of `until_ns` or later."""

@@ -20,9 +20,9 @@ from kalshi_platform.exchange.answers import Trade
 from kalshi_platform.exchange.frames import DecodeError, trade_id
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.journal import reader
-from kalshi_platform.recorder.capture import RECENT_TRADES, Loss
-from kalshi_platform.journal.reader import Position
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Position
+from kalshi_platform.recorder.capture import RECENT_TRADES, Loss
 
 MARGIN_S = 10
 """Our clock and the exchange's may be so far apart."""

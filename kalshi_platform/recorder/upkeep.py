@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kalshi_platform.errors import SettingsError
+from kalshi_platform.exchange.auxiliary_channel import TRADES
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.exchange.rest import RestClient
-from kalshi_platform.exchange.auxiliary_channel import TRADES
 from kalshi_platform.recorder import trade_backfill
+from kalshi_platform.recorder.background import Tasks
 from kalshi_platform.recorder.capture import Capture, Loss
 from kalshi_platform.recorder.market_selection import Watchlist
 from kalshi_platform.recorder.trade_backfill import Found
-from kalshi_platform.recorder.background import Tasks
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)

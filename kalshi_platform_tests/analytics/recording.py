@@ -6,14 +6,13 @@ import random
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalshi_platform.archive import hours
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.archive import LocalArchive, hours, part_name, write_durably
 from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import derive
-from kalshi_platform.loading.state_files import checkpoint
-from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.archive import LocalArchive, part_name, write_durably
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.sinks import by_hour
+from kalshi_platform.loading.state_files import checkpoint
 from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS
 from kalshi_platform_tests import wire
 

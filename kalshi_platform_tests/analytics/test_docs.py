@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 
 from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.clickhouse import client
 from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse import client
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour

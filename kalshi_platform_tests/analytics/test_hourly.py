@@ -10,13 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.analytics.hourly import COMPUTED, compute_hour, replace_hour
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.archive import LocalArchive
+from kalshi_platform.archive import LocalArchive, checksum
 from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import ANALYTICS, SPREADS, Dataset
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.clickhouse.tables import prepare, settings_for

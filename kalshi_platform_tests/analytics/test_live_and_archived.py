@@ -11,11 +11,11 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import migrations
 from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
+from kalshi_platform.archive import LocalArchive
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.book import State as BookState
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.archive import LocalArchive
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
 from kalshi_platform_tests.analytics.recording import HOUR as ARCHIVED

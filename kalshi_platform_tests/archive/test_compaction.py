@@ -20,20 +20,25 @@ from click.testing import CliRunner
 
 from kalshi_platform import durable
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import (
+    ASIDE,
+    LocalArchive,
+    Manifest,
+    atomic_exchange,
+    compaction,
+    hours,
+    local,
+)
 from kalshi_platform.commands.compact import command
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.archive import compaction, hours
-from kalshi_platform.loading.rows import Rows
+from kalshi_platform.journal import reader as journal
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Position
 from kalshi_platform.loading.loader import Load
 from kalshi_platform.loading.rebuild import rebuild
+from kalshi_platform.loading.rows import Rows
 from kalshi_platform.loading.sinks import ParquetStore
-from kalshi_platform.journal import reader as journal
-from kalshi_platform.journal.reader import Position
-from kalshi_platform.journal.kind import Kind
 from kalshi_platform.settings import Settings
-from kalshi_platform.archive import atomic_exchange
-from kalshi_platform.archive import ASIDE, LocalArchive, Manifest
-from kalshi_platform.archive import local
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths

@@ -14,18 +14,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.archive import LocalArchive, compaction, hours, write_durably
+from kalshi_platform.archive import export as publish
+from kalshi_platform.archive.export import public_detail
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive import compaction, hours, export as publish
-from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.archive.export import public_detail
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import LocalArchive, write_durably
 from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.archive.test_compaction import record, rows
+from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_loader import FIRST_HOUR, START_NS, recording
 
 OWN = "own-id-"

@@ -13,10 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive import compaction, hours
-from kalshi_platform.archive import LocalArchive, hour_path, part_name, part_range
+from kalshi_platform.archive import (
+    LocalArchive,
+    compaction,
+    hour_path,
+    hours,
+    part_name,
+    part_range,
+)
 from kalshi_platform.archive.layout import day_of_name, hour_of_path, is_data
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS
 from kalshi_platform.utc_hours import HOUR
 from kalshi_platform_tests import foreign

@@ -21,29 +21,40 @@ from click.testing import CliRunner
 from pydantic import SecretStr
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.archive import (
+    Archive,
+    LocalArchive,
+    archive_at,
+    compaction,
+    hours,
+    local,
+    object_storage,
+    open_archive,
+    part_name,
+    table_of,
+    watermarks,
+)
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands import compact as compact_command
 from kalshi_platform.commands import doctor
 from kalshi_platform.errors import StoreRefused, StoreUnavailable
-from kalshi_platform.archive import compaction, hours, watermarks
-from kalshi_platform.quality import continuity
-from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.loading.rows import Rows
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.quality.parity import compare_hours
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Verdict, restore
+from kalshi_platform.loading.rows import Rows
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal.writer import Writer
+from kalshi_platform.quality import continuity
+from kalshi_platform.quality.parity import compare_hours
+from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.schema import MARKET_CATALOG, SPREADS
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.archive import Archive, LocalArchive, archive_at, open_archive, part_name, table_of
-from kalshi_platform.archive import local, object_storage
-from kalshi_platform.clickhouse.client import connect
-from kalshi_platform.schema import MARKET_CATALOG, SPREADS
-from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 from kalshi_platform_tests import object_store
 from kalshi_platform_tests.analytics.test_docs import PAGE, SNIPPETS
+from kalshi_platform_tests.clickhouse.tables import arrow, prepare
 from kalshi_platform_tests.deaths import Killed, die_at
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
@@ -52,7 +63,6 @@ from kalshi_platform_tests.loading.test_loader import (
     recording,
 )
 from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore
-from kalshi_platform_tests.clickhouse.tables import arrow, prepare
 
 EVENTS = "orderbook_events"
 PACE = Pace(rows=60, seconds=0.0, first_s=0.0)
@@ -190,7 +200,7 @@ def test_a_sealed_hour_is_one_sorted_object_and_an_open_one_waits_here(
     archive = open_archive(settings)
     assert [key for key in keys(store, settings) if key.startswith(EVENTS)] == [
         f"{FIRST}/_manifest.json",
-        f"{FIRST}/{objects.SORTED}",
+        f"{FIRST}/{object_storage.SORTED}",
     ]
     assert globbed(store, settings).equals(expected)
     (table,) = archive.read(EVENTS, FIRST_HOUR)
@@ -211,7 +221,9 @@ def test_a_sealed_hour_is_one_sorted_object_and_an_open_one_waits_here(
     )
     waiting = LocalArchive(settings.archive_dir)
     assert waiting.hours(EVENTS) == [SECOND_HOUR]
-    assert [str(p) for p in (settings.archive_dir / object_storage.LEAVING).rglob("*.parquet")] == []
+    assert [
+        str(p) for p in (settings.archive_dir / object_storage.LEAVING).rglob("*.parquet")
+    ] == []
     assert hours.unsealed(archive, FIRST_HOUR, SECOND_HOUR + HOUR) == [SECOND_HOUR]
 
 
@@ -447,7 +459,7 @@ def test_an_hour_is_rebuilt_from_the_journal_and_one_that_is_well_is_not_written
     record(settings)
     archive = open_archive(settings)
     before = archive.read_manifest(EVENTS, FIRST_HOUR)
-    key = f"{settings.archive_base}/{FIRST}/{objects.SORTED}"
+    key = f"{settings.archive_base}/{FIRST}/{object_storage.SORTED}"
     files = store.files()
     if damage == "lost":
         files.delete_file(key)
@@ -542,7 +554,7 @@ def test_both_stores_are_equal_and_what_is_lost_comes_back_from_clickhouse(
     assert compared().compared == ()  # nothing has changed
     assert not [r for r in store.requests if "GET" in r and "list-type" not in r]
     shutil.rmtree(settings.journal_dir())
-    store.files().delete_file(f"{settings.archive_base}/{FIRST}/{objects.SORTED}")
+    store.files().delete_file(f"{settings.archive_base}/{FIRST}/{object_storage.SORTED}")
     (lost,) = compared().differences
     assert "lacks" in lost.what
     rebuild(settings, FIRST_HOUR)

@@ -22,11 +22,23 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from kalshi_platform_tests.benchmarks import analytics, engine, feed, inventory, live_views, memory, pipeline, report, stages, stored, whole
+from kalshi_platform.exchange.frames import decode_delta, decode_head
+from kalshi_platform_tests.benchmarks import (
+    analytics,
+    engine,
+    feed,
+    inventory,
+    live_views,
+    memory,
+    pipeline,
+    report,
+    stages,
+    stored,
+    whole,
+)
 from kalshi_platform_tests.benchmarks.figures import Figure, line, number
 from kalshi_platform_tests.benchmarks.memory import Soak
 from kalshi_platform_tests.benchmarks.pipeline import Recorded
-from kalshi_platform.exchange.frames import decode_delta, decode_head
 
 MARKETS, MANY, FEW = 500, 5_000, 50
 RATE = 10_000.0

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import click
 
+from kalshi_platform.archive import File, LocalArchive, compaction
+from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.benchmarks.analytics import HOUR, synthetic_hour
 from kalshi_platform_tests.benchmarks.figures import Figure, show
-from kalshi_platform.archive import compaction
-from kalshi_platform.archive import File, LocalArchive
-from kalshi_platform.schema import ORDERBOOK_EVENTS
 
 
 def figures(events: int = 50_000, markets: int = 50) -> list[Figure]:

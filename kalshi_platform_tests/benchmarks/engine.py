@@ -10,7 +10,6 @@ from decimal import Decimal
 from pathlib import Path
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks.figures import Figure, number
 from kalshi_platform.engine import (
     Contract,
     Quote,
@@ -20,6 +19,7 @@ from kalshi_platform.engine import (
     WorkingOrder,
     inventory,
 )
+from kalshi_platform_tests.benchmarks.figures import Figure, number
 
 NOWHERE = "http://127.0.0.1:9"
 DECISIONS = 20_000

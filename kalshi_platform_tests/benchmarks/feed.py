@@ -27,8 +27,8 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
-from kalshi_platform.exchange.session import CHANNEL
 from kalshi_platform.exchange.auxiliary_channel import BATCH
+from kalshi_platform.exchange.session import CHANNEL
 
 PATH = "/trade-api/ws/v2"
 CHUNK = 250_000

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import click
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.health.metrics import folder_bytes
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import queries
 from kalshi_platform.clickhouse.client import connect, translated
 from kalshi_platform.clickhouse.hot_retention import RETAINED
+from kalshi_platform.health import health_report
+from kalshi_platform.health.metrics import folder_bytes
+from kalshi_platform.settings import Settings
 
 DAY_S = 86_400.0
 START_S = 600.0
@@ -63,7 +63,7 @@ def main(minutes: float, rate: float, markets: int) -> None:
         argv = [sys.executable, "-m", "kalshi_platform", "up", "--port", str(ui)]
         log = Path(folder) / "up.log"
         with log.open("wb") as output:
-            platform = subprocess.Popen(  # noqa: S603
+            platform = subprocess.Popen(
                 argv, env={**os.environ, **chosen}, stdout=output, stderr=output, cwd=folder
             )
         try:

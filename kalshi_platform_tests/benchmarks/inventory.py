@@ -20,13 +20,13 @@ import click
 import dagster as dg
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks.figures import Figure, show
-from kalshi_platform.orchestration import inventory
-from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.orchestration import inventory
+from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.settings import Settings
+from kalshi_platform_tests.benchmarks.figures import Figure, show
 
 MARKETS = 100
 SPAN_S = 6_600
@@ -71,7 +71,7 @@ FROM
         intDiv(market, greatest({{wrong_every:UInt32}}, 1)) % 4                                  AS fault
     FROM ({_STEPS})
 )
-"""  # noqa: S608 - a constant
+"""
 _ACTIONS = f"""
 INSERT INTO mm_order_actions (ts, action_id, decision_id, engine_instance_id, engine_version,
     market_ticker, client_order_id, action_type, side, api_side, price, price_cents, size, request_json)
@@ -79,7 +79,7 @@ SELECT at - toIntervalMillisecond(2), 'a' || toString(number), generateUUIDv4(),
     'o' || toString(number), 'place', if(step = 0, 'bid', 'ask'), 'yes', 0.45, 45, 10,
     '{{"client_order_id":"o' || toString(number) || '"}}'
 FROM ({_STEPS}) WHERE step IN (0, 30)
-"""  # noqa: S608 - a constant
+"""
 _RESPONSES = f"""
 INSERT INTO mm_order_responses (ts, action_id, engine_instance_id, engine_version, market_ticker,
     client_order_id, status, exchange_order_id, latency_ms, response_json)
@@ -90,7 +90,7 @@ FROM
     SELECT *, number - {{markets:UInt32}} * multiIf(step = 20, 20, step = 35, 5, 0) AS order
     FROM ({_STEPS}) WHERE step IN (0, 20, 30, 35)
 )
-"""  # noqa: S608 - a constant
+"""
 _FILLS = f"""
 INSERT INTO mm_fills (ts, engine_instance_id, engine_version, market_ticker, exchange_order_id,
     client_order_id, side, price, price_cents, size, decision_id, fill_id, raw_json)
@@ -101,7 +101,7 @@ FROM
     SELECT *, number - {{markets:UInt32}} * if(step = 20, 20, 5) AS order
     FROM ({_STEPS}) WHERE step IN (20, 35)
 )
-"""  # noqa: S608 - a constant
+"""
 _SNAPSHOTS = f"""
 INSERT INTO mm_position_snapshots (ts, engine_instance_id, engine_version, market_ticker, pos_filled,
     avg_cost, source, raw_json)
@@ -109,7 +109,7 @@ SELECT at + toIntervalMillisecond(1), 'platform', '1.0', ticker, if(step >= 20 A
     'positions', '{{}}'
 FROM ({_STEPS})
 WHERE loop % greatest(1, intDiv({{rows:UInt64}} * 300, {{markets:UInt32}} * {{span_s:UInt32}})) = 0
-"""  # noqa: S608 - a constant
+"""
 
 
 def fill(client: Client, rows: int, markets: int, wrong_every: int) -> None:
@@ -144,9 +144,7 @@ def qa(settings: Settings, *flags: str) -> float:
     argv = [sys.executable, "-m", "kalshi_platform.qa.mm_inventory_qa", "--host", str(url.hostname)]
     argv += ["--port", str(url.port), "--database", settings.clickhouse_database, *flags]
     began = time.perf_counter()
-    done = subprocess.run(  # noqa: S603 - our own command
-        argv, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     took = time.perf_counter() - began
     if done.returncode not in {0, 2}:
         raise RuntimeError(f"qa did not judge: {done.stderr}")

@@ -22,11 +22,11 @@ from pathlib import Path
 import click
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks.figures import Figure, show
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.settings import Settings
+from kalshi_platform_tests.benchmarks.figures import Figure, show
 
 TIMES = 11
 SAMPLES = 300
@@ -54,7 +54,7 @@ FROM
         now64(6, 'UTC') - toIntervalMicrosecond(toUInt64(86400e6 * (1 - number / {{rows:UInt64}}))) AS at
     FROM numbers({{first:UInt64}}, {{count:UInt64}})
 )
-"""  # noqa: S608 - a constant
+"""
 _LEVELS = """
 SELECT
     'KXBENCH-T' || leftPad(toString(intDiv(number, 80)), 5, '0') AS market_ticker,
@@ -66,19 +66,19 @@ FROM numbers({markets:UInt64} * 80)
 _LATEST = f"""
 INSERT INTO latest_levels (market_id, market_ticker, side, price, size, ingest_ts, version)
 SELECT {_ZERO}, market_ticker, side, price, size, now64(6, 'UTC'), 1 FROM ({_LEVELS})
-"""  # noqa: S608 - a constant
+"""
 _CHECKPOINTS = f"""
 INSERT INTO book_checkpoints
 SELECT ts, {_ZERO}, 1,
     greatest(0, toInt64({{rows:UInt64}} * (1 - dateDiff('second', ts, now('UTC')) / 86400))) AS seq,
     {_ZERO}, market_ticker, true, side, price, size, 0, seq
 FROM (SELECT *, toStartOfHour(now('UTC')) - toIntervalHour(arrayJoin(range(24))) AS ts FROM ({_LEVELS}))
-"""  # noqa: S608 - a constant
+"""
 _HEARTBEATS = f"""
 INSERT INTO stream_events
 SELECT now64(6, 'UTC') - toIntervalSecond(10 * number), {_ZERO}, 0, 0, 'heartbeat', '', '{{}}', 0, {{rows:UInt64}} - number
 FROM numbers(8640)
-"""  # noqa: S608 - a constant
+"""
 _CHANGE = f"""
 INSERT INTO latest_levels (market_id, market_ticker, side, price, size, ingest_ts, version)
 SELECT {_ZERO}, '{BUSIEST}', 'yes', toDecimal32(0.0001, 4), {{size:UInt32}}, now64(6, 'UTC') AS at, toUnixTimestamp64Micro(at)
@@ -130,7 +130,7 @@ def _percentiles(name: str, took: Sequence[float], median_ms: float | None) -> l
 def measure(client: Client, markets: int, seed: int = 1) -> list[Figure]:
     """Ask a filled database every question."""
     found = []
-    rng = random.Random(seed)  # noqa: S311 - a draw, not a secret
+    rng = random.Random(seed)
     now = datetime.now(UTC)
     everyone = [f"KXBENCH-T{number:05d}" for number in range(markets)]
     asked = {

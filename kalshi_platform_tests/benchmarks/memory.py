@@ -28,21 +28,22 @@ import psutil
 import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import open_archive
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.exchange.numbers import dollars
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.schema import BOOK_CHECKPOINTS
+from kalshi_platform.settings import Settings
+from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 from kalshi_platform_tests.benchmarks import feed
 from kalshi_platform_tests.benchmarks.figures import Figure, show
 from kalshi_platform_tests.benchmarks.pipeline import Recorder, feeding
-from kalshi_platform.exchange.numbers import dollars
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse, migrations
-from kalshi_platform.archive import open_archive
-from kalshi_platform.embedded_clickhouse import running
-from kalshi_platform.schema import BOOK_CHECKPOINTS
-from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
 
 SAMPLE_S = 1.0
 BOUND_MIB = 600.0

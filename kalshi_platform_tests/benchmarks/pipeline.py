@@ -26,17 +26,18 @@ import polars as pl
 import psutil
 from websockets.asyncio.client import connect
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks import feed
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.embedded_clickhouse import Running, running
+from kalshi_platform.exchange.auxiliary_channel import BATCH
 from kalshi_platform.exchange.connection import MAX_FRAME_BYTES, QUEUE_FRAMES
 from kalshi_platform.exchange.session import CHANNEL
-from kalshi_platform.exchange.auxiliary_channel import BATCH
+from kalshi_platform.health import health_report
+from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.keys import own_key
-from kalshi_platform.clickhouse import client as clickhouse, migrations
-from kalshi_platform.embedded_clickhouse import Running, running
-from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform_tests.benchmarks import feed
 
 PATIENCE_S = 120.0
 SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
@@ -49,7 +50,7 @@ class Feeder:
     def __init__(self, path: Path, markets: int, rate: float, frames: int) -> None:
         command = [sys.executable, "-m", "kalshi_platform_tests.benchmarks.feed", str(path)]
         options = ["--markets", str(markets), "--rate", str(rate), "--frames", str(frames)]
-        self.process = subprocess.Popen(  # noqa: S603 - our own command, no shell
+        self.process = subprocess.Popen(
             [*command, *options],
             stdout=subprocess.PIPE,
             text=True,

@@ -19,20 +19,20 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State as Connection
 from websockets.uri import parse_uri
 
-from kalshi_platform_tests.benchmarks import feed
-from kalshi_platform_tests.benchmarks.figures import Figure, number
-from kalshi_platform.exchange.framing import Framing
-from kalshi_platform.exchange.session import Session
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, joined
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
 from kalshi_platform.archive import write_durably
 from kalshi_platform.clickhouse.client import WIRE_CODEC
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.exchange.framing import Framing
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Block, joined
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import Rows, derive
 from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform_tests.benchmarks import feed
+from kalshi_platform_tests.benchmarks.figures import Figure, number
 
 TIMES = 5
 READ_BYTES = 256 << 10

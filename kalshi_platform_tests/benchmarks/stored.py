@@ -13,20 +13,21 @@ from datetime import datetime
 from pathlib import Path
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks.figures import Figure, number
+from kalshi_platform.archive import open_archive, rows_of
+from kalshi_platform.archive.compaction import compact, pending
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.errors import StoreError
 from kalshi_platform.exchange.frames import decode_head
-from kalshi_platform.archive.compaction import compact, pending
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse, migrations
-from kalshi_platform.archive import open_archive, rows_of
-from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
+from kalshi_platform_tests.benchmarks.figures import Figure, number
 
 BOUND = 7.5
 

@@ -6,10 +6,10 @@ from contextlib import closing
 
 import pytest
 
-from kalshi_platform_tests.benchmarks import inventory
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.inventory import audit, judged
 from kalshi_platform.inventory.audit import Parameters, Status
-from kalshi_platform.clickhouse.client import connect
+from kalshi_platform_tests.benchmarks import inventory
 from kalshi_platform_tests.clickhouse.tables import settings_for
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform_tests.benchmarks.figures import Figure
-from kalshi_platform_tests.benchmarks.pipeline import feeding, plain_environment
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreError
 from kalshi_platform.simulator.keys import own_key
-from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform_tests.benchmarks.figures import Figure
+from kalshi_platform_tests.benchmarks.pipeline import feeding, plain_environment
 
 SETTLE_S = 60.0
 PATIENCE_S = 120.0
@@ -39,7 +39,7 @@ def up(folder: Path, **variables: str) -> Iterator[tuple[psutil.Process, str]]:
         "SIMULATOR_PORT": ports[2],
         **variables,
     }
-    child = subprocess.Popen(  # noqa: S603 - our own command, no shell
+    child = subprocess.Popen(
         [sys.executable, "-m", "kalshi_platform", "up", "--port", ports[0]],
         env=plain_environment() | environment,
         cwd=folder,

@@ -17,16 +17,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform.archive import open_archive
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.embedded_clickhouse import running as clickhouse_running
 from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.exchange.numbers import contracts, dollars
-from kalshi_platform.quality import proof as own_proof
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.quality import proof as own_proof
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import open_archive
-from kalshi_platform.embedded_clickhouse import running as clickhouse_running
 
 PROOF = Path(__file__).resolve().parents[2] / "infra" / "queries" / "lossless_proof.sql"
 

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from kalshi_platform.orchestration.supervisor import KILLED_S
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.orchestration.supervisor import KILLED_S
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import running
 from kalshi_platform_tests.chaos.up import Platform

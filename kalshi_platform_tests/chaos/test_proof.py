@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, compare
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.recorder.test_streamer import (
     settings_for,
     streaming,
     wait_for,
     wait_for_the_last_frames,
 )
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 __all__ = ["settings_for"]  # the fixture
 

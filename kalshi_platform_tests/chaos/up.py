@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import StoreError
+from kalshi_platform.health import health_report
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.ports import free_ports
 

@@ -17,17 +17,17 @@ import httpx
 import pyarrow as pa
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
 from kalshi_platform.clickhouse.cluster import LOCAL
 from kalshi_platform.clickhouse.ddl import definition
-from kalshi_platform.clickhouse.migrations import Migration
 from kalshi_platform.clickhouse.hot_retention import FOR_EVER_DAYS
-from kalshi_platform.schema import NAME, ZERO_UUID, Dataset
+from kalshi_platform.clickhouse.migrations import Migration
 from kalshi_platform.clickhouse.statements import statements
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
+from kalshi_platform.schema import NAME, ZERO_UUID, Dataset
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.two_shards import database_name
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 
 STATEMENT_TIMEOUT_S = 120.0
 """For a definition, on a machine that is busy with other things."""

@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.clickhouse.client import (
     MINIMUM_VERSION,
     TRANSIENT,
@@ -22,6 +21,7 @@ from kalshi_platform.clickhouse.client import (
     server_version,
     translated,
 )
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.clickhouse.tables import arrow, migrated, one_row, settings_for, uuid
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.commands import doctor
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.clickhouse import migrations, hot_retention
+from kalshi_platform.clickhouse import hot_retention, migrations
 from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
 from kalshi_platform.clickhouse.cluster import DEDUPLICATION_SECONDS, Cluster, place
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.commands import doctor
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform_tests.clickhouse import two_shards
 from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.clickhouse.two_shards import CHECKED, CLUSTER
@@ -286,13 +286,13 @@ def test_names_in_texts_and_comments_are_left_alone() -> None:
 
 
 ASKED = [
-    "storage/test_live_views.py::test_live_depth_and_imbalance_are_those_of_the_definitions",
-    "storage/test_live_views.py::test_rolling_statistics_are_those_of_the_definitions[5-0]",
-    "storage/test_views.py::test_book_at_is_the_book_that_a_reader_of_every_event_had[0]",
-    "storage/test_views.py::test_an_hour_stands_on_its_checkpoint_alone",
-    "storage/test_views.py::test_top_of_book_turns_no_bids_into_yes_asks",
-    "storage/test_lossless_proof.py::test_a_gap_row_never_hides_a_hole_elsewhere",
-    "storage/test_lossless_proof.py::test_random_losses_are_counted_as_python_counts_them[1]",
+    "clickhouse/test_live_views.py::test_live_depth_and_imbalance_are_those_of_the_definitions",
+    "clickhouse/test_live_views.py::test_rolling_statistics_are_those_of_the_definitions[5-0]",
+    "clickhouse/test_views.py::test_book_at_is_the_book_that_a_reader_of_every_event_had[0]",
+    "clickhouse/test_views.py::test_an_hour_stands_on_its_checkpoint_alone",
+    "clickhouse/test_views.py::test_top_of_book_turns_no_bids_into_yes_asks",
+    "clickhouse/test_lossless_proof.py::test_a_gap_row_never_hides_a_hole_elsewhere",
+    "clickhouse/test_lossless_proof.py::test_random_losses_are_counted_as_python_counts_them[1]",
     "inventory/test_checks.py::test_each_test_has_empty_tables",
     "inventory/test_checks.py::test_a_spike_that_returns_within_the_second_is_a_drift",
     "inventory/test_checks.py::test_an_action_of_another_market_explains_nothing",
@@ -300,10 +300,10 @@ ASKED = [
     "inventory/test_checks.py::test_a_decision_is_held_against_the_snapshot_at_or_before_it",
     "inventory/test_checks.py::test_a_roll_is_found_for_as_long_as_it_lasts",
     "inventory/test_checks.py::test_an_engine_that_has_just_begun_needs_no_snapshot_yet",
-    "loading/test_parity.py::test_equal_stores_are_equal_and_an_hour_is_compared_once",
-    "loading/test_parity.py::test_a_row_that_clickhouse_lost_is_found",
-    "loading/test_analytics_hours.py::test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed",
-    "loading/test_analytics_hours.py::test_an_hour_is_replaced_and_its_neighbours_stay",
+    "quality/test_parity.py::test_equal_stores_are_equal_and_an_hour_is_compared_once",
+    "quality/test_parity.py::test_a_row_that_clickhouse_lost_is_found",
+    "analytics/test_hourly.py::test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed",
+    "analytics/test_hourly.py::test_an_hour_is_replaced_and_its_neighbours_stay",
     "loading/test_restore.py::test_restored_twice_is_there_once_and_the_book_is_the_same",
     "loading/test_restore.py::test_other_rows_are_refused_untouched_and_the_sentence_says_how_to_replace_them[one doubled]",
 ]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.clickhouse import migrations, hot_retention
+from kalshi_platform.clickhouse import hot_retention, migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.clickhouse.migrations import Migration, State
-from kalshi_platform.schema import DATASETS, Dataset
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.schema import DATASETS, Dataset
 from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.clickhouse.two_shards import database_name
 

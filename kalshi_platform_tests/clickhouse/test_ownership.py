@@ -10,14 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.main import main
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.clickhouse.ddl import Definition, definition
 from kalshi_platform.clickhouse.ownership import MADE_BY_ENGINES
 from kalshi_platform.clickhouse.partitions import replacing
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.commands.main import main
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform_tests.clickhouse.tables import migrated, settings_for
 
 MADE = {

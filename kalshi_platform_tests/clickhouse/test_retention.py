@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import hot_retention, migrations
+from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.clickhouse import migrations, hot_retention
-from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.schema import STREAM_EVENTS, ZERO_UUID
 from kalshi_platform_tests.clickhouse.tables import insert, migrated, settings_for
 

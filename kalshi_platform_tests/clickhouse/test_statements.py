@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
 
 
 @pytest.mark.parametrize(

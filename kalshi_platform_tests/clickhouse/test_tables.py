@@ -7,10 +7,10 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.clickhouse.hot_retention import FOR_EVER_DAYS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
 from kalshi_platform_tests.clickhouse.two_shards import database_name
 

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands import doctor
-from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.commands import doctor
+from kalshi_platform.errors import SettingsError, StoreError
 from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.clickhouse.tls_front import Authority, Pair, in_front_of
 

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform_tests.clickhouse.tables import settings_for
 
 SECRET = "a-password-that-no-error-shows"

@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import verified_inserts
+from kalshi_platform.clickhouse.client import Client
+from kalshi_platform.clickhouse.verified_inserts import KEYS, Insert, ensure
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.inventory.rows import FILLS
-from kalshi_platform.clickhouse import client as clickhouse, verified_inserts
-from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -22,7 +24,6 @@ from kalshi_platform.schema import (
     STREAM_EVENTS,
     TRADES,
 )
-from kalshi_platform.clickhouse.verified_inserts import KEYS, Insert, ensure
 from kalshi_platform_tests.clickhouse.tables import arrow, migrated, one_row, uuid
 
 TEXTS = [

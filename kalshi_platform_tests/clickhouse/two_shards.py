@@ -31,9 +31,8 @@ import click
 
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.cluster import SHARDING_KEY, Cluster
-from kalshi_platform.embedded_clickhouse import engine, rights
-from kalshi_platform.embedded_clickhouse import serve
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.embedded_clickhouse import engine, rights, serve
 
 CLUSTER = "two"
 CHECKED = "checked"

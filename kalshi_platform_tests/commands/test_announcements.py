@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kalshi_platform.commands.announcements import ABSENT_S, RECORDING_S, Announcements
-from kalshi_platform.health.verdict import Judgement, Verdict
 from kalshi_platform.health.supervision import Supervised
+from kalshi_platform.health.verdict import Judgement, Verdict
 from kalshi_platform.processes import Identity
 
 WHERE = "The UI has the log."

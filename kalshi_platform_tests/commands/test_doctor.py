@@ -21,23 +21,23 @@ from click.testing import CliRunner
 from dagster._daemon.types import DaemonHeartbeat
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange import rest
 from kalshi_platform.health import metrics, supervision
 from kalshi_platform.health.supervision import Supervised, Supervision
+from kalshi_platform.journal import reader
 from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.observation import SHARD_TAG
 from kalshi_platform.orchestration.streamer import stream_orderbook
 from kalshi_platform.processes import Identity
-from kalshi_platform.journal import reader
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.clickhouse.client import connect
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
-from kalshi_platform_tests.inventory.planted import Planted, ago
-from kalshi_platform_tests.health.servers import web_server
 from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.clickhouse.two_shards import database_name
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
+from kalshi_platform_tests.health.servers import web_server
+from kalshi_platform_tests.inventory.planted import Planted, ago
 
 StartSimulator = Callable[..., Simulator]
 

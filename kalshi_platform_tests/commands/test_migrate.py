@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.migrate import command
 from kalshi_platform.clickhouse import migrations
+from kalshi_platform.commands.migrate import command
 
 
 def test_migrate_brings_a_database_up_to_date_from_any_folder(

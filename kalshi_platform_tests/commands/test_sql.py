@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.commands.sql import command
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.clickhouse import migrations
 
 Run = Callable[..., Result]
 

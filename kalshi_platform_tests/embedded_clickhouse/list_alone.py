@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from kalshi_platform.embedded_clickhouse import Running
-from kalshi_platform.embedded_clickhouse import rights, server
+from kalshi_platform.embedded_clickhouse import Running, rights, server
 
 EVERYTHING = (
     "<clickhouse><profiles><default/></profiles><users><default><password></password>"

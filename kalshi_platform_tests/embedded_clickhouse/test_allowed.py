@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform.clickhouse import migrations
-from kalshi_platform.embedded_clickhouse import allowed
 from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.embedded_clickhouse import allowed
 from kalshi_platform_tests.embedded_clickhouse.attacks import ATTACKS
 from kalshi_platform_tests.embedded_clickhouse.conftest import Ask
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

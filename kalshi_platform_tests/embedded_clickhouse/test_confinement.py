@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.embedded_clickhouse import confinement, system_calls
-from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.embedded_clickhouse import confinement, running, system_calls
 from kalshi_platform.embedded_clickhouse.system_calls import AARCH64, X86_64, Architecture
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")

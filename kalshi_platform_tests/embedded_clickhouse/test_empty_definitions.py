@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kalshi_platform.errors import StoreError
 from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.errors import StoreError
 
 
 def asked(url: str, *statements: str) -> str:

@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kalshi_platform.errors import StoreError
 from kalshi_platform.embedded_clickhouse import running
-from kalshi_platform_tests.ports import free_ports
+from kalshi_platform.errors import StoreError
 from kalshi_platform_tests.embedded_clickhouse.conftest import PATIENCE_S
+from kalshi_platform_tests.ports import free_ports
 
 
 def _ask(url: str, sql: str, **params: str) -> httpx.Response:

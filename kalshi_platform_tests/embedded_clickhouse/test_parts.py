@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.embedded_clickhouse import Running, running
-from kalshi_platform.embedded_clickhouse import parts
+from kalshi_platform.embedded_clickhouse import Running, parts, running
 from kalshi_platform.embedded_clickhouse.failed_writes import FailedWrites
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
 

@@ -26,17 +26,15 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from pydantic import SecretStr
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.embedded_clickhouse import launch, permission, running, write_password
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 from kalshi_platform.errors import StoreError, StoreRefused
 from kalshi_platform.loading.sinks import ClickHouseStore
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.embedded_clickhouse import write_password
-from kalshi_platform.embedded_clickhouse import launch, permission
-from kalshi_platform.embedded_clickhouse import running
-from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
-from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.embedded_clickhouse.conftest import PATIENCE_S
+from kalshi_platform_tests.ports import free_ports
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 READS = (
     *("SELECT 1", "SHOW TABLES", "SHOW DATABASES", "SHOW CREATE TABLE t", "EXISTS t"),
     *("DESCRIBE TABLE t", "EXPLAIN SELECT * FROM t", "SET max_threads = 1", "USE system"),

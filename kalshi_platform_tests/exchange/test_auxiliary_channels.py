@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kalshi_platform.exchange import auxiliary_channel
-from kalshi_platform.exchange.session import CHANNEL, Session
 from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES
+from kalshi_platform.exchange.session import CHANNEL, Session
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests import wire
 
@@ -168,7 +168,11 @@ def test_a_refused_channel_is_noted_and_asked_for_again_later_while_the_books_go
     again = talked(session, auxiliary_channel.REFUSED_AGAIN_S)
     assert [c["params"]["channels"] for c in again] == [[channel]]
     (lost,) = session.take_lost()
-    assert (lost.channel, lost.since, lost.until) == (channel, 0.0, auxiliary_channel.REFUSED_AGAIN_S)
+    assert (lost.channel, lost.since, lost.until) == (
+        channel,
+        0.0,
+        auxiliary_channel.REFUSED_AGAIN_S,
+    )
 
 
 def test_a_busy_exchange_is_asked_again_for_the_very_same_markets() -> None:
@@ -193,7 +197,9 @@ def test_a_command_that_is_never_answered_is_sent_again() -> None:
     session.receive(wire.snapshot("A-1", 1, {}, {}), 0.0)
     assert sent(session, 14.0) == []
     assert sent(session, 16.0) == []  # given up; sent again a moment later
-    again = {tuple(c["params"]["channels"]) for c in sent(session, 16.0 + auxiliary_channel.AGAIN_S)}
+    again = {
+        tuple(c["params"]["channels"]) for c in sent(session, 16.0 + auxiliary_channel.AGAIN_S)
+    }
     assert again == first
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kalshi_platform.exchange.columnar import KEPT_OF_LARGE, Decoded, decode
 from kalshi_platform.exchange.frames import SNAPSHOT_BYTES, DecodeError, decode_snapshot
 from kalshi_platform.exchange.numbers import price_units
 from kalshi_platform.exchange.session import Session
-from kalshi_platform.exchange.columnar import KEPT_OF_LARGE, Decoded, decode
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz.targets import check_frames

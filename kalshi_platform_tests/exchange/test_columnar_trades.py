@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.loading.book_state import State
 from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import derive
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.properties import examples
 

@@ -21,24 +21,24 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import polars as pl
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.exchange.answers import read_refusal
-from kalshi_platform.exchange.session import Session
-from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES
-from kalshi_platform.exchange import columnar as decoding
 from kalshi_platform.archive import export
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import Decoded, decode
-from kalshi_platform.loading.rows import derive
-from kalshi_platform.journal import reader
-from kalshi_platform.journal import writer as writer_module
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
+from kalshi_platform.clickhouse.statements import statements
 from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 from kalshi_platform.embedded_clickhouse.statement import parse
-from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.exchange import columnar as decoding
+from kalshi_platform.exchange.answers import read_refusal
+from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES
+from kalshi_platform.exchange.columnar import Decoded, decode
+from kalshi_platform.exchange.session import Session
+from kalshi_platform.journal import reader
+from kalshi_platform.journal import writer as writer_module
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import derive
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz import inputs, sql
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import LocalArchive, Manifest, part_name
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands import doctor
 from kalshi_platform.health import growth
 from kalshi_platform.health.growth import Growth, days_until_full
+from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.archive import LocalArchive, Manifest, part_name
-from kalshi_platform.clickhouse.client import connect
-from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore, object_store
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.small_disk import small_disk

@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.health import metrics
-from kalshi_platform.processes import Identity
 from kalshi_platform.journal.latency import Delay
-from kalshi_platform.settings import Settings
+from kalshi_platform.processes import Identity
 from kalshi_platform.recorder.streamer import Health, StoreHealth
+from kalshi_platform.settings import Settings
 
 INFRA = Path(__file__).resolve().parents[2] / "infra" / "prometheus"
 SECOND_NS = 10**9

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from kalshi_platform.errors import StoreRefused
 from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import Client, connect, translated
+from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.archive import LocalArchive
-from kalshi_platform.clickhouse.client import Client, connect, translated
 from kalshi_platform.schema import DATASETS
-from kalshi_platform.clickhouse.statements import statements
+from kalshi_platform.settings import Settings
+from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.infra import as_role
 from kalshi_platform_tests.loading.test_loader import FIRST_HOUR, journal_of, load_all, recording
-from kalshi_platform_tests.clickhouse.tables import settings_for
 
 DATABASE = "kalshi"  # the grants name it
 As = Callable[[str], Settings]

@@ -24,11 +24,11 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.quality import tally_journal
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.recorder.streamer import Health, Streamer
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.ports import answers, free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.upgrade.test_older_folders import unpacked

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.inventory.tables import usable
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.clickhouse.client import connect
-from kalshi_platform_tests.inventory.planted import Planted
 from kalshi_platform_tests.clickhouse.tables import database_of_a_module
+from kalshi_platform_tests.inventory.planted import Planted
 
 Run = Callable[..., Result]
 _WRITTEN = "SELECT DISTINCT table FROM system.parts WHERE active AND database = currentDatabase()"

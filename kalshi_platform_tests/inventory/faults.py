@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters
 from kalshi_platform.inventory.breaks import Break
-from kalshi_platform.clickhouse.client import Client
 from kalshi_platform_tests.inventory.scenarios import (
     MINUTE,
     SECOND,

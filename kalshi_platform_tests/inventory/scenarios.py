@@ -24,8 +24,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from kalshi_platform.inventory.rows import TABLES
 from kalshi_platform.clickhouse.client import Client, insert_arrow
+from kalshi_platform.inventory.rows import TABLES
 
 SECOND = 1000
 MINUTE = 60 * SECOND

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import click
 
-from kalshi_platform.inventory.breaks import Break
-from kalshi_platform.qa.mm_inventory_qa import in_words
 from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.inventory.breaks import Break
+from kalshi_platform.qa.mm_inventory_qa import in_words
+from kalshi_platform_tests.clickhouse.tables import migrated
 from kalshi_platform_tests.inventory.faults import (
     CASES,
     FAULTS,
@@ -28,7 +29,6 @@ from kalshi_platform_tests.inventory.faults import (
     kind_of,
     look_at,
 )
-from kalshi_platform_tests.clickhouse.tables import migrated
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "inventory-faults.md"
 HEAD = """# What the inventory audit finds

@@ -11,8 +11,8 @@ from contextlib import closing
 
 import pytest
 
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.inventory.faults import CASES, Case, Verdict, look_at
 
 pytestmark = pytest.mark.timeout(600)

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.breaks import Break
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform_tests.inventory.scenarios import (
     MINUTE,
     SECOND,

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.inventory import audit, judged
 from kalshi_platform.inventory.audit import Parameters, Status
 from kalshi_platform.inventory.judged import Concern, Engine, Judged
 from kalshi_platform.inventory.tables import Standing
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
 

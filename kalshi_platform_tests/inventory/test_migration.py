@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.main import main
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
+from kalshi_platform.commands.main import main
 from kalshi_platform_tests.clickhouse.tables import settings_for
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 
 OLDER = """
 CREATE TABLE mm_decisions (

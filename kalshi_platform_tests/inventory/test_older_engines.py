@@ -20,11 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.inventory.kinds import Kind
-from kalshi_platform.clickhouse.client import Client, connect
-from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
+from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 
 TICKER = "KXOLDER-26NOV22"
 TIME, TEXT, SHORT, NUMBER = "DateTime64(3, 'UTC')", "String", "LowCardinality(String)", "Float64"

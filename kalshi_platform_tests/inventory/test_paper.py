@@ -10,6 +10,7 @@ import httpx
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.clickhouse.client import insert_arrow
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.inventory import audit, breaks
 from kalshi_platform.inventory.audit import Parameters, Status
@@ -27,7 +28,6 @@ from kalshi_platform.simulator.paper import (
     Tampering,
 )
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse.client import insert_arrow
 from kalshi_platform_tests.inventory.conftest import Run
 from kalshi_platform_tests.inventory.planted import Planted
 

@@ -18,15 +18,15 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import verified_inserts
+from kalshi_platform.clickhouse.client import Client
+from kalshi_platform.clickhouse.verified_inserts import Insert
 from kalshi_platform.commands import doctor
 from kalshi_platform.engine import Contract, InventoryError, Quoted, Recorder
 from kalshi_platform.inventory import spool as spools
 from kalshi_platform.inventory.rows import DECISIONS, FILLS, ORDER_RESPONSES
 from kalshi_platform.inventory.spool import Spool, is_of_a_spool
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import verified_inserts
-from kalshi_platform.clickhouse.client import Client
-from kalshi_platform.clickhouse.verified_inserts import Insert
 from kalshi_platform_tests.inventory.planted import Planted
 from kalshi_platform_tests.inventory.test_recorder import (
     PATIENCE_S,

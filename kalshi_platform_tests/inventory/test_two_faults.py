@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.inventory import faults
 from kalshi_platform_tests.inventory.faults import Case, Fault, Faulty, Verdict, kind_of, look_at
 from kalshi_platform_tests.inventory.scenarios import Options

@@ -133,7 +133,7 @@ def test_of_a_segment_that_is_gone_an_empty_file_is_enough(tmp_path: Path) -> No
     path.unlink()
     with pytest.raises(JournalError, match=r"cannot be read|is gone"):
         frames(tmp_path)
-    with pytest.raises(JournalError, match=rf"is gone.*{journal.set_aside(path).name}"):
+    with pytest.raises(JournalError, match=rf"is gone.*{reader.set_aside(path).name}"):
         frames(tmp_path, Position(10, 0, 12))
     reader.set_aside(path).touch()
     expected: Content = [b"frame %d" % n for n in range(40)]

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands import doctor
-from kalshi_platform.inventory import spool
 from kalshi_platform.archive import watermarks
-from kalshi_platform.loading import state_files
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.quality import foreign_files as found
+from kalshi_platform.commands import doctor
 from kalshi_platform.health import growth
+from kalshi_platform.inventory import spool
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading import state_files
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.quality import foreign_files as found
 from kalshi_platform_tests import foreign
 
 HOUR = datetime(2026, 11, 28, 7, tzinfo=UTC)

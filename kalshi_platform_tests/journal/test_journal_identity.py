@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import Unproved
 from kalshi_platform.journal import journal_identity
-from kalshi_platform.journal.reader import NO_CONNECTION, JournalError
 from kalshi_platform.journal.journal_identity import FILE, Claim, JournalIdentity, Start
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import NO_CONNECTION, JournalError
 from kalshi_platform.journal.writer import Beginning, Writer
 
 

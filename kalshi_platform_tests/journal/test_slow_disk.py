@@ -16,10 +16,10 @@ import pytest
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import UNDURABLE_MS, Writer
-from kalshi_platform_tests.recorder import steady_feed
 from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
-from kalshi_platform_tests.recorder.steady_feed import RECORDS, oldest_ms
 from kalshi_platform_tests.journal.test_reader import CONN, frames
+from kalshi_platform_tests.recorder import steady_feed
+from kalshi_platform_tests.recorder.steady_feed import RECORDS, oldest_ms
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).with_name("slow_fdatasync.c")

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import polars as pl
 
+from kalshi_platform.archive import open_archive
+from kalshi_platform.archive.archive_ledger import ArchiveLedger
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.journal_identity import JournalIdentity
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Position
+from kalshi_platform.journal.writer import Beginning, Writer
 from kalshi_platform.loading import cursor, numbering
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Position
-from kalshi_platform.journal.journal_identity import JournalIdentity
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Beginning, Writer
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import open_archive
-from kalshi_platform.archive.archive_ledger import ArchiveLedger
-from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform_tests import wire
 
 DATASETS = ("orderbook_events", "trades", "stream_events")

@@ -13,18 +13,18 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands import adopt as adopt_command
-from kalshi_platform.loading import adoption
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.settings import Settings
 from kalshi_platform.clickhouse import client
+from kalshi_platform.commands import adopt as adopt_command
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.loading import adoption
+from kalshi_platform.settings import Settings
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.recorder import (
     PATIENCE_S,
     Recorder,
     Start,
     assert_each_record_once,
 )
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 
 @pytest.fixture

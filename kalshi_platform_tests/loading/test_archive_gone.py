@@ -10,17 +10,17 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreError
+from kalshi_platform.journal import journal_identity
 from kalshi_platform.loading import adoption
-from kalshi_platform.recorder import market_catalog
-from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.recorder.market_catalog import Catalog
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.journal import journal_identity
-from kalshi_platform.settings import Settings
+from kalshi_platform.recorder import market_catalog
+from kalshi_platform.recorder.market_catalog import Catalog
 from kalshi_platform.schema import MARKET_CATALOG
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.loading.recorder import BEGIN_NS, Recorder
 
 HOUR = datetime.fromtimestamp(BEGIN_NS // 10**9 // 3600 * 3600, UTC)

@@ -13,19 +13,20 @@ import httpx
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import derive
-from kalshi_platform.loading.loader import Load
-from kalshi_platform.loading.sinks import ClickHouseStore
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import joined
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.sinks import ClickHouseStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse, migrations
-from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.ports import free_ports
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 Fault = Callable[["Front"], bool]
 """Does its mischief to a request; True where the request has been answered (or cut off)."""

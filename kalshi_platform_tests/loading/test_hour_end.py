@@ -19,23 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kalshi_platform.archive import LocalArchive, checksum, hours, rows_of, watermarks
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreUnavailable
-from kalshi_platform.archive import hours, watermarks
+from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading import state_files
 from kalshi_platform.loading.book_state import Ladders, State
-from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.rows import derive
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.state_files import checkpoint_batches
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.shared_rows import Derivation
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import LocalArchive, rows_of
+from kalshi_platform.loading.state_files import checkpoint_batches
 from kalshi_platform.schema import BOOK_CHECKPOINTS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,

@@ -18,6 +18,7 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.loading import cursor
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.recorder import (
     Recorder,
     Start,
@@ -25,7 +26,6 @@ from kalshi_platform_tests.loading.recorder import (
     assert_each_record_once,
 )
 from kalshi_platform_tests.loading.test_loader import Front
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 KILLS = 8
 

@@ -17,23 +17,22 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.errors import StoreRefused, StoreUnavailable
-from kalshi_platform.archive import hours
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import Decoded
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive, hours
 from kalshi_platform.archive.hours import HourReport
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.loading.traces import Trace
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.exchange.columnar import Decoded
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive
 from kalshi_platform.journal.ledger import Ledger
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.rebuild import rebuild
+from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.traces import Trace
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour, hour_of_ns
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths

@@ -11,13 +11,13 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.exchange.frames import decode_head
-from kalshi_platform.loading.book_state import State
 from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.exchange.frames import decode_head
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Hole, Position, Stretch
+from kalshi_platform.loading.book_state import State
 from kalshi_platform.loading.rows import Rows, derive
 from kalshi_platform.loading.state_files import checkpoint, load, save
-from kalshi_platform.journal.reader import Hole, Position, Stretch
-from kalshi_platform.journal.kind import Kind
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_rows import Script, gathered, scripts

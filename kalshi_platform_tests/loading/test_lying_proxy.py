@@ -16,16 +16,16 @@ import httpx
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.loading.loader import Load
-from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.sinks import ClickHouseStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.test_clickhouse_faults import assert_each_row_once, make
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal_of, recording
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 DELTAS = 60
 PAGE = b"<html>\n<title>Sign in</title></html>"

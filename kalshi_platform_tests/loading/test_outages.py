@@ -16,17 +16,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
-from kalshi_platform.archive import compaction, hours
 from kalshi_platform.analytics.hourly import COMPUTED, compute_hour
+from kalshi_platform.archive import LocalArchive, compaction, hours, part_name, part_range
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.archive import LocalArchive, part_name, part_range
-from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.schema import ANALYTICS
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire

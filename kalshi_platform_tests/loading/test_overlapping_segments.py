@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.loader import Load
 from kalshi_platform.loading.sinks import ParquetStore
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.archive import LocalArchive
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.loading.test_loader import SMALL, archived, load_all
 from kalshi_platform_tests.journal.test_overlapping_segments import follow_the_remedy
+from kalshi_platform_tests.loading.test_loader import SMALL, archived, load_all
 
 SHARED, OURS, THEIRS = 20, 60, 30
 

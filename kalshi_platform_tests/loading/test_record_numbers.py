@@ -13,21 +13,29 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive import compaction, hours
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.archive import (
+    LocalArchive,
+    batches,
+    checksum,
+    compaction,
+    hours,
+    local_file,
+    write_durably,
+)
 from kalshi_platform.archive.export import publish
+from kalshi_platform.archive.parquet import table_of
+from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.errors import StoreRefused
+from kalshi_platform.journal import reader
+from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal import reader
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.archive import LocalArchive, batches, local_file, write_durably
-from kalshi_platform.archive.parquet import table_of
-from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.archived import paths, without_records
+from kalshi_platform_tests.clickhouse.tables import arrow, prepare, settings_for
+from kalshi_platform_tests.clickhouse.two_shards import database_name
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
@@ -38,8 +46,6 @@ from kalshi_platform_tests.loading.test_loader import (
     recording,
 )
 from kalshi_platform_tests.quality.test_parity import compared
-from kalshi_platform_tests.clickhouse.tables import arrow, prepare, settings_for
-from kalshi_platform_tests.clickhouse.two_shards import database_name
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 SHARD = 3

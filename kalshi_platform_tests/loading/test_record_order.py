@@ -18,21 +18,20 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
+from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.analytics.spreads import spreads
+from kalshi_platform.archive import LocalArchive, compaction, hours, part_name
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
 from kalshi_platform.exchange.book import delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import decode_delta, decode_snapshot
-from kalshi_platform.archive import compaction, hours
-from kalshi_platform.quality import continuity
-from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.archive import LocalArchive, part_name
-from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
+from kalshi_platform.quality import continuity
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics.test_against_reference import (
@@ -42,10 +41,10 @@ from kalshi_platform_tests.analytics.test_against_reference import (
     derived,
     scripts,
 )
+from kalshi_platform_tests.clickhouse.tables import insert, settings_for
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 from kalshi_platform_tests.loading.test_loader import Dying, archived, journal_of, load_all
 from kalshi_platform_tests.quality.test_parity import compared
-from kalshi_platform_tests.clickhouse.tables import insert, settings_for
 
 PACE = Pace(rows=40, seconds=0.0, first_s=0.0)
 CONN = wire.conn_id(1)

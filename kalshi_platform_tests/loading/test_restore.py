@@ -23,25 +23,26 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import LocalArchive, checksum
+from kalshi_platform.archive.checksum import Content
+from kalshi_platform.clickhouse import clickhouse_ledger, migrations
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.ledger import Entry
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import restore as module
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refusals, restore
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal import journal_identity
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import checksum
-from kalshi_platform.clickhouse import client as clickhouse, migrations, clickhouse_ledger
-from kalshi_platform.archive import LocalArchive
-from kalshi_platform.archive.checksum import Content
-from kalshi_platform.journal.ledger import Entry
-from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.clickhouse.tables import arrow, prepare
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     PATIENCE_S,
@@ -51,7 +52,6 @@ from kalshi_platform_tests.loading.test_loader import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.clickhouse.tables import arrow, prepare
 
 HOT = ("orderbook_events", "trades", "book_checkpoints", "stream_events")
 

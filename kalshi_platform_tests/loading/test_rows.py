@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform.exchange.book import Book, BookError, delta_change
+from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading import book_state as books
 from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.properties import examples
 

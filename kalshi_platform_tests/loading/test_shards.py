@@ -15,20 +15,20 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.books import books
-from kalshi_platform.archive import compaction, hours, watermarks
+from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive, compaction, hours, watermarks
 from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.clickhouse import client
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.loader import Load
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import client
-from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive
 from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     PATIENCE_S,
@@ -38,7 +38,6 @@ from kalshi_platform_tests.loading.test_loader import (
     archived,
     load_all,
 )
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 THIRD_HOUR = SECOND_HOUR + timedelta(hours=1)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from kalshi_platform.exchange.columnar import Decoded
+from kalshi_platform.journal import reader
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.reader import Block, Position
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import shared_rows
 from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import Decoded
-from kalshi_platform.loading.shared_rows import Derivation, chunks, up_to
 from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, Position
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.shared_rows import Derivation, chunks, up_to
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, journal_of, recording
 

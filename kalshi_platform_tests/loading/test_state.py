@@ -10,9 +10,9 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.loading import state_files
 from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.loading.rows import derive
 from kalshi_platform_tests import wire
 

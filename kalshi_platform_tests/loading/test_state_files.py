@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse import client as clickhouse
+from kalshi_platform.journal import journal_identity
+from kalshi_platform.journal.reader import Position
 from kalshi_platform.loading import state_files
 from kalshi_platform.loading.book_state import State
 from kalshi_platform.loading.loader import Load
-from kalshi_platform.journal import journal_identity
-from kalshi_platform.journal.reader import Position
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform.archive import LocalArchive
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.recorder import (
     KINDS,
     PATIENCE_S,
@@ -32,7 +33,6 @@ from kalshi_platform_tests.loading.recorder import (
     Start,
     assert_each_record_once,
 )
-from kalshi_platform_tests.clickhouse.tables import prepare
 
 OTHER = {"clickhouse": "parquet", "parquet": "clickhouse"}
 

@@ -18,15 +18,15 @@ import msgspec
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.commands import doctor, up
 from kalshi_platform.errors import StoreUnavailable
 from kalshi_platform.health import verdict
 from kalshi_platform.loading import numbering, presence
 from kalshi_platform.orchestration.host.home import Home
+from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform_tests.between import between
 from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, ObjectStore, object_store
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from kalshi_platform.errors import PlatformError
 from kalshi_platform.archive.hours import DatasetHour, HourReport
+from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.resources import KalshiResource
 
 if TYPE_CHECKING:

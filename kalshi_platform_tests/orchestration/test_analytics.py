@@ -10,11 +10,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from kalshi_platform.orchestration.analytics import analytics_automation, analytics_hour
-from kalshi_platform.orchestration.recorded_tables import recorded_hour
-from kalshi_platform.orchestration.metadata import partition_key
-from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.archive import LocalArchive
+from kalshi_platform.orchestration.analytics import analytics_automation, analytics_hour
+from kalshi_platform.orchestration.metadata import partition_key
+from kalshi_platform.orchestration.recorded_tables import recorded_hour
+from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.schema import ANALYTICS
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import paths

@@ -25,9 +25,11 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.main import main
-from kalshi_platform.quality import continuity
 from kalshi_platform.analytics.hourly import compute_hour
+from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.commands.main import main
+from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.loader import Load, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
@@ -35,13 +37,12 @@ from kalshi_platform.orchestration import checks
 from kalshi_platform.orchestration.recorded_tables import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.processes import Identity
-from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import LocalArchive
-from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.quality import continuity
 from kalshi_platform.schema import DATASETS, STREAM_EVENTS, ZERO_UUID
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
+from kalshi_platform_tests.clickhouse.tables import insert, prepare, settings_for
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,
     SECOND_HOUR,
@@ -49,7 +50,6 @@ from kalshi_platform_tests.loading.test_loader import (
     load_all,
     recording,
 )
-from kalshi_platform_tests.clickhouse.tables import insert, prepare, settings_for
 
 NAMES = {"no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "fresh"}
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN

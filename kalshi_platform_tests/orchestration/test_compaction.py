@@ -9,14 +9,13 @@ import dagster as dg
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.archive import hours
+from kalshi_platform.archive import LocalArchive, hours, part_name, write_durably
 from kalshi_platform.orchestration.compaction import (
     parquet_compaction,
     parquet_compaction_schedule,
 )
 from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.archive import LocalArchive, part_name, write_durably
 from kalshi_platform.schema import STREAM_EVENTS, ZERO_UUID
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests.archived import paths

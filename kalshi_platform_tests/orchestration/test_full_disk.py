@@ -18,20 +18,19 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from kalshi_platform.health import health_report
-from kalshi_platform.recorder import streamer
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange.frames import decode_head
-from kalshi_platform.health import metrics
-from kalshi_platform.orchestration import alerts, supervisor
-from kalshi_platform.orchestration.host.home import prepare
-from kalshi_platform.orchestration.observation import read_health
-from kalshi_platform.orchestration.sensors import streamer_supervisor
+from kalshi_platform.health import health_report, metrics
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.segment import Disk
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.orchestration import alerts, supervisor
+from kalshi_platform.orchestration.host.home import prepare
+from kalshi_platform.orchestration.observation import read_health
+from kalshi_platform.orchestration.sensors import streamer_supervisor
+from kalshi_platform.recorder import streamer
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.small_disk import fill, make_room, small_disk

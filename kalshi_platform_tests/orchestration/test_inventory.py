@@ -12,16 +12,16 @@ import dagster as dg
 import httpx
 import pytest
 
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.tables import usable
 from kalshi_platform.orchestration import inventory
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.printable import from_markdown
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse.client import connect
+from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
 from kalshi_platform_tests.inventory.planted import TICKER, Planted, ago
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import dagster as dg
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.orchestration import live_tables
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.clickhouse.tables import prepare
+from kalshi_platform_tests.ports import free_ports
 
 
 def tick(instance: dg.DagsterInstance, overrides: dict[str, str]) -> dg.SensorResult:

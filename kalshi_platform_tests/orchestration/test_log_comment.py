@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse.client import Client, called_by, connect, insert_arrow
 from kalshi_platform.loading.sinks import ClickHouseStore
 from kalshi_platform.orchestration.resources import KalshiResource
-from kalshi_platform.clickhouse.client import Client, called_by, connect, insert_arrow
 
 HOUR = "2026-11-02-03:00"
 heard: dict[str, Mapping[str, Any] | str] = {}

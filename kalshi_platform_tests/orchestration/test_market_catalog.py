@@ -17,15 +17,15 @@ import polars as pl
 import pytest
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.exchange import rest
-from kalshi_platform.recorder.market_catalog import FILE
 from kalshi_platform.orchestration import market_catalog as catalog
 from kalshi_platform.orchestration.resources import KalshiResource
+from kalshi_platform.recorder.market_catalog import FILE
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.clickhouse import client as clickhouse
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.clickhouse.tables import database_of_a_module, settings_for
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 Make = Callable[..., tuple[KalshiResource, Settings]]
 

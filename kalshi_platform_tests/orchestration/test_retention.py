@@ -18,12 +18,12 @@ from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Ev
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from sqlalchemy import select
 
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.orchestration import history
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.retention import retention
 from kalshi_platform.orchestration.streamer import stream_orderbook
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.clickhouse.client import connect
 
 HOURS = dg.HourlyPartitionsDefinition(start_date="2026-11-01-00:00", timezone="UTC")
 KEY = dg.AssetKey("recorded")

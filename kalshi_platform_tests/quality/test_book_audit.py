@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kalshi_platform.quality import book_audit
-from kalshi_platform.loading.book_state import State
 from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import derive
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.quality import book_audit
 from kalshi_platform_tests import wire
 
 AT = wire.NOON_NS

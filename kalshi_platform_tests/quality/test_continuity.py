@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import pytest
 
+from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.quality import continuity
 from kalshi_platform.quality.continuity import Proof, extent, prove
-from kalshi_platform.clickhouse.client import Client
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS
 from kalshi_platform_tests.clickhouse.tables import insert, migrated, uuid
 

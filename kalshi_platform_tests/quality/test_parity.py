@@ -11,15 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from kalshi_platform.quality import continuity, parity
-from kalshi_platform.loading import hot_hour
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.quality.parity import Parity, compare_hours
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
-from kalshi_platform.settings import Settings
 from kalshi_platform.archive import LocalArchive
 from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.loading import hot_hour
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.quality import continuity, parity
+from kalshi_platform.quality.parity import Parity, compare_hours
 from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_loader import (
     FIRST_HOUR,

@@ -15,19 +15,19 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import LocalArchive, open_archive, part_name
+from kalshi_platform.clickhouse import queries
+from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.commands.main import main
-from kalshi_platform.quality import tally_journal
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.quality.proof import CLICKHOUSE, PARQUET, Counts, Proof, prove
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import queries
-from kalshi_platform.archive import LocalArchive, open_archive, part_name
-from kalshi_platform.clickhouse.client import Client, connect
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.quality import tally_journal
+from kalshi_platform.quality.proof import CLICKHOUSE, PARQUET, Counts, Proof, prove
 from kalshi_platform.schema import DATASETS
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_loader import (

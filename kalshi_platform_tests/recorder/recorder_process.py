@@ -13,8 +13,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer
-from kalshi_platform.recorder import capture
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.recorder import capture
 
 
 async def record(writer: Writer, url: str) -> None:

@@ -14,25 +14,30 @@ from typing import Any
 import polars as pl
 import pytest
 
-from kalshi_platform.health import health_report
-from kalshi_platform.recorder import streamer
 from kalshi_platform.commands import doctor
+from kalshi_platform.exchange.auxiliary_channel import TRADES, Lost
 from kalshi_platform.exchange.errors import CredentialsError, ProtocolError
 from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.rest import RestClient
-from kalshi_platform.exchange.auxiliary_channel import TRADES, Lost
-from kalshi_platform.quality import book_audit
+from kalshi_platform.health import health_report
 from kalshi_platform.journal import reader
-from kalshi_platform.recorder import market_selection, trade_backfill, universe, background, upkeep
+from kalshi_platform.quality import book_audit
+from kalshi_platform.recorder import (
+    background,
+    market_selection,
+    streamer,
+    trade_backfill,
+    universe,
+    upkeep,
+)
+from kalshi_platform.recorder.background import Tasks
 from kalshi_platform.recorder.capture import Loss
 from kalshi_platform.recorder.market_selection import Look, Watchlist, _TickerFile
-from kalshi_platform.recorder.universe import Roster, Wish
-from kalshi_platform.recorder.background import Tasks
-from kalshi_platform.recorder.upkeep import Upkeep
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.recorder.universe import Roster, Wish
+from kalshi_platform.recorder.upkeep import Upkeep
 from kalshi_platform_tests.commands.test_doctor import checked
 from kalshi_platform_tests.commands.test_doctor import report as doctor_report
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.recorder.test_streamer import (
     archived,
     proved,
@@ -41,6 +46,7 @@ from kalshi_platform_tests.recorder.test_streamer import (
     streaming,
     wait_for,
 )
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 __all__ = ["settings_for"]
 

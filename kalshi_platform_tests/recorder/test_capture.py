@@ -16,16 +16,16 @@ import polars as pl
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.exchange.connection import BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_signer
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.exchange.columnar import decode
-from kalshi_platform.loading.rows import derive
 from kalshi_platform.journal import reader
-from kalshi_platform.recorder.capture import Capture
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.rows import derive
+from kalshi_platform.recorder.capture import Capture
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 

@@ -23,9 +23,9 @@ from websockets.exceptions import ConnectionClosed
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials, Ed25519Signer
 from kalshi_platform.journal import reader
-from kalshi_platform.recorder.capture import Capture
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.recorder.capture import Capture
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.recorder import recorder_process
 

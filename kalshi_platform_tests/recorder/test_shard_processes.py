@@ -18,19 +18,16 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from kalshi_platform.health import health_report
+from kalshi_platform.archive import LocalArchive, compaction, hours, watermarks
 from kalshi_platform.commands.stream import command
 from kalshi_platform.errors import SettingsError, StoreError
-from kalshi_platform.archive import compaction, hours, watermarks
-from kalshi_platform.health import monitored_shards
+from kalshi_platform.health import health_report, monitored_shards
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.recorder.sharding import share
-from kalshi_platform.settings import Settings
-from kalshi_platform.archive import LocalArchive
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.recorder.test_streamer import (
     _environment,
     assert_lossless,
@@ -41,6 +38,7 @@ from kalshi_platform_tests.recorder.test_streamer import (
     wait_for,
     wait_for_the_last_frames,
 )
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 __all__ = ["settings_for"]  # the fixture
 

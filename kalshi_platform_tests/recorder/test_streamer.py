@@ -25,30 +25,30 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from kalshi_platform.health import health_report
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.clickhouse import client
+from kalshi_platform.clickhouse.client import Client
+from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.exchange.numbers import contracts, dollars
+from kalshi_platform.health import health_report
 from kalshi_platform.health import verdict as freshness
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
+from kalshi_platform.recorder.streamer import Health, Streamer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.book import NO
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform.simulator.venue import Venue
-from kalshi_platform.clickhouse import client
-from kalshi_platform.clickhouse.client import Client
-from kalshi_platform.embedded_clickhouse import running
-from kalshi_platform.recorder.streamer import Health, Streamer
+from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.orchestration.test_checks import resource, run_checks
 from kalshi_platform_tests.ports import free_ports
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
-from kalshi_platform_tests.clickhouse.tables import prepare
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FRAMES = ROOT.parent / "shared" / "frames"
 PROOF = ROOT / "infra" / "queries" / "lossless_proof.sql"
 Level = tuple[str, str, str, str]

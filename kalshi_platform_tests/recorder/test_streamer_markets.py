@@ -15,7 +15,6 @@ import pytest
 
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.recorder.test_streamer import (
     archived,
     assert_lossless,
@@ -24,6 +23,7 @@ from kalshi_platform_tests.recorder.test_streamer import (
     streaming,
     wait_for,
 )
+from kalshi_platform_tests.simulator_fixtures import StartSimulator
 
 __all__ = ["settings_for"]
 

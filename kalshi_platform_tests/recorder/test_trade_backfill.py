@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from kalshi_platform.exchange.answers import Trade
-from kalshi_platform.exchange.frames import decode_trade
 from kalshi_platform.exchange.auxiliary_channel import TRADES, Lost
+from kalshi_platform.exchange.frames import decode_trade
+from kalshi_platform.journal.kind import Kind
+from kalshi_platform.journal.writer import Writer
 from kalshi_platform.recorder import trade_backfill
 from kalshi_platform.recorder.capture import RECENT_TRADES, Loss
-from kalshi_platform.journal.kind import Kind
 from kalshi_platform.recorder.trade_backfill import Memory, ask, missed, remembered
-from kalshi_platform.journal.writer import Writer
 from kalshi_platform_tests import wire
 
 SINCE = wire.NOON_NS

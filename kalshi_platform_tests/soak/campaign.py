@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 import polars as pl
 
+from kalshi_platform.archive import open_archive
 from kalshi_platform.orchestration.metadata import partition_key
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
-from kalshi_platform.archive import open_archive
 from kalshi_platform_tests.chaos.proof import archived, prove
 from kalshi_platform_tests.chaos.up import PATIENCE_S, OutOfPatience, Platform
 from kalshi_platform_tests.chaos.up import folder as temporary

@@ -28,24 +28,24 @@ from unittest import mock
 import msgspec
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.recorder import streamer as streamer_module
+from kalshi_platform.embedded_clickhouse import running as clickhouse
 from kalshi_platform.exchange.connection import LIVENESS_S
-from kalshi_platform.health import verdict as freshness
-from kalshi_platform.loading.loader import PARQUET_PACE
 from kalshi_platform.health import incidents
+from kalshi_platform.health import verdict as freshness
 from kalshi_platform.health.incidents import Event, Ledger, Mailbox, Notice
+from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading.loader import PARQUET_PACE
 from kalshi_platform.orchestration import alerts
 from kalshi_platform.recorder import capture
-from kalshi_platform.journal.writer import Writer
+from kalshi_platform.recorder import streamer as streamer_module
+from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.settings import Settings
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator
-from kalshi_platform.embedded_clickhouse import running as clickhouse
-from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform_tests.between import Between, between
-from kalshi_platform_tests.ports import free_ports
-from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
 from kalshi_platform_tests.clickhouse.tables import prepare
+from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
+from kalshi_platform_tests.ports import free_ports
 
 MARKETS, RATE = 4, 20.0
 FOR_EVER_S = 1e9

@@ -9,8 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from kalshi_platform_tests.benchmarks.memory import BOUND_MIB
 from kalshi_platform.settings import load
+from kalshi_platform_tests.benchmarks.memory import BOUND_MIB
 from kalshi_platform_tests.chaos.proof import DELTAS, LIVES, TRADES, Kept, Proof, doubled
 from kalshi_platform_tests.soak.outcome import JUDGED_S, Load, Markets, Outcome
 from kalshi_platform_tests.soak.report import page, write

@@ -22,24 +22,22 @@ from click.testing import CliRunner
 
 from kalshi_platform import checked_json
 from kalshi_platform import settings as platform_settings
+from kalshi_platform.archive import LocalArchive, archive_identity, archive_ledger, compaction
+from kalshi_platform.clickhouse import migrations
+from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.archive import compaction
-from kalshi_platform.loading import cursor, loader, state_files
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
+from kalshi_platform.loading import cursor, loader, state_files
+from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.shared_rows import Derivation
+from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
 from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations
-from kalshi_platform.archive import LocalArchive
-from kalshi_platform.archive import archive_identity, archive_ledger
-from kalshi_platform.clickhouse.client import connect
 from kalshi_platform_tests.archived import paths as parts
-from kalshi_platform_tests.loading.test_loader import archived
 from kalshi_platform_tests.clickhouse.tables import settings_for
+from kalshi_platform_tests.loading.test_loader import archived
 from kalshi_platform_tests.upgrade.test_older_folders import unpacked
 
 PATIENCE_S = 60.0

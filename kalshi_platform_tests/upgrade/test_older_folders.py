@@ -22,19 +22,19 @@ import pytest
 from click.testing import CliRunner
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.commands.main import main
-from kalshi_platform.quality import continuity
 from kalshi_platform.analytics.hourly import compute_hour
-from kalshi_platform.quality.parity import compare_hours
-from kalshi_platform.journal import reader, journal_identity
-from kalshi_platform.settings import Settings
-from kalshi_platform.clickhouse import migrations
 from kalshi_platform.archive import LocalArchive
+from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect
-from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.clickhouse.migrations import State
-from kalshi_platform.schema import PLACE
+from kalshi_platform.commands.main import main
+from kalshi_platform.embedded_clickhouse import running
+from kalshi_platform.journal import journal_identity, reader
+from kalshi_platform.quality import continuity
+from kalshi_platform.quality.parity import compare_hours
 from kalshi_platform.recorder.streamer import Streamer
+from kalshi_platform.schema import PLACE
+from kalshi_platform.settings import Settings
 from kalshi_platform_tests import archived
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
 

@@ -57,7 +57,7 @@ def prepare(data_dir: Path, socket: Path, tick_days: int, shards: int = 1) -> Ho
 
 def shipped(name: str) -> Path:
     """A file of the project's root: inside an installed wheel, else in the repository."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     bundled = package / "_infra" / name
     return bundled if bundled.is_file() else package.parent / name
 

@@ -1,4 +1,4 @@
-"""What tests of the loads share: a migrated database for each module, and settings on it."""
+"""What tests of the stores share: a migrated database for each module, and settings on it."""
 
 from __future__ import annotations
 
