@@ -20,7 +20,7 @@ from decimal import Decimal
 from kalshi_platform import engine as mm
 from kalshi_platform import settings
 from kalshi_platform.exchange import frames
-from kalshi_platform.exchange.book import Book, State, delta_change
+from kalshi_platform.exchange.book import Book, SyncState, delta_change
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.simulator.orders import Account, Answered, Request
@@ -77,7 +77,7 @@ class Engine:
     def targets(self, now: mm.Inventory) -> dict[mm.Quote, Decimal]:
         """Join the best on each side that may still add to the position."""
         bid, ask = self.book.best("yes"), self.book.best("no")
-        if bid is None or ask is None or self.book.state is not State.SYNCED:
+        if bid is None or ask is None or self.book.state is not SyncState.SYNCED:
             return {}
         prices = {
             mm.Quote.BID: Decimal(bid[0]) / 10_000,

@@ -213,7 +213,7 @@ class _Child:
 
 
 @dataclass
-class Keeper:
+class ProgramSupervisor:
     """Starts programs, starts them again when they end, and ends them all, stage by stage.
 
     For one thread. `say` gets a sentence for each thing that a person should know.
@@ -391,7 +391,7 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
             process.send_signal(number)
 
 
-def bury(lines: Iterable[str]) -> None:
+def reap(lines: Iterable[str]) -> None:
     """The undertaker's whole life: note sessions until the keeper is gone, then end them.
 
     Each line is a `Session`; `done` means that the keeper has ended them himself.
@@ -407,4 +407,4 @@ def bury(lines: Iterable[str]) -> None:
 if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)  # it ends when its keeper does, not before
-    bury(sys.stdin)
+    reap(sys.stdin)

@@ -21,8 +21,7 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.commands import doctor
-from kalshi_platform.health import health_report
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import health_report, verdict
 from kalshi_platform.health.verdict import ALERTS, DOCTOR, Judgement, Profile
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.writer import Writer
@@ -38,7 +37,7 @@ MARKETS = 3
 
 @pytest.fixture(autouse=True)
 def _no_maintenance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freshness, "maintenance", lambda _: False)
+    monkeypatch.setattr(verdict, "maintenance", lambda _: False)
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def recording(settings: Settings) -> Iterator[Streamer]:
 def judge(streamer: Streamer, profile: Profile = DOCTOR, later_s: float = 0.0) -> Judgement:
     report = msgspec.to_builtins(streamer.health())
     now = datetime.now(UTC) + timedelta(seconds=later_s)
-    return freshness.judge(report, None, now, profile)
+    return verdict.judge(report, None, now, profile)
 
 
 def until(holds: Callable[[], bool], what: Callable[[], object]) -> None:
@@ -99,7 +98,7 @@ def test_no_books_snapshots_are_asked_for_by_themselves(exchange: tuple[Settings
 def test_silent_the_streamer_dials_again_by_itself(
     exchange: tuple[Settings, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(freshness, "HEARD_S", 0.5)
+    monkeypatch.setattr(verdict, "HEARD_S", 0.5)
     monkeypatch.setattr(capture, "LIVENESS_S", 1.5)
     settings, simulator = exchange
     with recording(settings) as streamer:
@@ -124,12 +123,12 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
         becomes(streamer, "recording")
         free.clear()
         until(lambda: bool(streamer.health().trouble), streamer.health)
-        slow = judge(streamer, ALERTS, later_s=freshness.SLOW_S)
+        slow = judge(streamer, ALERTS, later_s=verdict.SLOW_S)
         assert slow.cause == "disk slow"
         stuck = judge(streamer, DOCTOR, later_s=DOCTOR.durable_s - 1.0)
         assert stuck.cause == "writer stuck"
-        for verdict in (slow, stuck):
-            assert "Give it a faster disk, or find what else writes there" in verdict.sentence
+        for found in (slow, stuck):
+            assert "Give it a faster disk, or find what else writes there" in found.sentence
         free.set()  # it was found
         becomes(streamer, "recording")
     kept = sum(
@@ -172,9 +171,9 @@ def test_not_started_the_command_that_is_named_records_the_shard(
 ) -> None:
     alone, _ = exchange
     settings = alone.model_copy(update={"stream_shards": 2})
-    verdict = freshness.never_run(1)
-    assert verdict.cause == "not started"
-    found = re.search(r"`kalshi-platform ([^`]+)`", verdict.sentence)
+    advised = verdict.never_run(1)
+    assert advised.cause == "not started"
+    found = re.search(r"`kalshi-platform ([^`]+)`", advised.sentence)
     assert found
     environment = {
         **os.environ,
@@ -194,9 +193,7 @@ def test_not_started_the_command_that_is_named_records_the_shard(
 
             def judged() -> Judgement:
                 report = health_report.read(settings.journal_dir(1))
-                return freshness.judge_shard(report, 1, 2, None, datetime.now(UTC), profile=DOCTOR)[
-                    0
-                ]
+                return verdict.judge_shard(report, 1, 2, None, datetime.now(UTC), profile=DOCTOR)[0]
 
             until(lambda: judged().cause == "recording", judged)
         finally:

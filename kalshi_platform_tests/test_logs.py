@@ -32,7 +32,7 @@ import logging
 def speak(context):
     context.log.info("Said by the op.")
     with output_log(settings.load(), shard=3, run_id=context.run_id):
-        logging.getLogger("kalshi_platform.recording").info("Said by the platform.")
+        logging.getLogger("kalshi_platform.recorder").info("Said by the platform.")
     raise ValueError("broken")
 
 @dg.job

@@ -18,9 +18,9 @@ from kalshi_platform.errors import PlatformError
 from kalshi_platform.processes import (
     LOG_LIMIT,
     Identity,
-    Keeper,
     PortTaken,
     Program,
+    ProgramSupervisor,
     Session,
     exit_words,
     require_free_port,
@@ -72,19 +72,19 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, said: list[str]) -> Iterator[Keeper]:
-    made = Keeper(tmp_path / "logs", os.environ, said.append)
+def keeper(tmp_path: Path, said: list[str]) -> Iterator[ProgramSupervisor]:
+    made = ProgramSupervisor(tmp_path / "logs", os.environ, said.append)
     yield made
     made.end(lambda: True)
 
 
-def output(keeper: Keeper, name: str) -> str:
+def output(keeper: ProgramSupervisor, name: str) -> str:
     path = keeper.log_path(name)
     return path.read_text() if path.exists() else ""
 
 
 def test_a_program_that_ends_is_started_again_and_that_is_said(
-    keeper: Keeper, said: list[str], monkeypatch: pytest.MonkeyPatch
+    keeper: ProgramSupervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", (0.05,))
     keeper.start(program("short", "print('here', flush=True); raise SystemExit(3)"))
@@ -99,7 +99,7 @@ def test_a_program_that_ends_is_started_again_and_that_is_said(
 
 
 def test_the_waits_grow_with_each_end_in_a_row(
-    keeper: Keeper, said: list[str], monkeypatch: pytest.MonkeyPatch
+    keeper: ProgramSupervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", (0.0, 2.0, 4.0))
     keeper.start(program("short", "raise SystemExit(1)"))
@@ -113,7 +113,7 @@ def test_the_waits_grow_with_each_end_in_a_row(
     assert "again in 2 s" in said[1]
 
 
-def test_the_end_reaches_grandchildren_whose_parent_is_gone(keeper: Keeper) -> None:
+def test_the_end_reaches_grandchildren_whose_parent_is_gone(keeper: ProgramSupervisor) -> None:
     keeper.start(program("parent", PARENT_OF_A_DAEMON))
     until(lambda: output(keeper, "parent").strip().isdigit())
     grandchild = psutil.Process(int(output(keeper, "parent")))
@@ -126,7 +126,7 @@ def test_the_end_reaches_grandchildren_whose_parent_is_gone(keeper: Keeper) -> N
     assert gone(grandchild)
 
 
-def test_programs_end_stage_by_stage(keeper: Keeper, tmp_path: Path) -> None:
+def test_programs_end_stage_by_stage(keeper: ProgramSupervisor, tmp_path: Path) -> None:
     log = tmp_path / "order"
     for name, stage in [("database", 2), ("exchange", 1), ("streamer", 0)]:
         keeper.start(program(name, LAST_WORDS, str(log), name, stage=stage))
@@ -136,14 +136,16 @@ def test_programs_end_stage_by_stage(keeper: Keeper, tmp_path: Path) -> None:
     assert log.read_text().split() == ["streamer", "exchange", "database"]
 
 
-def test_who_does_not_listen_is_killed_after_the_grace_or_in_a_hurry(keeper: Keeper) -> None:
+def test_who_does_not_listen_is_killed_after_the_grace_or_in_a_hurry(
+    keeper: ProgramSupervisor,
+) -> None:
     keeper.start(program("deaf", DEAF, grace_s=0.2))
     until(lambda: "deaf" in output(keeper, "deaf"))
     keeper.end()
     assert keeper.ended("deaf") == -signal.SIGKILL
 
 
-def test_in_a_hurry_nobody_is_waited_for(keeper: Keeper) -> None:
+def test_in_a_hurry_nobody_is_waited_for(keeper: ProgramSupervisor) -> None:
     keeper.start(program("deaf", DEAF, grace_s=3600))
     until(lambda: "deaf" in output(keeper, "deaf"))
     keeper.end(lambda: True)
@@ -153,8 +155,8 @@ def test_in_a_hurry_nobody_is_waited_for(keeper: Keeper) -> None:
 KEEPER = """
 import os, sys, time
 from pathlib import Path
-from kalshi_platform.processes import Keeper, Program
-keeper = Keeper(Path(sys.argv[1]), os.environ, print)
+from kalshi_platform.processes import Program, ProgramSupervisor
+keeper = ProgramSupervisor(Path(sys.argv[1]), os.environ, print)
 for stage, name in enumerate(["first", "second"]):
     argv = (sys.executable, "-c", sys.argv[2], sys.argv[3], name)
     keeper.start(Program(name, argv, lambda: True, stage, 60.0))
@@ -236,13 +238,13 @@ def test_a_taken_port_is_named_with_its_remedy() -> None:
     require_free_port(port, "the test", "Set X.")
 
 
-def test_a_program_that_cannot_be_executed_is_named(keeper: Keeper) -> None:
+def test_a_program_that_cannot_be_executed_is_named(keeper: ProgramSupervisor) -> None:
     absent = Program("absent", ("/nowhere/absent",), lambda: True, 0, 1.0)
     with pytest.raises(PlatformError, match="absent could not be started: /nowhere/absent"):
         keeper.start(absent)
 
 
-def test_a_long_log_is_moved_aside_and_its_writer_goes_on(keeper: Keeper) -> None:
+def test_a_long_log_is_moved_aside_and_its_writer_goes_on(keeper: ProgramSupervisor) -> None:
     script = "import sys, time; print('old', flush=True); input; time.sleep(300)"
     keeper.start(program("talker", script))
     until(lambda: "old" in output(keeper, "talker"))

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import NO_CONNECTION, SCHEMA, Block, Position
+from kalshi_platform.journal.reader import NO_CONNECTION, SCHEMA, LogOffset, RecordRange
 
 Record = tuple[int, bytes, int, bytes]
 """(recv_ns, conn, kind, frame)"""
@@ -109,11 +109,13 @@ def batch(records: Sequence[Record]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def blocks(records: Sequence[Record], cuts: Iterable[int] = ()) -> list[Block]:
+def blocks(records: Sequence[Record], cuts: Iterable[int] = ()) -> list[RecordRange]:
     """The records as blocks, cut at the given numbers."""
     edges = sorted({0, len(records), *(c for c in cuts if 0 < c < len(records))})
     return [
-        Block(start, batch(records[start:end]), (Position(0, start, start),), Position(0, end, end))
+        RecordRange(
+            start, batch(records[start:end]), (LogOffset(0, start, start),), LogOffset(0, end, end)
+        )
         for start, end in itertools.pairwise(edges)
     ]
 

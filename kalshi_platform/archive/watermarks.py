@@ -30,7 +30,7 @@ _FOLDER = re.compile(r"shard-(0|[1-9][0-9]*)")
 NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class Passed(msgspec.Struct, frozen=True):
+class Watermark(msgspec.Struct, frozen=True):
     """What one shard says."""
 
     before: datetime
@@ -74,24 +74,24 @@ def arrive(journals: Path, shard: int, *, empty: bool) -> None:
         hour = None
         while hour != (now := _now()):
             hour = now
-            _write(journals, shard, Passed(hour))
+            _write(journals, shard, Watermark(hour))
     elif known is None:
-        _write(journals, shard, Passed(NOTHING))
+        _write(journals, shard, Watermark(NOTHING))
 
 
 def advance(journals: Path, shard: int, hour: datetime) -> None:
     """The archive has everything that came before the first record of `hour`."""
-    _write(journals, shard, Passed(hour))
+    _write(journals, shard, Watermark(hour))
 
 
 def rest(journals: Path, shard: int) -> None:
     """The archive has the whole journal, and nobody writes to it."""
-    _write(journals, shard, Passed(passed(journals, shard).before, resting=True))
+    _write(journals, shard, Watermark(passed(journals, shard).before, resting=True))
 
 
-def passed(journals: Path, shard: int) -> Passed:
+def passed(journals: Path, shard: int) -> Watermark:
     """What a shard last said; nothing where it has said nothing that can be read."""
-    return _read(journals, shard) or Passed(NOTHING)
+    return _read(journals, shard) or Watermark(NOTHING)
 
 
 def everywhere(journals: Path) -> datetime:
@@ -113,10 +113,10 @@ def _now() -> datetime:
     return hour_of_ns(time.time_ns())  # the clock of the journal's records
 
 
-def _read(journals: Path, shard: int) -> Passed | None:
+def _read(journals: Path, shard: int) -> Watermark | None:
     path = _path(journals, shard)
     try:
-        return typed_json.decode(path.read_bytes(), Passed)
+        return typed_json.decode(path.read_bytes(), Watermark)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
@@ -126,7 +126,7 @@ def _read(journals: Path, shard: int) -> Passed | None:
         return None
 
 
-def _write(journals: Path, shard: int, what: Passed) -> None:
+def _write(journals: Path, shard: int, what: Watermark) -> None:
     durable.replace(_path(journals, shard), msgspec.json.encode(what))
 
 

@@ -40,8 +40,7 @@ from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
 from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
-from kalshi_platform.health import channels, health_report, monitored_shards, supervision
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import channels, health_report, monitored_shards, supervision, verdict
 from kalshi_platform.health.metrics import channel_troubles
 from kalshi_platform.health.outbox import deliver_in_time
 from kalshi_platform.journal import journal_identity
@@ -549,7 +548,7 @@ def _reported(settings: Settings, shard: int) -> Finding:
 def _unreported(settings: Settings, shard: int) -> Finding:
     """A shard of which there is no report."""
     if shard >= settings.stream_shards:
-        return Finding(Mark.ODD, freshness.left_over(None, shard, datetime.now(UTC)).sentence)
+        return Finding(Mark.ODD, verdict.left_over(None, shard, datetime.now(UTC)).sentence)
     if watermarks.shards(settings.journals_dir):
         return Finding(
             Mark.ODD,
@@ -577,8 +576,8 @@ def _supervised(settings: Settings, shard: int) -> str:
 def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
     """What a streamer's report amounts to now: everything that is wrong, the worst first."""
     now = datetime.now(UTC)
-    judged = freshness.judge_shard(report, shard, configured, None, now, profile=freshness.DOCTOR)
-    wrong = [it.sentence for it in judged if it.verdict is not freshness.Verdict.GOOD]
+    judged = verdict.judge_shard(report, shard, configured, None, now, profile=verdict.DOCTOR)
+    wrong = [it.sentence for it in judged if it.verdict is not verdict.Verdict.GOOD]
     details = (
         f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now)}, last durable write"
         f" {_told_age(report, 'last_durable_ns', now)}, {int(report['lag_frames']):,} frames not loaded yet"
@@ -597,9 +596,9 @@ def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
 
 
 _MARKS = {
-    freshness.Verdict.GOOD: Mark.GOOD,
-    freshness.Verdict.WARN: Mark.ODD,
-    freshness.Verdict.ERROR: Mark.BAD,
+    verdict.Verdict.GOOD: Mark.GOOD,
+    verdict.Verdict.WARN: Mark.ODD,
+    verdict.Verdict.ERROR: Mark.BAD,
 }
 
 

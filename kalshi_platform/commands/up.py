@@ -34,7 +34,7 @@ from kalshi_platform.exchange.signing import load_signer
 from kalshi_platform.health import health_report, planned_stop, supervision, verdict
 from kalshi_platform.orchestration.host.home import Home, prepare
 from kalshi_platform.printable import printable
-from kalshi_platform.processes import Keeper, Program, require_free_port
+from kalshi_platform.processes import Program, ProgramSupervisor, require_free_port
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class _Platform:
         self._socket = socket
         self._ending = ending
         self._console = Console(highlight=False, soft_wrap=True)
-        self._keeper = Keeper(settings.data_dir / "logs", self._environment(), self.say)
+        self._keeper = ProgramSupervisor(settings.data_dir / "logs", self._environment(), self.say)
         self._over = threading.Event()
         self._began_ns = time.time_ns()
         self._clickhouse_trouble = ""

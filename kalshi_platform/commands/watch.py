@@ -21,7 +21,7 @@ from rich.text import Text
 from websockets.exceptions import ConnectionClosed
 
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.exchange.book import SIDES, Book, BookError, State, delta_change
+from kalshi_platform.exchange.book import SIDES, Book, BookError, SyncState, delta_change
 from kalshi_platform.exchange.connection import LIVENESS_S, LiveConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import DecodeError, decode_delta, decode_head, decode_snapshot
@@ -254,7 +254,9 @@ def _ladder(book: Book) -> Table:
     bids = sorted(book.ladders["yes"].items(), reverse=True)
     shown = [*asks[:LADDER_LEVELS], *bids[:LADDER_LEVELS]]
     largest = max((size for _, size in shown), default=1)
-    colour = {State.SYNCED: "green", State.WAITING: "yellow", State.STALE: "red"}[book.state]
+    colour = {SyncState.SYNCED: "green", SyncState.WAITING: "yellow", SyncState.STALE: "red"}[
+        book.state
+    ]
     title = Text.assemble(printable(book.market_ticker), " ", (book.state.value, colour))
     table = Table(title=title, box=None, padding=(0, 1))
     table.add_column("yes", justify="right")

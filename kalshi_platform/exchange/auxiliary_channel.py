@@ -1,7 +1,7 @@
 """A sequenced channel beside the order books, on the same connection, without I/O: trades, life events.
 
 Whatever becomes of it, the books go on: refused, it is asked for again later; ended by the exchange, it
-is subscribed to anew. Where something was missed, it says between which instants (`Lost`), so that
+is subscribed to anew. Where something was missed, it says between which instants (`MissedFrames`), so that
 somebody can fetch it elsewhere. Times are seconds of a monotonic clock, passed in by the caller.
 """
 
@@ -25,7 +25,7 @@ REFUSED_AGAIN_S = 300.0
 
 
 @dataclass(frozen=True)
-class Lost:
+class MissedFrames:
     """Frames of a channel that did not come over the stream."""
 
     channel: str
@@ -48,7 +48,7 @@ class Ask:
     tickers: Sequence[str]
 
 
-class SideChannel:
+class AuxiliaryChannel:
     """One channel: which markets it carries, and since when it is deaf."""
 
     def __init__(self, channel: str, unheard_since: float | None = None) -> None:
@@ -60,7 +60,7 @@ class SideChannel:
         """When a frame of its last came."""
         self.unheard_since = unheard_since
         """Since when it has been deaf, None while it is not (or was never heard)."""
-        self.lost: list[Lost] = []
+        self.lost: list[MissedFrames] = []
         """The caller takes them away."""
         self._cause = "connection"
         self._carried: dict[str, None] = {}
@@ -188,11 +188,11 @@ class SideChannel:
             self.unheard_since, self._cause = since, cause
 
     def _lose(self, since: float, until: float, cause: str, missing: int | None = None) -> None:
-        self.lost.append(Lost(self.channel, self.sid or 0, since, until, cause, missing))
+        self.lost.append(MissedFrames(self.channel, self.sid or 0, since, until, cause, missing))
 
 
-def side_channels(
+def auxiliary_channels(
     channels: Iterable[str], unheard_since: float | None = None
-) -> dict[str, SideChannel]:
+) -> dict[str, AuxiliaryChannel]:
     """By name, in the order in which they are subscribed to."""
-    return {channel: SideChannel(channel, unheard_since) for channel in channels}
+    return {channel: AuxiliaryChannel(channel, unheard_since) for channel in channels}

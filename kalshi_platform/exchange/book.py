@@ -31,7 +31,7 @@ class BookError(ValueError):
     """A frame that cannot be applied: lost or doubled frames, or values out of range."""
 
 
-class State(Enum):
+class SyncState(Enum):
     """Whether a book can be believed."""
 
     WAITING = "waiting"
@@ -162,7 +162,7 @@ class Book:
     """A market's two ladders. A negative level is corruption: it raises and marks the book stale."""
 
     market_ticker: str
-    state: State = State.WAITING
+    state: SyncState = SyncState.WAITING
     ladders: dict[str, Ladder] = field(default_factory=lambda: {"yes": {}, "no": {}})
 
     def apply_snapshot(self, snapshot: Snapshot, *, use_yes_price: bool = False) -> None:
@@ -171,16 +171,16 @@ class Book:
             side: snapshot_ladder(snapshot, side, use_yes_price=use_yes_price) for side in SIDES
         }
         self.ladders = ladders
-        self.state = State.SYNCED
+        self.state = SyncState.SYNCED
 
     def apply_delta(self, change: LevelChange) -> int:
         """Change one level and return its size after; raises `BookError` below zero."""
-        if self.state is State.WAITING:
+        if self.state is SyncState.WAITING:
             raise BookError(f"a delta for {self.market_ticker} came before its snapshot")
         ladder = self.ladders[change.side]
         size = ladder.get(change.price, 0) + change.qty
         if size < 0:
-            self.state = State.STALE
+            self.state = SyncState.STALE
             raise BookError(
                 f"{self.market_ticker} {change.side} {dollars(change.price)} would be {size / 100:.2f}"
                 " contracts: a frame was lost or doubled"
@@ -193,8 +193,8 @@ class Book:
 
     def mark_stale(self) -> None:
         """Something was lost: believe nothing until the next snapshot."""
-        if self.state is State.SYNCED:
-            self.state = State.STALE
+        if self.state is SyncState.SYNCED:
+            self.state = SyncState.STALE
 
     def best(self, side: str) -> tuple[int, int] | None:
         """(price, size) of the best bid of a side, or None where it is empty."""

@@ -46,9 +46,9 @@ from kalshi_platform.exchange.frames import (
     subject,
 )
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
-from kalshi_platform.journal.clock import Clock
+from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Block, Hole, Stretch, Unread
+from kalshi_platform.journal.reader import JournalRange, LostRange, RecordRange, Unread
 from kalshi_platform.schema import ZERO_UUID
 
 
@@ -190,21 +190,21 @@ class Decoded:
     """Everything else, notes and malformed frames included."""
     first_ns: int
     """Receive time of the first record."""
-    clock: Clock
+    clock: ReceiveClock
     """Those of the last and of the newest one."""
     lost: bool = False
     """The records cannot be read: see `journal.Hole`. The times are that of the next one."""
     unread: Unread | None = None
     """Records that came before these, in a segment that is not read so far."""
 
-    def clock_after(self, before: Clock) -> Clock:
+    def clock_after(self, before: ReceiveClock) -> ReceiveClock:
         """The clock at its end, from that at its beginning. A hole leaves it as it is."""
         if self.lost:
             return before
-        return Clock(self.clock.last_ns, max(before.newest_ns, self.clock.newest_ns))
+        return ReceiveClock(self.clock.last_ns, max(before.newest_ns, self.clock.newest_ns))
 
 
-def lost(hole: Hole) -> Decoded:
+def lost(hole: LostRange) -> Decoded:
     """A hole of the journal, in the place of its records."""
     return Decoded(
         hole.first_n,
@@ -215,17 +215,17 @@ def lost(hole: Hole) -> Decoded:
         pl.DataFrame(schema=columnar_trades.TRADES),
         pl.DataFrame(schema=STREAM),
         hole.until_ns,
-        Clock(hole.until_ns, hole.until_ns),
+        ReceiveClock(hole.until_ns, hole.until_ns),
         lost=True,
     )
 
 
-def decoded(stretch: Stretch) -> Decoded:
+def decoded(stretch: JournalRange) -> Decoded:
     """Decode a stretch of the journal."""
-    return lost(stretch) if isinstance(stretch, Hole) else decode([stretch])
+    return lost(stretch) if isinstance(stretch, LostRange) else decode([stretch])
 
 
-def decode(blocks: Sequence[Block]) -> Decoded:
+def decode(blocks: Sequence[RecordRange]) -> Decoded:
     """Decode consecutive journal blocks."""
     table = pa.Table.from_batches([block.batch for block in blocks])
     first_n = blocks[0].first_n
@@ -257,7 +257,7 @@ def decode(blocks: Sequence[Block]) -> Decoded:
         trades,
         pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
         table["recv_ns"][0].as_py(),
-        Clock(table["recv_ns"][-1].as_py(), pc.max(table["recv_ns"]).as_py()),
+        ReceiveClock(table["recv_ns"][-1].as_py(), pc.max(table["recv_ns"]).as_py()),
         unread=blocks[0].unread,
     )
 

@@ -26,9 +26,9 @@ from kalshi_platform.exchange.auxiliary_channel import (
     LIFECYCLE,
     TRADES,
     Ask,
-    Lost,
-    SideChannel,
-    side_channels,
+    AuxiliaryChannel,
+    MissedFrames,
+    auxiliary_channels,
 )
 from kalshi_platform.exchange.book import BookError, snapshot_extents
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError, ProtocolError
@@ -151,7 +151,7 @@ class Session:
         """Sentences for the log; the caller takes them away."""
         self.life_events: list[LifeEvent] = []
         """What the exchange told of markets' lives; the caller takes them away."""
-        self._side = side_channels(beside, unheard_since)
+        self._side = auxiliary_channels(beside, unheard_since)
         self._notes: list[Note] = []
         self._sids: dict[int, _Sid] = {}
         self._book_sid: int | None = None
@@ -200,9 +200,9 @@ class Session:
             for sid in self._sids.values():
                 self._arrived(sid, ticker, now=None)
 
-    def take_lost(self) -> list[Lost]:
+    def take_lost(self) -> list[MissedFrames]:
         """What the channels beside the books have missed since the last call."""
-        lost: list[Lost] = []
+        lost: list[MissedFrames] = []
         for side in self._side.values():
             lost += side.lost
             side.lost.clear()
@@ -480,7 +480,7 @@ class Session:
 
     # -- beside the books ----------------------------------------------------------------------
 
-    def _side_of(self, sid: int) -> SideChannel | None:
+    def _side_of(self, sid: int) -> AuxiliaryChannel | None:
         return next((s for s in self._side.values() if sid and s.sid == sid), None)
 
     def _side_heard(self, sid: int, now: float) -> None:
@@ -522,7 +522,7 @@ class Session:
                 )
         return True
 
-    def _side_ended(self, side: SideChannel, cause: str, now: float) -> None:
+    def _side_ended(self, side: AuxiliaryChannel, cause: str, now: float) -> None:
         detail = {"cause": "subscription_ended", "channel": side.channel, "reason": cause}
         self._notes.append(Note("gap", detail, side.sid or 0))
         self.warnings.append(f"Channel {side.channel} ended ({cause}): it is subscribed to anew.")

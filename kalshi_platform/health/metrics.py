@@ -25,15 +25,14 @@ from prometheus_client.registry import Collector
 
 from kalshi_platform import typed_json
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.health import health_report, monitored_shards
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import health_report, monitored_shards, verdict
 from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 
 _VERDICTS = {
-    freshness.Verdict.GOOD: 0.0,
-    freshness.Verdict.WARN: 1.0,
-    freshness.Verdict.ERROR: 2.0,
+    verdict.Verdict.GOOD: 0.0,
+    verdict.Verdict.WARN: 1.0,
+    verdict.Verdict.ERROR: 2.0,
 }
 _STATES = (
     "starting",
@@ -221,7 +220,7 @@ class _Shard:
     folder: Path
     report: _Report | None
     """None where there is none that can be read, which a metric of its own says."""
-    judged: Sequence[freshness.Judgement]
+    judged: Sequence[verdict.Judgement]
     """Everything that is wrong, or the one thing that it does."""
 
 
@@ -241,10 +240,10 @@ def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
     number = str(shard)
     try:
         raw = health_report.read(folder)
-        judged = freshness.judge_shard(raw, shard, configured, None, now)
+        judged = verdict.judge_shard(raw, shard, configured, None, now)
         report = None if raw is None else typed_json.convert(raw, _Report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        judged = [freshness.no_report(str(error))]
+        judged = [verdict.no_report(str(error))]
         return _Shard(number, folder, None, judged)
     return _Shard(number, folder, report, judged)
 
@@ -282,7 +281,7 @@ def _lives(report: _Report | None, now_ns: int) -> bool:
     return (
         report is not None
         and report.state != "stopped"
-        and (now_ns - report.updated_ns) / 1e9 < freshness.ALERTS.report_s
+        and (now_ns - report.updated_ns) / 1e9 < verdict.ALERTS.report_s
         and Identity(report.pid, report.pid_started).alive
     )
 

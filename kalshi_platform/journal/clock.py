@@ -9,7 +9,7 @@ from kalshi_platform.utc_hours import HOUR_NS, floor_hour, hour_start_ns, time_o
 
 
 @dataclass(frozen=True)
-class Clock:
+class ReceiveClock:
     """Receive times at a place in the journal, in ns; 0: there are none before it."""
 
     last_ns: int = 0

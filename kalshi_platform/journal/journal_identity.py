@@ -23,7 +23,7 @@ from kalshi_platform import checked_json, durable, typed_json
 from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.journal import reader as journal
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import JournalError, Position
+from kalshi_platform.journal.reader import JournalError, LogOffset
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def started_notes(folder: Path) -> Iterator[Claim]:
     for first_n in reversed(journal.segments(folder)):
         try:
             path = journal.segment_path(folder, first_n)
-            block = next(journal.read_segment(path, Position(first_n, 0, first_n), None), None)
+            block = next(journal.read_segment(path, LogOffset(first_n, 0, first_n), None), None)
         except (JournalError, OSError):
             continue
         if block is None or block.batch.column("kind")[0].as_py() != Kind.NOTE:

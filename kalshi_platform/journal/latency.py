@@ -10,7 +10,7 @@ _EDGES_NS = (100_000 * 1.1 ** np.arange(180)).astype(np.int64)
 """Upper edges, each a tenth above the one before: 0.1 ms to some 45 minutes."""
 
 
-class Delay(msgspec.Struct, frozen=True):
+class LatencySummary(msgspec.Struct, frozen=True):
     """A distribution, in milliseconds; a quantile is rounded up by a tenth at most."""
 
     records: int
@@ -19,7 +19,7 @@ class Delay(msgspec.Struct, frozen=True):
     max: float
 
 
-class Delays:
+class Latency:
     """Counts delays. One thread adds, any thread asks."""
 
     def __init__(self) -> None:
@@ -37,12 +37,14 @@ class Delays:
         self._counts += np.bincount(classes, minlength=len(self._counts))
         self._longest_ns = max(self._longest_ns, done_ns - int(recv_ns.min()))
 
-    def so_far(self) -> Delay:
+    def so_far(self) -> LatencySummary:
         """All of them since the start."""
         total = int(self._counts.sum())
         if not total:
-            return Delay(0, 0.0, 0.0, 0.0)
-        return Delay(total, self._quantile(0.5), self._quantile(0.99), self._longest_ns / 1e6)
+            return LatencySummary(0, 0.0, 0.0, 0.0)
+        return LatencySummary(
+            total, self._quantile(0.5), self._quantile(0.99), self._longest_ns / 1e6
+        )
 
     def _quantile(self, q: float) -> float:
         reached = np.cumsum(self._counts) >= q * self._counts.sum()

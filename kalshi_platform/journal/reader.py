@@ -14,7 +14,7 @@ where it is, for anyone to see, and is named by a note in the segment that follo
 
 A segment that the disk has damaged stops whoever reads it, and is restored from a backup. Where there
 is none, somebody renames it, `.damaged` behind its name: then every batch of it that is whole is read,
-and what is lost comes as a `Hole`. Nothing else makes one.
+and what is lost comes as a `LostRange`. Nothing else makes one.
 
 No number is in two segments, but for a batch that a writer has written again to the next one, as the
 disk had not confirmed it. Where two recorders wrote to one folder, the records of a segment beyond the
@@ -68,7 +68,7 @@ class JournalError(PlatformError):
 
 
 @dataclass(frozen=True, order=True)
-class Position:
+class LogOffset:
     """A place between two records: the segment, the byte offset of a batch, the next number.
 
     The batch at `offset` may begin before `n`; reading skips what is before it.
@@ -92,14 +92,14 @@ class Unread:
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordRange:
     """Consecutive records of the journal, decoded: a batch, a part of one, or several (`joined`)."""
 
     first_n: int
     batch: pa.RecordBatch
-    begins: tuple[Position, ...]
+    begins: tuple[LogOffset, ...]
     """Where each of its batches begins; of the first, the block may be the rest alone."""
-    end: Position
+    end: LogOffset
     """Where the next block begins."""
     unread: Unread | None = None
     """What the segment before its first record has, and is not read."""
@@ -109,25 +109,25 @@ class Block:
         """How many records it holds."""
         return int(self.batch.num_rows)
 
-    def cut(self, at: int) -> tuple[Block, Block]:
+    def cut(self, at: int) -> tuple[RecordRange, RecordRange]:
         """The block in two, the second beginning with its record `at` (0 < at < rows)."""
         n = self.first_n + at
         before = bisect_right(self.begins, n, key=lambda begin: begin.n)
         holder = self.begins[before - 1]  # the batch that has record n
         return (
-            Block(
+            RecordRange(
                 self.first_n,
                 self.batch.slice(0, at),
                 self.begins[:before] if holder.n < n else self.begins[: before - 1],
-                Position(holder.segment, holder.offset, n),
+                LogOffset(holder.segment, holder.offset, n),
                 self.unread,
             ),
-            Block(n, self.batch.slice(at), self.begins[before - 1 :], self.end),
+            RecordRange(n, self.batch.slice(at), self.begins[before - 1 :], self.end),
         )
 
 
 @dataclass(frozen=True)
-class Hole:
+class LostRange:
     """Consecutive records that a damaged segment had, and that cannot be read any more."""
 
     first_n: int
@@ -135,30 +135,30 @@ class Hole:
     """How many there were."""
     until_ns: int
     """Receive time of the first record after them."""
-    end: Position
+    end: LogOffset
     """Where that is."""
 
-    def cut(self, at: int) -> tuple[Hole, Hole]:
+    def cut(self, at: int) -> tuple[LostRange, LostRange]:
         """The hole in two, as a block."""
         n = self.first_n + at
-        within = Position(self.end.segment, self.end.offset, n)
+        within = LogOffset(self.end.segment, self.end.offset, n)
         return (
-            Hole(self.first_n, at, self.until_ns, within),
-            Hole(n, self.rows - at, self.until_ns, self.end),
+            LostRange(self.first_n, at, self.until_ns, within),
+            LostRange(n, self.rows - at, self.until_ns, self.end),
         )
 
 
-Stretch = Block | Hole
+JournalRange = RecordRange | LostRange
 """What reading a journal gives."""
 
 
-def joined(blocks: Sequence[Block]) -> Block:
+def joined(blocks: Sequence[RecordRange]) -> RecordRange:
     """Consecutive blocks as one; what is not read comes before the first of them."""
     if len(blocks) == 1:
         return blocks[0]
     batch = pa.concat_batches([block.batch for block in blocks])
     begins = tuple(begin for block in blocks for begin in block.begins)
-    return Block(blocks[0].first_n, batch, begins, blocks[-1].end, blocks[0].unread)
+    return RecordRange(blocks[0].first_n, batch, begins, blocks[-1].end, blocks[0].unread)
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -202,23 +202,23 @@ def set_aside(path: Path) -> Path:
     return path.with_name(path.name + SET_ASIDE)
 
 
-def beginning(folder: Path) -> Position:
+def beginning(folder: Path) -> LogOffset:
     """The oldest position that is still kept; raises `JournalError` where there is no journal."""
     first = next(iter(segments(folder)), None)
     if first is None:
         raise JournalError(f"There is no journal in {folder}: nothing has been recorded there.")
-    return Position(first, 0, first)
+    return LogOffset(first, 0, first)
 
 
-def find(folder: Path, n: int) -> Position:
+def find(folder: Path, n: int) -> LogOffset:
     """Where record `n` is, or will be. Raises `JournalError` where it is no longer kept."""
     before = [first_n for first_n in segments(folder) if first_n <= n]
     if not before:
         raise JournalError(f"The journal in {folder} no longer has record {n}.")
-    return Position(before[-1], 0, n)
+    return LogOffset(before[-1], 0, n)
 
 
-def read(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Stretch]:
+def read(folder: Path, start: LogOffset, limit: LogOffset | None = None) -> Iterator[JournalRange]:
     """The blocks from `start` on, up to `limit` (the writer's `durable`) or to what can be read.
 
     Every record is in a block, or in a hole where a segment was set aside, or told by a block's `unread`.
@@ -264,10 +264,10 @@ def read(folder: Path, start: Position, limit: Position | None = None) -> Iterat
                 f" {_remedy(path)}"
             )
         unread = _unread(folder, position.segment, following)
-        position = Position(following, 0, position.n)
+        position = LogOffset(following, 0, position.n)
 
 
-def _entered(folder: Path, start: Position) -> tuple[Position, Unread | None]:
+def _entered(folder: Path, start: LogOffset) -> tuple[LogOffset, Unread | None]:
     """Where `start` is, and what is not read before it. It may name a segment that ends before its record."""
     existing = segments(folder)
     later = [n for n in existing if start.segment < n <= start.n]
@@ -303,7 +303,7 @@ def _unread(folder: Path, segment: int, following: int, until_n: int = 0) -> Unr
     return Unread(path.name, next_path.name, following, end_n)
 
 
-def batches_from(path: Path, n: int) -> list[Whole]:
+def batches_from(path: Path, n: int) -> list[WholeBatch]:
     """The whole batches of a segment that have a record from `n` on."""
     with path.open("rb") as file:
         last, end, size = 0, 0, path.stat().st_size
@@ -328,10 +328,10 @@ def _overlapping(path: Path, following: Path, n: int) -> JournalError:
     )
 
 
-def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iterator[Block]:
+def blocks(folder: Path, start: LogOffset, limit: LogOffset | None = None) -> Iterator[RecordRange]:
     """As `read`, for those who want every record. Raises `JournalError` where some are lost, too."""
     for it in read(folder, start, limit):
-        if isinstance(it, Hole):
+        if isinstance(it, LostRange):
             raise JournalError(
                 f"The journal in {folder} has lost its records {it.first_n} to {it.first_n + it.rows - 1}."
             )
@@ -343,25 +343,25 @@ def blocks(folder: Path, start: Position, limit: Position | None = None) -> Iter
         yield it
 
 
-def received_ns(folder: Path, at: Position) -> int | None:
+def received_ns(folder: Path, at: LogOffset) -> int | None:
     """Receive time of the record at a position, or of the next one that can be read; None for none."""
     it = next(read(folder, at), None)
     if it is None:
         return None
-    return it.until_ns if isinstance(it, Hole) else int(it.batch.column("recv_ns")[0].as_py())
+    return it.until_ns if isinstance(it, LostRange) else int(it.batch.column("recv_ns")[0].as_py())
 
 
 def _following(folder: Path, segment: int) -> int | None:
     return next((n for n in segments(folder) if n > segment), None)
 
 
-def _hole(position: Position, following: Block) -> Hole:
+def _hole(position: LogOffset, following: RecordRange) -> LostRange:
     begin = following.begins[0]
-    return Hole(
+    return LostRange(
         position.n,
         following.first_n - position.n,
         following.batch.column("recv_ns")[0].as_py(),
-        Position(begin.segment, begin.offset, following.first_n),
+        LogOffset(begin.segment, begin.offset, following.first_n),
     )
 
 
@@ -378,7 +378,7 @@ def prune(folder: Path, needed_n: int, older_than_s: float) -> list[Path]:
     return removed
 
 
-def read_segment(path: Path, start: Position, size: int | None) -> Iterator[Block]:
+def read_segment(path: Path, start: LogOffset, size: int | None) -> Iterator[RecordRange]:
     """The blocks of one segment from `start` on, up to byte `size` or to a torn tail."""
     with path.open("rb") as file:
         header = _message(file, 0)
@@ -402,11 +402,11 @@ def read_segment(path: Path, start: Position, size: int | None) -> Iterator[Bloc
             begins_right = found.n <= start.n if expected is None else found.n == expected
             if not begins_right:
                 raise corrupt(path, offset, expected or start.n, "its numbering does not fit")
-            begin = Position(start.segment, offset, found.n)
+            begin = LogOffset(start.segment, offset, found.n)
             offset += len(message)
             expected = found.end_n
             if expected > start.n:
-                yield _block(found, begin, start.n, Position(start.segment, offset, expected))
+                yield _block(found, begin, start.n, LogOffset(start.segment, offset, expected))
 
 
 @dataclass(frozen=True)
@@ -437,10 +437,10 @@ def _batch(header: bytes, message: bytes) -> _Batch:
     return _Batch(first_n, batch, crc)
 
 
-def _block(found: _Batch, begin: Position, start_n: int, end: Position) -> Block:
+def _block(found: _Batch, begin: LogOffset, start_n: int, end: LogOffset) -> RecordRange:
     """What a batch has from record `start_n` on."""
     skip = max(start_n - found.n, 0)
-    return Block(found.n + skip, found.batch.slice(skip), (begin,), end)
+    return RecordRange(found.n + skip, found.batch.slice(skip), (begin,), end)
 
 
 def _message(file: io.BufferedReader, offset: int) -> bytes | None:
@@ -523,7 +523,7 @@ def _remedy(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeBatch:
     """Where a batch is that can be read."""
 
     offset: int
@@ -534,8 +534,8 @@ class Whole:
 
 
 def _read_damaged(
-    path: Path, start: Position, size: int | None, following: int | None
-) -> Iterator[Block]:
+    path: Path, start: LogOffset, size: int | None, following: int | None
+) -> Iterator[RecordRange]:
     """The batches of a segment that was set aside, whatever is between them."""
     status = path.stat()
     with path.open("rb") as file:
@@ -545,13 +545,13 @@ def _read_damaged(
             message = _message(file, it.offset)
             if message is None:
                 raise corrupt(path, it.offset, it.n, "it became shorter while it was read")
-            begin = Position(start.segment, it.offset, it.n)
-            end = Position(start.segment, it.end_offset, it.end_n)
+            begin = LogOffset(start.segment, it.offset, it.n)
+            end = LogOffset(start.segment, it.end_offset, it.end_n)
             yield _block(_batch(HEADER, message), begin, start.n, end)
 
 
 @lru_cache(maxsize=4)
-def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tuple[Whole, ...]:
+def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tuple[WholeBatch, ...]:
     """The whole batches of a damaged segment whose numbers can be believed, in order.
 
     A batch's number is not in its checksum: after damage it is believed where the next batch, or the
@@ -561,7 +561,7 @@ def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tup
     """
     number = int(path.name.partition(".")[0])
     found = list(whole_batches(path))
-    expected, kept = number, list[Whole]()
+    expected, kept = number, list[WholeBatch]()
     for i, it in enumerate(found):
         then = found[i + 1].n if i + 1 < len(found) else following
         if it.n < expected or (following is not None and it.end_n > following):
@@ -572,7 +572,7 @@ def believed(path: Path, size: int, mtime_ns: int, following: int | None) -> tup
     return tuple(kept)
 
 
-def whole_batches(path: Path, at: int = 0) -> Iterator[Whole]:
+def whole_batches(path: Path, at: int = 0) -> Iterator[WholeBatch]:
     """Whatever has the form and the checksum of a batch, wherever it begins from byte `at` on."""
     with path.open("rb") as file:
         if not path.stat().st_size:
@@ -589,7 +589,7 @@ def whole_batches(path: Path, at: int = 0) -> Iterator[Whole]:
                 if message is None or it is None or not it.batch.num_rows:
                     continue
                 end = offset + len(message)
-                yield Whole(offset, end, it.n, it.end_n, it.crc)
+                yield WholeBatch(offset, end, it.n, it.end_n, it.crc)
                 if end == len(content) or content[end : end + len(_MARK)] == _MARK:
                     at = end  # else it may be the length that was changed
 

@@ -35,14 +35,14 @@ from kalshi_platform import durable
 from kalshi_platform.journal import journal_identity, reader
 from kalshi_platform.journal.journal_identity import Claim, JournalIdentity
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.latency import Delays
+from kalshi_platform.journal.latency import Latency
 from kalshi_platform.journal.lock import FolderLock, Held, insist_on_no_writer
 from kalshi_platform.journal.reader import (
     NO_CONNECTION,
     SCHEMA,
     SET_ASIDE,
     JournalError,
-    Position,
+    LogOffset,
     checksum,
 )
 from kalshi_platform.journal.segment import REAL_DISK, Disk, Segment
@@ -140,14 +140,14 @@ class Writer:
         """Why this writer must not go on: its lock or its segment is gone, or a fault of the program."""
         self._grown: str | None = None
         """Why there is no next segment, though it is time for one."""
-        self.durable = Position(start, self._segment.size, start)
+        self.durable = LogOffset(start, self._segment.size, start)
         """Everything before this is on disk."""
         self.durable_recv_ns = 0
         """Receive time of the last record on disk."""
         self.flushed_ns = 0
         """When the last batch had reached the disk, by this machine's clock."""
         self.bytes_written = 0
-        self.delays = Delays()
+        self.delays = Latency()
         """From receive to disk."""
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -342,7 +342,7 @@ class Writer:
                 self._queued_bytes -= batch.bytes
             self.durable_recv_ns = int(recv[-1])
             self.flushed_ns = time.time_ns()
-            self.durable = Position(self._segment.first_n, self._segment.size, self._next_n)
+            self.durable = LogOffset(self._segment.first_n, self._segment.size, self._next_n)
             self._wake.notify_all()
         self.delays.add(recv, self.flushed_ns)
 
@@ -586,7 +586,7 @@ def _end(folder: Path) -> tuple[Torn | None, str | None, int]:
     path = reader.segment_path(folder, first_n)
     if path.name.endswith(SET_ASIDE):
         return None, None, _beyond(path, first_n)
-    position = Position(first_n, 0, first_n)
+    position = LogOffset(first_n, 0, first_n)
     try:
         for block in reader.read_segment(path, position, None):
             position = block.end

@@ -30,7 +30,7 @@ from kalshi_platform.loading import traces
 from kalshi_platform.loading.cursor import Cursor, plain
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.resume import Unresolved
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, Store
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, Sink
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.settings import Settings
 
@@ -57,9 +57,9 @@ def adopt(settings: Settings, shard: int) -> Adopted:
         before = _known(folder)
         after = uuid.uuid4()
         start = Start((before.epoch if before else 0) + 1, secrets.token_hex(8))
-        stores: list[Store] = [ParquetStore(known_archive(settings), shard, lambda _: None)]
+        stores: list[Sink] = [ParquetSink(known_archive(settings), shard, lambda _: None)]
         if settings.use_clickhouse:
-            stores.append(ClickHouseStore(settings, str(after), "adopt", shard=shard))
+            stores.append(ClickHouseSink(settings, str(after), "adopt", shard=shard))
         points = {}
         if reader.segments(folder):
             points = {store.name: _point(folder, store, before, end_n) for store in stores}
@@ -98,7 +98,7 @@ def _known(folder: Path) -> JournalIdentity | None:
         return None
 
 
-def _point(folder: Path, store: Store, before: JournalIdentity | None, end_n: int) -> int:
+def _point(folder: Path, store: Sink, before: JournalIdentity | None, end_n: int) -> int:
     """The record up to which a store holds this folder's journal."""
     entries = store.ledger.entries(before.id) if before else ()
     own = {(start.epoch, start.token) for start in before.starts} if before else set()
@@ -117,7 +117,7 @@ def _point(folder: Path, store: Store, before: JournalIdentity | None, end_n: in
     raise _unresolved(store, beginning, end_n)
 
 
-def _settled(folder: Path, store: Store, loaded_to: int, planned_to: int, end_n: int) -> int:
+def _settled(folder: Path, store: Sink, loaded_to: int, planned_to: int, end_n: int) -> int:
     """Behind a range that was begun, where the store has it whole; before it, where it has none of it."""
     if min(planned_to, end_n) <= loaded_to:
         return min(loaded_to, end_n)
@@ -135,11 +135,11 @@ def _settled(folder: Path, store: Store, loaded_to: int, planned_to: int, end_n:
     raise _unresolved(store, loaded_to, until)
 
 
-def _holds(store: Store, found: Sequence[Trace]) -> bool:
+def _holds(store: Sink, found: Sequence[Trace]) -> bool:
     return any(store.holds(trace) for trace in found)
 
 
-def _unresolved(store: Store, first: int, until: int) -> Unresolved:
+def _unresolved(store: Sink, first: int, until: int) -> Unresolved:
     return Unresolved(
         f"{store.place} holds a part of the records {first} to {until - 1} of this journal, and which part"
         f" is not known. Nothing was changed. To go on, {store.remedy}; then run this again."
@@ -147,7 +147,7 @@ def _unresolved(store: Store, first: int, until: int) -> Unresolved:
 
 
 def _cursor(
-    folder: Path, store: Store, before: JournalIdentity | None, after: Claim, n: int
+    folder: Path, store: Sink, before: JournalIdentity | None, after: Claim, n: int
 ) -> Cursor:
     """The store's cursor under the new identity, with the saved books of the old one where they go with it."""
     old = cursor_file.read(folder, store.name, before.id if before else after.id)

@@ -1,7 +1,7 @@
 """The books so far: what the derivation carries from one range of the journal to the next.
 
 Tens of thousands of markets have millions of levels, of which a range touches few. So a level is one
-integer and its size another, and a market is a small number; `State.levels` says it in words. And states
+integer and its size another, and a market is a small number; `BookState.levels` says it in words. And states
 that follow each other share what has not changed for a while (`Ladders`).
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from kalshi_platform.journal.clock import Clock
+from kalshi_platform.journal.clock import ReceiveClock
 
 LEVELS = pl.Schema(
     {
@@ -57,7 +57,7 @@ class Book(msgspec.Struct, frozen=True):
     """When it was left or its connection ended, by a time that never steps back; 0: neither."""
 
 
-class Lost(msgspec.Struct, frozen=True):
+class LostRecords(msgspec.Struct, frozen=True):
     """Records of the journal are gone in which a connection may have had frames."""
 
     since_ns: int
@@ -87,7 +87,7 @@ class Connection(msgspec.Struct, frozen=True):
     last_recv_ns: int
     seqs: dict[int, int]
     """The last number of each sid."""
-    lost: Lost | None = None
+    lost: LostRecords | None = None
     gaps: dict[int, OpenGap] = {}
     """By sid, those that came to light by lost records; capture closes its own."""
 
@@ -200,12 +200,12 @@ def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.ND
 
 
 @dataclass(frozen=True)
-class State:
+class BookState:
     """Everything that the rows of the next range depend on."""
 
     n: int = 0
     """The next journal record."""
-    clock: Clock = field(default_factory=Clock)
+    clock: ReceiveClock = field(default_factory=ReceiveClock)
     connections: dict[str, Connection] = field(default_factory=dict)
     books: dict[str, Book] = field(default_factory=dict)
     """By market ticker."""
@@ -219,7 +219,7 @@ class State:
     def of(
         cls,
         n: int,
-        clock: Clock,
+        clock: ReceiveClock,
         connections: dict[str, Connection],
         books: dict[str, Book],
         levels: pl.DataFrame,
@@ -277,7 +277,7 @@ class State:
             ),
         )
 
-    def without_unbased(self) -> State:
+    def without_unbased(self) -> BookState:
         """The state where what came before it was not written: the first delta of a book that has no
         snapshot is told again, as it comes.
         """

@@ -16,14 +16,14 @@ import msgspec
 from kalshi_platform import checked_json, durable
 from kalshi_platform.checked_json import LaterFormat, Unproved
 from kalshi_platform.journal.journal_identity import Claim, LaterVersion, Start
-from kalshi_platform.journal.reader import Position
+from kalshi_platform.journal.reader import LogOffset
 
 FORMAT = 2
 UNSEALED_FORMAT = 1
 """Written by versions whose stores kept no record: no journal, no store, no checksum."""
 
 Place = tuple[int, int, int]
-"""A `Position` as it is kept."""
+"""A `LogOffset` as it is kept."""
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +140,6 @@ def has_loaded(folder: Path, store: str, place: str) -> bool:
     return cursor.place == place and cursor.committed[2] > 0
 
 
-def plain(position: Position) -> Place:
+def plain(position: LogOffset) -> Place:
     """A position as it is kept."""
     return (position.segment, position.offset, position.n)

@@ -29,19 +29,19 @@ from kalshi_platform.exchange.columnar import decoded
 from kalshi_platform.health.verdict import BEHIND_S
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import ADOPT
-from kalshi_platform.journal.latency import Delays
+from kalshi_platform.journal.latency import Latency
 from kalshi_platform.journal.ledger import Entry, RecordGone, Superseded
-from kalshi_platform.journal.reader import JournalError, Position
+from kalshi_platform.journal.reader import JournalError, LogOffset
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import resume, traces
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.cursor import Cursor, Unusable, plain
 from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
-from kalshi_platform.loading.rows import Distrust, Rows, derive
-from kalshi_platform.loading.shared_rows import CHUNK_ROWS, Derivation, at_openings, chunks, up_to
-from kalshi_platform.loading.sinks import Abandoned, Store
+from kalshi_platform.loading.rows import Rows, StaleBook, build_rows
+from kalshi_platform.loading.shared_rows import CHUNK_ROWS, SharedRows, at_openings, chunks, up_to
+from kalshi_platform.loading.sinks import Abandoned, Sink
 from kalshi_platform.loading.state_files import (
     UnreadableState,
     checkpoint_batches,
@@ -85,20 +85,20 @@ CLICKHOUSE_PACE = Pace(rows=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
 PARQUET_PACE = Pace(rows=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
 
 
-class Load:
+class Loader:
     """One store's load, in a thread of its own."""
 
     def __init__(
         self,
         folder: Path,
         writer: Writer,
-        store: Store,
+        store: Sink,
         pace: Pace,
         *,
         shard: int = 0,
-        derivation: Derivation | None = None,
-        distrust: Callable[[Distrust], None] | None = None,
-        observe: Callable[[Rows, State], None] | None = None,
+        derivation: SharedRows | None = None,
+        distrust: Callable[[StaleBook], None] | None = None,
+        observe: Callable[[Rows, BookState], None] | None = None,
         note: Callable[[str, Mapping[str, object]], None] | None = None,
         presence: Presence | None = None,
     ) -> None:
@@ -107,7 +107,7 @@ class Load:
         self._writer = writer
         self._store = store
         self._pace = pace
-        self._derivation = derivation or Derivation(folder, shard)
+        self._derivation = derivation or SharedRows(folder, shard)
         self._derivation.joins(store.name)
         self._distrust = distrust
         self._observe = observe
@@ -118,17 +118,17 @@ class Load:
         self._cursor = Cursor(committed=(0, 0, 0))
         self._entry: Entry | None = None
         """What the store's own record says of this start."""
-        self._state = State()
-        self._position = Position(0, 0, 0)
+        self._state = BookState()
+        self._position = LogOffset(0, 0, 0)
         """Everything before it is in `_state`; what is not committed yet is in `_pending`."""
         self._pending: list[Rows] = []
-        self.committed: Position | None = None
+        self.committed: LogOffset | None = None
         """Everything before this is durable in the store."""
         self.committed_ns = 0
         """When the last range became durable there, by this machine's clock."""
         self.loaded_ns = 0
         """Everything received up to then is there."""
-        self.delays = Delays()
+        self.delays = Latency()
         """From receive to durable in the store, for order-book events."""
         self.rows: Counter[str] = Counter()
         """Written to the store since the start, by dataset; what only mirrors them is left out."""
@@ -329,7 +329,7 @@ class Load:
             if self._full or self._abandon.is_set():
                 return
 
-    def _took(self, rows: Rows, state: State, end: Position) -> None:
+    def _took(self, rows: Rows, state: BookState, end: LogOffset) -> None:
         self._pending.append(rows.of(self._store.datasets))
         self._state, self._position = state, end
         if self._observe is not None:
@@ -484,23 +484,23 @@ class Load:
                 detail = {"store": self.name, "record": point.loaded_to, "why": point.why}
                 self._note("resumed", detail)
 
-    def _books_before(self, n: int, cursor: Cursor | None) -> tuple[State, Position]:
+    def _books_before(self, n: int, cursor: Cursor | None) -> tuple[BookState, LogOffset]:
         """Books at or before record `n`, and their place in the journal."""
         if n == self._writer.began_n > self._writer.ended_n:
-            return State(n=n), reader.find(self._folder, n)  # numbers were left out before it
+            return BookState(n=n), reader.find(self._folder, n)  # numbers were left out before it
         if cursor is not None and cursor.state_at is not None and cursor.state_at[2] <= n:
             try:
                 state = load(self._folder / "load" / cursor.state_file, cursor.state_at[2])
             except UnreadableState as error:
                 log.warning("%s The books are derived from an earlier record again.", error)
             else:
-                return state, Position(*cursor.state_at)
+                return state, LogOffset(*cursor.state_at)
         beginning = reader.beginning(self._folder)
         starts = {start.token for start in self._writer.identity.starts}
         newest = newest_kept(self._folder, starts, beginning.n, n)
         if newest is not None:
             return newest, reader.find(self._folder, newest.n)
-        return State(n=beginning.n), beginning
+        return BookState(n=beginning.n), beginning
 
     @property
     def _is_pruned(self) -> bool:
@@ -512,12 +512,12 @@ class Load:
 
         What is `written` is forgotten as it is derived. What was planned is one write, and kept whole.
         """
-        doubted: dict[str, Distrust] = {}
+        doubted: dict[str, StaleBook] = {}
         for stretch in chunks(up_to(until_n, reader.read(self._folder, self._position))):
             for piece, _ in at_openings(stretch, self._state.clock):
                 if self._abandon.is_set():
                     raise Abandoned
-                rows, state = derive(decoded(piece), self._state, self._derivation.shard)
+                rows, state = build_rows(decoded(piece), self._state, self._derivation.shard)
                 self._took(rows, state, piece.end)
                 if written:
                     self._pending.clear()
@@ -533,7 +533,7 @@ class Load:
             if (book := self._state.books.get(it.market_ticker)) and not book.verified:
                 self._tell(it)
 
-    def _tell(self, it: Distrust) -> None:
+    def _tell(self, it: StaleBook) -> None:
         if self._distrust is not None:
             self._distrust(it)
 
@@ -549,7 +549,7 @@ class Load:
                 raise Abandoned
             yield batch
 
-    def _commit(self, end: Position) -> None:
+    def _commit(self, end: LogOffset) -> None:
         """Plan, write, advance: in this order, so that a kill between repeats and never skips."""
         first_n = self._cursor.committed[2]
         if end.n == first_n:

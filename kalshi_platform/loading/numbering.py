@@ -25,7 +25,7 @@ from kalshi_platform.journal.ledger import Entry, Ledger
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Beginning
 from kalshi_platform.loading import cursor
-from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.loading.sinks import ParquetSink
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _insist_on_no_former_journal(folder: Path, store: str, answer: Known) -> Non
     """A folder that is not mounted is no new one."""
     for former, entry in answer.of_shard:
         # Recorders in containers may all call their folder the same; no two share an archive.
-        same = entry.host == socket.gethostname() or store == ParquetStore.name
+        same = entry.host == socket.gethostname() or store == ParquetSink.name
         if same and entry.folder == str(folder):
             raise JournalError(
                 f"The journal in {folder} is gone: {store} holds what journal {former} recorded there up to"

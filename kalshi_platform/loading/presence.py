@@ -24,7 +24,7 @@ LOOK_S = 1.0
 SILENT_S = 3.0
 """A look that takes longer is itself what is wrong."""
 _STORE = "parquet"
-"""`ParquetStore.name`; importing that would load Polars into `up`."""
+"""`ParquetSink.name`; importing that would load Polars into `up`."""
 
 
 class Presence:

@@ -37,11 +37,11 @@ from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.exchange.columnar import decoded
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.clock import Clock
-from kalshi_platform.journal.reader import Block, Hole, Position
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.journal.clock import ReceiveClock
+from kalshi_platform.journal.reader import LogOffset, LostRange, RecordRange
+from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.loading.shared_rows import at_openings, chunks
 from kalshi_platform.loading.sinks import by_hour, concatenated
 from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
@@ -62,8 +62,8 @@ class _Source:
 
     shard: int
     folder: Path
-    state: State
-    position: Position
+    state: BookState
+    position: LogOffset
 
 
 def rebuild(settings: Settings, hour: datetime) -> HourReport:
@@ -139,7 +139,7 @@ def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
     return found
 
 
-def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
+def _in_journal(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | None:
     """The books before the hour's first record, and where that record is; None if not kept."""
     beginning = reader.beginning(folder)
     state = hour_state(folder, hour)
@@ -148,10 +148,10 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[State, Position] | None:
     if beginning.n == 0:  # the journal's very first hour begins with no books at all
         first = next(reader.read(folder, beginning), None)
         if (
-            isinstance(first, Block)
+            isinstance(first, RecordRange)
             and hour_of_ns(first.batch.column("recv_ns")[0].as_py()) == hour
         ):
-            return State(), beginning
+            return BookState(), beginning
     return None
 
 
@@ -249,7 +249,7 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source, hour, edges):
-        rows, state = derive(decoded(piece), state, shard)
+        rows, state = build_rows(decoded(piece), state, shard)
         pending.append(rows)
         if state.n in edges or (first_n not in begins and _is_full(pending)):
             _write_range(archive, hour, shard, first_n, pending)
@@ -279,7 +279,7 @@ def _parts(archive: Archive, hour: datetime) -> set[str]:
     return names
 
 
-def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Block]:
+def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[RecordRange]:
     """The hour's blocks, cut at the edges and at openings; ends where a later hour is new, behind the last edge:
     rows that came late are in the journal of a later hour.
 
@@ -292,10 +292,10 @@ def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Block]
             is_later = opens is not None and opens > hour and clock.is_new(opens)
             if is_later and piece.first_n >= last:
                 return
-            if isinstance(piece, Hole) or piece.unread is not None:
+            if isinstance(piece, LostRange) or piece.unread is not None:
                 raise _LostRecords(source.folder, hour)
             recv_ns = piece.batch.column("recv_ns").to_numpy()
-            clock = Clock(int(recv_ns[-1]), max(clock.newest_ns, int(recv_ns.max())))
+            clock = ReceiveClock(int(recv_ns[-1]), max(clock.newest_ns, int(recv_ns.max())))
             rest = piece
             for edge in sorted(e for e in edges if rest.first_n < e < rest.first_n + rest.rows):
                 head, rest = rest.cut(edge - rest.first_n)

@@ -1,6 +1,6 @@
 """Decoded frames and the books so far to rows for the stores, in columns.
 
-`derive` is a pure function of a journal range and the state at its beginning: cutting a range in
+`build_rows` is a pure function of a journal range and the state at its beginning: cutting a range in
 two gives the same event rows and the same state as taking it whole, which is what makes loading
 twice harmless. The rules are those of `exchange.book.Book`, the reference that the tests compare
 with; here the size after an event is a running sum within (book, snapshot, side, price).
@@ -28,11 +28,11 @@ from kalshi_platform.exchange.session import SCALE
 from kalshi_platform.journal.reader import Unread
 from kalshi_platform.loading.book_state import (
     Book,
+    BookState,
     Connection,
     Ladders,
-    Lost,
+    LostRecords,
     OpenGap,
-    State,
     in_words,
     level_number,
     market_of,
@@ -58,7 +58,7 @@ CARRY = -1
 
 
 @dataclass(frozen=True)
-class Distrust:
+class StaleBook:
     """A book found to be wrong; capture asks for its snapshot."""
 
     market_ticker: str
@@ -75,7 +75,7 @@ class Rows:
     tables: dict[str, pa.Table]
     """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
     latest_levels. Where a range's stream_events are, what comes before them is, too."""
-    distrusted: tuple[Distrust, ...] = ()
+    distrusted: tuple[StaleBook, ...] = ()
 
     @cached_property
     def count(self) -> int:
@@ -93,7 +93,7 @@ class Rows:
         return replace(self, tables=kept)
 
 
-def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]:
+def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows, BookState]:
     """Rows of one range of a shard's journal, and the state after it.
 
     The range is cut at `derivation.at_openings`. Where its first record enters an hour again, or the clock
@@ -140,7 +140,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
         tuple(status.distrusted),
     )
     connections = _connections_after(status.connections, heard)
-    return rows, State(
+    return rows, BookState(
         decoded.end_n,
         clock,
         connections,
@@ -151,7 +151,7 @@ def derive(decoded: Decoded, state: State, shard: int = 0) -> tuple[Rows, State]
     )
 
 
-def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+def _lost(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
     """A hole of the journal: what its records said of which connection shows with their next frames."""
     at = state.version or decoded.clock.newest_ns
     row = _journal_gap(decoded.first_n, at, decoded.first_n, decoded.end_n)
@@ -167,7 +167,9 @@ def _lost(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
     return Rows(decoded.first_n, decoded.end_n, tables), replace(doubted, n=decoded.end_n)
 
 
-def _unread(decoded: Decoded, unread: Unread, state: State) -> tuple[list[tuple[Any, ...]], State]:
+def _unread(
+    decoded: Decoded, unread: Unread, state: BookState
+) -> tuple[list[tuple[Any, ...]], BookState]:
     """(a row that names the records of an overlapping segment that are not read, the state after them)"""
     at = state.version or decoded.clock.newest_ns
     row = _journal_gap(
@@ -194,27 +196,27 @@ def _journal_gap(n: int, at_ns: int, first_n: int, end_n: int, **more: str) -> _
     return (n, at_ns, ZERO_UUID, 0, 0, "gap", "", body)
 
 
-def _after_lost_records(state: State, at_ns: int) -> State:
+def _after_lost_records(state: BookState, at_ns: int) -> BookState:
     """The state where any open connection may have had frames that are not loaded."""
     connections = {}
     for conn, it in state.connections.items():
         since_ns = it.lost.since_ns if it.lost and it.lost.last else at_ns
-        connections[conn] = msgspec.structs.replace(it, lost=Lost(since_ns, it.seqs))
+        connections[conn] = msgspec.structs.replace(it, lost=LostRecords(since_ns, it.seqs))
     return replace(state, connections=connections)
 
 
-def _reopens(decoded: Decoded, state: State) -> datetime | None:
+def _reopens(decoded: Decoded, state: BookState) -> datetime | None:
     """When the clock shows an hour again, or was set back within one."""
     at = state.clock.opens(decoded.first_ns)
     return None if at is None or state.clock.is_new(at) else at
 
 
-def _reopening(decoded: Decoded, state: State, shard: int) -> pa.Table:
+def _reopening(decoded: Decoded, state: BookState, shard: int) -> pa.Table:
     at = _reopens(decoded, state)
     return BOOK_CHECKPOINTS.arrow.empty_table() if at is None else checkpoint(state, at, shard)
 
 
-def _still_unbased(decoded: Decoded, state: State) -> Iterator[tuple[Any, ...]]:
+def _still_unbased(decoded: Decoded, state: BookState) -> Iterator[tuple[Any, ...]]:
     """Books without a snapshot are in no checkpoint: where one reopens, their gaps are told once more."""
     if (at := _reopens(decoded, state)) is None:
         return
@@ -229,7 +231,7 @@ def _still_unbased(decoded: Decoded, state: State) -> Iterator[tuple[Any, ...]]:
 # -- events ------------------------------------------------------------------------------------
 
 
-def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int]]:
+def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str, int]]:
     """Snapshot markers, their levels and the deltas in the journal's order, on one price scale.
 
     Beside them the number of each market, which is the column `market`, those of `state` included.
@@ -275,7 +277,7 @@ def _events(decoded: Decoded, state: State) -> tuple[pl.DataFrame, dict[str, int
     return events.with_columns(level_number().alias("level")), numbers
 
 
-def _on_yes_scale(decoded: Decoded, state: State) -> pl.Expr | None:
+def _on_yes_scale(decoded: Decoded, state: BookState) -> pl.Expr | None:
     """Whether an event's no bids are quoted at 1 - p; None where none are.
 
     A connection whose beginning is not in the journal is taken to quote them as this platform asks.
@@ -315,7 +317,7 @@ class _Markets:
     A book is a market on a connection.
     """
 
-    def __init__(self, events: pl.DataFrame, state: State, numbers: dict[str, int]) -> None:
+    def __init__(self, events: pl.DataFrame, state: BookState, numbers: dict[str, int]) -> None:
         encoded = events["conn"].to_arrow().dictionary_encode()
         self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
         self.touched: list[str] = events["market_ticker"].unique().to_list()
@@ -351,7 +353,7 @@ class _Markets:
 
 
 def _with_sizes(
-    events: pl.DataFrame, state: State, markets: _Markets
+    events: pl.DataFrame, state: BookState, markets: _Markets
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(the events with `book` and `size`, the level's size after the event; what that is made from)
 
@@ -433,7 +435,9 @@ def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> li
     )
 
 
-def _doubtful(decoded: Decoded, state: State, heard: list[tuple[str, int, int, int]]) -> set[str]:
+def _doubtful(
+    decoded: Decoded, state: BookState, heard: list[tuple[str, int, int, int]]
+) -> set[str]:
     """Connections of which the journal may lack frames: records were lost, or its beginning is not there."""
     known = state.connections.keys() | {conn for _, conn, _ in _opened(decoded.stream)}
     lost = {conn for conn, it in state.connections.items() if it.lost is not None}
@@ -457,13 +461,13 @@ def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
 class _Status:
     """Follows which connections are open and which books are verified."""
 
-    def __init__(self, state: State, last_heard: dict[str, int]) -> None:
+    def __init__(self, state: BookState, last_heard: dict[str, int]) -> None:
         self.connections = dict(state.connections)
         self.books = dict(state.books)
         self._version = state.version
         self._last_heard = last_heard
         """The newest receive time of each connection in the range."""
-        self.distrusted: list[Distrust] = []
+        self.distrusted: list[StaleBook] = []
 
     def follow(self, happenings: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Take the happenings in order; yields the stream rows that they call for."""
@@ -516,13 +520,15 @@ class _Status:
         connection = self.connections.get(conn)
         if connection is None:
             yield from self._end_lost(it)
-            connection = Connection(False, it["recv_ns"], {}, Lost(it["recv_ns"], {}))
+            connection = Connection(False, it["recv_ns"], {}, LostRecords(it["recv_ns"], {}))
             body = {"use_yes_price": False, "assumed": "its beginning is not in the journal"}
             yield _row(it, conn, 0, "connected", body)
         if (lost := connection.lost) is None or (sid in connection.seqs and sid not in lost.last):
             return
         expected = lost.last.get(sid, 0) + 1
-        left = Lost(lost.since_ns, {other: seq for other, seq in lost.last.items() if other != sid})
+        left = LostRecords(
+            lost.since_ns, {other: seq for other, seq in lost.last.items() if other != sid}
+        )
         self.connections[conn] = msgspec.structs.replace(connection, lost=left)
         if got == expected:
             return
@@ -539,7 +545,7 @@ class _Status:
         }
         yield _row(it, conn, sid, "gap", detail)
         self._doubt(*markets)
-        self.distrusted += [Distrust(t, DAMAGED, {"record": it["n"]}) for t in markets]
+        self.distrusted += [StaleBook(t, DAMAGED, {"record": it["n"]}) for t in markets]
         if markets:
             gap = OpenGap(expected, got, it["recv_ns"], len(markets), frozenset(markets))
             gaps = connection.gaps | {sid: gap}
@@ -651,7 +657,7 @@ class _Status:
             detail |= {"expected": it["seq"], "got": it["seq"] + 1, "missing": 1}
         yield _row(it, conn, sid, "gap", detail, ticker=ticker)
         self._doubt(*stale)
-        self.distrusted += [Distrust(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
+        self.distrusted += [StaleBook(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
 
     def _rescale(self, it: dict[str, Any]) -> None:
         """Keep the scale of no bids that a gap of cause `scale` names."""
@@ -662,7 +668,7 @@ class _Status:
             self.connections[it["conn"]] = msgspec.structs.replace(connection, use_yes_price=flag)
 
     def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
-        self.distrusted.append(Distrust(it["market_ticker"], cause, detail))
+        self.distrusted.append(StaleBook(it["market_ticker"], cause, detail))
         body = {"cause": cause, **detail}
         return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
 
@@ -754,7 +760,7 @@ def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets
 
 
 def _ladders_after(
-    final: pl.DataFrame, books: dict[str, Book], state: State, markets: _Markets
+    final: pl.DataFrame, books: dict[str, Book], state: BookState, markets: _Markets
 ) -> Ladders:
     forgotten = markets.numbers(state.books.keys() - books.keys())
     return state.ladders.changed(final, pl.concat([markets.renewed, forgotten]))
@@ -867,7 +873,7 @@ def _stream_table(stream: pl.DataFrame, shard: int) -> pa.Table:
     )
 
 
-def _latest_table(levels: pl.DataFrame, before: State) -> pa.Table:
+def _latest_table(levels: pl.DataFrame, before: BookState) -> pa.Table:
     """`version` is each level's own time: the book of another shard may be newer than this range's
     beginning, and older than its end. It does not step back where the clock did."""
     version = levels["recv_ns"].clip(lower_bound=before.version).cast(pl.UInt64)

@@ -25,11 +25,18 @@ import pyarrow.compute as pc
 
 from kalshi_platform.exchange.columnar import Decoded, decoded
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.clock import Clock
+from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Block, Hole, JournalError, Position, Stretch, joined
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.journal.reader import (
+    JournalError,
+    JournalRange,
+    LogOffset,
+    LostRange,
+    RecordRange,
+    joined,
+)
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.utc_hours import HOUR_NS
 
 CHUNK_ROWS = 65_536
@@ -48,18 +55,18 @@ than this, whatever holds the other up."""
 
 
 @dataclass(frozen=True)
-class Step:
+class BuiltRange:
     """A range of the journal, derived."""
 
-    begin: Position
+    begin: LogOffset
     doubts: Hashable
     """Of the state before it. A load that lost records which another had read has other books there."""
     hour: datetime | None
     """The new hour that its first record begins; None where it begins none."""
     rows: Rows
-    state: State
+    state: BookState
     """The books after it."""
-    end: Position
+    end: LogOffset
 
     @cached_property
     def bytes(self) -> int:
@@ -73,7 +80,7 @@ class _Piece:
 
     hour: datetime | None
     decoded: Decoded
-    end: Position
+    end: LogOffset
 
 
 _Pieces = Iterator[_Piece]
@@ -81,7 +88,7 @@ _Key = tuple[int, Hashable]
 """The number of a step's first record, and the doubts before it."""
 
 
-class Derivation:
+class SharedRows:
     """Steps through one journal, shared by the loads of its stores, which are threads."""
 
     def __init__(self, folder: Path, shard: int = 0) -> None:
@@ -90,12 +97,12 @@ class Derivation:
         """Whose journal it is."""
         self._lock = threading.Lock()
         """Of what follows; held for moments."""
-        self._kept: dict[_Key, Step] = {}
+        self._kept: dict[_Key, BuiltRange] = {}
         """In the order of derivation."""
-        self._under_way: dict[_Key, Future[Step | None]] = {}
+        self._under_way: dict[_Key, Future[BuiltRange | None]] = {}
         """What a load is deriving now; None where that failed."""
         self._decoder = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._ahead: dict[tuple[int, Clock], Future[tuple[_Piece, _Pieces] | None]] = {}
+        self._ahead: dict[tuple[int, ReceiveClock], Future[tuple[_Piece, _Pieces] | None]] = {}
         """What is decoded ahead, by the number of its first record and the clock before."""
         self._reached: dict[str, int] = {}
         """The record that each load has come to; -1: it has not begun."""
@@ -104,14 +111,16 @@ class Derivation:
         """A load will follow this journal: keep for it what others derive."""
         self._reached[load] = -1
 
-    def steps(self, load: str, start: Position, state: State, limit: Position) -> Iterator[Step]:
+    def steps(
+        self, load: str, start: LogOffset, state: BookState, limit: LogOffset
+    ) -> Iterator[BuiltRange]:
         """What is durable from `start` up to `limit`, where `state` is the books before `start`."""
         while start.n < limit.n:
             step = self._step(load, start, state, limit)
             yield step
             start, state = step.end, step.state
 
-    def _step(self, load: str, start: Position, state: State, limit: Position) -> Step:
+    def _step(self, load: str, start: LogOffset, state: BookState, limit: LogOffset) -> BuiltRange:
         key = (start.n, state.doubts)
         with self._lock:
             step, others = self._kept.get(key), self._under_way.get(key)
@@ -132,12 +141,14 @@ class Derivation:
                     self._under_way.pop(key).set_result(step)
         return step
 
-    def _derive(self, start: Position, state: State, limit: Position, until_n: int) -> Step:
+    def _derive(
+        self, start: LogOffset, state: BookState, limit: LogOffset, until_n: int
+    ) -> BuiltRange:
         piece = self._next(start, state, limit, until_n)
-        rows, after = derive(piece.decoded, state, self.shard)
-        return Step(start, state.doubts, piece.hour, rows, after, piece.end)
+        rows, after = build_rows(piece.decoded, state, self.shard)
+        return BuiltRange(start, state.doubts, piece.hour, rows, after, piece.end)
 
-    def _next(self, start: Position, state: State, limit: Position, until_n: int) -> _Piece:
+    def _next(self, start: LogOffset, state: BookState, limit: LogOffset, until_n: int) -> _Piece:
         """The next records, decoded: by now perhaps, if somebody looked ahead."""
         with self._lock:
             ahead = self._ahead.pop((start.n, state.clock), None)
@@ -156,7 +167,7 @@ class Derivation:
             self._look_ahead((piece.end.n, clock), following)
         return piece
 
-    def _look_ahead(self, place: tuple[int, Clock], following: _Pieces) -> None:
+    def _look_ahead(self, place: tuple[int, ReceiveClock], following: _Pieces) -> None:
         """Decode what comes next while this is derived; one piece for each load at most."""
         with self._lock:
             while len(self._ahead) >= max(len(self._reached), 1):
@@ -175,7 +186,7 @@ class Derivation:
         """
         passed = min(self._reached.values(), default=-1)
         steps = sorted(self._kept.items(), key=lambda kept: kept[1].end.n, reverse=True)
-        kept = list[tuple[_Key, Step]]()
+        kept = list[tuple[_Key, BuiltRange]]()
         held = 0
         for key, step in steps[:KEPT_STEPS]:
             held += step.bytes
@@ -185,7 +196,7 @@ class Derivation:
         self._kept = dict(reversed(kept))
 
 
-def _of_another(load: Future[Step | None]) -> Step | None:
+def _of_another(load: Future[BuiltRange | None]) -> BuiltRange | None:
     """What another load derives; None where it fails or takes too long."""
     try:
         return load.result(SHARED_WAIT_S)
@@ -193,7 +204,7 @@ def _of_another(load: Future[Step | None]) -> Step | None:
         return None
 
 
-def _pieces(stretches: Iterator[Stretch], state: State) -> _Pieces:
+def _pieces(stretches: Iterator[JournalRange], state: BookState) -> _Pieces:
     """What comes after `state` in pieces, decoded one by one as they are asked for."""
     clock = state.clock
     dropped = state.ladders.height // max(len(state.books), 1)
@@ -210,7 +221,7 @@ def _first(pieces: _Pieces) -> tuple[_Piece, _Pieces] | None:
     return None if piece is None else (piece, pieces)
 
 
-def up_to(n: int, stretches: Iterator[Stretch]) -> Iterator[Stretch]:
+def up_to(n: int, stretches: Iterator[JournalRange]) -> Iterator[JournalRange]:
     """The stretches before record `n`; reads none behind it."""
     for it in stretches:
         if it.first_n >= n:
@@ -220,22 +231,22 @@ def up_to(n: int, stretches: Iterator[Stretch]) -> Iterator[Stretch]:
             return
 
 
-def chunks(stretches: Iterator[Stretch], dropped: int = 0) -> Iterator[Stretch]:
+def chunks(stretches: Iterator[JournalRange], dropped: int = 0) -> Iterator[JournalRange]:
     """Small blocks gathered and large ones cut, to CHUNK_ROWS rows or CHUNK_BYTES, whatever comes first.
 
     A derivation costs the same for few rows, and memory for many. `dropped`: levels that a snapshot
     takes from the book before it, on average; each is a row too.
     """
-    gathered: list[Block] = []
+    gathered: list[RecordRange] = []
     full = 0.0
     for it in stretches:
-        if gathered and (isinstance(it, Hole) or it.unread is not None):
+        if gathered and (isinstance(it, LostRange) or it.unread is not None):
             yield joined(gathered)
             gathered, full = [], 0.0
-        if isinstance(it, Hole):
+        if isinstance(it, LostRange):
             yield it
             continue
-        rest: Block | None = it
+        rest: RecordRange | None = it
         while rest is not None:
             after = full + np.cumsum(_shares(rest.batch, dropped))
             fits = int(np.searchsorted(after, 1.0, side="left")) + 1  # the one that fills it, too
@@ -258,13 +269,15 @@ def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
     return shares
 
 
-def at_openings(stretch: Stretch, clock: Clock) -> Iterator[tuple[Stretch, datetime | None]]:
-    """A block cut before each record at which the books are to be written down, with what `Clock.opens`
+def at_openings(
+    stretch: JournalRange, clock: ReceiveClock
+) -> Iterator[tuple[JournalRange, datetime | None]]:
+    """A block cut before each record at which the books are to be written down, with what `ReceiveClock.opens`
     says of it.
 
     `clock` is that before the block. A hole opens nothing: the record after it does.
     """
-    if isinstance(stretch, Hole):
+    if isinstance(stretch, LostRange):
         yield stretch, None
         return
     recv_ns = stretch.batch.column("recv_ns").to_numpy()
@@ -276,6 +289,6 @@ def at_openings(stretch: Stretch, clock: Clock) -> Iterator[tuple[Stretch, datet
             head, block = block.cut(at - cut)
             yield head, opens
         newest_ns = max(clock.newest_ns, int(before[: at + 1].max()))
-        opens = Clock(int(before[at]), newest_ns).opens(int(recv_ns[at]))
+        opens = ReceiveClock(int(before[at]), newest_ns).opens(int(recv_ns[at]))
         cut = at
     yield block, opens

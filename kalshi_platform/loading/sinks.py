@@ -52,7 +52,7 @@ class Abandoned(Exception):
     """The process ends: what is under way is left to the next start."""
 
 
-class Store(Protocol):
+class Sink(Protocol):
     """Where rows go. Every method may be called again with the same arguments, to no effect."""
 
     name: str
@@ -89,7 +89,7 @@ class Store(Protocol):
         """The process ends: leave what takes long, with `Abandoned`, at the next place where that is safe."""
 
 
-class ClickHouseStore:
+class ClickHouseSink:
     """Inserts with deterministic tokens: a range that was inserted is not inserted again.
 
     What was inserted is counted in ClickHouse before a write returns (`verified_inserts`).
@@ -168,7 +168,7 @@ class ClickHouseStore:
                 )
 
     def holds(self, trace: Trace) -> bool | None:
-        """See `Store`. Of rows that retention may have taken, nothing can be told."""
+        """See `Sink`. Of rows that retention may have taken, nothing can be told."""
         kept_ns = (self._settings.hot_retention_days - 1) * 86_400_000_000_000
         if trace.recv_ns < time.time_ns() - kept_ns:
             return None
@@ -190,7 +190,7 @@ class ClickHouseStore:
         return bool(found.result_rows[0][0])
 
     def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
-        """See `Store`. Rows of ClickHouse do not say in which range they came."""
+        """See `Sink`. Rows of ClickHouse do not say in which range they came."""
         return None
 
     def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
@@ -224,7 +224,7 @@ class ClickHouseStore:
         return frozenset(f"{conn} {ticker}" for conn, ticker in found.result_rows)
 
     def abandon(self) -> None:
-        """See `Store`. One insert is bounded."""
+        """See `Sink`. One insert is bounded."""
 
     def _insert(self, name: str, table: pa.Table, token: str) -> Insert:
         client.insert_arrow(self._connected(), name, table, token)
@@ -240,7 +240,7 @@ class ClickHouseStore:
         return self._client
 
 
-class ParquetStore:
+class ParquetSink:
     """One file per hour that the range touches, named for the range.
 
     Other shards write beside it, and an hour is sealed once, by whoever finds that all have passed it
@@ -277,7 +277,7 @@ class ParquetStore:
         self._archive.look()
 
     def holds(self, trace: Trace) -> bool | None:
-        """See `Store`. By the names of the hour's parts, those that a compaction took in included."""
+        """See `Sink`. By the names of the hour's parts, those that a compaction took in included."""
         hour = hour_of_ns(trace.recv_ns)
         named, others = self._ranges(hour, hour)
         if any(first <= trace.record < end for first, end in named):
@@ -285,7 +285,7 @@ class ParquetStore:
         return None if others else False
 
     def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
-        """See `Store`."""
+        """See `Sink`."""
         named, _ = self._ranges(since, None)
         ends = dict(named)
         last = None
@@ -379,7 +379,7 @@ class ParquetStore:
         self._seal_passed(look_back=True)
 
     def abandon(self) -> None:
-        """See `Store`. An hour that is being sealed is sealed by the next start."""
+        """See `Sink`. An hour that is being sealed is sealed by the next start."""
         self._abandoned.set()
 
     def _insist_on_going_on(self) -> None:

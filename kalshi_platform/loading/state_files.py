@@ -21,14 +21,14 @@ import pyarrow as pa
 from kalshi_platform import typed_json
 from kalshi_platform.arrow_columns import names, place, prices, quantities
 from kalshi_platform.errors import PlatformError
-from kalshi_platform.journal.clock import Clock
+from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.loading.book_state import (
     LEVELS,
     PACKED,
     Book,
+    BookState,
     Connection,
     Ladders,
-    State,
     unpacked,
 )
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
@@ -85,7 +85,7 @@ class _Head(msgspec.Struct):
     """Token of the recorder's start that wrote it; empty in files of before, and of hours' beginnings."""
 
 
-def save(state: State, path: Path, start: str = "") -> None:
+def save(state: BookState, path: Path, start: str = "") -> None:
     """Write a state, whole or not at all. `start`: token of the start that does."""
     head = msgspec.json.encode(
         _Head(
@@ -147,18 +147,18 @@ def load(
     starts: Container[str] | None = None,
     *,
     whole: bool = False,
-) -> State:
+) -> BookState:
     """Read a state; with `n` the one of that record, with `starts` one that one of those wrote, with `whole` one
     that knows all of its books.
 
     Raises `UnreadableState` for a file that is missing, damaged, or another one than that.
     """
     head, table = _read(path, n, starts, whole=whole)
-    clock = Clock(head.last_ns or head.version, head.version)
+    clock = ReceiveClock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     if "market_ticker" in levels.columns:  # a file of before
-        return State.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
-    return State(
+        return BookState.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
+    return BookState(
         head.n,
         clock,
         head.connections,
@@ -205,7 +205,7 @@ def _digest(body: pa.Buffer | memoryview) -> bytes:
     return blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
-def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
+def keep_hour_state(state: BookState, journal_folder: Path, hour: datetime) -> None:
     """Keep the books before an hour's first record, so that the hour can be derived again.
 
     Books that are known in part are not kept: another load of the journal may have them whole.
@@ -214,13 +214,15 @@ def keep_hour_state(state: State, journal_folder: Path, hour: datetime) -> None:
         save(state, hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
 
 
-def hour_state(journal_folder: Path, hour: datetime) -> State | None:
+def hour_state(journal_folder: Path, hour: datetime) -> BookState | None:
     """The books before an hour's first record, or None where they were not kept."""
     kept = {n: path for at, n, path in _hour_states(journal_folder) if at == f"{hour:%Y-%m-%dT%H}"}
     return load(kept[min(kept)], min(kept)) if kept else None
 
 
-def newest_kept(journal_folder: Path, starts: Container[str], first_n: int, n: int) -> State | None:
+def newest_kept(
+    journal_folder: Path, starts: Container[str], first_n: int, n: int
+) -> BookState | None:
     """The newest readable state from record `first_n` to record `n`: of an hour's beginning, or one that a load of
     this journal keeps beside its cursor (the books do not depend on the store).
 
@@ -267,14 +269,14 @@ def hour_folder(journal_folder: Path) -> Path:
     return journal_folder / "load" / "hours"
 
 
-def checkpoint(state: State, at: datetime, shard: int = 0) -> pa.Table:
+def checkpoint(state: BookState, at: datetime, shard: int = 0) -> pa.Table:
     """All of `checkpoint_batches` as one table."""
     empty = BOOK_CHECKPOINTS.arrow.empty_table()
     return pa.concat_tables([empty, *checkpoint_batches(state, at, shard)]).unify_dictionaries()
 
 
-def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
-    """Every followed book where `Clock.opens` asks for it, from the state before that record.
+def checkpoint_batches(state: BookState, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
+    """Every followed book where `ReceiveClock.opens` asks for it, from the state before that record.
 
 
     Followed means: based on a snapshot, and not left. Of a connection that has ended, or of a recorder that
@@ -295,7 +297,7 @@ def checkpoint_batches(state: State, at: datetime, shard: int = 0) -> Iterator[p
             yield _checkpoint_of(books.slice(begin, end - begin), state, at, shard)
 
 
-def _live_books(state: State, at: datetime) -> pl.DataFrame:
+def _live_books(state: BookState, at: datetime) -> pl.DataFrame:
     start_ns = hour_start_ns(floor_hour(at))
     alive = start_ns - state.version <= ALIVE_NS
     again = start_ns <= state.version
@@ -316,7 +318,7 @@ def _live_books(state: State, at: datetime) -> pl.DataFrame:
     return pl.DataFrame(books, schema=_LIVE, orient="row")
 
 
-def _checkpoint_of(books: pl.DataFrame, state: State, at: datetime, shard: int) -> pa.Table:
+def _checkpoint_of(books: pl.DataFrame, state: BookState, at: datetime, shard: int) -> pa.Table:
     levels = state.ladders.of(state.ladders.base["level"].clear(), books["market"])
     rows = books.join(unpacked(levels), on="market", how="left").sort(
         "market_ticker", "side", "price"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kalshi_platform.exchange.columnar import Decoded, decode
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, JournalError
+from kalshi_platform.journal.reader import JournalError, RecordRange
 from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
@@ -49,12 +49,12 @@ def following(folder: Path, n: int) -> list[Trace]:
     return list(found.values())
 
 
-def _blocks(folder: Path, first: int, until: int) -> Iterator[Block]:
+def _blocks(folder: Path, first: int, until: int) -> Iterator[RecordRange]:
     if first >= until:
         return
     try:
         near = up_to(until, reader.read(folder, reader.find(folder, first)))
-        yield from (stretch for stretch in chunks(near) if isinstance(stretch, Block))
+        yield from (stretch for stretch in chunks(near) if isinstance(stretch, RecordRange))
     except JournalError:
         return  # the load reports damage; what was read before it is enough here
 

@@ -18,7 +18,7 @@ from kalshi_platform.clickhouse import clickhouse_ledger
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.clickhouse.clickhouse_ledger import TableLedger
 from kalshi_platform.journal import journal_identity, reader
-from kalshi_platform.journal.reader import Hole
+from kalshi_platform.journal.reader import LostRange
 from kalshi_platform.loading import cursor
 from kalshi_platform.loading.cursor import Cursor
 from kalshi_platform.settings import Settings
@@ -85,7 +85,7 @@ def _scan(shard: _Shard, loaded_to: int) -> None:
     begin = max(shard.scanned_to, loaded_to)
     for stretch in reader.read(shard.folder, reader.find(shard.folder, begin)):
         shard.scanned_to = stretch.first_n + stretch.rows
-        if isinstance(stretch, Hole):
+        if isinstance(stretch, LostRange):
             continue
         hours = stretch.batch.column("recv_ns").to_numpy() // _HOUR_NS
         values, last_from_end = np.unique(hours[::-1], return_index=True)

@@ -23,8 +23,7 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as CheckStatus,
 )
 
-from kalshi_platform.health import health_report, incidents, monitored_shards
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import health_report, incidents, monitored_shards, verdict
 from kalshi_platform.health.incidents import Condition, Ledger, Severity
 from kalshi_platform.orchestration import run_failures
 from kalshi_platform.orchestration.observation import SHARD_TAG
@@ -134,37 +133,35 @@ def feed(settings: Settings, now: float) -> Iterator[Condition]:
     ):
         judgements, last_frame = _judge(settings, shard, now)
         for judged in judgements:
-            if judged.verdict is freshness.Verdict.GOOD:
+            if judged.verdict is verdict.Verdict.GOOD:
                 continue
-            critical = judged.verdict is freshness.Verdict.ERROR
+            critical = judged.verdict is verdict.Verdict.ERROR
             yield Condition(
                 key=f"feed:{shard}:{judged.cause}",
                 title=f"Feed of shard {shard}: {judged.cause}",
                 sentence=judged.sentence,
                 severity=Severity.CRITICAL if critical else Severity.WARNING,
-                since=last_frame if judged.cause in freshness.NO_FRAMES else now,
+                since=last_frame if judged.cause in verdict.NO_FRAMES else now,
                 after_s=FEED_ERROR_S if critical else FEED_WARN_S,
                 link=f"{settings.dagster_ui_url}/runs?q[0]=tag:{SHARD_TAG}={shard}",
                 section="The feed stands still",
             )
 
 
-def _judge(
-    settings: Settings, shard: int, now: float
-) -> tuple[Sequence[freshness.Judgement], float]:
+def _judge(settings: Settings, shard: int, now: float) -> tuple[Sequence[verdict.Judgement], float]:
     """What there is to say of a shard, and when its last frame came (else now)."""
     folder = settings.journal_dir(shard)
     try:
         report = health_report.read(folder)
         at = datetime.fromtimestamp(now, UTC)
-        judged = freshness.judge_shard(report, shard, settings.stream_shards, None, at)
+        judged = verdict.judge_shard(report, shard, settings.stream_shards, None, at)
         last_frame = int((report or {}).get("last_frame_ns") or 0) / 1e9
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         sentence = (
             f"{folder / health_report.FILE} is no streamer's report ({error}). A living streamer writes it each"
             " second."
         )
-        return [freshness.no_report(sentence)], now
+        return [verdict.no_report(sentence)], now
     return judged, last_frame or now
 
 

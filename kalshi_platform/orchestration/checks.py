@@ -85,7 +85,7 @@ def order_book_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """Run the checks that were asked for, with one connection."""
     from kalshi_platform.clickhouse.client import connect
-    from kalshi_platform.health import verdict as freshness
+    from kalshi_platform.health import verdict
     from kalshi_platform.quality import continuity
 
     wanted = {key.name for key in context.selected_asset_check_keys}
@@ -100,7 +100,7 @@ def order_book_checks(
                 hot = continuity.extent(client)
                 proved = _proved(context.instance) if "no_unexplained_gaps" in wanted else None
                 limit = (
-                    freshness.loaded_to(health.values(), "clickhouse") if len(health) > 1 else None
+                    verdict.loaded_to(health.values(), "clickhouse") if len(health) > 1 else None
                 )
                 asked = _Asked(settings, client, hot, _limited(hot, limit), health, now, proved)
                 for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
@@ -266,24 +266,24 @@ def _fresh(
     *,
     configured: int,
 ) -> dg.AssetCheckResult:
-    from kalshi_platform.health import verdict as freshness
+    from kalshi_platform.health import verdict
 
-    found = [(shard, freshness.no_report(sentence)) for shard, sentence in damaged.items()]
+    found = [(shard, verdict.no_report(sentence)) for shard, sentence in damaged.items()]
     sound: dict[int, Mapping[str, Any]] = {}
     for shard, report in reports.items():
         if report is None and any(reports.values()) and shard < configured:
-            found.append((shard, freshness.never_run(shard)))
+            found.append((shard, verdict.never_run(shard)))
             continue
         try:
-            judgements = freshness.judge_shard(report, shard, configured, newest, now)
+            judgements = verdict.judge_shard(report, shard, configured, newest, now)
             _row(shard, report, now)  # its other values, too
             sound[shard] = report or {}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             sentence = f"health.json is no streamer's report ({error!r}). A living streamer writes it each second."
-            judgements = [freshness.no_report(sentence)]
+            judgements = [verdict.no_report(sentence)]
         found += [(shard, judged) for judged in judgements]
-    shard, judged = freshness.worst_of(found)
-    wrong = [it for it in found if it[1].verdict is not freshness.Verdict.GOOD]
+    shard, judged = verdict.worst_of(found)
+    wrong = [it for it in found if it[1].verdict is not verdict.Verdict.GOOD]
     worst_first = [(shard, judged), *(it for it in wrong if it != (shard, judged))]
     sentence = " ".join(
         it.sentence if len(reports) + len(damaged) == 1 else f"Shard {of}: {it.sentence}"
@@ -297,13 +297,13 @@ def _fresh(
         )
     if len(reports) > 1:
         metadata |= _tables({"shards": [_row(k, sound.get(k), now) for k in reports]})
-    if judged.verdict is freshness.Verdict.ERROR:
+    if judged.verdict is verdict.Verdict.ERROR:
         return _failed("fresh", ERROR, sentence, metadata)
     if away:
         return _failed(
             "fresh", WARN, f"{away} What is recorded stays in the journal. {sentence}", metadata
         )
-    if judged.verdict is freshness.Verdict.WARN:
+    if judged.verdict is verdict.Verdict.WARN:
         return _failed("fresh", WARN, sentence, metadata)
     return _passed("fresh", sentence, metadata)
 

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform.exchange.numbers import contracts, dollars, price_units, qty_units
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows
 from kalshi_platform.schema import LATEST_LEVELS
 
@@ -57,10 +57,10 @@ class Recent:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state = State()
+        self._state = BookState()
         self._touched: deque[tuple[int, pa.Table]] = deque()
 
-    def saw(self, rows: Rows, state: State) -> None:
+    def saw(self, rows: Rows, state: BookState) -> None:
         """The load has derived these rows, and this is the state after them."""
         levels = rows.tables[LATEST_LEVELS.name]
         with self._lock:
@@ -73,7 +73,7 @@ class Recent:
                 self._touched.popleft()
 
     @property
-    def state(self) -> State:
+    def state(self) -> BookState:
         """The books as of the last derivation."""
         with self._lock:
             return self._state
@@ -99,7 +99,7 @@ class Recent:
         )
 
 
-def comparable(state: State, offset: int) -> list[str]:
+def comparable(state: BookState, offset: int) -> list[str]:
     """The markets of the round that begins at `offset`: verified books, in turn."""
     verified = sorted(ticker for ticker, book in state.books.items() if book.verified)
     if not verified:

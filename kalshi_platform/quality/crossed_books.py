@@ -13,7 +13,6 @@ from datetime import datetime, timedelta
 import polars as pl
 import pyarrow as pa
 
-from kalshi_platform import archive
 from kalshi_platform.analytics.books import EVENT_COLUMNS, books
 from kalshi_platform.analytics.crossed import COLUMNS, lasting
 from kalshi_platform.analytics.spreads import spreads
@@ -27,6 +26,7 @@ from kalshi_platform.schema import (
     STREAM_EVENTS,
     Dataset,
 )
+from kalshi_platform.utc_hours import floor_hour
 
 LONGER_THAN_S = 5.0
 """Seconds for which a book may be crossed: an event's deltas come within milliseconds."""
@@ -40,7 +40,7 @@ def crossed_books(client: clickhouse.Client, hot: Extent) -> list[dict[str, obje
     """Runs of crossed states of verified books, the longest first, as `analytics.crossed` has them."""
     until = hot.newest
     suspects = [row["market_ticker"] for row in ask(client, "checks/crossed_now")]
-    hour = archive.floor_hour(until)
+    hour = floor_hour(until)
     found = [lasting(_recorded(client, until - LOOK_BACK, hour), hour, LONGER_THAN_S)]
     for first in range(0, len(suspects), CLOSELY):
         states = _replayed(client, hour, suspects[first : first + CLOSELY])

@@ -23,7 +23,7 @@ from kalshi_platform import typed_json
 from kalshi_platform.exchange.frames import DecodeError, decode_head
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Block, Hole
+from kalshi_platform.journal.reader import LostRange, RecordRange
 from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.quality.tally import DELTA, OTHER, SNAPSHOT, TRADE, Place
 from kalshi_platform.quality.tally_stores import named_by
@@ -79,7 +79,7 @@ def read(
     found = Journal(shard, beginning.n, max(end, beginning.n))
     # gathered: adding up costs the same for few records, and a quiet exchange makes many small blocks
     for piece in chunks(up_to(end, reader.read(folder, beginning))):
-        if isinstance(piece, Hole):
+        if isinstance(piece, LostRange):
             found.lost.append((piece.first_n, piece.first_n + piece.rows))
         else:
             records = _records(piece, hours)
@@ -99,13 +99,13 @@ def connections(folder: Path, start: int) -> set[str]:
     """The connections of the records from `start` on."""
     found: set[str] = set()
     for stretch in reader.read(folder, reader.find(folder, start)):
-        if isinstance(stretch, Block):
+        if isinstance(stretch, RecordRange):
             conns = stretch.batch.column("conn").cast(pa.binary()).unique()
             found |= {str(uuid.UUID(bytes=conn)) for conn in conns.to_pylist()}
     return found
 
 
-def _records(block: Block, hours: tuple[datetime, datetime] | None) -> pl.DataFrame:
+def _records(block: RecordRange, hours: tuple[datetime, datetime] | None) -> pl.DataFrame:
     """A block's records with their numbers, within the hours."""
     conns = block.batch.column("conn").cast(pa.binary()).dictionary_encode()
     names = pl.Series(

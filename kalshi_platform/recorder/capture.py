@@ -19,7 +19,7 @@ from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
-from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, Lost
+from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, MissedFrames
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
 from kalshi_platform.exchange.frames import LifeEvent, kind_of
@@ -80,10 +80,10 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Loss:
+class MissedSpan:
     """What a channel beside the books has missed, and of which markets."""
 
-    lost: Lost
+    lost: MissedFrames
     conn: bytes
     since_ns: int
     until_ns: int
@@ -104,7 +104,7 @@ class Capture:
         unheard_since: float | None = None,
         recent_trades: Iterable[tuple[int, bytes]] = (),
         on_life_events: Callable[[Sequence[LifeEvent]], None] | None = None,
-        on_lost: Callable[[Loss], None] | None = None,
+        on_lost: Callable[[MissedSpan], None] | None = None,
     ) -> None:
         """`unheard_since`: when the recording before this one ended, by the monotonic clock, and the
         last trades that it had. The callbacks run in the event loop's thread and must be quick.
@@ -171,7 +171,9 @@ class Capture:
         """Put a note into the journal for somebody else. Call in the event loop's thread."""
         self._journal.note(kind, detail, market_ticker=market_ticker)
 
-    def recover(self, loss: Loss, frames: Sequence[bytes], detail: Mapping[str, object]) -> None:
+    def recover(
+        self, loss: MissedSpan, frames: Sequence[bytes], detail: Mapping[str, object]
+    ) -> None:
         """Keep trades that the stream had missed. Call in the event loop's thread."""
         now_ns = time.time_ns()
         self._journal.extend(now_ns, loss.conn, [Kind.TRADE] * len(frames), list(frames))
@@ -361,7 +363,7 @@ class Capture:
             if lost.cause == "connection":
                 tickers |= self._tickers_then
             if self._on_lost is not None:
-                self._on_lost(Loss(lost, conn, since_ns, until_ns, tickers))
+                self._on_lost(MissedSpan(lost, conn, since_ns, until_ns, tickers))
 
     def _stop_reading(self, socket: BatchedConnection) -> None:
         """Not reading lets TCP push back on the exchange, which may then end the subscription."""

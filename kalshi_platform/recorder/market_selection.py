@@ -20,7 +20,7 @@ from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.printable import invisible_in, strip_invisible
 from kalshi_platform.recorder.sharding import share
-from kalshi_platform.recorder.universe import Roster, Wish
+from kalshi_platform.recorder.universe import MarketSelection, Universe
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ NOTHING = (
 class Look:
     """One look at REST, to be taken in a thread of its own: it knows no state."""
 
-    wish: Wish
+    wish: MarketSelection
     tickers: tuple[str, ...]
     """To be looked up by name."""
     whole: bool
@@ -84,14 +84,14 @@ def _insist(found: list[Market], what: str) -> list[Market]:
     return found
 
 
-def wish_of(settings: Settings) -> Wish:
+def wish_of(settings: Settings) -> MarketSelection:
     """What the settings want recorded. Raises `SettingsError` where that is nothing."""
     file = _TickerFile(settings.market_file) if settings.market_file else None
     return _wish(settings, file.tickers if file else ())
 
 
-def _wish(settings: Settings, from_file: Sequence[str]) -> Wish:
-    wish = Wish(
+def _wish(settings: Settings, from_file: Sequence[str]) -> MarketSelection:
+    wish = MarketSelection(
         tuple(dict.fromkeys([*settings.market_tickers, *from_file])),
         settings.market_series,
         frozenset(settings.market_events),
@@ -113,7 +113,7 @@ class Watchlist:
         self._shard = shard
         self._file = _TickerFile(settings.market_file) if settings.market_file else None
         wish = _wish(settings, self._from_file)
-        self._roster = Roster(wish)
+        self._roster = Universe(wish)
         self._unchecked: tuple[str, ...] = wish.tickers
         self._whole_s = self._looked_s = float("-inf")
 

@@ -41,16 +41,16 @@ from kalshi_platform.health import monitored_shards
 from kalshi_platform.health.health_report import Publisher
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import JournalIdentity
-from kalshi_platform.journal.latency import Delay
+from kalshi_platform.journal.latency import LatencySummary
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Beginning, Writer
 from kalshi_platform.loading import cursor, numbering
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Loader
 from kalshi_platform.loading.presence import Presence
-from kalshi_platform.loading.rows import DAMAGED, Distrust, Rows
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.rows import DAMAGED, Rows, StaleBook
+from kalshi_platform.loading.shared_rows import SharedRows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.loading.state_files import prune_hour_states
 from kalshi_platform.processes import Identity
 from kalshi_platform.quality import book_audit
@@ -132,7 +132,7 @@ class Health:
     lag_frames: int
     """The larger of the stores' lags."""
     stores: dict[str, StoreHealth]
-    delays_ms: dict[str, Delay]
+    delays_ms: dict[str, LatencySummary]
     """From receive to durable, since the start: in the journal, and in each store."""
     trouble: str | None
     """What is wrong, as a sentence."""
@@ -158,8 +158,8 @@ class Streamer:
         self._reports: queue.Queue[HourReport] = queue.Queue()
         self._drains = shard >= settings.stream_shards
         self._writer: Writer | None = None
-        self._parquet: ParquetStore | None = None
-        self._loads: list[Load] = []
+        self._parquet: ParquetSink | None = None
+        self._loads: list[Loader] = []
         self._recent = book_audit.Recent()
         self._tasks = Tasks(self._note)
         self._offset = 0
@@ -249,10 +249,10 @@ class Streamer:
     def _beginning(self, archive: Archive, known: JournalIdentity, free: int) -> Beginning:
         settings, shard = self._settings, self._shard
         stores: dict[str, numbering.Open] = {
-            ParquetStore.name: lambda: ArchiveLedger(archive, shard)
+            ParquetSink.name: lambda: ArchiveLedger(archive, shard)
         }
         if settings.use_clickhouse:
-            stores[ClickHouseStore.name] = lambda: open_table_ledger(settings, shard)
+            stores[ClickHouseSink.name] = lambda: open_table_ledger(settings, shard)
         return numbering.begin(self._folder, stores, known, free)
 
     def _arrive(self, writer: Writer) -> None:
@@ -311,7 +311,7 @@ class Streamer:
         self._report_the_end(max(deadline - time.monotonic(), 1.0))
         return ended and closed and all(loaded)
 
-    def _rest(self, parquet: ParquetStore) -> None:
+    def _rest(self, parquet: ParquetSink) -> None:
         """The archive has the whole journal: no hour waits for this shard any more."""
         try:
             parquet.drained(seal=self._drains)
@@ -331,13 +331,13 @@ class Streamer:
         log.error("%s", sentence)
         self.loss = JournalError(f"{self.loss} {sentence}" if self.loss else sentence)
 
-    def _make_loads(self, writer: Writer, archive: Archive) -> list[Load]:
-        parquet = self._parquet = ParquetStore(
+    def _make_loads(self, writer: Writer, archive: Archive) -> list[Loader]:
+        parquet = self._parquet = ParquetSink(
             archive, self._shard, self._reports.put, self._settings.journals_dir
         )
-        derivation = Derivation(self._folder, self._shard)
+        derivation = SharedRows(self._folder, self._shard)
         loads = [
-            Load(
+            Loader(
                 self._folder,
                 writer,
                 parquet,
@@ -350,14 +350,14 @@ class Streamer:
             )
         ]
         if self._settings.use_clickhouse:
-            clickhouse = ClickHouseStore(
+            clickhouse = ClickHouseSink(
                 self._settings,
                 str(writer.id),
                 f"streamer shard {self._shard}",
                 shard=self._shard,
             )
             loads.append(
-                Load(
+                Loader(
                     self._folder,
                     writer,
                     clickhouse,
@@ -555,7 +555,7 @@ class Streamer:
         except RuntimeError:  # it is closed, and may be so from one moment to the next
             log.debug("Capture has ended: %s is not called.", act)
 
-    def _observe(self, rows: Rows, state: State) -> None:
+    def _observe(self, rows: Rows, state: BookState) -> None:
         """Of a load: what its books are now. It does not stop for who watches it."""
         with self._tasks.surviving(OBSERVER):
             self._recent.saw(rows, state)
@@ -623,7 +623,7 @@ class Streamer:
         for ticker in {it.market_ticker for it in found.mismatches}:
             capture.distrust(ticker, "audit_mismatch", {})
 
-    def _distrust_damaged(self, it: Distrust) -> None:
+    def _distrust_damaged(self, it: StaleBook) -> None:
         """Of a load whose finds another one tells as well, but for what only it has lost: the other may
         have passed those records before the disk damaged them."""
         if it.cause == DAMAGED:
@@ -640,7 +640,7 @@ class Streamer:
             else:
                 self._in_loop(self._capture.remark, kind, detail)
 
-    def _distrust(self, it: Distrust) -> None:
+    def _distrust(self, it: StaleBook) -> None:
         if self._capture is not None:
             self._in_loop(self._capture.distrust, it.market_ticker, it.cause, it.detail)
 

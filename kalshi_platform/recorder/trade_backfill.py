@@ -21,8 +21,8 @@ from kalshi_platform.exchange.frames import DecodeError, trade_id
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Position
-from kalshi_platform.recorder.capture import RECENT_TRADES, Loss
+from kalshi_platform.journal.reader import LogOffset
+from kalshi_platform.recorder.capture import RECENT_TRADES, MissedSpan
 
 MARGIN_S = 10
 """Our clock and the exchange's may be so far apart."""
@@ -67,7 +67,7 @@ class Found:
     """Why nothing was fetched, as a sentence."""
 
 
-def ask(rest: RestClient, loss: Loss) -> Found:
+def ask(rest: RestClient, loss: MissedSpan) -> Found:
     """The trades that REST lists around a loss, of its markets. Raises `ExchangeError` where it cannot."""
     span_s = (loss.until_ns - loss.since_ns) / 1e9
     if span_s > LONGEST_S:
@@ -81,7 +81,7 @@ def ask(rest: RestClient, loss: Loss) -> Found:
     return Found(tuple(frame for _, frame in sorted(trades.values())))
 
 
-def _listed(rest: RestClient, loss: Loss) -> Iterator[tuple[Trade, bytes]]:
+def _listed(rest: RestClient, loss: MissedSpan) -> Iterator[tuple[Trade, bytes]]:
     """Market by market where they are few, else all of the exchange's trades of that time."""
     few = len(loss.tickers) <= ASKED_ALONE
     for ticker in sorted(loss.tickers) if few else (None,):
@@ -92,7 +92,7 @@ def _listed(rest: RestClient, loss: Loss) -> Iterator[tuple[Trade, bytes]]:
         )
 
 
-def missed(listed: Found, loss: Loss, recent: Recent) -> Found:
+def missed(listed: Found, loss: MissedSpan, recent: Recent) -> Found:
     """Those of `listed` that the stream has not brought."""
     if len(recent) >= RECENT_TRADES and recent[0][0] > loss.since_ns - MARGIN_S * 10**9:
         return Found(
@@ -129,8 +129,8 @@ def remembered(folder: Path, before_n: int) -> Memory:
     trades: list[tuple[int, bytes]] = []
     if not earlier:
         return Memory(0, ())
-    for block in reader.read(folder, Position(earlier[0], 0, earlier[0])):
-        if isinstance(block, reader.Hole):
+    for block in reader.read(folder, LogOffset(earlier[0], 0, earlier[0])):
+        if isinstance(block, reader.LostRange):
             continue
         if block.first_n >= before_n:
             break

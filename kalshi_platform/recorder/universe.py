@@ -27,7 +27,7 @@ OVER = frozenset(["closed", "determined", "disputed", "amended", "finalized"])
 
 
 @dataclass(frozen=True)
-class Wish:
+class MarketSelection:
     """What somebody wants recorded."""
 
     tickers: tuple[str, ...] = ()
@@ -74,10 +74,10 @@ class _Life:
     """When it was learnt that the market has ended."""
 
 
-class Roster:
+class Universe:
     """The markets of a wish, and where each is in its life."""
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: MarketSelection) -> None:
         self.wish = wish
         self.as_of_s = 0.0
         """Up to when REST's list is known."""
@@ -97,7 +97,7 @@ class Roster:
     def rename(self, tickers: Iterable[str]) -> None:
         """The wish names these tickers now, and no others."""
         wish = self.wish
-        self.wish = Wish(
+        self.wish = MarketSelection(
             tuple(dict.fromkeys(tickers)),
             wish.series,
             wish.events,

@@ -21,7 +21,7 @@ from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recorder import trade_backfill
 from kalshi_platform.recorder.background import Tasks
-from kalshi_platform.recorder.capture import Capture, Loss
+from kalshi_platform.recorder.capture import Capture, MissedSpan
 from kalshi_platform.recorder.market_selection import Watchlist
 from kalshi_platform.recorder.trade_backfill import Found
 from kalshi_platform.settings import Settings
@@ -45,7 +45,7 @@ class Upkeep:
         self._rest = rest
         self._tasks = tasks
         self._watchlist = Watchlist(settings, time.time, shard)
-        self._losses: deque[Loss] = deque()
+        self._losses: deque[MissedSpan] = deque()
         self._tried = 0
         """How often the trades of the first of them have been asked for."""
 
@@ -76,7 +76,7 @@ class Upkeep:
                 self._watchlist.unsettle()
                 raise
 
-    def make_up_for(self, loss: Loss) -> None:
+    def make_up_for(self, loss: MissedSpan) -> None:
         """Something was missed: trades are fetched, life events make up for themselves at REST."""
         with self._tasks.surviving(BACKFILL):
             if loss.lost.channel == TRADES:
@@ -129,7 +129,7 @@ class Upkeep:
         self._losses.popleft()
         self._tried = 0
 
-    def _keep(self, found: Found, loss: Loss, capture: Capture) -> None:
+    def _keep(self, found: Found, loss: MissedSpan, capture: Capture) -> None:
         detail: dict[str, object] = {
             "channel": loss.lost.channel,
             "cause": loss.lost.cause,

@@ -9,8 +9,8 @@ from pathlib import Path
 from kalshi_platform.archive import LocalArchive, hours, part_name, write_durably
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.loading.state_files import checkpoint
 from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS
@@ -52,14 +52,14 @@ def record_hour(
             held = {key: q for key, q in held.items() if key[0] != ticker or key[1] == side}
             continue
         records.append((at, conn, Kind.DELTA, wire.delta(ticker, seq, side, price, qty)))
-    state = State()
+    state = BookState()
     for block in wire.blocks(records, [begins, (begins + len(records)) // 2]):
         name = part_name(0, block.first_n, block.first_n + block.rows)
         if block.first_n == begins:
             folder = LocalArchive(root).folder(BOOK_CHECKPOINTS.name, HOUR)
             books = checkpoint(state, HOUR)
             write_durably(folder / part_name(0, begins, begins), [books], books.schema)
-        rows, state = derive(decode([block]), state)
+        rows, state = build_rows(decode([block]), state)
         for dataset in ("orderbook_events", "stream_events"):
             for hour, piece in by_hour(rows.tables[dataset]):
                 folder = LocalArchive(root).folder(dataset, hour)

@@ -25,8 +25,8 @@ from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.exchange.columnar import decoded
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.loading.shared_rows import at_openings
 from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.loading.state_files import checkpoint
@@ -209,12 +209,12 @@ def of_hour(made: Iterable[tuple[str, pa.Table]], hour: datetime) -> dict[str, p
 
 def derived(records: Sequence[wire.Record]) -> Iterator[tuple[str, pa.Table]]:
     """The tables of the recorded datasets, range by range, checkpoints of new hours among them."""
-    state = State()
+    state = BookState()
     (block,) = wire.blocks(records)
     for piece, opens in at_openings(block, state.clock):
         if opens is not None and state.clock.is_new(opens):
             yield "book_checkpoints", checkpoint(state, opens)
-        rows, state = derive(decoded(piece), state)
+        rows, state = build_rows(decoded(piece), state)
         yield from ((name, rows.tables[name]) for name in RECORDED)
 
 

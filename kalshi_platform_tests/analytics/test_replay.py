@@ -18,7 +18,7 @@ from kalshi_platform.analytics import replay
 from kalshi_platform.archive import LocalArchive
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.book import Book, delta_change
-from kalshi_platform.exchange.book import State as BookState
+from kalshi_platform.exchange.book import SyncState as BookState
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform_tests import wire

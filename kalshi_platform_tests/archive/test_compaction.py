@@ -33,11 +33,11 @@ from kalshi_platform.commands.compact import command
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.journal import reader as journal
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Position
-from kalshi_platform.loading.loader import Load
+from kalshi_platform.journal.reader import LogOffset
+from kalshi_platform.loading.loader import Loader
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.rows import Rows
-from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.loading.sinks import ParquetSink
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
@@ -58,8 +58,8 @@ EVENTS = "orderbook_events"
 
 def record(settings: Settings, records: list[wire.Record]) -> None:
     writer = journal_of(settings.journal_dir(), records)
-    store = ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None)
-    load_all(Load(settings.journal_dir(), writer, store, SMALL))
+    store = ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
+    load_all(Loader(settings.journal_dir(), writer, store, SMALL))
     writer.close()
 
 
@@ -373,7 +373,7 @@ def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
 
 
 def _late_write(root: Path, table: pa.Table) -> None:
-    store = ParquetStore(LocalArchive(root), 0, lambda _: None)
+    store = ParquetSink(LocalArchive(root), 0, lambda _: None)
     store.write(90_000, 90_010, [Rows(90_000, 90_010, {EVENTS: table})])
 
 
@@ -446,7 +446,7 @@ def test_a_rebuild_takes_nothing_from_an_hour_whose_journal_has_lost_records(
     data = segment.read_bytes()
     segment.write_bytes(data[:3_000] + bytes(500) + data[3_500:])
     segment.rename(journal.set_aside(segment))
-    assert any(isinstance(it, journal.Hole) for it in journal.read(folder, Position(0, 0, 0)))
+    assert any(isinstance(it, journal.LostRange) for it in journal.read(folder, LogOffset(0, 0, 0)))
     report = rebuild(settings, FIRST_HOUR)
     assert report.complete
     assert {name: rows(root, name).equals(it) for name, it in before.items()} == dict.fromkeys(

@@ -40,11 +40,11 @@ from kalshi_platform.commands import compact as compact_command
 from kalshi_platform.commands import doctor
 from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Verdict, restore
 from kalshi_platform.loading.rows import Rows
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.quality import continuity
 from kalshi_platform.quality.parity import compare_hours
 from kalshi_platform.recorder.streamer import Streamer
@@ -126,28 +126,28 @@ def with_clickhouse(
 def record(settings: Settings) -> None:
     """Two hours in every store, the first one sealed."""
     writer = journal_of(settings.journal_dir(), recording())
-    load_all(Load(settings.journal_dir(), writer, parquet(settings), PACE))
+    load_all(Loader(settings.journal_dir(), writer, parquet(settings), PACE))
     if settings.use_clickhouse:
-        hot = ClickHouseStore(settings, str(writer.id))
-        load_all(Load(settings.journal_dir(), writer, hot, PACE))
+        hot = ClickHouseSink(settings, str(writer.id))
+        load_all(Loader(settings.journal_dir(), writer, hot, PACE))
     writer.close()
 
 
-def load_all(load: Load) -> None:
+def load_all(load: Loader) -> None:
     load.start()
     load.drain()
     assert load.join(120), load.failure or load.trouble
 
 
-def wait_for(condition: Callable[[], bool], load: Load) -> None:
+def wait_for(condition: Callable[[], bool], load: Loader) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, (load.lag, load.failure, load.trouble)
         time.sleep(0.05)
 
 
-def parquet(settings: Settings) -> ParquetStore:
-    return ParquetStore(open_archive(settings), 0, lambda _: None)
+def parquet(settings: Settings) -> ParquetSink:
+    return ParquetSink(open_archive(settings), 0, lambda _: None)
 
 
 def keys(store: ObjectStore, settings: Settings) -> list[str]:
@@ -309,8 +309,8 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
     """The load's begin_hour, repeated as after a kill; a reader looks after each death."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ParquetStore, "begin_hour", lambda *_: None)  # nothing is sealed
-        load_all(Load(settings.journal_dir(), writer, parquet(settings), PACE))
+        patched.setattr(ParquetSink, "begin_hour", lambda *_: None)  # nothing is sealed
+        load_all(Loader(settings.journal_dir(), writer, parquet(settings), PACE))
     writer.close()
     kept = tmp_path / "kept"
     shutil.copytree(settings.archive_dir, kept)
@@ -401,8 +401,8 @@ def test_whoever_reads_while_hours_are_sealed_and_rows_come_late_gets_each_row_o
     """An hour is there with all its rows or not yet; late rows come as they come, and once."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ParquetStore, "begin_hour", lambda *_: None)
-        load_all(Load(settings.journal_dir(), writer, parquet(settings), PACE))
+        patched.setattr(ParquetSink, "begin_hour", lambda *_: None)
+        load_all(Loader(settings.journal_dir(), writer, parquet(settings), PACE))
     writer.close()
     ended = threading.Event()
     reads: list[list[int]] = []
@@ -490,7 +490,7 @@ def test_an_hour_that_waits_is_built_again_and_sent_by_a_rebuild(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
-    load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
+    load = Loader(settings.journal_dir(), writer, parquet(settings), PACE)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
             "kalshi_platform.archive.sealing.seal",
@@ -520,7 +520,7 @@ def test_a_rebuild_finishes_a_sealing_that_was_killed(
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(object_storage.ObjectArchive, "_put", killed)
-        load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
+        load = Loader(settings.journal_dir(), writer, parquet(settings), PACE)
         load.start()
         load.drain()
         assert not load.join(120)
@@ -648,7 +648,7 @@ def test_a_store_that_goes_away_and_comes_back_gets_everything_exactly_once(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
-    load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
+    load = Loader(settings.journal_dir(), writer, parquet(settings), PACE)
     store.stop()
     load.start()
     wait_for(lambda: load.trouble is not None, load)
@@ -678,7 +678,7 @@ def test_a_store_that_fails_now_and_then_gets_everything_exactly_once(
         return 503 if asked[method] in failing else None
 
     writer = journal_of(settings.journal_dir(), recording())
-    load = Load(settings.journal_dir(), writer, parquet(settings), PACE)
+    load = Loader(settings.journal_dir(), writer, parquet(settings), PACE)
     store.fault = now_and_then
     load.start()
     try:
@@ -824,8 +824,8 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
     writer.note("heartbeat", {}, recv_ns=hour_start_ns(hour_after))
     writer.hand_over()
     assert writer.wait_durable(writer.next_n, 60)
-    for into in (parquet(settings), ClickHouseStore(settings, str(writer.id))):
-        load_all(Load(settings.journal_dir(), writer, into, PACE))
+    for into in (parquet(settings), ClickHouseSink(settings, str(writer.id))):
+        load_all(Loader(settings.journal_dir(), writer, into, PACE))
     writer.close()
     found = globbed(store, settings)
     assert found.height == count

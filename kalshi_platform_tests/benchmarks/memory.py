@@ -35,9 +35,9 @@ from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.exchange.numbers import dollars
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Loader
+from kalshi_platform.loading.shared_rows import SharedRows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import BOOK_CHECKPOINTS
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
@@ -188,7 +188,7 @@ def write_hour_end(folder: Path, markets: int, levels: int) -> None:
     writer.close()
 
 
-class _Hot(ClickHouseStore):
+class _Hot(ClickHouseSink):
     """Counts the batches of checkpoints that it took."""
 
     taken = 0
@@ -197,7 +197,7 @@ class _Hot(ClickHouseStore):
         super().begin_hour(hour, _counted(self, books), n)
 
 
-class _Cold(ParquetStore):
+class _Cold(ParquetSink):
     """The same."""
 
     taken = 0
@@ -231,12 +231,12 @@ def _load_hour_end(settings: Settings, *, stops: bool) -> HourEnd:
     """Load the journal into both stores; `stops`: until the books are being written, then end."""
     folder = settings.journal_dir()
     writer = Writer(folder)
-    derivation = Derivation(folder)
+    derivation = SharedRows(folder)
     cold = _Cold(open_archive(settings), 0, lambda _: None)
     hot = _Hot(settings, str(writer.id))
-    loads: dict[Load, _Cold | _Hot] = {
-        Load(folder, writer, cold, PARQUET_PACE, derivation=derivation): cold,
-        Load(folder, writer, hot, CLICKHOUSE_PACE, derivation=derivation): hot,
+    loads: dict[Loader, _Cold | _Hot] = {
+        Loader(folder, writer, cold, PARQUET_PACE, derivation=derivation): cold,
+        Loader(folder, writer, hot, CLICKHOUSE_PACE, derivation=derivation): hot,
     }
     process = psutil.Process()
     before = peak = process.memory_info().rss

@@ -26,10 +26,10 @@ from kalshi_platform.exchange.framing import Framing
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Block, joined
+from kalshi_platform.journal.reader import RecordRange, joined
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.benchmarks import feed
 from kalshi_platform_tests.benchmarks.figures import Figure, number
@@ -47,7 +47,7 @@ def figures(deltas: Path, markets: int, frames: int = 65_536) -> list[Figure]:
         folder = Path(name)
         block, state = _journalled(folder / "journal", payloads, markets)
         decoded = decode([block])
-        rows, _ = derive(decoded, state)
+        rows, _ = build_rows(decoded, state)
         events = rows.tables[ORDERBOOK_EVENTS.name]
 
         def parquet() -> None:
@@ -58,7 +58,7 @@ def figures(deltas: Path, markets: int, frames: int = 65_536) -> list[Figure]:
             "numbers and kinds (session)": lambda: _judge(payloads),
             "journal: Arrow, zstd, checksum, sync": lambda: _keep(folder / "kept", payloads),
             "JSON to columns": lambda: decode([block]),
-            "books and rows": lambda: derive(decoded, state),
+            "books and rows": lambda: build_rows(decoded, state),
             "Parquet file": parquet,
             "Arrow batch for ClickHouse": lambda: _batch(rows),
         }
@@ -120,7 +120,7 @@ def _batch(rows: Rows) -> None:
         stream.write_table(table)
 
 
-def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[Block, State]:
+def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[RecordRange, BookState]:
     """The frames as the journal gives them back, and the books before them."""
     writer = Writer(folder)
     conn = bytes(15) + b"\1"
@@ -134,5 +134,5 @@ def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[Bloc
     writer.close()
     whole = joined(list(reader.blocks(folder, reader.beginning(folder))))
     books, deltas = whole.cut(before)
-    _, state = derive(decode([books]), State())
+    _, state = build_rows(decode([books]), BookState())
     return deltas, state

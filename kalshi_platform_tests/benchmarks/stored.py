@@ -22,8 +22,8 @@ from kalshi_platform.errors import StoreError
 from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Load
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Loader
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, hour_of_ns, hour_start_ns
@@ -80,11 +80,11 @@ def _load(settings: Settings, lines: list[bytes], times: list[int]) -> None:
     writer.hand_over()
     if not writer.wait_durable(writer.next_n, 60.0):
         raise RuntimeError("the journal took too long")
-    parquet = ParquetStore(open_archive(settings), 0, lambda _: None)
-    hot = ClickHouseStore(settings, str(writer.id))
+    parquet = ParquetSink(open_archive(settings), 0, lambda _: None)
+    hot = ClickHouseSink(settings, str(writer.id))
     for load in (
-        Load(folder, writer, parquet, PARQUET_PACE),
-        Load(folder, writer, hot, CLICKHOUSE_PACE),
+        Loader(folder, writer, parquet, PARQUET_PACE),
+        Loader(folder, writer, hot, CLICKHOUSE_PACE),
     ):
         load.start()
         load.drain()

@@ -30,7 +30,7 @@ from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.embedded_clickhouse import launch, permission, running, write_password
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 from kalshi_platform.errors import StoreError, StoreRefused
-from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.loading.sinks import ClickHouseSink
 from kalshi_platform_tests.embedded_clickhouse.conftest import PATIENCE_S
 from kalshi_platform_tests.ports import free_ports
 
@@ -385,7 +385,7 @@ def test_a_loader_goes_on_with_the_password_that_was_made_again(tmp_path: Path) 
     folder = tmp_path / "clickhouse"
     with running(folder, password=None, port=port) as url:
         engine = Engine(folder, url)
-        store = ClickHouseStore(engine.settings(), "journal")
+        store = ClickHouseSink(engine.settings(), "journal")
         store._connected().command(TABLE)
     (folder / "password").unlink()
     with running(folder, password=None, port=port) as url:

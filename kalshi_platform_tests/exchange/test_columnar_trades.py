@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.properties import examples
 
@@ -29,7 +29,7 @@ def rows(*frames: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(trades, stream events) of these frames, as the stores get them."""
     records = [wire.connected(CONN, wire.NOON_NS)]
     records += [(wire.NOON_NS + n, CONN, Kind.TRADE, frame) for n, frame in enumerate(frames)]
-    derived, _ = derive(decode(wire.blocks(records)), State())
+    derived, _ = build_rows(decode(wire.blocks(records)), BookState())
     trades, stream = (derived.tables[name] for name in ("trades", "stream_events"))
     return trades.to_pylist(), stream.slice(1).to_pylist()
 
@@ -147,7 +147,7 @@ def test_a_trade_frame_of_an_old_journal_stays_a_stream_event() -> None:
         wire.connected(CONN, wire.NOON_NS),
         (wire.NOON_NS, CONN, Kind.CONTROL, frame(**CURRENT)),
     ]
-    derived, _ = derive(decode(wire.blocks(records)), State())
+    derived, _ = build_rows(decode(wire.blocks(records)), BookState())
     assert derived.tables["trades"].num_rows == 0
     assert derived.tables["stream_events"].to_pylist()[1]["kind"] == "trade"
 
@@ -213,9 +213,9 @@ def test_every_frame_is_one_row_however_the_range_is_cut(
     ]
     records = [wire.connected(CONN, wire.NOON_NS)]
     records += [(wire.NOON_NS + n, CONN, Kind.TRADE, each) for n, each in enumerate(frames)]
-    state, found, malformed = State(), [], []
+    state, found, malformed = BookState(), [], []
     for block in wire.blocks(records, cuts):
-        derived, state = derive(decode([block]), state)
+        derived, state = build_rows(decode([block]), state)
         found += derived.tables["trades"].to_pylist()
         malformed += [
             row["seq"]

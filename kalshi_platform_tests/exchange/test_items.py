@@ -19,7 +19,7 @@ from kalshi_platform.exchange.rest import Params, RestClient
 from kalshi_platform.inventory import positions
 from kalshi_platform.inventory.positions import Held
 from kalshi_platform.recorder import market_catalog
-from kalshi_platform.recorder.universe import Roster, Wish
+from kalshi_platform.recorder.universe import MarketSelection, Universe
 from kalshi_platform.settings import Exchange
 from kalshi_platform_tests.properties import examples
 
@@ -110,7 +110,7 @@ def test_a_market_with_an_odd_field_is_named_and_spoils_no_page(
     (odd,) = told
     assert (odd.ticker, odd.field, odd.left_out) == ("KXA-1-T2", field, not kept)
     assert json.dumps(value) in str(odd)
-    roster = Roster(Wish(series=("KXA",)))
+    roster = Universe(MarketSelection(series=("KXA",)))
     roster.listed(found, NOW.timestamp())
     assert {"KXA-1-T1", "KXA-1-T3"} <= set(roster.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)
@@ -147,7 +147,7 @@ def test_any_one_item_of_a_list_of_markets_costs_only_itself(item: Any) -> None:
     found = rest.markets(tell=lambda _: None)
     assert {found[0].ticker, found[-1].ticker} == {"KXA-1-T1", "KXA-1-T3"}
     assert len(found) in {2, 3}
-    roster = Roster(Wish(series=("KXA",), tickers=("KXA-1-T3",)))
+    roster = Universe(MarketSelection(series=("KXA",), tickers=("KXA-1-T3",)))
     roster.listed(found, NOW.timestamp())
     assert {"KXA-1-T1", "KXA-1-T3"} <= set(roster.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)

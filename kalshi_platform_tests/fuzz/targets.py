@@ -37,8 +37,8 @@ from kalshi_platform.journal import writer as writer_module
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.fuzz import inputs, sql
 
@@ -93,7 +93,7 @@ def check_frames(found: Sequence[bytes]) -> None:
     for part in PARTS:
         cut = pl.concat([getattr(half, part) for half in halves])
         assert cut.equals(getattr(fast, part)), f"its neighbours changed a frame: {part}"
-    rows, _ = derive(fast, State())
+    rows, _ = build_rows(fast, BookState())
     events = rows.tables["stream_events"].num_rows
     assert events >= len(records) - fast.deltas.height - fast.trades.height
 
@@ -189,7 +189,7 @@ def _records(folder: Path) -> list[tuple[Any, ...]]:
     return [
         (it.first_n + i, *row.values())
         for it in reader.read(folder, reader.beginning(folder))
-        if isinstance(it, reader.Block)
+        if isinstance(it, reader.RecordRange)
         for i, row in enumerate(it.batch.to_pylist())
     ]
 

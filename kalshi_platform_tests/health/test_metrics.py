@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.health import metrics
-from kalshi_platform.journal.latency import Delay
+from kalshi_platform.journal.latency import LatencySummary
 from kalshi_platform.processes import Identity
 from kalshi_platform.recorder.streamer import Health, StoreHealth
 from kalshi_platform.settings import Settings
@@ -69,7 +69,10 @@ def health(shard: int = 0, **values: Any) -> Health:
         stores={"clickhouse": store},
         trouble=None,
         disconnects={"silent for 30 s": 2},
-        delays_ms={"journal": Delay(1000, 20.0, 40.0, 60.0), "clickhouse": Delay(0, 0.0, 0.0, 0.0)},
+        delays_ms={
+            "journal": LatencySummary(1000, 20.0, 40.0, 60.0),
+            "clickhouse": LatencySummary(0, 0.0, 0.0, 0.0),
+        },
     )
     return dataclasses.replace(well, **values)
 

@@ -15,8 +15,8 @@ from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.client import Client, connect, translated
 from kalshi_platform.clickhouse.statements import statements
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import DATASETS
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.tables import settings_for
@@ -79,10 +79,10 @@ def load_into(settings: Settings, number: int) -> None:
     """Load a recording of the connection of that number."""
     writer = journal_of(settings.journal_dir(), recording(200, number=number))
     for store in (
-        ClickHouseStore(settings, str(writer.id)),
-        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ClickHouseSink(settings, str(writer.id)),
+        ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, Pace(40, 0.0, 0.0)))
+        load_all(Loader(settings.journal_dir(), writer, store, Pace(40, 0.0, 0.0)))
     writer.close()
 
 

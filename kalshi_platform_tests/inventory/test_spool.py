@@ -448,7 +448,7 @@ import os, signal, sys, time
 from pathlib import Path
 from kalshi_platform import settings
 from kalshi_platform.inventory.spool import Spool
-from kalshi_platform.storage import clickhouse, verified_inserts
+from kalshi_platform.clickhouse import client as clickhouse, verified_inserts
 
 when, inserted, kept = sys.argv[2], verified_inserts.insert, clickhouse.insert_arrow
 

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, Hole, JournalError, Position, Stretch
+from kalshi_platform.journal.reader import (
+    JournalError,
+    JournalRange,
+    LogOffset,
+    LostRange,
+    RecordRange,
+)
 from kalshi_platform.journal.writer import SEGMENT_BYTES, Writer
 from kalshi_platform_tests.journal.test_reader import frames, write
 
@@ -17,17 +23,17 @@ Content = list[bytes | None]
 """The frame of every record, None where it is lost."""
 
 
-def content(stretches: list[Stretch], first_n: int) -> Content:
+def content(stretches: list[JournalRange], first_n: int) -> Content:
     """What was read, which must be consecutive."""
     found: Content = []
     for it in stretches:
         assert it.first_n == first_n + len(found), "a record is neither there nor named as lost"
-        found += [None] * it.rows if isinstance(it, Hole) else it.batch["frame"].to_pylist()
+        found += [None] * it.rows if isinstance(it, LostRange) else it.batch["frame"].to_pylist()
         assert it.end.n == first_n + len(found)
     return found
 
 
-def everything(folder: Path) -> list[Stretch]:
+def everything(folder: Path) -> list[JournalRange]:
     return list(reader.read(folder, reader.beginning(folder)))
 
 
@@ -40,19 +46,19 @@ def put_aside(folder: Path, first_n: int, data: bytes) -> None:
 def without_the_third_batch(folder: Path) -> bytes:
     """The first segment, with zeros where seven of its records were."""
     data = reader.segment_path(folder, 0).read_bytes()
-    third = list(reader.blocks(folder, Position(0, 0, 0), Position(0, len(data), 0)))[2]
+    third = list(reader.blocks(folder, LogOffset(0, 0, 0), LogOffset(0, len(data), 0)))[2]
     assert third.rows == 7
     begin, end = third.begins[0].offset, third.end.offset
     return data[:begin] + bytes(end - begin) + data[end:]
 
 
-def three_segments(folder: Path, counts: tuple[int, int, int], batch: int) -> list[Block]:
+def three_segments(folder: Path, counts: tuple[int, int, int], batch: int) -> list[RecordRange]:
     """The blocks of the middle one."""
     first, middle, _ = counts
     write(folder, first, batch=batch)
     write(folder, middle, first=first, batch=batch)
     write(folder, counts[2], first=first + middle, batch=batch)
-    start, limit = Position(first, 0, first), Position(first, 1 << 40, 0)
+    start, limit = LogOffset(first, 0, first), LogOffset(first, 1 << 40, 0)
     return list(reader.blocks(folder, start, limit))
 
 
@@ -116,7 +122,7 @@ def test_no_changed_byte_makes_a_record_that_was_not_written(tmp_path: Path, fol
         write(tmp_path, 5, first=30)
     expected = [b"frame %d" % n for n in range(35 if follows else 30)]
     whole = reader.segment_path(tmp_path, 0).read_bytes()
-    second = list(reader.blocks(tmp_path, Position(0, 0, 0)))[1]
+    second = list(reader.blocks(tmp_path, LogOffset(0, 0, 0)))[1]
     put_aside(tmp_path, 0, whole)
     path = reader.segment_path(tmp_path, 0)
     for at in range(second.begins[0].offset, second.end.offset):
@@ -134,12 +140,12 @@ def test_of_a_segment_that_is_gone_an_empty_file_is_enough(tmp_path: Path) -> No
     with pytest.raises(JournalError, match=r"cannot be read|is gone"):
         frames(tmp_path)
     with pytest.raises(JournalError, match=rf"is gone.*{reader.set_aside(path).name}"):
-        frames(tmp_path, Position(10, 0, 12))
+        frames(tmp_path, LogOffset(10, 0, 12))
     reader.set_aside(path).touch()
     expected: Content = [b"frame %d" % n for n in range(40)]
     expected[10:30] = [None] * 20
     assert content(everything(tmp_path), 0) == expected
-    [hole] = [it for it in everything(tmp_path) if isinstance(it, Hole)]
+    [hole] = [it for it in everything(tmp_path) if isinstance(it, LostRange)]
     assert hole.until_ns == 30  # the time of the record after it
     with pytest.raises(JournalError, match="lost its records 10 to 29"):
         frames(tmp_path)
@@ -189,10 +195,12 @@ def test_a_writer_begins_behind_a_damaged_segment_and_no_number_comes_twice(
             everything(tmp_path)
         path.rename(reader.set_aside(path))
     found = everything(tmp_path)
-    assert [it for it in found if isinstance(it, Block)][-1].batch["frame"].to_pylist() == [
+    assert [it for it in found if isinstance(it, RecordRange)][-1].batch["frame"].to_pylist() == [
         b"after"
     ]
-    kept = [f for it in found if isinstance(it, Block) for f in it.batch["frame"].to_pylist()][:-1]
+    kept = [
+        f for it in found if isinstance(it, RecordRange) for f in it.batch["frame"].to_pylist()
+    ][:-1]
     assert len(kept) == {"in the middle": 33, "cut short": len(kept), "empty": 0}[damage]
     assert kept == [f for f in (b"frame %d" % n for n in range(40)) if f in set(kept)]
     assert sum(it.rows for it in found) == first_n + 1

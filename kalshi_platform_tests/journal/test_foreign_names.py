@@ -16,7 +16,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import state_files
-from kalshi_platform.loading.book_state import State
+from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.quality import foreign_files as found
 from kalshi_platform_tests import foreign
 
@@ -45,7 +45,7 @@ def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists
     assert watermarks.shards(settings.journals_dir) == [0]
     assert reader.segments(shard) == [0, 1]
     assert sum(b.rows for b in reader.blocks(shard, reader.beginning(shard))) == 1
-    state_files.keep_hour_state(State(n=5), shard, HOUR)
+    state_files.keep_hour_state(BookState(n=5), shard, HOUR)
     assert state_files.hour_state(shard, HOUR) is not None
     assert state_files.newest_kept(shard, (), 0, 9) is not None
     state_files.prune_hour_states(shard, 9)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import Block, JournalError, Position, Unread
+from kalshi_platform.journal.reader import JournalError, LogOffset, RecordRange, Unread
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform_tests.journal.test_reader import CONN, frames
 
@@ -26,7 +26,7 @@ def fill(writer: Writer, name: bytes, first: int, count: int, batch: int) -> Non
     assert writer.wait_durable(first + count, 60)
 
 
-def two_recorders(folder: Path, shared: int, ours: int, theirs: int, batch: int = 7) -> Position:
+def two_recorders(folder: Path, shared: int, ours: int, theirs: int, batch: int = 7) -> LogOffset:
     """A journal in which a second recorder began while the first one wrote on, as no lock held.
 
     Returns where the first one's load has come to at its end.
@@ -52,11 +52,11 @@ def follow_the_remedy(folder: Path, error: JournalError) -> None:
     (folder / found[1]).rename(folder / found[2])
 
 
-def read(folder: Path, start: Position | None = None) -> tuple[list[bytes], list[Unread]]:
+def read(folder: Path, start: LogOffset | None = None) -> tuple[list[bytes], list[Unread]]:
     """(frames, what is not read)"""
     found, unread, n = list[bytes](), list[Unread](), -1
     for stretch in reader.read(folder, start or reader.beginning(folder)):
-        assert isinstance(stretch, Block)
+        assert isinstance(stretch, RecordRange)
         assert n in (-1, stretch.first_n)
         n = stretch.end.n
         found += stretch.batch["frame"].to_pylist()
@@ -84,7 +84,7 @@ def test_an_overlap_names_both_segments_and_its_remedy_names_what_is_not_loaded(
     two_recorders(folder, shared, ours, theirs, batch)
     first, second = (reader.segment_path(folder, n) for n in (0, shared))
     before = (first.read_bytes(), second.read_bytes())
-    for start in (None, Position(shared, 0, shared)):
+    for start in (None, LogOffset(shared, 0, shared)):
         with pytest.raises(JournalError) as caught:
             read(folder, start)
         assert all(path.name in str(caught.value) for path in (first, second))

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import JournalError, Position
+from kalshi_platform.journal.reader import JournalError, LogOffset
 from kalshi_platform.journal.writer import Writer
 
 CONN = bytes(range(16))
 
 
-def frames(folder: Path, start: Position | None = None) -> list[bytes]:
+def frames(folder: Path, start: LogOffset | None = None) -> list[bytes]:
     found = reader.blocks(folder, start or reader.beginning(folder))
     return [value for block in found for value in block.batch.column("frame").to_pylist()]
 
@@ -122,7 +122,7 @@ def test_reading_starts_at_any_record(tmp_path: Path) -> None:
     write(tmp_path, 40, first=40)
     for n in (0, 1, 6, 7, 8, 39, 40, 41, 79):
         segment = 40 if n >= 40 else 0
-        assert frames(tmp_path, Position(segment, 0, n)) == [b"frame %d" % i for i in range(n, 80)]
+        assert frames(tmp_path, LogOffset(segment, 0, n)) == [b"frame %d" % i for i in range(n, 80)]
 
 
 @given(
@@ -160,9 +160,9 @@ def test_a_position_that_names_a_segment_before_its_record_is_read_from_its_reco
         write(tmp_path, 20, first=20 * opening)
     for n in (20, 25, 40, 59, 79):
         expected = [b"frame %d" % i for i in range(n, 80)]
-        assert frames(tmp_path, Position(0, 300, n)) == expected
+        assert frames(tmp_path, LogOffset(0, 300, n)) == expected
     reader.segment_path(tmp_path, 0).unlink()
-    assert frames(tmp_path, Position(0, 300, 25)) == [b"frame %d" % i for i in range(25, 80)]
+    assert frames(tmp_path, LogOffset(0, 300, 25)) == [b"frame %d" % i for i in range(25, 80)]
 
 
 KILLED = """
@@ -258,7 +258,7 @@ def test_a_damaged_length_or_count_is_damage_and_not_fewer_records(tmp_path: Pat
     path = reader.segment_path(tmp_path, 0)
     whole = path.read_bytes()
     first, *_ = reader.blocks(tmp_path, reader.beginning(tmp_path))
-    durable = Position(0, len(whole), 21)
+    durable = LogOffset(0, len(whole), 21)
     for at in range(first.begins[0].offset, first.end.offset):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         try:

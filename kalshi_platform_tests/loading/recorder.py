@@ -21,11 +21,11 @@ from kalshi_platform.clickhouse.clickhouse_ledger import open_table_ledger
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import JournalIdentity
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Position
+from kalshi_platform.journal.reader import LogOffset
 from kalshi_platform.journal.writer import Beginning, Writer
 from kalshi_platform.loading import cursor, numbering
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 
@@ -34,7 +34,7 @@ KINDS = ("clickhouse", "parquet")
 PACE = Pace(rows=25, seconds=0.0, first_s=0.0)
 PATIENCE_S = 90.0
 BEGIN_NS = wire.NOON_NS // (3600 * wire.SECOND) * 3600 * wire.SECOND + 3_400 * wire.SECOND
-Store = ClickHouseStore | ParquetStore
+Store = ClickHouseSink | ParquetSink
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Recorder:
 
     def stores(self, writer: Writer) -> dict[str, Store]:
         made: dict[str, Store] = {
-            "parquet": ParquetStore(open_archive(self.settings), 0, lambda _: None),
-            "clickhouse": ClickHouseStore(self.settings, str(writer.id)),
+            "parquet": ParquetSink(open_archive(self.settings), 0, lambda _: None),
+            "clickhouse": ClickHouseSink(self.settings, str(writer.id)),
         }
         return {kind: made[kind] for kind in self.kinds}
 
@@ -99,7 +99,7 @@ class Recorder:
         found = list[int]()
         for first_n in reader.segments(self.folder):
             path = reader.segment_path(self.folder, first_n)
-            for block in reader.read_segment(path, Position(first_n, 0, first_n), None):
+            for block in reader.read_segment(path, LogOffset(first_n, 0, first_n), None):
                 found += range(block.first_n, block.first_n + block.rows)
         return found
 
@@ -119,7 +119,7 @@ class Start:
     recorder: Recorder
     writer: Writer
     number: int
-    loads: dict[str, Load] = field(default_factory=dict)
+    loads: dict[str, Loader] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _seq: int = 2
     _connected: bool = False
@@ -157,7 +157,7 @@ class Start:
         """Load into every store; with `wait` until each has everything or says what troubles it."""
         for kind, store in self.recorder.stores(self.writer).items():
             if kind not in self.loads:
-                self.loads[kind] = Load(
+                self.loads[kind] = Loader(
                     self.recorder.folder,
                     self.writer,
                     store,

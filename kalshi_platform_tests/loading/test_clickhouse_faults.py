@@ -19,10 +19,10 @@ from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import joined
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.loader import Load
-from kalshi_platform.loading.rows import derive
-from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.loader import Loader
+from kalshi_platform.loading.rows import build_rows
+from kalshi_platform.loading.sinks import ClickHouseSink
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal_of, recording
@@ -156,8 +156,8 @@ def test_a_fault_of_an_insert_leaves_each_row_once(
     prepare(direct)
     writer = journal_of(tmp_path / "journal", recording(90))
     with fronted(clickhouse_url, before=list(before), after=list(after)) as url:
-        store = ClickHouseStore(make(url, clickhouse_database, tmp_path), str(writer.id))
-        load = Load(tmp_path / "journal", writer, store, SMALL)
+        store = ClickHouseSink(make(url, clickhouse_database, tmp_path), str(writer.id))
+        load = Loader(tmp_path / "journal", writer, store, SMALL)
         load.start()
         load.drain()
         assert load.join(PATIENCE_S), load.failure or load.trouble
@@ -170,7 +170,7 @@ def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
 ) -> None:
     settings = make(clickhouse_url, clickhouse_database, tmp_path)
     writer = journal_of(tmp_path / "journal", recording(90))
-    load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+    load = Loader(tmp_path / "journal", writer, ClickHouseSink(settings, str(writer.id)), SMALL)
     load.start()
     deadline = time.monotonic() + PATIENCE_S
     while "UNKNOWN_TABLE" not in str(load.trouble):
@@ -196,7 +196,7 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
     block = joined(
         list(reader.blocks(tmp_path / "journal", reader.beginning(tmp_path / "journal")))
     )
-    rows, _ = derive(decode([block]), State())
+    rows, _ = build_rows(decode([block]), BookState())
     client = clickhouse.connect(settings)
 
     def counts() -> dict[str, int]:
@@ -205,12 +205,12 @@ def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_ag
             for name in ("orderbook_events", "trades", "stream_events")
         }
 
-    def write(store: ClickHouseStore) -> None:
+    def write(store: ClickHouseSink) -> None:
         store.write(rows.first_n, rows.end_n, [rows])
 
     # Each as a streamer that was killed, too, or as one whose load began again.
     for lost in ("orderbook_events", "trades", "stream_events"):
-        stores = [ClickHouseStore(settings, "journal") for _ in range(3)]
+        stores = [ClickHouseSink(settings, "journal") for _ in range(3)]
         write(stores[0])
         whole = counts()
         assert all(whole.values())
@@ -231,7 +231,7 @@ def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_pat
         settings = make(str(first), "kalshi", tmp_path)
         prepare(settings)
     writer = journal_of(tmp_path / "journal", recording(2_000))
-    load = Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+    load = Loader(tmp_path / "journal", writer, ClickHouseSink(settings, str(writer.id)), SMALL)
     load.start()
     for life_s in (0.3, 0.8, 0.5):
         with running(data, port=port) as server:

@@ -25,12 +25,12 @@ from kalshi_platform.errors import StoreUnavailable
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading import state_files
-from kalshi_platform.loading.book_state import Ladders, State
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.book_state import BookState, Ladders
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.rows import derive
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.rows import build_rows
+from kalshi_platform.loading.shared_rows import SharedRows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.loading.state_files import checkpoint_batches
 from kalshi_platform.schema import BOOK_CHECKPOINTS
 from kalshi_platform.settings import Settings
@@ -87,8 +87,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
 
 
-def state_after(records: Sequence[wire.Record]) -> State:
-    return derive(decode(wire.blocks(records)), State())[1]
+def state_after(records: Sequence[wire.Record]) -> BookState:
+    return build_rows(decode(wire.blocks(records)), BookState())[1]
 
 
 def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same(
@@ -99,7 +99,7 @@ def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same
     assert [batch.num_rows for batch in found] == [25, 18, 18, 6]  # EMPTY has a row, the others 6
     tickers = [batch["market_ticker"].unique().to_pylist() for batch in found]
     assert len(set(itertools.chain(*tickers))) == sum(map(len, tickers)) == 12
-    merged = State(**{**vars(before), "ladders": Ladders(before.ladders.all())})
+    merged = BookState(**{**vars(before), "ladders": Ladders(before.ladders.all())})
     assert list(checkpoint_batches(merged, SECOND_HOUR)) == found
     monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", 1 << 17)
     (whole,) = checkpoint_batches(before, SECOND_HOUR)
@@ -109,7 +109,7 @@ def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same
 class Dying(Front):
     """Dies when it asks for one batch of a checkpoint more than `batches`: what it was given is written."""
 
-    def __init__(self, store: ParquetStore | ClickHouseStore, batches: int) -> None:
+    def __init__(self, store: ParquetSink | ClickHouseSink, batches: int) -> None:
         super().__init__(store)
         self._batches = batches
         self.given = 0
@@ -137,12 +137,12 @@ def test_a_kill_between_any_two_batches_leaves_each_checkpoint_once(
     client = clickhouse.connect(settings)
     inserted = list[int]()
     for kills in range(3):
-        store: ParquetStore | ClickHouseStore = (
-            ParquetStore(archive, 0, lambda _: None)
+        store: ParquetSink | ClickHouseSink = (
+            ParquetSink(archive, 0, lambda _: None)
             if kind == "parquet"
-            else ClickHouseStore(settings, str(writer.id))
+            else ClickHouseSink(settings, str(writer.id))
         )
-        load = Load(tmp_path / "journal", writer, Dying(store, kills), SMALL)
+        load = Loader(tmp_path / "journal", writer, Dying(store, kills), SMALL)
         load.start()
         load.drain()
         load.join(PATIENCE_S)
@@ -163,11 +163,11 @@ def test_a_kill_between_any_two_batches_leaves_each_checkpoint_once(
         assert inserted == [0, 25, 43]
     monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", 7)
     store = (
-        ParquetStore(archive, 0, lambda _: None)
+        ParquetSink(archive, 0, lambda _: None)
         if kind == "parquet"
-        else ClickHouseStore(settings, str(writer.id))
+        else ClickHouseSink(settings, str(writer.id))
     )
-    load_all(Load(tmp_path / "journal", writer, store, SMALL))
+    load_all(Loader(tmp_path / "journal", writer, store, SMALL))
     writer.close()
     if kind == "parquet":
         (file,) = archive.files(BOOK_CHECKPOINTS.name, SECOND_HOUR)
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_an_insert_failed_in_goes_on_where_it_was(
 
     monkeypatch.setattr(clickhouse, "insert_arrow", failing)
     monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
-    load_all(Load(tmp_path / "journal", writer, ClickHouseStore(settings, str(writer.id)), SMALL))
+    load_all(Loader(tmp_path / "journal", writer, ClickHouseSink(settings, str(writer.id)), SMALL))
     writer.close()
     assert len(sent) == 5
     assert len(set(sent)) == 4
@@ -238,11 +238,11 @@ def test_a_store_that_hangs_at_an_hours_end_says_so_by_age_and_holds_up_no_other
         def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
             assert go_on.wait(PATIENCE_S)
 
-    derivation = Derivation(tmp_path / "journal")
+    derivation = SharedRows(tmp_path / "journal")
     hanging = Hanging(tmp_path / "other")
     hanging.name = "clickhouse"
     hung, other = (
-        Load(tmp_path / "journal", writer, store, SMALL, derivation=derivation)
+        Loader(tmp_path / "journal", writer, store, SMALL, derivation=derivation)
         for store in (hanging, Noting(tmp_path))
     )
     hung.start()
@@ -274,7 +274,7 @@ def test_an_end_while_the_books_are_written_leaves_them_at_once(tmp_path: Path) 
                 batches += 1
                 time.sleep(0.05)
 
-    load = Load(tmp_path / "journal", writer, Slow(tmp_path), Pace(10_000, 0.0, 0.0))
+    load = Loader(tmp_path / "journal", writer, Slow(tmp_path), Pace(10_000, 0.0, 0.0))
     load.start()
     load.drain()
     deadline = time.monotonic() + PATIENCE_S
@@ -307,11 +307,11 @@ def test_an_end_while_an_hours_rows_are_counted_leaves_it_to_the_next_start(
         patched.setattr(hours, "COUNTED_ROWS", 3)
         patched.setattr(checksum, "rows_checksum", slowly)
         if seals:
-            patched.setattr(ParquetStore, "_is_first_of", lambda *_: False)
-        load = Load(
+            patched.setattr(ParquetSink, "_is_first_of", lambda *_: False)
+        load = Loader(
             tmp_path / "journal",
             writer,
-            ParquetStore(archive, 0, lambda _: None),
+            ParquetSink(archive, 0, lambda _: None),
             Pace(10_000, 0.0, 0.0),
         )
         load.start()
@@ -325,8 +325,8 @@ def test_an_end_while_an_hours_rows_are_counted_leaves_it_to_the_next_start(
     assert load.failure is None
     assert 0 < counted < 100 * 6 / 3 / 2
     assert not hours.is_sealed(archive, FIRST_HOUR)
-    store = ParquetStore(archive, 0, lambda _: None)
-    load_all(Load(tmp_path / "journal", writer, store, Pace(10_000, 0.0, 0.0)))
+    store = ParquetSink(archive, 0, lambda _: None)
+    load_all(Loader(tmp_path / "journal", writer, store, Pace(10_000, 0.0, 0.0)))
     writer.close()
     assert hours.is_sealed(archive, FIRST_HOUR)
     assert archived(tmp_path / "archive", "orderbook_events").height == 700

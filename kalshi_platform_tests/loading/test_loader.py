@@ -26,11 +26,11 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.ledger import Ledger
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.rows import Rows, build_rows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour, hour_of_ns
@@ -86,7 +86,7 @@ def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) 
     return writer
 
 
-def load_all(load: Load) -> None:
+def load_all(load: Loader) -> None:
     load.start()
     load.drain()
     assert load.join(PATIENCE_S), load.failure or load.trouble
@@ -121,10 +121,10 @@ def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_
     reports: list[HourReport] = []
     writer = journal_of(tmp_path / "journal", recording())
     load_all(
-        Load(
+        Loader(
             tmp_path / "journal",
             writer,
-            ParquetStore(LocalArchive(tmp_path / "archive"), 0, reports.append),
+            ParquetSink(LocalArchive(tmp_path / "archive"), 0, reports.append),
             SMALL,
         )
     )
@@ -156,13 +156,13 @@ def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_
 
 def archive_all(folder: Path, writer: Writer, root: Path) -> None:
     """Load a journal into an archive of one shard."""
-    load_all(Load(folder, writer, ParquetStore(LocalArchive(root), 0, lambda _: None), SMALL))
+    load_all(Loader(folder, writer, ParquetSink(LocalArchive(root), 0, lambda _: None), SMALL))
 
 
 class Front:
     """A store before another one; subclasses spoil what they will."""
 
-    def __init__(self, store: ParquetStore | ClickHouseStore) -> None:
+    def __init__(self, store: ParquetSink | ClickHouseSink) -> None:
         self.name, self.datasets = store.name, store.datasets
         self.place, self.remedy = store.place, store.remedy
         self.ledger: Ledger = store.ledger
@@ -187,7 +187,7 @@ class Front:
 class Dying(Front):
     """A store that works, and dies of something that nobody expects at a chosen call."""
 
-    def __init__(self, store: ParquetStore | ClickHouseStore, calls: int, *, after: bool) -> None:
+    def __init__(self, store: ParquetSink | ClickHouseSink, calls: int, *, after: bool) -> None:
         super().__init__(store)
         self._left = calls
         self._after = after
@@ -222,15 +222,15 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
     writer = journal_of(tmp_path / "journal", records, openings=9)
     dice = random.Random(3)
 
-    def store() -> ParquetStore | ClickHouseStore:
+    def store() -> ParquetSink | ClickHouseSink:
         if kind == "parquet":
-            return ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
-        return ClickHouseStore(settings, str(writer.id))
+            return ParquetSink(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
+        return ClickHouseSink(settings, str(writer.id))
 
     deaths = 0
     while True:
         dying = Dying(store(), dice.randint(1, 4 if chunk == 30 else 2), after=dice.random() < 0.5)
-        load = Load(tmp_path / "journal", writer, dying, Pace(dice.randint(5, 90), 0.0, 0.0))
+        load = Loader(tmp_path / "journal", writer, dying, Pace(dice.randint(5, 90), 0.0, 0.0))
         load.start()
         load.drain()
         ended = load.join(PATIENCE_S)
@@ -273,9 +273,9 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
     records = recording()
     writer = journal_of(tmp_path / "journal", records, openings=9)
     store = (
-        ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
+        ParquetSink(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
         if kind == "parquet"
-        else ClickHouseStore(settings, str(writer.id))
+        else ClickHouseSink(settings, str(writer.id))
     )
     faults = [Dying(store, calls, after=calls % 2 == 0) for calls in (1, 2, 3, 4)]
 
@@ -288,11 +288,11 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
         def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
             self._now().begin_hour(hour, books, n)
 
-        def _now(self) -> Dying | ParquetStore | ClickHouseStore:
+        def _now(self) -> Dying | ParquetSink | ClickHouseSink:
             return next((it for it in faults if not it.dead), store)
 
     said = []
-    load = Load(tmp_path / "journal", writer, Faulty(store), SMALL)
+    load = Loader(tmp_path / "journal", writer, Faulty(store), SMALL)
     load.start()
     deadline = time.monotonic() + PATIENCE_S
     while load.lag or load.committed is None or load.trouble:
@@ -321,7 +321,7 @@ class Noting(Front):
     """A store that keeps nothing but how far it is, and notes what it was given."""
 
     def __init__(self, folder: Path, act: Callable[[], None] = lambda: None) -> None:
-        super().__init__(ParquetStore(LocalArchive(folder / "archive"), 0, lambda _: None))
+        super().__init__(ParquetSink(LocalArchive(folder / "archive"), 0, lambda _: None))
         self.writes: list[tuple[int, int, int]] = []
         """(first record, end, rows) of each write."""
         self._act = act
@@ -352,7 +352,7 @@ def test_writes_are_bounded_by_rows_however_few_records_bring_them(tmp_path: Pat
     """Snapshots are a record each, and a hundred rows."""
     writer = journal_of(tmp_path / "journal", snapshots(60, 100))
     store = Noting(tmp_path)
-    load_all(Load(tmp_path / "journal", writer, store, Pace(rows=250, seconds=0.0, first_s=0.0)))
+    load_all(Loader(tmp_path / "journal", writer, store, Pace(rows=250, seconds=0.0, first_s=0.0)))
     writer.close()
     assert sum(rows for *_, rows in store.writes) == 60 * 101 + 2
     assert max(rows for *_, rows in store.writes) <= 250 + 101
@@ -369,7 +369,7 @@ def test_writes_are_bounded_by_the_bytes_that_their_rows_hold(
     writer = journal_of(tmp_path / "journal", records)
     store = Noting(tmp_path)
     pace = Pace(rows=1_000, seconds=60.0, first_s=60.0, bytes=500_000)
-    load_all(Load(tmp_path / "journal", writer, store, pace))
+    load_all(Loader(tmp_path / "journal", writer, store, pace))
     writer.close()
     assert len(store.writes) >= 8
     assert sum(rows for *_, rows in store.writes) == len(records)
@@ -384,7 +384,7 @@ def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
     writer = journal_of(folder, recording(1_200))
     if at != "deriving":
         store = Noting(tmp_path)
-        load_all(Load(folder, writer, store, Pace(rows=10_000, seconds=60.0, first_s=60.0)))
+        load_all(Loader(folder, writer, store, Pace(rows=10_000, seconds=60.0, first_s=60.0)))
         shutil.rmtree(folder / "load" / "hours")
         for state in (folder / "load").glob("*.state"):
             state.unlink()
@@ -395,15 +395,15 @@ def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
         (folder / "load" / "parquet.json").write_text(json.dumps(plan))
     pieces = 0
 
-    def slowly(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+    def slowly(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
         nonlocal pieces
         pieces += 1
         time.sleep(0.05)
-        return derive(decoded, state, shard)
+        return build_rows(decoded, state, shard)
 
     monkeypatch.setattr("kalshi_platform.loading.loader.derive", slowly)
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.derive", slowly)
-    load = Load(folder, writer, Noting(tmp_path), Pace(rows=10_000, seconds=60.0, first_s=60.0))
+    load = Loader(folder, writer, Noting(tmp_path), Pace(rows=10_000, seconds=60.0, first_s=60.0))
     load.start()
     load.drain()
     deadline = time.monotonic() + PATIENCE_S
@@ -431,7 +431,7 @@ def test_a_store_that_is_behind_says_so_by_age_also_while_it_takes_rows(tmp_path
         assert go_on.acquire(timeout=PATIENCE_S)
 
     store = Noting(tmp_path, slowly)
-    load = Load(tmp_path / "journal", writer, store, SMALL)
+    load = Loader(tmp_path / "journal", writer, store, SMALL)
     load.start()
     deadline = time.monotonic() + PATIENCE_S
     while len(store.writes) < 2 or load.committed is None or load.committed.n < store.writes[1][1]:
@@ -461,7 +461,7 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
 ) -> None:
     class Flaky(Front):
         def __init__(self) -> None:
-            super().__init__(ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None))
+            super().__init__(ParquetSink(LocalArchive(tmp_path / "archive"), 0, lambda _: None))
             self.dice = random.Random(1)
 
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
@@ -472,7 +472,7 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
                 raise StoreUnavailable("the answer was lost")
 
     writer = journal_of(tmp_path / "journal", recording(200))
-    load = Load(tmp_path / "journal", writer, Flaky(), SMALL)
+    load = Loader(tmp_path / "journal", writer, Flaky(), SMALL)
     load_all(load)
     writer.close()
     assert archived(tmp_path / "archive", "orderbook_events").height == 203
@@ -492,8 +492,8 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
 
     records = recording(50)
     writer = journal_of(tmp_path / "journal", records)
-    archive = ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
-    load = Load(tmp_path / "journal", writer, Refusing(archive), SMALL)
+    archive = ParquetSink(LocalArchive(tmp_path / "archive"), 0, lambda _: None)
+    load = Loader(tmp_path / "journal", writer, Refusing(archive), SMALL)
     load.start()
     load.drain()
     deadline = time.monotonic() + PATIENCE_S
@@ -541,10 +541,10 @@ def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
     writer = journal_of(tmp_path / "journal", recording(50))
     in_the_way = tmp_path / "journal" / "load" / "parquet.tmp"  # where the cursor is written first
     in_the_way.mkdir(parents=True)
-    load = Load(
+    load = Loader(
         tmp_path / "journal",
         writer,
-        ParquetStore(LocalArchive(tmp_path / "archive"), 0, lambda _: None),
+        ParquetSink(LocalArchive(tmp_path / "archive"), 0, lambda _: None),
         SMALL,
     )
     load.start()
@@ -644,7 +644,9 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
     archive_all(settings.journal_dir(), writer, root)
-    load_all(Load(settings.journal_dir(), writer, ClickHouseStore(settings, str(writer.id)), SMALL))
+    load_all(
+        Loader(settings.journal_dir(), writer, ClickHouseSink(settings, str(writer.id)), SMALL)
+    )
     writer.close()
     shutil.rmtree(settings.journal_dir())
     sealed = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from kalshi_platform.exchange.columnar import decoded
 from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Hole, Position, Stretch
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.journal.reader import JournalRange, LogOffset, LostRange
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.loading.state_files import checkpoint, load, save
 from kalshi_platform.utc_hours import floor_hour
 from kalshi_platform_tests import wire
@@ -27,7 +27,7 @@ SECOND = wire.SECOND
 Lost = set[int]
 
 
-def stretches(records: list[wire.Record], lost: Lost, cuts: list[int]) -> Iterator[Stretch]:
+def stretches(records: list[wire.Record], lost: Lost, cuts: list[int]) -> Iterator[JournalRange]:
     """The records as a journal gives them that has lost some of them."""
     edges = {n for n in range(1, len(records)) if (n in lost) != (n - 1 in lost)}
     for block in wire.blocks(records, [*edges, *cuts]):
@@ -36,15 +36,15 @@ def stretches(records: list[wire.Record], lost: Lost, cuts: list[int]) -> Iterat
             continue
         end = block.first_n + block.rows
         after = next(n for n in range(end, len(records)) if n not in lost)
-        yield Hole(block.first_n, block.rows, records[after][0], Position(0, end, end))
+        yield LostRange(block.first_n, block.rows, records[after][0], LogOffset(0, end, end))
 
 
 def run(
     records: list[wire.Record], lost: Lost, cuts: list[int] | None = None
-) -> tuple[list[Rows], State]:
-    state, out = State(), []
+) -> tuple[list[Rows], BookState]:
+    state, out = BookState(), []
     for stretch in stretches(records, lost, cuts or []):
-        rows, state = derive(decoded(stretch), state)
+        rows, state = build_rows(decoded(stretch), state)
         out.append(rows)
     return out, state
 
@@ -192,7 +192,7 @@ def test_a_connection_whose_end_and_whose_successors_beginning_are_lost() -> Non
 def test_a_journal_that_begins_within_a_connection_is_loaded_and_says_what_it_lacks() -> None:
     """Its older segments are past their retention, and the loads' states are gone."""
     [_, rest] = wire.blocks(recording(), [5])
-    rows, state = derive(decoded(rest), State(n=5))
+    rows, state = build_rows(decoded(rest), BookState(n=5))
     stream = gathered([rows], "stream_events")
     assert [e["kind"] for e in stream][:2] == ["connected", "gap"]
     named = {(g["sid"], g["expected"], g["got"]) for g in gaps([rows]) if not g["market_ticker"]}

@@ -19,8 +19,8 @@ import pytest
 from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import Load
-from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.loading.loader import Loader
+from kalshi_platform.loading.sinks import ClickHouseSink
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.test_clickhouse_faults import assert_each_row_once, make
@@ -216,7 +216,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wr
         yield folder, writer
 
 
-def wait_for(what: Callable[[], object], load: Load) -> None:
+def wait_for(what: Callable[[], object], load: Loader) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not what():
         assert time.monotonic() < deadline, load.failure or load.trouble
@@ -239,7 +239,7 @@ def test_no_lie_about_an_insert_loses_or_doubles_a_row(
     with proxied(clickhouse_url) as (url, plan):
         settings = make(url, clickhouse_database, tmp_path)
         plan.lie = lie
-        load = Load(folder, writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+        load = Loader(folder, writer, ClickHouseSink(settings, str(writer.id)), SMALL)
         load.start()
         if said is not None:
             wait_for(lambda: said in str(load.trouble), load)
@@ -271,7 +271,7 @@ def test_with_its_disk_full_the_cursor_waits_and_with_room_every_row_comes(tmp_p
     with refusing_disk(tmp_path) as (settings, disk):
         folder = tmp_path / "journal"
         writer = journal_of(folder, recording(DELTAS))
-        load = Load(folder, writer, ClickHouseStore(settings, str(writer.id)), SMALL)
+        load = Loader(folder, writer, ClickHouseSink(settings, str(writer.id)), SMALL)
         fill(disk)
         load.start()
         wait_for(lambda: "NOT_ENOUGH_SPACE" in str(load.trouble), load)

@@ -21,9 +21,9 @@ from kalshi_platform.archive import LocalArchive, compaction, hours, part_name, 
 from kalshi_platform.clickhouse import queries
 from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, by_hour
 from kalshi_platform.schema import ANALYTICS
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
@@ -198,10 +198,10 @@ def test_five_minutes_of_an_outage_over_the_hour_are_in_both_hours(settings: Set
         writer = journal_of(settings.journal_dir(), records)
         pace = Pace(rows=40, seconds=0.0, first_s=0.0)
         for store in (
-            ParquetStore(archive, 0, reports.append),
-            ClickHouseStore(settings, str(writer.id)),
+            ParquetSink(archive, 0, reports.append),
+            ClickHouseSink(settings, str(writer.id)),
         ):
-            load_all(Load(settings.journal_dir(), writer, store, pace))
+            load_all(Loader(settings.journal_dir(), writer, store, pace))
         writer.close()
         for compacted in (False, True):
             if compacted:

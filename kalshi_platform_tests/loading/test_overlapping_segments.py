@@ -15,8 +15,8 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import Load
-from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.loading.loader import Loader
+from kalshi_platform.loading.sinks import ParquetSink
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.journal.test_overlapping_segments import follow_the_remedy
 from kalshi_platform_tests.loading.test_loader import SMALL, archived, load_all
@@ -60,8 +60,8 @@ def overlapping(folder: Path, archive: Path, loaded: int) -> None:
     shutil.copy(reader.segment_path(other, SHARED), folder)
 
 
-def load(folder: Path, archive: Path, writer: Writer) -> Load:
-    return Load(folder, writer, ParquetStore(LocalArchive(archive), 0, lambda _: None), SMALL)
+def load(folder: Path, archive: Path, writer: Writer) -> Loader:
+    return Loader(folder, writer, ParquetSink(LocalArchive(archive), 0, lambda _: None), SMALL)
 
 
 @pytest.mark.parametrize("loaded", [0, SHARED + 10])

@@ -27,10 +27,10 @@ from kalshi_platform.archive.parquet import table_of
 from kalshi_platform.clickhouse.client import connect
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.journal import reader
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, PLACE
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.archived import paths, without_records
@@ -64,10 +64,10 @@ def settings(tmp_path: Path, clickhouse_url: str) -> Iterator[Settings]:
     prepare(made)
     writer = journal_of(made.journal_dir(SHARD), recording())
     load_all(
-        Load(
+        Loader(
             made.journal_dir(SHARD),
             writer,
-            ParquetStore(LocalArchive(made.archive_dir), SHARD, lambda _: None),
+            ParquetSink(LocalArchive(made.archive_dir), SHARD, lambda _: None),
             PACE,
             shard=SHARD,
         )
@@ -82,10 +82,10 @@ def settings(tmp_path: Path, clickhouse_url: str) -> Iterator[Settings]:
 def loaded_into_clickhouse(settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(SHARD).with_name("again"), recording())
     load_all(
-        Load(
+        Loader(
             settings.journal_dir(SHARD).with_name("again"),
             writer,
-            ClickHouseStore(settings, str(writer.id)),
+            ClickHouseSink(settings, str(writer.id)),
             PACE,
             shard=SHARD,
         )

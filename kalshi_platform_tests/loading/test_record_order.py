@@ -26,9 +26,9 @@ from kalshi_platform.clickhouse.client import Client, connect, insert_arrow
 from kalshi_platform.exchange.book import delta_change, snapshot_ladder
 from kalshi_platform.exchange.frames import decode_delta, decode_snapshot
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore, by_hour
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, by_hour
 from kalshi_platform.quality import continuity
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
 from kalshi_platform.settings import Settings
@@ -153,7 +153,7 @@ def test_a_trade_and_the_deltas_of_one_read_have_an_order_in_the_archive(tmp_pat
     settings = settings_for("http://127.0.0.1:1", "none", kalshi_data_dir=tmp_path)
     writer = journal_of(settings.journal_dir(), records)
     archive = LocalArchive(settings.archive_dir)
-    load_all(Load(settings.journal_dir(), writer, ParquetStore(archive, 0, lambda _: None), PACE))
+    load_all(Loader(settings.journal_dir(), writer, ParquetSink(archive, 0, lambda _: None), PACE))
     writer.close()
     columns = ["shard", "record", "sid", "seq"]
     both = [
@@ -247,10 +247,10 @@ def test_late_deltas_reach_the_book_of_the_hour_that_the_clock_had_left(
     writer = journal_of(settings.journal_dir(), over_the_hour())
     archive = LocalArchive(settings.archive_dir)
     for store in (
-        ParquetStore(archive, 0, lambda _: None),
-        ClickHouseStore(settings, str(writer.id)),
+        ParquetSink(archive, 0, lambda _: None),
+        ClickHouseSink(settings, str(writer.id)),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, PACE))
+        load_all(Loader(settings.journal_dir(), writer, store, PACE))
     writer.close()
     assert hours.is_sealed(archive, HOUR - ONE_HOUR)
     assert hours.is_sealed(archive, HOUR)
@@ -286,13 +286,13 @@ def test_a_load_that_dies_at_any_step_keeps_each_checkpoint_of_a_set_back_clock_
     archive = LocalArchive(settings.archive_dir)
     deaths = 0
     while True:
-        store: ParquetStore | ClickHouseStore = (
-            ParquetStore(archive, 0, lambda _: None)
+        store: ParquetSink | ClickHouseSink = (
+            ParquetSink(archive, 0, lambda _: None)
             if kind == "parquet"
-            else ClickHouseStore(settings, str(writer.id))
+            else ClickHouseSink(settings, str(writer.id))
         )
         dying = Dying(store, dice.randint(1, 2), after=dice.random() < 0.5)
-        load = Load(settings.journal_dir(), writer, dying, Pace(dice.randint(2, 9), 0.0, 0.0))
+        load = Loader(settings.journal_dir(), writer, dying, Pace(dice.randint(2, 9), 0.0, 0.0))
         load.start()
         load.drain()
         load.join(DATABASE_TIMEOUT_S)

@@ -33,10 +33,10 @@ from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.ledger import Entry
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import restore as module
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refusals, restore
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import floor_hour
@@ -71,10 +71,10 @@ def recorded(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
     prepare(settings)
     writer = journal_of(settings.journal_dir(), recording())
     for store in (
-        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
-        ClickHouseStore(settings, str(writer.id)),
+        ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ClickHouseSink(settings, str(writer.id)),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, SMALL))
+        load_all(Loader(settings.journal_dir(), writer, store, SMALL))
     writer.close()
     return settings
 
@@ -317,9 +317,9 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
     records = recording()
     writer = journal_of(settings.journal_dir(), records[:60])
 
-    def hot() -> Load:
-        store = ClickHouseStore(settings, str(writer.id))
-        return Load(settings.journal_dir(), writer, store, SMALL)
+    def hot() -> Loader:
+        store = ClickHouseSink(settings, str(writer.id))
+        return Loader(settings.journal_dir(), writer, store, SMALL)
 
     load_all(hot())
     lost = rows_of(settings)
@@ -328,8 +328,8 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
         writer.append(*record)
     writer.hand_over()
     assert writer.wait_durable(len(records), PATIENCE_S)
-    cold = ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None)
-    load_all(Load(settings.journal_dir(), writer, cold, SMALL))
+    cold = ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
+    load_all(Loader(settings.journal_dir(), writer, cold, SMALL))
     done = restore(settings, LocalArchive(settings.archive_dir), (FIRST_HOUR, FIRST_HOUR), quiet)
     assert rows_of(settings) == lost
     assert sum(it.left for it in done) > 0
@@ -380,13 +380,13 @@ def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
     writer = journal_of(settings.journal_dir(), records[:5])
     pace = Pace(rows=25, seconds=0.0, first_s=0.0)
     slow = Pace(rows=25, seconds=0.4, first_s=0.4)
-    cold = Load(
+    cold = Loader(
         settings.journal_dir(),
         writer,
-        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
         pace,
     )
-    hot = Load(settings.journal_dir(), writer, ClickHouseStore(settings, str(writer.id)), slow)
+    hot = Loader(settings.journal_dir(), writer, ClickHouseSink(settings, str(writer.id)), slow)
     cold.start()
     hot.start()
     over = threading.Event()

@@ -16,8 +16,8 @@ from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading import book_state as books
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import Rows, derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.properties import examples
 
@@ -103,10 +103,10 @@ def _snapshotted_on(script: Script, ticker: str) -> bool:
     )
 
 
-def run(records: list[wire.Record], cuts: list[int]) -> tuple[list[Rows], State]:
-    state, out = State(), []
+def run(records: list[wire.Record], cuts: list[int]) -> tuple[list[Rows], BookState]:
+    state, out = BookState(), []
     for block in wire.blocks(records, cuts):
-        rows, state = derive(decode([block]), state)
+        rows, state = build_rows(decode([block]), state)
         out.append(rows)
     return out, state
 

@@ -20,10 +20,10 @@ from kalshi_platform.archive.hours import HourReport
 from kalshi_platform.clickhouse import client
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.loader import Loader
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.restore import restore
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.schema import DATASETS
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
@@ -118,18 +118,18 @@ class Shard:
         assert writer.wait_durable(writer.next_n, PATIENCE_S)
         return writer
 
-    def store(self) -> ParquetStore:
+    def store(self) -> ParquetSink:
         root, journals = self.settings.archive_dir, self.settings.journals_dir
-        return ParquetStore(LocalArchive(root), self.number, self.reports.append, journals)
+        return ParquetSink(LocalArchive(root), self.number, self.reports.append, journals)
 
     def load(self, writer: Writer) -> None:
-        load_all(Load(self.folder, writer, self.store(), SMALL, shard=self.number))
+        load_all(Loader(self.folder, writer, self.store(), SMALL, shard=self.number))
 
     def heat(self) -> None:
         """Bring the journal to ClickHouse."""
         writer = Writer(self.folder)
-        store = ClickHouseStore(self.settings, str(writer.id))
-        load_all(Load(self.folder, writer, store, SMALL, shard=self.number))
+        store = ClickHouseSink(self.settings, str(writer.id))
+        load_all(Loader(self.folder, writer, store, SMALL, shard=self.number))
         writer.close()
 
     def sealed(self) -> list[datetime]:
@@ -199,13 +199,13 @@ def test_a_shard_that_rests_holds_nothing_and_what_waited_for_it_is_sealed_with_
     stops.record(life(1, "B-2", 0, 60))
     store = lives.store()
     writer = lives.writer(life(0, "A-1", 0, 150))
-    load_all(Load(lives.folder, writer, store, SMALL))
+    load_all(Loader(lives.folder, writer, store, SMALL))
     assert lives.sealed() == []
     stops.store().drained(seal=False)
     writer.append(at(151), wire.conn_id(10), Kind.DELTA, wire.delta("A-1", 152, "yes", 100, 3))
     writer.hand_over()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
-    load_all(Load(lives.folder, writer, store, SMALL))
+    load_all(Loader(lives.folder, writer, store, SMALL))
     assert lives.sealed() == [FIRST_HOUR]
     writer.close()
 
@@ -215,7 +215,7 @@ def test_a_shard_drained_last_seals_what_waited_for_it(settings: Settings) -> No
     writer = former.writer(life(1, "B-2", 0, 60))
     lives.record(life(0, "A-1", 0, 150))
     store = former.store()
-    load_all(Load(former.folder, writer, store, SMALL, shard=former.number))
+    load_all(Loader(former.folder, writer, store, SMALL, shard=former.number))
     store.drained(seal=True)
     assert former.sealed() == [FIRST_HOUR]
     writer.close()
@@ -229,13 +229,13 @@ def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_come
     store = shard.store()
     writer = shard.writer(life(0, "A-1", 0, 150))
     with LocalArchive(settings.archive_dir).changing():
-        load_all(Load(shard.folder, writer, store, SMALL))
+        load_all(Loader(shard.folder, writer, store, SMALL))
         assert archived(settings.archive_dir, "orderbook_events").height == 150 + 2
         assert shard.sealed() == []
     writer.append(*wire.started(at(151)))
     writer.hand_over()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
-    load_all(Load(shard.folder, writer, store, SMALL))
+    load_all(Loader(shard.folder, writer, store, SMALL))
     assert shard.sealed() == [FIRST_HOUR]
     writer.close()
 
@@ -299,8 +299,8 @@ LOADING = """
 import sys
 from pathlib import Path
 from kalshi_platform import settings as platform_settings
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.sinks import ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.sinks import ParquetSink
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.archive import LocalArchive
 data, shard = Path(sys.argv[1]), int(sys.argv[2])
@@ -309,9 +309,9 @@ folder = settings.journal_dir(shard)
 def told(report):
     if report.complete:
         print(f"{report.hour:%Y-%m-%d %H}")
-store = ParquetStore(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
+store = ParquetSink(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
 writer = Writer(folder)
-load = Load(folder, writer, store, Pace(rows=60, seconds=0.0, first_s=0.0), shard=shard)
+load = Loader(folder, writer, store, Pace(rows=60, seconds=0.0, first_s=0.0), shard=shard)
 load.start()
 load.drain()
 assert load.join(120), load.failure or load.trouble

@@ -13,19 +13,19 @@ import pytest
 from kalshi_platform.exchange.columnar import Decoded
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import Block, Position
+from kalshi_platform.journal.reader import LogOffset, RecordRange
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import shared_rows
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import Rows, derive
-from kalshi_platform.loading.shared_rows import Derivation, chunks, up_to
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import Rows, build_rows
+from kalshi_platform.loading.shared_rows import SharedRows, chunks, up_to
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, journal_of, recording
 
 
 def follow(
-    shared: Derivation, name: str, at: tuple[Position, State], limit: Position, steps: int
-) -> tuple[tuple[Position, State], list[dict[str, object]]]:
+    shared: SharedRows, name: str, at: tuple[LogOffset, BookState], limit: LogOffset, steps: int
+) -> tuple[tuple[LogOffset, BookState], list[dict[str, object]]]:
     """So many steps of one load, and the event rows that it got."""
     rows: list[dict[str, object]] = []
     for step in shared.steps(name, at[0], at[1], limit):
@@ -47,7 +47,7 @@ def test_loads_that_take_turns_in_any_way_get_the_same_rows(
     monkeypatch.setattr(shared_rows, "KEPT_STEPS", dice.choice((2, 4, 8)))
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(600, dice.choice((1.0, 60.0))), dice.randint(1, 40))
-    start = (reader.beginning(folder), State())
+    start = (reader.beginning(folder), BookState())
     _, alone = follow(joined(folder, "alone"), "alone", start, writer.durable, -1)
     shared = joined(folder, "hot", "cold")
     at = {"hot": start, "cold": start}
@@ -69,7 +69,7 @@ def test_a_load_that_comes_to_the_same_place_derives_nothing_again(
     writer = journal_of(folder, recording(200))
     derived = counted(monkeypatch)
     shared = joined(folder, "hot", "cold")
-    at = {name: (reader.beginning(folder), State()) for name in ("hot", "cold")}
+    at = {name: (reader.beginning(folder), BookState()) for name in ("hot", "cold")}
     while at["cold"][0].n < writer.durable.n:
         for name in ("hot", "cold"):
             at[name], _ = follow(shared, name, at[name], writer.durable, 1)
@@ -86,7 +86,7 @@ def test_a_load_that_was_behind_meets_the_other_again(
     records = recording(600)
     derived = counted(monkeypatch)
     shared = joined(folder, "hot", "cold")
-    at: dict[str, tuple[Position, State]] = {}
+    at: dict[str, tuple[LogOffset, BookState]] = {}
     for n, record in enumerate(records):
         writer.append(*record)
         if n % 17:
@@ -95,7 +95,7 @@ def test_a_load_that_was_behind_meets_the_other_again(
         assert writer.wait_durable(n + 1, PATIENCE_S)
         behind = n < 300
         for name in ("hot",) if behind else ("cold", "hot"):
-            at.setdefault(name, (reader.beginning(folder), State()))
+            at.setdefault(name, (reader.beginning(folder), BookState()))
             at[name], _ = follow(shared, name, at[name], writer.durable, -1)
     writer.close()
     late = [first_n for first_n in derived if first_n > 400]
@@ -148,13 +148,13 @@ def cost(record: dict[str, object]) -> tuple[int, int]:
     return 1 + levels, len(frame)
 
 
-def blocks(stretches: Iterator[reader.Stretch]) -> Iterator[Block]:
+def blocks(stretches: Iterator[reader.JournalRange]) -> Iterator[RecordRange]:
     for it in stretches:
-        assert isinstance(it, Block)
+        assert isinstance(it, RecordRange)
         yield it
 
 
-def frames_of(found: list[Block]) -> list[tuple[int, bytes]]:
+def frames_of(found: list[RecordRange]) -> list[tuple[int, bytes]]:
     return [
         (record["recv_ns"], record["frame"])
         for block in found
@@ -171,18 +171,18 @@ def test_a_load_that_is_held_up_in_a_derivation_holds_up_no_other(
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(300))
     shared = joined(folder, "slow", "quick")
-    start = (reader.beginning(folder), State())
+    start = (reader.beginning(folder), BookState())
     at = {"slow": start, "quick": start}
     at["slow"], _ = (
         follow(shared, "slow", start, writer.durable, ahead or -1) if ahead else (start, [])
     )
     held, go_on = threading.Event(), threading.Event()
 
-    def deriving(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+    def deriving(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
         if threading.current_thread().name.startswith("slow"):
             held.set()
             assert go_on.wait(PATIENCE_S)
-        return derive(decoded, state, shard)
+        return build_rows(decoded, state, shard)
 
     monkeypatch.setattr(shared_rows, "derive", deriving)
     with ThreadPoolExecutor(1, thread_name_prefix="slow") as threads:
@@ -209,13 +209,13 @@ def test_what_is_kept_for_other_loads_is_bounded_by_its_bytes(
     for at_most, kept in ((64 << 20, shared_rows.KEPT_STEPS), (1, 1)):
         monkeypatch.setattr(shared_rows, "KEPT_BYTES", at_most)
         shared = joined(folder, "hot", "cold")
-        follow(shared, "hot", (reader.beginning(folder), State()), writer.durable, -1)
+        follow(shared, "hot", (reader.beginning(folder), BookState()), writer.durable, -1)
         assert len(shared._kept) == kept
     writer.close()
 
 
-def joined(folder: Path, *loads: str) -> Derivation:
-    shared = Derivation(folder)
+def joined(folder: Path, *loads: str) -> SharedRows:
+    shared = SharedRows(folder)
     for load in loads:
         shared.joins(load)
     return shared
@@ -225,9 +225,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first records of all that is derived from now on."""
     derived: list[int] = []
 
-    def counting(decoded: Decoded, state: State, shard: int) -> tuple[Rows, State]:
+    def counting(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
         derived.append(decoded.first_n)
-        return derive(decoded, state, shard)
+        return build_rows(decoded, state, shard)
 
     monkeypatch.setattr(shared_rows, "derive", counting)
     return derived

@@ -12,8 +12,8 @@ import pytest
 
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.loading import state_files
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform_tests import wire
 
 
@@ -30,9 +30,9 @@ def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
 
     monkeypatch.setattr(Path, "replace", replace_when_both_have_written)
     with ThreadPoolExecutor(2) as loads:
-        for saved in [loads.submit(state_files.save, State(), path) for _ in range(2)]:
+        for saved in [loads.submit(state_files.save, BookState(), path) for _ in range(2)]:
             saved.result()
-    assert state_files.load(path).n == State().n
+    assert state_files.load(path).n == BookState().n
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -69,7 +69,7 @@ def test_a_state_that_an_earlier_version_kept_is_read(tmp_path: Path) -> None:
     assert after.levels.sort(after.levels.columns).equals(before.levels.sort(before.levels.columns))
 
 
-def some_state() -> State:
+def some_state() -> BookState:
     """Of some books, one of which is empty."""
     conn, other = wire.conn_id(1), wire.conn_id(2)
     records: list[wire.Record] = [
@@ -79,6 +79,6 @@ def some_state() -> State:
         (wire.NOON_NS, conn, 1, wire.delta("B-2", 3, "no", 5_000, 12)),
         (wire.NOON_NS, other, 1, wire.delta("C-3", 4, "no", 5_000, 12)),
     ]
-    _, after = derive(decode(wire.blocks(records)), State())
+    _, after = build_rows(decode(wire.blocks(records)), BookState())
     assert after.levels.height == 5
     return after

@@ -21,10 +21,10 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.archive import LocalArchive
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.journal import journal_identity
-from kalshi_platform.journal.reader import Position
+from kalshi_platform.journal.reader import LogOffset
 from kalshi_platform.loading import state_files
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.loader import Load
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.loader import Loader
 from kalshi_platform_tests.clickhouse.tables import prepare
 from kalshi_platform_tests.loading.recorder import (
     KINDS,
@@ -178,17 +178,17 @@ def test_a_load_without_cursor_begins_at_the_newest_kept_state(
     recorder.run()
     (recorder.folder / "load" / f"{kind}.json").unlink()
     recorder.kinds = [kind]  # the other load reads its own
-    state_files.keep_hour_state(State(n=1), recorder.folder, datetime(2026, 1, 1, tzinfo=UTC))
+    state_files.keep_hour_state(BookState(n=1), recorder.folder, datetime(2026, 1, 1, tzinfo=UTC))
     read = counting(monkeypatch)
     began: dict[str, int] = {}
-    before = Load._books_before
+    before = Loader._books_before
 
-    def books_before(load: Load, n: int, cursor: object) -> tuple[State, Position]:
+    def books_before(load: Loader, n: int, cursor: object) -> tuple[BookState, LogOffset]:
         state, position = before(load, n, cursor)  # type: ignore[arg-type]
         began[load.name] = n - position.n
         return state, position
 
-    monkeypatch.setattr(Load, "_books_before", books_before)
+    monkeypatch.setattr(Loader, "_books_before", books_before)
     recorder.run()
     assert began[kind] == 0
     assert len(read) == 1
@@ -204,7 +204,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     load = state_files.load
 
-    def loaded(*args: Any, **options: Any) -> State:
+    def loaded(*args: Any, **options: Any) -> BookState:
         state = load(*args, **options)
         read.append(state.n)
         return state
@@ -225,10 +225,10 @@ def test_of_the_kept_states_one_is_read_and_the_next_where_it_is_damaged(
         (13, "ours", False),
     ):
         paths[n] = tmp_path / "load" / f"parquet-{n:015d}.state"
-        state = State(n=n, partial=frozenset({"known in part"} if partial else ()))
+        state = BookState(n=n, partial=frozenset({"known in part"} if partial else ()))
         state_files.save(state, paths[n], start)
     for n in (3, 7, 12):
-        state_files.keep_hour_state(State(n=n), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
+        state_files.keep_hour_state(BookState(n=n), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
         (paths[n],) = state_files.hour_folder(tmp_path).glob(f"*-{n:015d}.state")
     read = counting(monkeypatch)
     for damaged, newest in ((None, 9), (9, 7), (7, 5), (5, None)):

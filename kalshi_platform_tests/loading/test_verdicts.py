@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.exchange.test_session import subscribed
 from kalshi_platform_tests.properties import examples
@@ -29,7 +29,7 @@ class Recording:
 
     use_yes_price: bool = False
     records: list[wire.Record] = field(default_factory=list)
-    state: State = field(default_factory=State)
+    state: BookState = field(default_factory=BookState)
     rows: list[dict[str, object]] = field(default_factory=list)
     """The stream_events so far."""
     seq: int = 0
@@ -56,7 +56,7 @@ class Recording:
         while self.records[self.state.n :]:
             found = wire.blocks(self.records)[0].cut(self.state.n)[1] if self.state.n else None
             blocks = [found] if found is not None else wire.blocks(self.records)
-            rows, self.state = derive(decode(blocks), self.state)
+            rows, self.state = build_rows(decode(blocks), self.state)
             self.rows += rows.tables["stream_events"].to_pylist()
             for it in rows.distrusted:
                 self.session.distrust(it.market_ticker, it.cause, dict(it.detail))

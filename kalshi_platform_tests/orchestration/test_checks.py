@@ -30,9 +30,9 @@ from kalshi_platform.archive import LocalArchive
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.loader import Load, Pace
+from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.orchestration import checks
 from kalshi_platform.orchestration.recorded_tables import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
@@ -101,10 +101,10 @@ def record(settings: Settings, records: Sequence[wire.Record]) -> None:
     """Record into the settings' journal, and load that into both stores."""
     writer = journal_of(settings.journal_dir(), records)
     for store in (
-        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
-        ClickHouseStore(settings, str(writer.id)),
+        ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ClickHouseSink(settings, str(writer.id)),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, PACE))
+        load_all(Loader(settings.journal_dir(), writer, store, PACE))
     writer.close()
 
 

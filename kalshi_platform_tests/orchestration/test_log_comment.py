@@ -14,7 +14,7 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.clickhouse.client import Client, called_by, connect, insert_arrow
-from kalshi_platform.loading.sinks import ClickHouseStore
+from kalshi_platform.loading.sinks import ClickHouseSink
 from kalshi_platform.orchestration.resources import KalshiResource
 
 HOUR = "2026-11-02-03:00"
@@ -122,7 +122,7 @@ def test_the_streamers_own_thread_writes_with_the_ids_of_the_run_that_made_it(
             " ENGINE = Memory"
         )
     with called_by(lambda: {"run_id": "abc", "shard": "1"}):
-        store = ClickHouseStore(settings, "journal", "streamer shard 1")
+        store = ClickHouseSink(settings, "journal", "streamer shard 1")
     rows = pa.table({"n": pa.array([1], pa.uint8())})
     thread = threading.Thread(target=lambda: store._insert("trades", rows, "token"))
     thread.start()
@@ -148,7 +148,7 @@ def test_an_insert_with_a_comment_of_its_own_is_named_too(platform: KalshiResour
 def test_settings_of_a_scope_do_not_outlive_it() -> None:
     settings = platform_settings.load(_env_file=None)
     with called_by(lambda: {"run_id": "abc"}):
-        store = ClickHouseStore(settings, "journal", "inside")
-    after = ClickHouseStore(settings, "journal", "outside")
+        store = ClickHouseSink(settings, "journal", "inside")
+    after = ClickHouseSink(settings, "journal", "outside")
     assert json.loads(store._log_comment)["run_id"] == "abc"
     assert after._log_comment == "outside"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.quality import book_audit
 from kalshi_platform_tests import wire
 
@@ -26,9 +26,9 @@ def recent(*later: wire.Record) -> book_audit.Recent:
         (early, conn, Kind.SNAPSHOT, wire.snapshot("B-2", 2, {1_000: 500}, {})),
         *later,
     ]
-    seen, state = book_audit.Recent(), State()
+    seen, state = book_audit.Recent(), BookState()
     for block in wire.blocks(records, range(1, len(records))):
-        rows, state = derive(decode([block]), state)
+        rows, state = build_rows(decode([block]), state)
         seen.saw(rows, state)
     return seen
 

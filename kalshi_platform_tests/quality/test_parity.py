@@ -14,8 +14,8 @@ import pytest
 from kalshi_platform.archive import LocalArchive
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.loading import hot_hour
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.quality import continuity, parity
 from kalshi_platform.quality.parity import Parity, compare_hours
 from kalshi_platform.schema import DATASETS
@@ -46,10 +46,10 @@ def client(settings: Settings) -> Iterator[Client]:
             emptying.command(f"TRUNCATE TABLE {name}")
     writer = journal_of(settings.journal_dir(), recording())
     for store in (
-        ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None),
-        ClickHouseStore(settings, str(writer.id)),
+        ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
+        ClickHouseSink(settings, str(writer.id)),
     ):
-        load_all(Load(settings.journal_dir(), writer, store, PACE))
+        load_all(Loader(settings.journal_dir(), writer, store, PACE))
     writer.close()
     with closing(connect(settings)) as client:
         yield client

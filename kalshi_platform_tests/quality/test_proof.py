@@ -21,9 +21,9 @@ from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.commands.main import main
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.shared_rows import SharedRows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.quality import tally_journal
 from kalshi_platform.quality.proof import CLICKHOUSE, PARQUET, Counts, Proof, prove
 from kalshi_platform.schema import DATASETS
@@ -65,10 +65,10 @@ def record(
     folder = settings.journal_dir(shard)
     writer = journal_of(folder, records, openings)
     for store in (
-        ParquetStore(LocalArchive(settings.archive_dir), shard, lambda _: None),
-        ClickHouseStore(settings, str(writer.id), shard=shard),
+        ParquetSink(LocalArchive(settings.archive_dir), shard, lambda _: None),
+        ClickHouseSink(settings, str(writer.id), shard=shard),
     ):
-        load_all(Load(folder, writer, store, PACE, derivation=Derivation(folder, shard)))
+        load_all(Loader(folder, writer, store, PACE, derivation=SharedRows(folder, shard)))
     writer.close()
 
 
@@ -244,7 +244,7 @@ def test_what_is_not_loaded_yet_is_not_compared(settings: Settings, client: Clie
     records = recording(120)
     folder = settings.journal_dir()
     writer = journal_of(folder, records[:50])
-    load_all(Load(folder, writer, ClickHouseStore(settings, str(writer.id)), PACE))
+    load_all(Loader(folder, writer, ClickHouseSink(settings, str(writer.id)), PACE))
     later = wire.conn_id(2)
     at = records[-1][0] + wire.SECOND
     records.append(wire.connected(later, at))
@@ -255,8 +255,8 @@ def test_what_is_not_loaded_yet_is_not_compared(settings: Settings, client: Clie
         writer.append(*one)
     writer.hand_over()
     assert writer.wait_durable(len(records), PATIENCE_S)
-    cold = ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None)
-    load_all(Load(folder, writer, cold, PACE))
+    cold = ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
+    load_all(Loader(folder, writer, cold, PACE))
     writer.close()
     found = proved(settings)
     assert found.verdict == "whole"

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from kalshi_platform.commands import doctor
-from kalshi_platform.exchange.auxiliary_channel import TRADES, Lost
+from kalshi_platform.exchange.auxiliary_channel import TRADES, MissedFrames
 from kalshi_platform.exchange.errors import CredentialsError, ProtocolError
 from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.rest import RestClient
@@ -31,10 +31,10 @@ from kalshi_platform.recorder import (
     upkeep,
 )
 from kalshi_platform.recorder.background import Tasks
-from kalshi_platform.recorder.capture import Loss
+from kalshi_platform.recorder.capture import MissedSpan
 from kalshi_platform.recorder.market_selection import Look, Watchlist, _TickerFile
 from kalshi_platform.recorder.streamer import Streamer
-from kalshi_platform.recorder.universe import Roster, Wish
+from kalshi_platform.recorder.universe import MarketSelection, Universe
 from kalshi_platform.recorder.upkeep import Upkeep
 from kalshi_platform_tests.commands.test_doctor import checked
 from kalshi_platform_tests.commands.test_doctor import report as doctor_report
@@ -53,7 +53,7 @@ __all__ = ["settings_for"]
 SOUGHT = (
     (upkeep, (Upkeep,)),
     (market_selection, (Watchlist, Look, _TickerFile)),
-    (universe, (Roster, Wish)),
+    (universe, (Universe, MarketSelection)),
     (trade_backfill, ()),
     (book_audit, (book_audit.Recent,)),
 )
@@ -83,12 +83,12 @@ LEFT_OUT = {
         "_TickerFile._read",
         "_TickerFile._look",
         "_reason",
-        "Roster.rename",
+        "Universe.rename",
     ),
     # of a channel that the stream has not missed anything of
     "Watchlist.unsettle",
     # what is done about a failure, and only then
-    *("Watchlist.ask_again", "Roster.ask_again"),
+    *("Watchlist.ask_again", "Universe.ask_again"),
 }
 
 
@@ -201,8 +201,8 @@ def _provoke(it: Streamer) -> bool:
     assert keeper is not None
     assert keeper._session is not None
     now_ns = time.time_ns()
-    lost = Lost(TRADES, 2, 0.0, 0.0, "connection")
-    loss = Loss(lost, bytes(16), now_ns - 10**9, now_ns, frozenset(keeper._session.tickers))
+    lost = MissedFrames(TRADES, 2, 0.0, 0.0, "connection")
+    loss = MissedSpan(lost, bytes(16), now_ns - 10**9, now_ns, frozenset(keeper._session.tickers))
     events = [
         LifeEvent("KXFED-00-OLD", "created", 1, 2, {"event_ticker": "KXFED-00"}),
         LifeEvent("KXNOT-00-OURS", "created", 1, 2, {"event_ticker": "KXNOT-00"}),

@@ -23,8 +23,8 @@ from kalshi_platform.exchange.signing import Credentials, Ed25519Signer, load_si
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading.book_state import State
-from kalshi_platform.loading.rows import derive
+from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.recorder.capture import Capture
 from kalshi_platform.simulator.server import Simulator
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
@@ -255,9 +255,9 @@ def test_an_exchange_that_ignores_use_yes_price_is_read_as_it_sends(
     assert (first["use_yes_price"], first["asked_yes_price"]) == (False, False)
     assert (second["use_yes_price"], second["asked_yes_price"]) == (True, False)
     assert [gap["cause"] for gap in notes(tmp_path, "gap") if "cause" in gap] == ["scale"]
-    state = State()
+    state = BookState()
     for block in reader.blocks(tmp_path, reader.beginning(tmp_path)):
-        _, state = derive(decode([block]), state)
+        _, state = build_rows(decode([block]), state)
     crossed = state.levels.group_by("market_ticker", "side").agg(pl.col("price").max())
     best = crossed.group_by("market_ticker").agg(pl.col("price").sum())
     assert best.height

@@ -22,7 +22,12 @@ from kalshi_platform.exchange.frames import LifeEvent
 from kalshi_platform.exchange.items import Tell
 from kalshi_platform.recorder import universe as rules
 from kalshi_platform.recorder.market_selection import REFRESH_S, RELIST_S, Watchlist
-from kalshi_platform.recorder.universe import JOIN_BEFORE_S, LEAVE_AFTER_S, Roster, Wish
+from kalshi_platform.recorder.universe import (
+    JOIN_BEFORE_S,
+    LEAVE_AFTER_S,
+    MarketSelection,
+    Universe,
+)
 
 NOW = 1_790_000_000.0
 HOUR = 3_600.0
@@ -58,8 +63,8 @@ def created(ticker: str, opens: float, closes: float) -> LifeEvent:
     )
 
 
-def roster(*markets: Market, **wish: Any) -> Roster:
-    made = Roster(Wish(**(wish or {"series": ("KXA",)})))
+def roster(*markets: Market, **wish: Any) -> Universe:
+    made = Universe(MarketSelection(**(wish or {"series": ("KXA",)})))
     made.listed(markets, NOW)
     made.as_of_s = NOW
     return made

@@ -33,8 +33,7 @@ from kalshi_platform.errors import PlatformError
 from kalshi_platform.exchange.book import Book, delta_change
 from kalshi_platform.exchange.frames import decode_delta, decode_head, decode_snapshot
 from kalshi_platform.exchange.numbers import contracts, dollars
-from kalshi_platform.health import health_report
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import health_report, verdict
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.recorder.streamer import Health, Streamer
@@ -619,9 +618,9 @@ def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_ag
     settings = settings_for(start_simulator(markets=4, rate=50.0), use_clickhouse=False)
     started: list[subprocess.Popen[bytes]] = []
 
-    def judged(later_s: float = 0.0) -> freshness.Judgement:
+    def judged(later_s: float = 0.0) -> verdict.Judgement:
         report = health_report.read(settings.journal_dir())
-        return freshness.judge(report, None, datetime.now(UTC) + timedelta(seconds=later_s))
+        return verdict.judge(report, None, datetime.now(UTC) + timedelta(seconds=later_s))
 
     def command(sentence: str) -> list[str]:
         found = re.search(r"`([a-z][^`]+)`", sentence)
@@ -645,7 +644,7 @@ def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_ag
     try:
         stream(["kalshi-platform", "stream"])
         started[-1].send_signal(signal.SIGSTOP)
-        hangs = judged(later_s=freshness.ALERTS.report_s + 1)
+        hangs = judged(later_s=verdict.ALERTS.report_s + 1)
         assert hangs.cause == "streamer hangs"
         subprocess.run(command(hangs.sentence), check=True)
         assert started[-1].wait(30) == -signal.SIGKILL
@@ -653,8 +652,8 @@ def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_ag
         stream(["kalshi-platform", "stream"])  # what the supervisor does
         started[-1].send_signal(signal.SIGTERM)
         assert started[-1].wait(30) == 0
-        stopped = judged(later_s=freshness.ALERTS.stopped_s + 1)
-        assert (stopped.cause, stopped.verdict) == ("stopped", freshness.Verdict.WARN)
+        stopped = judged(later_s=verdict.ALERTS.stopped_s + 1)
+        assert (stopped.cause, stopped.verdict) == ("stopped", verdict.Verdict.WARN)
         stream(command(stopped.sentence))
     finally:
         for process in started:

@@ -11,22 +11,22 @@ import msgspec
 import pytest
 
 from kalshi_platform.exchange.answers import Trade
-from kalshi_platform.exchange.auxiliary_channel import TRADES, Lost
+from kalshi_platform.exchange.auxiliary_channel import TRADES, MissedFrames
 from kalshi_platform.exchange.frames import decode_trade
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.recorder import trade_backfill
-from kalshi_platform.recorder.capture import RECENT_TRADES, Loss
+from kalshi_platform.recorder.capture import RECENT_TRADES, MissedSpan
 from kalshi_platform.recorder.trade_backfill import Memory, ask, missed, remembered
 from kalshi_platform_tests import wire
 
 SINCE = wire.NOON_NS
 
 
-def loss(seconds: float = 5.0, *tickers: str) -> Loss:
-    lost = Lost(TRADES, 3, 0.0, seconds, "sequence", 2)
+def loss(seconds: float = 5.0, *tickers: str) -> MissedSpan:
+    lost = MissedFrames(TRADES, 3, 0.0, seconds, "sequence", 2)
     until = SINCE + int(seconds * wire.SECOND)
-    return Loss(lost, wire.conn_id(1), SINCE, until, frozenset(tickers or ("A-1",)))
+    return MissedSpan(lost, wire.conn_id(1), SINCE, until, frozenset(tickers or ("A-1",)))
 
 
 class Rest:
@@ -52,7 +52,7 @@ class Rest:
             yield msgspec.json.decode(json.dumps(sent), type=Trade), json.dumps(sent).encode()
 
 
-def find(rest: Rest, of: Loss, recent: list[tuple[int, bytes]]) -> trade_backfill.Found:
+def find(rest: Rest, of: MissedSpan, recent: list[tuple[int, bytes]]) -> trade_backfill.Found:
     return missed(ask(rest, of), of, recent)  # type: ignore[arg-type]
 
 

@@ -30,8 +30,7 @@ import msgspec
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.embedded_clickhouse import running as clickhouse
 from kalshi_platform.exchange.connection import LIVENESS_S
-from kalshi_platform.health import incidents
-from kalshi_platform.health import verdict as freshness
+from kalshi_platform.health import incidents, verdict
 from kalshi_platform.health.incidents import Event, Ledger, Mailbox, Notice
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.loader import PARQUET_PACE
@@ -57,8 +56,8 @@ Say = Callable[[str], None]
 class Times:
     """What is promised: how long what may be wrong before it counts, and how often it is looked at."""
 
-    profile: freshness.Profile = freshness.ALERTS
-    behind_s: Mapping[str, float] = field(default_factory=lambda: dict(freshness.BEHIND_S))
+    profile: verdict.Profile = verdict.ALERTS
+    behind_s: Mapping[str, float] = field(default_factory=lambda: dict(verdict.BEHIND_S))
     error_s: float = alerts.FEED_ERROR_S
     warn_s: float = alerts.FEED_WARN_S
     calm_s: float = incidents.CALM_S
@@ -72,7 +71,7 @@ class Times:
 
 SHORT = Times(
     profile=replace(
-        freshness.ALERTS, durable_s=2.0, connect_s=3.0, task_s=1.0, books_s=3.0, report_s=10.0
+        verdict.ALERTS, durable_s=2.0, connect_s=3.0, task_s=1.0, books_s=3.0, report_s=10.0
     ),
     behind_s={"clickhouse": 5.0, "parquet": 15.0},
     error_s=0.5,
@@ -89,10 +88,10 @@ SHORT = Times(
 @contextmanager
 def at(times: Times) -> Iterator[None]:
     """While it lasts, the platform in this process keeps these times."""
-    judge_shard = functools.partial(freshness.judge_shard, profile=times.profile)
+    judge_shard = functools.partial(verdict.judge_shard, profile=times.profile)
     with ExitStack() as held:
         for module, name, value in (
-            (freshness, "judge_shard", judge_shard),
+            (verdict, "judge_shard", judge_shard),
             (alerts, "FEED_ERROR_S", times.error_s),
             (alerts, "FEED_WARN_S", times.warn_s),
             (incidents, "CALM_S", times.calm_s),
@@ -105,7 +104,7 @@ def at(times: Times) -> Iterator[None]:
             ),
         ):
             held.enter_context(mock.patch.object(module, name, value))
-        held.enter_context(mock.patch.dict(freshness.BEHIND_S, times.behind_s))
+        held.enter_context(mock.patch.dict(verdict.BEHIND_S, times.behind_s))
         yield
 
 

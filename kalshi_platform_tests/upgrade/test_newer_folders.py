@@ -31,9 +31,9 @@ from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import cursor, loader, state_files
-from kalshi_platform.loading.loader import Load, Pace
-from kalshi_platform.loading.shared_rows import Derivation
-from kalshi_platform.loading.sinks import ClickHouseStore, ParquetStore
+from kalshi_platform.loading.loader import Loader, Pace
+from kalshi_platform.loading.shared_rows import SharedRows
+from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.archived import paths as parts
 from kalshi_platform_tests.clickhouse.tables import settings_for
@@ -111,23 +111,23 @@ def settings(tmp_path: Path, recorded: Path) -> Settings:
 
 
 @contextmanager
-def loading(settings: Settings) -> Iterator[Load]:
+def loading(settings: Settings) -> Iterator[Loader]:
     """A recorder's load into ClickHouse, where the settings use it, else the archive; begun on this folder."""
     folder = settings.journal_dir()
     claims = cursor.claims(folder)
     reached = cursor.reached(folder, known.id) if (known := journal_identity.read(folder)) else 0
     writer = Writer(folder, reached=reached, claims=claims)
     store = (
-        ClickHouseStore(settings, str(writer.id))
+        ClickHouseSink(settings, str(writer.id))
         if settings.use_clickhouse
-        else ParquetStore(LocalArchive(settings.archive_dir), 0, lambda _: None)
+        else ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
     )
-    begun = Load(
+    begun = Loader(
         folder,
         writer,
         store,
         Pace(rows=10_000, seconds=0.0, first_s=0.0),
-        derivation=Derivation(folder, 0),
+        derivation=SharedRows(folder, 0),
     )
     begun.start()
     try:

@@ -26,7 +26,7 @@ from kalshi_platform.orchestration.host.code_server import CodeServer
 
 SERVER = """
 import multiprocessing, signal, sys, time
-from kalshi_platform.orchestration import code_server
+from kalshi_platform.orchestration.host import code_server
 
 
 def run(ready):
