@@ -41,6 +41,10 @@ class SyncState(Enum):
     """Something was lost since its snapshot; a new one has been asked for."""
 
 
+State = SyncState
+"""Its former name, which engines import."""
+
+
 @dataclass(frozen=True)
 class LevelChange:
     """A delta in exact units."""
