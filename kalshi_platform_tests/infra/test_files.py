@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from kalshi_platform import __version__
 from kalshi_platform.settings import Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,10 +223,9 @@ def test_what_has_no_login_is_closed_to_the_rest_of_the_cluster() -> None:
 
 
 def test_our_image_is_of_this_version() -> None:
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version is not None
     ours = {image for image in images() if image.startswith("kalshi-platform:")}
-    assert ours == {f"kalshi-platform:{version[1]}"}
+    assert ours == {f"kalshi-platform:{__version__}"}
+    assert f"-t kalshi-platform:{__version__} ." in DOCKERFILE.read_text()
 
 
 def test_ports_are_published_on_the_loopback_interface_only() -> None:
