@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test explore chaos soak nights bench bench-quick check fuzz audit format lock clean
+.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,12 @@ run: install ## Everything: ClickHouse, Dagster UI on http://127.0.0.1:3000, the
 
 test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Rooms whose tests are functions and small parts; those marked slow, and whole platforms, are left to `make test`.
+QUICK := $(addprefix kalshi_platform_tests/,journal exchange quality health analytics test_pages.py test_public_face.py test_settings.py)
+
+test-quick: install-dev ## The inner loop: tests of pure functions and small parts, at most 90 s; `make test` has all
+	@$(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS) $(QUICK)
 
 explore: install-dev ## The tests' properties with new examples, up to four times as many: for a release, and after a change to what they test (CI does not run it)
 	@$(BIN)/pytest -n 2 --dist worksteal -m hypothesis --hypothesis-profile explore $(PYTEST_ARGS)
