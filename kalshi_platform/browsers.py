@@ -1,14 +1,15 @@
-"""Servers on the loopback interface and the web: requests from the pages of other sites are refused.
+"""Protection of local servers against requests from web pages of other sites.
 
-Every program on this machine may use these servers, and so could every page that is open in a browser
-here, unless the server reads what browsers say about a request, which no page can forge:
+Every program on this machine may use the servers on its loopback interface, and so could every web page that
+is open in a browser here. A server keeps pages out by three headers that the browser sets and no page can
+forge:
 
 - `Host`: a page whose name was made to point at 127.0.0.1 (DNS rebinding) still has its own name there;
 - `Origin`: scheme, host and port of the page that sends it; absent from plain GETs;
 - `Sec-Fetch-Site`: how that page and the server are related; absent from browsers older than 2023.
 
-All three are checked against the values that the server's own pages have. A program that is no browser
-names the server in `Host` and sends neither of the others.
+All three are compared with the values that the server's own pages send. A program other than a browser names
+the server in `Host` and sends neither of the other two.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from kalshi_platform.loopback import is_loopback
 _OWN = frozenset({"same-origin", "none"})
 """`Sec-Fetch-Site` of a server's own pages, and of an address that a person typed."""
 _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
-"""The scheme that a page has whose requests, or WebSockets, have this one."""
+"""Scheme of a request or WebSocket → scheme of the page that sends it."""
 _PORTS = {"http": ":80", "https": ":443"}
-"""Left out of an origin and of `Host`."""
+"""Default ports, which browsers leave out of an origin and of `Host`."""
 
 
 def refusal(
     headers: Headers, *, scheme: str = "http", loopback: bool = True, address: str | None = None
 ) -> str | None:
-    """Why a request comes from another site, as a sentence; None where it may be answered.
+    """A sentence that says why a request is refused; None if it may be answered.
 
-    `scheme` is that of the request. `loopback` says that the server listens there alone; the names of
-    one that other machines reach are not known, so its `Host` proves nothing. `address` is a URL by
-    which people reach the server besides, through a proxy.
+    `scheme` is that of the request. `loopback` means that the server listens on the loopback interface only;
+    a server that other machines reach may have any name, so its `Host` is not checked. `address` is a further
+    URL of the server, for instance that of a proxy in front of it.
     """
     sites = headers.getlist("sec-fetch-site")
     return _refusal_by_address(headers, scheme, loopback, address) or (
@@ -63,7 +64,7 @@ def _refusal_by_address(
 
 
 def _origin(url: str) -> str:
-    """The origin of the pages at a URL, as browsers write it; empty where they have none."""
+    """The origin of the pages at a URL, as browsers write it; empty if they have none."""
     scheme, separator, rest = url.partition("://")
     page = _SCHEMES.get(scheme.lower(), "")
     host = rest.partition("/")[0].lower()
@@ -71,19 +72,19 @@ def _origin(url: str) -> str:
 
 
 def _hostname(url: str) -> str:
-    """The host of a URL, in lower case; empty where it has none, as the origin `null`."""
+    """The host of a URL, in lower case; empty if it has none, like the origin `null`."""
     try:
         return urlsplit(url).hostname or ""
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # brackets without an IPv6 address in them
         return ""
 
 
 class OwnPagesOnly:
-    """ASGI middleware: answers 403 to what `refusal` refuses.
+    """ASGI middleware: answers 403 to requests that `refusal` refuses.
 
-    With `links` a link on another site opens the server's front page, whatever path and query it
-    names: the page is shown to the person who followed the link, in a tab of its own, and finds the
-    rest in the tab's address. Nothing else can be reached by such a link.
+    With `links` a link on another site opens the server's front page, whatever path and query it names. The
+    page opens in a tab of its own and reads path and query from the tab's address; the server itself acts on
+    neither.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class OwnPagesOnly:
         self._address = address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or hand on."""
+        """Answer 403, or pass the request to the application."""
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
@@ -123,7 +124,7 @@ class OwnPagesOnly:
             await PlainTextResponse(f"{why}\n", 403)(scope, receive, send)
 
     def _is_link(self, scope: Scope, headers: Headers) -> bool:
-        """Whether a person followed a link to here; no image, frame, script or form does."""
+        """Whether a person followed a link; images, frames, scripts and forms send other headers."""
         opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
         return (
             scope["method"] == "GET"

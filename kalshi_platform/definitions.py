@@ -1,4 +1,7 @@
-"""The Dagster code location: hands out what `orchestration` defines, and opens nothing."""
+"""The Dagster code location: collects the definitions of `orchestration`.
+
+Importing it opens no file and no connection.
+"""
 
 from __future__ import annotations
 
@@ -48,5 +51,5 @@ defs = dg.Definitions(
         *live_tables.SENSORS,
     ],
     resources={"platform": KalshiResource()},
-    executor=dg.in_process_executor,  # one process per run: the work is done by threads of Arrow
+    executor=dg.in_process_executor,  # one process per run: Arrow's threads use the cores
 )

@@ -1,4 +1,7 @@
-"""What must survive a power failure: files, their names, and files or folders replaced in one step."""
+"""File-system steps that survive a power failure: write, sync, and atomic replacement or swap.
+
+What the files contain belongs to their owners.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ import os
 import sys
 from pathlib import Path
 
-NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV})
-"""What `exchange` raises where the system or the file system has no such step."""
+SWAP_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV})
+"""Error numbers of `swap` if the system or the file system does not support it."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; RENAME_SWAP of macOS has the same value
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Make a file have these bytes, durably, its name included. Its folder must be there.
+    """Write a file atomically and durably, its directory entry included. Its folder must exist.
 
-    The bytes go to `<stem>.tmp` beside it first. Raises `OSError` where the disk does not take them.
+    The bytes are written to `<stem>.tmp` in the same folder first. Raises `OSError`.
     """
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -29,7 +32,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or what a folder names, durable. Raises `OSError` where the disk refuses."""
+    """Fsync a file, or a folder's entries. Raises `OSError`."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -37,11 +40,11 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Give each of two existing files or folders of one file system the other's name, atomically.
+def swap(one: Path, other: Path) -> None:
+    """Swap the names of two existing files or folders of one file system, atomically.
 
-    Linux has `renameat2(RENAME_EXCHANGE)`, macOS `renamex_np(RENAME_SWAP)`. Raises `OSError`; its number is
-    one of `NOT_OFFERED` where neither exists.
+    By `renameat2(RENAME_EXCHANGE)` on Linux and `renamex_np(RENAME_SWAP)` on macOS. Raises `OSError`, with a
+    number of `SWAP_UNSUPPORTED` if neither is available.
     """
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)

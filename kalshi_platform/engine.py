@@ -1,4 +1,4 @@
-"""What a market maker's engine imports: the recorder, what it takes, and the live orders.
+"""The public face for a market maker's engine: the inventory recorder, its arguments, and live orders.
 
     from kalshi_platform.engine import Quoted, Reconciled, Recorder, inventory
 

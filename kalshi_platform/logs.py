@@ -1,7 +1,7 @@
-"""How the platform logs: text for people, or JSON for machines, one object a line (LOG_FORMAT=json).
+"""Log formats and logging configuration: text for people, or JSON, one object a line (LOG_FORMAT=json).
 
-The keys: `ts` (RFC 3339, UTC), `level`, `logger`, `message`; `shard`, `run_id`, `job` and `step` where they
-are known; `exception` with its traceback. Modules log by `logging.getLogger(__name__)`, as ever.
+The JSON keys are `ts` (RFC 3339, UTC), `level`, `logger`, `message`; `shard`, `run_id`, `job` and `step`
+if known; `exception` with its traceback. Modules log with `logging.getLogger(__name__)` as usual.
 """
 
 from __future__ import annotations
@@ -21,62 +21,64 @@ from kalshi_platform.settings import Settings
 PLATFORM = "kalshi_platform"
 TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _bound: dict[str, Any] = {}
-"""What is known of this process, which records one shard in one run."""
+"""Fields of every JSON line of this process, such as its shard and run."""
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as a line, without its end."""
-        of_dagster = getattr(record, "dagster_meta", None) or {}
+        """Format a record as a line, without the line end."""
+        dagster_meta = getattr(record, "dagster_meta", None) or {}
         line: dict[str, Any] = {
             "ts": datetime.fromtimestamp(record.created, UTC)
             .isoformat(timespec="milliseconds")
             .replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": of_dagster.get("orig_message") or record.getMessage(),
+            "message": dagster_meta.get("orig_message") or record.getMessage(),
             **_bound,
         }
         for key, name in (("run_id", "run_id"), ("job_name", "job"), ("step_key", "step")):
-            if of_dagster.get(key):
-                line[name] = of_dagster[key]
+            if dagster_meta.get(key):
+                line[name] = dagster_meta[key]
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)  # in ASCII: nothing in it commands a terminal
+        return json.dumps(
+            line, default=str
+        )  # ASCII only, so no control sequence reaches a terminal
 
 
 class TextFormatter(logging.Formatter):
-    """For people. What others wrote neither commands the terminal nor passes for a line of ours."""
+    """Text for people. Foreign text can neither control the terminal nor forge a log line."""
 
     def __init__(self, text: str = TEXT) -> None:
         super().__init__(text)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        """The record's line."""
+        """Format the message line with control characters escaped."""
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        """A traceback, line by line."""
+        """Format a traceback, with control characters escaped line by line."""
         return printable_lines(super().formatException(ei))
 
 
 def formatter(settings: Settings) -> logging.Formatter:
-    """As LOG_FORMAT has it."""
+    """The formatter that LOG_FORMAT selects."""
     return JsonFormatter() if settings.log_format == "json" else TextFormatter()
 
 
 def configure(settings: Settings, name: str = "", stream: TextIO | None = None) -> None:
-    """Let a logger (the root, where none is named) write to stderr as the settings say.
+    """Make a logger (by default the root) write to stderr in the format of the settings.
 
-    LOG_LEVEL is the platform's own; libraries speak from WARNING on, since some of them would tell
-    addresses and headers that are secrets. May be called again: the handler of the call before is
-    replaced. In JSON an error that ends the program is a line like any other.
+    LOG_LEVEL applies to the platform's own loggers; libraries log from WARNING on, since below it some log
+    addresses and headers that are secret. A second call replaces the handler of the first. With
+    LOG_FORMAT=json an uncaught exception is logged as a JSON line, too.
     """
     logger = logging.getLogger(name)
-    for handler in [each for each in logger.handlers if isinstance(each, _Handler)]:
-        logger.removeHandler(handler)
+    for former in [handler for handler in logger.handlers if isinstance(handler, _Handler)]:
+        logger.removeHandler(former)
     handler = _Handler(stream or sys.stderr)
     handler.setFormatter(formatter(settings))
     logger.addHandler(handler)
@@ -87,7 +89,7 @@ def configure(settings: Settings, name: str = "", stream: TextIO | None = None) 
 
 @contextmanager
 def bound(**fields: Any) -> Iterator[None]:
-    """While it lasts, every JSON line of this process has these fields, too."""
+    """Context manager: add these fields to every JSON line of this process."""
     before = dict(_bound)
     _bound.update(fields)
     try:
@@ -98,7 +100,7 @@ def bound(**fields: Any) -> Iterator[None]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, to be told from others'."""
+    """The platform's handler; a class of its own so that `configure` finds it among others."""
 
 
 def _log_uncaught(

@@ -1,4 +1,4 @@
-"""This machine's loopback interface: what only its own programs reach."""
+"""Recognition of the loopback interface, which only programs on this machine reach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means the loopback interface."""
+    """Whether a host name or address is on the loopback interface."""
     if host.lower() == "localhost":
         return True
     try:

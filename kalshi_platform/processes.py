@@ -1,15 +1,16 @@
-"""Processes: who they are, programs kept running, and an end that leaves none behind.
+"""Operating-system processes: identity, supervision with restarts, and shutdown that leaves no orphan.
 
-A process is its pid and its birth together; a pid alone may already be somebody else's. Births are told
-apart without the wall clock: setting it must make no living process look like a stranger.
-Knows nothing of what the programs do: `commands/up.py` says which, `orchestration` asks who lives.
+Which programs run is decided by `commands/up.py`; `orchestration` asks here whether a process is alive.
+What a program does belongs elsewhere.
 
-Each program leads a session of its own, so that Ctrl-C in the terminal reaches only its keeper,
-who ends them in order, and so that grandchildren are found by their session even when their
-parent is gone. A keeper that dies without a word (`kill -9`) is followed by its *undertaker*:
-`python -m kalshi_platform.processes`, which reads from the keeper's pipe which sessions there are
-and, when the pipe breaks, ends them in the same order. (PR_SET_PDEATHSIG would reach direct
-children only, on Linux only, and in no order.)
+A pid is reused by the kernel, so a process is identified by its pid and its start time. The start time does
+not depend on the wall clock: setting the clock must not make a running process look like another one.
+
+Each program leads a session of its own. So Ctrl-C in the terminal reaches only the supervisor, which stops
+the programs in order, and grandchildren are found by their session even when their parent has exited. If the
+supervisor is killed (`kill -9`), its *orphan reaper* takes over: `python -m kalshi_platform.processes` reads
+the session ids from a pipe and, when the pipe breaks, ends those sessions in the same order.
+(PR_SET_PDEATHSIG would reach direct children only, on Linux only, and in no order.)
 """
 
 from __future__ import annotations
@@ -34,31 +35,31 @@ from kalshi_platform.errors import PlatformError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _START_TIME = 19
-"""Which of the words behind the name in /proc/<pid>/stat is the start, in ticks since boot; proc(5)."""
+"""Index of the start time (ticks since boot) among the fields after the name in /proc/<pid>/stat; proc(5)."""
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-"""Waits before the first, second, … restart in a row; the last one repeats."""
+"""Waits in seconds before the first, second, … restart in a row; the last one repeats."""
 STEADY_S = 60.0
-"""A program that ran this long and then ended starts again at the shortest wait."""
+"""A program that ran this long resets the back-off: its next restart takes the shortest wait."""
 LOG_LIMIT = 20 * 1024 * 1024
-"""Bytes of one log file before it is moved aside; one former file is kept."""
+"""Bytes of a log file at which it is rotated; one rotated file is kept."""
 
 
 DONE = "done"
-"""The keeper's last word to the undertaker: everything has been ended in order."""
+"""The supervisor's last line to the orphan reaper: every session has been ended."""
 
 
 class PortTaken(PlatformError):
-    """Another program listens where one of ours must."""
+    """Another program listens on a port that the platform needs."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One process, for good."""
+    """A process, identified by pid and start time, so that a reused pid is not mistaken for it."""
 
     pid: int
     started: float
-    """Its `birth`."""
+    """As `start_time` returns it."""
 
     def __str__(self) -> str:
         return f"{self.pid}@{self.started!r}"
@@ -71,19 +72,19 @@ class Identity:
 
     @classmethod
     def own(cls) -> Identity:
-        """This very process."""
+        """The current process."""
         return cls.of(os.getpid())
 
     @classmethod
     def of(cls, pid: int) -> Identity:
-        """Whoever has this pid now. Raises `psutil.NoSuchProcess` where nobody has."""
-        return cls(pid, birth(pid))
+        """The process that has this pid now. Raises `psutil.NoSuchProcess` if there is none."""
+        return cls(pid, start_time(pid))
 
     def find(self) -> psutil.Process | None:
-        """The living process, or None: gone, a zombie, or its pid is somebody else's now."""
+        """The running process; None if it has exited, is a zombie, or its pid was reused."""
         try:
             process = psutil.Process(self.pid)
-            if birth(self.pid) != self.started:
+            if start_time(self.pid) != self.started:
                 return None
             return None if process.status() == psutil.STATUS_ZOMBIE else process
         except psutil.NoSuchProcess:
@@ -91,11 +92,11 @@ class Identity:
 
     @property
     def alive(self) -> bool:
-        """Whether this process still runs."""
+        """Whether this process is running."""
         return self.find() is not None
 
     def send(self, number: signal.Signals) -> bool:
-        """Send a signal to this process and to no other; False when it is gone."""
+        """Send a signal to this process, never to one that reuses its pid; False if it has exited."""
         process = self.find()
         if process is None:
             return False
@@ -105,12 +106,12 @@ class Identity:
         return False
 
 
-def birth(pid: int) -> float:
-    """When the process with this pid began, in seconds that no setting of the clock changes.
+def start_time(pid: int) -> float:
+    """When a process started, in seconds on a scale that setting the wall clock does not change.
 
-    On Linux since its boot, from an origin that is each boot's own (its id), so that nobody is taken for
-    one of the boot before; elsewhere the kernel's own time of the start, since the epoch. Raises
-    `psutil.NoSuchProcess` where there is none.
+    On Linux: seconds since boot plus an offset derived from the boot id, so that a process of an earlier boot
+    never compares equal. Elsewhere: the kernel's start time, in seconds since the epoch.
+    Raises `psutil.NoSuchProcess`.
     """
     if sys.platform != "linux":
         return psutil.Process(pid).create_time()
@@ -119,19 +120,19 @@ def birth(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
     ticks = int(stat.rpartition(b")")[2].split()[_START_TIME])
-    return _origin() + ticks / os.sysconf("SC_CLK_TCK")
+    return _boot_offset() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache
-def _origin() -> float:
+def _boot_offset() -> float:
     try:
         return float(int(_BOOT_ID.read_text()[:8], 16))
     except FileNotFoundError:
-        return 0.0  # some sandboxes have none: there the ticks alone tell boots apart
+        return 0.0  # some sandboxes have no boot id; there only the ticks differ between boots
 
 
 def require_free_port(port: int, purpose: str, remedy: str) -> None:
-    """Raise `PortTaken` when something listens on 127.0.0.1:`port`."""
+    """Raise `PortTaken` if a program listens on 127.0.0.1:`port`; `remedy` ends the sentence."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -151,27 +152,27 @@ def _listener(port: int) -> str:
             if connection.laddr.port == port and connection.pid is not None:
                 return f" by {psutil.Process(connection.pid).name()!r}, process {connection.pid}"
     except (psutil.AccessDenied, psutil.NoSuchProcess):
-        pass  # other people's sockets may be nobody's business; the port is taken all the same
+        pass  # the sockets of other users may be hidden; the port is taken all the same
     return ""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program to keep running."""
+    """A program that `ProgramSupervisor` keeps running."""
 
     name: str
     argv: tuple[str, ...]
     ready: Callable[[], bool]
-    """Whether it answers; asked often, so it must be quick."""
+    """Whether it answers requests; called often, so it must be fast."""
     stage: int
-    """Programs end stage by stage, lowest first; within a stage all at once."""
+    """Programs are stopped stage by stage, lowest first; those of one stage together."""
     grace_s: float
-    """How long it may take to end when asked to, before it is killed."""
+    """Seconds from SIGTERM to SIGKILL."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """The processes that a program's start brought to life, found by their session's leader."""
+    """The process session of a program: itself and every descendant that has not left the session."""
 
     leader: Identity
     stage: int
@@ -187,11 +188,11 @@ class Session:
         return cls(Identity.parse(leader), int(stage), float(grace_s))
 
     def members(self) -> list[psutil.Process]:
-        """Its living processes; the leader itself may be gone."""
-        # While any member lives the leader's pid stays taken as the session's id. A stranger
-        # with that pid means that all of them have ended and the number was handed on.
+        """The session's running processes; the leader itself may have exited."""
+        # The kernel does not reuse the leader's pid while any member runs, for it is the session's id.
+        # Another process with that pid therefore means that the whole session has ended.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if birth(self.leader.pid) != self.leader.started:
+            if start_time(self.leader.pid) != self.leader.started:
                 return []
         found = []
         for process in psutil.process_iter():
@@ -214,9 +215,9 @@ class _Child:
 
 @dataclass
 class ProgramSupervisor:
-    """Starts programs, starts them again when they end, and ends them all, stage by stage.
+    """Starts programs, restarts those that exit, and stops all of them, stage by stage.
 
-    For one thread. `say` gets a sentence for each thing that a person should know.
+    For one thread. `say` receives a sentence for the operator when a program exits.
     """
 
     log_dir: Path
@@ -224,15 +225,15 @@ class ProgramSupervisor:
     say: Callable[[str], None]
     _children: dict[str, _Child] = field(default_factory=dict)
     _sessions: list[Session] = field(default_factory=list)
-    _undertaker: subprocess.Popen[bytes] | None = None
+    _reaper: subprocess.Popen[bytes] | None = None
 
     def start(self, program: Program) -> None:
-        """Start a program. Raises `PlatformError` when it cannot even be executed."""
-        if self._undertaker is None:
-            self._undertaker = self._start_undertaker()
+        """Start a program. Raises `PlatformError` if it cannot be executed."""
+        if self._reaper is None:
+            self._reaper = self._start_reaper()
         self.log_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         log = self.log_path(program.name)
-        self._turn_log(log)
+        self._rotate_log(log)
         try:
             with log.open("ab") as out:
                 process = subprocess.Popen(  # noqa: S603
@@ -249,16 +250,16 @@ class ProgramSupervisor:
                 " Run `make install` again."
             ) from None
         self._register(program, process.pid)
-        known = self._children.get(program.name)
-        failures = known.failures if known else 0
+        previous = self._children.get(program.name)
+        failures = previous.failures if previous else 0
         self._children[program.name] = _Child(program, process, time.monotonic(), failures)
 
     def log_path(self, name: str) -> Path:
-        """Where a program's output goes."""
+        """The file that a program's output is appended to."""
         return self.log_dir / f"{name}.log"
 
     def ready(self, name: str) -> bool:
-        """Whether the program runs and answers."""
+        """Whether the program runs and answers requests."""
         child = self._children[name]
         return child.process.poll() is None and child.program.ready()
 
@@ -267,11 +268,11 @@ class ProgramSupervisor:
         return self._children[name].process.poll()
 
     def watch(self) -> None:
-        """One round: start again what has ended and waited long enough; turn long logs."""
+        """Restart exited programs whose back-off is over, and rotate long logs. Call it about once a second."""
         now = time.monotonic()
         for child in list(self._children.values()):
             name = child.program.name
-            self._turn_log(self.log_path(name))
+            self._rotate_log(self.log_path(name))
             status = child.process.poll()
             if status is None:
                 continue
@@ -281,29 +282,29 @@ class ProgramSupervisor:
                 wait = BACKOFF_S[min(child.failures, len(BACKOFF_S)) - 1]
                 child.restart_at = now + wait
                 self.say(
-                    f"{name} ended ({exit_words(status)}); it starts again in {wait:.0f} s."
+                    f"{name} ended ({describe_exit(status)}); it starts again in {wait:.0f} s."
                     f" Its log: {self.log_path(name)}"
                 )
             elif now >= child.restart_at:
                 self.start(child.program)
 
     def end(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """End everything, stage by stage: politely, then by force; as `end_stages`."""
+        """Stop every program, stage by stage, as `end_stages` does, and the orphan reaper last."""
         end_stages(self._sessions, hurry)
         for child in self._children.values():
             child.process.wait()
-        self._dismiss_undertaker()
+        self._dismiss_reaper()
 
     def _register(self, program: Program, pid: int) -> None:
         try:
             leader = Identity.of(pid)
         except psutil.NoSuchProcess:
-            return  # it has ended already, and a process of its that stayed would be its first
+            return  # it has exited already, too early to have started a process that outlives it
         session = Session(leader, program.stage, program.grace_s)
         self._sessions.append(session)
-        self._tell_undertaker(str(session))
+        self._send_to_reaper(str(session))
 
-    def _start_undertaker(self) -> subprocess.Popen[bytes]:
+    def _start_reaper(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform.processes"],
             stdin=subprocess.PIPE,
@@ -311,32 +312,32 @@ class ProgramSupervisor:
             start_new_session=True,
         )
 
-    def _tell_undertaker(self, line: str) -> None:
-        if self._undertaker is not None and self._undertaker.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # somebody killed it; the work goes on
-                self._undertaker.stdin.write(f"{line}\n".encode())
-                self._undertaker.stdin.flush()
+    def _send_to_reaper(self, line: str) -> None:
+        if self._reaper is not None and self._reaper.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # a killed reaper must not stop the programs
+                self._reaper.stdin.write(f"{line}\n".encode())
+                self._reaper.stdin.flush()
 
-    def _dismiss_undertaker(self) -> None:
-        if self._undertaker is not None and self._undertaker.stdin is not None:
-            self._tell_undertaker(DONE)
+    def _dismiss_reaper(self) -> None:
+        if self._reaper is not None and self._reaper.stdin is not None:
+            self._send_to_reaper(DONE)
             with contextlib.suppress(BrokenPipeError):
-                self._undertaker.stdin.close()
-            self._undertaker.wait()
-            self._undertaker = None
+                self._reaper.stdin.close()
+            self._reaper.wait()
+            self._reaper = None
 
     @staticmethod
-    def _turn_log(log: Path) -> None:
-        """Move a long log aside. Its writer keeps the file open for appending, hence the copy."""
+    def _rotate_log(log: Path) -> None:
+        """Copy and truncate a long log; a rename would not do, for the program keeps the file open."""
         with contextlib.suppress(FileNotFoundError):
             if log.stat().st_size > LOG_LIMIT:
-                former = log.with_suffix(".log.1")
-                former.write_bytes(log.read_bytes())
+                rotated = log.with_suffix(".log.1")
+                rotated.write_bytes(log.read_bytes())
                 os.truncate(log, 0)
 
 
-def exit_words(status: int) -> str:
-    """An exit status in words: `exit 1`, `killed by SIGKILL`."""
+def describe_exit(status: int) -> str:
+    """An exit status for people: `exit 1`, `killed by SIGKILL`."""
     if status >= 0:
         return f"exit {status}"
     try:
@@ -345,11 +346,11 @@ def exit_words(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def leave(status: int | str | None) -> NoReturn:
+def exit_now(status: int | str | None) -> NoReturn:
     """End this process at once, with the status that `sys.exit` would give it.
 
-    What was logged and printed is written first. No thread is waited for and nothing of a library is
-    taken down: where one of its threads is still at work, that ends in an abort, whatever was achieved.
+    Flushes logs and standard streams, but joins no thread and runs no exit handler: tearing down a native
+    library while one of its threads still works aborts the process and loses the exit status.
     """
     if isinstance(status, str):
         sys.stderr.write(f"{status}\n")
@@ -363,25 +364,25 @@ def leave(status: int | str | None) -> NoReturn:
 def end_stages(sessions: Iterable[Session], hurry: Callable[[], bool] = lambda: False) -> None:
     """End every process of these sessions, stage by stage.
 
-    All of a stage get SIGTERM; who is left after the stage's longest grace, or as soon as
-    `hurry` says so, gets SIGKILL.
+    The processes of a stage receive SIGTERM together; those still running after the stage's longest grace
+    period, or as soon as `hurry()` is true, receive SIGKILL.
     """
-    every = list(sessions)
-    for stage in sorted({session.stage for session in every}):
-        _end([session for session in every if session.stage == stage], hurry)
+    remaining = list(sessions)
+    for stage in sorted({session.stage for session in remaining}):
+        _end([session for session in remaining if session.stage == stage], hurry)
 
 
 def _end(sessions: Sequence[Session], hurry: Callable[[], bool]) -> None:
-    _signal(_living(sessions), signal.SIGTERM)
+    _signal(_running(sessions), signal.SIGTERM)
     deadline = time.monotonic() + max(session.grace_s for session in sessions)
-    while _living(sessions) and time.monotonic() < deadline and not hurry():
+    while _running(sessions) and time.monotonic() < deadline and not hurry():
         time.sleep(0.05)
-    while left := _living(sessions):
+    while left := _running(sessions):
         _signal(left, signal.SIGKILL)
         time.sleep(0.02)
 
 
-def _living(sessions: Sequence[Session]) -> list[psutil.Process]:
+def _running(sessions: Sequence[Session]) -> list[psutil.Process]:
     return [process for session in sessions for process in session.members()]
 
 
@@ -392,9 +393,9 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
 
 
 def reap(lines: Iterable[str]) -> None:
-    """The undertaker's whole life: note sessions until the keeper is gone, then end them.
+    """Orphan reaper: read sessions, one a line; at the end of input, end them.
 
-    Each line is a `Session`; `done` means that the keeper has ended them himself.
+    The line `done` means that the supervisor has ended them itself.
     """
     sessions = []
     for line in lines:
@@ -406,5 +407,5 @@ def reap(lines: Iterable[str]) -> None:
 
 if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)  # it ends when its keeper does, not before
+        signal.signal(ignored, signal.SIG_IGN)  # it must outlive the supervisor
     reap(sys.stdin)

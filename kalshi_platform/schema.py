@@ -1,8 +1,8 @@
-"""The one schema: what ClickHouse's tables, the Parquet files and the rows in memory agree on.
+"""The schema that ClickHouse's tables, the Parquet files and the rows in memory share.
 
-The migrations in `infra/clickhouse_migrations` spell the same columns in SQL; a test compares
-them with these. Exactness: prices are Decimal(9, 4) dollars, sizes Decimal(18, 2) contracts,
-times are microseconds UTC. UUIDs are strings in Arrow and Parquet, UUID in ClickHouse.
+The migrations in `infra/clickhouse_migrations` define the same columns in SQL; a test compares both. Prices
+are Decimal(9, 4) dollars, sizes Decimal(18, 2) contracts, times microseconds in UTC, so nothing is rounded.
+UUIDs are strings in Arrow and Parquet, UUID in ClickHouse.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import pyarrow as pa
 PRICE = pa.decimal128(9, 4)
 QTY = pa.decimal128(18, 2)
 MID = pa.decimal128(9, 5)
-"""Halfway between two prices: one decimal more."""
+"""A mid price: halfway between two prices, so one decimal more."""
 NOTIONAL = pa.decimal128(18, 6)
 """Price times size, exactly."""
 TIME = pa.timestamp("us", "UTC")
 NAME = pa.dictionary(pa.int32(), pa.string())
-"""Strings that repeat: dictionary-encoded in memory and in Parquet."""
+"""Strings with few distinct values: dictionary-encoded in memory and in Parquet."""
 
 CONNECTION_ENDS = ("disconnected", "unheard")
-"""The kinds of stream_events from which on nothing is known of a connection's books."""
-DOUBTS = ("gap", "unsubscribed", "left", *CONNECTION_ENDS)
-"""The kinds of stream_events that make books stale. Analytics and coverage go by these."""
+"""The kinds of stream_events after which every book of a connection is stale."""
+STALE_EVENTS = ("gap", "unsubscribed", "left", *CONNECTION_ENDS)
+"""The kinds of stream_events that make books stale, for analytics and coverage."""
 
 ZERO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column, in both worlds."""
+    """A column, with its Arrow and its ClickHouse type."""
 
     name: str
     arrow: pa.DataType
@@ -57,12 +57,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Key:
-    """What tells a table's row from those of every other insert."""
+    """The columns that identify a table's row among those of every other insert."""
 
     clock: str
     """The column by whose day the table is partitioned."""
     columns: tuple[str, ...]
-    """Of text, whole numbers, UUIDs or decimals; null where the table's may be."""
+    """Text, integers, UUIDs or decimals; null where the table's column is null."""
 
 
 _UUID = (NAME, "UUID")
@@ -95,12 +95,12 @@ _RECORD = Column(
     "record",
     pa.uint64(),
     "Nullable(UInt64)",
-    "the shard's journal record that made the row: the order of receipt.",
+    "the shard's journal record that the row was built from: the order of receipt.",
     True,
 )
 _PLACE = (_SHARD, _RECORD)
 PLACE = tuple(column.name for column in _PLACE)
-"""Where a row came from: the last columns of a dataset, null in rows of versions that did not keep it."""
+"""The origin of a row: the last columns of a dataset, null in rows of versions that did not keep it."""
 
 ORDERBOOK_EVENTS = Dataset(
     "orderbook_events",
@@ -140,7 +140,7 @@ STREAM_EVENTS = Dataset(
         Column("detail", pa.string(), "String", "JSON; the raw frame for malformed and unknown"),
         *_PLACE,
     ),
-    "Everything else that came from the exchange or happened to the recording.",
+    "Every other message of the exchange, and every event of the recording itself.",
 )
 
 BOOK_CHECKPOINTS = Dataset(
@@ -168,11 +168,11 @@ BOOK_CHECKPOINTS = Dataset(
             "record",
             pa.uint64(),
             "Nullable(UInt64)",
-            "the shard's first journal record from then on: all before it is in the book",
+            "the shard's first journal record after the instant: the book holds all records before it",
             True,
         ),
     ),
-    "Every followed book where the recording enters an hour: one row per level, at least one per market.",
+    "Every followed book at the start of an hour: one row per level, at least one per market.",
 )
 
 _TRADE_PRICE = (PRICE, "Decimal(9, 4)")
@@ -211,7 +211,7 @@ TRADES = Dataset(
         _INGEST,
         *_PLACE,
     ),
-    "Every trade of the followed markets, as everybody sees it.",
+    "Every public trade of the followed markets.",
 )
 
 _RANGE = pa.struct([pa.field(name, PRICE, False) for name in ("start", "end", "step")])
@@ -252,7 +252,7 @@ MARKET_CATALOG = Dataset(
         Column("open_interest", QTY, "Nullable(Decimal(18, 2))", "contracts outstanding", True),
         Column("as_of", TIME, "DateTime64(6, 'UTC')", "when this was read from the exchange"),
     ),
-    "What the followed markets are: titles, price grids, opening and closing times, results.",
+    "The followed markets: titles, price grids, opening and closing times, results.",
     archived=False,
 )
 
@@ -281,7 +281,7 @@ _KNOWN_AT = Column(
     "known_at",
     TIME,
     "DateTime64(6, 'UTC')",
-    "the first instant, of receive time, at which the row may be used: what it says was complete by then",
+    "the first instant, of receive time, at which the row may be used: it is complete by then",
     True,
 )
 _MAYBE_PRICE = (PRICE, "Nullable(Decimal(9, 4))")
@@ -302,12 +302,14 @@ SPREADS = Dataset(
         _INGEST,
         _CONN,
         _SID,
-        Column("seq", pa.uint64(), "UInt64", "the frame that caused the change; 0 for a doubt"),
+        Column(
+            "seq", pa.uint64(), "UInt64", "the frame that caused the change; 0 for a stale book"
+        ),
         Column(
             "cause",
             NAME,
-            "Enum8('checkpoint' = 1, 'snapshot' = 2, 'delta' = 3, 'doubt' = 4)",
-            "checkpoint: the hour's opening state; doubt: from here on not verified",
+            "Enum8('checkpoint' = 1, 'snapshot' = 2, 'delta' = 3, 'doubt' = 4)",  # words: ok
+            "checkpoint: the hour's opening state; doubt: the book is stale from here on",  # words: ok
         ),
         Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot"),
         Column("yes_bid", *_MAYBE_PRICE, "best YES bid, dollars; null: no bids", True),
@@ -328,7 +330,7 @@ SPREADS = Dataset(
             "record",
             pa.uint64(),
             "Nullable(UInt64)",
-            "the shard's journal record of the frame, or that told the doubt; a checkpoint's first",
+            "the shard's journal record of the frame, or that made the book stale; a checkpoint's first",
             True,
         ),
     ),
@@ -363,12 +365,14 @@ DEPTH = Dataset(
     (
         _TICKER,
         _SECOND,
-        Column("verified", pa.bool_(), "Bool", "no gap since the book's snapshot, at the end"),
+        Column(
+            "verified", pa.bool_(), "Bool", "no gap since the book's snapshot, at the second's end"
+        ),
         *_depth_of("bid", "yes_bid"),
         *_depth_of("ask", "yes_ask"),
         _KNOWN_AT,
     ),
-    "What rests on both sides of a market, at the end of every second in which that changed.",
+    "The resting sizes on both sides of a market, at the end of every second in which they changed.",
 )
 
 IMBALANCE = Dataset(
@@ -376,7 +380,7 @@ IMBALANCE = Dataset(
     (
         _TICKER,
         _SECOND,
-        Column("verified", pa.bool_(), "Bool", "the book could be believed all through the second"),
+        Column("verified", pa.bool_(), "Bool", "the book was synced during the whole second"),
         Column(
             "imbalance_best",
             *_MAYBE_RATIO,
@@ -393,11 +397,11 @@ IMBALANCE = Dataset(
         ),
         _KNOWN_AT,
     ),
-    "Which side is the heavier, and the order flow, for every second in which there is news of either.",
+    "Size imbalance and order flow, for every second in which either of them changed.",
 )
 
 ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
-"""What is computed from an hour of it."""
+"""The datasets that are computed from an hour of the recording."""
 
 DATASETS = {
     d.name: d

@@ -1,11 +1,11 @@
-"""Every setting, read in one place: environment variables first, then `.env` in the project's folder.
+"""Every setting of the platform, read from environment variables and from `.env` in the project's folder.
 
-The project's folder (`project`) is the same from whatever folder a command is called: KALSHI_HOME, else the
-checkout that the package is installed from (`make install`), else, for a wheel, the current folder. `.env` is
-read there, and every relative path in a setting begins there.
+The environment has precedence. The project's folder (`project`) does not depend on the current folder: it is
+KALSHI_HOME, else the checkout that the package is installed from (`make install`), else, for a wheel, the
+current folder. `.env` is read from it, and relative paths in settings start from it.
 
-Other modules take a `Settings` and never look at the environment themselves. `.env.example`
-documents each variable for its readers; a test holds the two together.
+Other modules take a `Settings` and never read the environment themselves. `.env.example` documents each
+variable; a test compares the two.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Project:
     folder: Path
     """Absolute."""
     found_by: str
-    """How it was found, for a sentence."""
+    """How it was found, as part of a sentence."""
 
     @property
     def env_file(self) -> Path:
-        """The settings file, which need not be there."""
+        """The settings file, which need not exist."""
         return self.folder / ".env"
 
 
 def project() -> Project:
-    """The project's folder. Raises `SettingsError` where KALSHI_HOME is no folder."""
+    """The project's folder. Raises `SettingsError` if KALSHI_HOME is not a folder."""
     if named := os.environ.get(HOME):
         folder = Path(named).expanduser().absolute()
         if not folder.is_dir():
@@ -72,7 +72,7 @@ def project() -> Project:
 
 
 def _from_project(path: Path) -> Path:
-    """A path of a setting, absolute. Raises `ValueError` for the home of a user that there is not."""
+    """Make a setting's path absolute. Raises `ValueError` for `~user` of an unknown user."""
     try:
         path = path.expanduser()
     except RuntimeError:
@@ -82,23 +82,23 @@ def _from_project(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The exchange to talk to, with the key that opens it."""
+    """The exchange to connect to, with the API key."""
 
     ws_url: str
     rest_url: str
     key_id: str
-    """The API key's id. Not a secret by itself, yet never logged."""
+    """The API key's id. It is not a secret by itself, but it is never logged."""
     key_file: Path
     """PEM file of the private key."""
     simulated: bool
-    """True for the bundled simulator, which makes its own key file when it starts."""
+    """True for the bundled simulator, which creates its own key file when it starts."""
 
-    def __repr__(self) -> str:  # a key id has no business in a traceback
+    def __repr__(self) -> str:  # without the key id, which must not appear in a traceback
         return f"Exchange({self.ws_url!r}, simulated={self.simulated})"
 
 
 class Settings(BaseSettings):
-    """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`."""
+    """Validated settings. Build them with `load()`, which turns a bad value into a `SettingsError`."""
 
     model_config = SettingsConfigDict(env_file_encoding="utf-8-sig", extra="ignore", frozen=True)
 
@@ -112,9 +112,9 @@ class Settings(BaseSettings):
     market_events: Annotated[tuple[str, ...], NoDecode] = ()
     market_all: bool = False
     market_min_volume: int = Field(0, ge=0)
-    """Contracts that a market must have traded before MARKET_ALL follows it."""
+    """Contracts that a market must have traded before MARKET_ALL records it."""
     stream_shards: int = Field(1, ge=1, le=64)
-    """Streamers that share the markets, each with a connection and a journal of its own."""
+    """Streamers that divide the markets among them, each with its own connection and journal."""
 
     use_clickhouse: bool = True
     embedded_clickhouse_port: int = Field(8123, ge=1, le=65_535)
@@ -129,9 +129,9 @@ class Settings(BaseSettings):
     clickhouse_ca_file: Path | None = None
     clickhouse_client_cert_file: Path | None = None
     clickhouse_client_key_file: Path | None = None
-    """TLS to ClickHouse: the authority that signed its certificate, and our own, if it asks for one."""
+    """TLS to ClickHouse: the CA of its certificate, and a client certificate if the server requires one."""
     clickhouse_timeout_seconds: int = Field(120, ge=1)
-    """Silence after which a query is given up."""
+    """Seconds without data after which a query is abandoned."""
     hot_retention_days: int = Field(30, ge=1, le=36_500)
 
     kalshi_data_dir: Path = Field(Path("data"), validate_default=True)
@@ -189,16 +189,16 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _without_invisible(cls, value: Any, info: ValidationInfo) -> Any:
-        """Take off what pasting leaves at the ends, but from passwords only line ends; refuse it within."""
-        if isinstance(value, tuple):  # one that held commas
+        """Strip invisible characters at the ends (of passwords only line ends); refuse them inside."""
+        if isinstance(value, tuple):  # a list that was split at commas
             parts = (strip_invisible(part) for part in value)
-            return tuple(_insist_on_visible(part) for part in parts if part)
+            return tuple(_refuse_invisible(part) for part in parts if part)
         if not isinstance(value, str):
             return value
         name = str(info.field_name)
         stripped = value.strip("\r\n") if "password" in name else strip_invisible(value)
-        # joiners are part of how some scripts write a folder's name
-        return stripped if name.endswith(("_dir", "file")) else _insist_on_visible(stripped)
+        # a folder's name may hold invisible joiners, which some scripts need
+        return stripped if name.endswith(("_dir", "file")) else _refuse_invisible(stripped)
 
     @field_validator(
         "prod_keyfile",
@@ -322,12 +322,12 @@ class Settings(BaseSettings):
 
     @property
     def has_key(self) -> bool:
-        """Whether an exchange key is configured; without one everything runs on the simulator."""
+        """Whether an exchange key is configured; without one the platform records the simulator."""
         return self.prod_keyid is not None
 
     @property
     def exchange(self) -> Exchange:
-        """The exchange to record: the real one when there is a key, else the simulator."""
+        """The exchange to record: the real one if a key is configured, else the simulator."""
         if self.prod_keyid is not None and self.prod_keyfile is not None:
             return Exchange(
                 ws_url=self.kalshi_ws_url or PRODUCTION_WS_URL,
@@ -347,23 +347,23 @@ class Settings(BaseSettings):
 
     @property
     def names_markets(self) -> bool:
-        """Whether any MARKET_ setting says what to record."""
+        """Whether any MARKET_ setting selects markets."""
         named = self.market_tickers or self.market_file or self.market_series or self.market_events
         return bool(named) or self.market_all
 
     @property
     def every_market(self) -> bool:
-        """Whether all markets are recorded: on request, and of the simulator where none are named."""
+        """Whether all markets are recorded: with MARKET_ALL, or on the simulator without a selection."""
         return self.market_all or (self.exchange.simulated and not self.names_markets)
 
     @property
     def data_dir(self) -> Path:
-        """Where everything local lives, absolute."""
+        """The folder of all local data, absolute."""
         return self.kalshi_data_dir
 
     @property
     def archive_dir(self) -> Path:
-        """Root of the Parquet archive, absolute; of one on object storage, of what it does not have yet."""
+        """Root of a local archive, absolute; for one on object storage, of the files not yet uploaded."""
         if self.archive_base is not None:
             return self.data_dir / "outbox"
         return Path(self.parquet_dir or self.data_dir / "parquet")
@@ -376,17 +376,17 @@ class Settings(BaseSettings):
 
     @property
     def archive_url(self) -> str:
-        """The archive as its readers call it: an absolute path, or s3://bucket/prefix."""
+        """The archive's address for readers: an absolute path, or s3://bucket/prefix."""
         return f"s3://{self.archive_base}" if self.archive_base else str(self.archive_dir)
 
     @property
     def hot_retention_given(self) -> bool:
-        """Whether HOT_RETENTION_DAYS was set; the default alone never shortens a retention."""
+        """Whether HOT_RETENTION_DAYS was set; the default never shortens a table's retention."""
         return "hot_retention_days" in self.model_fields_set
 
     @property
     def embedded_clickhouse(self) -> bool:
-        """Whether ClickHouse is the embedded one, which `up` then starts."""
+        """Whether the embedded ClickHouse is used, which `up` then starts."""
         return (
             self.use_clickhouse
             and self.clickhouse_url == f"http://127.0.0.1:{self.embedded_clickhouse_port}"
@@ -399,7 +399,7 @@ class Settings(BaseSettings):
 
     @property
     def object_store_urls(self) -> tuple[str, ...]:
-        """How the archive's bucket begins in URLs, by path and by host name; none for a local archive."""
+        """URL prefixes of the archive's bucket, by path and by host name; empty for a local archive."""
         if self.archive_base is None:
             return ()
         bucket = self.archive_base.partition("/")[0]
@@ -419,27 +419,27 @@ class Settings(BaseSettings):
 
     @property
     def journals_dir(self) -> Path:
-        """Where every shard's journal is."""
+        """The folder of all shards' journals."""
         return self.data_dir / "journal"
 
     def journal_dir(self, shard: int = 0) -> Path:
-        """Folder of one shard's journal."""
+        """The folder of one shard's journal."""
         return self.journals_dir / f"shard-{shard}"
 
 
 def load(**overrides: Any) -> Settings:
-    """Read the settings; `overrides` win over the environment.
+    """Read the settings; `overrides` have precedence over the environment.
 
-    Raises `SettingsError` naming the variable and the remedy.
+    Raises `SettingsError`, which names the variable and the remedy.
     """
     env_file = project().env_file
-    _insist_on_text(env_file)
+    _require_text(env_file)
     try:
         settings = Settings(**{"_env_file": env_file, **overrides})
     except ValidationError as error:
-        sentence = _sentence(error)  # the cause holds the values, maybe secrets
+        sentence = _sentence(error)  # and no cause: it holds the values, which may be secret
         raise SettingsError(f"{sentence} {_where_from(env_file)}") from None
-    _insist_on_usable(settings.data_dir, for_clickhouse=settings.embedded_clickhouse)
+    _require_usable(settings.data_dir, for_clickhouse=settings.embedded_clickhouse)
     if (settings.prod_keyid is None) != (settings.prod_keyfile is None):
         missing = "PROD_KEYFILE" if settings.prod_keyfile is None else "PROD_KEYID"
         raise SettingsError(
@@ -447,7 +447,7 @@ def load(**overrides: Any) -> Settings:
             " Set both to record the exchange, or neither to use the simulator."
         )
     if settings.has_key:
-        _insist_on_tls(settings)
+        _require_tls(settings)
     if (settings.clickhouse_client_cert_file is None) != (
         settings.clickhouse_client_key_file is None
     ):
@@ -488,16 +488,17 @@ def current() -> Settings:
 
 
 def variables(names: Iterable[str]) -> list[str]:
-    """Those of the names of variables that are settings, in whatever case."""
+    """Those of `names` that are variables of a setting; case is ignored."""
     known = {HOME.lower()}
     for name, field in Settings.model_fields.items():
         alias = field.validation_alias
-        known |= {str(one) for one in alias.choices} if isinstance(alias, AliasChoices) else {name}
+        aliases = alias.choices if isinstance(alias, AliasChoices) else (name,)
+        known |= {str(choice) for choice in aliases}
     return [name for name in names if name.lower() in known]
 
 
 def secrets_in_file() -> list[str]:
-    """The variables of `.env` that hold a secret, by name; none where there is no such file."""
+    """Names of the variables in `.env` that hold a secret; empty if the file does not exist."""
     secret = {
         name
         for name, field in Settings.model_fields.items()
@@ -511,42 +512,42 @@ def secrets_in_file() -> list[str]:
 
 
 def _where_from(env_file: Path) -> str:
-    there = "" if env_file.is_file() else ", which is not there"
-    return f"Settings come from the environment and {env_file}{there}."
+    missing = "" if env_file.is_file() else ", which does not exist"
+    return f"Settings come from the environment and {env_file}{missing}."
 
 
 MOST_PATH_BYTES = 400
-"""Of the data folder. SQLite, where Dagster keeps its runs, opens no file whose path has 512 bytes."""
+"""Limit of the data folder's path: SQLite, which holds Dagster's runs, opens no path of 512 bytes."""
 _UNUSABLE = re.compile(r"%[0-9A-Fa-f]{2}|[?\x00-\x1f\x7f\ud800-\udfff]")
-"""What Dagster's storage takes for something else in the URL that it makes of a path, or no terminal shows."""
+"""Characters that Dagster's storage misreads in the URL it builds from a path, or that are invisible."""
 
 
-def _insist_on_usable(data_dir: Path, *, for_clickhouse: bool) -> None:
-    """Refuse a data folder in which something would fail later, and not say why."""
+def _require_usable(data_dir: Path, *, for_clickhouse: bool) -> None:
+    """Refuse a data folder whose path would make Dagster, SQLite or ClickHouse fail obscurely later."""
     text = str(data_dir)
     found, size = _UNUSABLE.search(text), len(os.fsencode(data_dir))
     sign = re.search(r"[&<>\\]", text)
     if found is not None:
-        what = f"has {found[0]!a} in its path, which Dagster's storage cannot use"
+        fault = f"has {found[0]!a} in its path, which Dagster's storage cannot use"
     elif for_clickhouse and sign is not None:
-        what = f"has {sign[0]!r} in its path, which the embedded ClickHouse cannot use"
+        fault = f"has {sign[0]!r} in its path, which the embedded ClickHouse cannot use"
     elif size > MOST_PATH_BYTES:
-        what = f"is {size} bytes long, and SQLite cannot open what is below more than {MOST_PATH_BYTES}"
+        fault = f"is {size} bytes long, and SQLite cannot open files in a folder of more than {MOST_PATH_BYTES}"
     else:
         return
     raise SettingsError(
-        f"The data folder {text!r} {what}. Set KALSHI_DATA_DIR to another folder, or rename that one."
+        f"The data folder {text!r} {fault}. Set KALSHI_DATA_DIR to another folder, or rename that one."
     )
 
 
-def _insist_on_visible(text: str) -> str:
+def _refuse_invisible(text: str) -> str:
     if (found := invisible_in(text)) is not None:
         raise ValueError(f"contains {found}, which no editor shows: type it again, or copy less")
     return text
 
 
-def _insist_on_text(env_file: Path) -> None:
-    """Refuse a settings file that is not UTF-8: parts of it would be passed over."""
+def _require_text(env_file: Path) -> None:
+    """Refuse a settings file that is not UTF-8: parts of it would be ignored silently."""
     try:
         content = env_file.read_bytes()
         content.decode("utf-8-sig")
@@ -558,33 +559,33 @@ def _insist_on_text(env_file: Path) -> None:
             " read: chmod 600, or chown."
         ) from None
     except UnicodeDecodeError as error:
-        what = f"byte {error.start + 1} is not UTF-8"
+        fault = f"byte {error.start + 1} is not UTF-8"
     else:
         if b"\0" not in content:
             return
-        what = "it has NUL bytes"
+        fault = "it has NUL bytes"
     if content[:2] in {b"\xff\xfe", b"\xfe\xff"} or b"\0" in content:
-        what = f"{what}; it looks like UTF-16, which Windows' editors call Unicode"
+        fault = f"{fault}; it looks like UTF-16, which Windows' editors call Unicode"
     raise SettingsError(
-        f"{env_file.absolute()} is not UTF-8 text ({what}). Save it again as UTF-8."
+        f"{env_file.absolute()} is not UTF-8 text ({fault}). Save it again as UTF-8."
     )
 
 
-def _insist_on_tls(settings: Settings) -> None:
-    """Whoever sees a signed request pass can be us for the seconds that its signature is good."""
+def _require_tls(settings: Settings) -> None:
+    """Refuse to send signed requests in the clear: an observer could replay a signature while it is valid."""
     exchange = settings.exchange
     for name, url in (("KALSHI_WS_URL", exchange.ws_url), ("KALSHI_REST_URL", exchange.rest_url)):
         parts = urlsplit(url)
         if parts.scheme not in {"https", "wss"} and not is_loopback(parts.hostname or ""):
             raise SettingsError(
-                f"{name} is {url!r}: a key is set, and without TLS everybody on the way could use what it"
-                f" signs. Give a {'wss' if name == 'KALSHI_WS_URL' else 'https'}:// address, or unset"
-                " PROD_KEYID and PROD_KEYFILE where it is a simulator."
+                f"{name} is {url!r}: a key is set, and without TLS an observer on the network could replay"
+                f" signed requests. Give a {'wss' if name == 'KALSHI_WS_URL' else 'https'}:// address, or"
+                " unset PROD_KEYID and PROD_KEYFILE if it is a simulator."
             )
 
 
 _SECRET = ("PASSWORD", "KEY", "TOKEN", "WEBHOOK")
-"""Settings whose value is in no error."""
+"""Parts of the names of settings whose value is never shown in an error."""
 
 
 def _sentence(error: ValidationError) -> str:

@@ -1,8 +1,8 @@
-"""JSON to types, also from several threads at once.
+"""Decoding of JSON to types with msgspec, safe from several threads.
 
-msgspec looks into a type when it first meets it, runs Python code for that, and is not alone there: two
-threads that meet one type for the first time at the same moment crash the process (a streamer's loads,
-say, which both read their state when it starts). Here one goes first.
+Building a decoder is not thread-safe in msgspec: two threads that use a type for the first time at the same
+moment crash the process (for instance two loaders that read their state when a streamer starts). So each
+decoder is built once, under a lock.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import msgspec
 
 T = TypeVar("T")
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
-_first = threading.Lock()
+_building = threading.Lock()
 
 
 def decode(text: bytes | str, kind: type[T]) -> T:
-    """Decode a text. Raises `msgspec.DecodeError` for what is no JSON, or not of that type."""
+    """Decode JSON to a type. Raises `msgspec.DecodeError` if it is not JSON, or not of that type."""
     decoded: T = _decoder(kind).decode(text)
     return decoded
 
 
 def convert(value: object, kind: type[T]) -> T:
-    """A decoded value as that type. Raises `msgspec.ValidationError` for what does not fit."""
-    _decoder(kind)  # with it, the type has been looked into
+    """Convert decoded JSON to a type. Raises `msgspec.ValidationError` if it does not fit."""
+    _decoder(kind)  # builds what msgspec knows of the type, under the lock
     return msgspec.convert(value, kind)
 
 
 def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     decoder = _decoders.get(kind)
     if decoder is None:
-        with _first:
+        with _building:
             decoder = _decoders.setdefault(kind, msgspec.json.Decoder(kind))
     return decoder

@@ -1,4 +1,4 @@
-"""The files of a local archive, for tests that look at them, harm them, or make them old."""
+"""The files of a local archive, for tests that read them, damage them, or convert them to an old version."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def paths(root: Path, dataset: str, hour: datetime) -> list[Path]:
 
 
 def without_records(root: Path, hour: datetime, parts: int | None = None) -> None:
-    """Make an hour, or its first so many parts, as versions without record numbers wrote it.
+    """Rewrite an hour, or its first `parts` parts, as versions without record numbers wrote it.
 
-    Their manifests were of those columns: so is the one that is left here.
+    The manifest is rewritten too: its checksum covers the remaining columns only.
     """
     archive = LocalArchive(root)
     for name in hours.RECORDED:

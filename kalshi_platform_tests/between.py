@@ -1,4 +1,4 @@
-"""Between here and ClickHouse: what passes everything on, or takes connections and never answers."""
+"""An HTTP proxy in front of ClickHouse that forwards requests, or accepts them and never answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 
 
 class Between(ThreadingHTTPServer):
-    """Passes on what comes, once `open` is set; until then it takes it and does not answer."""
+    """Forwards requests while `open` is set; otherwise accepts them and does not answer."""
 
     daemon_threads = True
 
@@ -22,7 +22,7 @@ class Between(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """Clients may have given up."""
+        """Ignore it: clients may have disconnected."""
 
 
 class PassOn(BaseHTTPRequestHandler):
@@ -32,7 +32,7 @@ class PassOn(BaseHTTPRequestHandler):
     server: Between
 
     def do_POST(self) -> None:
-        """Pass one request on."""
+        """Forward one request."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.open.wait()
         kept = {k: v for k, v in self.headers.items() if k.lower() not in {"host", "connection"}}
@@ -48,16 +48,16 @@ class PassOn(BaseHTTPRequestHandler):
         self.wfile.write(answer.content)
 
     def do_GET(self) -> None:
-        """As a POST."""
+        """Forward like a POST."""
         self.do_POST()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def between(target: str) -> Iterator[Between]:
-    """Run it for as long as the block lasts."""
+    """Run the proxy while the block lasts."""
     server = Between(target)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

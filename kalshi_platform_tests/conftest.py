@@ -1,4 +1,4 @@
-"""What every room's tests share: one embedded ClickHouse, and a fresh database in it."""
+"""Fixtures that every room's tests share: one embedded ClickHouse, and a fresh database in it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from hypothesis import settings as hypothesis_settings
 from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform_tests.clickhouse import two_shards
 
-# Partitions are defined when Dagster's definitions are imported: let them begin before any test's hour.
+# Partitions are defined when Dagster's definitions are imported: they must begin before any test's hour.
 os.environ["ARCHIVE_BEGINS"] = "2025-11-01"
 
-# The folder that a test, or a program that it starts, is in: never this checkout's `.env` and data.
+# A test, and a program that it starts, uses its current folder, never this checkout's `.env` and data.
 os.environ["KALSHI_HOME"] = "."
 
-# A shell starts what it puts into the background with SIGINT ignored. Dagster gives SIGTERM the same
-# handler, and programs that are started inherit what is ignored: none of them could be asked to end.
+# A shell starts background jobs with SIGINT ignored. Dagster handles SIGTERM the same way as SIGINT, and
+# child processes inherit ignored signals: without this reset none of them could be terminated.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MEMORY = Path("/dev/shm")
 LEAST_FREE_BYTES = 8 << 30
-"""Several times what the temporary folders of a whole run come to."""
+"""Several times the size of the temporary folders of a whole run."""
 
-# Temporary folders are in memory, where there is room. On a disk the tests mostly wait for it to sync, which shows
-# nothing: it loses no power meanwhile (journal/faulty_disk.py stands for one that does). Elsewhere: TMPDIR=/tmp make test.
+# Temporary folders are in memory if it has room. On a disk the tests mostly wait for fsync, which proves nothing
+# without a power failure (journal/faulty_disk.py simulates one). To use a disk: TMPDIR=/tmp make test.
 if (
     "TMPDIR" not in os.environ
     and MEMORY.is_dir()
@@ -43,9 +43,9 @@ if (
 ):
     os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
-# A deadline for an example, and for making a few, measures the machine: starved, it fails what is right.
-# The suite draws the same examples each time, so that a change alone decides how it ends; new ones, and more of
-# them, are drawn by `make explore` alone, which CI does not run (properties.py says who does).
+# A deadline per example measures the machine: on a busy one it fails correct code.
+# The suite draws the same examples each time, so that its result depends on the change alone. `make explore` draws
+# new ones, and more of them; CI does not run it (properties.py says when to).
 for profile, derandomize in (("suite", True), ("explore", False)):
     hypothesis_settings.register_profile(
         profile,
@@ -57,7 +57,7 @@ for profile, derandomize in (("suite", True), ("explore", False)):
 hypothesis_settings.load_profile("suite")
 
 DATABASE_TIMEOUT_S = 120.0
-"""For making or dropping a database: every table of it is a folder that the disk must forget."""
+"""To create or drop a database: each of its tables is a folder that must be deleted from disk."""
 
 pytest_plugins = [
     "kalshi_platform_tests.simulator_fixtures",
@@ -67,7 +67,7 @@ pytest_plugins = [
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect without garbage collections, and leave what was imported out of later ones: a million objects that stay."""
+    """Collect tests with the garbage collector off, and exempt the million imported objects from later collections."""
     gc.disable()
     try:
         return (yield)
@@ -80,7 +80,7 @@ def pytest_collection() -> Generator[None, object, object]:
 def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an embedded ClickHouse of this test run; user `default`, no password.
 
-    With CLICKHOUSE_CLUSTER=two it is one that stands in for a cluster: clickhouse/two_shards.py.
+    With CLICKHOUSE_CLUSTER=two it emulates a cluster of two shards: clickhouse/two_shards.py.
     """
     start = two_shards.running if two_shards.ON_CLUSTER else running
     with start(tmp_path_factory.mktemp("clickhouse")) as url:
@@ -89,15 +89,15 @@ def clickhouse_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _databases() -> Iterator[httpx.Client]:
-    """What makes and drops databases."""
-    # plain HTTP: no certificates to load
+    """A client that creates and drops databases."""
+    # plain HTTP, so certificates need not be loaded
     with httpx.Client(verify=False, timeout=DATABASE_TIMEOUT_S) as client:
         yield client
 
 
 @pytest.fixture
 def clickhouse_database(clickhouse_url: str, _databases: httpx.Client) -> Iterator[str]:
-    """The name of a database that is empty now and dropped afterwards."""
+    """The name of a new, empty database, which is dropped afterwards."""
     name = two_shards.database_name()
     if two_shards.ON_CLUSTER:
         yield name

@@ -1,4 +1,4 @@
-"""Dying at a chosen act: what a kill at any step of some work leaves behind."""
+"""Simulated kills: interrupt some work before or after its n-th step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 class Killed(BaseException):
-    """Nobody catches it: the process is gone."""
+    """Stands for SIGKILL: a BaseException, so that no handler catches it."""
 
 
 def die_at(
@@ -20,9 +20,9 @@ def die_at(
     after: bool,
     midway: Mapping[str, Callable[..., None]] | None = None,
 ) -> None:
-    """Raise `Killed` at the step-th call of any of `acts` (owner, name), before or after it.
+    """Raise `Killed` at the step-th call of any of `acts` (owner, name), before or after the call.
 
-    `midway`: by name, what of an act is done already when one dies before its end.
+    `midway` maps a name to the part of the act that is already done if the kill comes before its end.
     """
     left = step
 

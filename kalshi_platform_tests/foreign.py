@@ -1,4 +1,4 @@
-"""Whatever people and programs leave in a folder: to be put among our files."""
+"""Foreign files and folders, as people and programs leave them, to be put among the platform's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NOBODY = 65_534
+UNPRIVILEGED_UID = 65_534
 NAMES = (
     "date=2026-11-28.bak",
     "date=2026-13-45",
@@ -41,7 +41,7 @@ NAMES = (
 
 
 def put(folder: Path) -> list[str]:
-    """Files, folders with files in them, dangling and looping links; returns their names."""
+    """Create files, folders with files, dangling and looping links; return their names."""
     for n, name in enumerate(NAMES):
         if n % 2:
             (folder / name / "hour=07").mkdir(parents=True)
@@ -55,11 +55,11 @@ def put(folder: Path) -> list[str]:
 
 @contextmanager
 def closed_to_us(folder: Path) -> Iterator[None]:
-    """A folder that this process may not read, whoever it runs as."""
+    """Make a folder unreadable for this process, also if it runs as root."""
     mode, privileged = folder.stat().st_mode, os.geteuid() == 0
     folder.chmod(0)
     if privileged:
-        os.seteuid(NOBODY)
+        os.seteuid(UNPRIVILEGED_UID)
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ def closed_to_us(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_folder() -> Iterator[Path]:
-    """A new folder that every user may reach."""
+    """A new folder that every user may enter."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)

@@ -1,4 +1,4 @@
-"""An object store of one's own for a test: moto's S3 over real HTTP, which can be taken away or made to fail."""
+"""An object store for a test: moto's S3 over real HTTP, which can be stopped or made to fail."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Fault = Callable[[str, str], int | None]
 
 
 class ObjectStore:
-    """A server with one bucket; `url` is its endpoint. What it holds outlives `stop` and `start`."""
+    """A server with one bucket; `url` is its endpoint. Its objects survive `stop` and `start`."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.fault: Fault | None = None
         self.lost: Fault | None = None
-        """As `fault`, but the request is done: its answer alone is lost."""
+        """Like `fault`, but the request is executed: only its answer is lost."""
         self._port = 0
         self._server: BaseWSGIServer | None = None
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -69,8 +69,8 @@ class ObjectStore:
             i.path.removeprefix(f"{BUCKET}/") for i in infos if i.type is fs.FileType.File
         )
 
-    def insist_on_keys(self, on: bool) -> None:
-        """Whether requests need a key of a user of the store; it has no users."""
+    def require_keys(self, on: bool) -> None:
+        """Refuse requests without a key of a user; the store has no users, so it refuses all."""
         count = b"0" if on else b"1000000000"
         httpx.post(f"{self.url}/moto-api/reset-auth", content=count, timeout=60).raise_for_status()
 

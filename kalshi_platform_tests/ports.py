@@ -1,4 +1,4 @@
-"""Ports for programs that a test starts later, and perhaps again."""
+"""Free ports for programs that a test starts later, perhaps more than once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import random
 import socket
 
 FIRST, EACH = 12_000, 2_000
-"""Below those that the kernel gives to whoever dials or asks for any, between the choice and the use."""
+"""Below the kernel's ephemeral range, so that no connection takes a port between its choice and its use."""
 _dice = random.SystemRandom()
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody has, and that no other worker of pytest is given."""
+    """Free ports of the loopback interface, different for each worker of pytest."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     own = range(FIRST + worker * EACH, FIRST + (worker + 1) * EACH)
     found: list[int] = []
@@ -30,7 +30,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def answers(port: int) -> bool:
-    """Whether something takes connections there."""
+    """Whether a program accepts connections on a port."""
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:

@@ -1,21 +1,21 @@
-"""How many examples a costly property gets."""
+"""The number of examples of costly properties."""
 
 from __future__ import annotations
 
 from hypothesis import settings
 
 SUITE_SHARE = 4
-"""One of so many examples is drawn in the suite."""
+"""The suite draws one in this many examples."""
 LEAST = 10
-"""And no fewer than these."""
+"""The fewest examples that the suite draws."""
 
 
 def examples(number: int) -> settings:
-    """Settings of a property that costs seconds: `number` examples where new ones are looked for (`make explore`).
+    """Hypothesis settings of a property that costs seconds: `number` examples under `make explore`.
 
-    The suite, and so CI, draws a quarter of them, LEAST or more, the same ones each time (conftest.py): it finds what
-    a change breaks of these, and nothing else. Who changes what such a property tests, and who makes a release, runs
-    `make explore`, which prints how to draw a failing example again.
+    The suite, and so CI, draws a quarter of them, at least LEAST, and the same ones each time (conftest.py). Run
+    `make explore` after changing code that such a property tests, and before a release; it prints how to reproduce
+    a failing example.
     """
     exploring = settings.get_current_profile_name() == "explore"
     few = min(number, max(LEAST, -(-number // SUITE_SHARE)))

@@ -1,4 +1,4 @@
-"""pytest fixtures: an exchange of one's own for a test. A plugin; conftest.py names it."""
+"""pytest plugin (named in conftest.py): fixtures that start an exchange simulator for a test."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ StartSimulator = Callable[..., Simulator]
 
 
 def long_lives(rolling_markets: int, margin_s: int = 120) -> float:
-    """A lifetime in seconds with which no rolling market opens or closes for some minutes around now.
+    """A lifetime in seconds with which no rolling market opens or closes within some minutes of now.
 
-    They do so by the wall clock: a test that does not ask for it must not meet it once in a while.
+    Rolling markets follow the wall clock; a test that does not expect a change must not see one by chance.
     """
     now_ns = time.time_ns()
     for lifetime_s in range(600, 14_400, 60):
@@ -34,15 +34,15 @@ def long_lives(rolling_markets: int, margin_s: int = 120) -> float:
 
 @pytest.fixture(scope="session")
 def simulator_key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One key for all simulators of the session: making an RSA key takes a moment."""
+    """One key for all simulators of the session, since generating an RSA key is slow."""
     return tmp_path_factory.mktemp("simulator") / "key.pem"
 
 
 @pytest.fixture
 def start_simulator(simulator_key_file: Path) -> Iterator[StartSimulator]:
-    """Start simulators with any fields of `SimulatorConfig`; they stop with the test.
+    """Start simulators with any fields of `SimulatorConfig`; they stop when the test ends.
 
-    Markets roll within the test only where it gives `rolling_seconds`.
+    Markets roll during the test only if it gives `rolling_seconds`.
     """
     with ExitStack() as stack:
 
@@ -58,5 +58,5 @@ def start_simulator(simulator_key_file: Path) -> Iterator[StartSimulator]:
 
 @pytest.fixture
 def simulator(start_simulator: StartSimulator) -> Simulator:
-    """A simulator with the defaults."""
+    """A simulator with default settings."""
     return start_simulator()

@@ -1,4 +1,4 @@
-"""A file system of a few megabytes, to be filled to its last byte."""
+"""A file system of a few megabytes that a test fills to its last byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILL = "fill"
 
 @contextmanager
 def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path]:
-    """A new tmpfs, mounted below the folder. Skips the test where none may be mounted."""
+    """A new tmpfs, mounted below the folder. Skips the test if mounting is not permitted."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("only root on Linux can mount a small file system")
     disk = folder / "small-disk"
@@ -33,7 +33,7 @@ def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Take all that is left, to the last block."""
+    """Use up all free space, to the last byte."""
     with (disk / FILL).open("ab", buffering=0) as file:
         for size in (1 << 20, 4096, 1):
             while True:
@@ -45,5 +45,5 @@ def fill(disk: Path) -> None:
 
 
 def make_room(disk: Path) -> None:
-    """Give back what `fill` took."""
+    """Free the space that `fill` took."""
     (disk / FILL).unlink()

@@ -1,4 +1,4 @@
-"""What tests of the stores share: a migrated database for each module, and settings on it."""
+"""Fixtures of the stores' tests: a migrated database for each module, and settings for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kalshi_platform_tests.clickhouse.tables import database_of_a_module, settin
 
 @pytest.fixture(scope="module")
 def database(clickhouse_url: str) -> Iterator[str]:
-    """A migrated database for this module."""
+    """A migrated database for the test module."""
     with database_of_a_module(clickhouse_url) as settings:
         yield settings.clickhouse_database
 
 
 @pytest.fixture
 def settings(tmp_path: Path, clickhouse_url: str, database: str) -> Settings:
-    """Settings with a data folder of its own and the module's database."""
+    """Settings with a fresh data folder and the module's database."""
     return settings_for(
         clickhouse_url, database, kalshi_data_dir=tmp_path, hot_retention_days=36_500
     )

@@ -1,4 +1,4 @@
-"""What a verdict on a feed says to do, or that the streamer does, is done here, and the feed is well again."""
+"""Every remedy that a health verdict names is executed here, and the feed records again."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def judge(streamer: Streamer, profile: Profile = DOCTOR, later_s: float = 0.0) -
     return verdict.judge(report, None, now, profile)
 
 
-def until(holds: Callable[[], bool], what: Callable[[], object]) -> None:
+def until(holds: Callable[[], bool], describe: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
-        assert time.monotonic() < deadline, what()
+        assert time.monotonic() < deadline, describe()
         time.sleep(0.02)
 
 
@@ -84,7 +84,7 @@ def becomes(streamer: Streamer, cause: str) -> Judgement:
     return judge(streamer)
 
 
-def test_no_books_snapshots_are_asked_for_by_themselves(exchange: tuple[Settings, Any]) -> None:
+def test_no_books_the_streamer_requests_snapshots_itself(exchange: tuple[Settings, Any]) -> None:
     settings, simulator = exchange
     simulator.inject("slow:1.5")
     with recording(settings) as streamer:
@@ -95,7 +95,7 @@ def test_no_books_snapshots_are_asked_for_by_themselves(exchange: tuple[Settings
         until(lambda: streamer.health().synced == MARKETS, streamer.health)
 
 
-def test_silent_the_streamer_dials_again_by_itself(
+def test_silent_the_streamer_reconnects_itself(
     exchange: tuple[Settings, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict, "HEARD_S", 0.5)
@@ -129,7 +129,7 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
         assert stuck.cause == "writer stuck"
         for found in (slow, stuck):
             assert "Give it a faster disk, or find what else writes there" in found.sentence
-        free.set()  # it was found
+        free.set()  # the operator freed the disk
         becomes(streamer, "recording")
     kept = sum(
         b.batch.num_rows
@@ -138,7 +138,7 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
     assert kept == streamer.health().journal_records
 
 
-def test_no_report_a_living_streamer_writes_it_again(exchange: tuple[Settings, Any]) -> None:
+def test_no_report_a_running_streamer_writes_it_again(exchange: tuple[Settings, Any]) -> None:
     settings, _ = exchange
     path = settings.journal_dir() / health_report.FILE
 
@@ -166,7 +166,7 @@ def test_no_report_a_living_streamer_writes_it_again(exchange: tuple[Settings, A
         until(lambda: doctor._reported(settings, 0).mark is doctor.Mark.GOOD, judged)
 
 
-def test_not_started_the_command_that_is_named_records_the_shard(
+def test_not_started_the_named_command_records_the_shard(
     exchange: tuple[Settings, Any], tmp_path: Path
 ) -> None:
     alone, _ = exchange

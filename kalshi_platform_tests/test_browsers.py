@@ -1,4 +1,4 @@
-"""What another site's page may ask of a server on this machine: nothing."""
+"""Local servers refuse every request from a web page of another site."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_program_on_this_machine_is_answered(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8123", "127.0.0.1.evil.example", "[", "10.0.0.1", ":80"]
 )
-def test_a_name_that_was_pointed_here_is_refused(host: str) -> None:
+def test_dns_rebinding_is_refused(host: str) -> None:
     assert refusal(Headers({"host": host}))
     assert refusal(Headers({"host": host}), loopback=False) is None
 
@@ -81,16 +81,16 @@ def test_a_page_of_any_other_origin_is_refused(origin: str) -> None:
 
 
 @given(origin=st.text(max_size=30), site=st.text(max_size=12))
-def test_only_listed_values_of_a_browser_pass(origin: str, site: str) -> None:
+def test_only_allowed_header_values_pass(origin: str, site: str) -> None:
     own = "http://127.0.0.1:3000"
     headers = [(b"host", b"127.0.0.1:3000"), (b"origin", origin.encode("latin-1", "replace"))]
-    said = site.encode("latin-1", "replace")
-    passes = headers[1][1] == own.encode() and said in {b"same-origin", b"none"}
-    assert (refusal(Headers(raw=[*headers, (b"sec-fetch-site", said)])) is None) == passes
+    header = site.encode("latin-1", "replace")
+    passes = headers[1][1] == own.encode() and header in {b"same-origin", b"none"}
+    assert (refusal(Headers(raw=[*headers, (b"sec-fetch-site", header)])) is None) == passes
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "", "SAME-ORIGIN", "anything"])
-def test_a_page_that_is_not_the_servers_own_is_refused_without_an_origin(site: str) -> None:
+def test_a_foreign_page_without_an_origin_is_refused(site: str) -> None:
     for loopback in (True, False):
         headers = Headers({"host": "127.0.0.1:3000", "sec-fetch-site": site})
         assert refusal(headers, loopback=loopback)
@@ -109,13 +109,13 @@ def test_a_header_that_comes_twice_is_refused() -> None:
     assert refusal(Headers(raw=[*own, *sites]))
 
 
-def test_a_server_for_other_machines_takes_its_own_pages() -> None:
+def test_a_server_for_other_machines_answers_its_own_pages() -> None:
     headers = Headers({"host": "desk.example:8123", "origin": "http://desk.example:8123"})
     assert refusal(headers, loopback=False) is None
     assert refusal(headers)
 
 
-def test_behind_a_proxy_the_address_that_people_use_passes() -> None:
+def test_behind_a_proxy_the_public_address_passes() -> None:
     headers = Headers({"host": "desk.example", "origin": "https://desk.example"})
     for loopback in (True, False):
         assert refusal(headers, loopback=loopback)
@@ -144,8 +144,8 @@ def served(app: ASGIApp) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=[True, False])
-def asked(request: pytest.FixtureRequest) -> Iterator[tuple[httpx.Client, bool]]:
-    """A client of a server that takes links, or takes none."""
+def client_and_links(request: pytest.FixtureRequest) -> Iterator[tuple[httpx.Client, bool]]:
+    """A client of a server, and whether that server accepts links."""
     inner = Starlette(routes=[Route("/{path:path}", _echo, methods=["GET", "POST"])])
     with (
         served(OwnPagesOnly(inner, links=request.param)) as url,
@@ -156,9 +156,9 @@ def asked(request: pytest.FixtureRequest) -> Iterator[tuple[httpx.Client, bool]]
 
 @pytest.mark.parametrize("accept", ["text/html", "*/*", "application/json"])
 def test_a_link_opens_the_front_page_and_nothing_else(
-    asked: tuple[httpx.Client, bool], accept: str
+    client_and_links: tuple[httpx.Client, bool], accept: str
 ) -> None:
-    web, links = asked
+    web, links = client_and_links
     for site in ("cross-site", "same-site"):
         headers = {**LINK, "sec-fetch-site": site, "accept": accept}
         answer = web.get("/graphql?query=mutation{end}", headers=headers)
@@ -177,15 +177,17 @@ def test_a_link_opens_the_front_page_and_nothing_else(
         {"host": "evil.example"},
     ],
 )
-def test_what_is_no_link_opens_nothing(
-    asked: tuple[httpx.Client, bool], other: dict[str, str]
+def test_requests_that_are_not_links_are_refused(
+    client_and_links: tuple[httpx.Client, bool], other: dict[str, str]
 ) -> None:
-    assert asked[0].get("/", headers={**LINK, **other}).status_code == 403
-    assert asked[0].post("/", headers=LINK).status_code == 403
+    assert client_and_links[0].get("/", headers={**LINK, **other}).status_code == 403
+    assert client_and_links[0].post("/", headers=LINK).status_code == 403
 
 
-def test_programs_and_own_pages_reach_every_path(asked: tuple[httpx.Client, bool]) -> None:
-    web, _ = asked
+def test_programs_and_own_pages_reach_every_path(
+    client_and_links: tuple[httpx.Client, bool],
+) -> None:
+    web, _ = client_and_links
     own = f"{web.base_url.scheme}://{web.base_url.host}:{web.base_url.port}"
     for headers in (
         {},

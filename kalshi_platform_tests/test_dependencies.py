@@ -1,4 +1,4 @@
-"""What is installed is what was looked at: locked, hashed, bounded, declared."""
+"""Installed packages are the reviewed ones: locked, hashed, bounded, declared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_locked_package_has_one_version_and_its_hashes(lock: Path) -> None
         for line in rest:
             assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), name
     text = lock.read_text()
-    assert "://" not in text  # no package from beside the index
+    assert "://" not in text  # no package from outside the index
     assert "--index" not in text
 
 
@@ -49,7 +49,7 @@ def test_installs_ask_for_the_hashes() -> None:
     assert all("--require-hashes" in line and "--no-deps" in line for line in installs)
 
 
-def test_every_dependency_has_a_lower_and_an_upper_bound_and_is_locked() -> None:
+def test_every_dependency_is_bounded_on_both_sides_and_locked() -> None:
     everything = [*DECLARED, *(one for group in GROUPS.values() for one in group)]
     for one in everything:
         operators = {specifier.operator for specifier in one.specifier}
@@ -58,7 +58,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound_and_is_locked() -> None
     assert {canonicalize_name(one.name) for one in everything} <= known
 
 
-def test_whatever_the_package_imports_is_declared() -> None:
+def test_every_import_of_the_package_is_declared() -> None:
     imported = {
         name.split(".")[0]
         for path in (ROOT / "kalshi_platform").rglob("*.py")

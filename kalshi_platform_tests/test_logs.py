@@ -1,4 +1,4 @@
-"""LOG_FORMAT=json: every line is one object, wherever it comes from, and holds no secret."""
+"""LOG_FORMAT=json: every line is one JSON object, whichever logger writes it, without secrets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _restored() -> Iterator[None]:
 
 
 def lines(**overrides: Any) -> Iterator[list[dict[str, Any]]]:
-    """What is logged until the iterator is asked again."""
+    """Start to capture; the iterator's second item is what was logged since."""
     stream = io.StringIO()
     logs.configure(
         platform_settings.load(_env_file=None, log_format="json", **overrides), stream=stream
@@ -64,7 +64,7 @@ def lines(**overrides: Any) -> Iterator[list[dict[str, Any]]]:
     yield [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_a_line_is_an_object_with_its_time_level_logger_and_message() -> None:
+def test_a_json_line_has_time_level_logger_and_message() -> None:
     logged = lines()
     next(logged)
     with logs.bound(shard=2, run_id="abc"):
@@ -107,7 +107,7 @@ def test_the_level_is_the_platforms_own_and_libraries_stay_quiet() -> None:
     assert [line["message"] for line in next(logged)] == ["ours"]
 
 
-def test_configuring_twice_says_each_thing_once() -> None:
+def test_configuring_twice_logs_each_record_once() -> None:
     for logged in (lines(), lines()):
         next(logged)
     log.warning("once")
@@ -134,14 +134,14 @@ def test_the_output_of_a_dagster_run_is_json_line_by_line(tmp_path: Path) -> Non
         check=True,
     )
     run_id = done.stdout.strip()
-    said = [json.loads(line) for line in done.stderr.splitlines()]
-    by_message = {line["message"]: line for line in said}
+    logged_lines = [json.loads(line) for line in done.stderr.splitlines()]
+    by_message = {line["message"]: line for line in logged_lines}
     assert by_message["Said by the op."]["run_id"] == run_id
     assert by_message["Said by the op."]["job"] == "speech"
     assert by_message["Said by the op."]["step"] == "speak"
     platform = by_message["Said by the platform."]
     assert (platform["shard"], platform["run_id"]) == (3, run_id)
-    assert any(line["level"] == "ERROR" for line in said)
+    assert any(line["level"] == "ERROR" for line in logged_lines)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,9 @@ def test_the_output_of_a_dagster_run_is_json_line_by_line(tmp_path: Path) -> Non
         (["sql", "SELECT 1"], "ClickHouse at http://127.0.0.1:9 cannot be reached"),
     ],
 )
-def test_what_ends_a_command_is_a_line_too(argv: list[str], message: str, tmp_path: Path) -> None:
+def test_an_error_that_ends_a_command_is_a_json_line(
+    argv: list[str], message: str, tmp_path: Path
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kalshi_platform", *argv],
         cwd=tmp_path,
@@ -161,6 +163,6 @@ def test_what_ends_a_command_is_a_line_too(argv: list[str], message: str, tmp_pa
         check=False,
     )
     assert done.returncode == 1
-    said = [json.loads(line) for line in done.stderr.splitlines()]
-    assert said[-1]["level"] == "ERROR"
-    assert message in said[-1]["message"]
+    logged_lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert logged_lines[-1]["level"] == "ERROR"
+    assert message in logged_lines[-1]["message"]

@@ -1,4 +1,4 @@
-"""Text from elsewhere is never markup: hostile tickers and titles through each output."""
+"""Untrusted text is never markup: hostile tickers and titles pass through each output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 
 @given(texts)
-def test_printed_text_is_one_line_that_commands_nothing(text: str) -> None:
+def test_printable_text_is_one_line_without_control_characters(text: str) -> None:
     assert not UNSAFE.search(printable(text))
 
 
@@ -109,7 +109,7 @@ def plotted(tickers: list[str], dataset: Any) -> bytes:
     return plots.plot(dataset.name, cast(Activity, activity), pa.table(columns))
 
 
-@pytest.mark.parametrize("dataset", [SPREADS, DEPTH, IMBALANCE], ids=lambda it: it.name)
+@pytest.mark.parametrize("dataset", [SPREADS, DEPTH, IMBALANCE], ids=lambda dataset: dataset.name)
 @settings(max_examples=8)
 @given(
     tickers=st.lists(
@@ -123,14 +123,14 @@ def test_every_ticker_is_drawn(dataset: Any, tickers: list[str]) -> None:
     assert plotted(tickers, dataset).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("dataset", [SPREADS, DEPTH, IMBALANCE], ids=lambda it: it.name)
-@pytest.mark.parametrize("ticker", [each for each in HOSTILE if each.isprintable() or "\n" in each])
+@pytest.mark.parametrize("dataset", [SPREADS, DEPTH, IMBALANCE], ids=lambda dataset: dataset.name)
+@pytest.mark.parametrize("ticker", [text for text in HOSTILE if text.isprintable() or "\n" in text])
 def test_a_hostile_ticker_is_drawn_as_it_is(dataset: Any, ticker: str) -> None:
     assert plotted([ticker, "KXOTHER"], dataset).startswith(b"\x89PNG")
 
 
 @given(texts, texts)
-def test_a_line_of_the_log_is_one_line(message: str, name: str) -> None:
+def test_a_log_record_is_one_line(message: str, name: str) -> None:
     record = logging.LogRecord("x", logging.ERROR, "x", 1, "%s of %s", (message, name), None)
     assert not UNSAFE.search(logs.TextFormatter().format(record))
     assert "\n" not in logs.JsonFormatter().format(record)
@@ -168,7 +168,7 @@ def test_doctor_qa_and_alerts_print_one_line(text: str) -> None:
     assert not UNSAFE.search(message.text.replace("\n", ""))
 
 
-def test_other_formats_of_sql_command_no_terminal_and_are_exact_elsewhere(
+def test_raw_sql_output_is_escaped_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     body = "a,b\n\x1b[31mred\t\u202ex\n".encode()

@@ -1,4 +1,4 @@
-"""A data folder may have nearly any name; those that may not are refused at the start (test_settings.py)."""
+"""A data folder may have nearly any name; test_settings.py has the few that are refused."""
 
 from __future__ import annotations
 

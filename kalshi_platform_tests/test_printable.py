@@ -1,4 +1,4 @@
-"""What others wrote is shown on a terminal and in a log, and commands neither."""
+"""Untrusted text is shown on a terminal and in a log without controlling either."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def test_control_characters_are_spelt_out() -> None:
     assert printable("\ud800") == r"\ud800"
 
 
-def test_what_the_exchange_says_is_shown_and_not_obeyed() -> None:
+def test_messages_of_the_exchange_are_escaped() -> None:
     session = Session(["A-1"])
     list(session.commands(0.0))
     error = {"type": "error", "id": 1, "msg": {"code": 99, "msg": HOSTILE * 1_000}}
     session.receive(json.dumps(error).encode(), 0.0)
     [warning] = session.warnings
-    said = [
+    shown = [
         warning,
         str(session.ended),
         str(refusal(400, json.dumps({"msg": HOSTILE}).encode(), {})),
     ]
-    for text in said:
+    for text in shown:
         assert "owned" in text
         assert printable(text) == text
         assert len(text) < 2_000

@@ -1,6 +1,6 @@
-"""Secrets stay where they were given: a whole session of the platform is searched for them, byte by byte.
+"""No secret leaks: every output and file of a whole session of the platform is searched, byte by byte.
 
-And what else can be seen of that session from outside: where it listens, and to whom it answers.
+The same session also shows on which addresses the platform listens and which requests it answers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from kalshi_platform_tests.ports import free_ports
 
 KEY_ID = "5ec7e7-key-id-0f-a-session"
 WRONG_ID = "5ec7e7-another-key-id"
-USER, PASSWORD = "somebody", "5ec7e7-clickhouse-word"
+USER, PASSWORD = "operator", "5ec7e7-clickhouse-word"
 WRONG_PASSWORD = "5ec7e7-wrong-word"
 QA_PASSWORD = "5ec7e7-word-of-qa"
 SLACK_PATH, WEBHOOK_PATH = "5ec7e7-path-of-slack", "5ec7e7-path-of-a-webhook"
@@ -68,7 +68,7 @@ def new_key(path: Path) -> rsa.RSAPrivateKey:
 
 
 def secrets_of(*keys: rsa.RSAPrivateKey) -> set[bytes]:
-    """Everything that must be nowhere, in each form that it could take."""
+    """Every secret, in each encoding in which it could appear."""
     words = {KEY_ID, WRONG_ID, PASSWORD, WRONG_PASSWORD, QA_PASSWORD}
     words |= {SLACK_PATH, WEBHOOK_PATH, SMTP_PASSWORD}
     found = {word.encode() for word in words}
@@ -91,30 +91,30 @@ def secrets_of(*keys: rsa.RSAPrivateKey) -> set[bytes]:
 
 @dataclass
 class Session:
-    """What a session of the platform said, wrote and was seen to do."""
+    """The outputs, files and open ports of a session of the platform."""
 
     folder: Path
     secrets: set[bytes]
-    said: dict[str, bytes] = field(default_factory=dict)
+    outputs: dict[str, bytes] = field(default_factory=dict)
     """Output of each command, command lines, answers of ClickHouse."""
     listening: set[tuple[str, int, str]] = field(default_factory=set)
     """(address, port, program)"""
     answers: dict[str, int] = field(default_factory=dict)
-    """HTTP status of what a web page of another site asks for."""
+    """HTTP status of requests from a web page of another site."""
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """`up` with a key and passwords, and every command beside it, also with the wrong ones."""
+    """Run `up` with a key and passwords, and every command beside it, also with wrong ones."""
     folder = tmp_path_factory.mktemp("session")
     keys = tmp_path_factory.mktemp("keys")
     right, wrong = new_key(keys / "right.pem"), new_key(keys / "wrong.pem")
     with running(SimulatorConfig(markets=3, rate=100, rolling_markets=0)) as simulator:
         simulator.register(KEY_ID, right.public_key())
-        yield _live_through(folder, keys, simulator, secrets_of(right, wrong))
+        yield _run_session(folder, keys, simulator, secrets_of(right, wrong))
 
 
-def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[bytes]) -> Session:
+def _run_session(folder: Path, keys: Path, simulator: Simulator, secrets: set[bytes]) -> Session:
     ui, clickhouse, metrics = free_ports(3)
     env = {
         "PROD_KEYID": KEY_ID,
@@ -126,7 +126,7 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
         "CLICKHOUSE_PASSWORD": PASSWORD,
         "CH_PASSWORD": QA_PASSWORD,
         "METRICS_PORT": str(metrics),
-        "ALERT_SLACK_WEBHOOK_URL": f"http://127.0.0.1:9/{SLACK_PATH}",  # nobody answers there
+        "ALERT_SLACK_WEBHOOK_URL": f"http://127.0.0.1:9/{SLACK_PATH}",  # nothing listens there
         "ALERT_WEBHOOK_URL": f"{simulator.control_url}/{WEBHOOK_PATH}",  # a 404
         "ALERT_EMAIL_TO": "desk@example.test",
         "ALERT_EMAIL_FROM": "platform@example.test",
@@ -137,10 +137,10 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
         "NO_COLOR": "1",
     }
     up = Up(folder / "data", ui, clickhouse, **env)
-    it = Session(folder, secrets)
+    session = Session(folder, secrets)
     at = f"http://127.0.0.1:{clickhouse}"
     command = Commands(
-        it, {**os.environ, **env, "KALSHI_DATA_DIR": str(up.data), "CLICKHOUSE_URL": at}
+        session, {**os.environ, **env, "KALSHI_DATA_DIR": str(up.data), "CLICKHOUSE_URL": at}
     )
     up.start()
     try:
@@ -186,20 +186,20 @@ def _live_through(folder: Path, keys: Path, simulator: Simulator, secrets: set[b
             ]
         assert b"ALERT_WEBHOOK_URL" in ended[1].result()
         assert b"count()" in ended[2].result()
-        for each in ended:
-            each.result()
+        for command_run in ended:
+            command_run.result()
         until(lambda: bool(up.reported()), up.logs)
-        it.said |= dump(at)
-        observe(it, up, at)
-        it.said["what up printed"] = up.output.encode()
+        session.outputs |= dump(at)
+        observe(session, up, at)
+        session.outputs["what up printed"] = up.output.encode()
         up.end(signal.SIGINT)
     finally:
         up.kill()
-    return it
+    return session
 
 
 class Commands:
-    """Runs the command line in the session's environment, and keeps what it says."""
+    """Runs the command line in the session's environment, and keeps its output."""
 
     def __init__(self, session: Session, env: dict[str, str]) -> None:
         self._session = session
@@ -207,7 +207,7 @@ class Commands:
         self._numbers = itertools.count()
 
     def __call__(self, verb: str, expected: str, *args: str, **env: str) -> bytes:
-        """Run it; `expected` is its exit code, or for how long it may run before SIGTERM."""
+        """Run a command; `expected` is its exit code, or how long it runs before SIGTERM."""
         process = subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform", verb, *args],
             env={**self._env, **env},
@@ -217,12 +217,12 @@ class Commands:
         )
         name = f"{next(self._numbers)}: {verb} {' '.join(env)}"
         command_line = psutil.Process(process.pid).cmdline()
-        self._session.said[f"ps of {name}"] = " ".join(command_line).encode()
+        self._session.outputs[f"ps of {name}"] = " ".join(command_line).encode()
         if expected.startswith("for "):
             time.sleep(float(expected.split()[1]))
             process.terminate()
         out, _ = process.communicate(timeout=180)
-        self._session.said[name] = out
+        self._session.outputs[name] = out
         if expected.startswith("exit"):
             assert process.returncode == int(expected.split()[1]), out.decode()
         return out
@@ -249,7 +249,7 @@ def _asked(url: str, query: str) -> httpx.Response | None:
 
 
 def dump(url: str) -> dict[str, bytes]:
-    """Every row of every table of ours, and of what the engine keeps of queries and errors."""
+    """Every row of the platform's tables and of the engine's logs of queries and errors."""
     names = _asked(
         url,
         "SELECT database || '.' || name FROM system.tables WHERE database = 'kalshi'"
@@ -266,13 +266,13 @@ def dump(url: str) -> dict[str, bytes]:
     return found
 
 
-def observe(it: Session, up: Up, clickhouse: str) -> None:
+def observe(session: Session, up: Up, clickhouse: str) -> None:
     for process in up.family():
         with suppress(psutil.NoSuchProcess):
-            it.said[f"ps {process.pid}"] = " ".join(process.cmdline()).encode()
+            session.outputs[f"ps {process.pid}"] = " ".join(process.cmdline()).encode()
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    it.listening.add((*connection.laddr, process.name()))
+                    session.listening.add((*connection.laddr, process.name()))
     ui = f"http://127.0.0.1:{up.port}"
     mutation = {"query": "mutation { reloadWorkspace { __typename } }"}
     link = {
@@ -283,7 +283,7 @@ def observe(it: Session, up: Up, clickhouse: str) -> None:
     page = {"Origin": "https://evil.example"}
     pointed = {"Host": "evil.example", "Origin": "http://evil.example"}
     with httpx.Client(trust_env=False, timeout=60) as web:
-        it.answers = {
+        session.answers = {
             "own page": web.post(
                 f"{ui}/graphql", json=mutation, headers={"Origin": ui}
             ).status_code,
@@ -310,7 +310,7 @@ def observe(it: Session, up: Up, clickhouse: str) -> None:
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
-    """A file's bytes, and what they hold when compression is taken off."""
+    """A file's bytes, and its content decompressed."""
     yield path.read_bytes()
     if path.suffix == ".parquet":
         yield str(pq.read_table(path, partitioning=None).to_pydict()).encode()
@@ -338,11 +338,11 @@ def found_in(haystack: bytes, secrets: set[bytes]) -> set[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # whichever comes first lives through the session
-def test_no_secret_is_in_anything_that_a_session_said_or_wrote(session: Session) -> None:
+@pytest.mark.timeout(900)  # the first of them runs the session
+def test_no_secret_is_in_any_output_or_file_of_a_session(session: Session) -> None:
     leaks = {
         name: found
-        for name, text in session.said.items()
+        for name, text in session.outputs.items()
         if (found := found_in(text, session.secrets))
     }
     searched = 0
@@ -365,7 +365,7 @@ def test_no_secret_is_in_anything_that_a_session_said_or_wrote(session: Session)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # whichever comes first lives through the session
+@pytest.mark.timeout(900)  # the first of them runs the session
 def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> None:
     table = pa.table({"detail": [f"user {KEY_ID}"] * 3})
     pq.write_table(table, tmp_path / "a.parquet", compression="gzip")
@@ -375,7 +375,7 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
         database.commit()
     writer = Writer(tmp_path / "journal")
     for _ in range(50):
-        writer.note("error", {"said": WRONG_PASSWORD})
+        writer.note("error", {"message": WRONG_PASSWORD})
     writer.close()
     [segment] = (tmp_path / "journal").glob(f"*{reader.SUFFIX}")
     for path in (tmp_path / "a.parquet", tmp_path / "a.db", segment):
@@ -385,23 +385,23 @@ def test_the_search_finds_what_is_there(session: Session, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # whichever comes first lives through the session
-def test_everything_listens_on_the_loopback_interface_alone(session: Session) -> None:
+@pytest.mark.timeout(900)  # the first of them runs the session
+def test_every_server_listens_on_loopback_only(session: Session) -> None:
     assert len(session.listening) >= 3  # ClickHouse, the UI, the metrics; not the code server
     assert {address for address, *_ in session.listening if not is_loopback(address)} == set()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # whichever comes first lives through the session
-def test_the_ui_and_clickhouse_answer_no_other_site(session: Session) -> None:
+@pytest.mark.timeout(900)  # the first of them runs the session
+def test_the_ui_and_clickhouse_refuse_other_sites(session: Session) -> None:
     answers = dict(session.answers)
     assert [answers.pop(name) for name in ("own page", "no page", "link")] == [200, 200, 200]
     assert set(answers.values()) == {403}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # whichever comes first lives through the session
-def test_what_is_private_is_closed_to_other_users_of_the_machine(session: Session) -> None:
+@pytest.mark.timeout(900)  # the first of them runs the session
+def test_private_folders_are_closed_to_other_users(session: Session) -> None:
     data = session.folder / "data"
     for name in ("journal/shard-0", "clickhouse", "dagster", "logs"):
         assert (data / name).stat().st_mode & 0o007 == 0, name
@@ -410,7 +410,7 @@ def test_what_is_private_is_closed_to_other_users_of_the_machine(session: Sessio
 # -- in memory ----------------------------------------------------------------------------------
 
 
-def test_nothing_that_holds_a_secret_shows_it(
+def test_no_repr_or_traceback_shows_a_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -427,8 +427,8 @@ def test_nothing_that_holds_a_secret_shows_it(
     credentials = Credentials(exchange.key_id, signer)
     client = RestClient(exchange)
     shown = []
-    for it in (settings, exchange, signer, credentials, client):
-        shown += [repr(it), str(it), f"{it}", f"{[it]}"]
+    for holder in (settings, exchange, signer, credentials, client):
+        shown += [repr(holder), str(holder), f"{holder}", f"{[holder]}"]
     shown += [settings.model_dump_json(), str(settings.model_dump())]
     try:
         raise RuntimeError(settings, exchange, credentials, client)
@@ -438,7 +438,7 @@ def test_nothing_that_holds_a_secret_shows_it(
     assert found_in("\n".join(shown).encode(), secrets_of(key)) == set()
 
 
-def test_the_libraries_log_no_signed_header_even_when_asked_for_everything(
+def test_libraries_log_no_signed_header_at_debug_level(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     key = new_key(tmp_path / "key.pem")

@@ -43,7 +43,7 @@ def test_the_defaults_in_the_example_are_the_defaults(
     assert load() == defaults
 
 
-def test_without_a_key_it_is_the_simulator_and_with_one_the_exchange(tmp_path: Path) -> None:
+def test_a_key_selects_the_exchange_and_none_the_simulator(tmp_path: Path) -> None:
     assert load().exchange.simulated
     exchange = load(prod_keyid="id", prod_keyfile=tmp_path / "key.pem").exchange
     assert not exchange.simulated
@@ -82,9 +82,7 @@ def test_a_bad_value_is_a_sentence_that_names_the_variable(
         ("KALSHI_REST_URL", "http://10.0.0.7/trade-api/v2"),
     ],
 )
-def test_a_key_signs_nothing_that_others_on_the_way_could_read(
-    name: str, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_requires_tls(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, url)
     assert load().exchange.simulated  # without a key: the bundled simulator, on any machine
     monkeypatch.setenv("PROD_KEYID", "s3cr3t-key")
@@ -119,25 +117,25 @@ def test_secrets_are_in_no_repr_and_no_error(
 def test_an_archive_is_a_folder_or_on_object_storage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    here = load(parquet_dir=tmp_path / "archive")
-    assert (here.archive_base, here.archive_url) == (None, str(tmp_path / "archive"))
-    assert here.archive_dir == tmp_path / "archive"
+    local = load(parquet_dir=tmp_path / "archive")
+    assert (local.archive_base, local.archive_url) == (None, str(tmp_path / "archive"))
+    assert local.archive_dir == tmp_path / "archive"
     monkeypatch.setenv("PARQUET_DIR", "s3://bucket/some/prefix/")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    there = load()
-    assert (there.archive_base, there.archive_url) == (
+    remote = load()
+    assert (remote.archive_base, remote.archive_url) == (
         "bucket/some/prefix",
         "s3://bucket/some/prefix",
     )
-    assert there.archive_dir == there.data_dir / "outbox"
-    assert (there.s3_endpoint_url, there.aws_region) == ("http://127.0.0.1:9000", "eu-central-1")
+    assert remote.archive_dir == remote.data_dir / "outbox"
+    assert (remote.s3_endpoint_url, remote.aws_region) == ("http://127.0.0.1:9000", "eu-central-1")
 
 
 @pytest.mark.parametrize(
     "address", ["s3://id:s3cr3t@bucket/prefix", "s3://bucket/prefix?secret_key=s3cr3t"]
 )
-def test_a_key_in_the_archives_address_is_refused_without_being_shown(
+def test_a_key_in_the_archives_address_is_refused_unshown(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PARQUET_DIR", address)
@@ -163,7 +161,7 @@ KEY_ID = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
 @pytest.mark.parametrize(
     "around", ["\n", "\r\n", " ", "\t", "\u200b", "\ufeff", "\u00a0", "\u2060 \n"]
 )
-def test_blanks_and_invisible_characters_around_a_value_are_taken_off(
+def test_invisible_characters_around_a_value_are_stripped(
     around: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROD_KEYID", f"{around}{KEY_ID}{around}")
@@ -177,7 +175,7 @@ def test_blanks_and_invisible_characters_around_a_value_are_taken_off(
 
 
 @pytest.mark.parametrize("within", ["\n", "\r", " ", "\u200b", "é", "\u2013", "\x7f", "\x00"])
-def test_a_key_id_with_such_a_character_within_is_refused_unshown(within: str) -> None:
+def test_an_invalid_character_in_a_key_id_is_refused_unshown(within: str) -> None:
     with pytest.raises(SettingsError, match="PROD_KEYID contains") as error:
         load(prod_keyid=KEY_ID[:8] + within + KEY_ID[8:], prod_keyfile="key.pem")
     assert "(character 9)" in str(error.value)
@@ -188,7 +186,7 @@ def test_a_key_id_with_such_a_character_within_is_refused_unshown(within: str) -
 @pytest.mark.parametrize(
     ("name", "value"), [("MARKET_TICKERS", "KXA\u200b-1"), ("CLICKHOUSE_URL", "http://ho\rst:8123")]
 )
-def test_an_invisible_character_within_a_value_is_named(
+def test_an_invisible_character_inside_a_value_is_named(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -201,7 +199,7 @@ def test_an_invisible_character_within_a_value_is_named(
 @example("clickhouse_url", "http://[")
 @example("prod_keyid", "\ud800")
 @example("parquet_dir", "s3://\x00")
-def test_whatever_is_pasted_is_taken_or_refused_in_a_sentence(name: str, text: str) -> None:
+def test_any_pasted_text_is_accepted_or_refused_in_a_sentence(name: str, text: str) -> None:
     try:
         load(**{name: text})
     except SettingsError as error:
@@ -314,7 +312,7 @@ def test_an_error_says_which_settings_file_was_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOT_RETENTION_DAYS", "soon")
-    with pytest.raises(SettingsError, match="which is not there") as error:
+    with pytest.raises(SettingsError, match="which does not exist") as error:
         load()
     (tmp_path / ".env").touch()
     with pytest.raises(SettingsError) as error:
@@ -334,9 +332,7 @@ def test_an_error_says_which_settings_file_was_read(
         "x" * 200 + "/" + "y" * 200,
     ],
 )
-def test_a_data_folder_that_dagster_cannot_use_is_refused_by_its_path(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_data_path_that_dagster_cannot_use_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as error:
         load(kalshi_data_dir=tmp_path / name)
     assert repr(str(tmp_path / name)) in str(error.value)
@@ -344,7 +340,7 @@ def test_a_data_folder_that_dagster_cannot_use_is_refused_by_its_path(
 
 
 @pytest.mark.parametrize("sign", "&<>\\")
-def test_a_data_folder_that_the_embedded_clickhouse_cannot_use_is_refused_where_it_is_used(
+def test_a_data_path_that_the_embedded_engine_cannot_use_is_refused(
     sign: str, tmp_path: Path
 ) -> None:
     data = tmp_path / f"a {sign} b"
@@ -354,13 +350,15 @@ def test_a_data_folder_that_the_embedded_clickhouse_cannot_use_is_refused_where_
 
 
 @pytest.mark.parametrize("name", ["KALSHI_DATA_DIR", "PARQUET_DIR", "MARKET_FILE"])
-def test_the_home_of_nobody_is_a_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "~nobody-of-that-name/x")
+def test_the_home_of_an_unknown_user_is_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "~no-such-user/x")
     with pytest.raises(SettingsError, match=f"{name} is .* does not know"):
         load()
 
 
-def test_variables_that_are_settings_are_told_from_all_others() -> None:
+def test_variables_of_settings_are_recognised() -> None:
     ours = ["STREAM_SHARDS", "stream_shards", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"]
     others = ["PATH", "DAGSTER_PG_PASSWORD", "AWS_PROFILE"]
     assert platform_settings.variables([*ours, platform_settings.HOME, *others]) == [

@@ -1,4 +1,4 @@
-"""Threads that meet a type for the first time together decode it, each of them."""
+"""Several threads may decode a type for the first time at the same moment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ for round in range(300):
 """
 
 
-def test_threads_that_meet_a_type_together_decode_it() -> None:
+def test_first_use_of_a_type_from_several_threads_is_safe() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,4 +1,4 @@
-"""Frames and journal blocks made by hand, for tests of what reads them."""
+"""Hand-made frames and journal batches, for tests of code that reads them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Levels = Mapping[int, int]
 
 
 def conn_id(number: int) -> bytes:
-    """A connection's UUID, the same in every run."""
+    """A connection's UUID, equal in every run."""
     return uuid.UUID(int=number).bytes
 
 
 def market_id(ticker: str) -> str:
-    """A market's UUID, the same in every run."""
+    """A market's UUID, equal in every run."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, ticker))
 
 
@@ -58,7 +58,7 @@ def snapshot(ticker: str, seq: int, yes: Levels, no: Levels, *, sid: int = 1) ->
 
 
 def trade_id(number: int) -> str:
-    """A trade's id, the same in every run."""
+    """A trade's id, equal in every run."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"trade {number}"))
 
 
@@ -81,7 +81,7 @@ def trade(ticker: str, seq: int, yes: int, qty: int, *, sid: int = 2, number: in
 
 
 def ok(seq: int, *, sid: int = 1) -> bytes:
-    """An acknowledgement, which consumes a number."""
+    """An acknowledgement, which consumes a sequence number."""
     return _frame("ok", sid, seq, {"market_tickers": []})
 
 
@@ -93,7 +93,7 @@ def note(kind: str, detail: Mapping[str, Any], *, sid: int = 0, ticker: str = ""
 
 
 def connected(conn: bytes, at_ns: int, *, use_yes_price: bool = False) -> Record:
-    """The note that begins a connection."""
+    """The note with which a connection begins."""
     return (at_ns, conn, Kind.NOTE, note("connected", {"use_yes_price": use_yes_price}))
 
 
@@ -103,14 +103,14 @@ def started(at_ns: int) -> Record:
 
 
 def batch(records: Sequence[Record]) -> pa.RecordBatch:
-    """Journal records as the journal keeps them."""
+    """Journal records as an Arrow batch in the journal's schema."""
     columns = zip(*records, strict=True) if records else [[], [], [], []]
     arrays = [pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def blocks(records: Sequence[Record], cuts: Iterable[int] = ()) -> list[RecordRange]:
-    """The records as blocks, cut at the given numbers."""
+    """The records as ranges, cut at the given record numbers."""
     edges = sorted({0, len(records), *(c for c in cuts if 0 < c < len(records))})
     return [
         RecordRange(

@@ -49,7 +49,7 @@ from kalshi_platform.analytics.frames import (
     running_max,
 )
 from kalshi_platform.analytics.ladder import SIDES, Side, side_at
-from kalshi_platform.schema import CONNECTION_ENDS, DOUBTS, PLACE
+from kalshi_platform.schema import CONNECTION_ENDS, PLACE, STALE_EVENTS
 
 _KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
@@ -299,7 +299,7 @@ def books_in_groups(
     for table in stream:
         kind = table["kind"].cast(pa.string())
         found.add(table.filter(pc.equal(kind, "snapshot")), _marker_rows)
-        found.doubts += table.filter(pc.is_in(kind, pa.array(DOUBTS))).to_pylist()
+        found.doubts += table.filter(pc.is_in(kind, pa.array(STALE_EVENTS))).to_pylist()
     for table in events:
         found.add(table, _event_rows)
     doubts = found.doubts

@@ -11,7 +11,7 @@ import secrets
 import msgspec
 
 from kalshi_platform import checked_json
-from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.errors import StoreRefused, StoreUnavailable
 
 FILE = "archive.json"
@@ -41,7 +41,7 @@ def decode(text: bytes, path: str) -> str:
         return checked_json.decode(text, ArchiveIdentity, path, FORMAT).id
     except LaterFormat as error:
         raise StoreRefused(str(error)) from None
-    except Unproved as error:
+    except CorruptFile as error:
         raise StoreRefused(
             f"{path} is damaged ({error}): which archive this is, is not known. Restore it from a backup, or"
             " remove it: the recorder that loads there writes it again, if the archive is the one it knows."

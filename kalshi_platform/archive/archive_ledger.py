@@ -13,7 +13,7 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.archive.interface import Archive
-from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.journal.ledger import Entry, insist_on
 
@@ -98,7 +98,7 @@ class ArchiveLedger:
             return checked_json.decode(text, _File, f"{name} of {self._archive}", FORMAT)
         except LaterFormat as error:
             raise StoreRefused(str(error)) from None
-        except Unproved as error:
+        except CorruptFile as error:
             log.error("%s of %s is damaged (%s).", name, self._archive, error)
             return None
 

@@ -19,9 +19,9 @@ def exchange(one: Path, other: Path) -> None:
     Raises `StoreRefused` where the system does not offer that, and `OSError` as `rename` does.
     """
     try:
-        durable.exchange(one, other)
+        durable.swap(one, other)
     except OSError as error:
-        if error.errno not in durable.NOT_OFFERED:
+        if error.errno not in durable.SWAP_UNSUPPORTED:
             raise
         raise StoreRefused(
             f"{other} stays as it is: this system or file system cannot exchange two folders in one step"

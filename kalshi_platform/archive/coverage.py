@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from kalshi_platform.schema import CONNECTION_ENDS, DOUBTS
+from kalshi_platform.schema import CONNECTION_ENDS, STALE_EVENTS
 
-BREAKING = ("snapshot", *DOUBTS)
+BREAKING = ("snapshot", *STALE_EVENTS)
 """The kinds of stream_events that coverage depends on."""
 CHECKPOINT = "checkpoint"
 """In the place of a kind: a book of a checkpoint."""

@@ -70,7 +70,7 @@ def run() -> None:
     """Run the command line; exits 1 with one line on stderr for what the user can mend."""
     status = _status()
     if sys.argv[1:2] == ["stream"]:
-        processes.leave(status)
+        processes.exit_now(status)
     sys.exit(status)
 
 

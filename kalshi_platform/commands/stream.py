@@ -18,7 +18,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.archive.hours import HourReport
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.health import monitored_shards
-from kalshi_platform.processes import exit_words
+from kalshi_platform.processes import describe_exit
 from kalshi_platform.recorder.streamer import Health, Streamer
 from kalshi_platform.settings import Settings
 
@@ -152,7 +152,7 @@ def _record_all(shards: Sequence[int], stopping: threading.Event) -> None:
         if status not in {0, -signal.SIGTERM}:  # the latter had not come up yet
             failed[shard] = status
     if failed:
-        said = ", ".join(f"shard {k} ({exit_words(status)})" for k, status in failed.items())
+        said = ", ".join(f"shard {k} ({describe_exit(status)})" for k, status in failed.items())
         raise PlatformError(f"Ended, and so all shards were: {said}. Its last words are above.")
 
 

@@ -120,9 +120,9 @@ class _Pair:
             self._twin.replace(self._path)
         self._fill(data)
         try:
-            durable.exchange(self._twin, self._path)
+            durable.swap(self._twin, self._path)
         except OSError as error:
-            if error.errno not in durable.NOT_OFFERED:
+            if error.errno not in durable.SWAP_UNSUPPORTED:
                 raise
             self._twin.replace(self._path)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from kalshi_platform import checked_json, durable, typed_json
-from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.journal import reader as journal
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalError, LogOffset
@@ -90,8 +90,8 @@ def read(folder: Path) -> JournalIdentity | None:
             f"{path} cannot be read ({error.strerror}). Make it readable for this user."
         ) from None
     try:
-        found = checked_json.decode(text, JournalIdentity, path, FORMAT, unsealed=True)
-    except Unproved as error:
+        found = checked_json.decode(text, JournalIdentity, path, FORMAT, checksum_optional=True)
+    except CorruptFile as error:
         raise JournalError(f"{path} is damaged ({error}).") from None
     except LaterFormat as error:
         raise LaterVersion(str(error)) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from kalshi_platform import checked_json, durable
-from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.journal.journal_identity import Claim, LaterVersion, Start
 from kalshi_platform.journal.reader import LogOffset
 
@@ -74,10 +74,12 @@ def read(folder: Path, store: str, journal: uuid.UUID) -> Cursor | Unusable:
     """
     where = path(folder, store)
     try:
-        cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT, unsealed=True)
+        cursor = checked_json.decode(
+            where.read_bytes(), Cursor, where, FORMAT, checksum_optional=True
+        )
     except FileNotFoundError:
         return Unusable(f"{where} is missing", is_there=False)
-    except Unproved as error:
+    except CorruptFile as error:
         return Unusable(f"{where} is damaged ({error})")
     except LaterFormat as error:
         raise LaterVersion(
@@ -107,7 +109,7 @@ def claims(folder: Path) -> list[Claim]:
     for where in sorted((folder / "load").glob("*.json")):
         try:
             cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT)
-        except (OSError, Unproved, LaterFormat):
+        except (OSError, CorruptFile, LaterFormat):
             continue
         if cursor.journal is not None and cursor.start is not None:
             found.append(Claim(cursor.journal, cursor.start))
@@ -135,7 +137,7 @@ def has_loaded(folder: Path, store: str, place: str) -> bool:
     where = path(folder, store)
     try:
         cursor = checked_json.decode(where.read_bytes(), Cursor, where, FORMAT)
-    except (FileNotFoundError, Unproved, LaterFormat):
+    except (FileNotFoundError, CorruptFile, LaterFormat):
         return False  # its load says what is wrong with it
     return cursor.place == place and cursor.committed[2] > 0
 

@@ -29,7 +29,7 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.archive import Archive, archive_identity, hours, watermarks
-from kalshi_platform.checked_json import LaterFormat, Unproved
+from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.exchange.columnar_numbers import Numbers, disjoint, gaps_between
@@ -515,12 +515,12 @@ def _committed(folder: Path, store: str) -> int:
     beginning = journal.beginning(folder).n
     try:
         cursor = checked_json.decode(
-            path.read_bytes(), _Cursor, path, cursor_file.FORMAT, unsealed=True
+            path.read_bytes(), _Cursor, path, cursor_file.FORMAT, checksum_optional=True
         )
         return max(cursor.committed[2], beginning)
     except FileNotFoundError:
         return beginning
-    except Unproved as error:
+    except CorruptFile as error:
         raise JournalError(f"{path} is damaged ({error}).") from None
     except LaterFormat as error:
         raise JournalError(str(error)) from None

@@ -780,13 +780,13 @@ def test_a_key_that_the_store_does_not_know_is_a_sentence_without_the_key(
             "aws_secret_access_key": SecretStr("wrong-secret"),
         }
     )
-    store.insist_on_keys(True)
+    store.require_keys(True)
     try:
         found = doctor._archive(wrong)
         with pytest.raises(StoreRefused) as refused:
             hours.is_sealed(open_archive(wrong), FIRST_HOUR)
     finally:
-        store.insist_on_keys(False)
+        store.require_keys(False)
     for text in (str(refused.value), found.text, repr(wrong), repr(open_archive(wrong))):
         assert "wrong-secret" not in text
         assert "WRONG-ID" not in text

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalshi_platform import checked_json
-from kalshi_platform.checked_json import Unproved
+from kalshi_platform.checked_json import CorruptFile
 from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.journal_identity import FILE, Claim, JournalIdentity, Start
 from kalshi_platform.journal.kind import Kind
@@ -211,6 +211,6 @@ def test_no_altered_byte_of_a_checked_file_reads_as_something_else(data: st.Data
     try:
         altered = text[:at] + changed + text[at + 1 :]
         found = checked_json.decode(altered, JournalIdentity, FILE, 2)
-    except Unproved:
+    except CorruptFile:
         return
     assert found == state  # the same byte, or another blank at the end

@@ -144,7 +144,7 @@ def test_what_becomes_of_the_bucket_between_two_writes_is_named(
     with caplog.at_level(logging.ERROR), recording(make(**in_bucket(store))) as streamer:
         well(streamer, written=True)
 
-        store.insist_on_keys(True)
+        store.require_keys(True)
         try:
             named = trouble(streamer, time.monotonic())
             assert "the object store refuses HeadObject" in named
@@ -152,7 +152,7 @@ def test_what_becomes_of_the_bucket_between_two_writes_is_named(
             assert named in caplog.text
             assert streamer.health().stores["parquet"].refused
         finally:
-            store.insist_on_keys(False)
+            store.require_keys(False)
         well(streamer)
 
         store.fault = lambda method, path: 404 if path.startswith(f"/{BUCKET}") else None
