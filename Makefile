@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check fuzz audit format lock clean
+.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check docs fuzz audit format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,14 @@ audit: $(VENV)/.installed-security ## Known vulnerabilities of the locked depend
 	@$(BIN)/pip-audit --disable-pip --require-hashes --strict --format cyclonedx-json --output sbom.json -r requirements.lock
 	@$(BIN)/pip-audit --disable-pip --require-hashes --strict -r requirements-dev.lock
 
+$(VENV)/.installed-docs: $(VENV)/.installed requirements-docs.lock
+	@$(PIP) install --no-deps --require-hashes -r requirements-docs.lock
+	@touch $@
+
+docs: $(VENV)/.installed-docs ## The documentation as a site, with the API reference, in site/
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
 format: install-dev ## Put the code in the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -97,6 +105,7 @@ lock: ## Resolve the dependencies anew (needs uv)
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --extra postgres pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --extra postgres --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group security -c requirements-dev.lock -o requirements-security.lock
+	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group docs -c requirements-dev.lock -o requirements-docs.lock
 
 clean: ## Remove the environment; recorded data stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -60,6 +61,19 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         linked = {(page.parent / name).resolve() for name in targets if name.endswith(".md")}
         waiting += linked.intersection(PAGES) - reached
     assert set(PAGES) - reached == set()
+
+
+def test_the_site_has_every_page_in_its_navigation() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [page for section in site["nav"] for page in _flat(*section.values())]
+    of_root = {"index.md", "contributing.md", "security-policy.md", "changelog.md"}
+    assert set(pages) - of_root == {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert of_root <= set(pages)
+    assert len(pages) == len(set(pages))
+
+
+def _flat(pages: str | list[str]) -> list[str]:
+    return [pages] if isinstance(pages, str) else pages
 
 
 def test_the_files_that_contributing_names_are_there() -> None:
