@@ -54,26 +54,52 @@ _LEVELS_MAX = 99
 
 
 def read(archive: Archive, hour: datetime, tickers: Collection[str] | None = None) -> Books:
-    """The books of an archived hour: of all its markets, or of `tickers` alone, which reads less.
+    """Read the books of an archived hour.
 
-    `archive` is what `storage.archive.archive_at` opens, `hour` the hour's first instant. A ticker that the
-    hour does not know is left out. Raises ValueError for an `hour` without a time zone, `StoreRefused`
-    naming a file that cannot be read, or the hour where nothing is recorded of it.
+    Args:
+        archive: What `kalshi_platform.archive.archive_at` opens.
+        hour: Any instant of the hour, with a time zone.
+        tickers: The markets wanted, which reads less; one that the hour does not have is left out. None: all.
+
+    Returns:
+        The books, in columns: all frames of a market in their order, and for each level the frames over which it stood.
+
+    Raises:
+        ValueError: `hour` has no time zone.
+        NothingRecorded: The archive has no file of that hour.
+        StoreRefused: A file cannot be read; the sentence names it.
     """
     return next(_read(archive, hour, tickers, rows=None))
 
 
 def read_in_groups(archive: Archive, hour: datetime, rows: int = GROUP_ROWS) -> Iterator[Books]:
-    """All books of an archived hour, some markets at a time: of about `rows` rows together.
+    """Read the books of an archived hour, some markets at a time: for an hour that is too large for memory.
 
-    For an hour that is too large to be taken at once. Groups go by ticker, and each is made while the
-    one before it is used. Errors are those of `read`.
+    Args:
+        archive: What `kalshi_platform.archive.archive_at` opens.
+        hour: Any instant of the hour, with a time zone.
+        rows: Rows of one group, about; a single market may have more.
+
+    Returns:
+        Groups of books, by ticker. Each is made while the caller uses the one before it.
+
+    Raises:
+        ValueError: `hour` has no time zone.
+        NothingRecorded: The archive has no file of that hour.
+        StoreRefused: A file cannot be read; the sentence names it.
     """
     return ahead(_read(archive, hour, None, rows=rows))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each worked out while the one before it is used."""
+    """Make each item in a thread while the caller uses the one before it.
+
+    Args:
+        items: The items; None ends them.
+
+    Yields:
+        The same items, in their order.
+    """
     with ThreadPoolExecutor(1) as worker:
         pending = worker.submit(next, items, None)
         while (item := pending.result()) is not None:
@@ -105,20 +131,28 @@ def _read(
 
 
 def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = None) -> pa.Table:
-    """The best `levels` of both sides after every event, of all markets or of `tickers`.
+    """Make a table of the best levels of both sides after every event.
 
-    One row per event, markets by ticker and events of a market in their order: a delta, a whole
-    snapshot, the `checkpoint` that is the hour's opening state, or a `doubt`, from which on the book
-    cannot be believed (`verified` is false until the next snapshot). Columns, in dollars and contracts:
+    One row for each event: a delta, a whole snapshot, the `checkpoint` that is the hour's opening state, or an event
+    from which on the book is stale (`verified` is false until the next snapshot). A row takes about 82 bytes, and 64 for
+    each level: of many busy markets take a few at a time.
 
-        market_ticker, ts, ingest_ts, conn_id, sid, seq, shard, record        as in `spreads`
-        cause, verified                                                       as in `spreads`
-        yes_bid_1, yes_bid_size_1, yes_ask_1, yes_ask_size_1                  the best
-        yes_bid_2, …                                                          one worse, up to `levels`
+    Args:
+        of: The books of an hour, from `read` or `read_in_groups`.
+        levels: How many levels of each side, 1 to 99.
+        tickers: The markets wanted; None: all.
 
-    YES asks are the NO bids, each at 1 - its price. Where a side has fewer levels they are null. A row
-    takes about 82 bytes and 64 for each level: of many busy markets take a few at a time. Raises
-    ValueError for `levels` below 1 or above 99.
+    Returns:
+        A table of the columns below, in dollars and contracts; markets by ticker, events of a market in their order.
+        YES asks are the NO bids, each at 1 - its price. Where a side has fewer levels they are null.
+
+            market_ticker, ts, ingest_ts, conn_id, sid, seq, shard, record        as in `spreads`
+            cause, verified                                                       as in `spreads`
+            yes_bid_1, yes_bid_size_1, yes_ask_1, yes_ask_size_1                  the best
+            yes_bid_2, …                                                          one worse, up to `levels`
+
+    Raises:
+        ValueError: `levels` is below 1 or above 99.
     """
     if not 1 <= levels <= _LEVELS_MAX:
         raise ValueError(f"levels is {levels}; it goes from 1 to {_LEVELS_MAX}")
@@ -163,14 +197,24 @@ AT_INSTANTS = pa.schema(
 def at_instants(
     of: Books, instants: Iterable[datetime], tickers: Collection[str] | None = None
 ) -> pa.Table:
-    """Every level of every book, or of those of `tickers`, at each of the `instants`.
+    """Make a table of every level of every book at chosen instants: the view `book_at`, for many books at once.
 
-    What the view `book_at` says, for many books at once: events received at that very microsecond
-    count, and `price` is a bid on its side's own scale. Rows go by market, instant, side (yes first)
-    and price. A book that is empty has one row without side, price and size; a market that was not
-    known yet has none. `last_event_ts` is the receive time of the newest event by then, and `shard, record`
-    its place. Of an instant that a clock which was set back showed twice, the later state counts. Raises
-    ValueError for an instant without a time zone or outside of the hour.
+    Events received at that very microsecond count. Of an instant that a clock which was set back showed twice, the
+    later state counts.
+
+    Args:
+        of: The books of an hour, from `read` or `read_in_groups`.
+        instants: Instants of that hour, with a time zone.
+        tickers: The markets wanted; None: all.
+
+    Returns:
+        A table with the columns of `AT_INSTANTS`, by market, instant, side (yes first) and price. `price` is a bid in
+        dollars on its side's own scale, `size` contracts. A book that is empty has one row without side, price and
+        size; a market that was not known yet has none. `last_event_ts` is the receive time of the newest event by
+        then, `shard` and `record` its place in the journal.
+
+    Raises:
+        ValueError: An instant has no time zone, or is not within the hour.
     """
     frames = of.frames
     wanted_us = np.unique(np.array([_us(of, at) for at in instants], dtype=np.int64))
@@ -197,18 +241,20 @@ def at_instants(
     order = np.argsort(place, kind="stable")
     place, run = place[order], run[order]
     there = run != NONE
-    told = np.maximum.accumulate(np.where(frames.cause != DOUBT, np.arange(len(frames)), 0))
-    newest_told = told[at[place]]
+    events_so_far = np.maximum.accumulate(
+        np.where(frames.cause != DOUBT, np.arange(len(frames)), 0)
+    )
+    last_event = events_so_far[at[place]]
     return pa.Table.from_arrays(
         [
             names(frames.market[at[place]], of.tickers),
             times(when[place]),
-            times(frames.ingest_us[newest_told]),
+            times(frames.ingest_us[last_event]),
             pa.array(frames.verified[at[place]]),
             names(_of(of.levels.ladder % 2, run), _SIDES, there),
             decimals(_of(of.levels.price, run), PRICE, there),
             decimals(_of(of.levels.size, run), QTY, there),
-            *of.places(newest_told),
+            *of.places(last_event),
         ],
         schema=AT_INSTANTS,
     )

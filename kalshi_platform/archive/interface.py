@@ -1,7 +1,7 @@
 """What an archive does, wherever it is.
 
-Two promises hold for every implementation. A file is there whole or not at all. And whoever globs the
-hive layout gets each row once, whenever it looks and whatever was killed. What the rows mean is not
+Two promises hold for every implementation. A file exists whole or not at all. And a reader that globs the
+hive layout gets each row once, at any time and after any kill. What the rows mean is not
 known here.
 """
 
@@ -43,7 +43,7 @@ class Manifest(msgspec.Struct, frozen=True):
     markets: int
     gaps: int
     verified_seconds: float | None
-    """Market-seconds with a book that can be believed."""
+    """Market-seconds with a synced book."""
     coverage: float | None
     """The same over the market-seconds that were followed, 0 to 1."""
     first: str | None
@@ -84,10 +84,17 @@ class Listed:
     """Our Parquet files, by name."""
     manifest: File | None
     foreign: tuple[File, ...] = ()
-    """Parquet files of other names: whoever globs the folder reads their rows as the hour's."""
+    """Parquet files of other names: a reader that globs the folder takes their rows for the hour's."""
 
     def insist_on_ours(self, where: str) -> None:
-        """Raises `StoreRefused` where there are foreign files."""
+        """Refuse an hour that has Parquet files of other names.
+
+        Args:
+            where: The hour's folder, for the sentence.
+
+        Raises:
+            StoreRefused: There are foreign files.
+        """
         if self.foreign:
             names = ", ".join(file.name for file in self.foreign)
             raise StoreRefused(
@@ -99,7 +106,11 @@ class Listed:
 class Archive(ABC):
     """An archive. `str` of it is what its readers call it: a folder, or a URL.
 
-    Every method raises `StoreUnavailable` where another try may help, `StoreRefused` where none will.
+    `dataset` is a name of `kalshi_platform.schema.DATASETS`, and `hour` the first instant of an hour, in UTC.
+
+    Raises:
+        StoreUnavailable: Of every method: a retry may succeed.
+        StoreRefused: Of every method: a retry cannot succeed before a person acts.
     """
 
     exchanges = True
@@ -110,37 +121,96 @@ class Archive(ABC):
 
     @abstractmethod
     def hours(self, dataset: str) -> list[datetime]:
-        """The hours of which the archive holds files, ascending."""
+        """List the hours of a dataset.
+
+        Args:
+            dataset: The dataset's name.
+
+        Returns:
+            The hours of which the archive holds files, ascending.
+        """
 
     @abstractmethod
     def first_day(self) -> date | None:
-        """The first day of which the archive has anything; None for an empty one."""
+        """Find the first day of which the archive has anything.
+
+        Returns:
+            The day, in UTC; None for an empty archive.
+        """
 
     @abstractmethod
     def listed(self, dataset: str, hour: datetime) -> Listed:
-        """What there is of an hour."""
+        """List what there is of an hour.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+
+        Returns:
+            Its files, its manifest and files of other names; empty where there is nothing.
+        """
 
     def files(self, dataset: str, hour: datetime) -> list[File]:
-        """Our Parquet files of an hour, by name."""
+        """List the platform's Parquet files of an hour.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+
+        Returns:
+            The files, by name.
+        """
         return list(self.listed(dataset, hour).files)
 
     @abstractmethod
     def listing(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Mapping[datetime, Listed]:
-        """The hours from `first` to `last`, both included, of which there are files or a manifest."""
+        """List what there is of the hours of a span.
+
+        Args:
+            dataset: The dataset's name.
+            first: The first hour, included; None: from the beginning.
+            last: The last hour, included; None: to the end.
+
+        Returns:
+            The hours of which there are files or a manifest, with what there is.
+        """
 
     @abstractmethod
     def foreign(self) -> Iterator[str]:
-        """Names below the archive's root that are not ours, of folders without what is in them."""
+        """List what does not belong to the archive.
+
+        Returns:
+            Names below the archive's root that are not the platform's; of a folder its name, without its content.
+        """
 
     @abstractmethod
     def read_manifest(self, dataset: str, hour: datetime) -> Manifest | None:
-        """An hour's manifest, or None where it has none. Raises `StoreRefused` for a damaged one."""
+        """Read an hour's manifest.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+
+        Returns:
+            The manifest; None for an hour that is not sealed.
+
+        Raises:
+            StoreRefused: The manifest is damaged.
+        """
 
     @abstractmethod
     def where(self, dataset: str, hour: datetime) -> str:
-        """The folder of a dataset's hour, for people and for readers."""
+        """Name the folder of a dataset's hour.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+
+        Returns:
+            A path or a URL, for people and for readers.
+        """
 
     def read(
         self,
@@ -149,10 +219,20 @@ class Archive(ABC):
         columns: list[str] | None = None,
         tickers: Collection[str] | None = None,
     ) -> Iterator[pa.Table]:
-        """The rows of an hour, file by file; with `tickers` of those markets alone, "" for rows of none.
+        """Read the rows of an hour, file by file.
 
-        Raises `StoreRefused` naming a file that cannot be read, `StoreUnavailable` one that went
-        meanwhile.
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+            columns: The columns wanted; None: all.
+            tickers: The markets wanted, "" for rows of no market; None: all. Row groups without them are not read.
+
+        Yields:
+            A table for each file, with the dataset's own Arrow types. Columns that a file of an older version lacks are null.
+
+        Raises:
+            StoreRefused: A file cannot be read; the sentence names it.
+            StoreUnavailable: A file was removed between the listing and the read.
         """
         for file in self.files(dataset, hour):
             yield table_of(file, DATASETS[dataset].arrow, columns, tickers)
@@ -167,7 +247,15 @@ class Archive(ABC):
         tables: Iterable[pa.Table],
         schema: pa.Schema,
     ) -> None:
-        """Write one file of an hour, whole or not at all, over one of that name."""
+        """Write one file of an hour, whole or not at all, in the place of one of that name.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+            name: The file's name.
+            tables: The rows, table after table.
+            schema: The Arrow schema of the file.
+        """
         with self.writing(dataset, hour, name, schema) as add:
             for table in tables:
                 add(table)
@@ -176,29 +264,64 @@ class Archive(ABC):
     def writing(
         self, dataset: str, hour: datetime, name: str, schema: pa.Schema
     ) -> AbstractContextManager[Add]:
-        """A file of an hour that takes table after table, and is there once the block is left without an error."""
+        """Open a file of an hour that takes table after table.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+            name: The file's name.
+            schema: The Arrow schema of the file.
+
+        Returns:
+            A context that gives the function to add a table with. The file exists once the block ends without an error.
+        """
 
     @abstractmethod
     def remove(self, file: File) -> None:
-        """Remove a file; where it has gone already, that is well."""
+        """Remove a file; one that does not exist is no error.
+
+        Args:
+            file: The file, as `files` lists it.
+        """
 
     @abstractmethod
     def put_aside(self, file: File) -> None:
-        """Give a file, damaged or superseded, a name that no reader globs, so that it is not lost."""
+        """Give a damaged or superseded file a name that no reader globs, so that it is not lost.
+
+        Args:
+            file: The file, as `files` lists it.
+        """
 
     @abstractmethod
     def write_manifest(self, manifest: Manifest) -> None:
-        """Put an hour's manifest beside its files."""
+        """Put an hour's manifest beside its files.
+
+        Args:
+            manifest: The manifest, which names its dataset and its hour.
+        """
 
     @abstractmethod
     def remove_hour(self, dataset: str, hour: datetime) -> None:
-        """Remove an hour's files and its manifest."""
+        """Remove an hour's files and its manifest.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+        """
 
     # -- a dataset without hours ---------------------------------------------------------------
 
     @abstractmethod
     def whole(self, dataset: str, name: str) -> File | None:
-        """The one file of a dataset that has no hours; None where it has not been written yet."""
+        """Find the one file of a dataset that has no hours.
+
+        Args:
+            dataset: The dataset's name.
+            name: The file's name.
+
+        Returns:
+            The file; None where it has not been written yet.
+        """
 
     @abstractmethod
     def write_whole(
@@ -210,61 +333,118 @@ class Archive(ABC):
         level: int = 3,
         sorted_by: Sequence[str] = (),
     ) -> File:
-        """Write that file, whole or not at all, over the one of before.
+        """Write the one file of a dataset that has no hours, whole or not at all, in the place of the former one.
 
-        `level` is zstd's; `sorted_by` names the columns that the rows are sorted by.
+        Args:
+            dataset: The dataset's name.
+            name: The file's name.
+            table: All its rows.
+            level: zstd's compression level.
+            sorted_by: The columns that the rows are sorted by.
+
+        Returns:
+            The file as written.
         """
 
     # -- metadata: small files that no reader of rows looks at ---------------------------------------
 
     @abstractmethod
     def read_metadata(self, name: str) -> bytes | None:
-        """The metadata file of a path below the root; None where it is missing."""
+        """Read a metadata file.
+
+        Args:
+            name: Its path below the root.
+
+        Returns:
+            Its content; None where it does not exist.
+        """
 
     @abstractmethod
     def write_metadata(self, name: str, content: bytes) -> None:
-        """Write that file, whole or not at all. The root must be there."""
+        """Write a metadata file, whole or not at all. The root must exist.
+
+        Args:
+            name: Its path below the root.
+            content: Its content.
+        """
 
     @abstractmethod
     def metadata_files(self, folder: str) -> list[str]:
-        """The paths of the metadata files in a folder, which is one level below the root."""
+        """List the metadata files of a folder.
+
+        Args:
+            folder: A folder one level below the root.
+
+        Returns:
+            Their paths below the root.
+        """
 
     @abstractmethod
     def locking_metadata(self) -> AbstractContextManager[None]:
-        """Held to read a metadata file and write it again. Excludes whoever shares the local folder."""
+        """Hold the lock for reading a metadata file and writing it again.
+
+        Returns:
+            A context that excludes all other processes on the same local folder.
+        """
 
     # -- identity --------------------------------------------------------------------------------
 
     @abstractmethod
     def identity(self) -> str | None:
-        """Which archive this is; None where it says nothing. Raises `StoreRefused` for a damaged file, or a later
-        version's."""
+        """Read which archive this is.
+
+        Returns:
+            The identity; None where none is written.
+
+        Raises:
+            StoreRefused: The file is damaged, or a later version wrote it.
+        """
 
     @abstractmethod
     def identify(self, known: str | None = None) -> str:
-        """Give the archive an identity where it has none, and the folder too; returns what it has then.
+        """Give the archive an identity where it has none, and make its folder.
 
-        `known`: the identity that it had, where its file was lost.
+        Args:
+            known: The identity that it had, where its file was lost.
+
+        Returns:
+            The identity that it has now.
         """
 
     @abstractmethod
     def insist_on(self, identity: str) -> None:
-        """Raise `StoreUnavailable` where this is not the archive of that identity, nor any."""
+        """Refuse any other archive.
+
+        Args:
+            identity: The identity that this archive must have.
+
+        Raises:
+            StoreUnavailable: This archive has another identity or none, as a folder that is not mounted.
+        """
 
     @abstractmethod
     def expect(self, identity: str) -> None:
-        """From now on insist on that identity before and after each file is written."""
+        """From now on insist on an identity before and after each file is written.
+
+        Args:
+            identity: The identity that this archive must have.
+        """
 
     @abstractmethod
     def look(self) -> None:
-        """Raise `StoreError` where it cannot be had, or an identity is expected and not there.
+        """Check that the archive can be reached; cheap enough for once a second.
 
-        It is asked every second.
+        Raises:
+            StoreError: It cannot be reached, or lacks the expected identity.
         """
 
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether there is nothing of any dataset."""
+        """Check whether the archive holds anything.
+
+        Returns:
+            True where there is nothing of any dataset.
+        """
 
     # -- sending ---------------------------------------------------------------------------
 
@@ -272,38 +452,71 @@ class Archive(ABC):
     def sending(
         self, dataset: str, hour: datetime, sort: Sort
     ) -> AbstractContextManager[list[str]]:
-        """Bring what waits of an hour to where readers look; gives the names of the parts in its sorted file.
+        """Bring what waits of an hour to where readers look.
 
-        `sort` makes the files that it is given one sorted file in a folder, and names that. In the block
-        those names are to be written down in the hour's manifest: what was sent is forgotten once it is
-        left without an error, and sent again where somebody was killed before. Where parts are written to
-        where readers look, nothing waits.
+        Where parts are written to where readers look, nothing waits.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+            sort: Makes one sorted file of the given files in the given folder, and returns its path.
+
+        Returns:
+            A context that gives the names of the parts in the sorted file, which the block must write into the hour's
+            manifest. The parts are removed once the block ends without an error; after a kill they are sent again.
         """
 
     # -- a whole hour replaced -----------------------------------------------------------------
 
     @abstractmethod
     def changing(self, timeout_s: float = 60.0) -> AbstractContextManager[None]:
-        """Whoever changes an hour that is sealed holds this: a late row, a rebuild, a compaction.
+        """Hold the lock for changing an hour that is sealed: a late row, a rebuild, a compaction.
 
-        It falls when its holder dies. Raises `StoreUnavailable` when it is not to be had.
+        Args:
+            timeout_s: Seconds to wait for it.
+
+        Returns:
+            A context that holds the lock. The kernel releases it when the process dies.
+
+        Raises:
+            StoreUnavailable: Another process held the lock all the time.
         """
 
     @abstractmethod
     def compacting(self) -> AbstractContextManager[None]:
-        """Held by the one compaction of an archive. Raises `StoreUnavailable` while another runs."""
+        """Hold the lock of the one compaction of an archive.
+
+        Returns:
+            A context that holds the lock.
+
+        Raises:
+            StoreUnavailable: Another compaction runs.
+        """
 
     @abstractmethod
     def staging(self, dataset: str, hour: datetime) -> Path:
-        """A new empty folder of a local disk, in which a dataset's hour can be built."""
+        """Make an empty folder in which a dataset's hour can be built.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+
+        Returns:
+            The folder, on a local disk.
+        """
 
     @abstractmethod
     def replace_hour(self, dataset: str, hour: datetime, staged: Path) -> None:
-        """Make what is in the staged folder the hour, which the caller must hold `changing` for.
+        """Make the content of a folder the hour. The caller must hold `changing`.
 
-        Where that is what the hour is already, byte for byte, no reader is disturbed.
+        Where the hour has that content already, byte for byte, no reader is disturbed.
+
+        Args:
+            dataset: The dataset's name.
+            hour: The hour's first instant.
+            staged: The folder that `staging` made.
         """
 
     @abstractmethod
     def sweep(self) -> None:
-        """Remove what somebody who was killed left half built; the caller must hold both locks."""
+        """Remove what a killed process left half built. The caller must hold both locks."""

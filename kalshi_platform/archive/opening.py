@@ -15,7 +15,14 @@ from kalshi_platform.settings import Settings, load
 
 
 def open_archive(settings: Settings) -> Archive:
-    """The archive that PARQUET_DIR names."""
+    """Open the archive that PARQUET_DIR names, to write or to read.
+
+    Args:
+        settings: Where the archive is and, for one on object storage, how to sign requests.
+
+    Returns:
+        The archive. It need not exist yet, and nothing is asked of it here.
+    """
     base = settings.archive_base
     if base is None:
         return LocalArchive(settings.archive_dir)
@@ -23,10 +30,17 @@ def open_archive(settings: Settings) -> Archive:
 
 
 def archive_at(location: str | Path) -> Archive:
-    """An archive that is to be read: a folder, or s3://bucket/prefix of the object store of the settings.
+    """Open an archive that is to be read.
 
-    A relative folder begins at the current one: a person has typed it. Raises `SettingsError` for something
-    else.
+    Args:
+        location: A folder, or s3://bucket/prefix of the object store of the settings. A relative folder begins at the
+            current one, as a person types it.
+
+    Returns:
+        The archive. Nothing is asked of it here: an archive that does not exist has no hours.
+
+    Raises:
+        SettingsError: `location` is neither a folder nor s3://bucket/prefix.
     """
     is_folder = "://" not in str(location)
     other = load(parquet_dir=Path(location).expanduser().absolute() if is_folder else location)
