@@ -32,7 +32,7 @@ class BookError(ValueError):
 
 
 class SyncState(Enum):
-    """Whether a book can be believed."""
+    """Whether a book is known to be the exchange's."""
 
     WAITING = "waiting"
     """Subscribed; its first snapshot has not come."""
@@ -55,9 +55,17 @@ class LevelChange:
 
 
 def delta_change(delta: Delta, *, use_yes_price: bool = False) -> LevelChange:
-    """The change that a delta frame names, in either wire form.
+    """Read the change that a delta frame names, in either wire form.
 
-    Raises `BookError` naming the value that cannot be read.
+    Args:
+        delta: The body of the frame.
+        use_yes_price: Whether the connection quotes no bids on the YES scale.
+
+    Returns:
+        Side, price in 1e-4 dollars on the side's own bid scale, and signed quantity in 1e-2 contracts.
+
+    Raises:
+        BookError: A value cannot be read; the sentence names it.
     """
     if delta.side not in SIDES:
         raise BookError(f"side {delta.side!r} is neither yes nor no")
@@ -80,9 +88,18 @@ def delta_change(delta: Delta, *, use_yes_price: bool = False) -> LevelChange:
 
 
 def snapshot_ladder(snapshot: Snapshot, side: str, *, use_yes_price: bool = False) -> Ladder:
-    """One side of a snapshot, in any wire form; prefers fixed point, then dollars, then cents.
+    """Read one side of a snapshot, in any wire form; prefers fixed point, then dollars, then cents.
 
-    Raises `BookError` on a value that cannot be read or a price that comes twice.
+    Args:
+        snapshot: The body of the frame.
+        side: "yes" or "no".
+        use_yes_price: Whether the connection quotes no bids on the YES scale.
+
+    Returns:
+        Price in 1e-4 dollars on the side's own bid scale to size in 1e-2 contracts; levels without a size are left out.
+
+    Raises:
+        BookError: A value cannot be read, a size is negative, or a price comes twice.
     """
     ladder: Ladder = {}
     try:
@@ -106,10 +123,18 @@ Extent = tuple[int, int] | None
 
 
 def snapshot_extents(snapshot: Snapshot) -> tuple[Extent, Extent]:
-    """The extents of the yes and the no side, as quoted, of a snapshot that can be read.
+    """Find the extents of both sides of a snapshot, as quoted.
 
-    Raises `BookError` naming the value that cannot. This is the loader's verdict, without the ladders
-    where all levels have the current wire form: 0.1 ms for 180 levels.
+    This is the loader's verdict, without the ladders where all levels have the current wire form: 0.1 ms for 180 levels.
+
+    Args:
+        snapshot: The body of the frame.
+
+    Returns:
+        The extents of the yes and of the no side, in 1e-4 dollars.
+
+    Raises:
+        BookError: The snapshot names no market, or a value cannot be read.
     """
     if not snapshot.market_ticker:
         raise BookError("the snapshot names no market")
@@ -140,13 +165,30 @@ def _is_plain(levels: list[tuple[str, str]]) -> bool:
 
 
 def check_price(side: str, price: int) -> None:
-    """Raise `BookError` for a price that no contract has."""
+    """Refuse a price that no contract has.
+
+    Args:
+        side: "yes" or "no", for the sentence.
+        price: 1e-4 dollars.
+
+    Raises:
+        BookError: The price is outside 0 to 1 dollar.
+    """
     if not 0 <= price <= ONE_DOLLAR:
         raise BookError(f"{side} price {dollars(price)} is outside 0 to 1 dollar")
 
 
 def own_scale(side: str, price: int, *, use_yes_price: bool) -> int:
-    """A price on its side's own bid scale; with `use_yes_price` the wire quotes no bids at 1 - p."""
+    """Convert a price to its side's own bid scale.
+
+    Args:
+        side: "yes" or "no".
+        price: As quoted, in 1e-4 dollars.
+        use_yes_price: Whether no bids are quoted at 1 - p, on the YES scale.
+
+    Returns:
+        The price in 1e-4 dollars.
+    """
     return ONE_DOLLAR - price if use_yes_price and side == "no" else price
 
 
@@ -163,14 +205,28 @@ def _levels(snapshot: Snapshot, side: str) -> list[tuple[int, int]]:
 
 @dataclass
 class Book:
-    """A market's two ladders. A negative level is corruption: it raises and marks the book stale."""
+    """A market's two ladders, in exact integers.
+
+    Args:
+        market_ticker: The market.
+        state: Whether the book is synced with the exchange.
+        ladders: For "yes" and "no", price in 1e-4 dollars on the side's own bid scale to size in 1e-2 contracts.
+    """
 
     market_ticker: str
     state: SyncState = SyncState.WAITING
     ladders: dict[str, Ladder] = field(default_factory=lambda: {"yes": {}, "no": {}})
 
     def apply_snapshot(self, snapshot: Snapshot, *, use_yes_price: bool = False) -> None:
-        """Replace both ladders; the book is synced afterwards. Raises `BookError`."""
+        """Replace both ladders; the book is synced afterwards.
+
+        Args:
+            snapshot: The body of the frame.
+            use_yes_price: Whether the connection quotes no bids on the YES scale.
+
+        Raises:
+            BookError: The snapshot cannot be read; the book is as before.
+        """
         ladders = {
             side: snapshot_ladder(snapshot, side, use_yes_price=use_yes_price) for side in SIDES
         }
@@ -178,7 +234,17 @@ class Book:
         self.state = SyncState.SYNCED
 
     def apply_delta(self, change: LevelChange) -> int:
-        """Change one level and return its size after; raises `BookError` below zero."""
+        """Change one level.
+
+        Args:
+            change: What `delta_change` read.
+
+        Returns:
+            The level's size after it, in 1e-2 contracts.
+
+        Raises:
+            BookError: The book has no snapshot yet, or the level would be negative, which is corruption: the book is stale then.
+        """
         if self.state is SyncState.WAITING:
             raise BookError(f"a delta for {self.market_ticker} came before its snapshot")
         ladder = self.ladders[change.side]
@@ -196,12 +262,19 @@ class Book:
         return size
 
     def mark_stale(self) -> None:
-        """Something was lost: believe nothing until the next snapshot."""
+        """Note that a frame was missed: the book is stale until its next snapshot."""
         if self.state is SyncState.SYNCED:
             self.state = SyncState.STALE
 
     def best(self, side: str) -> tuple[int, int] | None:
-        """(price, size) of the best bid of a side, or None where it is empty."""
+        """Find the best bid of a side.
+
+        Args:
+            side: "yes" or "no".
+
+        Returns:
+            Price in 1e-4 dollars on the side's own bid scale, and size in 1e-2 contracts; None where the side is empty.
+        """
         ladder = self.ladders[side]
         if not ladder:
             return None

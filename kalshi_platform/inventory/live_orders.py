@@ -53,7 +53,21 @@ class LiveOrders:
     def placed(
         self, sent: Sent, contract: Contract, quote: Quote, size: Decimal, *, replaces: str = ""
     ) -> LiveOrder:
-        """An order is sent. One that it replaces stays live until the exchange has acknowledged this one."""
+        """Note that an order was sent. One that it replaces stays live until the exchange has acknowledged this one.
+
+        Args:
+            sent: What `Recorder.action` returned.
+            contract: YES or NO.
+            quote: Bid or ask.
+            size: Contracts; more than 0.
+            replaces: The id of the order that it replaces.
+
+        Returns:
+            The order.
+
+        Raises:
+            BadValue: The order's id was sent before, or the replaced order is not live.
+        """
         order = LiveOrder(
             values.one_of("sent", sent, Sent),
             values.member("contract", contract, Contract),
@@ -70,9 +84,17 @@ class LiveOrders:
         return order
 
     def heard(self, client_order_id: str, status: OrderStatus | str) -> LiveOrder:
-        """The exchange says what became of an order. The same end twice is one.
+        """Note what the exchange reports of an order. The same end twice is one.
 
-        Raises `BadValue` for an order that is not known, and for a status that cannot follow.
+        Args:
+            client_order_id: The order's id.
+            status: Its status now.
+
+        Returns:
+            The order as it is now.
+
+        Raises:
+            BadValue: The order is not known, or the status cannot follow its last one.
         """
         now = values.member_or_text("status", status, OrderStatus)
         order = self._known(client_order_id)
@@ -91,9 +113,17 @@ class LiveOrders:
         return self._set(replace(order, status=now))
 
     def filled(self, client_order_id: str, size: Decimal) -> LiveOrder:
-        """A fill of an order; its status says whether it was the last.
+        """Note a fill of an order; its status then shows whether it was the last.
 
-        Raises `BadValue` for more than remained, and for an order that was rejected.
+        Args:
+            client_order_id: The order's id.
+            size: Contracts; more than 0.
+
+        Returns:
+            The order as it is now.
+
+        Raises:
+            BadValue: The fill is larger than what remained, or the order is not known or was rejected.
         """
         contracts = values.count("size", size)
         order = self._known(client_order_id)
@@ -109,7 +139,18 @@ class LiveOrders:
         return self._set(replace(order, remaining=rest))
 
     def decreased(self, client_order_id: str, remaining: Decimal) -> LiveOrder:
-        """The exchange has acknowledged that an order keeps only so much. Raises `BadValue` for more than it had."""
+        """Note that the exchange has acknowledged a decrease.
+
+        Args:
+            client_order_id: The order's id.
+            remaining: What it keeps, contracts; more than 0.
+
+        Returns:
+            The order as it is now.
+
+        Raises:
+            BadValue: That is more than it had, or the order is not known or not live.
+        """
         rest = values.count("remaining", remaining)
         order = self._known(client_order_id)
         if not order.is_live or rest > order.remaining:
@@ -120,11 +161,25 @@ class LiveOrders:
         return self._set(replace(order, remaining=rest))
 
     def __contains__(self, client_order_id: str) -> bool:
-        """Whether an order is known: sent by this engine, and not ended long ago."""
+        """Check whether an order is known: sent by this engine, and not ended long ago.
+
+        Args:
+            client_order_id: The order's id.
+
+        Returns:
+            True for the live orders and the newest 10,000 that ended.
+        """
         return client_order_id in self._live or client_order_id in self._ended
 
     def working(self, market_ticker: str) -> list[WorkingOrder]:
-        """The orders of a market that may still be filled, for `inventory`."""
+        """List the orders of a market that may still be filled, for `inventory`.
+
+        Args:
+            market_ticker: The market.
+
+        Returns:
+            The orders with their remaining sizes, oldest first.
+        """
         return [
             WorkingOrder(name, order.contract, order.quote, order.remaining)
             for name, order in self._live.items()
@@ -132,11 +187,25 @@ class LiveOrders:
         ]
 
     def live(self, market_ticker: str) -> list[LiveOrder]:
-        """The same with all that is known of them."""
+        """List the same orders with all that is known of them.
+
+        Args:
+            market_ticker: The market.
+
+        Returns:
+            The orders, oldest first.
+        """
         return [each for each in self._live.values() if each.sent.market_ticker == market_ticker]
 
     def settled(self, market_ticker: str) -> list[LiveOrder]:
-        """The market was settled or voided: its orders are out of the book. Gives those that were live."""
+        """Note that a market was settled or voided: its orders are out of the book.
+
+        Args:
+            market_ticker: The market.
+
+        Returns:
+            The orders that were live, now canceled.
+        """
         return [
             self._set(replace(order, status=OrderStatus.CANCELED))
             for order in self.live(market_ticker)

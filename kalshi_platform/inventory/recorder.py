@@ -2,7 +2,7 @@
 
     recorder = Recorder("mm-1", "2.4.0", settings=settings, spool=Path("spool"))
     held = Reconciled.from_exchange("KXRAIN-26NOV22", "12.00", as_of)
-    now = inventory(held, live_orders)               # anew in each loop
+    now = inventory(held, live_orders)               # again in each loop
     decision = recorder.decision(now, Quoted(…), expected_change=Decimal("0"))
     action = recorder.action(decision.decision_id, …)
     recorder.response(action, …)
@@ -64,9 +64,23 @@ _SIZES = ("target_bid_sz", "target_ask_sz")
 
 @dataclass(frozen=True)
 class Quoted:
-    """The market as it is and as the engine wants to quote it. Dollars, contracts; YES side.
+    """The market as it is and as the engine wants to quote it, on the YES side.
 
-    Each is a finite number, given as float, int, Decimal or NumPy's; a price that there is not is NaN or None.
+    Each number is finite, given as float, int, Decimal or a NumPy scalar; a price that does not exist is NaN or None.
+
+    Args:
+        bb_px: Best bid, dollars.
+        ba_px: Best ask, dollars.
+        fair: The engine's fair price, dollars.
+        target_bid_px: Where it wants to bid, dollars.
+        target_ask_px: Where it wants to offer, dollars.
+        target_bid_sz: How much it wants to bid, contracts; 0 or more.
+        target_ask_sz: How much it wants to offer, contracts; 0 or more.
+        params: The engine's own parameters, kept as JSON.
+
+    Raises:
+        WrongType: A value is no number.
+        BadValue: A value is infinite, or a size negative.
     """
 
     bb_px: float = NOTHING
@@ -112,14 +126,23 @@ class Sink(Protocol):
     """Where rows go."""
 
     def put(self, table: str, row: Mapping[str, Any]) -> None:
-        """Take one row, without waiting."""
+        """Take one row, without waiting.
+
+        Args:
+            table: The table's name.
+            row: Column to value.
+        """
 
 
 class Recorder:
     """Records what one engine does. Its methods may be called from any thread.
 
-    Each raises `WrongType` (a `TypeError`) or `BadValue` (a `ValueError`) for what no row can hold, and records
-    nothing then; and `InventoryError` where rows have no place left (spool.py).
+    A call that raises has recorded nothing.
+
+    Raises:
+        WrongType: Of every method (a `TypeError`): no row can hold an argument.
+        BadValue: Of every method (a `ValueError`): no row can hold an argument's value.
+        InventoryError: Of every method: rows have no place left, on the disk nor in memory.
     """
 
     def __init__(
@@ -132,10 +155,18 @@ class Recorder:
         sink: Sink | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Give `settings` (where ClickHouse is) and `spool` (a folder of this engine's own).
+        """Open the spool of an engine, or take another sink.
 
-        `sink` takes the rows in their place, and `clock_ns` the machine's clock: for replays.
-        Raises `InventoryError` when another engine has the folder.
+        Args:
+            engine_instance_id: Which engine; the same after a restart.
+            engine_version: Its version, for the rows.
+            settings: Where ClickHouse is.
+            spool: A folder of this engine's own, where rows wait for ClickHouse.
+            sink: Takes the rows in the place of `settings` and `spool`: for replays and tests.
+            clock_ns: The machine's clock, ns since 1970: for replays.
+
+        Raises:
+            InventoryError: Another engine has the folder, or neither a sink nor both of `settings` and `spool` are given.
         """
         self._own = {
             "engine_instance_id": values.text("engine_instance_id", engine_instance_id),
@@ -162,9 +193,22 @@ class Recorder:
         block_codes: Sequence[str] = (),
         reason_codes: Sequence[str] = (),
     ) -> Decided:
-        """A decision. `expected_change` is what the engine expects it to add to the position.
+        """Record a decision: one row of `mm_decisions`.
 
-        Raises `BadValue` where quoting was blocked without a code, or allowed with one.
+        Args:
+            inventory: What the engine holds and has resting at this moment, from `inventory()`.
+            quoted: The market, and what the engine wants.
+            expected_change: What the engine expects the decision to add to the position, contracts.
+            allowed: Whether quoting was allowed.
+            block_stage: Where it was blocked.
+            block_codes: Why it was blocked, one or more codes; none where it was allowed.
+            reason_codes: Why the engine decides so.
+
+        Returns:
+            The decision's id and time, for the actions that follow from it.
+
+        Raises:
+            BadValue: Quoting was blocked without a code, or allowed with one.
         """
         values.one_of("inventory", inventory, Inventory)
         values.one_of("quoted", quoted, Quoted)
@@ -230,11 +274,30 @@ class Recorder:
         subaccount: int | None = None,
         request: Mapping[str, Any] | None = None,
     ) -> Sent:
-        """A request, to be recorded just before it is sent. Price in dollars on `contract`'s scale.
+        """Record a request, just before it is sent: one row of `mm_order_actions`.
 
-        From this moment on the order is live: count it among the working orders until its end is
-        known, or the estimated position moves when no action does. The `size` of a cancel is the remaining size
-        that it takes away. `order_group_id` and `subaccount` go into the request's JSON.
+        From this moment on the order is live: count it among the working orders until its end is known, or the estimated
+        position moves when no action does.
+
+        Args:
+            market_ticker: The market.
+            client_order_id: The order's id, which the engine gives.
+            kind: Place, cancel or replace.
+            decision_id: The decision that it follows from.
+            quote: Bid or ask; needed but for a cancel.
+            contract: YES or NO; needed but for a cancel.
+            price: Dollars, on `contract`'s scale.
+            size: Contracts; of a cancel the remaining size that it takes away.
+            replace_of: Of a replace, the id of the order that it replaces.
+            order_group_id: The exchange's order group; goes into the request's JSON.
+            subaccount: The exchange's subaccount; goes into the request's JSON.
+            request: The request as sent, kept as JSON.
+
+        Returns:
+            The action, to which `response` belongs.
+
+        Raises:
+            BadValue: A place or replace has no size, quote or contract; or `replace_of` is missing, or given without need.
         """
         values.member("kind", kind, ActionType)
         sent = Sent(
@@ -296,7 +359,24 @@ class Recorder:
         decision_id: uuid.UUID | str | None = NO_DECISION,
         request: Mapping[str, Any] | None = None,
     ) -> Sent:
-        """A request to take size from an order that keeps its place: a replace of the order by itself."""
+        """Record a request to take size from an order that keeps its place: a replace of the order by itself.
+
+        Args:
+            market_ticker: The market.
+            client_order_id: The order.
+            remaining: What it keeps, contracts; more than 0.
+            quote: Bid or ask.
+            contract: YES or NO.
+            price: Dollars, on `contract`'s scale.
+            decision_id: The decision that it follows from.
+            request: The request as sent, kept as JSON.
+
+        Returns:
+            The action, to which `response` belongs.
+
+        Raises:
+            BadValue: `remaining` is 0 or less.
+        """
         return self.action(
             market_ticker,
             client_order_id,
@@ -320,7 +400,19 @@ class Recorder:
         latency_ms: float,
         response: Mapping[str, Any] | None = None,
     ) -> None:
-        """What the exchange answered to an action."""
+        """Record what the exchange answered to an action: one row of `mm_order_responses`.
+
+        Args:
+            sent: What `action` or `decrease` returned.
+            status: The order's status after it.
+            exchange_order_id: The exchange's id of the order.
+            reject_reason: Why it was rejected.
+            latency_ms: From the request to its answer, milliseconds.
+            response: The answer as received, kept as JSON.
+
+        Raises:
+            BadValue: `status` is none of `OrderStatus`.
+        """
         self._answered(
             sent,
             status,
@@ -339,9 +431,19 @@ class Recorder:
         reject_reason: str | None = "",
         response: Mapping[str, Any] | None = None,
     ) -> None:
-        """What became of an order without a request: filled, canceled or expired by the exchange.
+        """Record what became of an order without a request: filled, canceled or expired by the exchange.
 
-        `sent` is the order's own place or replace. Nothing was asked, so that `latency_ms` is NaN.
+        The row of `mm_order_responses` has a `latency_ms` of NaN, as nothing was asked.
+
+        Args:
+            sent: The order's own place or replace.
+            status: The order's status now.
+            exchange_order_id: The exchange's id of the order.
+            reject_reason: Why it was rejected.
+            response: The message as received, kept as JSON.
+
+        Raises:
+            BadValue: `status` is none of `OrderStatus`.
         """
         self._answered(
             sent,
@@ -395,9 +497,24 @@ class Recorder:
         subaccount: int | None = None,
         raw: Mapping[str, Any] | None = None,
     ) -> None:
-        """A fill, at the exchange's time `at`; outcome side YES adds, NO takes away. Price on its scale.
+        """Record a fill: one row of `mm_fills`. Outcome side YES adds to the position, NO takes from it.
 
-        `raw` is the exchange's own message: its `outcome_side` must be `contract`.
+        Args:
+            market_ticker: The market.
+            fill_id: The exchange's id of the fill.
+            contract: The fill's outcome side.
+            size: Contracts; more than 0.
+            price: Dollars, on `contract`'s scale.
+            at: The exchange's time, with a time zone.
+            exchange_order_id: The exchange's id of the order.
+            client_order_id: The engine's id of the order.
+            fee: Dollars.
+            decision_id: The decision that the order followed from.
+            subaccount: The exchange's subaccount; goes into the fill's JSON.
+            raw: The exchange's own message, kept as JSON.
+
+        Raises:
+            BadValue: `raw` has an `outcome_side` that is not `contract`.
         """
         values.member("contract", contract, Contract)
         side = raw.get("outcome_side") if isinstance(raw, Mapping) else None
@@ -434,7 +551,17 @@ class Recorder:
         avg_cost: Decimal = Decimal(0),
         raw: Mapping[str, Any] | None = None,
     ) -> None:
-        """A position as the exchange reported it, in the moment in which the engine takes it over."""
+        """Record a position as the exchange reported it, at the moment in which the engine takes it over.
+
+        Args:
+            position: The position, from `Reconciled.from_exchange`.
+            source: Where the report came from, such as "portfolio".
+            avg_cost: Average cost of a contract, dollars.
+            raw: The report as received, kept as JSON.
+
+        Raises:
+            BadValue: `source` is empty, or `avg_cost` negative.
+        """
         values.one_of("position", position, Reconciled)
         self._sink.put(
             POSITION_SNAPSHOTS.name,
@@ -458,9 +585,20 @@ class Recorder:
         at: datetime,
         raw: Mapping[str, Any] | None = None,
     ) -> Reconciled:
-        """The market was settled or voided at `at`: record it, and return the position after it, which is none.
+        """Record that a market was settled or voided: one row of `mm_position_snapshots`.
 
-        `value` is what a YES contract was paid, in dollars, where the exchange says so.
+        Args:
+            position: The position before it.
+            result: The market's result.
+            value: What a YES contract was paid, dollars, where the exchange reports it.
+            at: When, with a time zone.
+            raw: The exchange's own message, kept as JSON.
+
+        Returns:
+            The position after it: none.
+
+        Raises:
+            BadValue: `result` is none of `Result`, or `value` not from 0 to 1 dollar.
         """
         values.one_of("position", position, Reconciled)
         said: dict[str, Any] = {
@@ -478,13 +616,17 @@ class Recorder:
 
     @property
     def trouble(self) -> str | None:
-        """Why rows are not getting on at the moment; None when all is well."""
+        """Why rows do not reach ClickHouse at the moment; None when all is well."""
         return self._spool.trouble if self._spool is not None else None
 
     def status(self) -> Status:
-        """How far behind ClickHouse is, and what was set aside. Asks neither disk nor database.
+        """Report how far behind ClickHouse is, and what was set aside. Asks neither disk nor database.
 
-        Raises `InventoryError` for a recorder with a sink of its own.
+        Returns:
+            Rows and files that wait, the age of the oldest in seconds, and rows that ClickHouse refused.
+
+        Raises:
+            InventoryError: The recorder has a sink of its own.
         """
         if self._spool is None:
             raise InventoryError(
@@ -493,11 +635,25 @@ class Recorder:
         return self._spool.status()
 
     def drain(self, timeout_s: float = 10.0) -> bool:
-        """Wait until ClickHouse has everything that it takes; False when it has not in time."""
+        """Wait until ClickHouse has every row that it takes.
+
+        Args:
+            timeout_s: Seconds to wait.
+
+        Returns:
+            False when rows still wait after that.
+        """
         return self._spool is None or self._spool.drain(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
-        """End; what ClickHouse has not taken waits on disk. Returns how many files do."""
+        """End. What ClickHouse has not taken waits on disk; the next recorder on the folder sends it.
+
+        Args:
+            timeout_s: Seconds to wait for ClickHouse.
+
+        Returns:
+            How many files wait on disk.
+        """
         return 0 if self._spool is None else self._spool.close(timeout_s)
 
     def _now(self) -> datetime:

@@ -91,7 +91,18 @@ class Result(Enum):
 
 
 def sign(quote: Quote, contract: Contract) -> int:
-    """+1 where a fill adds to the position: YES bought or NO sold; else -1."""
+    """Compute whether a fill adds to the position or takes from it.
+
+    Args:
+        quote: Bid or ask.
+        contract: YES or NO.
+
+    Returns:
+        +1 where a fill adds: YES bought or NO sold; else -1.
+
+    Raises:
+        WrongType: An argument is not of its enum.
+    """
     values.member("quote", quote, Quote)
     values.member("contract", contract, Contract)
     return 1 if (quote is Quote.BID) == (contract is Contract.YES) else -1
@@ -99,7 +110,18 @@ def sign(quote: Quote, contract: Contract) -> int:
 
 @dataclass(frozen=True)
 class WorkingOrder:
-    """An order that can still be filled: from the moment it is sent until its end is known."""
+    """An order that can still be filled: from the moment it is sent until its end is known.
+
+    Args:
+        client_order_id: The order's id.
+        contract: YES or NO.
+        quote: Bid or ask.
+        remaining: Contracts not yet filled; more than 0.
+
+    Raises:
+        WrongType: An argument has another type.
+        BadValue: `remaining` is 0 or less, or the id empty.
+    """
 
     client_order_id: str
     contract: Contract
@@ -201,7 +223,20 @@ class Reconciled:
 
     @classmethod
     def from_exchange(cls, market_ticker: str, position_fp: str, as_of: datetime) -> Reconciled:
-        """The exchange's own text ("-12.00") of a position; `as_of` has a time zone."""
+        """Take a position as the exchange reports it.
+
+        Args:
+            market_ticker: The market.
+            position_fp: The exchange's own text of the position, such as "-12.00"; contracts, YES positive.
+            as_of: When the exchange reported it, with a time zone.
+
+        Returns:
+            The position.
+
+        Raises:
+            WrongType: `position_fp` is no text.
+            BadValue: `position_fp` is no number of contracts, or `as_of` has no time zone.
+        """
         ticker = values.text("market_ticker", market_ticker)
         return cls._made(ticker, _position(ticker, position_fp), as_of, "")
 
@@ -218,10 +253,23 @@ class Reconciled:
         *,
         post_position_fp: str | None = None,
     ) -> Reconciled:
-        """The position after a fill of `count` contracts; outcome side YES adds, NO takes away.
+        """Apply a fill: outcome side YES adds, NO takes away.
 
-        The exchange nets the two: what is held of one side ends before the other begins (`netted`). With
-        `post_position_fp`, which a fill message has, the exchange's own figure says which sign the fill had.
+        The exchange nets the two: what is held of one side ends before the other begins (`netted`).
+
+        Args:
+            contract: The fill's outcome side.
+            count: Contracts; more than 0.
+            at: The exchange's time of the fill, with a time zone.
+            post_position_fp: The exchange's own figure of the position after it, as a fill message has it. It shows which
+                sign the fill had.
+
+        Returns:
+            The position after the fill.
+
+        Raises:
+            WrongType: An argument has another type.
+            BadValue: `count` is 0 or less, or `at` has no time zone.
         """
         values.member("contract", contract, Contract)
         size = values.count("count", count)
@@ -234,14 +282,35 @@ class Reconciled:
         return self._made(self.market_ticker, self.position + signed, at, fills_by)
 
     def netted(self, contract: Contract, count: Decimal) -> Decimal:
-        """How many contracts of such a fill end what is held of the other side; a pair is worth a dollar."""
+        """Compute how much of a fill ends what is held of the other side; such a pair of contracts is worth a dollar.
+
+        Args:
+            contract: The fill's outcome side.
+            count: Contracts; more than 0.
+
+        Returns:
+            Contracts, from 0 to `count`.
+
+        Raises:
+            BadValue: `count` is 0 or less.
+        """
         values.member("contract", contract, Contract)
         size = values.count("count", count)
         other = -self.position if contract is Contract.YES else self.position
         return min(size, max(other, Decimal(0)))
 
     def settled(self, at: datetime) -> Reconciled:
-        """The position after the market was settled or voided: none."""
+        """End the position: its market was settled or voided.
+
+        Args:
+            at: When, with a time zone.
+
+        Returns:
+            The position after it: none.
+
+        Raises:
+            BadValue: `at` has no time zone.
+        """
         return self._made(self.market_ticker, Decimal(0), at, self.fills_by)
 
     @classmethod
@@ -280,7 +349,12 @@ def _position(market_ticker: str, position_fp: str) -> Decimal:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What an engine holds and has resting, at one moment."""
+    """What an engine holds and has resting, at one moment. Made by `inventory`.
+
+    Args:
+        position: The reconciled position.
+        resting: The resting orders, added up.
+    """
 
     position: Reconciled
     resting: Resting
@@ -291,20 +365,32 @@ class Inventory:
 
     @property
     def pos_filled(self) -> Decimal:
-        """The reconciled position, working orders left out."""
+        """The reconciled position, working orders left out; contracts, YES positive."""
         return self.position.position
 
     @property
     def pos_open_exposure(self) -> Decimal:
-        """What the live orders add when all of them fill."""
+        """What the live orders add when all of them fill; contracts, YES positive."""
         return self.resting.exposure
 
     @property
     def pos_total_est(self) -> Decimal:
-        """The sum of both: what hysteresis and the block logic go by."""
+        """The sum of both: what hysteresis and the block logic use."""
         return self.pos_filled + self.pos_open_exposure
 
 
 def inventory(position: Reconciled, live_orders: Iterable[WorkingOrder]) -> Inventory:
-    """The inventory of one market; to be computed anew in each loop, from the orders live then."""
+    """Compute the inventory of one market; compute it again in each loop, from the orders live then.
+
+    Args:
+        position: The reconciled position.
+        live_orders: The market's orders that can still be filled, each once.
+
+    Returns:
+        Position, resting sizes and their exposure; contracts, YES positive.
+
+    Raises:
+        WrongType: An order is no `WorkingOrder`.
+        BadValue: An order is given twice.
+    """
     return Inventory(position, resting(live_orders))
