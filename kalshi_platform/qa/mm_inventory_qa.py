@@ -38,7 +38,7 @@ _JSON = json.JSONDecoder()
 
 
 class _WrongFlag(click.UsageError):
-    """Exits 1: 2 means anomalies to whoever called."""
+    """Exits 1: for the caller 2 means anomalies."""
 
     exit_code = 1
 
@@ -156,7 +156,7 @@ def command(
     verbose: bool,
     output_format: str,
 ) -> None:
-    """Does the market maker hold what it believes that it holds?
+    """Does the market maker hold what its rows say that it holds?
 
     Check A, drift without actions; check B, open exposure without open orders; check C, decisions
     against the exchange's own positions. Exit 0: nothing found, 1: it could not be found out,
@@ -291,7 +291,14 @@ def _print_breaks(found: Sequence[breaks.Break], *, verbose: bool) -> None:
 
 
 def in_words(explanation: str) -> str:
-    """An explanation without the JSON objects in it, whole ones and those that were cut (…)."""
+    """Take the JSON objects out of an explanation, whole ones and those that were cut (…).
+
+    Args:
+        explanation: A sentence of a break.
+
+    Returns:
+        The sentence without them.
+    """
     begin = 0
     while (at := explanation.find(" {", begin)) >= 0:
         try:
@@ -365,7 +372,12 @@ def _plain(value: Any) -> Any:
 
 
 def main() -> NoReturn:
-    """Run the command; the same sentences and exit codes as under `kalshi-platform`."""
+    """Run the sweep with the arguments of the command line, as `kalshi-platform qa` does.
+
+    Raises:
+        SystemExit: Always. 0: nothing found. 1: ClickHouse cannot be reached, a query failed, or a flag is wrong.
+            2: anomalies, or with --max-age stale or missing data.
+    """
     try:
         command(prog_name="mm_inventory_qa")
     except PlatformError as error:

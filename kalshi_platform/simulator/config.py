@@ -1,4 +1,4 @@
-"""What a simulator can be told when it starts."""
+"""What a simulator can be given when it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from kalshi_platform.simulator.faults import Fault
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorConfig:
-    """Everything about one simulator; the defaults suit a test."""
+    """What a simulated exchange is like; the defaults suit a test.
+
+    Raises:
+        SimulatorError: A number makes no sense.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -35,7 +39,7 @@ class SimulatorConfig:
     tick_seconds: float = 0.02
     """How often the order flow is moved on; the events in between keep their own times."""
     max_backlog_bytes: int = 64 * 1024 * 1024
-    """A client that leaves more than this unread is told error 25."""
+    """A client that leaves more than this unread gets error 25."""
     max_markets_per_subscription: int = 500_000
     """More are refused with error 26."""
     yes_price: bool | None = None
@@ -45,7 +49,11 @@ class SimulatorConfig:
     """How long the REST order books are cached, as the real exchange's are."""
 
     def __post_init__(self) -> None:
-        """Raises SimulatorError for a number that makes no sense."""
+        """Refuse numbers that make no sense.
+
+        Raises:
+            SimulatorError: The sentence names the field, its value and what to give.
+        """
         least = {"markets": 1, "rate": 0, "rolling_seconds": 1, "heartbeat_seconds": 0.01}
         for name, low in least.items():
             if getattr(self, name) < low:

@@ -40,12 +40,23 @@ T = TypeVar("T")
 
 
 class Simulator:
-    """An exchange of one's own. Its methods may be called from any thread."""
+    """A simulated exchange on one port. Its methods may be called from any thread.
+
+    with running(SimulatorConfig(markets=5, rate=500)) as simulator:
+        ...  # simulator.ws_url, .rest_url, .key_id, .key_file
+    """
 
     key_id = KEY_ID
 
     def __init__(self, config: SimulatorConfig | None = None) -> None:
-        """Binds the port at once. Raises SimulatorError where it is taken."""
+        """Make its key where there is none, and bind the port at once.
+
+        Args:
+            config: What the exchange is like; None: the defaults.
+
+        Raises:
+            SimulatorError: The port is taken.
+        """
         self.config = config or SimulatorConfig()
         self._own_folder: tempfile.TemporaryDirectory[str] | None = None
         if self.config.key_file is None:
@@ -65,7 +76,7 @@ class Simulator:
 
     @property
     def port(self) -> int:
-        """The port it listens on, WebSocket and REST alike."""
+        """The port that it listens on, WebSocket and REST alike."""
         return self._port
 
     @property
@@ -75,33 +86,42 @@ class Simulator:
 
     @property
     def ws_url(self) -> str:
-        """Where the WebSocket is."""
+        """The URL of the WebSocket."""
         return f"ws://{self._authority}{WS_PATH}"
 
     @property
     def rest_url(self) -> str:
-        """The base of the REST interface."""
+        """The base URL of the REST interface."""
         return f"http://{self._authority}{BASE}"
 
     @property
     def control_url(self) -> str:
-        """The base of the simulator's own pages."""
+        """The base URL of the simulator's own pages."""
         return f"http://{self._authority}/simulator"
 
     def register(self, key_id: str, key: PublicKey) -> None:
-        """Let another key in."""
+        """Accept another key.
+
+        Args:
+            key_id: The id that requests with it carry.
+            key: The public key.
+        """
         self._keys.register(key_id, key)
 
     # running
 
     def start(self) -> None:
-        """Serve from a thread of its own; returns when it answers."""
+        """Serve from a thread of its own; returns when the server answers.
+
+        Raises:
+            Exception: What ended the server before it answered.
+        """
         ready = threading.Event()
 
         def serve() -> None:
             try:
                 asyncio.run(self._serve(ready.set))
-            except BaseException as error:  # noqa: BLE001  told to the caller of start
+            except BaseException as error:  # noqa: BLE001 - `start` raises it
                 self._failure = error
             finally:
                 ready.set()
@@ -115,7 +135,8 @@ class Simulator:
     def stop(self) -> None:
         """Close every connection and end the thread. Harmless when it is not running.
 
-        Raises what ended the simulator before its time, if anything did.
+        Raises:
+            Exception: What ended the simulator before its time.
         """
         if self._thread is not None:
             if self._server is not None:
@@ -131,7 +152,11 @@ class Simulator:
             raise failure
 
     def serve_forever(self, ready: Callable[[], None]) -> None:
-        """Serve in the foreground until SIGINT or SIGTERM; `ready` is called when it answers."""
+        """Serve in the foreground until SIGINT or SIGTERM.
+
+        Args:
+            ready: Called when the server answers.
+        """
         try:
             asyncio.run(self._serve(ready, signals=(signal.SIGINT, signal.SIGTERM)))
         finally:
@@ -162,7 +187,7 @@ class Simulator:
         serving = asyncio.create_task(server.serve([self._socket]))
         try:
             await asyncio.wait({flow, serving}, return_when=asyncio.FIRST_COMPLETED)
-            server.should_exit = True  # should the order flow have failed, `await flow` tells
+            server.should_exit = True  # should the order flow have failed, `await flow` raises
             await serving
         finally:
             venue.stop()
@@ -173,11 +198,25 @@ class Simulator:
     # the truth, and what goes wrong
 
     def books(self) -> dict[str, BookView]:
-        """Every market's book now: the truth, past every cache."""
+        """Read every market's book, past every cache: what a recording must equal.
+
+        Returns:
+            Ticker to book.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         return self._call(lambda venue: venue.exchange.books())
 
     def open_markets(self) -> frozenset[str]:
-        """The tickers of the markets that are traded now."""
+        """List the markets that are traded now.
+
+        Returns:
+            Their tickers.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         return self._call(
             lambda venue: frozenset(
                 each.ticker for each in venue.exchange.markets() if each.status == ACTIVE
@@ -185,25 +224,54 @@ class Simulator:
         )
 
     def trades(self) -> dict[str, dict[str, Any]]:
-        """The last trades as REST has them, by id: the truth, past every page."""
+        """Read the last trades, past every page.
+
+        Returns:
+            Trade id to the trade as REST has it.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         return self._call(
             lambda venue: {each.trade_id: each.rest() for each in venue.exchange.trades}
         )
 
     def state(self) -> dict[str, Any]:
-        """Connections, subscriptions and counts."""
+        """Read connections, subscriptions and counts.
+
+        Returns:
+            Name to value, as the simulator's own pages have them.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         return self._call(lambda venue: venue.state())
 
     def pause(self) -> None:
-        """Freeze the books. What happened before has been handed to every client's socket."""
+        """Freeze the books. What happened before has been handed to every client's socket.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         self._call(lambda venue: venue.pause())
 
     def resume(self) -> None:
-        """Let the order flow go on."""
+        """Continue the order flow.
+
+        Raises:
+            SimulatorError: The simulator is not running.
+        """
         self._call(lambda venue: venue.resume())
 
     def inject(self, fault: Fault | str) -> None:
-        """Let something go wrong, now or after the fault's own delay."""
+        """Inject a fault, now or after the fault's own delay.
+
+        Args:
+            fault: The fault, or its text as `kalshi-platform simulate --fault` takes it.
+
+        Raises:
+            SimulatorError: The text is no fault, or the simulator is not running.
+        """
         wanted = Fault.parse(fault) if isinstance(fault, str) else fault
         self._call(lambda venue: venue.inject(wanted))
 
@@ -220,7 +288,17 @@ class Simulator:
 
 @contextlib.contextmanager
 def running(config: SimulatorConfig | None = None) -> Iterator[Simulator]:
-    """A simulator in a thread of its own, for as long as the block lasts."""
+    """Run a simulator in a thread of its own, for as long as the block lasts.
+
+    Args:
+        config: What the exchange is like; None: the defaults.
+
+    Yields:
+        The simulator, once it answers.
+
+    Raises:
+        SimulatorError: The port is taken.
+    """
     simulator = Simulator(config)
     try:
         simulator.start()
@@ -230,7 +308,7 @@ def running(config: SimulatorConfig | None = None) -> Iterator[Simulator]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, told when it answers, and without its own view of signals."""
+    """uvicorn that reports when it answers, and leaves signals alone."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
