@@ -57,7 +57,14 @@ class Project:
 
 
 def project() -> Project:
-    """The project's folder. Raises `SettingsError` if KALSHI_HOME is not a folder."""
+    """Find the project's folder: KALSHI_HOME, else the checkout, else the current folder.
+
+    Returns:
+        The folder, and how it was found.
+
+    Raises:
+        SettingsError: KALSHI_HOME is no folder.
+    """
     if named := os.environ.get(HOME):
         folder = Path(named).expanduser().absolute()
         if not folder.is_dir():
@@ -98,7 +105,10 @@ class Exchange:
 
 
 class Settings(BaseSettings):
-    """Validated settings. Build them with `load()`, which turns a bad value into a `SettingsError`."""
+    """Validated settings. Build with `load()`, which turns a bad value into a `SettingsError`.
+
+    A field is the environment variable of its name in capitals; `.env.example` says what each is for.
+    """
 
     model_config = SettingsConfigDict(env_file_encoding="utf-8-sig", extra="ignore", frozen=True)
 
@@ -423,14 +433,28 @@ class Settings(BaseSettings):
         return self.data_dir / "journal"
 
     def journal_dir(self, shard: int = 0) -> Path:
-        """The folder of one shard's journal."""
+        """Name the folder of one shard's journal.
+
+        Args:
+            shard: The shard, from 0.
+
+        Returns:
+            An absolute path; the folder need not exist.
+        """
         return self.journals_dir / f"shard-{shard}"
 
 
 def load(**overrides: Any) -> Settings:
-    """Read the settings; `overrides` have precedence over the environment.
+    """Read the settings from the environment and `.env`.
 
-    Raises `SettingsError`, which names the variable and the remedy.
+    Args:
+        **overrides: Fields that have precedence over both.
+
+    Returns:
+        The settings, checked together.
+
+    Raises:
+        SettingsError: A value is missing or makes no sense; the sentence names the variable and the remedy.
     """
     env_file = project().env_file
     _require_text(env_file)
@@ -483,12 +507,26 @@ def load(**overrides: Any) -> Settings:
 
 @functools.cache
 def current() -> Settings:
-    """The process's settings, read once."""
+    """Read the settings once, for the whole process.
+
+    Returns:
+        The same settings at every call.
+
+    Raises:
+        SettingsError: As of `load`.
+    """
     return load()
 
 
 def variables(names: Iterable[str]) -> list[str]:
-    """Those of `names` that are variables of a setting; case is ignored."""
+    """Find the names that are variables of a setting.
+
+    Args:
+        names: Names of environment variables; case is ignored.
+
+    Returns:
+        Those of them that a setting has.
+    """
     known = {HOME.lower()}
     for name, field in Settings.model_fields.items():
         alias = field.validation_alias
@@ -498,7 +536,11 @@ def variables(names: Iterable[str]) -> list[str]:
 
 
 def secrets_in_file() -> list[str]:
-    """Names of the variables in `.env` that hold a secret; empty if the file does not exist."""
+    """Find the variables in `.env` that hold a secret.
+
+    Returns:
+        Their names, sorted; empty if the file does not exist.
+    """
     secret = {
         name
         for name, field in Settings.model_fields.items()
