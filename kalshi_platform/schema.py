@@ -41,21 +41,6 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A table in ClickHouse and, where `archived`, a folder of hourly Parquet partitions."""
-
-    name: str
-    columns: tuple[Column, ...]
-    description: str
-    archived: bool = True
-
-    @property
-    def arrow(self) -> pa.Schema:
-        """The Arrow schema, columns in order."""
-        return pa.schema([pa.field(c.name, c.arrow, c.nullable) for c in self.columns])
-
-
-@dataclass(frozen=True)
 class Key:
     """The columns that identify a table's row among those of every other insert."""
 
@@ -63,6 +48,41 @@ class Key:
     """The column by whose day the table is partitioned."""
     columns: tuple[str, ...]
     """Text, integers, UUIDs or decimals; null where the table's column is null."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table in ClickHouse and, where `archived`, a folder of hourly Parquet partitions."""
+
+    name: str
+    columns: tuple[Column, ...]
+    description: str
+    time: str
+    """The column that a row's hour, its day's partition and its age are taken from."""
+    public: bool
+    """Whether `export --public` publishes it, after own orders have been cleared."""
+    archived: bool = True
+    """In the archive, and for HOT_RETENTION_DAYS in ClickHouse; otherwise in ClickHouse alone, for good."""
+
+    @property
+    def arrow(self) -> pa.Schema:
+        """The Arrow schema, columns in order."""
+        return pa.schema([pa.field(c.name, c.arrow, c.nullable) for c in self.columns])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Dataset):
+    """A dataset that the streamer records: it is sealed, compacted, restored, rebuilt and compared."""
+
+    sort: tuple[str, ...]
+    """What a compacted hour is sorted by. Nulls come first: rows without a record go by receive time."""
+    identity: tuple[str, ...]
+    """The columns that, with `time`, tell a row from those of every other insert."""
+
+    @property
+    def key(self) -> Key:
+        """What a verified insert finds its rows by."""
+        return Key(self.time, self.identity)
 
 
 _UUID = (NAME, "UUID")
@@ -101,8 +121,9 @@ _RECORD = Column(
 _PLACE = (_SHARD, _RECORD)
 PLACE = tuple(column.name for column in _PLACE)
 """The origin of a row: the last columns of a dataset, null in rows of versions that did not keep it."""
+_FRAME = ("ingest_ts", "conn_id", "sid", "seq")
 
-ORDERBOOK_EVENTS = Dataset(
+ORDERBOOK_EVENTS = Recorded(
     "orderbook_events",
     (
         _TYPE,
@@ -126,9 +147,13 @@ ORDERBOOK_EVENTS = Dataset(
         *_PLACE,
     ),
     "Every order-book event: one row per level of a snapshot, one per delta.",
+    time=_INGEST.name,
+    public=True,
+    sort=("market_ticker", *PLACE, *_FRAME, "side", "price"),
+    identity=("record", "conn_id", "side", "price"),
 )
 
-STREAM_EVENTS = Dataset(
+STREAM_EVENTS = Recorded(
     "stream_events",
     (
         _INGEST,
@@ -141,9 +166,14 @@ STREAM_EVENTS = Dataset(
         *_PLACE,
     ),
     "Every other message of the exchange, and every event of the recording itself.",
+    time=_INGEST.name,
+    public=True,
+    # else as in the journal: an end comes after what it ends
+    sort=(*PLACE, "ingest_ts"),
+    identity=("record", "conn_id", "kind", "market_ticker"),
 )
 
-BOOK_CHECKPOINTS = Dataset(
+BOOK_CHECKPOINTS = Recorded(
     "book_checkpoints",
     (
         Column(
@@ -173,10 +203,14 @@ BOOK_CHECKPOINTS = Dataset(
         ),
     ),
     "Every followed book at the start of an hour: one row per level, at least one per market.",
+    time="ts",
+    public=True,
+    sort=("market_ticker", *PLACE, "side", "price"),
+    identity=("record", "conn_id", "market_ticker", "side", "price"),
 )
 
 _TRADE_PRICE = (PRICE, "Decimal(9, 4)")
-TRADES = Dataset(
+TRADES = Recorded(
     "trades",
     (
         _CONN,
@@ -212,6 +246,10 @@ TRADES = Dataset(
         *_PLACE,
     ),
     "Every public trade of the followed markets.",
+    time=_INGEST.name,
+    public=True,
+    sort=("market_ticker", *PLACE, *_FRAME),
+    identity=("record", "conn_id", "trade_id"),
 )
 
 _RANGE = pa.struct([pa.field(name, PRICE, False) for name in ("start", "end", "step")])
@@ -253,6 +291,8 @@ MARKET_CATALOG = Dataset(
         Column("as_of", TIME, "DateTime64(6, 'UTC')", "when this was read from the exchange"),
     ),
     "The followed markets: titles, price grids, opening and closing times, results.",
+    time="as_of",
+    public=False,
     archived=False,
 )
 
@@ -271,6 +311,8 @@ LATEST_LEVELS = Dataset(
         ),
     ),
     "The book now: `FINAL WHERE size > 0`.",
+    time=_INGEST.name,
+    public=False,
     archived=False,
 )
 
@@ -335,6 +377,8 @@ SPREADS = Dataset(
         ),
     ),
     "Every change of a market's best prices or their sizes, with the frame that caused it.",
+    time=_INGEST.name,
+    public=True,
 )
 
 
@@ -373,6 +417,8 @@ DEPTH = Dataset(
         _KNOWN_AT,
     ),
     "The resting sizes on both sides of a market, at the end of every second in which they changed.",
+    time=_SECOND.name,
+    public=True,
 )
 
 IMBALANCE = Dataset(
@@ -398,7 +444,12 @@ IMBALANCE = Dataset(
         _KNOWN_AT,
     ),
     "Size imbalance and order flow, for every second in which either of them changed.",
+    time=_SECOND.name,
+    public=True,
 )
+
+RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, TRADES)
+"""What the streamer writes, hour by hour."""
 
 ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
 """The datasets that are computed from an hour of the recording."""
@@ -406,10 +457,7 @@ ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
 DATASETS = {
     d.name: d
     for d in (
-        ORDERBOOK_EVENTS,
-        STREAM_EVENTS,
-        BOOK_CHECKPOINTS,
-        TRADES,
+        *RECORDED,
         LATEST_LEVELS,
         *ANALYTICS,
         MARKET_CATALOG,

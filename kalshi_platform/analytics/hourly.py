@@ -122,7 +122,7 @@ class _Output:
             writing = self._archive.writing(self.dataset.name, self._hour, FILE, self.dataset.arrow)
             self._write = files.enter_context(writing)
         self._write(table)
-        span = pc.min_max(table["ingest_ts" if self.dataset is SPREADS else "second"]).as_py()
+        span = pc.min_max(table[self.dataset.time]).as_py()
         self._first = min(self._first or span["min"], span["min"])
         self._last = max(self._last or span["max"], span["max"])
         self._rows += table.num_rows

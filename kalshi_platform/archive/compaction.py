@@ -45,29 +45,15 @@ from kalshi_platform.archive import (
 )
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import (
-    BOOK_CHECKPOINTS,
     DATASETS,
-    ORDERBOOK_EVENTS,
-    PLACE,
-    STREAM_EVENTS,
-    TRADES,
+    RECORDED,
     Dataset,
 )
 from kalshi_platform.utc_hours import floor_hour
 
 log = logging.getLogger(__name__)
 
-_FRAME = ("ingest_ts", "conn_id", "sid", "seq")
-SORTED_BY = {
-    ORDERBOOK_EVENTS.name: ("market_ticker", *PLACE, *_FRAME, "side", "price"),
-    STREAM_EVENTS.name: (
-        *PLACE,
-        "ingest_ts",
-    ),  # else as journalled: an end comes after what it ends
-    BOOK_CHECKPOINTS.name: ("market_ticker", *PLACE, "side", "price"),
-    TRADES.name: ("market_ticker", *PLACE, *_FRAME),
-}
-"""What an hour is sorted by. Nulls come first: rows without a record go by receive time."""
+SORTED_BY = {dataset.name: dataset.sort for dataset in RECORDED}
 ROW_GROUP_ROWS = 65_536
 """What a reader of one market reads at least; docs/data.md has the figures."""
 ZSTD_LEVEL = 9

@@ -43,22 +43,13 @@ from kalshi_platform.archive.compaction import SORTED_BY, own_dictionaries
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.schema import (
-    ANALYTICS,
-    BOOK_CHECKPOINTS,
     DATASETS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
-    TRADES,
     Dataset,
 )
 
-PUBLIC = (
-    ORDERBOOK_EVENTS.name,
-    STREAM_EVENTS.name,
-    BOOK_CHECKPOINTS.name,
-    TRADES.name,
-    *(dataset.name for dataset in ANALYTICS),
-)
+PUBLIC = tuple(name for name, dataset in DATASETS.items() if dataset.public)
 """The datasets of which nothing is private once they have been scrubbed."""
 
 MARK = "_public.json"
@@ -303,7 +294,7 @@ class _Content:
     """What tables hold, added up for a manifest."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._clock = next(n for n in ("ingest_ts", "second", "ts") if n in dataset.arrow.names)
+        self._time = dataset.time
         self._sum = 0
         self._span: tuple[datetime, datetime] | None = None
         self.rows = 0
@@ -316,7 +307,7 @@ class _Content:
         self.rows += table.num_rows
         self._sum = (self._sum + checksum.rows_checksum(table)) % 2**64
         self.markets.update(table["market_ticker"].cast(pa.string()).unique().to_pylist())
-        span = pc.min_max(table[self._clock]).as_py()
+        span = pc.min_max(table[self._time]).as_py()
         if span["min"] is not None:
             before = self._span or (span["min"], span["max"])
             self._span = min(before[0], span["min"]), max(before[1], span["max"])

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalshi_platform import schema
 from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, rows_of
 from kalshi_platform.archive.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
 from kalshi_platform.schema import (
@@ -19,12 +20,11 @@ from kalshi_platform.schema import (
     ORDERBOOK_EVENTS,
     PLACE,
     STREAM_EVENTS,
-    TRADES,
     ZERO_UUID,
 )
 from kalshi_platform.utc_hours import HOUR
 
-RECORDED = (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name, BOOK_CHECKPOINTS.name, TRADES.name)
+RECORDED = tuple(dataset.name for dataset in schema.RECORDED)
 """The datasets that the recording itself makes."""
 COUNTED_ROWS = 32_768
 """Looked at together: the streamer does it beside its recording, and should not grow for it."""
@@ -202,16 +202,16 @@ class _Reading:
     def of_file(
         self, file: File, dataset: str, columns: list[str] | None = None
     ) -> Iterator[pa.Table]:
-        schema = DATASETS[dataset].arrow
+        columns_read = DATASETS[dataset].arrow
         if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
-        for table in batches(file, schema, COUNTED_ROWS, columns=columns):
+            columns_read = pa.schema([columns_read.field(name) for name in columns])
+        for table in batches(file, columns_read, COUNTED_ROWS, columns=columns):
             self.proceed()
             yield table
 
 
 def _tally(read: _Reading, dataset: str) -> _Tally:
-    clock = "ts" if dataset == BOOK_CHECKPOINTS.name else "ingest_ts"
+    time = DATASETS[dataset].time
     rows, total = 0, 0
     markets: set[str] = set()
     first: datetime | None = None
@@ -223,7 +223,7 @@ def _tally(read: _Reading, dataset: str) -> _Tally:
             count += table.num_rows
             total = (total + checksum.rows_checksum(table)) % 2**64
             markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
-            span = pc.min_max(table[clock]).as_py()
+            span = pc.min_max(table[time]).as_py()
             if span["min"] is not None:
                 first = span["min"] if first is None else min(first, span["min"])
                 last = span["max"] if last is None else max(last, span["max"])

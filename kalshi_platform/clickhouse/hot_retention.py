@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.clickhouse.cluster import LOCAL, Place, place_of
+from kalshi_platform.schema import DATASETS
 
 __all__ = [
     "FOR_EVER_DAYS",
@@ -27,13 +28,7 @@ __all__ = [
 ]
 
 RETAINED: Mapping[str, str] = {
-    "orderbook_events": "ingest_ts",
-    "stream_events": "ingest_ts",
-    "book_checkpoints": "ts",
-    "trades": "ingest_ts",
-    "spreads": "ingest_ts",
-    "depth": "second",
-    "imbalance": "second",
+    dataset.name: dataset.time for dataset in DATASETS.values() if dataset.archived
 }
 """Tables that keep HOT_RETENTION_DAYS, with the column that the age is taken from."""
 

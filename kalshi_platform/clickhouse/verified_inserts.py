@@ -37,8 +37,8 @@ from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
+    RECORDED,
     STREAM_EVENTS,
-    TRADES,
     Key,
 )
 
@@ -58,10 +58,7 @@ _ENGINE = (
 )
 
 KEYS: Mapping[str, Key] = {
-    ORDERBOOK_EVENTS.name: Key("ingest_ts", ("record", "conn_id", "side", "price")),
-    TRADES.name: Key("ingest_ts", ("record", "conn_id", "trade_id")),
-    STREAM_EVENTS.name: Key("ingest_ts", ("record", "conn_id", "kind", "market_ticker")),
-    BOOK_CHECKPOINTS.name: Key("ts", ("record", "conn_id", "market_ticker", "side", "price")),
+    **{dataset.name: dataset.key for dataset in RECORDED},
     LATEST_LEVELS.name: Key("version", ("market_ticker", "side", "price")),
 }
 """Of what a loader writes. The newest version of a level is what counts: a later one may have replaced it."""

@@ -9,16 +9,11 @@ import pyarrow as pa
 
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.loading.rebuild import as_archived, select_list
-from kalshi_platform.schema import BOOK_CHECKPOINTS, Dataset
+from kalshi_platform.schema import Dataset
 from kalshi_platform.utc_hours import HOUR
 
 ROWS_AT_A_TIME = 500_000
 """Rows that are in memory at once, unless one minute has more."""
-
-
-def clock_of(dataset: Dataset) -> str:
-    """The column whose hour a row belongs to."""
-    return "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
 
 
 def hours(client: clickhouse.Client, datasets: Sequence[Dataset]) -> list[datetime]:
@@ -27,7 +22,7 @@ def hours(client: clickhouse.Client, datasets: Sequence[Dataset]) -> list[dateti
     for dataset in datasets:
         with clickhouse.translated():
             rows = client.query(
-                f"SELECT DISTINCT toStartOfHour({clock_of(dataset)}, 'UTC') FROM {dataset.name}"  # noqa: S608 - the schema's own names
+                f"SELECT DISTINCT toStartOfHour({dataset.time}, 'UTC') FROM {dataset.name}"  # noqa: S608 - the schema's own names
             ).result_rows
         found |= {at.astimezone(UTC) for (at,) in rows}
     return sorted(found)
@@ -40,7 +35,7 @@ def tables(
 
     `table`: another one of the same columns to read them from.
     """
-    clock, source = clock_of(dataset), table or dataset.name
+    clock, source = dataset.time, table or dataset.name
     span = f"{clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
     with clickhouse.translated():
         minutes = client.query(

@@ -311,7 +311,7 @@ def _write_range(
         if not dataset.archived or dataset.name not in pending[0].tables:
             continue
         table = concatenated([rows.tables[dataset.name] for rows in pending])
-        for of_hour, piece in by_hour(table):
+        for of_hour, piece in by_hour(table, dataset.time):
             if of_hour == hour:
                 _write(archive, dataset, hour, name, [piece])
 
@@ -367,7 +367,7 @@ def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> No
 
 def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
     """A dataset's hour as ClickHouse has it, in the archive's own types."""
-    clock = "ts" if dataset.name == BOOK_CHECKPOINTS.name else "ingest_ts"
+    clock = dataset.time
     order = ", ".join(
         c.name
         for c in dataset.columns

@@ -49,18 +49,18 @@ from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hot_hour
 from kalshi_platform.loading.unloaded import Unloaded
 from kalshi_platform.schema import (
-    BOOK_CHECKPOINTS,
     DATASETS,
-    ORDERBOOK_EVENTS,
+    RECORDED,
     STREAM_EVENTS,
-    TRADES,
     Dataset,
 )
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR
 
-RESTORED = (ORDERBOOK_EVENTS.name, TRADES.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
-"""In this order, as the loader writes: what `stream_events` reaches to is whole."""
+RESTORED = tuple(
+    dataset.name for dataset in sorted(RECORDED, key=lambda dataset: dataset is STREAM_EVENTS)
+)
+"""`stream_events` last, as the loader writes: what it reaches to is whole."""
 BATCH_ROWS = 500_000
 ROWS_COMPARED = 16_000_000
 """Row checksums of each store that are in memory at once; an hour of more rows is read several times."""
@@ -315,7 +315,7 @@ class _Restore:
         """Let the archive's rows take the place of an hour's rows: collected beside, compared, exchanged."""
         name, hour = found.dataset.name, found.hour
         staging = _staging(name)
-        span = partitions.Span(hot_hour.clock_of(found.dataset), hour, hour + HOUR)
+        span = partitions.Span(found.dataset.time, hour, hour + HOUR)
         with partitions.replacing_span(self._client, name, f"{hour:%Y%m%d}", span, staging):
             self._insert(staging, hour, found.cold())
             if (collected := _content(found.hot(staging))) != wanted:

@@ -317,7 +317,9 @@ class ParquetSink:
         pieces = [
             (hour, DATASETS[name], part)
             for name in rows[0].tables
-            for hour, part in by_hour(concatenated([r.tables[name] for r in rows]))
+            for hour, part in by_hour(
+                concatenated([r.tables[name] for r in rows]), DATASETS[name].time
+            )
         ]
         touched = sorted({hour for hour, _, _ in pieces})
         late = {
@@ -456,12 +458,11 @@ def _last_of_each_level(table: pa.Table) -> pa.Table:
     return table.take(last["index"].to_arrow())
 
 
-def by_hour(table: pa.Table) -> list[tuple[datetime, pa.Table]]:
-    """The table cut by the hour of its receive time; mostly one piece."""
+def by_hour(table: pa.Table, time: str) -> list[tuple[datetime, pa.Table]]:
+    """The table cut by the hour of its column `time`; mostly one piece."""
     if not table.num_rows:
         return []
-    clock = "ingest_ts" if "ingest_ts" in table.column_names else "ts"  # of checkpoints
-    at, kind = table[clock], table.schema.field(clock).type
+    at, kind = table[time], table.schema.field(time).type
     span = pc.min_max(at).as_py()
     hour, last = floor_hour(span["min"]), floor_hour(span["max"])
     if hour == last:

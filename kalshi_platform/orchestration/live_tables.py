@@ -24,7 +24,7 @@ EVERY_S = 300
 TIMEOUT_S = 10
 """Silence after which ClickHouse is not asked on: a sensor has a minute."""
 TIME_COLUMNS: Mapping[str, str] = {
-    LATEST_LEVELS.name: "ingest_ts",
+    LATEST_LEVELS.name: LATEST_LEVELS.time,
     "mm_decisions": "ts",
     "mm_order_actions": "ts",
     "mm_order_responses": "ts",

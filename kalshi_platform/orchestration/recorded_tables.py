@@ -18,16 +18,11 @@ from kalshi_platform.orchestration.metadata import (
 )
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.schema import (
-    BOOK_CHECKPOINTS,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
-    STREAM_EVENTS,
-    TRADES,
+    RECORDED,
     Dataset,
 )
-
-RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, TRADES)
-"""What the streamer writes, hour by hour."""
 
 REBUILD_POOL = "rebuild"
 """Rebuilds run one after the other: two of one hour would do the same work twice."""

@@ -59,23 +59,23 @@ def _recorded(client: clickhouse.Client, since: datetime, until: datetime) -> pl
 def _replayed(client: clickhouse.Client, hour: datetime, tickers: Sequence[str]) -> pl.DataFrame:
     """Every state of these markets since the beginning of the hour that goes on."""
 
-    def rows(dataset: Dataset, clock: str) -> pa.Table:
+    def rows(dataset: Dataset) -> pa.Table:
         wanted = "market_ticker IN {tickers:Array(String)}"
         if dataset is STREAM_EVENTS:
             wanted += " OR market_ticker = ''"  # what happened to whole subscriptions
         with clickhouse.translated():
             return client.query_arrow(
                 f"SELECT {select_list(dataset)} FROM {dataset.name}"  # noqa: S608 - schema's names
-                f" WHERE {clock} >= {{since:DateTime64(6, 'UTC')}} AND ({wanted})",
+                f" WHERE {dataset.time} >= {{since:DateTime64(6, 'UTC')}} AND ({wanted})",
                 parameters={"since": hour, "tickers": list(tickers)},
             )
 
-    events = as_archived(rows(ORDERBOOK_EVENTS, "ingest_ts"), ORDERBOOK_EVENTS)
+    events = as_archived(rows(ORDERBOOK_EVENTS), ORDERBOOK_EVENTS)
     of_hour = books(
         hour,
         [events.select(EVENT_COLUMNS)],
-        [as_archived(rows(BOOK_CHECKPOINTS, "ts"), BOOK_CHECKPOINTS)],
-        [as_archived(rows(STREAM_EVENTS, "ingest_ts"), STREAM_EVENTS)],
+        [as_archived(rows(BOOK_CHECKPOINTS), BOOK_CHECKPOINTS)],
+        [as_archived(rows(STREAM_EVENTS), STREAM_EVENTS)],
     )
     return _states(pl.DataFrame(spreads(of_hour)))
 

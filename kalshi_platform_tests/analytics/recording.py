@@ -61,7 +61,7 @@ def record_hour(
             write_durably(folder / part_name(0, begins, begins), [books], books.schema)
         rows, state = build_rows(decode([block]), state)
         for dataset in ("orderbook_events", "stream_events"):
-            for hour, piece in by_hour(rows.tables[dataset]):
+            for hour, piece in by_hour(rows.tables[dataset], "ingest_ts"):
                 folder = LocalArchive(root).folder(dataset, hour)
                 write_durably(folder / name, [piece], DATASETS[dataset].arrow)
     if sealed:

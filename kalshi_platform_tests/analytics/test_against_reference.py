@@ -30,6 +30,7 @@ from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.loading.shared_rows import at_openings
 from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.loading.state_files import checkpoint
+from kalshi_platform.schema import DATASETS as SCHEMAS
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.analytics import reference
 from kalshi_platform_tests.properties import examples
@@ -200,7 +201,7 @@ def of_hour(made: Iterable[tuple[str, pa.Table]], hour: datetime) -> dict[str, p
     """What one hour has of the recorded datasets' tables."""
     tables: dict[str, list[pa.Table]] = {name: [] for name in RECORDED}
     for name, table in made:
-        tables[name] += [part for at, part in by_hour(table) if at == hour]
+        tables[name] += [part for at, part in by_hour(table, SCHEMAS[name].time) if at == hour]
     return {
         name: pa.concat_tables(parts).unify_dictionaries() if parts else None
         for name, parts in tables.items()

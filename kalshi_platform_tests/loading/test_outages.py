@@ -24,7 +24,7 @@ from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, by_hour
-from kalshi_platform.schema import ANALYTICS
+from kalshi_platform.schema import ANALYTICS, DATASETS
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform.utc_hours import floor_hour
@@ -85,7 +85,7 @@ def archive_of(root: Path, records: Sequence[wire.Record]) -> LocalArchive:
     archive = LocalArchive(root)
     touched = set()
     for n, (name, table) in enumerate(derived(records)):
-        for hour, part in by_hour(table):
+        for hour, part in by_hour(table, DATASETS[name].time):
             archive.write(name, hour, part_name(0, n, n + 1), [part], table.schema)
             touched.add(hour)
     for hour in touched:

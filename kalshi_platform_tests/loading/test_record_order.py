@@ -101,7 +101,7 @@ def archive_of(root: Path, records: Sequence[wire.Record]) -> LocalArchive:
     """What the load would archive of these records, without a load."""
     archive = LocalArchive(root)
     for n, (name, table) in enumerate(derived(records)):
-        for hour, part in by_hour(table):
+        for hour, part in by_hour(table, DATASETS[name].time):
             archive.write(name, hour, part_name(0, n, n + 1), [part], table.schema)
     return archive
 
