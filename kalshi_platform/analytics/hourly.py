@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.activity import Activity
@@ -26,6 +25,7 @@ from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
 from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, hours
 from kalshi_platform.archive.hours import DatasetHour, HourReport
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.clickhouse import partitions
 from kalshi_platform.loading.presence import known_archive
@@ -110,9 +110,7 @@ class _Output:
         self.dataset = dataset
         self._archive, self._hour = archive, hour
         self._write: Callable[[pa.Table], None] | None = None
-        self._rows, self._markets, self._checksum = 0, 0, 0
-        self._first: datetime | None = None
-        self._last: datetime | None = None
+        self._statistics = RowStatistics(dataset)
 
     def add(self, table: pa.Table, files: ExitStack) -> None:
         """Take the rows of some markets; the file is there when `files` is closed."""
@@ -122,16 +120,11 @@ class _Output:
             writing = self._archive.writing(self.dataset.name, self._hour, FILE, self.dataset.arrow)
             self._write = files.enter_context(writing)
         self._write(table)
-        span = pc.min_max(table[self.dataset.time]).as_py()
-        self._first = min(self._first or span["min"], span["min"])
-        self._last = max(self._last or span["max"], span["max"])
-        self._rows += table.num_rows
-        self._markets += len(pc.unique(table["market_ticker"].combine_chunks().indices))
-        self._checksum = (self._checksum + checksum.rows_checksum(table)) % 2**64
+        self._statistics.add(table)
 
     def written(self) -> Iterator[pa.Table]:
         """The file's rows."""
-        if self._rows:
+        if self._statistics.rows:
             yield from batches(self._file, self.dataset.arrow, INSERT_ROWS)
 
     @property
@@ -143,23 +136,23 @@ class _Output:
     def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
         """Put the manifest beside the file and say what it says; without rows take both away."""
         name = self.dataset.name
-        if not self._rows:
+        if not self._statistics.rows:
             self._archive.remove_hour(name, self._hour)
             return None
         report = DatasetHour(
             dataset=name,
             hour=self._hour,
             complete=complete,
-            rows=self._rows,
+            rows=self._statistics.rows,
             files=1,
             bytes=self._file.bytes,
-            markets=self._markets,
+            markets=self._statistics.markets,
             gaps=gaps,
             verified_seconds=None,
             coverage=None,
-            first=self._first,
-            last=self._last,
-            checksum=checksum.text(self._checksum),
+            first=self._statistics.first,
+            last=self._statistics.last,
+            checksum=self._statistics.checksum,
             path=self._archive.where(name, self._hour),
         )
         self._archive.write_manifest(_manifest(report))

@@ -35,7 +35,6 @@ from kalshi_platform.archive import (
     Manifest,
     Part,
     batches,
-    checksum,
     hours,
     local_file,
     part_range,
@@ -43,6 +42,7 @@ from kalshi_platform.archive import (
     stage_manifest,
     write_durably,
 )
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import (
     DATASETS,
@@ -74,17 +74,6 @@ class Compacted:
     bytes_before: int
     bytes_after: int
     checksum: str
-
-
-@dataclass(frozen=True)
-class Content:
-    """What files hold, by count and by content."""
-
-    rows: int
-    checksum: str
-    placeless: str
-    """The checksum that the rows have without `shard` and `record`."""
-    by_market: Counter[str]
 
 
 def pending(archive: Archive) -> list[datetime]:
@@ -204,7 +193,7 @@ class _Prepared:
     hour: datetime
     before: list[File]
     staged: Path
-    content: Content
+    content: RowStatistics
     part: Part
 
 
@@ -272,20 +261,20 @@ def vouch(staged: Path, manifest: Manifest, part: Part) -> None:
 # -- building ----------------------------------------------------------------------------------
 
 
-def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[Content, Part]:
+def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[RowStatistics, Part]:
     """Write the rows of all `sources` into one sorted file in `staged`, and prove that it has them.
 
     Its name follows from its bytes: a name never stands for two different files. Raises `StoreRefused`
     where a file cannot be read or the proof fails.
     """
     schema = dataset.arrow
-    content = survey(sources, schema)
+    content = survey(sources, dataset)
     unnamed = staged / f"{hours.COMPACTED}0.parquet"
     tables = _sorted(sources, dataset, content.by_market)
     size = write_durably(
         unnamed, tables, schema, level=ZSTD_LEVEL, sorted_by=SORTED_BY[dataset.name]
     )
-    written = survey([local_file(unnamed)], schema)
+    written = survey([local_file(unnamed)], dataset)
     if written != content:
         raise StoreRefused(
             f"{unnamed} was written from {content.rows:,} rows of checksum {content.checksum} and reads"
@@ -297,18 +286,13 @@ def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[Cont
     return content, Part(path.name, content.rows, size)
 
 
-def survey(sources: Sequence[File], schema: pa.Schema) -> Content:
-    """Read everything, and tell what there is."""
-    found = checksum.Content()
-    by_market: Counter[str] = Counter()
+def survey(sources: Sequence[File], dataset: Dataset) -> RowStatistics:
+    """Statistics of all rows of some files."""
+    statistics = RowStatistics(dataset)
     for file in sources:
-        for table in batches(file, schema):
-            found += checksum.content(table)
-            for entry in table["market_ticker"].value_counts().to_pylist():
-                by_market[entry["values"]] += entry["counts"]
-    return Content(
-        found.rows, checksum.text(found.total), checksum.text(found.placeless), by_market
-    )
+        for table in batches(file, dataset.arrow):
+            statistics.add(table)
+    return statistics
 
 
 def _sorted(

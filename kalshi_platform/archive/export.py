@@ -33,13 +33,13 @@ from kalshi_platform.archive import (
     Manifest,
     Part,
     batches,
-    checksum,
     hours,
     local_file,
     stage_manifest,
     write_durably,
 )
 from kalshi_platform.archive.compaction import SORTED_BY, own_dictionaries
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange.frames import DecodeError
 from kalshi_platform.schema import (
@@ -226,7 +226,7 @@ def _publish_hour(
     hour = datetime.fromisoformat(manifest.hour)
     told = Published(dataset.name, hour)
     sources = archive.files(dataset.name, hour)
-    source, written = _Content(dataset), _Content(dataset)
+    source, written = RowStatistics(dataset), RowStatistics(dataset)
     sorted_by = (
         SORTED_BY.get(dataset.name, ()) if hours.is_compacted([p.name for p in sources]) else ()
     )
@@ -253,9 +253,9 @@ def _publish_hour(
         manifest,
         rows=written.rows,
         bytes=told.bytes,
-        markets=len(written.markets - {""}),
-        first=written.first,
-        last=written.last,
+        markets=written.markets,
+        first=written.first.isoformat() if written.first else None,
+        last=written.last.isoformat() if written.last else None,
         checksum=written.checksum,
         parts=parts,
         compacted=hours.is_compacted([part.file for part in parts]),
@@ -268,7 +268,7 @@ def _publish_hour(
 
 
 def _scrubbed(
-    file: File, dataset: Dataset, source: _Content, written: _Content, told: Published
+    file: File, dataset: Dataset, source: RowStatistics, written: RowStatistics, told: Published
 ) -> Iterator[pa.Table]:
     for table in batches(file, dataset.arrow):
         source.add(table)
@@ -288,44 +288,6 @@ def _rename(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return path.rename(path.with_name(f"{hours.COMPACTED}{digest}.parquet")).name
-
-
-class _Content:
-    """What tables hold, added up for a manifest."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._time = dataset.time
-        self._sum = 0
-        self._span: tuple[datetime, datetime] | None = None
-        self.rows = 0
-        self.markets: set[str] = set()
-
-    def add(self, table: pa.Table) -> None:
-        """Count another table in."""
-        if not table.num_rows:
-            return
-        self.rows += table.num_rows
-        self._sum = (self._sum + checksum.rows_checksum(table)) % 2**64
-        self.markets.update(table["market_ticker"].cast(pa.string()).unique().to_pylist())
-        span = pc.min_max(table[self._time]).as_py()
-        if span["min"] is not None:
-            before = self._span or (span["min"], span["max"])
-            self._span = min(before[0], span["min"]), max(before[1], span["max"])
-
-    @property
-    def checksum(self) -> str:
-        """As a manifest has it."""
-        return checksum.text(self._sum)
-
-    @property
-    def first(self) -> str | None:
-        """The oldest time, ISO 8601."""
-        return self._span[0].isoformat() if self._span else None
-
-    @property
-    def last(self) -> str | None:
-        """The newest time, ISO 8601."""
-        return self._span[1].isoformat() if self._span else None
 
 
 # -- scrubbing ---------------------------------------------------------------------------------
@@ -417,10 +379,10 @@ def _ids_in(detail: str) -> Iterator[str]:
 
 
 def _read_back(
-    paths: Sequence[Path], dataset: Dataset, written: _Content, own: Collection[str]
+    paths: Sequence[Path], dataset: Dataset, written: RowStatistics, own: Collection[str]
 ) -> None:
     """Raise `StoreRefused` unless the files hold what was written, and nothing of the recorder's own."""
-    found = _Content(dataset)
+    found = RowStatistics(dataset)
     for path in paths:
         for table in batches(local_file(path), dataset.arrow):
             found.add(table)

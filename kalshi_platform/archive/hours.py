@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import schema
-from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, rows_of
+from kalshi_platform.archive import Archive, File, Manifest, Part, batches, rows_of
 from kalshi_platform.archive.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
@@ -65,11 +66,7 @@ class HourReport:
 
 @dataclass(frozen=True)
 class _Tally:
-    rows: int
-    checksum: int
-    markets: frozenset[str]
-    first: datetime | None
-    last: datetime | None
+    statistics: RowStatistics
     parts: tuple[Part, ...]
 
 
@@ -95,16 +92,16 @@ def describe(
                 dataset=name,
                 hour=hour,
                 complete=complete,
-                rows=tally.rows,
+                rows=tally.statistics.rows,
                 files=len(tally.parts),
                 bytes=sum(part.bytes for part in tally.parts),
-                markets=len(tally.markets - {""}),
+                markets=tally.statistics.markets,
                 gaps=gaps,
                 verified_seconds=round(covered.verified_s, 3),
                 coverage=None if covered.ratio is None else round(covered.ratio, 6),
-                first=tally.first,
-                last=tally.last,
-                checksum=checksum.text(tally.checksum),
+                first=tally.statistics.first,
+                last=tally.statistics.last,
+                checksum=tally.statistics.checksum,
                 path=archive.where(name, hour),
             )
             for name, tally in tallies.items()
@@ -211,25 +208,14 @@ class _Reading:
 
 
 def _tally(read: _Reading, dataset: str) -> _Tally:
-    time = DATASETS[dataset].time
-    rows, total = 0, 0
-    markets: set[str] = set()
-    first: datetime | None = None
-    last: datetime | None = None
+    statistics = RowStatistics(DATASETS[dataset])
     parts = []
     for file in read.files(dataset):
-        count = 0
+        before = statistics.rows
         for table in read.of_file(file, dataset):
-            count += table.num_rows
-            total = (total + checksum.rows_checksum(table)) % 2**64
-            markets.update(table["market_ticker"].unique().cast(pa.string()).to_pylist())
-            span = pc.min_max(table[time]).as_py()
-            if span["min"] is not None:
-                first = span["min"] if first is None else min(first, span["min"])
-                last = span["max"] if last is None else max(last, span["max"])
-        rows += count
-        parts.append(Part(file.name, count, file.bytes))
-    return _Tally(rows, total, frozenset(markets), first, last, tuple(parts))
+            statistics.add(table)
+        parts.append(Part(file.name, statistics.rows - before, file.bytes))
+    return _Tally(statistics, tuple(parts))
 
 
 _EVENT = ["ingest_ts", "conn_id", "sid", "kind", "market_ticker", "detail", *PLACE]

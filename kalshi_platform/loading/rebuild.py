@@ -24,6 +24,7 @@ from kalshi_platform.archive import (
     Archive,
     LocalArchive,
     Manifest,
+    checksum,
     compaction,
     hours,
     open_archive,
@@ -33,6 +34,7 @@ from kalshi_platform.archive import (
     watermarks,
 )
 from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.exchange.columnar import decoded
@@ -231,10 +233,10 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
     return True
 
 
-def _same(manifest: Manifest, content: compaction.Content) -> bool:
+def _same(manifest: Manifest, built: RowStatistics) -> bool:
     """Whether they are the same rows; those of a version without record numbers gain them."""
-    sums = (content.checksum, content.placeless)
-    return manifest.rows == content.rows and manifest.checksum in sums
+    sums = (built.checksum, checksum.text(built.content.placeless))
+    return manifest.rows == built.rows and manifest.checksum in sums
 
 
 def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:

@@ -17,6 +17,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.books import books
 from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive, compaction, hours, watermarks
 from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
@@ -388,10 +389,10 @@ def two_hours(settings: Settings) -> None:
         Shard(settings, number).record(life(number, ticker, number, 130))
 
 
-def content(root: Path, hour: datetime = FIRST_HOUR) -> dict[str, compaction.Content]:
+def content(root: Path, hour: datetime = FIRST_HOUR) -> dict[str, RowStatistics]:
     archive = LocalArchive(root)
     return {
-        name: compaction.survey(archive.files(name, hour), DATASETS[name].arrow)
+        name: compaction.survey(archive.files(name, hour), DATASETS[name])
         for name in hours.RECORDED
         if archive.files(name, hour)
     }

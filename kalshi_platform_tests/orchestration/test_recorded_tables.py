@@ -10,8 +10,7 @@ import pytest
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.orchestration.metadata import HOURS, hour_of, partition_key
 from kalshi_platform.orchestration.recorded_tables import latest_levels, recorded_hour
-from kalshi_platform.schema import RECORDED
-from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform.schema import ORDERBOOK_EVENTS, RECORDED
 from kalshi_platform_tests.orchestration.stand_in import (
     DATASETS,
     HOUR,
