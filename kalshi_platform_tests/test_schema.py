@@ -23,7 +23,7 @@ def test_a_recorded_dataset_is_sealed_compacted_restored_and_retained(dataset: R
 
 
 def test_a_recorded_dataset_without_these_facts_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="sort.*identity"):
+    with pytest.raises(TypeError, match=r"sort.*identity"):
         Recorded("toy", RECORDED[0].columns, "", time="ingest_ts", public=False)  # type: ignore[call-arg]
 
 
