@@ -66,7 +66,7 @@ nights: install-dev ## Two faults at a time, each reported once, in time, and cl
 RECORDED ?= ../shared/frames/ws_legacy_cents_2025-11-30
 FLOW = $(if $(wildcard $(RECORDED).jsonl.gz),--recorded $(RECORDED).jsonl.gz $(RECORDED).recv.txt.gz)
 
-bench: install ## Every figure that is promised, and docs/performance.md (45 minutes)
+bench: install ## Every figure that is promised, and docs/performance.md; 45 minutes (BENCH_ARGS="--section latency")
 	@$(BIN)/python -m kalshi_platform_tests.benchmarks $(FLOW) $(BENCH_ARGS)
 
 bench-quick: install ## A fraction of it, for a look (5 minutes); writes nothing

@@ -1,7 +1,8 @@
-"""`make bench`: every figure that the platform promises, beside its reference, in one run.
+"""`make bench`: every figure that the platform promises, section by section, each beside its reference.
 
-Writes `docs/performance.md` with its plot, and ends with 1 where a promise is not kept. `--quick` takes
-a fraction of the frames and of the time, for a look; it writes nothing.
+Writes `docs/performance.json`, and from it `docs/performance.md` with its plot, after each section: a run
+that ends early has written what it measured, and `--section` measures one again. Ends with 1 where a
+promise is not kept. `--quick` takes a fraction of the frames and of the time; it writes nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ from kalshi_platform_tests.benchmarks import (
     stored,
     whole,
 )
-from kalshi_platform_tests.benchmarks.figures import Figure, line, number
-from kalshi_platform_tests.benchmarks.memory import Soak
+from kalshi_platform_tests.benchmarks.figures import Curve, Figure, Section, line, number
 from kalshi_platform_tests.benchmarks.pipeline import Recorded
 
 MARKETS, MANY, FEW = 500, 5_000, 50
@@ -64,76 +64,91 @@ FULL = Size(5_000_000, 3_000_000, 60, 600, 300, 120, 5_000_000, 50_000_000, 5_00
 QUICK = Size(500_000, 300_000, 15, 30, 20, 20, 1_000_000, 5_000_000, 500_000)
 
 
-@dataclass(frozen=True)
-class Results:
-    """Everything that was measured."""
-
-    figures: list[Figure]
-    recorded: Recorded
-    soaks: list[Soak]
-
-
 class Bench:
-    """Measures in a fixed order, saying what it is at."""
+    """Measures section by section, and prints each figure when it is measured."""
 
-    def __init__(self, size: Size, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, size: Size, folder: Path, flow: tuple[Path, Path] | None, say: Callable[[str], None]
+    ) -> None:
+        """`flow`: a recorded flow and its receive times, for the bytes of an event."""
         self._size = size
         self._folder = folder
+        self._flow = flow
         self._say = say
-        self._figures: list[Figure] = []
+        self._curves: list[Curve] = []
+        self.sections: dict[str, Callable[[], list[Figure]]] = {
+            "start": self._start,
+            "stages": self._stages,
+            "recorder": self._recorder,
+            "latency": self._latency,
+            "scaling": self._scaling,
+            "analytics": self._analytics,
+            "live views": self._live_views,
+            "audit": self._audit,
+            "idle": self._idle,
+            "bytes": self._bytes,
+            "memory": lambda: self._memory(MARKETS, self._size.soak_s),
+            "memory, many markets": lambda: self._memory(MANY, self._size.soak_s),
+            "memory, ClickHouse away": lambda: self._memory(MARKETS, self._size.away_s, away=True),
+        }
 
-    def run(self, recorded_flow: tuple[Path, Path] | None) -> Results:
-        """All of it."""
-        size = self._size
-        self._say("make run to the first row")
-        self._keep([whole.first_row()])
-        self._keep([engine.figure()])
-        deltas = self._deltas(MARKETS, max(size.frames, int(RATE * size.soak_s)))
-        self._keep(self._decoding(deltas))
-        self._say("each stage alone")
-        self._keep(stages.figures(deltas, MARKETS))
-        self._say(f"the bare loop and the recorder, {size.frames:,} frames, {MARKETS} markets")
-        bare = pipeline.bare_loop(deltas, size.frames, MARKETS)
-        recorded = pipeline.record(deltas, size.frames, MARKETS)
-        self._keep(_throughput(bare, recorded))
-        self._say(f"delays at {RATE:,.0f} frames/s for {size.steady_s:.0f} s")
-        self._keep(_delays(pipeline.record(deltas, int(RATE * size.steady_s), MARKETS, RATE)))
-        self._say(f"{FEW} markets, then {MANY}")
-        self._keep([self._scaling()])
-        self._say(f"an hour of {size.events:,} events: spreads, depth, imbalance, replay")
-        self._keep(analytics.figures(size.events))
-        self._say(f"live views over {size.rows:,} events")
-        self._keep(live_views.figures(size.rows))
-        self._say(f"the inventory audit over {size.decisions:,} decisions")
-        self._keep(inventory.figures(size.decisions))
-        self._say("idle")
-        self._keep([whole.idle(deltas, FEW, size.idle_s)])
-        if recorded_flow is None:
-            self._say("no recorded flow is here: bytes for each event are not measured")
-        else:
-            self._keep(stored.figures(*recorded_flow))
-        soaks = []
-        many = self._deltas(MANY, int(RATE * size.soak_s))
-        for path, markets, seconds, away in (
-            (deltas, MARKETS, size.soak_s, False),
-            (many, MANY, size.soak_s, False),
-            (deltas, MARKETS, size.away_s, True),
-        ):
-            self._say(f"memory over {seconds:.0f} s, {markets} markets")
-            soaks.append(memory.soak(path, markets, RATE, seconds, away=away))
-            self._keep(soaks[-1].figures())
-        return Results(self._figures, recorded, soaks)
-
-    def _keep(self, figures: list[Figure]) -> None:
-        """Add and print them at once: a run that is ended early has printed what it measured."""
+    def measure(self, name: str) -> Section:
+        """Measure one section."""
+        self._curves = []
+        load, stolen = os.getloadavg()[0], Stolen()
+        self._say(name)
+        figures = self.sections[name]()
         for figure in figures:
             self._say(line(figure))
-        self._figures += figures
+        at = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
+        return Section(name, at, machine(), load, stolen.share(), figures, self._curves)
 
-    def _deltas(self, markets: int, frames: int) -> Path:
+    def _start(self) -> list[Figure]:
+        return [whole.first_row(), engine.figure()]
+
+    def _stages(self) -> list[Figure]:
+        deltas = self._deltas(MARKETS)
+        return [*self._decoding(deltas), *stages.figures(deltas, MARKETS)]
+
+    def _recorder(self) -> list[Figure]:
+        deltas = self._deltas(MARKETS)
+        bare = pipeline.bare_loop(deltas, self._size.frames, MARKETS)
+        return _throughput(bare, pipeline.record(deltas, self._size.frames, MARKETS))
+
+    def _latency(self) -> list[Figure]:
+        frames = int(RATE * self._size.steady_s)
+        return _delays(pipeline.record(self._deltas(MARKETS), frames, MARKETS, RATE))
+
+    def _analytics(self) -> list[Figure]:
+        return analytics.figures(self._size.events)
+
+    def _live_views(self) -> list[Figure]:
+        return live_views.figures(self._size.rows)
+
+    def _audit(self) -> list[Figure]:
+        return inventory.figures(self._size.decisions)
+
+    def _idle(self) -> list[Figure]:
+        return [whole.idle(self._deltas(MARKETS), FEW, self._size.idle_s)]
+
+    def _bytes(self) -> list[Figure]:
+        if self._flow is None:
+            self._say("no recorded flow is here: bytes for each event are not measured")
+            return []
+        return stored.figures(*self._flow)
+
+    def _memory(self, markets: int, seconds: float, *, away: bool = False) -> list[Figure]:
+        soak = memory.soak(self._deltas(markets), markets, RATE, seconds, away=away)
+        self._curves = [Curve(soak.what, soak.seconds, soak.mib)]
+        return soak.figures()
+
+    def _deltas(self, markets: int) -> Path:
+        """The frames of so many markets, laid out once."""
         path = self._folder / f"deltas-{markets}.bin"
-        self._say(f"laying out {frames:,} deltas of {markets:,} markets")
-        feed.write_deltas(path, frames, markets)
+        if not path.exists():
+            frames = max(self._size.frames, int(RATE * self._size.soak_s))
+            self._say(f"laying out {frames:,} deltas of {markets:,} markets")
+            feed.write_deltas(path, frames, markets)
         return path
 
     def _decoding(self, deltas: Path) -> list[Figure]:
@@ -149,20 +164,20 @@ class Bench:
         mean = sum(map(len, frames)) / len(frames)
         return [*results, Figure("a delta as JSON", mean, "bytes")]
 
-    def _scaling(self) -> Figure:
-        frames = self._size.scaling_frames
+    def _scaling(self) -> list[Figure]:
         cost = []
         for markets in (FEW, MANY):
-            path = self._deltas(markets, max(frames, int(RATE * self._size.soak_s)))
-            it = pipeline.record(path, frames, markets)
+            it = pipeline.record(self._deltas(markets), self._size.scaling_frames, markets)
             cost.append(it.streamer_us + it.clickhouse_us)
-        return Figure(
-            f"cost of an event, {MANY:,} markets against {FEW}",
-            cost[1] / cost[0],
-            "times",
-            at_most=1.3,
-            beside=f"{cost[0]:.1f} and {cost[1]:.1f} µs of CPU",
-        )
+        return [
+            Figure(
+                f"cost of an event, {MANY:,} markets against {FEW}",
+                cost[1] / cost[0],
+                "times",
+                at_most=1.3,
+                beside=f"{cost[0]:.1f} and {cost[1]:.1f} µs of CPU",
+            )
+        ]
 
 
 def _throughput(bare: float, recorded: Recorded) -> list[Figure]:
@@ -172,6 +187,9 @@ def _throughput(bare: float, recorded: Recorded) -> list[Figure]:
         Figure("the bare receive loop", bare, "frames/s"),
         Figure("the recorder, socket to both stores", recorded.frames_per_second, "frames/s"),
         Figure("the recorder against the bare loop", ratio, "times", at_least=0.5, beside=beside),
+        Figure("the same, CPU of the streamer", recorded.streamer_us, "µs for each frame"),
+        Figure("the same, CPU of ClickHouse", recorded.clickhouse_us, "µs for each frame"),
+        Figure("the same, CPU of the sender", recorded.feeder_us, "µs for each frame"),
     ]
 
 
@@ -203,41 +221,52 @@ class Stolen:
         return float(stolen / (stolen + wanted)) if stolen else 0.0
 
 
-def machine(stolen: float) -> str:
-    """What this ran on; `stolen`: see `Stolen`."""
+def machine() -> str:
+    """What this runs on."""
     memory_gib = psutil.virtual_memory().total / 2**30
     libraries = ("chdb", "dagster", "polars", "pyarrow", "websockets")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     return (
         f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()} {platform.machine()},"
-        f" Python {platform.python_version()}, {versions}, {datetime.now(UTC):%Y-%m-%d};"
-        f" the host gave {stolen:.0%} of the processor time that was wanted to others"
+        f" Python {platform.python_version()}, {versions}"
     )
 
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A fraction of it all, for a look.")
 @click.option(
+    "--section",
+    "names",
+    multiple=True,
+    help="Measure this section alone; the page keeps what it has of the others. May be repeated.",
+)
+@click.option(
     "--recorded",
     nargs=2,
     type=click.Path(path_type=Path, exists=True),
     help="A recorded flow, for the bytes of an event: frames, and the receive time of each.",
 )
-def main(quick: bool, recorded: tuple[Path, Path] | None) -> None:
+def main(quick: bool, names: tuple[str, ...], recorded: tuple[Path, Path] | None) -> None:
     """Measure, show, write."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    stolen = Stolen()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        results = Bench(QUICK if quick else FULL, Path(folder), console.log).run(recorded)
-    ran_on = machine(stolen.share())
-    table = Table("what", "measured", "", "promised", "", "beside", title=ran_on)
-    for it in results.figures:
+        bench = Bench(QUICK if quick else FULL, Path(folder), recorded, console.log)
+        if unknown := [name for name in names if name not in bench.sections]:
+            raise click.BadParameter(
+                f"{unknown[0]!r} is no section; there are: {', '.join(bench.sections)}"
+            )
+        measured = []
+        for name in names or bench.sections:
+            measured.append(bench.measure(name))
+            if not quick:
+                report.write(measured[-1], list(bench.sections))
+    table = Table("what", "measured", "", "promised", "", "beside", title=machine())
+    figures = [figure for section in measured for figure in section.figures]
+    for it in figures:
         verdict = {True: "kept", False: "[red]NOT KEPT[/]", None: ""}[it.holds]
         table.add_row(it.what, number(it.value), it.unit, it.bound, verdict, it.beside)
     console.print(table)
-    if not quick:
-        report.write(results.figures, results.recorded, results.soaks, ran_on)
-    sys.exit(1 if any(it.holds is False for it in results.figures) else 0)
+    sys.exit(1 if any(it.holds is False for it in figures) else 0)
 
 
 if __name__ == "__main__":

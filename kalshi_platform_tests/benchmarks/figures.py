@@ -37,6 +37,31 @@ class Figure:
         return f"≤ {number(self.at_most)}" if self.at_most is not None else ""
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Resident memory over time."""
+
+    what: str
+    seconds: list[float]
+    mib: list[float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures that were measured together, and on what machine."""
+
+    name: str
+    at: str
+    """When the measurement ended, UTC, to the minute."""
+    machine: str
+    load: float
+    """The load average of the minute before it began: near 0 on an idle machine."""
+    stolen: float
+    """The share of the processor time that was wanted which the host gave to others."""
+    figures: list[Figure]
+    curves: list[Curve]
+
+
 def number(value: float) -> str:
     """Three digits that count, thousands apart."""
     if abs(value) >= 100:

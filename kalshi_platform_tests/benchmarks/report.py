@@ -3,63 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 from matplotlib.figure import Figure as Plot
 
-from kalshi_platform_tests.benchmarks.figures import Figure, number
-from kalshi_platform_tests.benchmarks.memory import BOUND_MIB, Soak
-from kalshi_platform_tests.benchmarks.pipeline import Recorded
+from kalshi_platform_tests.benchmarks.figures import Curve, Figure, Section, number
+from kalshi_platform_tests.benchmarks.memory import BOUND_MIB
 from kalshi_platform_tests.benchmarks.stages import UNIT
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+KEPT = DOCS / "performance.json"
 PAGE = DOCS / "performance.md"
 PICTURE = DOCS / "images" / "performance.png"
 NOTES = "<!-- what follows is written by hand -->"
 """`make bench` writes what is above this line, and leaves what is below."""
+POINTS = 120
+"""Of a curve that are kept."""
 
 
-def write(
-    figures: Sequence[Figure], recorded: Recorded, soaks: Sequence[Soak], machine: str
-) -> None:
-    """Write both."""
+def write(measured: Section, order: Sequence[str]) -> None:
+    """Put a section in the place of the one of its name, and write the page and the plot from all."""
+    before = msgspec.json.decode(KEPT.read_bytes(), type=list[Section]) if KEPT.exists() else []
+    sections = {section.name: section for section in [*before, thinned(measured)]}
+    kept = [sections[name] for name in order if name in sections]
+    KEPT.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
     _, _, notes = PAGE.read_text().partition(NOTES) if PAGE.exists() else ("", "", "\n")
-    PAGE.write_text(page(figures, recorded, machine) + NOTES + notes)
-    plot(figures, soaks).savefig(PICTURE, dpi=110)
+    PAGE.write_text(page(kept) + NOTES + notes)
+    figures = [figure for section in kept for figure in section.figures]
+    curves = [curve for section in kept for curve in section.curves]
+    plot(figures, curves).savefig(PICTURE, dpi=110)
 
 
-def page(figures: Sequence[Figure], recorded: Recorded, machine: str) -> str:
+def thinned(section: Section) -> Section:
+    """The section with at most POINTS points of each curve, each the highest of those that it stands for."""
+    curves = []
+    for curve in section.curves:
+        step = -(-len(curve.mib) // POINTS) or 1
+        spans = range(0, len(curve.mib), step)
+        curves.append(
+            Curve(
+                curve.what,
+                [round(curve.seconds[at], 1) for at in spans],
+                [round(max(curve.mib[at : at + step]), 1) for at in spans],
+            )
+        )
+    return replace(section, curves=curves)
+
+
+def page(sections: Sequence[Section]) -> str:
     """The measured part of the page."""
     lines = [
         "# Performance",
         "",
-        "Written by `make bench`. Everything in the table was measured in one run, on one machine, the"
-        " sender of the frames included; compare ratios rather than absolute figures.",
+        "Written by `make bench`. The figures of a section were measured in one run on one machine, the sender"
+        " of the frames included: compare them within it, ratios rather than absolute figures. `load` is the"
+        " machine's load average before the section began, `stolen` the share of the processor time that the"
+        " host gave to others.",
         "",
-        f"{machine}.",
+        f"{sections[-1].machine}.",
         "",
-        "| what | measured | promised | kept | beside |",
-        "|---|---:|---:|---|---|",
     ]
-    for it in figures:
-        kept = {True: "yes", False: "**no**", None: ""}[it.holds]
-        lines.append(
-            f"| {it.what} | {number(it.value)} {it.unit} | {it.bound} | {kept} | {it.beside} |"
-        )
+    for section in sections:
+        lines += [
+            f"## {section.name[0].upper()}{section.name[1:]}",
+            "",
+            f"{section.at} UTC, load {section.load:.1f}, stolen {section.stolen:.0%}:"
+            f" `make bench BENCH_ARGS=\"--section '{section.name}'\"`",
+            "",
+            "| what | measured | promised | kept | beside |",
+            "|---|---:|---:|---|---|",
+        ]
+        for it in section.figures:
+            kept = {True: "yes", False: "**no**", None: ""}[it.holds]
+            lines.append(
+                f"| {it.what} | {number(it.value)} {it.unit} | {it.bound} | {kept} | {it.beside} |"
+            )
+        lines.append("")
     lines += [
-        "",
         "![Rates, where the time goes, and memory over time](images/performance.png)",
-        "",
-        "CPU for each frame at full speed, both stores: "
-        f"streamer {recorded.streamer_us:.1f} µs, ClickHouse {recorded.clickhouse_us:.1f} µs,"
-        f" sender {recorded.feeder_us:.1f} µs.",
         "",
         "",
     ]
     return "\n".join(lines)
 
 
-def plot(figures: Sequence[Figure], soaks: Sequence[Soak]) -> Plot:
+def plot(figures: Sequence[Figure], curves: Sequence[Curve]) -> Plot:
     """Rates beside the bare loop, the stages, and memory over time."""
     picture = Plot(figsize=(13, 3.8), layout="constrained")
     left, middle, right = picture.subplots(1, 3, width_ratios=(1, 1, 1.6))
@@ -73,8 +103,8 @@ def plot(figures: Sequence[Figure], soaks: Sequence[Soak]) -> Plot:
     middle.invert_yaxis()
     for panel in (left, middle):
         panel.tick_params(axis="y", labelsize=7)
-    for soak in soaks:
-        right.plot([s / 60 for s in soak.seconds], soak.mib, label=soak.what)
+    for curve in curves:
+        right.plot([s / 60 for s in curve.seconds], curve.mib, label=curve.what)
     right.axhline(BOUND_MIB, color="grey", linewidth=0.8, linestyle="--")
     right.set_ylim(bottom=0)
     right.set_xlabel("minutes")
