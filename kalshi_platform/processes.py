@@ -84,16 +84,18 @@ class Identity:
         """The running process; None if it has exited, is a zombie, or its pid was reused."""
         try:
             process = psutil.Process(self.pid)
-            if start_time(self.pid) != self.started:
-                return None
-            return None if process.status() == psutil.STATUS_ZOMBIE else process
         except psutil.NoSuchProcess:
             return None
+        return process if self.alive else None
 
     @property
     def alive(self) -> bool:
-        """Whether this process is running."""
-        return self.find() is not None
+        """Whether this process is running. Asked often: on Linux it reads one file."""
+        try:
+            zombie, started = _zombie_and_start(self.pid)
+        except psutil.NoSuchProcess:
+            return False
+        return not zombie and started == self.started
 
     def send(self, number: signal.Signals) -> bool:
         """Send a signal to this process, never to one that reuses its pid; False if it has exited."""
@@ -113,14 +115,19 @@ def start_time(pid: int) -> float:
     never compares equal. Elsewhere: the kernel's start time, in seconds since the epoch.
     Raises `psutil.NoSuchProcess`.
     """
+    return _zombie_and_start(pid)[1]
+
+
+def _zombie_and_start(pid: int) -> tuple[bool, float]:
     if sys.platform != "linux":
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return process.status() == psutil.STATUS_ZOMBIE, process.create_time()
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
-    ticks = int(stat.rpartition(b")")[2].split()[_START_TIME])
-    return _boot_offset() + ticks / os.sysconf("SC_CLK_TCK")
+    words = stat.rpartition(b")")[2].split()
+    return words[0] == b"Z", _boot_offset() + int(words[_START_TIME]) / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache

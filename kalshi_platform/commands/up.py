@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """Between two looks at the programs, and two tries to migrate while the embedded ClickHouse starts."""
+SHARDS_S = 5.0
+"""Between two looks at STREAM_SHARDS: the supervisor takes as long, and reading the settings costs milliseconds."""
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
 """How long to wait for each before the next is started anyway."""
 
@@ -319,10 +321,11 @@ class _Platform:
             f"What the streamer's run says is in the UI ({self._ui}/runs), and in"
             f" {self._keeper.log_path('code-server')}."
         )
-        shards = settings.stream_shards
+        shards, read_at = settings.stream_shards, time.monotonic()
         announcements = Announcements(where, time.monotonic())
         while not self._over.wait(1.0):
-            shards = _shards(shards)
+            if time.monotonic() - read_at >= SHARDS_S:
+                shards, read_at = _shards(shards), time.monotonic()
             noted = supervision.read(settings.data_dir)
             supervised = noted.shards if noted and noted.at * 1e9 >= self._began_ns else {}
             reports = {

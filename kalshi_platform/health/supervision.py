@@ -10,7 +10,7 @@ import msgspec
 from kalshi_platform import typed_json
 
 TICKING_S = 60.0
-"""A supervisor that lives notes what it found every 10 to 15 s."""
+"""A supervisor that lives notes what it found every 5 s or so."""
 
 
 class Supervised(msgspec.Struct, frozen=True):

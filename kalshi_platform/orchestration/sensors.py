@@ -1,9 +1,10 @@
 """`streamer_supervisor`: exactly one streamer run per shard, alive.
 
-A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. Then it goes on looking at the
-processes until the next tick is near, so that one which is killed is replaced at once. A process that needs time gets
-it until the next tick, but for those that make room: where STREAM_SHARDS has changed, and where a run has ended before
-its process.
+A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. Where streamers record, the tick
+goes on until the next one is near: it watches the processes, so that one which is killed is replaced at once, and looks
+again every few seconds. That costs a fraction of a tick of its own, for which Dagster makes an instance, opens its
+databases some twenty times and writes to them. A process that needs time gets it until the next tick, but for those that
+make room: where STREAM_SHARDS has changed, and where a run has ended before its process.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any
 
 import dagster as dg
 from dagster import DagsterRunStatus as Status
+from dagster._core.definitions.selector import InstigatorSelector
+from dagster._core.scheduler.instigation import InstigatorStatus
 
 from kalshi_platform.health import planned_stop, supervision
 from kalshi_platform.health.supervision import Supervised, Supervision
@@ -47,9 +50,11 @@ from kalshi_platform.settings import Settings
 
 TICK_S = 4
 """Less than the daemon's own round of 5 s, so that it looks in each."""
-WATCH_S = 3.5
-"""So long a tick goes on looking at the processes that it found alive: one that is killed is seen at once. With what a
-tick takes besides, it ends before the next round."""
+WATCH_S = 13.5
+"""So long a tick watches the processes that it found alive. With what a tick takes besides, it ends before the third
+round."""
+AGAIN_S = 4.5
+"""Between two looks of a tick that watches: a stale run or another STREAM_SHARDS shows in no process's end."""
 LOOK_S = 0.1
 SAID_S = 0.6
 """Within so long the code server notes how the process of a run of its ended, which says more than that it is gone."""
@@ -75,21 +80,25 @@ _STEPS = 4
 def streamer_supervisor(
     context: dg.SensorEvaluationContext, platform: KalshiResource
 ) -> dg.SensorResult:
-    """One tick: every shard gets what it needs."""
-    began, wished = time.monotonic(), platform.settings()
-    fitting = observation.shards(context.instance, wished)
-    settings = wished.model_copy(update={"stream_shards": fitting})
+    """One tick: every shard gets what it needs, until the next tick is near."""
+    began = time.monotonic()
     states, again = read_cursor(context.cursor), True
     while again:
+        looked, wished = time.monotonic(), platform.settings()
+        fitting = observation.shards(context.instance, wished)
+        settings = wished.model_copy(update={"stream_shards": fitting})
         shards = _shards(context.instance, settings)
         decisions, making_room = _supervise(context, settings, shards, states)
         states = {shard: decision.state for shard, decision in decisions.items()}
+        _note(context, settings, decisions)
         if making_room:  # nothing is recorded until those that are to follow them are there
             again = _end_in_time(context.instance, making_room, began + ROOM_S)
         elif any(isinstance(decision.action, Launch) for decision in decisions.values()):
             again = False
         else:
-            again = _one_ends(processes(context.instance), began + WATCH_S)
+            again = _watch(processes(context.instance), looked + AGAIN_S, began + WATCH_S)
+        if again and _is_switched_off(context):
+            return dg.SensorResult(skip_reason=dg.SkipReason("The sensor was switched off."))
     if planned_stop.asked_here.is_set():  # what it launched now would end with it
         return dg.SensorResult(
             skip_reason=dg.SkipReason("This code server ends; the next one looks.")
@@ -99,7 +108,6 @@ def streamer_supervisor(
         for shard, decision in decisions.items()
         if isinstance(decision.action, Launch)
     ]
-    _note(context, settings, decisions)
     reasons = [
         *_without_room(context.instance, wished.stream_shards, fitting),
         *(
@@ -112,6 +120,18 @@ def streamer_supervisor(
         skip_reason=None if launches else dg.SkipReason(" ".join(reasons)),
         cursor=write_cursor({shard: decision.state for shard, decision in decisions.items()}),
     )
+
+
+def _is_switched_off(context: dg.SensorEvaluationContext) -> bool:
+    """Whether the sensor was stopped since the tick began: then whoever ends a run wants no other."""
+    origin, repository = context.code_location_origin, context.repository_name
+    if origin is None or repository is None:
+        return False
+    selector = InstigatorSelector(
+        location_name=origin.location_name, repository_name=repository, name=context.sensor_name
+    )
+    state = context.instance.get_instigator_state("", selector.get_id())
+    return state is not None and state.status is InstigatorStatus.STOPPED
 
 
 def _without_room(instance: dg.DagsterInstance, wished: int, fitting: int) -> list[str]:
@@ -208,12 +228,14 @@ def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run], until: float
     return _wait_while(lambda: any(_goes_on(instance, run) for run in runs), until)
 
 
-def _one_ends(watched: Sequence[Identity], until: float) -> bool:
-    """Wait for the end of one of the processes; False where all live on."""
-    if not watched or not _wait_while(lambda: all(one.alive for one in watched), until):
+def _watch(watched: Sequence[Identity], next_look: float, until: float) -> bool:
+    """Whether to look again: one of the processes has ended, or the time of the next look has come before `until`."""
+    if not watched:
         return False
-    time.sleep(SAID_S)
-    return True
+    if _wait_while(lambda: all(one.alive for one in watched), min(next_look, until)):
+        time.sleep(SAID_S)
+        return True
+    return next_look < until and not planned_stop.asked_here.is_set()
 
 
 def _wait_while(condition: Callable[[], bool], until: float) -> bool:
@@ -232,7 +254,7 @@ def _goes_on(instance: dg.DagsterInstance, run: Run) -> bool:
 
 
 def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
-    """Do what was decided. Runs are read anew: one that has ended meanwhile is left alone."""
+    """Do what was decided. Runs are read again: one that has ended meanwhile is left alone."""
     action = decision.action
     if isinstance(action, Kill):
         action.process.send(signal.SIGKILL)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,8 +81,19 @@ def _rows(settings: platform_settings.Settings) -> int:
         return 0
 
 
+PROGRAMS = {
+    "dagster._daemon": "daemon",
+    "host.code_server": "code server",
+    "host.webserver": "webserver",
+    "forkserver": "runs, the streamer's included",
+    "embedded_clickhouse": "ClickHouse",
+    " up ": "up",
+}
+"""What each process is for, by a part of its command line."""
+
+
 def idle(path: Path, markets: int, seconds: float) -> Figure:
-    """Share of one core that everything takes together while the exchange is quiet."""
+    """Share of one core that everything takes together while the exchange is quiet, and each program's beside it."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder,
         feeding(path, markets, frames=0) as feeder,
@@ -91,22 +103,35 @@ def idle(path: Path, markets: int, seconds: float) -> Figure:
         with up(Path(folder), **urls) as (root, _):
             feeder.hear()  # the books are there
             time.sleep(SETTLE_S)
-            used: dict[tuple[int, float], float] = {}
+            used: dict[tuple[int, float], tuple[str, float]] = {}
             before = _used(root, used)
             began = time.monotonic()
             while (took := time.monotonic() - began) < seconds:
                 time.sleep(0.5)
                 now = _used(root, used)
-    share = 100 * (now - before) / took
-    return Figure("idle `up`, quiet exchange", share, "% of one core", at_most=15.0)
+    shares = {name: 100 * (now[name] - before.get(name, 0.0)) / took for name in now}
+    largest_first = sorted(shares.items(), key=lambda share: -share[1])
+    return Figure(
+        "idle `up`, quiet exchange",
+        sum(shares.values()),
+        "% of one core",
+        at_most=15.0,
+        beside=", ".join(f"{name} {share:.1f}" for name, share in largest_first),
+    )
 
 
-def _used(root: psutil.Process, used: dict[tuple[int, float], float]) -> float:
-    """CPU seconds of the tree so far, those of processes that have ended since included."""
+def _used(
+    root: psutil.Process, used: dict[tuple[int, float], tuple[str, float]]
+) -> dict[str, float]:
+    """CPU seconds of the tree so far by program, those of processes that have ended since included."""
     for process in (root, *root.children(recursive=True)):
         try:
-            times = process.cpu_times()
-            used[process.pid, process.create_time()] = times.user + times.system
+            times, command = process.cpu_times(), " ".join(process.cmdline())
+            program = next((it for part, it in PROGRAMS.items() if part in command), "others")
+            used[process.pid, process.create_time()] = (program, times.user + times.system)
         except psutil.NoSuchProcess:
             continue
-    return sum(used.values())
+    total = defaultdict[str, float](float)
+    for program, seconds in used.values():
+        total[program] += seconds
+    return total

@@ -17,6 +17,8 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 from dagster._core.events import EngineEventData
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatus, InstigatorType
 from dagster_shared.error import SerializableErrorInfo
 
 from kalshi_platform.errors import PlatformError
@@ -26,7 +28,15 @@ from kalshi_platform.orchestration.host.home import prepare
 from kalshi_platform.orchestration.observation import PROCESS_TAG, SHARD_TAG, SOURCE_TAG, observe
 from kalshi_platform.orchestration.sensors import carry_out, read_cursor, streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
-from kalshi_platform.orchestration.supervisor import GRACE_S, Decision, Fail, Phase, Run, State
+from kalshi_platform.orchestration.supervisor import (
+    GRACE_S,
+    HEALTH_S,
+    Decision,
+    Fail,
+    Phase,
+    Run,
+    State,
+)
 from kalshi_platform.processes import Identity
 from kalshi_platform_tests.orchestration.stand_in import (
     StandInPlatform,
@@ -205,13 +215,14 @@ def test_a_streamer_that_is_killed_while_a_tick_watches_is_failed_in_that_tick(
     run_id = started_run(instance, worker.identity)
     write_health(platform, worker.identity)
     looks = 0
+    really_alive = vars(Identity)["alive"].fget
 
     def alive(who: Identity) -> bool:
         nonlocal looks
         looks += 1
         if looks == 5:
             worker.end()
-        return who.find() is not None
+        return bool(really_alive(who))
 
     monkeypatch.setattr(Identity, "alive", property(alive))
     began = time.monotonic()
@@ -219,6 +230,82 @@ def test_a_streamer_that_is_killed_while_a_tick_watches_is_failed_in_that_tick(
     assert time.monotonic() - began < 30
     assert status(instance, run_id) is Status.FAILURE
     assert "1 failure in a row" in reason(result)
+
+
+def test_a_tick_that_watches_looks_again_at_what_no_end_of_a_process_shows(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensors, "WATCH_S", 60.0)
+    monkeypatch.setattr(sensors, "AGAIN_S", 0.1)
+    run_id = started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    looks: list[str] = []
+
+    def note(_: Path, found: supervision.Supervision) -> None:
+        looks.append(found.shards[0].reason)
+        if len(looks) == 3:
+            write_health(platform, worker.identity, age_s=HEALTH_S + 1)
+
+    monkeypatch.setattr(supervision, "note", note)
+    began = time.monotonic()
+    tick(instance, platform)
+    assert time.monotonic() - began < 30  # it ends with the last process that it watches
+    assert all("records (process" in look for look in looks[:3])
+    assert "1 failure in a row" in looks[-1]
+    assert worker.process.wait(30) == -signal.SIGTERM
+    assert status(instance, run_id) is Status.CANCELED
+
+
+def test_a_tick_that_watches_launches_nothing_once_the_sensor_is_switched_off(
+    platform: StandInPlatform, worker: Worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    instance = dg.DagsterInstance.local_temp(str(tmp_path))
+    monkeypatch.setattr(sensors, "WATCH_S", 60.0)
+    started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    server = GrpcServerCodeLocationOrigin("localhost", socket="code.sock", location_name="here")
+    origin = RemoteRepositoryOrigin(server, "all").get_instigator_origin("streamer_supervisor")
+    context = dg.SensorEvaluationContext(
+        instance_ref=None,
+        last_tick_completion_time=None,
+        last_run_key=None,
+        cursor=None,
+        repository_name="all",
+        sensor_name="streamer_supervisor",
+        instance=instance,
+        resources={"platform": dg.ResourceDefinition.hardcoded_resource(platform)},
+        code_location_origin=server,
+    )
+
+    def note(*_: object) -> None:  # as an operator does who stops the recording
+        kind, off = InstigatorType.SENSOR, InstigatorStatus.STOPPED
+        instance.add_instigator_state(InstigatorState(origin, kind, off))
+        worker.end()
+
+    monkeypatch.setattr(supervision, "note", note)
+    with instance, context:
+        result = streamer_supervisor(context)
+    assert isinstance(result, dg.SensorResult)
+    assert not result.run_requests
+    assert "switched off" in reason(result)
+
+
+def test_a_tick_that_watches_ends_in_time_where_nothing_happens(
+    instance: dg.DagsterInstance,
+    platform: StandInPlatform,
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensors, "WATCH_S", 1.0)
+    monkeypatch.setattr(sensors, "AGAIN_S", 0.3)
+    started_run(instance, worker.identity)
+    write_health(platform, worker.identity)
+    began = time.monotonic()
+    assert "records (process" in reason(tick(instance, platform))
+    assert 1.0 <= time.monotonic() - began < 30
 
 
 def test_a_code_server_that_ends_launches_nothing(
