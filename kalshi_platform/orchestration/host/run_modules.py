@@ -1,7 +1,7 @@
 """What a run's process needs, imported ahead of it: the code server forks its runs from a process that has done so.
 
-That process imports this module and does nothing else. Importing opens no connection and no file that stays open,
-and the threads that libraries start (of memory allocators, of BLAS) wait idle and hold no lock.
+That process imports this module and does nothing else. Importing opens no connection and no file that stays open, and
+starts no thread but those of memory allocators, which wait idle and hold no lock.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ import io, logging, multiprocessing, os, signal, sys, threading, time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 from dagster._core.utils import FuturesAwareThreadPoolExecutor
+from kalshi_platform.orchestration.host import run_processes
 from kalshi_platform.orchestration.host.code_server import CodeServer
 from kalshi_platform.orchestration.resources import KalshiResource
 
@@ -111,9 +113,15 @@ def shards(said, until):
     said.put(KalshiResource().settings().stream_shards)
 
 
-def start(context, runs, target=run):
+def counted(said, until, _):
+    with open("ran", "a") as file:
+        file.write("once ")
+    run(said, until)
+
+
+def start(context, runs, target=run, *more):
     said, untils = context.Queue(), [context.Event() for _ in range(runs)]
-    started = [context.Process(target=target, args=[said, until]) for until in untils]
+    started = [context.Process(target=target, args=[said, until, *more]) for until in untils]
     for one in started:
         one.start()
     print(*(said.get(timeout=60) for _ in started), flush=True)
@@ -128,6 +136,12 @@ def kill_forking(number):
     os.kill(forking(), number)
     if number == signal.SIGKILL:
         os.waitid(os.P_PID, forking(), os.WEXITED | os.WNOWAIT)
+
+
+def ended(pid):
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    return True
 
 
 if __name__ == "__main__":
@@ -219,6 +233,117 @@ def test_a_run_starts_in_a_new_interpreter_where_none_can_be_forked(
     with said_by(tmp_path, scenario, **({} if removed else {"TMPDIR": str(unusable)})) as line:
         assert line() == "(False, True)"
         assert line() == f"{not removed} -15"
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["is killed", "goes on at that moment"])
+def test_a_run_starts_once_where_the_process_that_forks_is_stopped(
+    tmp_path: Path, goes_on: bool
+) -> None:
+    scenario = f"""
+    start(context, 1)
+    run_processes.LAUNCH_S, kill, stopped = 1.0, os.kill, forking()
+    kill(stopped, signal.SIGSTOP)
+    if {goes_on}:
+        run_processes.os.kill = lambda pid, _: kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    start(context, 1, counted, b"")
+    print(time.monotonic() - began >= 1.0, flush=True)
+    if not {goes_on}:
+        print(ended(stopped), flush=True)
+    last, _ = start(context, 1)  # by the same process, or by another
+    if {goes_on}:  # which has forked for the start that was given up, too: that one ends
+        known = {{last[0].pid, *(each.pid for each in multiprocessing.active_children())}}
+        while {{each.pid for each in psutil.Process(stopped).children()}} - known:
+            time.sleep(0.05)
+        print(forking() == stopped, flush=True)
+    print(Path("ran").read_text(), flush=True)
+    """
+    with said_by(tmp_path, scenario) as line:
+        assert line() == "(True, True)"
+        assert line() == "(False, True)"
+        assert [line() for _ in range(4)] == [
+            "True",
+            *(["True", "(True, True)"][:: -1 if goes_on else 1]),
+            "once ",
+        ]
+
+
+def test_a_run_starts_once_where_the_process_that_forks_ends_before_it_forks(
+    tmp_path: Path,
+) -> None:
+    scenario = """
+    start(context, 1)
+    kill_forking(signal.SIGSTOP)
+    threading.Timer(0.5, kill_forking, [signal.SIGKILL]).start()
+    start(context, 1, counted, b"")
+    start(context, 1)
+    print(Path("ran").read_text(), flush=True)
+    """
+    with said_by(tmp_path, scenario) as line:
+        assert [line() for _ in range(3)] == ["(True, True)", "(False, True)", "(True, True)"]
+        assert line() == "once "
+
+
+ENDS_AFTER_FORKING = """
+def tell(_, pid):
+    open("forked", "w").write(str(pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+forkserver.write_signed = tell
+"""
+FORKS_STOPPED = """
+def serve(*_):
+    open("forked", "w").write(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*_)
+
+real, forkserver._serve_one = forkserver._serve_one, serve
+"""
+
+
+@pytest.mark.parametrize("trouble", [ENDS_AFTER_FORKING, FORKS_STOPPED], ids=["ends", "stopped"])
+def test_a_process_that_was_forked_but_not_handed_its_run_does_nothing(
+    tmp_path: Path, trouble: str
+) -> None:
+    (tmp_path / "troubled.py").write_text(
+        f"import os, signal\nfrom multiprocessing import forkserver\n{trouble}"
+    )
+    scenario = """
+    run_processes.LAUNCH_S = 1.0
+    kill_forking(signal.SIGKILL)
+    forkserver.set_forkserver_preload(["troubled"])
+    start(context, 1, counted, bytes(1_000_000))  # more than a pipe holds
+    forked = int(Path("forked").read_text())
+    try:
+        os.kill(forked, signal.SIGCONT)
+    except ProcessLookupError:
+        pass  # it has ended already
+    print(ended(forked), Path("ran").read_text(), flush=True)
+    """
+    with said_by(tmp_path, scenario) as line:
+        assert line() == "(False, True)"
+        assert line() == "True once "
+
+
+THREADS_THAT_WAIT = {"jemalloc_bg_thd", "polars-ooc-clea"}
+"""Those of memory allocators, which begin with the import of a library, hold no lock while they wait, and are not
+missed in a forked process."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_process_that_forks_has_no_thread_that_works(tmp_path: Path) -> None:
+    scenario = """
+    start(context, 2)
+    names = [each.read_text().strip() for each in Path(f"/proc/{forking()}/task").glob("*/comm")]
+    print(*names, flush=True)
+    """
+    with said_by(tmp_path, scenario) as line:
+        assert line() == "(True, True) (True, True)"
+        names = line().split()
+    others = [name for name in names if name not in THREADS_THAT_WAIT]
+    assert len(others) == 1, (
+        names
+    )  # its own: none of the pools of Polars, Arrow, chDB, gRPC or BLAS
 
 
 def test_a_change_of_env_reaches_sensors_and_runs_of_a_code_server_that_runs(
