@@ -10,6 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!\\)\]\(<?([^)>\s]+)>?\)")
@@ -77,9 +78,7 @@ def _flat(pages: str | list[str]) -> list[str]:
 
 
 def test_the_files_that_contributing_names_are_there() -> None:
-    named = re.findall(
-        r"`([\w./-]+(?:\.(?:py|sql|md|yaml|example)|/))`", prose(ROOT / "CONTRIBUTING.md")
-    )
+    named = re.findall(r"`([\w./-]+(?:\.(?:py|sql|md|yaml|example)|/))`", prose(CONTRIBUTING))
     assert len(named) > 40
     made = {"site/"}
     missing = {
@@ -88,3 +87,26 @@ def test_the_files_that_contributing_names_are_there() -> None:
         if not any(path == name or path.endswith(f"/{name}") for path in PATHS)
     }
     assert missing - made == {"NNN_name.sql"}
+
+
+@pytest.mark.parametrize(
+    ("section", "example"),
+    [
+        ("A channel", r"\bTRADES\b|\bKind\.TRADE\b|\bcolumnar_trades\b"),
+        ("An hourly asset", r"\bDEPTH\b"),
+        ("A check", r"\bcrossed_books\b"),
+        ("A store", r"\b(import|class)\b.*\b(ClickHouse|Parquet)Sink\b"),
+    ],
+)
+def test_contributing_names_every_file_in_which_its_example_is(section: str, example: str) -> None:
+    (text,) = re.findall(
+        rf"^### {section}\n(.*?)^##", prose(CONTRIBUTING), re.MULTILINE | re.DOTALL
+    )
+    named = re.findall(r"`([\w./-]+\.py)`", text)
+    found = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "kalshi_platform").rglob("*.py")
+        if re.search(example, path.read_text())
+    }
+    assert len(found) > 1
+    assert {path for path in found if not any(path.endswith(name) for name in named)} == set()
