@@ -255,7 +255,7 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
     lines = [
         "# Reliability",
         "",
-        "What holds when anything is killed, filled up, taken away or slowed down at any moment. This page is"
+        "What holds when any part is killed, filled up, removed or slowed down at any moment. This page is"
         " written by `make chaos`; the same campaign, shorter, is part of `make test`.",
         "",
         f"{len(outcome.events)} faults in {outcome.minutes:.0f} minutes ({kills} of them ended a streamer with"
@@ -290,27 +290,26 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         lines.append(f"| {fault} | {times} | {median} | {longest} |")
     lines += [
         "",
-        "Recovered means: frames come, every book is whole, both stores take rows. It is measured from the"
-        " fault's end, where the campaign waited for it; the other faults fell into a recovery that was"
-        " still going on.",
+        "Recovered means: frames come, every book is synced, both stores take rows. It is measured from the"
+        " fault's end, if the campaign waited for it; the other faults came during a recovery.",
     ]
     if outcome.off_s:
         lines += [
             "",
             f"After a kill of the streamer alone nothing was recorded for {statistics.median(outcome.off_s):.1f} s"
-            f" (p50), {max(outcome.off_s):.1f} s at most, in {len(outcome.off_s)} kills. Promised are"
+            f" (p50), {max(outcome.off_s):.1f} s at most, in {len(outcome.off_s)} kills. The promise is"
             f" {PROMISED_S:.0f} s, on an idle machine and for a streamer that had recorded for a minute"
-            " (`python -m kalshi_platform_tests.chaos.recovery`); here one is killed at any moment, also while"
-            " it recovers, and faults that come one upon the other are waited for longer and longer.",
+            " (`python -m kalshi_platform_tests.chaos.recovery`); here streamers are killed at any moment, even"
+            " during a recovery, and repeated faults are answered with a growing back-off.",
         ]
     if outcome.journal_delay_s:
         delays = sorted(outcome.journal_delay_s)
         lines += [
             "",
-            "What a kill of the streamer can cost is what had not reached the journal. Age of the newest"
+            "A kill of the streamer can lose only frames that had not reached the journal. Age of the newest"
             f" journalled frame at the moment of the kill: median {1000 * statistics.median(delays):.0f} ms,"
-            f" longest {1000 * delays[-1]:.0f} ms (frames come every 20 ms here; a slow or full disk under"
-            " the kill counts).",
+            f" longest {1000 * delays[-1]:.0f} ms (frames come every 20 ms here; including kills on a slow"
+            " or full disk).",
         ]
     return "\n".join([*lines, ""])
 

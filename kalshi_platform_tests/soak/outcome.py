@@ -160,7 +160,7 @@ class Outcome:
                 f"{len(self.markets.missed)} of {self.markets.recorded}",
                 not self.markets.missed,
             ),
-            "the exchange's last trades are all there (missing)": (
+            "the exchange's last trades are all recorded (missing)": (
                 f"{self.trades_missing} of {self.trades_looked_at:,}",
                 not self.trades_missing,
             ),
@@ -168,7 +168,7 @@ class Outcome:
                 f"{sum(it.recovered for it in self.restarts)} of {len(self.restarts)}",
                 all(it.recovered for it in self.restarts),
             ),
-            "`doctor` is content at the end": (
+            "`doctor` reports no failure at the end": (
                 f"exit {self.doctor_exit}",
                 self.doctor_exit == 0,
             ),

@@ -36,11 +36,11 @@ def page(outcome: Outcome, picture: str) -> str:
     lines = [
         "# Soak",
         "",
-        "A whole platform under a steady load, with markets that come and go and each part restarted"
-        " once, as an operator would. This page is written by `make soak`.",
+        "A complete platform under a steady load, with markets that open and close; each part is"
+        " restarted once, as an operator would. This page is written by `make soak`.",
         "",
-        f"{outcome.seconds / 60:.0f} minutes at {load.rate:,.0f} deltas a second, trades and market"
-        f" lives besides; {load.markets} markets open at a time, {load.rolling} of which live for"
+        f"{outcome.seconds / 60:.0f} minutes at {load.rate:,.0f} deltas a second, plus trades and"
+        f" lifecycle messages; {load.markets} markets open at a time, {load.rolling} of which stay open for"
         f" {load.rolling_s:.0f} s each; {load.shards} shards, `MARKET_ALL`, seed {load.seed}."
         f" {os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()} {platform.machine()},"
         f" Python {platform.python_version()}, version {__version__}; {began:%Y-%m-%d %H:%M} to"
@@ -63,7 +63,7 @@ def page(outcome: Outcome, picture: str) -> str:
         *_lag(outcome),
     ]
     if outcome.doctor_exit:
-        lines += ["`doctor` was not content:", "", *(f"- {line}" for line in outcome.doctor), ""]
+        lines += ["`doctor` reported failures:", "", *(f"- {line}" for line in outcome.doctor), ""]
     return "\n".join(lines)
 
 
@@ -95,7 +95,7 @@ def _recorded(outcome: Outcome) -> list[str]:
         f"| journal at the end | {last.journal_bytes / 2**20:,.0f} MiB |",
         f"| whole data folder at the end | {last.disk_bytes / 2**20:,.0f} MiB |",
         "",
-        "Lost, doubled and missing numbers are counted over order-book events, trades and market lives;"
+        "Lost, doubled and missing numbers are counted over order-book events, trades and lifecycle messages;"
         " every shard's journal is compared with both stores, row counts and"
         " [lossless_proof.sql](../infra/queries/lossless_proof.sql).",
         "",
@@ -115,9 +115,9 @@ def _restarts(outcome: Outcome) -> list[str]:
             for it in outcome.restarts
         ),
         "",
-        "Recording again: another is in its place, frames come, every book is whole and both stores take"
-        " rows. Supervised again: the web page answers and `streamer_supervisor` has looked at the"
-        " streamers, which it does every 5 s. Both from the beginning of the end.",
+        "Recording again: the part runs again, frames come, every book is synced and both stores take"
+        " rows. Supervised again: the web page answers and `streamer_supervisor` has checked the"
+        " streamers, which it does every 5 s. Both are measured from the start of the shutdown.",
         "",
         *(f"- {it.name}: {it.trouble}" for it in outcome.restarts if it.trouble),
         *([""] if any(it.trouble for it in outcome.restarts) else []),
@@ -128,7 +128,7 @@ def _memory(outcome: Outcome) -> list[str]:
     judged = (
         ""
         if outcome.steady_s >= JUDGED_S
-        else f" Under {JUDGED_S / 60:.0f} minutes it is not judged."
+        else f" Under {JUDGED_S / 60:.0f} minutes growth is not tested."
     )
     rows = []
     for role in outcome.roles:
@@ -147,10 +147,10 @@ def _memory(outcome: Outcome) -> list[str]:
         *rows,
         f"| all | | | | | | {total:.1%} |",
         "",
-        "Resident memory, which counts what processes share in each of them; medians over the first,"
-        " the middle and the last fifth of the time. CPU of a process that came and went between two looks"
-        " is not in it. Growth is the last fifth over the second one, of the longest"
-        f" {outcome.steady_s / 60:.1f} minutes without a restart and without the turn of an hour, whose seal"
+        "Resident memory, which counts shared pages in each process; medians over the first,"
+        " the middle and the last fifth of the time. CPU of a process that started and ended between two"
+        " samples is not included. Growth is the last fifth divided by the second one, of the longest"
+        f" {outcome.steady_s / 60:.1f} minutes without a restart and without an hour's end, since sealing"
         " takes memory for some minutes."
         f"{judged}",
         "",
@@ -173,13 +173,13 @@ def _lag(outcome: Outcome) -> list[str]:
     return [
         "## Lag",
         "",
-        "What the journals have and a store does not yet.",
+        "What the journals have and a store does not have yet.",
         "",
         "| | records, p50 | p99 | most | by time, p50 | p99 | most |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
-        "Parquet is written by the minute on purpose, ClickHouse as soon as it can.",
+        "Parquet is written once a minute by design, ClickHouse as soon as possible.",
         "",
     ]
 
