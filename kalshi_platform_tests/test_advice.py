@@ -90,7 +90,7 @@ def test_no_books_the_streamer_requests_snapshots_itself(exchange: tuple[Setting
     with recording(settings) as streamer:
         sentence = becomes(streamer, "no books").sentence
         assert f"0 of {MARKETS} books are synced" in sentence
-        assert "Snapshots are asked for by themselves" in sentence
+        assert "The streamer requests snapshots itself" in sentence
         becomes(streamer, "recording")
         until(lambda: streamer.health().synced == MARKETS, streamer.health)
 
@@ -104,7 +104,7 @@ def test_silent_the_streamer_reconnects_itself(
     with recording(settings) as streamer:
         becomes(streamer, "recording")
         simulator.inject("hang")
-        assert "The streamer dials again by itself" in becomes(streamer, "silent").sentence
+        assert "The streamer reconnects by itself" in becomes(streamer, "silent").sentence
         becomes(streamer, "recording")
         until(lambda: streamer.health().connections == 2, streamer.health)
 

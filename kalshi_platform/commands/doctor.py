@@ -613,7 +613,7 @@ def _growth(settings: Settings) -> Finding:
 
     found = growth.measure(settings)
     stores = ("Parquet archive", *(("ClickHouse",) if settings.use_clickhouse else ()))
-    unasked = sorted(set(stores) - {each.what for each in found})
+    unasked = sorted(set(stores) - {each.name for each in found})
     sizes = "; ".join(
         [
             *(_told_growth(each) for each in found if each.bytes or each.per_day),
@@ -635,7 +635,7 @@ def _growth(settings: Settings) -> Finding:
 
 
 def _told_growth(it: Growth) -> str:
-    size = f"{it.what} {it.bytes / GIB:.2f} GiB"
+    size = f"{it.name} {it.bytes / GIB:.2f} GiB"
     if it.per_day is None:
         return size
     rate = f"{it.per_day / GIB:.2f} a day"

@@ -1,1 +1,1 @@
-"""Telling people and machines how the platform is: alerts, metrics, growth. Knows no Dagster."""
+"""The platform's health: reports, verdicts, alerts, metrics and growth. Imports no Dagster."""

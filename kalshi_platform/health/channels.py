@@ -1,8 +1,8 @@
-"""Where alerts go: Slack, a webhook of one's own, e-mail. One message may carry several notices.
+"""Alert channels: Slack, a webhook, e-mail. A message may carry several notices.
 
-Addresses of webhooks are secrets: whoever knows them may write there. They are in no log and in no
-error; the sentence of a `ChannelError` names the setting. A channel may take as long as it likes to fail:
-`outbox.py` sends, and bounds it.
+A webhook's address is a secret, since it admits anyone who knows it. It is in no log and no error; the
+sentence of a `ChannelError` names the setting instead. Deadlines are not enforced here: `outbox.py` sends each
+message in a process that it can kill. When to alert is decided in `incidents.py`.
 """
 
 from __future__ import annotations
@@ -31,69 +31,71 @@ for _name in ("httpx", "httpcore"):  # httpx logs the whole address of every req
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 TIMEOUT_S = 4.0
-"""Of silence. A server that says something now and then is bounded by the outbox alone."""
+"""Timeout of a single read or write; the outbox bounds the whole delivery."""
 ATTEMPTS = 2
-"""In one go; what is not taken waits in the mailbox for the next look."""
+"""Attempts of one delivery; a message that fails stays in the mailbox for the next tick."""
 MENTION = re.compile(r"@(?=channel|here|all|everyone)", re.IGNORECASE)
-"""What makes Slack and its likes call everybody."""
+"""Mentions that notify a whole Slack channel."""
 RUNBOOK = "docs/operations.md"
-_TOLD = {Event.OPENED: "", Event.REMINDER: "STILL ", Event.RESOLVED: "RESOLVED "}
+_PREFIXES = {Event.OPENED: "", Event.REMINDER: "STILL ", Event.RESOLVED: "RESOLVED "}
 
 
 class ChannelError(PlatformError):
-    """A channel did not take a message; the sentence says which setting to look at."""
+    """A channel did not accept a message; the sentence names the setting to check."""
 
 
-class _Passing(ChannelError):
-    """Worth another try at once."""
+class _Transient(ChannelError):
+    """A transient failure: worth an immediate retry."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a channel is given: one or more notices, the oldest first."""
+    """One or more notices, the oldest first, as a channel sends them."""
 
     notices: tuple[Notice, ...]
     dropped: int = 0
     host: str = field(default_factory=socket.gethostname)
     id: str = ""
-    """The same where a message is repeated, for those who want to take each once."""
+    """Equal for repeats of a message, so that a receiver can drop duplicates."""
 
     @property
     def subject(self) -> str:
-        """One line."""
+        """The subject, on one line."""
         first = headline(self.notices[0])
         more = len(self.notices) - 1
         return f"kalshi_platform: {first}{f' (and {more} more)' if more else ''}"
 
     @property
     def text(self) -> str:
-        """Everything, as plain text."""
-        parts = [told(notice) for notice in self.notices]
+        """All notices as plain text."""
+        parts = [describe(notice) for notice in self.notices]
         if self.dropped:
-            parts.append(f"{self.dropped} older notices were not sent: too many had waited.")
+            parts.append(f"{self.dropped} older notices were not sent: too many were waiting.")
         return "\n\n".join(parts) + f"\n\nFrom kalshi_platform on {self.host}."
 
 
 def headline(notice: Notice) -> str:
-    """One line: how bad, and what."""
-    it = notice.condition
-    return f"[{_TOLD[notice.event]}{it.severity.upper()}] {printable(it.title)}"
+    """Severity and title of a notice, on one line."""
+    condition = notice.condition
+    return f"[{_PREFIXES[notice.event]}{condition.severity.upper()}] {printable(condition.title)}"
 
 
-def told(notice: Notice) -> str:
-    """What is wrong, since when, what to do, and where to look."""
-    it = notice.condition
-    lines, sentence = [headline(notice)], printable_lines(it.sentence)
+def describe(notice: Notice) -> str:
+    """Describe a notice: what is wrong, since when, what to do, and where to look."""
+    condition = notice.condition
+    lines, sentence = [headline(notice)], printable_lines(condition.sentence)
     if notice.event is Event.RESOLVED:
-        lines.append(f"Over since {_utc(notice.at)}; it lasted {_lasting(notice.at - it.since)}.")
+        lines.append(
+            f"Over since {_utc(notice.at)}; it lasted {_lasting(notice.at - condition.since)}."
+        )
         lines.append(f"It was: {sentence}")
     else:
         lines.append(sentence)
-        lines.append(f"Since {_utc(it.since)} ({_lasting(notice.at - it.since)}).")
-    if it.link:
-        lines.append(f"See {printable(it.link)}")
-    if it.section:
-        lines.append(f'Runbook: {RUNBOOK}, "{it.section}"')
+        lines.append(f"Since {_utc(condition.since)} ({_lasting(notice.at - condition.since)}).")
+    if condition.link:
+        lines.append(f"See {printable(condition.link)}")
+    if condition.section:
+        lines.append(f'Runbook: {RUNBOOK}, "{condition.section}"')
     return "\n".join(lines)
 
 
@@ -101,7 +103,7 @@ def told(notice: Notice) -> str:
 
 
 class Slack(msgspec.Struct, frozen=True, tag="slack"):
-    """An incoming webhook of Slack, or of what understands its messages (Mattermost, Discord's /slack)."""
+    """An incoming webhook of Slack or of a compatible service (Mattermost, Discord's /slack)."""
 
     url: str
     name: str = "slack"
@@ -111,18 +113,18 @@ class Slack(msgspec.Struct, frozen=True, tag="slack"):
 
     @property
     def where(self) -> str:
-        """What it is, for a sentence, without a secret."""
+        """The channel's name in a sentence, without a secret."""
         return _host_of("ALERT_SLACK_WEBHOOK_URL", self.url)
 
     def send(self, message: Message) -> None:
-        """Raises `ChannelError`. The text is no markup, whatever is in it."""
+        """Send a message, escaped so that none of it is markup. Raises `ChannelError`."""
         text = message.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         body = {"text": MENTION.sub("@\u2060", text), "mrkdwn": False}
         _post(self.url, body, "ALERT_SLACK_WEBHOOK_URL", message.id)
 
 
 class Webhook(msgspec.Struct, frozen=True, tag="webhook"):
-    """JSON to a server of one's own; docs/operations.md has the keys."""
+    """JSON to the operator's own server; docs/operations.md lists the keys."""
 
     url: str
     name: str = "webhook"
@@ -136,7 +138,7 @@ class Webhook(msgspec.Struct, frozen=True, tag="webhook"):
         return _host_of("ALERT_WEBHOOK_URL", self.url)
 
     def send(self, message: Message) -> None:
-        """Raises `ChannelError`."""
+        """Send a message. Raises `ChannelError`."""
         body = {
             "source": "kalshi_platform",
             "id": message.id,
@@ -149,7 +151,7 @@ class Webhook(msgspec.Struct, frozen=True, tag="webhook"):
 
 
 class Email(msgspec.Struct, frozen=True, tag="email"):
-    """SMTP, by default with STARTTLS."""
+    """E-mail by SMTP, by default with STARTTLS."""
 
     host: str
     port: int
@@ -164,7 +166,7 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
         return f"Email({self.host!r}, {self.port}, to={len(self.to)})"
 
     def send(self, message: Message) -> None:
-        """Raises `ChannelError`."""
+        """Send a message. Raises `ChannelError`."""
         mail = EmailMessage()
         mail["Subject"] = message.subject
         mail["From"] = self.sender
@@ -192,7 +194,7 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
         except ssl.SSLError:
             raise
         except (OSError, smtplib.SMTPServerDisconnected) as error:
-            raise _Passing(self._sentence(error)) from None
+            raise _Transient(self._sentence(error)) from None
         with server:
             if self.security == "starttls":
                 server.starttls(context=tls)
@@ -213,8 +215,8 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
         if isinstance(error, smtplib.SMTPAuthenticationError):
             return f"{self.where} refused SMTP_USER and SMTP_PASSWORD. Set them as it gave them."
         if isinstance(error, smtplib.SMTPResponseException):
-            said = error.smtp_error
-            reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+            answer = error.smtp_error
+            reason = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
             return (
                 f"{self.where} said {error.smtp_code} {printable(' '.join(reason.split())[:500])}."
             )
@@ -225,12 +227,12 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
 
 
 Channel = Slack | Webhook | Email
-"""Where a message goes: its `name` is as it is called in logs and in the cursor, `where` is for a sentence, and
-`send` raises `ChannelError` where it was not taken."""
+"""A destination of messages: `name` is used in logs and in the cursor, `where` in sentences, and `send` raises
+`ChannelError` if the message was not accepted."""
 
 
 def configured(settings: Settings) -> list[Channel]:
-    """The channels that the settings name."""
+    """The channels that are configured."""
     found: list[Channel] = []
     if settings.alert_slack_webhook_url is not None:
         found.append(Slack(settings.alert_slack_webhook_url.get_secret_value()))
@@ -252,18 +254,18 @@ def configured(settings: Settings) -> list[Channel]:
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A message and its channel, as they go to another process."""
+    """A message and its channel, as `outbox.py` passes them to `deliver.py`."""
 
     channel: Channel
     message: Message
 
 
 def trial(now: float) -> Message:
-    """A message for trying a channel."""
+    """The message that `doctor --test-alert` sends."""
     condition = Condition(
         key="test",
         title="This is a test",
-        sentence="Nothing is wrong: somebody asked kalshi-platform doctor to send a test alert.",
+        sentence="Nothing is wrong: kalshi-platform doctor was asked to send a test alert.",
         severity=Severity.WARNING,
         since=now,
         section="Alerts",
@@ -271,7 +273,7 @@ def trial(now: float) -> Message:
     return Message((Notice(Event.OPENED, condition, now),), id=f"test-{now:.0f}")
 
 
-# -- how -----------------------------------------------------------------------------------------
+# -- sending -------------------------------------------------------------------------------------
 
 
 def _host_of(setting: str, url: str) -> str:
@@ -279,7 +281,7 @@ def _host_of(setting: str, url: str) -> str:
 
 
 def _post(url: str, body: dict[str, Any], setting: str, message_id: str) -> None:
-    """What the server answers is not read: its status says whether it took the message."""
+    """Post JSON. The answer's body is not read, since the status says whether the message was accepted."""
     where = _host_of(setting, url)
     headers = {"Idempotency-Key": message_id} if message_id else {}
 
@@ -292,12 +294,12 @@ def _post(url: str, body: dict[str, Any], setting: str, message_id: str) -> None
                 status = answer.status_code
         except httpx.HTTPError as error:
             reason = str(error).replace(url, "…") or type(error).__name__
-            raise _Passing(f"{where} cannot be reached ({printable(reason)}).") from None
+            raise _Transient(f"{where} cannot be reached ({printable(reason)}).") from None
         if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500:
-            raise _Passing(f"{where} answered HTTP {status}.")
+            raise _Transient(f"{where} answered HTTP {status}.")
         if httpx.codes.is_redirect(status):
             raise ChannelError(
-                f"{where} answered HTTP {status}: it wants the message elsewhere, which is not followed. Set"
+                f"{where} answered HTTP {status}: redirects are not followed, for the message would reach another host. Set"
                 f" {setting} to the address itself."
             )
         if not httpx.codes.is_success(status):
@@ -308,7 +310,7 @@ def _post(url: str, body: dict[str, Any], setting: str, message_id: str) -> None
 
 def _retrying(act: Any) -> None:
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_Passing),
+        retry=tenacity.retry_if_exception_type(_Transient),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=tenacity.wait_random(0.1, 0.5),
         reraise=True,
@@ -317,17 +319,17 @@ def _retrying(act: Any) -> None:
 
 
 def _plain(notice: Notice) -> dict[str, Any]:
-    it = notice.condition
+    condition = notice.condition
     return {
         "event": notice.event.value,
-        "key": it.key,
-        "severity": it.severity.value,
-        "title": it.title,
-        "sentence": it.sentence,
-        "since": datetime.fromtimestamp(it.since, UTC).isoformat(timespec="seconds"),
+        "key": condition.key,
+        "severity": condition.severity.value,
+        "title": condition.title,
+        "sentence": condition.sentence,
+        "since": datetime.fromtimestamp(condition.since, UTC).isoformat(timespec="seconds"),
         "at": datetime.fromtimestamp(notice.at, UTC).isoformat(timespec="seconds"),
-        "link": it.link,
-        "runbook": f"{RUNBOOK}: {it.section}" if it.section else "",
+        "link": condition.link,
+        "runbook": f"{RUNBOOK}: {condition.section}" if condition.section else "",
     }
 
 

@@ -1,7 +1,7 @@
-"""One message to one channel, in a process of its own: `python -m kalshi_platform.health.deliver`.
+"""Deliver one message to one channel in a process of its own: `python -m kalshi_platform.health.deliver`.
 
-Reads a `Task` from stdin. Exits 0 where it was taken, else 1 with the reason on stdout. Whoever starts it
-kills it when its time is over (`outbox.py`).
+Reads a `Task` from stdin. Exits 0 if the message was accepted, else 1 with the reason on stdout. `outbox.py`
+starts it and kills it at its deadline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kalshi_platform.health.channels import ChannelError, Task
 
 
 def main() -> int:
-    """Deliver what stdin says; returns the exit status."""
+    """Deliver the task from stdin; returns the exit status."""
     task = typed_json.decode(sys.stdin.buffer.read(), Task)
     try:
         task.channel.send(task.message)

@@ -1,8 +1,8 @@
-"""How much the platform keeps, how fast that grows, and when the disk is full.
+"""Sizes and growth rates of what the platform stores, and a forecast of when the disk is full.
 
-Sizes are what files take on the disk. Rates are of the last day, or of as much of it as was recorded;
-None where there is too little to tell. What a retention bounds grows to `settles_at` and no further. The
-journal's does not bound it while a store lacks what it has: nothing is removed that a store still needs.
+Sizes are allocated bytes on disk. Rates are those of the last day, or of the recorded part of it; None if that
+is too short. Data with a retention grows to `settles_at` bytes and no further. The journal's retention does not
+bound it while a store lacks records, since records that a store still needs are never removed.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from kalshi_platform.settings import Settings
 
 DAY_S = 86_400.0
 LEAST_S = 600.0
-"""A rate of less than ten minutes is none."""
+"""The shortest span in seconds from which a rate is computed."""
 HORIZON_DAYS = 3650
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One of the things that are kept."""
+    """Size and growth of one kind of data."""
 
-    what: str
+    name: str
     bytes: int
     per_day: float | None
     """Bytes a day at the present rate."""
     settles_at: float | None
-    """Bytes at which its retention holds it, at that rate; None: it grows for ever."""
+    """Size in bytes at which its retention stops the growth; None: it grows for ever."""
     path: Path | None
-    """Where it is; None: on another machine."""
+    """Its folder; None if it is on another machine."""
 
 
 def measure(settings: Settings) -> list[Growth]:
-    """Everything that is kept, as it is now. A store is left out where it cannot be asked."""
+    """Measure every kind of data. A store that cannot be reached is left out."""
     found = [_journal(settings)]
-    with suppress(StoreError):  # said by those who need it
+    with suppress(StoreError):  # other checks report it
         found.append(_archive(settings))
     found.append(_dagster(settings))
     if settings.use_clickhouse:
@@ -65,11 +65,13 @@ def measure(settings: Settings) -> list[Growth]:
 
 
 def days_until_full(growths: Iterable[Growth], free: int) -> float | None:
-    """Days until `free` bytes are used up at the present rates; None: not within ten years."""
-    known = [(each.per_day, _grows_for(each, each.per_day)) for each in growths if each.per_day]
+    """Days until `free` bytes are used up at the current rates; None: not within ten years."""
+    growing = [
+        (growth.per_day, _grows_for(growth, growth.per_day)) for growth in growths if growth.per_day
+    ]
     day, left = 0.0, float(free)
-    for end in sorted({min(days, HORIZON_DAYS) for _, days in known}):
-        rate = sum(per_day for per_day, days in known if days >= end)
+    for end in sorted({min(days, HORIZON_DAYS) for _, days in growing}):
+        rate = sum(per_day for per_day, days in growing if days >= end)
         if rate * (end - day) > left:
             return day + left / rate
         day, left = end, left - rate * (end - day)
@@ -77,13 +79,13 @@ def days_until_full(growths: Iterable[Growth], free: int) -> float | None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes where a folder is, or would be."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_existing(folder)).free
 
 
-def on_disk_of(it: Growth, folder: Path) -> bool:
-    """Whether a thing takes its room from the disk that a folder is on."""
-    return it.path is not None and _device(it.path) == _device(folder)
+def on_disk_of(growth: Growth, folder: Path) -> bool:
+    """Whether the data is on the same disk as a folder."""
+    return growth.path is not None and _device(growth.path) == _device(folder)
 
 
 def _device(folder: Path) -> int:
@@ -94,15 +96,15 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _grows_for(it: Growth, per_day: float) -> float:
-    """Days until it has settled."""
-    if it.settles_at is None:
+def _grows_for(growth: Growth, per_day: float) -> float:
+    """Days until its retention stops the growth."""
+    if growth.settles_at is None:
         return float(HORIZON_DAYS)
-    return max(it.settles_at - it.bytes, 0.0) / per_day
+    return max(growth.settles_at - growth.bytes, 0.0) / per_day
 
 
 def _journal(settings: Settings) -> Growth:
-    """All shards. The segments' times of change say how long they took to fill."""
+    """The journals of all shards. The segments' modification times show how long each took to fill."""
     folder = settings.journal_dir(0).parent
     per_day: float | None = None
     settles_at: float | None = 0.0
@@ -110,37 +112,37 @@ def _journal(settings: Settings) -> Growth:
     for k in watermarks.shards(folder):
         shard = settings.journal_dir(k)
         paths = [reader.segment_path(shard, first_n) for first_n in reader.segments(shard)]
-        ended = [(it.st_mtime, it.st_size) for it in _stats(paths)]
+        ended = [(stat.st_mtime, stat.st_size) for stat in _stats(paths)]
         rate = _rate([*_began(shard), *ended])
         if rate is None:
             continue
         per_day = (per_day or 0.0) + rate
-        settles_at = None if settles_at is None or _holds(shard) else settles_at + rate * days
+        settles_at = (
+            None if settles_at is None or _store_in_trouble(shard) else settles_at + rate * days
+        )
     return Growth("journal", folder_bytes(folder), per_day, settles_at if per_day else None, folder)
 
 
 def _began(shard: Path) -> list[tuple[float, int]]:
-    """When the journal's first record came, as the end of a file of no size: its first segment counts, too."""
+    """The time of the journal's first record, as an empty file that ends then, so that the first segment counts."""
     try:
         received_ns = reader.received_ns(shard, reader.beginning(shard))
     except JournalError:
-        return []  # said by its load
+        return []  # the loader reports it
     return [(received_ns / 1e9, 0)] if received_ns else []
 
 
-def _holds(shard: Path) -> bool:
-    """Whether a store is in trouble, so that the journal keeps more than its retention; also where the
-    streamer's report does not say.
-    """
+def _store_in_trouble(shard: Path) -> bool:
+    """Whether a store is in trouble, so that the journal outgrows its retention; True if that is unknown."""
     try:
         report = health_report.read(shard)
-        return report is not None and any(it["trouble"] for it in report["stores"].values())
+        return report is not None and any(store["trouble"] for store in report["stores"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True
 
 
 def _stats(paths: Iterable[Path]) -> list[os.stat_result]:
-    """Of the files that are there; some go meanwhile."""
+    """The stat results of the files that still exist."""
     found = []
     for path in paths:
         with suppress(FileNotFoundError):
@@ -149,11 +151,11 @@ def _stats(paths: Iterable[Path]) -> list[os.stat_result]:
 
 
 def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
-    """Bytes a day of files that were filled one after the other, from their ends and sizes."""
+    """Bytes per day of files that were filled one after the other, from their end times and sizes."""
     if len(ended) < 2:
         return None
     ended = sorted(ended)
-    ended = [it for it in ended[:-1] if it[0] > ended[-1][0] - DAY_S] + ended[-1:]
+    ended = [end for end in ended[:-1] if end[0] > ended[-1][0] - DAY_S] + ended[-1:]
     if len(ended) < 2:
         return None
     spent_s = ended[-1][0] - ended[0][0]
@@ -161,18 +163,18 @@ def _rate(ended: Sequence[tuple[float, int]]) -> float | None:
 
 
 def _archive(settings: Settings) -> Growth:
-    """The sealed hours of the last day: what is open is not compacted, and would count too much."""
+    """The archive, at the rate of the last day's sealed hours: open hours are larger before compaction."""
     archive = open_archive(settings)
     this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     names = [name for name, dataset in DATASETS.items() if dataset.archived]
     span = (this_hour - timedelta(hours=25), this_hour - timedelta(hours=1))
-    of_hours: dict[datetime, dict[str, Listed]] = {}
+    by_hour: dict[datetime, dict[str, Listed]] = {}
     for name in names:
         for hour, listed in archive.listing(name, *span).items():
-            of_hours.setdefault(hour, {})[name] = listed
+            by_hour.setdefault(hour, {})[name] = listed
     per_hour = [
         sum(file.bytes for listed in by_name.values() for file in listed.files)
-        for by_name in of_hours.values()
+        for by_name in by_hour.values()
         if (recorded := [by_name[n] for n in RECORDED if n in by_name and by_name[n].files])
         and all(listed.manifest is not None for listed in recorded)
     ]
@@ -190,7 +192,7 @@ def _archive(settings: Settings) -> Growth:
 
 
 def _clickhouse(settings: Settings, client: Client) -> Growth:
-    """The tables that keep HOT_RETENTION_DAYS: bytes of a row, times the rows of the last day."""
+    """The tables with HOT_RETENTION_DAYS, at the rate of bytes per row times rows of the last day."""
     with translated(settings):
         rows = client.query(
             queries.text("growth/hot_tables"), parameters={"tables": list(RETAINED)}
@@ -210,16 +212,16 @@ def _clickhouse(settings: Settings, client: Client) -> Growth:
 
 
 def _dagster(settings: Settings) -> Growth:
-    """Dagster's own storage, where it is in files: what was written in the last day and is there yet.
+    """Dagster's storage in files, at the rate of the remaining files of the last day.
 
-    Most of it are runs, which go after DAGSTER_RUN_RETENTION_DAYS.
+    Most of it is runs, which are deleted after DAGSTER_RUN_RETENTION_DAYS.
     """
     folder = settings.data_dir / "dagster"
     now = time.time()
     runs = _stats(folder.glob("storage/history/runs/*-*.db"))
-    oldest = min((it.st_mtime for it in runs), default=now)
+    oldest = min((stat.st_mtime for stat in runs), default=now)
     span_s = min(now - oldest, DAY_S)
-    lately = [it.st_blocks * 512 for it in runs if it.st_mtime > now - DAY_S]
+    lately = [stat.st_blocks * 512 for stat in runs if stat.st_mtime > now - DAY_S]
     per_day = sum(lately) / span_s * DAY_S if span_s >= LEAST_S else None
     settles_at = None if per_day is None else per_day * settings.dagster_run_retention_days
     return Growth("Dagster", folder_bytes(folder), per_day, settles_at, folder)

@@ -1,18 +1,20 @@
-"""How a streamer's health report reaches whoever supervises it: one writer, any number of readers.
+"""Publication of a streamer's health report: one writer, any number of readers.
 
-There are two copies, and a reader asks for both through `read`:
+How it is stored belongs here; its fields are in `recorder/streamer.py`, its interpretation in `verdict.py`.
 
-- **in memory**, a file of /dev/shm (Linux). The streamer's health thread writes it each second and touches no
-  disk for that, so a disk that is full, read-only or does not answer takes it from nobody. A reader needs no
-  help of the streamer: while the streamer's interpreter is busy, the last report is there, with its age.
-- **`health.json`** beside the journal, for people, for containers that share the volume and no memory, and for
-  reports of processes that have ended.
+There are two copies, which `read` consults in this order:
 
-Both are *pairs*: two files of a fixed size that are written in turn and exchange their names. Once both are
-there a write takes no new block, so it succeeds on a full disk, and a reader finds a whole report. (A file
-system that copies on write, such as btrfs or APFS, needs room all the same: there only memory is certain.)
+- **in memory**, a file in /dev/shm (Linux). The streamer's health thread writes it each second without touching
+  a disk, so a full, read-only or unresponsive disk does not stop it. Readers need nothing from the streamer:
+  while its interpreter is busy, its last report can still be read, and its age be measured.
+- **`health.json`** beside the journal, for people, for containers that share the volume but not the memory, and
+  for reports of processes that have ended.
 
-The memory copy counts while the process that it names is alive; else the file does.
+Each copy is a *pair*: two files of a fixed size that are written in turn and swap their names. Once both exist,
+a write allocates no block, so it succeeds on a full disk, and a reader always finds a complete report. (A
+copy-on-write file system, such as btrfs or APFS, needs free space even so; there only the memory copy is safe.)
+
+The memory copy is used while the process that it names is alive, else the file.
 """
 
 from __future__ import annotations
@@ -30,45 +32,45 @@ FILE = "health.json"
 MEMORY = Path("/dev/shm")  # noqa: S108 - owner and name are checked, and links are not followed
 BLOCK = 4096
 TRIES = 100
-"""Readings of a file that is written again meanwhile; each takes microseconds, and it is written once a second."""
+"""Attempts to read a file that is being rewritten; a read takes microseconds, and writes come once a second."""
 
 
 class Publisher:
-    """The streamer's side. One process at a time publishes for a journal: the holder of its lock."""
+    """The streamer's side. Only the process that holds a journal's lock publishes for it."""
 
     def __init__(self, folder: Path) -> None:
         self._memory = _Pair(memory_path(folder))
         self._file = _Pair(folder / FILE)
 
     def publish(self, report: bytes) -> None:
-        """Put the report where it needs no disk. Raises `OSError` where there is no such memory."""
+        """Write the copy in memory. Raises `OSError` if the system has no such memory."""
         self._memory.write(report)
 
     def save(self, report: bytes) -> None:
-        """Put the report beside the journal. Raises `OSError` where the disk refuses; may wait for it."""
+        """Write the copy beside the journal. May wait for the disk; raises `OSError`."""
         self._file.write(report)
 
     def withdraw(self) -> None:
-        """Remove the copy in memory: the file has the last report."""
+        """Remove the copy in memory; the file keeps the last report."""
         self._memory.remove()
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The newest report of a journal's streamer; None where none has run.
+    """The newest report of a journal's streamer; None if no streamer has run.
 
-    Raises `ValueError` for a file that is no JSON object, `OSError` where it cannot be read.
+    Raises `ValueError` for a file that is not a JSON object, `OSError` for one that cannot be read.
     """
-    return _of_living(folder) or _decoded(folder / FILE)
+    return _memory_report(folder) or _decoded(folder / FILE)
 
 
 def memory_path(folder: Path) -> Path:
-    """Where the copy in memory is: the name follows from the journal's path alone."""
+    """The path of the copy in memory; its name is derived from the journal's path."""
     digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]
     return MEMORY / f"kalshi-{digest}.json"
 
 
-def _of_living(folder: Path) -> dict[str, Any] | None:
-    """The report in memory, where it is ours and its process is alive."""
+def _memory_report(folder: Path) -> dict[str, Any] | None:
+    """The report in memory if its owner is trusted and its process alive, else None."""
     path = memory_path(folder)
     try:
         if _foreign(path, folder):
@@ -77,25 +79,25 @@ def _of_living(folder: Path) -> dict[str, Any] | None:
         if report is None or not Identity(int(report["pid"]), float(report["pid_started"])).alive:
             return None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # none, or none of ours: the file says what there is to say
+        return None  # missing, or not a report of the platform: the file decides
     return report
 
 
 def _foreign(path: Path, folder: Path) -> bool:
-    """Whether a file of shared memory, where any user may make one, is of neither us nor the journal's owner."""
+    """Whether a file in shared memory, where any user may create one, belongs to an untrusted user."""
     owner = path.lstat().st_uid
     return owner not in {0, os.geteuid()} and owner != folder.stat().st_uid
 
 
 def _decoded(path: Path) -> dict[str, Any] | None:
     try:
-        return typed_json.decode(_whole(path), dict[str, Any])
+        return typed_json.decode(_read_consistent(path), dict[str, Any])
     except FileNotFoundError:
         return None
 
 
-def _whole(path: Path) -> bytes:
-    """What a file of this name held at one moment: the same twice, and not under its twin's name at the end."""
+def _read_consistent(path: Path) -> bytes:
+    """A consistent content of a file: read twice with equal results, and not swapped with its twin meanwhile."""
     for _ in range(TRIES):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with os.fdopen(fd, "rb", buffering=0) as file:
@@ -107,14 +109,14 @@ def _whole(path: Path) -> bytes:
 
 
 class _Pair:
-    """A small file that is replaced in one step, by its twin and without taking room."""
+    """A small file that is replaced atomically by its twin, without allocating disk space."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._twin = path.with_name(f".{path.name}.twin")
 
     def write(self, data: bytes) -> None:
-        """Replace the file. The first time both files are made; later nothing is allocated."""
+        """Replace the content. The first call creates both files; later ones allocate nothing."""
         if not self._path.exists():
             self._fill(data)
             self._twin.replace(self._path)

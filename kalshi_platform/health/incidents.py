@@ -1,10 +1,10 @@
-"""When to tell whom of what is wrong: a bookkeeping without I/O.
+"""When to alert: incidents and the notices about them, as pure functions without I/O.
 
-A *condition* is something that is wrong now, found anew at every look. An *incident* is a condition over
-time: it is told once when it has lasted, again at an interval while it goes on, and once when it is over.
-Each channel has a *mailbox*, so that one that is down is told later, and no other waits for it: what waits,
-and what has been handed to the outbox (`outbox.py`), which sends it while nobody here waits.
-All times are seconds since the epoch.
+A *condition* is something that is wrong now; each evaluation finds the conditions again. An *incident* is a
+condition over time: a notice is sent when it has lasted, a reminder at an interval while it goes on, and a last
+notice when it is over. Each channel has a *mailbox* of notices that wait or are being sent, so that a channel
+that is down receives its notices later and delays no other. `outbox.py` does the sending.
+Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import msgspec
 from kalshi_platform import typed_json
 
 CALM_S = 120.0
-"""An incident is over when its condition has been away this long: flapping is one incident."""
+"""An incident is over when its condition has been absent this long, so that flapping is one incident."""
 WINDOW_S, MOST_IN_WINDOW = 600.0, 6
-"""A channel gets at most so many messages in so long; what waits meanwhile comes in one."""
+"""Rate limit of a channel: at most MOST_IN_WINDOW messages in WINDOW_S; waiting notices share a message."""
 BACKOFF_S, BACKOFF_LIMIT_S = 30.0, 900.0
 """Wait after a channel's first failure, doubled by each further one up to the limit."""
 MOST_WAITING = 200
-"""Notices kept for a channel that is down; the oldest go first, and the next message says how many."""
+"""Notices kept for a channel that is down; the oldest are dropped, and the next message says how many."""
 
 
 class Severity(StrEnum):
-    """How soon somebody should look."""
+    """How soon a person should look."""
 
     CRITICAL = "critical"
     """Data is being lost, or will be."""
     WARNING = "warning"
-    """Nothing is lost; somebody should look today."""
+    """Nothing is lost; a person should look today."""
 
 
 class Event(StrEnum):
@@ -47,32 +47,32 @@ class Condition(msgspec.Struct, frozen=True):
     """Something that is wrong now."""
 
     key: str
-    """What it is about; two looks that find the same key find the same incident."""
+    """Identifies the incident: equal keys in two evaluations are the same incident."""
     title: str
     sentence: str
     """What is wrong and what to do."""
     severity: Severity
     since: float
     after_s: float = 0.0
-    """How long it must last before it is told: what mends itself sooner is nobody's business."""
+    """How long it must last before a notice is sent: shorter faults repair themselves."""
     link: str = ""
     """A page that shows it, else empty."""
     section: str = ""
     """The section of the runbook about it."""
 
 
-class Incident(msgspec.Struct, frozen=True):
+class Incident(msgspec.Struct, frozen=True, rename={"notified_at": "told_at"}):  # words: ok
     """A condition over time."""
 
     condition: Condition
     first_seen: float
     last_seen: float
-    told_at: float | None = None
-    """When the channels were last given it; None: not yet."""
+    notified_at: float | None = None
+    """When a notice was last put into the mailboxes; None: not yet."""
 
 
 class Notice(msgspec.Struct, frozen=True):
-    """One thing to tell."""
+    """What a channel is to report about an incident."""
 
     event: Event
     condition: Condition
@@ -80,59 +80,59 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 class Mailbox(msgspec.Struct, frozen=True):
-    """What a channel is still to be told, and how it has fared."""
+    """A channel's undelivered notices, and its recent deliveries."""
 
     waiting: tuple[Notice, ...] = ()
     dropped: int = 0
-    """Notices that it will never be told, because too many waited."""
+    """Notices that were discarded because too many waited."""
     sending: tuple[Notice, ...] = ()
-    """Of the message that is being sent."""
+    """The notices of the message that is being sent."""
     sent: tuple[float, ...] = ()
-    """When it took a message, within the window."""
+    """Times of accepted messages within the window."""
     failures: int = 0
     not_before: float = 0.0
     trouble: str = ""
-    """Why it did not take the last message, as a sentence."""
+    """Why the last message was not accepted, as a sentence."""
 
     @property
-    def untold(self) -> int:
-        """How many notices it has not taken."""
+    def undelivered(self) -> int:
+        """The number of notices that the channel has not accepted yet."""
         return len(self.sending) + len(self.waiting)
 
     def may_send(self, now: float) -> bool:
-        """Whether there is something to send, and it may be sent now."""
+        """Whether notices wait and neither back-off nor rate limit forbids sending them."""
         recent = sum(at > now - WINDOW_S for at in self.sent)
         ready = bool(self.waiting) and not self.sending
         return ready and now >= self.not_before and recent < MOST_IN_WINDOW
 
     def begun(self) -> Mailbox:
-        """After everything that waits was handed over to be sent."""
+        """The mailbox after its waiting notices were handed to the outbox."""
         return msgspec.structs.replace(self, sending=self.waiting, waiting=())
 
     def delivered(self, now: float) -> Mailbox:
-        """After the message was taken."""
+        """The mailbox after the message was accepted."""
         recent = (*(at for at in self.sent if at > now - WINDOW_S), now)
         return Mailbox(self.waiting, sent=recent)
 
     def returned(self) -> Mailbox:
-        """After it became unknown whether the message was taken: it is sent again."""
+        """The mailbox after the outcome of a delivery was lost: the message is sent again."""
         return msgspec.structs.replace(self, waiting=(), sending=()).put(
             [*self.sending, *self.waiting]
         )
 
     def failed(self, now: float, trouble: str) -> Mailbox:
-        """After the message was not taken: it waits again, and the channel is left alone for a while."""
+        """The mailbox after the message was not accepted: its notices wait for the back-off to end."""
         wait = min(BACKOFF_S * 2.0 ** min(self.failures, 32), BACKOFF_LIMIT_S)
         return msgspec.structs.replace(
             self.returned(), failures=self.failures + 1, not_before=now + wait, trouble=trouble
         )
 
     def put(self, notices: Iterable[Notice]) -> Mailbox:
-        """With further notices; a reminder of what has not even been told yet is left out."""
+        """Add notices, but no reminder of an incident whose earlier notice is still undelivered."""
         waiting = list(self.waiting)
         for notice in notices:
-            untold = {each.condition.key for each in (*self.sending, *waiting)}
-            if notice.event is not Event.REMINDER or notice.condition.key not in untold:
+            pending = {kept.condition.key for kept in (*self.sending, *waiting)}
+            if notice.event is not Event.REMINDER or notice.condition.key not in pending:
                 waiting.append(notice)
         surplus = max(len(waiting) - MOST_WAITING, 0)
         return msgspec.structs.replace(
@@ -141,16 +141,18 @@ class Mailbox(msgspec.Struct, frozen=True):
 
 
 class Ledger(msgspec.Struct, frozen=True):
-    """Everything that must outlive a look."""
+    """The state that is kept between evaluations."""
 
     incidents: dict[str, Incident] = {}
     mailboxes: dict[str, Mailbox] = {}
 
     @property
     def open(self) -> list[Incident]:
-        """The incidents that have been told and are not over, oldest first."""
-        told = (each for each in self.incidents.values() if each.told_at is not None)
-        return sorted(told, key=lambda each: each.condition.since)
+        """The incidents that were reported and are not over, oldest first."""
+        notified = (
+            incident for incident in self.incidents.values() if incident.notified_at is not None
+        )
+        return sorted(notified, key=lambda incident: incident.condition.since)
 
 
 def observe(
@@ -160,12 +162,11 @@ def observe(
     now: float,
     reminder_s: float,
 ) -> Ledger:
-    """The ledger after a look that found exactly these conditions.
+    """The ledger after an evaluation that found exactly these conditions.
 
-    A channel that is new is told of every incident that is open already; one that is no longer
-    configured is forgotten.
+    A channel that is new receives every open incident; the mailbox of a removed channel is dropped.
     """
-    found = {each.key: each for each in conditions}
+    found = {entry.key: entry for entry in conditions}
     incidents: dict[str, Incident] = {}
     notices: list[Notice] = []
     for key, condition in found.items():
@@ -178,11 +179,11 @@ def observe(
             continue
         if now - incident.last_seen < CALM_S:
             incidents[key] = incident
-        elif incident.told_at is not None:
+        elif incident.notified_at is not None:
             notices.append(Notice(Event.RESOLVED, incident.condition, incident.last_seen))
     still_open = [
-        Notice(Event.OPENED, each.condition, now) for each in ledger.open
-    ]  # as of before: what was told only now is in `notices`
+        Notice(Event.OPENED, entry.condition, now) for entry in ledger.open
+    ]  # of the ledger before this evaluation; `notices` has those that it opens
     return Ledger(
         incidents,
         {
@@ -205,30 +206,30 @@ def _seen(
     since = min(before.condition.since, condition.since)
     condition = msgspec.structs.replace(condition, since=since)
     incident = msgspec.structs.replace(before, condition=condition, last_seen=now)
-    if incident.told_at is None:
+    if incident.notified_at is None:
         if now - incident.first_seen < condition.after_s:
             return incident, None
         event = Event.OPENED
-    elif worse or now - incident.told_at >= reminder_s:
+    elif worse or now - incident.notified_at >= reminder_s:
         event = Event.REMINDER
     else:
         return incident, None
-    return msgspec.structs.replace(incident, told_at=now), Notice(event, condition, now)
+    return msgspec.structs.replace(incident, notified_at=now), Notice(event, condition, now)
 
 
 def read(text: str | None) -> Ledger:
-    """A ledger that `write` wrote; an empty one for None or an empty text."""
+    """Parse what `write` returned; an empty ledger for None or an empty text."""
     return typed_json.decode(text, Ledger) if text else Ledger()
 
 
 def write(ledger: Ledger) -> str:
-    """The ledger as text."""
+    """The ledger as JSON text, for Dagster's cursor."""
     return msgspec.json.encode(ledger).decode()
 
 
 def counts(ledger: Ledger) -> Mapping[str, int]:
-    """How many incidents are open, by severity; every severity is there."""
+    """The number of open incidents by severity, zeros included."""
     return {
-        severity.value: sum(each.condition.severity is severity for each in ledger.open)
+        severity.value: sum(incident.condition.severity is severity for incident in ledger.open)
         for severity in Severity
     }

@@ -1,8 +1,7 @@
-"""Prometheus metrics of every shard, from what the streamers write of themselves.
+"""Prometheus metrics of every shard, from the streamers' health reports.
 
-A process of its own serves them, and not the streamers: one address has all shards, recording does not
-wait for whoever asks, and a streamer that is dead still shows, as an age that grows. Ages are taken when
-they are asked for, by the clock that stamped what they are the age of.
+A separate process serves them: one address has all shards, a scrape never delays recording, and a streamer that
+has died still shows, as a growing age. Ages are computed at each scrape, by the clock that wrote the timestamps.
 """
 
 from __future__ import annotations
@@ -50,37 +49,43 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "deltas": ("kalshi_deltas", "Order-book deltas received."),
     "snapshots": ("kalshi_snapshots", "Order-book snapshots received."),
     "trades": ("kalshi_trades", "Trades received."),
-    "malformed": ("kalshi_malformed_frames", "Frames that are not what the exchange documents."),
-    "gaps": ("kalshi_gaps", "Gaps noticed; each is named by a row of stream_events."),
+    "malformed": (
+        "kalshi_malformed_frames",
+        "Frames that contradict the exchange's documentation.",
+    ),
+    "gaps": ("kalshi_gaps", "Sequence gaps; each has a row in stream_events."),
     "connections": ("kalshi_connections", "Connections made; all but the first are reconnects."),
-    "journal_records": ("kalshi_journal_records", "Records durable in the journal, ever."),
+    "journal_records": ("kalshi_journal_records", "Records made durable in the journal so far."),
 }
 _AGES: Mapping[str, tuple[str, str]] = {
     "updated_ns": ("kalshi_report_age_seconds", "Age of the streamer's last report."),
     "last_frame_ns": ("kalshi_last_frame_age_seconds", "Age of the last frame received."),
     "last_heard_ns": ("kalshi_last_heard_age_seconds", "Age of the last bytes, pings included."),
     "last_durable_ns": ("kalshi_last_durable_write_age_seconds", "Age of the last durable write."),
-    "started_ns": ("kalshi_streamer_uptime_seconds", "Since the streamer started."),
+    "started_ns": ("kalshi_streamer_uptime_seconds", "Seconds since the streamer started."),
 }
 _GAUGES: Mapping[str, tuple[str, str]] = {
     "markets": ("kalshi_markets", "Markets followed."),
-    "synced": ("kalshi_books_synced", "Markets whose book can be believed."),
-    "journal_backlog_bytes": ("kalshi_journal_backlog_bytes", "Received, and not durable yet."),
+    "synced": ("kalshi_books_synced", "Markets whose book is synced."),
+    "journal_backlog_bytes": (
+        "kalshi_journal_backlog_bytes",
+        "Bytes received and not durable yet.",
+    ),
 }
 
 
 class ShardCollector(Collector):
-    """Everything that is known of the platform on this machine, read anew at each scrape."""
+    """The platform's metrics on this machine, read from its files at each scrape."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not read the files."""
+        """Empty, so that registration does not read the files."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Every family, each with a sample for each shard that has run here."""
+        """Every metric family, with a sample for each shard that has run here."""
         now_ns = time.time_ns()
         shards = _shards(self._settings, datetime.fromtimestamp(now_ns / 1e9, UTC))
         yield from _streamers(shards, now_ns)
@@ -93,16 +98,16 @@ class ShardCollector(Collector):
 
 
 def registry(settings: Settings) -> CollectorRegistry:
-    """What there is to scrape."""
+    """A registry that holds the platform's collector alone."""
     made = CollectorRegistry()
     made.register(ShardCollector(settings))
     return made
 
 
 def serve(settings: Settings, host: str, port: int) -> tuple[threading.Thread, Any]:
-    """Serve the metrics in a thread: the thread, and the server to shut down.
+    """Serve the metrics in a thread; returns the thread, and the server to shut down.
 
-    Port 0 takes a free one: `server.server_port`. Raises `PlatformError` where the port cannot be had.
+    Port 0 takes a free one (`server.server_port`). Raises `PlatformError` if the port cannot be bound.
     """
     try:
         server, thread = start_http_server(port, addr=host, registry=registry(settings))
@@ -114,14 +119,15 @@ def serve(settings: Settings, host: str, port: int) -> tuple[threading.Thread, A
     return thread, server
 
 
-# -- what the alerts sensor leaves for us ----------------------------------------------------------
+# -- the alerts sensor's last result ---------------------------------------------------------------
 
 
 def note_incidents(
     data_dir: Path, counts: Mapping[str, int], now: float, troubles: Sequence[str] = ()
 ) -> None:
-    """Leave a look's result for the metrics and `doctor`, which cannot see into Dagster: the open incidents,
-    and why channels do not take their messages. Raises OSError.
+    """Write the sensor's result for the metrics and `doctor`, which cannot read Dagster's storage.
+
+    `counts`: open incidents by severity. `troubles`: why channels do not accept messages. Raises `OSError`.
     """
     path = _incident_file(data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,11 +138,14 @@ def note_incidents(
 
 
 def channel_troubles(data_dir: Path) -> list[str]:
-    """Why alert channels do not take their messages, as the sensor found last; none where it says nothing."""
+    """Why alert channels do not accept messages, as the sensor last noted; empty if it has not run."""
     try:
-        return [str(each) for each in json.loads(_incident_file(data_dir).read_bytes())["troubles"]]
+        return [
+            str(trouble)
+            for trouble in json.loads(_incident_file(data_dir).read_bytes())["troubles"]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # no sensor has looked yet, or one of an earlier version
+        return []  # no sensor has run yet, or one of an earlier version
 
 
 def _incident_file(data_dir: Path) -> Path:
@@ -146,10 +155,10 @@ def _incident_file(data_dir: Path) -> Path:
 def _incidents(data_dir: Path, now_ns: int) -> Iterator[Metric]:
     age = GaugeMetricFamily(
         "kalshi_alerts_evaluated_age_seconds",
-        "Since Dagster's sensor `alerts` last looked; it does every 30 s while the daemon lives.",
+        "Seconds since Dagster's sensor `alerts` last ran; it runs every 30 s while the daemon lives.",
     )
     found = GaugeMetricFamily(
-        "kalshi_incidents_open", "Incidents that people were told of.", labels=["severity"]
+        "kalshi_incidents_open", "Open incidents that were reported.", labels=["severity"]
     )
     try:
         noted = json.loads(_incident_file(data_dir).read_bytes())
@@ -157,16 +166,16 @@ def _incidents(data_dir: Path, now_ns: int) -> Iterator[Metric]:
         for severity, count in noted["open"].items():
             found.add_metric([severity], float(count))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # no sensor has looked yet: an absent series says so
+        pass  # no sensor has run yet: the series is absent
     yield age
     yield found
 
 
-# -- what the streamers say ------------------------------------------------------------------------
+# -- the streamers' health reports -----------------------------------------------------------------
 
 
 class _Store(msgspec.Struct):
-    """The part of a report that is about one store."""
+    """One store's part of a health report."""
 
     lag: int
     committed_ns: int
@@ -178,7 +187,7 @@ class _Store(msgspec.Struct):
 
 
 class _Delay(msgspec.Struct):
-    """Of a report: how long after their receipt frames reach a place."""
+    """Latency from receipt to a place, in milliseconds."""
 
     records: int
     p50: float
@@ -187,7 +196,7 @@ class _Delay(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """A streamer's report, as far as it is shown; it is written by `streamer.Health`."""
+    """The fields of a health report (`streamer.Health`) that are shown."""
 
     pid: int
     pid_started: float
@@ -219,14 +228,13 @@ class _Shard:
     number: str
     folder: Path
     report: _Report | None
-    """None where there is none that can be read, which a metric of its own says."""
+    """None if it cannot be read; `kalshi_feed_verdict` then says so."""
     judged: Sequence[verdict.Judgement]
-    """Everything that is wrong, or the one thing that it does."""
+    """Every fault, or what the streamer does if there is none."""
 
 
 def _shards(settings: Settings, now: datetime) -> list[_Shard]:
-    """Every shard that has run here, by number; of those that are no longer configured, only what is not
-    drained yet."""
+    """Every shard that has run here, by number; shards that are no longer configured only until drained."""
     configured = settings.stream_shards
     wanted = monitored_shards.supervised(settings.journals_dir, configured, settings.stores)
     return [
@@ -253,12 +261,12 @@ def _streamers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         "kalshi_streamer_up", "1 while the shard's streamer lives and reports.", labels=["shard"]
     )
     state = GaugeMetricFamily(
-        "kalshi_streamer_state", "1 for the state it says it is in.", labels=["shard", "state"]
+        "kalshi_streamer_state", "1 for the state that it reports.", labels=["shard", "state"]
     )
     verdict = GaugeMetricFamily(
         "kalshi_feed_verdict",
-        "How bad each thing is that is wrong, or 0 of what it does (also quiet, and the exchange's maintenance):"
-        " 1 look at it today, 2 data is being lost. The same judgement as the check `fresh` and the alerts.",
+        "Severity of each fault: 1 look at it today, 2 data is being lost. Without a fault, 0 for what the"
+        " streamer does (also quiet and maintenance). The same verdict as the check `fresh` and the alerts.",
         labels=["shard", "cause"],
     )
     ended = CounterMetricFamily(
@@ -270,8 +278,8 @@ def _streamers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         up.add_metric([shard.number], float(_lives(shard.report, now_ns)))
         if shard.report is None:
             continue
-        for each in _STATES:
-            state.add_metric([shard.number, each], float(shard.report.state == each))
+        for known_state in _STATES:
+            state.add_metric([shard.number, known_state], float(shard.report.state == known_state))
         for cause, count in shard.report.disconnects.items():
             ended.add_metric([shard.number, cause], float(count))
     yield from (up, state, verdict, ended)
@@ -287,7 +295,7 @@ def _lives(report: _Report | None, now_ns: int) -> bool:
 
 
 def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
-    """The families that are one number of the report each."""
+    """The families whose samples are one number of the report."""
     reports = [(shard.number, shard.report) for shard in shards if shard.report is not None]
     for key, (name, text) in _COUNTERS.items():
         counter = CounterMetricFamily(name, text, labels=["shard"])
@@ -301,7 +309,7 @@ def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         yield gauge
     undurable = GaugeMetricFamily(
         "kalshi_journal_oldest_undurable_seconds",
-        "Age of the oldest record that is not durable, when the streamer last reported; 0 where all are.",
+        "Age of the oldest record that was not durable at the last report; 0 if all were.",
         labels=["shard"],
     )
     for number, report in reports:
@@ -318,17 +326,21 @@ def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
 def _delays(shards: Sequence[_Shard]) -> Metric:
     family = Metric(
         "kalshi_delay_seconds",
-        "From a frame's receipt to its being durable in the journal, or in a store: all of them since"
-        " the streamer's start. Quantiles are rounded up by a tenth at most; 1 is the longest.",
+        "From a frame's receipt until it is durable in the journal, or stored, since the streamer's start."
+        " Quantiles are rounded up by at most a tenth; 1 is the longest.",
         "summary",
     )
     for shard in shards:
-        for place, it in (shard.report.delays_ms if shard.report else {}).items():
+        for place, latency in (shard.report.delays_ms if shard.report else {}).items():
             labels = {"shard": shard.number, "place": place}
-            if it.records:
-                for quantile, ms in (("0.5", it.p50), ("0.99", it.p99), ("1", it.max)):
+            if latency.records:
+                for quantile, ms in (
+                    ("0.5", latency.p50),
+                    ("0.99", latency.p99),
+                    ("1", latency.max),
+                ):
                     family.add_sample(family.name, {**labels, "quantile": quantile}, ms / 1000)
-                family.add_sample(f"{family.name}_count", labels, it.records)
+                family.add_sample(f"{family.name}_count", labels, latency.records)
     return family
 
 
@@ -338,7 +350,9 @@ def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         "kalshi_store_lag_records", "Durable journal records that the store lacks.", labels=labels
     )
     age = GaugeMetricFamily(
-        "kalshi_store_last_write_age_seconds", "Since the store's last write.", labels=labels
+        "kalshi_store_last_write_age_seconds",
+        "Seconds since the store's last write.",
+        labels=labels,
     )
     behind = GaugeMetricFamily(
         "kalshi_store_behind_seconds",
@@ -346,34 +360,36 @@ def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         labels=labels,
     )
     trouble = GaugeMetricFamily(
-        "kalshi_store_trouble", "1 while the store takes nothing, or is behind.", labels=labels
+        "kalshi_store_trouble", "1 while the store accepts no writes, or is behind.", labels=labels
     )
     refused = GaugeMetricFamily(
-        "kalshi_store_refused", "1 while it refuses for a reason no retry mends.", labels=labels
+        "kalshi_store_refused",
+        "1 while it refuses writes for a reason that no retry removes.",
+        labels=labels,
     )
     rows = CounterMetricFamily(
         "kalshi_rows", "Rows written to the store.", labels=[*labels, "dataset"]
     )
     errors = CounterMetricFamily(
         "kalshi_store_errors",
-        "Writes that the store did not take, by ClickHouse's error code; `unreachable` and `disk`"
-        " where there is none. Loads that were stopped: `damage` to the journal, or a `fault`.",
+        "Failed writes, by ClickHouse's error code, or `unreachable` or `disk` if there is none."
+        " Loaders that stopped: `damage` to the journal, or a `fault`.",
         labels=[*labels, "code"],
     )
     for shard in shards:
-        for store, it in (shard.report.stores if shard.report else {}).items():
-            of = [shard.number, store]
-            lag.add_metric(of, float(it.lag))
-            if it.committed_ns:
-                age.add_metric(of, _age_s(it.committed_ns, now_ns))
-            if it.oldest_ns or not it.lag:
-                behind.add_metric(of, _age_s(it.oldest_ns, now_ns) if it.lag else 0.0)
-            trouble.add_metric(of, float(it.trouble is not None))
-            refused.add_metric(of, float(it.refused))
-            for dataset, count in it.rows.items():
-                rows.add_metric([*of, dataset], float(count))
-            for code, count in it.errors.items():
-                errors.add_metric([*of, code], float(count))
+        for store, state in (shard.report.stores if shard.report else {}).items():
+            values = [shard.number, store]
+            lag.add_metric(values, float(state.lag))
+            if state.committed_ns:
+                age.add_metric(values, _age_s(state.committed_ns, now_ns))
+            if state.oldest_ns or not state.lag:
+                behind.add_metric(values, _age_s(state.oldest_ns, now_ns) if state.lag else 0.0)
+            trouble.add_metric(values, float(state.trouble is not None))
+            refused.add_metric(values, float(state.refused))
+            for dataset, count in state.rows.items():
+                rows.add_metric([*values, dataset], float(count))
+            for code, count in state.errors.items():
+                errors.add_metric([*values, code], float(count))
     yield from (lag, age, behind, trouble, refused, rows, errors)
 
 
@@ -391,7 +407,7 @@ def _journal_bytes(shards: Sequence[_Shard]) -> Metric:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files below a folder take on the disk; those that go meanwhile count nothing."""
+    """Allocated bytes of all files below a folder; files that vanish meanwhile count zero."""
     total = 0
     for base, _, names in os.walk(folder):
         for name in names:
@@ -404,17 +420,17 @@ def folder_bytes(folder: Path) -> int:
 
 def _disks(settings: Settings) -> Iterator[Metric]:
     free = GaugeMetricFamily(
-        "kalshi_disk_free_bytes", "Free space where a folder is.", labels=["folder"]
+        "kalshi_disk_free_bytes", "Free bytes on the disk of a folder.", labels=["folder"]
     )
     size = GaugeMetricFamily(
-        "kalshi_disk_size_bytes", "Size of the file system where a folder is.", labels=["folder"]
+        "kalshi_disk_size_bytes", "Size in bytes of the file system of a folder.", labels=["folder"]
     )
     folders = {"data": settings.data_dir}
-    if settings.archive_base is None:  # object storage has no end
+    if settings.archive_base is None:  # object storage does not fill up
         folders["archive"] = settings.archive_dir
     for name, folder in folders.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        usage = shutil.disk_usage(there)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(existing)
         free.add_metric([name], float(usage.free))
         size.add_metric([name], float(usage.total))
     yield free

@@ -1,4 +1,7 @@
-"""Which shards are to be supervised: the configured ones, and former ones that are not drained."""
+"""Which shards are supervised: the configured ones, and former ones that are not drained yet.
+
+A shard is drained when its streamer stopped with every record in every store.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,27 @@ from kalshi_platform.health import health_report
 
 
 def supervised(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
-    """The shards that somebody has to look after: the configured ones, and who is `left_over`."""
+    """The configured shards and those that `left_over` returns."""
     return [*range(configured), *left_over(journals, configured, stores)]
 
 
 def left_over(journals: Path, configured: int, stores: Collection[str]) -> list[int]:
-    """The shards that are no longer configured and have not been drained: a store may lack records."""
+    """The shards that are no longer configured but not drained: a store may lack their records."""
     return [
         k
         for k in watermarks.shards(journals)
-        if k >= configured and not _ended_whole(journals / f"shard-{k}", stores)
+        if k >= configured and not _drained(journals / f"shard-{k}", stores)
     ]
 
 
-def _ended_whole(folder: Path, stores: Collection[str]) -> bool:
-    """Whether the last streamer of a journal stopped with everything in every store."""
+def _drained(folder: Path, stores: Collection[str]) -> bool:
+    """Whether a journal's last streamer stopped with every record in every store."""
     try:
-        said = typed_json.convert(health_report.read(folder), _Stopped)
+        report = typed_json.convert(health_report.read(folder), _Report)
     except (OSError, ValueError):
         return False
-    return said.state == "stopped" and all(
-        (store := said.stores.get(name)) is not None and store.lag == 0 for name in stores
+    return report.state == "stopped" and all(
+        (store := report.stores.get(name)) is not None and store.lag == 0 for name in stores
     )
 
 
@@ -41,8 +44,8 @@ class _Lag(msgspec.Struct):
     lag: int
 
 
-class _Stopped(msgspec.Struct):
-    """What is looked at of a streamer's report."""
+class _Report(msgspec.Struct):
+    """The part of a health report that is read here."""
 
     state: str
     stores: dict[str, _Lag]

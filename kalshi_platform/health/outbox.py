@@ -1,11 +1,11 @@
-"""The outbox: hands messages to their channels while nobody waits, and remembers what came of them.
+"""The outbox: delivers messages to their channels in the background, and keeps the outcomes.
 
-A look at the platform (`incidents.py`) decides and writes down; the sending happens here, each message in a
-process of its own that is killed when its time is over. Nothing less bounds it: a name server, a TLS handshake
-or a server that sends a byte now and then can each hold a thread for as long as they like.
+`incidents.py` decides what to send and records it in the ledger; sending happens here. Each message is delivered
+by a process of its own, which is killed at its deadline. No thread could be bounded so: name resolution, a TLS
+handshake, or a server that sends a byte now and then can block it for any time.
 
-Each notice is told once: what has been told is not sent again when the ledger of a look was lost. Only an end
-of this process between a delivery and the next look repeats a message, under the same id.
+Each notice is delivered once, even if a tick's ledger is lost. Only if this process ends between a delivery and
+the next tick is a message repeated, with the same id.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from kalshi_platform.health.channels import Channel, ChannelError, Message, Task
 from kalshi_platform.health.incidents import Event, Ledger, Mailbox, Notice
 
 LIMIT_S = 20.0
-"""For one message, its second try included."""
+"""Deadline of one delivery in seconds, retries included."""
 RECENT_S = 1800.0
-"""What was told so lately is not told again; later it may have begun again."""
+"""A notice that was delivered this recently is a repeat; after that the incident may have begun again."""
 MOST_REMEMBERED = 1000
-"""Incidents of which is known what each channel was told; the oldest are forgotten first."""
+"""Incidents whose last notice is remembered per channel; the oldest are dropped first."""
 
 
 @dataclass
@@ -36,25 +36,27 @@ class _Delivery:
     message: Message
     over: bool = False
     error: str | None = None
-    """Why it was not taken; None while it is under way, and when it was taken."""
+    """Why the message was not accepted; None while it is being sent, and if it was accepted."""
 
 
 class Outbox:
-    """The deliveries of one process: at most one of each channel at a time."""
+    """The deliveries of one process, at most one per channel at a time."""
 
     def __init__(self, deliver: Callable[[Channel, Message], None] | None = None) -> None:
         """`deliver` raises `ChannelError`; the default is `deliver_in_time`."""
         self._deliver = deliver or deliver_in_time
         self._deliveries: dict[str, _Delivery] = {}
-        self._told: dict[str, OrderedDict[str, Notice]] = {}
-        """What each channel was told last of each incident, by its key."""
+        self._delivered: dict[str, OrderedDict[str, Notice]] = {}
+        """By channel and incident key, the last notice that was delivered."""
         self._changed = threading.Condition()
 
     def step(self, ledger: Ledger, channels: Sequence[Channel], now: float) -> Ledger:
-        """Note in the ledger what came of the last messages, and begin with those that wait. Never waits."""
+        """Record the outcomes of finished deliveries and start those of waiting notices. Never blocks."""
         with self._changed:
-            for name in {*self._told, *self._deliveries} - {each.name for each in channels}:
-                self._told.pop(name, None)
+            for name in {*self._delivered, *self._deliveries} - {
+                channel.name for channel in channels
+            }:
+                self._delivered.pop(name, None)
                 self._deliveries.pop(name, None)
             return Ledger(
                 ledger.incidents,
@@ -65,21 +67,21 @@ class Outbox:
             )
 
     def forget(self) -> None:
-        """What is open is told again: somebody has emptied the ledger."""
+        """Forget past deliveries, so that open incidents are reported again after a reset of the ledger."""
         with self._changed:
-            self._told.clear()
+            self._delivered.clear()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until nothing is under way; whether that came in time."""
+        """Wait until no delivery is running; False if that takes longer than `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: all(each.over for each in self._deliveries.values()), timeout_s
+                lambda: all(delivery.over for delivery in self._deliveries.values()), timeout_s
             )
 
     def _step(self, channel: Channel, box: Mailbox, now: float) -> Mailbox:
         last = self._deliveries.get(channel.name)
         if last is not None and not last.over:
-            return box  # also where the ledger knows nothing of it: one at a time
+            return box  # one at a time, also if the ledger does not know of the delivery
         if box.sending:
             if last is None or last.message.notices != box.sending:
                 box = box.returned()
@@ -87,20 +89,20 @@ class Outbox:
                 box = box.failed(now, last.error)
             else:
                 box = box.delivered(now)
-        box = self._without_told(channel.name, box)
+        box = self._without_delivered(channel.name, box)
         if not box.may_send(now):
             return box
         box = box.begun()
         self._begin(channel, message_of(channel.name, box))
         return box
 
-    def _without_told(self, name: str, box: Mailbox) -> Mailbox:
-        """A ledger that was lost finds its notices again: those that were told are left out."""
-        told: Mapping[str, Notice] = self._told.get(name, {})
+    def _without_delivered(self, name: str, box: Mailbox) -> Mailbox:
+        """Remove waiting notices that were delivered already: a ledger that was lost produces them again."""
+        delivered: Mapping[str, Notice] = self._delivered.get(name, {})
         waiting = tuple(
             notice
             for notice in box.waiting
-            if (last := told.get(notice.condition.key)) is None or not _repeats(notice, last)
+            if (last := delivered.get(notice.condition.key)) is None or not _repeats(notice, last)
         )
         return msgspec.structs.replace(box, waiting=waiting)
 
@@ -123,16 +125,16 @@ class Outbox:
             self._changed.notify_all()
 
     def _remember(self, name: str, message: Message) -> None:
-        told = self._told.setdefault(name, OrderedDict())
+        delivered = self._delivered.setdefault(name, OrderedDict())
         for notice in message.notices:
-            told[notice.condition.key] = notice
-            told.move_to_end(notice.condition.key)
-        while len(told) > MOST_REMEMBERED:
-            told.popitem(last=False)
+            delivered[notice.condition.key] = notice
+            delivered.move_to_end(notice.condition.key)
+        while len(delivered) > MOST_REMEMBERED:
+            delivered.popitem(last=False)
 
 
 def _repeats(notice: Notice, last: Notice) -> bool:
-    """Whether a notice says nothing that a channel was not told by `last`, of the same key."""
+    """Whether a notice adds nothing to `last`, the delivered notice of the same incident."""
     if notice.condition.since != last.condition.since:
         return False
     if last.event is Event.RESOLVED:
@@ -144,17 +146,17 @@ def _repeats(notice: Notice, last: Notice) -> bool:
 
 
 def message_of(channel: str, box: Mailbox) -> Message:
-    """What is being sent to a channel; the same notices give the same id."""
+    """The message of a mailbox's notices; equal notices give an equal id."""
     digest = hashlib.sha256(channel.encode() + msgspec.json.encode(box.sending))
     return Message(box.sending, box.dropped, id=digest.hexdigest()[:32])
 
 
 def deliver_in_time(channel: Channel, message: Message, limit_s: float = LIMIT_S) -> None:
-    """Send a message, in a process that has so long. Raises `ChannelError` where it was not taken."""
+    """Send a message in a process with a deadline. Raises `ChannelError` if it was not accepted."""
     argv = [sys.executable, "-m", "kalshi_platform.health.deliver"]
     task = msgspec.json.encode(
         Task(channel, message)
-    )  # by a pipe: arguments are everybody's to read
+    )  # by a pipe, since every user can read a process's arguments
     try:
         done = subprocess.run(  # noqa: S603
             argv,
@@ -166,7 +168,7 @@ def deliver_in_time(channel: Channel, message: Message, limit_s: float = LIMIT_S
         )
     except subprocess.TimeoutExpired:
         raise ChannelError(
-            f"{channel.where} did not take the message within {limit_s:.0f} s, and was left."
+            f"{channel.where} did not accept the message within {limit_s:.0f} s; it is sent again later."
         ) from None
     except OSError as error:
         raise ChannelError(

@@ -1,11 +1,11 @@
-"""When the platform asked its own processes to end: what tells a planned SIGTERM from one that it did not send.
+"""A record of when the platform stopped its own processes, to recognise a planned SIGTERM.
 
-`up` and the platform's code server note the time when they ask, and a run that was asked finds it shortly before its
-own end. Where nothing can be read, no stop is known of. Whether a run's code server notes its stops at all is not said
-here (`run_failures.py` knows).
+`up` and the platform's code server note the time when they stop; a run that was stopped finds such a time shortly
+before its own end. An unreadable file counts as no stop. Whether a run's code server notes its stops at all is
+decided in `run_failures.py`.
 
-`begin` makes the file in its whole size, which it keeps, and a note is written in place: a full disk takes it. (A file
-system that copies on write, such as btrfs or APFS, needs room all the same.)
+`begin` creates the file in its full, final size, and notes are written in place, so that a full disk does not
+prevent them. (A copy-on-write file system, such as btrfs or APFS, needs free space even so.)
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ import msgspec
 from kalshi_platform import durable, typed_json
 
 KEPT = 64
-"""Stops that are remembered. A run's end is judged again for a day, and a day has fewer."""
+"""Stops that are kept. A run's end is classified for a day, and a day has fewer stops."""
 SIZE = 2048
-"""Bytes of the file: each time takes at most 20."""
+"""Bytes of the file; a time takes at most 20."""
 TOGETHER_S = 3.0
-"""What belongs to one stop comes within so long: the notes of `up` and of the code server, and, where a whole container
-gets the signal at once, the end of a run before the note. A run that is made so soon after a note is still made by what
-ends."""
+"""Seconds within which the notes of `up` and of the code server are one stop. If a whole container receives the signal,
+a run may end this long before the note. A run created this soon after a note was still created by the old process."""
 ASKED_S = 60.0
-"""A run that was asked ends within so long of the note: the code server asks 10 s after it was asked itself, and
-containers are killed after 60 s (`stop_grace_period`, `terminationGracePeriodSeconds`)."""
+"""Seconds after the note within which a stopped run ends: the code server stops its runs 10 s after its own signal,
+and containers are killed after 60 s (`stop_grace_period`, `terminationGracePeriodSeconds`)."""
 
 SOCKET = "code.sock"
-"""The name of the socket of `up`'s code server; `dagster dev` gives its own a name by chance."""
+"""The socket name of `up`'s code server; `dagster dev` gives its own a random name."""
 
 asked_here = threading.Event()
-"""Set where this very process, a code server, was asked to end."""
+"""Set in a code server that has received a stop signal."""
 
 
 def begin(data_dir: Path) -> None:
-    """Make the file, or make it whole, so that stops can be noted. Raises `OSError`."""
+    """Create the file, or restore its size, so that stops can be noted. Raises `OSError`."""
     path = _path(data_dir)
     if not path.exists() or path.stat().st_size != SIZE:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +45,7 @@ def begin(data_dir: Path) -> None:
 
 
 def note(data_dir: Path) -> None:
-    """The processes of the platform are asked to end now. Raises `OSError`."""
+    """Note that the platform's processes are being stopped now. Raises `OSError`."""
     begin(data_dir)
     now, times = round(time.time(), 3), _times(data_dir)
     if times and 0.0 <= now - times[-1] <= TOGETHER_S:
@@ -56,13 +55,13 @@ def note(data_dir: Path) -> None:
 
 
 def planned(data_dir: Path, created: float, ended: float) -> bool:
-    """Whether a run that was created and ended then (seconds since the epoch) was asked to by the platform."""
+    """Whether the platform stopped a run with these times of creation and end (seconds since the epoch)."""
     first = max(created - TOGETHER_S, ended - ASKED_S)
     return any(first <= at <= ended + TOGETHER_S for at in _times(data_dir))
 
 
 def _times(data_dir: Path) -> list[float]:
-    """The stops that were noted, in this order; none where that cannot be read."""
+    """The noted stops, oldest first; empty if they cannot be read."""
     try:
         return typed_json.decode(_path(data_dir).read_bytes(), list[float])
     except (OSError, msgspec.DecodeError):

@@ -1,4 +1,7 @@
-"""What `streamer_supervisor` found at its last tick, for `up` and `doctor`, which cannot see into Dagster."""
+"""The last result of the sensor `streamer_supervisor`, as a file for `up` and `doctor`.
+
+Those two cannot read Dagster's storage. The decisions themselves are made in `orchestration/supervisor.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ import msgspec
 from kalshi_platform import typed_json
 
 TICKING_S = 60.0
-"""A supervisor that lives notes what it found every 5 s or so."""
+"""A running supervisor writes its result about every 5 s."""
 
 
 class Supervised(msgspec.Struct, frozen=True):
-    """One shard."""
+    """The supervisor's decision about one shard."""
 
     reason: str
-    """What was decided, and why."""
+    """The decision and its reason."""
     failures: int = 0
-    """Runs that have failed in a row."""
+    """Consecutive failed runs."""
     why: str = ""
     """Why the last of them failed."""
 
 
 class Supervision(msgspec.Struct, frozen=True):
-    """All shards, by number."""
+    """The decisions about all shards, by number."""
 
     at: float
     """Seconds since the epoch."""
@@ -33,12 +36,12 @@ class Supervision(msgspec.Struct, frozen=True):
 
     @property
     def ticking(self) -> bool:
-        """Whether the supervisor is at work, so that a streamer is to be expected."""
+        """Whether the supervisor is running, so that it will start streamers."""
         return time.time() - self.at < TICKING_S
 
 
 def note(data_dir: Path, found: Supervision) -> None:
-    """Leave what was found. Raises `OSError`."""
+    """Write the result. Raises `OSError`."""
     path = _path(data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -47,7 +50,7 @@ def note(data_dir: Path, found: Supervision) -> None:
 
 
 def read(data_dir: Path) -> Supervision | None:
-    """What was found last; None where no supervisor has looked, or what it left cannot be read."""
+    """The last result; None if no supervisor has run, or the file cannot be read."""
     try:
         return typed_json.decode(_path(data_dir).read_bytes(), Supervision)
     except (OSError, msgspec.DecodeError):

@@ -103,7 +103,7 @@ def _outbox() -> "Outbox":
 def _troubles(ledger: Ledger) -> list[str]:
     """What each channel that does not take its messages says, and how many wait for it."""
     return [
-        f"{name}: {box.trouble} {box.untold} notices wait for it."
+        f"{name}: {box.trouble} {box.undelivered} notices wait for it."
         for name, box in ledger.mailboxes.items()
         if box.trouble
     ]

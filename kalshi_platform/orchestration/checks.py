@@ -110,7 +110,7 @@ def order_book_checks(
             context.log.warning(f"The checks that need ClickHouse are left as they were. {away}")
     else:
         for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
-            yield _passed(name, "Nothing to judge: ClickHouse is not used (USE_CLICKHOUSE=0).")
+            yield _passed(name, "Nothing to check: ClickHouse is not used (USE_CLICKHOUSE=0).")
     if "fresh" in wanted:
         newest = hot.newest if hot is not None and not hot.empty else None
         yield _fresh(health, newest, now, away, damaged, configured=settings.stream_shards)
@@ -220,7 +220,7 @@ def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
         )
         return _failed("hot_cold_parity", ERROR, said, metadata)
     if not (found.equal or found.behind or found.waiting):
-        return _passed("hot_cold_parity", "Nothing to judge: no hour is sealed and hot yet.")
+        return _passed("hot_cold_parity", "Nothing to check: no hour is sealed and hot yet.")
     said = f"{found.equal} sealed hours are the same in both stores."
     if found.waiting:
         said += f" {found.waiting} wait for their turn."
@@ -369,7 +369,7 @@ def _proved(instance: dg.DagsterInstance) -> datetime | None:
 
 
 def _nothing(name: str) -> dg.AssetCheckResult:
-    return _passed(name, "Nothing to judge: ClickHouse has no rows yet.")
+    return _passed(name, "Nothing to check: ClickHouse has no rows yet.")
 
 
 def _passed(

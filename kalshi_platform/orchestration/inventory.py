@@ -186,7 +186,7 @@ def _passed(name: str, notice: str) -> dg.AssetCheckResult:
         passed=True,
         asset_key=_CHECKED[name][0],
         check_name=name,
-        description=markdown(f"Nothing to judge: {notice}"),
+        description=markdown(f"Nothing to check: {notice}"),
     )
 
 

@@ -105,9 +105,9 @@ def _kept(settings: "Settings") -> Mapping[str, Any]:
     metadata: dict[str, Any] = {}
     found = growth.measure(settings)
     for each in found:
-        metadata[f"{each.what} (bytes)"] = MetadataValue.int(each.bytes)
+        metadata[f"{each.name} (bytes)"] = MetadataValue.int(each.bytes)
         if each.per_day is not None:
-            metadata[f"{each.what} (bytes a day)"] = MetadataValue.int(round(each.per_day))
+            metadata[f"{each.name} (bytes a day)"] = MetadataValue.int(round(each.per_day))
     here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
     free = growth.free_bytes(settings.data_dir)
     metadata["free (bytes)"] = MetadataValue.int(free)

@@ -383,7 +383,7 @@ LONG_AGO = 10**9
         ({"state": "stopped", "pid_started": 1.0}, "✗", r"was stopped \d s ago"),
         ({"state": "stopped", "updated_ns": LONG_AGO}, "✗", "was stopped"),
         ({"state": "blocked", "trouble": "Make room."}, "✗", "3,400,000 bytes .* Make room"),
-        ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "The disk does not take what comes"),
+        ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "The disk does not accept writes"),
         ({"pid_started": 1.0}, "✗", "process .* is gone"),
         ({"updated_ns": LONG_AGO}, "✗", "hangs"),
         ({"oldest_undurable_ms": 24_000}, "✗", "is not durable yet"),

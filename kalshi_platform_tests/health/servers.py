@@ -1,4 +1,4 @@
-"""A web server and a mail server that keep what they are sent, or refuse it as they are told."""
+"""A web server and a mail server that keep what they receive, or refuse it as configured."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 
 class Web:
-    """What came, and the statuses to answer with: the last one for ever."""
+    """The received requests, and the statuses to answer with; the last one repeats."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.asked = 0
         self.headers: Mapping[str, str] = {}
-        """Of the last request."""
+        """The body of the last request."""
         self.statuses = [200]
         self.url = ""
 
 
 @contextmanager
 def web_server() -> Iterator[Web]:
-    """On a free port of the loopback interface."""
+    """A web server on a free port of the loopback interface."""
     web = Web()
 
     class Handler(BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ def web_server() -> Iterator[Web]:
 
 @contextmanager
 def socket_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A port at which each caller is talked to in a thread of its own, until the caller or the test ends."""
+    """A port that serves each connection in a thread of its own, until the client or the test ends."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def meet(caller: socket.socket) -> None:
@@ -84,7 +84,7 @@ def socket_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 class Mail:
-    """What came, and what is answered to it."""
+    """The received mails, and the answers to give."""
 
     def __init__(self) -> None:
         self.messages: list[EmailMessage] = []
@@ -100,13 +100,13 @@ class Mail:
             content = envelope.content
             assert isinstance(content, bytes)
             self.messages.append(message_from_bytes(content, policy=policy.default))
-            self.recipients.append([str(each) for each in envelope.rcpt_tos])
+            self.recipients.append([str(address) for address in envelope.rcpt_tos])
         return self.answer
 
 
 @contextmanager
 def mail_server(user: str = "", password: str = "") -> Iterator[Mail]:
-    """On a free port of the loopback interface, without TLS; with a user it asks for the password."""
+    """A mail server on a free port of the loopback interface, without TLS; with a user it requires a password."""
     mail = Mail()
 
     def authenticate(*args: Any) -> AuthResult:
@@ -116,7 +116,7 @@ def mail_server(user: str = "", password: str = "") -> Iterator[Mail]:
         return AuthResult(success=good, handled=False)
 
     class Server(Controller):
-        def _trigger_server(self) -> None:  # it would dial port 0
+        def _trigger_server(self) -> None:  # it would connect to port 0
             assert isinstance(self.server, asyncio.Server)
             mail.port = self.port = self.server.sockets[0].getsockname()[1]
             super()._trigger_server()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Real servers get the messages; one that is down is named without its secret."""
+"""Messages reach real servers; an error about a server never shows its secret address."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def email(port: int, **values: Any) -> Email:
     return Email("127.0.0.1", port, sender="platform@x.test", to=("a@x.test", "b@x.test"), **given)
 
 
-def test_a_message_says_what_is_wrong_since_when_what_to_do_and_where_to_look() -> None:
+def test_a_message_has_fault_start_remedy_and_link() -> None:
     text = Message((OPENED,), host="recorder-1").text
     assert "[CRITICAL] Feed of shard 0: streamer down" in text
     assert CONDITION.sentence in text
@@ -109,7 +109,7 @@ HOSTILE = msgspec.structs.replace(
 )
 
 
-def test_text_from_elsewhere_is_no_markup_and_forges_no_line(web: Web, mail: Mail) -> None:
+def test_foreign_text_is_no_markup_and_forges_no_line(web: Web, mail: Mail) -> None:
     message = Message((Notice(Event.OPENED, HOSTILE, 1_800_000_090.0),))
     for channel in (Slack(web.url), Webhook(web.url), email(mail.port)):
         channel.send(message)
@@ -125,9 +125,9 @@ def test_text_from_elsewhere_is_no_markup_and_forges_no_line(web: Web, mail: Mai
     assert "\x1b" not in sent.get_content()
 
 
-def test_an_address_that_sends_elsewhere_is_not_followed(web: Web) -> None:
+def test_redirects_are_not_followed(web: Web) -> None:
     web.statuses = [307]
-    with pytest.raises(ChannelError, match="HTTP 307: it wants the message elsewhere"):
+    with pytest.raises(ChannelError, match="HTTP 307: redirects are not followed"):
         Webhook(web.url).send(Message((OPENED,)))
     assert web.asked == 1
 
@@ -153,7 +153,7 @@ def test_a_mail_server_that_refuses_is_quoted(mail: Mail) -> None:
         email(mail.port).send(Message((OPENED,)))
 
 
-def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(web: Web) -> None:
+def test_a_busy_server_is_retried_and_one_that_refuses_is_not(web: Web) -> None:
     web.statuses = [503, 200]
     Slack(web.url).send(Message((OPENED,)))
     assert (web.asked, len(web.bodies)) == (2, 1)
@@ -172,7 +172,11 @@ def test_settings_name_the_channels(web: Web) -> None:
         alert_email_from="platform@x.test",
         smtp_host="mail.x.test",
     )
-    assert [each.name for each in channels.configured(settings)] == ["slack", "webhook", "email"]
+    assert [channel.name for channel in channels.configured(settings)] == [
+        "slack",
+        "webhook",
+        "email",
+    ]
     assert "s3cr3t" not in repr(settings)
     assert not channels.configured(platform_settings.load(_env_file=None))
 

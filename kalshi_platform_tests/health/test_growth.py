@@ -1,4 +1,4 @@
-"""How fast what is kept grows, and when the disk is full."""
+"""Growth rates of the stored data, and the forecast of a full disk."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from kalshi_platform_tests.simulator_fixtures import StartSimulator
 from kalshi_platform_tests.small_disk import small_disk
 
 
-def of(size: int, per_day: float | None, settles_at: float | None = None) -> Growth:
+def growth_of(size: int, per_day: float | None, settles_at: float | None = None) -> Growth:
     return Growth("it", size, per_day, settles_at, None)
 
 
 @pytest.mark.parametrize(
     ("growths", "free", "days"),
     [
-        ([of(0, 10)], 100, 10),
-        ([of(0, 10), of(0, 10)], 100, 5),
-        ([of(0, 10, 50)], 100, None),  # it settles before
-        ([of(0, 10, 50), of(0, 1)], 100, 50),
-        ([of(80, 10, 50)], 1, None),  # it has more than it will settle at
-        ([of(5, None)], 1, None),
-        ([of(0, 200)], 100, 0.5),
-        ([of(0, 10, 50), of(0, 10)], 60, 3),
-        ([of(0, 10, 50), of(0, 10)], 110, 6),
+        ([growth_of(0, 10)], 100, 10),
+        ([growth_of(0, 10), growth_of(0, 10)], 100, 5),
+        ([growth_of(0, 10, 50)], 100, None),  # it settles before
+        ([growth_of(0, 10, 50), growth_of(0, 1)], 100, 50),
+        ([growth_of(80, 10, 50)], 1, None),  # it has more than it will settle at
+        ([growth_of(5, None)], 1, None),
+        ([growth_of(0, 200)], 100, 0.5),
+        ([growth_of(0, 10, 50), growth_of(0, 10)], 60, 3),
+        ([growth_of(0, 10, 50), growth_of(0, 10)], 110, 6),
         ([], 0, None),
     ],
 )
-def test_the_disk_is_full_when_what_grows_has_used_it_up(
+def test_days_until_full_follow_the_growing_data(
     growths: list[Growth], free: int, days: float | None
 ) -> None:
     assert days_until_full(growths, free) == days
@@ -78,12 +78,12 @@ def test_the_archive_grows_by_its_sealed_hours(tmp_path: Path) -> None:
                 parts=[],
             )
             LocalArchive(settings.archive_dir).write_manifest(manifest)
-    (it,) = [each for each in growth.measure(settings) if each.what == "Parquet archive"]
-    assert it.per_day == 2000 * 24
-    assert it.settles_at is None
+    (found,) = [item for item in growth.measure(settings) if item.name == "Parquet archive"]
+    assert found.per_day == 2000 * 24
+    assert found.settles_at is None
 
 
-def test_clickhouse_grows_by_the_rows_of_the_last_day_and_settles(
+def test_clickhouse_grows_by_the_last_days_rows_and_settles(
     clickhouse_url: str, clickhouse_database: str, tmp_path: Path
 ) -> None:
     settings = platform_settings.load(
@@ -100,30 +100,30 @@ def test_clickhouse_grows_by_the_rows_of_the_last_day_and_settles(
             " SELECT 'delta', now64(6) - toIntervalHour(12) + toIntervalSecond(number), 'T', 'yes',"
             " 0.5, 1, 1 FROM numbers(3600)"
         )
-        (it,) = [each for each in growth.measure(settings) if each.what == "ClickHouse"]
+        (found,) = [item for item in growth.measure(settings) if item.name == "ClickHouse"]
         table = client.query(
             "SELECT sum(bytes_on_disk) FROM system.parts WHERE active AND table = 'orderbook_events'"
             " AND database = currentDatabase()"
         ).first_row
     assert table is not None
-    assert it.per_day is not None
-    assert it.per_day >= 2 * int(table[0]) * 0.99  # half a day holds it all
-    assert it.settles_at == pytest.approx(10 * it.per_day)
-    assert it.path is None  # it is not in our folder
+    assert found.per_day is not None
+    assert found.per_day >= 2 * int(table[0]) * 0.99  # half a day holds it all
+    assert found.settles_at == pytest.approx(10 * found.per_day)
+    assert found.path is None  # the server's data is not in our folder
 
 
-def test_a_clickhouse_that_is_away_is_left_out(tmp_path: Path) -> None:
+def test_an_unreachable_clickhouse_is_left_out(tmp_path: Path) -> None:
     settings = platform_settings.load(
         _env_file=None, kalshi_data_dir=tmp_path, clickhouse_url="http://127.0.0.1:9"
     )
-    assert [each.what for each in growth.measure(settings)] == [
+    assert [item.name for item in growth.measure(settings)] == [
         "journal",
         "Parquet archive",
         "Dagster",
     ]
 
 
-def test_an_object_store_that_is_away_is_left_out_and_the_rest_is_told(tmp_path: Path) -> None:
+def test_an_unreachable_object_store_is_left_out(tmp_path: Path) -> None:
     settings = platform_settings.load(
         _env_file=None,
         kalshi_data_dir=tmp_path,
@@ -134,12 +134,12 @@ def test_an_object_store_that_is_away_is_left_out_and_the_rest_is_told(tmp_path:
         aws_access_key_id="id",
         aws_secret_access_key="key",
     )
-    assert [each.what for each in growth.measure(settings)] == ["journal", "Dagster"]
+    assert [item.name for item in growth.measure(settings)] == ["journal", "Dagster"]
     assert "Parquet archive cannot be asked" in doctor._growth(settings).text
 
 
 def recording_into(store: ObjectStore, simulator: Simulator, data: Path) -> Settings:
-    """Settings whose journal is kept for two seconds, once the store has it."""
+    """Settings whose journal is kept for two seconds after the store has it."""
     settings = platform_settings.load(
         _env_file=None,
         kalshi_data_dir=data,
@@ -159,7 +159,7 @@ def recording_into(store: ObjectStore, simulator: Simulator, data: Path) -> Sett
 
 
 class Ballast:
-    """Notes of random bytes for a journal, so many bytes a second whatever the machine does meanwhile."""
+    """Writes notes of random bytes to a journal at a constant rate, independent of the machine's load."""
 
     def __init__(self, streamer: Streamer, bytes_per_s: float) -> None:
         self._streamer = streamer
@@ -174,7 +174,7 @@ class Ballast:
         time.sleep(0.02)
 
 
-def test_a_disk_fills_when_the_forecast_says_while_a_store_is_away(
+def test_a_disk_fills_at_the_forecast_time_while_a_store_is_down(
     tmp_path: Path, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.journal.writer.SEGMENT_BYTES", 128 << 10)
@@ -195,7 +195,7 @@ def test_a_disk_fills_when_the_forecast_says_while_a_store_is_away(
             ballast.step()
         assert streamer.health().trouble is not None
         forecast_s = (growth.days_until_full(growth.measure(settings), free()) or 1e9) * 86_400
-        told = doctor._growth(settings)
+        finding = doctor._growth(settings)
         began = time.monotonic()
         while free() > 64 << 10:
             ballast.step()
@@ -203,8 +203,8 @@ def test_a_disk_fills_when_the_forecast_says_while_a_store_is_away(
         fact_s = time.monotonic() - began
         streamer.stop(3.0)
     assert forecast_s == pytest.approx(fact_s, rel=0.25)
-    assert told.mark is doctor.Mark.BAD
-    assert "the disk is full in 0 hours" in told.text
+    assert finding.mark is doctor.Mark.BAD
+    assert "the disk is full in 0 hours" in finding.text
 
 
 def test_dagsters_runs_of_the_last_day_are_its_growth(tmp_path: Path) -> None:
@@ -218,6 +218,6 @@ def test_dagsters_runs_of_the_last_day_are_its_growth(tmp_path: Path) -> None:
         path = folder / f"{hours_ago:08d}-0000-0000-0000-000000000000.db"
         path.write_bytes(b"x" * 40_960)
         os.utime(path, (now - 3600 * hours_ago,) * 2)
-    (it,) = [each for each in growth.measure(settings) if each.what == "Dagster"]
-    assert it.per_day == pytest.approx(2 * 40_960, rel=0.01)
-    assert it.settles_at == pytest.approx(2 * 40_960 * 7, rel=0.01)
+    (found,) = [item for item in growth.measure(settings) if item.name == "Dagster"]
+    assert found.per_day == pytest.approx(2 * 40_960, rel=0.01)
+    assert found.settles_at == pytest.approx(2 * 40_960 * 7, rel=0.01)

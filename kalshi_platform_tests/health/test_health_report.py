@@ -1,4 +1,4 @@
-"""A health report gets through whatever its disk does, whole, and at once."""
+"""A health report is published whole and at once, whatever its disk does."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ needs_memory = pytest.mark.skipif(
 )
 
 
-def report(who: Identity | None = None, **values: Any) -> bytes:
-    who = who or Identity.own()
-    return json.dumps({"pid": who.pid, "pid_started": who.started, **values}).encode()
+def report(process: Identity | None = None, **values: Any) -> bytes:
+    process = process or Identity.own()
+    return json.dumps({"pid": process.pid, "pid_started": process.started, **values}).encode()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A journal's folder, whose report in memory goes with the test."""
+    """A journal's folder; its report in memory is removed after the test."""
     yield tmp_path
     Publisher(tmp_path).withdraw()
 
 
-def test_where_none_has_run_there_is_no_report(folder: Path) -> None:
+def test_there_is_no_report_before_the_first_run(folder: Path) -> None:
     assert read(folder) is None
     assert read(folder / "nowhere") is None
 
 
-def test_the_file_alone_is_read_also_one_of_an_earlier_version(folder: Path) -> None:
+def test_the_file_alone_is_read_also_from_an_earlier_version(folder: Path) -> None:
     (folder / FILE).write_bytes(report(state="stopped"))
     assert (read(folder) or {})["state"] == "stopped"
     Publisher(folder).save(report(state="streaming"))
@@ -52,7 +52,7 @@ def test_the_file_alone_is_read_also_one_of_an_earlier_version(folder: Path) -> 
 
 
 @needs_memory
-def test_what_a_living_process_published_comes_before_the_file(folder: Path) -> None:
+def test_a_live_memory_copy_has_precedence_over_the_file(folder: Path) -> None:
     publisher = Publisher(folder)
     publisher.save(report(state="streaming"))
     publisher.publish(report(state="blocked"))
@@ -67,9 +67,7 @@ def test_what_a_living_process_published_comes_before_the_file(folder: Path) -> 
     [report(Identity(os.getpid(), 1.0), state="blocked"), b"", b"[]", b'{"pid": "x"}'],
     ids=["another process of that id", "empty", "a list", "no number"],
 )
-def test_what_a_dead_process_or_a_stranger_left_in_memory_hides_no_file(
-    folder: Path, left: bytes
-) -> None:
+def test_a_stale_or_foreign_memory_copy_hides_no_file(folder: Path, left: bytes) -> None:
     Publisher(folder).save(report(state="stopped"))
     memory_path(folder).write_bytes(left)
     assert (read(folder) or {})["state"] == "stopped"
@@ -77,7 +75,7 @@ def test_what_a_dead_process_or_a_stranger_left_in_memory_hides_no_file(
 
 @needs_memory
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
-def test_another_users_file_in_memory_is_not_believed_and_not_written(folder: Path) -> None:
+def test_another_users_memory_file_is_neither_read_nor_written(folder: Path) -> None:
     path = memory_path(folder)
     path.write_bytes(report(state="streaming"))
     os.chown(path, 4711, 4711)
@@ -133,7 +131,7 @@ def test_a_report_that_a_person_removed_is_written_again(folder: Path) -> None:
     assert (read(folder) or {})["n"] == 1
 
 
-def test_where_files_cannot_be_exchanged_they_are_replaced(
+def test_files_are_replaced_if_a_swap_is_unsupported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def not_offered(one: Path, other: Path) -> None:
@@ -146,7 +144,7 @@ def test_where_files_cannot_be_exchanged_they_are_replaced(
         assert (read(folder) or {})["n"] == n
 
 
-def test_a_full_disk_takes_neither_copy_away(tmp_path: Path) -> None:
+def test_a_full_disk_removes_neither_copy(tmp_path: Path) -> None:
     with small_disk(tmp_path, megabytes=4) as disk:
         publisher = Publisher(disk)
         publisher.save(report(n=0))
@@ -162,8 +160,8 @@ def test_a_full_disk_takes_neither_copy_away(tmp_path: Path) -> None:
 
 
 @needs_memory
-def test_a_report_is_read_at_once_while_its_process_does_nothing_else(folder: Path) -> None:
-    """The streamer's interpreter may be held by one thread for seconds, or the process be stopped."""
+def test_a_report_is_readable_while_its_process_is_busy(folder: Path) -> None:
+    """One thread may hold the streamer's interpreter for seconds, or the process may be suspended."""
     script = """
 import re, sys, threading, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An incident is told once when it has lasted, again at an interval, and once when it is over."""
+"""An incident sends one notice when it has lasted, reminders at an interval, and one when it is over."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from kalshi_platform.health.incidents import (
 )
 
 REMINDER_S = 3600.0
-A = Condition("a", "A is broken", "Mend it.", Severity.WARNING, since=0.0)
+A = Condition("a", "A is broken", "Repair it.", Severity.WARNING, since=0.0)
 
 
 class Story:
-    """Looks at an interval of 30 s; keeps what each channel has been told."""
+    """Evaluates conditions every 30 s, and keeps what each channel received."""
 
     def __init__(self, *channels: str) -> None:
         self.ledger = Ledger()
         self.channels = list(channels or ("one",))
         self.now = 0.0
-        self.told: dict[str, list[tuple[float, Event, str]]] = {}
+        self.delivered: dict[str, list[tuple[float, Event, str]]] = {}
         self.down: set[str] = set()
 
-    def look(self, *conditions: Condition, looks: int = 1) -> None:
-        for _ in range(looks):
-            self.ledger = read(write(self.ledger))  # as it survives in a cursor
+    def evaluate(self, *conditions: Condition, rounds: int = 1) -> None:
+        for _ in range(rounds):
+            self.ledger = read(write(self.ledger))  # as Dagster's cursor keeps it
             self.ledger = observe(self.ledger, conditions, self.channels, self.now, REMINDER_S)
             boxes = dict(self.ledger.mailboxes)
             for name, box in self.ledger.mailboxes.items():
@@ -50,113 +50,115 @@ class Story:
                 if name in self.down:
                     boxes[name] = begun.failed(self.now, "It is down.")
                     continue
-                told = self.told.setdefault(name, [])
-                told += [(self.now, each.event, each.condition.key) for each in begun.sending]
+                delivered = self.delivered.setdefault(name, [])
+                delivered += [
+                    (self.now, notice.event, notice.condition.key) for notice in begun.sending
+                ]
                 boxes[name] = begun.delivered(self.now)
             self.ledger = Ledger(self.ledger.incidents, boxes)
             self.now += 30.0
 
     def events(self, name: str = "one") -> list[Event]:
-        return [event for _, event, _ in self.told.get(name, [])]
+        return [event for _, event, _ in self.delivered.get(name, [])]
 
 
-def test_one_message_when_it_begins_and_one_when_it_is_over() -> None:
+def test_an_incident_has_one_message_at_each_end() -> None:
     story = Story()
-    story.look(A, looks=20)
+    story.evaluate(A, rounds=20)
     assert story.events() == [Event.OPENED]
-    story.look(looks=20)
+    story.evaluate(rounds=20)
     assert story.events() == [Event.OPENED, Event.RESOLVED]
     assert story.ledger.incidents == {}
 
 
-def test_what_goes_on_is_told_again_at_the_interval() -> None:
+def test_an_open_incident_is_reminded_of_at_the_interval() -> None:
     story = Story()
-    story.look(A, looks=int(2 * REMINDER_S / 30) + 1)
+    story.evaluate(A, rounds=int(2 * REMINDER_S / 30) + 1)
     assert story.events() == [Event.OPENED, Event.REMINDER, Event.REMINDER]
 
 
-def test_what_mends_itself_in_time_is_never_told() -> None:
+def test_a_condition_that_ends_in_time_sends_nothing() -> None:
     story = Story()
     patient = msgspec.structs.replace(A, after_s=60.0)
-    story.look(patient, looks=2)
-    story.look(looks=10)
+    story.evaluate(patient, rounds=2)
+    story.evaluate(rounds=10)
     assert story.events() == []
-    story.look(patient, looks=4)
+    story.evaluate(patient, rounds=4)
     assert story.events() == [Event.OPENED]
 
 
 def test_flapping_is_one_incident() -> None:
     story = Story()
     for _ in range(20):
-        story.look(A)
-        story.look(looks=int(CALM_S / 30) - 1)
+        story.evaluate(A)
+        story.evaluate(rounds=int(CALM_S / 30) - 1)
     assert story.events() == [Event.OPENED]
 
 
-def test_what_gets_worse_is_told_at_once() -> None:
+def test_a_worse_severity_is_reported_at_once() -> None:
     story = Story()
-    story.look(A)
-    story.look(msgspec.structs.replace(A, severity=Severity.CRITICAL), looks=3)
+    story.evaluate(A)
+    story.evaluate(msgspec.structs.replace(A, severity=Severity.CRITICAL), rounds=3)
     assert story.events() == [Event.OPENED, Event.REMINDER]
     assert counts(story.ledger) == {Severity.CRITICAL: 1, Severity.WARNING: 0}
 
 
-def test_since_is_the_earliest_that_was_ever_found() -> None:
+def test_since_is_the_earliest_time_found() -> None:
     story = Story()
     for since in (100.0, 50.0, 900.0):
-        story.look(msgspec.structs.replace(A, since=since))
+        story.evaluate(msgspec.structs.replace(A, since=since))
     assert story.ledger.incidents["a"].condition.since == 50.0
 
 
-def test_a_channel_that_is_down_is_told_later_and_the_other_at_once() -> None:
+def test_a_channel_that_is_down_delays_no_other() -> None:
     story = Story("one", "two")
     story.down = {"two"}
-    story.look(A, looks=3)
-    story.look(looks=10)
+    story.evaluate(A, rounds=3)
+    story.evaluate(rounds=10)
     assert story.events("one") == [Event.OPENED, Event.RESOLVED]
     assert story.events("two") == []
     story.down = set()
-    story.look(looks=40)
+    story.evaluate(rounds=40)
     assert story.events("two") == [Event.OPENED, Event.RESOLVED]
 
 
-def test_a_channel_that_is_new_is_told_what_is_open() -> None:
+def test_a_new_channel_receives_the_open_incidents() -> None:
     story = Story("one")
-    story.look(A, looks=3)
+    story.evaluate(A, rounds=3)
     story.channels = ["one", "two"]
-    story.look(A, looks=3)
+    story.evaluate(A, rounds=3)
     assert story.events("two") == [Event.OPENED]
     assert story.events("one") == [Event.OPENED]
 
 
-def test_a_channel_that_is_removed_is_forgotten() -> None:
+def test_a_removed_channel_loses_its_mailbox() -> None:
     story = Story("one", "two")
-    story.look(A)
+    story.evaluate(A)
     story.channels = ["one"]
-    story.look(A)
+    story.evaluate(A)
     assert set(story.ledger.mailboxes) == {"one"}
 
 
 def test_many_incidents_at_once_are_one_message() -> None:
     story = Story()
-    story.look(*(msgspec.structs.replace(A, key=str(i)) for i in range(50)))
-    assert len({at for at, _, _ in story.told["one"]}) == 1
-    assert len(story.told["one"]) == 50
+    story.evaluate(*(msgspec.structs.replace(A, key=str(i)) for i in range(50)))
+    assert len({at for at, _, _ in story.delivered["one"]}) == 1
+    assert len(story.delivered["one"]) == 50
 
 
-def test_a_channel_gets_no_more_than_its_share_of_messages_and_loses_none() -> None:
+def test_the_rate_limit_of_a_channel_loses_no_notice() -> None:
     story = Story()
     for i in range(40):
-        story.look(*(msgspec.structs.replace(A, key=str(k)) for k in range(i + 1)))
-    times = sorted({at for at, _, _ in story.told["one"]})
+        story.evaluate(*(msgspec.structs.replace(A, key=str(k)) for k in range(i + 1)))
+    times = sorted({at for at, _, _ in story.delivered["one"]})
     for first in times:
         assert sum(first <= at < first + 600 for at in times) <= MOST_IN_WINDOW
-    story.look(*(msgspec.structs.replace(A, key=str(k)) for k in range(40)), looks=40)
-    opened = [key for _, event, key in story.told["one"] if event is Event.OPENED]
+    story.evaluate(*(msgspec.structs.replace(A, key=str(k)) for k in range(40)), rounds=40)
+    opened = [key for _, event, key in story.delivered["one"] if event is Event.OPENED]
     assert sorted(opened, key=int) == [str(k) for k in range(40)]
 
 
-def test_a_mailbox_is_bounded_and_counts_what_it_lost() -> None:
+def test_a_mailbox_is_bounded_and_counts_dropped_notices() -> None:
     notices = [
         Notice(Event.OPENED, msgspec.structs.replace(A, key=str(i)), float(i))
         for i in range(MOST_WAITING + 7)
@@ -171,15 +173,15 @@ def test_a_mailbox_is_bounded_and_counts_what_it_lost() -> None:
     present=st.lists(st.booleans(), max_size=120),
     down=st.lists(st.booleans(), max_size=120),
 )
-def test_whatever_happens_opened_and_resolved_alternate_on_every_channel(
+def test_opened_and_resolved_alternate_on_every_channel(
     present: Sequence[bool], down: Sequence[bool]
 ) -> None:
     story = Story("one")
-    for there, away in zip(present, [*down, *[False] * len(present)], strict=False):
-        story.down = {"one"} if away else set()
-        story.look(*([A] if there else []))
+    for is_present, is_down in zip(present, [*down, *[False] * len(present)], strict=False):
+        story.down = {"one"} if is_down else set()
+        story.evaluate(*([A] if is_present else []))
     story.down = set()
-    story.look(looks=60)
+    story.evaluate(rounds=60)
     firm = [event for event in story.events() if event is not Event.REMINDER]
     assert firm[::2] == [Event.OPENED] * len(firm[::2])
     assert firm[1::2] == [Event.RESOLVED] * len(firm[1::2])

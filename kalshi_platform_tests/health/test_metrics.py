@@ -1,4 +1,4 @@
-"""The metrics of every shard, as Prometheus gets them, and the rules that are written for them."""
+"""The metrics of every shard as Prometheus scrapes them, and the alerting rules on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECOND_NS = 10**9
 
 
 def health(shard: int = 0, **values: Any) -> Health:
-    """What a streamer that is well says of itself, but for `values`."""
+    """The report of a healthy streamer, with `values` replaced."""
     own, now = Identity.own(), time.time_ns()
     store = StoreHealth(
         lag=7,
@@ -155,7 +155,7 @@ def test_a_report_that_cannot_be_read_spoils_no_other(settings: Settings, damage
     assert set(found["kalshi_frames_total"]) == {("0",)}
 
 
-def test_a_time_that_has_not_come_has_no_age(settings: Settings) -> None:
+def test_a_time_that_is_not_set_has_no_age(settings: Settings) -> None:
     leave(settings, health(last_frame_ns=0))
     assert "kalshi_last_frame_age_seconds" not in scrape(settings)
 
@@ -173,7 +173,7 @@ def test_what_the_alerts_sensor_saw_is_shown(settings: Settings) -> None:
     assert 45 <= found["kalshi_alerts_evaluated_age_seconds"][()] < 100
 
 
-def test_it_is_served_over_http_and_a_port_that_is_taken_is_named(settings: Settings) -> None:
+def test_metrics_are_served_and_a_taken_port_is_named(settings: Settings) -> None:
     leave(settings, health())
     thread, server = metrics.serve(settings, "127.0.0.1", 0)
     port = server.server_port
@@ -198,7 +198,7 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
-def test_a_rule_is_valid_and_asks_for_metrics_and_labels_that_there_are(
+def test_each_rule_is_valid_and_uses_existing_metrics(
     rule: dict[str, Any], settings: Settings
 ) -> None:
     assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
@@ -209,16 +209,16 @@ def test_a_rule_is_valid_and_asks_for_metrics_and_labels_that_there_are(
     metrics.note_incidents(settings.data_dir, {"critical": 0}, time.time())
     text = generate_latest(metrics.registry(settings)).decode()
     samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
-    there = {sample.name for sample in samples}
-    asked = set(re.findall(r"\bkalshi_\w+", rule["expr"]))
-    assert asked
-    assert asked <= there
-    labels = {name for s in samples if s.name in asked for name in s.labels}
-    said = " ".join(rule["annotations"].values())
-    assert set(re.findall(r"\$labels\.(\w+)", said)) <= labels
+    existing = {sample.name for sample in samples}
+    queried = set(re.findall(r"\bkalshi_\w+", rule["expr"]))
+    assert queried
+    assert queried <= existing
+    labels = {name for s in samples if s.name in queried for name in s.labels}
+    annotations = " ".join(rule["annotations"].values())
+    assert set(re.findall(r"\$labels\.(\w+)", annotations)) <= labels
 
 
-def test_every_rule_names_a_section_of_the_runbook_that_there_is() -> None:
+def test_every_rule_names_an_existing_runbook_section() -> None:
     runbook = (INFRA.parents[1] / "docs" / "operations.md").read_text()
     sections = set(re.findall(r"^#+ (.+)$", runbook, re.MULTILINE))
     assert {rule["annotations"]["runbook"] for rule in RULES} <= sections
@@ -231,7 +231,7 @@ def test_the_runbook_has_every_metric_and_no_other(settings: Settings) -> None:
     assert set(re.findall(r"`(kalshi_\w+)`", runbook)) == set(scrape(settings))
 
 
-def test_the_scrape_configuration_reads_the_rules_and_the_default_port() -> None:
+def test_the_scrape_configuration_has_the_rules_and_the_port() -> None:
     config = yaml.safe_load((INFRA / "prometheus.yml").read_text())
     assert config["rule_files"] == ["alerts.yml"]
     (job,) = config["scrape_configs"]

@@ -1,4 +1,4 @@
-"""Whatever a channel does, it is left in time, the others are told, and nothing is told twice."""
+"""A channel that hangs is abandoned at its deadline, delays no other, and no notice is sent twice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from kalshi_platform.health.outbox import Outbox, deliver_in_time
 from kalshi_platform_tests.health.servers import Web, socket_server, web_server
 
 NOW = 1_800_000_000.0
-CONDITION = Condition("a", "A is broken", "Mend it.", Severity.WARNING, since=NOW)
+CONDITION = Condition("a", "A is broken", "Repair it.", Severity.WARNING, since=NOW)
 MESSAGE = module.message_of(
     "webhook", observe(Ledger(), [CONDITION], ["webhook"], NOW, 60.0).mailboxes["webhook"].begun()
 )
@@ -56,7 +56,7 @@ def web() -> Iterator[Web]:
 
 
 def drip(caller: socket.socket) -> None:
-    """An answer that is never whole: a byte each tenth of a second."""
+    """Send an answer that never completes: a byte every tenth of a second."""
     caller.recv(1 << 16)
     caller.sendall(b"HTTP/1.1 ")
     for _ in count():
@@ -104,7 +104,7 @@ WAITING: dict[str, tuple[Callable[[socket.socket], None], Callable[[int], Channe
 def refused_in_time(
     talk: Callable[[socket.socket], None], channel: Callable[[int], Channel]
 ) -> str:
-    """Why a channel that has three seconds failed, as a sentence."""
+    """The sentence with which a channel fails at a deadline of three seconds."""
     with socket_server(talk) as port:
         began = time.monotonic()
         with pytest.raises(ChannelError) as refused:
@@ -113,20 +113,20 @@ def refused_in_time(
     return str(refused.value)
 
 
-def test_channels_that_make_us_wait_are_left_in_time() -> None:
-    """Side by side: they only wait."""
+def test_slow_channels_are_abandoned_at_the_deadline() -> None:
+    """The channels run in parallel, since they only wait."""
     with ThreadPoolExecutor(len(WAITING)) as pool:
-        waits = {name: pool.submit(refused_in_time, *each) for name, each in WAITING.items()}
+        waits = {name: pool.submit(refused_in_time, *case) for name, case in WAITING.items()}
     for name, wait in waits.items():
         sentence = wait.result()
         assert sentence.startswith(("The host of ALERT_", "The mail server 127.0.0.1:")), name
         assert "s3cr3t" not in sentence, name
 
 
-def test_a_name_server_that_does_not_answer_is_left_in_time(
+def test_a_silent_name_server_is_abandoned_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Looking a name up cannot be interrupted from within."""
+    """Name resolution cannot be interrupted from within a process."""
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(3600)\n"
     )
@@ -189,7 +189,7 @@ def test_the_secret_is_in_no_argument_of_the_process(monkeypatch: pytest.MonkeyP
 
 
 class Post:
-    """Channels that take what they are sent, or refuse it, or keep us waiting."""
+    """Channels that accept messages, refuse them, or hang."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, Message]] = []
@@ -228,7 +228,7 @@ def look(
     return ledger
 
 
-def test_a_channel_that_keeps_us_waiting_holds_up_neither_the_look_nor_another_channel() -> None:
+def test_a_slow_channel_delays_neither_the_tick_nor_other_channels() -> None:
     post = Post()
     post.slow = {"webhook"}
     post.waiting.clear()
@@ -245,14 +245,14 @@ def test_a_channel_that_keeps_us_waiting_holds_up_neither_the_look_nor_another_c
     assert post.events("webhook") == post.events("slack") == [(Event.OPENED, "a")]
 
 
-def test_what_a_channel_refuses_waits_for_it_with_the_reason_and_is_sent_later() -> None:
+def test_a_refused_message_waits_and_is_sent_later() -> None:
     post = Post()
     post.refusing = {"webhook"}
     outbox = Outbox(post)
     ledger = look(outbox, Ledger(), NOW, CONDITION)
     ledger = look(outbox, ledger, NOW + 1, CONDITION)
     box = ledger.mailboxes["webhook"]
-    assert (box.trouble, box.untold, box.failures) == ("It refuses.", 1, 1)
+    assert (box.trouble, box.undelivered, box.failures) == ("It refuses.", 1, 1)
     assert not ledger.mailboxes["slack"].trouble
     post.refusing = set()
     ledger = look(outbox, ledger, NOW + 1 + BACKOFF_S, CONDITION)
@@ -261,7 +261,7 @@ def test_what_a_channel_refuses_waits_for_it_with_the_reason_and_is_sent_later()
     assert post.events("webhook") == [(Event.OPENED, "a")]
 
 
-def test_a_process_that_ended_meanwhile_repeats_the_message_under_its_id() -> None:
+def test_a_restarted_process_repeats_the_message_with_its_id() -> None:
     post = Post()
     ledger = look(Outbox(post), Ledger(), NOW, CONDITION)
     look(Outbox(post), ledger, NOW + 30, CONDITION)
@@ -271,10 +271,8 @@ def test_a_process_that_ended_meanwhile_repeats_the_message_under_its_id() -> No
 
 
 @given(lost=st.lists(st.booleans(), min_size=6, max_size=12), refused=st.sets(st.integers(0, 12)))
-def test_however_often_a_ledger_is_lost_each_incident_is_told_once_and_its_end_too(
-    lost: list[bool], refused: set[int]
-) -> None:
-    """Half of the looks see the condition, then it is over; lost: the look's ledger was not kept."""
+def test_lost_ledgers_never_repeat_a_notice(lost: list[bool], refused: set[int]) -> None:
+    """Half of the ticks find the condition, then it is over; `lost` ticks do not keep their ledger."""
     post = Post()
     outbox, ledger, now = Outbox(post), Ledger(), NOW
     for n, is_lost in enumerate(lost):
@@ -284,7 +282,7 @@ def test_however_often_a_ledger_is_lost_each_incident_is_told_once_and_its_end_t
         ledger = ledger if is_lost else after
         now += CALM_S
     post.refusing = set()
-    for _ in range(4):  # these are kept
+    for _ in range(4):  # these ledgers are kept
         ledger = look(outbox, ledger, now)
         now += CALM_S
     for name in ("webhook", "slack"):
@@ -294,7 +292,7 @@ def test_however_often_a_ledger_is_lost_each_incident_is_told_once_and_its_end_t
         assert events.count(Event.OPENED) >= (not all(lost[: len(lost) // 2]) and not refused)
 
 
-def test_a_channel_that_is_configured_again_is_told_what_is_open() -> None:
+def test_a_channel_configured_again_receives_open_incidents() -> None:
     post = Post()
     outbox = Outbox(post)
     ledger = look(outbox, Ledger(), NOW, CONDITION)

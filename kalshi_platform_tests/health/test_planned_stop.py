@@ -33,24 +33,24 @@ def note_at(at: float, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         note(data)
 
 
-def test_only_who_was_there_when_it_was_asked_for_and_ended_soon_was_asked(
+def test_only_a_run_that_ends_soon_after_a_stop_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not planned(tmp_path, 100.0, 1500.0)  # nothing is known of any stop
+    assert not planned(tmp_path, 100.0, 1500.0)  # no stop was noted
     begin(tmp_path)
     assert not planned(tmp_path, 100.0, 1500.0)
     note_at(1500.0, tmp_path, monkeypatch)
     begin(tmp_path)  # the next start
     assert planned(tmp_path, 100.0, 1500.0)
     assert planned(tmp_path, 100.0, 1500.0 + ASKED_S)
-    assert not planned(tmp_path, 100.0, 1501.0 + ASKED_S)  # it went on long after that stop
+    assert not planned(tmp_path, 100.0, 1501.0 + ASKED_S)  # the run went on long after the stop
     assert planned(tmp_path, 100.0, 1500.0 - TOGETHER_S)
-    assert not planned(tmp_path, 100.0, 1499.0 - TOGETHER_S)  # it had ended before
+    assert not planned(tmp_path, 100.0, 1499.0 - TOGETHER_S)  # the run had ended before
     assert planned(tmp_path, 1500.0 + TOGETHER_S, 1510.0)
-    assert not planned(tmp_path, 1501.0 + TOGETHER_S, 1510.0)  # it was made afterwards
+    assert not planned(tmp_path, 1501.0 + TOGETHER_S, 1510.0)  # the run was created afterwards
 
 
-def test_who_ends_as_late_as_anything_lets_it_live_counts_as_asked() -> None:
+def test_a_run_that_ends_at_the_last_moment_counts_as_stopped() -> None:
     assert code_server.GRACE_S + DRAIN_S + TOGETHER_S < ASKED_S
     infra = Path(__file__).parents[2] / "infra"
     compose = yaml.safe_load((infra / "compose/compose.yaml").read_text())
@@ -60,10 +60,10 @@ def test_who_ends_as_late_as_anything_lets_it_live_counts_as_asked() -> None:
     assert [pod["terminationGracePeriodSeconds"] for pod in pods] == [ASKED_S]
 
 
-def test_the_last_stops_are_remembered_in_a_file_that_never_grows(
+def test_the_last_stops_are_kept_in_a_file_of_fixed_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them is noted by `up` and, a moment later, by the code server."""
+    """Each stop is noted by `up` and, a moment later, by the code server."""
     stops = [1e9 + 1000.123456789 * number for number in range(KEPT + 3)]
     for at in stops:
         note_at(at, tmp_path, monkeypatch)
@@ -82,9 +82,7 @@ def test_a_clock_that_is_set_back_hides_no_stop(
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[1.0", b"{}", b"5", b'["x"]', b"\0" * SIZE])
-def test_a_damaged_note_excuses_no_run_and_the_next_note_repairs_it(
-    tmp_path: Path, damaged: bytes
-) -> None:
+def test_a_damaged_file_excuses_no_run_and_is_repaired(tmp_path: Path, damaged: bytes) -> None:
     begin(tmp_path)
     file_of(tmp_path).write_bytes(damaged)
     assert not planned(tmp_path, 0.0, time.time())
@@ -93,7 +91,7 @@ def test_a_damaged_note_excuses_no_run_and_the_next_note_repairs_it(
     assert not planned_stop.asked_here.is_set()
 
 
-def test_a_file_of_another_size_is_made_whole_and_keeps_what_it_had(tmp_path: Path) -> None:
+def test_a_file_of_another_size_is_resized_and_keeps_its_stops(tmp_path: Path) -> None:
     file_of(tmp_path).parent.mkdir()
     file_of(tmp_path).write_bytes(b"[1500.0]".ljust(512))  # as an earlier version wrote it
     begin(tmp_path)

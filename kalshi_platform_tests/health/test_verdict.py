@@ -1,4 +1,4 @@
-"""Why nothing is new: every cause is told apart, with what to do about it."""
+"""Every cause of a stalled recording is recognised, with its remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ago(seconds: float, now: datetime = NOW) -> int:
 
 
 def report(now: datetime = NOW, **others: Any) -> dict[str, Any]:
-    """What a healthy streamer, this very process, says of itself."""
+    """The report of a healthy streamer, with the identity of this process."""
     store = {"lag": 0, "committed_ns": ago(1, now), "trouble": None, "refused": False}
     return {
         "pid": os.getpid(),
@@ -56,7 +56,7 @@ def lagging(name: str, **others: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("it", "verdict", "cause", "words"),
+    ("state", "verdict", "cause", "words"),
     [
         (report(), GOOD, "recording", "1 s old"),
         (report(state="quiet", last_frame_ns=ago(7200)), GOOD, "quiet", "heartbeats come"),
@@ -102,15 +102,15 @@ def lagging(name: str, **others: Any) -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_cause_is_told_apart(
-    it: dict[str, Any], verdict: Verdict, cause: str, words: str
+def test_each_cause_has_its_judgement(
+    state: dict[str, Any], verdict: Verdict, cause: str, words: str
 ) -> None:
-    judged = judge(it, NOW - timedelta(seconds=3), NOW)
+    judged = judge(state, NOW - timedelta(seconds=3), NOW)
     assert (judged.verdict, judged.cause) == (verdict, cause)
     assert words in judged.sentence
 
 
-def test_of_two_faults_the_worse_comes_first_and_the_other_is_told_too() -> None:
+def test_of_two_faults_the_worse_comes_first() -> None:
     away = lagging("clickhouse", lag=9_000, committed_ns=ago(600), trouble="It is away.")
     both = away | {"state": "connecting", "last_heard_ns": ago(216)}
     assert causes(both) == ["disconnected", "clickhouse behind"]
@@ -124,7 +124,7 @@ def test_of_two_faults_the_worse_comes_first_and_the_other_is_told_too() -> None
     ]
 
 
-def test_a_cause_hides_what_follows_from_it_and_nothing_else() -> None:
+def test_a_cause_hides_only_its_consequences() -> None:
     blocked = lagging("clickhouse", lag=9, committed_ns=ago(600))
     blocked |= {"state": "blocked", "last_heard_ns": ago(300), "markets": 3, "synced": 0}
     assert causes(blocked) == ["disk", "clickhouse behind"]
@@ -132,12 +132,12 @@ def test_a_cause_hides_what_follows_from_it_and_nothing_else() -> None:
     assert causes(report(updated_ns=ago(90), markets=3, synced=0)) == ["streamer hangs"]
 
 
-def test_books_that_never_come_are_an_error_once_they_had_time() -> None:
+def test_books_that_never_sync_are_an_error_after_a_while() -> None:
     assert causes(report(markets=3, synced=0)) == ["no books"]
     assert causes(report(markets=3, synced=0, started_ns=ago(30))) == ["recording"]
     assert causes(report(markets=3, synced=0, started_ns=ago(30)), DOCTOR) == ["no books"]
     away = report(markets=3, synced=0, state="connecting", last_heard_ns=ago(200))
-    assert causes(away) == ["disconnected"]  # which is why
+    assert causes(away) == ["disconnected"]  # which explains the missing frames
     assert causes(report(markets=3, synced=1)) == ["recording"]
 
 
@@ -150,8 +150,8 @@ def test_doctor_calls_what_does_not_record_now_an_error() -> None:
         assert judge(off, None, NOW, DOCTOR).verdict is ERROR
 
 
-def causes(it: dict[str, Any], profile: Profile = ALERTS) -> list[str]:
-    return [judged.cause for judged in judgements(it, None, NOW, profile)]
+def causes(report: dict[str, Any], profile: Profile = ALERTS) -> list[str]:
+    return [judged.cause for judged in judgements(report, None, NOW, profile)]
 
 
 def test_clickhouse_without_the_newest_rows_is_behind() -> None:
@@ -159,11 +159,11 @@ def test_clickhouse_without_the_newest_rows_is_behind() -> None:
     assert (judged.verdict, judged.cause) == (WARN, "clickhouse behind")
 
 
-def test_no_streamer_yet_is_nothing_to_judge(tmp_path: Path) -> None:
+def test_no_streamer_yet_is_nothing_to_check(tmp_path: Path) -> None:
     assert judge(health_report.read(tmp_path), None, NOW).cause == "nothing recorded"
 
 
-def test_maintenance_is_thursday_from_three_to_five_in_new_york_summer_and_winter() -> None:
+def test_maintenance_is_thursday_03_to_05_new_york_all_year() -> None:
     assert maintenance(MAINTENANCE)
     assert not maintenance(MAINTENANCE - timedelta(days=1))
     assert not maintenance(MAINTENANCE + timedelta(hours=1))
@@ -171,13 +171,13 @@ def test_maintenance_is_thursday_from_three_to_five_in_new_york_summer_and_winte
     assert not maintenance(datetime(2026, 7, 2, 9, tzinfo=UTC))
 
 
-def test_maintenance_excuses_an_exchange_that_is_away_but_no_dead_streamer() -> None:
+def test_maintenance_excuses_the_exchange_but_no_dead_streamer() -> None:
     away = report(MAINTENANCE, state="connecting", last_heard_ns=ago(3000, MAINTENANCE))
     assert judge(away, None, MAINTENANCE).cause == "maintenance"
     assert judge(away | {"pid_started": 1.0}, None, MAINTENANCE).verdict is ERROR
 
 
-def test_behind_is_what_the_load_says_and_not_a_moment_s_lag() -> None:
+def test_behind_follows_the_loader_not_a_moments_lag() -> None:
     assert not behind(lagging("clickhouse", lag=100), "clickhouse", NOW)
     assert behind(lagging("clickhouse", lag=100, committed_ns=ago(60)), "clickhouse", NOW)
     assert behind(lagging("clickhouse", lag=100, oldest_ns=ago(60)), "clickhouse", NOW)

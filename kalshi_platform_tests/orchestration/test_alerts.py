@@ -559,7 +559,10 @@ def test_a_channel_that_drips_holds_no_tick_and_is_named_by_a_later_one(
         assert time.monotonic() - began < 3.0
         assert waited(watch.outbox, 60)
         watch.tick(1)
-    assert "did not take the message within 4 s, and was left. 1 notices wait for it" in watch.said
+    assert (
+        "did not accept the message within 4 s; it is sent again later. 1 notices wait for it"
+        in watch.said
+    )
     assert SECRET not in watch.said
 
 

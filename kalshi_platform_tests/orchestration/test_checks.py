@@ -515,7 +515,7 @@ def test_with_nothing_recorded_or_no_clickhouse_the_checks_are_calm(empty: Platf
         assert set(found) == NAMES
         for each in found.values():
             assert each.passed
-            assert (each.description or "").startswith("Nothing to judge: ")
+            assert (each.description or "").startswith("Nothing to check: ")
 
 
 def test_with_clickhouse_away_fresh_says_so_and_the_others_keep_their_colour(

@@ -199,7 +199,7 @@ def assert_everyone_says_blocked(settings: Settings) -> None:
     check, _ = doctor.CHECKS["streamer"]
     finding = check(settings)
     assert finding.mark is doctor.Mark.BAD
-    assert finding.text.startswith("The disk does not take what comes: ")
+    assert finding.text.startswith("The disk does not accept writes: ")
     families = {each.name: each for each in metrics.registry(settings).collect()}
     (verdict,) = families["kalshi_feed_verdict"].samples
     assert (verdict.labels["cause"], verdict.value) == ("disk", 2.0)

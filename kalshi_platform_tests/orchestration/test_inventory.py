@@ -163,7 +163,7 @@ def test_without_a_market_maker_the_checks_pass_and_say_so(
     for platform in (resource(database), resource(database, use_clickhouse="0")):
         for each in run_checks(instance, platform).values():
             assert each.passed
-            assert (each.description or "").startswith("Nothing to judge: ")
+            assert (each.description or "").startswith("Nothing to check: ")
 
 
 def test_clickhouse_away_fails_the_run_with_a_sentence(
