@@ -149,11 +149,11 @@ def test_no_report_a_running_streamer_writes_it_again(exchange: tuple[Settings, 
         becomes(streamer, "recording")
     path.write_bytes(b"{")
     assert judged().cause == "no report"
-    assert "A living streamer writes it each second." in judged().sentence
+    assert "A running streamer writes it each second." in judged().sentence
     found = doctor._reported(settings, 0)
     assert (found.mark, found.remedy) == (
         doctor.Mark.BAD,
-        "remove it; a living streamer writes it each second",
+        "remove it; a running streamer writes it each second",
     )
     with recording(settings) as streamer:
         becomes(streamer, "recording")

@@ -80,10 +80,10 @@ def changes(
     ]
 
 
-def apply(client: Client, wanted: Iterable[Change], tell: Callable[[str], None]) -> None:
-    """Make the changes; `tell` is given each in words before it is made, and each is written down."""
+def apply(client: Client, wanted: Iterable[Change], notify: Callable[[str], None]) -> None:
+    """Make the changes; `notify` receives each in words before it is made, and each is recorded."""
     for change in wanted:
-        tell(str(change))
+        notify(str(change))
         _write_down(client, change)
         set_days(client, change)
 

@@ -134,13 +134,13 @@ def migrate(
     *,
     apply_retention: bool = False,
     accept_changed: bool = False,
-    tell: Callable[[str], None] = log.warning,
+    notify: Callable[[str], None] = log.warning,
 ) -> list[Migration]:
     """Create the database where it is missing and apply what is pending; returns what was applied.
 
     On a cluster (CLICKHOUSE_CLUSTER) the same files make replicated tables on every host and
     Distributed ones over them: see cluster.py. `apply_retention` makes HOT_RETENTION_DAYS that of the
-    tables even where it is only the default; `tell` is given what a change of retention deletes.
+    tables even where it is only the default; `notify` is given what a change of retention deletes.
     `accept_changed` takes an applied file that has changed since, where the tables are as the platform expects.
 
     Raises `StoreRefused` before anything is changed if a table or view of our names is another owner's,
@@ -174,14 +174,14 @@ def migrate(
             _record(client, migration, migration.checksum)
         _refuse_later(client, [s for s in stand if s.state is State.UNKNOWN])
         _insist_as_expected(client, of_tables)
-        _make_tables_again(client, missing, migrations, cluster, tell)
+        _make_tables_again(client, missing, migrations, cluster, notify)
         _make_views_again(client, migrations, means, changed)
         for migration in changed:
             _record(client, migration, migration.checksum)
-            tell(
+            notify(
                 f"{migration} was another file when it was applied: what it makes is as it is now."
             )
-        keep(client, settings, apply_retention=apply_retention, tell=tell)
+        keep(client, settings, apply_retention=apply_retention, notify=notify)
         _leave_statistics_out(client, cluster)
         return pending
     finally:
@@ -216,21 +216,21 @@ def keep(
     settings: Settings,
     *,
     apply_retention: bool = False,
-    tell: Callable[[str], None] = log.warning,
+    notify: Callable[[str], None] = log.warning,
 ) -> list[Change]:
     """Give the tables HOT_RETENTION_DAYS, where the setting was given; returns what was changed.
 
-    Where it is the default, a table keeps the retention that it has, and `tell` is given what the default
+    Where it is the default, a table keeps the retention that it has, and `notify` is given what the default
     would delete. Raises `StoreRefused` where a table of that name is not ours.
     """
     insist_ours(client, *RETAINED)
     found = hot_retention.changes(client, settings.hot_retention_days)
     if apply_retention or settings.hot_retention_given:
-        hot_retention.apply(client, found, tell)
+        hot_retention.apply(client, found, notify)
         return list(found)
     for change in found:
         if change.shortens:
-            tell(
+            notify(
                 f"Not changed, for HOT_RETENTION_DAYS is not set here: {change}."
                 " If that is wanted, set it or run kalshi-platform migrate --apply-retention."
             )
@@ -289,9 +289,9 @@ def _make_tables_again(
     missing: Collection[str],
     migrations: Iterable[Migration],
     cluster: Cluster | None,
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
-    """Run again what the migrations say of these tables, in order, and tell that they are empty."""
+    """Run again what the migrations say of these tables, in order, and report that the tables are empty."""
     for migration in migrations:
         for statement in statements(migration.sql):
             made = definition(statement)
@@ -301,7 +301,7 @@ def _make_tables_again(
                 with translated():
                     client.command(each)
     for name in missing:
-        tell(
+        notify(
             f"{name} was missing, though a migration had made it here or found an engine's: it is made again,"
             " empty. Where it was renamed, its rows are under the other name; where it was dropped, they are"
             " gone."

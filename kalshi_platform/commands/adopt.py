@@ -1,4 +1,4 @@
-"""`adopt`: make the journals of this data folder those of a recorder of its own."""
+"""`adopt`: give the journals of this data folder a new identity, so that they belong to a new recorder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kalshi_platform.loading import adoption
 @click.option(
     "--shard",
     type=click.IntRange(0),
-    help="This shard's journal alone.  [default: every shard that has a folder]",
+    help="Only this shard's journal.  [default: every shard that has a folder]",
 )
 def command(shard: int | None) -> None:
-    """Make this data folder a recorder of its own: a new journal identity.
+    """Give this data folder's journals a new identity: it becomes a recorder of its own.
 
     For a copy of a data folder that is to record beside the original, for a journal that was restored
-    or lost, and for one whose identity nothing proves. Stop the recorder first; every store that it loads
-    into must answer. Rows that a store has are not loaded again, and rows that it lacks are loaded by the
-    next start, which goes on with the new identity.
+    or lost, and for one whose identity cannot be proved. Stop the recorder first; every store that it
+    loads into must be reachable. Rows that a store has are not loaded again; rows that it lacks are loaded
+    after the next start, under the new identity.
     """
     settings = platform_settings.load()
     journals = settings.journals_dir
@@ -32,10 +32,10 @@ def command(shard: int | None) -> None:
             f"There is no journal in {journals}. Set KALSHI_DATA_DIR to the recorder's folder, or name the"
             " shard whose journal is lost: --shard."
         )
-    for each in shards:
-        done = adoption.adopt(settings, each)
-        places = "; ".join(f"{place} from record {n}" for place, n in done.points.items())
+    for number in shards:
+        result = adoption.adopt(settings, number)
+        places = "; ".join(f"{place} from record {n}" for place, n in result.points.items())
         click.echo(
-            f"Shard {each}: journal {done.before or 'without identity'} is journal {done.after} now."
+            f"Shard {number}: journal {result.before or 'without identity'} is journal {result.after} now."
             + (f" It is loaded into {places}." if places else "")
         )

@@ -1,6 +1,6 @@
-"""What `up` tells a person of the recording: when it begins, what is wrong with it, when no streamer runs.
+"""The sentences that `up` prints about the recording: that it begins, what is wrong, that no streamer runs.
 
-Sentences alone; `up.py` collects what is to be seen, and prints.
+Only the decision what to print is made here; `up.py` collects the reports and prints.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from kalshi_platform.health.verdict import Judgement, Verdict
 from kalshi_platform.processes import Identity
 
 RECORDING_S = 90.0
-"""By then the first frames should be in the journal; if not, a person is told where to look."""
+"""Seconds by which the first frames should be in the journal; after that `up` says where to look."""
 ABSENT_S = 60.0
-"""How long a shard may be without a streamer: one that is replaced is back sooner."""
+"""Seconds that a shard may be without a streamer: a replacement starts sooner."""
 STATUS_S = 60.0
-"""At most one line of a shard's state in so long, unless it got worse: what comes and goes is not repeated each time."""
-_SAID_OTHERWISE = frozenset({"stopped", "streamer down"})
-"""Causes that the lines about a missing streamer are about."""
+"""Shortest interval between two lines about a shard's state, unless it gets worse, so that flapping is not repeated."""
+_REPORTED_ELSEWHERE = frozenset({"stopped", "streamer down"})
+"""Causes that the lines about a missing streamer report."""
 IN_A_ROW = 2
-"""Runs that failed one after the other: a single one is replaced, and nobody needs to know."""
+"""Consecutive failed runs from which they are reported: a single one is just replaced."""
 
 
 class Announcements:
-    """Each thing once: when it begins, when it gets worse, and when it is over."""
+    """Reports each condition once: when it begins, when it gets worse, and when it is over."""
 
     def __init__(self, where_to_look: str, now: float) -> None:
-        """`now`, here and below: seconds of a clock that nobody sets."""
+        """`now`, here and below: seconds of a monotonic clock."""
         self._where_to_look = where_to_look
         self._began = now
         self._late = False
@@ -40,7 +40,7 @@ class Announcements:
         """When each shard's streamer was last seen alive, or was first due."""
         self._absent: set[int] = set()
         self._states: dict[int, tuple[frozenset[str], bool]] = {}
-        """Of each shard the causes in its last line, and whether any of them was an error."""
+        """By shard, the causes in its last line, and whether any of them was an error."""
         self._stated: dict[int, float] = {}
 
     def look(
@@ -53,27 +53,29 @@ class Announcements:
         known_trouble: str = "",
         judged: Mapping[int, Sequence[Judgement]] | None = None,
     ) -> list[str]:
-        """What is new. `shards` are to record now, and others that are supervised are only drained. `reports`: of
-        the streamers since `up` began, and `judged` what they amount to; `known_trouble` has been said already.
+        """The new sentences.
+
+        `shards` is the number of recording shards; others in `supervised` are only drained. `reports` are the
+        streamers' reports since `up` began and `judged` their judgements; `known_trouble` was printed already.
         """
-        said = list(self._beginning(reports, now))
+        sentences = list(self._beginning(reports, now))
         shown = {*range(shards), *supervised}
         for shard in sorted(shown):
             whose = "" if shown == {0} else f"Shard {shard}: "
             report, noted = reports.get(shard), supervised.get(shard)
-            sentences = [
+            of_shard = [
                 *self._trouble(shard, report, known_trouble),
                 *self._failed(shard, noted),
             ]
             if shard < shards:
-                sentences += self._missing(shard, report, noted, now)
-                sentences += self._state(shard, report, (judged or {}).get(shard, ()), now)
-            said += (f"{whose}{sentence}" for sentence in sentences)
+                of_shard += self._missing(shard, report, noted, now)
+                of_shard += self._state(shard, report, (judged or {}).get(shard, ()), now)
+            sentences += (f"{whose}{sentence}" for sentence in of_shard)
         self._forget(shards, shown)
-        return said
+        return sentences
 
     def _forget(self, shards: int, shown: Set[int]) -> None:
-        """What was seen of shards that record no longer, and, once they are drained, what they had said."""
+        """Drop the state of shards that record no longer, and once they are drained also their troubles."""
         for shard in {*self._seen, *self._states} - {*range(shards)}:
             self._seen.pop(shard, None)
             self._states.pop(shard, None)
@@ -84,7 +86,9 @@ class Announcements:
             self._failures.pop(shard, None)
 
     def _beginning(self, reports: Mapping[int, Mapping[str, Any]], now: float) -> Iterator[str]:
-        frames = sum(it["frames"] for it in reports.values() if it["state"] != "stopped")
+        frames = sum(
+            report["frames"] for report in reports.values() if report["state"] != "stopped"
+        )
         if not self._recording and frames:
             self._recording = True
             yield f"Recording: {frames:,} frames are in the journal, and more are coming."
@@ -99,7 +103,7 @@ class Announcements:
         if now and now != known and _without_figures(now) != _without_figures(before):
             yield str(now)
         elif before and not now:
-            yield "The streamer is well again."
+            yield "The streamer is healthy again."
         self._troubles[shard] = now
 
     def _state(
@@ -113,20 +117,23 @@ class Announcements:
             return
         trouble = (report or {}).get("trouble") or ""
         wrong = [
-            it
-            for it in judged
-            if it.verdict is not Verdict.GOOD
-            and it.cause not in _SAID_OTHERWISE
-            and not (trouble and trouble in it.sentence)  # said as it came
+            judgement
+            for judgement in judged
+            if judgement.verdict is not Verdict.GOOD
+            and judgement.cause not in _REPORTED_ELSEWHERE
+            and not (trouble and trouble in judgement.sentence)  # `_trouble` has reported it
         ]
-        causes = frozenset(it.cause for it in wrong)
-        bad = any(it.verdict is Verdict.ERROR for it in wrong)
+        causes = frozenset(judgement.cause for judgement in wrong)
+        bad = any(judgement.verdict is Verdict.ERROR for judgement in wrong)
         before, was_bad = self._states.get(shard, (frozenset(), False))
         worse = bad and not was_bad
         if causes == before or not (worse or now - self._stated.get(shard, -STATUS_S) >= STATUS_S):
             return
         self._states[shard], self._stated[shard] = (causes, bad), now
-        yield " ".join(it.sentence for it in wrong) or f"In order again. {judged[0].sentence}"
+        yield (
+            " ".join(judgement.sentence for judgement in wrong)
+            or f"In order again. {judged[0].sentence}"
+        )
 
     def _failed(self, shard: int, noted: Supervised | None) -> Iterator[str]:
         failures = noted.failures if noted is not None else 0
@@ -147,7 +154,7 @@ class Announcements:
                 self._absent.remove(shard)
                 yield "A streamer runs again."
             return
-        if self._recording:  # before, no shard is missed
+        if self._recording:  # before the first frames no shard counts as missing
             self._seen.setdefault(shard, now)
         absent_s = now - self._seen.get(shard, now)
         if absent_s >= ABSENT_S and shard not in self._absent:
@@ -157,10 +164,10 @@ class Announcements:
 
 
 def _without_figures(sentence: str) -> str:
-    """Ages and counts change every second; what is wrong does not."""
+    """The sentence without ages and counts, which change every second while the fault stays."""
     return re.sub(r"\d[\d,.]*", "", sentence)
 
 
 def _alive(report: Mapping[str, Any]) -> bool:
-    who = Identity(int(report["pid"]), float(report["pid_started"]))
-    return report["state"] != "stopped" and who.alive
+    streamer = Identity(int(report["pid"]), float(report["pid_started"]))
+    return report["state"] != "stopped" and streamer.alive

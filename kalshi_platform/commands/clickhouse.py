@@ -1,4 +1,4 @@
-"""`kalshi-platform clickhouse`: the embedded ClickHouse in the foreground."""
+"""`clickhouse`: run the embedded ClickHouse in the foreground."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kalshi_platform import settings
     help="Data folder  [default: $KALSHI_DATA_DIR/clickhouse]",
 )
 def command(port: int | None, host: str, path: Path | None) -> None:
-    """The embedded ClickHouse in the foreground. Ctrl-C ends it."""
+    """Run the embedded ClickHouse in the foreground. Ctrl-C ends it."""
     from kalshi_platform.embedded_clickhouse import launch
 
     current = settings.current()

@@ -1,4 +1,4 @@
-"""`compact`: the sealed hours of the archive, one sorted file each."""
+"""`compact`: rewrite each sealed hour of the archive as one sorted file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kalshi_platform.printable import printable
 
 
 @click.command()
-@click.option("--hour", help="2026-11-22-14, UTC: this hour alone.")
+@click.option("--hour", help="2026-11-22-14, UTC: only this hour.")
 @click.option(
     "--all", "everything", is_flag=True, help="Every sealed hour not compacted yet  [default]"
 )
 def command(hour: str | None, everything: bool) -> None:
-    """Make each sealed hour one file, sorted for reading.
+    """Rewrite each sealed hour as one file, sorted for reading.
 
-    Rows and checksum are held against the parts before these go. Readers and the streamer go on; a
-    compaction that was interrupted is taken up by the next.
+    Rows and checksum are compared with the parts before these are deleted. Readers and the streamer go
+    on meanwhile; an interrupted compaction is completed by the next one.
     """
     if hour is not None and everything:
         raise click.UsageError("Give --hour or --all, not both.")
@@ -38,12 +38,16 @@ def command(hour: str | None, everything: bool) -> None:
         wanted = [first]
     before = after = files = 0
 
-    def say(it: Compacted) -> None:
+    def say(compacted: Compacted) -> None:
         nonlocal before, after, files
-        before, after, files = before + it.bytes_before, after + it.bytes_after, files + 1
+        before, after, files = (
+            before + compacted.bytes_before,
+            after + compacted.bytes_after,
+            files + 1,
+        )
         click.echo(
-            f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {it.rows:,} rows  {it.files_before} files →"
-            f" 1  {it.bytes_before:,} → {it.bytes_after:,} bytes  checksum {it.checksum}"
+            f"{compacted.dataset}  {compacted.hour:%Y-%m-%d %H:00} UTC  {compacted.rows:,} rows  {compacted.files_before} files →"
+            f" 1  {compacted.bytes_before:,} → {compacted.bytes_after:,} bytes  checksum {compacted.checksum}"
         )
 
     refusals: list[StoreError] = []

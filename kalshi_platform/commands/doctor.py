@@ -1,4 +1,8 @@
-"""`doctor`: look at everything that the platform stands on, and say what to do about what is wrong."""
+"""`doctor`: check everything that the platform needs, and print a remedy for each fault.
+
+The checks run in parallel, each with a deadline, and change nothing. How a fault is recognised belongs to the
+room that owns the thing; here are the lines and their order.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +58,16 @@ if TYPE_CHECKING:
     from kalshi_platform.health.growth import Growth
 
 SKEW_BAD_S, SKEW_ODD_S = 5.0, 2.0
-"""The exchange refuses signatures about 10 s off; the measurement itself is good to a second."""
+"""Clock skew in seconds: the exchange refuses signatures about 10 s off; the measurement is exact to a second."""
 LINE_S = 20.0
-"""How long a check may take, and one that stands on another after that one; loading libraries is not in it."""
+"""Seconds for a check, counted from the end of the check it depends on; imports are not included."""
 _HEAVY = ("kalshi_platform.orchestration.host.daemon", "kalshi_platform.health.growth")
-"""What takes seconds to load on a busy machine: Dagster and Arrow."""
+"""Modules that take seconds to import on a busy machine: Dagster and Arrow."""
 FREE_BAD_BYTES, FREE_ODD_BYTES = 1 << 30, 10 << 30
 GIB = 1 << 30
 FOREIGN_SHOWN = 8
 SPOOLED_ODD_S = 60.0
-"""A market maker sends once a second."""
+"""Age of a spooled file from which it is reported: a market maker sends once a second."""
 FULL_BAD_DAYS, FULL_ODD_DAYS = 3.0, 30.0
 IN_HOURS_DAYS = 2.0
 _START = "start it (make run, or kalshi-platform stream)"
@@ -81,7 +85,7 @@ class Mark(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it."""
+    """The result of a check, and its remedy."""
 
     mark: Mark
     text: str
@@ -94,7 +98,7 @@ class Finding:
 
 
 Check = tuple[Callable[[Settings], Finding], str | None]
-"""A check, and the name of the one that it stands on."""
+"""A check, and the name of the check that it depends on."""
 
 
 @click.command()
@@ -102,10 +106,10 @@ Check = tuple[Callable[[Settings], Finding], str | None]
 def command(*, test_alert: bool) -> None:
     """Check settings, key, exchange, ClickHouse, disk and growth, streamer, Dagster, alerts, metrics.
 
-    A line each. Exits 1 if any of them is wrong. Nothing is changed.
+    Prints a line for each. Exits 1 if any of them is wrong. Nothing is changed.
     """
     failed = False
-    for name, finding in examine():
+    for name, finding in run_checks():
         click.echo(finding.line(name))
         failed |= finding.mark is Mark.BAD
     if test_alert:
@@ -117,11 +121,11 @@ def command(*, test_alert: bool) -> None:
 
 
 def send_test_alerts() -> Iterator[tuple[str, Finding]]:
-    """A message to each channel that the settings name."""
+    """Send a test message to each configured channel."""
     try:
         targets = channels.configured(platform_settings.current())
     except SettingsError:
-        return  # said before
+        return  # `run_checks` reports it
     if not targets:
         yield "test alert", Finding(Mark.BAD, "no channel is set", _CHANNELS)
     for channel in targets:
@@ -131,11 +135,11 @@ def send_test_alerts() -> Iterator[tuple[str, Finding]]:
         except PlatformError as error:
             yield name, Finding(Mark.BAD, str(error))
         else:
-            yield name, Finding(Mark.GOOD, "was taken; look whether it came")
+            yield name, Finding(Mark.GOOD, "was accepted; see that it arrived")
 
 
-def examine() -> Iterator[tuple[str, Finding]]:
-    """Every check's name and finding, in the order in which one thing stands on another."""
+def run_checks() -> Iterator[tuple[str, Finding]]:
+    """Every check's name and finding, in the order of `CHECKS`: a check after those that it depends on."""
     try:
         settings = platform_settings.current()
     except SettingsError as error:
@@ -149,10 +153,10 @@ def examine() -> Iterator[tuple[str, Finding]]:
         checks = dict(CHECKS)
     for module in _HEAVY:
         importlib.import_module(module)
-    found = _begun(settings, checks)
+    found = _start_checks(settings, checks)
     limit = time.monotonic() + LINE_S
-    for name, (_, stands_on) in checks.items():
-        until = limit + LINE_S if stands_on in found else limit
+    for name, (_, depends_on) in checks.items():
+        until = limit + LINE_S if depends_on in found else limit
         try:
             yield name, found[name].result(max(until - time.monotonic(), 0.0))
         except TimeoutError:
@@ -162,52 +166,52 @@ def examine() -> Iterator[tuple[str, Finding]]:
             )
 
 
-def _begun(settings: Settings, checks: Mapping[str, Check]) -> dict[str, Future[Finding]]:
-    """Every check on its way, side by side: one that hangs keeps no other's line back, nor the end."""
+def _start_checks(settings: Settings, checks: Mapping[str, Check]) -> dict[str, Future[Finding]]:
+    """Start every check in a daemon thread, so that one that hangs delays neither another's line nor the exit."""
     found: dict[str, Future[Finding]] = {name: Future() for name in checks}
-    for name, (check, stands_on) in checks.items():
-        basis = (stands_on, found[stands_on]) if stands_on in found else None
-        look = functools.partial(_look, found[name], check, settings, basis)
-        threading.Thread(target=look, name=f"doctor: {name}", daemon=True).start()
+    for name, (check, depends_on) in checks.items():
+        basis = (depends_on, found[depends_on]) if depends_on in found else None
+        run = functools.partial(_run_check, found[name], check, settings, basis)
+        threading.Thread(target=run, name=f"doctor: {name}", daemon=True).start()
     return found
 
 
-def _look(
+def _run_check(
     finding: Future[Finding],
     check: Callable[[Settings], Finding],
     settings: Settings,
     basis: tuple[str, Future[Finding]] | None,
 ) -> None:
-    """One check, once what it stands on is found to be well."""
+    """Run a check after the check that it depends on; skip it if that one failed."""
     if basis is not None:
-        name, of = basis
+        name, prerequisite = basis
         try:
-            well = of.result(LINE_S).mark not in {Mark.BAD, Mark.SKIPPED}
+            is_good = prerequisite.result(LINE_S).mark not in {Mark.BAD, Mark.SKIPPED}
         except TimeoutError:
-            well = False
-        if not well:
-            finding.set_result(Finding(Mark.SKIPPED, f"not looked at: see {name}"))
+            is_good = False
+        if not is_good:
+            finding.set_result(Finding(Mark.SKIPPED, f"not checked: see {name}"))
             return
     try:
         finding.set_result(check(settings))
     except PlatformError as error:
         finding.set_result(Finding(Mark.BAD, str(error)))
-    except Exception as error:  # noqa: BLE001 - a fault of this check is its line, and no other's
-        finding.set_result(Finding(Mark.BAD, f"could not be looked at ({error!r})"))
+    except Exception as error:  # noqa: BLE001 - a bug in one check must not hide the other lines
+        finding.set_result(Finding(Mark.BAD, f"could not be checked ({error!r})"))
 
 
 def _settings(settings: Settings) -> Finding:
-    what = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
+    source = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
     project = platform_settings.project()
     env = ".env is read" if project.env_file.is_file() else "it has no .env"
     text = (
-        f"recording {what}; project folder {project.folder} ({project.found_by}), {env}; data in"
+        f"recording {source}; project folder {project.folder} ({project.found_by}), {env}; data in"
         f" {settings.data_dir}"
     )
     secret = platform_settings.secrets_in_file()
     if secret and open_to_others(project.env_file.stat().st_mode):
-        told = f"{text}; other users of this machine can read {', '.join(secret)} in .env"
-        return Finding(Mark.ODD, told, f"chmod 600 {project.env_file}")
+        exposed = f"{text}; other users of this machine can read {', '.join(secret)} in .env"
+        return Finding(Mark.ODD, exposed, f"chmod 600 {project.env_file}")
     return Finding(Mark.GOOD, text)
 
 
@@ -217,7 +221,7 @@ def _key_file(settings: Settings) -> Finding:
             Mark.SKIPPED, "PROD_KEYID and PROD_KEYFILE are not set: the simulator has its own"
         )
     path = settings.exchange.key_file
-    load_signer(path)  # refuses what this user could have closed
+    load_signer(path)  # refuses a file that others can read if this user may change its mode
     if open_to_others(path.stat().st_mode):
         return Finding(
             Mark.ODD,
@@ -231,7 +235,7 @@ def _clock(settings: Settings) -> Finding:
     with RestClient(settings.exchange, signed=False, attempts=1) as client:
         with suppress(
             ExchangeError
-        ):  # a refusal has a Date too; no answer is the next check's finding
+        ):  # a refusal has a Date header too; an unreachable exchange is reported by the next check
             client.status()
         skew_s = client.clock_skew_s
     if skew_s is None:
@@ -259,10 +263,10 @@ def _rest(settings: Settings) -> Finding:
     with RestClient(exchange, attempts=2) as client:
         limits = client.account_limits()
     rate = limits.read.refill_rate / COST_OF_GET
-    told = f"{exchange.rest_url} takes our key; {rate:.0f} requests a second"
+    text = f"{exchange.rest_url} accepts the key; {rate:.0f} requests a second"
     if not status.exchange_active:
-        return Finding(Mark.ODD, f"{told}; the exchange says that it is closed", "wait for it")
-    return Finding(Mark.GOOD, f"{told}; trading {'goes on' if status.trading_active else 'pauses'}")
+        return Finding(Mark.ODD, f"{text}; the exchange says that it is closed", "wait for it")
+    return Finding(Mark.GOOD, f"{text}; trading {'goes on' if status.trading_active else 'pauses'}")
 
 
 def _websocket(settings: Settings) -> Finding:
@@ -274,7 +278,7 @@ def _websocket(settings: Settings) -> Finding:
         await connection.close()
 
     asyncio.run(handshake())
-    return Finding(Mark.GOOD, f"{exchange.ws_url} lets us in")
+    return Finding(Mark.GOOD, f"{exchange.ws_url} accepts the key")
 
 
 def _markets(settings: Settings) -> Finding:
@@ -290,9 +294,11 @@ def _markets(settings: Settings) -> Finding:
     wish = wish_of(settings)
     with RestClient(settings.exchange, attempts=2) as client:
         unknown = sorted(client.unknown_tickers(wish.tickers))
-        open_now = {client.series(one).ticker: len(client.open_markets(one)) for one in wish.series}
-        of_event = {one: len(client.markets(event_ticker=one)) for one in sorted(wish.events)}
-    unknown += [one for one, count in of_event.items() if not count]
+        open_now = {
+            client.series(name).ticker: len(client.open_markets(name)) for name in wish.series
+        }
+        by_event = {name: len(client.markets(event_ticker=name)) for name in sorted(wish.events)}
+    unknown += [name for name, count in by_event.items() if not count]
     if unknown:
         return Finding(
             Mark.BAD,
@@ -302,42 +308,42 @@ def _markets(settings: Settings) -> Finding:
         )
     parts = ["all of the exchange's"] if wish.everything else []
     parts += [f"{len(wish.tickers)} tickers, all known"] if wish.tickers else []
-    parts += [f"{one}: {count} open" for one, count in open_now.items()]
-    parts += [f"{one}: {count} markets" for one, count in of_event.items()]
+    parts += [f"{name}: {count} open" for name, count in open_now.items()]
+    parts += [f"{name}: {count} markets" for name, count in by_event.items()]
     return Finding(Mark.GOOD, "; ".join(parts))
 
 
 def _clickhouse(settings: Settings) -> Finding:
     if not settings.use_clickhouse:
         return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
-    look(settings)  # where it takes connections and never answers, that shows soon
+    look(settings)  # fails soon if the server accepts connections but never answers
     with closing(connect(settings, database=False, log_comment="doctor")) as client:
         version = server_version(client)
         cluster = _cluster(client, settings.clickhouse_cluster)
-    told = f"{settings.clickhouse_url} answers, version {version[0]}.{version[1]}{cluster}"
+    text = f"{settings.clickhouse_url} answers, version {version[0]}.{version[1]}{cluster}"
     if version < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
-        return Finding(Mark.BAD, told, f"the platform needs {wanted} or newer: upgrade it")
+        return Finding(Mark.BAD, text, f"the platform needs {wanted} or newer: upgrade it")
     if _lacks_password(settings):
         return Finding(
             Mark.BAD,
-            f"{told}; the password that writing needs, {settings.embedded_clickhouse_dir / write_password.NAME},"
+            f"{text}; the password that writing needs, {settings.embedded_clickhouse_dir / write_password.NAME},"
             " is gone",
             "start the embedded ClickHouse again, which makes a new one",
         )
     if aside := _refused(settings):
         return Finding(
             Mark.ODD,
-            f"{told}; an older version let in, and the server has taken out of the database: {aside}",
+            f"{text}; an older version let in, and the server has taken out of the database: {aside}",
             "their first lines say why; make them on a ClickHouse server, if they are needed, and remove the files",
         )
     if spoiled := _spoiled(settings):
         return Finding(
             Mark.ODD,
-            f"{told}; parts of tables that a failed write had spoiled were set aside: {spoiled}",
+            f"{text}; parts of tables that a failed write had spoiled were set aside: {spoiled}",
             "once kalshi-platform proof says that no row is missing, delete them",
         )
-    return Finding(Mark.GOOD, told)
+    return Finding(Mark.GOOD, text)
 
 
 def _lacks_password(settings: Settings) -> bool:
@@ -352,7 +358,7 @@ def _lacks_password(settings: Settings) -> bool:
 
 
 def _refused(settings: Settings) -> str:
-    """Definitions that the embedded ClickHouse has set aside at its start."""
+    """Definitions that the embedded ClickHouse set aside when it started."""
     from kalshi_platform.embedded_clickhouse.refused import FOLDER  # loads a web server
 
     if not settings.embedded_clickhouse:
@@ -361,7 +367,7 @@ def _refused(settings: Settings) -> str:
 
 
 def _spoiled(settings: Settings) -> str:
-    """Parts of tables that it has set aside at its start."""
+    """Parts of tables that the embedded ClickHouse set aside when it started."""
     from kalshi_platform.embedded_clickhouse.parts import SET_ASIDE
 
     if not settings.embedded_clickhouse:
@@ -376,7 +382,7 @@ def _some(paths: Iterable[Path]) -> str:
 
 
 def _cluster(client: Client, name: str | None) -> str:
-    """What there is to say of the cluster that the tables are spread over."""
+    """The size of the cluster, as the end of a sentence; empty for a single server."""
     if name is None:
         return ""
     shards, hosts = migrations.size_of(client, name)
@@ -385,9 +391,9 @@ def _cluster(client: Client, name: str | None) -> str:
 
 def _schema(settings: Settings) -> Finding:
     with closing(connect(settings, log_comment="doctor")) as client:
-        stand = migrations.standing(client)
-        lacking = [str(one) for one in stand if one.state is State.PENDING]
-        changed = [str(one) for one in stand if one.state is State.CHANGED]
+        standing = migrations.standing(client)
+        lacking = [str(migration) for migration in standing if migration.state is State.PENDING]
+        changed = [str(migration) for migration in standing if migration.state is State.CHANGED]
         different = [] if lacking else migrations.differences(client)
     database = settings.clickhouse_database
     if lacking:
@@ -396,14 +402,17 @@ def _schema(settings: Settings) -> Finding:
         )
     if changed or different:
         text = "; ".join(
-            [*(f"{one} was changed after it was applied" for one in changed), *different]
+            [
+                *(f"{migration} was changed after it was applied" for migration in changed),
+                *different,
+            ]
         )
         return Finding(
             Mark.BAD,
             f"{database}: {text}",
             "restore a migration that you changed; else run kalshi-platform migrate, which says what to do",
         )
-    return Finding(Mark.GOOD, f"{database} has all {len(stand)} migrations")
+    return Finding(Mark.GOOD, f"{database} has all {len(standing)} migrations")
 
 
 def _data_folder(settings: Settings) -> Finding:
@@ -423,7 +432,7 @@ def _archive(settings: Settings) -> Finding:
 
 
 def _foreign(settings: Settings) -> Finding:
-    """What somebody else has put among our files."""
+    """Files in the platform's folders that are not the platform's."""
     from kalshi_platform.quality import foreign_files  # loads Arrow
 
     found = [
@@ -435,13 +444,13 @@ def _foreign(settings: Settings) -> Finding:
     shown = ", ".join(found[:FOREIGN_SHOWN]) + (", …" if len(found) > FOREIGN_SHOWN else "")
     return Finding(
         Mark.ODD,
-        f"not the platform's, and passed over: {shown}",
+        f"not the platform's, and ignored: {shown}",
         "move them elsewhere: a reader that globs the archive takes theirs for recorded rows",
     )
 
 
 def _spool(settings: Settings) -> Finding:
-    """What the market maker has recorded and ClickHouse does not have."""
+    """The market maker's rows that ClickHouse does not have yet."""
     from kalshi_platform.inventory import spool  # loads Arrow
 
     folder = spool.folder_of(settings)
@@ -460,8 +469,8 @@ def _spool(settings: Settings) -> Finding:
         f"{waiting:,} files wait, the oldest for {age_s:,.0f} s" if waiting else "nothing waits"
     )
     if refused.files:
-        said = spool.said_of(refused, folder).rstrip(".")
-        return Finding(Mark.ODD, f"{said}; {behind}", spool.REMEDY)
+        sentence = spool.said_of(refused, folder).rstrip(".")
+        return Finding(Mark.ODD, f"{sentence}; {behind}", spool.REMEDY)
     if age_s > SPOOLED_ODD_S:
         remedy = "start the market maker: it sends them, and its log says what keeps it from that"
         return Finding(Mark.ODD, f"{behind} in {folder}", remedy)
@@ -469,7 +478,7 @@ def _spool(settings: Settings) -> Finding:
 
 
 def _market_maker(settings: Settings) -> Finding:
-    """Whether every engine that has decided goes on deciding: the asset check `decisions_fresh`, asked now."""
+    """Whether every engine that has decided still decides: the asset check `decisions_fresh`, run now."""
     from kalshi_platform.inventory import audit, judged  # loads Arrow
 
     parameters = audit.Parameters(limit=1)
@@ -485,7 +494,7 @@ def _market_maker(settings: Settings) -> Finding:
         return Finding(
             Mark.BAD,
             "; ".join(judged.silence(engine) for engine in looked_at.stopped),
-            "start it, or see in its log why it does not decide; the line of its spool counts what waits here",
+            "start it, or see in its log why it does not decide; the spool's line counts the rows that wait here",
         )
     if looked_at.ahead:
         return Finding(
@@ -493,19 +502,19 @@ def _market_maker(settings: Settings) -> Finding:
             "; ".join(judged.lead(engine) for engine in looked_at.ahead),
             "set its machine's clock by NTP (timedatectl set-ntp true)",
         )
-    return Finding(Mark.GOOD, f"it goes on deciding: {looked_at.in_words()}")
+    return Finding(Mark.GOOD, f"it decides: {looked_at.in_words()}")
 
 
 def _disk(folder: Path, variable: str) -> Finding:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there) as probe:
+        with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"x")
             probe.flush()
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     except OSError as error:
         remedy = f"make room or make it writable, or set {variable} to another folder"
-        return Finding(Mark.BAD, f"{there} cannot be written ({error.strerror})", remedy)
+        return Finding(Mark.BAD, f"{existing} cannot be written ({error.strerror})", remedy)
     text = f"{folder} has {free / (1 << 30):.1f} GiB free"
     if free < FREE_ODD_BYTES:
         mark = Mark.BAD if free < FREE_BAD_BYTES else Mark.ODD
@@ -521,7 +530,7 @@ def _streamer(settings: Settings, shard: int = 0) -> Finding:
         return Finding(
             Mark.BAD,
             f"{finding.text}; {str(error).removesuffix('.')}",
-            f"{_START}: it recovers the file where the journal proves what it was, and else says what to do",
+            f"{_START}: it recovers the file if the journal proves its content, and else says what to do",
         )
     return finding
 
@@ -540,13 +549,13 @@ def _reported(settings: Settings, shard: int) -> Finding:
     except (ValueError, KeyError, TypeError) as error:
         return Finding(
             Mark.BAD,
-            f"{path} is no streamer's report ({error!r})",
-            "remove it; a living streamer writes it each second",
+            f"{path} is not a streamer's report ({error!r})",
+            "remove it; a running streamer writes it each second",
         )
 
 
 def _unreported(settings: Settings, shard: int) -> Finding:
-    """A shard of which there is no report."""
+    """The finding of a shard without a report."""
     if shard >= settings.stream_shards:
         return Finding(Mark.ODD, verdict.left_over(None, shard, datetime.now(UTC)).sentence)
     if watermarks.shards(settings.journals_dir):
@@ -565,22 +574,24 @@ def _unreported(settings: Settings, shard: int) -> Finding:
 
 
 def _supervised(settings: Settings, shard: int) -> str:
-    """What the supervisor says of a shard whose runs fail, as the rest of a sentence; else nothing."""
+    """The supervisor's reason if a shard's runs fail repeatedly, as the end of a sentence; else empty."""
     noted = supervision.read(settings.data_dir)
-    it = noted.shards.get(shard) if noted is not None and noted.ticking else None
-    if it is None or it.failures < IN_A_ROW:
+    decision = noted.shards.get(shard) if noted is not None and noted.ticking else None
+    if decision is None or decision.failures < IN_A_ROW:
         return ""
-    return f"; {it.failures} runs in a row have failed, the last: {it.why} {it.reason}"
+    return f"; {decision.failures} runs in a row have failed, the last: {decision.why} {decision.reason}"
 
 
 def _judge(report: Mapping[str, Any], shard: int, configured: int) -> Finding:
-    """What a streamer's report amounts to now: everything that is wrong, the worst first."""
+    """The finding of a streamer's report: every fault, the worst first."""
     now = datetime.now(UTC)
     judged = verdict.judge_shard(report, shard, configured, None, now, profile=verdict.DOCTOR)
-    wrong = [it.sentence for it in judged if it.verdict is not verdict.Verdict.GOOD]
+    wrong = [
+        judgement.sentence for judgement in judged if judgement.verdict is not verdict.Verdict.GOOD
+    ]
     details = (
-        f"{report['state']!s}; last frame {_told_age(report, 'last_frame_ns', now)}, last durable write"
-        f" {_told_age(report, 'last_durable_ns', now)}, {int(report['lag_frames']):,} frames not loaded yet"
+        f"{report['state']!s}; last frame {_age_text(report, 'last_frame_ns', now)}, last durable write"
+        f" {_age_text(report, 'last_durable_ns', now)}, {int(report['lag_frames']):,} frames not loaded yet"
     )
     mark = _MARKS[judged[0].verdict]
     trouble = str(report["trouble"] or "")
@@ -602,27 +613,29 @@ _MARKS = {
 }
 
 
-def _told_age(report: Mapping[str, Any], key: str, now: datetime) -> str:
+def _age_text(report: Mapping[str, Any], key: str, now: datetime) -> str:
     at = int(report[key])
     return f"{now.timestamp() - at / 1e9:.0f} s ago" if at else "never"
 
 
 def _growth(settings: Settings) -> Finding:
-    """What is kept, and when the data folder's disk is full at the present rate."""
+    """The sizes of the stored data, and when the data folder's disk is full at the current rate."""
     from kalshi_platform.health import growth  # loads Arrow
 
     found = growth.measure(settings)
     stores = ("Parquet archive", *(("ClickHouse",) if settings.use_clickhouse else ()))
-    unasked = sorted(set(stores) - {each.name for each in found})
+    unreachable = sorted(set(stores) - {item.name for item in found})
     sizes = "; ".join(
         [
-            *(_told_growth(each) for each in found if each.bytes or each.per_day),
-            *(f"{store} cannot be asked" for store in unasked),
+            *(_growth_text(item) for item in found if item.bytes or item.per_day),
+            *(f"{store} cannot be reached" for store in unreachable),
         ]
     )
-    if not any(each.per_day for each in found):
-        return Finding(Mark.SKIPPED, "; ".join(filter(None, (sizes, "too young to tell"))))
-    here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
+    if not any(item.per_day for item in found):
+        return Finding(
+            Mark.SKIPPED, "; ".join(filter(None, (sizes, "too young for a growth rate")))
+        )
+    here = [item for item in found if growth.on_disk_of(item, settings.data_dir)]
     days = growth.days_until_full(here, growth.free_bytes(settings.data_dir))
     if days is None or days > 365:
         return Finding(Mark.GOOD, f"{sizes}; the disk lasts for more than a year")
@@ -634,12 +647,14 @@ def _growth(settings: Settings) -> Finding:
     return Finding(Mark.GOOD, text)
 
 
-def _told_growth(it: Growth) -> str:
-    size = f"{it.name} {it.bytes / GIB:.2f} GiB"
-    if it.per_day is None:
+def _growth_text(item: Growth) -> str:
+    size = f"{item.name} {item.bytes / GIB:.2f} GiB"
+    if item.per_day is None:
         return size
-    rate = f"{it.per_day / GIB:.2f} a day"
-    bound = "" if it.settles_at is None else f", up to {max(it.settles_at, it.bytes) / GIB:.2f}"
+    rate = f"{item.per_day / GIB:.2f} a day"
+    bound = (
+        "" if item.settles_at is None else f", up to {max(item.settles_at, item.bytes) / GIB:.2f}"
+    )
     return f"{size} ({rate}{bound})"
 
 
@@ -651,14 +666,14 @@ def _daemon(settings: Settings) -> Finding:
         return Finding(Mark.SKIPPED, "Dagster has not run here yet")
     found = daemon.look(folder)
     if not found.silent:
-        return Finding(Mark.GOOD, "its schedules, sensors and queue go on")
+        return Finding(Mark.GOOD, "its schedules, sensors and queue are running")
     beat = found.last_beat
-    told = f"its last sign of life is of {beat:%Y-%m-%d %H:%M:%S} UTC" if beat else "it has not run"
+    text = f"its last heartbeat is of {beat:%Y-%m-%d %H:%M:%S} UTC" if beat else "it has not run"
     if not found.streamers:
-        return Finding(Mark.SKIPPED, f"{told}; nothing that needs it runs either")
+        return Finding(Mark.SKIPPED, f"{text}; nothing that needs it runs either")
     return Finding(
         Mark.BAD,
-        f"{told} ({', '.join(found.silent)}): nothing restarts a streamer that ends, and nothing alerts",
+        f"{text} ({', '.join(found.silent)}): nothing restarts a streamer that ends, and nothing alerts",
         "start it again (make run, or dagster-daemon run)",
     )
 
@@ -666,10 +681,10 @@ def _daemon(settings: Settings) -> Finding:
 def _alerts(settings: Settings) -> Finding:
     names = [channel.name for channel in channels.configured(settings)]
     if not names:
-        return Finding(Mark.SKIPPED, f"nobody is told of what goes wrong: {_CHANNELS}")
+        return Finding(Mark.SKIPPED, f"no alert is sent anywhere: {_CHANNELS}")
     if troubles := channel_troubles(settings.data_dir):
         return Finding(Mark.ODD, " ".join(troubles), "--test-alert tries them again")
-    return Finding(Mark.GOOD, f"told to {', '.join(names)}; --test-alert tries them")
+    return Finding(Mark.GOOD, f"sent to {', '.join(names)}; --test-alert tries them")
 
 
 def _metrics(settings: Settings) -> Finding:
@@ -685,7 +700,7 @@ def _metrics(settings: Settings) -> Finding:
         return Finding(Mark.BAD, f"{url} does not answer ({reason})", "kalshi-platform metrics")
     if "kalshi_disk_free_bytes" not in answer.text:
         return Finding(
-            Mark.BAD, f"{url} is somebody else's", "set METRICS_PORT to a port that is free"
+            Mark.BAD, f"{url} is another program's", "set METRICS_PORT to a port that is free"
         )
     return Finding(Mark.GOOD, f"{url} answers")
 
@@ -709,17 +724,17 @@ CHECKS: Mapping[str, Check] = {
     "alerts": (_alerts, None),
     "metrics": (_metrics, None),
 }
-"""Each check, and the one without which it is not worth asking."""
+"""Each check, and the check without which it cannot succeed."""
 
 
 def _checks(settings: Settings) -> dict[str, Check]:
-    """The checks, with a line for each shard where there are several."""
+    """The checks, with one per shard instead of `streamer` if there are several."""
     shards = monitored_shards.supervised(
         settings.journals_dir, settings.stream_shards, settings.stores
     )
     if len(shards) == 1:
         return dict(CHECKS)
-    each: dict[str, Check] = {
+    of_shards: dict[str, Check] = {
         f"shard {shard}": (functools.partial(_streamer, shard=shard), None) for shard in shards
     }
-    return {name: check for name, check in CHECKS.items() if name != "streamer"} | each
+    return {name: check for name, check in CHECKS.items() if name != "streamer"} | of_shards

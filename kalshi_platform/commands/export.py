@@ -1,4 +1,4 @@
-"""`export --public`: hours of the archive for others to read, without what is the recorder's own."""
+"""`export --public`: copy hours of the archive for publication, without the operator's private data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from kalshi_platform.printable import printable
 
 
 @click.command()
-@click.option(
-    "--public", is_flag=True, help="Scrub what is private; without it nothing is exported."
-)
+@click.option("--public", is_flag=True, help="Remove private data; without it nothing is exported.")
 @click.option(
     "--to",
     required=True,
@@ -35,9 +33,9 @@ from kalshi_platform.printable import printable
 def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, ...]) -> None:
     """Copy sealed hours of the archive to a folder that may be published.
 
-    Same layout, same columns, manifests of their own. Client order ids are cleared; events of private
-    channels, unreadable frames and free text are left out; each hour is read back before it is put
-    in place. What was left out is said. The archive itself is not changed.
+    Layout and columns are the archive's, manifests are new. Client order ids are cleared; events
+    of private channels, unreadable frames and free text are left out, and counted in the output. Each hour
+    is read back before it is put in place. The archive itself is not changed.
     """
     if not public:
         raise click.UsageError(
@@ -45,11 +43,11 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
             " copy the archive's folder (PARQUET_DIR); its files are whole at any time."
         )
     archive = open_archive(platform_settings.load())
-    told: list[Published] = []
+    published: list[Published] = []
 
-    def done(it: Published) -> None:
-        told.append(it)
-        click.echo(_line(it))
+    def done(hour: Published) -> None:
+        published.append(hour)
+        click.echo(_line(hour))
 
     span = parse_hours(hours) if hours else None
     publish(
@@ -60,23 +58,27 @@ def command(*, public: bool, to: Path, hours: str | None, datasets: tuple[str, .
         done=done,
         left=lambda why: click.echo(printable(why), err=True),
     )
-    if not told:
+    if not published:
         raise StoreRefused(f"The archive in {archive} has no sealed hour of that span.")
     click.echo(
-        f"{sum(it.rows for it in told):,} rows of {len(told)} hours are in {to}, read back and free of"
-        f" own order ids. Cleared or left out: {sum(_touched(it) for it in told):,} rows."
+        f"{sum(hour.rows for hour in published):,} rows of {len(published)} hours are in {to}, read back and free of"
+        f" own order ids. Cleared or left out: {sum(_touched(hour) for hour in published):,} rows."
     )
 
 
-def _touched(it: Published) -> int:
-    return it.cleared + it.withheld + it.removed.total()
+def _touched(published: Published) -> int:
+    return published.cleared + published.withheld + published.removed.total()
 
 
-def _line(it: Published) -> str:
-    said = [f"{it.rows:,} rows"]
-    if it.cleared:
-        said.append(f"{it.cleared:,} client order ids cleared")
-    if it.withheld:
-        said.append(f"{it.withheld:,} rows keep their number alone")
-    said += [f"{count:,} of kind {kind} left out" for kind, count in sorted(it.removed.items())]
-    return printable(f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {', '.join(said)}")
+def _line(published: Published) -> str:
+    parts = [f"{published.rows:,} rows"]
+    if published.cleared:
+        parts.append(f"{published.cleared:,} client order ids cleared")
+    if published.withheld:
+        parts.append(f"{published.withheld:,} rows keep their number alone")
+    parts += [
+        f"{count:,} of kind {kind} left out" for kind, count in sorted(published.removed.items())
+    ]
+    return printable(
+        f"{published.dataset}  {published.hour:%Y-%m-%d %H:00} UTC  {', '.join(parts)}"
+    )

@@ -1,6 +1,6 @@
-"""The console script: finds the command, and turns what a person can mend into one line.
+"""The console script `kalshi-platform`: finds the command and prints a `PlatformError` as one line.
 
-Commands are loaded when they are called, so that `sql` does not wait for Dagster to import.
+A command's module is imported when it is called, so that `sql` does not wait for Dagster to import.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from kalshi_platform.printable import printable
 COMMANDS = {
     "up": "Everything: ClickHouse, migrations, the Dagster UI and the streamer.",
     "stream": "Capture and load in the foreground, without Dagster.",
-    "watch": "The live wire of one market; nothing is written.",
+    "watch": "Show the live feed of a few markets; nothing is stored.",
     "migrate": "Bring the ClickHouse schema up to date.",
     "sql": "Run SQL and print a table.",
-    "qa": "The market maker's inventory: does it hold what it believes to hold?",
+    "qa": "Check the market maker's inventory against the exchange's.",
     "compact": "Make each sealed hour of the archive one sorted file.",
     "proof": "Compare journal, ClickHouse and Parquet, number by number.",
-    "restore": "Bring the archive's hours back into ClickHouse.",
+    "restore": "Load the archive's hours back into ClickHouse.",
     "adopt": "Make this data folder a recorder of its own, with a new identity.",
-    "export": "Hours of the archive for publication, without what is your own.",
+    "export": "Copy hours of the archive for publication, without private data.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "metrics": "Serve metrics of every shard to Prometheus.",
@@ -36,7 +36,7 @@ COMMANDS = {
     "doctor": "Check everything: settings, exchange, ClickHouse, disk, streamer, Dagster, alerts.",
 }
 SERVICES = frozenset({"up", "stream", "clickhouse", "simulate", "metrics", "paper-mm"})
-"""Commands that go on, and log what they do. The others print an answer."""
+"""Commands that run until they are stopped, and log. The others print an answer and exit."""
 
 
 class _LazyGroup(click.Group):
@@ -59,15 +59,15 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="kalshi-platform")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Record the Kalshi order book without loss, and ask it anything."""
-    with suppress(SettingsError):  # said by the command itself
+    """Record Kalshi's order books without loss, and query them."""
+    with suppress(SettingsError):  # the command itself reports it
         settings = platform_settings.current()
         if settings.log_format == "json" or ctx.invoked_subcommand in SERVICES:
             logs.configure(settings)
 
 
 def run() -> None:
-    """Run the command line; exits 1 with one line on stderr for what the user can mend."""
+    """Run the command line; a `PlatformError` exits 1 with one line on stderr."""
     status = _status()
     if sys.argv[1:2] == ["stream"]:
         processes.exit_now(status)
@@ -83,7 +83,7 @@ def _status() -> int | str | None:
         else:
             click.echo(printable(f"Error: {error}"), err=True)
         return 1
-    except SystemExit as ended:  # click's way to return
+    except SystemExit as ended:  # click always ends by raising it
         return ended.code
     return 0
 

@@ -1,4 +1,4 @@
-"""`metrics`: the Prometheus endpoint, in the foreground."""
+"""`metrics`: serve the Prometheus endpoint in the foreground."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kalshi_platform.health.metrics import serve
 def command(host: str | None, port: int | None) -> None:
     """Serve metrics of every shard to Prometheus, until Ctrl-C. Reads files; writes nothing.
 
-    `up` runs it by itself where METRICS_PORT is set.
+    `up` starts it by itself if METRICS_PORT is set.
     """
     settings = platform_settings.load()
     stopping = threading.Event()

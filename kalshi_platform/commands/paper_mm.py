@@ -1,4 +1,4 @@
-"""`paper-mm`: a market maker on paper, in the foreground, for the simulator only."""
+"""`paper-mm`: run a paper market maker in the foreground, against the simulator only."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from kalshi_platform.simulator.paper import (
 )
 
 PATIENCE_S = 30.0
-"""How long to wait for the simulator at the start."""
-SAY_EVERY_S = 60.0
+"""Seconds to wait for the simulator at the start."""
+STATUS_S = 60.0
+"""Seconds between two status lines."""
 END_S = 1.5
-"""At the end, how long to wait for ClickHouse; what it has not taken waits on disk."""
+"""Seconds to wait for ClickHouse at the end; rows that it has not accepted stay in the spool."""
 
 
 @click.command("paper-mm")
 @click.option(
-    "--port", type=click.IntRange(1, 65_535), help="Of the simulator.  [default: SIMULATOR_PORT]"
+    "--port",
+    type=click.IntRange(1, 65_535),
+    help="Port of the simulator.  [default: SIMULATOR_PORT]",
 )
 @click.option("--markets", default=5, show_default=True, type=click.IntRange(1, 100))
 @click.option(
@@ -43,16 +46,16 @@ END_S = 1.5
 )
 @click.option(
     "--misbehave",
-    type=click.Choice([each.value for each in Misbehaviour]),
-    help="Do one thing wrong, for the checks to find.",
+    type=click.Choice([kind.value for kind in Misbehaviour]),
+    help="Make one deliberate mistake, for the checks to find.",
 )
-@click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after so long.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after this many seconds.")
 def command(
     *, port: int | None, markets: int, interval: float, misbehave: str | None, seconds: float | None
 ) -> None:
-    """Quote the simulator's markets, get filled, and record it all in the mm_* tables.
+    """Quote the simulator's markets, get filled, and record every decision in the mm_* tables.
 
-    It knows the simulator on this machine and nothing else. Ctrl-C takes its orders out and ends it.
+    It connects to the simulator on this machine only. Ctrl-C cancels its orders and ends it.
     """
     settings = platform_settings.current()
     if settings.has_key:
@@ -117,7 +120,7 @@ def _run(
     interval: float,
     seconds: float | None,
 ) -> None:
-    begun = said = time.monotonic()
+    begun = reported_at = time.monotonic()
     while not ending.wait(interval):
         try:
             maker.loop()
@@ -125,8 +128,8 @@ def _run(
             click.echo(f"{error} Waiting for it.")
             _begin(maker, ending)
         now = time.monotonic()
-        if now - said >= SAY_EVERY_S:
-            said = now
+        if now - reported_at >= STATUS_S:
+            reported_at = now
             trouble = f" {spool.trouble}" if spool.trouble else ""
             click.echo(f"{maker.decisions} decisions, {maker.fills} fills.{trouble}")
         if seconds is not None and now - begun >= seconds:
@@ -135,4 +138,4 @@ def _run(
         maker.end()
         gateway.freeze(False)
     except PaperError as error:
-        click.echo(f"Its orders stay: {error}", err=True)
+        click.echo(f"Its orders remain in the simulator: {error}", err=True)

@@ -1,4 +1,4 @@
-"""`proof`: journal, ClickHouse and Parquet, held against each other number by number."""
+"""`proof`: compare journal, ClickHouse and Parquet, sequence number by sequence number."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ _SHOWN = 50
 @click.option(
     "--from", "location", help="The archive, a folder or s3://bucket/prefix  [default: PARQUET_DIR]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Everything, each subscription too, as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print everything, with each subscription, as JSON."
+)
 def command(hours: str | None, location: str | None, *, as_json: bool) -> None:
-    """Prove that nothing is lost or doubled: journal, ClickHouse and Parquet are compared.
+    """Check that no row is lost or stored twice: compares journal, ClickHouse and Parquet.
 
-    Exit status 0: whole. 2: not whole, and the subscriptions are named. 1: something could not be read, so
-    that it could not be judged. It may run beside the platform, and changes nothing.
+    Exit status 0: whole. 2: not whole, and the subscriptions are named. 1: not checked, since something could
+    not be read. It may run beside the platform, and changes nothing.
     """
     settings = platform_settings.load()
     span = parse_hours(hours) if hours else None
@@ -47,23 +49,25 @@ def command(hours: str | None, location: str | None, *, as_json: bool) -> None:
     found = prove(settings, archive, span, _progress)
     _clear()
     if as_json:
-        said = {"verdict": found.verdict, **msgspec.to_builtins(found)}
-        click.echo(msgspec.json.format(msgspec.json.encode(said), indent=1).decode())
+        report = {"verdict": found.verdict, **msgspec.to_builtins(found)}
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=1).decode())
     else:
         _print(found)
     sys.exit(EXIT_CODES[found.verdict])
 
 
 def _print(found: Proof) -> None:
-    for it in found.journals:
-        missing = ", ".join(f"{n:,} not in {store}" for store, n in it.missing_records.items() if n)
+    for journal in found.journals:
+        missing = ", ".join(
+            f"{n:,} not in {store}" for store, n in journal.missing_records.items() if n
+        )
         click.echo(
-            f"shard {it.shard}: journal records {it.first_record:,} to {it.end_record:,} compared"
+            f"shard {journal.shard}: journal records {journal.first_record:,} to {journal.end_record:,} compared"
             + (f"; {missing}" if missing else "")
         )
     places = {"journal": found.journal, **found.stores}
     _table(["", *(title for title, _ in _COLUMNS)], [_row(n, c) for n, c in places.items()])
-    offenders = [it for it in found.subscriptions if not it.is_whole]
+    offenders = [entry for entry in found.subscriptions if not entry.is_whole]
     for offender in offenders[:_SHOWN]:
         _offender(offender)
     if len(offenders) > _SHOWN:
@@ -80,17 +84,19 @@ def _print(found: Proof) -> None:
     )
 
 
-def _offender(it: OfSubscription) -> None:
-    for store, counts in it.stores.items():
+def _offender(subscription: OfSubscription) -> None:
+    for store, counts in subscription.stores.items():
         if counts.is_whole:
             continue
-        what = ", ".join(
+        faults = ", ".join(
             f"{n:,} {title}" for title, name in _COLUMNS[5:9] if (n := getattr(counts, name))
         )
-        lacks = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in it.ranges.get(store, []))
+        missing = ", ".join(
+            str(a) if a == b else f"{a} to {b}" for a, b in subscription.ranges.get(store, [])
+        )
         click.echo(
-            f"{it.conn_id} sid {it.sid} ({it.first} to {it.last}): {store}: {what}"
-            + (f"; lacks {lacks}" if lacks else "")
+            f"{subscription.conn_id} sid {subscription.sid} ({subscription.first} to {subscription.last}): {store}: {faults}"
+            + (f"; lacks {missing}" if missing else "")
         )
 
 
@@ -129,10 +135,10 @@ def _table(titles: list[str], rows: list[list[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def _progress(what: str, done: int, of: int) -> None:
-    """One line on a terminal, written over."""
+def _progress(step: str, done: int, total: int) -> None:
+    """Show the progress on a terminal, in one line that is overwritten."""
     if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{what}: {done:,} of {of:,}", nl=False, err=True)
+        click.echo(f"\r\x1b[K{step}: {done:,} of {total:,}", nl=False, err=True)
 
 
 def _clear() -> None:

@@ -1,4 +1,4 @@
-"""`restore`: from the Parquet archive into ClickHouse."""
+"""`restore`: load hours of the Parquet archive into ClickHouse."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from kalshi_platform.loading.restore import Restored, Verdict, parse_hours, refu
 @click.option(
     "--replace",
     is_flag=True,
-    help="Where ClickHouse has other rows of an hour than the archive, take the archive's.",
+    help="Replace an hour's rows if ClickHouse has other rows than the archive.",
 )
 def command(location: str | None, hours: str | None, *, replace: bool) -> None:
-    """Bring the archive's hours back into ClickHouse, and prove that they are the same.
+    """Load the archive's hours back into ClickHouse, and verify that both have the same rows.
 
-    Each hour is compared first. What is equal stays, what ClickHouse lacks is inserted, and an hour of which
-    it has other rows is refused and left as it is, unless --replace is given. It may run beside the platform
-    and may be interrupted and run again: no row comes twice. Applies the migrations first.
+    Each hour is compared first. Equal rows stay, missing rows are inserted, and an hour of which ClickHouse
+    has other rows is refused and left as it is, unless --replace is given. It may run beside the platform
+    and may be interrupted and repeated: no row is stored twice. Applies the migrations first.
     """
     settings = platform_settings.load()
     if not settings.use_clickhouse:
@@ -40,18 +40,20 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
         )
     span = parse_hours(hours) if hours else None
     archive = archive_at(location) if location else open_archive(settings)
-    archive.identity()  # a later version's is refused
-    migrations.migrate(settings, tell=click.echo)
+    archive.identity()  # refuses an archive of a later version
+    migrations.migrate(settings, notify=click.echo)
     done = restore(settings, archive, span, _say, replace=replace)
     refused = refusals(done, asked_for=span is not None)
     for verdict in (Verdict.EXPIRED, Verdict.OPEN):
-        passed_over = [it for it in done if it.verdict is verdict and it.what not in refused]
+        passed_over = [
+            hour for hour in done if hour.verdict is verdict and hour.what not in refused
+        ]
         if passed_over:
             click.echo(
-                f"{len(passed_over)} hours were passed over, which are {verdict.value}. The last one:"
+                f"{len(passed_over)} hours were skipped, which are {verdict.value}. The last one:"
                 f" {passed_over[-1].what}"
             )
-    if not refused or any(it.verdict.is_there for it in done):
+    if not refused or any(hour.verdict.is_there for hour in done):
         click.echo(_summary(done))
     if refused:
         raise StoreRefused(
@@ -61,22 +63,22 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
 
 
 def _summary(done: Sequence[Restored]) -> str:
-    there = [it for it in done if it.verdict.is_there]
-    counts = Counter(it.verdict for it in there)
+    present = [hour for hour in done if hour.verdict.is_there]
+    counts = Counter(hour.verdict for hour in present)
     how = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
-    said = (
-        f"{sum(it.rows for it in there):,} rows of {len({it.hour for it in there})} hours are in ClickHouse;"
+    sentence = (
+        f"{sum(hour.rows for hour in present):,} rows of {len({hour.hour for hour in present})} hours are in ClickHouse;"
         f" counts and checksums agree{f' ({how})' if how else ''}."
     )
-    if left := sum(it.left for it in there):
-        said += f" {left:,} rows are left to the loader, which has not come to them yet."
-    return said
+    if left := sum(hour.left for hour in present):
+        sentence += f" {left:,} rows are left to the loader, which has not reached them yet."
+    return sentence
 
 
-def _say(it: Restored) -> None:
-    if it.verdict.is_there:
-        inserted = f"  {it.inserted:,} inserted" if it.inserted else ""
+def _say(hour: Restored) -> None:
+    if hour.verdict.is_there:
+        inserted = f"  {hour.inserted:,} inserted" if hour.inserted else ""
         click.echo(
-            f"{it.dataset}  {it.hour:%Y-%m-%d %H:00} UTC  {it.verdict.value}  {it.rows:,} rows{inserted}"
-            f"  checksum {it.checksum}"
+            f"{hour.dataset}  {hour.hour:%Y-%m-%d %H:00} UTC  {hour.verdict.value}  {hour.rows:,} rows{inserted}"
+            f"  checksum {hour.checksum}"
         )

@@ -1,4 +1,4 @@
-"""`kalshi-platform simulate`: the exchange simulator in the foreground."""
+"""`simulate`: run the exchange simulator in the foreground."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from kalshi_platform import settings
 @click.option(
     "--rolling-markets",
     type=click.IntRange(min=0),
-    help="How many of the markets open and close all the time.  [default: one in eight]",
+    help="Markets that open and close all the time.  [default: one in eight]",
 )
 @click.option(
     "--rolling-seconds",
     default=300.0,
     show_default=True,
     type=click.FloatRange(min=1),
-    help="How long a rolling market lives.",
+    help="Lifetime of a rolling market.",
 )
 @click.option(
     "--fault",
     "faults",
     multiple=True,
     metavar="NAME[:ARG][@SECONDS]",
-    help="Let something go wrong, e.g. gap:3@10. Repeatable; docs/simulator.md lists them.",
+    help="Inject a fault, e.g. gap:3@10. Repeatable; docs/simulator.md lists them.",
 )
 @click.option(
     "--replay",
@@ -65,7 +65,7 @@ def command(
     replay: Path | None,
     replay_speed: float | None,
 ) -> None:
-    """The exchange simulator in the foreground. Ctrl-C ends it."""
+    """Run the exchange simulator in the foreground. Ctrl-C ends it."""
     from kalshi_platform.simulator.config import SimulatorConfig
     from kalshi_platform.simulator.faults import Fault
     from kalshi_platform.simulator.server import Simulator
@@ -80,7 +80,7 @@ def command(
             seed=seed,
             rolling_markets=rolling_markets,
             rolling_seconds=rolling_seconds,
-            # never the exchange's own key, which `current.exchange` names when there is one
+            # not `current.exchange.key_file`, which is the real key if one is configured
             key_file=current.data_dir / "simulator" / "key.pem",
             faults=tuple(Fault.parse(text) for text in faults),
             replay=replay,

@@ -1,4 +1,4 @@
-"""`sql`: run SQL and print a table, or any ClickHouse format as it comes."""
+"""`sql`: run SQL and print a table, or stream any ClickHouse format."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PLACEHOLDER = re.compile(r"\{\s*(\w+)\s*:")
 _NUMBER = re.compile(r"(Nullable\()?(U?Int|Float|Decimal)\d*")
 
 _TABLE_FORMAT = "JSONCompactStringsEachRowWithNamesAndTypes"
-"""One line for each row, every value as ClickHouse itself would print it: exact."""
+"""One line per row, each value as the text that ClickHouse prints, so that decimals stay exact."""
 
 _NULL = "ᴺᵁᴸᴸ"
-"""How that format spells a null."""
+"""That format's text for NULL."""
 
 _SHOWN_AT_LEAST = {"output_format_decimal_trailing_zeros": 1}
 _TAIL_BYTES = 64 * 1024
@@ -116,9 +116,9 @@ def _read(path: str) -> str:
 
 
 def _found(path: str) -> Path:
-    """The file at `path`; where there is none, the platform's own of that name, whatever folder is before it.
+    """The file at `path`; if it does not exist, the platform's own file of that name.
 
-    The folder may be one of another system, with its separators; a wheel has no `infra` folder.
+    Leading folders are then ignored, since a wheel has no `infra` folder; separators of any system are accepted.
     """
     given = Path(path).expanduser()
     parts = PureWindowsPath(path).parts
@@ -155,13 +155,15 @@ def _run(
             statement,
             parameters={name: value for name, value in values.items() if name in used},
             settings=_SHOWN_AT_LEAST if output_format == _TABLE_FORMAT else None,
-            transport_settings={"X-ClickHouse-Format": output_format},  # a FORMAT in the SQL wins
+            transport_settings={
+                "X-ClickHouse-Format": output_format
+            },  # a FORMAT in the SQL has precedence
         )
     return cast(HTTPResponse, answer)
 
 
 def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
-    """The body as it comes; raises what ClickHouse reports behind an answer that it broke off."""
+    """The body in pieces. Raises the error that ClickHouse appends to an answer that it aborts."""
     tag = answer.headers.get("X-ClickHouse-Exception-Tag")
     tail = b""
     try:
@@ -176,7 +178,7 @@ def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
 
 
 def _pass_through(answer: HTTPResponse) -> None:
-    """The answer as it came; on a terminal without what would command it."""
+    """Write the answer unchanged; on a terminal with control characters escaped."""
     sys.stdout.flush()
     out, on_terminal = sys.stdout.buffer, sys.stdout.isatty()
     decode = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace").decode

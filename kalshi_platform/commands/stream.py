@@ -1,4 +1,4 @@
-"""`stream`: capture and load in the foreground, without Dagster."""
+"""`stream`: record in the foreground, without Dagster: one shard, or a process for each shard."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 STATUS_S = 10.0
 DRAIN_S = 7.0
 END_S = 9.5
-"""For the processes of all shards to end when asked to, before they are killed."""
+"""Seconds from SIGTERM until the processes of the shards are killed."""
 
 
 @click.command()
 @click.option(
     "--shard",
     type=click.IntRange(0),
-    help="One shard of STREAM_SHARDS, in this process. One that is no longer configured is drained:"
-    " what its journal still has is loaded, and the command ends.  [default: all, a process each]",
+    help="Record one shard of STREAM_SHARDS in this process. A shard that is no longer configured is"
+    " drained: the rest of its journal is loaded, and the command ends.  [default: all, a process each]",
 )
-@click.option("--parent", type=int, hidden=True, help="End when this process is no longer ours.")
+@click.option("--parent", type=int, hidden=True, help="End when this is no longer the parent.")
 def command(shard: int | None, parent: int | None) -> None:
     """Capture and load in the foreground, without Dagster.
 
-    SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s. Where the
-    disk does not take what was received, it exits 1 and says how much is lost.
+    SIGTERM or Ctrl-C: stop reading, flush what was received to both stores, exit 0 within 10 s. If the
+    disk does not accept what was received, it exits 1 and says how much is lost.
     """
     settings = platform_settings.load()
     stopping = threading.Event()
@@ -53,20 +53,20 @@ def command(shard: int | None, parent: int | None) -> None:
         _record_all(shards, stopping)
         return
     if parent is not None and settings.log_format == "text":
-        _say_which(shards[0])
+        _prefix_log(shards[0])
     with logs.bound(shard=shards[0]):
         _record(settings, shards[0], stopping, parent)
 
 
-def _say_which(shard: int) -> None:
-    """Several processes speak on one terminal; in JSON each line says its shard anyway."""
-    each = logs.TextFormatter(logs.TEXT.replace("%(message)s", f"shard {shard}: %(message)s"))
+def _prefix_log(shard: int) -> None:
+    """Prefix each log line with the shard, since several processes share a terminal. JSON lines have it anyway."""
+    formatter = logs.TextFormatter(logs.TEXT.replace("%(message)s", f"shard {shard}: %(message)s"))
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(each)
+        handler.setFormatter(formatter)
 
 
 def _shards(settings: Settings) -> list[int]:
-    """Every shard of the settings, and those of former settings that have not been drained."""
+    """The configured shards, and former ones that are not drained."""
     return monitored_shards.supervised(
         settings.journals_dir, settings.stream_shards, settings.stores
     )
@@ -94,7 +94,7 @@ def _record(
             waited = 0.0
             log.info("%s", _status(streamer.health()))
         if parent is not None and os.getppid() != parent:
-            log.warning("The process that keeps all shards is gone; this one ends too.")
+            log.warning("The parent process of all shards is gone; this one ends too.")
             break
     complete = streamer.stop(DRAIN_S)
     failure = failure or streamer.loss
@@ -124,17 +124,17 @@ def _hour(report: HourReport) -> str:
 
 def _left(health: Health) -> str:
     behind = {name: store.lag for name, store in health.stores.items() if store.lag}
-    what = ", ".join(f"{lag:,} records wait for {name}" for name, lag in behind.items())
-    if not what:
-        return "not everything ended in time; the log above says what. The next start goes on from the journal."
-    return f"{what}. They are in the journal, and loaded at the next start."
+    waiting = ", ".join(f"{lag:,} records wait for {name}" for name, lag in behind.items())
+    if not waiting:
+        return "not everything was stored in time; see the log above. The next start resumes from the journal."
+    return f"{waiting}. They are in the journal, and loaded at the next start."
 
 
 # -- all shards, a process each ----------------------------------------------------------------
 
 
 def _record_all(shards: Sequence[int], stopping: threading.Event) -> None:
-    """Until asked to end, or one of them fails: then all end, for whoever keeps this command alive."""
+    """Run a process per shard until a signal, or until one fails: then all end, so that a service manager restarts them."""
     log.info("Shards %s, a process each.", ", ".join(map(str, shards)))
     children = {shard: _spawn(shard) for shard in shards}
     failed: dict[int, int] = {}
@@ -149,11 +149,11 @@ def _record_all(shards: Sequence[int], stopping: threading.Event) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             status = child.wait()
-        if status not in {0, -signal.SIGTERM}:  # the latter had not come up yet
+        if status not in {0, -signal.SIGTERM}:  # SIGTERM: it had not installed its handler yet
             failed[shard] = status
     if failed:
-        said = ", ".join(f"shard {k} ({describe_exit(status)})" for k, status in failed.items())
-        raise PlatformError(f"Ended, and so all shards were: {said}. Its last words are above.")
+        failures = ", ".join(f"shard {k} ({describe_exit(status)})" for k, status in failed.items())
+        raise PlatformError(f"All shards were ended because of {failures}. Its log is above.")
 
 
 def _spawn(shard: int) -> subprocess.Popen[bytes]:

@@ -365,7 +365,7 @@ class _Platform:
         wait_s = 0.5
         while not self._over.is_set():
             try:
-                applied = migrations.migrate(self._settings, tell=self.say)
+                applied = migrations.migrate(self._settings, notify=self.say)
             except StoreError as error:
                 starting = isinstance(error, StoreUnavailable) and time.monotonic() < patient_until
                 if str(error) != self._clickhouse_trouble and not starting:

@@ -1,6 +1,6 @@
-"""`watch`: the live wire of a few markets. Nothing is written to a database.
+"""`watch`: show the live feed of a few markets. Nothing is written to a database.
 
-On a terminal it is a live ladder; piped, or with --compact or --raw, one line per frame.
+On a terminal it draws a live ladder; piped, or with --compact or --raw, it prints one line per frame.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ RETRY_S = 2.0
     "--ticker", "tickers", multiple=True, required=True, help="Market ticker; may be repeated."
 )
 @click.option("--compact", is_flag=True, help="One short line per change: best bid and ask only.")
-@click.option("--raw", is_flag=True, help="The frames as they come.")
+@click.option("--raw", is_flag=True, help="Print the frames verbatim.")
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="At most so many lines (or screens) a second.",
+    help="Most lines (or screens) a second.",
 )
 @click.option(
     "--ndjson",
@@ -57,7 +57,7 @@ RETRY_S = 2.0
 def command(
     tickers: tuple[str, ...], compact: bool, raw: bool, rate: float | None, ndjson: IO[bytes] | None
 ) -> None:
-    """The live wire of a market: [SUB], [SNAP], then deltas; on a terminal a live ladder.
+    """Show the live feed of a market: [SUB], [SNAP], then deltas; on a terminal a live ladder.
 
     Nothing is written to a database. Ctrl-C ends it.
     """
@@ -82,7 +82,7 @@ def command(
 
 @dataclass
 class _Watcher:
-    """Books, and what to print of them."""
+    """The watched books, and the output."""
 
     tickers: tuple[str, ...]
     compact: bool
@@ -101,11 +101,11 @@ class _Watcher:
         self.restart()
 
     def restart(self) -> None:
-        """A new connection: every book waits for its snapshot."""
+        """Start a new connection: every book waits for its snapshot."""
         self.books = {ticker: Book(ticker) for ticker in self.tickers}
 
     def take(self, kind: Kind, frame: bytes) -> None:
-        """One frame: into the books, the file and the output."""
+        """Apply a frame to the books, append it to the file and print its line."""
         self.frames += 1
         if self.ndjson is not None:
             self.ndjson.write(frame.rstrip(b"\n") + b"\n")
@@ -115,7 +115,7 @@ class _Watcher:
         self.say(line, important=important)
 
     def say(self, line: str, *, important: bool = True) -> None:
-        """Print a line, unless a ladder is shown or the rate is reached; says what it held back."""
+        """Print a line, unless a ladder is shown or the rate is reached; the next line counts the skipped ones."""
         if self.quiet:
             return
         now = time.monotonic()
@@ -130,7 +130,7 @@ class _Watcher:
         click.echo(printable(line))
 
     def _apply(self, kind: Kind, frame: bytes) -> tuple[str, bool]:
-        """(line, whether it must be shown)"""
+        """Apply a frame to its book; returns its line, and whether the rate limit must not skip it."""
         text = frame.decode(errors="backslashreplace").strip()
         try:
             if kind is Kind.SNAPSHOT:
@@ -168,7 +168,7 @@ class _Watcher:
 
 
 def best(book: Book) -> str:
-    """Best yes bid and ask with sizes; the ask is 1 minus the best no bid."""
+    """Best YES bid and ask with sizes; the ask is 1 minus the best NO bid."""
     bid, no_bid = book.best("yes"), book.best("no")
     left = f"{dollars(bid[0])} x {contracts(bid[1])}" if bid else "none"
     right = f"{dollars(ONE_DOLLAR - no_bid[0])} x {contracts(no_bid[1])}" if no_bid else "none"
@@ -249,7 +249,7 @@ async def _draw(watcher: _Watcher) -> None:
 
 
 def _ladder(book: Book) -> Table:
-    """Asks above, bids below, on the yes scale; sizes as bars."""
+    """The ladder of a book in YES prices: asks above, bids below, sizes as bars."""
     asks = sorted((ONE_DOLLAR - price, size) for price, size in book.ladders["no"].items())
     bids = sorted(book.ladders["yes"].items(), reverse=True)
     shown = [*asks[:LADDER_LEVELS], *bids[:LADDER_LEVELS]]

@@ -158,7 +158,7 @@ def _judge(settings: Settings, shard: int, now: float) -> tuple[Sequence[verdict
         last_frame = int((report or {}).get("last_frame_ns") or 0) / 1e9
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         sentence = (
-            f"{folder / health_report.FILE} is no streamer's report ({error}). A living streamer writes it each"
+            f"{folder / health_report.FILE} is not a streamer's report ({error}). A running streamer writes it each"
             " second."
         )
         return [verdict.no_report(sentence)], now

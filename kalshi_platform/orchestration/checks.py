@@ -131,7 +131,7 @@ def _reports(settings: "Settings") -> tuple[Reports, dict[int, str]]:
         except (OSError, ValueError) as error:
             damaged[shard] = (
                 f"{folder / health_report.FILE} cannot be read ({error})."
-                " A living streamer writes it each second."
+                " A running streamer writes it each second."
             )
     return reports, damaged
 
@@ -279,7 +279,7 @@ def _fresh(
             _row(shard, report, now)  # its other values, too
             sound[shard] = report or {}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            sentence = f"health.json is no streamer's report ({error!r}). A living streamer writes it each second."
+            sentence = f"health.json is not a streamer's report ({error!r}). A running streamer writes it each second."
             judgements = [verdict.no_report(sentence)]
         found += [(shard, judged) for judged in judgements]
     shard, judged = verdict.worst_of(found)

@@ -62,7 +62,7 @@ def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str,
     }
 
 
-def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[str, Any]:
+def _hot_tables(settings: "Settings", notify: Callable[[str], None]) -> Mapping[str, Any]:
     """Apply HOT_RETENTION_DAYS, where it is set: nothing has to be restarted for it."""
     from kalshi_platform.clickhouse import hot_retention as hot
     from kalshi_platform.clickhouse import migrations
@@ -71,7 +71,7 @@ def _hot_tables(settings: "Settings", tell: Callable[[str], None]) -> Mapping[st
     if not settings.use_clickhouse:
         return {}
     with closing(connect(settings, log_comment="retention")) as client:
-        changed = migrations.keep(client, settings, tell=tell)
+        changed = migrations.keep(client, settings, notify=notify)
         kept = hot.in_words(hot.kept(client).values())
     return {
         "kept in ClickHouse": MetadataValue.text(kept),

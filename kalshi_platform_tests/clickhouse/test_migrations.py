@@ -160,7 +160,7 @@ def test_views_of_a_changed_migration_are_made_again_as_the_newest_has_them(
         newest = client.query(view).first_row
         client.command("CREATE OR REPLACE VIEW book_at AS SELECT 1 AS of_another_version")
         recorded_otherwise(client, 14)
-        assert migrations.migrate(settings, tell=said.append) == []
+        assert migrations.migrate(settings, notify=said.append) == []
         assert client.query(view).first_row == newest
         assert {s.state for s in migrations.standing(client)} == {State.APPLIED}
     assert said == [

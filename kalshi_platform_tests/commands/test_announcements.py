@@ -1,4 +1,4 @@
-"""What a person at `up` is told of the recording: each thing once, and its end."""
+"""`up` reports each condition of the recording once, and its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOPPED = report(state="stopped")
 
 class Story:
     def __init__(self, shards: int = 1) -> None:
-        self.it = Announcements(WHERE, 0.0)
+        self.announcements = Announcements(WHERE, 0.0)
         self.shards = shards
         self.now = 0.0
 
@@ -36,7 +36,7 @@ class Story:
         judged: dict[int, list[Judgement]] | None = None,
     ) -> list[str]:
         self.now += after_s
-        return self.it.look(
+        return self.announcements.look(
             self.shards,
             reports,
             supervised or {},
@@ -46,7 +46,7 @@ class Story:
         )
 
 
-def test_the_first_frames_are_told_once() -> None:
+def test_the_first_frames_are_reported_once() -> None:
     story = Story()
     assert story.look({}) == []
     (line,) = story.look({0: report()})
@@ -54,16 +54,14 @@ def test_the_first_frames_are_told_once() -> None:
     assert story.look({0: report()}) == []
 
 
-def test_a_recording_that_does_not_begin_is_told_once_with_where_to_look() -> None:
+def test_a_recording_that_does_not_begin_is_reported_once() -> None:
     story = Story()
     assert story.look({}, after_s=RECORDING_S - 1) == []
     assert story.look({}, after_s=2) == [f"Nothing is recorded yet after 90 s. {WHERE}"]
     assert story.look({}, after_s=500) == []
 
 
-def test_runs_that_fail_one_after_the_other_are_told_with_the_reason_each_time_it_gets_worse() -> (
-    None
-):
+def test_each_further_failed_run_is_reported_with_its_reason() -> None:
     story = Story()
     story.look({0: report()})
 
@@ -82,7 +80,7 @@ def test_runs_that_fail_one_after_the_other_are_told_with_the_reason_each_time_i
     assert len(failed(2)) == 1
 
 
-def test_a_shard_without_a_streamer_is_told_and_its_return_too() -> None:
+def test_a_missing_streamer_and_its_return_are_reported() -> None:
     story = Story(shards=2)
     story.look({0: report(), 1: report()})
     for gone in ({0: report()}, {0: report(), 1: DEAD}, {0: report(), 1: STOPPED}):
@@ -94,21 +92,21 @@ def test_a_shard_without_a_streamer_is_told_and_its_return_too() -> None:
         assert story.look({0: report(), 1: report()}) == ["Shard 1: A streamer runs again."]
 
 
-def test_trouble_is_told_once_and_its_end_and_what_was_said_already_is_not() -> None:
+def test_trouble_and_its_end_are_reported_once() -> None:
     story = Story()
     story.look({0: report()})
     assert story.look({0: report(trouble="No space is left.")}) == ["No space is left."]
     assert story.look({0: report(trouble="No space is left.")}) == []
-    assert story.look({0: report()}) == ["The streamer is well again."]
+    assert story.look({0: report()}) == ["The streamer is healthy again."]
     assert story.look({0: report(trouble="ClickHouse is away.")}) == []
 
 
-def test_a_trouble_whose_figures_change_every_second_is_told_once() -> None:
+def test_trouble_with_changing_figures_is_reported_once() -> None:
     story = Story()
     story.look({0: report()})
     behind = "clickhouse is {} s behind: {:,} records wait in the journal."
     lines = [story.look({0: report(trouble=behind.format(61 + n, 9_990 + n))}) for n in range(120)]
-    assert [line for each in lines for line in each] == [behind.format(61, 9_990)]
+    assert [line for sentences in lines for line in sentences] == [behind.format(61, 9_990)]
     assert story.look({0: report(trouble="parquet is away.")}) == ["parquet is away."]
 
 
@@ -117,7 +115,7 @@ AWAY = Judgement(Verdict.ERROR, "disconnected", "The exchange has not been reach
 BEHIND = Judgement(Verdict.WARN, "parquet behind", "parquet lacks 9 records.")
 
 
-def test_the_last_line_never_says_recording_while_nothing_is() -> None:
+def test_the_last_line_never_claims_a_recording_that_stopped() -> None:
     story = Story()
     (line,) = story.look({0: report()}, judged={0: [GOOD]})
     assert line.startswith("Recording")
@@ -126,7 +124,7 @@ def test_the_last_line_never_says_recording_while_nothing_is() -> None:
     assert story.look({0: report()}, judged={0: [GOOD]}) == [f"In order again. {GOOD.sentence}"]
 
 
-def test_what_comes_and_goes_is_told_once_a_minute_and_what_gets_worse_at_once() -> None:
+def test_flapping_is_reported_once_a_minute_worsening_at_once() -> None:
     story = Story()
     story.look({0: report()}, judged={0: [GOOD]})
     lines = [story.look({0: report()}, judged={0: [BEHIND if n % 2 else GOOD]}) for n in range(120)]
@@ -136,16 +134,16 @@ def test_what_comes_and_goes_is_told_once_a_minute_and_what_gets_worse_at_once()
     ]
 
 
-def test_a_trouble_that_the_streamer_tells_itself_is_said_once() -> None:
+def test_trouble_that_the_streamer_reports_is_not_repeated() -> None:
     story = Story()
     trouble = "No space is left."
     behind = Judgement(Verdict.ERROR, "disk", f"The disk does not take it. {trouble}")
     story.look({0: report()}, judged={0: [GOOD]})
     assert story.look({0: report(trouble=trouble)}, judged={0: [behind]}) == [trouble]
-    assert story.look({0: report()}, judged={0: [GOOD]}) == ["The streamer is well again."]
+    assert story.look({0: report()}, judged={0: [GOOD]}) == ["The streamer is healthy again."]
 
 
-def test_a_shard_that_is_taken_out_is_not_missed_and_its_drain_tells_its_trouble() -> None:
+def test_a_removed_shard_is_not_missed_but_its_drain_reports() -> None:
     story = Story(shards=2)
     story.look({0: report(), 1: report()})
     story.shards = 1
@@ -157,7 +155,7 @@ def test_a_shard_that_is_taken_out_is_not_missed_and_its_drain_tells_its_trouble
     (line,) = story.look(trouble, failed)
     assert line.startswith("Shard 1: 2 runs in a row have failed")
     stopped = {0: report(), 1: STOPPED}
-    assert story.look(stopped, drains) == ["Shard 1: The streamer is well again."]
+    assert story.look(stopped, drains) == ["Shard 1: The streamer is healthy again."]
     for _ in range(3):
         assert story.look(stopped, {0: drains[0]}, after_s=2 * ABSENT_S) == []
     assert story.look({0: DEAD}) == []
@@ -166,7 +164,7 @@ def test_a_shard_that_is_taken_out_is_not_missed_and_its_drain_tells_its_trouble
     ]
 
 
-def test_a_shard_that_is_added_is_told_of_like_the_others() -> None:
+def test_an_added_shard_is_reported_like_the_others() -> None:
     story = Story()
     story.look({0: report()})
     story.shards = 2

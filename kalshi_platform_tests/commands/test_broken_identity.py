@@ -1,4 +1,4 @@
-"""A journal.json that cannot be read is a sentence in every command, never a traceback."""
+"""An unreadable journal.json makes every command fail with a sentence, never with a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`doctor`: what is well is said to be well, and each thing that can be wrong is found and named."""
+"""`doctor` finds and names each fault, and reports a healthy platform as healthy."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ StartSimulator = Callable[..., Simulator]
 
 
 def report(data: Path, shard: int = 0, **values: Any) -> None:
-    """Write a streamer's health file, of a streamer that is well but for `values`."""
+    """Write the health file of a healthy streamer, with `values` replaced."""
     folder = data / "journal" / f"shard-{shard}"
     folder.mkdir(parents=True, exist_ok=True)
     own, now = Identity.own(), time.time_ns()
-    well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
+    healthy = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
     times = dict.fromkeys(
         ("started_ns", "updated_ns", "last_frame_ns", "last_durable_ns", "last_heard_ns"), now
     )
     counts = {"lag_frames": 7, "markets": 3, "synced": 3, "journal_backlog_bytes": 3_400_000}
-    told = {**well, **times, **counts, "stores": {}, **values}
-    (folder / "health.json").write_text(json.dumps(told), "utf-8")
+    content = {**healthy, **times, **counts, "stores": {}, **values}
+    (folder / "health.json").write_text(json.dumps(content), "utf-8")
 
 
-class Patient:
-    """Settings that `doctor` finds nothing wrong with, until they are changed."""
+class Installation:
+    """A healthy installation, whose settings a test changes."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, folder: Path, simulator: Simulator, **env: str
@@ -87,8 +87,8 @@ class Patient:
                 self._monkeypatch.setenv(name, value)
         platform_settings.current.cache_clear()
 
-    def examined(self, *argv: str) -> dict[str, str]:
-        """Each check's line, by its name."""
+    def lines(self, *argv: str) -> dict[str, str]:
+        """Run `doctor`; returns each check's line by its name."""
         result = CliRunner().invoke(doctor.command, argv)
         lines = result.stdout.splitlines()
         assert result.exit_code == any(line.startswith("✗") for line in lines), result.output
@@ -97,7 +97,7 @@ class Patient:
 
 @pytest.fixture(scope="module")
 def migrated_once(clickhouse_url: str) -> Iterator[str]:
-    """A database for the tests that only look; who changes it has one of its own (`alone`)."""
+    """A database for tests that only read; tests that change it use `own_database`."""
     name = database_name()
     migrations.migrate(settings_for(clickhouse_url, name))
     yield name
@@ -107,93 +107,93 @@ def migrated_once(clickhouse_url: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def patient(
+def installation(
     clickhouse_url: str,
     migrated_once: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     start_simulator: StartSimulator,
-) -> Iterator[Patient]:
-    """A platform that is well."""
+) -> Iterator[Installation]:
+    """A healthy platform."""
     simulator = start_simulator(markets=3, rate=0, rolling_markets=0)
-    patient = Patient(
+    installation = Installation(
         monkeypatch,
         tmp_path,
         simulator,
         CLICKHOUSE_URL=clickhouse_url,
         CLICKHOUSE_DATABASE=migrated_once,
     )
-    patient.set(MARKET_TICKERS=next(iter(simulator.books())))
-    yield patient
+    installation.set(MARKET_TICKERS=next(iter(simulator.books())))
+    yield installation
     platform_settings.current.cache_clear()
 
 
 @pytest.fixture
-def alone(patient: Patient, clickhouse_database: str) -> Patient:
-    """A platform that is well, on a database of its own."""
-    patient.set(CLICKHOUSE_DATABASE=clickhouse_database)
+def own_database(installation: Installation, clickhouse_database: str) -> Installation:
+    """A healthy platform on a database of its own."""
+    installation.set(CLICKHOUSE_DATABASE=clickhouse_database)
     migrations.migrate(platform_settings.current())
-    return patient
+    return installation
 
 
-def test_a_platform_that_is_well_has_no_complaint(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
+def test_a_healthy_platform_has_no_fault(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_clock(monkeypatch, 0)
-    report(patient.data)
-    lines = patient.examined()
+    report(installation.data)
+    lines = installation.lines()
     not_set_up = {
         *("market maker's spool", "market maker", "growth", "Dagster daemon", "alerts", "metrics")
     }
     assert {name for name, line in lines.items() if line[0] != "✓"} == not_set_up, lines
     assert len(lines) == 18
     assert "7 frames not loaded yet" in lines["streamer"]
-    assert not patient.data.joinpath("parquet").exists()
+    assert not installation.data.joinpath("parquet").exists()
 
 
-def test_what_hangs_keeps_no_other_line_back(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
+def test_a_check_that_hangs_delays_no_other_line(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ClickHouse and the exchange take connections and never answer."""
+    """ClickHouse and the exchange accept connections and never answer."""
     monkeypatch.setattr(doctor, "LINE_S", 2.0)
-    report(patient.data)
+    report(installation.data)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        patient.set(
+        installation.set(
             CLICKHOUSE_URL=f"http://127.0.0.1:{port}",
             KALSHI_REST_URL=f"http://127.0.0.1:{port}/trade-api/v2",
         )
         began = time.monotonic()
-        lines = patient.examined()
+        lines = installation.lines()
         assert time.monotonic() - began < 2 * doctor.LINE_S + 5.0
     for name in ("clock", "exchange REST", "ClickHouse"):
         assert lines[name].startswith(f"✗ {name} — did not end within 2 s"), lines[name]
     for name in ("exchange WebSocket", "markets", "schema"):
-        assert "not looked at" in lines[name]
+        assert "not checked" in lines[name]
     for name in ("settings", "key file", "data folder", "archive", "streamer"):
         assert lines[name].startswith("✓"), lines[name]
 
 
-def test_a_fault_of_a_check_is_its_own_line(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
+def test_a_bug_in_a_check_affects_its_own_line_only(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> doctor.Finding:
         raise RuntimeError("odd")
 
     monkeypatch.setattr(doctor, "CHECKS", {**doctor.CHECKS, "clock": (broken, None)})
-    report(patient.data)
-    lines = patient.examined()
-    assert lines["clock"] == "✗ clock — could not be looked at (RuntimeError('odd'))"
+    report(installation.data)
+    lines = installation.lines()
+    assert lines["clock"] == "✗ clock — could not be checked (RuntimeError('odd'))"
     assert len(lines) == 18
 
 
-def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: Patient) -> None:
-    patient.set(STREAM_SHARDS="2")
-    report(patient.data)
-    report(patient.data, 1, pid_started=1.0)
-    report(patient.data, 2, pid_started=1.0)
-    (patient.data / "journal" / "shard-2" / f"{0:020d}.arrows").touch()
-    lines = patient.examined()
+def test_every_shard_has_a_line_also_a_former_one(installation: Installation) -> None:
+    installation.set(STREAM_SHARDS="2")
+    report(installation.data)
+    report(installation.data, 1, pid_started=1.0)
+    report(installation.data, 2, pid_started=1.0)
+    (installation.data / "journal" / "shard-2" / f"{0:020d}.arrows").touch()
+    lines = installation.lines()
     assert lines["shard 0"].startswith("✓")
     assert lines["shard 1"].startswith("✗ shard 1 — The streamer is down: process")
     assert lines["shard 2"].startswith(
@@ -203,75 +203,77 @@ def test_every_shard_has_a_line_also_one_that_is_no_longer_configured(patient: P
     assert "streamer" not in lines
 
 
-def test_nothing_secret_is_printed(patient: Patient) -> None:
-    patient.set(CLICKHOUSE_USER="nobody", CLICKHOUSE_PASSWORD="hidden-word", PROD_KEYID="hidden-id")
-    said = "\n".join(patient.examined().values())
-    assert "does not know PROD_KEYID" in said
-    assert "CLICKHOUSE_PASSWORD" in said
-    assert not re.search("hidden-word|hidden-id|BEGIN", said)
+def test_nothing_secret_is_printed(installation: Installation) -> None:
+    installation.set(
+        CLICKHOUSE_USER="nobody", CLICKHOUSE_PASSWORD="hidden-word", PROD_KEYID="hidden-id"
+    )
+    output = "\n".join(installation.lines().values())
+    assert "does not know PROD_KEYID" in output
+    assert "CLICKHOUSE_PASSWORD" in output
+    assert not re.search("hidden-word|hidden-id|BEGIN", output)
 
 
-def test_settings_that_make_no_sense_end_the_examination(patient: Patient) -> None:
-    patient.set(HOT_RETENTION_DAYS="soon")
-    (line,) = patient.examined().values()
+def test_invalid_settings_end_the_checks(installation: Installation) -> None:
+    installation.set(HOT_RETENTION_DAYS="soon")
+    (line,) = installation.lines().values()
     assert line.startswith("✗ settings — HOT_RETENTION_DAYS")
 
 
-def test_without_a_key_and_without_a_simulator_it_says_so(patient: Patient) -> None:
+def test_no_key_and_no_simulator_is_a_finding(installation: Installation) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         unused = f"http://127.0.0.1:{taken.getsockname()[1]}/trade-api/v2"
-        patient.set(PROD_KEYID=None, PROD_KEYFILE=None, KALSHI_REST_URL=unused)
-        lines = patient.examined()
+        installation.set(PROD_KEYID=None, PROD_KEYFILE=None, KALSHI_REST_URL=unused)
+        lines = installation.lines()
     assert lines["exchange REST"].startswith("✗ exchange REST — no key is set, and the simulator")
     assert "kalshi-platform simulate" in lines["exchange REST"]
     for name in ("key file", "clock", "exchange WebSocket", "markets"):
         assert lines[name].startswith("·")
 
 
-def test_a_key_file_that_others_can_read_is_refused(patient: Patient) -> None:
-    patient.key_file.chmod(0o644)
-    line = patient.examined()["key file"]
+def test_a_key_file_that_others_can_read_is_refused(installation: Installation) -> None:
+    installation.key_file.chmod(0o644)
+    line = installation.lines()["key file"]
     assert line.startswith("✗")
-    assert line.endswith(f"chmod 600 {patient.key_file}")
+    assert line.endswith(f"chmod 600 {installation.key_file}")
 
 
-def test_a_key_file_that_only_its_owner_could_close_is_pointed_out(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
+def test_a_readable_key_file_of_another_owner_is_reported(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patient.key_file.chmod(0o444)
-    monkeypatch.setattr("os.geteuid", lambda: patient.key_file.stat().st_uid + 1)
-    line = patient.examined()["key file"]
+    installation.key_file.chmod(0o444)
+    monkeypatch.setattr("os.geteuid", lambda: installation.key_file.stat().st_uid + 1)
+    line = installation.lines()["key file"]
     assert line.startswith("!")
     assert "mode 0400" in line
 
 
-def test_secrets_in_an_env_file_that_others_can_read_are_pointed_out(patient: Patient) -> None:
-    env = patient.key_file.parent / ".env"
+def test_secrets_in_a_readable_env_file_are_reported(installation: Installation) -> None:
+    env = installation.key_file.parent / ".env"
     env.write_text("CLICKHOUSE_PASSWORD=\nSIMULATOR_RATE=10\n")
-    assert patient.examined()["settings"].startswith("✓")
+    assert installation.lines()["settings"].startswith("✓")
     env.write_text("CLICKHOUSE_PASSWORD=hidden-word\n")
-    patient.set(CLICKHOUSE_PASSWORD="")  # the environment wins over the file
-    line = patient.examined()["settings"]
+    installation.set(CLICKHOUSE_PASSWORD="")  # the environment wins over the file
+    line = installation.lines()["settings"]
     assert line.startswith("!")
     assert "CLICKHOUSE_PASSWORD in .env" in line
     assert "hidden-word" not in line
     env.chmod(0o600)
-    assert patient.examined()["settings"].startswith("✓")
+    assert installation.lines()["settings"].startswith("✓")
 
 
 @pytest.mark.parametrize("content", [None, b"not a key"])
-def test_a_key_file_that_is_none_is_named(patient: Patient, content: bytes | None) -> None:
-    patient.key_file.unlink()
+def test_an_invalid_key_file_is_named(installation: Installation, content: bytes | None) -> None:
+    installation.key_file.unlink()
     if content is not None:
-        patient.key_file.write_bytes(content)
-    lines = patient.examined()
-    assert lines["key file"].startswith(f"✗ key file — Key file {patient.key_file}")
+        installation.key_file.write_bytes(content)
+    lines = installation.lines()
+    assert lines["key file"].startswith(f"✗ key file — Key file {installation.key_file}")
     assert lines["exchange REST"].startswith("✗")
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, off_s: float) -> None:
-    """So far is our clock off the exchange's, however long an answer is on its way to us."""
+    """Set the skew of this machine's clock, independent of the answers' travel time."""
     true_skew = rest.clock_skew_s
 
     def skew(headers: httpx.Headers, now_s: float) -> float | None:
@@ -283,93 +285,101 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, off_s: float) -> None:
 
 
 @pytest.mark.parametrize(("off_s", "mark"), [(-30, "✗"), (3, "!"), (0, "✓")])
-def test_a_clock_that_is_off_is_found(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch, off_s: int, mark: str
+def test_clock_skew_is_found(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, off_s: int, mark: str
 ) -> None:
     set_clock(monkeypatch, off_s)
-    line = patient.examined()["clock"]
+    line = installation.lines()["clock"]
     assert line.startswith(f"{mark} clock")
     assert ("NTP" in line) == bool(off_s)
 
 
-def test_a_websocket_that_is_away_is_found(patient: Patient) -> None:
-    patient.set(KALSHI_WS_URL="ws://127.0.0.1:9/trade-api/ws/v2")
-    assert patient.examined()["exchange WebSocket"].startswith("✗ exchange WebSocket — ws://127.0")
+def test_an_unreachable_websocket_is_found(installation: Installation) -> None:
+    installation.set(KALSHI_WS_URL="ws://127.0.0.1:9/trade-api/ws/v2")
+    assert installation.lines()["exchange WebSocket"].startswith(
+        "✗ exchange WebSocket — ws://127.0"
+    )
 
 
-def test_an_unknown_market_is_named(patient: Patient) -> None:
-    patient.set(MARKET_TICKERS=f"{next(iter(patient.simulator.books()))},NO-SUCH")
-    assert "the exchange knows no NO-SUCH" in patient.examined()["markets"]
-    patient.set(MARKET_TICKERS="", MARKET_SERIES="NO-SUCH-SERIES")
-    assert patient.examined()["markets"].startswith("✗")
-    patient.set(MARKET_SERIES="")
-    assert "nothing to record" in patient.examined()["markets"]
+def test_an_unknown_market_is_named(installation: Installation) -> None:
+    installation.set(MARKET_TICKERS=f"{next(iter(installation.simulator.books()))},NO-SUCH")
+    assert "the exchange knows no NO-SUCH" in installation.lines()["markets"]
+    installation.set(MARKET_TICKERS="", MARKET_SERIES="NO-SUCH-SERIES")
+    assert installation.lines()["markets"].startswith("✗")
+    installation.set(MARKET_SERIES="")
+    assert "nothing to record" in installation.lines()["markets"]
 
 
-def test_a_clickhouse_that_is_away_is_found_and_one_that_is_not_wanted_is_not(
-    patient: Patient,
+def test_clickhouse_is_checked_only_if_it_is_used(
+    installation: Installation,
 ) -> None:
-    patient.set(CLICKHOUSE_URL="http://127.0.0.1:9")
-    lines = patient.examined()
+    installation.set(CLICKHOUSE_URL="http://127.0.0.1:9")
+    lines = installation.lines()
     assert lines["ClickHouse"].startswith("✗")
-    assert lines["schema"] == "· schema — not looked at: see ClickHouse"
-    patient.set(USE_CLICKHOUSE="0")
-    assert patient.examined()["ClickHouse"].startswith("·")
+    assert lines["schema"] == "· schema — not checked: see ClickHouse"
+    installation.set(USE_CLICKHOUSE="0")
+    assert installation.lines()["ClickHouse"].startswith("·")
 
 
-def test_what_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is_gone(
-    patient: Patient, clickhouse_url: str
+def test_definitions_that_were_set_aside_are_listed(
+    installation: Installation, clickhouse_url: str
 ) -> None:
-    patient.set(CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
-    aside = patient.data / "clickhouse" / "refused" / "k" / "url.sql"
+    installation.set(
+        CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2]
+    )
+    aside = installation.data / "clickhouse" / "refused" / "k" / "url.sql"
     aside.parent.mkdir(parents=True)
     aside.write_text("-- table k.url: not on the list\n")
-    line = patient.examined()["ClickHouse"]
+    line = installation.lines()["ClickHouse"]
     assert line.startswith("!")
     assert str(aside) in line
     aside.unlink()
-    assert patient.examined()["ClickHouse"].startswith("✓")
+    assert installation.lines()["ClickHouse"].startswith("✓")
 
 
-def test_a_part_that_the_embedded_clickhouse_has_set_aside_is_listed_until_it_is_gone(
-    patient: Patient, clickhouse_url: str, monkeypatch: pytest.MonkeyPatch
+def test_parts_that_were_set_aside_are_listed(
+    installation: Installation, clickhouse_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         doctor, "_lacks_password", lambda _: False
     )  # the server is another folder's
-    patient.set(CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
-    tables = patient.data / "clickhouse" / "engine" / "store"
+    installation.set(
+        CLICKHOUSE_URL=None, EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2]
+    )
+    tables = installation.data / "clickhouse" / "engine" / "store"
     aside = tables / "a1b" / "a1b2" / "detached" / "broken-on-start_all_1_3_1"
     aside.mkdir(parents=True)
-    line = patient.examined()["ClickHouse"]
+    line = installation.lines()["ClickHouse"]
     assert line.startswith("!")
     assert str(aside) in line
     aside.rmdir()
-    assert patient.examined()["ClickHouse"].startswith("✓")
+    assert installation.lines()["ClickHouse"].startswith("✓")
 
 
-def test_a_schema_that_is_not_ours_is_found(alone: Patient) -> None:
+def test_a_foreign_schema_is_found(own_database: Installation) -> None:
     with closing(connect(platform_settings.current())) as client:
         client.command("ALTER TABLE latest_levels MODIFY COLUMN size Decimal(18, 4)")
-        assert "latest_levels.size is Decimal(18, 4)" in alone.examined()["schema"]
+        assert "latest_levels.size is Decimal(18, 4)" in own_database.lines()["schema"]
         client.command(
             "ALTER TABLE schema_migrations DELETE WHERE version = 2 SETTINGS mutations_sync = 1"
         )
-        assert "lacks 002_live_views" in alone.examined()["schema"]
-    alone.set(CLICKHOUSE_DATABASE="nowhere")
-    assert "kalshi-platform migrate" in alone.examined()["schema"]
+        assert "lacks 002_live_views" in own_database.lines()["schema"]
+    own_database.set(CLICKHOUSE_DATABASE="nowhere")
+    assert "kalshi-platform migrate" in own_database.lines()["schema"]
 
 
-def test_a_folder_that_cannot_be_written_is_found(patient: Patient, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_found(
+    installation: Installation, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    patient.set(PARQUET_DIR=str(tmp_path / "file" / "parquet"))
-    assert "PARQUET_DIR" in patient.examined()["archive"]
+    installation.set(PARQUET_DIR=str(tmp_path / "file" / "parquet"))
+    assert "PARQUET_DIR" in installation.lines()["archive"]
 
 
-def test_a_full_disk_is_found(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(patient.data.parent)
+def test_a_full_disk_is_found(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(installation.data.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
-    lines = patient.examined()
+    lines = installation.lines()
     assert lines["data folder"].startswith("✗")
     assert lines["archive"].startswith("✗")
 
@@ -392,11 +402,11 @@ LONG_AGO = 10**9
         ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),
         ({"markets": 1, "synced": 0}, "✗", "0 of 1 books are synced"),
         ({"synced": 2}, "!", "2 of 3 books are synced"),
-        ({"pid": "x"}, "✗", "is no streamer's report"),
-        ({"state": None, "lag_frames": None}, "✗", "is no streamer's report"),
+        ({"pid": "x"}, "✗", "is not a streamer's report"),
+        ({"state": None, "lag_frames": None}, "✗", "is not a streamer's report"),
     ],
 )
-def test_a_streamer_is_judged_by_its_report(
+def test_a_streamers_report_decides_its_line(
     tmp_path: Path, values: dict[str, Any], mark: str, sentence: str
 ) -> None:
     report(tmp_path, **values)
@@ -416,14 +426,14 @@ def test_a_journal_json_that_cannot_be_read_is_found(tmp_path: Path) -> None:
     assert "journal.json is damaged" in finding.text
 
 
-def test_a_password_that_is_gone_is_found(patient: Patient, clickhouse_url: str) -> None:
-    patient.set(EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
+def test_a_missing_write_password_is_found(installation: Installation, clickhouse_url: str) -> None:
+    installation.set(EMBEDDED_CLICKHOUSE_PORT=clickhouse_url.rpartition(":")[2])
     folder = platform_settings.current().embedded_clickhouse_dir
     (folder / "engine").mkdir(parents=True)
-    assert "is gone" in patient.examined()["ClickHouse"]
+    assert "is gone" in installation.lines()["ClickHouse"]
 
 
-def test_a_streamer_whose_runs_fail_one_after_the_other_is_found_with_the_reason(
+def test_repeatedly_failing_runs_are_found_with_the_reason(
     tmp_path: Path,
 ) -> None:
     def noted(failures: int, *, age_s: float = 0.0) -> None:
@@ -453,7 +463,7 @@ def test_a_streamer_whose_runs_fail_one_after_the_other_is_found_with_the_reason
 
 
 def checked(name: str, folder: Path, **overrides: Any) -> doctor.Finding:
-    """One check alone."""
+    """Run a single check."""
     check, _ = doctor.CHECKS[name]
     settings = platform_settings.load(
         _env_file=None, kalshi_data_dir=folder, use_clickhouse=False, **overrides
@@ -461,7 +471,7 @@ def checked(name: str, folder: Path, **overrides: Any) -> doctor.Finding:
     return check(settings)
 
 
-def test_a_disk_that_will_be_full_is_found_before_it_is(
+def test_a_disk_that_will_be_full_is_forecast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "journal" / "shard-0"
@@ -487,22 +497,22 @@ def test_a_disk_that_will_be_full_is_found_before_it_is(
     assert "more than a year" in settled.text
 
 
-def test_a_stopped_market_maker_is_found_with_its_age(alone: Patient) -> None:
+def test_a_stopped_market_maker_is_found_with_its_age(own_database: Installation) -> None:
     with closing(connect(platform_settings.current())) as client:
         planted = Planted(client)
         planted.decision(ago(2 * 3600 + 1500), engine_instance_id="mm-1")
-        line = alone.examined()["market maker"]
+        line = own_database.lines()["market maker"]
         assert line.startswith(
             "✗ market maker — engine mm-1 has not decided for 2 h 25 min, its newest decision is of "
         )
         assert line.endswith("the line of its spool counts what waits here")
         planted.decision(ago(5), engine_instance_id="mm-1")  # what the line says: it is started
-        line = alone.examined()["market maker"]
-        assert line.startswith("✓ market maker — it goes on deciding: 1 decision of 1 market")
+        line = own_database.lines()["market maker"]
+        assert line.startswith("✓ market maker — it decides: 1 decision of 1 market")
 
 
 @pytest.mark.parametrize(("streamers", "mark"), [(0, "·"), (1, "✗")])
-def test_a_daemon_that_is_dead_matters_while_a_streamer_runs(
+def test_a_dead_daemon_is_a_fault_while_a_streamer_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamers: int, mark: str
 ) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -521,20 +531,22 @@ def test_a_daemon_that_is_dead_matters_while_a_streamer_runs(
     assert checked("Dagster daemon", tmp_path).mark.value == "✓"
 
 
-def test_alert_channels_are_named_and_tried(tmp_path: Path, patient: Patient) -> None:
+def test_alert_channels_are_named_and_tried(tmp_path: Path, installation: Installation) -> None:
     assert checked("alerts", tmp_path).mark.value == "·"
-    assert "no channel is set" in patient.examined("--test-alert")["test alert"]
+    assert "no channel is set" in installation.lines("--test-alert")["test alert"]
     with web_server() as web:
-        patient.set(ALERT_WEBHOOK_URL=web.url, ALERT_SLACK_WEBHOOK_URL="http://127.0.0.1:9/s3cr3t")
-        lines = patient.examined("--test-alert")
-        assert lines["alerts"].startswith("✓ alerts — told to slack, webhook")
+        installation.set(
+            ALERT_WEBHOOK_URL=web.url, ALERT_SLACK_WEBHOOK_URL="http://127.0.0.1:9/s3cr3t"
+        )
+        lines = installation.lines("--test-alert")
+        assert lines["alerts"].startswith("✓ alerts — sent to slack, webhook")
         assert lines["test alert, webhook"].startswith("✓")
         assert lines["test alert, slack"].startswith("✗")
         assert "s3cr3t" not in "".join(lines.values())
         assert [body["notices"][0]["title"] for body in web.bodies] == ["This is a test"]
 
 
-def test_a_metrics_endpoint_that_does_not_answer_or_is_anothers_is_found(tmp_path: Path) -> None:
+def test_a_silent_or_foreign_metrics_endpoint_is_found(tmp_path: Path) -> None:
     assert checked("metrics", tmp_path).mark.value == "·"
     settings = platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path)
     thread, server = metrics.serve(settings, "127.0.0.1", 0)
@@ -549,4 +561,4 @@ def test_a_metrics_endpoint_that_does_not_answer_or_is_anothers_is_found(tmp_pat
     assert "does not answer" in found.text
     with web_server() as web:
         port = int(web.url.split(":")[2].split("/")[0])
-        assert "somebody else's" in checked("metrics", tmp_path, metrics_port=port).text
+        assert "another program's" in checked("metrics", tmp_path, metrics_port=port).text

@@ -1,4 +1,4 @@
-"""`migrate`: from any folder, as often as one likes."""
+"""`migrate` works from any folder, any number of times."""
 
 from __future__ import annotations
 

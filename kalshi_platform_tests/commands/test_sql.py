@@ -1,4 +1,4 @@
-"""`sql`: tables that line up, formats that pass untouched, errors in one line."""
+"""`sql` prints aligned tables, streams other formats unchanged, and reports errors on one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sql(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Iterator[Run]:
-    """The command, run in an empty folder on an empty database."""
+    """Run the command in an empty folder on an empty database."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLICKHOUSE_URL", clickhouse_url)
     monkeypatch.setenv("CLICKHOUSE_DATABASE", clickhouse_database)
@@ -93,7 +93,7 @@ def test_a_file_may_source_another(sql: Run, tmp_path: Path) -> None:
 def test_a_migration_is_found_by_its_name_from_any_folder(
     sql: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, installed: bool
 ) -> None:
-    """A wheel, and so the image, has no `infra`: its migrations are inside the package."""
+    """A wheel, and so the image, has no `infra`: the migrations are inside the package."""
     if installed:
         inside = tmp_path / "site-packages" / "_infra" / "clickhouse_migrations"
         shutil.copytree(migrations.folder(), inside)
@@ -105,13 +105,13 @@ def test_a_migration_is_found_by_its_name_from_any_folder(
     assert answer.exit_code == 0, answer.output
 
 
-def test_a_file_that_is_there_goes_before_the_platforms_own(sql: Run, tmp_path: Path) -> None:
+def test_an_existing_file_has_precedence_over_the_platforms(sql: Run, tmp_path: Path) -> None:
     (tmp_path / "010_inventory_observability.sql").write_text("SELECT 'mine'", "utf-8")
     result = sql("SOURCE 010_inventory_observability.sql", "--format", "TSV")
     assert (result.stdout, result.stderr) == ("mine\n", "")
 
 
-def test_the_platforms_queries_are_found_too_and_nothing_beside_them(sql: Run) -> None:
+def test_only_the_platforms_own_queries_are_found_by_name(sql: Run) -> None:
     missing = sql("--file", "infra/queries/inventory/../../../pyproject.toml").exception
     assert isinstance(missing, StoreRefused)
     engines = sql("--file", "infra/queries/inventory/judged.sql").exception
@@ -173,7 +173,7 @@ def test_an_answer_that_breaks_off_is_an_error(sql: Run, args: tuple[str, ...]) 
     assert "broken on the way" in str(error)
 
 
-def test_a_long_answer_is_cut_with_a_word(sql: Run) -> None:
+def test_a_long_answer_is_cut_with_a_note(sql: Run) -> None:
     result = sql("SELECT number FROM numbers(20)", "--rows", "3")
     assert result.stdout.split() == ["number", "0", "1", "2"]
     assert "first 3 rows" in result.stderr

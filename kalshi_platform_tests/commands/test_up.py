@@ -1,4 +1,4 @@
-"""`up`: from nothing to rows and a green partition, and back to no process at all."""
+"""`up` starts everything, survives kills, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Up:
             )
 
     def end(self, number: signal.Signals) -> None:
-        """Ask for the end: it comes, well, and leaves nobody."""
+        """Send a signal: `up` ends with status 0 and leaves no process."""
         assert self.process is not None
         self.process.send_signal(number)
         assert self.process.wait(timeout=90) == 0, self.output
@@ -94,7 +94,7 @@ class Up:
         )
 
     def family(self) -> list[psutil.Process]:
-        """Every living process that was started for this data folder."""
+        """Every running process that was started for this data folder."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -110,7 +110,7 @@ class Up:
         return found
 
     def one(self, fits: Callable[[list[str]], bool]) -> psutil.Process:
-        """The process with such arguments; others of the family may be ending just now."""
+        """The process with these arguments; others of the family may be ending."""
         for process in self.family():
             with suppress(psutil.Error):
                 if fits(process.cmdline()):
@@ -118,7 +118,7 @@ class Up:
         raise AssertionError("none is such a process")
 
     def kill(self) -> None:
-        """Leave nobody."""
+        """Kill every process that is left."""
         for process in self.family():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -131,7 +131,7 @@ class Up:
             return instance.get_materialized_partitions(dg.AssetKey("orderbook_events"))
 
     def count(self, table: str, condition: str = "1") -> int:
-        """Rows in ClickHouse; 0 while that does not answer."""
+        """Rows in ClickHouse; 0 while it does not answer."""
         query = f"SELECT count() FROM kalshi.{table} WHERE {condition}"
         try:
             answer = httpx.get(
@@ -142,7 +142,7 @@ class Up:
         return int(answer.text) if answer.status_code == httpx.codes.OK else 0
 
     def runs(self) -> list[dg.DagsterRun]:
-        """The streamer's runs; schedules and automation have runs of their own."""
+        """The streamer's runs, without those of schedules and automation."""
         with self.instance() as instance:
             return list(instance.get_runs(dg.RunsFilter(job_name="stream_orderbook")))
 
@@ -164,8 +164,8 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: Up) -> None:
-    # From nothing: rows, a green partition, a UI, and it is said that the data is simulated.
+def test_up_records_survives_kills_and_leaves_no_process(up: Up) -> None:
+    # From nothing: rows, a green partition, a UI, and the summary says that the data is simulated.
     up.start()
     up.says("SIMULATED")
     up.says("Recording: ")
@@ -175,7 +175,7 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     [run] = up.runs()
     assert run.tags["kalshi/source"] == "simulator"
 
-    # A second one on the same folder is told so.
+    # A second `up` on the same folder is refused.
     assert re.fullmatch(
         r"Error: Another .* runs on the data folder .*\n", refused(up.data.parent, "--port", "1")
     )
@@ -188,7 +188,7 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     until(lambda: up.count("stream_events", "kind = 'connected'") == 2, up.logs)
     up.one(lambda argv: "grpc" in argv).kill()
     up.says("code-server ended (killed by SIGKILL); it starts again in 1 s.")
-    assert [each.run_id for each in up.runs()] == [run.run_id]
+    assert [found.run_id for found in up.runs()] == [run.run_id]
 
     # Ctrl-C: the run is flushed and canceled, and nobody is left.
     up.end(signal.SIGINT)
@@ -196,7 +196,7 @@ def test_up_records_with_no_click_survives_what_dies_and_leaves_no_process(up: U
     assert ended.status is dg.DagsterRunStatus.CANCELED
     assert not Identity.parse(ended.tags["kalshi/process"]).alive
 
-    # Again, with ClickHouse away: recording goes on all the same, and that is said.
+    # Again, with ClickHouse away: recording goes on all the same, and up reports it.
     up.start(CLICKHOUSE_URL=f"http://127.0.0.1:{free_ports(1)[0]}")
     up.says("Recording goes on without it")
     up.says("Recording: ")
@@ -241,49 +241,49 @@ def refused(tmp_path: Path, *args: str, **env: str) -> str:
 
 def test_a_taken_ui_port_is_named_with_the_way_out(tmp_path: Path) -> None:
     with taken_port() as port:
-        said = refused(tmp_path, "--port", str(port), USE_CLICKHOUSE="0")
-    assert f"Port {port}, needed for the Dagster UI, is taken" in said
-    assert "`up --port 3001`" in said
+        output = refused(tmp_path, "--port", str(port), USE_CLICKHOUSE="0")
+    assert f"Port {port}, needed for the Dagster UI, is taken" in output
+    assert "`up --port 3001`" in output
 
 
 def test_a_taken_simulator_port_is_named_with_its_setting(tmp_path: Path) -> None:
     [ui] = free_ports(1)
     with taken_port() as port:
-        said = refused(tmp_path, "--port", str(ui), USE_CLICKHOUSE="0", SIMULATOR_PORT=str(port))
-    assert f"Port {port}, needed for the exchange simulator, is taken" in said
-    assert "SIMULATOR_PORT" in said
+        output = refused(tmp_path, "--port", str(ui), USE_CLICKHOUSE="0", SIMULATOR_PORT=str(port))
+    assert f"Port {port}, needed for the exchange simulator, is taken" in output
+    assert "SIMULATOR_PORT" in output
 
 
 def test_a_taken_clickhouse_port_is_named_with_its_setting(tmp_path: Path) -> None:
     [ui] = free_ports(1)
     with taken_port() as port:
-        said = refused(tmp_path, "--port", str(ui), EMBEDDED_CLICKHOUSE_PORT=str(port))
-    assert f"Port {port}, needed for the embedded ClickHouse, is taken" in said
-    assert "EMBEDDED_CLICKHOUSE_PORT" in said
+        output = refused(tmp_path, "--port", str(ui), EMBEDDED_CLICKHOUSE_PORT=str(port))
+    assert f"Port {port}, needed for the embedded ClickHouse, is taken" in output
+    assert "EMBEDDED_CLICKHOUSE_PORT" in output
 
 
 def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file in the way")
-    said = refused(tmp_path, USE_CLICKHOUSE="0")
-    assert "KALSHI_DATA_DIR is" in said
+    output = refused(tmp_path, USE_CLICKHOUSE="0")
+    assert "KALSHI_DATA_DIR is" in output
 
 
 def test_half_a_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    said = refused(tmp_path, PROD_KEYID="some-id")
-    assert "PROD_KEYFILE is not set" in said
+    output = refused(tmp_path, PROD_KEYID="some-id")
+    assert "PROD_KEYFILE is not set" in output
     assert not (tmp_path / "data").exists()
 
 
-def test_a_key_file_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
-    said = refused(tmp_path, PROD_KEYID="some-id", PROD_KEYFILE=str(tmp_path / "key.pem"))
-    assert f"Key file {tmp_path / 'key.pem'} does not exist" in said
+def test_a_missing_key_file_is_named_before_anything_starts(tmp_path: Path) -> None:
+    output = refused(tmp_path, PROD_KEYID="some-id", PROD_KEYFILE=str(tmp_path / "key.pem"))
+    assert f"Key file {tmp_path / 'key.pem'} does not exist" in output
     assert not (tmp_path / "data").exists()
 
 
-def test_up_tells_of_the_shards_that_env_names_now(
+def test_up_reports_on_the_shards_that_env_names_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real settings, reports of a living process, and `up`'s own look at them each second."""
+    """Uses real settings and reports of a running process, which `up` reads each second."""
     env_file, sentences = tmp_path / ".env", list[str]()
     for name in [it for it in os.environ if it.startswith(("PROD_", "KALSHI_", "STREAM_"))]:
         monkeypatch.delenv(name)
@@ -302,8 +302,8 @@ def test_up_tells_of_the_shards_that_env_names_now(
         folder = settings.journal_dir(shard)
         folder.mkdir(parents=True, exist_ok=True)
         values = {"pid": own.pid, "pid_started": own.started, "frames": 10, "stores": {}}
-        said = {**values, **dict.fromkeys(times, now), "state": state, "trouble": trouble}
-        (folder / "health.json").write_text(json.dumps(said))
+        output = {**values, **dict.fromkeys(times, now), "state": state, "trouble": trouble}
+        (folder / "health.json").write_text(json.dumps(output))
 
     def says(words: str) -> None:
         until(lambda: any(words in it for it in sentences), lambda: str(sentences))

@@ -135,7 +135,7 @@ def test_an_unreachable_object_store_is_left_out(tmp_path: Path) -> None:
         aws_secret_access_key="key",
     )
     assert [item.name for item in growth.measure(settings)] == ["journal", "Dagster"]
-    assert "Parquet archive cannot be asked" in doctor._growth(settings).text
+    assert "Parquet archive cannot be reached" in doctor._growth(settings).text
 
 
 def recording_into(store: ObjectStore, simulator: Simulator, data: Path) -> Settings:

@@ -308,7 +308,7 @@ def test_migrate_makes_a_dropped_table_again_as_it_was_and_says_so(
     was = planted.client.query(shape).result_rows
     planted.client.command(f"DROP TABLE {table} SYNC")
     status = run("migrate", "--status")
-    assert f"{table}  missing: kalshi-platform migrate makes it again, empty" in status.output
+    assert f"{table}  missing: kalshi-platform migrate creates it again, empty" in status.output
     result = run("migrate")
     assert result.exit_code == 0, result.output
     assert result.output.count(f"{table} was missing") == 1

@@ -61,7 +61,7 @@ def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists
     assert len(named) == sum(map(len, put.values())), "what is ours is not named"
     check, _ = doctor.CHECKS["foreign names"]
     line = check(settings).line("foreign names")
-    assert line.startswith("! foreign names — not the platform's, and passed over: ")
+    assert line.startswith("! foreign names — not the platform's, and ignored: ")
     assert line.isprintable()
 
 
