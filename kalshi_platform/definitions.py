@@ -23,7 +23,7 @@ from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.orchestration.sensors import streamer_supervisor
 from kalshi_platform.orchestration.streamer import stream_orderbook
 
-console.adopt()
+console.configure()
 
 defs = dg.Definitions(
     assets=[*ASSETS, *market_catalog.ASSETS, *analytics.ASSETS, *inventory.ASSETS],

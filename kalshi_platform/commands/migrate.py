@@ -51,19 +51,19 @@ def command(*, status: bool, apply_retention: bool, accept_changed: bool) -> Non
         if status:
             _status(client, settings)
             return
-        stand = migrations.standing(client)
+        standing = migrations.standing(client)
         kept = hot_retention.in_words(hot_retention.kept(client).values())
-    for migration in stand:
-        if migration.state is State.UNKNOWN:
-            click.echo(f"note: {migration} was {migration.state.value} of the platform", err=True)
-    applied = sum(migration.state is State.APPLIED for migration in stand)
+    for entry in standing:
+        if entry.state is State.UNKNOWN:
+            click.echo(f"note: {entry} was {entry.state.value} of the platform", err=True)
+    applied = sum(entry.state is State.APPLIED for entry in standing)
     click.echo(f"{settings.clickhouse_database} is up to date: {applied} migrations, {kept} kept")
 
 
 def _status(client: Client, settings: Settings) -> None:
-    for migration in migrations.standing(client):
-        when = f"  {migration.applied_at:%Y-%m-%d %H:%M:%S} UTC" if migration.applied_at else ""
-        click.echo(f"{migration}  {migration.state.value}{when}")
+    for entry in migrations.standing(client):
+        when = f"  {entry.applied_at:%Y-%m-%d %H:%M:%S} UTC" if entry.applied_at else ""
+        click.echo(f"{entry}  {entry.state.value}{when}")
     for name in migrations.missing_tables(client):
         click.echo(f"{name}  missing: kalshi-platform migrate creates it again, empty")
     given = "" if settings.hot_retention_given else " (the default, which shortens nothing)"

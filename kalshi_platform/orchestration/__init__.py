@@ -1,1 +1,1 @@
-"""Dagster only: assets, checks, sensors, schedules, jobs, resources."""
+"""Everything that knows Dagster: assets, checks, sensors, schedules, jobs, resources."""

@@ -1,12 +1,12 @@
-"""`alerts`: people are told of failed runs, failed checks and a feed that stands still.
+"""The sensor `alerts`: finds failed runs, failed checks and a stalled feed, and hands notices to the channels.
 
-One sensor, and not Dagster's run-failure sensor beside others: what is wrong is looked up anew at each
-tick, so that twenty failed hours of a backfill are one incident, a run that succeeds ends it, and a
-channel that is down gets the message later. What must be remembered is in the sensor's cursor.
-What an incident is: health/incidents.py. Where it is told: health/channels.py.
+It evaluates the current state at each tick instead of reacting to single events as Dagster's run-failure sensor
+does. So twenty failed hours of a backfill are one incident, a later success ends it, and a channel that is down
+receives the message later. The ledger of incidents is the sensor's cursor. What an incident is belongs to
+health/incidents.py, where it is sent to health/channels.py.
 
-A tick decides and writes down; it sends nothing itself, since whoever is told may take any time. The outbox of
-this process (health/outbox.py) does, and the next tick notes what came of it.
+A tick sends nothing itself, since a channel may block for any time: the outbox of this process
+(health/outbox.py) sends in the background, and the next tick records the outcome.
 """
 
 import functools
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 TICK_S = 30
 LOOK_BACK_S = 24 * 3600.0
-"""A failed run that nobody has repeated after a day is no news any more."""
+"""Seconds after which a failed run that was not repeated is no longer reported."""
 MOST_FAILURES = 200
 WELL_S = 120.0
-"""A run that has gone on for so long is one that works."""
+"""A run that has been running this long counts as successful."""
 FEED_ERROR_S, FEED_WARN_S = 60.0, 600.0
-"""How long the feed must be in trouble before it is told: a restart takes less."""
+"""Seconds that the feed must be in trouble before it is reported: a restart takes less."""
 INTERRUPTED_S = 2 * 3600.0
-"""A run that a restart interrupted is alerted when nothing has repeated it for so long: what is scheduled runs
-once an hour.
+"""Seconds after which a run that a restart interrupted is reported if it was not repeated: schedules run once an
+hour.
 """
-TOLD_BY_FEED = dg.AssetCheckKey(dg.AssetKey("orderbook_events"), "fresh")
-"""Judges the same as the feed's own condition, every five minutes instead of every tick."""
+COVERED_BY_FEED = dg.AssetCheckKey(dg.AssetKey("orderbook_events"), "fresh")
+"""A check with the same verdict as the feed's condition, but only every five minutes."""
 _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 _PARTITION = "dagster/partition"
 
@@ -57,12 +57,12 @@ _PARTITION = "dagster/partition"
     minimum_interval_seconds=TICK_S,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Tells Slack, a webhook or a mailbox of failed runs, failed checks and a feed that stands still:"
+        "Reports failed runs, failed checks and a stalled feed to Slack, a webhook or a mailbox:"
         " once when it begins, at an interval while it goes on, and when it is over."
     ),
 )
 def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.SensorResult:
-    """One tick: look, remember, tell."""
+    """Evaluate the conditions, update the ledger, and hand new notices to the outbox."""
     from kalshi_platform.health import channels, metrics  # load HTTP and mail
 
     if not context.cursor:
@@ -72,7 +72,7 @@ def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.
     settings = platform.settings()
     targets = channels.configured(settings)
     ledger = incidents.observe(
-        _remembered(context),
+        _read_ledger(context),
         conditions(context.instance, _check_keys(context), settings, now),
         [channel.name for channel in targets],
         now,
@@ -85,23 +85,25 @@ def alerts(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.
     try:
         metrics.note_incidents(settings.data_dir, incidents.counts(ledger), now, troubles)
     except OSError as error:
-        context.log.error(f"The metrics will not know of this look: {error}.")
+        context.log.error(f"The metrics will not show this tick: {error}.")
     return dg.SensorResult(
-        skip_reason=dg.SkipReason(_sentence(ledger, [each.name for each in targets], troubles)),
+        skip_reason=dg.SkipReason(
+            _sentence(ledger, [channel.name for channel in targets], troubles)
+        ),
         cursor=incidents.write(ledger),
     )
 
 
 @functools.cache
 def _outbox() -> "Outbox":
-    """This process's own."""
+    """The outbox of this process."""
     from kalshi_platform.health.outbox import Outbox
 
     return Outbox()
 
 
 def _troubles(ledger: Ledger) -> list[str]:
-    """What each channel that does not take its messages says, and how many wait for it."""
+    """The failing channels: the last error of each, and how many notices wait."""
     return [
         f"{name}: {box.trouble} {box.undelivered} notices wait for it."
         for name, box in ledger.mailboxes.items()
@@ -115,7 +117,7 @@ def conditions(
     settings: Settings,
     now: float,
 ) -> list[Condition]:
-    """Everything that is wrong now."""
+    """Every condition that holds now."""
     return [
         *feed(settings, now),
         *failed_checks(instance, checks, settings.dagster_ui_url),
@@ -127,7 +129,7 @@ def conditions(
 
 
 def feed(settings: Settings, now: float) -> Iterator[Condition]:
-    """Everything that is wrong with a shard whose frames do not come, are not kept or do not reach a store."""
+    """The faults of each shard: frames are not received, not durable, or do not reach a store."""
     for shard in monitored_shards.supervised(
         settings.journals_dir, settings.stream_shards, settings.stores
     ):
@@ -149,7 +151,7 @@ def feed(settings: Settings, now: float) -> Iterator[Condition]:
 
 
 def _judge(settings: Settings, shard: int, now: float) -> tuple[Sequence[verdict.Judgement], float]:
-    """What there is to say of a shard, and when its last frame came (else now)."""
+    """A shard's judgements, and the time of its last frame (now if unknown)."""
     folder = settings.journal_dir(shard)
     try:
         report = health_report.read(folder)
@@ -171,10 +173,10 @@ def _judge(settings: Settings, shard: int, now: float) -> tuple[Sequence[verdict
 def failed_checks(
     instance: dg.DagsterInstance, keys: list[dg.AssetCheckKey], ui: str
 ) -> Iterator[Condition]:
-    """Checks whose last result is a failure of severity ERROR."""
+    """The checks whose last result is a failure of severity ERROR."""
     decided = {CheckStatus.SUCCEEDED, CheckStatus.FAILED}
     for key in keys:
-        if key == TOLD_BY_FEED:
+        if key == COVERED_BY_FEED:
             continue
         last = instance.event_log_storage.get_asset_check_execution_history(
             key, limit=1, status=decided
@@ -208,7 +210,7 @@ def _check_keys(context: dg.SensorEvaluationContext) -> list[dg.AssetCheckKey]:
 def failed_runs(
     instance: dg.DagsterInstance, settings: Settings, now: float
 ) -> Iterator[Condition]:
-    """Jobs of which a run failed within a day, and no later run of the same has gone well since."""
+    """The jobs with a failed run within a day that no later run of the same kind has made good."""
     failures = instance.get_run_records(
         dg.RunsFilter(
             statuses=[Status.FAILURE],
@@ -216,27 +218,35 @@ def failed_runs(
         ),
         limit=MOST_FAILURES,
     )
-    of_unit: defaultdict[tuple[str, str], list[dg.RunRecord]] = defaultdict(list)
+    by_unit: defaultdict[tuple[str, str], list[dg.RunRecord]] = defaultdict(list)
     for record in failures:  # the newest first
-        of_unit[_unit(record.dagster_run)].append(record)
+        by_unit[_unit(record.dagster_run)].append(record)
     still: defaultdict[tuple[str, bool], list[dg.RunRecord]] = defaultdict(list)
-    for (what, _), of_it in of_unit.items():
-        since = list(takewhile(lambda it: not _gone_well_since(instance, it, now), of_it))
+    for (name, _), failed_records in by_unit.items():
+        since = list(
+            takewhile(lambda record: not _succeeded_since(instance, record, now), failed_records)
+        )
         if not since:
             continue
-        # an interruption later on takes nothing back of a failure
-        crashes = (it for it in since if not run_failures.planned(instance, it, settings.data_dir))
+        # a later interruption does not excuse an earlier failure
+        crashes = (
+            record
+            for record in since
+            if not run_failures.planned(instance, record, settings.data_dir)
+        )
         crash = next(crashes, None)
         record, interrupted = crash or since[0], crash is None
-        if not (interrupted and SHARD_TAG in record.dagster_run.tags):  # the feed tells its end
-            still[what, interrupted].append(record)
-    for (what, interrupted), records in still.items():
+        if not (interrupted and SHARD_TAG in record.dagster_run.tags):  # the feed reports its end
+            still[name, interrupted].append(record)
+    for (name, interrupted), records in still.items():
         newest = records[0].dagster_run
         units = [unit for record in records if (unit := _unit(record.dagster_run)[1])]
-        of = f" ({', '.join(units[:3])}{f' and {len(units) - 3} more' if len(units) > 3 else ''})"
+        parts = (
+            f" ({', '.join(units[:3])}{f' and {len(units) - 3} more' if len(units) > 3 else ''})"
+        )
         yield Condition(
-            key=f"run:{what}:interrupted" if interrupted else f"run:{what}",
-            title=f"Run of {what} failed{of if units else ''}",
+            key=f"run:{name}:interrupted" if interrupted else f"run:{name}",
+            title=f"Run of {name} failed{parts if units else ''}",
             sentence=_why_failed(instance, newest.run_id, planned=interrupted),
             severity=Severity.WARNING,
             since=min(_ended_at(record) for record in records),
@@ -250,21 +260,23 @@ def _why_failed(instance: dg.DagsterInstance, run_id: str, *, planned: bool) -> 
     reason = run_failures.why(instance, run_id)
     if planned or reason != run_failures.INTERRUPTED:
         return reason
-    return f"{reason} {run_failures.UNASKED}"
+    return f"{reason} {run_failures.UNPLANNED}"
 
 
 def _unit(run: dg.DagsterRun) -> tuple[str, str]:
-    """What a run does, and of which part: later runs of the same are held against it."""
-    what = run.job_name
-    if what.startswith("__"):  # of no job, but of assets picked in the UI or by their conditions
+    """The job (or assets) and the partition or shard of a run; runs of equal units repeat one another."""
+    name = run.job_name
+    if name.startswith(
+        "__"
+    ):  # an implicit job, for assets selected in the UI or by their conditions
         keys = [key.to_user_string() for key in run.asset_selection or ()]
         keys += [key.to_user_string() for key in run.asset_check_selection or ()]
-        what = ", ".join(sorted(keys)) or what
+        name = ", ".join(sorted(keys)) or name
     shard = run.tags.get(SHARD_TAG)
-    return what, run.tags.get(_PARTITION, "" if shard is None else f"shard {shard}")
+    return name, run.tags.get(_PARTITION, "" if shard is None else f"shard {shard}")
 
 
-def _gone_well_since(instance: dg.DagsterInstance, failed: dg.RunRecord, now: float) -> bool:
+def _succeeded_since(instance: dg.DagsterInstance, failed: dg.RunRecord, now: float) -> bool:
     run = failed.dagster_run
     tags = {name: run.tags[name] for name in (_PARTITION, SHARD_TAG) if name in run.tags}
     later = instance.get_run_records(
@@ -288,20 +300,22 @@ def _ended_at(record: dg.RunRecord) -> float:
     return record.end_time or record.update_timestamp.timestamp()
 
 
-# -- what the tick says --------------------------------------------------------------------------
+# -- the tick's result ---------------------------------------------------------------------------
 
 
-def _remembered(context: dg.SensorEvaluationContext) -> Ledger:
+def _read_ledger(context: dg.SensorEvaluationContext) -> Ledger:
     try:
         return incidents.read(context.cursor)
     except ValueError as error:  # of another version, or edited in the UI
-        context.log.error(f"The cursor is no ledger ({error}); what is open is told anew.")
+        context.log.error(
+            f"The cursor is not a ledger ({error}); open incidents are reported again."
+        )
         return Ledger()
 
 
 def _sentence(ledger: Ledger, names: list[str], troubles: list[str]) -> str:
-    still = [each.condition.title for each in ledger.open]
-    said = f"{len(still)} open: {'; '.join(still)}." if still else "Nothing is wrong."
+    titles = [incident.condition.title for incident in ledger.open]
+    sentence = f"{len(titles)} open: {'; '.join(titles)}." if titles else "Nothing is wrong."
     if not names:
-        said += " No channel is set (ALERT_…), so nobody is told."
-    return " ".join([said, *troubles])
+        sentence += " No channel is set (ALERT_…), so nothing is sent."
+    return " ".join([sentence, *troubles])

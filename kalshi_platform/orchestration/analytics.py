@@ -1,4 +1,6 @@
-"""Spreads, depth and imbalance as assets: they follow the recorded hours by themselves.
+"""Spreads, depth and imbalance as assets, computed automatically for each recorded hour.
+
+The formulas are in `kalshi_platform/analytics`; here are the assets, their automation and their metadata.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
     from kalshi_platform.analytics.activity import Activity
 
 ANALYTICS_POOL = "analytics"
-"""Hours are computed one after the other: each may use both cores and a gigabyte."""
+"""Hours are computed one at a time: each may use both cores and a gigabyte of memory."""
 RETRIES, RETRY_S = 5, 20.0
-"""When a store is away: after 20 s, then twice as long each time, ten minutes in all."""
+"""Retries while a store is unavailable: after 20 s, then doubled each time, ten minutes in all."""
 PREVIEW_ROWS = 10
 DOCS = "docs/reading-the-archive.md"
 
-# `eager` alone takes the latest hour only: late, rebuilt and burst hours would be left out. The hour that a
-# recording begins in has no checkpoints, and still gets its analytics.
+# `eager` alone takes only the latest hour and would skip late and rebuilt hours. The hour in which a recording
+# begins has no checkpoints but must be computed, too.
 WHEN_AN_HOUR_LANDS = (
     AutomationCondition.eager()
     .without(AutomationCondition.in_latest_time_window())
@@ -83,15 +85,15 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
     pool=ANALYTICS_POOL,
     backfill_policy=dg.BackfillPolicy.multi_run(),
     description=(
-        "An hour of spreads, depth and imbalance, from that hour's recorded files alone. It runs by"
-        " itself when an hour lands or is rebuilt, and gives the same files each time. The open hour"
-        " is computed as it is, says that it is not complete, and is computed again when sealed."
+        "An hour of spreads, depth and imbalance, computed from that hour's recorded files alone. It runs"
+        " automatically when an hour lands or is rebuilt, and is deterministic. The open hour is computed"
+        " as it is, is marked as not complete, and is computed again when sealed."
     ),
 )
 def analytics_hour(
     context: dg.AssetExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Compute one hour, once for all the datasets that were asked for."""
+    """Compute one hour, once for all selected datasets."""
     from kalshi_platform.analytics.hourly import compute_hour  # loads Arrow and numpy
 
     wanted = {key.to_user_string() for key in context.selected_asset_keys}
@@ -125,7 +127,7 @@ def analytics_hour(
 def _nothing(
     context: dg.AssetExecutionContext, platform: KalshiResource, names: set[str], reason: str
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Report an hour of these datasets that has no rows."""
+    """Report an hour without rows for these datasets."""
     for name in sorted(names):
         context.log.warning("%s: %s", name, reason)
         yield dg.MaterializeResult(
@@ -136,7 +138,7 @@ def _nothing(
 def _rows_of(
     platform: KalshiResource, dataset: str, hour: "datetime", tickers: list[str]
 ) -> "pa.Table":
-    """The hour's rows of some markets, as they were written."""
+    """The hour's rows of some markets, read back from the archive."""
     import pyarrow as pa
 
     from kalshi_platform.archive import open_archive
@@ -153,7 +155,7 @@ def _picture(dataset: str, activity: "Activity", table: "pa.Table") -> MetadataV
 
 
 def _preview(tickers: list[str], table: "pa.Table") -> MetadataValue:
-    """The last rows of the hour of these markets."""
+    """The last rows of these markets in the hour."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,8 +1,8 @@
-"""The checks on `orderbook_events`: is the recording whole, equal in both stores, sane and fresh?
+"""The asset checks on `orderbook_events`: is the recording complete, equal in both stores, sane and fresh?
 
-What each asks is in `kalshi_platform.loading` (continuity, parity, crossed_books, freshness); here the
-findings get a colour, a sentence and their tables. Where ClickHouse cannot be asked, the checks that
-need it are left as they were, and `fresh` says so.
+The queries and comparisons are in `kalshi_platform.quality` (continuity, parity, crossed_books) and
+`health/verdict.py`; here the findings get a severity, a sentence and tables. If ClickHouse is unreachable, the
+checks that need it keep their last result, and `fresh` says so.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -29,45 +29,45 @@ if TYPE_CHECKING:
     from kalshi_platform.settings import Settings
 
 Reports = Mapping[int, Mapping[str, Any] | None]
-"""What each shard's streamer says of itself."""
+"""The health report of each shard's streamer."""
 ASSET = ORDERBOOK_EVENTS.name
 SHOWN = 100
-"""Offenders in the UI."""
+"""Most rows of a table in the UI."""
 NOT_RESYNCED_S = 60.0
-"""For how long a gap may keep its books in doubt."""
+"""Seconds that a gap may leave its books stale."""
 DOCS = "docs/operations.md"
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
 _CHECKED: Mapping[str, str] = {
     "no_unexplained_gaps": (
-        "Every number of every subscription is there, or a gap row names it, and no row is there twice"
-        " (infra/queries/lossless_proof.sql); gaps of the last hour were mended within a minute, and"
-        " no audited level differed from the exchange's."
+        "Every sequence number of every subscription is stored, or a gap row names it, and no row is stored"
+        " twice (infra/queries/lossless_proof.sql); the books of the last hour's gaps were synced again within"
+        " a minute, and no compared level differed from the exchange's."
     ),
     "hot_cold_parity": (
-        "Every sealed hour that is still hot has the same rows in Parquet and in ClickHouse: same"
-        " number, same content, no tolerance. Three hours a run."
+        "Every sealed hour that is still hot has exactly the same rows in Parquet and in ClickHouse."
+        " Compares three hours a run."
     ),
     "books_uncrossed": (
-        "No verified book has its best yes bid at or above its best yes ask for more than 5 s."
+        "No synced book has its best YES bid at or above its best YES ask for more than 5 s."
     ),
-    "fresh": "Frames come, become durable and reach ClickHouse; a quiet exchange is told apart.",
+    "fresh": "Frames arrive, become durable and reach ClickHouse; a quiet exchange is no fault.",
 }
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the checks that need ClickHouse are given."""
+class _Inputs:
+    """The inputs of the checks that need ClickHouse."""
 
     settings: "Settings"
     client: "Client"
     hot: "Extent"
     whole: "Extent"
-    """`hot`, up to where ClickHouse has what every shard has received."""
+    """`hot`, limited to the time up to which ClickHouse has the rows of every shard."""
     health: "Reports"
     now: datetime
     proved: datetime | None
-    """Up to where the last run of `no_unexplained_gaps` left no doubt."""
+    """Up to when the last run of `no_unexplained_gaps` found nothing missing."""
 
 
 @dg.multi_asset_check(
@@ -83,7 +83,7 @@ class _Asked:
 def order_book_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
-    """Run the checks that were asked for, with one connection."""
+    """Run the selected checks over one connection."""
     from kalshi_platform.clickhouse.client import connect
     from kalshi_platform.health import verdict
     from kalshi_platform.quality import continuity
@@ -93,31 +93,35 @@ def order_book_checks(
     settings = platform.settings()
     health, damaged = _reports(settings)
     hot: continuity.Extent | None = None
-    away = ""
+    unreachable = ""
     if settings.use_clickhouse:
         try:
             with closing(connect(settings, log_comment="checks")) as client:
                 hot = continuity.extent(client)
-                proved = _proved(context.instance) if "no_unexplained_gaps" in wanted else None
+                proved = (
+                    _proved_until(context.instance) if "no_unexplained_gaps" in wanted else None
+                )
                 limit = (
                     verdict.loaded_to(health.values(), "clickhouse") if len(health) > 1 else None
                 )
-                asked = _Asked(settings, client, hot, _limited(hot, limit), health, now, proved)
-                for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
-                    yield _nothing(name) if hot.empty else _IN_CLICKHOUSE[name](asked)
+                inputs = _Inputs(settings, client, hot, _limited(hot, limit), health, now, proved)
+                for name in [check for check in _IN_CLICKHOUSE if check in wanted]:
+                    yield _nothing(name) if hot.empty else _IN_CLICKHOUSE[name](inputs)
         except PlatformError as error:
-            away = str(error)
-            context.log.warning(f"The checks that need ClickHouse are left as they were. {away}")
+            unreachable = str(error)
+            context.log.warning(
+                f"The checks that need ClickHouse keep their last result. {unreachable}"
+            )
     else:
-        for name in [each for each in _IN_CLICKHOUSE if each in wanted]:
+        for name in [check for check in _IN_CLICKHOUSE if check in wanted]:
             yield _passed(name, "Nothing to check: ClickHouse is not used (USE_CLICKHOUSE=0).")
     if "fresh" in wanted:
         newest = hot.newest if hot is not None and not hot.empty else None
-        yield _fresh(health, newest, now, away, damaged, configured=settings.stream_shards)
+        yield _fresh(health, newest, now, unreachable, damaged, configured=settings.stream_shards)
 
 
 def _reports(settings: "Settings") -> tuple[Reports, dict[int, str]]:
-    """What each shard says, and of those whose report cannot be read a sentence."""
+    """Each shard's report, and a sentence for each report that cannot be read."""
 
     shards = monitored_shards.supervised(
         settings.journals_dir, settings.stream_shards, settings.stores
@@ -137,7 +141,7 @@ def _reports(settings: "Settings") -> tuple[Reports, dict[int, str]]:
 
 
 def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
-    """With several shards, the newest row says only how far the first of them is."""
+    """Limit an extent: with several shards, the newest row shows only how far the fastest of them is."""
     if limit is None:
         return hot
     limit = max(limit, hot.first)
@@ -147,11 +151,11 @@ def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
 # -- the checks --------------------------------------------------------------------------------
 
 
-def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
+def _no_unexplained_gaps(inputs: _Inputs) -> dg.AssetCheckResult:
     from kalshi_platform.quality import continuity
 
-    proof = continuity.prove(asked.client, asked.whole, asked.proved)
-    noticed = continuity.gaps(asked.client, proof.until)
+    proof = continuity.prove(inputs.client, inputs.whole, inputs.proved)
+    noticed = continuity.gaps(inputs.client, proof.until)
     lasting = [gap for gap in noticed.named if gap["open_s"] > NOT_RESYNCED_S]
     metadata: dict[str, Any] = {
         "proved from": MetadataValue.timestamp(proof.since),
@@ -170,37 +174,37 @@ def _no_unexplained_gaps(asked: _Asked) -> dg.AssetCheckResult:
         holes = sum(row["unexplained_holes"] for row in proof.offenders)
         levels = sum(row["missing_levels"] for row in proof.offenders)
         doubled = sum(row["doubled"] for row in proof.offenders)
-        said = (
+        sentence = (
             f"{holes:,} numbers are missing that no gap row names, {levels:,} levels of snapshots are"
             f" missing, {doubled:,} rows are stored more than once, in {len(proof.offenders)} subscriptions. Run kalshi-platform restore: it inserts what"
             " ClickHouse lacks of the archive, and names the hours that need --replace. What the archive lacks"
             " too is in the journal while that is kept: materialise those hours first."
         )
-        return _failed("no_unexplained_gaps", ERROR, said, metadata)
+        return _failed("no_unexplained_gaps", ERROR, sentence, metadata)
     if lasting or noticed.mismatches:
-        said = (
-            f"{len(lasting)} gaps of the last hour kept books in doubt for more than"
-            f" {NOT_RESYNCED_S:.0f} s, and {len(noticed.mismatches)} audited levels differed from the"
-            " exchange's. The books are asked for anew by themselves; if it goes on, see the run's log."
+        sentence = (
+            f"{len(lasting)} gaps of the last hour left books stale for more than"
+            f" {NOT_RESYNCED_S:.0f} s, and {len(noticed.mismatches)} compared levels differed from the"
+            " exchange's. The streamer requests new snapshots itself; if it goes on, see the run's log."
         )
-        return _failed("no_unexplained_gaps", WARN, said, metadata)
+        return _failed("no_unexplained_gaps", WARN, sentence, metadata)
     lately = len(noticed.named)
-    said = (
+    sentence = (
         f"{proof.frames:,} numbered frames of {proof.subscriptions} subscriptions are all accounted for;"
-        f" {f'{lately} gaps in the last hour, named and mended' if lately else 'no gap in the last hour'}."
+        f" {f'{lately} gaps in the last hour, named and resynced' if lately else 'no gap in the last hour'}."
     )
-    return _passed("no_unexplained_gaps", said, metadata)
+    return _passed("no_unexplained_gaps", sentence, metadata)
 
 
-def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
+def _hot_cold_parity(inputs: _Inputs) -> dg.AssetCheckResult:
     import msgspec
 
     from kalshi_platform.health.verdict import behind
     from kalshi_platform.quality.parity import compare_hours
 
-    lags = any(behind(report, "clickhouse", asked.now) for report in asked.health.values())
-    found = compare_hours(asked.settings, asked.client, asked.whole, asked.now, behind=lags)
-    offenders = [msgspec.to_builtins(each) for each in found.differences]
+    lags = any(behind(report, "clickhouse", inputs.now) for report in inputs.health.values())
+    found = compare_hours(inputs.settings, inputs.client, inputs.whole, inputs.now, behind=lags)
+    offenders = [msgspec.to_builtins(difference) for difference in found.differences]
     metadata: dict[str, Any] = {
         "hours compared now": MetadataValue.text(
             ", ".join(f"{hour:%Y-%m-%d %H:00}" for hour in found.compared) or "none"
@@ -213,44 +217,44 @@ def _hot_cold_parity(asked: _Asked) -> dg.AssetCheckResult:
         **_tables({"offenders": offenders}),
     }
     if offenders:
-        hours = len({each["hour"] for each in offenders})
-        said = (
+        hours = len({difference["hour"] for difference in offenders})
+        sentence = (
             f"{len(offenders)} datasets of {hours} hours differ: {offenders[0]['dataset']} of"
             f" {offenders[0]['hour']}: {offenders[0]['what']} {offenders[0]['remedy']}"
         )
-        return _failed("hot_cold_parity", ERROR, said, metadata)
+        return _failed("hot_cold_parity", ERROR, sentence, metadata)
     if not (found.equal or found.behind or found.waiting):
         return _passed("hot_cold_parity", "Nothing to check: no hour is sealed and hot yet.")
-    said = f"{found.equal} sealed hours are the same in both stores."
+    sentence = f"{found.equal} sealed hours are the same in both stores."
     if found.waiting:
-        said += f" {found.waiting} wait for their turn."
+        sentence += f" {found.waiting} wait for their turn."
     if found.behind:
-        said += f" ClickHouse lags: {len(found.behind)} sealed hours are not whole there yet."
-    return _passed("hot_cold_parity", said, metadata)
+        sentence += f" ClickHouse lags: {len(found.behind)} sealed hours are not whole there yet."
+    return _passed("hot_cold_parity", sentence, metadata)
 
 
-def _books_uncrossed(asked: _Asked) -> dg.AssetCheckResult:
+def _books_uncrossed(inputs: _Inputs) -> dg.AssetCheckResult:
     from kalshi_platform.quality.crossed_books import LONGER_THAN_S, crossed_books
 
-    found = crossed_books(asked.client, asked.hot)
+    found = crossed_books(inputs.client, inputs.hot)
     metadata: dict[str, Any] = {
         "crossed": MetadataValue.int(len(found)),
-        "crossed now": MetadataValue.int(sum(bool(each["lasts"]) for each in found)),
-        "up to": MetadataValue.timestamp(asked.hot.newest),
+        "crossed now": MetadataValue.int(sum(bool(row["lasts"]) for row in found)),
+        "up to": MetadataValue.timestamp(inputs.hot.newest),
         **_tables({"offenders": found}),
     }
     if found:
-        markets = len({each["market_ticker"] for each in found})
-        said = (
-            f"{len(found)} times a verified book of {markets} markets was crossed for more than"
-            f" {LONGER_THAN_S:.0f} s. Compare with the exchange's page: if it shows another book, ours is"
-            " wrong; the audit asks for it again."
+        markets = len({row["market_ticker"] for row in found})
+        sentence = (
+            f"{len(found)} times a synced book of {markets} markets was crossed for more than"
+            f" {LONGER_THAN_S:.0f} s. Compare with the exchange's page: if it shows another book, the recorded"
+            " one is wrong; the streamer requests its snapshot again."
         )
-        return _failed("books_uncrossed", WARN, said, metadata)
-    return _passed("books_uncrossed", "No verified book is or stayed crossed.", metadata)
+        return _failed("books_uncrossed", WARN, sentence, metadata)
+    return _passed("books_uncrossed", "No synced book is crossed or stayed crossed.", metadata)
 
 
-_IN_CLICKHOUSE: Mapping[str, Callable[[_Asked], dg.AssetCheckResult]] = {
+_IN_CLICKHOUSE: Mapping[str, Callable[[_Inputs], dg.AssetCheckResult]] = {
     "no_unexplained_gaps": _no_unexplained_gaps,
     "hot_cold_parity": _hot_cold_parity,
     "books_uncrossed": _books_uncrossed,
@@ -261,7 +265,7 @@ def _fresh(
     reports: Reports,
     newest: datetime | None,
     now: datetime,
-    away: str,
+    unreachable: str,
     damaged: Mapping[int, str],
     *,
     configured: int,
@@ -269,39 +273,42 @@ def _fresh(
     from kalshi_platform.health import verdict
 
     found = [(shard, verdict.no_report(sentence)) for shard, sentence in damaged.items()]
-    sound: dict[int, Mapping[str, Any]] = {}
+    readable: dict[int, Mapping[str, Any]] = {}
     for shard, report in reports.items():
         if report is None and any(reports.values()) and shard < configured:
             found.append((shard, verdict.never_run(shard)))
             continue
         try:
             judgements = verdict.judge_shard(report, shard, configured, newest, now)
-            _row(shard, report, now)  # its other values, too
-            sound[shard] = report or {}
+            _row(shard, report, now)  # raises, too, if other values are damaged
+            readable[shard] = report or {}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             sentence = f"health.json is not a streamer's report ({error!r}). A running streamer writes it each second."
             judgements = [verdict.no_report(sentence)]
         found += [(shard, judged) for judged in judgements]
     shard, judged = verdict.worst_of(found)
-    wrong = [it for it in found if it[1].verdict is not verdict.Verdict.GOOD]
-    worst_first = [(shard, judged), *(it for it in wrong if it != (shard, judged))]
+    wrong = [entry for entry in found if entry[1].verdict is not verdict.Verdict.GOOD]
+    worst_first = [(shard, judged), *(entry for entry in wrong if entry != (shard, judged))]
     sentence = " ".join(
-        it.sentence if len(reports) + len(damaged) == 1 else f"Shard {of}: {it.sentence}"
-        for of, it in worst_first
+        entry.sentence if len(reports) + len(damaged) == 1 else f"Shard {number}: {entry.sentence}"
+        for number, entry in worst_first
     )
     metadata: dict[str, Any] = {"cause": MetadataValue.text(judged.cause)}
-    metadata |= _ages(sound.get(shard, {}), now)
+    metadata |= _ages(readable.get(shard, {}), now)
     if newest is not None:
         metadata["newest row in ClickHouse (s ago)"] = MetadataValue.float(
             round((now - newest).total_seconds(), 1)
         )
     if len(reports) > 1:
-        metadata |= _tables({"shards": [_row(k, sound.get(k), now) for k in reports]})
+        metadata |= _tables({"shards": [_row(k, readable.get(k), now) for k in reports]})
     if judged.verdict is verdict.Verdict.ERROR:
         return _failed("fresh", ERROR, sentence, metadata)
-    if away:
+    if unreachable:
         return _failed(
-            "fresh", WARN, f"{away} What is recorded stays in the journal. {sentence}", metadata
+            "fresh",
+            WARN,
+            f"{unreachable} What is recorded stays in the journal. {sentence}",
+            metadata,
         )
     if judged.verdict is verdict.Verdict.WARN:
         return _failed("fresh", WARN, sentence, metadata)
@@ -309,7 +316,7 @@ def _fresh(
 
 
 def _ages(report: Mapping[str, Any], now: datetime) -> dict[str, MetadataValue]:
-    """How old the newest of everything is; what has not happened yet is left out."""
+    """The ages in a report, in seconds; times that are not set are left out."""
     ages = {key: int(report.get(key) or 0) / 1e9 for key in _AGES}
     return {
         f"{_AGES[key]} (s ago)": MetadataValue.float(round(now.timestamp() - at, 1))
@@ -319,20 +326,20 @@ def _ages(report: Mapping[str, Any], now: datetime) -> dict[str, MetadataValue]:
 
 
 def _row(shard: int, report: Mapping[str, Any] | None, now: datetime) -> dict[str, Any]:
-    """A shard's line in the table of all shards."""
-    it = report or {}
-    ages = {key: value.value for key, value in _ages(it, now).items()}
+    """A shard's row in the table of all shards."""
+    values = report or {}
+    ages = {key: value.value for key, value in _ages(values, now).items()}
     return {
         "shard": shard,
-        "state": it.get("state", "none has run"),
-        "markets": it.get("markets", 0),
-        "synced": it.get("synced", 0),
-        "frames": it.get("frames", 0),
-        "gaps": it.get("gaps", 0),
-        "not durable for (ms)": it.get("oldest_undurable_ms", 0),
-        "not loaded yet": it.get("lag_frames", 0),
+        "state": values.get("state", "none has run"),
+        "markets": values.get("markets", 0),
+        "synced": values.get("synced", 0),
+        "frames": values.get("frames", 0),
+        "gaps": values.get("gaps", 0),
+        "not durable for (ms)": values.get("oldest_undurable_ms", 0),
+        "not loaded yet": values.get("lag_frames", 0),
         **{f"{name} (s ago)": ages.get(f"{name} (s ago)") for name in _AGES.values()},
-        "trouble": it.get("trouble"),
+        "trouble": values.get("trouble"),
     }
 
 
@@ -344,17 +351,17 @@ _AGES = {
 }
 
 
-def _proved(instance: dg.DagsterInstance) -> datetime | None:
-    """From where on nothing has been proved, or what was found is still to be told.
+def _proved_until(instance: dg.DagsterInstance) -> datetime | None:
+    """The time from which `no_unexplained_gaps` must look; None: from the beginning.
 
-    After a clean run that is where it ended; after one with offenders it is where that began, so that
-    the check stays red until they are mended or retention has taken them.
+    After a clean run that is its end; after one with offenders its beginning, so that the check stays red until
+    they are repaired or retention has deleted them.
     """
     key = dg.AssetCheckKey(dg.AssetKey(ASSET), "no_unexplained_gaps")
     storage = instance.event_log_storage
     for record in storage.get_asset_check_execution_history(key, limit=5):
         event = record.event.dagster_event if record.event else None
-        evaluation = event.event_specific_data if event else None  # of a planned run, another kind
+        evaluation = event.event_specific_data if event else None  # a planned run has another type
         if not isinstance(evaluation, dg.AssetCheckEvaluation) or (
             "proved to" not in evaluation.metadata
         ):
@@ -429,14 +436,14 @@ def _cell(value: Any) -> str | int | float | bool:
 order_book_checks_job = dg.define_asset_job(
     "order_book_checks",
     selection=dg.AssetSelection.checks(order_book_checks),
-    description="Every check on the recording: whole, equal in both stores, sane, fresh.",
+    description="Every check on the recording: complete, equal in both stores, sane, fresh.",
 )
 
 
 @dg.schedule(
     name="order_book_checks_schedule",
     job=order_book_checks_job,
-    cron_schedule="4-59/5 * * * *",  # between the looks of the inventory's schedules
+    cron_schedule="4-59/5 * * * *",  # between the runs of the inventory's schedules
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
 )

@@ -1,6 +1,7 @@
-"""Compaction in Dagster: the job, and its schedule. What it does is in archive/compaction.py.
+"""The compaction job and its schedule; the compaction itself is in archive/compaction.py.
 
-An hour keeps its rows, so it is observed and not materialised anew: nothing downstream runs for it.
+A compacted hour keeps its rows, so it is reported as an observation, not as a materialisation: nothing
+downstream runs for it.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -22,20 +23,20 @@ if TYPE_CHECKING:
 
 @dg.op(description="Every sealed hour that still has parts becomes one sorted file per dataset.")
 def compact_hours(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
-    """Compact what is pending; hours that are refused are told at the end, after all the others."""
+    """Compact every pending hour; the run fails at the end if any was refused."""
     from kalshi_platform.archive import compaction
     from kalshi_platform.loading.presence import known_archive
 
     compacted: list[Compacted] = []
     refusals: list[str] = []
 
-    def done(it: "Compacted") -> None:
-        compacted.append(it)
+    def done(hour: "Compacted") -> None:
+        compacted.append(hour)
         context.log.info(
-            f"{it.dataset} {it.hour:%Y-%m-%d %H:00} UTC: {it.rows:,} rows, {it.files_before} files to 1,"
-            f" {it.bytes_before:,} bytes to {it.bytes_after:,}"
+            f"{hour.dataset} {hour.hour:%Y-%m-%d %H:00} UTC: {hour.rows:,} rows, {hour.files_before} files to 1,"
+            f" {hour.bytes_before:,} bytes to {hour.bytes_after:,}"
         )
-        context.log_event(_observation(it))
+        context.log_event(_observation(hour))
 
     def refused(hour: datetime, error: "StoreError") -> None:
         refusals.append(str(error))
@@ -43,42 +44,42 @@ def compact_hours(context: dg.OpExecutionContext, platform: KalshiResource) -> N
 
     try:
         archive = known_archive(platform.settings())
-        wanted = compaction.pending(archive)
-        context.log.info(f"{len(wanted)} sealed hours in {archive} have parts.")
-        compaction.compact(archive, wanted, done, refused)
+        pending = compaction.pending(archive)
+        context.log.info(f"{len(pending)} sealed hours in {archive} have parts.")
+        compaction.compact(archive, pending, done, refused)
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     summary: dict[str, MetadataValue] = {
-        "hours": MetadataValue.int(len({it.hour for it in compacted})),
-        "rows": MetadataValue.int(sum(it.rows for it in compacted)),
-        "files before": MetadataValue.int(sum(it.files_before for it in compacted)),
+        "hours": MetadataValue.int(len({hour.hour for hour in compacted})),
+        "rows": MetadataValue.int(sum(hour.rows for hour in compacted)),
+        "files before": MetadataValue.int(sum(hour.files_before for hour in compacted)),
         "files after": MetadataValue.int(len(compacted)),
-        "bytes before": MetadataValue.int(sum(it.bytes_before for it in compacted)),
-        "bytes after": MetadataValue.int(sum(it.bytes_after for it in compacted)),
+        "bytes before": MetadataValue.int(sum(hour.bytes_before for hour in compacted)),
+        "bytes after": MetadataValue.int(sum(hour.bytes_after for hour in compacted)),
     }
     if refusals:
         raise dg.Failure(
-            description=f"{len(refusals)} of {len(wanted)} hours were not compacted: {refusals[0]}",
+            description=f"{len(refusals)} of {len(pending)} hours were not compacted: {refusals[0]}",
             metadata=summary | {"not compacted": MetadataValue.json(refusals)},
             allow_retries=False,
         )
     context.add_output_metadata(summary)
 
 
-def _observation(it: "Compacted") -> dg.AssetObservation:
+def _observation(compacted: "Compacted") -> dg.AssetObservation:
     return dg.AssetObservation(
-        asset_key=it.dataset,
-        partition=partition_key(it.hour),
-        description=f"Compacted: {it.files_before} files became one, with the same rows.",
+        asset_key=compacted.dataset,
+        partition=partition_key(compacted.hour),
+        description=f"Compacted: {compacted.files_before} files became one, with the same rows.",
         metadata={
             "compacted": MetadataValue.bool(True),
-            "rows": MetadataValue.int(it.rows),
-            "files before": MetadataValue.int(it.files_before),
+            "rows": MetadataValue.int(compacted.rows),
+            "files before": MetadataValue.int(compacted.files_before),
             "files": MetadataValue.int(1),
-            "bytes before": MetadataValue.int(it.bytes_before),
-            "bytes": MetadataValue.int(it.bytes_after),
-            "bytes per row": MetadataValue.float(round(it.bytes_after / it.rows, 3)),
-            "checksum": MetadataValue.text(it.checksum),
+            "bytes before": MetadataValue.int(compacted.bytes_before),
+            "bytes": MetadataValue.int(compacted.bytes_after),
+            "bytes per row": MetadataValue.float(round(compacted.bytes_after / compacted.rows, 3)),
+            "checksum": MetadataValue.text(compacted.checksum),
         },
     )
 

@@ -1,7 +1,7 @@
-"""What a run writes to its output, which Dagster keeps with it.
+"""The log output of a run, in the format of LOG_FORMAT.
 
-Dagster's own lines come from a logger that it makes for each run; it offers another format only through
-each run's configuration. In JSON that logger is replaced where Dagster looks for it.
+Dagster creates a logger for each run, and accepts another format only through each run's configuration. For
+JSON the logger is therefore replaced in the module where Dagster looks it up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kalshi_platform.settings import Settings
 
 @dg.logger(config_schema=None, description="Dagster's events as JSON, one object a line.")
 def json_console(init: dg.InitLoggerContext) -> logging.Logger:
-    """As LOG_LEVEL has it. Not in the tree of loggers: a run's events go nowhere else."""
+    """A logger at LOG_LEVEL that is not in the logger tree, so that a run's events are logged once."""
     settings = platform_settings.load()
     made = logging.getLoggerClass()("dagster", level=settings.log_level)
     handler = logging.StreamHandler(sys.stderr)
@@ -32,12 +32,12 @@ def json_console(init: dg.InitLoggerContext) -> logging.Logger:
     return made
 
 
-def adopt() -> None:
-    """Let Dagster's runs in this process log as LOG_FORMAT has it. Called with the definitions."""
+def configure() -> None:
+    """Make Dagster's runs in this process log in LOG_FORMAT. Called when the definitions are loaded."""
     try:
         settings = platform_settings.load()
     except SettingsError:
-        return  # told in full by whatever runs first
+        return  # the first run reports it
     if settings.log_format == "json":
         _loggers.colored_console_logger = json_console
         logs.configure(settings, logs.PLATFORM)
@@ -45,7 +45,7 @@ def adopt() -> None:
 
 @contextmanager
 def output_log(settings: Settings, **fields: Any) -> Iterator[None]:
-    """The platform's log goes to stderr, with these fields on every line of JSON."""
+    """Context manager: log the platform's records to stderr, with these fields in every JSON line."""
     logger = logging.getLogger(logs.PLATFORM)
     level, handlers = logger.level, list(logger.handlers)
     logs.configure(settings, logs.PLATFORM)

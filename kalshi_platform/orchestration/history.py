@@ -1,11 +1,10 @@
-"""What Dagster keeps of the past, and letting it go: runs, their events, check results, their files.
+"""Deletion of old Dagster history: runs, their events, check results and files.
 
-Dagster purges ticks by itself (`retention` in dagster.yaml), and after 30 days what automation conditions
-came to (80 kB for each asset and change); nothing else. A run goes with all its
-events, so one that holds the latest materialisation of a partition or the latest result of a check stays
-for as long as it does: without it the partition would be missing again. Measured with Dagster 1.13: deleting
-a run leaves its SQLite file (131 kB) and its check results behind, so these are removed here.
-No decision about settings is taken here; `retention.py` says when and for how long.
+Dagster itself purges only ticks (`retention` in dagster.yaml) and, after 30 days, the evaluations of automation
+conditions (80 kB per asset and change). Deleting a run deletes all its events, so a run that holds the latest
+materialisation of a partition or the latest result of a check is kept: without it the partition would be missing
+again. In Dagster 1.13 a deleted run leaves its SQLite file (131 kB) and its check results, which are removed here.
+When and for how long is decided in `retention.py`.
 """
 
 from __future__ import annotations
@@ -34,32 +33,32 @@ from sqlalchemy.sql import Select
 
 ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 ORPHAN_S = 3600.0
-"""A file of no run is left alone for so long: its run may be about to be recorded."""
+"""Seconds that a file without a run is left alone: its run may be about to be recorded."""
 
 
 @dataclass(frozen=True)
-class Gone:
-    """What went, and what stayed though it is old."""
+class Purged:
+    """What was deleted, and what was kept although it is old."""
 
     runs: int
     kept: int
-    """Old runs that hold the latest word on a partition or a check."""
+    """Old runs that hold the latest state of a partition or a check."""
     left: int
-    """Old runs for which the time was not enough; the next time takes them."""
+    """Old runs for which the time did not suffice; the next run deletes them."""
     check_results: int
     files_bytes: int
 
 
-def let_go(instance: dg.DagsterInstance, older_than: datetime, within_s: float) -> Gone:
+def purge(instance: dg.DagsterInstance, older_than: datetime, within_s: float) -> Purged:
     """Delete finished runs that ended before `older_than`, the oldest first, for at most `within_s`.
 
-    Runs that have not finished are never touched, however old.
+    Runs that have not finished are never deleted, however old.
     """
     deadline = time.monotonic() + within_s
     storage = instance.event_log_storage
     if not isinstance(storage, SqlEventLogStorage):
         raise TypeError(
-            f"{type(storage).__name__} is no SQL storage: its runs are not ours to judge"
+            f"{type(storage).__name__} is not a SQL storage: which of its runs may be deleted is unknown"
         )
     holding = _holders(storage)
     old = instance.get_run_ids(dg.RunsFilter(statuses=ENDED, updated_before=older_than))
@@ -75,7 +74,7 @@ def let_go(instance: dg.DagsterInstance, older_than: datetime, within_s: float) 
     if (schedules := instance.schedule_storage) is not None:  # Dagster's own limit is 30 days
         schedules.purge_asset_evaluations(before=older_than.timestamp())
     _delete_observations(storage, older_than)
-    return Gone(
+    return Purged(
         runs=deleted,
         kept=len(old) - len(surplus),
         left=len(surplus) - deleted,
@@ -85,7 +84,7 @@ def let_go(instance: dg.DagsterInstance, older_than: datetime, within_s: float) 
 
 
 def _holders(storage: SqlEventLogStorage) -> set[str]:
-    """Runs that hold the latest materialisation of a partition, or the latest result of a check."""
+    """Ids of runs that hold the latest materialisation of a partition or the latest result of a check."""
     latest_events = (
         select(func.max(Events.c.id))
         .where(Events.c.dagster_event_type == dg.DagsterEventType.ASSET_MATERIALIZATION.value)
@@ -105,7 +104,7 @@ def _latest_results() -> Select[tuple[int]]:
 
 
 def _delete_check_results(storage: SqlEventLogStorage, older_than: datetime) -> int:
-    """Delete old check results, but the latest of each check; returns how many."""
+    """Delete old check results except the latest of each check; returns how many."""
     naive_utc = older_than.astimezone(UTC).replace(tzinfo=None)
     with storage.index_connection() as index:
         result = index.execute(
@@ -117,9 +116,9 @@ def _delete_check_results(storage: SqlEventLogStorage, older_than: datetime) -> 
 
 
 def _delete_observations(storage: SqlEventLogStorage, older_than: datetime) -> None:
-    """Delete old observations that no run holds, but the latest of each asset.
+    """Delete old observations that belong to no run, except the latest of each asset.
 
-    SQLite keeps them twice: in the index, and in the file of the run that they have not.
+    SQLite has them twice: in the index, and in a file of the placeholder run.
     """
     ours = (Events.c.run_id == RUNLESS_RUN_ID) & (
         Events.c.dagster_event_type == dg.DagsterEventType.ASSET_OBSERVATION.value
@@ -138,7 +137,7 @@ def _delete_observations(storage: SqlEventLogStorage, older_than: datetime) -> N
 
 
 def _sweep(instance: dg.DagsterInstance, older_than: datetime) -> int:
-    """Remove the files of runs that are no more, and output that is old; returns their bytes."""
+    """Remove the files of deleted runs, and old output; returns the freed bytes."""
     known = set(instance.get_run_ids())
     newest = min(older_than.timestamp(), time.time() - ORPHAN_S)
     freed = 0
@@ -155,7 +154,7 @@ def _sweep(instance: dg.DagsterInstance, older_than: datetime) -> int:
 
 
 def _remove_shard(storage: SqlEventLogStorage, run_id: str) -> int:
-    """Remove a run's own SQLite file, where it has one."""
+    """Remove a run's SQLite file, if it has one; returns the freed bytes."""
     if not isinstance(storage, SqliteEventLogStorage):
         return 0
     shard = Path(storage.path_for_shard(run_id))
@@ -163,7 +162,7 @@ def _remove_shard(storage: SqlEventLogStorage, run_id: str) -> int:
 
 
 def _run_folders(instance: dg.DagsterInstance) -> Iterator[Path]:
-    """Folders named for runs: what their steps printed, and what they handed on."""
+    """The runs' folders: the output of their steps, and values passed between steps."""
     roots = [Path(instance.storage_directory())]
     manager = instance.compute_log_manager
     if isinstance(manager, LocalComputeLogManager):
@@ -178,19 +177,19 @@ def _is_run(name: str) -> bool:
 
 
 def _modified(path: Path) -> float:
-    """When a file, or the newest file below a folder, was written; now, where it is gone."""
+    """The modification time of a file, or of the newest file below a folder; now if it is gone."""
     try:
         below = [path, *path.rglob("*")] if path.is_dir() else [path]
-        return max(each.stat().st_mtime for each in below)
+        return max(file.stat().st_mtime for file in below)
     except FileNotFoundError:
         return time.time()
 
 
 def _remove(path: Path) -> int:
-    """Remove a file or folder; returns the bytes that it had."""
+    """Remove a file or folder; returns the freed bytes."""
     try:
         if path.is_dir():
-            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             shutil.rmtree(path)
         else:
             size = path.stat().st_size

@@ -1,6 +1,6 @@
-"""The market maker's inventory in Dagster: its tables as assets, the exchange's positions, the checks.
+"""The market maker's inventory in Dagster: its tables and the exchange's positions as assets, and the checks.
 
-The checks run the same SQL as `kalshi-platform qa`; what they ask is in inventory/audit.py.
+The checks run the same SQL as `kalshi-platform qa`, which is in inventory/audit.py.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 GROUP = "inventory"
 SHOWN = 100
-"""Offenders in the UI; `kalshi-platform qa` shows more."""
+"""Most rows of a table in the UI; `kalshi-platform qa` shows more."""
 
 _OWNER = ["team:trading"]
 _KINDS = {"clickhouse"}
 
 
 def _about(table: str) -> dict[str, Any]:
-    """What the UI tells of a table: its columns, and where it is described."""
+    """Metadata of a table for the UI: its columns, and its documentation."""
     return {
         "dagster/table_name": table,
         "dagster/column_schema": dg.TableSchema(
@@ -56,7 +56,7 @@ def _written_by_engines(name: str, description: str) -> dg.AssetSpec:
 
 
 mm_decisions = _written_by_engines(
-    "mm_decisions", "Every decision of the market maker, with what it believes to hold."
+    "mm_decisions", "Every decision of the market maker, with its own view of its inventory."
 )
 mm_order_actions = _written_by_engines("mm_order_actions", "Every order sent, replaced, cancelled.")
 mm_order_responses = _written_by_engines("mm_order_responses", "What the exchange answered.")
@@ -70,8 +70,8 @@ mm_order_responses = _written_by_engines("mm_order_responses", "What the exchang
     tags={"layer": "raw"},
     metadata=_about("mm_position_snapshots"),
     description=(
-        "What the exchange itself says that we hold: signed, YES positive, settled markets included."
-        " A report that fails, or that is older than our last fill, writes nothing."
+        "The positions that the exchange reports: signed, YES positive, settled markets included."
+        " A report that fails, or that is older than the last recorded fill, writes nothing."
     ),
 )
 def mm_position_snapshots(
@@ -96,7 +96,7 @@ def mm_position_snapshots(
             positions.store(client, report)
     except PlatformError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    held = [each for each in report.snapshots if each.position]
+    held = [entry for entry in report.snapshots if entry.position]
     metadata: dict[str, Any] = {
         "dagster/row_count": MetadataValue.int(len(report.snapshots)),
         "markets held": MetadataValue.int(len(held)),
@@ -105,9 +105,9 @@ def mm_position_snapshots(
         "positions": _table(positions.as_rows(report)[:SHOWN]),
     }
     if report.unreadable:
-        metadata["incomplete"] = MetadataValue.json([str(each) for each in report.unreadable])
-        for each in report.unreadable:
-            context.log.error(f"The report is incomplete. {each}")
+        metadata["incomplete"] = MetadataValue.json([str(entry) for entry in report.unreadable])
+        for entry in report.unreadable:
+            context.log.error(f"The report is incomplete. {entry}")
     if report.as_of is not None:
         metadata["as of"] = MetadataValue.timestamp(report.as_of)
     return dg.MaterializeResult(metadata=metadata)
@@ -134,7 +134,7 @@ _CHECKED: Mapping[str, tuple[str, str]] = {
     ),
     "decisions_fresh": (
         "mm_decisions",
-        "Every engine that has decided goes on deciding: within 5 minutes, by the server's clock.",
+        "Every engine that has decided has decided again within 5 minutes, by the server's clock.",
     ),
 }
 DECISIONS_FRESH = "decisions_fresh"
@@ -151,7 +151,7 @@ DECISIONS_FRESH = "decisions_fresh"
 def inventory_checks(
     context: dg.AssetCheckExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.AssetCheckResult]:
-    """Run the checks that were asked for, and bring `mm_inventory_breaks` up to date."""
+    """Run the selected checks, and bring `mm_inventory_breaks` up to date."""
     from kalshi_platform.clickhouse.client import connect
     from kalshi_platform.inventory import audit, breaks, judged
 
@@ -166,7 +166,7 @@ def inventory_checks(
     try:
         with closing(connect(settings, log_comment="inventory_qa")) as client:
             start = audit.since(client, parameters)
-            # paper decisions of before the key was set belong to no engine now
+            # with a key, paper decisions from before it was set belong to no current engine
             looked_at = judged.look(client, parameters, start, paper=not settings.has_key)
             outcomes = audit.sweep(client, checks, parameters, start=start) if checks else []
             still_open = (
@@ -177,7 +177,7 @@ def inventory_checks(
     if DECISIONS_FRESH in wanted:
         yield _decisions_fresh(looked_at)
     for outcome in outcomes:
-        of_check = [each for each in still_open if each.check_name == outcome.check.name]
+        of_check = [entry for entry in still_open if entry.check_name == outcome.check.name]
         yield _result(outcome, looked_at, of_check)
 
 
@@ -191,7 +191,7 @@ def _passed(name: str, notice: str) -> dg.AssetCheckResult:
 
 
 def _decisions_fresh(looked_at: "Judged") -> dg.AssetCheckResult:
-    """Red where an engine has stopped, and where its clock hides whether it has."""
+    """Fail if an engine has stopped, or if its clock is ahead and hides whether it has."""
     from kalshi_platform.inventory import audit, judged
 
     if not looked_at.engines:
@@ -211,7 +211,7 @@ def _decisions_fresh(looked_at: "Judged") -> dg.AssetCheckResult:
         description=markdown(
             "; ".join([wrong[0][0].upper() + wrong[0][1:], *wrong[1:]]) + "."
             if wrong
-            else f"Every engine goes on deciding. {looked_at.in_words()}."
+            else f"Every engine is deciding. {looked_at.in_words()}."
         ),
         metadata={
             "judged": MetadataValue.text(looked_at.in_words()),
@@ -251,14 +251,14 @@ def _result(
         metadata["breaks"] = _table(
             [
                 {
-                    "kind": each.kind,
-                    "market_ticker": each.market_ticker,
-                    "opened_at": each.opened_at,
-                    "age_s": each.age.total_seconds(),
-                    "worst": each.worst,
-                    "explanation": each.explanation,
+                    "kind": entry.kind,
+                    "market_ticker": entry.market_ticker,
+                    "opened_at": entry.opened_at,
+                    "age_s": entry.age.total_seconds(),
+                    "worst": entry.worst,
+                    "explanation": entry.explanation,
                 }
-                for each in still_open
+                for entry in still_open
             ][:SHOWN]
         )
     severity = dg.AssetCheckSeverity.ERROR if outcome.check.money else dg.AssetCheckSeverity.WARN
@@ -319,12 +319,12 @@ take_positions = dg.define_asset_job(
 @dg.schedule(
     name="mm_position_snapshots_schedule",
     job=take_positions,
-    cron_schedule="2-59/5 * * * *",  # between two looks of inventory_qa
+    cron_schedule="2-59/5 * * * *",  # between two runs of inventory_qa
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
 )
 def mm_position_snapshots_schedule(platform: KalshiResource) -> dg.RunRequest | dg.SkipReason:
-    """Every five minutes, where there is a ClickHouse to write to."""
+    """Every five minutes, if ClickHouse is used."""
     if not platform.settings().use_clickhouse:
         return dg.SkipReason("USE_CLICKHOUSE=0: there is no table to write to.")
     return dg.RunRequest()

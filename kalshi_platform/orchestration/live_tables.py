@@ -1,7 +1,7 @@
-"""What the live tables hold, as observations: rows, newest row, rate.
+"""Observations of the live tables: rows, newest row, rate.
 
-Their rows are written by the streamer and by engines, not by a run of Dagster, so that nothing would ever
-be said of them in the UI. No rows are judged here; checks do that.
+The streamer and the engines write their rows outside of Dagster's runs, so the UI would otherwise show nothing
+about them. Whether the rows are right is decided by checks, not here.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 EVERY_S = 300
 TIMEOUT_S = 10
-"""Silence after which ClickHouse is not asked on: a sensor has a minute."""
+"""Seconds without data after which a query is abandoned: a sensor has a minute."""
 TIME_COLUMNS: Mapping[str, str] = {
     LATEST_LEVELS.name: LATEST_LEVELS.time,
     "mm_decisions": "ts",
     "mm_order_actions": "ts",
     "mm_order_responses": "ts",
 }
-"""The observed tables, by the column that says how new a row is."""
+"""The observed tables, with the column that holds a row's time."""
 
 
 @dg.sensor(
@@ -39,7 +39,7 @@ TIME_COLUMNS: Mapping[str, str] = {
     description="Observes the tables that the streamer and the engines write: rows, newest, rate.",
 )
 def live_tables(context: dg.SensorEvaluationContext, platform: KalshiResource) -> dg.SensorResult:
-    """One observation for each table that ClickHouse has."""
+    """Report one observation for each of the tables that exist."""
     from kalshi_platform.clickhouse.client import connect
 
     settings = platform.settings()
@@ -54,7 +54,7 @@ def live_tables(context: dg.SensorEvaluationContext, platform: KalshiResource) -
 
 
 def observations(client: "Client") -> Iterator[dg.AssetObservation]:
-    """What each table holds now; a table that is not there is left out."""
+    """The current state of each table; missing tables are left out."""
     from kalshi_platform.clickhouse.client import translated
 
     with translated():
@@ -66,7 +66,7 @@ def observations(client: "Client") -> Iterator[dg.AssetObservation]:
             column = TIME_COLUMNS[name]
             rows, newest, age_s, recent = client.query(
                 f"SELECT count(), max({column}), dateDiff('second', max({column}), now()),"  # noqa: S608
-                f" countIf({column} > now() - INTERVAL 5 MINUTE) FROM {name}"  # names of our own
+                f" countIf({column} > now() - INTERVAL 5 MINUTE) FROM {name}"  # constants, no user text
             ).result_rows[0]
             metadata: dict[str, MetadataValue] = {
                 "dagster/row_count": MetadataValue.int(rows),

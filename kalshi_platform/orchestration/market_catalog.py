@@ -1,4 +1,6 @@
-"""`market_catalog` in Dagster: what the followed markets are, read from the exchange every hour.
+"""The asset `market_catalog`: the followed markets, read from the exchange every hour.
+
+How the markets are read and stored is in recorder/market_catalog.py.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -49,7 +51,7 @@ PREVIEWED = (
     ),
 )
 def market_catalog(platform: KalshiResource) -> dg.MaterializeResult[None]:
-    """Read the markets that the settings name, and write what is known of them."""
+    """Read the selected markets from the exchange, and store the catalogue."""
     from kalshi_platform.exchange.rest import RestClient
     from kalshi_platform.recorder import market_catalog as catalogue
 
@@ -77,7 +79,7 @@ def market_catalog(platform: KalshiResource) -> dg.MaterializeResult[None]:
 
 
 def _preview(read: "pa.Table") -> MetadataValue:
-    """The most traded of the markets that were read."""
+    """The most traded markets of those that were read."""
     rows = read.select(PREVIEWED).sort_by([("volume", "descending"), ("close_time", "ascending")])
     return MetadataValue.table(
         records=[
@@ -91,20 +93,20 @@ def _preview(read: "pa.Table") -> MetadataValue:
 market_catalog_job = dg.define_asset_job(
     "market_catalog_job",
     selection=dg.AssetSelection.assets(MARKET_CATALOG.name),
-    description="What the followed markets are, read from the exchange.",
+    description="The followed markets, read from the exchange.",
 )
 market_catalog_schedule = dg.ScheduleDefinition(
     name="market_catalog_schedule",
     job=market_catalog_job,
-    cron_schedule="5 * * * *",  # what opens on the hour has opened
+    cron_schedule="5 * * * *",  # markets that open on the hour have opened by then
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
 )
 
 READ_EVERY_S = 3_900.0
-"""The schedule reads it each hour: older than this, or never read, it is read at once."""
+"""Age in seconds from which the sensor reads the catalogue: the schedule reads it each hour."""
 TRY_AGAIN_S = 300.0
-"""After a run of the job began, whatever became of it."""
+"""Shortest interval in seconds between two starts of the job, whatever their result."""
 
 
 @dg.sensor(
@@ -112,12 +114,12 @@ TRY_AGAIN_S = 300.0
     job=market_catalog_job,
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Reads the markets at the first start, and where the schedule has missed its hour.",
+    description="Reads the markets at the first start, and when the schedule has missed its hour.",
 )
 def market_catalog_at_start(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Ask for a run where the catalogue is missing or old, and none has just been tried.
+    """Request a run if the catalogue is missing or old, and no run has just begun.
 
-    The cursor is when it was read, so that most ticks need not ask Dagster's databases.
+    The cursor is the time when it was read, so that most ticks need not query Dagster's databases.
     """
     now = time.time()
     if context.cursor and 0.0 <= now - float(context.cursor) < READ_EVERY_S:

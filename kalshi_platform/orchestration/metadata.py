@@ -1,4 +1,4 @@
-"""What a person sees of an hour in the UI: partition keys, column schemas, metadata."""
+"""Partition keys, column schemas and metadata of the hourly assets, as the UI shows them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ log = logging.getLogger(__name__)
 
 
 EARLIEST = date(2018, 1, 1)
-"""Before the exchange's first day. An older folder is no recording, and would make millions of partitions."""
+"""A day before the exchange's first. An older folder is no recording, and would make millions of partitions."""
 
 
 def _begins() -> date:
-    """The first day to show: ARCHIVE_BEGINS, else the archive's first, else today.
+    """The first day of the partitions: ARCHIVE_BEGINS, else the archive's first day, else today.
 
-    Every process that loads the code asks, so nothing that lies in the archive may keep it from loading: only
-    names are looked at, and where that fails, partitions begin today.
+    Every process that loads the code location calls this, so nothing in the archive may make it fail: only names
+    of folders are read, and if that fails, the partitions begin today.
     """
     today = datetime.now(UTC).date()
     try:
         settings = platform_settings.load()
     except SettingsError:
-        return today  # told in full by whatever runs first
+        return today  # the first run reports it
     if settings.archive_begins is not None:
         return settings.archive_begins
     try:
         first = open_archive(settings).first_day() or today
-    except (StoreError, OSError) as error:  # also object storage that is away
+    except (StoreError, OSError) as error:  # OSError also for unreachable object storage
         log.warning(
             "Partitions begin today, until this is loaded again. Set ARCHIVE_BEGINS. %s", error
         )
@@ -57,19 +57,19 @@ HOURS = dg.HourlyPartitionsDefinition(
 
 
 def partition_key(hour: datetime) -> str:
-    """The partition of the hour that starts at `hour` (any time zone; naive means an error)."""
+    """The partition key of the hour that starts at `hour`. Raises `ValueError` for a naive datetime."""
     if hour.tzinfo is None:
         raise ValueError(f"{hour!r} has no time zone")
     return hour.astimezone(UTC).strftime(HOURS.fmt)
 
 
 def hour_of(key: str) -> datetime:
-    """The first instant of a partition, UTC."""
+    """The start of a partition's hour in UTC."""
     return datetime.strptime(key, HOURS.fmt).replace(tzinfo=UTC)
 
 
 def column_schema(dataset: Dataset) -> dg.TableSchema:
-    """The dataset's columns for the UI, in ClickHouse's types."""
+    """The dataset's columns with ClickHouse's types, for the UI."""
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
@@ -84,7 +84,7 @@ def column_schema(dataset: Dataset) -> dg.TableSchema:
 
 
 def materializations(report: HourReport, source: str) -> Iterator[dg.AssetMaterialization]:
-    """One event per dataset of the hour, for the event log."""
+    """One materialisation event per dataset of the hour."""
     for dataset in report.datasets:
         yield dg.AssetMaterialization(
             asset_key=dataset.dataset,
@@ -95,7 +95,7 @@ def materializations(report: HourReport, source: str) -> Iterator[dg.AssetMateri
 
 
 def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
-    """The facts of one dataset's hour. What is not known of an hour is left out, not zero."""
+    """Metadata of one dataset's hour. Unknown values are left out, not zero."""
     known: dict[str, MetadataValue] = {
         "dagster/row_count": MetadataValue.int(hour.rows),
         "complete": MetadataValue.bool(hour.complete),
@@ -121,10 +121,10 @@ def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
 
 
 def nothing_metadata(source: str, reason: str) -> dict[str, MetadataValue]:
-    """The facts of a dataset's hour that has no rows and no file.
+    """Metadata of an hour without rows and files.
 
-    It is reported all the same: a backfill counts a partition without a materialisation as failed,
-    although its run succeeded, and an hour that was not recorded is no failure.
+    Such an hour is materialised, too: a backfill counts a partition without a materialisation as failed even if
+    its run succeeded, and an hour that was not recorded is no failure.
     """
     return {
         "dagster/row_count": MetadataValue.int(0),
@@ -136,7 +136,7 @@ def nothing_metadata(source: str, reason: str) -> dict[str, MetadataValue]:
 
 
 def reported_rows(instance: dg.DagsterInstance, dataset: str, key: str) -> int:
-    """How many rows of a dataset's hour were last reported to Dagster; 0 where none was."""
+    """The rows of a dataset's hour as last reported to Dagster; 0 if it never was."""
     records = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey(dataset), asset_partitions=[key]), limit=1
     ).records

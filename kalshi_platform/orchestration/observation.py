@@ -1,6 +1,6 @@
-"""What is to be seen of a shard: its runs in Dagster, its processes, its health report.
+"""The observed state of a shard: its runs in Dagster, their processes, its health report.
 
-No decision is taken here, and nothing is changed.
+Read-only. Decisions are made in `supervisor.py` and carried out in `sensors.py`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 JOB = "stream_orderbook"
 STOPPED = "stopped"
 SHARD_TAG = "kalshi/shard"
-"""On every streamer run: which share of the markets it records."""
+"""Tag of every streamer run: the shard that it records."""
 PROCESS_TAG = "kalshi/process"
-"""On a started run: its worker, as pid@start time."""
+"""Tag of a started run: its worker process, as pid@start time."""
 SOURCE_TAG = "kalshi/source"
-"""On every streamer run: exchange or simulator."""
+"""Tag of every streamer run: exchange or simulator."""
 OTHER_RUNS = 2
-"""Of the runs that Dagster lets go on at once, so many are for other jobs."""
+"""Slots of Dagster's run queue that are reserved for other jobs."""
 
 _PHASES = {
     Status.NOT_STARTED: Phase.WAITING,
@@ -58,8 +58,10 @@ _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 def observe(
     instance: dg.DagsterInstance, shard: int, settings: Settings, in_the_way: str | None = None
 ) -> Observation:
-    """Look at one shard. Processes are looked at before runs are called active: a run that
-    ends in between is seen ended, not dead.
+    """Observe one shard.
+
+    Processes are inspected before the ended runs are read, so that a run that ends in between is seen as ended,
+    not as dead.
     """
     tags = {SHARD_TAG: str(shard)}
     health = read_health(settings.journal_dir(shard))
@@ -79,13 +81,13 @@ def observe(
 
 
 def slots(instance: dg.DagsterInstance) -> int | None:
-    """How many runs Dagster lets go on at once (max_concurrent_runs); None: any number."""
+    """Dagster's limit of concurrent runs (max_concurrent_runs); None: no limit."""
     queue = instance.get_concurrency_config().run_queue_config
     return None if queue is None or queue.max_concurrent_runs < 0 else queue.max_concurrent_runs
 
 
 def shards(instance: dg.DagsterInstance, settings: Settings) -> int:
-    """Among how many streamers the markets are shared: STREAM_SHARDS, as far as Dagster has room for them."""
+    """The number of shards: STREAM_SHARDS, limited by the slots of Dagster's run queue."""
     room = slots(instance)
     if room is None:
         return settings.stream_shards
@@ -93,13 +95,13 @@ def shards(instance: dg.DagsterInstance, settings: Settings) -> int:
 
 
 def active_shards(instance: dg.DagsterInstance) -> set[int]:
-    """The shards that have a run which is not over."""
+    """The shards that have an unfinished run."""
     records = instance.get_run_records(dg.RunsFilter(job_name=JOB, statuses=list(_PHASES)))
     return {int(record.dagster_run.tags.get(SHARD_TAG, "0")) for record in records}
 
 
 def processes(instance: dg.DagsterInstance) -> list[Identity]:
-    """Those of all streamers' runs that have begun and are not over."""
+    """The processes of all started streamer runs."""
     records = instance.get_run_records(dg.RunsFilter(job_name=JOB, statuses=[Status.STARTED]))
     found = [_process(record.dagster_run) for record in records]
     return [process.identity for process in found if process is not None]
@@ -108,9 +110,9 @@ def processes(instance: dg.DagsterInstance) -> list[Identity]:
 def others_in_the_way(
     folders: Mapping[int, Path], shard: int, shards: int, now: float
 ) -> str | None:
-    """Who records by another number of shards: a sentence, or None where nobody does.
+    """A sentence about a streamer that records with another number of shards; None if there is none.
 
-    `folders`: of all shards' journals, by number.
+    `folders`: the journal folders of all shards, by number.
     """
     for other, folder in folders.items():
         health = read_health(folder) if other != shard else None
@@ -129,16 +131,16 @@ def others_in_the_way(
 
 
 def waiting_runs(instance: dg.DagsterInstance, shard: int) -> int:
-    """How many runs of a shard wait for their turn."""
+    """The number of a shard's queued runs."""
     statuses = [status for status, phase in _PHASES.items() if phase is Phase.WAITING]
     return instance.get_runs_count(dg.RunsFilter(tags={SHARD_TAG: str(shard)}, statuses=statuses))
 
 
 def read_health(folder: Path) -> Health | None:
-    """The report of a journal's streamer, or None where there is none that can be read.
+    """The report of a journal's streamer, or None if it is missing or damaged.
 
-    A living streamer writes it each second, so a damaged one (a power cut) is nobody's: it is named in
-    the log and must not keep the next run from starting.
+    A running streamer rewrites its report each second, so a damaged one (after a power failure) belongs to no
+    running process: it is logged, and must not keep the next run from starting.
     """
     try:
         raw = health_report.read(folder)
@@ -165,21 +167,23 @@ def read_health(folder: Path) -> Health | None:
 
 
 def _clock_set_by_ns(raw: Mapping[str, Any]) -> int:
-    """By how much the wall clock was set since the report, or went on while the machine slept.
+    """By how many ns the wall clock was set since the report, or ran on while the machine slept.
 
-    Without it, a living streamer would look hung after a step ahead, and a hung one well after a step
-    back. The report must be of this boot, which a living process has proved: monotonic time begins anew
-    with each.
+    Without this correction a healthy streamer would look hung after a step forward, and a hung one healthy after
+    a step back. The report must be from this boot, which a running process proves: monotonic time restarts at
+    each boot.
     """
     monotonic_ns = raw.get("updated_monotonic_ns")
-    if monotonic_ns is None:  # a streamer of an earlier version goes on while this one is installed
+    if (
+        monotonic_ns is None
+    ):  # written by a streamer of an earlier version, which still runs after the upgrade
         return 0
     age_ns = time.monotonic_ns() - int(monotonic_ns)
     return time.time_ns() - age_ns - int(raw["updated_ns"])
 
 
 def _seconds(ns: int | None, set_ns: int) -> float | None:
-    return (ns + set_ns) / 1e9 if ns else None  # 0: has not happened yet
+    return (ns + set_ns) / 1e9 if ns else None  # 0: not set yet
 
 
 def _run(record: dg.RunRecord) -> Run:

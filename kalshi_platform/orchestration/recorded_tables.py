@@ -1,4 +1,6 @@
-"""The recorded datasets as assets: what the streamer reports, and what can be built again.
+"""The recorded datasets as assets: hours that the streamer reports, and that can be rebuilt.
+
+The rebuild itself is in loading/rebuild.py.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -25,7 +27,7 @@ from kalshi_platform.schema import (
 )
 
 REBUILD_POOL = "rebuild"
-"""Rebuilds run one after the other: two of one hour would do the same work twice."""
+"""Rebuilds run one at a time: two of one hour would do the same work twice."""
 
 _OWNER = ["team:recording"]
 
@@ -55,15 +57,15 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
     pool=REBUILD_POOL,
     backfill_policy=dg.BackfillPolicy.multi_run(),
     description=(
-        "An hour of the recording. The streamer reports it; materialise it to build it again:"
-        " from the journal while that is kept, else from ClickHouse. The rows stay the same."
+        "An hour of the recording. The streamer reports it; materialise it to rebuild it from the"
+        " journal while that is kept, else from ClickHouse. The rows stay the same."
         " The hour that is still open is described as it is now."
     ),
 )
 def recorded_hour(
     context: dg.AssetExecutionContext, platform: KalshiResource
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Build one hour again, once for all the datasets that were asked for."""
+    """Rebuild one hour, once for all selected datasets."""
     hour = hour_of(context.partition_key)
     try:
         report = platform.rebuild(hour)

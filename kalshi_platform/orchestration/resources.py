@@ -1,6 +1,6 @@
-"""What ops and sensors are given: the settings, and the rooms below, reached through them.
+"""The Dagster resource of ops and sensors: the settings, and entry points to the rooms below.
 
-The rooms are imported when they are used: loading the code location opens nothing and stays fast.
+Those rooms are imported when they are used, so that loading the code location stays fast and opens nothing.
 """
 
 from __future__ import annotations
@@ -31,43 +31,44 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     overrides: dict[str, str] = Field(
         default_factory=dict,
-        description="Settings that win over the environment, by lower-case name. No secrets here:"
+        description="Settings with precedence over the environment, by lower-case name. No secrets here:"
         " the UI shows this.",
     )
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Self]:
-        """While it is in use, every ClickHouse query carries the ids of who asks (`log_comment`)."""
+        """While the resource is in use, every ClickHouse query has the run's ids in `log_comment`."""
         from kalshi_platform.clickhouse import client
 
         with client.called_by(lambda: identify(context)):
             yield self
 
     def settings(self) -> Settings:
-        """The settings. Raises `SettingsError` naming the variable."""
+        """Load the settings. Raises `SettingsError`, which names the variable."""
         return platform_settings.load(**self.overrides)
 
     def streamer(self, shard: int, shards: int) -> Streamer:
-        """A streamer of one of so many shards, not yet started."""
+        """A streamer for one of `shards` shards, not started yet."""
         from kalshi_platform.recorder.streamer import Streamer
 
         return Streamer(self.settings().model_copy(update={"stream_shards": shards}), shard)
 
     def is_sealed(self, hour: datetime) -> bool:
-        """Whether the archive has data of an hour, and has it whole."""
+        """Whether the archive has an hour, and the hour is sealed."""
         from kalshi_platform.archive import hours, open_archive
 
         return hours.is_sealed(open_archive(self.settings()), hour)
 
     def describe(self, hour: datetime) -> HourReport:
-        """What the archive holds of an hour. Reads all of it."""
+        """Describe an hour of the archive. Reads all its rows."""
         from kalshi_platform.archive import hours, open_archive
 
         return hours.describe(open_archive(self.settings()), hour, complete=self.is_sealed(hour))
 
     def rebuild(self, hour: datetime) -> HourReport:
-        """A sealed hour, built again; the open one as it is. Raises `PlatformError` when nothing
-        holds it any more.
+        """Rebuild a sealed hour; an open hour is only described.
+
+        Raises `PlatformError` if neither journal nor stores hold it any more.
         """
         from kalshi_platform.loading.rebuild import rebuild
 
@@ -75,12 +76,12 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     @property
     def source(self) -> str:
-        """Where the data comes from: `exchange` or `simulator`."""
+        """The source of the data: `exchange` or `simulator`."""
         return "simulator" if self.settings().exchange.simulated else "exchange"
 
 
 def identify(context: dg.InitResourceContext) -> dict[str, str]:
-    """Who asks now, by Dagster's ids: the run and its job; the op, with its assets, checks, partition."""
+    """Dagster's ids of the caller: the run and its job; the op with its assets, checks and partition."""
     ids: dict[str, str] = {}
     if context.run is not None:
         ids |= {"run_id": context.run.run_id, "job": context.run.job_name}

@@ -1,8 +1,8 @@
-"""`retention`: once a day, what is past its time goes, and what is kept is measured.
+"""The daily job `retention`: deletes expired data and measures the rest.
 
-Each part is tried even if another failed; the run then fails and says which. How Dagster's own history
-is let go is in `history.py`. The journal is pruned by its streamer every ten minutes, which alone knows
-what the stores have: here it is measured only.
+Each part runs even if another failed; the run then fails and names the failed parts. Dagster's own history is
+deleted in `history.py`. The journal is pruned every ten minutes by its streamer, which alone knows what the
+stores have; here it is only measured.
 
 No `from __future__ import annotations` in modules that define ops: Dagster reads the types.
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from kalshi_platform.settings import Settings
 
 WITHIN_S = 1200.0
-"""Time for deleting runs; what is left goes tomorrow. A year of them is gone after a few days."""
+"""Seconds for deleting runs; the rest is deleted tomorrow. The runs of a year take a few days."""
 
 
-@dg.op(description="Lets go of what is past its retention, and measures what is kept.")
-def let_go(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
-    """Everything that has a retention, one part after the other."""
+@dg.op(name="let_go", description="Deletes expired data, and measures what is kept.")
+def apply_retention(context: dg.OpExecutionContext, platform: KalshiResource) -> None:
+    """Apply every retention, one part after the other."""
     settings = platform.settings()
     metadata: dict[str, MetadataValue] = {}
     failures: list[str] = []
@@ -52,18 +52,18 @@ def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str,
     from kalshi_platform.orchestration import history
 
     days = timedelta(days=settings.dagster_run_retention_days)
-    gone = history.let_go(instance, datetime.now(UTC) - days, WITHIN_S)
+    purged = history.purge(instance, datetime.now(UTC) - days, WITHIN_S)
     return {
-        "runs deleted": MetadataValue.int(gone.runs),
-        "old runs kept for what they made": MetadataValue.int(gone.kept),
-        "old runs left for tomorrow": MetadataValue.int(gone.left),
-        "check results deleted": MetadataValue.int(gone.check_results),
-        "bytes of run files deleted": MetadataValue.int(gone.files_bytes),
+        "runs deleted": MetadataValue.int(purged.runs),
+        "old runs kept for what they made": MetadataValue.int(purged.kept),
+        "old runs left for tomorrow": MetadataValue.int(purged.left),
+        "check results deleted": MetadataValue.int(purged.check_results),
+        "bytes of run files deleted": MetadataValue.int(purged.files_bytes),
     }
 
 
 def _hot_tables(settings: "Settings", notify: Callable[[str], None]) -> Mapping[str, Any]:
-    """Apply HOT_RETENTION_DAYS, where it is set: nothing has to be restarted for it."""
+    """Apply HOT_RETENTION_DAYS if it is set, so that a new value needs no restart."""
     from kalshi_platform.clickhouse import hot_retention as hot
     from kalshi_platform.clickhouse import migrations
     from kalshi_platform.clickhouse.client import connect
@@ -93,25 +93,25 @@ def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
     try:
         compaction.sweep(open_archive(settings))
     except StoreUnavailable:
-        return {}  # a compaction is at work, and does the same
+        return {}  # a compaction holds the lock, and deletes them itself
     freed = max(before - folder_bytes(aside), 0)
     return {"bytes of replaced hours deleted": MetadataValue.int(freed)}
 
 
 def _kept(settings: "Settings") -> Mapping[str, Any]:
-    """Sizes and rates: the UI draws each number over the days."""
+    """Sizes and growth rates, each of which the UI plots over time."""
     from kalshi_platform.health import growth
 
     metadata: dict[str, Any] = {}
     found = growth.measure(settings)
-    for each in found:
-        metadata[f"{each.name} (bytes)"] = MetadataValue.int(each.bytes)
-        if each.per_day is not None:
-            metadata[f"{each.name} (bytes a day)"] = MetadataValue.int(round(each.per_day))
-    here = [each for each in found if growth.on_disk_of(each, settings.data_dir)]
+    for item in found:
+        metadata[f"{item.name} (bytes)"] = MetadataValue.int(item.bytes)
+        if item.per_day is not None:
+            metadata[f"{item.name} (bytes a day)"] = MetadataValue.int(round(item.per_day))
+    same_disk = [item for item in found if growth.on_disk_of(item, settings.data_dir)]
     free = growth.free_bytes(settings.data_dir)
     metadata["free (bytes)"] = MetadataValue.int(free)
-    until = growth.days_until_full(here, free)
+    until = growth.days_until_full(same_disk, free)
     if until is not None:
         metadata["days until the disk is full"] = MetadataValue.float(until)
     return metadata
@@ -119,19 +119,19 @@ def _kept(settings: "Settings") -> Mapping[str, Any]:
 
 @dg.job(
     description=(
-        "Lets go of old runs, check results and replaced hours, applies HOT_RETENTION_DAYS, and measures"
-        " what is kept. docs/operations.md says what stays how long."
+        "Deletes old runs, check results and replaced hours, applies HOT_RETENTION_DAYS, and measures"
+        " what is kept. docs/operations.md says what is kept how long."
     )
 )
 def retention() -> None:
-    """One step: `let_go`."""
-    let_go()
+    """One step: `apply_retention`."""
+    apply_retention()
 
 
 retention_schedule = dg.ScheduleDefinition(
     name="retention_schedule",
     job=retention,
-    cron_schedule="37 3 * * *",  # between two hours' work
+    cron_schedule="37 3 * * *",  # away from the hourly schedules
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
 )

@@ -1,8 +1,8 @@
-"""`stream_orderbook`: the long run that records a shard, and reports its hours to Dagster.
+"""The job `stream_orderbook`: a long run that records a shard and reports its hours to Dagster.
 
-The op is a thin host: capture and load happen in the streamer's own threads. It goes on until it
-is interrupted, until the streamer fails, or until a successor waits for a run that is a day old.
-Its heartbeat goes to the run's output (stderr), not to the event log, which nothing purges.
+The op only hosts the streamer, whose own threads capture and load. It runs until it is interrupted, until the
+streamer fails, or, once it is a day old, until a successor is queued. Its heartbeat is written to the run's
+output (stderr), not to the event log, which would grow with it.
 """
 
 import logging
@@ -37,35 +37,36 @@ if TYPE_CHECKING:
     from kalshi_platform.recorder.streamer import Health, Streamer
 
 HEARTBEAT_S = 60.0
-"""Between two lines in the run's output."""
+"""Seconds between two heartbeats in the run's output."""
 SUCCESSOR_S = 5.0
-"""Between two looks for a successor, once the run is old enough to be relieved."""
+"""Seconds between two checks for a successor, once the run is a day old."""
 DRAIN_S = 8.0
-"""For the streamer to flush; whoever ends the process waits a little longer than this."""
+"""Seconds for the streamer to flush; less than the grace period of whatever stops the process."""
 HEAD_START_S = 10.0
-"""For the streamer to record, before unreported hours are looked for."""
+"""Seconds for the streamer to start recording before unreported hours are searched."""
 HURRY_S = 3.0
-"""The same where another STREAM_SHARDS is taken up: nothing is recorded until all have ended, and the journal has what
-is not loaded."""
+"""Seconds to flush when STREAM_SHARDS has changed: nothing is recorded until all shards have ended, and the journal
+keeps what is not loaded."""
 NOTED_S = 2.0
-"""For the note of a planned stop: who ends a whole container reaches the run as soon as the one who notes."""
-UNASKED = f"SIGTERM ended it; what it had received is kept. {run_failures.UNASKED}"
+"""Seconds to wait for the note of a planned stop: a signal to a whole container reaches the run and the process that
+writes the note at the same time."""
+UNPLANNED = f"SIGTERM ended it; what it had received is kept. {run_failures.UNPLANNED}"
 _CATCH_UP_HOURS = 48
-"""How far back hours are looked for that were sealed while nobody could report them."""
+"""Hours back that are searched for hours that were sealed while no run could report them."""
 
 log = logging.getLogger(__name__)
 
 
 class StreamConfig(dg.Config):
-    """How one streamer run behaves."""
+    """Configuration of a streamer run."""
 
     recycle_after_s: float = Field(
-        RECYCLE_S, description="Age at which the run makes room for a successor that waits."
+        RECYCLE_S, description="Age in seconds from which the run ends when a successor is queued."
     )
 
 
 class _Relieved(Exception):
-    """A successor waits, and this run is old enough to make room."""
+    """A successor is queued, and this run is old enough to end."""
 
 
 @dg.op(
@@ -75,14 +76,14 @@ class _Relieved(Exception):
 def record_shard(
     context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource
 ) -> None:
-    """Record one shard until told to end."""
+    """Record one shard until the run is stopped."""
     try:
-        introduce(context)
+        register_process(context)
         _record(context, config, platform)
     except DagsterExecutionInterruptedError:
-        if not asked_to_end(context, platform, patience_s=NOTED_S):
-            raise dg.Failure(description=UNASKED, allow_retries=False) from None
-        call_it_canceled(context)
+        if not is_planned_end(context, platform, patience_s=NOTED_S):
+            raise dg.Failure(description=UNPLANNED, allow_retries=False) from None
+        report_canceling(context)
         raise
 
 
@@ -98,7 +99,7 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
             streamer.start()
             context.log.info(f"Recording shard {shard} from the {source}.")
             host.await_frames()
-            if shard == 0:  # one of them tells it, and this one there always is
+            if shard == 0:  # a single shard reports them, and shard 0 always exists
                 for report in unreported(context.instance, platform, datetime.now(UTC)):
                     host.report(report)
             host.record(shard, config.recycle_after_s)
@@ -107,10 +108,10 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
                 f"Drained: shard {shard} is no longer configured, and all it had is stored."
             )
         except DagsterExecutionInterruptedError:
-            try:  # first: a run that is killed while it flushes was asked to end, too
-                if asked_to_end(context, platform):
-                    call_it_canceled(context)
-            finally:  # whatever became of Dagster's database meanwhile
+            try:  # before the flush, so that a run that is killed while it flushes counts as canceled
+                if is_planned_end(context, platform):
+                    report_canceling(context)
+            finally:  # flush even if Dagster's database fails
                 stored = host.stop(_drain_s(context, platform, shards))
             context.log.info(
                 "Ended; every store has everything that was received."
@@ -120,7 +121,7 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
             raise
         except _Relieved:
             host.stop()
-            context.log.info("A day old: the next run goes on.")
+            context.log.info("This run is a day old; its successor continues.")
         except BaseException:
             host.stop()
             raise
@@ -132,27 +133,27 @@ def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: Kals
     tags={SHARD_TAG: "0", "dagster/priority": "100"},
     description=(
         "The recording itself: one long run per shard (STREAM_SHARDS), kept alive by"
-        " streamer_supervisor. A run of a shard that is no longer configured loads what its journal"
-        " still has, and ends."
-        " Terminate it and the supervisor starts it again; stop the sensor first to stop it."
+        " streamer_supervisor. A run of a shard that is no longer configured loads the rest of its"
+        " journal and ends."
+        " If you terminate it, the supervisor starts it again; stop the sensor first to stop it."
     ),
 )
 def stream_orderbook() -> None:
-    """One op."""
+    """One op: `record_shard`."""
     record_shard()
 
 
 class _Host:
-    """Carries what the streamer has to say to Dagster; nothing it was handed gets lost."""
+    """Passes the streamer's hour reports to Dagster without losing one."""
 
     def __init__(self, context: dg.OpExecutionContext, streamer: "Streamer", source: str) -> None:
         self._context = context
         self._streamer = streamer
         self._source = source
-        self._unsaid: HourReport | None = None
+        self._unreported: HourReport | None = None
 
     def await_frames(self) -> None:
-        """Leave the interpreter to the streamer until it records, or for a while."""
+        """Leave the interpreter to the streamer until it records, for at most HEAD_START_S."""
         ends = time.monotonic() + HEAD_START_S
         while not self._streamer.health().last_frame_ns and time.monotonic() < ends:
             if self._streamer.failure() is not None or self._streamer.drained:
@@ -160,8 +161,10 @@ class _Host:
             time.sleep(0.1)
 
     def record(self, shard: int, recycle_after_s: float) -> None:
-        """Until the streamer fails (`dg.Failure`), a successor may take over (`_Relieved`), or, where
-        a shard is only drained, nothing is left."""
+        """Report hours and heartbeats until a former shard is drained.
+
+        Raises the streamer's failure, and `_Relieved` when a successor may take over.
+        """
         began = time.monotonic()
         beat = looked = 0.0
         while not self._streamer.drained:
@@ -182,27 +185,28 @@ class _Host:
 
     @property
     def _may_end(self) -> bool:
-        """Whether an end would lose nothing: a disk that is blocked would not take the rest."""
+        """Whether ending the run loses nothing: a blocked disk would not accept the rest."""
         return self._streamer.health().state != BLOCKED
 
     def report(self, report: "HourReport") -> None:
-        """One event per dataset of the hour. An interrupt in between leaves it to `stop`."""
-        self._unsaid = report
+        """Log one event per dataset of the hour. After an interrupt in between, `stop` repeats it."""
+        self._unreported = report
         for event in materializations(report, self._source):
             self._context.log_event(event)
         state = "sealed" if report.complete else "open"
         log.info("Reported hour %s (%s).", partition_key(report.hour), state)
-        self._unsaid = None
+        self._unreported = None
 
     def stop(self, timeout_s: float = DRAIN_S) -> bool:
-        """Drain and flush; then say what is still unsaid. True where every store has everything.
+        """Drain and flush, then report the remaining hours. Returns whether every store has everything.
 
-        Raises `JournalError` where something that was received is lost: such a run has failed. Who asks again for the end, as a supervisor and a person may do at once, does not break it off.
+        Raises `JournalError` if received records are lost: such a run has failed. A second stop signal, as when
+        the supervisor and a person stop the run together, does not interrupt it.
         """
         with capture_interrupts():
             flushed = self._streamer.stop(timeout_s=timeout_s)
-            if self._unsaid is not None:
-                self.report(self._unsaid)
+            if self._unreported is not None:
+                self.report(self._unreported)
             while (report := self._streamer.next_report(timeout_s=0.0)) is not None:
                 self.report(report)
         if self._streamer.loss is not None:
@@ -211,54 +215,54 @@ class _Host:
         return flushed
 
     def _fail_although_canceled(self, loss: PlatformError) -> None:
-        """Dagster calls a run canceled that was to be terminated, whatever its op raises."""
+        """Mark the run as failed: Dagster would mark a terminated run as canceled, whatever its op raises."""
         instance = self._context.instance
         run = instance.get_run_by_id(self._context.run_id)
         if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
             instance.report_run_failed(run, str(loss))
 
 
-def introduce(context: dg.OpExecutionContext) -> None:
-    """The first act: say which process this run is, or end if it was given up meanwhile.
+def register_process(context: dg.OpExecutionContext) -> None:
+    """Tag the run with its process, before anything else.
 
-    Raises `dg.Failure` when the run has been marked as ended: another one has its place.
+    Raises `dg.Failure` if the run has already been marked as ended: another run has replaced it.
     """
     run = context.instance.get_run_by_id(context.run_id)
     if run is not None and run.is_finished:
         raise dg.Failure(
-            description="This run was given up before it came up; another has its place.",
+            description="This run was marked as ended before it started; another one has replaced it.",
             allow_retries=False,
         )
     context.instance.add_run_tags(context.run_id, {PROCESS_TAG: str(Identity.own())})
 
 
-def asked_to_end(
+def is_planned_end(
     context: dg.OpExecutionContext, platform: KalshiResource, patience_s: float = 0.0
 ) -> bool:
-    """Whether the platform, or a person in Dagster, asked for the end or may have, as far as that shows in time."""
+    """Whether the platform or a person in Dagster stopped this run, or may have; waits `patience_s` for the note."""
     ends = time.monotonic() + patience_s
     with capture_interrupts():
-        while not _asked(context, platform):
+        while not _is_stopped(context, platform):
             if time.monotonic() >= ends:
                 return False
             time.sleep(0.05)
     return True
 
 
-def _asked(context: dg.OpExecutionContext, platform: KalshiResource) -> bool:
+def _is_stopped(context: dg.OpExecutionContext, platform: KalshiResource) -> bool:
     record = context.instance.get_run_record_by_id(context.run_id)
     if record is None or record.dagster_run.is_finished:
         return True
     if record.dagster_run.status == dg.DagsterRunStatus.CANCELING:
         return True
     try:
-        return run_failures.may_be_asked(record, platform.settings().data_dir, time.time())
+        return run_failures.may_be_planned(record, platform.settings().data_dir, time.time())
     except SettingsError:  # `.env` is being changed
         return True
 
 
 def _drain_s(context: dg.OpExecutionContext, platform: KalshiResource, shards: int) -> float:
-    """How long a streamer that shares the markets among so many may flush."""
+    """Seconds for the streamer to flush; fewer if the number of shards has changed."""
     try:
         wanted = observation.shards(context.instance, platform.settings())
     except SettingsError:
@@ -266,8 +270,8 @@ def _drain_s(context: dg.OpExecutionContext, platform: KalshiResource, shards: i
     return DRAIN_S if wanted == shards else HURRY_S
 
 
-def call_it_canceled(context: dg.OpExecutionContext) -> None:
-    """Who asked for the end by a signal meant what Terminate in the UI does: canceled, not failed."""
+def report_canceling(context: dg.OpExecutionContext) -> None:
+    """Report a planned stop by a signal as Terminate in the UI does: the run is canceled, not failed."""
     with capture_interrupts():
         run = context.instance.get_run_by_id(context.run_id)
         if run is not None and not run.is_finished and run.status != dg.DagsterRunStatus.CANCELING:
@@ -277,35 +281,39 @@ def call_it_canceled(context: dg.OpExecutionContext) -> None:
 def unreported(
     instance: dg.DagsterInstance, platform: KalshiResource, now: datetime
 ) -> "Iterator[HourReport]":
-    """Hours that were sealed while nobody could report them (a crash, `stream` without Dagster).
+    """The hours that were sealed while no run could report them (after a crash, or `stream` without Dagster).
 
-    An hour that cannot be read is named in the log and left out: recording does not wait for it.
+    An hour that cannot be read is logged and left out, so that recording does not wait for it.
     """
     this_hour = now.replace(minute=0, second=0, microsecond=0)
     past = [this_hour - timedelta(hours=back) for back in range(_CATCH_UP_HOURS, 0, -1)]
-    # stream_events has rows in every hour that was recorded at all.
-    said = _said_complete(instance, STREAM_EVENTS.name, [partition_key(hour) for hour in past])
+    # stream_events has rows in every recorded hour
+    reported = _reported_complete(
+        instance, STREAM_EVENTS.name, [partition_key(hour) for hour in past]
+    )
     tries = 3
     for hour in past:
         key = partition_key(hour)
-        if key in said:
+        if key in reported:
             continue
         try:
             if platform.is_sealed(hour):
                 yield platform.describe(hour)
         except StoreUnavailable as error:
             log.warning(
-                "Hour %s cannot be had now, and is reported after the next start: %s", key, error
+                "Hour %s cannot be read now, and is reported after the next start: %s", key, error
             )
             tries -= 1
-            if not tries:  # the archive is away, and each hour would be waited for
+            if (
+                not tries
+            ):  # the archive is unreachable, and each further hour would wait for a timeout
                 return
-        except (PlatformError, OSError, ValueError) as error:  # a damaged file, whichever
-            log.error("Hour %s cannot be read: %s. Materialise it to build it again.", key, error)
+        except (PlatformError, OSError, ValueError) as error:  # a damaged file
+            log.error("Hour %s cannot be read: %s. Materialise it to rebuild it.", key, error)
 
 
-def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) -> set[str]:
-    """Partitions whose latest materialisation says that the hour is complete."""
+def _reported_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) -> set[str]:
+    """The partitions whose latest materialisation marks the hour as complete."""
     records = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=keys), limit=500
     ).records
@@ -319,7 +327,7 @@ def _said_complete(instance: dg.DagsterInstance, asset: str, keys: list[str]) ->
 
 
 def heartbeat(health: "Health") -> str:
-    """One calm line."""
+    """The streamer's state on one line."""
     trouble = f"; {health.trouble}" if health.trouble else ""
     return (
         f"{health.state}: {health.frames:,} frames, {health.lag_frames:,} not loaded yet;"
@@ -334,7 +342,7 @@ def _ago(ns: int) -> str:
 
 @contextmanager
 def as_failure() -> Iterator[None]:
-    """What a person can mend fails the run with its sentence; the traceback stays beneath."""
+    """Context manager: turn a `PlatformError` into a failure of the run with the same sentence."""
     try:
         yield
     except PlatformError as error:

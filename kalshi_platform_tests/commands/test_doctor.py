@@ -205,7 +205,7 @@ def test_every_shard_has_a_line_also_a_former_one(installation: Installation) ->
 
 def test_nothing_secret_is_printed(installation: Installation) -> None:
     installation.set(
-        CLICKHOUSE_USER="nobody", CLICKHOUSE_PASSWORD="hidden-word", PROD_KEYID="hidden-id"
+        CLICKHOUSE_USER="unknown", CLICKHOUSE_PASSWORD="hidden-word", PROD_KEYID="hidden-id"
     )
     output = "\n".join(installation.lines().values())
     assert "does not know PROD_KEYID" in output
@@ -396,7 +396,7 @@ LONG_AGO = 10**9
         ({"state": "blocked", "updated_ns": LONG_AGO}, "✗", "The disk does not accept writes"),
         ({"pid_started": 1.0}, "✗", "process .* is gone"),
         ({"updated_ns": LONG_AGO}, "✗", "hangs"),
-        ({"oldest_undurable_ms": 24_000}, "✗", "is not durable yet"),
+        ({"oldest_undurable_ms": 24_000}, "✗", "are not durable yet"),
         ({"trouble": "ClickHouse is away."}, "✗", "ClickHouse is away."),
         ({"state": "connecting", "last_heard_ns": LONG_AGO}, "✗", "has not been reached"),
         ({"last_frame_ns": 0, "last_durable_ns": 0}, "✓", "last frame never"),

@@ -190,7 +190,7 @@ def test_up_records_survives_kills_and_leaves_no_process(up: Up) -> None:
     up.says("code-server ended (killed by SIGKILL); it starts again in 1 s.")
     assert [found.run_id for found in up.runs()] == [run.run_id]
 
-    # Ctrl-C: the run is flushed and canceled, and nobody is left.
+    # Ctrl-C: the run is flushed and canceled, and no process is left.
     up.end(signal.SIGINT)
     [ended] = up.runs()
     assert ended.status is dg.DagsterRunStatus.CANCELED
@@ -203,7 +203,7 @@ def test_up_records_survives_kills_and_leaves_no_process(up: Up) -> None:
     assert len(up.runs()) == 2
     assert "Traceback" not in up.output
 
-    # Killed without a word: nobody goes on writing.
+    # Killed: no program goes on writing.
     assert up.process is not None
     up.process.kill()
     up.process.wait()

@@ -1,4 +1,4 @@
-"""A real Dagster instance for each test, and a platform whose streamer does what it is told."""
+"""Fixtures: a real Dagster instance for each test, and a platform with a scripted streamer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kalshi_platform_tests.orchestration.stand_in import StandInPlatform
 
 @pytest.fixture
 def instance() -> Iterator[dg.DagsterInstance]:
-    """An instance that goes with the test."""
+    """An instance that is removed after the test."""
     with dg.DagsterInstance.ephemeral() as made:
         yield made
 
 
 @pytest.fixture
 def platform(tmp_path: Path) -> StandInPlatform:
-    """The platform on a data folder of its own, with nothing prepared."""
+    """The platform on an empty data folder."""
     for prepared in (StandInPlatform.streamers, StandInPlatform.hours, StandInPlatform.rebuilt):
         prepared.clear()
     return StandInPlatform(
@@ -38,7 +38,7 @@ def launched_by(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], None]:
-    """From now on runs have the origin that `up`, a container's workspace or `dagster dev` gives them."""
+    """Give new runs the origin that `up`, a container's workspace or `dagster dev` gives them."""
     add = instance.run_storage.add_run
 
     def choose(program: str) -> None:

@@ -33,7 +33,7 @@ def hour_report(
     rows: int = 1000,
     datasets: tuple[str, ...] = DATASETS,
 ) -> HourReport:
-    """A report of an hour, as the archive gives it."""
+    """An hour report, as the archive makes it."""
     return HourReport(
         hour=hour,
         complete=complete,
@@ -60,7 +60,7 @@ def hour_report(
 
 
 class StandInStreamer:
-    """Hands out reports; fails, hangs or is interrupted when told to."""
+    """A scripted streamer: returns reports, fails, hangs or is interrupted on command."""
 
     def __init__(self, *reports: HourReport) -> None:
         self.reports = deque(reports)
@@ -110,12 +110,12 @@ class StandInStreamer:
 
 
 def interrupt(_: StandInStreamer) -> None:
-    """What Terminate in the UI and SIGTERM come to for the op."""
+    """Interrupt the op, as Terminate in the UI and SIGTERM do."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 class StandInPlatform(KalshiResource):
-    """The platform with stand-ins for what streams and rebuilds.
+    """The platform with stand-ins for streaming and rebuilding.
 
     Dagster makes its own copy from the config, so what a test prepares is the class's.
     """

@@ -1,4 +1,4 @@
-"""`alerts` on a real Dagster instance, telling a real web server."""
+"""The sensor `alerts` on a real Dagster instance, with a real web server as channel."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SECRET = "s3cr3t"
 
 
 class Outcome(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """What the planted job and checks come to."""
+    """Whether the planted job and checks succeed."""
 
     good: bool = True
 
@@ -50,7 +50,7 @@ class Outcome(dg.ConfigurableResource):  # type: ignore[type-arg]
 @dg.op
 def work(outcome: Outcome) -> None:
     if not outcome.good:
-        raise dg.Failure(description="The planted reason. Mend it.", allow_retries=False)
+        raise dg.Failure(description="The planted reason. Repair it.", allow_retries=False)
 
 
 @dg.job
@@ -58,15 +58,15 @@ def planted() -> None:
     work()
 
 
-def tell_to_end() -> None:
-    """SIGTERM, as Dagster hands it to a worker."""
+def stop_worker() -> None:
+    """Interrupt this process as Dagster does on SIGTERM to a worker."""
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(30)
 
 
 @dg.op
 def interrupted() -> None:
-    tell_to_end()
+    stop_worker()
 
 
 @dg.job
@@ -75,23 +75,23 @@ def interrupted_in_its_op() -> None:
 
 
 @dg.resource
-def told_before(_: dg.InitResourceContext) -> None:
-    tell_to_end()
+def stopped_before(_: dg.InitResourceContext) -> None:
+    stop_worker()
 
 
-@dg.op(required_resource_keys={"told_before"})
+@dg.op(required_resource_keys={"stopped_before"})
 def never() -> None:
     raise AssertionError
 
 
-@dg.job(resource_defs={"told_before": told_before})
+@dg.job(resource_defs={"stopped_before": stopped_before})
 def interrupted_before_its_op() -> None:
     never()
 
 
 @dg.asset
 def orderbook_events() -> None:
-    """Stands in for the recorded one."""
+    """A stand-in for the recorded asset."""
 
 
 @dg.multi_asset_check(
@@ -146,12 +146,12 @@ class Watch:
         monkeypatch.setattr(time, "time", lambda: true_time() + self.ahead_s)
 
     def run(self, job: str, *, good: bool) -> str:
-        """A run of a planted job, in this process."""
+        """Run a planted job in this process."""
         found = definitions(good=good).resolve_job_def(job)
         return found.execute_in_process(instance=self.instance, raise_on_error=False).run_id
 
     def tick(self, after_s: float = 0.0) -> list[dict[str, Any]]:
-        """What is told at a tick so much later."""
+        """Run a tick `after_s` later; returns the notices that it sent."""
         self.ahead_s += after_s
         before = len(self.web.bodies)
         with dg.build_sensor_context(
@@ -163,20 +163,25 @@ class Watch:
             result = alerts(context)
         assert isinstance(result, dg.SensorResult)
         assert result.skip_reason is not None
-        self.said = result.skip_reason.skip_message or ""
+        self.skip_message = result.skip_reason.skip_message or ""
         self.cursor = result.cursor
         assert self.outbox.wait(60)
         return [notice for body in self.web.bodies[before:] for notice in body["notices"]]
 
     def report(self, **values: Any) -> None:
-        """A streamer's report, of one that is well but for `values`."""
+        """Write the report of a healthy streamer, with `values` replaced."""
         own, now = Identity.own(), int(time.time() * 1e9)
         times = ("updated_ns", "started_ns", "last_frame_ns", "last_heard_ns", "last_durable_ns")
         folder = self.platform.settings().journal_dir(0)
         folder.mkdir(parents=True, exist_ok=True)
-        well = {"pid": own.pid, "pid_started": own.started, "state": "streaming", "trouble": None}
-        told = {**well, **dict.fromkeys(times, now), "stores": {}, **values}
-        (folder / "health.json").write_text(json.dumps(told))
+        healthy = {
+            "pid": own.pid,
+            "pid_started": own.started,
+            "state": "streaming",
+            "trouble": None,
+        }
+        content = {**healthy, **dict.fromkeys(times, now), "stores": {}, **values}
+        (folder / "health.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -189,16 +194,16 @@ def watch(
         yield Watch(instance, web, str(tmp_path_factory.mktemp("data")), monkeypatch)
 
 
-def test_nothing_wrong_is_said_to_nobody(watch: Watch) -> None:
+def test_a_healthy_platform_sends_nothing(watch: Watch) -> None:
     assert watch.tick() == []
-    assert watch.said == "Nothing is wrong."
+    assert watch.skip_message == "Nothing is wrong."
 
 
-def test_a_failed_run_is_told_once_with_its_reason_and_its_page_and_its_end(watch: Watch) -> None:
+def test_a_failed_run_is_reported_once_and_its_end(watch: Watch) -> None:
     run_id = watch.run("planted", good=False)
     (notice,) = watch.tick()
     assert (notice["event"], notice["title"]) == ("opened", "Run of planted failed")
-    assert notice["sentence"] == "The planted reason. Mend it."
+    assert notice["sentence"] == "The planted reason. Repair it."
     assert notice["link"] == f"http://127.0.0.1:3000/runs/{run_id}"
     assert notice["runbook"] == "docs/operations.md: A run failed"
     watch.run("planted", good=False)
@@ -221,7 +226,7 @@ def test_hours_that_fail_together_are_one_incident(watch: Watch) -> None:
     assert notice["sentence"].endswith("The worker is gone.")
 
 
-def test_a_streamer_run_that_was_replaced_is_over_when_the_next_one_has_lasted(
+def test_a_replaced_streamer_run_is_over_when_the_next_has_lasted(
     watch: Watch,
 ) -> None:
     tags = {SHARD_TAG: "0"}
@@ -246,7 +251,7 @@ UNREACHABLE = (
 )
 
 
-def test_a_failure_stays_alerted_when_a_later_run_of_its_job_is_interrupted(watch: Watch) -> None:
+def test_a_later_interruption_does_not_end_a_failure(watch: Watch) -> None:
     fault: list[BaseException] = [ValueError("the disk is wet"), DagsterExecutionInterruptedError()]
 
     @dg.op
@@ -283,10 +288,10 @@ def test_a_run_that_was_ended_by_none_of_ours_alerts_at_once(
 
 
 @pytest.mark.parametrize("program", ["up", "dagster dev"])
-def test_a_run_that_is_interrupted_under_dagster_dev_is_held_against_no_note(
+def test_an_interrupted_run_under_dagster_dev_needs_no_note(
     watch: Watch, launched_by: Callable[[str], None], program: str
 ) -> None:
-    """Its code server notes no stop, whether or not `up` ran on the data folder before."""
+    """The code server of `dagster dev` notes no stop, whether or not `up` ran on the data folder before."""
     launched_by(program)
     planned_stop.begin(watch.platform.settings().data_dir)
     interrupted_in_its_op.execute_in_process(instance=watch.instance, raise_on_error=False)
@@ -298,9 +303,7 @@ def test_a_run_that_is_interrupted_under_dagster_dev_is_held_against_no_note(
 
 
 @pytest.mark.parametrize("when", ["in its op", "before its op", "before it was launched"])
-def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
-    watch: Watch, when: str
-) -> None:
+def test_an_interrupted_run_is_reported_only_if_not_repeated(watch: Watch, when: str) -> None:
     job = interrupted_in_its_op if when == "in its op" else interrupted_before_its_op
 
     def restart() -> None:
@@ -335,7 +338,7 @@ def test_a_run_that_a_restart_interrupted_is_told_only_where_nothing_repeats_it(
 
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_streamers_run_that_was_told_to_end_is_no_failure_and_one_that_was_killed_is(
+def test_a_stopped_streamer_run_is_no_failure_a_killed_one_is(
     watch: Watch, number: signal.Signals, launched: bool
 ) -> None:
     run = watch.instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
@@ -345,25 +348,25 @@ def test_a_streamers_run_that_was_told_to_end_is_no_failure_and_one_that_was_kil
         watch.instance.report_run_failed(run)
     else:
         launch_failed(watch.instance, run, number)
-    told = [*watch.tick(), *watch.tick(INTERRUPTED_S)]
-    assert [it["title"] for it in told] == (
+    sent = [*watch.tick(), *watch.tick(INTERRUPTED_S)]
+    assert [notice["title"] for notice in sent] == (
         [] if number is signal.SIGTERM else ["Run of stream_orderbook failed (shard 0)"]
     )
 
 
-def test_a_canceled_run_is_somebodys_wish(watch: Watch) -> None:
+def test_a_canceled_run_is_not_reported(watch: Watch) -> None:
     watch.instance.report_run_canceled(watch.instance.create_run_for_job(planted))
     assert watch.tick() == []
 
 
-def test_a_failed_run_that_nobody_repeats_is_no_news_after_a_day(watch: Watch) -> None:
+def test_a_failed_run_is_forgotten_after_a_day(watch: Watch) -> None:
     watch.run("planted", good=False)
     assert len(watch.tick()) == 1
     (over,) = watch.tick(25 * 3600)
     assert over["event"] == "resolved"
 
 
-def test_a_failed_check_is_told_and_its_recovery_too_and_mild_ones_are_not(watch: Watch) -> None:
+def test_a_failed_check_and_its_recovery_are_reported(watch: Watch) -> None:
     watch.run("checks_job", good=False)
     (notice,) = watch.tick()
     assert notice["title"] == "Check severe of orderbook_events failed"
@@ -385,7 +388,7 @@ def test_a_check_that_runs_just_now_keeps_its_last_result(watch: Watch) -> None:
     assert watch.tick(CALM_S) == []
 
 
-def test_a_dead_streamer_is_told_when_nobody_has_replaced_it(watch: Watch) -> None:
+def test_a_dead_streamer_is_reported_if_it_is_not_replaced(watch: Watch) -> None:
     watch.report()
     assert watch.tick() == []
     watch.report(pid_started=1.0)
@@ -413,7 +416,7 @@ def test_a_restart_of_less_than_a_minute_is_nothing_to_tell(watch: Watch) -> Non
         assert watch.tick() == []
 
 
-def test_a_streamer_that_was_stopped_is_told_after_twelve_minutes_and_closed(watch: Watch) -> None:
+def test_a_stopped_streamer_is_reported_after_twelve_minutes(watch: Watch) -> None:
     watch.report(state="stopped")
     assert watch.tick() == []
     assert watch.tick(121.0) == []  # a restart could have been due until now
@@ -424,10 +427,10 @@ def test_a_streamer_that_was_stopped_is_told_after_twelve_minutes_and_closed(wat
         watch.ahead_s += after
         watch.report()
         over = watch.tick()
-    assert [it["event"] for it in over] == ["resolved"]
+    assert [notice["event"] for notice in over] == ["resolved"]
 
 
-def test_a_store_that_is_away_is_told_later_and_mildly(watch: Watch) -> None:
+def test_an_unreachable_store_is_reported_later_as_a_warning(watch: Watch) -> None:
     store = {"lag": 9, "committed_ns": 1, "trouble": "ClickHouse is away.", "refused": False}
     watch.report(stores={"clickhouse": store})
     assert watch.tick() == []
@@ -440,15 +443,15 @@ def test_a_store_that_is_away_is_told_later_and_mildly(watch: Watch) -> None:
     )
 
 
-def test_two_faults_at_once_are_each_told_once_and_each_closed(watch: Watch) -> None:
-    """The mild one came first; it hid the other for as long as it lasted."""
+def test_two_faults_at_once_are_reported_and_closed_separately(watch: Watch) -> None:
+    """The milder fault began first, and must not hide the other while it lasts."""
     store = {"lag": 9, "committed_ns": 1, "trouble": "ClickHouse is away.", "refused": False}
     behind: dict[str, Any] = {"stores": {"clickhouse": store}}
     watch.report(**behind)
     assert watch.tick() == []
     watch.ahead_s += FEED_WARN_S
     watch.report(**behind)
-    assert [it["title"] for it in watch.tick()] == ["Feed of shard 0: clickhouse behind"]
+    assert [notice["title"] for notice in watch.tick()] == ["Feed of shard 0: clickhouse behind"]
     both = behind | {"state": "connecting", "last_heard_ns": 1}
     watch.report(**both)
     assert watch.tick() == []
@@ -460,17 +463,17 @@ def test_two_faults_at_once_are_each_told_once_and_each_closed(watch: Watch) -> 
         watch.ahead_s += after
         watch.report(**behind)
         over = watch.tick()
-    assert [(it["event"], it["title"]) for it in over] == [("resolved", worse["title"])]
+    assert [(notice["event"], notice["title"]) for notice in over] == [("resolved", worse["title"])]
     for after in (30.0, CALM_S):
         watch.ahead_s += after
         watch.report()
         over = watch.tick()
-    assert [(it["event"], it["title"]) for it in over] == [
+    assert [(notice["event"], notice["title"]) for notice in over] == [
         ("resolved", "Feed of shard 0: clickhouse behind")
     ]
 
 
-def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
+def test_a_quiet_exchange_and_maintenance_send_nothing(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hour_ns = 3600 * 10**9
@@ -478,8 +481,8 @@ def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
         watch.ahead_s += FEED_WARN_S
         watch.report(state="quiet", last_frame_ns=int(time.time() * 1e9) - hour_ns)
         assert watch.tick() == []
-    there = datetime.fromtimestamp(time.time(), ZoneInfo("America/New_York")) + timedelta(days=1)
-    thursday = there + timedelta(days=(3 - there.weekday()) % 7)
+    local = datetime.fromtimestamp(time.time(), ZoneInfo("America/New_York")) + timedelta(days=1)
+    thursday = local + timedelta(days=(3 - local.weekday()) % 7)
     begun = thursday.replace(hour=3, minute=30, second=0).timestamp()
     watch.ahead_s += begun - time.time()
     monkeypatch.setattr(module, "FEED_ERROR_S", 0.0)
@@ -492,7 +495,7 @@ def test_a_quiet_exchange_and_its_maintenance_are_nothing_to_tell(
     assert notice["title"] == "Feed of shard 0: disconnected"
 
 
-def test_a_damaged_report_is_told_and_does_not_end_the_tick(watch: Watch) -> None:
+def test_a_damaged_report_is_reported_and_does_not_end_the_tick(watch: Watch) -> None:
     watch.report()
     path = watch.platform.settings().journal_dir(0) / "health.json"
     path.write_text('{"pid": 1')
@@ -502,16 +505,16 @@ def test_a_damaged_report_is_told_and_does_not_end_the_tick(watch: Watch) -> Non
     assert notice["title"] == "Feed of shard 0: no report"
 
 
-def test_a_channel_that_is_down_is_in_the_ticks_words_without_its_secret(watch: Watch) -> None:
+def test_a_failing_channel_is_in_the_tick_without_its_secret(watch: Watch) -> None:
     watch.web.statuses = [500]
     watch.run("planted", good=False)
     assert watch.tick() == []
     assert watch.tick(1) == []
-    assert "webhook: The host of ALERT_WEBHOOK_URL" in watch.said
-    assert "1 notices wait for it" in watch.said
-    assert SECRET not in watch.said + (watch.cursor or "")
+    assert "webhook: The host of ALERT_WEBHOOK_URL" in watch.skip_message
+    assert "1 notices wait for it" in watch.skip_message
+    assert SECRET not in watch.skip_message + (watch.cursor or "")
     settings = watch.platform.settings()
-    assert metrics.channel_troubles(settings.data_dir)[0] in watch.said
+    assert metrics.channel_troubles(settings.data_dir)[0] in watch.skip_message
     check, _ = doctor.CHECKS["alerts"]
     assert check(settings).mark is doctor.Mark.ODD
     watch.web.statuses = [200]
@@ -523,8 +526,8 @@ def test_without_a_channel_the_tick_says_what_is_wrong(watch: Watch) -> None:
     watch.platform = StandInPlatform(overrides=watch.platform.overrides | {"alert_webhook_url": ""})
     watch.run("planted", good=False)
     assert watch.tick() == []
-    assert "1 open: Run of planted failed" in watch.said
-    assert "No channel is set" in watch.said
+    assert "1 open: Run of planted failed" in watch.skip_message
+    assert "No channel is set" in watch.skip_message
     assert incidents.counts(incidents.read(watch.cursor))[Severity.WARNING] == 1
 
 
@@ -535,7 +538,7 @@ def test_a_cursor_that_is_no_ledger_is_begun_anew(watch: Watch) -> None:
     assert notice["event"] == "opened"
 
 
-def test_a_channel_that_drips_holds_no_tick_and_is_named_by_a_later_one(
+def test_a_slow_channel_delays_no_tick_and_is_named_later(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drip(caller: socket.socket) -> None:
@@ -561,12 +564,12 @@ def test_a_channel_that_drips_holds_no_tick_and_is_named_by_a_later_one(
         watch.tick(1)
     assert (
         "did not accept the message within 4 s; it is sent again later. 1 notices wait for it"
-        in watch.said
+        in watch.skip_message
     )
-    assert SECRET not in watch.said
+    assert SECRET not in watch.skip_message
 
 
-def test_a_tick_whose_cursor_was_lost_repeats_no_message_and_an_emptied_one_does(
+def test_a_lost_cursor_repeats_nothing_an_emptied_one_does(
     watch: Watch,
 ) -> None:
     watch.tick()
@@ -575,7 +578,7 @@ def test_a_tick_whose_cursor_was_lost_repeats_no_message_and_an_emptied_one_does
     assert len(watch.tick()) == 1
     watch.cursor = before  # Dagster gave the tick up
     assert watch.tick(30) == []
-    assert "1 open" in watch.said
+    assert "1 open" in watch.skip_message
     watch.cursor = None  # a person has emptied it
     (notice,) = watch.tick(30)
     assert notice["event"] == "opened"

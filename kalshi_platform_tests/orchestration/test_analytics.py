@@ -1,4 +1,4 @@
-"""Spreads, depth and imbalance follow the recorded hours by themselves: new, late and rebuilt ones."""
+"""Spreads, depth and imbalance are computed automatically for new, late and rebuilt hours."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compute(
 
 
 def report(instance: dg.DagsterInstance, hour: str, *datasets: str) -> None:
-    """What the streamer reports when it seals an hour."""
+    """Report an hour as the streamer does when it seals it."""
     for dataset in datasets:
         instance.report_runless_asset_event(
             dg.AssetMaterialization(asset_key=dataset, partition=hour)
@@ -63,7 +63,7 @@ def report(instance: dg.DagsterInstance, hour: str, *datasets: str) -> None:
 def requested(
     instance: dg.DagsterInstance, cursor: Any = None
 ) -> tuple[set[tuple[str, str | None]], Any]:
-    """(asset, partition) of what the sensor asks for in one tick, and its cursor."""
+    """The (asset, partition) pairs that the sensor requests in one tick, and its cursor."""
     result = dg.evaluate_automation_conditions(
         defs=DEFS,
         instance=instance,
@@ -132,7 +132,7 @@ def test_an_hour_whose_files_are_gone_fails_with_the_remedy(
     assert "Materialise orderbook_events of that hour first." in str(failure.event_specific_data)
 
 
-def test_with_clickhouse_away_the_files_are_written_and_the_step_is_tried_again(
+def test_without_clickhouse_files_are_written_and_the_step_retried(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.orchestration.analytics.RETRY_S", 0.01)
@@ -153,7 +153,7 @@ def test_the_newest_and_a_late_hour_are_both_asked_for(instance: dg.DagsterInsta
     assert requested(instance, cursor)[0] == set()
 
 
-def test_the_first_hour_of_a_recording_has_no_checkpoints_and_is_asked_for(
+def test_the_first_hour_without_checkpoints_is_computed(
     instance: dg.DagsterInstance,
 ) -> None:
     _, cursor = requested(instance)
@@ -175,7 +175,7 @@ def test_an_hour_that_is_sealed_or_rebuilt_is_asked_for_again(
     assert requested(instance, cursor)[0] == {(name, LATE) for name in NAMES}
 
 
-def test_the_automation_runs_by_default_and_the_ui_tells_the_story() -> None:
+def test_the_automation_runs_by_default_and_is_described() -> None:
     assert analytics_automation.default_status is dg.DefaultSensorStatus.RUNNING
     for spec in analytics_hour.specs:
         assert spec.group_name == "analytics"

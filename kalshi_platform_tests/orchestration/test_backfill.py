@@ -1,4 +1,4 @@
-"""A backfill as the daemon carries it out, over hours of which one was not recorded."""
+"""A backfill by the daemon over several hours, one of which was not recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNRECORDED = "2026-09-21-12:00"
 
 @pytest.fixture
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
-    """One whose runs are processes of their own, as under `up`."""
+    """An instance whose runs are processes of their own, as under `up`."""
     monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("USE_CLICKHOUSE", "0")
     home = tmp_path / "home"
@@ -37,7 +37,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.Dag
 
 
 def carried_out(instance: dg.DagsterInstance, asset: str, hours: list[str]) -> BulkActionStatus:
-    """Ask for a backfill as the UI does, and let the daemon's loops work until it has ended."""
+    """Request a backfill as the UI does, and run the daemon's loops until it has ended."""
     key = dg.AssetKey(asset)
     log = logging.getLogger(__name__)
     with create_test_daemon_workspace_context(
@@ -79,9 +79,9 @@ def test_a_backfill_over_an_hour_that_was_not_recorded_completes(
     assert carried_out(instance, "spreads", hours) is BulkActionStatus.COMPLETED_SUCCESS
     events = instance.fetch_materializations(dg.AssetKey("spreads"), limit=10).records
     rows = {
-        str(it.partition_key): it.asset_materialization.metadata["rows"].value
-        for it in events
-        if it.asset_materialization is not None
+        str(event.partition_key): event.asset_materialization.metadata["rows"].value
+        for event in events
+        if event.asset_materialization is not None
     }
     assert set(rows) == set(hours)
     assert rows[UNRECORDED] == 0

@@ -1,4 +1,4 @@
-"""The checks on the recording: a sound one is green, each planted fault turns the right check red."""
+"""The checks pass on an intact recording, and each planted fault fails the right check."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ PACE = Pace(rows=150, seconds=0.0, first_s=0.0)
 
 @dataclass
 class Platform:
-    """A platform with two recorded hours, the first one sealed, and a streamer that is well."""
+    """A platform with two recorded hours, the first one sealed, and a healthy streamer."""
 
     settings: Settings
     client: Client
@@ -73,7 +73,7 @@ class Platform:
         self.health()
 
     def health(self, shard: int = 0, **others: Any) -> None:
-        """What the streamer says: it heard the exchange now, and its journal ends with the records."""
+        """Write the streamer's report: it heard the exchange just now, and its journal ends with the records."""
         now = time.time_ns()
         last = int(continuity.extent(self.client).newest.timestamp() * 1e9)
         store = {"lag": 0, "committed_ns": now, "trouble": None, "refused": False}
@@ -98,7 +98,7 @@ class Platform:
 
 
 def record(settings: Settings, records: Sequence[wire.Record]) -> None:
-    """Record into the settings' journal, and load that into both stores."""
+    """Write records to the journal, and load them into both stores."""
     writer = journal_of(settings.journal_dir(), records)
     for store in (
         ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None),
@@ -132,7 +132,7 @@ def database(clickhouse_url: str) -> Iterator[Settings]:
 def recording_once(
     database: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Settings]:
-    """Two recorded hours, in a database and a folder that nothing changes."""
+    """Two recorded hours, in a database and a folder that no test changes."""
     kept = f"{database.clickhouse_database}_recorded"
     data = tmp_path_factory.mktemp("recorded") / "data"
     settings = settings_for(database.clickhouse_url, kept, kalshi_data_dir=data, **FOR_EVER)
@@ -161,7 +161,7 @@ def empty(tmp_path: Path, database: Settings, instance: dg.DagsterInstance) -> I
 
 @pytest.fixture
 def recorded(empty: Platform, recording_once: Settings) -> Platform:
-    """A platform with a copy of the recording, which the test may harm."""
+    """A platform with a copy of the recording, which the test may damage."""
     shutil.copytree(recording_once.data_dir, empty.settings.data_dir)
     for name in FILLED:
         empty.client.command(
@@ -186,7 +186,7 @@ def resource(settings: Settings, **overrides: str) -> KalshiResource:
 
 @functools.cache
 def job() -> dg.JobDefinition:
-    """`order_book_checks`: a run of it gives the platform."""
+    """The job `order_book_checks`; each run provides the platform."""
     defs = dg.Definitions(
         assets=[recorded_hour],
         asset_checks=checks.CHECKS,
@@ -203,23 +203,27 @@ def run_checks(
     """Run the job `order_book_checks`; the evaluations by check."""
     result = job().execute_in_process(instance=instance, resources={"platform": platform})
     assert result.success
-    return {each.check_name: each for each in result.get_asset_check_evaluations()}
+    return {
+        evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()
+    }
 
 
 def red(found: Mapping[str, dg.AssetCheckEvaluation]) -> dict[str, dg.AssetCheckSeverity]:
-    """The checks that did not pass, with how bad it is."""
-    return {name: each.severity for name, each in found.items() if not each.passed}
+    """The failed checks, with their severity."""
+    return {
+        name: evaluation.severity for name, evaluation in found.items() if not evaluation.passed
+    }
 
 
-def table(it: dg.AssetCheckEvaluation, name: str = "offenders") -> list[Mapping[str, Any]]:
+def table(evaluation: dg.AssetCheckEvaluation, name: str = "offenders") -> list[Mapping[str, Any]]:
     """The rows of a table of the check's metadata."""
-    value = it.metadata[name]
+    value = evaluation.metadata[name]
     assert isinstance(value, dg.TableMetadataValue)
     return [record.data for record in value.records]
 
 
 def with_a_gap(*, resynced_after_s: int | None = 2) -> list[wire.Record]:
-    """Numbers 403 to 405 are lost, which is written down; the books come again or not."""
+    """Lose numbers 403 to 405 with a gap row; the books are synced again or not."""
     records = recording()
     at = records[-1][0] + wire.SECOND
     named = {"cause": "sequence", "expected": 403, "got": 406, "channel": "orderbook_delta"}
@@ -245,7 +249,7 @@ def test_a_sound_recording_is_green_and_says_what_was_looked_at(recorded: Platfo
     assert found["fresh"].metadata["cause"].value == "quiet"
 
 
-def test_a_row_that_clickhouse_lost_is_a_hole_and_a_difference(recorded: Platform) -> None:
+def test_a_row_missing_in_clickhouse_is_found_by_two_checks(recorded: Platform) -> None:
     recorded.client.command("DELETE FROM orderbook_events WHERE seq = 20")
     found = recorded.check()
     assert red(found) == {"no_unexplained_gaps": ERROR, "hot_cold_parity": ERROR}
@@ -266,7 +270,7 @@ def test_a_row_that_is_stored_twice_is_doubled(recorded: Platform) -> None:
     assert [row["doubled"] for row in table(found["no_unexplained_gaps"])] == [1]
 
 
-def test_a_value_that_was_changed_in_a_file_is_a_difference_of_that_hour(
+def test_a_changed_value_in_a_file_is_a_difference_of_its_hour(
     recorded: Platform,
 ) -> None:
     assert red(recorded.check()) == {}
@@ -282,15 +286,15 @@ def test_a_value_that_was_changed_in_a_file_is_a_difference_of_that_hour(
     assert hour["checksum_parquet"] != hour["checksum_clickhouse"]
 
 
-def advised(platform: Platform, it: dg.AssetCheckEvaluation) -> str:
-    """Do what a check's sentence, or the command that it names, says; gives what that says at last."""
-    said = it.description or ""
+def advised(platform: Platform, evaluation: dg.AssetCheckEvaluation) -> str:
+    """Execute the remedy that a check's sentence, and then the command's own output, names; returns the last text."""
+    text = evaluation.description or ""
     for _ in range(3):
-        if "aterialise" in said and "restore:" not in said:
+        if "aterialise" in text and "restore:" not in text:
             rebuild(platform.settings, FIRST_HOUR)  # what materialising the hour runs
-            return said
-        found = re.search(r"kalshi-platform (restore(?: --[\w-]+(?: [\d.-]+\d)?)*)", said)
-        assert found, said
+            return text
+        found = re.search(r"kalshi-platform (restore(?: --[\w-]+(?: [\d.-]+\d)?)*)", text)
+        assert found, text
         with pytest.MonkeyPatch.context() as env:
             env.setenv("KALSHI_DATA_DIR", str(platform.settings.data_dir))
             env.setenv("CLICKHOUSE_URL", platform.settings.clickhouse_url)
@@ -299,10 +303,10 @@ def advised(platform: Platform, it: dg.AssetCheckEvaluation) -> str:
             platform_settings.current.cache_clear()
             result = CliRunner().invoke(main, found[1].split())
         platform_settings.current.cache_clear()
-        said = result.output + str(result.exception or "")
+        text = result.output + str(result.exception or "")
         if result.exit_code == 0:
-            return said
-    raise AssertionError(said)
+            return text
+    raise AssertionError(text)
 
 
 DOUBLE = "INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE seq = 21"
@@ -340,7 +344,7 @@ def test_what_parity_advises_about_files_turns_it_green(recorded: Platform, harm
     assert red(recorded.check()) == {}
 
 
-def test_rows_that_both_stores_lost_come_back_as_the_check_advises(recorded: Platform) -> None:
+def test_rows_that_both_stores_lost_are_restored_as_advised(recorded: Platform) -> None:
     recorded.client.command("DELETE FROM orderbook_events WHERE seq = 20")
     for path in paths(recorded.settings.archive_dir, "orderbook_events", FIRST_HOUR):
         rows = pq.read_table(path, partitioning=None)
@@ -354,7 +358,7 @@ def test_rows_that_both_stores_lost_come_back_as_the_check_advises(recorded: Pla
     assert red(recorded.check()) == {}
 
 
-def test_a_gap_that_is_named_and_mended_passes_and_without_its_row_it_is_a_hole(
+def test_a_gap_without_its_row_is_unexplained(
     empty: Platform,
 ) -> None:
     empty.record(with_a_gap())
@@ -369,7 +373,7 @@ def test_a_gap_that_is_named_and_mended_passes_and_without_its_row_it_is_a_hole(
 
 
 @pytest.mark.parametrize("after_s", [None, 90])
-def test_a_gap_that_keeps_its_books_in_doubt_warns(empty: Platform, after_s: int | None) -> None:
+def test_a_gap_that_leaves_its_books_stale_warns(empty: Platform, after_s: int | None) -> None:
     empty.record(with_a_gap(resynced_after_s=after_s))
     found = empty.check()
     assert red(found) == {"no_unexplained_gaps": WARN}
@@ -391,7 +395,7 @@ def test_a_level_that_differs_from_the_exchange_s_warns(recorded: Platform) -> N
 
 
 def crossing(lasts_s: float, *, mended: bool) -> list[wire.Record]:
-    """The book of A-1 (yes 0.48, no 0.51) is crossed for a while, near the end of an hour's records."""
+    """Cross the book of A-1 (YES 0.48, NO 0.51) for a while near the end of an hour's records."""
     records = recording(50)
     at, seq = records[-1][0] + wire.SECOND, 53
     records.append((at, CONN, Kind.DELTA, wire.delta("A-1", seq, "no", 5_300, 100)))
@@ -404,7 +408,7 @@ def crossing(lasts_s: float, *, mended: bool) -> list[wire.Record]:
     return records
 
 
-def test_a_book_that_stays_crossed_warns_and_one_that_was_so_for_a_moment_does_not(
+def test_only_a_book_that_stays_crossed_warns(
     empty: Platform,
 ) -> None:
     empty.record(crossing(20, mended=False))
@@ -421,7 +425,7 @@ def test_a_book_that_is_crossed_only_this_moment_is_no_finding(empty: Platform) 
     assert red(empty.check()) == {}
 
 
-def test_a_book_that_is_not_verified_is_not_judged(empty: Platform) -> None:
+def test_a_stale_book_is_not_checked(empty: Platform) -> None:
     records = crossing(20, mended=False)
     records.insert(
         -2, (records[-2][0], CONN, Kind.NOTE, wire.note("gap", {"cause": "t"}, sid=1, ticker="A-1"))
@@ -431,7 +435,7 @@ def test_a_book_that_is_not_verified_is_not_judged(empty: Platform) -> None:
     assert found["books_uncrossed"].passed
 
 
-def test_a_crossed_book_of_a_computed_hour_is_told_later(empty: Platform) -> None:
+def test_a_crossed_book_of_a_computed_hour_is_reported_later(empty: Platform) -> None:
     records = crossing(20, mended=True)
     late = int(SECOND_HOUR.timestamp()) * wire.SECOND + 10 * wire.SECOND
     records.append((late, CONN, Kind.DELTA, wire.delta("A-1", 55, "yes", 4_700, 5)))
@@ -462,7 +466,7 @@ def test_a_damaged_report_is_named(recorded: Platform) -> None:
     assert red(recorded.check()) == {"fresh": WARN}
 
 
-def test_of_several_shards_the_worst_is_told_and_all_are_shown(recorded: Platform) -> None:
+def test_the_worst_shard_decides_and_all_are_shown(recorded: Platform) -> None:
     last = int(continuity.extent(recorded.client).newest.timestamp() * 1e9)
     store = {"lag": 0, "loaded_ns": last, "committed_ns": 0, "trouble": None, "refused": False}
     stores = {"parquet": store, "clickhouse": store}
@@ -478,14 +482,14 @@ def test_of_several_shards_the_worst_is_told_and_all_are_shown(recorded: Platfor
     assert [record.data["shard"] for record in table.records] == [0, 1]
 
 
-def test_a_shard_that_has_never_run_beside_one_that_records_is_yellow(recorded: Platform) -> None:
+def test_a_shard_that_never_ran_beside_a_recording_one_warns(recorded: Platform) -> None:
     found = recorded.check(stream_shards="2")
     assert red(found) == {"fresh": WARN}
     assert "Shard 1: No streamer has run here yet" in (found["fresh"].description or "")
 
 
 def test_the_proof_goes_as_far_as_the_shard_that_is_least_far(recorded: Platform) -> None:
-    """ClickHouse has rows of the one from after what it lacks of the other."""
+    """ClickHouse has newer rows of one shard than the first missing row of the other."""
     newest = continuity.extent(recorded.client).newest
     behind = int((newest - timedelta(seconds=60)).timestamp() * 1e9)
     for shard, loaded in ((0, int(newest.timestamp() * 1e9)), (1, behind)):
@@ -501,7 +505,7 @@ def test_the_proof_goes_as_far_as_the_shard_that_is_least_far(recorded: Platform
     assert proved == pytest.approx(behind / 1e9)
 
 
-def test_a_shard_that_is_no_longer_configured_and_not_drained_is_yellow(recorded: Platform) -> None:
+def test_a_former_shard_that_is_not_drained_warns(recorded: Platform) -> None:
     folder = recorded.settings.journal_dir(4)
     folder.mkdir(parents=True)
     (folder / f"{0:020d}.arrows").touch()
@@ -510,15 +514,15 @@ def test_a_shard_that_is_no_longer_configured_and_not_drained_is_yellow(recorded
     assert "kalshi-platform stream --shard 4" in (found["fresh"].description or "")
 
 
-def test_with_nothing_recorded_or_no_clickhouse_the_checks_are_calm(empty: Platform) -> None:
+def test_without_rows_or_clickhouse_the_checks_pass(empty: Platform) -> None:
     for found in (empty.check(), empty.check(use_clickhouse="0")):
         assert set(found) == NAMES
-        for each in found.values():
-            assert each.passed
-            assert (each.description or "").startswith("Nothing to check: ")
+        for evaluation in found.values():
+            assert evaluation.passed
+            assert (evaluation.description or "").startswith("Nothing to check: ")
 
 
-def test_with_clickhouse_away_fresh_says_so_and_the_others_keep_their_colour(
+def test_without_clickhouse_fresh_warns_and_others_keep_results(
     recorded: Platform,
 ) -> None:
     found = recorded.check(clickhouse_url="http://127.0.0.1:9")
@@ -527,11 +531,11 @@ def test_with_clickhouse_away_fresh_says_so_and_the_others_keep_their_colour(
     assert "cannot be reached" in (found["fresh"].description or "")
 
 
-def test_of_a_large_table_the_newest_span_is_proved_and_a_finding_stays_until_it_is_mended(
+def test_a_finding_in_a_large_table_stays_until_it_is_repaired(
     recorded: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def span(it: dg.AssetCheckEvaluation) -> tuple[Any, Any]:
-        return it.metadata["proved from"].value, it.metadata["proved to"].value
+    def span(evaluation: dg.AssetCheckEvaluation) -> tuple[Any, Any]:
+        return evaluation.metadata["proved from"].value, evaluation.metadata["proved to"].value
 
     monkeypatch.setattr(continuity, "WHOLE_EVENTS", 0)
     monkeypatch.setattr(continuity, "WINDOW", timedelta(seconds=30))
@@ -540,7 +544,9 @@ def test_of_a_large_table_the_newest_span_is_proved_and_a_finding_stays_until_it
     recorded.client.command("DELETE FROM orderbook_events WHERE seq = 400")
     lost = recorded.check()["no_unexplained_gaps"]
     assert not lost.passed
-    assert span(lost)[0] < span(first)[0]  # a finding in the window was looked for everywhere
+    assert (
+        span(lost)[0] < span(first)[0]
+    )  # after a finding in the window, the whole table was checked
     again = recorded.check()["no_unexplained_gaps"]
     assert span(again)[0] == span(lost)[0]
     assert not again.passed

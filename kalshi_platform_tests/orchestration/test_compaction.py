@@ -1,4 +1,4 @@
-"""The compaction job: on a real archive, in a real Dagster instance."""
+"""The compaction job on a real archive and a real Dagster instance."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(instance: dg.DagsterInstance, root: Path) -> dg.ExecuteInProcessResult:
     )
 
 
-def test_the_job_compacts_what_is_pending_and_observes_the_hours_without_materialising_them(
+def test_the_job_compacts_hours_and_only_observes_them(
     instance: dg.DagsterInstance, root: Path
 ) -> None:
     result = run(instance, root)

@@ -35,7 +35,7 @@ print(json.dumps({
 """
 
 
-def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_opens_nothing(
+def test_the_code_location_loads_without_settings_or_files(
     tmp_path: Path,
 ) -> None:
     loaded = subprocess.run(
@@ -92,7 +92,7 @@ def test_the_code_location_loads_in_a_fresh_interpreter_with_nothing_set_and_ope
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workspace_yaml_names_the_module_that_hands_out_the_definitions() -> None:
+def test_workspace_yaml_names_the_module_of_the_definitions() -> None:
     target = yaml.safe_load(shipped("workspace.yaml").read_text())["load_from"][0]["python_module"]
     assert target == {
         "module_name": "kalshi_platform.definitions",
@@ -100,7 +100,7 @@ def test_workspace_yaml_names_the_module_that_hands_out_the_definitions() -> Non
     }
 
 
-def test_dagster_accepts_the_files_and_keeps_everything_in_the_data_folder(tmp_path: Path) -> None:
+def test_dagster_keeps_everything_in_the_data_folder(tmp_path: Path) -> None:
     data = tmp_path / "somewhere else"
     home = prepare(data, tmp_path / "code.sock", 7)
     with dg.DagsterInstance.from_config(str(home.folder)) as instance:
@@ -132,7 +132,7 @@ def test_ticks_stay_as_long_as_the_settings_say(tmp_path: Path) -> None:
             assert (days[TickStatus.SKIPPED], days[TickStatus.SUCCESS]) == (1, 3)
 
 
-def test_dagster_dev_in_the_root_and_up_share_one_history_and_one_retention() -> None:
+def test_dagster_dev_and_up_share_history_and_retention() -> None:
     root = yaml.safe_load(shipped("dagster.yaml").read_text())
     ticks = Settings.model_fields["dagster_tick_retention_days"].default
     for kind in root["retention"].values():
@@ -147,7 +147,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         prepare(in_the_way, tmp_path / "code.sock", 7)
 
 
-def test_every_asset_says_what_it_is_whose_it_is_and_where_it_is_described() -> None:
+def test_every_asset_has_description_owner_and_documentation() -> None:
     from kalshi_platform.definitions import defs
 
     for spec in defs.resolve_all_asset_specs():

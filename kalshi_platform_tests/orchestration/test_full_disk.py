@@ -1,4 +1,4 @@
-"""A disk that is full, under a real Dagster instance: the streamer is left alone, and nothing is lost."""
+"""With a full disk the supervisor leaves the streamer alone, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_streamer_whose_disk_is_full_is_left_alone_and_loses_nothing(
+def test_a_streamer_with_a_full_disk_is_left_alone(
     disk: Path,
     tmp_path: Path,
     start_simulator: StartSimulator,
@@ -100,7 +100,7 @@ def test_a_streamer_whose_disk_is_full_is_left_alone_and_loses_nothing(
                 assert "is left alone. No space is left for the journal" in reason
                 assert run.poll() is None
                 time.sleep(0.25)
-            assert [each.status for each in instance.get_runs()] == [Status.STARTED]
+            assert [entry.status for entry in instance.get_runs()] == [Status.STARTED]
         held = report()
         assert time.time() - held["updated_ns"] / 1e9 < 5.0
         assert held["journal_backlog_bytes"] > 0
@@ -114,7 +114,7 @@ def test_a_streamer_whose_disk_is_full_is_left_alone_and_loses_nothing(
         run.send_signal(signal.SIGINT)
         run.wait(60)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        assert [each.status for each in instance.get_runs()] == [Status.CANCELED]
+        assert [entry.status for entry in instance.get_runs()] == [Status.CANCELED]
     assert report()["state"] == "stopped"
     assert not health_report.memory_path(settings.journal_dir()).exists()
     assert_no_number_is_missing(settings)
@@ -174,7 +174,7 @@ def test_a_disk_that_does_not_answer_stops_no_health_report(
 def tick(
     instance: dg.DagsterInstance, settings: Settings, cursor: str | None
 ) -> tuple[str | None, str]:
-    """One look of the supervisor: its cursor, and its reason for having done nothing."""
+    """One tick of the supervisor: its cursor, and its reason for doing nothing."""
     from kalshi_platform.orchestration.resources import KalshiResource
 
     with (
@@ -200,14 +200,14 @@ def assert_everyone_says_blocked(settings: Settings) -> None:
     finding = check(settings)
     assert finding.mark is doctor.Mark.BAD
     assert finding.text.startswith("The disk does not accept writes: ")
-    families = {each.name: each for each in metrics.registry(settings).collect()}
+    families = {entry.name: entry for entry in metrics.registry(settings).collect()}
     (verdict,) = families["kalshi_feed_verdict"].samples
     assert (verdict.labels["cause"], verdict.value) == ("disk", 2.0)
     assert [s.value for s in families["kalshi_streamer_up"].samples] == [1.0]
 
 
 def assert_no_number_is_missing(settings: Settings) -> None:
-    """One connection, and on each subscription every number from the first to the last."""
+    """Check that there was one connection, and that each subscription's sequence numbers have no gap."""
     folder = settings.journal_dir()
     numbers: dict[int, list[int]] = {}
     connections = 0

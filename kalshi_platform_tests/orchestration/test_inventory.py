@@ -1,4 +1,4 @@
-"""The inventory in Dagster: the checks of the command, red where money is at stake, calm where not."""
+"""The inventory checks in Dagster fail with ERROR if money is at stake, and pass if there is nothing to check."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resource(settings: Settings, **others: str) -> KalshiResource:
 
 @functools.cache
 def job() -> dg.JobDefinition:
-    """`inventory_qa`: a run of it gives the platform."""
+    """The job `inventory_qa`; each run provides the platform."""
     defs = dg.Definitions(
         assets=inventory.ASSETS,
         asset_checks=inventory.CHECKS,
@@ -72,7 +72,9 @@ def run_checks(
     """Run the job `inventory_qa`; the evaluations by check."""
     result = job().execute_in_process(instance=instance, resources={"platform": platform})
     assert result.success
-    return {each.check_name: each for each in result.get_asset_check_evaluations()}
+    return {
+        evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()
+    }
 
 
 def test_faults_are_red_with_their_offenders_and_breaks(
@@ -86,9 +88,9 @@ def test_faults_are_red_with_their_offenders_and_breaks(
     assert set(found) == {check.name for check in audit.CHECKS} | {"decisions_fresh"}
     error, warn = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
     assert {
-        name: (each.asset_key.to_user_string(), each.severity)
-        for name, each in found.items()
-        if not each.passed
+        name: (evaluation.asset_key.to_user_string(), evaluation.severity)
+        for name, evaluation in found.items()
+        if not evaluation.passed
     } == {
         "drift_without_actions": ("mm_decisions", warn),
         "open_exposure_mismatch": ("mm_decisions", error),
@@ -108,7 +110,9 @@ def test_a_healthy_market_maker_is_green(
 ) -> None:
     planted.snapshot(ago(100), 3)
     planted.decision(ago(90), filled=3)
-    assert all(each.passed for each in run_checks(instance, resource(database)).values())
+    assert all(
+        evaluation.passed for evaluation in run_checks(instance, resource(database)).values()
+    )
 
 
 def test_counts_are_of_all_rows_not_of_those_shown(
@@ -137,8 +141,8 @@ def test_decisions_are_fresh_until_an_engine_stops(
     stopped = run_checks(instance, resource(database))["decisions_fresh"]
     assert (stopped.passed, stopped.severity) == (False, dg.AssetCheckSeverity.ERROR)
     assert stopped.asset_key.to_user_string() == "mm_decisions"
-    said = from_markdown(stopped.description or "")
-    assert said.startswith(
+    text = from_markdown(stopped.description or "")
+    assert text.startswith(
         "Engine a_*b* has not decided for 2 h 25 min, its newest decision is of "
     )
     planted.decision(ago(5), engine_instance_id="a_*b*")
@@ -147,23 +151,27 @@ def test_decisions_are_fresh_until_an_engine_stops(
     assert "1 decision of 1 market by 1 engine" in (goes_on.description or "")
 
 
-def test_a_check_that_finds_nothing_says_what_it_judged(
+def test_a_passing_check_says_what_it_checked(
     planted: Planted, database: Settings, instance: dg.DagsterInstance
 ) -> None:
     planted.snapshot(ago(100), 3)
     planted.decision(ago(90), filled=3)
-    for each in run_checks(instance, resource(database)).values():
-        assert "1 decision of 1 market by 1 engine, the newest at " in (each.description or "")
-        assert str(each.metadata["judged"].value).startswith("1 decision of 1 market by 1 engine")
+    for evaluation in run_checks(instance, resource(database)).values():
+        assert "1 decision of 1 market by 1 engine, the newest at " in (
+            evaluation.description or ""
+        )
+        assert str(evaluation.metadata["judged"].value).startswith(
+            "1 decision of 1 market by 1 engine"
+        )
 
 
 def test_without_a_market_maker_the_checks_pass_and_say_so(
     planted: Planted, database: Settings, instance: dg.DagsterInstance
 ) -> None:
     for platform in (resource(database), resource(database, use_clickhouse="0")):
-        for each in run_checks(instance, platform).values():
-            assert each.passed
-            assert (each.description or "").startswith("Nothing to check: ")
+        for evaluation in run_checks(instance, platform).values():
+            assert evaluation.passed
+            assert (evaluation.description or "").startswith("Nothing to check: ")
 
 
 def test_clickhouse_away_fails_the_run_with_a_sentence(
@@ -199,7 +207,9 @@ def test_the_positions_of_the_exchange_are_materialised(
 
 
 def test_the_schedules_run_by_default() -> None:
-    assert {each.name: each.default_status.value for each in inventory.SCHEDULES} == {
+    assert {
+        evaluation.name: evaluation.default_status.value for evaluation in inventory.SCHEDULES
+    } == {
         "inventory_qa_schedule": "RUNNING",
         "mm_position_snapshots_schedule": "RUNNING",
     }

@@ -1,4 +1,4 @@
-"""What the UI says of tables that no run of Dagster writes."""
+"""Observations of the tables that no Dagster run writes."""
 
 from __future__ import annotations
 

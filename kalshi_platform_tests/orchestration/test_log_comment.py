@@ -1,4 +1,4 @@
-"""Every ClickHouse query that Dagster's code makes says which run, op and partition asked."""
+"""Every ClickHouse query of a run has the run's, op's and partition's ids in its log_comment."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kalshi_platform.loading.sinks import ClickHouseSink
 from kalshi_platform.orchestration.resources import KalshiResource
 
 HOUR = "2026-11-02-03:00"
-heard: dict[str, Mapping[str, Any] | str] = {}
+comments: dict[str, Mapping[str, Any] | str] = {}
 
 
 def asked(client: Client) -> str:
-    """The comment that ClickHouse itself got with a query."""
+    """The log_comment that ClickHouse received with a query."""
     row = client.query("SELECT getSetting('log_comment')").first_row
     assert row is not None
     return str(row[0])
@@ -30,7 +30,7 @@ def asked(client: Client) -> str:
 
 def listen(name: str, platform: KalshiResource) -> None:
     with closing(connect(platform.settings(), log_comment=name)) as client:
-        heard[name] = json.loads(asked(client))
+        comments[name] = json.loads(asked(client))
 
 
 @dg.op
@@ -59,7 +59,7 @@ def some_checks(platform: KalshiResource) -> Iterator[dg.AssetCheckResult]:
 
 @pytest.fixture
 def platform(clickhouse_url: str, clickhouse_database: str) -> KalshiResource:
-    heard.clear()
+    comments.clear()
     return KalshiResource(
         overrides={"clickhouse_url": clickhouse_url, "clickhouse_database": clickhouse_database}
     )
@@ -87,7 +87,7 @@ def test_ops_assets_and_checks_are_named_with_their_run(
         .run_id
         for job in ("a_job", "materialise", "check")
     }
-    assert heard == {
+    assert comments == {
         "an_op": {"what": "an_op", "run_id": runs["a_job"], "job": "a_job", "op": "an_op"},
         "an_asset": {
             "what": "an_asset",
@@ -112,7 +112,7 @@ def test_outside_of_dagster_the_comment_is_what_it_was(platform: KalshiResource)
         assert asked(client) == "sql"
 
 
-def test_the_streamers_own_thread_writes_with_the_ids_of_the_run_that_made_it(
+def test_the_streamers_threads_write_with_their_runs_ids(
     platform: KalshiResource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = platform.settings()

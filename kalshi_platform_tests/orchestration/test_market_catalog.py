@@ -91,17 +91,17 @@ def cold(settings: Settings, *columns: str) -> dict[str, tuple[Any, ...]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_market_of_the_exchange_is_catalogued_with_its_grid_and_its_times(
+def test_every_market_is_catalogued_with_its_grid_and_times(
     instance: dg.DagsterInstance, start_simulator: StartSimulator, platform_of: Make
 ) -> None:
     simulator = start_simulator(markets=12, rate=200.0, rolling_markets=2)
     platform, settings = platform_of(simulator)
-    told = metadata(materialise(instance, platform))
+    values = metadata(materialise(instance, platform))
     tickers = set(simulator.books())
-    assert told["markets"] == told["read"] == told["new"] == len(tickers)
-    assert told["source"] == "simulator"
-    assert sum(told["statuses"].values()) == len(tickers)
-    assert 0 < len(told["preview"]) <= catalog.PREVIEW_ROWS
+    assert values["markets"] == values["read"] == values["new"] == len(tickers)
+    assert values["source"] == "simulator"
+    assert sum(values["statuses"].values()) == len(tickers)
+    assert 0 < len(values["preview"]) <= catalog.PREVIEW_ROWS
     columns = ["status", "event_ticker", "series_ticker", "price_level_structure", "open_time"]
     assert hot(settings, ", ".join(columns)) == cold(settings, *columns)
     assert set(cold(settings)) == tickers
@@ -111,10 +111,10 @@ def test_every_market_of_the_exchange_is_catalogued_with_its_grid_and_its_times(
     for (ranges,) in cold(settings, "price_ranges").values():
         assert ranges[0]["start"] == Decimal("0.0000")
         assert ranges[-1]["end"] == Decimal("1.0000")
-        assert all(each["step"] > 0 for each in ranges)
+        assert all(step["step"] > 0 for step in ranges)
     steps = "arrayMap(each -> each.step, price_ranges)"
     assert {ticker: row[0] for ticker, row in hot(settings, steps).items()} == {
-        ticker: [each["step"] for each in row[0]]
+        ticker: [step["step"] for step in row[0]]
         for ticker, row in cold(settings, "price_ranges").items()
     }
 
@@ -151,7 +151,7 @@ def seen(settings: Settings, tickers: set[str]) -> list[tuple[str, str]]:
     return [(found[ticker][0], found[ticker][1]) for ticker in sorted(tickers)]
 
 
-def test_a_new_clickhouse_gets_all_that_the_file_knows(
+def test_a_new_clickhouse_gets_every_market_of_the_file(
     instance: dg.DagsterInstance, start_simulator: StartSimulator, platform_of: Make
 ) -> None:
     simulator = start_simulator(markets=6, rate=0, rolling_markets=0)
@@ -167,7 +167,7 @@ def test_a_new_clickhouse_gets_all_that_the_file_knows(
     assert set(hot(settings, "title")) == set(tickers)
 
 
-def test_where_the_exchange_does_not_tell_all_nothing_is_written(
+def test_an_incomplete_answer_writes_nothing(
     instance: dg.DagsterInstance,
     start_simulator: StartSimulator,
     platform_of: Make,
@@ -212,7 +212,7 @@ def asked(instance: dg.DagsterInstance) -> bool:
     return bool(result.run_requests)
 
 
-def test_the_catalogue_is_read_at_the_start_and_where_the_schedule_missed_its_hour(
+def test_the_catalogue_is_read_at_start_and_after_a_missed_hour(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert asked(instance)
@@ -222,7 +222,7 @@ def test_the_catalogue_is_read_at_the_start_and_where_the_schedule_missed_its_ho
     assert asked(instance)
 
 
-def test_a_catalogue_that_cannot_be_read_is_not_asked_for_at_every_tick(
+def test_an_unreadable_catalogue_is_not_retried_at_every_tick(
     instance: dg.DagsterInstance,
     platform_of: Make,
     start_simulator: StartSimulator,

@@ -1,4 +1,4 @@
-"""The recorded hours as assets: built again from the UI, once for all that were asked for."""
+"""The recorded hours as assets: a materialisation rebuilds an hour once for all selected datasets."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_hour_that_was_not_recorded_is_no_failure(
     assert f"Nothing is recorded of the hour {KEY} UTC." in str(made[0].metadata["reason"].value)
 
 
-def test_an_hour_whose_rows_were_reported_and_are_gone_is_a_failure(
+def test_an_hour_whose_reported_rows_are_gone_is_a_failure(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     platform.hours[HOUR] = hour_report()

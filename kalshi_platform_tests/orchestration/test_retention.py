@@ -1,4 +1,4 @@
-"""`retention` on a real instance on disk: what went is gone for good, what must stay is there."""
+"""`retention` on a real instance on disk: old history is deleted for good, the latest state is kept."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ DEFS = dg.Definitions(
 
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """An instance on disk, as `up` has it."""
+    """An instance on disk, as `up` creates it."""
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as made:
         yield made
@@ -75,9 +75,9 @@ def run(instance: dg.DagsterInstance, job: str, hour: str | None = None) -> str:
     return found.execute_in_process(instance=instance, partition_key=hour).run_id
 
 
-def let_go(instance: dg.DagsterInstance, within_s: float = 60.0) -> history.Gone:
-    """With every run that has finished by now being old."""
-    return history.let_go(instance, datetime.now(UTC) + SOON, within_s)
+def purge(instance: dg.DagsterInstance, within_s: float = 60.0) -> history.Purged:
+    """Purge as if every finished run were old."""
+    return history.purge(instance, datetime.now(UTC) + SOON, within_s)
 
 
 def shard(instance: dg.DagsterInstance, run_id: str) -> Path:
@@ -86,27 +86,27 @@ def shard(instance: dg.DagsterInstance, run_id: str) -> Path:
     return Path(storage.path_for_shard(run_id))
 
 
-def test_a_run_that_made_nothing_goes_with_its_events_and_its_file(
+def test_a_run_without_results_is_deleted_with_events_and_file(
     instance: dg.DagsterInstance,
 ) -> None:
     run_id = run(instance, "nothing_lasting")
     assert shard(instance, run_id).exists()
-    gone = let_go(instance)
-    assert (gone.runs, gone.kept, gone.left) == (1, 0, 0)
-    assert gone.files_bytes > 100_000
+    purged = purge(instance)
+    assert (purged.runs, purged.kept, purged.left) == (1, 0, 0)
+    assert purged.files_bytes > 100_000
     assert instance.get_run_by_id(run_id) is None
     assert not shard(instance, run_id).exists()
 
 
-def test_every_partition_stays_materialised_and_only_what_was_made_anew_goes(
+def test_every_partition_stays_materialised(
     instance: dg.DagsterInstance,
 ) -> None:
     hours = ["2026-11-02-00:00", "2026-11-02-01:00"]
     first = [run(instance, "record", hour) for hour in hours]
     anew = run(instance, "record", hours[0])
     before = instance.get_status_by_partition(KEY, hours, HOURS)
-    gone = let_go(instance)
-    assert (gone.runs, gone.kept) == (1, 2)
+    purged = purge(instance)
+    assert (purged.runs, purged.kept) == (1, 2)
     assert instance.get_run_by_id(first[0]) is None
     assert instance.get_run_by_id(first[1]) is not None
     assert instance.get_run_by_id(anew) is not None
@@ -114,14 +114,14 @@ def test_every_partition_stays_materialised_and_only_what_was_made_anew_goes(
     assert instance.get_status_by_partition(KEY, hours, HOURS) == before
 
 
-def test_the_latest_result_of_a_check_stays_and_the_ones_before_go(
+def test_only_the_latest_result_of_a_check_is_kept(
     instance: dg.DagsterInstance,
 ) -> None:
     runs = [run(instance, "check") for _ in range(4)]
-    gone = let_go(instance)
-    assert (gone.runs, gone.kept, gone.check_results) == (3, 1, 3)
+    purged = purge(instance)
+    assert (purged.runs, purged.kept, purged.check_results) == (3, 1, 3)
     history_of = instance.event_log_storage.get_asset_check_execution_history(CHECK, limit=10)
-    assert [each.run_id for each in history_of] == [runs[-1]]
+    assert [event.run_id for event in history_of] == [runs[-1]]
 
 
 def test_what_is_not_old_and_what_has_not_finished_is_left_alone(
@@ -130,8 +130,8 @@ def test_what_is_not_old_and_what_has_not_finished_is_left_alone(
     young = run(instance, "nothing_lasting")
     streaming = instance.create_run_for_job(stream_orderbook, status=Status.STARTED)
     an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
-    assert history.let_go(instance, an_hour_ago, 60.0).runs == 0
-    assert let_go(instance).runs == 1
+    assert history.purge(instance, an_hour_ago, 60.0).runs == 0
+    assert purge(instance).runs == 1
     assert instance.get_run_by_id(young) is None
     assert instance.get_run_by_id(streaming.run_id) is not None
 
@@ -142,7 +142,7 @@ def test_of_old_observations_the_latest_of_each_asset_stays(instance: dg.Dagster
             instance.report_runless_asset_event(
                 dg.AssetObservation(asset, metadata={"number": number})
             )
-    let_go(instance)
+    purge(instance)
     for asset in ("one", "other"):
         kept = instance.fetch_observations(dg.AssetKey(asset), limit=10).records
         assert [
@@ -157,22 +157,22 @@ def test_of_old_observations_the_latest_of_each_asset_stays(instance: dg.Dagster
 def test_what_the_time_is_not_enough_for_is_left_and_said(instance: dg.DagsterInstance) -> None:
     for _ in range(3):
         run(instance, "nothing_lasting")
-    gone = let_go(instance, within_s=-1.0)
-    assert (gone.runs, gone.left) == (0, 3)
-    assert let_go(instance).left == 0
+    purged = purge(instance, within_s=-1.0)
+    assert (purged.runs, purged.left) == (0, 3)
+    assert purge(instance).left == 0
 
 
-def test_files_that_a_kill_left_behind_go_and_those_of_a_new_run_stay(
+def test_orphaned_files_are_deleted_and_new_ones_kept(
     instance: dg.DagsterInstance,
 ) -> None:
     run_id = run(instance, "nothing_lasting")
     instance.delete_run(run_id)  # and then killed, before its file was removed
     orphan = shard(instance, run_id)
-    let_go(instance)
+    purge(instance)
     assert orphan.exists()  # it might be about to be recorded
     long_ago = time.time() - 2 * history.ORPHAN_S
     os.utime(orphan, (long_ago, long_ago))
-    let_go(instance)
+    purge(instance)
     assert not orphan.exists()
 
 
@@ -185,7 +185,7 @@ def test_what_an_old_run_printed_goes_even_where_the_run_stays(
     (folder / "out").write_text("said long ago")
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (1e9, 1e9))
-    let_go(instance)
+    purge(instance)
     assert instance.get_run_by_id(kept) is not None
     assert not folder.exists()
 
@@ -193,7 +193,7 @@ def test_what_an_old_run_printed_goes_even_where_the_run_stays(
 def retained(
     instance: dg.DagsterInstance, overrides: Mapping[str, str], *, good: bool = True
 ) -> dict[str, Any]:
-    """What a run of the job says in its metadata."""
+    """Run the job; returns its metadata."""
     found = retention.execute_in_process(
         instance=instance,
         resources={"platform": KalshiResource(overrides=dict(overrides))},
@@ -209,7 +209,7 @@ def retained(
     return {name: value.value for name, value in output.metadata.items()}
 
 
-def test_the_job_says_what_went_and_what_is_kept_and_a_change_of_days_takes_effect(
+def test_the_job_reports_deletions_and_applies_new_days(
     instance: dg.DagsterInstance, clickhouse_url: str, clickhouse_database: str, tmp_path: Path
 ) -> None:
     overrides = {
@@ -220,11 +220,11 @@ def test_the_job_says_what_went_and_what_is_kept_and_a_change_of_days_takes_effe
     settings = KalshiResource(overrides=overrides).settings()
     migrations.migrate(settings)
     run(instance, "nothing_lasting")
-    said = retained(instance, overrides | {"hot_retention_days": "5"})
-    assert said["runs deleted"] == 0  # it is not seven days old
-    assert "orderbook_events" in said["tables whose retention changed"]
-    assert said["free (bytes)"] > 0
-    assert said["ClickHouse (bytes)"] >= 0
+    values = retained(instance, overrides | {"hot_retention_days": "5"})
+    assert values["runs deleted"] == 0  # it is not seven days old
+    assert "orderbook_events" in values["tables whose retention changed"]
+    assert values["free (bytes)"] > 0
+    assert values["ClickHouse (bytes)"] >= 0
     with closing(connect(settings)) as client:
         ddl = client.command("SHOW CREATE TABLE orderbook_events")
     assert "toIntervalDay(5)" in str(ddl)
@@ -232,9 +232,9 @@ def test_the_job_says_what_went_and_what_is_kept_and_a_change_of_days_takes_effe
     assert again["tables whose retention changed"] == "none"
 
 
-def test_a_clickhouse_that_is_away_fails_the_run_and_nothing_else_is_left_out(
+def test_an_unreachable_clickhouse_fails_only_its_part(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
     overrides = {"kalshi_data_dir": str(tmp_path), "clickhouse_url": "http://127.0.0.1:9"}
-    said = retained(instance, overrides, good=False)
-    assert said["failure"].startswith("ClickHouse: ClickHouse at http://127.0.0.1:9 cannot")
+    values = retained(instance, overrides, good=False)
+    assert values["failure"].startswith("ClickHouse: ClickHouse at http://127.0.0.1:9 cannot")

@@ -1,4 +1,4 @@
-"""A sensor that waits holds up no other: each has a thread of the daemon."""
+"""A waiting sensor delays no other, since each has its own thread in the daemon."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_there_is_a_thread_for_each_sensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_while_one_sensor_waits_the_daemon_goes_on_evaluating_the_other(tmp_path: Path) -> None:
+def test_a_waiting_sensor_does_not_delay_the_others(tmp_path: Path) -> None:
     home = prepare(tmp_path, tmp_path / "code.sock", 7).folder
     code = tmp_path / "two_sensors.py"
     code.write_text(TWO_SENSORS)

@@ -49,7 +49,7 @@ MEEK = "import time; print(1, flush=True); time.sleep(60)"
 
 
 class Worker:
-    """A process in the place of a run's worker."""
+    """A process that stands in for a run's worker."""
 
     def __init__(self, script: str) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
@@ -64,7 +64,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tick that waits for nothing, unless the test is about that."""
+    """Make ticks return without waiting, except in tests of the waiting."""
     monkeypatch.setattr(sensors, "WATCH_S", 0.0)
     monkeypatch.setattr(sensors, "ROOM_S", 0.0)
     monkeypatch.setattr(planned_stop, "asked_here", threading.Event())
@@ -100,9 +100,9 @@ def reason(result: dg.SensorResult) -> str:
     return result.skip_reason.skip_message or ""
 
 
-def started_run(instance: dg.DagsterInstance, who: Identity | None, shard: int = 0) -> str:
-    """A run that Dagster believes to be running."""
-    tags = {SHARD_TAG: str(shard)} | ({PROCESS_TAG: str(who)} if who else {})
+def started_run(instance: dg.DagsterInstance, process: Identity | None, shard: int = 0) -> str:
+    """Create a run with status STARTED."""
+    tags = {SHARD_TAG: str(shard)} | ({PROCESS_TAG: str(process)} if process else {})
     run = instance.create_run_for_job(stream_orderbook, tags=tags, status=Status.STARTING)
     instance.report_dagster_event(
         dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name),
@@ -112,7 +112,12 @@ def started_run(instance: dg.DagsterInstance, who: Identity | None, shard: int =
 
 
 def write_health(
-    platform: StandInPlatform, who: Identity, *, age_s: float = 0.0, shard: int = 0, **others: Any
+    platform: StandInPlatform,
+    process: Identity,
+    *,
+    age_s: float = 0.0,
+    shard: int = 0,
+    **others: Any,
 ) -> None:
     folder = platform.settings().journal_dir(shard)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +125,8 @@ def write_health(
     (folder / "health.json").write_text(
         json.dumps(
             {
-                "pid": who.pid,
-                "pid_started": who.started,
+                "pid": process.pid,
+                "pid_started": process.started,
                 "updated_ns": at,
                 "updated_monotonic_ns": time.monotonic_ns() - int(age_s * 1e9),
                 "last_frame_ns": at,
@@ -138,7 +143,7 @@ def write_health(
 
 
 def launch_failed(instance: dg.DagsterInstance, run: dg.DagsterRun, number: signal.Signals) -> None:
-    """What Dagster reports of a worker that a signal ended before it had begun."""
+    """Report a run as Dagster does if a signal ended its worker before it began."""
     not_launched(
         instance,
         run,
@@ -148,7 +153,7 @@ def launch_failed(instance: dg.DagsterInstance, run: dg.DagsterRun, number: sign
 
 
 def not_launched(instance: dg.DagsterInstance, run: dg.DagsterRun, why: str) -> None:
-    """What Dagster reports of a run that it could not launch."""
+    """Report a run as Dagster does if it could not launch it."""
     error = SerializableErrorInfo(why, [], None)
     instance.report_engine_event(
         "Caught an unrecoverable error while dequeuing the run.",
@@ -164,7 +169,7 @@ def status(instance: dg.DagsterInstance, run_id: str) -> Status:
     return run.status
 
 
-def test_with_nothing_there_a_run_is_launched_that_says_its_shard_and_source(
+def test_the_first_tick_launches_a_run_with_shard_and_source(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     requests = tick(instance, platform).run_requests or []
@@ -189,7 +194,7 @@ def test_a_living_streamer_is_left_alone(
     assert status(instance, run_id) is Status.STARTED
 
 
-def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
+def test_a_run_without_worker_and_code_server_is_replaced(
     instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
 ) -> None:
     run_id = started_run(instance, worker.identity)
@@ -205,7 +210,7 @@ def test_a_run_whose_worker_and_code_server_were_killed_is_failed_and_replaced(
     assert tick(instance, platform, soon).run_requests
 
 
-def test_a_streamer_that_is_killed_while_a_tick_watches_is_failed_in_that_tick(
+def test_a_streamer_killed_during_a_tick_is_failed_in_that_tick(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     worker: Worker,
@@ -217,12 +222,12 @@ def test_a_streamer_that_is_killed_while_a_tick_watches_is_failed_in_that_tick(
     looks = 0
     really_alive = vars(Identity)["alive"].fget
 
-    def alive(who: Identity) -> bool:
+    def alive(process: Identity) -> bool:
         nonlocal looks
         looks += 1
         if looks == 5:
             worker.end()
-        return bool(really_alive(who))
+        return bool(really_alive(process))
 
     monkeypatch.setattr(Identity, "alive", property(alive))
     began = time.monotonic()
@@ -318,7 +323,7 @@ def test_a_code_server_that_ends_launches_nothing(
     assert "This code server ends" in reason(result)
 
 
-def test_a_run_that_was_told_to_end_before_it_could_say_so_is_replaced_at_once(
+def test_a_run_stopped_before_it_began_is_replaced_at_once(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     for number, failures in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
@@ -329,7 +334,7 @@ def test_a_run_that_was_told_to_end_before_it_could_say_so_is_replaced_at_once(
         assert len(result.run_requests or []) == (failures == 0)
 
 
-def test_a_run_that_was_never_begun_when_its_code_server_went_is_canceled(
+def test_a_run_not_begun_when_its_code_server_ended_is_canceled(
     instance: dg.DagsterInstance,
 ) -> None:
     run_id = started_run(instance, None)
@@ -338,7 +343,7 @@ def test_a_run_that_was_never_begun_when_its_code_server_went_is_canceled(
     assert status(instance, run_id) is Status.CANCELED
 
 
-def test_what_was_found_is_left_for_those_who_cannot_see_into_dagster(
+def test_the_result_is_written_for_programs_outside_dagster(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     cursor = None
@@ -385,7 +390,7 @@ def test_a_hung_streamer_is_interrupted_then_killed_then_failed(
 
 @pytest.mark.parametrize("set_by_s", [3600, -3600], ids=["ahead", "back"])
 @pytest.mark.parametrize("age_s", [1, 300], ids=["well", "hung"])
-def test_setting_the_clock_ends_no_streamer_that_is_well_and_hides_none_that_hangs(
+def test_setting_the_clock_neither_ends_nor_hides_a_streamer(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     worker: Worker,
@@ -435,7 +440,7 @@ def test_a_worker_whose_run_was_force_terminated_is_not_doubled(
     assert "still flushing" in reason(result)
 
 
-def test_a_worker_whose_run_was_marked_as_failed_ends_in_order_and_is_replaced_in_that_tick(
+def test_a_worker_of_a_failed_run_ends_and_is_replaced_in_a_tick(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     worker: Worker,
@@ -452,7 +457,7 @@ def test_a_worker_whose_run_was_marked_as_failed_ends_in_order_and_is_replaced_i
     assert launched(result) == ["0"]
 
 
-def test_a_tick_that_makes_room_ends_in_time_and_with_its_code_server(
+def test_a_tick_that_waits_for_ends_is_bounded(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     workers: list[Worker],
@@ -474,7 +479,7 @@ def test_a_tick_that_makes_room_ends_in_time_and_with_its_code_server(
     assert time.monotonic() - began < 60
 
 
-def test_while_the_journal_is_written_outside_dagster_nothing_is_launched(
+def test_no_run_is_launched_while_another_process_records(
     instance: dg.DagsterInstance, platform: StandInPlatform, worker: Worker
 ) -> None:
     write_health(platform, worker.identity)
@@ -491,7 +496,7 @@ def test_runs_of_other_jobs_and_shards_are_not_looked_at(
 
 
 @pytest.mark.parametrize("damaged", ["", '{"pid": 1', "[]", '{"pid": 1}'])
-def test_a_health_file_torn_by_a_power_cut_does_not_keep_the_next_run_from_starting(
+def test_a_damaged_health_file_does_not_prevent_the_next_run(
     instance: dg.DagsterInstance, platform: StandInPlatform, damaged: str
 ) -> None:
     folder = platform.settings().journal_dir(0)
@@ -500,7 +505,7 @@ def test_a_health_file_torn_by_a_power_cut_does_not_keep_the_next_run_from_start
     assert tick(instance, platform).run_requests
 
 
-def test_what_is_remembered_outlives_the_tick(
+def test_the_state_survives_the_tick(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     state = State(failures=3, not_before=time.time() + 60, canceling={})
@@ -515,7 +520,7 @@ def test_what_is_remembered_outlives_the_tick(
 
 
 def with_shards(platform: StandInPlatform, shards: int) -> StandInPlatform:
-    """The platform, once STREAM_SHARDS has been changed."""
+    """The platform after a change of STREAM_SHARDS."""
     return StandInPlatform(overrides=platform.overrides | {"stream_shards": str(shards)})
 
 
@@ -524,21 +529,21 @@ def launched(result: dg.SensorResult) -> list[str]:
 
 
 def journal(platform: StandInPlatform, shard: int) -> None:
-    """A journal that somebody has written."""
+    """Create a journal with a record."""
     folder = platform.settings().journal_dir(shard)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{0:020d}.arrows").touch()
 
 
 def end(instance: dg.DagsterInstance, run_id: str) -> None:
-    """A run that was told to end, and did."""
+    """Create a run that was canceled and has ended."""
     run = instance.get_run_by_id(run_id)
     assert run is not None
     if not run.is_finished:
         instance.report_run_canceled(run)
 
 
-def test_every_shard_has_a_run_and_each_is_killed_and_replaced_alone(
+def test_each_shard_has_a_run_that_is_replaced_alone(
     instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
 ) -> None:
     two = with_shards(platform, 2)
@@ -564,7 +569,7 @@ def test_every_shard_has_a_run_and_each_is_killed_and_replaced_alone(
         write_health(two, workers[killed].identity, shard=killed, shards=2)
 
 
-def test_with_a_shard_more_every_run_ends_before_the_first_new_one_starts(
+def test_with_more_shards_all_runs_end_before_new_ones_start(
     instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
 ) -> None:
     workers.append(Worker(STUBBORN))  # it takes its time to flush
@@ -580,7 +585,7 @@ def test_with_a_shard_more_every_run_ends_before_the_first_new_one_starts(
     assert launched(tick(instance, two, first.cursor)) == ["0", "1"]
 
 
-def test_where_the_runs_of_another_number_end_soon_the_new_ones_start_in_the_same_tick(
+def test_new_runs_start_in_the_tick_in_which_the_old_ones_end(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     workers: list[Worker],
@@ -591,8 +596,8 @@ def test_where_the_runs_of_another_number_end_soon_the_new_ones_start_in_the_sam
     former = started_run(instance, workers[0].identity)
     write_health(platform, workers[0].identity)
 
-    def ends_as_asked(who: Identity, number: signal.Signals) -> bool:
-        assert (who, number) == (workers[0].identity, signal.SIGTERM)
+    def ends_as_asked(process: Identity, number: signal.Signals) -> bool:
+        assert (process, number) == (workers[0].identity, signal.SIGTERM)
         workers[0].end()
         end(instance, former)
         return True
@@ -602,7 +607,7 @@ def test_where_the_runs_of_another_number_end_soon_the_new_ones_start_in_the_sam
     assert status(instance, former) is Status.CANCELED
 
 
-def test_more_shards_than_dagster_has_room_for_wait_for_a_restart_of_up(
+def test_more_shards_than_slots_wait_for_a_restart_of_up(
     platform: StandInPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[tuple[int, int]] = []
@@ -619,23 +624,23 @@ def test_more_shards_than_dagster_has_room_for_wait_for_a_restart_of_up(
         with dg.DagsterInstance.from_config(str(home.folder)) as instance:
             first = tick(instance, twelve)
             later = json.dumps({str(shard): {"not_before": 1e12} for shard in range(12)})
-            said = reason(tick(instance, twelve, later))
+            text = reason(tick(instance, twelve, later))
             stream_orderbook.execute_in_process(
                 instance=instance, resources={"platform": twelve}, raise_on_error=False
             )
-        return len(launched(first)), said
+        return len(launched(first)), text
 
-    launches, said = look(began_with=1)
+    launches, text = look(began_with=1)
     assert launches == 6
-    assert "STREAM_SHARDS=12 needs a restart of `up`" in said
-    assert "Dagster runs 8 at once, 2 of them for other jobs, and until then 6 share" in said
-    launches, said = look(began_with=12)  # restarted, as it says
+    assert "STREAM_SHARDS=12 needs a restart of `up`" in text
+    assert "Dagster runs 8 at once, 2 of them for other jobs, and until then 6 share" in text
+    launches, text = look(began_with=12)  # restarted, as it says
     assert launches == 12
-    assert "STREAM_SHARDS" not in said
+    assert "STREAM_SHARDS" not in text
     assert shares == [(0, 6), (0, 12)]
 
 
-def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_replaced(
+def test_a_removed_shard_is_drained_by_one_last_run(
     instance: dg.DagsterInstance, platform: StandInPlatform, workers: list[Worker]
 ) -> None:
     two = with_shards(platform, 2)
@@ -670,7 +675,7 @@ def test_with_a_shard_less_its_journal_is_drained_by_a_run_that_is_then_not_repl
     assert set(read_cursor(third.cursor)) == {0}
 
 
-def test_a_run_that_has_drained_its_shard_ends_well(
+def test_a_run_that_has_drained_its_shard_succeeds(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     streamer = StandInStreamer(hour_report())

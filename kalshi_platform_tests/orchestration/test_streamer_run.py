@@ -1,4 +1,4 @@
-"""The `stream_orderbook` run: what it tells Dagster, and how it ends."""
+"""A run of `stream_orderbook`: what it reports to Dagster, and how it ends."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def execute(
     *,
     recycle_after_s: float = 86_400,
 ) -> dg.DagsterRun:
-    """One run in this process; ends however the streamer makes it end."""
+    """Execute a run in this process; the stand-in streamer decides how it ends."""
     platform.streamers.append(streamer)
     known = {run.run_id for run in instance.get_runs()}
     stream_orderbook.execute_in_process(
@@ -97,7 +97,7 @@ def test_a_report_carries_what_a_person_wants_to_see() -> None:
     assert isinstance(event.metadata["path"], dg.PathMetadataValue)
 
 
-def test_an_interrupt_ends_in_a_flushed_streamer_and_a_canceled_run(
+def test_an_interrupt_flushes_the_streamer_and_cancels_the_run(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     streamer = StandInStreamer()
@@ -120,13 +120,13 @@ def test_an_interrupt_before_the_recording_began_cancels_the_run(
         interrupt(streamer)
 
     if when == "it names its process":
-        monkeypatch.setattr("kalshi_platform.orchestration.streamer.introduce", interrupted)
+        monkeypatch.setattr("kalshi_platform.orchestration.streamer.register_process", interrupted)
     else:
         monkeypatch.setattr(StandInPlatform, "streamer", interrupted)
     assert execute(instance, platform, streamer).status is Status.CANCELED
 
 
-def test_a_run_that_is_killed_while_it_flushes_had_been_asked_to_end(
+def test_a_run_killed_while_it_flushes_counts_as_stopped(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     streamer = StandInStreamer()
@@ -174,7 +174,7 @@ def test_an_unplanned_sigterm_is_a_failure_that_says_so(
 
 @pytest.mark.parametrize("notes", ["deleted", "never made", "damaged", "of hours ago"])
 @pytest.mark.parametrize("program", ["up", "a container", "dagster dev"])
-def test_where_no_stop_is_on_record_only_runs_whose_server_notes_stops_have_failed(
+def test_an_unnoted_stop_fails_only_runs_of_a_noting_server(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     launched_by: Callable[[str], None],
@@ -183,7 +183,7 @@ def test_where_no_stop_is_on_record_only_runs_whose_server_notes_stops_have_fail
     notes: str,
     program: str,
 ) -> None:
-    """Dagster's own code server, which `dagster dev` has, notes nothing when it is asked to end."""
+    """The code server of `dagster dev` is Dagster's own, which notes no stop."""
     monkeypatch.setattr("kalshi_platform.orchestration.streamer.NOTED_S", 0.2)
     launched_by(program)
     data = platform.settings().data_dir
@@ -215,12 +215,12 @@ def test_where_no_stop_is_on_record_only_runs_whose_server_notes_stops_have_fail
     assert ("No planned stop is on record" in errors(instance, run)) == judged
 
 
-def test_a_stop_that_is_noted_only_after_the_signal_is_planned_all_the_same(
+def test_a_stop_noted_after_the_signal_is_planned(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     launched_by: Callable[[str], None],
 ) -> None:
-    """A container that is stopped gives SIGTERM to all of its processes at once."""
+    """Stopping a container sends SIGTERM to all its processes at once."""
     launched_by("up")
     data = platform.settings().data_dir
     planned_stop.begin(data)
@@ -231,7 +231,7 @@ def test_a_stop_that_is_noted_only_after_the_signal_is_planned_all_the_same(
 
 
 @pytest.mark.parametrize("asked_in_the_ui", [False, True])
-def test_a_stop_that_loses_frames_fails_the_run_and_says_how_many(
+def test_a_stop_that_loses_frames_fails_the_run_with_the_count(
     instance: dg.DagsterInstance, platform: StandInPlatform, asked_in_the_ui: bool
 ) -> None:
     streamer = StandInStreamer()
@@ -286,7 +286,7 @@ def test_a_streamer_that_fails_fails_the_run_with_its_sentence(
     assert "The disk is full. Make room." in errors(instance, run)
 
 
-def test_a_streamer_that_cannot_start_fails_the_run_with_its_sentence(
+def test_a_streamer_that_cannot_start_fails_its_run(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     streamer = StandInStreamer()
@@ -323,7 +323,7 @@ def test_a_run_given_up_before_it_came_up_records_nothing(
     assert reported(instance, "orderbook_events") == []
 
 
-def test_an_old_run_goes_on_until_a_successor_waits_and_then_ends_well(
+def test_an_old_run_ends_when_a_successor_is_queued(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     monkeypatch: pytest.MonkeyPatch,
@@ -384,7 +384,7 @@ def hours_left(instance: dg.DagsterInstance, platform: StandInPlatform) -> list[
     return [partition_key(report.hour) for report in unreported(instance, platform, NOW)]
 
 
-def test_hours_sealed_while_nobody_could_report_them_are_found(
+def test_hours_sealed_without_a_run_are_reported_later(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     lay_down(platform, HOUR)
@@ -396,7 +396,7 @@ def test_hours_sealed_while_nobody_could_report_them_are_found(
     assert hours_left(instance, platform) == ["2026-11-20-15:00"]
 
 
-def test_an_hour_last_reported_as_open_is_reported_again_once_it_is_sealed(
+def test_an_hour_reported_as_open_is_reported_again_when_sealed(
     instance: dg.DagsterInstance, platform: StandInPlatform
 ) -> None:
     lay_down(platform, HOUR)
@@ -405,7 +405,7 @@ def test_an_hour_last_reported_as_open_is_reported_again_once_it_is_sealed(
     assert hours_left(instance, platform) == ["2026-11-20-14:00"]
 
 
-def test_an_hour_that_cannot_be_read_keeps_neither_others_nor_the_recording_waiting(
+def test_an_unreadable_hour_delays_neither_others_nor_recording(
     instance: dg.DagsterInstance, platform: StandInPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform.hours[HOUR] = PlatformError("A file of the hour is torn")

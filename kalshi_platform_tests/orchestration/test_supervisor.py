@@ -1,4 +1,4 @@
-"""What the supervisor decides, case by case, and that its decisions bring any world to rights."""
+"""The supervisor's decisions, case by case, and that they recover from any state of a model world."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ STARTED = run(Phase.STARTED, 1000, WORKER)
 
 @pytest.mark.parametrize("phase", [Phase.STARTING, Phase.STARTED])
 @pytest.mark.parametrize(("server_age_s", "canceled"), [(5, True), (900, False)])
-def test_a_run_that_went_with_its_code_server_before_it_began_has_not_failed(
+def test_a_run_lost_with_its_code_server_before_start_is_no_failure(
     phase: Phase, server_age_s: float, canceled: bool
 ) -> None:
     lost = run(phase, START_S + 1)
@@ -304,7 +304,7 @@ def test_of_two_running_the_one_that_writes_the_journal_stays() -> None:
     assert decision.action == Cancel(other)
 
 
-def test_a_canceled_run_is_killed_after_the_grace_but_not_while_it_writes() -> None:
+def test_a_canceled_run_is_killed_after_its_grace_unless_it_writes() -> None:
     canceling = run(Phase.CANCELING, 1000, WORKER)
 
     def later(seconds: float, state: State, report: Health) -> Decision:
@@ -321,7 +321,7 @@ def test_a_canceled_run_is_killed_after_the_grace_but_not_while_it_writes() -> N
     assert later(FLUSH_S + 1, first.state, writing(FLUSH_S + 1)).action == Kill(WORKER.identity)
 
 
-def test_a_process_that_outlives_its_run_is_asked_to_end_once_and_killed_after_the_grace() -> None:
+def test_a_process_that_outlives_its_run_is_stopped_then_killed() -> None:
     ended = Ended("run-0", True, 1000, NOW - 10 * FLUSH_S, WORKER)
 
     def at(seconds: float, state: State, durable_age: float = 0.5) -> Decision:
@@ -343,7 +343,7 @@ def test_a_process_that_outlives_its_run_is_asked_to_end_once_and_killed_after_t
     assert gone.state.canceling == {}
 
 
-def test_a_process_whose_run_ends_while_it_is_canceled_is_not_asked_again() -> None:
+def test_a_canceled_process_is_not_stopped_twice() -> None:
     canceling = Observation((run(Phase.CANCELING, 1000, WORKER),), health=health())
     state = decide(canceling, State(), NOW).state
     ended = Ended("run-1", False, 1000, NOW + 1, WORKER)
@@ -367,9 +367,7 @@ def test_the_wait_doubles_with_each_failure_up_to_the_limit() -> None:
     assert isinstance(decide(failed("run-11"), state, NOW + BACKOFF_LIMIT_S).action, Launch)
 
 
-def test_runs_that_recorded_until_they_were_killed_are_replaced_within_a_minute_every_time() -> (
-    None
-):
+def test_killed_runs_that_recorded_are_replaced_within_a_minute() -> None:
     state = State()
     for number in range(12):
         killed = Observation(
@@ -384,9 +382,7 @@ def test_runs_that_recorded_until_they_were_killed_are_replaced_within_a_minute_
     assert state.not_before - NOW == BACKOFF_LIMIT_S
 
 
-def test_a_run_that_recorded_for_a_minute_until_it_was_killed_is_replaced_at_once_every_time() -> (
-    None
-):
+def test_a_killed_run_that_recorded_a_minute_is_replaced_at_once() -> None:
     state = State()
     for number in range(12):
         ended = Ended(f"run-{number}", True, KILLED_S, NOW, WORKER)
@@ -396,7 +392,7 @@ def test_a_run_that_recorded_for_a_minute_until_it_was_killed_is_replaced_at_onc
         state = decision.state
 
 
-def test_runs_that_are_lost_with_their_code_server_wait_longer_and_longer_after_the_first() -> None:
+def test_runs_lost_with_their_code_server_are_backed_off() -> None:
     state, waits = State(), []
     for number in range(12):
         lost = Observation(ended=Ended(f"run-{number}", False, 0.0, NOW), jitter=1.0)
@@ -418,7 +414,7 @@ def test_one_failure_is_counted_once_however_often_it_is_seen() -> None:
     assert decide(failed("run-1"), once, NOW + 1).state == once
 
 
-def test_a_healthy_stretch_or_a_wanted_end_forgives_former_failures() -> None:
+def test_a_healthy_run_or_a_planned_end_resets_the_back_off() -> None:
     bad = State(failures=6)
     assert decide(failed("run-1", lasted=HEALTHY_S), bad, NOW).state.failures == 1
     wanted = Observation(ended=Ended("run-1", False, 3.0, NOW, DEAD))
@@ -446,7 +442,7 @@ def test_a_stale_run_is_one_failure_however_it_ends(ends_as_failure: bool) -> No
     assert isinstance(decision.action, Wait)
 
 
-def test_a_run_that_makes_room_for_another_number_of_shards_is_no_failure() -> None:
+def test_a_run_that_ends_for_a_new_number_of_shards_is_no_failure() -> None:
     two = replace(health(), shards=2)
     state = decide(Observation((STARTED,), health=two), State(), NOW).state
     ended = Observation(ended=Ended("run-1", False, 20.0, NOW + 5))
@@ -460,7 +456,7 @@ def test_a_run_that_makes_room_for_another_number_of_shards_is_no_failure() -> N
 
 @dataclass
 class Actor:
-    """A run of the model world and the process beneath it."""
+    """A run of the model world, with its process."""
 
     run_id: str
     pid: int
@@ -477,7 +473,7 @@ class Actor:
 
 @dataclass
 class World:
-    """Dagster, a queue that lets one run of a shard start, and processes that misbehave."""
+    """A model of Dagster with a queue of one run per shard, and of processes that misbehave."""
 
     now: float = NOW
     state: State = field(default_factory=State)
@@ -491,7 +487,7 @@ class World:
         return self.actors
 
     def step(self) -> Decision:
-        """Ten seconds: processes live, the supervisor looks and acts."""
+        """Advance ten seconds: processes run, then the supervisor observes and acts."""
         self.now += 10
         self._live()
         decision = decide(self._seen(), self.state, self.now)
@@ -572,7 +568,7 @@ FAULTS = st.sampled_from(
 
 @settings(max_examples=150, deadline=None)
 @given(faults=st.lists(st.tuples(FAULTS, st.integers(1, 30)), max_size=8))
-def test_whatever_happens_one_streamer_lives_again_and_no_healthy_one_is_touched(
+def test_one_streamer_always_runs_again_and_no_healthy_one_is_hurt(
     faults: list[tuple[str, int]],
 ) -> None:
     world = World()

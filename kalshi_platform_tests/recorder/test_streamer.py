@@ -688,9 +688,7 @@ def test_a_book_that_is_crossed_here_alone_is_asked_for_again_as_its_check_says(
         simulator.inject("crossed:600")
         wait_for(lambda: not check().passed, "a book that is crossed for long")
         found = check()
-        assert "if it shows another book, ours is wrong; the audit asks for it again" in (
-            found.description or ""
-        )
+        assert "if it shows another book, the recorded one is wrong" in (found.description or "")
         assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'mismatch'") == [
             (0,)
         ]

@@ -1,11 +1,12 @@
-"""Dagster's code server, which ends when it is asked to: `python -m kalshi_platform.orchestration.host.code_server`.
+"""Dagster's code server with a bounded shutdown: `python -m kalshi_platform.orchestration.host.code_server`.
 
-Dagster's own, asked alone (SIGTERM to that one process), waits until its runs have ended, which a
-streamer's never does, and starts no other meanwhile: a streamer that then ends would not come back.
-Here the runs that go on are asked to end as well. The arguments are `dagster`'s: `api grpc …`.
+The arguments are `dagster`'s: `api grpc …`. It differs from Dagster's in three ways:
 
-Runs' processes start as `run_processes.py` says. And Dagster's own takes `.env` of the current folder into its
-environment, once; here the settings of the platform stay in `.env`, where each look at them finds what is new.
+- On SIGTERM it also stops its runs. Dagster's waits until they have ended, which a streamer's run never does, and
+  starts no other meanwhile, so a streamer that then ends would not be replaced.
+- Run processes are forked as `run_processes.py` describes.
+- Dagster's loads `.env` of the current folder into the environment once. Here the platform's settings are removed
+  from the environment again, so that each load of the settings sees changes of `.env`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from kalshi_platform.health import planned_stop
 from kalshi_platform.orchestration.host import run_processes
 
 GRACE_S = 10.0
-"""For the runs that were asked together with the server, as `up` and `tini -g` do: a second signal
-would break their flush off."""
+"""Seconds before runs receive a signal: `up` and `tini -g` signal runs and server together, and a second signal would
+interrupt the runs' flush."""
 
 
 class CodeServer(DagsterApiServer):
-    """Dagster's, with another way to start the process of a run, and with the environment that it was given."""
+    """Dagster's server with forked run processes and its original environment."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         given = dict(os.environ)
@@ -46,7 +47,7 @@ class CodeServer(DagsterApiServer):
 
 
 def restore_settings(given: Mapping[str, str]) -> None:
-    """Give the platform's settings in the environment the values that they had; what else Dagster has added stays."""
+    """Restore the platform's settings in the environment to `given`; other variables that Dagster added stay."""
     for name in settings.variables(os.environ):
         if name in given:
             os.environ[name] = given[name]
@@ -55,15 +56,17 @@ def restore_settings(given: Mapping[str, str]) -> None:
 
 
 def end_runs() -> None:
-    """Ask the runs that are still there to end."""
+    """Send SIGTERM to the remaining runs."""
     for run in multiprocessing.active_children():
         run.terminate()
 
 
 def ask_to_end(number: int, frame: FrameType | None) -> None:
-    """SIGINT, and what Dagster makes of SIGTERM: the server ends, and after a grace its runs."""
+    """Signal handler of SIGINT and SIGTERM: end the server, and after GRACE_S its runs."""
     planned_stop.asked_here.set()
-    with contextlib.suppress(OSError, SettingsError):  # then its runs do not count as asked
+    with contextlib.suppress(
+        OSError, SettingsError
+    ):  # then its runs are reported as interrupted without a plan
         planned_stop.note(settings.load().data_dir)
     late = threading.Timer(GRACE_S, end_runs)
     late.daemon = True

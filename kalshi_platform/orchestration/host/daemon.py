@@ -1,4 +1,4 @@
-"""Whether Dagster's daemon lives, for whoever stands outside of Dagster (`doctor`)."""
+"""The state of Dagster's daemon, for `doctor`, which runs outside of Dagster."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from kalshi_platform.orchestration.observation import SHARD_TAG
 
 @dataclass(frozen=True)
 class Daemon:
-    """The daemon, as its heartbeats tell."""
+    """The daemon's state, as its heartbeats show it."""
 
     silent: tuple[str, ...]
-    """Its parts (SENSOR, SCHEDULER, …) whose heartbeat is too old or reports errors."""
+    """The parts (SENSOR, SCHEDULER, …) whose heartbeat is too old or reports errors."""
     last_beat: datetime | None
     """The newest heartbeat of any part; None: it has never run here."""
     streamers: int
-    """Streamer runs that Dagster believes to be running."""
+    """Streamer runs that are started according to Dagster."""
 
 
 def home(data_dir: Path) -> Path | None:
-    """DAGSTER_HOME, else what `up` made in the data folder; None where there is neither."""
+    """DAGSTER_HOME, else the folder that `up` created in the data folder; None if neither exists."""
     named = os.environ.get("DAGSTER_HOME")
     folder = Path(named) if named else data_dir / "dagster"
     return folder if (folder / "dagster.yaml").is_file() else None
 
 
 def look(folder: Path) -> Daemon:
-    """Ask the instance of a DAGSTER_HOME."""
+    """Read the daemon's state from the Dagster instance of a DAGSTER_HOME."""
     with dg.DagsterInstance.from_config(str(folder)) as instance:
         statuses = instance.get_daemon_statuses()
         beats = [
@@ -43,7 +43,7 @@ def look(folder: Path) -> Daemon:
         started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
         runs = instance.get_runs(filters=started, limit=100)
         return Daemon(
-            silent=tuple(sorted(name for name, it in statuses.items() if not it.healthy)),
+            silent=tuple(sorted(name for name, status in statuses.items() if not status.healthy)),
             last_beat=datetime.fromtimestamp(max(beats), UTC) if beats else None,
             streamers=sum(SHARD_TAG in run.tags for run in runs),
         )

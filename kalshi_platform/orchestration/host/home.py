@@ -1,9 +1,8 @@
-"""Dagster's own folder, `$KALSHI_DATA_DIR/dagster`: made from the two files at the project's root.
+"""Preparation of DAGSTER_HOME, `$KALSHI_DATA_DIR/dagster`, from the two files at the project's root.
 
-`dagster.yaml` is taken over with the data folder's absolute path in the place of `data`, so that
-it holds from whatever folder it is read. `workspace.yaml` says which module is the code location;
-here that is served by one code server, which webserver and daemon reach through a socket.
-No Dagster is imported: `up` starts fast.
+`dagster.yaml` is copied with `data` replaced by the data folder's absolute path, so that it does not depend on
+the current folder. `workspace.yaml` names the code location's module; the copy names a code server instead, which
+webserver and daemon reach through a socket. Dagster is not imported here, so that `up` starts fast.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ class Home:
 
 
 def prepare(data_dir: Path, socket: Path, tick_days: int, shards: int = 1) -> Home:
-    """Write both files into the folder; ticks that did something stay `tick_days`, and so many streamers
-    have room beside all other runs.
+    """Write both files into the folder.
 
-    Raises `SettingsError` when the folder cannot be written.
+    Ticks that did something are kept for `tick_days`; the run queue has slots for `shards` streamers beside all
+    other runs. Raises `SettingsError` if the folder cannot be written.
     """
     folder = data_dir / "dagster"
     instance = _read("dagster.yaml")
@@ -56,7 +55,7 @@ def prepare(data_dir: Path, socket: Path, tick_days: int, shards: int = 1) -> Ho
 
 
 def shipped(name: str) -> Path:
-    """A file of the project's root: inside an installed wheel, else in the repository."""
+    """A file of the project's root: from the installed wheel, else from the repository."""
     package = Path(__file__).resolve().parents[2]
     bundled = package / "_infra" / name
     return bundled if bundled.is_file() else package.parent / name
@@ -76,7 +75,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _retention(shipped_as: dict[str, Any], tick_days: int) -> dict[str, Any]:
-    """The same rules; skipped ticks, which are nearly all, stay as long as the file says."""
+    """The retention rules with `tick_days`; skipped ticks, nearly all, keep the file's own limit."""
     skipped = shipped_as["sensor"]["purge_after_days"]["skipped"]
     did_something = dict.fromkeys(("success", "failure"), tick_days)
     return {
@@ -85,7 +84,7 @@ def _retention(shipped_as: dict[str, Any], tick_days: int) -> dict[str, Any]:
 
 
 def _relocated(value: Any, data_dir: Path) -> Any:
-    """The same settings with every `base_dir` below `data` moved below `data_dir`."""
+    """The settings with every `base_dir` below `data` moved below `data_dir`."""
     if not isinstance(value, dict):
         return value
     moved = {key: _relocated(inner, data_dir) for key, inner in value.items()}

@@ -1,7 +1,7 @@
-"""What a run's process needs, imported ahead of it: the code server forks its runs from a process that has done so.
+"""The modules that a run needs, imported once in the process from which the code server forks its runs.
 
-That process imports this module and does nothing else. Importing opens no connection and no file that stays open, and
-starts no thread but those of memory allocators, which wait idle and hold no lock.
+That process imports this module and does nothing else. A fork is safe: the imports leave no connection and no file
+open, and start no thread but those of memory allocators, which are idle and hold no lock.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import signal
 
 import dagster._cli
 import dagster._grpc.impl
-import dagster._grpc.server  # noqa: F401 - these and the others are for the processes that are forked
+import dagster._grpc.server  # noqa: F401 - preloaded for the forked processes
 
 import kalshi_platform.definitions
 import kalshi_platform.recorder.streamer  # noqa: F401
 
 
-def _as_any_process() -> None:
+def _restore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# A whole session is asked to end with SIGTERM. Here it must not: the exit status of the runs, which take their
-# time, reaches the code server through this process. It ends with the last of them.
+# SIGTERM goes to the whole session. This process must ignore it: the code server learns the exit status of the
+# runs, which take time to flush, through it. It ends after the last of them.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-os.register_at_fork(after_in_child=_as_any_process)
-gc.freeze()  # collecting garbage would copy the pages that the processes share
+os.register_at_fork(after_in_child=_restore_sigterm)
+gc.freeze()  # a garbage collection in a child would copy the shared pages

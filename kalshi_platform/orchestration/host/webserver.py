@@ -1,8 +1,8 @@
-"""Dagster's webserver, closed to other sites' pages: `python -m kalshi_platform.orchestration.host.webserver`.
+"""Dagster's webserver, protected from other sites: `python -m kalshi_platform.orchestration.host.webserver`.
 
-Dagster's own asks for no password and looks at no `Origin`: any page that is open in a browser which can
-reach it could start and end runs through `/graphql`. The options are `dagster-webserver`'s. Behind a proxy
-that people reach by another name, DAGSTER_UI_URL says that name.
+Dagster's own has no password and ignores `Origin`: any web page open in a browser that can reach it could start
+and stop runs through `/graphql`. The options are `dagster-webserver`'s. Behind a proxy with another name,
+DAGSTER_UI_URL gives that name.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kalshi_platform.loopback import is_loopback
 
 
 class Webserver(DagsterWebserver[Any, Any]):
-    """Links on other sites may open its pages; those sites' own requests are refused."""
+    """Dagster's webserver: links on other sites open its front page, their own requests are refused."""
 
     loopback: ClassVar[bool] = True
-    """It listens on that interface alone, and so answers to no other name."""
+    """Whether it listens on the loopback interface only, and so answers to no other host name."""
     address: ClassVar[str | None] = None
-    """Where people reach it besides: DAGSTER_UI_URL, where that is set."""
+    """A further URL of the server: DAGSTER_UI_URL, if it is set."""
 
     def build_middleware(self) -> list[Middleware]:
-        """Dagster's, behind ours."""
+        """Put the protection in front of Dagster's middleware."""
         ours = Middleware(OwnPagesOnly, loopback=self.loopback, links=True, address=self.address)
         return [ours, *super().build_middleware()]
 

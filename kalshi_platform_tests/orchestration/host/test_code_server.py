@@ -58,7 +58,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_code_server_that_is_asked_alone_asks_its_runs_and_ends(tmp_path: Path) -> None:
+def test_a_code_server_stopped_alone_stops_its_runs(tmp_path: Path) -> None:
     script = tmp_path / "server.py"
     script.write_text(SERVER)
     data = tmp_path / "data"
@@ -188,7 +188,7 @@ def test_runs_begin_with_their_modules_and_their_end_is_known(tmp_path: Path) ->
         assert line() == "-15 -9 None None"
 
 
-def test_without_the_process_that_forked_them_runs_live_on_and_their_end_is_seen(
+def test_runs_survive_the_fork_server_and_their_end_is_seen(
     tmp_path: Path,
 ) -> None:
     scenario = """
@@ -216,9 +216,7 @@ def test_without_the_process_that_forked_them_runs_live_on_and_their_end_is_seen
 
 
 @pytest.mark.parametrize("trouble", ["its socket is removed", "TMPDIR cannot be used"])
-def test_a_run_starts_in_a_new_interpreter_where_none_can_be_forked(
-    tmp_path: Path, trouble: str
-) -> None:
+def test_a_run_starts_in_a_new_interpreter_if_fork_fails(tmp_path: Path, trouble: str) -> None:
     scenario = """
     if where := forkserver._forkserver._forkserver_address:
         os.unlink(where)
@@ -346,7 +344,7 @@ def test_the_process_that_forks_has_no_thread_that_works(tmp_path: Path) -> None
     )  # its own: none of the pools of Polars, Arrow, chDB, gRPC or BLAS
 
 
-def test_a_change_of_env_reaches_sensors_and_runs_of_a_code_server_that_runs(
+def test_a_change_of_env_reaches_a_running_code_server(
     tmp_path: Path,
 ) -> None:
     env = tmp_path / ".env"
@@ -364,7 +362,7 @@ def test_a_change_of_env_reaches_sensors_and_runs_of_a_code_server_that_runs(
         assert [line() for _ in range(3)] == ["3", "3", "3"]
 
 
-def test_the_socket_of_what_forks_is_beside_that_of_the_code_server(
+def test_the_fork_servers_socket_is_beside_the_code_servers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
