@@ -1,1 +1,1 @@
-"""ClickHouse client and migrations, the embedded engine, the Parquet archive, the one schema."""
+"""ClickHouse: the client, migrations, clusters, retention and verified inserts."""

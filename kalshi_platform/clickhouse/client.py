@@ -1,7 +1,7 @@
-"""The one ClickHouse client: how to connect, how to insert, and what its errors mean.
+"""The ClickHouse client: connections, Arrow inserts, and the translation of errors.
 
-Everything that talks to ClickHouse takes its client from `connect` and runs inside `translated`.
-Which tables there are is not said here (migrations.py), nor what goes into them (schema.py).
+All code that uses ClickHouse takes its client from `connect` and runs inside `translated`. The tables are in
+migrations.py and schema.py; whether inserted rows are really stored is checked in verified_inserts.py.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ __all__ = [
     "comment",
     "connect",
     "insert_arrow",
-    "look",
+    "ping",
     "password",
     "server_version",
     "translated",
 ]
 
 MINIMUM_VERSION = (24, 8)
-"""Oldest ClickHouse that the platform is made for."""
+"""Oldest supported version of ClickHouse."""
 
 CONNECT_TIMEOUT_S = 5
 LOOK_TIMEOUT_S = 2.5
-"""For the answer to a ping, which waits for no query."""
+"""Timeout of a ping, which waits for no query."""
 
 ON_CLUSTER: Mapping[str, Any] = {
     "distributed_foreground_insert": 1,  # an insert is acknowledged when every shard has its rows
     "distributed_product_mode": "global",  # IN and JOIN see the rows of all shards
 }
-"""Settings of every query where tables are Distributed (CLICKHOUSE_CLUSTER)."""
+"""Settings of every query if tables are Distributed (CLICKHOUSE_CLUSTER)."""
 
 WIRE_CODEC = "lz4"
-"""Of inserted Arrow batches: a tenth to a third faster than none even on loopback, where zstd is not."""
+"""Compression of inserted Arrow batches: 10 to 30 % faster than none even on loopback, unlike zstd."""
 
 TRANSIENT: Mapping[int, str] = {
     95: "CANNOT_READ_FROM_SOCKET",  # a connection between servers broke
     96: "CANNOT_WRITE_TO_SOCKET",  # the same, on the way out
-    75: "CANNOT_WRITE_TO_FILE_DESCRIPTOR",  # disk full, until somebody makes room
-    159: "TIMEOUT_EXCEEDED",  # too slow this time
+    75: "CANNOT_WRITE_TO_FILE_DESCRIPTOR",  # disk full, until an operator frees space
+    159: "TIMEOUT_EXCEEDED",  # the server was too slow
     173: "CANNOT_ALLOCATE_MEMORY",  # the machine is short of memory now
     198: "DNS_ERROR",  # the name server did not answer
-    201: "QUOTA_EXCEEDED",  # a quota begins anew with its interval
+    201: "QUOTA_EXCEEDED",  # a quota is reset at its next interval
     202: "TOO_MANY_SIMULTANEOUS_QUERIES",  # busy
     203: "NO_FREE_CONNECTION",  # busy
     209: "SOCKET_TIMEOUT",  # network
@@ -77,25 +77,25 @@ TRANSIENT: Mapping[int, str] = {
     236: "ABORTED",  # the server is shutting down
     241: "MEMORY_LIMIT_EXCEEDED",  # other queries hold the memory
     242: "TABLE_IS_READ_ONLY",  # a replica that has lost its coordination
-    243: "NOT_ENOUGH_SPACE",  # disk full, until somebody makes room
+    243: "NOT_ENOUGH_SPACE",  # disk full, until an operator frees space
     252: "TOO_MANY_PARTS",  # merges are behind
     279: "ALL_CONNECTION_TRIES_FAILED",  # no replica answers now
     285: "TOO_FEW_LIVE_REPLICAS",  # a quorum is missing now
-    286: "UNSATISFIED_QUORUM_FOR_PREVIOUS_WRITE",  # the write before is not through yet
+    286: "UNSATISFIED_QUORUM_FOR_PREVIOUS_WRITE",  # the previous write is not replicated yet
     319: "UNKNOWN_STATUS_OF_INSERT",  # perhaps stored; the token makes sending it again safe
     341: "UNFINISHED",  # a distributed DDL still runs
     369: "ALL_REPLICAS_ARE_STALE",  # replicas are catching up
-    394: "QUERY_WAS_CANCELLED",  # somebody killed it, or the server stops
+    394: "QUERY_WAS_CANCELLED",  # it was killed, or the server stops
     425: "SYSTEM_ERROR",  # the operating system refused: threads, files
     439: "CANNOT_SCHEDULE_TASK",  # no thread free
-    473: "DEADLOCK_AVOIDED",  # a lock was not to be had in time
+    473: "DEADLOCK_AVOIDED",  # a lock was not available in time
     499: "S3_ERROR",  # object storage under the table
     745: "SERVER_OVERLOADED",  # busy
     999: "KEEPER_EXCEPTION",  # coordination of a cluster
 }
-"""ClickHouse's codes that pass by themselves, or once somebody has made room. All others stay."""
+"""ClickHouse's error codes of transient failures, which a retry may survive. All others are permanent."""
 
-for _name in ("clickhouse_connect", "urllib3"):  # what they warn of is raised, too
+for _name in ("clickhouse_connect", "urllib3"):  # what they log is raised, too
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 _WRONG_USER = {
@@ -107,7 +107,7 @@ _WRONG_USER = {
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
 _CODE = re.compile(r"\bCode:\s*(\d+)")
 _EXPECTED = re.compile(r"Expected one of: .{100,}", re.DOTALL)
-"""The parser's list of every word that could have come next: no help when it is long."""
+"""The parser's list of every possible next word, which helps nobody if it is long."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*(\(version|$)")
 _WORDS_OF_DRIVER = re.compile(
     r"^(Received ClickHouse exception, code: \d+, server response: )?(Code: \d+\. )?(DB::Exception: )?"
@@ -120,9 +120,9 @@ _caller: ContextVar[Callable[[], Mapping[str, str]] | None] = ContextVar("caller
 
 @contextmanager
 def called_by(identify: Callable[[], Mapping[str, str]]) -> Iterator[None]:
-    """While it lasts, queries of clients made in this thread say in `log_comment` who asked.
+    """Context manager: queries of clients made in this thread name the caller in `log_comment`.
 
-    `identify` gives the ids when a client is made, so that one scope serves many callers.
+    `identify` is called when a client is made, so that one scope serves many callers.
     """
     before = _caller.get()
     _caller.set(identify)
@@ -132,12 +132,12 @@ def called_by(identify: Callable[[], Mapping[str, str]]) -> Iterator[None]:
         _caller.set(before)
 
 
-def comment(what: str) -> str:
-    """The `log_comment` of who asks now: JSON with `what` and the caller's ids, else `what` alone."""
+def comment(purpose: str) -> str:
+    """The `log_comment` of the current caller: JSON with `what` (the purpose) and its ids, else the purpose alone."""
     identify = _caller.get()
     if identify is None:
-        return what
-    return json.dumps({"what": what, **identify()}, ensure_ascii=False)
+        return purpose
+    return json.dumps({"what": purpose, **identify()}, ensure_ascii=False)
 
 
 def connect(
@@ -151,23 +151,25 @@ def connect(
 
     `database=False` leaves the database out, for a server where it does not exist yet.
     `log_comment` goes into every query's row of system.query_log, with the ids of `called_by`.
-    `receive_timeout_s` is the silence after which a query is given up, CLICKHOUSE_TIMEOUT_SECONDS
-    unless it is given here.
-    Raises `StoreUnavailable` where nobody answers, `StoreRefused` on a wrong user, database or
+    `receive_timeout_s`: seconds without data after which a query is abandoned; by default
+    CLICKHOUSE_TIMEOUT_SECONDS.
+    Raises `StoreUnavailable` if the server is unreachable, `StoreRefused` for a wrong user, database or
     certificate.
     """
     secret = password(settings)
     client = _client(settings, secret, database, log_comment, receive_timeout_s)
-    if not secret and (made := password(settings)):  # while it was connecting: the first start
+    if not secret and (
+        made := password(settings)
+    ):  # at the first start the server wrote it meanwhile
         client.close()
         client = _client(settings, made, database, log_comment, receive_timeout_s)
     return client
 
 
 def password(settings: Settings) -> str:
-    """CLICKHOUSE_PASSWORD, else the embedded ClickHouse's own, for that alone; empty where there is none.
+    """CLICKHOUSE_PASSWORD, else, for the embedded ClickHouse, its generated password; empty if there is none.
 
-    Raises `StoreRefused` where the embedded ClickHouse's file is unfit.
+    Raises `StoreRefused` if the password file is not usable.
     """
     given = settings.clickhouse_password.get_secret_value()
     if given or not settings.embedded_clickhouse:
@@ -187,7 +189,7 @@ def _client(
     files = tls.certificates(settings)
     every_query = {
         **(ON_CLUSTER if settings.clickhouse_cluster is not None else {}),
-        **({"log_comment": said} if (said := comment(log_comment)) else {}),
+        **({"log_comment": text} if (text := comment(log_comment)) else {}),
     }
     with translated(settings):
         return clickhouse_connect.get_client(
@@ -203,19 +205,19 @@ def _client(
             compress=False if local else "zstd",  # of answers
             pool_mgr=transport.pool_to(settings.clickhouse_url, **files),
             **files,
-            # a client certificate logs in by itself, unless there is a password
+            # a client certificate is the login, unless there is a password
             tls_mode="strict" if "client_cert" in files and secret else None,
             autogenerate_session_id=False,  # a session serves one query at a time
             show_clickhouse_errors="scrub",
-            tz_mode="aware",  # a time without a zone is a trap
+            tz_mode="aware",  # naive times would be ambiguous
             settings=every_query or None,
         )
 
 
-def look(settings: Settings) -> None:
-    """Ask whether the configured ClickHouse answers at all: any answer will do.
+def ping(settings: Settings) -> None:
+    """Check that the configured ClickHouse answers; any answer counts.
 
-    Raises `StoreUnavailable` where it is away, or takes the connection and does not answer in time.
+    Raises `StoreUnavailable` if it is unreachable, or accepts the connection and does not answer in time.
     """
     pool = transport.pool_to(settings.clickhouse_url, **tls.certificates(settings))
     with translated(settings):
@@ -241,13 +243,13 @@ def insert_arrow(
 ) -> None:
     """Insert `rows` into `table` once: a second call with the same token adds nothing.
 
-    The rows travel as one Arrow record batch, and ClickHouse is told neither to cut nor to queue it,
-    so the same rows make the same block each time: one part for each partition (day) in it.
-    Dictionary columns may go into UUID, Enum and LowCardinality columns. An empty table does
-    nothing. `settings` are further ClickHouse settings of this insert.
+    The rows are sent as one Arrow record batch, with settings under which ClickHouse neither splits nor queues
+    it. So equal rows make an equal block each time: one part for each partition (day) in it.
+    Dictionary columns may go into UUID, Enum and LowCardinality columns. An empty table is not sent.
+    `settings` are further ClickHouse settings of this insert.
 
-    Returns when ClickHouse has acknowledged all rows (`acknowledged`). Whether they are there is another
-    question, which `verified_inserts` asks.
+    Returns when ClickHouse has acknowledged all rows (`acknowledged`). `verified_inserts` checks that they are
+    stored.
     """
     if not rows.num_rows:
         return
@@ -280,39 +282,37 @@ def insert_arrow(
 
 
 def acknowledged(client: Client, table: str, summary: QuerySummary, rows: int) -> None:
-    """Raise `StoreError` where the answer to an insert of `rows` rows does not say that they were taken.
+    """Raise `StoreError` if the answer to an insert does not acknowledge all `rows` rows.
 
-    `X-ClickHouse-Summary` must say that at least so many were written: an error of any stage has another
-    answer, so fewer mean that they were not all sent on. More are right: the rows that materialised views
-    make count too, and so do those that a Distributed table hands to its shards. A block that is taken for
-    the repetition of another one counts as if it were written, for the count is made before ClickHouse looks
-    at the token: the same figure means "there", not "added". Only an insert that ClickHouse may queue says 0,
-    and no insert of ours allows that (`async_insert` is 0). That the answer is ClickHouse's own, and its body
-    empty, is what `transport` sees to.
+    `X-ClickHouse-Summary` must count at least that many written rows. Fewer mean that not all were forwarded,
+    since an error has another answer. More are correct: rows of materialised views count too, and so do those
+    that a Distributed table sends to its shards. ClickHouse counts before it looks at the token, so a block that
+    it drops as a repetition counts as written: the figure means "stored", not "added". Only a queued insert counts
+    0, and `async_insert` is 0 here. `transport` has checked that the answer is ClickHouse's own.
     """
     written = str(summary.summary.get("written_rows", ""))
     where = f"ClickHouse at {client.uri} answered HTTP 200 to {rows:,} rows of {table}, and"
     if not written.isdecimal():
         raise StoreRefused(
-            f"{where} does not say how many it wrote (X-ClickHouse-Summary). Something between here and"
-            " ClickHouse takes that away: check CLICKHOUSE_URL, or let it pass answers on as they are."
+            f"{where} does not say how many it wrote (X-ClickHouse-Summary). A proxy between here and"
+            " ClickHouse removes that header: check CLICKHOUSE_URL, or let it forward answers unchanged."
         )
     if int(written) < rows:
         raise StoreUnavailable(
-            f"{where} says that it wrote {int(written):,}. Something between here and ClickHouse did not send"
-            " all of them on, or answers by itself: check CLICKHOUSE_URL."
+            f"{where} says that it wrote {int(written):,}. A proxy between here and ClickHouse did not forward"
+            " all of them, or answers by itself: check CLICKHOUSE_URL."
         )
 
 
 def _deduplicate(client: Client) -> Mapping[str, Any]:
-    """Deduplication, whatever the user's profile says; the setting got a new name in version 26."""
+    """Enable deduplication regardless of the user's profile; version 26 renamed the setting."""
     new = "deduplicate_insert" in client.server_settings
     return {"deduplicate_insert": "enable"} if new else {"insert_deduplicate": 1}
 
 
 @contextmanager
 def translated(settings: Settings | None = None) -> Iterator[None]:
-    """Turn what the driver and the network raise into a `StoreError` with a sentence to act on.
+    """Context manager: turn errors of the driver and the network into a `StoreError` with a remedy.
 
     With `settings` the sentence names the server, the user and the database.
     """
@@ -325,23 +325,23 @@ def translated(settings: Settings | None = None) -> Iterator[None]:
     except (HTTPError, OSError) as error:
         if handshake := tls.refusal(error, settings):
             raise StoreRefused(handshake) from error
-        raise StoreUnavailable(_away(error, settings)) from error
+        raise StoreUnavailable(_unreachable(error, settings)) from error
 
 
 def broken_answer(tail: bytes, tag: str) -> StoreError | None:
-    """The error behind an answer that ClickHouse broke off while streaming it, if it did.
+    """The error that ClickHouse appended to an answer that it aborted while streaming; None if it did not.
 
     `tail` is the end of the body, `tag` its X-ClickHouse-Exception-Tag.
     """
     _, begun, message = tail.decode(errors="replace").rpartition(f"__exception__\r\n{tag}\r\n")
     if not begun:
         return None
-    said = message.split(f" {tag}\r\n__exception__")[0].rpartition("\n")[0]
-    name = _NAME.search(said)
-    code = _CODE.search(said)
+    text = message.split(f" {tag}\r\n__exception__")[0].rpartition("\n")[0]
+    name = _NAME.search(text)
+    code = _CODE.search(text)
     return _translate(
         driver.DatabaseError(
-            said, code=int(code[1]) if code else None, name=name[1] if name else None
+            text, code=int(code[1]) if code else None, name=name[1] if name else None
         ),
         None,
     )
@@ -351,18 +351,18 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
     message = str(error)
     code = error.code
     if code is None and (found := _CODE.search(message)):
-        code = int(found[1])  # a failure in the middle of a stream has it in the text alone
+        code = int(found[1])  # an error in the middle of a stream has its code only in the text
     if code is None:
         return _without_code(error, message, settings)
     name = error.name or TRANSIENT.get(code, "")
     label = f"{name} (code {code})" if name else f"code {code}"
-    said = " ".join(
+    reason = " ".join(
         _EXPECTED.sub("", _TAIL_OF_DRIVER.sub("", _WORDS_OF_DRIVER.sub("", message))).split()
     )
-    said = said.rstrip(" .").removesuffix(f"({name})").rstrip(" .")
+    reason = reason.rstrip(" .").removesuffix(f"({name})").rstrip(" .")
     if code in TRANSIENT:
         return StoreUnavailable(
-            f"ClickHouse is busy or ailing, {label}: {said}.", code=code, name=name
+            f"ClickHouse is busy or degraded, {label}: {reason}.", code=code, name=name
         )
     if code in _WRONG_USER:
         sentence = (
@@ -372,20 +372,20 @@ def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
         if settings and settings.embedded_clickhouse:
             sentence += (
                 " It was started with another CLICKHOUSE_PASSWORD, or on another data folder than"
-                f" {settings.embedded_clickhouse_dir}: start it again from here, or set here what it has."
+                f" {settings.embedded_clickhouse_dir}: restart it with these settings, or set its password here."
             )
     elif code == _UNKNOWN_DATABASE:
-        sentence = f"ClickHouse refused, {label}: {said}. Create it: kalshi-platform migrate."
+        sentence = f"ClickHouse refused, {label}: {reason}. Create it: kalshi-platform migrate."
     elif code == _UNKNOWN_TABLE:
         sentence = (
-            f"ClickHouse refused, {label}: {said}."
+            f"ClickHouse refused, {label}: {reason}."
             " If it is one of the platform's, create it: kalshi-platform migrate."
         )
     elif code == _ACCESS_DENIED:
-        remedy = "" if READ_ONLY in said else " Grant it to CLICKHOUSE_USER."
-        sentence = f"ClickHouse refused, {label}: {said}.{remedy}"
+        remedy = "" if READ_ONLY in reason else " Grant it to CLICKHOUSE_USER."
+        sentence = f"ClickHouse refused, {label}: {reason}.{remedy}"
     else:
-        sentence = f"ClickHouse refused, {label}: {said}."
+        sentence = f"ClickHouse refused, {label}: {reason}."
     return StoreRefused(sentence, code=code, name=name)
 
 
@@ -393,16 +393,16 @@ def _without_code(error: driver.Error, message: str, settings: Settings | None) 
     if handshake := tls.refusal(error, settings):
         return StoreRefused(handshake)
     if isinstance(error, driver.OperationalError):
-        return StoreUnavailable(_away(error, settings))
+        return StoreUnavailable(_unreachable(error, settings))
     return StoreRefused(f"ClickHouse client: {message.rstrip('.')}.")
 
 
-def _away(error: BaseException, settings: Settings | None) -> str:
+def _unreachable(error: BaseException, settings: Settings | None) -> str:
     remedy = "Start it (kalshi-platform clickhouse), or check CLICKHOUSE_URL."
     if settings is not None and not settings.embedded_clickhouse:
         remedy = "Check CLICKHOUSE_URL, and that the server runs."
-        if tls.may_want_a_certificate(error, settings):
-            remedy += " If it wants a client certificate, set CLICKHOUSE_CLIENT_CERT_FILE."
+        if tls.may_require_a_certificate(error, settings):
+            remedy += " If it requires a client certificate, set CLICKHOUSE_CLIENT_CERT_FILE."
     return f"{_place(settings)} cannot be reached ({_root(error)}). {remedy}"
 
 
@@ -411,7 +411,7 @@ def _place(settings: Settings | None) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """The innermost reason, in the system's words: 'Connection refused'."""
+    """The innermost cause as the system describes it, such as 'Connection refused'."""
     seen: list[BaseException] = []
     reason: BaseException | None = error
     while reason is not None and reason not in seen:

@@ -1,11 +1,11 @@
-"""The same migrations on a cluster: replicated tables on every shard, a Distributed one over them.
+"""Translation of the migrations for a cluster: replicated tables on every shard, a Distributed table over them.
 
-`CREATE TABLE t` of a migration becomes `t_local`, of the Replicated kind, on every host, and `t`, a
-Distributed table over them, under the name that everybody uses. A table with a `market_ticker` is cut
-by it, so that all of one market is on one shard: FINAL, argMax and the deduplication of a level's
-versions are then right shard by shard. A table without one is kept whole on every host.
+`CREATE TABLE t` of a migration becomes `t_local`, a Replicated table on every host, and `t`, a Distributed table
+over them, which all queries use. A table with a `market_ticker` is sharded by it, so that all rows of a market are
+on one shard: FINAL, argMax and the deduplication of a level's versions are then correct per shard. A table without
+one is replicated whole to every host.
 
-What the migrations look like is ours, and only that is understood; anything else is refused, by name.
+Only the forms of statements that the migrations use are understood; any other is refused by name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LOCAL = "_local"
 SHARD_BY = "market_ticker"
 SHARDING_KEY = f"cityHash64({SHARD_BY})"
 DEDUPLICATION_SECONDS = 30 * 24 * 3600
-"""How long a replicated table remembers a batch. ClickHouse 26 forgets after an hour by default, and a
-batch may be sent again when ClickHouse comes back after days."""
+"""How long a replicated table remembers insert tokens. ClickHouse 26 forgets them after an hour by default, and
+a batch may be sent again days later, when ClickHouse is back."""
 
 _WINDOW = "non_replicated_deduplication_window"
 _ALTERS = {"ADD", "MODIFY", "DROP", "RENAME", "COMMENT", "CLEAR", "RESET", "REMOVE", "MATERIALIZE"}
@@ -46,23 +46,23 @@ _DISTRIBUTED = re.compile(r"Distributed\('(?P<cluster>[^']+)', '[^']+', '(?P<loc
 
 @dataclass
 class Cluster:
-    """A cluster of the server's configuration, and what is known of a database's tables on it."""
+    """A cluster of the server's configuration, and how a database's tables are spread over it."""
 
     name: str
     database: str
     sharded: dict[str, bool] = field(default_factory=dict)
-    """For each table that a migration creates: cut by market, or whole on every host."""
+    """By table of the migrations, whether it is sharded by market; else it is whole on every host."""
 
     @property
     def clause(self) -> str:
-        """What makes a statement one of the whole cluster's."""
+        """The clause with which a statement runs on the whole cluster."""
         return f"ON CLUSTER '{self.name}'"
 
     def spread(self, statement: str) -> list[str]:
         """The statements that do on the cluster what `statement` does on one server.
 
-        Give it every statement of every migration, in order, applied ones too: it learns from them
-        which tables are cut. Raises `StoreRefused` for what it does not understand.
+        Call it for every statement of every migration in order, also of applied ones: it learns from them
+        which tables are sharded. Raises `StoreRefused` for a statement that it does not understand.
         """
         tokens = tokens_of(statement)
         match [token.text.upper() for token in tokens[:4]]:
@@ -117,7 +117,7 @@ class Cluster:
         return [made, self.distributed(name.text)]
 
     def distributed(self, table: str) -> str:
-        """The statement that makes `table` over the cluster's `table_local`."""
+        """The statement that creates the Distributed table `table` over `table_local`."""
         return (
             f"CREATE TABLE IF NOT EXISTS {self.database}.{table} {self.clause}"
             f" AS {self.database}.{table}{LOCAL}"
@@ -130,7 +130,7 @@ class Cluster:
         return [self._everywhere(sql, name)]
 
     def _create_materialized_view(self, sql: str, tokens: Sequence[Token]) -> list[str]:
-        """It stands on one shard's rows and writes to that shard: a market's are all there."""
+        """A materialised view on each shard reads and writes local tables, since a shard has all rows of its markets."""
         at = after_if(tokens, 3, ("IF", "NOT", "EXISTS"))
         if not tokens[at + 1].says("TO"):
             raise _unknown(sql)
@@ -160,11 +160,11 @@ class Cluster:
             raise _unknown(sql)
         commands = []
         for begin, end in zip(begins, [*begins[1:], len(tokens) + 1], strict=True):
-            verb, what = tokens[begin], tokens[begin + 1]
+            verb, target = tokens[begin], tokens[begin + 1]
             text = sql[verb.start : tokens[end - 2].end]
-            if what.says("COMMENT") or (what.says("COLUMN") and verb.says(*_OF_COLUMNS)):
+            if target.says("COMMENT") or (target.says("COLUMN") and verb.says(*_OF_COLUMNS)):
                 commands.append((text, True))
-            elif what.says(*_OF_STORAGE):
+            elif target.says(*_OF_STORAGE):
                 commands.append((text, False))
             else:
                 raise _unknown(sql)
@@ -193,22 +193,22 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of a table are: in itself, or in a table of each host of a cluster."""
+    """The table that stores the rows: the table itself, or a local table on each host of a cluster."""
 
     table: str
-    """The table that holds rows, to be named in ALTER."""
+    """The name of the storing table, for ALTER."""
     cluster: Cluster | None = None
 
     @property
     def target(self) -> str:
-        """What to put after ALTER TABLE."""
+        """The text after ALTER TABLE."""
         if self.cluster is None:
             return self.table
         return f"{self.cluster.database}.{self.table} {self.cluster.clause}"
 
 
 def place(client: Client, table: str) -> Place | None:
-    """Where the rows of `table` are, as the server knows it; None where there is no such table."""
+    """Where the rows of `table` are stored, according to the server; None if it does not exist."""
     with translated():
         found = client.query(
             "SELECT engine_full, database FROM system.tables"
@@ -221,7 +221,7 @@ def place(client: Client, table: str) -> Place | None:
 
 
 def place_of(table: str, engine: str, database: str) -> Place:
-    """Where the rows of `table` are, by what system.tables has as its `engine_full`."""
+    """Where the rows of `table` are stored, according to its `engine_full` in system.tables."""
     if over := _DISTRIBUTED.match(engine):
         return Place(over["local"], Cluster(over["cluster"], database, {table: True}))
     if kept := re.match(r"Replicated\w*\('/clickhouse/tables/([^/'{}]+)/", engine):
@@ -248,7 +248,7 @@ def _index(tokens: Sequence[Token], start: int, word: str, sql: str) -> int:
 
 
 def _settings(text: str) -> str:
-    """The deduplication window of a replicated table in the place of a single server's."""
+    """Replace a single server's deduplication window by a replicated table's."""
     return re.sub(
         rf"\b{_WINDOW}(\s*=\s*\d+)",
         rf"replicated_deduplication_window\1,"
@@ -260,6 +260,6 @@ def _settings(text: str) -> str:
 def _unknown(sql: str) -> StoreRefused:
     head = " ".join(sql.split())[:80]
     return StoreRefused(
-        f"Migration: what this statement means on a cluster is not known: {head!r}."
+        f"Migration: this statement cannot be translated for a cluster: {head!r}."
         " Write it as the other migrations do, or unset CLICKHOUSE_CLUSTER."
     )

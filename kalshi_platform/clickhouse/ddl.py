@@ -1,6 +1,6 @@
-"""What a CREATE, ALTER or DROP statement of the migrations says, token by token.
+"""A parser for the CREATE, ALTER and DROP statements of the migrations.
 
-Knows the form in which the migrations are written, and nothing else of SQL.
+It understands the forms that the migrations use, and nothing else of SQL.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _TOKEN = re.compile(
 
 
 class Token(NamedTuple):
-    """A word, a quoted text or a mark of a statement."""
+    """A word, a quoted text or a punctuation mark of a statement."""
 
     text: str
     start: int
     end: int
     depth: int
-    """In how many parentheses it is; one that opens or closes is counted with what is outside."""
+    """Nesting depth of parentheses; a parenthesis itself has the depth outside of it."""
 
     def says(self, *words: str) -> bool:
-        """Whether it is one of these keywords."""
+        """Whether the token is one of these keywords."""
         return self.text.upper() in words
 
 
@@ -45,9 +45,9 @@ class Definition:
     name: str
     is_view: bool
     columns: tuple[str, ...]
-    """Of a table; empty for a view."""
+    """The columns of a table; empty for a view."""
     comment: str
-    """The table's own comment; empty where it has none."""
+    """The table's comment, or empty."""
 
 
 def tokens_of(sql: str) -> list[Token]:
@@ -64,13 +64,13 @@ def tokens_of(sql: str) -> list[Token]:
 
 
 def after_if(found: Sequence[Token], at: int, words: tuple[str, ...]) -> int:
-    """The index after `words`, where they stand at `at`, else `at`."""
-    there = tuple(token.text.upper() for token in found[at : at + len(words)])
-    return at + len(words) if there == words else at
+    """The index after `words` if they are the tokens at `at`, else `at`."""
+    present = tuple(token.text.upper() for token in found[at : at + len(words)])
+    return at + len(words) if present == words else at
 
 
 def definition(statement: str) -> Definition | None:
-    """What `statement` creates; None where it creates neither a table nor a view."""
+    """The table or view that `statement` creates, or None."""
     found = tokens_of(statement)
     match [token.text.upper() for token in found[:4]]:
         case ["CREATE", "TABLE", *_]:
@@ -91,7 +91,7 @@ def definition(statement: str) -> Definition | None:
 
 
 def dropped(statement: str) -> str | None:
-    """The table or view that `statement` drops; None where it drops none."""
+    """The name of the table or view that `statement` drops, or None."""
     found = tokens_of(statement)
     match [token.text.upper() for token in found[:2]]:
         case ["DROP", "TABLE" | "VIEW"]:
@@ -100,7 +100,7 @@ def dropped(statement: str) -> str | None:
 
 
 def altered(statement: str) -> str | None:
-    """The table that `statement` alters; None where it alters none."""
+    """The name of the table that `statement` alters, or None."""
     found = tokens_of(statement)
     match [token.text.upper() for token in found[:2]]:
         case ["ALTER", "TABLE"]:
@@ -122,7 +122,7 @@ def _columns(found: Sequence[Token]) -> tuple[str, ...]:
 
 
 def _comment(found: Sequence[Token]) -> str:
-    """The text after a COMMENT that stands outside all parentheses."""
+    """The text after a COMMENT outside of all parentheses."""
     for before, token in itertools.pairwise(found):
         if before.says("COMMENT") and not before.depth:
             return token.text[1:-1].replace("''", "'")

@@ -1,8 +1,8 @@
-"""How long the hot tables keep their rows: a TTL for each, from HOT_RETENTION_DAYS.
+"""Retention of the hot tables: a TTL for each, from HOT_RETENTION_DAYS.
 
-A retention that is there is changed only where the setting was given: in the environment, in `.env`, or by
-`migrate --apply-retention`. A command that found no `.env` has the default, and a default shortens nothing.
-What a change deletes is counted before it is made.
+An existing retention is changed only if the setting is given (in the environment, in `.env`, or by
+`migrate --apply-retention`): a command that found no `.env` has the default, which must not delete rows.
+The rows that a change deletes are counted before it is applied.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
 RETAINED: Mapping[str, str] = {
     dataset.name: dataset.time for dataset in DATASETS.values() if dataset.archived
 }
-"""Tables that keep HOT_RETENTION_DAYS, with the column that the age is taken from."""
+"""The tables with HOT_RETENTION_DAYS, with the column that holds a row's time."""
 
 FOR_EVER_DAYS = 20_000
-"""From here on (54 years) no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap round."""
+"""Days (54 years) from which no TTL is set: ClickHouse's DateTime ends in 2106 and would wrap around."""
 
 _NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
 _TTL = re.compile(r"\bTTL toDateTime\(\w+\) \+ toIntervalDay\((\d+)\)")
@@ -41,19 +41,19 @@ _TTL = re.compile(r"\bTTL toDateTime\(\w+\) \+ toIntervalDay\((\d+)\)")
 
 @dataclass(frozen=True)
 class Change:
-    """A table whose retention is not the one that is wanted. Days are None for "for ever"."""
+    """A table whose retention differs from the setting. Days are None for "for ever"."""
 
     table: str
     now: int | None
     wanted: int | None
     rows: int
-    """Rows that are older than the wanted days: the change deletes them."""
+    """Rows older than the wanted days, which the change deletes."""
     days: int
-    """The calendar days (UTC) that these rows are of."""
+    """Number of calendar days (UTC) of these rows."""
 
     @property
     def shortens(self) -> bool:
-        """Whether rows would be kept for less long than now."""
+        """Whether the change shortens the retention."""
         return self.wanted is not None and (self.now is None or self.wanted < self.now)
 
     def __str__(self) -> str:
@@ -64,35 +64,35 @@ class Change:
 
 
 def kept(client: Client) -> Mapping[str, int | None]:
-    """The days that each table keeps, as the server has it; None: for ever. Tables that are not there are left out."""
-    return {table: days for table, (_, days) in _there(client, RETAINED).items()}
+    """The retention of each existing table in days, according to the server; None: for ever."""
+    return {table: days for table, (_, days) in _existing(client, RETAINED).items()}
 
 
 def changes(
     client: Client, days: int, tables: Collection[str] = tuple(RETAINED)
 ) -> Sequence[Change]:
-    """The tables that keep another time than `days`, with what a change would delete."""
+    """The tables whose retention is not `days`, with the rows that a change would delete."""
     wanted = days if days < FOR_EVER_DAYS else None
     return [
         Change(table, now, wanted, *_expired(client, table, wanted))
-        for table, (_, now) in _there(client, tables).items()
+        for table, (_, now) in _existing(client, tables).items()
         if now != wanted
     ]
 
 
 def apply(client: Client, wanted: Iterable[Change], notify: Callable[[str], None]) -> None:
-    """Make the changes; `notify` receives each in words before it is made, and each is recorded."""
+    """Apply the changes; each is reported to `notify` and recorded in `retention_changes` before."""
     for change in wanted:
         notify(str(change))
-        _write_down(client, change)
+        _record(client, change)
         set_days(client, change)
 
 
 def set_days(client: Client, *changes: Change) -> None:
-    """Give tables their days, without a word: for those that are new."""
+    """Set tables' retention without a report or record: for new tables."""
     for change in changes:
         with translated():
-            ((where, _),) = _there(client, [change.table]).values()
+            ((where, _),) = _existing(client, [change.table]).values()
             ttl = (
                 "REMOVE TTL"
                 if change.wanted is None
@@ -101,8 +101,8 @@ def set_days(client: Client, *changes: Change) -> None:
             client.command(f"ALTER TABLE {where.target} {ttl}")
 
 
-def _write_down(client: Client, change: Change) -> None:
-    """Rows older than what was kept so far may be gone: the proof of losslessness asks for that."""
+def _record(client: Client, change: Change) -> None:
+    """Record a change: the lossless proof must know which rows the former retention may have deleted."""
     now = datetime.now(UTC)
     taken_before = _NOTHING if change.now is None else now - timedelta(days=change.now)
     with translated():
@@ -124,7 +124,7 @@ def _write_down(client: Client, change: Change) -> None:
 
 def in_words(days: Iterable[int | None]) -> str:
     """`30 days`, `7 to 30 days`, `for ever`."""
-    different = sorted({FOR_EVER_DAYS if each is None else each for each in days})
+    different = sorted({FOR_EVER_DAYS if number is None else number for number in days})
     if not different:
         return "nothing"
     if different[0] >= FOR_EVER_DAYS:
@@ -136,8 +136,8 @@ def in_words(days: Iterable[int | None]) -> str:
     return f"{different[0]:,} to {'for ever' if most >= FOR_EVER_DAYS else _counted(most, 'day')}"
 
 
-def _there(client: Client, tables: Iterable[str]) -> Mapping[str, tuple[Place, int | None]]:
-    """Where each table's rows are, and its days; of those that there are."""
+def _existing(client: Client, tables: Iterable[str]) -> Mapping[str, tuple[Place, int | None]]:
+    """Where the rows of each existing table are stored, and its retention in days."""
     wanted = list(tables)
     with translated():
         answer = client.query(
@@ -145,11 +145,13 @@ def _there(client: Client, tables: Iterable[str]) -> Mapping[str, tuple[Place, i
             " WHERE database = currentDatabase() AND name IN {names:Array(String)}",
             parameters={"names": [*wanted, *(table + LOCAL for table in wanted)]},
         ).result_rows
-    created = {str(name): (str(engine), str(of), str(sql)) for name, engine, of, sql in answer}
+    created = {
+        str(name): (str(engine), str(database), str(sql)) for name, engine, database, sql in answer
+    }
     found = {}
     for table in wanted:
         if table not in created:
-            continue  # not one of this set of migrations
+            continue  # the applied migrations do not create it
         engine, database, _ = created[table]
         where = place_of(table, engine, database)
         ttl = _TTL.search(created[where.table][2])
@@ -163,13 +165,13 @@ def _expired(client: Client, table: str, days: int | None) -> tuple[int, int]:
         return 0, 0
     clock = RETAINED[table]
     with translated():
-        ((rows, of_days),) = client.query(
-            f"SELECT count(), uniqExact(toDate({clock})) FROM {table}"  # noqa: S608 - names of our own
+        ((rows, day_count),) = client.query(
+            f"SELECT count(), uniqExact(toDate({clock})) FROM {table}"  # noqa: S608 - constants, no user text
             f" WHERE {clock} < {{before:DateTime64(6, 'UTC')}}",
             parameters={"before": datetime.now(UTC) - timedelta(days=days)},
         ).result_rows
-    return int(rows), int(of_days)
+    return int(rows), int(day_count)
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

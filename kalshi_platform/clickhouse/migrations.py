@@ -1,15 +1,16 @@
-"""Bringing ClickHouse's schema up to date: numbered SQL files, applied in order, once each.
+"""Migrations of ClickHouse's schema: numbered SQL files, applied in order, once each.
 
-What the tables are is written in the files, `infra/clickhouse_migrations/NNN_name.sql`. Every
-statement in them may run again (IF NOT EXISTS), so a kill in the middle costs a second run and
-nothing else. A file that has been applied never changes; a change is a new file. Where one did change all the same
-(an earlier version's was another), views are made again as they are now; tables are compared with what the platform
-expects before the new file is taken for the applied one (`accept_changed`). A view that is missing
-is made again, and so is a table of the market maker's (`mm_`) that a migration made here: empty, which is
-said. Other tables are not: the load's cursors say that their rows are there (kalshi-platform restore).
+The tables are defined in `infra/clickhouse_migrations/NNN_name.sql`; which tables are the platform's own is decided
+in `ownership`, how long rows are kept in `hot_retention`.
 
-Before the first statement, every table and view of our names must be ours (`ownership`); how long rows
-are kept is in `retention`.
+Every statement may run again (IF NOT EXISTS), so a migration that was killed is simply repeated. A file that has been
+applied never changes; a change is a new file. If a file did change all the same (an earlier version shipped another
+one), its views are created again, and its tables are compared with the schema before the new file counts as applied
+(`accept_changed`).
+
+A missing view is created again, and so is, empty and with a notice, a missing table of the market maker (`mm_`). Other
+missing tables are not, because the loader's cursors say that their rows are stored; `kalshi-platform restore` brings
+them back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 _FILE_NAME = re.compile(r"(?P<version>\d{3,})_(?P<name>\w+)\.sql")
 _CLUSTERS = "SELECT cluster, uniqExact(shard_num), count() FROM system.clusters GROUP BY cluster"
 _DESK = "mm_"
-"""How the names of the market maker's tables begin: nothing counts on what is in them."""
+"""Prefix of the market maker's tables, whose content no cursor relies on."""
 _BOOKKEEPING = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (
@@ -63,7 +64,7 @@ class Migration:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of the text, the same whatever line ends git gave it."""
+        """SHA-256 of the text, independent of the line ends of the checkout."""
         return hashlib.sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Migration:
 
 
 class State(Enum):
-    """How a migration stands in a database."""
+    """The state of a migration in a database."""
 
     APPLIED = "applied"
     PENDING = "pending"
@@ -82,7 +83,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """One migration and how it stands."""
+    """A migration and its state in a database."""
 
     version: int
     name: str
@@ -94,14 +95,14 @@ class Standing:
 
 
 def folder() -> Path:
-    """Where the migrations are: inside an installed wheel, else in the repository."""
+    """The folder of the migrations: in the installed wheel, else in the repository."""
     package = Path(__file__).resolve().parents[1]
     bundled = package / "_infra" / "clickhouse_migrations"
     return bundled if bundled.is_dir() else package.parent / "infra" / "clickhouse_migrations"
 
 
 def available(directory: Path | None = None) -> tuple[Migration, ...]:
-    """The migrations in `directory` (default: the platform's own), by number."""
+    """The migrations in `directory` (default: the platform's own), by number. Raises `StoreRefused`."""
     directory = directory or folder()
     found: dict[int, Migration] = {}
     for path in sorted(directory.glob("*.sql")):
@@ -120,11 +121,12 @@ def available(directory: Path | None = None) -> tuple[Migration, ...]:
 
 
 def standing(client: Client, migrations: Sequence[Migration] | None = None) -> list[Standing]:
-    """How each migration stands in the client's database, by number."""
+    """The state of each migration in the client's database, by number."""
     known = {m.version: m for m in (available() if migrations is None else migrations)}
     bookkept = _bookkept(client)
     return [
-        _stand(v, known.get(v), bookkept.get(v)) for v in sorted(known.keys() | bookkept.keys())
+        _standing_of(v, known.get(v), bookkept.get(v))
+        for v in sorted(known.keys() | bookkept.keys())
     ]
 
 
@@ -136,17 +138,17 @@ def migrate(
     accept_changed: bool = False,
     notify: Callable[[str], None] = log.warning,
 ) -> list[Migration]:
-    """Create the database where it is missing and apply what is pending; returns what was applied.
+    """Create the database if it is missing and apply the pending migrations; returns those.
 
-    On a cluster (CLICKHOUSE_CLUSTER) the same files make replicated tables on every host and
-    Distributed ones over them: see cluster.py. `apply_retention` makes HOT_RETENTION_DAYS that of the
-    tables even where it is only the default; `notify` is given what a change of retention deletes.
-    `accept_changed` takes an applied file that has changed since, where the tables are as the platform expects.
+    On a cluster (CLICKHOUSE_CLUSTER) the same files create replicated tables on every host and Distributed
+    tables over them: see cluster.py. `apply_retention` applies HOT_RETENTION_DAYS even if it has its default;
+    `notify` receives a sentence for each change of retention and each table that is created again.
+    `accept_changed` accepts an applied file that has changed since, if the tables are as the platform expects.
 
-    Raises `StoreRefused` before anything is changed if a table or view of our names is another owner's,
-    if an applied file that makes tables has changed since and is not accepted, if a later version's migrations
-    made other tables of ours, or if the database was made for a single server and a cluster is asked for, or the
-    other way round. A migration that fails is named, with its statement.
+    Raises `StoreRefused` before anything is changed if a table or view of the platform's names belongs to another
+    owner, if an applied file that creates tables has changed and is not accepted, if a later version's migrations
+    changed the tables, or if the database is for a single server and a cluster is configured, or vice versa. The
+    error of a failing migration names it and its statement.
     """
     migrations = available() if migrations is None else migrations
     cluster = _cluster(settings)
@@ -155,75 +157,75 @@ def migrate(
     try:
         _refuse_foreign(client, migrations, cluster)
         _refuse_another_kind(client, settings)
-        stand = standing(client, migrations)
-        now = {s.version: s.state for s in stand}
+        standings = standing(client, migrations)
+        now = {s.version: s.state for s in standings}
         changed = [m for m in migrations if now[m.version] is State.CHANGED]
-        of_tables = [m for m in changed if not _only_views(m)]
+        changed_tables = [m for m in changed if not _only_views(m)]
         if not accept_changed:
-            _refuse_changed(client, of_tables)
+            _refuse_changed(client, changed_tables)
         pending = [m for m in migrations if now[m.version] in {State.PENDING, State.BEGUN}]
-        # of the applied ones too: later ones stand on them
-        means = {m.version: _meaning(m, cluster) for m in migrations}
+        # also of applied ones, since the translation of later ones depends on them
+        to_run = {m.version: _statements_of(m, cluster) for m in migrations}
         explicit = apply_retention or settings.hot_retention_given
         missing = _missing_tables(client, migrations, now, cluster)
         if pending:
             _make_bookkeeping(client, cluster)
         for migration in pending:
-            _apply(client, migration, means[migration.version])
+            _apply(client, migration, to_run[migration.version])
             _begin_retention(client, migration, settings.hot_retention_days, explicit=explicit)
             _record(client, migration, migration.checksum)
-        _refuse_later(client, [s for s in stand if s.state is State.UNKNOWN])
-        _insist_as_expected(client, of_tables)
-        _make_tables_again(client, missing, migrations, cluster, notify)
-        _make_views_again(client, migrations, means, changed)
+        _refuse_later(client, [s for s in standings if s.state is State.UNKNOWN])
+        _require_expected(client, changed_tables)
+        _recreate_tables(client, missing, migrations, cluster, notify)
+        _recreate_views(client, migrations, to_run, changed)
         for migration in changed:
             _record(client, migration, migration.checksum)
             notify(
-                f"{migration} was another file when it was applied: what it makes is as it is now."
+                f"{migration} was another file when it was applied; its tables and views match the file as it is now."
             )
-        keep(client, settings, apply_retention=apply_retention, notify=notify)
-        _leave_statistics_out(client, cluster)
+        update_retention(client, settings, apply_retention=apply_retention, notify=notify)
+        _disable_statistics(client, cluster)
         return pending
     finally:
         client.close()
 
 
-def insist_ours(client: Client, *tables: str) -> None:
-    """Raise `StoreRefused` where one of these tables is there and another owner's."""
+def require_ours(client: Client, *tables: str) -> None:
+    """Raise `StoreRefused` if one of these tables exists and belongs to another owner."""
     ownership.refuse_foreign(client, available(), _bookkept(client), names=tables)
 
 
 def differences(client: Client) -> list[str]:
-    """How the tables differ from schema.py, a sentence for each column; empty: not at all."""
+    """The differences between the tables and schema.py, a sentence for each column."""
     found = []
     for dataset in DATASETS.values():
         with translated():
             described = client.query(
                 f"DESCRIBE TABLE {dataset.name}", settings={"print_pretty_type_names": 0}
             ).result_rows
-        there = {str(row[0]): str(row[1]) for row in described}
+        actual = {str(row[0]): str(row[1]) for row in described}
         wanted = {column.name: column.clickhouse for column in dataset.columns}
         found += [
-            f"{dataset.name}.{name} is {there.get(name, 'missing')}, not {kind}"
+            f"{dataset.name}.{name} is {actual.get(name, 'missing')}, not {kind}"
             for name, kind in wanted.items()
-            if there.get(name) != kind
+            if actual.get(name) != kind
         ]
     return found
 
 
-def keep(
+def update_retention(
     client: Client,
     settings: Settings,
     *,
     apply_retention: bool = False,
     notify: Callable[[str], None] = log.warning,
 ) -> list[Change]:
-    """Give the tables HOT_RETENTION_DAYS, where the setting was given; returns what was changed.
+    """Apply HOT_RETENTION_DAYS to the tables if the setting is given; returns the changes.
 
-    Where it is the default, a table keeps the retention that it has, and `notify` is given what the default
-    would delete. Raises `StoreRefused` where a table of that name is not ours.
+    If it has its default, each table keeps its retention, and `notify` receives what the default would delete.
+    Raises `StoreRefused` if a table of that name belongs to another owner.
     """
-    insist_ours(client, *RETAINED)
+    require_ours(client, *RETAINED)
     found = hot_retention.changes(client, settings.hot_retention_days)
     if apply_retention or settings.hot_retention_given:
         hot_retention.apply(client, found, notify)
@@ -238,9 +240,9 @@ def keep(
 
 
 def _begin_retention(client: Client, migration: Migration, days: int, *, explicit: bool) -> None:
-    """The first retention of the tables that a migration has just made.
+    """Set the retention of the tables that a migration has just created.
 
-    One that was there before and has older rows keeps them, unless HOT_RETENTION_DAYS is set.
+    A table that existed before and has older rows keeps them, unless HOT_RETENTION_DAYS is set.
     """
     made = {m.name for m in map(definition, statements(migration.sql)) if m is not None}
     retained = [table for table in RETAINED if table in made]
@@ -254,7 +256,7 @@ def _begin_retention(client: Client, migration: Migration, days: int, *, explici
 def missing_tables(
     client: Client, migrations: Sequence[Migration] | None = None, cluster: Cluster | None = None
 ) -> list[str]:
-    """Tables of the market maker's that a migration made here, and that are there no more."""
+    """The market maker's tables that a migration created here and that are missing now."""
     migrations = available() if migrations is None else migrations
     now = {s.version: s.state for s in standing(client, migrations)}
     return _missing_tables(client, migrations, now, cluster)
@@ -284,27 +286,26 @@ def _missing_tables(
     ]
 
 
-def _make_tables_again(
+def _recreate_tables(
     client: Client,
     missing: Collection[str],
     migrations: Iterable[Migration],
     cluster: Cluster | None,
     notify: Callable[[str], None],
 ) -> None:
-    """Run again what the migrations say of these tables, in order, and report that the tables are empty."""
+    """Run the migrations' statements about these tables again, in order, and report that the tables are empty."""
     for migration in migrations:
         for statement in statements(migration.sql):
             made = definition(statement)
             if (made.name if made is not None else altered(statement)) not in missing:
                 continue
-            for each in [statement] if cluster is None else cluster.spread(statement):
+            for command in [statement] if cluster is None else cluster.spread(statement):
                 with translated():
-                    client.command(each)
+                    client.command(command)
     for name in missing:
         notify(
-            f"{name} was missing, though a migration had made it here or found an engine's: it is made again,"
-            " empty. Where it was renamed, its rows are under the other name; where it was dropped, they are"
-            " gone."
+            f"{name} was missing, though a migration had created it or found an engine's: it is created again,"
+            " empty. If it was renamed, its rows are under the other name; if it was dropped, they are gone."
         )
 
 
@@ -317,7 +318,7 @@ def _present(client: Client) -> frozenset[str]:
 
 
 def _refuse_changed(client: Client, changed: Sequence[Migration]) -> None:
-    """Raise `StoreRefused` for applied files that make tables and are others now."""
+    """Raise `StoreRefused` for applied files that create tables and have changed."""
     if changed:
         raise StoreRefused(
             f"{', '.join(map(str, changed))} changed since it was applied to database {client.database}. If the"
@@ -327,7 +328,7 @@ def _refuse_changed(client: Client, changed: Sequence[Migration]) -> None:
 
 
 def _refuse_later(client: Client, applied: Sequence[Standing]) -> None:
-    """Raise `StoreRefused` where a later version's migrations have made other tables of ours."""
+    """Raise `StoreRefused` if a later version's migrations have changed the tables."""
     different = differences(client) if applied else []
     if different:
         raise StoreRefused(
@@ -338,8 +339,8 @@ def _refuse_later(client: Client, applied: Sequence[Standing]) -> None:
         )
 
 
-def _insist_as_expected(client: Client, changed: Sequence[Migration]) -> None:
-    """Raise `StoreRefused` where the tables are not what the changed files would have made of them."""
+def _require_expected(client: Client, changed: Sequence[Migration]) -> None:
+    """Raise `StoreRefused` if the tables are not as the changed files would have created them."""
     different = differences(client) if changed else []
     if different:
         raise StoreRefused(
@@ -350,18 +351,20 @@ def _insist_as_expected(client: Client, changed: Sequence[Migration]) -> None:
 
 
 def _only_views(migration: Migration) -> bool:
-    """Whether a migration makes nothing that holds rows."""
-    found = list(statements(migration.sql))
-    return all((made := definition(each)) is not None and made.is_view for each in found)
+    """Whether a migration creates nothing that stores rows."""
+    return all(
+        (made := definition(statement)) is not None and made.is_view
+        for statement in statements(migration.sql)
+    )
 
 
-def _make_views_again(
+def _recreate_views(
     client: Client,
     migrations: Iterable[Migration],
-    means: Mapping[int, Sequence[str]],
+    to_run: Mapping[int, Sequence[str]],
     changed: Collection[Migration],
 ) -> None:
-    """Views hold no rows: one that is missing, or of a changed file, is made as its newest migration has it."""
+    """Create missing views, and those of changed files, as their newest migration defines them."""
     newest: dict[str, list[str]] = {}
     others: set[str] = set()
     for migration in migrations:
@@ -372,32 +375,32 @@ def _make_views_again(
                 if migration in changed:
                     others.add(made.name)
                 newest[made.name] = [
-                    each
-                    for each in means[migration.version]
-                    if (view := definition(each)) is not None and view.name == made.name
+                    command
+                    for command in to_run[migration.version]
+                    if (view := definition(command)) is not None and view.name == made.name
                 ]
     present = _present(client)
     with translated():
-        for name, again in newest.items():
+        for name, commands in newest.items():
             if name in present and name not in others:
                 continue
-            for statement in again:
-                client.command(_replacing(statement))
+            for command in commands:
+                client.command(_replacing(command))
 
 
 def _replacing(statement: str) -> str:
-    """A view's definition, so that it replaces one that is there."""
+    """Turn CREATE VIEW into CREATE OR REPLACE VIEW."""
     return re.sub(
         r"CREATE\s+VIEW(\s+IF\s+NOT\s+EXISTS)?", "CREATE OR REPLACE VIEW", statement, count=1
     )
 
 
-def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:
-    """No column statistics, which newer servers add to every part by themselves.
+def _disable_statistics(client: Client, cluster: Cluster | None) -> None:
+    """Disable column statistics, which newer servers add to every part.
 
-    No query here is planned by them, and in a part of some thousand rows they weigh a third of the
-    rows. A server that does not know the setting has no such statistics; one whose tables are without
-    them anyway, as the embedded one's are, needs no word for each.
+    No query here is planned with them, and in a part of some thousand rows they take a third of the bytes. A
+    server without the setting has no statistics; one that has them off by default, as the embedded one, needs
+    no ALTER.
     """
     with translated():
         default = client.query(
@@ -419,7 +422,7 @@ def _leave_statistics_out(client: Client, cluster: Cluster | None) -> None:
 
 
 def size_of(client: Client, cluster: str) -> tuple[int, int]:
-    """How many shards and hosts a cluster has. Raises `StoreRefused` where the server knows none such."""
+    """The number of shards and hosts of a cluster. Raises `StoreRefused` if the server does not know it."""
     with translated():
         known = {
             str(name): (int(shards), int(hosts))
@@ -435,7 +438,7 @@ def size_of(client: Client, cluster: str) -> tuple[int, int]:
 
 
 def _cluster(settings: Settings) -> Cluster | None:
-    """The cluster to spread over. Raises `StoreRefused` where the server knows none of that name."""
+    """The configured cluster. Raises `StoreRefused` if the server does not know it."""
     name = settings.clickhouse_cluster
     if name is None:
         return None
@@ -448,7 +451,7 @@ def _cluster(settings: Settings) -> Cluster | None:
 
 
 def _refuse_another_kind(client: Client, settings: Settings) -> None:
-    """Tables that hold rows do not turn into Distributed ones, nor back."""
+    """Raise `StoreRefused` if the database is for a single server and a cluster is configured, or vice versa."""
     with translated():
         (applied, distributed), *_ = client.query(
             "SELECT countIf(name = 'schema_migrations'), countIf(engine = 'Distributed')"
@@ -466,10 +469,12 @@ def _refuse_another_kind(client: Client, settings: Settings) -> None:
         )
 
 
-def _meaning(migration: Migration, cluster: Cluster | None) -> list[str]:
-    """The statements to run for a migration."""
+def _statements_of(migration: Migration, cluster: Cluster | None) -> list[str]:
+    """The statements to run for a migration, translated for the cluster if there is one."""
     found = list(statements(migration.sql))
-    return found if cluster is None else [each for one in found for each in cluster.spread(one)]
+    if cluster is None:
+        return found
+    return [command for statement in found for command in cluster.spread(statement)]
 
 
 def _create_database(settings: Settings, cluster: Cluster | None) -> None:
@@ -494,7 +499,7 @@ def _create_database(settings: Settings, cluster: Cluster | None) -> None:
 def _refuse_foreign(
     client: Client, migrations: Sequence[Migration], cluster: Cluster | None
 ) -> None:
-    """Raise `StoreRefused` where a table or view of our names is another owner's."""
+    """Raise `StoreRefused` if a table or view of the platform's names belongs to another owner."""
     bookkeeping = Migration(0, "bookkeeping", _BOOKKEEPING)
     ownership.refuse_foreign(client, [bookkeeping], {0}, cluster)
     ownership.refuse_foreign(client, migrations, _bookkept(client), cluster)
@@ -503,7 +508,7 @@ def _refuse_foreign(
 def _bookkept(client: Client) -> Mapping[int, tuple[str, str, datetime]]:
     """Name, checksum and time of the migrations that were begun in the database, by number.
 
-    The checksum of one that was begun and has not ended is empty.
+    The checksum is empty for a migration that was begun and has not ended.
     """
     with translated():
         recorded = client.query(
@@ -518,7 +523,7 @@ def _bookkept(client: Client) -> Mapping[int, tuple[str, str, datetime]]:
     return {version: (name, checksum, at) for version, name, checksum, at in rows}
 
 
-def _stand(
+def _standing_of(
     version: int, migration: Migration | None, recorded: tuple[str, str, datetime] | None
 ) -> Standing:
     if migration is None:
@@ -533,26 +538,26 @@ def _stand(
 
 
 def _make_bookkeeping(client: Client, cluster: Cluster | None) -> None:
-    """Make the table of what has been applied, where it is not there yet."""
+    """Create the bookkeeping table if it is missing."""
     with translated():
         for statement in [_BOOKKEEPING] if cluster is None else cluster.spread(_BOOKKEEPING):
             client.command(statement)
 
 
-def _apply(client: Client, migration: Migration, means: Sequence[str]) -> None:
-    """Run a migration's statements, once it is written down that it was begun.
+def _apply(client: Client, migration: Migration, commands: Sequence[str]) -> None:
+    """Record that a migration was begun, and run its statements.
 
-    Raises what a statement raises, with the migration, the statement and its table.
+    An error keeps its type; its sentence names the migration, the statement and its table.
     """
     _record(client, migration, "")
-    for number, statement in enumerate(means, 1):
+    for number, statement in enumerate(commands, 1):
         try:
             with translated():
                 client.command(statement)
         except StoreError as error:
             raise type(error)(
-                f"Migration {migration} failed at statement {number} of {len(means)}"
-                f" ({_head(statement)}): {error} What it did before stays; when that is mended, run"
+                f"Migration {migration} failed at statement {number} of {len(commands)}"
+                f" ({_head(statement)}): {error} The statements before it stay in effect; when the cause is repaired, run"
                 " kalshi-platform migrate again.",
                 code=error.code,
                 name=error.name,
@@ -560,7 +565,7 @@ def _apply(client: Client, migration: Migration, means: Sequence[str]) -> None:
 
 
 def _record(client: Client, migration: Migration, checksum: str) -> None:
-    """Write down that a migration was begun (no checksum) or applied."""
+    """Record that a migration was begun (empty checksum) or applied."""
     with translated():
         client.command(
             "INSERT INTO schema_migrations (version, name, checksum, applied_at)"

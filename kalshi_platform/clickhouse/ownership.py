@@ -1,16 +1,15 @@
-"""Which tables and views of a database are this platform's own, before anything is done to them.
+"""Recognition of the platform's own tables and views, before anything is done to them.
 
-A migration says CREATE … IF NOT EXISTS, so a table of another owner with one of our names would be taken
-over without an error, and our TTL would empty it. What makes a table ours:
+The migrations use CREATE … IF NOT EXISTS, so a table of another owner with one of the platform's names would be
+taken over without an error, and the platform's TTL would empty it. A table is the platform's if
 
-- its comment, which every CREATE TABLE of the migrations has;
-- a Distributed table: that it stands over our `_local` table in the same database;
-- the bookkeeping in `schema_migrations`: the migration that creates the name was begun here, which it is
-  only once this check has passed. A view needs that, for it has no comment; a table that has lost its
-  comment needs the columns, too.
+- it has the comment of its CREATE TABLE in the migrations, or
+- it is a Distributed table over the platform's `_local` table in the same database, or
+- `schema_migrations` says that the migration that creates it was begun here, which requires that this check has
+  passed. Views have no comment and need this; a table that has lost its comment must also have the columns.
 
-The market maker's tables are the desk's: engines make them themselves, with the documented columns, and
-those with these columns are used as they are.
+The market maker's tables belong to the desk: engines may create them, and those with the documented columns are
+used as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ MADE_BY_ENGINES = frozenset(
         "mm_position_snapshots",
     }
 )
-"""Tables that a desk's own engines may have made, with the columns of 004_market_maker.sql."""
+"""Tables that a desk's own engines may have created, with the columns of 004_market_maker.sql."""
 _SHOWN = 6
 """Columns of a foreign table that its error names."""
 
@@ -76,10 +75,10 @@ def refuse_foreign(
     cluster: Cluster | None = None,
     names: Collection[str] | None = None,
 ) -> None:
-    """Raise `StoreRefused`, naming them, where tables or views of our names are another owner's.
+    """Raise `StoreRefused` if tables or views with the platform's names belong to another owner.
 
-    `begun`: the migrations that the database's own bookkeeping knows. `names`: only these (default: all
-    that the migrations create). On a cluster every host is asked.
+    `begun`: the migrations in the database's own bookkeeping. `names`: check only these (default: all
+    that the migrations create). On a cluster every host is queried.
     """
     expected = _expected(migrations)
     wanted = sorted(expected if names is None else expected.keys() & set(names))
@@ -125,7 +124,7 @@ def _found(client: Client, names: Sequence[str], cluster: Cluster | None) -> lis
         with translated():
             return list(
                 client.query(
-                    f"SELECT DISTINCT {columns} FROM {source}"  # noqa: S608 - names of our own
+                    f"SELECT DISTINCT {columns} FROM {source}"  # noqa: S608 - constants, no user text
                     f" WHERE database = {{database:String}} AND {name} IN {{names:Array(String)}}"
                     " ORDER BY ALL",
                     parameters=parameters
@@ -147,14 +146,14 @@ def _found(client: Client, names: Sequence[str], cluster: Cluster | None) -> lis
 def _why_foreign(
     found: _Found, name: str, expected: _Expected, begun: Collection[int], database: str
 ) -> str:
-    """In what it differs from ours; empty where it is ours."""
+    """How a table or view differs from the platform's own; empty if it is the platform's."""
     views = any(made.is_view for made in expected.definitions)
     if found.is_view != views and name not in MADE_BY_ENGINES:
         return f"a {found.engine}"
     known = bool(expected.versions & set(begun))
     if views:
         return "" if known else "a view that no migration has made here"
-    if _bears_our_mark(found, name, expected, database):
+    if _is_marked(found, name, expected, database):
         return ""
     lacking = [[c for c in made.columns if c not in found.columns] for made in expected.definitions]
     if not all(lacking) and (known or name in MADE_BY_ENGINES):
@@ -165,7 +164,7 @@ def _why_foreign(
     return f"a {found.engine} with {has}{', …' if len(found.columns) > _SHOWN else ''}"
 
 
-def _bears_our_mark(found: _Found, name: str, expected: _Expected, database: str) -> bool:
+def _is_marked(found: _Found, name: str, expected: _Expected, database: str) -> bool:
     if found.engine == "Distributed" and f"'{database}', '{name}{LOCAL}'" in found.engine_full:
         return True
     return bool(found.comment) and found.comment in {m.comment for m in expected.definitions}

@@ -1,4 +1,7 @@
-"""Replacing a partition, or a span of one, on a single server or on every shard of a cluster."""
+"""Replacement of a partition, or of a time span in one, on a single server or on every shard of a cluster.
+
+New rows are first inserted into a staging table. Whether the new rows are right is the caller's business.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import NamedTuple
 
 from kalshi_platform.clickhouse.client import Client, translated
 from kalshi_platform.clickhouse.cluster import LOCAL, Cluster, Place, place
-from kalshi_platform.clickhouse.migrations import insist_ours
+from kalshi_platform.clickhouse.migrations import require_ours
 from kalshi_platform.errors import StoreRefused
 
 __all__ = ["Span", "remove_left_over", "replacing", "replacing_span", "synced"]
@@ -25,12 +28,12 @@ class Span(NamedTuple):
 
 @contextmanager
 def replacing(client: Client, table: str, partition: str, staging: str) -> Iterator[str]:
-    """Yields a new empty table like `table`; what the body inserts there takes the partition's place.
+    """Context manager: yield an empty table like `table`; its rows replace the partition at the end.
 
-    Nothing inserted: the partition is dropped. All that is inserted must belong to the partition with that
-    id. A table `staging` that an earlier run left behind is made anew. Where the body raises, `table` stays
-    as it is. On a cluster each shard changes over at one instant, and so does a market, which is on one
-    shard. Raises `StoreRefused` where `table` is another owner's.
+    If the body inserts nothing, the partition is dropped. All inserted rows must belong to the partition with
+    that id. A `staging` table left by an earlier run is recreated. If the body raises, `table` stays as it is. On a
+    cluster each shard, and so each market, switches atomically. Raises `StoreRefused` if `table` belongs to
+    another owner.
     """
     with _staged(client, table, staging) as (where, from_table, rows):
         yield staging
@@ -48,11 +51,10 @@ def replacing(client: Client, table: str, partition: str, staging: str) -> Itera
 def replacing_span(
     client: Client, table: str, partition: str, span: Span, staging: str
 ) -> Iterator[str]:
-    """As `replacing`, for the rows of a span within one partition.
+    """Like `replacing`, for the rows of a time span within one partition.
 
-    The old rows go, then the new ones come, in two statements: between them, for as long as they take and
-    not as long as the body does, the span has no rows, and a kill leaves it so. Rows that are inserted into
-    other spans of the partition meanwhile stay.
+    The old rows are deleted and the new ones attached in two statements after the body: between these two the span
+    has no rows, and a kill there leaves it empty. Rows inserted into other spans of the partition meanwhile stay.
     """
     with _staged(client, table, staging) as (where, from_table, rows):
         yield staging
@@ -61,7 +63,7 @@ def replacing_span(
         name = where.table if where.cluster is None else f"{where.cluster.database}.{where.table}"
         with translated():
             client.command(
-                f"DELETE FROM {name}{on}"  # noqa: S608 - names of our own
+                f"DELETE FROM {name}{on}"  # noqa: S608 - constants, no user text
                 f" WHERE {span.clock} >= {{start:DateTime64(6, 'UTC')}}"
                 f" AND {span.clock} < {{end:DateTime64(6, 'UTC')}}",
                 parameters={"start": span.start, "end": span.end},
@@ -76,11 +78,12 @@ def replacing_span(
 def _staged(
     client: Client, table: str, staging: str
 ) -> Iterator[tuple[Place, str, Callable[[], int]]]:
-    """Make a table like `table`, and drop it at the end.
+    """Context manager: create a staging table like `table`, and drop it at the end.
 
-    Yields where the rows of `table` are, what to name after FROM, and how to ask for the rows in staging.
+    Yields where the rows of `table` are stored, the table to name after FROM, and a function that counts the rows in
+    the staging table.
     """
-    insist_ours(client, table)
+    require_ours(client, table)
     where = _where(client, table)
     tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
     on = "" if where.cluster is None else f" {where.cluster.clause}"
@@ -89,9 +92,9 @@ def _staged(
     def rows() -> int:
         with translated():
             if where.cluster is not None:
-                # whichever replica does the replacing must have all the rows
+                # the replica that executes the replacement must have all rows
                 client.command(f"SYSTEM SYNC REPLICA{on} {from_table}")
-            ((found,),) = client.query(f"SELECT count() FROM {staging}").result_rows  # noqa: S608 - our names
+            ((found,),) = client.query(f"SELECT count() FROM {staging}").result_rows  # noqa: S608 - constants, no user text
         return int(found)
 
     with translated():
@@ -107,13 +110,13 @@ def remove_left_over(client: Client, table: str, staging: str) -> None:
     """Drop the `staging` table of a replacement of `table` that was killed, if it is there."""
     where = _where(client, table)
     tables = [staging] if where.cluster is None else [staging, staging + LOCAL]
-    if any(place(client, each) is not None for each in tables):
+    if any(place(client, name) is not None for name in tables):
         with translated():
             _remove(client, where, tables)
 
 
 def synced(client: Client, table: str) -> None:
-    """On a cluster, let every replica have the rows that any replica has acknowledged."""
+    """On a cluster, wait until every replica has the rows that any replica has acknowledged."""
     where = _where(client, table)
     if where.cluster is not None:
         name = f"{where.cluster.database}.{where.table}"
@@ -137,11 +140,11 @@ def _like(client: Client, where: Place, table: str, staging: str) -> list[str]:
         " WHERE database = currentDatabase() AND name = {table:String}",
         parameters={"table": where.table},
     ).result_rows
-    # the path in the coordination service is the table's own; {shard} and {replica} stay as they are
-    own = str(engine).replace(f"/{where.table}'", f"/{staging}{LOCAL}'", 1)
+    # the path in the coordination service must be the staging table's; {shard} and {replica} stay as they are
+    staged = str(engine).replace(f"/{where.table}'", f"/{staging}{LOCAL}'", 1)
     return [
         f"CREATE TABLE {cluster.database}.{staging}{LOCAL} {cluster.clause}"
-        f" AS {cluster.database}.{where.table} ENGINE = {own}",
+        f" AS {cluster.database}.{where.table} ENGINE = {staged}",
         cluster.distributed(staging),
     ]
 
@@ -149,11 +152,11 @@ def _like(client: Client, where: Place, table: str, staging: str) -> list[str]:
 def _remove(client: Client, where: Place, tables: list[str]) -> None:
     database = "" if where.cluster is None else f"{where.cluster.database}."
     on = "" if where.cluster is None else f" {where.cluster.clause}"
-    for each in tables:
-        client.command(f"DROP TABLE IF EXISTS {database}{each}{on} SYNC")
+    for name in tables:
+        client.command(f"DROP TABLE IF EXISTS {database}{name}{on} SYNC")
 
 
 def _from_nothing(client: Client) -> dict[str, int]:
-    """Version 26 refuses to replace by nothing unless told; older ones know no such setting."""
+    """The setting that version 26 requires to replace a partition by an empty one; older versions lack it."""
     name = "allow_replace_partition_from_empty_source"
     return {name: 1} if name in client.server_settings else {}

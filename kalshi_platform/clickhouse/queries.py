@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Where the queries are."""
+    """The folder of the queries."""
     package = Path(__file__).resolve().parents[1]
     bundled = package / "_infra" / "queries"
     return bundled if bundled.is_dir() else package.parent / "infra" / "queries"

@@ -1,4 +1,4 @@
-"""Cutting a SQL text into its statements. It knows quotes and comments, and nothing else of SQL."""
+"""Splitting of a SQL text into statements. It understands quotes and comments, and nothing else of SQL."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _TOKEN = re.compile(
 
 
 def statements(sql: str) -> Iterator[str]:
-    """Each statement of `sql`, without its semicolon and without what only comments.
+    """Each statement of `sql`, without its semicolon; parts that hold only comments are left out.
 
-    A semicolon inside a string, an identifier, a heredoc or a comment ends nothing. Data after
-    `INSERT … FORMAT` is not understood: give that as a statement of its own.
-    Raises `StoreRefused` naming the line of a quote or comment that is never closed.
+    A semicolon inside a string, an identifier, a heredoc or a comment does not end a statement. Inline data after
+    `INSERT … FORMAT` is not understood: pass such an insert as a text of its own.
+    Raises `StoreRefused` with the line of a quote or comment that is never closed.
     """
     start: int | None = None
     for token in _TOKEN.finditer(sql):

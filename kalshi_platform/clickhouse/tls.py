@@ -1,4 +1,4 @@
-"""TLS to ClickHouse: whom to trust, what to show, and what a refused handshake means."""
+"""TLS to ClickHouse: certificates for the driver, and sentences for failed handshakes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.settings import Settings
 
-__all__ = ["certificates", "may_want_a_certificate", "refusal"]
+__all__ = ["certificates", "may_require_a_certificate", "refusal"]
 
 
 def certificates(settings: Settings) -> dict[str, Any]:
-    """What the driver is to be given for TLS; empty where CLICKHOUSE_URL is not https.
+    """The driver's TLS options; empty if CLICKHOUSE_URL is not https.
 
-    Raises `StoreRefused` for a file that is not there, or holds no certificate or key.
+    Raises `StoreRefused` for a file that is missing, or holds no certificate or key.
     """
     if not settings.clickhouse_url.startswith("https:"):
         return {}
@@ -48,8 +48,8 @@ def certificates(settings: Settings) -> dict[str, Any]:
 
 
 def refusal(error: BaseException, settings: Settings | None) -> str | None:
-    """A sentence, where it was the handshake that failed; None for any other trouble."""
-    found = next((each for each in _causes(error) if isinstance(each, ssl.SSLError)), None)
+    """A sentence if the TLS handshake failed; None for any other error."""
+    found = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
     if found is None:
         return None
     place = f"ClickHouse at {settings.clickhouse_url}" if settings is not None else "ClickHouse"
@@ -62,43 +62,47 @@ def refusal(error: BaseException, settings: Settings | None) -> str | None:
     reason = str(found.reason or found)
     if "CERTIFICATE_REQUIRED" in reason or "UNKNOWN_CA" in reason or "BAD_CERTIFICATE" in reason:
         return (
-            f"{place} wants a client certificate that it knows ({reason})."
+            f"{place} requires a client certificate that it trusts ({reason})."
             " Set CLICKHOUSE_CLIENT_CERT_FILE and CLICKHOUSE_CLIENT_KEY_FILE."
         )
     return (
-        f"{place} does not speak TLS as we do ({reason}). Check the port in CLICKHOUSE_URL"
-        " (8443 by habit; 8123 is plain http), and whether the server wants a client certificate"
+        f"The TLS handshake with {place} failed ({reason}). Check the port in CLICKHOUSE_URL"
+        " (8443 by default; 8123 is plain http), and whether the server requires a client certificate"
         " (CLICKHOUSE_CLIENT_CERT_FILE)."
     )
 
 
-def may_want_a_certificate(error: BaseException, settings: Settings) -> bool:
-    """Whether a connection that broke may have been refused for want of a client certificate.
+def may_require_a_certificate(error: BaseException, settings: Settings) -> bool:
+    """Whether a connection may have been closed because the client certificate is missing.
 
-    With TLS 1.3 the client believes itself let in before the server has looked: the refusal is then no
-    more than a connection that ends.
+    With TLS 1.3 a rejected client certificate surfaces only as a later connection reset.
     """
     return (
         settings.clickhouse_url.startswith("https:")
         and settings.clickhouse_client_cert_file is None
         and any(
-            isinstance(each, ConnectionResetError | BrokenPipeError | ConnectionAbortedError)
-            for each in _causes(error)
+            isinstance(cause, ConnectionResetError | BrokenPipeError | ConnectionAbortedError)
+            for cause in _causes(error)
         )
     )
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what is behind it, as urllib3 and the driver wrap it."""
+    """The error and all its causes, also those that urllib3 and the driver keep in `reason` and `args`."""
     seen: list[BaseException] = []
     waiting = [error]
     while waiting:
-        one = waiting.pop()
-        if one in seen:
+        current = waiting.pop()
+        if current in seen:
             continue
-        seen.append(one)
-        behind = (getattr(one, "reason", None), one.__cause__, one.__context__, *one.args)
-        waiting += [each for each in behind if isinstance(each, BaseException)]
+        seen.append(current)
+        causes = (
+            getattr(current, "reason", None),
+            current.__cause__,
+            current.__context__,
+            *current.args,
+        )
+        waiting += [cause for cause in causes if isinstance(cause, BaseException)]
     return seen
 
 
@@ -106,7 +110,7 @@ def _file(path: Path | None) -> str | None:
     return None if path is None else str(path.expanduser())
 
 
-def _unreadable(names: str, paths: str | None, what: str, error: OSError) -> StoreRefused:
+def _unreadable(names: str, paths: str | None, kind: str, error: OSError) -> StoreRefused:
     return StoreRefused(
-        f"{names}: {paths} cannot be read as a {what}: {error.strerror or error}. Give one that can."
+        f"{names}: {paths} cannot be read as a {kind}: {error.strerror or error}. Give one that can."
     )

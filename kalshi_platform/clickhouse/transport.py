@@ -1,16 +1,16 @@
-"""HTTP to ClickHouse: only ClickHouse's own answer to the very request is taken for an answer.
+"""HTTP transport to ClickHouse that accepts only ClickHouse's own answer to the request.
 
-Between here and ClickHouse there may be proxies. One of them can answer with HTTP 200 and a login page, an
-error text, nothing, or the answer of another request. ClickHouse names the query in every answer: the driver
-gives each request an id of its own (`query_id`), and the answer carries it (`X-ClickHouse-Query-Id`). So:
+A proxy in between can answer with HTTP 200 and a login page, an error text, nothing, or the answer to another
+request. ClickHouse identifies its answers: the driver gives each request an id (`query_id`), which the answer
+repeats in `X-ClickHouse-Query-Id`. An answer is therefore accepted only if
 
-    status 200, or an error with `X-ClickHouse-Exception-Code`, which the driver translates
-    the id of this request
-    a body only with `X-ClickHouse-Format`: an INSERT's is empty
-    no redirect is followed, for it would carry rows and password elsewhere
+- its status is 200, or it is an error with `X-ClickHouse-Exception-Code`, which the driver translates;
+- it has the id of this request;
+- its body is empty, as that of an INSERT, or has `X-ClickHouse-Format`;
+- it is not a redirect: following one would send rows and password to another host.
 
-Anything else is a `StoreError` with the address, the status and how the body begins. That rows are there is
-another question: see `clickhouse.insert_arrow` and `verified_inserts`.
+Anything else is a `StoreError` with the address, the status and the beginning of the body. Whether rows are stored
+is checked elsewhere: see `client.insert_arrow` and `verified_inserts`.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = ["pool_to"]
 EXCERPT = 120
 """Characters of a foreign answer that an error shows."""
 _QUERY_ID = re.compile(r"[?&]query_id=([^&]*)")
-_OF_ANOTHER_TRY = frozenset({408, 425, 429})
+_RETRYABLE = frozenset({408, 425, 429})
 _NOT_OURS = "not as ClickHouse does"
 _BETWEEN = "Check CLICKHOUSE_URL, and what is between here and ClickHouse."
 _MIXED_UP = (
-    "Something between here and ClickHouse keeps answers, mixes them up, or replaces query ids. Take it out of"
-    " the way, or let it pass query_id on."
+    "A proxy between here and ClickHouse caches answers, mixes them up, or replaces query ids. Remove it, or let it"
+    " forward query_id."
 )
-_Wrong = tuple[type[StoreError], str, str]
+_Fault = tuple[type[StoreError], str, str]
 """The kind of error, what is wrong, and what to do."""
 
 
 def pool_to(url: str, **files: Any) -> PoolManager:
-    """Connections to a server, shared by all clients of it: to this machine never through a proxy.
+    """The connection pool of a server, shared by all its clients; the loopback interface never uses a proxy.
 
-    `files` are the driver's names for certificates.
+    `files` are the driver's certificate options.
     """
     at = urlsplit(url)
     host = at.hostname or ""
@@ -69,40 +69,40 @@ def _pool(proxy: str | None, **files: Any) -> PoolManager:
 
 
 class _OwnAnswers(PoolManager):
-    """See the module."""
+    """A connection pool that checks each answer as the module describes."""
 
     def urlopen(  # type: ignore[override]  # of urllib3's overloads
         self, method: str, url: str, redirect: bool = True, **kw: Any
     ) -> BaseHTTPResponse:
-        """Send a request. Raises `StoreError` for an answer that is not ClickHouse's own to it."""
+        """Send a request. Raises `StoreError` for an answer that is not ClickHouse's own."""
         asked = _QUERY_ID.search(url)
-        if asked is not None and not asked[1]:  # the driver names the query of a table's columns so
+        if asked is not None and not asked[1]:  # the driver sends this query without an id
             url = f"{url[: asked.end()]}{uuid.uuid4()}{url[asked.end() :]}"
             asked = _QUERY_ID.search(url)
         answer = super().urlopen(method, url, redirect=False, **kw)
         if asked is None:  # a ping
             return answer
         is_read = bool(kw.get("preload_content", True))
-        wrong = _wrong(answer, unquote(asked[1]), is_read=is_read)
-        if wrong is None:
+        fault = _fault(answer, unquote(asked[1]), is_read=is_read)
+        if fault is None:
             return answer
-        kind, what, remedy = wrong
+        kind, reason, remedy = fault
         begins = _beginning(answer, is_read=is_read, headers=kw.get("headers") or {})
         answer.close()
-        self.clear()  # who answers for another may have mixed up the next answers, too
+        self.clear()  # later answers on these connections may be mixed up, too
         at = urlsplit(url)
         raise kind(
             f"ClickHouse at {at.scheme}://{at.netloc.rpartition('@')[2]}{at.path} answered HTTP"
-            f" {answer.status}, but {what}. {begins} {remedy}"
+            f" {answer.status}, but {reason}. {begins} {remedy}"
         )
 
 
 class _ProxiedOwnAnswers(_OwnAnswers, ProxyManager):
-    """The same through a proxy of the environment."""
+    """The same through the environment's proxy."""
 
 
-def _wrong(answer: BaseHTTPResponse, query_id: str, *, is_read: bool) -> _Wrong | None:
-    """What shows that an answer is not ClickHouse's to this query; None where nothing does."""
+def _fault(answer: BaseHTTPResponse, query_id: str, *, is_read: bool) -> _Fault | None:
+    """Why an answer is not ClickHouse's answer to this query; None if it is."""
     headers = answer.headers
     if headers.get("X-ClickHouse-Exception-Code"):
         return None
@@ -116,25 +116,25 @@ def _wrong(answer: BaseHTTPResponse, query_id: str, *, is_read: bool) -> _Wrong 
     return None
 
 
-def _of_query(answered: str | None, headers: Mapping[str, str]) -> _Wrong:
+def _of_query(answered: str | None, headers: Mapping[str, str]) -> _Fault:
     if answered is not None:
-        what = f"to another query ({printable(answered[:EXCERPT])})"
-        return StoreUnavailable, what, _MIXED_UP
+        reason = f"to another query ({printable(answered[:EXCERPT])})"
+        return StoreUnavailable, reason, _MIXED_UP
     if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
         return StoreUnavailable, "the answer breaks off in its headers", _BETWEEN
     return StoreRefused, f"{_NOT_OURS}: without X-ClickHouse-Query-Id", _BETWEEN
 
 
-def _of_status(status: int) -> _Wrong:
-    if status >= 500 or status in _OF_ANOTHER_TRY:
+def _of_status(status: int) -> _Fault:
+    if status >= 500 or status in _RETRYABLE:
         return StoreUnavailable, _NOT_OURS, "A proxy before it, or it is starting."
     if 300 <= status < 400:
-        return StoreRefused, f"{_NOT_OURS}: it sends us elsewhere, which is not followed", _BETWEEN
+        return StoreRefused, f"{_NOT_OURS}: a redirect, which is not followed", _BETWEEN
     return StoreRefused, _NOT_OURS, _BETWEEN
 
 
 def _beginning(answer: BaseHTTPResponse, *, is_read: bool, headers: Mapping[str, str]) -> str:
-    """How the body begins, as a sentence, without what the request's headers say of user and password."""
+    """The beginning of the body, as a sentence, without the user and password of the request's headers."""
     try:
         body = answer.data if is_read else answer.read(4 * EXCERPT, decode_content=False)
     except HTTPError as error:

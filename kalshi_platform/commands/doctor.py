@@ -33,7 +33,7 @@ from kalshi_platform.clickhouse.client import (
     MINIMUM_VERSION,
     Client,
     connect,
-    look,
+    ping,
     server_version,
 )
 from kalshi_platform.clickhouse.migrations import State
@@ -316,7 +316,7 @@ def _markets(settings: Settings) -> Finding:
 def _clickhouse(settings: Settings) -> Finding:
     if not settings.use_clickhouse:
         return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
-    look(settings)  # fails soon if the server accepts connections but never answers
+    ping(settings)  # fails soon if the server accepts connections but never answers
     with closing(connect(settings, database=False, log_comment="doctor")) as client:
         version = server_version(client)
         cluster = _cluster(client, settings.clickhouse_cluster)

@@ -65,7 +65,7 @@ _CONFIG = """<clickhouse>
   <users_config>{users}</users_config>
   <user_files_path>{user_files}/</user_files_path>
   <merge_tree>
-    <!-- as migrations would set it table by table: see migrations._leave_statistics_out -->
+    <!-- as migrations would set it table by table: see migrations._disable_statistics -->
     <auto_statistics_types></auto_statistics_types>
     <old_parts_lifetime>{sources_kept_s}</old_parts_lifetime>
     <!-- what is acknowledged outlives a power failure: a load's cursor is durable, too, and builds on it -->

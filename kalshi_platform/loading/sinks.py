@@ -122,7 +122,7 @@ class ClickHouseSink:
 
     def look(self) -> None:
         """Raise `StoreError` where ClickHouse does not answer."""
-        client.look(self._settings)
+        client.ping(self._settings)
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """One insert per table. `latest_levels` goes last: it is never ahead of the events.

@@ -71,7 +71,7 @@ def _hot_tables(settings: "Settings", notify: Callable[[str], None]) -> Mapping[
     if not settings.use_clickhouse:
         return {}
     with closing(connect(settings, log_comment="retention")) as client:
-        changed = migrations.keep(client, settings, notify=notify)
+        changed = migrations.update_retention(client, settings, notify=notify)
         kept = hot.in_words(hot.kept(client).values())
     return {
         "kept in ClickHouse": MetadataValue.text(kept),

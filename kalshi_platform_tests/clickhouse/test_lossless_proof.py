@@ -221,7 +221,9 @@ def begun_long_ago(client: Client) -> None:
 
 def keep_days(client: Client, url: str, days: int) -> None:
     """What retention does, with the merges that would come some day."""
-    migrations.keep(client, settings_for(url, str(client.database), hot_retention_days=days))
+    migrations.update_retention(
+        client, settings_for(url, str(client.database), hot_retention_days=days)
+    )
     for table in ("orderbook_events", "stream_events"):
         client.command(f"OPTIMIZE TABLE {table} FINAL")
 

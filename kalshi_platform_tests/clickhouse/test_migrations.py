@@ -164,7 +164,7 @@ def test_views_of_a_changed_migration_are_made_again_as_the_newest_has_them(
         assert client.query(view).first_row == newest
         assert {s.state for s in migrations.standing(client)} == {State.APPLIED}
     assert said == [
-        "014_book_at was another file when it was applied: what it makes is as it is now."
+        "014_book_at was another file when it was applied; its tables and views match the file as it is now."
     ]
 
 

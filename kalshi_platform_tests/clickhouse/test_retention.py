@@ -138,7 +138,7 @@ def test_the_retention_is_altered_only_where_it_differs(
 ) -> None:
     def keep(days: int) -> set[str]:
         settings = settings_for(clickhouse_url, clickhouse_database, hot_retention_days=days)
-        return {change.table for change in migrations.keep(client, settings)}
+        return {change.table for change in migrations.update_retention(client, settings)}
 
     with migrated(clickhouse_url, clickhouse_database, retention_days=30) as client:
         assert set(hot_retention.kept(client).values()) == {30}
@@ -156,7 +156,7 @@ def test_a_hundred_years_of_retention_lose_nothing(
     with migrated(clickhouse_url, clickhouse_database) as client:
         for days in (hot_retention.FOR_EVER_DAYS - 1, 36_500):
             settings = settings_for(clickhouse_url, clickhouse_database, hot_retention_days=days)
-            migrations.keep(client, settings)
+            migrations.update_retention(client, settings)
             client.command(
                 f"INSERT INTO stream_events (ingest_ts, kind) VALUES (now64(6), '{days}')"
             )
@@ -171,7 +171,7 @@ def test_no_ttl_is_put_on_a_table_of_another_owner(
         client.command("RENAME TABLE book_checkpoints TO former")
         client.command("CREATE TABLE book_checkpoints (ts DateTime) ENGINE = MergeTree ORDER BY ts")
         with pytest.raises(StoreRefused, match=r"book_checkpoints \("):
-            migrations.keep(client, settings_for(clickhouse_url, clickhouse_database))
+            migrations.update_retention(client, settings_for(clickhouse_url, clickhouse_database))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_client_certificate_is_shown_where_it_is_asked_for(
 
 def test_plain_http_behind_an_https_url_is_named(clickhouse_url: str) -> None:
     sentence = said(clickhouse_url.replace("http:", "https:"))
-    assert "does not speak TLS as we do" in sentence
+    assert "The TLS handshake with" in sentence
     assert "Check the port in CLICKHOUSE_URL" in sentence
 
 

@@ -405,7 +405,7 @@ def test_a_dead_streamer_is_reported_if_it_is_not_replaced(watch: Watch) -> None
     assert over["event"] == "resolved"
 
 
-def test_a_restart_of_less_than_a_minute_is_nothing_to_tell(watch: Watch) -> None:
+def test_a_restart_within_a_minute_sends_nothing(watch: Watch) -> None:
     watch.report()
     assert watch.tick() == []
     watch.report(pid_started=1.0)  # its process is gone
@@ -531,7 +531,7 @@ def test_without_a_channel_the_tick_says_what_is_wrong(watch: Watch) -> None:
     assert incidents.counts(incidents.read(watch.cursor))[Severity.WARNING] == 1
 
 
-def test_a_cursor_that_is_no_ledger_is_begun_anew(watch: Watch) -> None:
+def test_a_cursor_that_is_not_a_ledger_is_replaced(watch: Watch) -> None:
     watch.cursor = "{"
     watch.run("planted", good=False)
     (notice,) = watch.tick()

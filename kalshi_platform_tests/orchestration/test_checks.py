@@ -394,13 +394,13 @@ def test_a_level_that_differs_from_the_exchange_s_warns(recorded: Platform) -> N
     assert {name: shown[name] for name in level} == level
 
 
-def crossing(lasts_s: float, *, mended: bool) -> list[wire.Record]:
+def crossing(lasts_s: float, *, uncrossed: bool) -> list[wire.Record]:
     """Cross the book of A-1 (YES 0.48, NO 0.51) for a while near the end of an hour's records."""
     records = recording(50)
     at, seq = records[-1][0] + wire.SECOND, 53
     records.append((at, CONN, Kind.DELTA, wire.delta("A-1", seq, "no", 5_300, 100)))
     at += int(lasts_s * wire.SECOND)
-    if mended:
+    if uncrossed:
         frame = wire.delta("A-1", seq + 1, "no", 5_300, -100)
         frame = frame.replace(b"28.97871Z", b"40.5Z")  # another matching event
         records.append((at, CONN, Kind.DELTA, frame))
@@ -411,7 +411,7 @@ def crossing(lasts_s: float, *, mended: bool) -> list[wire.Record]:
 def test_only_a_book_that_stays_crossed_warns(
     empty: Platform,
 ) -> None:
-    empty.record(crossing(20, mended=False))
+    empty.record(crossing(20, uncrossed=False))
     found = empty.check()
     assert red(found) == {"books_uncrossed": WARN}
     (book,) = table(found["books_uncrossed"])
@@ -421,12 +421,12 @@ def test_only_a_book_that_stays_crossed_warns(
 
 
 def test_a_book_that_is_crossed_only_this_moment_is_no_finding(empty: Platform) -> None:
-    empty.record(crossing(2, mended=False))
+    empty.record(crossing(2, uncrossed=False))
     assert red(empty.check()) == {}
 
 
 def test_a_stale_book_is_not_checked(empty: Platform) -> None:
-    records = crossing(20, mended=False)
+    records = crossing(20, uncrossed=False)
     records.insert(
         -2, (records[-2][0], CONN, Kind.NOTE, wire.note("gap", {"cause": "t"}, sid=1, ticker="A-1"))
     )
@@ -436,7 +436,7 @@ def test_a_stale_book_is_not_checked(empty: Platform) -> None:
 
 
 def test_a_crossed_book_of_a_computed_hour_is_reported_later(empty: Platform) -> None:
-    records = crossing(20, mended=True)
+    records = crossing(20, uncrossed=True)
     late = int(SECOND_HOUR.timestamp()) * wire.SECOND + 10 * wire.SECOND
     records.append((late, CONN, Kind.DELTA, wire.delta("A-1", 55, "yes", 4_700, 5)))
     records.append((late, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))

@@ -103,13 +103,13 @@ def test_every_partition_stays_materialised(
 ) -> None:
     hours = ["2026-11-02-00:00", "2026-11-02-01:00"]
     first = [run(instance, "record", hour) for hour in hours]
-    anew = run(instance, "record", hours[0])
+    again = run(instance, "record", hours[0])
     before = instance.get_status_by_partition(KEY, hours, HOURS)
     purged = purge(instance)
     assert (purged.runs, purged.kept) == (1, 2)
     assert instance.get_run_by_id(first[0]) is None
     assert instance.get_run_by_id(first[1]) is not None
-    assert instance.get_run_by_id(anew) is not None
+    assert instance.get_run_by_id(again) is not None
     assert instance.get_materialized_partitions(KEY) == set(hours)
     assert instance.get_status_by_partition(KEY, hours, HOURS) == before
 
