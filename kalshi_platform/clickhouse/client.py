@@ -39,8 +39,8 @@ __all__ = [
     "comment",
     "connect",
     "insert_arrow",
-    "ping",
     "password",
+    "ping",
     "server_version",
     "translated",
 ]
@@ -107,7 +107,7 @@ _WRONG_USER = {
 _UNKNOWN_TABLE, _UNKNOWN_DATABASE, _ACCESS_DENIED = 60, 81, 497
 _CODE = re.compile(r"\bCode:\s*(\d+)")
 _EXPECTED = re.compile(r"Expected one of: .{100,}", re.DOTALL)
-"""The parser's list of every possible next word, which helps nobody if it is long."""
+"""The parser's list of every possible next word, useless if it is long."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*(\(version|$)")
 _WORDS_OF_DRIVER = re.compile(
     r"^(Received ClickHouse exception, code: \d+, server response: )?(Code: \d+\. )?(DB::Exception: )?"

@@ -1,4 +1,4 @@
-"""Rows by hand, and a migrated database to put them into.
+"""Hand-made rows, and migrated databases for them.
 
 Migrating takes some seventy statements, a database's definitions as they are afterwards less than half: `prepare`
 runs those, for tests that are about something else. test_tables.py compares both.
@@ -30,14 +30,14 @@ from kalshi_platform_tests.clickhouse.two_shards import database_name
 from kalshi_platform_tests.conftest import DATABASE_TIMEOUT_S
 
 STATEMENT_TIMEOUT_S = 120.0
-"""For a definition, on a machine that is busy with other things."""
+"""Timeout of a definition on a busy machine."""
 _tokens = count()
 _made: dict[tuple[tuple[Migration, ...], str | None], Sequence[str]] = {}
 """What `prepare` runs, by the migrations that it stands for and the cluster: the same on every server of this version."""
 
 
 def settings_for(url: str, database: str, **others: Any) -> Settings:
-    """Settings for one ClickHouse database, whatever `.env` says."""
+    """Settings for a ClickHouse database, independent of `.env`."""
     return platform_settings.load(
         _env_file=None, clickhouse_url=url, clickhouse_database=database, **others
     )
@@ -63,7 +63,7 @@ def prepare(settings: Settings) -> None:
 
 @contextmanager
 def database_of_a_module(url: str) -> Iterator[Settings]:
-    """Settings of a fresh database with every table, dropped at the end."""
+    """Settings of a new database with every table, which is dropped at the end."""
     settings = settings_for(url, database_name(), hot_retention_days=36_500)
     prepare(settings)
     yield settings
@@ -77,19 +77,19 @@ def _run(web: httpx.Client, url: str, sql: str, **params: str) -> None:
 
 
 def _definitions(settings: Settings) -> Sequence[str]:
-    """The statements that make what `migrate` makes, with the migrations that there are now."""
-    there = migrations.available(), settings.clickhouse_cluster
-    if there not in _made:
+    """The statements that create what `migrate` creates with the current migrations."""
+    basis = migrations.available(), settings.clickhouse_cluster
+    if basis not in _made:
         template = settings.model_copy(update={"clickhouse_database": database_name()})
         migrations.migrate(template)
         with closing(connect(template)) as client:
-            _made[there] = [*_created(client), _bookkeeping(client)]
+            _made[basis] = [*_created(client), _bookkeeping(client)]
             client.command(f"DROP DATABASE {template.clickhouse_database} SYNC")
-    return _made[there]
+    return _made[basis]
 
 
 def _created(client: Client) -> Iterator[str]:
-    """The definition of each table and view, without the database's name, in the order in which they can be made."""
+    """The definition of each table and view, without the database's name, in an order in which they can be created."""
     found = client.query(
         "SELECT name, create_table_query FROM system.tables WHERE database = currentDatabase()"
     ).result_rows
@@ -101,15 +101,15 @@ def _created(client: Client) -> Iterator[str]:
                 order.pop(made.name, None)  # a view that is replaced may need what came meanwhile
                 order[made.name] = None
     for name in order:
-        for each in (name + LOCAL, name):
-            if (sql := definitions.pop(each, None)) is not None:
+        for created in (name + LOCAL, name):
+            if (sql := definitions.pop(created, None)) is not None:
                 unnamed = sql.replace(f"{client.database}.", "")
                 yield unnamed.replace(f"'{client.database}'", "currentDatabase()")
     assert not definitions
 
 
 def _bookkeeping(client: Client) -> str:
-    """The statement that writes down which migrations were applied."""
+    """The statement that records which migrations were applied."""
     rows = client.query("SELECT version, name, checksum FROM schema_migrations FINAL").result_rows
     applied = ", ".join(f"({version}, '{name}', '{checksum}')" for version, name, checksum in rows)
     return (
@@ -131,7 +131,7 @@ def migrated(url: str, database: str, *, retention_days: int = 36_500) -> Iterat
 
 
 def arrow(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """`rows` with the dataset's columns; what is left out is zero, empty or null."""
+    """`rows` with all the dataset's columns; missing values are zero, empty or null."""
     columns = []
     for column in dataset.columns:
         values = [row.get(column.name, _blank(column.arrow, column.nullable)) for row in rows]
@@ -141,7 +141,7 @@ def arrow(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def insert(client: Client, dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert `rows`, each call anew."""
+    """Insert `rows`; each call has a new token."""
     insert_arrow(client, dataset.name, arrow(dataset, rows), f"by hand {next(_tokens)}")
 
 
@@ -160,12 +160,12 @@ def _blank(kind: pa.DataType, nullable: bool) -> Any:
 
 
 def one_row(client: Client, sql: str) -> tuple[Any, ...]:
-    """The first row of an answer that must have one."""
+    """The first row of an answer, which must have one."""
     row = client.query(sql).first_row
     assert row is not None
     return tuple(row)
 
 
 def uuid(number: int) -> str:
-    """A UUID that is easy to tell from another."""
+    """A UUID that is easy to recognise."""
     return ZERO_UUID[:-8] + f"{number:08x}"

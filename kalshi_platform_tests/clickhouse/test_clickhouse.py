@@ -1,4 +1,4 @@
-"""The client factory: what comes back exactly, what is stored once, and how failures read."""
+"""The client: exact values, inserts that are stored once, and sentences for failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import ORDERBOOK_EVENTS
 from kalshi_platform_tests.clickhouse.tables import arrow, migrated, one_row, settings_for, uuid
 
-SECRET = "a-password-nobody-should-see"
+SECRET = "a-password-to-keep-secret"
 AT = datetime(2026, 11, 22, 14, 3, 5, 123456, tzinfo=UTC)
 
 ROWS = [
@@ -141,7 +141,7 @@ def test_threads_may_share_a_client(clickhouse_url: str, clickhouse_database: st
     assert failures == []
 
 
-def test_a_table_that_is_not_there_is_refused_with_its_code(
+def test_a_missing_table_is_refused_with_its_code(
     clickhouse_url: str, clickhouse_database: str
 ) -> None:
     with (
@@ -163,9 +163,7 @@ def test_bad_data_is_refused_for_good(clickhouse_url: str, clickhouse_database: 
     assert refused.value.code is not None
 
 
-def test_what_passes_by_itself_is_unavailable(
-    clickhouse_url: str, clickhouse_database: str
-) -> None:
+def test_transient_errors_are_unavailable(clickhouse_url: str, clickhouse_database: str) -> None:
     with (
         closing(connect(settings_for(clickhouse_url, clickhouse_database))) as client,
         pytest.raises(StoreUnavailable) as late,
@@ -201,12 +199,12 @@ def test_a_wrong_password_is_named_without_being_shown(
     settings = settings_for(
         clickhouse_url,
         clickhouse_database,
-        clickhouse_user="nobody_we_know",
+        clickhouse_user="unknown_user",
         clickhouse_password=SECRET,
     )
     with pytest.raises(StoreRefused, match="CLICKHOUSE_PASSWORD") as refused:
         connect(settings)
-    assert "nobody_we_know" in str(refused.value)
+    assert "unknown_user" in str(refused.value)
     cause: BaseException | None = refused.value
     while cause is not None:
         assert SECRET not in repr(cause) + str(cause)
@@ -214,10 +212,10 @@ def test_a_wrong_password_is_named_without_being_shown(
     assert SECRET not in repr(settings)
 
 
-def test_a_server_that_is_away_is_unavailable(caplog: pytest.LogCaptureFixture) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+def test_an_unreachable_server_is_unavailable(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(
             StoreUnavailable, match=rf"{url} cannot be reached \(Connection refused\)"
         ):
@@ -235,7 +233,7 @@ def test_a_server_that_stays_silent_is_unavailable() -> None:
             connect(settings_for(url, "kalshi"), receive_timeout_s=1)
 
 
-def test_the_environment_s_proxy_is_not_asked_about_this_machine(
+def test_the_environments_proxy_is_not_used_for_loopback(
     clickhouse_url: str, clickhouse_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -246,7 +244,7 @@ def test_the_environment_s_proxy_is_not_asked_about_this_machine(
 
 
 @pytest.mark.parametrize(("status", "kind"), [(404, StoreRefused), (502, StoreUnavailable)])
-def test_a_server_that_is_no_clickhouse_is_told_apart(status: int, kind: type[StoreError]) -> None:
+def test_a_server_that_is_not_clickhouse_is_named(status: int, kind: type[StoreError]) -> None:
     with _web_server(status) as url, pytest.raises(kind, match=f"HTTP {status}"):
         connect(settings_for(url, "kalshi"))
 
@@ -261,7 +259,7 @@ def _web_server(status: int) -> Iterator[str]:
         do_GET = do_POST = _answer  # noqa: N815
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""On a cluster the same files make the same tables, views and answers; what is not understood is refused."""
+"""On a cluster the same files create equivalent tables and views; unknown statements are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _unused = iter(reversed(two_shards.DATABASES))
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an engine that stands in for a cluster."""
+    """The URL of an engine that emulates a cluster."""
     with two_shards.running(tmp_path_factory.mktemp("two_shards")) as url:
         yield url
 
@@ -47,17 +47,17 @@ def client(url: str) -> Iterator[Client]:
 
 
 def every_statement(database: str) -> list[tuple[str, str]]:
-    """Each statement of each migration as the cluster gets it, with the migration's name."""
+    """Each statement of each migration, translated for the cluster, with the migration's name."""
     cluster = Cluster(CLUSTER, database)
     return [
-        (str(migration), each)
+        (str(migration), spread)
         for migration in migrations.available()
         for statement in statements(migration.sql)
-        for each in cluster.spread(statement)
+        for spread in cluster.spread(statement)
     ]
 
 
-def test_the_real_parser_takes_every_statement_and_finds_the_cluster_in_each(url: str) -> None:
+def test_the_real_parser_accepts_every_cluster_statement(url: str) -> None:
     with closing(connect(settings_for(url, "default"), database=False)) as client:
         for name, statement in every_statement("kalshi"):
             ((formatted,),) = client.query(
@@ -66,7 +66,7 @@ def test_the_real_parser_takes_every_statement_and_finds_the_cluster_in_each(url
             assert f"ON CLUSTER {CLUSTER}" in formatted, (name, formatted)
 
 
-def test_replicated_tables_are_what_the_engine_makes_of_the_statements(url: str) -> None:
+def test_replicated_tables_match_the_statements(url: str) -> None:
     client = connect(settings_for(url, "default"), database=False)
     client.command(f"CREATE DATABASE {CHECKED}")
     made = [s for _, s in every_statement(CHECKED) if s.startswith("CREATE TABLE")]
@@ -91,7 +91,7 @@ def test_replicated_tables_are_what_the_engine_makes_of_the_statements(url: str)
         )
 
 
-def test_every_table_is_cut_by_market_but_those_that_keep_records() -> None:
+def test_every_table_but_the_records_is_sharded_by_market() -> None:
     cluster = Cluster(CLUSTER, "kalshi")
     for migration in migrations.available():
         for statement in statements(migration.sql):
@@ -108,9 +108,7 @@ def test_every_table_is_cut_by_market_but_those_that_keep_records() -> None:
     )
 
 
-def test_a_second_run_applies_nothing_and_the_retention_is_of_the_local_tables(
-    client: Client, url: str
-) -> None:
+def test_a_second_run_on_a_cluster_applies_nothing(client: Client, url: str) -> None:
     database = client.database
     assert database
     settings = settings_for(url, database, clickhouse_cluster=CLUSTER, hot_retention_days=7)
@@ -144,16 +142,16 @@ def test_a_table_of_another_owner_is_refused_on_the_cluster_too(url: str, name: 
         )
         with pytest.raises(StoreRefused, match=rf": {name} \(a MergeTree.*ON CLUSTER 'two'\.$"):
             migrations.migrate(settings)
-        there = "SELECT name FROM system.tables WHERE database = {name:String}"
-        assert client.query(there, parameters={"name": database}).result_rows == [(name,)]
+        listing = "SELECT name FROM system.tables WHERE database = {name:String}"
+        assert client.query(listing, parameters={"name": database}).result_rows == [(name,)]
 
 
-def test_a_cluster_that_the_server_does_not_know_is_refused_with_those_it_knows(url: str) -> None:
+def test_an_unknown_cluster_is_refused_with_the_known_ones(url: str) -> None:
     with pytest.raises(StoreRefused, match=r"'three', but the server knows .*one, two"):
         migrations.migrate(settings_for(url, "nowhere", clickhouse_cluster="three"))
 
 
-def test_an_insert_through_a_distributed_table_is_stored_once_for_its_token(url: str) -> None:
+def test_an_insert_through_a_distributed_table_is_stored_once(url: str) -> None:
     """One shard, itself: tokens pass through the Distributed table to the table behind it."""
     with closing(connect(settings_for(url, "default"), database=False)) as client:
         client.command(
@@ -183,7 +181,7 @@ def test_one_market_is_on_one_shard(client: Client) -> None:
     assert {number for (number,) in shards} == {1, 2}
 
 
-def test_where_rows_are_is_read_from_the_server(client: Client, url: str) -> None:
+def test_where_rows_are_stored_is_read_from_the_server(client: Client, url: str) -> None:
     found = place(client, "spreads")
     assert found is not None
     assert found.target == f"{client.database}.spreads_local ON CLUSTER '{CLUSTER}'"
@@ -212,12 +210,12 @@ def test_doctor_names_the_cluster_or_those_that_there_are(url: str) -> None:
         "OPTIMIZE TABLE t FINAL",
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(statement: str) -> None:
+def test_unknown_statements_are_refused_by_name(statement: str) -> None:
     with pytest.raises(StoreRefused, match=re.escape(statement[:20])):
         Cluster(CLUSTER, "kalshi").spread(statement)
 
 
-def test_an_alter_reaches_both_tables_where_both_show_it() -> None:
+def test_an_alter_of_columns_reaches_both_tables() -> None:
     cluster = Cluster(CLUSTER, "kalshi")
     cluster.spread(TABLE)
     local, shown = cluster.spread(
@@ -235,7 +233,7 @@ def test_an_alter_reaches_both_tables_where_both_show_it() -> None:
     )
 
 
-def test_a_materialized_view_reads_and_writes_the_tables_of_its_own_shard() -> None:
+def test_a_materialized_view_stays_on_its_shard() -> None:
     cluster = Cluster(CLUSTER, "kalshi")
     cluster.spread(TABLE)
     cluster.spread(TABLE.replace(" t ", " u "))
@@ -266,9 +264,7 @@ def test_a_materialized_view_reads_and_writes_the_tables_of_its_own_shard() -> N
         ("INSERT INTO t SELECT * FROM t", ["INSERT INTO t SELECT * FROM t"]),
     ],
 )
-def test_other_statements_reach_every_host_or_go_through_the_distributed_table(
-    statement: str, meaning: list[str]
-) -> None:
+def test_other_statements_reach_every_host(statement: str, meaning: list[str]) -> None:
     cluster = Cluster(CLUSTER, "kalshi")
     cluster.spread(TABLE)
     assert cluster.spread(statement) == meaning
@@ -291,8 +287,8 @@ ASKED = [
     "clickhouse/test_views.py::test_book_at_is_the_book_that_a_reader_of_every_event_had[0]",
     "clickhouse/test_views.py::test_an_hour_stands_on_its_checkpoint_alone",
     "clickhouse/test_views.py::test_top_of_book_turns_no_bids_into_yes_asks",
-    "clickhouse/test_lossless_proof.py::test_a_gap_row_never_hides_a_hole_elsewhere",
-    "clickhouse/test_lossless_proof.py::test_random_losses_are_counted_as_python_counts_them[1]",
+    "clickhouse/test_lossless_proof.py::test_a_gap_row_explains_no_other_gap",
+    "clickhouse/test_lossless_proof.py::test_random_losses_are_counted_as_in_python[1]",
     "inventory/test_checks.py::test_each_test_has_empty_tables",
     "inventory/test_checks.py::test_a_spike_that_returns_within_the_second_is_a_drift",
     "inventory/test_checks.py::test_an_action_of_another_market_explains_nothing",
@@ -312,7 +308,7 @@ ASKED = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_what_is_asked_of_one_server_is_answered_by_two_shards(tmp_path: Path) -> None:
+def test_queries_for_one_server_work_on_two_shards(tmp_path: Path) -> None:
     """Tests of views, checks and hours, again, on Distributed tables over two shards."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""The live views give what the definitions say, on books and on minutes of events made at random."""
+"""The live views agree with their definitions on random books and random minutes of events."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ def test_live_depth_and_imbalance_are_those_of_the_definitions(client: Client) -
     insert(client, LATEST_LEVELS, gone)
     insert(client, LATEST_LEVELS, rows)
 
-    there = {t: state(t, yes, no) for t, (yes, no) in books.items() if yes or no}
+    levels_of = {t: state(t, yes, no) for t, (yes, no) in books.items() if yes or no}
     depth = {row["market_ticker"]: row for row in answers(client, "SELECT * FROM live_depth")}
-    assert depth.keys() == there.keys()
-    for ticker, of in there.items():
-        (wanted,) = reference.depth([of])
+    assert depth.keys() == levels_of.keys()
+    for ticker, levels in levels_of.items():
+        (wanted,) = reference.depth([levels])
         del wanted["second"], wanted["verified"], wanted["known_at"]
         assert {name: depth[ticker][name] for name in wanted} == wanted
     found = {row["market_ticker"]: row for row in answers(client, "SELECT * FROM live_imbalance")}
-    assert found.keys() == there.keys()
-    for ticker, of in there.items():
-        (wanted,) = reference.imbalance([of])
+    assert found.keys() == levels_of.keys()
+    for ticker, levels in levels_of.items():
+        (wanted,) = reference.imbalance([levels])
         for name in ("imbalance_best", "imbalance_5_levels", "imbalance_5c"):
             assert found[ticker][name] == pytest.approx(float(wanted[name]), abs=1e-15)
 

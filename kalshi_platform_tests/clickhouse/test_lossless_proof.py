@@ -1,4 +1,4 @@
-"""The proof of losslessness finds what is missing and what is doubled, and nothing else."""
+"""The lossless proof finds missing and doubled rows, and nothing else."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Subscription:
         self._stream.append(self._row(kind, seq, detail) | self._next())
 
     def again(self) -> None:
-        """Everything is stored once more."""
+        """Store every row once more."""
         for rows in (self._events, self._stream, self._trades):
             rows.extend(list(rows))
 
     def at(self, moment: datetime) -> None:
-        """What follows was received then."""
+        """Set the receive time of the rows that follow."""
         self._of["ingest_ts"] = moment
 
     def _row(self, kind: str, seq: int, detail: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def proof(client: Client) -> list[dict[str, Any]]:
 
 
 def judged(client: Client) -> dict[str, Any]:
-    """The judgement of the only subscription."""
+    """The result of the only subscription."""
     (row,) = proof(client)
     return {name: row[name] for name in WHOLE}
 
@@ -125,7 +125,7 @@ def test_every_kind_of_numbered_frame_counts_once(client: Client) -> None:
     }  # fmt: skip
 
 
-def test_subscriptions_are_judged_apart_and_unnumbered_ones_not_at_all(client: Client) -> None:
+def test_subscriptions_are_checked_separately(client: Client) -> None:
     for conn, sid in ((1, 1), (1, 2), (2, 1)):
         one = Subscription(conn, sid)
         one.delta(1)
@@ -161,7 +161,7 @@ def test_a_trade_subscription_is_proved_like_the_books(client: Client) -> None:
     }
 
 
-def test_a_hole_without_a_gap_row_is_unexplained(client: Client) -> None:
+def test_missing_numbers_without_a_gap_row_are_unexplained(client: Client) -> None:
     one = Subscription()
     for seq in (1, 2, 5, 6):
         one.delta(seq)
@@ -187,10 +187,8 @@ def test_numbers_lost_at_the_very_beginning_are_missed(client: Client) -> None:
 
 
 @pytest.mark.parametrize("row", ["connected", "subscribed"])
-def test_half_a_recording_without_the_row_of_its_beginning_is_a_hole(
-    client: Client, row: str
-) -> None:
-    """What is gone is no reason to count from what is left."""
+def test_a_recording_without_its_first_row_has_a_gap(client: Client, row: str) -> None:
+    """After rows are deleted, the proof must not begin at the first remaining one."""
     one = Subscription()
     one.happened("connected")
     for seq in range(1, 41):
@@ -220,7 +218,7 @@ def begun_long_ago(client: Client) -> None:
 
 
 def keep_days(client: Client, url: str, days: int) -> None:
-    """What retention does, with the merges that would come some day."""
+    """Apply the retention and force the merges that delete expired rows."""
     migrations.update_retention(
         client, settings_for(url, str(client.database), hot_retention_days=days)
     )
@@ -228,7 +226,7 @@ def keep_days(client: Client, url: str, days: int) -> None:
         client.command(f"OPTIMIZE TABLE {table} FINAL")
 
 
-def test_what_retention_has_taken_is_not_missed(client: Client, clickhouse_url: str) -> None:
+def test_rows_that_retention_deleted_are_not_missing(client: Client, clickhouse_url: str) -> None:
     begun_long_ago(client)
     assert judged(client) == WHOLE
     keep_days(client, clickhouse_url, 30)
@@ -238,7 +236,7 @@ def test_what_retention_has_taken_is_not_missed(client: Client, clickhouse_url: 
     assert judged(client) == {**WHOLE, "holes": 1, "unexplained_holes": 1}
 
 
-def test_what_a_shorter_retention_had_taken_is_not_missed_after_it_is_longer(
+def test_rows_of_a_former_shorter_retention_are_not_missing(
     client: Client, clickhouse_url: str
 ) -> None:
     begun_long_ago(client)
@@ -249,8 +247,8 @@ def test_what_a_shorter_retention_had_taken_is_not_missed_after_it_is_longer(
     assert judged(client) == {**WHOLE, "holes": 20, "unexplained_holes": 20}
 
 
-def test_rows_that_retention_was_taking_are_not_looked_at(client: Client) -> None:
-    """Parts go one by one, in no order: what is left of them has holes."""
+def test_rows_that_retention_is_deleting_are_not_checked(client: Client) -> None:
+    """Parts are deleted one by one, in no order, so the remaining rows have gaps."""
     begun_long_ago(client)
     client.command("DELETE FROM orderbook_events WHERE seq IN (3, 4, 20)")
     assert judged(client)["unexplained_holes"] == 3
@@ -260,7 +258,7 @@ def test_rows_that_retention_was_taking_are_not_looked_at(client: Client) -> Non
     assert judged(client) == WHOLE
 
 
-def test_a_number_that_the_exchange_repeats_is_told_from_one_that_is_stored_twice(
+def test_a_repeated_number_differs_from_a_doubled_row(
     client: Client,
 ) -> None:
     one = Subscription(recorded=True)
@@ -276,7 +274,7 @@ def test_a_number_that_the_exchange_repeats_is_told_from_one_that_is_stored_twic
 
 
 def test_rows_of_earlier_versions_beside_those_with_records(client: Client) -> None:
-    """A number that is there with its record and without it was loaded by two versions."""
+    """A number with and without its record number was loaded by two versions."""
     old, new = Subscription(), Subscription(recorded=True)
     for seq in (1, 2, 3):
         old.delta(seq)
@@ -287,7 +285,7 @@ def test_rows_of_earlier_versions_beside_those_with_records(client: Client) -> N
     assert judged(client) == {**WHOLE, "doubled": 1}
 
 
-def test_everything_stored_twice_is_doubled_and_nothing_is_repeated(client: Client) -> None:
+def test_all_rows_stored_twice_are_doubled_not_repeated(client: Client) -> None:
     one = Subscription(recorded=True)
     one.happened("ok", 1)
     one.snapshot(2, levels=3)
@@ -298,7 +296,7 @@ def test_everything_stored_twice_is_doubled_and_nothing_is_repeated(client: Clie
     assert judged(client) == {**WHOLE, "doubled": 4 + 3}
 
 
-def test_levels_that_a_snapshot_had_are_missed(client: Client) -> None:
+def test_missing_levels_of_a_snapshot_are_found(client: Client) -> None:
     one = Subscription(recorded=True)
     one.snapshot(1, levels=5)
     one.snapshot(2, levels=5)
@@ -308,7 +306,7 @@ def test_levels_that_a_snapshot_had_are_missed(client: Client) -> None:
     assert judged(client) == {**WHOLE, "missing_levels": 2 + 5}
 
 
-def test_levels_without_their_snapshot_s_row_are_a_hole(client: Client) -> None:
+def test_levels_without_their_snapshots_row_are_a_gap(client: Client) -> None:
     one = Subscription()
     one.snapshot(1)
     one.delta(2)
@@ -317,8 +315,8 @@ def test_levels_without_their_snapshot_s_row_are_a_hole(client: Client) -> None:
     assert judged(client) == {**WHOLE, "holes": 1, "unexplained_holes": 1}
 
 
-def test_a_gap_row_never_hides_a_hole_elsewhere(client: Client) -> None:
-    """Overlapping gap rows, and ones that name numbers that are there, explain nothing more."""
+def test_a_gap_row_explains_no_other_gap(client: Client) -> None:
+    """Overlapping gap rows, and rows that name stored numbers, explain no further number."""
     one = Subscription()
     for seq in (1, 2, 5, 6, 9, 12):
         one.delta(seq)
@@ -333,15 +331,15 @@ def test_a_gap_row_never_hides_a_hole_elsewhere(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "doubled"),
+    ("part", "doubled"),
     [("delta", 1), ("ok", 1), ("snapshot row", 1), ("levels", 3), ("delta for ok", 1)],
 )
-def test_what_is_stored_twice_is_doubled(client: Client, what: str, doubled: int) -> None:
+def test_what_is_stored_twice_is_doubled(client: Client, part: str, doubled: int) -> None:
     one = Subscription()
     one.happened("ok", 1)
     one.snapshot(2, levels=3)
     one.delta(3)
-    match what:
+    match part:
         case "delta":
             one.delta(3)
         case "ok":
@@ -358,7 +356,7 @@ def test_what_is_stored_twice_is_doubled(client: Client, what: str, doubled: int
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_losses_are_counted_as_python_counts_them(client: Client, seed: int) -> None:
+def test_random_losses_are_counted_as_in_python(client: Client, seed: int) -> None:
     rng = random.Random(seed)
     one = Subscription()
     last = 400

@@ -22,7 +22,7 @@ from kalshi_platform_tests.clickhouse.two_shards import database_name
 
 @pytest.fixture(scope="module")
 def once_migrated(clickhouse_url: str) -> Iterator[Client]:
-    """A client of a database that is only looked at."""
+    """A client of a database that no test changes."""
     settings = settings_for(clickhouse_url, database_name())
     migrations.migrate(settings)
     with closing(connect(settings)) as client:
@@ -81,7 +81,7 @@ class Killed(BaseException):
 def test_a_migration_that_was_killed_after_any_statement_runs_again(
     clickhouse_url: str, clickhouse_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run is killed after the first statement that none before it had come to."""
+    """Each run is killed after the first statement that no earlier run has reached."""
     settings = settings_for(clickhouse_url, clickhouse_database)
     few = [m for m in migrations.available() if m.version in {1, 2, 10}]  # tables, views, ALTER
     run: set[str] = set()
@@ -141,7 +141,7 @@ def test_a_changed_migration_is_refused_before_anything_is_applied(
 
 
 def recorded_otherwise(client: Client, version: int) -> None:
-    """As where an earlier version's file of that number was another."""
+    """Emulate an earlier version whose file of that number was another one."""
     client.command(
         "INSERT INTO schema_migrations SELECT version, name, 'of another file', now64(3)"
         " FROM schema_migrations FINAL WHERE version = {version:UInt32}",
@@ -149,26 +149,26 @@ def recorded_otherwise(client: Client, version: int) -> None:
     )
 
 
-def test_views_of_a_changed_migration_are_made_again_as_the_newest_has_them(
+def test_views_of_a_changed_migration_are_recreated(
     clickhouse_url: str, clickhouse_database: str
 ) -> None:
     settings = settings_for(clickhouse_url, clickhouse_database)
     migrations.migrate(settings)
-    said: list[str] = []
+    notices: list[str] = []
     view = "SELECT create_table_query FROM system.tables WHERE database = currentDatabase() AND name = 'book_at'"
     with closing(connect(settings)) as client:
         newest = client.query(view).first_row
         client.command("CREATE OR REPLACE VIEW book_at AS SELECT 1 AS of_another_version")
         recorded_otherwise(client, 14)
-        assert migrations.migrate(settings, notify=said.append) == []
+        assert migrations.migrate(settings, notify=notices.append) == []
         assert client.query(view).first_row == newest
         assert {s.state for s in migrations.standing(client)} == {State.APPLIED}
-    assert said == [
+    assert notices == [
         "014_book_at was another file when it was applied; its tables and views match the file as it is now."
     ]
 
 
-def test_a_changed_migration_of_tables_is_accepted_as_its_refusal_says_where_they_are_right(
+def test_a_changed_migration_is_accepted_if_the_tables_match(
     clickhouse_url: str, clickhouse_database: str
 ) -> None:
     settings = settings_for(clickhouse_url, clickhouse_database)
@@ -193,7 +193,7 @@ def test_a_changed_migration_of_tables_is_accepted_as_its_refusal_says_where_the
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_a_migration_that_fails_names_itself_and_its_statement_and_runs_again(
+def test_a_failing_migration_is_named_and_runs_again(
     clickhouse_url: str, clickhouse_database: str, fails_at: int
 ) -> None:
     settings = settings_for(clickhouse_url, clickhouse_database)
@@ -208,20 +208,20 @@ def test_a_migration_that_fails_names_itself_and_its_statement_and_runs_again(
         rf" \(CREATE TABLE IF NOT EXISTS t{fails_at}\): .*NoSuchType.*migrate again\.$",
     ):
         migrations.migrate(settings, [first, broken])
-    mended = replace(broken, sql=";".join(good))
+    repaired = replace(broken, sql=";".join(good))
     with closing(connect(settings)) as client:
-        assert [s.state for s in migrations.standing(client, [first, mended])] == [
+        assert [s.state for s in migrations.standing(client, [first, repaired])] == [
             State.APPLIED,
             State.BEGUN,
         ]
-    assert migrations.migrate(settings, [first, mended]) == [mended]
+    assert migrations.migrate(settings, [first, repaired]) == [repaired]
 
 
 def test_applied_migrations_are_frozen() -> None:
     """A file that may have been applied somewhere never changes; a new one is added to the list."""
     listed = (migrations.folder() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    there = [f"{m.checksum}  {m}.sql" for m in migrations.available()]
-    assert there == listed, "add a new file's line: sha256sum NNN_name.sql >> SHA256SUMS"
+    current = [f"{m.checksum}  {m}.sql" for m in migrations.available()]
+    assert current == listed, "add a new file's line: sha256sum NNN_name.sql >> SHA256SUMS"
 
 
 def test_a_view_that_is_missing_is_made_again(

@@ -1,4 +1,4 @@
-"""What has one of our names and is not ours is refused before anything is changed, and stays as it is."""
+"""Foreign tables with one of the platform's names are refused before anything is changed, and stay as they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MADE = {
     if (made := definition(statement)) is not None
 }
 FEW = {1, 2, 13}
-"""Migrations that are enough for most of what is asked here, and quickly made."""
+"""The migrations that most tests here need; fewer are applied faster."""
 DESK_TRADES = """
 CREATE TABLE trades (id UInt64, ingest_ts DateTime64(3, 'UTC'), ticker String, px Float64)
 ENGINE = MergeTree ORDER BY id
@@ -36,7 +36,7 @@ ENGINE = MergeTree ORDER BY id
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform has some of its migrations only."""
+    """Reduce the platform to some of its migrations."""
     every = migrations.available()
     monkeypatch.setattr(
         migrations, "available", lambda: tuple(m for m in every if m.version in FEW)
@@ -75,7 +75,7 @@ def sum_of_desk(client: Client, name: str) -> object:
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("remedy", ["RENAME", "CLICKHOUSE_DATABASE"])
-def test_a_desk_s_own_trades_keep_their_rows_and_each_remedy_works(
+def test_a_desks_own_trades_are_kept_and_each_remedy_works(
     client: Client, monkeypatch: pytest.MonkeyPatch, remedy: str
 ) -> None:
     client.command(DESK_TRADES)
@@ -85,18 +85,18 @@ def test_a_desk_s_own_trades_keep_their_rows_and_each_remedy_works(
     )
     was = sum_of_desk(client, "trades")
     for argv in (["migrate"], ["restore"]):
-        code, said = run(*argv)
+        code, output = run(*argv)
         assert code == 1
-        assert f"Database {client.database} has a table or view of this platform's name" in said
-        assert "trades (a MergeTree with id, ingest_ts, ticker, px)" in said
+        assert f"Database {client.database} has a table or view of this platform's name" in output
+        assert "trades (a MergeTree with id, ingest_ts, ticker, px)" in output
     assert tables(client) == {"trades"}
     if remedy == "RENAME":
-        _, _, command = said.partition("rename what is there: ")
+        _, _, command = output.partition("rename what is there: ")
         client.command(command.strip().rstrip("."))
     else:
         monkeypatch.setenv("CLICKHOUSE_DATABASE", f"{client.database}_own")
-    code, said = run("migrate")
-    assert code == 0, said
+    code, output = run("migrate")
+    assert code == 0, output
     client.command("OPTIMIZE TABLE " + ("trades_former" if remedy == "RENAME" else "trades"))
     assert sum_of_desk(client, "trades_former" if remedy == "RENAME" else "trades") == was
     if remedy != "RENAME":
@@ -146,7 +146,7 @@ def test_a_name_that_was_taken_since_the_migrations_is_refused(
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("lost", ["comments", "bookkeeping"])
-def test_our_own_are_known_by_their_comments_or_by_the_bookkeeping(
+def test_own_tables_are_known_by_comment_or_bookkeeping(
     clickhouse_url: str, clickhouse_database: str, lost: str
 ) -> None:
     with migrated(clickhouse_url, clickhouse_database) as client:
@@ -169,7 +169,7 @@ def test_every_table_of_the_migrations_has_a_comment() -> None:
 
 
 def mm_table(made: Definition) -> str:
-    """A table as a desk's engine made it, but for a column: other types, no codecs, another order."""
+    """A table that a desk's engine made without one of the columns: other types, no codecs, another order."""
     texts = ", ".join(f"{column} String" for column in made.columns[:-1] if column != "ts")
     return (
         f"CREATE TABLE {made.name} (ts DateTime64(3, 'UTC'), {texts}, extra String)"
@@ -177,7 +177,7 @@ def mm_table(made: Definition) -> str:
     )
 
 
-def test_tables_that_an_engine_made_with_the_documented_columns_are_used_as_they_are(
+def test_engine_tables_with_the_documented_columns_are_used(
     client: Client, clickhouse_url: str
 ) -> None:
     settings = settings_for(clickhouse_url, str(client.database))

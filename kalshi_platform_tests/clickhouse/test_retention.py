@@ -1,4 +1,4 @@
-"""How long the hot tables keep their rows: shortened where it is asked for, and never by a default."""
+"""The hot tables' retention is shortened by a setting, never by a default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AGES = (10, 100, 100, 399)
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform has some of its migrations only, which are quickly made."""
+    """Reduce the platform to some of its migrations, which are applied faster."""
     every = migrations.available()
     monkeypatch.setattr(
         migrations, "available", lambda: tuple(m for m in every if m.version in {1, 2, 13, 15, 17})
@@ -32,11 +32,11 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def old(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
-    """A database that keeps 400 days, and has rows of most of them."""
+    """A database that keeps 400 days and has rows of most of them."""
     with migrated(clickhouse_url, clickhouse_database, retention_days=400) as client:
         now = datetime.now(UTC)
         at = [now - timedelta(days=age) for age in AGES]
-        rows = [{"ingest_ts": each, "kind": "ok", "conn_id": ZERO_UUID} for each in at]
+        rows = [{"ingest_ts": moment, "kind": "ok", "conn_id": ZERO_UUID} for moment in at]
         insert(client, STREAM_EVENTS, rows)
         yield client
 
@@ -73,34 +73,34 @@ def rows(client: Client) -> int:
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_default_shortens_nothing_and_says_what_it_would_delete(old: Client) -> None:
-    said = migrate()
+def test_a_default_shortens_nothing_and_reports_deletions(old: Client) -> None:
+    output = migrate()
     assert (
         "Not changed, for HOT_RETENTION_DAYS is not set here: stream_events: 400 days → 30 days,"
-        " which deletes 3 rows of 2 days." in said
+        " which deletes 3 rows of 2 days." in output
     )
-    assert "400 days kept" in said
+    assert "400 days kept" in output
     assert rows(old) == len(AGES)
     assert set(hot_retention.kept(old).values()) == {400}
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_the_remedy_that_it_names_shortens_it(old: Client) -> None:
-    said = migrate("--apply-retention")
-    assert "stream_events: 400 days → 30 days, which deletes 3 rows of 2 days" in said
-    assert "30 days kept" in said
+def test_the_named_remedy_shortens_the_retention(old: Client) -> None:
+    output = migrate("--apply-retention")
+    assert "stream_events: 400 days → 30 days, which deletes 3 rows of 2 days" in output
+    assert "30 days kept" in output
     assert rows(old) == 1
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_setting_that_is_given_shortens_it_and_status_tells_before(
+def test_a_given_setting_shortens_and_status_shows_it_before(
     old: Client,
 ) -> None:
     Path(".env").write_text("HOT_RETENTION_DAYS=50\n", encoding="utf-8")
-    told = "stream_events: 400 days → 50 days, which deletes 3 rows of 2 days"
-    assert f"HOT_RETENTION_DAYS=50: {told}" in migrate("--status")
+    change = "stream_events: 400 days → 50 days, which deletes 3 rows of 2 days"
+    assert f"HOT_RETENTION_DAYS=50: {change}" in migrate("--status")
     assert set(hot_retention.kept(old).values()) == {400}
-    assert told in migrate()
+    assert change in migrate()
     assert rows(old) == 1
     assert "stream_events" not in migrate("--status")
 
@@ -120,10 +120,10 @@ def test_a_new_database_gets_the_default(clickhouse_url: str, clickhouse_databas
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_tables_that_were_brought_back_without_their_bookkeeping_keep_their_rows(
+def test_restored_tables_without_bookkeeping_keep_their_rows(
     old: Client,
 ) -> None:
-    """A backup of some tables was restored: they are ours, and nothing says that they are new."""
+    """A backup of some tables was restored: they are the platform's, and not known as new."""
     old.command("DROP TABLE schema_migrations")
     for view in ("top_of_book", "book_at"):
         old.command(f"DROP VIEW {view}")

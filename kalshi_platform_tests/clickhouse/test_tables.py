@@ -1,4 +1,4 @@
-"""A database that is prepared for tests is the one that `migrate` makes."""
+"""A database prepared for tests equals one that `migrate` creates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dropped_afterwards(settings: Settings) -> Iterator[Client]:
         client.command(f"DROP DATABASE {settings.clickhouse_database} SYNC")
 
 
-def test_what_is_prepared_is_what_migrate_makes(clickhouse_url: str) -> None:
+def test_a_prepared_database_equals_a_migrated_one(clickhouse_url: str) -> None:
     made, prepared = (
         settings_for(clickhouse_url, database_name(), hot_retention_days=FOR_EVER_DAYS)
         for _ in range(2)

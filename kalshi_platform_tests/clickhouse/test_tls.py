@@ -1,4 +1,4 @@
-"""TLS to ClickHouse: the right certificates let us in, and every wrong one is a sentence with a remedy."""
+"""TLS to ClickHouse: the right certificates connect, and every wrong one is a sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Front = Callable[..., int]
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """The one that ours trust."""
+    """The authority that the client trusts."""
     return Authority(tmp_path, "ours")
 
 
@@ -45,7 +45,7 @@ def own(authority: Authority) -> Pair:
 
 
 def said(url: str, **files: Any) -> str:
-    """The sentence that connecting ends with."""
+    """The sentence with which connecting fails."""
     with pytest.raises(StoreError) as error:
         connect(settings_for(url, "default", **files), database=False)
     return str(error.value)
@@ -80,7 +80,7 @@ def test_a_certificate_for_another_host_is_not_trusted(authority: Authority, fro
     assert "CLICKHOUSE_URL to a host name that it is made out to" in sentence
 
 
-def test_a_client_certificate_is_shown_where_it_is_asked_for(
+def test_a_client_certificate_is_sent_if_required(
     authority: Authority, own: Pair, front: Front
 ) -> None:
     url = f"https://localhost:{front(own, clients=authority.certificate)}"
@@ -102,7 +102,7 @@ def test_plain_http_behind_an_https_url_is_named(clickhouse_url: str) -> None:
     assert "Check the port in CLICKHOUSE_URL" in sentence
 
 
-def test_files_that_are_none_are_named(own: Pair, tmp_path: Path) -> None:
+def test_invalid_certificate_files_are_named(own: Pair, tmp_path: Path) -> None:
     url = "https://localhost:9"
     nothing = tmp_path / "nothing.pem"
     assert str(nothing) in said(url, clickhouse_ca_file=nothing)

@@ -1,4 +1,4 @@
-"""What is not ClickHouse's own answer to the request is refused, named, and tells no secret."""
+"""Any answer that is not ClickHouse's own to the request is refused with a sentence without secrets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECRET = "a-password-that-no-error-shows"
 
 
 class Web(BaseHTTPRequestHandler):
-    """A web server that is no ClickHouse."""
+    """A web server that is not ClickHouse."""
 
     protocol_version = "HTTP/1.1"
 
@@ -34,7 +34,7 @@ class Web(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -51,33 +51,33 @@ def web(answer: Callable[[Web], None]) -> Iterator[str]:
         thread.join()
 
 
-def own_id(it: Web) -> str:
-    return it.path.partition("query_id=")[2].partition("&")[0]
+def own_id(server: Web) -> str:
+    return server.path.partition("query_id=")[2].partition("&")[0]
 
 
-def login_page(it: Web) -> None:
-    it.say(200, b"<html>\n\x1b[2J Sign in", Content_Type="text/html")
+def login_page(server: Web) -> None:
+    server.say(200, b"<html>\n\x1b[2J Sign in", Content_Type="text/html")
 
 
-def echo(it: Web) -> None:
-    it.say(200, "\n".join([SECRET, *it.headers.values()]).encode())
+def echo(server: Web) -> None:
+    server.say(200, "\n".join([SECRET, *server.headers.values()]).encode())
 
 
-def half_an_answer(it: Web) -> None:
-    it.wfile.write(b"HTTP/1.1 200 OK\r\nServer: x\r\n")
-    it.close_connection = True
+def half_an_answer(server: Web) -> None:
+    server.wfile.write(b"HTTP/1.1 200 OK\r\nServer: x\r\n")
+    server.close_connection = True
 
 
-def another_answer(it: Web) -> None:
-    it.say(200, b"1\n", X_ClickHouse_Query_Id="of-another", X_ClickHouse_Format="TSV")
+def another_answer(server: Web) -> None:
+    server.say(200, b"1\n", X_ClickHouse_Query_Id="of-another", X_ClickHouse_Format="TSV")
 
 
-def a_body_without_a_format(it: Web) -> None:
-    it.say(200, b"no upstream", X_ClickHouse_Query_Id=own_id(it))
+def a_body_without_a_format(server: Web) -> None:
+    server.say(200, b"no upstream", X_ClickHouse_Query_Id=own_id(server))
 
 
 def of(status: int) -> Callable[[Web], None]:
-    return lambda it: it.say(status, b"no upstream")
+    return lambda server: server.say(status, b"no upstream")
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_what_is_not_clickhouse_is_named(
 def test_no_redirect_is_followed(status: int) -> None:
     asked: list[str] = []
 
-    def note(it: Web) -> None:
-        asked.append(it.path)
-        it.say(200)
+    def note(server: Web) -> None:
+        asked.append(server.path)
+        server.say(200)
 
     with web(note) as elsewhere:
 
-        def redirect(it: Web) -> None:
-            it.say(status, Location=f"{elsewhere}/login")
+        def redirect(server: Web) -> None:
+            server.say(status, Location=f"{elsewhere}/login")
 
         with (
             web(redirect) as url,

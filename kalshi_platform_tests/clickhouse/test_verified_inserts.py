@@ -1,4 +1,4 @@
-"""Rows that are there are found, whatever they say; what is missing or doubled is noticed."""
+"""Stored rows are found, whatever text they hold; missing and doubled rows are noticed."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def sent(name: str, rows: pa.Table, token: str = "token") -> Insert:
     return Insert(name, rows, token, KEYS[name])
 
 
-def put(client: Client, it: Insert) -> Insert:
-    clickhouse.insert_arrow(client, it.name, it.rows, it.token)
-    return it
+def put(client: Client, insert: Insert) -> Insert:
+    clickhouse.insert_arrow(client, insert.name, insert.rows, insert.token)
+    return insert
 
 
 def count(client: Client, name: str) -> int:
@@ -85,7 +85,7 @@ def count(client: Client, name: str) -> int:
     return int(one_row(client, f"SELECT count() FROM {name}{final}")[0])
 
 
-def test_no_text_hides_a_row_that_is_there(client: Client) -> None:
+def test_no_text_hides_a_stored_row(client: Client) -> None:
     said = [(text[:40], "id") for text in TEXTS] + [("TICKER", text) for text in TEXTS]
     for number, (ticker, text) in enumerate(said, 1):
         row = {"ts": AT, "decision_id": uuid(1), "market_ticker": ticker, "fill_id": text}
@@ -96,17 +96,17 @@ def test_no_text_hides_a_row_that_is_there(client: Client) -> None:
         assert count(client, FILLS.name) == number, (ticker, text)
 
 
-@pytest.mark.parametrize("there", [(), (1, 2, 5), range(9)], ids=["none", "some", "all but one"])
-def test_what_is_missing_is_sent_again_and_no_more(client: Client, there: Sequence[int]) -> None:
+@pytest.mark.parametrize("stored", [(), (1, 2, 5), range(9)], ids=["none", "some", "all but one"])
+def test_only_missing_rows_are_sent_again(client: Client, stored: Sequence[int]) -> None:
     for name in (*(d.name for d in OF_RECORDS), LATEST_LEVELS.name):
         whole = sent(name, rows_of(name, 10))
-        if there:
-            put(client, sent(name, whole.rows.take(pa.array(there, pa.int64()))))
+        if stored:
+            put(client, sent(name, whole.rows.take(pa.array(stored, pa.int64()))))
             put(client, whole)  # under a token that is taken
         else:
             put(client, whole)
             client.command(f"ALTER TABLE {name} DELETE WHERE true SETTINGS mutations_sync = 2")
-        assert count(client, name) == len(there), name
+        assert count(client, name) == len(stored), name
         for _ in range(2):
             ensure(client, [whole])
             assert count(client, name) == 10, name
@@ -121,7 +121,7 @@ def test_a_batch_that_is_there_takes_one_select(
     ensure(client, inserts)
 
 
-def test_rows_of_other_recorders_in_the_same_moment_neither_count_nor_hide(client: Client) -> None:
+def test_rows_of_other_recorders_do_not_count(client: Client) -> None:
     mine = sent(STREAM_EVENTS.name, rows_of(STREAM_EVENTS.name, 10))
     other = mine.rows.set_column(
         mine.rows.column_names.index("shard"), "shard", pa.array([4] * 10, pa.uint32())
@@ -135,39 +135,37 @@ def test_rows_of_other_recorders_in_the_same_moment_neither_count_nor_hide(clien
     assert count(client, STREAM_EVENTS.name) == 30
 
 
-def test_rows_that_are_there_twice_are_refused_with_what_to_do(client: Client) -> None:
+def test_doubled_rows_are_refused_with_a_remedy(client: Client) -> None:
     for name in (d.name for d in OF_RECORDS):
-        refused_and_mended(client, name)
+        refused_and_repaired(client, name)
 
 
-def refused_and_mended(client: Client, name: str) -> None:
-    it = put(client, sent(name, rows_of(name, 10)))
-    put(client, sent(name, it.rows.slice(2, 3), "by another hand"))
+def refused_and_repaired(client: Client, name: str) -> None:
+    insert = put(client, sent(name, rows_of(name, 10)))
+    put(client, sent(name, insert.rows.slice(2, 3), "by another hand"))
     with pytest.raises(
         StoreRefused, match=r"has 3 rows of .* \(shard 3, records 7 to 11\) more"
     ) as met:
-        ensure(client, [it])
+        ensure(client, [insert])
     remedy = str(met.value).partition('kalshi-platform sql "')[2].rstrip('"')
     client.command(remedy)
     assert count(client, name) == 0
-    ensure(client, [it])
+    ensure(client, [insert])
     assert count(client, name) == 10
 
 
 def test_a_level_that_a_later_row_has_replaced_is_not_missing(client: Client) -> None:
-    it = put(client, sent(LATEST_LEVELS.name, rows_of(LATEST_LEVELS.name, 10)))
-    version = it.rows.column_names.index("version")
-    later = it.rows.set_column(version, "version", pa.array([100] * 10, pa.uint64()))
+    levels = put(client, sent(LATEST_LEVELS.name, rows_of(LATEST_LEVELS.name, 10)))
+    version = levels.rows.column_names.index("version")
+    later = levels.rows.set_column(version, "version", pa.array([100] * 10, pa.uint64()))
     put(client, sent(LATEST_LEVELS.name, later, "later"))
     client.command(f"OPTIMIZE TABLE {LATEST_LEVELS.name} FINAL")
-    ensure(client, [it])
+    ensure(client, [levels])
     assert one_row(client, f"SELECT min(version) FROM {LATEST_LEVELS.name}") == (100,)
 
 
-def test_what_the_table_no_longer_keeps_is_not_missing(
-    clickhouse_url: str, clickhouse_database: str
-) -> None:
-    """The journal of a month ago is loaded again: ClickHouse drops such rows as soon as they come."""
+def test_expired_rows_are_not_missing(clickhouse_url: str, clickhouse_database: str) -> None:
+    """The journal of a month ago is loaded again: ClickHouse drops such expired rows at once."""
     with migrated(clickhouse_url, clickhouse_database, retention_days=7) as client:
         now = datetime.now(UTC)
         old = rows_of(STREAM_EVENTS.name, 10, now - timedelta(days=30))
@@ -180,10 +178,10 @@ def test_what_the_table_no_longer_keeps_is_not_missing(
         ) == (10,)
 
 
-def test_a_server_that_never_keeps_rows_is_given_up_with_a_sentence(client: Client) -> None:
+def test_a_server_that_never_stores_rows_is_refused(client: Client) -> None:
     client.command("DROP TABLE trades SYNC")
     columns = ", ".join(f"{c.name} {c.clickhouse}" for c in TRADES.columns)
     client.command(f"CREATE TABLE trades ({columns}) ENGINE = Null")
-    it = sent(TRADES.name, rows_of(TRADES.name, 10))
+    trades = sent(TRADES.name, rows_of(TRADES.name, 10))
     with pytest.raises(StoreRefused, match=r"10 rows of trades .* 6 times, and 10 of them are not"):
-        ensure(client, [it])
+        ensure(client, [trades])

@@ -1,4 +1,4 @@
-"""The views give the exchange's books: `book_at` is compared with a book kept in Python."""
+"""The views return the exchange's books: `book_at` is compared with a book kept in Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def client(clickhouse_url: str, clickhouse_database: str) -> Iterator[Client]:
 
 
 class Recording:
-    """A random recording of two markets, and what their books were after every event."""
+    """A random recording of two markets, with their books after every event."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -48,7 +48,7 @@ class Recording:
         self._reconnect()
 
     def run(self, steps: int) -> None:
-        """Let `steps` things happen."""
+        """Add `steps` random events."""
         for _ in range(steps):
             # now and then several events in one microsecond
             self._tick(timedelta(microseconds=self._random.choice([0, 1, 900_000, 40_000_000])))
@@ -75,12 +75,12 @@ class Recording:
         if book is None:
             return
         conn, sid, seq = self._owner[market]
-        of = {"ts": hour, "conn_id": conn, "sid": sid, "seq": seq, "market_ticker": market}
+        common = {"ts": hour, "conn_id": conn, "sid": sid, "seq": seq, "market_ticker": market}
         levels: list[dict[str, Any]] = [
             {"side": side, "price": price, "size": size} for (side, price), size in book.items()
         ]
         self.checkpoints += [
-            {**of, "market_id": uuid(0), "verified": True, **level} for level in levels or [{}]
+            {**common, "market_id": uuid(0), "verified": True, **level} for level in levels or [{}]
         ]
 
     def _reconnect(self) -> None:
@@ -149,7 +149,7 @@ class Recording:
         self.books[market].append((self._now, book))
 
     def at(self, market: str, at: datetime) -> Book:
-        """The book as Python kept it."""
+        """The book kept in Python."""
         return next((book for ts, book in reversed(self.books[market]) if ts <= at), {})
 
     def moments(self, count: int) -> list[datetime]:
@@ -225,23 +225,25 @@ def test_an_empty_checkpoint_is_an_empty_book(client: Client) -> None:
     assert book_at(client, "A", hour) == {}
 
 
-def test_a_snapshot_at_the_hour_s_first_instant_replaces_the_checkpoint(client: Client) -> None:
+def test_a_snapshot_at_the_hours_start_replaces_the_checkpoint(client: Client) -> None:
     hour = START.replace(hour=13, minute=0)
-    of = {"market_ticker": "A", "conn_id": uuid(1), "sid": 1}
+    common = {"market_ticker": "A", "conn_id": uuid(1), "sid": 1}
     old = {"side": "yes", "price": Decimal("0.5"), "size": Decimal(3)}
     new = {"side": "no", "price": Decimal("0.4"), "size": Decimal(7)}
-    insert(client, BOOK_CHECKPOINTS, [{**of, **old, "market_id": uuid(0), "ts": hour, "seq": 8}])
+    insert(
+        client, BOOK_CHECKPOINTS, [{**common, **old, "market_id": uuid(0), "ts": hour, "seq": 8}]
+    )
     assert book_at(client, "A", hour) == {("yes", Decimal("0.5")): Decimal(3)}
-    insert(client, STREAM_EVENTS, [{**of, "kind": "snapshot", "seq": 9, "ingest_ts": hour}])
+    insert(client, STREAM_EVENTS, [{**common, "kind": "snapshot", "seq": 9, "ingest_ts": hour}])
     insert(
         client,
         ORDERBOOK_EVENTS,
-        [{**of, **new, "market_id": uuid(0), "type": "snapshot", "seq": 9, "ingest_ts": hour}],
+        [{**common, **new, "market_id": uuid(0), "type": "snapshot", "seq": 9, "ingest_ts": hour}],
     )
     assert book_at(client, "A", hour) == {("no", Decimal("0.4")): Decimal(7)}
 
 
-def test_book_at_tells_the_time_of_the_last_event(client: Client) -> None:
+def test_book_at_has_the_time_of_the_last_event(client: Client) -> None:
     recording = Recording(5)
     recording.run(50)
     insert(client, ORDERBOOK_EVENTS, recording.events)

@@ -1,4 +1,4 @@
-"""Certificates of one's own, and TLS in front of a server that speaks plain HTTP."""
+"""Test certificates, and a TLS front for a server that speaks plain HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pair:
 
 
 class Authority:
-    """One that signs certificates; its own is `certificate`."""
+    """A certificate authority; its own certificate is `certificate`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -82,7 +82,7 @@ class Authority:
 
 @contextmanager
 def in_front_of(port: int, own: Pair, clients: Path | None = None) -> Iterator[int]:
-    """Take TLS connections and hand what they say to `port`; yields the port to connect to.
+    """Accept TLS connections and forward their bytes to `port`; yields the port to connect to.
 
     With `clients` a client must show a certificate that this authority has signed.
     """

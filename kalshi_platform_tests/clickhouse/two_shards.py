@@ -37,7 +37,7 @@ from kalshi_platform.embedded_clickhouse import engine, rights, serve
 CLUSTER = "two"
 CHECKED = "checked"
 DATABASES = tuple(f"shared_{n}" for n in range(60))
-"""Those that are cut in two: row policies name them, and so they are known before."""
+"""The sharded databases; row policies name them, so they must be known in advance."""
 _SHARD = (
     "<shard><internal_replication>true</internal_replication>"
     "<replica><host>127.0.0.1</host><port>9000</port></replica></shard>"
@@ -58,12 +58,12 @@ _unused = iter(DATABASES)
 
 
 def database_name() -> str:
-    """The name of a database that no test has used; on the cluster, one that is cut in two."""
+    """The name of an unused database; on the cluster, a sharded one."""
     return next(_unused) if ON_CLUSTER else f"test_{uuid.uuid4().hex}"
 
 
 def sharded() -> list[str]:
-    """The tables that a cluster cuts by market."""
+    """The tables that a cluster shards by market."""
     cluster = Cluster(CLUSTER, "any")
     for migration in migrations.available():
         for statement in statements(migration.sql):
@@ -72,7 +72,7 @@ def sharded() -> list[str]:
 
 
 def in_one_process(sql: str, tables: list[str]) -> str:
-    """What a host of the cluster would be left with, for an engine that is all of its hosts."""
+    """The part of the configuration that one host would have, for an engine that emulates all hosts."""
     if sql.startswith("SYSTEM SYNC REPLICA"):
         return "SELECT 1"
     if (into := re.match(r"INSERT INTO `?(\w+)`?", sql)) and (
@@ -90,7 +90,7 @@ def in_one_process(sql: str, tables: list[str]) -> str:
 
 
 def policies(databases: Iterable[str], tables: list[str]) -> str:
-    """Row policies, as users.xml has them: to each shard its own markets, to others everything."""
+    """Row policies for users.xml: each shard sees its own markets, other users everything."""
     condition = f"shardNum() = 0 OR {SHARDING_KEY} % 2 + 1 = shardNum()"
     each = "".join(f"<{t}_local><filter>{condition}</filter></{t}_local>" for t in tables)
     return "".join(f"<{name}>{each}</{name}>" for name in databases)
@@ -98,7 +98,7 @@ def policies(databases: Iterable[str], tables: list[str]) -> str:
 
 @contextmanager
 def running(folder: Path) -> Iterator[str]:
-    """The stand-in in a process of its own; yields its URL."""
+    """Run the emulated cluster in a process of its own; yields its URL."""
     child = subprocess.Popen(
         [sys.executable, "-m", __name__, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -110,7 +110,7 @@ def running(folder: Path) -> Iterator[str]:
 
 
 def main(folder: Path) -> None:
-    """Serve, until killed."""
+    """Serve until killed."""
     tables = sharded()
     beside = [
         f"{table}_staging_restore" for table in tables
