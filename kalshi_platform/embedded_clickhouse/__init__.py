@@ -1,18 +1,18 @@
-"""The embedded ClickHouse: the chDB engine in this process, behind ClickHouse's HTTP interface.
+"""The embedded ClickHouse: the chDB engine in a process of its own, behind ClickHouse's HTTP interface.
 
-What belongs here is the shell around the engine: reading a request, running it on a connection
-of its own, writing the answer as ClickHouse writes it. Nothing here knows the platform's tables,
-and nothing else in the platform knows this package: they meet over HTTP, and at the file of the
-password (write_password.py).
+This package is the shell around the engine: it reads a request, runs it on a connection of its own, and writes the
+answer as ClickHouse does. It does not know the platform's tables, and the rest of the platform uses it only over
+HTTP and through the password file (write_password.py).
 
     serve      blocks and serves one data folder
     running    the same in a child process, for tests
-    statement  reading SQL as far as HTTP needs it
-    engine     connections, sessions, cancelling
+    statement  the parsing of SQL that HTTP needs
+    engine     connections, sessions, cancellation
     answers    error codes, HTTP statuses, content types
     encodings  HTTP compression
-    parts, failed_writes  what a full disk spoils of the tables, found and set aside
-    refused    what older builds let into a data folder, and is taken out
+    permission, allowed, rights  which SQL may run
+    parts, failed_writes  parts of tables that a full disk spoiled, found and set aside
+    refused    definitions that older versions let into a data folder, taken out
     launch     the server's process: its options, its empty environment
     confinement, system_calls  what the process may do on the host
 """

@@ -1,4 +1,4 @@
-"""The server's own program; launch.py starts it."""
+"""The server's main program; launch.py starts it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kalshi_platform.settings import Settings
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT; exits 1 with one line on stderr for what a person can repair."""
+    """Serve until SIGTERM or SIGINT; a `PlatformError` exits 1 with one line on stderr."""
     options = launch.received(sys.stdin.buffer)
     logs.configure(
         Settings.model_construct(log_format=options.log_format, log_level=options.log_level)

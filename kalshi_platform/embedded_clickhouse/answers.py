@@ -1,4 +1,4 @@
-"""How ClickHouse answers over HTTP: error texts, statuses for error codes, content types.
+"""ClickHouse's HTTP answers: error texts, statuses of error codes, content types.
 
 Codes and statuses are those of ClickHouse's HTTP handler (`exceptionCodeToHTTPStatus`).
 """
@@ -25,7 +25,7 @@ _STATUS = {
 _CODE = re.compile(r"Code: (\d+)\. DB::Exception: ")
 _TRAILER = re.compile(r"\s*\(version [\d.]+[^)]*\)\.?\s*")
 _SOURCE = re.compile(r" ?\(in file/uri /dev/fd/\d+\):?")
-"""Where the engine says that an INSERT's data came from; to its client it came in the request."""
+"""The engine's name for the source of an INSERT's data, which the client sent in the request."""
 _NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*$")
 
 _CONTENT_TYPES = (
@@ -44,7 +44,7 @@ _CONTENT_TYPES = (
 
 
 class ClickHouseError(Exception):
-    """An error as ClickHouse words it: `code`, `name` and the sentence."""
+    """An error in ClickHouse's form: `code`, `name` and the sentence."""
 
     def __init__(self, code: int, name: str, sentence: str) -> None:
         super().__init__(f"Code: {code}. DB::Exception: {sentence} ({name})")
@@ -54,7 +54,7 @@ class ClickHouseError(Exception):
 
     @classmethod
     def from_engine(cls, text: str) -> ClickHouseError:
-        """The engine's own error text; nested texts of the same error are unwrapped."""
+        """Parse the engine's error text; nested texts of the same error are unwrapped."""
         text = _SOURCE.sub("", text)
         matches = list(_CODE.finditer(text))
         if not matches:
@@ -69,12 +69,12 @@ class ClickHouseError(Exception):
 
     @property
     def status(self) -> int:
-        """The HTTP status that ClickHouse gives this code."""
+        """The HTTP status that ClickHouse uses for this code."""
         return _STATUS.get(self.code, 500)
 
 
 def content_type(output_format: str) -> str:
-    """The Content-Type of an answer in a ClickHouse format."""
+    """The Content-Type of an answer in this ClickHouse format."""
     for pattern, value in _CONTENT_TYPES:
         if pattern.match(output_format):
             return value

@@ -1,12 +1,12 @@
-"""What this process may do on the host, where the kernel can be told: Linux's Landlock and seccomp.
+"""Confinement of this process by the kernel: Linux's Landlock and seccomp.
 
-The engine was made as a command-line tool: it opens any file that its user can read, starts programs
-and connects to any host. Here the kernel ends that, for the whole process and for good:
+The engine was built as a command-line tool: it opens any file that its user can read, starts programs and connects
+to any host. Here the kernel forbids that, for the whole process and irrevocably:
 
-- files (Landlock): the data folder may be changed; libraries, time zones and certificates be read;
+- files (Landlock): the data folder may be changed; libraries, time zones and certificates may be read;
 - programs, other processes, sockets (seccomp): none; see system_calls.py;
-- with an object store, TCP connections to its port (Landlock from Linux 6.7 on), of any host: the kernel
-  compares no names. Which host it is, is held by the engine's access rights and by allowed.py.
+- with an object store, TCP connections to its port (Landlock from Linux 6.7 on), on any host, since the kernel
+  compares no names. The host is restricted by the engine's access rights and by permission.py.
 
 Landlock's calls and constants: `linux/landlock.h`.
 """
@@ -31,7 +31,7 @@ _VERSION_FLAG = 1
 _PATH_BENEATH, _NET_PORT = 1, 2
 _NO_NEW_PRIVILEGES = 38
 _OLDEST_ABI = 2
-"""The first that lets a process rename between folders, as the engine does all the time."""
+"""The first Landlock version that permits renames between folders, which the engine needs."""
 
 _ABI_OF_NETWORK, _ABI_OF_SCOPES = 4, 6
 _BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
@@ -42,14 +42,14 @@ _WRITE_FILE, _READ_FILE, _READ_FOLDER, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 
 _EXECUTE, _ANYTHING_ABI_2 = 1 << 0, (1 << 14) - 1
 _ON_FILES = _WRITE_FILE | _READ_FILE | _TRUNCATE
 _READ = _READ_FILE | _READ_FOLDER
-"""Libraries are mapped, not executed: nothing may be."""
+"""Without execution: libraries are only mapped."""
 
 _SYSTEM = ("/usr", "/lib", "/lib64", "/sys/devices/system/cpu", "/sys/fs/cgroup")
 _SYSTEM_FILES = (
     *("/etc/localtime", "/etc/timezone", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"),
     *("/etc/ld.so.cache", "/etc/ssl", "/dev/urandom", "/dev/random"),
     *("/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/proc/loadavg"),
-    # of this process, yet not its environment, which may hold passwords
+    # this process's own, but not its environment, which may hold passwords
     *(
         "/proc/self/auxv",
         "/proc/self/maps",
@@ -62,11 +62,11 @@ _SYSTEM_FILES = (
 
 
 def confine(data: Path, ports: Iterable[int] = ()) -> None:
-    """From now on, and for good, let this process change files in `data` only and start no program.
+    """Irrevocably restrict this process: it may change files in `data` only and start no program.
 
-    `ports` are those of the configured object store; without any, no socket can be made. Call it
-    before the engine is loaded and while there is one thread, with every socket that is to listen.
-    What the system cannot do is a warning in the log, which names the consequence.
+    `ports` are those of the configured object store; without any, no socket can be created. Call it before the
+    engine is loaded, while there is one thread, and after every listening socket is open. If the system lacks a
+    mechanism, a warning in the log names the consequence.
     """
     allowed = frozenset(ports)
     if sys.platform != "linux":

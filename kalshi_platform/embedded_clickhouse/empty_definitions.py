@@ -1,8 +1,8 @@
-"""Definitions of tables that a full disk left empty: the engine opens no folder that has one.
+"""Removal of table definitions that a full disk left empty, with which the engine cannot open its folder.
 
-The engine writes a table's definition to a file of its own. A process that is killed while the disk is full can
-leave that file without a byte. Where the table was just being made nothing is lost with it, and it is removed.
-Where rows are there that no definition names, the table may be theirs: then a person decides.
+The engine writes each table's definition to a file. A process that is killed while the disk is full can leave that
+file empty. If the table was just being created, nothing is lost and the file is removed. If there are rows that no
+definition names, they may belong to that table, and an operator must decide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 def remove(path: Path) -> None:
     """Remove the empty definitions of the data folder `path`, before the engine opens it.
 
-    Raises `StoreError` where rows are there that belong to no definition.
+    Raises `StoreError` if there are rows that belong to no definition.
     """
     engine = path / "engine"
     empty = [file for file in sorted(engine.glob("metadata/*/*.sql")) if not file.stat().st_size]
@@ -34,19 +34,19 @@ def remove(path: Path) -> None:
         raise StoreError(
             f"The embedded ClickHouse's definition of {names} is empty, as a full disk leaves it, and {rows} has"
             f" rows that no definition names. Restore {path} from a backup. Without one, move it away: a new one"
-            " is made at the next start, and the load into ClickHouse says how to fill it."
+            " is created at the next start, and the loader's error says how to fill it."
         )
     for file in empty:
         file.unlink()
         durable.sync(file.parent)
     log.warning(
-        "The definition of %s was empty, as a disk that is full leaves it, and is removed. It had no rows.",
+        "The definition of %s was empty, as a full disk leaves it, and was removed. It had no rows.",
         names,
     )
 
 
 def _rows_without_definition(path: Path) -> Iterator[Path]:
-    """The folders of tables that hold rows and that no definition names."""
+    """The folders of tables with rows that no definition names."""
     named = set[bytes]()
     for definitions in ("engine/metadata*/*.sql*", "engine/metadata/*/*.sql*", "refused/**/*.sql"):
         for file in path.glob(definitions):

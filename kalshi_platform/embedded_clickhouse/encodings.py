@@ -1,4 +1,4 @@
-"""HTTP compression, both ways and in pieces: gzip, deflate, lz4 (frame) and zstd."""
+"""Streaming HTTP compression and decompression: gzip, deflate, lz4 (frame) and zstd."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import zstandard
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 
 PREFERENCE = ("lz4", "zstd", "gzip", "deflate")
-"""Order in which an encoding is chosen among those that the client takes; ClickHouse's own."""
+"""Order of preference among the encodings that the client accepts; ClickHouse's own."""
 
 STEP_BYTES, STEP_BYTES_ZSTD = 16_384, 256
-"""Of a body, unpacked at a time: at most some 16 MiB come of it. zstd makes 128 KiB of four bytes."""
+"""Bytes of a body that are unpacked at a time, to at most about 16 MiB: four bytes of zstd can unpack to 128 KiB."""
 _GZIP_WBITS = 16 + zlib.MAX_WBITS
 
 
@@ -26,7 +26,7 @@ class Compressor(Protocol):
         """The next piece, compressed; may be empty."""
 
     def flush(self) -> bytes:
-        """What is left."""
+        """The rest of the output."""
 
 
 class _Lz4:

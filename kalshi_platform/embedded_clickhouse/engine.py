@@ -1,8 +1,8 @@
-"""The engine: one data folder, a connection for each request, sessions, cancelling.
+"""The engine: one data folder, a connection for each request, sessions, and cancellation.
 
-A fresh connection costs well under a millisecond and carries its own settings, current database
-and temporary tables, so nothing of one request can reach the next. Only a session that was told
-to remember something (SET, USE, a temporary table) keeps a connection.
+A new connection takes well under a millisecond and has its own settings, current database and temporary tables, so
+nothing of one request can reach the next. Only a session with state (SET, USE, a temporary table) keeps a connection.
+HTTP is in server.py, the check of statements in permission.py.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from kalshi_platform.errors import StoreError
 log = logging.getLogger(__name__)
 
 MINIMUM_FREE_BYTES = 256 * 1024 * 1024
-"""The engine does not start with less room on its disk: a full one can lose merges half-way."""
+"""Least free space for a start: on a full disk merges can fail half-way."""
 ANSWER_PIECE_BYTES = 1024 * 1024
 CHUNKED_FORMATS = frozenset(
     {"native", "rowbinary", "tabseparated", "tsv", "tabseparatedraw", "tsvraw", "csv"}
     | {"jsoneachrow", "jsonlines", "ndjson", "jsonstringseachrow", "jsoncompacteachrow"}
     | {"jsoncompactstringseachrow"}
 )
-"""Formats without head or foot: the engine's pieces, one after the other, are the whole answer."""
+"""Formats without header and footer: the engine's pieces, concatenated, are the whole answer."""
 BLOCK_ROWS = 65_409
-"""The engine's own block size for what it reads."""
+"""The engine's block size for reads."""
 SESSION_TIMEOUT_S = 60
 _ONLY_WHOLE = frozenset({"extremes", "output_format_json_array_of_rows"})
-"""Settings that add to an answer what its pieces do not have."""
+"""Settings that add parts to an answer that its pieces lack."""
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAG = "query_cache_tag"
 """A setting without effect unless the query cache is used: carries the request's number, by which
@@ -68,7 +68,7 @@ _CONFIG = """<clickhouse>
     <!-- as migrations would set it table by table: see migrations._disable_statistics -->
     <auto_statistics_types></auto_statistics_types>
     <old_parts_lifetime>{sources_kept_s}</old_parts_lifetime>
-    <!-- what is acknowledged outlives a power failure: a load's cursor is durable, too, and builds on it -->
+    <!-- acknowledged inserts survive a power failure: the loader's cursor, which is durable, relies on them -->
     <fsync_after_insert>1</fsync_after_insert>
     <fsync_part_directory>1</fsync_part_directory>
   </merge_tree>
@@ -77,14 +77,14 @@ _CONFIG = """<clickhouse>
 _PARSE_LIMITS = "SET max_query_size = 33554432"
 _UNSUPPORTED = re.compile(r"AST node of type '([^']*)' does not support JSON serialization")
 _WITHIN = ": In scope SELECT parseQueryToJSON("
-"""Behind an error of the parser: the statement that asked it."""
+"""The end of a parser error: the query that called the parser."""
 _PART = r"(?:[A-Za-z_]\w*|`(?:[^`\\]|\\.)*`|\{\w+:\s*Identifier\})"
 _ABOUT_NAMES = re.compile(
     rf"(?:(?:EXISTS|SHOW CREATE)(?: TEMPORARY)?(?: TABLE| VIEW| DATABASE| DICTIONARY)? {_PART}(?:\.{_PART})?"
     rf"|SHOW (?:ENGINES|PROCESSLIST|PRIVILEGES|GRANTS|SETTING {_PART})"
     r"|SHOW FUNCTIONS(?: I?LIKE '(?:[^'\\]|\\.)*')?)(?: FORMAT (?P<format>\w+))?"
 )
-"""Statements, as the engine formats them, that only name things; it has no syntax tree of them as JSON."""
+"""Statements that only name things, as the engine formats them; it has no JSON syntax tree for them."""
 _DESCRIBE = re.compile(r"(?:DESCRIBE|DESC) (?:TABLE )?(?P<table>.*)", re.DOTALL)
 _LITERALS = re.compile(
     rb"(?:[\s()\[\]{},:;+\-.]++|\d[\w.]*+|'(?:[^'\\]++|\\.|'')*+'"
@@ -93,17 +93,18 @@ _LITERALS = re.compile(
 )
 """VALUES without any expression."""
 LITERAL_VALUES_BYTES, EXPRESSION_VALUES_BYTES = 16 * 1024 * 1024, 1024 * 1024
-"""Longer VALUES are read as literals of their columns' types; expressions are for short ones."""
+"""Limits up to which VALUES may be literals that are scanned here, and may hold expressions; longer ones are read as
+literals by the engine."""
 _SYNTAX_ERROR = 62
 _FAILED = "WriteBufferFromFileDescriptorWriteFailed"
-"""The engine's count of writes to files that failed; it does not always stop what they were for."""
+"""The engine's counter of failed file writes, after which it does not always fail the operation."""
 REMEMBERED_BYTES, REMEMBERED = 8192, 2048
-"""Verdicts on statements of this length are kept, the latest ones: 16 MiB of text at most."""
+"""The verdicts on the latest statements of at most this length are cached: at most 16 MiB of text."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run, and under which conditions."""
+    """The conditions under which a statement runs."""
 
     database: str
     """Current database; empty for the default one."""
@@ -113,19 +114,18 @@ class Request:
     default_format: str
     readonly: bool
     reader: bool = False
-    """Came without a password: it may only read, and shares no session with who has one."""
+    """It came without a password: it may only read, and shares no session with clients that have one."""
     session_id: str = ""
     session_timeout_s: float = SESSION_TIMEOUT_S
     session_must_exist: bool = False
     buffered: bool = False
-    """Hold the whole answer back until the query has ended (`wait_end_of_query`)."""
+    """Send the answer only after the query has ended (`wait_end_of_query`)."""
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 _OF_AN_INSERT = ("written_rows", "written_bytes", "elapsed_ns")
 Progress = Counter[str]
-"""Work done, as the engine counts it, under the names of `X-ClickHouse-Summary`. What it does not
-count is missing, not zero."""
+"""The engine's counters under the names of `X-ClickHouse-Summary`. Counters that it lacks are missing, not zero."""
 
 
 class Answer:
@@ -140,9 +140,9 @@ class Answer:
         self._ended = False
 
     def fetch(self) -> tuple[bytes, Progress] | None:
-        """The next piece, with the work done so far; None at the end. At least one piece comes.
+        """The next piece with the progress so far; None at the end. There is at least one piece.
 
-        Raises `ClickHouseError`, after which the answer is ended.
+        Raises `ClickHouseError`, after which the answer has ended.
         """
         with self._lock:
             try:
@@ -154,7 +154,7 @@ class Answer:
             return piece
 
     def close(self) -> None:
-        """End the query, whatever another thread is fetching."""
+        """Kill the query, also while another thread is fetching."""
         if not self._ended:
             self._kill()
         with self._lock:
@@ -174,7 +174,7 @@ class Engine:
     """The chDB engine on one data folder, held exclusively while open. Thread-safe."""
 
     def __init__(self, path: Path, object_store: Collection[str] = ()) -> None:
-        """Open the folder, creating it where it is missing. Raises `StoreError`.
+        """Open the folder, and create it if it is missing. Raises `StoreError`.
 
         `object_store` are the URL prefixes that `s3()` may reach.
         """
@@ -190,16 +190,16 @@ class Engine:
         self.spool = path / "spool"
         self._path = path
         self._folder = _identity_of(path)
-        """Which folder it is, wherever its path leads meanwhile."""
-        self._judges: queue.LifoQueue[Any] = queue.LifoQueue()
-        self._remembered = functools.lru_cache(REMEMBERED)(self._verdict)
+        """The folder's identity, to notice if its path leads elsewhere later."""
+        self._parsers: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._cached_verdict = functools.lru_cache(REMEMBERED)(self._verdict)
         try:
             self._open(path, object_store)
         except BaseException:
             self._lock.release()
             raise
         self._sessions: dict[tuple[bool, str], _Session] = {}
-        """By whether it is a reader's, and its id."""
+        """By (whether it is a reader's, session id)."""
         self._guard = threading.Lock()
         self._running = 0
         self._idle = threading.Condition(self._guard)
@@ -213,8 +213,8 @@ class Engine:
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         for folder in (self.spool, temporary, path / "engine", path / "user_files"):
             folder.mkdir(exist_ok=True)
-        os.environ["TMPDIR"] = str(temporary)  # loading the engine makes a temporary folder
-        import chdb  # half a gigabyte: loaded when it is needed
+        os.environ["TMPDIR"] = str(temporary)  # loading the engine creates a temporary folder
+        import chdb  # half a gigabyte, so imported when it is needed
 
         users, config = path / "users.xml", path / "config.xml"
         users.write_text(rights.users(object_store))
@@ -239,9 +239,9 @@ class Engine:
             ) from error
         kept = _keep_default_database(path / "engine")
         try:
-            self._keeper = self._open_connection()  # the engine lives as long as a connection does
+            self._base = self._open_connection()  # the engine stays open while one connection does
             self._make_default_database_plain(kept)
-            row = self._keeper.query("SELECT version(), timezone(), hostName()", "TabSeparated")
+            row = self._base.query("SELECT version(), timezone(), hostName()", "TabSeparated")
         except (RuntimeError, chdb.ChdbError) as error:
             raise StoreError(
                 f"The embedded ClickHouse cannot open its data folder {path}: {error}"
@@ -252,38 +252,38 @@ class Engine:
                 refused.set_aside(connection, lambda sql: self._verdict(sql, reader=False), path)
         except (RuntimeError, chdb.ChdbError, OSError) as error:
             raise StoreError(
-                f"The data folder {path} holds what the embedded ClickHouse may not run, and it cannot be"
-                f" taken out: {error}"
+                f"The data folder {path} holds definitions that the embedded ClickHouse may not run, and they"
+                f" cannot be taken out: {error}"
             ) from error
         self.version, self.timezone, self.host_name = row.bytes().decode().rstrip("\n").split("\t")
 
     def _make_default_database_plain(self, kept: bool) -> None:
-        """Make `default` an ordinary database: as the engine opens it, unknown tables are files."""
-        self._keeper.query("USE system")
-        self._keeper.query("DETACH DATABASE default")
-        self._keeper.query(
+        """Make `default` an ordinary database: the engine opens it as one in which unknown tables are files."""
+        self._base.query("USE system")
+        self._base.query("DETACH DATABASE default")
+        self._base.query(
             "ATTACH DATABASE default" if kept else "CREATE DATABASE default ENGINE = Atomic"
         )
-        self._keeper.query("USE default")
+        self._base.query("USE default")
 
     def _connect(self) -> Any:
-        """A fresh connection; brings back the database `default`, without which there is none."""
+        """A new connection; recreates the database `default` if it was dropped, since connections need it."""
         try:
             return self._open_connection()
         except RuntimeError as error:
             if "Database default does not exist" not in str(error):
                 raise
-            self._keeper.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
+            self._base.query("CREATE DATABASE IF NOT EXISTS default ENGINE = Atomic")
             return self._open_connection()
 
     def permit(self, sql: str, settings: Iterable[str], *, reader: bool) -> None:
-        """Raise `ClickHouseError` unless SQL and settings are on the list (permission.py).
+        """Raise `ClickHouseError` unless SQL and settings are allowed (permission.py).
 
         `sql` is one statement, an INSERT without its data. `reader`: it may only read.
         """
         self._permission.require_settings(settings)
         known = len(sql) <= REMEMBERED_BYTES
-        verdict = self._remembered(sql, reader) if known else self._verdict(sql, reader)
+        verdict = self._cached_verdict(sql, reader) if known else self._verdict(sql, reader)
         if verdict is not None:
             raise verdict.with_traceback(None)
 
@@ -303,7 +303,7 @@ class Engine:
         return None
 
     def _require_without_tree(self, sql: str, kind: str, reader: bool) -> None:
-        formatted = self._judged("SELECT formatQuerySingleLine({sql:String})", sql)
+        formatted = self._ask_parser("SELECT formatQuerySingleLine({sql:String})", sql)
         if about := _ABOUT_NAMES.fullmatch(formatted):
             if about["format"]:
                 require_format(about["format"])
@@ -315,35 +315,35 @@ class Engine:
             raise not_listed(f"the statement, or a part of it, {kind}")
 
     def syntax_tree(self, sql: str) -> Mapping[str, Any]:
-        """The engine's own parse of a statement. Raises `ClickHouseError` where it does not parse."""
+        """The engine's syntax tree of a statement. Raises `ClickHouseError` for a syntax error."""
         try:
             tree: Mapping[str, Any] = json.loads(
-                self._judged("SELECT parseQueryToJSON({sql:String})", sql)
+                self._ask_parser("SELECT parseQueryToJSON({sql:String})", sql)
             )
         except RecursionError as error:
             raise ClickHouseError(168, "TOO_DEEP_AST", "The query is nested too deeply") from error
         return tree
 
-    def _judged(self, question: str, sql: str) -> str:
-        """The answer of a connection that only parses."""
+    def _ask_parser(self, question: str, sql: str) -> str:
+        """Run a query about the text `sql` on a connection for parsing."""
         try:
-            judge = self._judges.get_nowait()
+            parser = self._parsers.get_nowait()
         except queue.Empty:
-            judge = self._connect()
-            judge.query(_PARSE_LIMITS)
+            parser = self._connect()
+            parser.query(_PARSE_LIMITS)
         try:
             with self._translated():
-                answer = judge.query(question, "TabSeparatedRaw", params={"sql": _escaped(sql)})
+                answer = parser.query(question, "TabSeparatedRaw", params={"sql": _escaped(sql)})
         except ClickHouseError as error:
             sentence = error.sentence.partition(_WITHIN)[0]
             raise ClickHouseError(error.code, error.name, sentence) from None
         finally:
-            self._judges.put(judge)
+            self._parsers.put(parser)
         return str(answer.bytes().decode(errors="replace")).rstrip("\n")
 
     def _known_names(self) -> Known:
         def names(question: str) -> list[str]:
-            return str(self._keeper.query(question, "TabSeparatedRaw").bytes().decode()).split()
+            return str(self._base.query(question, "TabSeparatedRaw").bytes().decode()).split()
 
         return Known(
             functions=frozenset(names("SELECT name FROM system.functions")),
@@ -379,7 +379,7 @@ class Engine:
             done: Progress = Counter()
             with connection.send_query(sql, request.default_format, params=parameters) as stream:
                 for piece in stream:
-                    done.update(_progress(piece))  # each piece is counted anew
+                    done.update(_progress(piece))  # each piece has its own counters
                     yield piece.bytes(), done
             if not done:
                 yield b"", done
@@ -387,11 +387,11 @@ class Engine:
     def insert(
         self, request: Request, statement: Statement, header: str, data: IO[bytes]
     ) -> Progress:
-        """Run an INSERT with the data of a file. Raises `ClickHouseError`, as the engine words it.
+        """Run an INSERT with the data of a file. Raises `ClickHouseError` with the engine's text.
 
-        The engine reads the file itself, in pieces, as INSERT … FROM INFILE: that reports what fails at
-        any stage of the insert, which its streaming insert (`send_insert`) does not. The file is named
-        by its descriptor, of which this call has a copy of its own until the engine is done.
+        The engine reads the file itself, in pieces, as INSERT … FROM INFILE: unlike its streaming insert
+        (`send_insert`), that reports failures at any stage. The file is named by a descriptor, duplicated for this
+        call.
         """
         if statement.format is None or statement.format.lower() == "values":
             request = self._with_expressions(request, data)
@@ -413,9 +413,9 @@ class Engine:
         return Counter({name: written[name] for name in _OF_AN_INSERT})
 
     def _with_expressions(self, request: Request, data: IO[bytes]) -> Request:
-        """Let the engine evaluate expressions in VALUES where each is on the list; else it takes none.
+        """Let the engine evaluate expressions in VALUES if all are allowed; by default it evaluates none.
 
-        Raises `ClickHouseError` for one that is not.
+        Raises `ClickHouseError` for an expression that is not allowed.
         """
         begin = data.tell()
         text = data.read(LITERAL_VALUES_BYTES + 1)
@@ -435,11 +435,11 @@ class Engine:
         return dataclasses.replace(request, settings={**request.settings, **evaluated})
 
     def kill(self, tag: str) -> None:
-        """Ask the engine to end the query of a request; returns at once, ended or not."""
+        """Ask the engine to end the query of a request, without waiting for the end."""
         self._kill(f"Settings['{_TAG}'] = {_literal(tag)}")
 
     def end_queries(self, patience_s: float) -> bool:
-        """Take no new query and kill the running ones; False where one did not end in time."""
+        """Refuse new queries and kill the running ones; False if one did not end in time."""
         with self._guard:
             self._closing = True
         deadline = time.monotonic() + patience_s
@@ -451,23 +451,25 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """Close the engine and let go of the folder. Queries must have ended."""
+        """Close the engine and release the folder. Queries must have ended."""
         self._failed_writes.stop()
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.close()
-        while not self._judges.empty():
-            self._judges.get_nowait().close()
-        self._keeper.close()
+        while not self._parsers.empty():
+            self._parsers.get_nowait().close()
+        self._base.close()
         self._lock.release()
 
     def _count_failed_writes(self) -> int:
         asked = "SELECT value FROM system.events WHERE event = {sql:String}"
-        return int(self._judged(asked, _FAILED) or 0)  # the engine has no row for none
+        return int(
+            self._ask_parser(asked, _FAILED) or 0
+        )  # the engine has no row for a zero counter
 
     def _merging_since(self, seconds: float) -> int:
         asked = "SELECT count() FROM system.merges WHERE elapsed >= {sql:String}::Float64"
-        return int(self._judged(asked, str(seconds)))
+        return int(self._ask_parser(asked, str(seconds)))
 
     def _wait_idle(self, timeout_s: float) -> bool:
         with self._idle:
@@ -482,13 +484,13 @@ class Engine:
 
     @contextmanager
     def _connection(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
-        """A connection to run on, and whether it is a fresh one."""
+        """A connection to run on, and whether it is a new one."""
         with self._guard:
             if self._closing:
                 raise ClickHouseError(236, "ABORTED", "The server is shutting down")
             self._running += 1
         try:
-            self.insist_on_folder()
+            self.require_folder()
             with self._translated():
                 if request.session_id:
                     with self._session(request, statement) as connection_and_freshness:
@@ -500,14 +502,14 @@ class Engine:
                         yield connection, True
                     finally:
                         connection.close()
-            self.insist_on_folder()  # what went meanwhile was not stored
+            self.require_folder()  # if it vanished meanwhile, nothing was stored
         finally:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
 
-    def insist_on_folder(self) -> None:
-        """The engine would make folders that are gone again, without what was in them."""
+    def require_folder(self) -> None:
+        """Raise `ClickHouseError` if the data folder is gone: the engine would recreate it empty."""
         if _identity_of(self._path) != self._folder:
             raise ClickHouseError(
                 425,
@@ -524,14 +526,14 @@ class Engine:
             yield
         except (RuntimeError, chdb.ChdbError) as error:
             raise ClickHouseError.from_engine(str(error)) from error
-        except UnicodeDecodeError as error:  # an error's text that quotes the data
+        except UnicodeDecodeError as error:  # an error text that quotes binary data
             raise ClickHouseError.from_engine(error.object.decode(errors="replace")) from error
 
     @contextmanager
     def _session(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
         session = self._find_session(request)
         if session.connection is None and not statement.keeps_state:
-            connection = self._connect()  # nothing to remember: as good as no session
+            connection = self._connect()  # without state a session needs no connection of its own
             try:
                 self._prepare(connection, request)
                 yield connection, True
@@ -586,14 +588,14 @@ class Engine:
         settings = {_TAG: request.tag, **request.settings}
         if lock_down and request.readonly and settings.get("readonly", "0") == "0":
             settings["readonly"] = "2"
-        # last, for nothing can be set after it
+        # `readonly` last, since nothing can be set after it
         ordered = sorted(settings.items(), key=lambda item: item[0] == "readonly")
         assignments = ", ".join(f"{_name(name)} = {_literal(value)}" for name, value in ordered)
         connection.query(f"SET {assignments}")
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
-    """Which file the folder's lock is; None where there is none."""
+    """Device and inode of the folder's lock file; None if it does not exist."""
     try:
         found = (path / "lock").stat()
     except OSError:
@@ -602,10 +604,10 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 def _keep_default_database(engine_path: Path) -> bool:
-    """Whether the folder has a database `default` from before; sees to it that the engine finds it.
+    """Whether the folder already has a database `default`; ensures that the engine finds it.
 
-    ClickHouse links `metadata/default` to the database's folder when its first table is made; the
-    engine looks for the link only. So a database that never had a table gets its link here.
+    ClickHouse links `metadata/default` to the database's folder when its first table is created, and the
+    engine looks only for the link. So a database that never had a table gets its link here.
     """
     definition = engine_path / "metadata" / "default.sql"
     if not definition.exists():
@@ -623,7 +625,7 @@ def _keep_default_database(engine_path: Path) -> bool:
 
 @contextmanager
 def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iterator[None]:
-    """Put a session's settings and database back after a request that had its own."""
+    """Context manager: restore a session's settings and database after a request with its own."""
     rows = connection.query(
         "SELECT name, value, changed FROM system.settings WHERE has({names:Array(String)}, name)",
         "JSONCompactEachRow",
@@ -649,7 +651,7 @@ def _restored(connection: Any, request: Request, *, keep_database: bool) -> Iter
 
 
 def _as_of_a_file(request: Request) -> Request:
-    """The request, with small blocks cut as they are when the data comes in the statement."""
+    """The request with the block size of an insert whose data is in the statement."""
     size = request.settings.get("max_insert_block_size", "")
     if not size.isdecimal() or not 0 < int(size[:20]) < BLOCK_ROWS:
         return request
@@ -679,7 +681,7 @@ def _literal(value: str) -> str:
 
 
 def _escaped(value: str) -> str:
-    """A text as a parameter's value: the form of TabSeparated."""
+    """A text as a parameter's value, escaped as in TabSeparated."""
     return value.translate(_ESCAPES)
 
 
@@ -693,7 +695,7 @@ def _identifier(name: str) -> str:
 
 
 def make_writable(path: Path) -> None:
-    """Create the folder where it is missing. Raises `StoreError` where it cannot be written."""
+    """Create the folder if it is missing. Raises `StoreError` if it cannot be written or the disk is full."""
     if any(sign in str(path) for sign in "?&<>\\"):
         raise StoreError(f"The data folder {path} has one of ? & < > \\ in its name: give another.")
     try:
@@ -705,7 +707,7 @@ def make_writable(path: Path) -> None:
     except OSError as error:
         raise StoreError(
             f"The data folder {path} cannot be written: {error.strerror or error}."
-            " Mend its permissions or its disk, or give another --path."
+            " Correct its permissions or its disk, or give another --path."
         ) from error
     if free < MINIMUM_FREE_BYTES:
         raise StoreError(

@@ -1,4 +1,4 @@
-"""A watch on the engine's failed writes: ends the process once one has spoiled a part (see parts.py)."""
+"""A monitor of the engine's failed writes, which ends the process if one has spoiled a part (see parts.py)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kalshi_platform.embedded_clickhouse import parts
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
-"""Far less than the engine keeps what a merge has read (`parts.SOURCES_KEPT_S`)."""
+"""Seconds between two checks: far less than the engine keeps the sources of a merge (`parts.SOURCES_KEPT_S`)."""
 
 
 class FailedWrites:
-    """Looks each second, and behind each statement that writes. Thread-safe."""
+    """Checks the parts each second, and after each statement that writes, if a write has failed. Thread-safe."""
 
     def __init__(
         self,
@@ -28,33 +28,33 @@ class FailedWrites:
         merging_since: Callable[[float], int],
         end: Callable[[parts.Spoiled], None] | None = None,
     ) -> None:
-        """`path` is the data folder; `count` asks for the failed writes since the start, and
-        `merging_since` for the merges that run for so many seconds already. `end` ends the process.
+        """`path`: the data folder. `count`: the number of failed writes since the start. `merging_since`: the
+        number of merges that have run for that many seconds. `end`: ends the process.
         """
         self._path = path
         self._count = count
         self._merging_since = merging_since
         self._end = end or _end_process
         self._known = 0
-        """Failed writes when they were last asked for."""
+        """The last count of failed writes."""
         self._clear = 0
-        """Failed writes that have spoiled nothing."""
+        """The count of failed writes that are known to have spoiled nothing."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failed-writes", daemon=True)
 
     def start(self) -> None:
-        """Begin to look each second."""
+        """Start the monitor's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the monitor's thread."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A statement that writes: where it ends well and a write failed meanwhile, the parts are looked at."""
+        """Context manager of a statement that writes: if it succeeds although a write failed, check the parts."""
         before = self._known
         yield
         if self._now() != before:
@@ -71,10 +71,10 @@ class FailedWrites:
                     risen_to, risen_at = failed, time.monotonic()
                 merging = self._merging_since(time.monotonic() - risen_at)
                 self._look()
-                if not merging:  # a merge that runs may have missed a write that it ends without
+                if not merging:  # a running merge may still activate a part with a failed write
                     self._clear = failed
             except Exception:
-                log.exception("Failed writes could not be looked at; it is tried again.")
+                log.exception("Failed writes could not be checked; the check is repeated.")
 
     def _now(self) -> int:
         self._known = failed = self._count()
@@ -88,8 +88,8 @@ class FailedWrites:
 
 def _end_process(found: parts.Spoiled) -> None:
     log.critical(
-        "A write failed (is the disk full?) and the engine goes on with a part that cannot be read: %s, %s."
-        " The embedded ClickHouse ends; at its next start it takes what the part was made from.",
+        "A write failed (is the disk full?) and the engine uses a part that cannot be read: %s, %s."
+        " The embedded ClickHouse ends; at its next start it uses the parts from which this one was merged.",
         found.path,
         found.why,
     )

@@ -1,10 +1,9 @@
-"""How the server's process begins: with its options and nothing else of the process that started it.
+"""Start of the server's process, with its options and nothing else of the process that started it.
 
-The command line replaces itself by `python -m kalshi_platform.embedded_clickhouse` (same process id, so
-that whoever started it can end it). The new program has no environment but language, time zone and how
-to find the interpreter's own files, and no descriptors but its outputs; its options, with a configured
-password, come on its stdin. So no SQL, whatever it finds, can read the secrets of `.env` or of the environment:
-they are not in this process's memory.
+The command line replaces itself by `python -m kalshi_platform.embedded_clickhouse`, keeping its process id, so that
+its parent can end it. The new program inherits only the outputs, and from the environment only language, time zone
+and the paths of the interpreter's files; its options, including a configured password, arrive on stdin. So the
+secrets of `.env` and of the environment are not in the memory of this process, and no SQL can read them.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ _KEPT = (
     *("LANG", "LC_ALL", "LC_CTYPE", "TZ"),
     *("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
 )
-"""Of the environment: language, time zone, and where the interpreter finds its files."""
+"""Environment variables that are inherited: language, time zone, and paths of the interpreter's files."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the server is started with."""
+    """The server's options."""
 
     path: str
     """The data folder, absolute."""
@@ -36,25 +35,25 @@ class Options:
     """0: any free one."""
     user: str
     password: str | None = field(repr=False)
-    """None: the one in the data folder, and reading needs none (write_password.py). Empty: none is asked
-    for, as on the throw-away folders of tests and benchmarks."""
+    """None: the password of the data folder for writing, none for reading (write_password.py). Empty: no password
+    at all, for temporary folders of tests and benchmarks."""
     object_store: tuple[str, ...] = ()
-    """URL prefixes that `s3()` may read and write below; empty: none."""
+    """URL prefixes below which `s3()` may read and write; empty: none."""
     log_format: str = "text"
     log_level: str = "INFO"
 
 
 def replace_this_process(options: Options) -> NoReturn:
-    """Become the server. Raises `StoreError` where the interpreter cannot be executed."""
+    """Replace this process by the server. Raises `StoreError` if the interpreter cannot be executed."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     reading, writing = os.pipe()
-    os.write(writing, sent(options))  # far below what a pipe holds
+    os.write(writing, encoded(options))  # far below the capacity of a pipe
     os.close(writing)
     os.dup2(reading, 0)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
-        os.execve(sys.executable, command(options.path), environment())  # noqa: S606 - ourselves, no shell
+        os.execve(sys.executable, command(options.path), environment())  # noqa: S606 - our own program, no shell
     except OSError as error:
         raise StoreError(
             f"The embedded ClickHouse cannot be started: {sys.executable}: {error.strerror}."
@@ -63,26 +62,26 @@ def replace_this_process(options: Options) -> NoReturn:
 
 
 def command(path: str) -> list[str]:
-    """The arguments; the path and the last word are for people who look at a list of processes."""
+    """The arguments; the path and the last word only show in a list of processes."""
     return [sys.executable, "-m", "kalshi_platform.embedded_clickhouse", path, "clickhouse"]
 
 
 def environment() -> dict[str, str]:
-    """What the server's process gets of this one's environment."""
+    """The environment of the server's process."""
     return {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
-def sent(options: Options) -> bytes:
-    """The options as the server reads them from its stdin."""
+def encoded(options: Options) -> bytes:
+    """Encode the options for the server's stdin."""
     return json.dumps(asdict(options)).encode()
 
 
 def received(stdin: BinaryIO) -> Options:
-    """The options that `sent` made; stdin is at its end afterwards."""
+    """Read the options that `encoded` made; stdin is at its end afterwards."""
     options = json.loads(stdin.read())
     return Options(**{**options, "object_store": tuple(options["object_store"])})
 
 
 def absolute(path: Path) -> str:
-    """A data folder as the options have it."""
+    """A data folder's path for the options."""
     return str(path.expanduser().absolute())

@@ -1,11 +1,11 @@
-"""Parts of tables whose files are not what was written: found after a failed write, set aside at the start.
+"""Detection of spoiled parts, whose files are not what was written, and their removal at the start.
 
-The engine does not stop a merge whose writes fail (a full disk, a quota): it makes the new part active with
-files that are short or empty, and deletes the parts that it was merged from. So it keeps those for
-`SOURCES_KEPT_S`, its failed writes are watched (failed_writes.py), and what a failed write has spoiled is looked
-for by the sizes in each part's `checksums.txt`. Once such a part is active the process ends: in memory it holds
-what its disk does not. At the next start the part is moved to the table's `detached` folder before the engine
-opens the data folder, and the engine takes the parts that it was merged from.
+The engine does not abort a merge whose writes fail (a full disk, a quota): it activates the new part with short or
+empty files, and deletes the parts from which it was merged. Therefore the engine keeps those sources for
+`SOURCES_KEPT_S`, its failed writes are monitored (failed_writes.py), and spoiled parts are found by comparing file
+sizes with each part's `checksums.txt`. Once a spoiled part is active, the process ends, since its memory no longer
+matches its disk. At the next start the part is moved to the table's `detached` folder before the engine opens the
+data folder, and the engine uses the part's sources instead.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kalshi_platform import durable
 log = logging.getLogger(__name__)
 
 SOURCES_KEPT_S = 480
-"""How long the parts stay that were merged into another: what ClickHouse does by itself, and chDB does not."""
+"""Seconds for which the sources of a merge are kept: ClickHouse's default, which chDB lacks."""
 SET_ASIDE = "broken-on-start_"
-"""ClickHouse's own name for a part that it sets aside at its start."""
+"""ClickHouse's prefix for a part that it sets aside at its start."""
 
 _PART = re.compile(r"[0-9A-Za-z-]+_(?P<first>\d+)_(?P<last>\d+)_\d+(?:_\d+)?")
 _CHECKSUMS = "checksums.txt"
@@ -34,29 +34,29 @@ _HEAD, _VERSION = b"checksums format version: ", b"4\n"
 _HASH_BYTES = 16
 _COLUMNS = "columns.txt"
 LONGEST_BLOCK_BYTES = 64 * 1024 * 1024
-"""Of a `checksums.txt`, unpacked; the engine's are 1 MiB at most."""
+"""Longest decompressed block of a `checksums.txt`; the engine's are at most 1 MiB."""
 UNLISTED = frozenset(
     {_COLUMNS, "columns_substreams.txt", "default_compression_codec.txt", "metadata_version.txt"}
 )
-"""Files that `checksums.txt` does not list; none is ever empty, and only the first is in every part."""
+"""Files that `checksums.txt` does not list; none may be empty, and only the first is in every part."""
 
 
 class UnknownFormat(ValueError):
-    """A list of checksums that this build cannot read."""
+    """A list of checksums in an unknown format."""
 
 
 @dataclass(frozen=True)
 class Spoiled:
-    """A part that cannot be read whole."""
+    """A part that cannot be read completely."""
 
     path: Path
     why: str
 
 
 def spoiled(path: Path) -> Iterator[Spoiled]:
-    """The spoiled parts of the data folder `path`, in order of their names.
+    """The spoiled parts of the data folder `path`, ordered by name.
 
-    May run beside the engine: a part that it removes meanwhile is none.
+    It may run beside the engine: a part that the engine removes meanwhile is skipped.
     """
     tables = (table for some in _folders(path / "engine" / "store") for table in _folders(some))
     for part in (part for table in tables for part in _folders(table)):
@@ -72,17 +72,17 @@ def spoiled(path: Path) -> Iterator[Spoiled]:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Those in it, in order; none where it is gone meanwhile."""
+    """The folders in a folder, sorted; empty if it was removed meanwhile."""
     try:
-        return sorted(each for each in path.iterdir() if each.is_dir())
+        return sorted(entry for entry in path.iterdir() if entry.is_dir())
     except FileNotFoundError:
         return []
 
 
 def set_aside(path: Path) -> None:
-    """Move the spoiled parts of the data folder `path` away, before the engine opens it, and name each.
+    """Move the spoiled parts of the data folder `path` away before the engine opens it, and log each.
 
-    Raises `OSError` where one cannot be moved.
+    Raises `OSError` if one cannot be moved.
     """
     for found in list(spoiled(path)):
         table = found.path.parent
@@ -98,7 +98,7 @@ def set_aside(path: Path) -> None:
         durable.sync(table)
         sources = sum(_within(other.name, found.path.name) for other in table.iterdir())
         log.error(
-            "A part of a table cannot be read, as a write that failed leaves it (%s), and was moved to %s. %s",
+            "A part of a table cannot be read, as after a failed write (%s), and was moved to %s. %s",
             found.why,
             target,
             f"{sources or 'No'} parts of the same blocks take its place;"
@@ -107,7 +107,7 @@ def set_aside(path: Path) -> None:
 
 
 def _within(name: str, made: str) -> bool:
-    """Whether the part `made` was made of the part `name`, or of others of its blocks."""
+    """Whether the blocks of the part `name` are among those of the part `made`."""
     one, other = _PART.fullmatch(name), _PART.fullmatch(made)
     if one is None or other is None or name.partition("_")[0] != made.partition("_")[0]:
         return False
@@ -115,7 +115,7 @@ def _within(name: str, made: str) -> bool:
 
 
 def _fault(part: Path) -> str:
-    """What is wrong with a part's files; empty where nothing is. Raises `FileNotFoundError`."""
+    """The fault of a part's files; empty if there is none. Raises `FileNotFoundError`."""
     for name in sorted(UNLISTED):
         file = part / name
         if (name == _COLUMNS or file.exists()) and not file.stat().st_size:
@@ -123,7 +123,7 @@ def _fault(part: Path) -> str:
     try:
         listed = sizes((part / _CHECKSUMS).read_bytes())
     except UnknownFormat:
-        return ""  # what cannot be judged is left to the engine
+        return ""  # an unknown format is left to the engine
     except ValueError as error:
         return f"{_CHECKSUMS}: {error}"
     for name, size in listed.items():
@@ -139,12 +139,12 @@ def _fault(part: Path) -> str:
 def sizes(checksums: bytes) -> dict[str, int]:
     """The size of each file that a `checksums.txt` lists.
 
-    Version 4: a line of text, then compressed blocks, with for each file its name, size, hash, and where it is
-    compressed itself the size and hash of what it unpacks to. Raises `UnknownFormat` for what another version of
-    the engine may have written, and `ValueError` where bytes are missing.
+    Version 4: a line of text, then compressed blocks, which hold for each file its name, size and hash, and if it is
+    compressed also its decompressed size and hash. Raises `UnknownFormat` for another version, and `ValueError` if
+    bytes are missing.
     """
     if not checksums.startswith(_HEAD):
-        raise ValueError("its first line is not whole")
+        raise ValueError("its first line is incomplete")
     if not checksums.startswith(_VERSION, len(_HEAD)):
         raise UnknownFormat("not of version 4")
     reader = _Reader(b"".join(_unpacked(checksums[len(_HEAD + _VERSION) :])))
@@ -160,7 +160,7 @@ def sizes(checksums: bytes) -> dict[str, int]:
 
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
-    """The content of ClickHouse's compressed blocks: hash, method, both sizes, data."""
+    """Decompress ClickHouse's blocks: hash, method, both sizes, data."""
     reader = _Reader(data)
     while not reader.at_end():
         reader.take(_HASH_BYTES)
@@ -183,7 +183,7 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
 
 
 class _Reader:
-    """Bytes, read from their beginning on. Raises `ValueError` where they end too early."""
+    """Reads bytes in order. Raises `ValueError` if they end too early."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -201,7 +201,7 @@ class _Reader:
         return piece
 
     def number(self) -> int:
-        """Seven bits a byte, the lowest first."""
+        """Read a variable-length integer: seven bits per byte, the lowest first."""
         value, shift = 0, 0
         while True:
             byte = self.take(1)[0]

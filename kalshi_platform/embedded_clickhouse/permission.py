@@ -1,17 +1,16 @@
-"""Whether a statement is on the list of what SQL may do here, judged on the engine's own parse of it.
+"""The check whether a statement may run: an allow-list over the engine's own syntax tree.
 
-The engine gives a statement's syntax tree as JSON (`parseQueryToJSON`). Every node of it must be of a
-kind that is listed below, with no part that is not listed there, and every name in it (functions,
-table functions, engines, settings, formats, …) must be on a list of allowed/. What the engine parses
-and this page does not know is refused, and so is text that the engine would parse later: a list of
-columns as an argument is parsed here, too.
+The engine returns a statement's syntax tree as JSON (`parseQueryToJSON`). Every node must be of a kind listed
+below, with listed parts only, and every name in it (functions, table functions, engines, settings, formats, …) must
+be on a list of allowed/. Any other syntax is refused, and so is text that the engine would parse later; a list of
+columns as an argument is therefore parsed here, too.
 
-User-made names are never taken for functions: tables, views and CTEs are other kinds of nodes. A view
-with parameters stands where a table function does; it passes if the engine has no table function of that
-name and all its arguments are `name = value`.
+User-defined names are never taken for functions: tables, views and CTEs are other kinds of nodes. A view with
+parameters has the syntax of a table function; it passes if the engine has no table function of that name and all its
+arguments are `name = value`.
 
-The second, independent line are the engine's access rights and settings constraints (rights.py), the
-third the kernel (confinement.py).
+The second, independent defence are the engine's access rights and settings constraints (rights.py), the third is the
+kernel (confinement.py).
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ _NODES: Mapping[str, str] = {
     " sample_by select settings_changes settings_resets statistics_decl to_database to_table ttl"
     " update_assignments",
 }
-"""Kinds of nodes, each with the parts that it may have; a part that is empty or false is not there."""
+"""Allowed kinds of nodes, each with its allowed parts; a part that is empty or false counts as absent."""
 
 _READING = frozenset(
     {"SelectWithUnionQuery", "SelectIntersectExceptQuery", "ExplainQuery", "ShowTablesQuery"}
@@ -144,7 +143,7 @@ _WRITING = frozenset(
     | {"KillQueryQuery", "SystemQuery"}
 )
 _PLAIN_COLUMN = frozenset({"type", "name", "data_type", "null_modifier"})
-"""Parts of a column in a list that is an argument: no expression is among them."""
+"""Parts of a column in a list that is an argument; none of them is an expression."""
 _IN = frozenset(
     f"{prefix}{name}{suffix}"
     for prefix, name in (("", "in"), ("", "notIn"), ("global", "In"), ("global", "NotIn"))
@@ -152,8 +151,8 @@ _IN = frozenset(
 )
 
 
-class _Room(Enum):
-    """What a function node stands for, by the place where it stands."""
+class _Role(Enum):
+    """The meaning of a function node, which depends on its position."""
 
     EXPRESSION = auto()
     TABLE_FUNCTION = auto()
@@ -162,17 +161,17 @@ class _Room(Enum):
     INDEX = auto()
 
 
-_ROOMS: Mapping[tuple[str, str], _Room] = {
-    ("TableExpression", "table_function"): _Room.TABLE_FUNCTION,
-    ("InsertQuery", "table_function"): _Room.TABLE_FUNCTION,
-    ("CreateQuery", "as_table_function"): _Room.TABLE_FUNCTION,
-    ("Storage", "engine"): _Room.ENGINE,
-    ("ColumnDeclaration", "codec"): _Room.CODEC,
-    ("TTLElement", "recompression_codec"): _Room.CODEC,
-    ("IndexDeclaration", "index_type"): _Room.INDEX,
-    ("ProjectionDeclaration", "projection_type"): _Room.INDEX,
-    ("ColumnDeclaration", "statistics_desc"): _Room.INDEX,
-    ("StatisticsDeclaration", "types"): _Room.INDEX,
+_ROLES: Mapping[tuple[str, str], _Role] = {
+    ("TableExpression", "table_function"): _Role.TABLE_FUNCTION,
+    ("InsertQuery", "table_function"): _Role.TABLE_FUNCTION,
+    ("CreateQuery", "as_table_function"): _Role.TABLE_FUNCTION,
+    ("Storage", "engine"): _Role.ENGINE,
+    ("ColumnDeclaration", "codec"): _Role.CODEC,
+    ("TTLElement", "recompression_codec"): _Role.CODEC,
+    ("IndexDeclaration", "index_type"): _Role.INDEX,
+    ("ProjectionDeclaration", "projection_type"): _Role.INDEX,
+    ("ColumnDeclaration", "statistics_desc"): _Role.INDEX,
+    ("StatisticsDeclaration", "types"): _Role.INDEX,
 }
 _SETTINGS: Mapping[tuple[str, str], Collection[str]] = {
     ("Storage", "settings"): allowed.ENGINE_SETTINGS,
@@ -181,28 +180,28 @@ _SETTINGS: Mapping[tuple[str, str], Collection[str]] = {
     ("ProjectionDeclaration", "with_settings"): allowed.ENGINE_SETTINGS,
     ("RefreshStrategy", "settings"): allowed.REFRESH_SETTINGS,
 }
-"""The list that a SETTINGS clause is held against; that of a query's settings where nothing is said."""
+"""The allow-list of a SETTINGS clause by its position; elsewhere that of query settings."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """The names that the engine has: one that is refused is told from one that does not exist."""
+    """The engine's names, to distinguish a refused name from one that does not exist."""
 
     functions: frozenset[str] = frozenset()
     table_functions: frozenset[str] = frozenset()
     higher_order: frozenset[str] = frozenset()
-    """Functions that take the name of another one in the place of a lambda."""
+    """Functions that accept a function's name instead of a lambda."""
     combinators: tuple[str, ...] = ()
-    """Endings of aggregate functions: `sumIf` is `sum` with `If`."""
+    """Suffixes of aggregate functions: `sumIf` is `sum` with `If`."""
 
 
 @dataclass
 class Permission:
-    """The rules, for one engine and one object store."""
+    """The rules for one engine and one object store."""
 
     known: Known
     parse: Callable[[str], Node]
-    """The engine's syntax tree of a statement."""
+    """Returns the engine's syntax tree of a statement."""
     object_store: tuple[str, ...] = ()
     """URL prefixes that `s3()` may reach."""
     _functions: frozenset[str] = field(init=False)
@@ -212,7 +211,7 @@ class Permission:
         self._functions = allowed.FUNCTIONS | lowered
 
     def require(self, tree: Node, *, reader: bool) -> None:
-        """Raise `ClickHouseError` for a statement that is not on the list."""
+        """Raise `ClickHouseError` for a statement that is not allowed."""
         kind = str(tree.get("type"))
         if kind not in _READING | _WRITING:
             raise not_listed(f"the statement {kind}")
@@ -221,22 +220,22 @@ class Permission:
         self._check(tree, reader)
 
     def require_settings(self, names: Iterable[str]) -> None:
-        """Raise `ClickHouseError` for a setting that is not on the list."""
+        """Raise `ClickHouseError` for a setting that is not allowed."""
         for name in names:
             _require_setting(name, allowed.SETTINGS)
 
     def _check(self, tree: Node, reader: bool) -> None:
-        """Walk a tree without recursion: it may be as deep as the engine's parser allows."""
+        """Check a tree without recursion, since it may be as deep as the engine's parser allows."""
         lambdas = _Lambdas(tree)
-        todo: list[tuple[Node, _Room]] = [(tree, _Room.EXPRESSION)]
+        todo: list[tuple[Node, _Role]] = [(tree, _Role.EXPRESSION)]
         while todo:
-            node, room = todo.pop()
+            node, role = todo.pop()
             kind = str(node.get("type"))
             if kind not in _NODES:
                 raise not_listed(f"the statement, or a part of it, {kind}")
             if reader and kind in _WRITING:
                 raise ClickHouseError(497, "ACCESS_DENIED", f"Not allowed: {READ_ONLY}")
-            self._check_node(node, kind, room, lambdas)
+            self._check_node(node, kind, role, lambdas)
             listed = _NODES[kind].split()
             for part, value in node.items():
                 if part == "type" or not value:
@@ -244,21 +243,21 @@ class Permission:
                 if part not in listed:
                     raise not_listed(f"{kind} with {part}")
                 if isinstance(value, Mapping | list) and kind != "Literal":
-                    todo += self._children(node, kind, part, room)
+                    todo += self._children(node, kind, part, role)
 
     def _children(
-        self, node: Node, kind: str, part: str, room: _Room
-    ) -> Iterator[tuple[Node, _Room]]:
+        self, node: Node, kind: str, part: str, role: _Role
+    ) -> Iterator[tuple[Node, _Role]]:
         value = node[part]
         if kind == "Function" and part == "arguments" and node["name"] in _IN:
             for child in value["children"]:
                 table = child.get("name") in self.known.table_functions - self._functions
-                yield child, _Room.TABLE_FUNCTION if table else _Room.EXPRESSION
+                yield child, _Role.TABLE_FUNCTION if table else _Role.EXPRESSION
             return
         listed = _SETTINGS.get((kind, part), allowed.SETTINGS)
-        inner = _ROOMS.get((kind, part), _Room.EXPRESSION)
-        if kind in {"ExpressionList", "Function"} and room in {_Room.CODEC, _Room.INDEX}:
-            inner = room
+        inner = _ROLES.get((kind, part), _Role.EXPRESSION)
+        if kind in {"ExpressionList", "Function"} and role in {_Role.CODEC, _Role.INDEX}:
+            inner = role
         for child in [value] if isinstance(value, Mapping) else value:
             if not isinstance(child, Mapping):
                 continue
@@ -269,9 +268,9 @@ class Permission:
             elif kind == "ViewTargets":
                 yield from _inner_tables(child)
 
-    def _check_node(self, node: Node, kind: str, room: _Room, lambdas: _Lambdas) -> None:
+    def _check_node(self, node: Node, kind: str, role: _Role, lambdas: _Lambdas) -> None:
         if kind == "Function":
-            self._check_function(node, room, lambdas)
+            self._check_function(node, role, lambdas)
         elif kind == "SetQuery":
             _require_settings(node, allowed.SETTINGS)
         elif kind == "ColumnsApplyTransformer" and "func_name" in node:
@@ -293,20 +292,20 @@ class Permission:
         if "format_ast" in node:
             require_format(str(node["format_ast"].get("name")))
 
-    def _check_function(self, node: Node, room: _Room, lambdas: _Lambdas) -> None:
+    def _check_function(self, node: Node, role: _Role, lambdas: _Lambdas) -> None:
         name = str(node["name"])
-        match room:
-            case _Room.ENGINE if node.get("kind") == "DATABASE_ENGINE":
+        match role:
+            case _Role.ENGINE if node.get("kind") == "DATABASE_ENGINE":
                 _require(allowed.DATABASE_ENGINES, name, "the database engine {}")
-            case _Room.ENGINE if name == allowed.OBJECT_STORE.upper():
+            case _Role.ENGINE if name == allowed.OBJECT_STORE.upper():
                 self._require_object_store(node)
-            case _Room.ENGINE:
+            case _Role.ENGINE:
                 _require(allowed.TABLE_ENGINES, name, "the table engine {}")
-            case _Room.TABLE_FUNCTION:
+            case _Role.TABLE_FUNCTION:
                 self._check_table_function(node, name)
-            case _Room.CODEC:
+            case _Role.CODEC:
                 _require(allowed.CODECS, name, "the codec {}")
-            case _Room.INDEX if name in allowed.INDEXES:
+            case _Role.INDEX if name in allowed.INDEXES:
                 pass
             case _:
                 self._check_call(node, name, lambdas)
@@ -426,11 +425,11 @@ def _all(tree: Node) -> Iterator[Node]:
             todo += value
 
 
-def _inner_tables(target: Node) -> Iterator[tuple[Node, _Room]]:
-    """Of a materialized view: the table that it makes itself."""
+def _inner_tables(target: Node) -> Iterator[tuple[Node, _Role]]:
+    """The table that a materialized view creates itself."""
     for part, value in target.items():
         if part in {"inner_engine", "inner_columns"}:
-            yield value, _Room.EXPRESSION
+            yield value, _Role.EXPRESSION
         elif value and part not in {"kind", "table_database", "table_name"}:
             raise not_listed(f"a view with {part}")
     if target.get("kind") != "To":
@@ -442,7 +441,7 @@ def _arguments(node: Node) -> list[Node]:
 
 
 def _text(argument: Node) -> str | None:
-    """A literal text; None for anything else."""
+    """The value of a text literal; None for any other argument."""
     value = argument.get("value")
     if argument.get("type") == "Literal" and isinstance(value, Mapping):
         return str(value["value"]) if value.get("field_type") == "String" else None
@@ -450,13 +449,13 @@ def _text(argument: Node) -> str | None:
 
 
 def _is_row(argument: Node) -> bool:
-    """A row of `values()`: a literal that is no text, or a tuple of expressions."""
+    """Whether an argument is a row of `values()`: a literal other than a text, or a tuple of expressions."""
     kind, text = argument.get("type"), _text(argument)
     return (kind == "Literal" and text is None) or argument.get("name") in {"tuple", "array"}
 
 
 def _is_named(argument: Node) -> bool:
-    """`name = value`."""
+    """Whether an argument has the form `name = value`."""
     inner = _arguments(argument)
     return (
         argument.get("name") == "equals"
@@ -485,7 +484,7 @@ def _require_setting(name: str, listed: Collection[str]) -> None:
 
 
 def require_format(name: str) -> None:
-    """Raise `ClickHouseError` for a format that is not on the list."""
+    """Raise `ClickHouseError` for a format that is not allowed."""
     if name.lower() not in _FORMATS:
         if name.lower() in {refused.lower() for refused in allowed.FORMATS_REFUSED}:
             raise not_listed(f"the format {name}")
@@ -495,16 +494,16 @@ def require_format(name: str) -> None:
 _FORMATS = frozenset(name.lower() for name in allowed.FORMATS)
 
 
-def _require(listed: Collection[str], name: str, what: str) -> None:
+def _require(listed: Collection[str], name: str, template: str) -> None:
     if name not in listed:
-        raise not_listed(what.format(name.replace("_", " ")))
+        raise not_listed(template.format(name.replace("_", " ")))
 
 
-def not_listed(what: str) -> ClickHouseError:
-    """The refusal of a thing, named as the person wrote it."""
+def not_listed(thing: str) -> ClickHouseError:
+    """The refusal of a thing, named as the client wrote it."""
     return ClickHouseError(
         497,
         "ACCESS_DENIED",
-        f"{what[0].upper()}{what[1:]} is not on the list of what the embedded ClickHouse runs:"
+        f"{thing[0].upper()}{thing[1:]} is not on the list of what the embedded ClickHouse runs:"
         " docs/embedded-clickhouse.md. A ClickHouse server (CLICKHOUSE_URL) runs it",
     )

@@ -1,4 +1,4 @@
-"""The embedded ClickHouse in a child process of its own: for tests, and for who must kill it."""
+"""The embedded ClickHouse in a child process: for tests and benchmarks, also those that kill it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ END_S = 15
 
 
 class Running(str):
-    """The server's URL, with its process."""
+    """The server's URL, as a text that also has its process."""
 
     process: subprocess.Popen[str]
     """The child: tests may kill it."""
 
     def __new__(cls, url: str, process: subprocess.Popen[str]) -> Running:
-        """A URL that knows its process."""
+        """Create the URL with its process."""
         self = super().__new__(cls, url)
         self.process = process
         return self
@@ -31,10 +31,10 @@ class Running(str):
 def running(
     path: Path, *, user: str = "default", password: str | None = "", port: int = 0
 ) -> Iterator[Running]:
-    """Serve `path` from a child process on a free port; yields its URL, ends it afterwards.
+    """Context manager: serve `path` from a child process on a free port; yields its URL.
 
-    `password` is as in `launch.Options`: empty, every program that reaches the port may write.
-    Raises `StoreError` with what the child said where it does not start.
+    `password` is as in `launch.Options`: if it is empty, every program that reaches the port may write.
+    Raises `StoreError` with the child's output if it does not start.
     """
     options = launch.Options(launch.absolute(path), "127.0.0.1", port, user, password)
     child = subprocess.Popen(  # noqa: S603 - our own command, no shell
@@ -44,17 +44,17 @@ def running(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a Ctrl-C meant for the caller is not its
+        start_new_session=True,  # so that Ctrl-C reaches only the caller
     )
     try:
         with cast(IO[str], child.stdin) as stdin:
-            stdin.write(launch.sent(options).decode())
+            stdin.write(launch.encoded(options).decode())
         child.stdin = None
         line = cast(IO[str], child.stdout).readline()
         if not line:
-            _, said = child.communicate(timeout=END_S)
+            _, output = child.communicate(timeout=END_S)
             raise StoreError(
-                f"The embedded ClickHouse did not start: {said.strip() or f'exit code {child.returncode}'}"
+                f"The embedded ClickHouse did not start: {output.strip() or f'exit code {child.returncode}'}"
             )
         yield Running(line.split()[-1], child)
     finally:

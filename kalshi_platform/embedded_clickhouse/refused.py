@@ -1,10 +1,10 @@
-"""What a data folder has from an older build that the list does not let in now: taken out at the start.
+"""Removal of definitions that an older version accepted and the allow-list now refuses, at the start.
 
-Such a dictionary, table, view or database (a program or a file as its source, say) would act whenever a
-query names it, for the list looks at statements and not at what they name. So the definition of each object
-is judged as the statement that would make it today. One that is refused is detached, and its definition moves
-from the engine's metadata to `refused/` of the data folder, where no statement reaches it. Rows stay where
-they are. The sentence that says so comes at every start, until the file is gone.
+Such a dictionary, table, view or database (for example with a program or a file as its source) would act whenever a
+query names it, since the allow-list checks statements, not the objects that they name. So each object's definition
+is checked as the statement that would create it now. A refused object is detached, and its definition is moved from
+the engine's metadata to `refused/` in the data folder, where no statement reaches it. Rows stay where they are. A
+warning repeats this at every start until the file is removed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _KINDS = {"Dictionary": "DICTIONARY", "View": "VIEW", "MaterializedView": "VIEW"
 def set_aside(
     connection: Any, verdict: Callable[[str], ClickHouseError | None], path: Path
 ) -> None:
-    """Take out what `verdict` refuses, of the data folder `path`, and name all that was taken out.
+    """Take the objects that `verdict` refuses out of the data folder `path`, and log all that were taken out.
 
-    Raises the engine's error where an object cannot be detached: then nothing may be served.
+    Raises the engine's error if an object cannot be detached; then the folder must not be served.
     """
     engine, aside = path / "engine", path / FOLDER
     connection.query("SET check_table_dependencies = 0, check_referential_table_dependencies = 0")
@@ -50,18 +50,18 @@ def set_aside(
         if database in rights.OWN_DATABASES:
             continue
         if (error := verdict(definition)) is not None:
-            what = _KINDS.get(kind, "TABLE")
-            connection.query(f"DETACH {what} {_quoted(database)}.{_quoted(name)} SYNC")
+            noun = _KINDS.get(kind, "TABLE")
+            connection.query(f"DETACH {noun} {_quoted(database)}.{_quoted(name)} SYNC")
             if metadata:
                 target = aside / _as_file(database) / f"{_as_file(name)}.sql"
-                label = f"{what.lower()} {database}.{name}"
+                label = f"{noun.lower()} {database}.{name}"
                 _move(engine / metadata, target, label, error.sentence)
     for left in sorted(aside.rglob("*.sql")):
         log.warning("%s", _sentence(left))
 
 
 def _move(source: Path, target: Path, label: str, why: str) -> None:
-    """Move a definition, with what it is and why, durably; an older one of that name stays as well."""
+    """Move a definition durably, with a first line that says what it is and why; older files of that name stay."""
     target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     number = 0
     while target.exists():
@@ -76,10 +76,10 @@ def _move(source: Path, target: Path, label: str, why: str) -> None:
 
 def _sentence(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace") as lines:
-        what = next(lines, "").removeprefix("-- ").strip()
+        label = next(lines, "").removeprefix("-- ").strip()
     return (
-        f"Taken out of the database, for an older version let it in: {what}. Its definition is in {file}:"
-        " make it on a ClickHouse server, if it is needed, and remove the file."
+        f"Taken out of the database, since only an older version allowed it: {label}. Its definition is in {file}:"
+        " create it on a ClickHouse server if it is needed, and remove the file."
     )
 
 
@@ -93,5 +93,5 @@ def _quoted(name: str) -> str:
 
 
 def _as_file(name: str) -> str:
-    """A name as the engine's files have it: other signs than letters, digits and _ as %XX."""
+    """A name as in the engine's files: characters other than letters, digits and _ as %XX."""
     return re.sub(rb"[^0-9A-Za-z_]", lambda found: b"%%%02X" % found[0][0], name.encode()).decode()

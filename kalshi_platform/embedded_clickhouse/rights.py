@@ -1,9 +1,8 @@
-"""What the engine itself lets its one user do: its access rights and settings constraints.
+"""The engine's own access rights and settings constraints for its single user.
 
-Both are allow-lists that know nothing of permission.py's, which they stand behind: rights that are not
-granted are not there (sources such as URL, REMOTE or FILE, access management, SYSTEM SHUTDOWN, table
-engines), and every setting of allowed/settings_refused.txt is constant. The engine's own databases can be
-read and not be changed.
+They are the second defence behind permission.py and independent of it: rights that are not granted do not exist
+(sources such as URL, REMOTE or FILE, access management, SYSTEM SHUTDOWN, other table engines), and every setting of
+allowed/settings_refused.txt is constant. The engine's system databases are read-only.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ _USERS = """<clickhouse>
   <profiles><default>
     <implicit_select>0</implicit_select>
     <allow_introspection_functions>0</allow_introspection_functions>
-    <!-- expressions in VALUES are evaluated where they were looked at before: values.py -->
+    <!-- expressions in VALUES are evaluated only after they were checked: Engine._with_expressions -->
     <input_format_values_interpret_expressions>0</input_format_values_interpret_expressions>
-    <!-- no compiling: a question's fourth run would take four times as long, for a tenth off long scans -->
+    <!-- no compilation: a query's fourth run would take four times as long, to save a tenth of long scans -->
     <compile_expressions>0</compile_expressions>
     <compile_aggregate_expressions>0</compile_aggregate_expressions>
     <compile_sort_description>0</compile_sort_description>
-    <!-- what is read of an INSERT's data leaves memory again: see Engine.insert -->
+    <!-- an INSERT's data must leave memory after it was read: see Engine.insert -->
     <storage_file_read_method>pread</storage_file_read_method>
     <constraints>{constraints}</constraints>
   </default></profiles>
@@ -66,11 +65,11 @@ _USERS = """<clickhouse>
 </clickhouse>
 """
 SET_BY_US = frozenset({"input_format_values_interpret_expressions", "database"})
-"""Refused to everyone else, and so no constant; the second is set with each connection."""
+"""Settings that only the engine's own code sets, so they cannot be constant; the second is set on each connection."""
 
 
 def users(object_store: Iterable[str]) -> str:
-    """The engine's users file."""
+    """The content of the engine's users file."""
     constant = sorted(allowed.SETTINGS_REFUSED - SET_BY_US)
     return _USERS.format(
         constraints="".join(f"<{name}><const/></{name}>" for name in constant),
@@ -79,7 +78,7 @@ def users(object_store: Iterable[str]) -> str:
 
 
 def grants(object_store: Iterable[str]) -> list[str]:
-    """Every right, as statements."""
+    """All granted rights, as GRANT and REVOKE statements."""
     engines = sorted(allowed.TABLE_ENGINES | allowed.DATABASE_ENGINES)
     urls = "|".join(re.escape(prefix) for prefix in object_store)
     store = [f"GRANT READ, WRITE ON S3('({urls}).*')", "GRANT TABLE ENGINE ON S3"] if urls else []

@@ -1,7 +1,7 @@
-"""The HTTP side: a request in, a statement run, an answer out, all as ClickHouse does it.
+"""The HTTP server: it reads a request, runs its statement and writes the answer as ClickHouse does.
 
-One thread per running query; the event loop only reads and writes sockets, so `/ping` and other
-clients are answered while queries run.
+Each running query has a thread; the event loop only reads and writes sockets, so that `/ping` and other clients are
+answered while queries run. The engine itself is in engine.py.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ _T = TypeVar("_T")
 Piece = tuple[bytes, Progress]
 
 WORKERS = 64
-"""Queries that run side by side; more of them wait."""
+"""Queries that run in parallel; further ones wait."""
 LONGEST_SESSION_S = 3600
 QUERY_BYTES = 256 * 1024
-"""A query's length, and that of an INSERT before its data, unless the setting max_query_size says more."""
+"""Longest query, or INSERT before its data, unless the setting max_query_size is larger."""
 LONGEST_QUERY_BYTES = 4 * 1024 * 1024
-"""Whatever the setting says."""
+"""Upper limit of that setting."""
 ROOM_EVERY_BYTES = 16 * 1024 * 1024
-"""Of an INSERT's data, after which the disk is looked at again."""
+"""Bytes of an INSERT's data between two checks of the free space."""
 FINISH_REQUESTS_S = 3
-"""After SIGTERM, for running requests to end by themselves."""
+"""Seconds after SIGTERM in which running requests may finish."""
 END_QUERIES_S = 3
-"""After that, for killed queries to end."""
+"""Seconds after that for killed queries to end."""
 
 _NOT_SETTINGS = frozenset(
     {"query", "database", "default_format", "user", "password", "quota_key", "query_id", "role"}
@@ -82,7 +82,7 @@ _NOT_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class _Call:
-    """A request, read: what to run, under which conditions, with which data."""
+    """A request that was read: the statement, its conditions and its data."""
 
     request: EngineRequest
     statement: Statement
@@ -98,7 +98,7 @@ class Server:
     def __init__(
         self, engine: Engine, user: str, password: str, *, readers: bool, loopback: bool = True
     ) -> None:
-        """`readers`: who gives no password may read. `loopback`: it listens on that interface alone."""
+        """`readers`: clients without a password may read. `loopback`: it listens on that interface only."""
         self._engine = engine
         self._loopback = loopback
         self._user = user.encode()
@@ -116,7 +116,7 @@ class Server:
         )
 
     def stop(self) -> None:
-        """Take no more work; what runs goes on."""
+        """Accept no new query; running ones continue."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _root(self, http: Request) -> Response:
@@ -134,12 +134,12 @@ class Server:
             except ClickHouseError as error:
                 return self._refusal(error, query_id)
             except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it; the statement was not run
+                return Response(status_code=499)  # the client is gone; the statement was not run
             except OSError as error:
                 return self._refusal(_of_the_system(error), query_id)
 
     def _is_reader(self, http: Request, options: Mapping[str, str]) -> bool:
-        """Whether a request came without a password, to read. Raises `ClickHouseError` for a wrong one."""
+        """Whether a request without a password may read. Raises `ClickHouseError` for a wrong password."""
         user, password = _credentials(http, options)
         right_user = hmac.compare_digest(user, self._user)
         right_password = hmac.compare_digest(password, self._password)
@@ -163,7 +163,7 @@ class Server:
         *,
         reader: bool,
     ) -> _Call:
-        """The request, whole. An INSERT's data goes to a file; a query is bounded, and so in memory."""
+        """Read a request. An INSERT's data is written to a file; a query is bounded and held in memory."""
         for flag in ("compress", "decompress"):
             if options.get(flag, "0") not in {"0", ""}:
                 raise ClickHouseError(
@@ -180,11 +180,11 @@ class Server:
         head = await _beginning(body, url_query and url_query + b"\n", limit)
         request = _engine_request(http, options, reader=reader)
         statement, sql = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._understood, head, limit, request
+            self._threads, self._parsed, head, limit, request
         )
         data: IO[bytes] | None = None
         if statement.data_begin is not None:
-            self._engine.insist_on_folder()  # the data is put there first
+            self._engine.require_folder()  # the data is spooled there first
             data = held.enter_context(self._spool.file())
             self._spool.write(data, memoryview(head)[statement.data_begin :])
             async for piece in body:
@@ -200,8 +200,11 @@ class Server:
             encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
         )
 
-    def _understood(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
-        """The statement at the start of a body, where it may run, and its text: an INSERT's up to its target."""
+    def _parsed(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
+        """Parse and permit the statement at the start of a body; returns it and its text, an INSERT's up to its target.
+
+        Raises `ClickHouseError` for a statement that may not run.
+        """
         statement = parse(head[:limit])
         end = len(head) if statement.data_begin is None else statement.data_begin
         if end > limit or (end == limit and len(head) > limit):
@@ -219,12 +222,12 @@ class Server:
             ) from error
         if not statement.verb:
             raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
-        judged = sql
+        checked = sql
         if statement.inserts_data:
             sql = head[: statement.header_end].decode()
-            judged = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
+            checked = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
         require_format(request.default_format)
-        self._engine.permit(judged, request.settings, reader=request.reader)
+        self._engine.permit(checked, request.settings, reader=request.reader)
         return statement, sql
 
     async def _answer(self, http: Request, call: _Call) -> Response:
@@ -239,7 +242,7 @@ class Server:
             return Response(b"", headers=self._headers(call, done, result=False))
         answer = self._engine.query(call.request, call.statement, call.sql)
         try:
-            # in one go: each way to a thread and back is time that a small answer waits
+            # both in one call, since each change of thread delays a small answer
             first, second = await self._in_thread(
                 http, call, lambda: (cast(Piece, answer.fetch()), answer.fetch())
             )
@@ -271,7 +274,7 @@ class Server:
     async def _stream(
         self, call: _Call, begun: list[bytes], answer: Answer, tag: str
     ) -> AsyncIterator[bytes]:
-        """The answer in pieces; an error on the way is written behind them, as ClickHouse does."""
+        """Stream the answer in pieces; an error is appended to them, as ClickHouse does."""
         packed = compressor(call.encoding) if call.encoding else None
         loop = asyncio.get_running_loop()
 
@@ -299,7 +302,7 @@ class Server:
         ).encode()
 
     async def _in_thread(self, http: Request, call: _Call, work: Callable[[], _T]) -> _T:
-        """Run `work` in a thread; a client that goes away meanwhile ends its query."""
+        """Run `work` in a thread; if the client disconnects, its query is killed."""
         loop = asyncio.get_running_loop()
         result = loop.run_in_executor(self._threads, work)
         gone = asyncio.ensure_future(_disconnected(http))
@@ -307,14 +310,14 @@ class Server:
             await asyncio.wait([cast(Any, result), gone], return_when=asyncio.FIRST_COMPLETED)
             while not result.done() and call.statement.reads_only:
                 await loop.run_in_executor(None, self._engine.kill, call.request.tag)
-                # one that had not begun yet was not found: it is looked for again
+                # a query that had not begun was not found, so the kill is repeated
                 await asyncio.wait([cast(Any, result)], timeout=0.5)
             return await asyncio.shield(result)
         finally:
             gone.cancel()
 
     def _headers(self, call: _Call, progress: Progress, *, result: bool) -> dict[str, str]:
-        """Headers of an answer; `result` says whether the statement has one, be it empty."""
+        """The headers of an answer; `result`: whether the statement has a result, even an empty one."""
         headers = self._common_headers(call.query_id) | {
             "X-ClickHouse-Timezone": self._engine.timezone,
             "X-ClickHouse-Summary": json.dumps({name: str(n) for name, n in progress.items()}),
@@ -340,26 +343,26 @@ class Server:
 
 
 class _AnswerBroken(Exception):
-    """Ends a connection in the middle of an answer, so that no client takes it for whole."""
+    """Closes the connection in the middle of an answer, so that no client takes it for complete."""
 
 
 def _is_no_broken_answer(record: logging.LogRecord) -> bool:
-    """Keeps a query's own error, which its client has been told, out of the server's log."""
+    """Log filter: drop a query's own error, which its client has received."""
     return not (record.exc_info and isinstance(record.exc_info[1], _AnswerBroken))
 
 
 class _Spool:
-    """Files for the data of INSERTs, in the data folder; without names, so that none is left behind."""
+    """Temporary files for the data of INSERTs, in the data folder; unnamed, so that none is left behind."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def file(self) -> IO[bytes]:
-        """An empty one, gone when it is closed."""
+        """A new, empty file, which is deleted when it is closed."""
         return tempfile.TemporaryFile(dir=self._folder, buffering=0)
 
     def write(self, file: IO[bytes], data: memoryview) -> None:
-        """Append; a body that would fill the disk is refused, for the engine needs room, too."""
+        """Append data. Raises `ClickHouseError` if that would fill the disk, on which the engine needs space."""
         before = file.tell() // ROOM_EVERY_BYTES
         while data:
             data = data[file.write(data) :]
@@ -375,7 +378,7 @@ class _Spool:
 
 
 async def _pieces(http: Request) -> AsyncIterator[bytes]:
-    """The body, unpacked, in pieces that fit into memory whatever they are."""
+    """The body, decompressed, in pieces of bounded size."""
     encoding = http.headers.get("content-encoding", "").strip().lower()
     if encoding in {"", "identity"}:
         async for piece in http.stream():
@@ -389,7 +392,7 @@ async def _pieces(http: Request) -> AsyncIterator[bytes]:
 
 
 async def _beginning(body: AsyncIterator[bytes], before: bytes, limit: int) -> bytes:
-    """The first bytes of a body, behind those that come `before` it: all, or more than `limit`."""
+    """`before` and the beginning of a body: the whole body, or more than `limit` bytes."""
     head = bytearray(before)
     while len(head) <= limit and (piece := await anext(body, None)) is not None:
         head += piece
@@ -397,7 +400,7 @@ async def _beginning(body: AsyncIterator[bytes], before: bytes, limit: int) -> b
 
 
 def _of_the_system(error: OSError) -> ClickHouseError:
-    """A request that could not be read for want of something that the system has not got now."""
+    """The error of a request that could not be read because of the system, such as a full disk."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return ClickHouseError(
             243, "NOT_ENOUGH_SPACE", f"No room for the request body: {error.strerror}"
@@ -407,7 +410,7 @@ def _of_the_system(error: OSError) -> ClickHouseError:
 
 
 def _longest_query(options: Mapping[str, str]) -> int:
-    """In bytes; the engine has the same limit by default."""
+    """The longest query in bytes; the engine has the same default."""
     wanted = options.get("max_query_size", "")
     if not wanted.isdecimal() or not int(wanted[:20]):
         return QUERY_BYTES
@@ -430,16 +433,16 @@ async def _disconnected(http: Request) -> None:
 
 
 def _check_origin(http: Request, *, loopback: bool) -> None:
-    """Refuse what a web page of another site sends through its visitor's browser.
+    """Refuse requests from web pages of other sites.
 
-    Such a page can reach the loopback interface, and reading needs no password.
+    Such a page can reach the loopback interface through its visitor's browser, and reading needs no password.
     """
     if why := refusal(http.headers, scheme=http.scope["scheme"], loopback=loopback):
         raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 
 def _options(query_string: bytes) -> dict[str, str]:
-    """The URL's parameters; of one that is given twice, the last."""
+    """The URL's parameters; the last value of one that is given twice."""
     options = {}
     for part in query_string.split(b"&"):
         name, _, value = part.replace(b"+", b" ").partition(b"=")
@@ -449,21 +452,21 @@ def _options(query_string: bytes) -> dict[str, str]:
     return options
 
 
-def _decoded(value: bytes, what: str) -> str:
+def _decoded(value: bytes, label: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
         raise ClickHouseError(
-            36, "BAD_ARGUMENTS", f"{what} is not UTF-8: {error.reason} at byte {error.start}"
+            36, "BAD_ARGUMENTS", f"{label} is not UTF-8: {error.reason} at byte {error.start}"
         ) from error
 
 
 def _header(http: Request, name: str, otherwise: str = "") -> bytes:
-    return http.headers.get(name, otherwise).encode("latin-1")  # as it came
+    return http.headers.get(name, otherwise).encode("latin-1")  # the bytes as received
 
 
 def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """User and password, wherever the client put them; `default` without one when nowhere."""
+    """User and password from headers or URL; `default` without a password if there are none."""
     headers = http.headers
     if "x-clickhouse-user" in headers or "x-clickhouse-key" in headers:
         return _header(http, "x-clickhouse-user", "default"), _header(http, "x-clickhouse-key")
@@ -546,20 +549,20 @@ def serve(
 ) -> None:
     """Serve the data folder `path` until SIGTERM or SIGINT; port 0 takes any free one.
 
-    On Linux the calling process is confined to `path` for good (confinement.py): give `serve` a
-    process of its own. `password` is as in `launch.Options`. `object_store` are the URL prefixes that
-    SQL may reach. `ready` is called with the port once requests are answered. Raises `StoreError` where the
-    port is taken, the folder is in use, not writable or on a full disk, its password file is unfit, or other
-    machines could come in without a password.
+    On Linux the calling process is irrevocably confined to `path` (confinement.py), so `serve` needs a process of
+    its own. `password` is as in `launch.Options`. `object_store` are the URL prefixes that SQL may reach. `ready` is
+    called with the port once requests are answered. Raises `StoreError` if the port is taken, the folder is in use,
+    not writable or on a full disk, its password file is not usable, or other machines could connect without a
+    password.
     """
     folder = path.expanduser().absolute()
     if not password and not is_loopback(host):
         raise StoreError(
-            f"--host {host} opens the database to other machines, and CLICKHOUSE_PASSWORD is empty: whoever"
-            " reaches the port could read everything. Set a password, or leave --host out."
+            f"--host {host} opens the database to other machines, and CLICKHOUSE_PASSWORD is empty: any client"
+            " that reaches the port could read everything. Set a password, or leave --host out."
         )
     make_writable(folder)
-    # before a client can connect: one that finds no password connects as a reader
+    # before a client can connect: one that finds no password file connects as a reader
     secret = write_password.read_or_make(folder) if password is None else password
     listener = _bind(host, port)
     with listener:
@@ -570,7 +573,7 @@ def serve(
         server.stop()
         if not engine.end_queries(END_QUERIES_S / 3):
             log.warning("a query did not end in time; the engine is left without a clean close")
-            os._exit(0)  # its thread would hold the process; what was acknowledged is on disk
+            os._exit(0)  # its thread would keep the process alive; acknowledged inserts are on disk
         engine.close()
 
 
@@ -598,7 +601,7 @@ def _run(
     server: Server, engine: Engine, listener: socket.socket, ready: Callable[[int], None] | None
 ) -> None:
     class Web(uvicorn.Server):
-        """Says when requests are answered; at the end ends the queries that do not end."""
+        """Calls `ready` when requests are answered; at the shutdown kills the queries that do not end."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -624,7 +627,7 @@ def _run(
     )
     logging.getLogger("uvicorn.error").addFilter(_is_no_broken_answer)
     if threading.current_thread() is threading.main_thread():
-        # uvicorn raises the signal again when it is done: let that find a quiet handler
+        # uvicorn raises the signal again after the shutdown; this handler ignores it
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     Web(config).run(sockets=[listener])

@@ -1,13 +1,11 @@
-"""Reading a request's SQL just as far as HTTP needs it; the engine's own parser does the rest.
+"""The parsing of a request's SQL that HTTP needs; the engine's own parser does the rest.
 
-Needed: where an INSERT's data begins, which format the answer will have, whether there is more
-than one statement, and whether the text asks for a file of the host. Bytes in, bytes out: what
-follows an INSERT's header may be any binary format.
+It finds where an INSERT's data begins, which format the answer has, whether there is more than one statement, and
+whether the text names a file of the host. It works on bytes, since any binary format may follow an INSERT's header.
 
-Tokens are cut as the engine's lexer cuts them, in time linear in the text: a string, a quoted name or a
-comment that is not closed reaches to the end. The engine's lexer is not linear in one case, a heredoc
-that is not closed, for which it searches the rest of the text each time and cannot be interrupted. A
-text with too much of that is refused here.
+Tokens are the same as the engine's lexer's, found in linear time: an unclosed string, quoted name or comment extends
+to the end. The engine's lexer is not linear for unclosed heredocs: it searches the rest of the text for each of them
+and cannot be interrupted. A text with too many of these is refused here.
 """
 
 from __future__ import annotations
@@ -33,18 +31,18 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-"""All that a text consists of, but heredocs, which `_Heredocs` finds. Nothing is read twice."""
+"""Every token except heredocs, which `_Heredocs` finds. No byte is read twice."""
 _TAG = re.compile(rb"\$\w*+(?=\$)")
 
 _DOLLAR = ord("$")
 
 LONGEST_SEARCH_BYTES = 8 * 1024 * 1024
-"""What the engine may search in vain for the ends of a text's heredocs: about 0.2 seconds of its time."""
+"""Bytes that the engine may search for the ends of unclosed heredocs: about 0.2 seconds."""
 
 _BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
 
 _READ_FIRST = {"SELECT", "WITH", "FROM", "("}
-"""First words of a statement whose answer can come in pieces."""
+"""First words of statements whose answer can be streamed."""
 _READ_ONLY = _READ_FIRST | {"SHOW", "DESCRIBE", "DESC", "EXPLAIN", "EXISTS"}
 _ONLY_WHOLE = {"TOTALS", "EXTREMES", "OUTPUT_FORMAT_JSON_ARRAY_OF_ROWS"}
 _HOST_FUNCTIONS = {"file", "python"}
@@ -58,7 +56,7 @@ class _Token(NamedTuple):
     begin: int
     end: int
     depth: int
-    """How many brackets are open around it."""
+    """Number of open brackets around the token."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,17 @@ class Statement:
     verb: str
     """The first word, in upper case; empty for an empty text."""
     format: str | None
-    """The format that the text names: of the answer, or of an INSERT's data."""
+    """The format in the text: of the answer, or of an INSERT's data."""
     header_end: int | None
-    """INSERT with data: where its target ends, before SETTINGS, FORMAT or VALUES."""
+    """INSERT with data: the end of its target, before SETTINGS, FORMAT or VALUES."""
     data_begin: int | None
-    """INSERT with data: where the data begins."""
+    """INSERT with data: the offset of the data."""
     settings: str = ""
     """INSERT with data: its SETTINGS clause."""
     temporary: bool = False
-    """CREATE TEMPORARY TABLE and its like."""
+    """CREATE TEMPORARY TABLE and similar statements."""
     whole: bool = False
-    """The answer has a part (totals, extremes, brackets) that it only has in one piece."""
+    """The answer has a part (totals, extremes, brackets) that is missing when it is streamed."""
     inserts: bool = False
     """An INSERT, also one that starts with WITH."""
 
@@ -89,12 +87,12 @@ class Statement:
 
     @property
     def streams(self) -> bool:
-        """Whether the engine can hand out the answer in pieces."""
+        """Whether the engine can return the answer in pieces."""
         return self.verb in _READ_FIRST and not self.whole and not self.inserts
 
     @property
     def reads_only(self) -> bool:
-        """Whether, by its first word, the statement changes nothing."""
+        """Whether the statement changes nothing, according to its first word."""
         return self.verb in _READ_ONLY and not self.inserts
 
     @property
@@ -104,10 +102,10 @@ class Statement:
 
 
 def parse(text: bytes) -> Statement:
-    """Read the statement at the start of `text`.
+    """Parse the statement at the start of `text`.
 
-    Raises `ClickHouseError` for a second statement and for what would reach the host's files
-    past the engine's own access rights.
+    Raises `ClickHouseError` for a second statement, and for access to files of the host that the engine's
+    access rights do not cover.
     """
     tokens: list[_Token] = []
     for token in _tokens(text):
@@ -123,7 +121,7 @@ def parse(text: bytes) -> Statement:
     while tokens and tokens[-1].text == ";":
         tokens.pop()
     if tokens and (len(tokens) == 1 or (tokens[0].kind != "word" and tokens[0].text != "(")):
-        # such as `exit`, to which the engine, as a command-line tool, would say nothing
+        # for example `exit`, which the engine, a command-line tool, would obey silently
         shown = text.decode("utf-8", "replace").strip()[:80]
         raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: failed at position 1: {shown}")
     _refuse_host_access(text, tokens)
@@ -173,7 +171,7 @@ def _tokens(text: bytes) -> Iterator[_Token]:
 
 
 class _Heredocs:
-    """Where the heredocs of a text end: each tag's places are looked up once."""
+    """Finds the ends of a text's heredocs; the positions of each tag are searched once."""
 
     def __init__(self, text: bytes) -> None:
         self._text = text
@@ -247,7 +245,7 @@ def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
 
 
 def _after_format(text: bytes, position: int) -> int:
-    """Where data starts after `FORMAT x`: past blanks and one line end, or past a semicolon."""
+    """The start of the data after `FORMAT x`: after blanks and one line end, or after a semicolon."""
     match = _BEFORE_DATA.match(text, position)
     return match.end() if match else position
 
@@ -264,10 +262,10 @@ def _trailing_format(text: bytes, tokens: list[_Token]) -> str | None:
 
 
 def _refuse_host_access(text: bytes, tokens: list[_Token]) -> None:
-    """Refuse what the engine, being a local tool by birth, would do with the host's files.
+    """Refuse access to files of the host, which the engine supports as a command-line tool.
 
-    The first line of defence are access rights (engine.py) and, on Linux, the kernel
-    (confinement.py); this one answers with a sentence that names the thing.
+    Access rights (rights.py) and, on Linux, the kernel (confinement.py) prevent it, too; this check answers with a
+    sentence that names the thing.
     """
     for index, token in enumerate(tokens):
         following = tokens[index + 1] if index + 1 < len(tokens) else None
@@ -282,10 +280,10 @@ def _refuse_host_access(text: bytes, tokens: list[_Token]) -> None:
             _refuse(f"ENGINE = {token.text}")
 
 
-def _refuse(what: str) -> None:
+def _refuse(thing: str) -> None:
     raise ClickHouseError(
         497,
         "ACCESS_DENIED",
-        f"{what} is not available: the embedded ClickHouse does not touch files of the host."
+        f"{thing} is not available: the embedded ClickHouse does not touch files of the host."
         " Send data in the request, read results from the answer.",
     )

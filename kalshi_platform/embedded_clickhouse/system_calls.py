@@ -1,17 +1,16 @@
-"""Which system calls this process may make from now on, where the kernel can be told: seccomp on Linux.
+"""A filter of this process's system calls: seccomp on Linux.
 
-A filter is a program for the kernel's BPF machine that gets the number and the arguments of each call.
-This one leaves everything that a database needs, and refuses what would carry it out of its process:
+A filter is a program for the kernel's BPF machine, which receives the number and the arguments of each call. This
+one permits everything that a database needs, and refuses calls that would act outside of the process:
 
-- starting a program (execve) or a process (fork; threads are made as before);
-- touching other processes: signals, ptrace, their memory, their descriptors;
-- sockets of its own: none at all, or of the internet only where an object store is configured;
-- what needs an administrator, in case it runs as one: mounts, modules, namespaces, keys, BPF;
-- io_uring, which would do all of that without a call, and calls that are newer than this list.
+- starting a program (execve) or a process (fork; threads are permitted);
+- access to other processes: signals, ptrace, their memory, their descriptors;
+- sockets: none at all, or only internet sockets if an object store is configured;
+- calls of an administrator, in case it runs as one: mounts, modules, namespaces, keys, BPF;
+- io_uring, which can do all of that without calls, and calls that are newer than this list.
 
-A call that is refused fails with EPERM; what does not exist for this filter, with ENOSYS, so that the C
-library takes an older call instead. Numbers: `asm/unistd.h`; the machine: `linux/seccomp.h`,
-`linux/filter.h`, `linux/audit.h`.
+A refused call fails with EPERM; a call that is too new fails with ENOSYS, so that the C library uses an older call
+instead. Numbers: `asm/unistd.h`; the machine: `linux/seccomp.h`, `linux/filter.h`, `linux/audit.h`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 """Offsets into `struct seccomp_data`; arguments have eight bytes each, the low half first."""
 _CLONE_THREAD = 0x00010000
 _NEWEST = 462
-"""The highest number that was looked at: `mseal`, of Linux 6.10."""
+"""The highest reviewed number: `mseal`, of Linux 6.10."""
 
 _REFUSED = (
     *("execve", "execveat", "fork", "vfork"),
@@ -57,7 +56,7 @@ _SAME_EVERYWHERE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A processor's system calls."""
+    """The system-call numbers of a processor architecture."""
 
     audit: int
     """Its number in `struct seccomp_data`."""
@@ -98,9 +97,9 @@ ARCHITECTURES = {"x86_64": X86_64, "aarch64": AARCH64}
 
 
 def restrict(*, network: bool) -> None:
-    """Set the filter, for every thread of this process and for good.
+    """Set the filter irrevocably for every thread of this process.
 
-    Raises `OSError` where the kernel or the container does not take it.
+    Raises `OSError` if the kernel or the container does not accept it.
     """
     own = ARCHITECTURES.get(platform.machine())
     if own is None:
@@ -113,7 +112,7 @@ def restrict(*, network: bool) -> None:
         libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0),
         libc.syscall(own.seccomp, _SET_MODE_FILTER, _ALL_THREADS, described),
     ):
-        if done != 0:  # above 0: a thread that has a filter of its own
+        if done != 0:  # above 0: a thread that has its own filter
             number = ctypes.get_errno() or errno.EPERM
             raise OSError(number, f"seccomp: {os.strerror(number)}")
 
@@ -129,7 +128,7 @@ def program(own: Architecture, *, process: int, network: bool) -> bytes:
         (_LOAD, 0, 0, _NUMBER),
         (_GREATER, 0, 1, _NEWEST),
         (_RETURN, 0, 0, missing),
-        (_EQUAL, 0, 1, number["clone3"]),  # its flags are in memory, where no filter looks
+        (_EQUAL, 0, 1, number["clone3"]),  # its flags are in memory, which a filter cannot read
         (_RETURN, 0, 0, missing),
     ]
     refused = [*_REFUSED, *(() if network else ("socket", "connect"))]
@@ -149,7 +148,7 @@ def program(own: Architecture, *, process: int, network: bool) -> bytes:
         ("tgkill", own_process),
         ("socket", internet),
     ):
-        # past its test, which skips the refusal where the call may pass
+        # skip the test for other calls; the test skips the refusal if the call is permitted
         steps += [(_EQUAL, 0, len(test) + 2, number[name]), *test]
         steps += [(_RETURN, 0, 0, refuse), (_RETURN, 0, 0, _ALLOW)]
     steps.append((_RETURN, 0, 0, _ALLOW))

@@ -1,10 +1,10 @@
-"""The password that writing to the embedded ClickHouse needs: a file in its data folder.
+"""The password for writing to the embedded ClickHouse: a file in its data folder.
 
-The server makes it before it listens for the first time; every command of the platform reads it there when it
-connects to the embedded ClickHouse, and never sends it anywhere else. CLICKHOUSE_PASSWORD takes its place on
-both sides, and then no file is made or read.
+The server generates it before it listens for the first time; every command of the platform reads it when it connects
+to the embedded ClickHouse, and never sends it to another server. CLICKHOUSE_PASSWORD replaces it on both sides, and
+then no file is written or read.
 
-The password is in no database: a file that is removed is made again at the server's next start.
+The password is in no database: if the file is removed, the server generates a new one at its next start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 NAME = "password"
 BYTES = 32
-"""Of randomness."""
+"""Bytes of randomness."""
 _PASSWORD = re.compile(rb"[!-~]{16,256}")
 ANOTHER = "remove it and start the embedded ClickHouse again, which makes a new one"
 READ_ONLY = (
@@ -39,9 +39,9 @@ READ_ONLY = (
 
 
 def read(folder: Path) -> str | None:
-    """The password in a data folder; None where there is none.
+    """The password in a data folder; None if there is no file.
 
-    Raises `StoreRefused` for a file that is no password, or that others can read.
+    Raises `StoreRefused` for a file that holds no password, or that other users can read.
     """
     path = folder / NAME
     try:
@@ -50,9 +50,9 @@ def read(folder: Path) -> str | None:
         return None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StoreRefused(_unfit(path, "is a symbolic link", ANOTHER)) from None
+            raise StoreRefused(_unusable(path, "is a symbolic link", ANOTHER)) from None
         raise StoreRefused(
-            _unfit(
+            _unusable(
                 path,
                 f"cannot be read ({error.strerror})",
                 "make it this user's (chown, chmod 600), or run this command as the user who has it",
@@ -61,10 +61,10 @@ def read(folder: Path) -> str | None:
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise StoreRefused(_unfit(path, "is no file", ANOTHER))
+            raise StoreRefused(_unusable(path, "is not a regular file", ANOTHER))
         if mode := stat.S_IMODE(status.st_mode) & 0o077:
             raise StoreRefused(
-                _unfit(
+                _unusable(
                     path,
                     f"is open to other users of this machine (mode {mode | 0o600:04o})",
                     f"chmod 600 {shlex.quote(str(path))}; if one of them may have read it, {ANOTHER}. On a file"
@@ -73,26 +73,28 @@ def read(folder: Path) -> str | None:
             )
         content = os.read(file, 4096).removesuffix(b"\n")
     except OSError as error:
-        raise StoreRefused(_unfit(path, f"cannot be read ({error.strerror})", ANOTHER)) from None
+        raise StoreRefused(_unusable(path, f"cannot be read ({error.strerror})", ANOTHER)) from None
     finally:
         os.close(file)
     if not _PASSWORD.fullmatch(content):
-        what = "is empty" if not content.strip() else "holds no password (16 to 256 plain signs)"
-        raise StoreRefused(_unfit(path, what, ANOTHER))
+        fault = (
+            "is empty" if not content.strip() else "holds no password (16 to 256 ASCII characters)"
+        )
+        raise StoreRefused(_unusable(path, fault, ANOTHER))
     return content.decode("ascii")
 
 
 def read_or_make(folder: Path) -> str:
-    """The password in a data folder, made where there is none.
+    """The password in a data folder, generated if there is none.
 
-    Raises `StoreRefused` as `read` does, and where it cannot be written.
+    Raises `StoreRefused` as `read` does, and if the file cannot be written.
     """
     if (found := read(folder)) is not None:
         return found
     if (folder / "engine").exists():
         log.warning(
-            "%s is not there, though the folder was in use before: a new password is made. Programs that"
-            " still have an old one must connect again",
+            "%s is missing, though the folder was in use before: a new password is generated. Programs with"
+            " the old one must connect again",
             folder / NAME,
         )
     try:
@@ -102,7 +104,7 @@ def read_or_make(folder: Path) -> str:
             f"The password file {folder / NAME} cannot be written ({error.strerror}). Correct the folder's"
             " permissions or its disk, or set CLICKHOUSE_PASSWORD."
         ) from None
-    made = read(folder)  # that of the process which was first
+    made = read(folder)  # another process may have been first
     if made is None:
         raise StoreRefused(
             f"The password file {folder / NAME} was removed while it was made. Start the embedded"
@@ -112,7 +114,7 @@ def read_or_make(folder: Path) -> str:
 
 
 def _make(folder: Path) -> None:
-    """Put a new password there in one step, unless there is one by then."""
+    """Write a new password atomically, unless another process has written one meanwhile."""
     file, name = tempfile.mkstemp(prefix=f"{NAME}-", dir=folder)
     try:
         try:
@@ -128,5 +130,5 @@ def _make(folder: Path) -> None:
     durable.sync(folder)
 
 
-def _unfit(path: Path, what: str, remedy: str) -> str:
-    return f"The password file {path} {what}. Remedy: {remedy}."
+def _unusable(path: Path, fault: str, remedy: str) -> str:
+    return f"The password file {path} {fault}. Remedy: {remedy}."

@@ -505,7 +505,7 @@ def test_a_stopped_market_maker_is_found_with_its_age(own_database: Installation
         assert line.startswith(
             "✗ market maker — engine mm-1 has not decided for 2 h 25 min, its newest decision is of "
         )
-        assert line.endswith("the line of its spool counts what waits here")
+        assert line.endswith("the spool's line counts the rows that wait here")
         planted.decision(ago(5), engine_instance_id="mm-1")  # what the line says: it is started
         line = own_database.lines()["market maker"]
         assert line.startswith("✓ market maker — it decides: 1 decision of 1 market")

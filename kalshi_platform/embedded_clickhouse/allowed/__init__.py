@@ -1,9 +1,9 @@
-"""The names that SQL may use, as the engine spells them: what is on no list here is refused.
+"""The allow-lists of names that SQL may use, as the engine spells them; any other name is refused.
 
-The long lists are files beside this one, a name a line, of the engine's version that the lock names
-(26.9). `*_refused.txt` are the engine's other names: together they are all that it has, and a test
-compares them with the engine, so that a new version's names are looked at before they are let in. A
-name is let in when it neither leaves the process, nor reads or writes a file, nor takes SQL as text.
+The long lists are files in this folder, one name a line, for the engine's locked version (26.9). `*_refused.txt`
+hold the engine's other names. A test checks that both together are all names of the engine, so that the names of a
+new version are reviewed before they are allowed. A name is allowed if it neither leaves the process, nor reads or
+writes a file, nor takes SQL as text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ def _names(file: str) -> frozenset[str]:
 
 FUNCTIONS = _names("functions.txt")
 FUNCTIONS_REFUSED = _names("functions_refused.txt")
-"""Refused: `file`, dictionaries (their sources are programs, files and hosts), models and hosts that answer
-questions (`ai…`), the host's own data, and the engine's inner functions."""
+"""Refused: `file`, dictionaries (their sources are programs, files and hosts), models and remote services (`ai…`),
+data of the host, and the engine's internal functions."""
 SETTINGS = _names("settings.txt")
 SETTINGS_REFUSED = _names("settings_refused.txt")
-"""Refused: what names files, hosts or credentials, what holds SQL as text, other dialects, what lifts the
-engine's own checks, and what belongs to engines and functions that are not on the lists."""
+"""Refused: settings that name files, hosts or credentials, that hold SQL as text, that select other dialects, that
+disable the engine's own checks, or that belong to engines and functions that are not allowed."""
 MERGE_TREE_SETTINGS = _names("merge_tree_settings.txt")
 MERGE_TREE_SETTINGS_REFUSED = _names("merge_tree_settings_refused.txt")
-"""Refused: other disks than the data folder's, and what belongs to replication."""
+"""Refused: other disks than the data folder's, and replication."""
 
 TABLE_ENGINES = frozenset(
     {"MergeTree", "ReplacingMergeTree", "SummingMergeTree", "AggregatingMergeTree"}
@@ -40,9 +40,9 @@ TABLE_FUNCTIONS = frozenset(
     | {"view", "viewIfPermitted", "viewExplain"}
 )
 WITH_COLUMNS = frozenset({"values", "null", "generateRandom", "format", "s3"})
-"""Table functions with an argument that is a list of columns, as in CREATE TABLE."""
+"""Table functions with a list of columns as an argument, as in CREATE TABLE."""
 OBJECT_STORE = "s3"
-"""Table function; the engine is its upper case. Both only below the object store's URLs."""
+"""A table function, and in upper case a table engine; both only below the object store's URLs."""
 ENGINE_SETTINGS = MERGE_TREE_SETTINGS | frozenset(
     {"min_bytes_to_keep", "max_bytes_to_keep", "min_rows_to_keep", "max_rows_to_keep", "compress"}
     | {
@@ -54,7 +54,7 @@ ENGINE_SETTINGS = MERGE_TREE_SETTINGS | frozenset(
     }
     | {"join_any_take_last_row"}
 )
-"""Of a table: those of the MergeTree engines, of Memory, Set and Join."""
+"""Settings of tables: those of the MergeTree engines, of Memory, Set and Join."""
 REFRESH_SETTINGS = frozenset(
     {"all_replicas", "refresh_retries"}
     | {"refresh_retry_initial_backoff_ms", "refresh_retry_max_backoff_ms"}
@@ -69,7 +69,7 @@ INDEXES = frozenset(
     | {"STATISTICS", "tdigest", "uniq", "minmax", "countmin", "basic"}
     | {"splitByNonAlpha", "splitByString", "ngrams", "sparseGrams", "array", "unicodeWord"}
 )
-"""Of data-skipping indexes, statistics and the tokenizers of text indexes."""
+"""Data-skipping indexes, statistics and the tokenizers of text indexes."""
 FORMATS = frozenset(
     {"Arrow", "ArrowStream", "Avro", "BSONEachRow", "Buffers", "CSV", "CSVWithNames"}
     | {"CSVWithNamesAndTypes", "CustomSeparated", "CustomSeparatedIgnoreSpaces"}
@@ -96,7 +96,7 @@ FORMATS = frozenset(
     | {"TabSeparatedRawWithNames", "TabSeparatedRawWithNamesAndTypes", "TabSeparatedWithNames"}
     | {"TabSeparatedWithNamesAndTypes", "Values", "Vertical", "XML"}
 )
-"""Those that need no file of the host (a schema, a template) and no registry."""
+"""Formats that need neither a file of the host (a schema, a template) nor a registry."""
 FORMATS_REFUSED = frozenset(
     {"AvroConfluent", "DWARF", "MySQLDump", "MySQLWire", "ODBCDriver2", "PNG", "PostgreSQLWire"}
     | {"Protobuf", "ProtobufList", "ProtobufSingle", "Puffin", "PuffinMetadata", "Template"}
