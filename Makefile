@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # By its interpreter: a program of an environment that was copied with its folder calls the one it was copied from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# On all cores, which pip does not. Files that are no Python of today are nobody's to import.
+# On all cores, which pip does not use. Files of another Python version are never imported: their errors do not count.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # `moved` where the environment was made in another folder: this one was moved or copied since.
@@ -101,7 +101,7 @@ format: install-dev ## Put the code in the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-lock: ## Resolve the dependencies anew (needs uv)
+lock: ## Resolve the dependencies again (needs uv)
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --extra postgres pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --extra postgres --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group security -c requirements-dev.lock -o requirements-security.lock
