@@ -8,6 +8,7 @@ that follow each other share what has not changed for a while (`Ladders`).
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -16,9 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from kalshi_platform.journal.clock import ReceiveClock
+from kalshi_platform.loading.sorted_levels import PACKED, PACKED_BYTES, SortedLevels
 
 LEVELS = pl.Schema(
     {
@@ -30,15 +31,12 @@ LEVELS = pl.Schema(
         "size": pl.Int64,
     }
 )
-PACKED = pl.Schema({"level": pl.Int64, "size": pl.Int64})
 _PRICES = 1 << 14
 """More than ONE_DOLLAR: prices as digits of a composite key."""
 _OF_MARKET = 2 * _PRICES
 RECENT_LEVELS = 1 << 15
 RECENT_SHARE = 8
 """Changed levels are kept apart until they are more than the one, and than all divided by the other."""
-MERGED_LEVELS = 1 << 18
-"""So many levels are merged at a time."""
 
 
 class Book(msgspec.Struct, frozen=True):
@@ -100,8 +98,8 @@ class Connection(msgspec.Struct, frozen=True):
 class Ladders:
     """The levels of all books, sizes other than 0; `level` as `level_number` has it."""
 
-    base: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
-    """Sorted by level; the states of a while share it."""
+    base: SortedLevels = field(default_factory=SortedLevels)
+    """What states that follow each other share, all of it or most."""
     recent: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
     """What is different by now, in no order; size 0 where a level of `base` is gone."""
 
@@ -112,34 +110,25 @@ class Ladders:
 
     def all(self) -> pl.DataFrame:
         """Every level with its size, sorted."""
-        if self.recent.is_empty():
-            return self.base
-        unchanged = self.base.filter(~pl.col("level").is_in(self.recent["level"].implode()))
-        standing = self.recent.filter(pl.col("size") != 0).sort("level")
-        return unchanged.merge_sorted(standing, key="level").rechunk()
+        return pl.concat([pl.DataFrame(schema=PACKED), *self.parts()]).rechunk()
 
-    def batches(self, rows: int) -> Iterator[pl.DataFrame]:
-        """The same, about so many levels at a time."""
-        base, recent = self.base["level"], self.recent.sort("level")
-        edges = base.gather_every(rows, rows)  # `search_sorted` wants a value for each
-        cuts = recent["level"].search_sorted(edges, side="left").to_list() if len(edges) else []
-        spans = itertools.pairwise([0, *cuts, recent.height])
-        for n, (begin, end) in enumerate(spans):
-            part = Ladders(self.base.slice(n * rows, rows), recent.slice(begin, end - begin))
-            yield part.all()
+    def parts(self) -> Iterator[pl.DataFrame]:
+        """The same, some levels at a time."""
+        return self.base.parts(self.recent.sort("level"))
 
     def heights(self, markets: pl.Series) -> npt.NDArray[np.int64]:
         """How many levels each of these markets (numbers) has."""
-        base, recent = self.base["level"].to_numpy(), self.recent.sort("level")
+        recent = self.recent.sort("level")
         level, stands = recent["level"].to_numpy(), (recent["size"] != 0).to_numpy()
-        known = np.searchsorted(base, level, "right") - np.searchsorted(base, level, "left")
+        known = self.base.find(level + 1) - self.base.find(level)
         more = np.concatenate([[0], np.cumsum(stands.astype(np.int64) - known)])
         lowest = markets.to_numpy() * _OF_MARKET
-        beyond = lowest + _OF_MARKET
+        order = np.argsort(lowest)
+        spans = np.empty(len(lowest), np.int64)
+        spans[order] = _widths(self.base, lowest[order])
         heights: npt.NDArray[np.int64] = (
-            np.searchsorted(base, beyond)
-            - np.searchsorted(base, lowest)
-            + more[np.searchsorted(level, beyond)]
+            spans
+            + more[np.searchsorted(level, lowest + _OF_MARKET)]
             - more[np.searchsorted(level, lowest)]
         )
         return heights
@@ -149,12 +138,9 @@ class Ladders:
         level = pl.col("level")
         whole = market_of(level).is_in(markets.implode())
         others = pl.DataFrame({"level": levels}).filter(~whole)["level"].unique().sort()
-        base = self.base["level"].to_numpy()
-        at = np.searchsorted(base, others.to_numpy())
-        there = at[at < len(base)]
-        there = there[base[there] == others.to_numpy()[: len(there)]]
         lowest = markets.unique().sort().to_numpy() * _OF_MARKET
-        found = self.base[np.concatenate([there, _spans(base, lowest)])]
+        positions = [self.base.has(others.to_numpy()), _spans(self.base, lowest)]
+        found = self.base.take(np.sort(np.concatenate(positions)))
         changed = self.recent.filter(level.is_in(others.implode()) | whole)
         return pl.concat(
             [
@@ -174,28 +160,20 @@ class Ladders:
         recent = pl.concat(
             [self.recent.filter(~level.is_in(newest["level"].implode())), newest]
         ).rechunk()
-        after = Ladders(self.base, recent)
         if recent.height > max(RECENT_LEVELS, self.base.height // RECENT_SHARE):
-            return after.merged()
-        return after
-
-    def merged(self) -> Ladders:
-        """The same levels with nothing recent. Needs room for one copy, made some levels at a time."""
-        made = {name: np.empty(self.height, np.int64) for name in PACKED}
-        n = 0
-        for part in self.batches(MERGED_LEVELS):
-            for name, values in made.items():
-                values[n : n + part.height] = part[name].to_numpy()
-            n += part.height
-        columns = [pa.array(values[:n]) for values in made.values()]
-        return Ladders(pl.DataFrame(pa.table(columns, names=PACKED.names())))
+            return Ladders(self.base.changed(recent.sort("level")))
+        return Ladders(self.base, recent)
 
 
-def _spans(base: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where the levels of the markets are whose lowest possible levels these are."""
-    first = np.searchsorted(base, lowest)
-    count = np.searchsorted(base, lowest + _OF_MARKET) - first
-    spans: npt.NDArray[np.int64] = np.repeat(first - np.cumsum(count) + count, count)
+def _widths(base: SortedLevels, lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many levels the markets have whose lowest possible levels these are, ascending."""
+    return base.find(lowest + _OF_MARKET) - base.find(lowest)
+
+
+def _spans(base: SortedLevels, lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The positions of the levels of the markets whose lowest possible levels these are, ascending."""
+    count = _widths(base, lowest)
+    spans: npt.NDArray[np.int64] = np.repeat(base.find(lowest) - np.cumsum(count) + count, count)
     return spans + np.arange(len(spans))
 
 
@@ -229,7 +207,9 @@ class BookState:
         packed = levels.with_columns(market.alias("market")).select(
             level_number().alias("level"), "size"
         )
-        return cls(n, clock, connections, books, numbers, Ladders(packed.sort("level")))
+        return cls(
+            n, clock, connections, books, numbers, Ladders(SortedLevels.of(packed.sort("level")))
+        )
 
     @property
     def version(self) -> int:
@@ -287,7 +267,14 @@ class BookState:
             ~market_of(pl.col("level")).is_in(pl.Series(gone, dtype=pl.Int64).implode())
         )
         partial = frozenset(self.connections)
-        return replace(self, books=books, ladders=Ladders(levels), partial=partial)
+        return replace(self, books=books, ladders=Ladders(SortedLevels.of(levels)), partial=partial)
+
+    def pieces(self) -> Iterator[tuple[object, int]]:
+        """What takes the memory, and how many bytes: states share what is the same object."""
+        for frame in (self.ladders.recent, *self.ladders.base.leaves):
+            yield frame, frame.height * PACKED_BYTES
+        for by_ticker in (self.books, self.numbers):
+            yield by_ticker, sys.getsizeof(by_ticker)
 
     @property
     def levels(self) -> pl.DataFrame:

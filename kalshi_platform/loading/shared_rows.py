@@ -15,7 +15,6 @@ from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,8 @@ LEVEL_BYTES = 18
 """What a level takes of a snapshot's JSON at least: ["0.0100","1.00"],"""
 KEPT_STEPS = 8
 KEPT_BYTES = 64 << 20
-"""So much is kept for the other loads: more than comes while one of them writes. Each step holds all
-books, so that there are few."""
+"""So much is kept for the other loads: more than comes while one of them writes. Bytes are those of the rows,
+and of the books what the newest step does not hold as well."""
 SHARED_WAIT_S = 5.0
 """A step that another load is deriving is waited for, as it is sooner there than one's own; not longer
 than this, whatever holds the other up."""
@@ -67,11 +66,6 @@ class BuiltRange:
     state: BookState
     """The books after it."""
     end: LogOffset
-
-    @cached_property
-    def bytes(self) -> int:
-        """What it holds in memory for itself, about: `base` is shared with other steps."""
-        return self.rows.bytes + int(self.state.ladders.recent.estimated_size())
 
 
 @dataclass(frozen=True)
@@ -187,9 +181,12 @@ class SharedRows:
         passed = min(self._reached.values(), default=-1)
         steps = sorted(self._kept.items(), key=lambda kept: kept[1].end.n, reverse=True)
         kept = list[tuple[_Key, BuiltRange]]()
+        counted = {id(piece) for _, newest in steps[:1] for piece, _ in newest.state.pieces()}
         held = 0
         for key, step in steps[:KEPT_STEPS]:
-            held += step.bytes
+            pieces = {id(piece): size for piece, size in step.state.pieces()}
+            held += step.rows.bytes + sum(pieces[piece] for piece in pieces.keys() - counted)
+            counted |= pieces.keys()
             if step.end.n <= passed or (kept and held > KEPT_BYTES):
                 break
             kept.append((key, step))

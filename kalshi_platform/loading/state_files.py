@@ -24,13 +24,13 @@ from kalshi_platform.errors import PlatformError
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.loading.book_state import (
     LEVELS,
-    PACKED,
     Book,
     BookState,
     Connection,
     Ladders,
     unpacked,
 )
+from kalshi_platform.loading.sorted_levels import PACKED, SortedLevels
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
 from kalshi_platform.utc_hours import floor_hour, hour_start_ns
 
@@ -106,7 +106,7 @@ def save(state: BookState, path: Path, start: str = "") -> None:
             pa.PythonFile(body, mode="w") as sink,
             pa.ipc.new_file(sink, schema, options=options) as writer,
         ):
-            for levels in state.ladders.batches(BATCH_LEVELS):
+            for levels in state.ladders.parts():
                 writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
         file.seek(len(MAGIC))
         file.write(body.hash.digest())
@@ -164,7 +164,7 @@ def load(
         head.connections,
         head.books,
         head.numbers,
-        Ladders(levels.cast(PACKED).rechunk()),
+        Ladders(SortedLevels.of(levels.cast(PACKED).rechunk())),
         head.partial,
     )
 
@@ -319,7 +319,7 @@ def _live_books(state: BookState, at: datetime) -> pl.DataFrame:
 
 
 def _checkpoint_of(books: pl.DataFrame, state: BookState, at: datetime, shard: int) -> pa.Table:
-    levels = state.ladders.of(state.ladders.base["level"].clear(), books["market"])
+    levels = state.ladders.of(pl.Series([], dtype=pl.Int64), books["market"])
     rows = books.join(unpacked(levels), on="market", how="left").sort(
         "market_ticker", "side", "price"
     )

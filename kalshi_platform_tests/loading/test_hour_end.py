@@ -31,6 +31,7 @@ from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.loading.shared_rows import SharedRows
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
+from kalshi_platform.loading.sorted_levels import SortedLevels
 from kalshi_platform.loading.state_files import checkpoint_batches
 from kalshi_platform.schema import BOOK_CHECKPOINTS
 from kalshi_platform.settings import Settings
@@ -99,7 +100,8 @@ def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same
     assert [batch.num_rows for batch in found] == [25, 18, 18, 6]  # EMPTY has a row, the others 6
     tickers = [batch["market_ticker"].unique().to_pylist() for batch in found]
     assert len(set(itertools.chain(*tickers))) == sum(map(len, tickers)) == 12
-    merged = BookState(**{**vars(before), "ladders": Ladders(before.ladders.all())})
+    levels = SortedLevels.of(before.ladders.all())
+    merged = BookState(**{**vars(before), "ladders": Ladders(levels)})
     assert list(checkpoint_batches(merged, SECOND_HOUR)) == found
     monkeypatch.setattr(state_files, "CHECKPOINT_ROWS", 1 << 17)
     (whole,) = checkpoint_batches(before, SECOND_HOUR)
