@@ -15,7 +15,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import LogOffset, RecordRange
 from kalshi_platform.journal.writer import Writer
-from kalshi_platform.loading import shared_rows
+from kalshi_platform.loading import book_state, shared_rows, sorted_levels
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.loading.shared_rows import SharedRows, chunks, up_to
@@ -212,6 +212,53 @@ def test_what_is_kept_for_other_loads_is_bounded_by_its_bytes(
         follow(shared, "hot", (reader.beginning(folder), BookState()), writer.durable, -1)
         assert len(shared._kept) == kept
     writer.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_that_are_kept_share_the_books(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While books come one after the other, then while levels of all books change, each in several merges."""
+    dice = random.Random(seed)
+    monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 400)
+    monkeypatch.setattr(shared_rows, "KEPT_BYTES", dice.choice((1, 150_000, 64 << 20)))
+    monkeypatch.setattr(book_state, "RECENT_LEVELS", 300)
+    monkeypatch.setattr(sorted_levels, "LEAF_LEVELS", 256)
+    folder = tmp_path / "journal"
+    writer = journal_of(folder, many_books(200, 40, dice))
+    shared = joined(folder, "hot", "cold")
+    start, merges = reader.beginning(folder), set[int]()
+    states: list[BookState] = []
+    for step in shared.steps("hot", start, BookState(), writer.durable):
+        kept = list(shared._kept.values())
+        newest = levels_of(step.state)
+        levels = sum(dict(pair for it in kept for pair in levels_of(it.state).items()).values())
+        others = sum(it.rows.bytes for it in kept) + levels - sum(newest.values())
+        assert len(kept) == 1 or others <= shared_rows.KEPT_BYTES
+        if step.end.n <= 200:  # of snapshots: what is there stays as it is
+            states = [*states[-7:], step.state]
+            held = {id(leaf): leaf.height for it in states for leaf in it.ladders.base.leaves}
+            assert sum(held.values()) <= step.state.ladders.base.height + len(states) * 2 * 256
+        merges |= {id(step.state.ladders.base)}
+    writer.close()
+    assert len(merges) > 10
+
+
+def levels_of(state: BookState) -> dict[int, int]:
+    """The pieces of a state's books, with their bytes."""
+    return {id(piece): size for piece, size in state.pieces()}
+
+
+def many_books(markets: int, levels: int, dice: random.Random) -> list[wire.Record]:
+    """A snapshot of each, then as many changes of any level as there are levels."""
+    conn, at = wire.conn_id(1), wire.NOON_NS
+    ladder = {100 + 10 * level: 500 for level in range(levels)}
+    frames = [(Kind.SNAPSHOT, wire.snapshot(f"M-{n}", n + 1, ladder, {})) for n in range(markets)]
+    for n in range(markets * levels // 2):
+        market, price = dice.randrange(markets), 100 + 10 * dice.randrange(levels)
+        frames.append((Kind.DELTA, wire.delta(f"M-{market}", markets + n + 1, "yes", price, 5)))
+    head = [wire.started(at), wire.connected(conn, at)]
+    return [*head, *((at, conn, int(kind), frame) for kind, frame in frames)]
 
 
 def joined(folder: Path, *loads: str) -> SharedRows:
