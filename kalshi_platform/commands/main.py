@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import click
 
-from kalshi_platform import __version__, logs, processes
+from kalshi_platform import __version__, allocators, logs, processes
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import PlatformError, SettingsError
 from kalshi_platform.printable import printable
@@ -68,8 +68,11 @@ def main(ctx: click.Context) -> None:
 
 def run() -> None:
     """Run the command line; a `PlatformError` exits 1 with one line on stderr."""
+    streams = sys.argv[1:2] == ["stream"]
+    if streams:
+        allocators.return_freed_memory()
     status = _status()
-    if sys.argv[1:2] == ["stream"]:
+    if streams:
         processes.exit_now(status)
     sys.exit(status)
 

@@ -137,8 +137,4 @@ def _cut(part: pl.DataFrame) -> Sequence[pl.DataFrame]:
     if count <= 1:
         return [part] if count else []
     edges = np.linspace(0, part.height, count + 1).astype(int).tolist()
-    return [_copied(part.slice(begin, end - begin)) for begin, end in itertools.pairwise(edges)]
-
-
-def _copied(levels: pl.DataFrame) -> pl.DataFrame:
-    return pl.DataFrame({name: levels[name].to_numpy().copy() for name in PACKED}, schema=PACKED)
+    return [part[np.arange(begin, end)] for begin, end in itertools.pairwise(edges)]

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 BATCH_LEVELS = 1 << 16
 """Compressed at a time."""
-CHECKPOINT_ROWS = 1 << 17
-"""Of a checkpoint at a time: about 40 MB while they are made."""
+CHECKPOINT_ROWS = 1 << 16
+"""Of a checkpoint at a time: about 20 MB while they are made."""
 _LIVE = pl.Schema(
     {
         "market": pl.Int64,
