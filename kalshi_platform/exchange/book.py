@@ -14,8 +14,10 @@ from itertools import chain
 
 from kalshi_platform.exchange.frames import Delta, Snapshot
 from kalshi_platform.exchange.numbers import (
+    MOST_QTY,
     ONE_DOLLAR,
     cents_units,
+    contracts,
     dollars,
     price_units,
     qty_units,
@@ -24,7 +26,7 @@ from kalshi_platform.exchange.numbers import (
 SIDES = ("yes", "no")
 Ladder = dict[int, int]
 """Price to size, levels with a size only."""
-_PLAIN_LEVELS = re.compile(r"(?:(?:0\.[0-9]{4}|1\.0000)\|[0-9]{1,14}\.[0-9]{2}\|)*")
+_PLAIN_LEVELS = re.compile(r"(?:(?:0\.[0-9]{4}|1\.0000)\|[0-9]{1,9}\.[0-9]{2}\|)*")
 
 
 class BookError(ValueError):
@@ -84,6 +86,7 @@ def delta_change(delta: Delta, *, use_yes_price: bool = False) -> LevelChange:
             raise BookError("the delta has no quantity")
     except ValueError as error:
         raise BookError(str(error)) from None
+    check_qty(qty)
     return LevelChange(delta.side, own_scale(delta.side, price, use_yes_price=use_yes_price), qty)
 
 
@@ -114,6 +117,7 @@ def snapshot_ladder(snapshot: Snapshot, side: str, *, use_yes_price: bool = Fals
             raise BookError(f"the snapshot lists {side} {dollars(price)} twice")
         if size < 0:
             raise BookError(f"the snapshot has a negative size at {side} {dollars(price)}")
+        check_qty(size)
         ladder[price] = size
     return {price: size for price, size in ladder.items() if size}
 
@@ -176,6 +180,12 @@ def check_price(side: str, price: int) -> None:
     """
     if not 0 <= price <= ONE_DOLLAR:
         raise BookError(f"{side} price {dollars(price)} is outside 0 to 1 dollar")
+
+
+def check_qty(qty: int) -> None:
+    """Raise `BookError` for a size or a change that no level has."""
+    if abs(qty) >= MOST_QTY:
+        raise BookError(f"{contracts(qty)} contracts are more than any level has")
 
 
 def own_scale(side: str, price: int, *, use_yes_price: bool) -> int:

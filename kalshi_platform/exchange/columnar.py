@@ -45,7 +45,7 @@ from kalshi_platform.exchange.frames import (
     decode_snapshot,
     subject,
 )
-from kalshi_platform.exchange.numbers import ONE_DOLLAR
+from kalshi_platform.exchange.numbers import MOST_QTY, ONE_DOLLAR
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalRange, LostRange, RecordRange, Unread
@@ -123,7 +123,7 @@ _WIRE_SNAPSHOT = pl.Schema(
 )
 _MSG = _WIRE_DELTA.field("msg").type
 _PRICE_TEXT = r"^[01]\.\d{4}$"
-_QTY_TEXT = r"^-?\d{1,14}\.\d{2}$"
+_QTY_TEXT = r"^-?\d{1,9}\.\d{2}$"
 _TS_TEXT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$"
 _RFC_3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
@@ -304,8 +304,8 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         pl.Series("no_qty_text", pc.is_null(sent["delta_fp"])),
     )
     wide = wide.with_columns(
-        pl.when("no_price_text").then(pl.col("cents") * 100).otherwise("price").alias("price"),
-        pl.when("no_qty_text").then(pl.col("count") * 100).otherwise("qty").alias("qty"),
+        pl.when("no_price_text").then(_hundreds("cents")).otherwise("price").alias("price"),
+        pl.when("no_qty_text").then(_hundreds("count")).otherwise("qty").alias("qty"),
     )
     plain = (
         pl.all_horizontal(pl.col(DELTAS.names()).is_not_null())
@@ -318,6 +318,12 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         return good, pl.DataFrame(schema=STREAM)
     slow, malformed = _delta_frames(records.filter(~is_plain))
     return pl.concat([good, slow]).sort("n"), malformed
+
+
+def _hundreds(column: str) -> pl.Expr:
+    """A hundred of each whole number; null for what is out of all proportion, or has no hundredfold."""
+    most = (MOST_QTY - 1) // 100
+    return pl.when(pl.col(column).is_between(-most, most)).then(pl.col(column) * 100)
 
 
 def _each_value(texts: pa.Array, convert: Callable[[pl.Series], pl.Series]) -> pl.Series:

@@ -153,6 +153,8 @@ class Session:
         """What the exchange told of markets' lives; the caller takes them away."""
         self._side = auxiliary_channels(beside, unheard_since)
         self._notes: list[Note] = []
+        self._afterwards: list[Note] = []
+        """Notes that belong behind the frame that caused them: told with the notes that follow."""
         self._sids: dict[int, _Sid] = {}
         self._book_sid: int | None = None
         self._markets: dict[str, _Market] = {}
@@ -235,8 +237,8 @@ class Session:
         return bool(self._notes)
 
     def take_notes(self) -> list[Note]:
-        """The notes since the last call, in order."""
-        notes, self._notes = self._notes, []
+        """The notes since the last call, in order; those that belong behind a frame with the next call."""
+        notes, self._notes, self._afterwards = self._notes, self._afterwards, []
         return notes
 
     # -- frames in ---------------------------------------------------------------------------
@@ -337,10 +339,12 @@ class Session:
             self._unreadable(head, sid, subject(frame), str(error), now)
             return Kind.SNAPSHOT
         if self.scale.is_other(yes, no, len(self._markets)):
-            self._change_scale(head, sid, now)
+            self._change_scale(head.sid, sid, head.seq, now)
         ticker = snapshot.market_ticker
         known = self._markets.get(ticker)
-        if known is not None:
+        if known is None:  # it left while its snapshot was on the way
+            self._afterwards.append(Note("left", {}, head.sid, ticker))
+        else:
             known.synced = True
             known.asked_at = now
             known.asks = known.unreadable = 0
@@ -376,22 +380,30 @@ class Session:
             market.asked_at = now + pause_s if pause_s else None
             self._next_look_at = 0.0
 
-    def _change_scale(self, head: Head, sid: _Sid, now: float) -> None:
-        """The exchange quotes no bids otherwise than was asked: from this frame on they are read so."""
+    def rescale(self, now: float, *, yes_price: bool) -> None:
+        """No bids were found to be quoted on this scale, by other evidence than the snapshots here."""
+        sid = self._sids.get(self._book_sid or 0)
+        if sid is None or self._book_sid is None or yes_price == self.scale.yes_price:
+            return
+        self.scale = Scale(yes_price)
+        self._change_scale(self._book_sid, sid, sid.next_seq, now)
+
+    def _change_scale(self, number: int, sid: _Sid, seq: int, now: float) -> None:
+        """The exchange quotes no bids otherwise than was asked: from frame `seq` on they are read so."""
         yes_price = self.scale.yes_price
         detail = {
             "cause": SCALE,
-            "seq": head.seq,
+            "seq": seq,
             "use_yes_price": yes_price,
             "asked": self.use_yes_price,
         }
-        self._notes.append(Note("gap", detail, head.sid))
+        self._notes.append(Note("gap", detail, number))
         self.warnings.append(
             f"The exchange sends no bids {'on the YES scale' if yes_price else 'on their own scale'},"
             f" although use_yes_price={str(self.use_yes_price).lower()} was asked for. They are read so from"
             " now on, and all books are asked for again."
         )
-        self._make_stale(sid, head.seq, head.seq, now)
+        self._make_stale(sid, seq, seq, now)
 
     def _arrived(self, sid: _Sid, ticker: str, now: float | None) -> None:
         gap = sid.gap

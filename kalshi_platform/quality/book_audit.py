@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import polars as pl
 import pyarrow as pa
 
-from kalshi_platform.exchange.numbers import contracts, dollars, price_units, qty_units
+from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars, price_units, qty_units
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows
 from kalshi_platform.schema import LATEST_LEVELS
@@ -27,6 +27,8 @@ KEEP_S = 90.0
 """How long touched levels are remembered; an audit that takes longer is given up."""
 SAMPLE = 100
 """Markets of one round: what one REST request gives."""
+MIRRORED = 0.75
+"""So many of the no bids must be the exchange's at 1 - p, and no more than the others as they are read."""
 
 Wire = Mapping[str, Sequence[tuple[str, str]]]
 """A REST book: side to (price in dollars, contracts)."""
@@ -50,6 +52,9 @@ class Round:
     markets: int
     levels: int
     mismatches: tuple[Mismatch, ...]
+    yes_price: bool | None = None
+    """Which scale the stream has no bids on, where it is not the one that they are read on: whether it is the
+    YES scale. None where the books do not say so."""
 
 
 class Recent:
@@ -134,11 +139,7 @@ def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
     ours = state.levels.filter(pl.col("market_ticker").is_in(tickers)).select(
         *key, pl.col("size").alias("ours")
     )
-    still = (
-        ours.join(theirs, on=key, how="full", coalesce=True)
-        .join(recent.touched_since(since_ns), on=key, how="anti")
-        .with_columns(pl.col("ours", "theirs").fill_null(0))
-    )
+    still = _joined(ours, theirs).join(recent.touched_since(since_ns), on=key, how="anti")
     differing = still.filter(pl.col("ours") != pl.col("theirs")).sort(key)
     return Round(
         len(tickers),
@@ -147,7 +148,40 @@ def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
             Mismatch(t, side, dollars(price), contracts(our), contracts(their))
             for t, side, price, our, their in differing.select(*key, "ours", "theirs").iter_rows()
         ),
+        None if differing.is_empty() else _sent_scale(state, tickers, ours, theirs),
     )
+
+
+def _joined(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
+    """Both sizes of every level; 0 where there is none."""
+    return ours.join(
+        theirs, on=["market_ticker", "side", "price"], how="full", coalesce=True
+    ).with_columns(pl.col("ours", "theirs").fill_null(0))
+
+
+def _sent_scale(
+    state: BookState, tickers: Sequence[str], ours: pl.DataFrame, theirs: pl.DataFrame
+) -> bool | None:
+    """The other scale than the one that no bids are read on, where most differ and, at 1 - p, nearly all agree.
+
+    A book without no bids far from its best one is crossed on neither scale, so its snapshots do not tell. What
+    moved lately counts, too: while a book is asked for again and again, all of it has.
+    """
+    of_no = pl.col("side") == "no"
+    ours, theirs = ours.filter(of_no), theirs.filter(of_no)
+    mirrored = ours.with_columns(price=ONE_DOLLAR - pl.col("price"))
+    conns = {state.books[ticker].conn for ticker in tickers}
+    read_on = {state.connections[conn].use_yes_price for conn in conns & state.connections.keys()}
+    if len(read_on) != 1 or ours.is_empty():
+        return None
+    found = _agreeing(mirrored, theirs) >= MIRRORED and _agreeing(ours, theirs) <= 1 - MIRRORED
+    return not read_on.pop() if found else None
+
+
+def _agreeing(ours: pl.DataFrame, theirs: pl.DataFrame) -> float:
+    """The share of the levels that have the same size on both sides."""
+    levels = _joined(ours, theirs)
+    return levels.filter(pl.col("ours") == pl.col("theirs")).height / levels.height
 
 
 def window_start_ns() -> int:

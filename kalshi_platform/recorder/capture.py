@@ -167,6 +167,11 @@ class Capture:
         """A book was found to be wrong downstream. Call in the event loop's thread."""
         self._distrusted.append((ticker, cause, detail))
 
+    def rescale(self, *, yes_price: bool) -> None:
+        """The exchange was found to quote no bids on this scale. Call in the event loop's thread."""
+        if self._session is not None and self.connected:
+            self._session.rescale(time.monotonic(), yes_price=yes_price)
+
     def remark(self, kind: str, detail: Mapping[str, object], market_ticker: str = "") -> None:
         """Put a note into the journal for somebody else. Call in the event loop's thread."""
         self._journal.note(kind, detail, market_ticker=market_ticker)

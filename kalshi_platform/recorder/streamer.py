@@ -616,6 +616,9 @@ class Streamer:
             "mismatches": len(found.mismatches),
         }
         capture.remark("audit", detail)
+        if found.yes_price is not None:
+            capture.rescale(yes_price=found.yes_price)
+            return
         for it in found.mismatches:
             level = {"side": it.side, "price": it.price, "ours": it.ours, "theirs": it.theirs}
             log.warning("The exchange's book differs: %s %s", it.market_ticker, level)

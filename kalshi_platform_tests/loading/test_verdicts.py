@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,8 @@ class Recording:
 
     def load(self) -> None:
         """Load what has come since, and tell capture which books the loader found stale."""
+        for _ in range(2):  # those behind the last frame, too
+            self._journal_notes(wire.NOON_NS + len(self.records))
         while self.records[self.state.n :]:
             found = wire.blocks(self.records)[0].cut(self.state.n)[1] if self.state.n else None
             blocks = [found] if found is not None else wire.blocks(self.records)
@@ -101,6 +104,7 @@ ODD_SNAPSHOTS = {
     "a price twice": ('["0.4000","5.00"]', '["0.4000","5.00"],["0.4000","6.00"]'),
     "a negative size": ('"5.00"', '"-5.00"'),
     "three decimals": ('"5.00"', '"5.005"'),
+    "a size of a billion": ('"5.00"', '"1000000000.00"'),
     "no pair": ('["0.4000","5.00"]', '["0.4000"]'),
     "no list": ('[["0.4000","5.00"]]', '"none"'),
 }
@@ -151,6 +155,9 @@ ODD_DELTAS = {
     "five decimals": ('"0.4000"', '"0.41005"'),
     "a number": ('"0.4000"', "0.4"),
     "size of three decimals": ('"1.00"', '"0.005"'),
+    "a size of a billion": ('"1.00"', '"-1000000000.00"'),
+    "cents without a hundredfold": ('"price_dollars":"0.4000"', '"price":184467440737095517'),
+    "a count without a hundredfold": ('"delta_fp":"1.00"', '"delta":184467440737095517'),
     "no side": ('"yes"', '"maybe"'),
     "no size": ('"delta_fp":"1.00",', ""),
 }
@@ -184,50 +191,110 @@ def test_a_frame_of_no_market_that_can_be_read_leaves_every_book_of_its_sid_stal
     assert {"expected": 4, "got": 5}.items() <= recording.gaps()[0].items()
 
 
-FRAMES = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["delta", "snapshot", "lost", "repeated", "odd delta", "odd snapshot", "load"]
-        ),
-        st.sampled_from(MARKETS),
-        st.sampled_from(sorted(ODD_SNAPSHOTS)),
-        st.sampled_from(sorted(ODD_DELTAS)),
-        st.integers(-3, 3).filter(bool),
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(
+        ["", "yes", "no", "0.4000", "0.41005", "1.00", "-5.00", "0.005", "A-1", "Z-9"]
+    )
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
     ),
-    max_size=40,
+    max_leaves=5,
+)
+"""Any value, in the place of one that is right."""
+
+
+def paths(value: object, so_far: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where the values of a frame are."""
+    items: list[tuple[object, object]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    found = [so_far] if so_far else []
+    return found + [path for key, inner in items for path in paths(inner, (*so_far, key))]
+
+
+@st.composite
+def altered(draw: st.DrawFn, frame: bytes) -> bytes:
+    """A frame of which one value is another one, or gone, or some bytes are others."""
+    if draw(st.integers(0, 3)) == 0:
+        at = draw(st.integers(0, len(frame) - 1))
+        return frame[:at] + draw(st.binary(max_size=3)) + frame[at + draw(st.integers(0, 3)) :]
+    whole = json.loads(frame)
+    *way, last = draw(st.sampled_from(paths(whole)))
+    holder = whole
+    for key in way:
+        holder = holder[key]
+    if draw(st.booleans()):
+        holder[last] = draw(anything)
+    else:
+        del holder[last]
+    return json.dumps(whole).encode()
+
+
+STEPS = (
+    *("delta",) * 4,
+    *("snapshot",) * 3,
+    "odd",
+    "odd",
+    "lost",
+    "repeated",
+    "ok",
+    "trade",
+    "load",
+    "follow",
 )
 
 
-@given(FRAMES)
-@examples(150)
+@given(data=st.data())
+@examples(300)
 def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
-    frames: list[tuple[str, str, str, str, int]],
+    data: st.DataObject,
 ) -> None:
+    draw = data.draw
     recording = Recording()
-    for what, ticker, odd_snapshot, odd_delta, qty in frames:
-        frame = wire.delta(ticker, recording.seq + 1, "yes", 4_000, 100 * qty)
-        if "snapshot" in what:
-            frame = wire.snapshot(ticker, recording.seq + 1, {4_000: 500}, {5_500: 100})
-        if what.startswith("odd"):
-            before, after = (
-                ODD_SNAPSHOTS[odd_snapshot] if "snapshot" in what else ODD_DELTAS[odd_delta]
-            )
-            frame = (
-                wire.delta(ticker, recording.seq + 1, "yes", 4_000, 100)
-                if "delta" in what
-                else frame
-            )
-            frame = frame.replace(before.encode(), after.encode())
-        if what == "load":
+    for step in draw(st.lists(st.sampled_from(STEPS), max_size=40)):
+        ticker = draw(st.sampled_from((*MARKETS, "Z-9")))
+        if step == "load":
             recording.load()
-        elif what != "repeated":
+        elif step == "follow":
+            recording.session.follow(draw(st.sets(st.sampled_from(MARKETS))))
+            list(recording.session.commands(0.0))
+        elif step == "lost":
             recording.next()
-            if what != "lost":
-                recording.take(frame)
-        elif recording.seq:
-            recording.take(wire.ok(recording.seq))
+        else:
+            seq = recording.seq if step == "repeated" else recording.next()
+            frame = {
+                "ok": wire.ok(seq),
+                "trade": wire.trade(ticker, seq, 4_000, 100, sid=1),
+                "snapshot": wire.snapshot(ticker, seq, {4_000: 500}, {5_500: 100}),
+            }.get(step, wire.delta(ticker, seq, "yes", 4_000, 100 * draw(st.integers(-3, 3))))
+            if step == "odd":
+                if draw(st.booleans()):
+                    frame = wire.snapshot(ticker, seq, {4_000: 500}, {5_500: 100})
+                frame = draw(altered(frame))
+            recording.take(frame)
     recording.load()
     assert recording.synced == recording.verified
+
+
+def test_a_snapshot_that_comes_after_its_market_was_left_is_believed_for_no_longer() -> None:
+    recording = Recording()
+    whole(recording, ["A-1", "B-2"])
+    recording.session.follow(["A-1", "B-2"])  # the snapshot of C-3 is on its way
+    recording.take(wire.snapshot("C-3", recording.next(), {4_000: 500}, {5_500: 100}))
+    recording.load()
+    assert recording.synced == recording.verified == {"A-1", "B-2"}
+    assert recording.kinds().count("left") == 2
+    recording.session.follow(MARKETS)
+    recording.take(wire.snapshot("C-3", recording.next(), {4_000: 500}, {5_500: 100}))
+    recording.load()
+    assert recording.synced == recording.verified == set(MARKETS)
 
 
 # -- the scale of no bids ----------------------------------------------------------------------
@@ -272,3 +339,30 @@ def test_a_book_that_is_crossed_for_a_moment_changes_no_scale() -> None:
     recording.load()
     assert recording.gaps() == []
     assert recording.session.scale.yes_price is False
+
+
+def test_a_scale_that_other_evidence_tells_is_read_from_there_on() -> None:
+    """The books have no bid that tells it: crossed on neither scale, they wait for the comparison with REST."""
+    recording = Recording()
+
+    def shallow(ticker: str) -> None:  # no bids at 0.55 and 0.54
+        quoted = {4_500: 100, 4_600: 100}
+        recording.take(wire.snapshot(ticker, recording.next(), {4_000: 500}, quoted))
+
+    for ticker in MARKETS:
+        shallow(ticker)
+    recording.load()
+    assert recording.gaps() == []
+    recording.session.rescale(1.0, yes_price=True)
+    recording.session.rescale(1.0, yes_price=True)  # another round's
+    recording.take(wire.delta("A-1", recording.next(), "no", 4_400, 700))
+    assert recording.synced == set()
+    for ticker in MARKETS:
+        shallow(ticker)
+    recording.load()
+    assert recording.synced == recording.verified == set(MARKETS)
+    (gap,) = recording.gaps()
+    assert (gap["cause"], gap["use_yes_price"], gap["asked"]) == ("scale", True, False)
+    assert recording.kinds().count("resynced") == 1
+    levels = recording.state.levels.filter(market_ticker="A-1", side="no")
+    assert set(levels["price"]) == {5_500, 5_400}

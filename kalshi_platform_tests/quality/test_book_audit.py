@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kalshi_platform.exchange.columnar import decode
+from kalshi_platform.exchange.numbers import contracts, dollars
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import build_rows
@@ -87,3 +90,58 @@ def test_all_markets_get_their_turn() -> None:
     seen = recent()
     assert book_audit.comparable(seen.state, 0) == ["A-1", "B-2"]
     assert book_audit.comparable(seen.state, 1) == ["B-2", "A-1"]
+
+
+# -- no bids on another scale than asked for -----------------------------------------------------------
+
+SHALLOW = {
+    "A-1": ({4_000: 100, 3_900: 50}, {5_500: 70, 5_400: 30}),
+    "B-2": ({1_000: 500}, {8_800: 40}),
+    "C-3": ({2_000: 500}, {}),
+}
+"""Books that are crossed on neither scale."""
+
+
+def sent(*, yes_price: bool, read_on: bool = False) -> book_audit.Recent:
+    """SHALLOW as an exchange quotes it on either scale, and as it was read."""
+    conn, early = wire.conn_id(1), AT - 60 * wire.SECOND
+    records = [wire.connected(conn, early, use_yes_price=read_on)]
+    for seq, (ticker, (yes, no)) in enumerate(SHALLOW.items(), 1):
+        quoted = {10_000 - p: q for p, q in no.items()} if yes_price else no
+        records.append((early, conn, int(Kind.SNAPSHOT), wire.snapshot(ticker, seq, yes, quoted)))
+    seen, state = book_audit.Recent(), BookState()
+    rows, state = build_rows(decode(wire.blocks(records)), state)
+    seen.saw(rows, state)
+    return seen
+
+
+def shown() -> dict[str, book_audit.Wire]:
+    """SHALLOW as REST shows it, whatever the stream does."""
+    return {
+        ticker: {
+            side: [(dollars(p), contracts(q)) for p, q in ladder.items()]
+            for side, ladder in zip(("yes", "no"), ladders, strict=True)
+        }
+        for ticker, ladders in SHALLOW.items()
+    }
+
+
+@pytest.mark.parametrize("read_on", [False, True])
+def test_books_that_all_mirror_the_exchanges_tell_the_scale_of_the_stream(read_on: bool) -> None:
+    wrong = book_audit.compare(sent(yes_price=not read_on, read_on=read_on), SINCE, shown())
+    assert wrong.yes_price is (not read_on)
+    assert wrong.mismatches
+    right = book_audit.compare(sent(yes_price=read_on, read_on=read_on), SINCE, shown())
+    assert (right.yes_price, right.mismatches) == (None, ())
+
+
+def test_one_book_that_does_not_mirror_the_exchanges_tells_no_scale() -> None:
+    books = shown()
+    books["B-2"] = {**books["B-2"], "no": [("0.1200", "40.00")]}  # as it is read
+    found = book_audit.compare(sent(yes_price=True), SINCE, books)
+    assert found.yes_price is None
+    assert found.mismatches
+    books["B-2"] = {**books["B-2"], "no": [("0.8800", "41.00"), ("0.8700", "1.00")]}  # neither way
+    assert book_audit.compare(sent(yes_price=True), SINCE, books).yes_price is None
+    only_yes = {"C-3": books["C-3"]}
+    assert book_audit.compare(sent(yes_price=True), SINCE, only_yes).yes_price is None

@@ -612,6 +612,36 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     assert sum(r["mismatches"] for r in rounds) == 0
 
 
+def test_a_scale_that_no_snapshot_tells_is_told_by_the_comparison_with_rest(
+    start_simulator: StartSimulator,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As for books without far bids: on neither scale are they crossed."""
+    monkeypatch.setattr("kalshi_platform.quality.book_audit.CACHE_S", 3.0)
+    monkeypatch.setattr("kalshi_platform.exchange.scale.told_scale", lambda *_: None)
+    simulator = start_simulator(
+        markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0, yes_price=True
+    )
+    settings = settings_for(simulator, audit_interval_seconds=0.5)
+
+    def details(kind: str) -> list[dict[str, Any]]:
+        sql = f"SELECT detail FROM stream_events WHERE kind = '{kind}' ORDER BY record"
+        return [json.loads(detail) for (detail,) in query(settings, sql)]
+
+    with streaming(settings) as streamer:
+        wait_for(lambda: bool(details("resynced")), "the books on the other scale")
+        before = len(details("audit"))
+        wait_for(
+            lambda: sum(r["levels"] for r in details("audit")[before:]) > 100,
+            "levels that are compared",
+        )
+        assert streamer.health().synced == 8
+    assert [gap["cause"] for gap in details("gap")] == ["scale"]
+    assert sum(r["mismatches"] for r in details("audit")[before:]) == 0
+    assert details("mismatch") == []
+
+
 def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_again(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
 ) -> None:
