@@ -134,7 +134,7 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
     """Make a table of the best levels of both sides after every event.
 
     One row for each event: a delta, a whole snapshot, the `checkpoint` that is the hour's opening state, or an event
-    from which on the book is stale (`verified` is false until the next snapshot). A row takes about 82 bytes, and 64 for
+    from which on the book is stale (`verified` is false until the next snapshot). A row takes about 90 bytes, and 64 for
     each level: of many busy markets take a few at a time.
 
     Args:
@@ -147,7 +147,7 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
         YES asks are the NO bids, each at 1 - its price. Where a side has fewer levels they are null.
 
             market_ticker, ts, ingest_ts, conn_id, sid, seq, shard, record        as in `spreads`
-            cause, verified                                                       as in `spreads`
+            cause, verified, known_at                                             as in `spreads`
             yes_bid_1, yes_bid_size_1, yes_ask_1, yes_ask_size_1                  the best
             yes_bid_2, …                                                          one worse, up to `levels`
 
@@ -169,6 +169,7 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
         **dict(zip(PLACE, of.places(rows), strict=True)),
         "cause": names(frames.cause[rows].astype(np.int32), CAUSES),
         "verified": pa.array(frames.verified[rows]),
+        "known_at": times(frames.clock_us[rows]),
     }
     with ThreadPoolExecutor(2) as pool:  # numpy works without the interpreter's lock
         sides = list(pool.map(lambda side: _side(of, side, rows, levels), (YES, NO)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -17,11 +18,11 @@ import pytest
 from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.archive import LocalArchive
 from kalshi_platform.clickhouse import client
-from kalshi_platform.schema import ORDERBOOK_EVENTS
+from kalshi_platform.schema import ORDERBOOK_EVENTS, SPREADS
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests.analytics.recording import HOUR, record_hour
 from kalshi_platform_tests.archived import without_records
-from kalshi_platform_tests.clickhouse.tables import prepare, settings_for
+from kalshi_platform_tests.clickhouse.tables import insert, prepare, settings_for
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reading-the-archive.md"
 SNIPPETS = dict(
@@ -102,10 +103,12 @@ def as_of_is_right(result: Any, root: Path) -> None:
             r
             for r in known
             if r["market_ticker"] == row["market_ticker"]
-            and r["verified"]
             and r["second"] + timedelta(seconds=1) <= row["at"]
         ]
-        assert row["imbalance_5c"] == (before[-1]["imbalance_5c"] if before else None)
+        assert before[-1]["verified"]
+        assert row["imbalance_5c"] == before[-1]["imbalance_5c"]
+    assert result.height
+    assert any(not row["verified"] for row in known)  # the hour has an outage
 
 
 def replay_is_right(result: Any, root: Path) -> None:
@@ -157,6 +160,32 @@ def test_the_sql_spread_is_that_of_the_polars_snippet(
     compute_hour(settings, HOUR)
     found = client.connect(settings).query(sql.rstrip(";")).result_rows
     polars_is_right(pl.DataFrame(found, orient="row"), archived)
+
+
+def test_the_sql_spread_weighs_nothing_of_a_book_that_one_read_brings_and_breaks(
+    clickhouse_url: str, clickhouse_database: str
+) -> None:
+    (sql,) = re.findall(r"```sql\n(.*?;)\nSELECT \* FROM live_depth", PAGE.read_text(), re.DOTALL)
+    settings = settings_for(clickhouse_url, clickhouse_database, hot_retention_days=36_500)
+    prepare(settings)
+    of = {"market_ticker": "T", "conn_id": "00000000-0000-0000-0000-000000000001", "shard": 0}
+    rows = [  # (seconds, record, seq, cause, verified, spread)
+        (0, 2, 1, "snapshot", True, "0.1000"),
+        (0, 3, 0, "doubt", False, "0.1000"),
+        (60, 9, 9, "snapshot", True, "0.2000"),
+        (70, 10, 10, "delta", True, "0.3000"),
+    ]
+    names = ("ingest_ts", "record", "seq", "cause", "verified", "spread")
+    with closing(client.connect(settings)) as database:
+        made = [
+            of
+            | dict(zip(names, row, strict=True))
+            | {"ingest_ts": (at := HOUR + timedelta(seconds=row[0])), "known_at": at}
+            | {"spread": Decimal(row[-1])}
+            for row in rows
+        ]
+        insert(database, SPREADS, made)
+        assert database.query(sql.rstrip(";")).result_rows == [("T", pytest.approx(0.2))]
 
 
 def test_there_is_a_snippet_for_each_reader() -> None:

@@ -107,6 +107,7 @@ def test_after_every_event_the_ladders_are_those_of_the_slow_replay(
             state.verified,
         )
         assert tuple(row[name] for name in known) == wanted
+        assert row["known_at"] == reference.EPOCH + timedelta(microseconds=state.clock_us)
         assert ladders_of(row, levels) == best_of((state.yes, state.no), levels)
 
 
