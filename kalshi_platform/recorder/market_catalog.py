@@ -69,10 +69,13 @@ def take(settings: Settings, rest: RestClient) -> Catalog:
     def keep(markets: Iterable[Market]) -> None:
         found.update((market.ticker, market) for market in markets)
 
+    # A market may trade past its close time: those that are open are read, too.
     if wish.everything:
         keep(rest.markets(min_close_ts=since, mve_filter="exclude"))
+        keep(rest.markets(status="open", mve_filter="exclude"))
     for series in wish.series:
         keep(rest.markets(series_ticker=series, min_close_ts=since))
+        keep(rest.markets(series_ticker=series, status="open"))
     for event in sorted(wish.events):
         keep(rest.markets(event_ticker=event))
     open_ended = before.filter(pc.not_equal(before["status"].cast(pa.string()), FINAL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,8 @@ from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import Unreachable
 from kalshi_platform.exchange.frames import LifeEvent
-from kalshi_platform.exchange.items import Tell
+from kalshi_platform.exchange.items import Tell, logged
+from kalshi_platform.recorder import market_catalog
 from kalshi_platform.recorder import universe as rules
 from kalshi_platform.recorder.market_selection import REFRESH_S, RELIST_S, Watchlist
 from kalshi_platform.recorder.universe import (
@@ -200,20 +202,33 @@ class Rest:
         self.asked: list[dict[str, Any]] = []
         self.away = False
 
-    def markets(self, *, tell: Tell, **question: Any) -> list[Market]:
+    def markets(self, *, tell: Tell = logged, **question: Any) -> list[Market]:
         """All of it can be read: nothing is told."""
         if self.away:
             raise Unreachable("away")
         question = {name: value for name, value in question.items() if value is not None}
         self.asked.append(question)
-        if "tickers" in question:
-            return [m for m in self.listed if m.ticker in set(question["tickers"])]
-        if "series_ticker" in question:
-            series = question["series_ticker"] + "-"
-            return [m for m in self.listed if m.ticker.startswith(series)]
-        if "event_ticker" in question:
-            return [m for m in self.listed if m.event_ticker == question["event_ticker"]]
-        return list(self.listed)
+        return [m for m in self.listed if _answers(m, **question)]
+
+
+def _answers(
+    market: Market,
+    *,
+    tickers: Iterable[str] | None = None,
+    series_ticker: str = "",
+    event_ticker: str | None = None,
+    min_close_ts: int = 0,
+    status: str = "",
+    **_: object,
+) -> bool:
+    closes = market.close_time.timestamp() if market.close_time else float("inf")
+    return (
+        (tickers is None or market.ticker in set(tickers))
+        and (not series_ticker or market.ticker.startswith(series_ticker + "-"))
+        and (event_ticker is None or market.event_ticker == event_ticker)
+        and closes >= min_close_ts
+        and (status != "open" or market.status == "active")
+    )
 
 
 class Watching:
@@ -288,6 +303,19 @@ def test_a_market_that_trades_past_its_close_time_is_followed_until_it_is_over()
     watching.turn()
     watching.now += LEAVE_AFTER_S + REFRESH_S
     assert watching.turn() == []
+
+
+@pytest.mark.parametrize("wish", [{"market_series": "KXA"}, {"market_all": True}])
+def test_a_market_that_trades_past_its_close_time_is_in_the_catalogue(
+    wish: dict[str, Any], tmp_path: Path
+) -> None:
+    now = time.time()
+    rest = Rest(
+        market("KXA-1-T0", now - 9 * HOUR, now - 8 * HOUR), market("KXA-1-T1", now, now + 9)
+    )
+    made = platform_settings.load(_env_file=None, kalshi_data_dir=tmp_path, **wish)
+    catalogue = market_catalog.take(made, rest)  # type: ignore[arg-type]
+    assert set(catalogue.read["market_ticker"].to_pylist()) == {"KXA-1-T0", "KXA-1-T1"}
 
 
 @pytest.mark.parametrize(
