@@ -220,6 +220,11 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _is_absolute(cls, value: Path | None) -> Path | None:
+        if _KEY_TEXT.search(str(value)):
+            raise ValueError(
+                "holds a key or certificate itself, and not the path of its file: save it in a file that"
+                " this user alone can read (chmod 600), and give the path"
+            )
         return None if value is None else _from_project(value)
 
     @field_validator("prod_keyid")
@@ -626,6 +631,8 @@ def _require_tls(settings: Settings) -> None:
             )
 
 
+_KEY_TEXT = re.compile(r"-----BEGIN |^(?:MII|MC4C)[A-Za-z0-9+/=\s\\]{57,}$")
+"""What is in a PEM file, with or without its first line."""
 _SECRET = ("PASSWORD", "KEY", "TOKEN", "WEBHOOK")
 """Parts of the names of settings whose value is never shown in an error."""
 
@@ -635,7 +642,11 @@ def _sentence(error: ValidationError) -> str:
         name = str(item["loc"][0]).upper() if item["loc"] else "settings"
         reason = str(item["msg"]).removeprefix("Value error, ")
         value = item.get("input")
-        secret = any(word in name for word in _SECRET) or bool({"@", "?"} & set(str(value)))
+        secret = (
+            any(word in name for word in _SECRET)
+            or bool({"@", "?"} & set(str(value)))
+            or _KEY_TEXT.search(str(value)) is not None
+        )
         shown = "" if secret else f" is {value!r}:"
         return f"{name}{shown} {reason}"
 

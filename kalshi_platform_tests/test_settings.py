@@ -183,6 +183,32 @@ def test_an_invalid_character_in_a_key_id_is_refused_unshown(within: str) -> Non
     assert str(error.value).isprintable()
 
 
+BODY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7s3cr3ts3cr3t"
+
+
+@pytest.mark.parametrize(
+    "name", ["PROD_KEYFILE", "CLICKHOUSE_CLIENT_KEY_FILE", "CLICKHOUSE_CLIENT_CERT_FILE"]
+)
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        f"-----BEGIN PRIVATE KEY-----\n{BODY}\n-----END PRIVATE KEY-----\n",
+        f"-----BEGIN RSA PRIVATE KEY-----\\n{BODY}\\n-----END RSA PRIVATE KEY-----",
+        f"{BODY}\n{BODY}",
+        "MC4CAQAwBQYDK2VwBCIEINs3cr3ts3cr3ts3cr3ts3cr3ts3cr3ts3cr3tLqc",
+    ],
+)
+def test_a_key_in_the_place_of_its_files_path_is_refused_unshown(
+    name: str, pasted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROD_KEYID", KEY_ID)
+    monkeypatch.setenv("PROD_KEYFILE", "key.pem")
+    monkeypatch.setenv(name, pasted)
+    with pytest.raises(SettingsError, match=f"{name} holds a key .* give the path") as error:
+        load()
+    assert "s3cr3t" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("MARKET_TICKERS", "KXA\u200b-1"), ("CLICKHOUSE_URL", "http://ho\rst:8123")]
 )
