@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -27,9 +28,12 @@ COMMANDS = (
     ["restore"],
     ["compact"],
     ["migrate"],
-    ["export", "--out", "published"],
+    ["export", "--public", "--to", "published"],
+    ["sql", "SELECT 1"],
     ["qa"],
 )
+SERVING = {"up", "watch", "clickhouse", "simulate", "metrics", "paper-mm"}
+"""Those that do not end by themselves."""
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -49,3 +53,10 @@ def test_no_command_ends_in_a_traceback(
     done = CliRunner().invoke(main.main, command)
     assert done.exception is None or isinstance(done.exception, PlatformError | SystemExit), done
     assert "Traceback" not in done.output
+    assert "Usage:" not in done.output, "the command was not run"
+
+
+def test_no_command_is_left_out() -> None:
+    assert {name for name, *_ in COMMANDS} == set(
+        main.main.list_commands(click.Context(main.main))
+    ) - SERVING

@@ -7,12 +7,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import httpx
 import pytest
 
 from kalshi_platform.clickhouse.client import connect
+from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory import audit
 from kalshi_platform.inventory.tables import usable
 from kalshi_platform.orchestration import inventory
@@ -204,6 +206,44 @@ def test_the_positions_of_the_exchange_are_materialised(
         "SELECT market_ticker, pos_filled, source FROM mm_position_snapshots"
     ).result_rows
     assert rows == [(TICKER, 0.0, "absent")]
+
+
+def test_a_position_that_cannot_be_read_makes_the_report_incomplete_and_nothing_flat(
+    planted: Planted,
+    database: Settings,
+    *,
+    instance: dg.DagsterInstance,
+    start_simulator: StartSimulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulator = start_simulator(markets=2, rate=0.0, key_file=tmp_path / "simulator" / "key.pem")
+    planted.decision(ago(60))
+    whole = RestClient._raw_pages
+
+    def with_an_odd_one(
+        rest: RestClient, path: str, key: str, params: dict[str, Any]
+    ) -> Iterator[bytes]:
+        yield from whole(rest, path, key, params)
+        if path == "/portfolio/positions":
+            yield b'{"ticker":"KXODD-1","position_fp":null}'
+
+    monkeypatch.setattr(RestClient, "_raw_pages", with_an_odd_one)
+    result = dg.materialize(
+        [inventory.mm_position_snapshots],
+        instance=instance,
+        resources={
+            "platform": resource(
+                database, kalshi_rest_url=simulator.rest_url, kalshi_data_dir=str(tmp_path)
+            )
+        },
+    )
+    assert result.success
+    (made,) = result.asset_materializations_for_node("mm_position_snapshots")
+    (said,) = made.metadata["incomplete"].value
+    assert "KXODD-1: position_fp null cannot be read; it is left out." in str(said)
+    assert "the report is incomplete" in str(made.metadata["left out"].value[TICKER])
+    assert planted.client.query("SELECT count() FROM mm_position_snapshots").result_rows == [(0,)]
 
 
 def test_the_schedules_run_by_default() -> None:

@@ -31,7 +31,7 @@ from kalshi_platform.recorder import (
     upkeep,
 )
 from kalshi_platform.recorder.background import Tasks
-from kalshi_platform.recorder.capture import MissedSpan
+from kalshi_platform.recorder.capture import Capture, MissedSpan
 from kalshi_platform.recorder.market_selection import Look, Watchlist, _TickerFile
 from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.recorder.universe import MarketSelection, Universe
@@ -62,6 +62,10 @@ OTHERS: tuple[tuple[Any, str], ...] = (
     (RestClient, "markets"),
     (RestClient, "orderbooks"),
     (RestClient, "trades_as_sent"),
+    (market_selection, "share"),
+    (Capture, "follow"),
+    (Capture, "recover"),
+    (Capture, "remark"),
     (Streamer, "_compare_books"),
     (Streamer, "_caught_up"),
     (Streamer, "_judge"),
