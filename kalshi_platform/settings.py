@@ -632,7 +632,7 @@ def _require_tls(settings: Settings) -> None:
 
 
 _KEY_TEXT = re.compile(r"-----BEGIN |^(?:MII|MC4C)[A-Za-z0-9+/=\s\\]{57,}$")
-"""What is in a PEM file, with or without its first line."""
+"""Content of a PEM file, with or without its first line."""
 _SECRET = ("PASSWORD", "KEY", "TOKEN", "WEBHOOK")
 """Parts of the names of settings whose value is never shown in an error."""
 

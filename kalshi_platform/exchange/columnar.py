@@ -321,7 +321,7 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _hundreds(column: str) -> pl.Expr:
-    """A hundred of each whole number; null for what is out of all proportion, or has no hundredfold."""
+    """Return a hundred times each whole number; null if that is MOST_QTY or more, or overflows."""
     most = (MOST_QTY - 1) // 100
     return pl.when(pl.col(column).is_between(-most, most)).then(pl.col(column) * 100)
 

@@ -13,8 +13,8 @@ PRICE_SCALE = 4
 QTY_SCALE = 2
 ONE_DOLLAR = 10**PRICE_SCALE
 MOST_QTY = 10**11
-"""1e-2 contracts, a billion of them: more than a level or a change of one has. With that, what is computed of a
-book fits its columns."""
+"""A billion contracts, in 1e-2 contracts: more than any level or change has. Below it, the notional of a book fits
+its column."""
 _DECIMAL = re.compile(r"-?[0-9]{1,14}(\.[0-9]{1,12})?")
 """Far more than any price or size. `Decimal` alone would take 1e999999999, and a minute over it."""
 

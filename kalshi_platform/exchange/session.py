@@ -154,7 +154,7 @@ class Session:
         self._side = auxiliary_channels(beside, unheard_since)
         self._notes: list[Note] = []
         self._afterwards: list[Note] = []
-        """Notes that belong behind the frame that caused them: told with the notes that follow."""
+        """Notes whose place is after the frame that caused them: part of the next call's notes."""
         self._sids: dict[int, _Sid] = {}
         self._book_sid: int | None = None
         self._markets: dict[str, _Market] = {}
@@ -237,7 +237,7 @@ class Session:
         return bool(self._notes)
 
     def take_notes(self) -> list[Note]:
-        """The notes since the last call, in order; those that belong behind a frame with the next call."""
+        """Return the notes since the last call, in order; those placed after a frame come with the next call."""
         notes, self._notes, self._afterwards = self._notes, self._afterwards, []
         return notes
 
@@ -342,7 +342,7 @@ class Session:
             self._change_scale(head.sid, sid, head.seq, now)
         ticker = snapshot.market_ticker
         known = self._markets.get(ticker)
-        if known is None:  # it left while its snapshot was on the way
+        if known is None:  # no longer followed; its snapshot was already on its way
             self._afterwards.append(Note("left", {}, head.sid, ticker))
         else:
             known.synced = True
@@ -381,7 +381,7 @@ class Session:
             self._next_look_at = 0.0
 
     def rescale(self, now: float, *, yes_price: bool) -> None:
-        """No bids were found to be quoted on this scale, by other evidence than the snapshots here."""
+        """Read no bids on this scale from now on: evidence other than this session's snapshots shows it."""
         sid = self._sids.get(self._book_sid or 0)
         if sid is None or self._book_sid is None or yes_price == self.scale.yes_price:
             return

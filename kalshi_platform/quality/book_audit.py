@@ -28,7 +28,7 @@ KEEP_S = 90.0
 SAMPLE = 100
 """Markets of one round: what one REST request gives."""
 MIRRORED = 0.75
-"""So many of the no bids must be the exchange's at 1 - p, and no more than the others as they are read."""
+"""Share of the no bids that must equal the exchange's at 1 - p; as read, at most the rest may."""
 
 Wire = Mapping[str, Sequence[tuple[str, str]]]
 """A REST book: side to (price in dollars, contracts)."""
@@ -53,8 +53,7 @@ class Round:
     levels: int
     mismatches: tuple[Mismatch, ...]
     yes_price: bool | None = None
-    """Which scale the stream has no bids on, where it is not the one that they are read on: whether it is the
-    YES scale. None where the books do not say so."""
+    """Whether the stream quotes no bids on the YES scale, if that is not how they are read; None otherwise."""
 
 
 class Recent:
@@ -162,10 +161,14 @@ def _joined(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
 def _sent_scale(
     state: BookState, tickers: Sequence[str], ours: pl.DataFrame, theirs: pl.DataFrame
 ) -> bool | None:
-    """The other scale than the one that no bids are read on, where most differ and, at 1 - p, nearly all agree.
+    """Find out whether the stream quotes no bids on the other scale than the one they are read on.
 
-    A book without no bids far from its best one is crossed on neither scale, so its snapshots do not tell. What
-    moved lately counts, too: while a book is asked for again and again, all of it has.
+    That is so where most of them differ from REST's, and at 1 - p nearly all agree. Snapshots cannot show it if a
+    book has no bids only near its best one: such a book is crossed on neither scale. Levels that changed lately
+    are included, because every level has while mismatches make capture request snapshots repeatedly.
+
+    Returns:
+        Whether the stream is on the YES scale; None: it is as it is read, or the books do not show it.
     """
     of_no = pl.col("side") == "no"
     ours, theirs = ours.filter(of_no), theirs.filter(of_no)

@@ -168,7 +168,7 @@ class Capture:
         self._distrusted.append((ticker, cause, detail))
 
     def rescale(self, *, yes_price: bool) -> None:
-        """The exchange was found to quote no bids on this scale. Call in the event loop's thread."""
+        """Read no bids on the scale that the exchange was found to use. Call in the event loop's thread."""
         if self._session is not None and self.connected:
             self._session.rescale(time.monotonic(), yes_price=yes_price)
 

@@ -283,7 +283,7 @@ def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
     assert recording.synced == recording.verified
 
 
-def test_a_snapshot_that_comes_after_its_market_was_left_is_believed_for_no_longer() -> None:
+def test_a_snapshot_after_its_market_was_left_does_not_stay_verified() -> None:
     recording = Recording()
     whole(recording, ["A-1", "B-2"])
     recording.session.follow(["A-1", "B-2"])  # the snapshot of C-3 is on its way
@@ -341,8 +341,8 @@ def test_a_book_that_is_crossed_for_a_moment_changes_no_scale() -> None:
     assert recording.session.scale.yes_price is False
 
 
-def test_a_scale_that_other_evidence_tells_is_read_from_there_on() -> None:
-    """The books have no bid that tells it: crossed on neither scale, they wait for the comparison with REST."""
+def test_a_scale_found_by_other_evidence_is_read_from_there_on() -> None:
+    """The books are crossed on neither scale: only a comparison with REST shows which one it is."""
     recording = Recording()
 
     def shallow(ticker: str) -> None:  # no bids at 0.55 and 0.54

@@ -127,7 +127,7 @@ def shown() -> dict[str, book_audit.Wire]:
 
 
 @pytest.mark.parametrize("read_on", [False, True])
-def test_books_that_all_mirror_the_exchanges_tell_the_scale_of_the_stream(read_on: bool) -> None:
+def test_books_that_mirror_the_exchanges_show_the_scale_of_the_stream(read_on: bool) -> None:
     wrong = book_audit.compare(sent(yes_price=not read_on, read_on=read_on), SINCE, shown())
     assert wrong.yes_price is (not read_on)
     assert wrong.mismatches
@@ -135,7 +135,7 @@ def test_books_that_all_mirror_the_exchanges_tell_the_scale_of_the_stream(read_o
     assert (right.yes_price, right.mismatches) == (None, ())
 
 
-def test_one_book_that_does_not_mirror_the_exchanges_tells_no_scale() -> None:
+def test_books_that_do_not_all_mirror_the_exchanges_show_no_scale() -> None:
     books = shown()
     books["B-2"] = {**books["B-2"], "no": [("0.1200", "40.00")]}  # as it is read
     found = book_audit.compare(sent(yes_price=True), SINCE, books)

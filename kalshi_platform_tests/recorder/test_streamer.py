@@ -612,7 +612,7 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
     assert sum(r["mismatches"] for r in rounds) == 0
 
 
-def test_a_scale_that_no_snapshot_tells_is_told_by_the_comparison_with_rest(
+def test_a_scale_that_no_snapshot_shows_is_found_by_comparison_with_rest(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
