@@ -1,8 +1,8 @@
-"""Give the programs of a virtual environment its own interpreter: `python moved_environment.py .venv`.
+"""Repair the programs of a moved virtual environment: `python moved_environment.py .venv`.
 
-Each program begins with the path of the interpreter that it was installed for. In an environment that was moved
-or copied with its folder that is another one, or none. Run it by the environment's own interpreter; where it was
-made, nothing changes.
+Each program begins with the path of the interpreter for which it was installed. In an environment that was moved or
+copied, that path leads to another interpreter, or to none. Run it with the environment's own interpreter; in an
+environment that was not moved, nothing changes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 LONGEST = 127
-"""Bytes of a first line that every kernel reads."""
+"""Longest first line in bytes that every kernel reads."""
 _HEAD = re.compile(
     rb"#!/bin/sh\n'''exec' [^\n]*/bin/python[0-9.]*\"? \"\$0\" \"\$@\"\n' '''\n"
     rb"|#![^\n]*/bin/python[0-9.]*\n"
 )
-"""How pip begins a program: with the path, or by the shell where that is long or has a blank."""
+"""The beginning of a program that pip installs: the path, or a shell call if the path is long or has a blank."""
 
 
 def head(interpreter: Path) -> bytes:
-    """The beginning of a program of this interpreter."""
+    """The first lines of a program for this interpreter."""
     path = str(interpreter)
     if len(path.encode()) + 3 <= LONGEST and not re.search(r"\s", path):
         return f"#!{path}\n".encode()
@@ -29,7 +29,7 @@ def head(interpreter: Path) -> bytes:
 
 
 def fit(environment: Path) -> int:
-    """Rewrite the programs of other interpreters; returns how many there were."""
+    """Rewrite the programs that name another interpreter; returns their number."""
     folder = environment.absolute() / "bin"
     right, changed = head(folder / "python"), 0
     own = re.compile(re.escape(str(folder).encode()) + rb"/python[0-9.]*[\"\n]")
@@ -40,7 +40,9 @@ def fit(environment: Path) -> int:
         found = _HEAD.match(content)
         if found is None or own.search(found[0]):
             continue
-        fresh = path.with_name(f".{path.name}.new")  # not in place: a copy may share its bytes
+        fresh = path.with_name(
+            f".{path.name}.new"
+        )  # not in place, since a hard-linked copy may share the file
         fresh.write_bytes(right + content[found.end() :])
         fresh.chmod(path.stat().st_mode)
         fresh.replace(path)

@@ -77,7 +77,7 @@ class Recorded(Dataset):
     sort: tuple[str, ...]
     """What a compacted hour is sorted by. Nulls come first: rows without a record go by receive time."""
     identity: tuple[str, ...]
-    """The columns that, with `time`, tell a row from those of every other insert."""
+    """The columns that, with `time`, distinguish a row from those of every other insert."""
 
     @property
     def key(self) -> Key:

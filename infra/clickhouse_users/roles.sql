@@ -1,12 +1,12 @@
--- Who may do what in ClickHouse. Run it as a user with access management, and again after an upgrade:
--- every statement may run again. Users are made from these roles by users.sql.
+-- Roles and their rights in ClickHouse. Run it as a user with access management, and again after an upgrade:
+-- every statement may run again. users.sql creates the users of these roles.
 --
---   kalshi_reader    people and Grafana: read, with bounded memory and time; changes nothing
---   kalshi_writer    a streamer, a market maker: reads, and adds rows to what it records
---   kalshi_operator  Dagster's code location: the writer's rights, and what computing an hour takes
---   kalshi_admin     migrations: tables, views and retention of the database kalshi, nothing beside it
+--   kalshi_reader    people and Grafana: reads, with bounded memory and time; changes nothing
+--   kalshi_writer    a streamer, a market maker: reads, and inserts into the tables that it records
+--   kalshi_operator  Dagster's code location: the writer's rights, and those for computing an hour
+--   kalshi_admin     migrations: tables, views and retention of the database kalshi, and nothing else
 --
--- The database is `kalshi`; where CLICKHOUSE_DATABASE is another one, replace the name. Names that end in
+-- The database is `kalshi`; if CLICKHOUSE_DATABASE is another one, replace the name. Names that end in
 -- _local are a cluster's tables behind the Distributed ones. `*` at the end of a name needs ClickHouse
 -- 24.10. On a cluster run cluster.sql too.
 
@@ -15,8 +15,8 @@ CREATE ROLE IF NOT EXISTS kalshi_writer;
 CREATE ROLE IF NOT EXISTS kalshi_operator;
 CREATE ROLE IF NOT EXISTS kalshi_admin;
 
--- readonly = 2: settings of a query (log_comment, Grafana's time-out) may be given, within these bounds.
--- MIN 1, for 0 means no bound at all.
+-- readonly = 2: a query may have settings (log_comment, Grafana's time-out) within these bounds.
+-- MIN 1, because 0 means no bound.
 CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_reader SETTINGS
     readonly = 2 CONST,
     max_memory_usage = 4000000000 MIN 1 MAX 4000000000,
@@ -27,14 +27,14 @@ CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_reader SETTINGS
     distributed_product_mode = 'global'
 TO kalshi_reader;
 
--- An insert is acknowledged when every shard has its rows; without a cluster it means nothing.
+-- An insert is acknowledged when every shard has its rows; without a cluster it has no effect.
 CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_writer SETTINGS
     distributed_foreground_insert = 1,
     distributed_product_mode = 'global'
 TO kalshi_writer, kalshi_operator, kalshi_admin;
 
--- No query is compiled: the fourth run of a question would take four times as long, for a tenth off long
--- scans (docs/performance.md). Who scans a lot may set them to 1 for that query.
+-- No query is compiled: the fourth run of a query would take four times as long, to save a tenth of long
+-- scans (docs/performance.md). A query that scans much may set them to 1.
 CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_no_compiling SETTINGS
     compile_expressions = 0,
     compile_aggregate_expressions = 0,
@@ -69,8 +69,8 @@ GRANT INSERT ON kalshi.mm_fills_local TO kalshi_writer;
 GRANT INSERT ON kalshi.mm_position_snapshots TO kalshi_writer;
 GRANT INSERT ON kalshi.mm_position_snapshots_local TO kalshi_writer;
 
--- An hour of analytics is collected in a table beside (spreads_staging_2026112214) and takes its
--- partition's place whole. DROP is granted on those tables alone.
+-- An hour of analytics is written to a staging table (spreads_staging_2026112214), which then replaces the
+-- partition. DROP is granted on staging tables only.
 GRANT kalshi_writer TO kalshi_operator;
 GRANT INSERT ON kalshi.mm_inventory_breaks TO kalshi_operator;
 GRANT INSERT ON kalshi.mm_inventory_breaks_local TO kalshi_operator;

@@ -3,8 +3,8 @@
 --   clickhouse-client --param_reader="$R" --param_writer="$W" --param_operator="$O" --param_admin="$A" \
 --       --queries-file infra/clickhouse_users/users.sql
 --
--- A password is changed by hand: ALTER USER kalshi_reader IDENTIFIED BY '…'. For a client certificate
--- instead: ALTER USER kalshi_writer IDENTIFIED WITH ssl_certificate CN 'kalshi-streamer'.
+-- To change a password: ALTER USER kalshi_reader IDENTIFIED BY '…'. To use a client certificate instead:
+-- ALTER USER kalshi_writer IDENTIFIED WITH ssl_certificate CN 'kalshi-streamer'.
 
 CREATE USER IF NOT EXISTS kalshi_reader IDENTIFIED WITH sha256_password BY {reader:String} DEFAULT ROLE kalshi_reader DEFAULT DATABASE kalshi;
 CREATE USER IF NOT EXISTS kalshi_writer IDENTIFIED WITH sha256_password BY {writer:String} DEFAULT ROLE kalshi_writer DEFAULT DATABASE kalshi;

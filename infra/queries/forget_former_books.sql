@@ -1,11 +1,11 @@
--- Which levels of `latest_levels` does a market's newest snapshot no longer have? They get size 0.
+-- Set the levels of `latest_levels` to size 0 that a market's newest snapshot no longer has, for markets with a
+-- snapshot from `since` on.
 --
--- Of the markets with a snapshot from `since` on. Every level of a book, one that its snapshot confirmed
--- too, has the receive time of its newest event as `version`, in ns: what is older than the snapshot is
--- of a former book. A book's own load sees to that itself; this is for books that another shard, or a
--- journal that is gone, had recorded before.
+-- The `version` of each level is the receive time of its newest event in ns, also for a level that the snapshot
+-- confirmed. So a level that is older than the snapshot belongs to a former book. The loader does this itself for the
+-- books of its journal; this statement is for books that another shard, or a journal that is gone, recorded before.
 --
--- Run by: the load into ClickHouse, after a range with snapshots
+-- Run by: the loader into ClickHouse, after a range with snapshots
 INSERT INTO latest_levels (market_id, market_ticker, side, price, size, ts, ingest_ts, version)
 WITH base AS
 (

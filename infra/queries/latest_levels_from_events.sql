@@ -1,9 +1,9 @@
--- What is the book now, told from the events alone? Fills an empty latest_levels after a restore.
+-- Compute the current books from the events alone, to fill an empty latest_levels after a restore.
 --
--- Of each market's newest snapshot on (by its row in stream_events, which an empty snapshot has too)
--- the last size of each level of its subscription; levels from before that snapshot get size 0. Newest is
--- what has the greatest record, of the shard that had the market last; without records, by receive time and
--- seq. `version` is the receive time in ns, as the load itself sets it, so that what is recorded later wins.
+-- From each market's newest snapshot on (by its row in stream_events, which an empty snapshot has, too), take the
+-- last size of each level of its subscription; levels from before that snapshot get size 0. The newest snapshot has
+-- the greatest record of the shard that recorded the market last; without records, the latest receive time and seq.
+-- `version` is the receive time in ns, as the loader sets it, so that later events replace these rows.
 --
 -- Run by: kalshi-platform restore
 INSERT INTO latest_levels (market_id, market_ticker, side, price, size, ts, ingest_ts, version)

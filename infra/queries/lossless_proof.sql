@@ -1,41 +1,40 @@
 -- Is every numbered frame accounted for? One row for each subscription (conn_id, sid) of a
 -- sequenced channel:
 --
---   min_seq, max_seq    the first and the last number kept
---   first_seq           the number that is counted from: see below
---   frames              how many different numbers are kept, in orderbook_events (deltas), trades and
+--   min_seq, max_seq    the first and the last number stored
+--   first_seq           the number from which counting begins: see below
+--   frames              how many different numbers are stored, in orderbook_events (deltas), trades and
 --                       stream_events (a snapshot's own row, and all else) together
 --   holes               numbers missing from first_seq up to max_seq
 --   named_holes         those of them that a `gap` row names: its detail has "expected" and "got",
 --                       and names the numbers from expected to got − 1
---   unexplained_holes   holes that no gap row names. Must be 0, or something was lost unnoticed
---   missing_levels      levels of snapshots that are kept, and that orderbook_events lacks. Must be 0
+--   unexplained_holes   missing numbers that no gap row names. Must be 0, or frames were lost unnoticed
+--   missing_levels      levels of stored snapshots that orderbook_events lacks. Must be 0
 --   doubled             rows stored more than once: rows with one journal record, and levels beyond those
---                       that their snapshot had. Must be 0. Rows of versions that kept no `record` count as
---                       doubled where their number is there more than once
+--                       that their snapshot had. Must be 0. Rows of versions without `record` count as
+--                       doubled if their number is stored more than once
 --   repeated            numbers that the exchange itself sent more than once, in different records
 --
 -- Trades without a number (seq 0) were fetched after a gap, and are not counted.
 --
--- Where a subscription begins. Numbers begin at 1 on every connection, so they are counted from 1, unless
--- it is shown that retention has taken the beginning:
---   1. the connection's `connected` row and the subscription's `subscribed` row are both gone, and
---   2. retention has taken rows up to an instant (`taken_before`) that the connection's first row is
---      less than a day after. That instant is the age that the tables' TTL allows, or, where a retention
---      was longer or shorter before, what it allowed until it was changed (`retention_changes`).
--- Then they are counted from min_seq. Everything else that is not there is a hole: a `subscribed` row that
--- was lost, half of a recording that is gone, a database into which some hours were restored. What was
--- deleted by hand is a hole, too. Rows from before `taken_before` that are still there are not looked at:
--- they go in no order.
+-- The beginning of a subscription. Numbers begin at 1 on every connection, so they are counted from 1, unless
+-- retention has provably deleted the beginning:
+--   1. the connection's `connected` row and the subscription's `subscribed` row are both missing, and
+--   2. retention has deleted rows up to an instant (`taken_before`) less than a day before the connection's first
+--      row. That instant is the age that the tables' TTL allows, or, if the retention was changed, the age that it
+--      allowed before the change (`retention_changes`).
+-- Then they are counted from min_seq. Every other missing number is a hole: a lost `subscribed` row, a recording of
+-- which half is missing, a database into which only some hours were restored, rows deleted by hand. Rows from before
+-- `taken_before` that are still stored are not checked, because retention deletes rows in no order.
 --
--- `since` and `until` bound the receive times that are looked at (the check no_unexplained_gaps gives
--- newer ones). A subscription that goes on from before `since` is counted from the last number of the
--- three hours before it, or from min_seq where it was silent and its connection was not.
+-- `since` and `until` bound the receive times that are checked (the check no_unexplained_gaps passes newer ones). A
+-- subscription that began before `since` is counted from its last number of the three hours before, or from min_seq
+-- if it was silent then and its connection was not.
 --
 -- Run: kalshi-platform sql --file infra/queries/lossless_proof.sql
 -- Compared with the journal and the archive: kalshi-platform proof
 --
--- Numbers are held as bitmaps, about a bit for each frame, so that a month fits into memory.
+-- Numbers are stored as bitmaps, about a bit per frame, so that a month fits into memory.
 WITH
     toDateTime64('1971-01-01 00:00:00', 6, 'UTC') AS since,
     toDateTime64('2299-01-01 00:00:00', 6, 'UTC') AS until,
@@ -90,7 +89,7 @@ WITH
     ),
     stream AS
     (
-        -- these four kinds happened to the recording: no frame of the exchange, no number of theirs
+        -- these four kinds are events of the recording itself, not frames of the exchange with a number
         SELECT
             conn_id,
             sid,

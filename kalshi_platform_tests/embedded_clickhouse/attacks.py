@@ -1,4 +1,4 @@
-"""Statements that would leave the engine, were they not refused."""
+"""Statements that would reach the host if they were not refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that is confined like the embedded ClickHouse's, tries to get out, and says what happened.
+"""A process that is confined like the embedded ClickHouse's, tries to escape, and prints what happened.
 
     python -m kalshi_platform_tests.embedded_clickhouse.confined FOLDER REACHED_PORT OTHER_PORT [PORT ...]
 
@@ -23,7 +23,7 @@ from kalshi_platform.embedded_clickhouse.confinement import confine
 
 
 def main(folder: Path, reached: int, other: int, ports: list[int]) -> None:
-    """Try everything once."""
+    """Try each escape once."""
     early, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
     sleeper = threading.Thread(target=early.wait, daemon=True)
     sleeper.start()  # a thread from before: the filter is set for it, too

@@ -1,4 +1,4 @@
-"""The embedded ClickHouse with the list of what SQL may do, and nothing behind it: for what tries the list.
+"""The embedded ClickHouse with its allow-list as the only defence, for tests of the list.
 
     python -m kalshi_platform_tests.embedded_clickhouse.list_alone FOLDER
 
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Running]:
-    """Serve from a child process; yields its URL, ends it afterwards."""
+    """Context manager: serve from a child process; yields its URL."""
     child = subprocess.Popen(
         [sys.executable, "-m", __name__, str(folder)], stdout=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""clickhouse-connect, unchanged, with its defaults: it must not know which ClickHouse it talks to."""
+"""clickhouse-connect with its defaults cannot distinguish the embedded engine from a ClickHouse server."""
 
 from __future__ import annotations
 

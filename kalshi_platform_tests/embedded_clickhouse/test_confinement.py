@@ -1,4 +1,4 @@
-"""The kernel keeps the engine's process from programs, other processes, files and hosts, whatever runs in it."""
+"""The kernel keeps the engine's process from programs, other processes, files and hosts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROCESS = 4711
 
 
 def run(code: bytes, audit: int, number: int, arguments: tuple[int, ...] = ()) -> int:
-    """What the kernel's machine would answer: an interpreter of the instructions that are used."""
+    """Interpret the filter's instructions as the kernel's BPF machine does."""
     data = struct.pack(
         "IIQ6Q", number, audit, 0, *(arguments + (0,) * 6)[:6]
     )  # struct seccomp_data
@@ -112,7 +112,7 @@ STAYS = (
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Mapping[str, str], bool]]:
-    """What a confined process could do, and whether a port was open to it."""
+    """The results of a confined process's attempts, and whether a port was open to it."""
     folder = tmp_path_factory.mktemp("confined") / "data"
     folder.mkdir()
     with (
@@ -152,8 +152,8 @@ def test_a_confined_process_does_its_work(
 def test_only_the_object_stores_port_is_reached(
     outcomes: tuple[Mapping[str, str], bool],
 ) -> None:
-    said, open_to_it = outcomes
-    assert said["connect"] == ("done" if open_to_it else "PermissionError")
+    results, open_to_it = outcomes
+    assert results["connect"] == ("done" if open_to_it else "PermissionError")
 
 
 def test_what_the_system_cannot_do_is_a_warning(

@@ -1,4 +1,4 @@
-"""Definitions that a full disk left empty do not keep the engine from opening its folder."""
+"""Definitions that a full disk left empty do not prevent the engine from opening its folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "clickhouse"
 
 
-def test_one_of_a_table_that_was_just_being_made_is_removed(folder: Path) -> None:
+def test_the_definition_of_a_new_table_is_removed(folder: Path) -> None:
     (folder / "engine" / "metadata" / "d" / "being_made.sql").touch()
     with running(folder) as url:
         assert asked(url, "SELECT count() FROM d.t") == "3\n"
@@ -40,7 +40,7 @@ def test_one_of_a_table_that_was_just_being_made_is_removed(folder: Path) -> Non
         assert asked(url, "SELECT count() FROM d.being_made") == "0\n"
 
 
-def test_one_whose_rows_are_there_is_an_error_until_the_folder_is_moved(folder: Path) -> None:
+def test_a_definition_with_rows_is_an_error_until_moved_away(folder: Path) -> None:
     definition = folder / "engine" / "metadata" / "d" / "t.sql"
     text = definition.read_bytes()
     definition.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The embedded ClickHouse whose data folder goes while it runs: it says so, and makes no other in its place."""
+"""If its data folder vanishes, the embedded ClickHouse reports it and creates no other in its place."""
 
 from __future__ import annotations
 

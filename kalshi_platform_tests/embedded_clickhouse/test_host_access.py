@@ -1,4 +1,4 @@
-"""A query cannot do more on the host than a ClickHouse server would let it."""
+"""A query has no more access to the host than on a ClickHouse server."""
 
 from __future__ import annotations
 

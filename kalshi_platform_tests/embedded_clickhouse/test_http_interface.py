@@ -1,4 +1,4 @@
-"""ClickHouse's HTTP interface, as curl and any HTTP client see it."""
+"""ClickHouse's HTTP interface as curl and other HTTP clients use it."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_an_answer_is_compressed_when_asked_for(
     assert "Content-Encoding" not in plain.headers
 
 
-def test_an_error_in_the_middle_of_an_answer_is_written_behind_it_and_breaks_it(
+def test_an_error_in_a_streamed_answer_is_appended_and_breaks_it(
     web: httpx.Client,
     clickhouse_url: str,
 ) -> None:
@@ -311,8 +311,8 @@ def test_a_web_page_of_another_site_is_refused(
         assert (answer.headers.get("X-ClickHouse-Exception-Code") == "497") == (status == 403)
 
 
-def test_a_question_that_is_asked_again_and_again_is_not_compiled(ask: Ask) -> None:
-    """Its fourth run would wait for the compiler; who wants that for a query of his own sets it."""
+def test_a_repeated_query_is_not_compiled(ask: Ask) -> None:
+    """Its fourth run would wait for the compiler; a query that wants that sets it itself."""
 
     def compiled_by(sql: str, **settings: str) -> int:
         count = "SELECT sum(value) FROM system.events WHERE event = 'CompileFunction'"

@@ -1,4 +1,4 @@
-"""An INSERT that fails, at whatever stage: every client gets the engine's error, and mended it is stored once."""
+"""An INSERT that fails at any stage returns the engine's error to every client, and is stored once when repeated."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from kalshi_platform.embedded_clickhouse import Running, running
 from kalshi_platform_tests.embedded_clickhouse.conftest import PATIENCE_S, Ask, wait_until_running
 
 SMALL, LARGE = 5, 80_000
-"""Rows; the large ones are 6 MB, come in pieces and make several blocks."""
+"""Numbers of rows; the larger is 6 MB, which is sent in pieces and makes several blocks."""
 TOKEN = "once"
 
 
 def csv(rows: int, last: bytes = b"") -> Iterator[bytes]:
-    """Rows 0 to `rows` - 1, in pieces; `last` takes the place of the last one."""
+    """Rows 0 to `rows` - 1, in pieces; `last` replaces the last one."""
     for begin in range(0, rows, 1_000):
         end = min(begin + 1_000, rows)
         lines = [b"%d,%060d\n" % (n, n) for n in range(begin, end)]
@@ -42,15 +42,15 @@ def csv(rows: int, last: bytes = b"") -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where an INSERT fails."""
+    """The stage at which an INSERT fails."""
 
     codes: frozenset[int]
     breaking: tuple[str, ...] = ()
-    mending: tuple[str, ...] = ()
+    repair: tuple[str, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
     last_row: bytes = b""
     meanwhile: str = ""
-    """What somebody runs while the INSERT runs."""
+    """A statement that another client runs during the INSERT."""
 
 
 _VIEW = "CREATE MATERIALIZED VIEW v TO other AS SELECT {} AS a, s FROM t"
@@ -149,7 +149,7 @@ def assert_is_the_engines_error(answer: httpx.Response, codes: frozenset[int]) -
         if (name, rows) != ("a dropped table", SMALL)
     ],
 )
-def test_an_insert_that_fails_answers_the_error_and_is_stored_once_later(
+def test_a_failed_insert_has_its_error_and_is_stored_once_later(
     ask: Ask, name: str, rows: int
 ) -> None:
     stage = STAGES[name]
@@ -166,7 +166,7 @@ def test_an_insert_that_fails_answers_the_error_and_is_stored_once_later(
         assert_is_the_engines_error(answer, stage.codes)
         if "DROP TABLE t" in stage.meanwhile:
             break
-    for statement in stage.mending:
+    for statement in stage.repair:
         ask(statement.format(table=TABLE)).raise_for_status()
     for _ in range(2):
         answer = ask("INSERT INTO t (a, s) FORMAT CSV", csv(rows), **BLOCKS)
@@ -251,7 +251,7 @@ def test_an_error_that_quotes_binary_data_is_answered(ask: Ask) -> None:
     assert count(ask) == "0\t0\n"
 
 
-def test_a_materialised_view_counts_in_the_summary_as_in_clickhouse(ask: Ask) -> None:
+def test_a_materialised_view_counts_in_the_summary(ask: Ask) -> None:
     ask(_VIEW.format("a")).raise_for_status()
     answer = ask("INSERT INTO t FORMAT CSV", csv(SMALL))
     assert json.loads(answer.headers["X-ClickHouse-Summary"])["written_rows"] == str(2 * SMALL)
@@ -302,7 +302,7 @@ def _disk_is_full(_: Running, disk: Path) -> Iterator[None]:
 
 @pytest.fixture(params=[_files_cannot_grow, _disk_is_full], ids=["no file grows", "a full disk"])
 def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Fill]]:
-    """A folder for a server, and what fills its disk."""
+    """A folder for a server, and a function that fills its disk."""
     if request.param is _files_cannot_grow:
         if sys.platform != "linux":
             pytest.skip("another process's limits can be changed on Linux only")
@@ -323,7 +323,7 @@ Fill = Callable[[Running, Path], contextlib.AbstractContextManager[None]]
 
 
 @pytest.mark.parametrize("rows", [SMALL, LARGE])
-def test_a_full_disk_is_answered_and_with_room_the_insert_is_stored_once(
+def test_an_insert_on_a_full_disk_is_stored_once_later(
     rows: int, filled: tuple[Path, Fill]
 ) -> None:
     folder, fill = filled

@@ -1,4 +1,4 @@
-"""INSERT: the data behind the statement, in every way that clients send it."""
+"""INSERT with data in every way that clients send it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DATA = {
 
 @pytest.fixture
 def table(ask: Ask) -> Callable[[], list[tuple[int, str]]]:
-    """Makes table `t`; call it for what is in the table."""
+    """Creates table `t`; returns a function that reads it."""
     ask(
         "CREATE TABLE t (a UInt64, s String) ENGINE = MergeTree ORDER BY a"
         " SETTINGS non_replicated_deduplication_window = 100"

@@ -1,4 +1,4 @@
-"""Start, stop, kill: what a person and a supervisor see."""
+"""Start, stop and kill, as an operator and a supervisor see them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _ask(url: str, sql: str, **params: str) -> httpx.Response:
 
 
 def _read_on(url: str, sql: str, begun: threading.Event) -> None:
-    """Read an answer for as long as it comes."""
+    """Read an answer to its end."""
     with httpx.stream("POST", url, content=sql, timeout=PATIENCE_S, verify=False) as answer:
         for _ in answer.iter_raw():
             begun.set()
 
 
 def _running(url: str) -> int:
-    """How many queries are running beside this one."""
+    """The number of other running queries."""
     return int(_ask(url, "SELECT count() FROM system.processes").text) - 1
 
 
@@ -171,7 +171,7 @@ def test_an_error_is_one_line_and_exit_1(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 
 
-def test_a_password_is_asked_for_and_told_to_nobody(tmp_path: Path) -> None:
+def test_a_password_is_required_and_never_shown(tmp_path: Path) -> None:
     password = "s3cret-пароль"
     with running(tmp_path, user="me", password=password) as url:
         post = functools.partial(httpx.post, url, content="SELECT 1", timeout=PATIENCE_S)
@@ -208,7 +208,7 @@ def test_a_port_is_free_again_after_the_end(tmp_path: Path) -> None:
             assert _ask(url, "SELECT 1").text == "1\n"
 
 
-def test_the_default_database_survives_being_empty_filled_and_dropped(tmp_path: Path) -> None:
+def test_the_default_database_survives_empty_full_and_dropped(tmp_path: Path) -> None:
     for step in (
         "SELECT 1",
         "CREATE TABLE t (a UInt8) ENGINE = Memory",

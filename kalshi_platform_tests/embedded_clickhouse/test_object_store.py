@@ -1,4 +1,4 @@
-"""`s3()` reaches the bucket of the archive, on a real object store, and no other place."""
+"""`s3()` reaches the archive's bucket on a real object store, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def url(store: ObjectStore, tmp_path: Path) -> Iterator[str]:
-    """An embedded ClickHouse whose archive is in that store; its password is `secret`."""
+    """An embedded ClickHouse with its archive in that store; its password is `secret`."""
     child = subprocess.Popen(
         [
             sys.executable,
@@ -60,9 +60,7 @@ def asked(url: str, sql: str) -> httpx.Response:
     return httpx.post(url, content=sql, auth=("default", "secret"), timeout=60)
 
 
-def test_s3_reads_and_writes_the_archives_bucket_and_no_other_place(
-    url: str, store: ObjectStore
-) -> None:
+def test_s3_reaches_the_archives_bucket_only(url: str, store: ObjectStore) -> None:
     frame = io.BytesIO()
     pl.DataFrame({"a": [1, 2, 4]}).write_parquet(frame)
     with store.files().open_output_stream(f"{BUCKET}/recorded/t.parquet") as out:

@@ -1,4 +1,4 @@
-"""Requests that no client of ours sends: an error of the client each, and bounded memory."""
+"""Malformed requests are client errors and use bounded memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ URLS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server of its own, of which a traceback would be seen."""
+    """A separate server whose log would show a traceback."""
     with running(tmp_path_factory.mktemp("odd")) as url:
         yield url
         url.process.terminate()
@@ -56,13 +56,13 @@ def _status(server: Running, url: bytes, headers: dict[str, bytes], body: bytes 
     client.sock.sendall(b"POST " + url + b" HTTP/1.1\r\n" + head + b"\r\n" + body)
     answer = http.client.HTTPResponse(client.sock, method="POST")
     answer.begin()
-    said = answer.read()
+    answered = answer.read()
     client.close()
     # ClickHouse gives 500 to some of its errors; one that is no ClickHouse error is the server's fault
     assert answer.status < 500 or answer.headers["X-ClickHouse-Exception-Code"], (
         url,
         headers,
-        said,
+        answered,
     )
     return answer.status
 
@@ -113,9 +113,7 @@ def _peak_mb(server: Running) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux measures it")
 @pytest.mark.parametrize("encoding", PREFERENCE)
-def test_a_query_that_unpacks_to_a_gigabyte_is_refused_in_little_memory(
-    server: Running, encoding: str
-) -> None:
+def test_a_query_that_unpacks_to_a_gigabyte_is_refused(server: Running, encoding: str) -> None:
     bomb = _bomb(encoding, b" " * (1 << 20), 1024)
     Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")
     before = _peak_mb(server)
@@ -157,7 +155,7 @@ def test_an_inserts_data_leaves_room_on_the_disk(encoding: str, tmp_path: Path) 
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_sigterm_is_heeded_while_a_long_text_is_read(tmp_path: Path) -> None:
+def test_sigterm_is_handled_while_a_long_text_is_read(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         heredocs = b"SELECT " + b" ".join(b"$%d$" % n for n in range(9_000))
         answer = httpx.post(url, content=heredocs, timeout=PATIENCE_S)

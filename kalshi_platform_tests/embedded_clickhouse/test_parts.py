@@ -1,4 +1,4 @@
-"""What a disk that takes no more does to the tables: nothing that was acknowledged is lost by it."""
+"""A full disk loses no acknowledged row of the tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(server: str, sql: str, data: str = "") -> str:
 
 
 class Writer(threading.Thread):
-    """Sends inserts one after the other, and keeps which were acknowledged."""
+    """Sends inserts one after the other, and records which were acknowledged."""
 
     def __init__(self, numbers: range, seed: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Writer(threading.Thread):
                     time.sleep(0.01)
 
 
-def test_whatever_a_full_disk_does_to_merges_what_was_acknowledged_is_there_at_the_next_start(
+def test_a_full_disk_during_merges_loses_no_acknowledged_row(
     tmp_path: Path,
 ) -> None:
     chance = random.Random(7)
@@ -93,7 +93,7 @@ def test_whatever_a_full_disk_does_to_merges_what_was_acknowledged_is_there_at_t
 
 
 def _live_and_die(folder: Path, disk: Path, writers: list[Writer], chance: random.Random) -> None:
-    """Fill the disk a few times under a server that writes; it may end by itself, and says why."""
+    """Fill the disk several times under a writing server, which may end itself with a reason."""
     with running(folder) as server:
         ask(server, CREATE.format("t"))
         for writer in writers:
@@ -136,7 +136,7 @@ def test_an_insert_is_durable_when_it_is_acknowledged(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A data folder with a table for each file of a part, each of three inserts merged into one part."""
+    """A data folder with one table per file of a part, each with three inserts merged into one part."""
     folder = tmp_path_factory.mktemp("merged") / "clickhouse"
     with running(folder) as server:
         _three_inserts(server, "sample")
@@ -164,7 +164,7 @@ def _table_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def test_a_part_with_any_file_empty_or_short_is_set_aside_and_its_sources_come_back(
+def test_a_short_part_is_set_aside_and_its_sources_return(
     merged: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     original, files = merged
@@ -199,7 +199,7 @@ def test_a_part_with_any_file_empty_or_short_is_set_aside_and_its_sources_come_b
     assert not [*folder.glob("engine/store/*/*/detached/broken-on-start_*")]
 
 
-def test_a_part_that_nothing_is_left_of_is_named_with_what_tells_the_loss(
+def test_a_spoiled_part_without_sources_is_named(
     merged: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original, _ = merged
@@ -216,7 +216,7 @@ def test_a_part_that_nothing_is_left_of_is_named_with_what_tells_the_loss(
 
 
 @given(st.binary(max_size=300), st.integers(0, 200))
-def test_whatever_a_list_of_checksums_holds_it_is_read_or_refused(data: bytes, keep: int) -> None:
+def test_any_list_of_checksums_is_read_or_refused(data: bytes, keep: int) -> None:
     head = b"checksums format version: 4\n"
     for content in (data, head + data, (head + data)[:keep]):
         try:
@@ -226,7 +226,7 @@ def test_whatever_a_list_of_checksums_holds_it_is_read_or_refused(data: bytes, k
         assert all(size >= 0 for size in sizes.values())
 
 
-def test_what_another_version_of_the_engine_may_have_written_is_left_to_it(
+def test_an_unknown_checksum_format_is_left_to_the_engine(
     merged: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "clickhouse"
@@ -250,7 +250,7 @@ def _spoil(merged: tuple[Path, list[str]], folder: Path) -> Callable[[], None]:
     return spoil
 
 
-def test_a_statement_ends_the_process_where_a_write_failed_meanwhile_and_spoiled_a_part(
+def test_a_statement_that_spoiled_a_part_ends_the_process(
     merged: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "clickhouse"
@@ -265,7 +265,7 @@ def test_a_statement_ends_the_process_where_a_write_failed_meanwhile_and_spoiled
     assert "data.cmrk4 has 0 bytes of" in found[0].why
 
 
-def test_a_merge_that_missed_a_write_is_looked_at_when_it_ends_long_after(
+def test_a_long_merge_with_a_failed_write_is_checked_at_its_end(
     merged: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "clickhouse"
@@ -295,7 +295,7 @@ def test_a_merge_that_missed_a_write_is_looked_at_when_it_ends_long_after(
         watch.stop()
 
 
-def test_the_watch_outlives_whatever_its_question_meets(
+def test_the_monitor_survives_errors_of_its_queries(
     merged: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "clickhouse"

@@ -1,4 +1,4 @@
-"""Reading needs no password, writing one that is made at the first start and that every command finds."""
+"""Reading needs no password; writing needs one that the first start generates and every command finds."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Engine:
         self.ask(sql, auth=("default", self.password)).raise_for_status()
 
     def settings(self, **more: Any) -> platform_settings.Settings:
-        """As a command on this data folder has them."""
+        """The settings of a command on this data folder."""
         return platform_settings.load(
             kalshi_data_dir=self.folder.parent,
             embedded_clickhouse_port=urlsplit(self.url).port,
@@ -105,16 +105,16 @@ def test_the_password_is_made_once_for_its_user_alone(tmp_path: Path) -> None:
     assert re.fullmatch(r"[\w-]{43}\n", made.pop())
 
 
-@pytest.mark.parametrize("who", [{}, {"user": "default"}, {"user": "default", "password": ""}])
-def test_who_gives_no_password_reads(engine: Engine, who: dict[str, str]) -> None:
+@pytest.mark.parametrize("user", [{}, {"user": "default"}, {"user": "default", "password": ""}])
+def test_a_client_without_password_may_read(engine: Engine, user: dict[str, str]) -> None:
     for sql in READS:
-        assert engine.ask(sql, params=who).is_success, engine.ask(sql, params=who).text
-        got = httpx.get(engine.url, params={"query": sql, **who}, timeout=PATIENCE_S, verify=False)
+        assert engine.ask(sql, params=user).is_success, engine.ask(sql, params=user).text
+        got = httpx.get(engine.url, params={"query": sql, **user}, timeout=PATIENCE_S, verify=False)
         assert got.is_success, got.text
 
 
 @pytest.mark.parametrize("sql", WRITES)
-def test_who_gives_no_password_changes_nothing(engine: Engine, sql: str) -> None:
+def test_a_client_without_password_changes_nothing(engine: Engine, sql: str) -> None:
     for answer in (
         engine.ask(sql),
         engine.ask(sql, params={"session_id": "s", "readonly": "0"}),
@@ -142,7 +142,7 @@ def test_the_engine_holds_readers_to_reading_as_well(engine: Engine) -> None:
     assert again.text == "2\n"
 
 
-def test_readers_share_no_session_with_who_has_the_password(engine: Engine) -> None:
+def test_readers_share_no_session_with_writers(engine: Engine) -> None:
     def ask(sql: str, **more: Any) -> httpx.Response:
         return engine.ask(sql, params={"session_id": "shared"}, **more)
 
@@ -252,7 +252,7 @@ def _pipe(path: Path) -> None:
 
 
 def follow_remedy(sentence: str, path: Path) -> None:
-    """Do what the sentence says."""
+    """Execute the remedy of the sentence."""
     if command := re.search(r"Remedy: (chmod 600 .+?);", sentence):
         subprocess.run(shlex.split(command[1]), check=True)
         return
@@ -267,7 +267,7 @@ def follow_remedy(sentence: str, path: Path) -> None:
     "spoil",
     [_open, _group, _empty, _blank, _short, _lines, _binary, _link, _folder, _pipe],
 )
-def test_an_unfit_file_is_a_sentence_whose_remedy_works(
+def test_an_unusable_password_file_has_a_working_remedy(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "a desk's data" / "clickhouse"
@@ -277,21 +277,21 @@ def test_an_unfit_file_is_a_sentence_whose_remedy_works(
     spoil(file)
     with pytest.raises(StoreError) as refused, running(folder, password=None):
         pass
-    said = str(refused.value).removeprefix("The embedded ClickHouse did not start: Error: ")
-    assert said.startswith(f"The password file {file} ")
-    assert said.count("\n") == 0
+    message = str(refused.value).removeprefix("The embedded ClickHouse did not start: Error: ")
+    assert message.startswith(f"The password file {file} ")
+    assert message.count("\n") == 0
     settings = platform_settings.load(kalshi_data_dir=folder.parent)
     with pytest.raises(StoreRefused) as same:  # each command says the same
         clickhouse.connect(settings)
-    assert str(same.value) == said
-    assert secret not in said
-    follow_remedy(said, file)
+    assert str(same.value) == message
+    assert secret not in message
+    follow_remedy(message, file)
     made = write_password.read_or_make(folder)
     assert (made == secret) == (spoil in {_open, _group})
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_file_that_is_gone_is_made_again_and_that_is_said(
+def test_a_missing_password_file_is_made_again_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = write_password.read_or_make(tmp_path)
@@ -322,10 +322,10 @@ def test_starts_at_the_same_time_agree_on_one_password(tmp_path: Path) -> None:
             found.append(write_password.read_or_make(folder))
 
         threads = [threading.Thread(target=start) for _ in range(4)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         assert len(found) == 4
         assert set(found) == {write_password.read(folder)}
         assert [file.name for file in folder.iterdir()] == ["password"]
@@ -335,12 +335,12 @@ def test_starts_at_the_same_time_agree_on_one_password(tmp_path: Path) -> None:
 
 
 def test_each_command_finds_it_from_any_folder(engine: Engine, tmp_path: Path) -> None:
-    """`migrate` writes; other processes, another working folder, only KALSHI_HOME in common."""
+    """`migrate` writes from other processes in another folder, with only KALSHI_HOME in common."""
     home = engine.folder.parents[1]
     (home / ".env").write_text(f"EMBEDDED_CLICKHOUSE_PORT={urlsplit(engine.url).port}\n")
     own = ("KALSHI_", "CLICKHOUSE_", "PROD_", "EMBEDDED_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    said = ""
+    message = ""
     for verb in (["migrate"], ["sql", "SELECT count() FROM orderbook_events"], ["migrate"]):
         done = subprocess.run(
             [sys.executable, "-m", "kalshi_platform", *verb],
@@ -353,8 +353,8 @@ def test_each_command_finds_it_from_any_folder(engine: Engine, tmp_path: Path) -
             check=False,
         )
         assert done.returncode == 0, done.stdout
-        said += done.stdout
-    assert engine.password not in said
+        message += done.stdout
+    assert engine.password not in message
 
 
 def test_all_of_the_platform_connects_in_one_place() -> None:
@@ -380,7 +380,7 @@ def test_a_command_that_came_before_the_file_gets_to_write(
         client.command("DROP TABLE early")
 
 
-def test_a_loader_goes_on_with_the_password_that_was_made_again(tmp_path: Path) -> None:
+def test_a_loader_continues_with_a_new_password(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     folder = tmp_path / "clickhouse"
     with running(folder, password=None, port=port) as url:
@@ -396,8 +396,8 @@ def test_a_loader_goes_on_with_the_password_that_was_made_again(tmp_path: Path) 
 
 @contextlib.contextmanager
 def listener() -> Iterator[tuple[int, bytearray]]:
-    """Some other program on a port, and what it is sent."""
-    heard = bytearray()
+    """Another program on a port, and the bytes that it receives."""
+    received = bytearray()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def hear() -> None:
@@ -405,30 +405,30 @@ def listener() -> Iterator[tuple[int, bytearray]]:
                 while True:
                     caller, _ = server.accept()
                     with caller:
-                        heard.extend(caller.recv(65536))
+                        received.extend(caller.recv(65536))
                         caller.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 
         thread = threading.Thread(target=hear, daemon=True)
         thread.start()
-        yield server.getsockname()[1], heard
+        yield server.getsockname()[1], received
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)
     thread.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("place", ["http://localhost:{}", "http://127.0.0.1:{}", "http://[::1]:{}"])
-def test_another_server_is_never_sent_it(engine: Engine, place: str) -> None:
-    with listener() as (port, heard):
+def test_the_password_is_never_sent_to_another_server(engine: Engine, place: str) -> None:
+    with listener() as (port, received):
         settings = engine.settings(clickhouse_url=place.format(port))
         assert clickhouse.password(settings) == ""
         with pytest.raises(StoreError) as refused:
             clickhouse.connect(settings)
-        assert engine.password.encode() not in heard
+        assert engine.password.encode() not in received
         assert engine.password not in str(refused.value)
-        assert heard or "[::1]" in place
+        assert received or "[::1]" in place
 
 
-def test_it_is_in_no_repr_and_no_process(engine: Engine) -> None:
+def test_the_password_is_in_no_repr_and_no_process(engine: Engine) -> None:
     options = launch.Options("/data", "127.0.0.1", 1, "default", engine.password)
     settings = engine.settings(clickhouse_password=engine.password)
     with contextlib.closing(clickhouse.connect(engine.settings())) as client:
@@ -455,7 +455,7 @@ def test_a_refusal_to_write_carries_its_own_remedy(engine: Engine) -> None:
 
 
 def test_clickhouse_password_overrides_it_on_both_sides(tmp_path: Path) -> None:
-    """By the command itself, as `up` starts it."""
+    """Started by the command itself, as `up` does."""
     (port,) = free_ports(1)
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("KALSHI_")},

@@ -1,4 +1,4 @@
-"""What an older build let into a data folder is looked for at the start, and taken out where it is refused."""
+"""Definitions that an older version accepted and the list refuses are taken out at the start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OLD = {
     " ENGINE = MergeTree ORDER BY a",
     "database folder": "CREATE DATABASE folder ENGINE = Filesystem",
 }
-"""Named as the sentence names them."""
+"""The labels of the refused objects in the warning."""
 KEPT = [
     "CREATE TABLE k.kept (a UInt64, b String DEFAULT toString(a), INDEX i b TYPE minmax) ENGINE = MergeTree"
     " PARTITION BY a ORDER BY a TTL toDateTime(a) + INTERVAL 1 YEAR SETTINGS index_granularity = 1024",
@@ -49,7 +49,7 @@ KEPT = [
 
 
 def made_by_an_older_build(folder: Path, statements: Iterable[str]) -> None:
-    """Run them in the folder's engine with nothing in front of it."""
+    """Run statements in the folder's engine without the list in front of it."""
     program = "import sys, chdb\nc = chdb.connect(sys.argv[1])\nfor s in sys.argv[2:]: c.query(s)\nc.close()"
     (folder / "engine").mkdir(parents=True)
     subprocess.run(
@@ -70,15 +70,15 @@ def names(url: str) -> set[str]:
     return set(found.raise_for_status().text.splitlines())
 
 
-def said(url: Running) -> list[str]:
-    """What the server's log has of it, after it has ended."""
+def warnings(url: Running) -> list[str]:
+    """The warnings about it in the server's log, after the server has ended."""
     url.process.terminate()
     assert url.process.wait(PATIENCE_S) == 0
     assert url.process.stderr is not None
     return [line for line in url.process.stderr.read().splitlines() if "Taken out" in line]
 
 
-def test_what_the_list_refuses_is_taken_out_and_named(tmp_path: Path) -> None:
+def test_refused_definitions_are_taken_out_and_named(tmp_path: Path) -> None:
     data = tmp_path / "clickhouse"
     kept = "CREATE TABLE k.kept (a UInt64) ENGINE = MergeTree ORDER BY a"
     begin = ["CREATE DATABASE k ENGINE = Atomic", kept, "INSERT INTO k.kept VALUES (7)"]
@@ -98,7 +98,7 @@ def test_what_the_list_refuses_is_taken_out_and_named(tmp_path: Path) -> None:
         again = asked(url, "CREATE TABLE k.f (a UInt8) ENGINE = Memory")
         assert again.is_success, again.text
         assert asked(url, "DROP TABLE k.f").is_success
-        first = said(url)
+        first = warnings(url)
     assert len(first) == len(OLD)
     for label in OLD:
         assert any(f": {label.partition('`')[0]}" in line for line in first), label
@@ -111,14 +111,14 @@ def test_what_the_list_refuses_is_taken_out_and_named(tmp_path: Path) -> None:
         file.unlink()
     with running(data) as url:
         assert names(url) == {"k.kept"}
-        [line] = said(url)
+        [line] = warnings(url)
         assert f"is in {files[0]}:" in line
     files[0].unlink()
     with running(data) as url:
-        assert said(url) == []
+        assert warnings(url) == []
 
 
-def test_what_may_be_made_now_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_allowed_definitions_survive_a_restart(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         for statement in ["CREATE DATABASE k", *KEPT]:
             assert asked(url, statement).is_success, asked(url, statement).text
@@ -129,7 +129,7 @@ def test_what_may_be_made_now_is_there_after_a_restart(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         assert names(url) == before
         assert "other" in asked(url, "SHOW DATABASES").text.split()
-        assert said(url) == []
+        assert warnings(url) == []
 
 
 def test_a_definition_that_is_taken_out_again_replaces_no_other(tmp_path: Path) -> None:
@@ -139,12 +139,12 @@ def test_a_definition_that_is_taken_out_again_replaces_no_other(tmp_path: Path) 
     aside.parent.mkdir(parents=True)
     aside.write_text("-- table k.u: it was another\n")
     with running(data) as url:
-        assert len(said(url)) == 2
+        assert len(warnings(url)) == 2
     assert aside.read_text() == "-- table k.u: it was another\n"
     assert "ENGINE = URL" in aside.with_name("u 1.sql").read_text()
 
 
-def test_nothing_is_served_where_it_cannot_be_taken_out(tmp_path: Path) -> None:
+def test_a_definition_that_stays_prevents_the_start(tmp_path: Path) -> None:
     data = tmp_path / "clickhouse"
     made_by_an_older_build(data, ["CREATE DATABASE k ENGINE = Atomic", OLD["table k.u"]])
     (data / "refused").write_text("in the way")

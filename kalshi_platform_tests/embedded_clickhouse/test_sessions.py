@@ -1,4 +1,4 @@
-"""What one request leaves for the next: nothing, except in a session."""
+"""A request leaves no state for the next one, except in a session."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_settings_do_not_leak_between_concurrent_requests(ask: Ask) -> None:
     assert answers == [(str(n), "system" if n % 2 else "default") for n in numbers]
 
 
-def test_a_session_remembers_settings_database_and_temporary_tables(ask: Ask) -> None:
+def test_a_session_keeps_settings_database_and_temporary_tables(ask: Ask) -> None:
     session = uuid.uuid4().hex
     usual = ask("SELECT getSetting('max_block_size')").text
     ask("SET max_block_size = 99", session_id=session).raise_for_status()

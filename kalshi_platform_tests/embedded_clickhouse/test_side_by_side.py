@@ -1,4 +1,4 @@
-"""Many clients at once: nobody waits for another's query to end."""
+"""With many clients, none waits for another's query to end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_max_execution_time_is_kept(ask: Ask) -> None:
 def test_a_query_ends_when_its_client_goes_away(
     ask: Ask, clickhouse_url: str, columns: str
 ) -> None:
-    """Both before the answer has begun, and in the middle of it."""
+    """Test both before the answer has begun and in the middle of it."""
     mark = uuid.uuid4().hex
     address = urlsplit(clickhouse_url)
     body = FOR_EVER.replace("sum(cityHash64(number))", columns) + f", log_comment = '{mark}'"
@@ -80,7 +80,7 @@ def test_queries_end_whose_clients_were_gone_before_they_began(
     wait_until_running(ask, mark, 0)
 
 
-def test_an_answer_that_nobody_reads_on_is_given_up(ask: Ask, clickhouse_url: str) -> None:
+def test_an_answer_that_is_not_read_is_abandoned(ask: Ask, clickhouse_url: str) -> None:
     mark = uuid.uuid4().hex
     query = "SELECT number, randomString(1000) FROM numbers(1000000000) FORMAT RowBinary"
     body = f"{query} SETTINGS log_comment = '{mark}'"

@@ -1,1 +1,1 @@
-"""What `infra/` holds is held against the platform and against real engines."""
+"""Tests of `infra/` against the platform and real engines."""

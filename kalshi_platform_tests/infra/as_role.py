@@ -1,4 +1,4 @@
-"""An embedded engine whose one user has the rights of a role of infra/clickhouse_users, and no others.
+"""An embedded engine whose user has exactly the rights of a role of infra/clickhouse_users.
 
 The engine keeps users in a file only: CREATE ROLE and CREATE USER are not to be had. So a role's GRANT
 statements, word for word, become the rights of its user `default`; the engine itself enforces them. What is
@@ -28,7 +28,7 @@ ROLES = ROOT / "infra" / "clickhouse_users" / "roles.sql"
 
 
 def grants(role: str) -> list[str]:
-    """The GRANT statements that give a role its rights, those of roles that it has included."""
+    """The GRANT statements of a role, including those of the roles that it inherits."""
     found: list[str] = []
     for statement in statements(ROLES.read_text(encoding="utf-8")):
         match = re.fullmatch(r"(GRANT .+) TO (\w+)", " ".join(statement.split()))
@@ -40,7 +40,7 @@ def grants(role: str) -> list[str]:
 
 
 def profile(role: str) -> str:
-    """The role's settings profile as users.xml has it: values, and the bounds of each."""
+    """The role's settings profile for users.xml: values, and their bounds."""
     for statement in statements(ROLES.read_text(encoding="utf-8")):
         match = re.fullmatch(
             r"CREATE SETTINGS PROFILE .* SETTINGS (.+) TO ([\w, ]+)", " ".join(statement.split())
@@ -48,21 +48,25 @@ def profile(role: str) -> str:
         if match is None or role not in match[2].split(", "):
             continue
         values, bounds = "", ""
-        for each in match[1].split(", "):
-            one = re.fullmatch(r"(\w+) = (\S+)(?: (CONST)|(?: MIN (\d+) MAX (\d+)))?", each)
-            assert one is not None, each
-            values += f"<{one[1]}>{one[2].strip(chr(39))}</{one[1]}>"
-            if one[3]:
-                bounds += f"<{one[1]}><readonly/></{one[1]}>"
-            elif one[4]:
-                bounds += f"<{one[1]}><min>{one[4]}</min><max>{one[5]}</max></{one[1]}>"
+        for assignment in match[1].split(", "):
+            setting = re.fullmatch(
+                r"(\w+) = (\S+)(?: (CONST)|(?: MIN (\d+) MAX (\d+)))?", assignment
+            )
+            assert setting is not None, assignment
+            values += f"<{setting[1]}>{setting[2].strip(chr(39))}</{setting[1]}>"
+            if setting[3]:
+                bounds += f"<{setting[1]}><readonly/></{setting[1]}>"
+            elif setting[4]:
+                bounds += (
+                    f"<{setting[1]}><min>{setting[4]}</min><max>{setting[5]}</max></{setting[1]}>"
+                )
         return f"{values}<constraints>{bounds}</constraints>"
     raise AssertionError(f"{role} has no settings profile")
 
 
 @contextmanager
 def running(folder: Path, role: str) -> Iterator[str]:
-    """Serve `folder` to a user with the rights of `role`; yields the URL."""
+    """Context manager: serve `folder` to a user with the rights of `role`; yields the URL."""
     child = subprocess.Popen(
         [sys.executable, "-m", __name__, str(folder), role], stdout=subprocess.PIPE, text=True
     )
@@ -74,7 +78,7 @@ def running(folder: Path, role: str) -> Iterator[str]:
 
 
 def main(folder: Path, role: str) -> None:
-    """Serve until told to end."""
+    """Serve until a signal."""
     module: Any = rights
     own = "".join(f"<query>{escape(grant)}</query>" for grant in grants(role))
     users = re.sub(r"<grants>.*</grants>", f"<grants>{own}</grants>", rights.users(""))

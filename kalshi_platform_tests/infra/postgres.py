@@ -1,4 +1,4 @@
-"""A Postgres to throw away: Debian's binaries, a fresh cluster, on a free port of the loopback interface."""
+"""A temporary Postgres: Debian's binaries with a new cluster on a free port of the loopback interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USER, PASSWORD, DATABASE = "dagster", "only-for-this-test", "dagster"
 
 
 def binaries() -> Path | None:
-    """Where initdb and pg_ctl are, or None."""
+    """The folder of initdb and pg_ctl, or None."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
     on_path = shutil.which("initdb")
     places = [*found, *([Path(on_path).resolve()] if on_path else [])]
@@ -25,7 +25,7 @@ def binaries() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why none can be started here, as a sentence; None where one can."""
+    """Why Postgres cannot be started here, as a sentence; None if it can."""
     if binaries() is None:
         return "no Postgres is installed (Debian: apt-get install postgresql)"
     if os.geteuid() == 0 and _other_user() is None:
@@ -35,7 +35,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def running() -> Iterator[int]:
-    """Start one; yields its port, removes it afterwards."""
+    """Context manager: start a Postgres; yields its port."""
     places = binaries()
     assert places is not None
     folder = Path(mkdtemp(prefix="kalshi-postgres-"))  # pytest's own folders are root's alone

@@ -1,4 +1,4 @@
-"""Each role can do what its part of the platform does, and not what would hurt: the real engine says so."""
+"""On the real engine, each role can do what its part of the platform needs, and nothing harmful."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HARM = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine's folder with every table, made by one who has the rights of kalshi_admin alone."""
+    """An engine's folder with every table, created with the rights of kalshi_admin only."""
     folder = tmp_path_factory.mktemp("roles")
     with as_role.running(folder, "kalshi_admin") as url:
         settings = settings_for(url, DATABASE, hot_retention_days=36_500)
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def as_one(folder: Path, tmp_path: Path) -> Iterator[As]:
-    """Settings to connect with the rights of a role; one at a time."""
+    """Context manager: settings to connect with the rights of a role; one at a time."""
     running = []
 
     def start(role: str) -> Settings:
@@ -86,7 +86,7 @@ def load_into(settings: Settings, number: int) -> None:
     writer.close()
 
 
-def test_the_writer_streams_and_harms_nothing(as_one: As) -> None:
+def test_the_writer_streams_and_can_damage_nothing(as_one: As) -> None:
     settings = as_one("kalshi_writer")
     load_into(settings, 1)
     with closing(connect(settings)) as client:
@@ -96,7 +96,7 @@ def test_the_writer_streams_and_harms_nothing(as_one: As) -> None:
         refused(client, [*HARM, "CREATE TABLE spreads_staging_1 AS spreads"])
 
 
-def test_the_operator_computes_hours_too_and_harms_nothing(as_one: As) -> None:
+def test_the_operator_computes_hours_and_can_damage_nothing(as_one: As) -> None:
     settings = as_one("kalshi_operator")
     load_into(settings, 2)
     assert LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
@@ -108,7 +108,7 @@ def test_the_operator_computes_hours_too_and_harms_nothing(as_one: As) -> None:
         refused(client, [*HARM, "DROP TABLE spreads"])
 
 
-def test_the_reader_reads_everything_and_adds_nothing_within_its_bounds(as_one: As) -> None:
+def test_the_reader_reads_everything_and_changes_nothing(as_one: As) -> None:
     settings = as_one("kalshi_reader")
     with closing(connect(settings, log_comment="a setting may be given")) as client:
         names = client.query(
@@ -139,7 +139,7 @@ def test_the_parser_takes_every_statement(clickhouse_url: str) -> None:
                 client.query("SELECT formatQuery({sql:String})", parameters={"sql": statement})
 
 
-def test_every_table_that_something_writes_is_granted_with_its_shards() -> None:
+def test_every_written_table_is_granted_with_its_shards() -> None:
     granted = {
         match[1]
         for grant in as_role.grants("kalshi_operator")

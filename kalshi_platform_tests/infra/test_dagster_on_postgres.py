@@ -30,7 +30,7 @@ INFRA = ROOT / "infra" / "dagster"
 needs_postgres = pytest.mark.skipif(postgres.why_not() is not None, reason=str(postgres.why_not()))
 
 
-def test_all_but_the_storages_is_as_on_one_machine() -> None:
+def test_all_settings_but_the_storages_equal_one_machine() -> None:
     one, many = (
         yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in (ROOT / "dagster.yaml", INFRA / "dagster.yaml")
@@ -80,7 +80,7 @@ def home(tmp_path: Path, postgres_port: int, monkeypatch: pytest.MonkeyPatch) ->
 
 @contextmanager
 def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that leads a group of its own, as the first one of a container does."""
+    """Start a process that leads a process group, as a container's first process does."""
     with log.open("wb") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -97,7 +97,7 @@ def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def eventually(what: str, found: Callable[[], Any], seconds: float = 180.0) -> Any:
-    """What `found` returns as soon as that is something."""
+    """Wait until `found` returns something; returns that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := found():
@@ -109,7 +109,7 @@ def eventually(what: str, found: Callable[[], Any], seconds: float = 180.0) -> A
 @needs_postgres
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
+def test_a_signal_to_the_group_ends_the_streamer_in_order(
     home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,7 +176,7 @@ def test_the_streamer_is_supervised_and_a_signal_to_the_group_ends_it_in_order(
 
 @needs_postgres
 @pytest.mark.slow
-def test_a_partition_is_materialised_and_remembered_in_postgres(home: Path) -> None:
+def test_a_materialised_partition_is_kept_in_postgres(home: Path) -> None:
     partitions = dg.HourlyPartitionsDefinition("2026-11-20-00:00")
 
     @dg.asset(partitions_def=partitions, pool="kalshi")

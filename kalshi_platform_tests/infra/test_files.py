@@ -1,4 +1,4 @@
-"""Deployment files: what they name is there, what they set is known, and nothing is left open."""
+"""Deployment files name existing things, set known settings, and leave nothing open."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DAGSTERS = set(
         "".join(path.read_text() for path in sorted((INFRA / "dagster").glob("*.yaml"))),
     )
 )
-"""What our Dagster files read from the environment."""
+"""Environment variables that the platform's Dagster files read."""
 OTHERS = {
     "clickhouse": {
         *("CLICKHOUSE_USER", "CLICKHOUSE_PASSWORD", "CLICKHOUSE_DEFAULT_ACCESS_MANAGEMENT"),
@@ -38,7 +38,7 @@ OTHERS = {
     "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD"},
     "grafana": {"CLICKHOUSE_HOST", "KALSHI_READER_PASSWORD"},
 }
-"""What images that are not ours, and our files inside them, read."""
+"""Environment variables that other images, and the platform's files in them, read."""
 
 
 def compose() -> dict[str, Any]:
@@ -78,15 +78,15 @@ def test_the_dockerfile_has_nothing_that_its_linter_finds() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_compose_file_is_one_by_compose_s_own_schema() -> None:
+def test_the_compose_file_matches_composes_schema() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*command, COMPOSE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", KUBERNETES, ids=lambda path: path.stem)
-def test_manifests_are_what_kubernetes_takes(path: Path) -> None:
-    """Those of Kubernetes itself; the operator's kinds and the chart's values have no schema here."""
+def test_manifests_match_kubernetes_schemas(path: Path) -> None:
+    """The manifests of Kubernetes' own kinds; the operator's kinds and the chart's values have no schema here."""
     for one in documents(path):
         if path.stem == "dagster-values" or "altinity.com" in one["apiVersion"]:
             continue
@@ -94,7 +94,7 @@ def test_manifests_are_what_kubernetes_takes(path: Path) -> None:
 
 
 def test_every_image_has_an_exact_version() -> None:
-    """ClickHouse's is of four numbers: a tag of two moves."""
+    """ClickHouse's version has four numbers: a tag with two can change."""
     for image in images():
         name, _, tag = image.partition(":")
         exact = r"\d+(\.\d+){3}" if name.startswith("clickhouse/") else r"\d+\.\d+"
@@ -116,7 +116,7 @@ DECIDED = {
     "SIMULATOR_PORT": "within the code location's network",
     **{name: "of a person's command line" for name in sorted(OURS) if re.match("CH_", name)},
 }
-"""Settings that a deployment has no use for, or takes care of by itself, and why."""
+"""Settings that a deployment does not use or sets itself, with the reason."""
 
 
 def test_compose_passes_every_setting() -> None:
@@ -130,7 +130,7 @@ def test_compose_passes_every_setting() -> None:
         assert services[name]["env_file"] == [{"path": "platform.env", "required": False}], name
 
 
-def test_the_defaults_that_compose_and_kubernetes_show_are_the_defaults() -> None:
+def test_compose_and_kubernetes_show_the_true_defaults() -> None:
     example = (COMPOSE.parent / "platform.env.example").read_text()
     shown = dict(re.findall(r"^#([A-Z0-9_]+)=(.+)$", example, re.MULTILINE))
     chosen = {"MARKET_SERIES", "LOG_FORMAT"}  # an example, and a line for a log collector
@@ -144,7 +144,7 @@ def given(values: dict[str, str]) -> Settings:
 
 
 def settings_map() -> dict[str, str]:
-    """Those that the file names in a comment, too."""
+    """The settings of the file, including those in comments."""
     path = INFRA / "kubernetes" / "settings.yaml"
     (found,) = documents(path)
     commented = re.findall(r'^  # ([A-Z_]+): "(.*)"$', path.read_text(), re.MULTILINE)
@@ -160,7 +160,7 @@ def test_kubernetes_passes_every_setting_and_secrets_by_secrets() -> None:
         if one["kind"] == "StatefulSet"
     ]
     (env,) = everywhere(stateful, "env")
-    decided = {each["name"] for each in env} & OURS
+    decided = {entry["name"] for entry in env} & OURS
     unused = {name for name in OURS if name.startswith("SIMULATOR_")}
     offered = set(settings_map())
     assert offered | secret | decided | set(DECIDED) | unused == OURS
@@ -168,7 +168,7 @@ def test_kubernetes_passes_every_setting_and_secrets_by_secrets() -> None:
     fields = Settings.model_fields
     assert not {n for n in offered if "SecretStr" in str(fields[n.lower()].annotation)}
     given(settings_map())
-    for container in (c for each in everywhere(stateful, "containers") for c in each):
+    for container in (c for entry in everywhere(stateful, "containers") for c in entry):
         assert {"configMapRef": {"name": "kalshi-settings"}} in container["envFrom"]
 
 
@@ -177,7 +177,7 @@ def test_recording_waits_for_no_migration() -> None:
     assert set(needs) == {"postgres"}  # Dagster's own storage
 
 
-def test_what_clickhouse_acknowledges_outlives_a_power_failure() -> None:
+def test_acknowledged_inserts_survive_a_power_failure() -> None:
     for file in ("compose/clickhouse/server.xml", "kubernetes/clickhouse.yaml"):
         (section,) = re.findall(
             r"<merge_tree>(.*?)</merge_tree>", (INFRA / file).read_text(), re.DOTALL
@@ -208,7 +208,7 @@ def test_no_frequent_probe_starts_python() -> None:
                 assert "exec" not in probe, path
 
 
-def test_what_has_no_login_is_closed_to_the_rest_of_the_cluster() -> None:
+def test_services_without_login_are_closed_to_the_cluster() -> None:
     policies = [
         one
         for one in documents(INFRA / "kubernetes" / "network.yaml")
@@ -239,7 +239,7 @@ def test_ports_are_published_on_the_loopback_interface_only() -> None:
             assert kind not in {"LoadBalancer", "NodePort"}, path
 
 
-def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
+def test_every_variable_of_a_container_is_read() -> None:
     for name, service in compose()["services"].items():
         known = OTHERS.get(name, OURS | DAGSTERS)
         unknown = {
@@ -250,7 +250,7 @@ def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
         assert not unknown, f"{name}: {sorted(unknown)}"
     for path in KUBERNETES:
         for env in (e for one in documents(path) for e in everywhere(one, "env")):
-            unknown = {each["name"] for each in env} - OURS - DAGSTERS
+            unknown = {entry["name"] for entry in env} - OURS - DAGSTERS
             assert not unknown, f"{path.name}: {sorted(unknown)}"
     for variable in re.findall(r"^(?:ENV|   ) (\w+)=", DOCKERFILE.read_text(), re.MULTILINE):
         assert variable in OURS | DAGSTERS | {"PATH", "PYTHONUNBUFFERED", "DAGSTER_HOME"} or (
@@ -258,12 +258,12 @@ def test_every_variable_of_a_container_is_one_that_somebody_reads() -> None:
         )
 
 
-def test_the_ui_is_behind_the_check_of_who_asks() -> None:
+def test_the_ui_refuses_other_sites() -> None:
     command = compose()["services"]["webserver"]["command"]
     assert command[:3] == ["python", "-m", "kalshi_platform.orchestration.host.webserver"]
 
 
-def test_the_code_server_is_the_one_that_ends_when_it_is_asked_to() -> None:
+def test_the_code_server_is_the_platforms_own() -> None:
     ours = ["python", "-m", "kalshi_platform.orchestration.host.code_server", "api", "grpc"]
     assert compose()["services"]["code-location"]["command"][:5] == ours
     args = [
@@ -285,7 +285,9 @@ def test_every_variable_that_dagster_s_files_read_is_set() -> None:
         if one["kind"] == "StatefulSet"
     ]
     (env,) = everywhere(stateful, "env")
-    assert {each["name"] for each in env} | {"DAGSTER_LOCAL_DIR"} >= DAGSTERS  # the image sets that
+    assert {entry["name"] for entry in env} | {
+        "DAGSTER_LOCAL_DIR"
+    } >= DAGSTERS  # the image sets that
 
 
 def test_the_compose_file_s_own_variables_are_in_its_example() -> None:
@@ -294,7 +296,7 @@ def test_the_compose_file_s_own_variables_are_in_its_example() -> None:
     assert used == set(re.findall(r"^#?([A-Z0-9_]+)=", example, re.MULTILINE))
 
 
-def test_every_file_that_is_named_is_there() -> None:
+def test_every_named_file_exists() -> None:
     file = compose()
     for name, service in file["services"].items():
         if build := service.get("build"):
@@ -303,12 +305,12 @@ def test_every_file_that_is_named_is_there() -> None:
             assert (context / build["dockerfile"]).is_file()
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            there = (
+            exists = (
                 (COMPOSE.parent / source).exists()
                 if source.startswith(".")
                 else source in file["volumes"]
             )
-            assert there, f"{name}: {source}"
+            assert exists, f"{name}: {source}"
     ignored = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text()
     for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE):
         for source in line.split():
@@ -328,9 +330,9 @@ def test_secrets_are_references() -> None:
         for one in documents(path):
             assert one.get("kind") != "Secret", path
         for env in (e for one in documents(path) for e in everywhere(one, "env")):
-            for each in env:
-                if re.search(r"PASSWORD|KEYID", each["name"]):
-                    assert "secretKeyRef" in each["valueFrom"], f"{path.name}: {each['name']}"
+            for entry in env:
+                if re.search(r"PASSWORD|KEYID", entry["name"]):
+                    assert "secretKeyRef" in entry["valueFrom"], f"{path.name}: {entry['name']}"
         written = re.findall(r"^\s*(\S*[Pp]assword): \S", text, re.MULTILINE)
         assert all("k8s_secret_" in name for name in written), path
     for service in compose()["services"].values():
@@ -347,7 +349,7 @@ def test_our_containers_run_without_rights() -> None:
             assert service["cap_drop"] == ["ALL"], name
     for path in ("code-location", "migrate"):
         for one in documents(INFRA / "kubernetes" / f"{path}.yaml"):
-            for container in (c for each in everywhere(one, "containers") for c in each):
+            for container in (c for entry in everywhere(one, "containers") for c in entry):
                 assert container["securityContext"]["readOnlyRootFilesystem"], path
 
 
@@ -360,7 +362,7 @@ def test_the_image_s_first_process_signals_the_whole_group() -> None:
     # the chart and our manifests give `args`, which leave the entry point as it is
     for path in ("code-location", "migrate"):
         for one in documents(INFRA / "kubernetes" / f"{path}.yaml"):
-            for container in (c for each in everywhere(one, "containers") for c in each):
+            for container in (c for entry in everywhere(one, "containers") for c in entry):
                 assert "command" not in container
                 assert container["args"]
 

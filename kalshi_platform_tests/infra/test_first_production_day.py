@@ -1,4 +1,4 @@
-"""docs/first-production-day.md: its commands exist, its rehearsals draw faults, its links lead somewhere."""
+"""docs/first-production-day.md: its commands exist, its rehearsals use existing faults, its links work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REHEARSALS = re.findall(r'^make chaos CHAOS_ARGS="(.*)"$', PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", REHEARSALS)
-def test_each_rehearsal_draws_faults_that_there_are(arguments: str) -> None:
+def test_each_rehearsal_uses_existing_faults(arguments: str) -> None:
     words = shlex.split(arguments)
     only = words[words.index("--only") + 1]
     found = [
@@ -29,11 +29,11 @@ def test_each_rehearsal_draws_faults_that_there_are(arguments: str) -> None:
 
 
 def test_every_group_of_faults_is_rehearsed() -> None:
-    only = [shlex.split(each)[shlex.split(each).index("--only") + 1] for each in REHEARSALS]
+    only = [shlex.split(line)[shlex.split(line).index("--only") + 1] for line in REHEARSALS]
     left = [
         fault.name
         for fault in faults(mounts=True, slow_fsync=True)
-        if not any(each == fault.group or each in fault.name for each in only)
+        if not any(line == fault.group or line in fault.name for line in only)
     ]
     assert left == [
         "code server",
@@ -41,7 +41,7 @@ def test_every_group_of_faults_is_rehearsed() -> None:
     ]  # parts that record nothing: docs/soak.md has their restarts
 
 
-def test_every_command_is_one() -> None:
+def test_every_documented_command_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for text in re.findall(r"`([^`\n]+)`", PAGE):
         words = shlex.split(text)
@@ -59,5 +59,5 @@ def test_every_link_leads_somewhere() -> None:
         path = ROOT / "docs" / name
         assert path.is_file(), target
         headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+        anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
         assert not anchor or anchor in anchors, target

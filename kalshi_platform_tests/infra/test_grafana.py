@@ -1,4 +1,4 @@
-"""Every query of every dashboard runs on the real engine, on recorded rows, and shows something."""
+"""Every query of every dashboard runs on the real engine and returns recorded rows."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def as_the_plugin_sends_it(sql: str) -> str:
         sql,
     )
     sql = sql.replace("$__interval_s", "10").replace("${ticker:sqlstring}", f"'{TICKER}'")
-    assert "$" not in sql, "a macro or variable that nobody replaces"
+    assert "$" not in sql, "an unreplaced macro or variable"
     return sql
 
 
 def rows_of(client: Client) -> None:
-    """What a minute of recording leaves behind, and a market maker with a break."""
+    """Insert the rows of a minute of recording, and of a market maker with a break."""
     at = datetime.now(UTC) - timedelta(seconds=60)
     book = {"market_id": uuid(9), "market_ticker": TICKER}
     frame = {"conn_id": uuid(1), "sid": 1, "ingest_ts": at}
@@ -138,7 +138,7 @@ def client(clickhouse_url: str) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("panel", queries(), ids=str)
-def test_a_panel_s_query_runs_and_shows_what_was_recorded(client: Client, panel: Panel) -> None:
+def test_a_panels_query_runs_and_shows_recorded_rows(client: Client, panel: Panel) -> None:
     found = client.query(as_the_plugin_sends_it(panel.sql))
     assert found.result_rows
     if panel.kind == "timeseries":
@@ -160,7 +160,7 @@ def test_what_is_counted_as_an_open_gap(client: Client) -> None:
     assert client.query(sql).first_row == (0,)
 
 
-def test_every_panel_has_a_name_of_its_own_and_the_provisioned_source() -> None:
+def test_every_panel_has_a_unique_name_and_the_data_source() -> None:
     source = yaml.safe_load((GRAFANA / "provisioning/datasources/clickhouse.yaml").read_text())
     (known,) = source["datasources"]
     uids = set()
@@ -177,7 +177,7 @@ def test_every_panel_has_a_name_of_its_own_and_the_provisioned_source() -> None:
     assert len(uids) == 3
 
 
-def test_panels_do_not_lie_on_one_another() -> None:
+def test_panels_do_not_overlap() -> None:
     for board in boards().values():
         taken: set[tuple[int, int]] = set()
         for panel in board["panels"]:

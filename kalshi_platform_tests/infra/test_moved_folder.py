@@ -1,4 +1,4 @@
-"""A project folder that was copied or moved works where it is, with `make`, and touches no other."""
+"""A project folder that was copied or moved works with `make` at its new place, and changes no other folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PYTHON = Path(sys.prefix) / "bin" / "python"
 
 @pytest.fixture
 def on_disk() -> Iterator[Path]:
-    """A folder that may share bytes with the environment: other temporary folders may be in memory."""
+    """A folder on the environment's disk, for hard links; other temporary folders may be in memory."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         yield Path(folder)
 
 
 def own_copy(path: Path) -> None:
-    """Give a file bytes of its own, where it shares them with another name."""
+    """Replace a hard link by a copy."""
     fresh = path.with_name(f"{path.name}.own")
     shutil.copy2(path, fresh, follow_symlinks=False)
     fresh.replace(path)
 
 
 def copied(folder: Path) -> Path:
-    """The project's folder with its environment, as `cp -a` copies it; the libraries share their bytes."""
+    """The project's folder with its environment, as `cp -a` copies it; libraries are hard links."""
     folder.mkdir(parents=True)
     for name in OF_THE_PROJECT:
         source, target = ROOT / name, folder / name
@@ -52,9 +52,9 @@ def copied(folder: Path) -> Path:
     (environment / ".installed").touch()
     packages = next(environment.glob("lib/python*/site-packages"))
     for path in (
-        *(each for each in (environment / "bin").iterdir() if each.is_file()),
-        *(each for each in packages.glob("*kalshi*") if each.is_file()),
-        *(each for each in packages.glob("kalshi*/**/*") if each.is_file()),
+        *(entry for entry in (environment / "bin").iterdir() if entry.is_file()),
+        *(entry for entry in packages.glob("*kalshi*") if entry.is_file()),
+        *(entry for entry in packages.glob("kalshi*/**/*") if entry.is_file()),
         environment / "pyvenv.cfg",
         environment / ".installed",
     ):
@@ -78,10 +78,15 @@ def made(folder: Path, *argv: str) -> str:
     return done.stdout
 
 
-def said(*argv: str | Path) -> str:
+def output_of(*argv: str | Path) -> str:
     kept = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME"}}
     done = subprocess.run(
-        [str(each) for each in argv], cwd="/", env=kept, capture_output=True, text=True, check=False
+        [str(entry) for entry in argv],
+        cwd="/",
+        env=kept,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout + done.stderr
 
@@ -101,16 +106,18 @@ def test_make_repairs_the_environment_of_a_moved_or_copied_one(on_disk: Path) ->
     assert "This folder was moved or copied" in made(folder, "install")
     assert "moved" not in made(folder, "install")
     moved = folder.rename(on_disk / "moved")
-    assert "not found" in said("sh", "-c", f"{moved}/.venv/bin/kalshi-platform --version")
+    assert "not found" in output_of("sh", "-c", f"{moved}/.venv/bin/kalshi-platform --version")
     assert "This folder was moved or copied" in made(moved, "install")
     assert "moved" not in made(moved, "install")
     bin_folder = moved / ".venv" / "bin"
-    assert said(bin_folder / "kalshi-platform", "--version").startswith("kalshi-platform, version")
-    assert "version" in said(bin_folder / "dagster", "--version")
+    assert output_of(bin_folder / "kalshi-platform", "--version").startswith(
+        "kalshi-platform, version"
+    )
+    assert "version" in output_of(bin_folder / "dagster", "--version")
     where = "import kalshi_platform; print(kalshi_platform.__file__)"
-    assert said(bin_folder / "python", "-c", where).strip() == str(
+    assert output_of(bin_folder / "python", "-c", where).strip() == str(
         moved / "kalshi_platform" / "__init__.py"
     )
     show = "from kalshi_platform.settings import project; print(project().folder)"
-    assert said(bin_folder / "python", "-c", show).strip() == str(moved)
+    assert output_of(bin_folder / "python", "-c", show).strip() == str(moved)
     assert all(path.read_bytes() == content for path, content in programs.items())

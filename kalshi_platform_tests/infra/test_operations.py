@@ -49,7 +49,7 @@ NOT_RUN = {
 
 
 def block(begins: str) -> list[str]:
-    """The block whose first line begins so."""
+    """The block whose first line begins with this text."""
     (found,) = [lines for _, lines in BLOCKS if lines[0].startswith(begins)]
     return found
 
@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], object], what: Callable[[], object]) -> Non
 
 
 class Project:
-    """A project's folder, and a reader of the page in it."""
+    """A project's folder in which the page's commands are run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,13 +83,13 @@ class Project:
         return platform_settings.load()
 
     def run(self, lines: list[str]) -> str:
-        """Type the lines, each of which must end as the page says; what they said."""
+        """Run the lines, each of which must end as the page says; returns their output."""
         if any(line.startswith("kalshi-platform clickhouse &") for line in lines):
             self.end_clickhouse()
         return "".join(self._line(line) for line in lines if line not in NOT_RUN)
 
     def _line(self, line: str) -> str:
-        wanted = int(said[1]) if (said := EXITS.search(line)) else 0
+        wanted = int(exits[1]) if (exits := EXITS.search(line)) else 0
         text = line.replace("/elsewhere", str(self.folder / "elsewhere"))
         text = text.replace("/backup/", f"{self.folder}/backup/")
         words = shlex.split(text, comments=True)
@@ -112,7 +112,7 @@ class Project:
         return output
 
     def begin(self, words: list[str]) -> None:
-        """A program in the background; ClickHouse and the simulator are waited for."""
+        """Start a program in the background; waits for ClickHouse and the simulator."""
         given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
         argv = [str(Path(sys.prefix) / "bin" / words[len(given)]), *words[len(given) + 1 :]]
         self.jobs.append(subprocess.Popen(argv, cwd=self.folder, env={**os.environ, **given}))
@@ -121,31 +121,31 @@ class Project:
             wait_for(lambda: answers(port), lambda: f"{words} does not answer")
 
     def end(self) -> None:
-        """End the first program of the background, in order."""
+        """Stop the first background program gracefully."""
         job = self.jobs.pop(0)
         job.send_signal(signal.SIGTERM)
         assert job.wait(60) == 0
 
     def clickhouse(self) -> None:
-        """See to it that the embedded ClickHouse runs, as under `up`; a block that starts one ends it first."""
+        """Ensure that the embedded ClickHouse runs, as under `up`; a block that starts one stops it first."""
         if self._clickhouse is None:
             self.begin(["kalshi-platform", "clickhouse"])
             self._clickhouse = self.jobs.pop()
 
     def end_clickhouse(self) -> None:
-        """End it in order, where it runs."""
+        """Stop it gracefully if it runs."""
         if self._clickhouse is not None:
             self._clickhouse.send_signal(signal.SIGTERM)
             assert self._clickhouse.wait(60) == 0
             self._clickhouse = None
 
     def restart_clickhouse(self) -> None:
-        """What is read from now on is what it had on disk."""
+        """Restart from disk, so that later reads see only what was stored."""
         self.end_clickhouse()
         self.clickhouse()
 
     def kill(self) -> None:
-        """Leave no process of the project."""
+        """End all processes of the project."""
         for job in [*self.jobs, *([self._clickhouse] if self._clickhouse else [])]:
             job.kill()
             job.wait()
@@ -157,7 +157,7 @@ class Project:
 
     @contextmanager
     def recording(self, data: Path | None = None) -> Iterator[Streamer]:
-        """A recorder of the simulator that runs, in this process."""
+        """Context manager: a running recorder of the simulator, in this process."""
         settings = platform_settings.load(**({"kalshi_data_dir": data} if data else {}))
         streamer = Streamer(settings)
         streamer.start()
@@ -169,7 +169,7 @@ class Project:
 
 
 def command(argv: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Ours run in this process: starting Python takes a while."""
+    """Run the platform's commands in this process, since starting Python is slow."""
     platform_settings.current.cache_clear()
     done = CliRunner(env=env).invoke(main, argv)
     platform_settings.current.cache_clear()
@@ -182,7 +182,7 @@ def troubles(health: Health) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The project of this module: each test leaves it whole."""
+    """The project of this module; each test leaves it intact."""
     folder = tmp_path_factory.mktemp("project")
     project = Project(folder)
     yield project
@@ -193,7 +193,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 def project(
     made: Project, monkeypatch: pytest.MonkeyPatch, start_simulator: StartSimulator
 ) -> Project:
-    """It is the current folder, and its exchange runs."""
+    """Make it the current folder and start its exchange."""
     monkeypatch.chdir(made.folder)
     simulator = start_simulator(port=made.simulator_port, markets=4, rate=50.0)
     key = made.folder / "data" / "simulator" / "key.pem"
@@ -225,7 +225,7 @@ def test_rows_that_clickhouse_lost_are_restored_while_it_records(project: Projec
     assert whole(project)
 
 
-def test_rows_that_are_there_twice_are_replaced(project: Project) -> None:
+def test_doubled_rows_are_replaced(project: Project) -> None:
     project.clickhouse()
     project.sql(
         f"INSERT INTO orderbook_events SELECT * FROM orderbook_events WHERE {OF_HOUR}"
@@ -239,9 +239,9 @@ def test_rows_that_are_there_twice_are_replaced(project: Project) -> None:
     assert whole(project)
 
 
-def test_clickhouse_that_is_gone_is_made_again_from_the_archive(project: Project) -> None:
-    said = project.run(block("mv data/clickhouse /elsewhere"))
-    assert "Whole: " in said
+def test_a_lost_clickhouse_is_restored_from_the_archive(project: Project) -> None:
+    output = project.run(block("mv data/clickhouse /elsewhere"))
+    assert "Whole: " in output
     project.clickhouse()
     with project.recording() as streamer:
         wait_for(lambda: caught_up(streamer), streamer.health)
@@ -253,7 +253,7 @@ def caught_up(streamer: Streamer) -> bool:
     return not troubles(health) and all(store.committed_ns for store in health.stores.values())
 
 
-def test_a_database_that_up_made_empty_is_filled_and_loading_goes_on(project: Project) -> None:
+def test_an_empty_database_is_filled_and_loading_goes_on(project: Project) -> None:
     project.clickhouse()
     project.sql("DROP DATABASE kalshi SYNC")
     assert command(["migrate"])[0] == 0  # as `up` does
@@ -305,7 +305,7 @@ def test_a_migration_that_did_not_end_runs_again(project: Project) -> None:
     assert output.count("021_record_order  applied") == 1
 
 
-def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
+def test_a_changed_migration_is_accepted_after_a_comparison(
     project: Project,
 ) -> None:
     project.clickhouse()
@@ -323,15 +323,15 @@ def test_a_migration_that_changed_is_accepted_after_the_tables_were_compared(
 # -- two faults at once ------------------------------------------------------------------------
 
 
-def test_both_stores_are_away_and_each_goes_on_when_it_is_back(project: Project) -> None:
+def test_both_stores_resume_after_an_outage(project: Project) -> None:
     project.end_clickhouse()
     shutil.move(project.folder / "data" / "parquet", project.folder / "elsewhere" / "parquet")
     with project.recording() as streamer:
         wait_for(lambda: len(troubles(streamer.health())) == 2, streamer.health)
-        said = project.run(block("kalshi-platform proof                # exits 1"))
-        assert "cannot be reached" in said
-        assert "The archive in" in said
-        assert "is gone: there is no archive.json in it" in said
+        output = project.run(block("kalshi-platform proof                # exits 1"))
+        assert "cannot be reached" in output
+        assert "The archive in" in output
+        assert "is gone: there is no archive.json in it" in output
         wait_for(lambda: caught_up(streamer), streamer.health)
     assert whole(project)
     project.end()
@@ -352,13 +352,13 @@ def test_a_backup_of_the_archive_follows_it(project: Project) -> None:
     assert files[0] == files[1]
 
 
-def test_the_settings_of_an_archive_on_object_storage_are_settings() -> None:
+def test_the_documented_object_storage_settings_exist() -> None:
     names = {line.partition("=")[0] for line in block("PARQUET_DIR=s3://")}
     assert names <= {name.upper() for name in Settings.model_fields}
 
 
 def test_the_query_of_slow_queries_runs(clickhouse_url: str, clickhouse_database: str) -> None:
-    """The embedded engine keeps no log: here is a table of those columns."""
+    """The embedded engine has no query log; this creates a table with those columns."""
     sql = "\n".join(block("SELECT"))
     assert "FROM system.query_log" in sql
     settings = platform_settings.load(
@@ -392,8 +392,8 @@ def test_shards_are_measured_and_drained(
     project.run([start])
     reports = [data / "journal" / f"shard-{k}" / "health.json" for k in (0, 1)]
     wait_for(lambda: all(is_streaming(path) for path in reports), lambda: reports)
-    said = subprocess.run(["bash", "-c", ps], capture_output=True, text=True, check=True).stdout
-    assert len([line for line in said.splitlines() if "--shard" in line]) >= 2
+    output = subprocess.run(["bash", "-c", ps], capture_output=True, text=True, check=True).stdout
+    assert len([line for line in output.splitlines() if "--shard" in line]) >= 2
     project.end()
     every, one = (shlex.split(line, comments=True) for line in block("kalshi-platform stream  "))
     project.begin(every)
@@ -410,7 +410,7 @@ def is_streaming(report: Path) -> bool:
 
 
 def test_commands_within_the_text_are_commands() -> None:
-    """Their names and options; they are run where a procedure has them."""
+    """Check their names and options; those in a procedure are also run."""
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGE, flags=re.M | re.S))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     seen = 0

@@ -1,4 +1,4 @@
-"""The rules and the metrics, by Prometheus itself: Debian's package `prometheus` has the server and promtool."""
+"""Rules and metrics in Prometheus itself: Debian's package `prometheus` has the server and promtool."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATIENCE_S = 60.0
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Settings, int]]:
-    """The metrics of one shard that is well, and their port."""
+    """Serve the metrics of a healthy shard; yields the port."""
     settings = platform_settings.load(
         _env_file=None, kalshi_data_dir=tmp_path / "data", use_clickhouse=False
     )
@@ -64,10 +64,10 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def test_a_server_scrapes_the_metrics_and_fires_what_the_rules_say(
+def test_a_server_scrapes_the_metrics_and_fires_the_rules(
     served: tuple[Settings, int], tmp_path: Path
 ) -> None:
-    """Each rule waits for nothing here, so that a minute is enough; the streamer is dead."""
+    """The rules have no `for` here, so that a minute is enough; the streamer is dead."""
     settings, target = served
     leave(settings, health(0, pid_started=1.0))
     quick = yaml.safe_load((INFRA / "alerts.yml").read_text())
@@ -90,7 +90,7 @@ def test_a_server_scrapes_the_metrics_and_fires_what_the_rules_say(
         server = subprocess.Popen(argv, stdout=log, stderr=log)
     try:
         fired = alerts_once_there(port, "KalshiFeedStandsStill", tmp_path / "log")
-        assert [it["labels"]["cause"] for it in fired] == ["streamer down"]
+        assert [alert["labels"]["cause"] for alert in fired] == ["streamer down"]
         asked = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()
         loaded = [rule for group in asked["data"]["groups"] for rule in group["rules"]]
         assert {rule["name"] for rule in loaded} == {rule["alert"] for rule in rules()}
@@ -108,7 +108,7 @@ def alerts_once_there(port: int, name: str, log: Path) -> list[dict[str, Any]]:
             alerts = httpx.get(url, trust_env=False).json()["data"]["alerts"]
         except (httpx.HTTPError, ValueError):
             alerts = []
-        if found := [it for it in alerts if it["labels"]["alertname"] == name]:
+        if found := [alert for alert in alerts if alert["labels"]["alertname"] == name]:
             return found
         time.sleep(0.3)
     raise AssertionError(log.read_text())

@@ -1,6 +1,6 @@
 #!/bin/bash
-# The roles and users of infra/clickhouse_users. The image runs it on its first start; run it again after an
-# upgrade: docker compose exec clickhouse /docker-entrypoint-initdb.d/10-users.sh
+# Creates the roles and users of infra/clickhouse_users. The image runs it on its first start; run it again after
+# an upgrade: docker compose exec clickhouse /docker-entrypoint-initdb.d/10-users.sh
 set -euo pipefail
 client() {
     clickhouse-client --user "$CLICKHOUSE_USER" --password "$CLICKHOUSE_PASSWORD" "$@"

@@ -1,5 +1,5 @@
--- The states of the best prices, from `since` to `until`, of every market that was ever crossed while verified.
--- From `spreads`, which has an hour once it has been computed; in the order of each market's changes.
+-- The states of the best prices, from `since` to `until`, of every market that was ever crossed while synced, in
+-- the order of each market's changes. Read from `spreads`, which has an hour once it is computed.
 SELECT
     toString(market_ticker) AS market_ticker, toString(conn_id) AS conn_id, sid, seq, ts, ingest_ts,
     verified, yes_bid, yes_ask

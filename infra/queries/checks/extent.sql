@@ -1,8 +1,8 @@
--- From when to when is the recording hot, and how many order-book events are? One row always; answered
--- from the parts' own minima and maxima, whatever the size. With no row at all the times are 1970.
+-- The time span of the hot recording, and its number of order-book events. Always one row; answered from the minima
+-- and maxima of the parts, whatever the size. Without rows the times are 1970.
 --
--- stream_events is written after orderbook_events and trades of the same journal range: up to its newest
--- row all three are whole (`whole_until`).
+-- stream_events is written after orderbook_events and trades of the same journal range: up to its newest row all
+-- three are complete (`whole_until`).
 SELECT
     e.events             AS events,
     s.rows               AS stream_rows,

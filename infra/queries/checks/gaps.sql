@@ -1,10 +1,9 @@
--- Which gaps were noticed from `since` on, and how long did each keep its books in doubt?
+-- Which gaps were noticed from `since` on, and how long did each leave its books stale?
 --
--- A gap of a whole subscription ends with its `resynced` row; one of a single book (market_ticker is
--- set) with that book's next snapshot. Either also ends with what ends the book itself: the connection,
--- the subscription, or nobody following the market any more. `ended_at` is null while it lasts, and
--- `open_s` then counts to `until`. What comes after a gap follows from the journal's records, and from receive
--- times where rows have none.
+-- A gap of a whole subscription ends with its `resynced` row; a gap of a single book (market_ticker is set) with
+-- that book's next snapshot. Either also ends with the book itself: when the connection or the subscription ends, or
+-- the market is no longer followed. `ended_at` is null while the gap lasts, and `open_s` then counts to `until`. The
+-- order is that of journal records, and of receive times for rows without a record.
 WITH
     gaps AS
     (
@@ -16,7 +15,7 @@ WITH
         FROM stream_events
         WHERE kind = 'gap' AND ingest_ts > {since:DateTime64(6, 'UTC')}
             AND ingest_ts <= {until:DateTime64(6, 'UTC')}
-            -- no other channel has books to bring back
+            -- other channels have no books
             AND JSONExtractString(detail, 'channel') IN ('', 'orderbook_delta')
     ),
     ends AS

@@ -1,4 +1,4 @@
--- On which levels did the audit find another size at the exchange, from `since` on? Newest first.
+-- The levels whose size differed from the exchange's book in a comparison, from `since` on, newest first.
 SELECT
     ingest_ts,
     market_ticker,

@@ -1,4 +1,4 @@
--- How much do the hot tables hold on the disk? What merges have replaced goes after minutes, and is left out.
+-- Bytes and rows of the hot tables on disk, without parts that merges have replaced, which are deleted in minutes.
 SELECT table, sum(bytes_on_disk) AS bytes, sum(rows) AS rows
 FROM system.parts
 WHERE database = currentDatabase() AND active AND has({tables:Array(String)}, table)

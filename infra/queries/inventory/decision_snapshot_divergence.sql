@@ -1,25 +1,25 @@
--- Check C, Decision vs Snapshot Divergence: does the engine believe in a position that the exchange
--- does not report? One row for each decision whose pos_filled is at least filled_threshold away from
--- what the exchange's reports and the recorded fills account for.
+-- Check C, Decision vs Snapshot Divergence: does the engine's position differ from the exchange's? One row for
+-- each decision whose pos_filled differs by at least filled_threshold from the position that the exchange's
+-- reports and the recorded fills account for.
 --
--- What accounts for a position: the latest snapshot at or before the decision, and the fills of all
--- engines between the two, each fill_id once, at the exchange's own time where raw_json has it. A fill
--- takes up to reaches_ms to reach the engine and the report: until then a position with it and one
--- without it are both accounted for. The last decision before a snapshot, up to 30 s, is held against
--- that one, too, less the fills in between: an engine that takes each report over would never
--- differ from the one before. A settlement is a report of zero at the time of the settlement;
--- an engine has settles_ms to follow it, and may be ahead of a report that does not say when.
+-- A position is accounted for by the latest snapshot at or before the decision, and the fills of all engines
+-- between the two, each fill_id once, at the exchange's own time if raw_json has it. A fill takes up to
+-- reaches_ms to reach the engine and the report: until then positions with and without it are both accepted.
+-- The last decision before a snapshot, up to 30 s, is also compared with that snapshot, less the fills in
+-- between: an engine that adopts each report would never differ from the previous one. A settlement is a report
+-- of zero at the time of the settlement; an engine has settles_ms to follow it, and may be ahead of a report
+-- without a time.
 --
--- in_transit: what may be counted and need not be; the difference may be more by as much.
+-- in_transit: contracts that may be counted but need not be; the difference may be larger by as much.
 --
--- A decision with no snapshot at or before it is not judged. A pos_filled that is no number is a row,
--- unless the engine writes no position columns at all. The comparison with nothing but the snapshot
--- is strict/decision_snapshot_divergence.sql.
+-- A decision without a snapshot at or before it is not checked. A pos_filled that is not a number is a row,
+-- unless the engine writes no position columns. The comparison with the snapshot alone is in
+-- strict/decision_snapshot_divergence.sql.
 --
 -- position_writers, writing_since: engines, with their versions, that write position columns, and
 -- since when.
--- since: the window's first instant. markets: those to look at; empty is all. settled_tickers,
--- settled_at: markets that the catalog knows as settled. total: rows before the limit.
+-- since: the window's first instant. markets: the markets to check; empty means all. settled_tickers,
+-- settled_at: markets that are settled according to the catalog. total: rows before the limit.
 WITH
     reports AS
     (

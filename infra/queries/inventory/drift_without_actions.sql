@@ -1,8 +1,8 @@
--- Check A, Drift Without Actions: is the estimated position more or less than what the engine asked of
--- the exchange, and what became of it, account for? One row for each one-second bucket of a market and
--- an engine in which pos_total_est is drift_threshold or more away from what is accounted for.
+-- Check A, Drift Without Actions: does the estimated position differ from the one that the engine's actions and
+-- their outcomes account for? One row for each one-second bucket of a market and an engine in which
+-- pos_total_est differs by drift_threshold or more.
 --
--- What is accounted for, beginning with the engine's last decision before the window:
+-- The accounted position begins with the engine's last decision before the window, and changes as follows:
 --
 --   place, replace     add the size; a replacement takes away what remained of the order before it, and
 --                      of an order that replaces itself (a decrease) the difference remains
@@ -13,12 +13,12 @@
 --   an own fill        moves pos_filled and pos_open_exposure, and leaves the sum as it is
 --   another's fill     moves pos_filled of every engine in the market: the position is the account's
 --   a report           that the recorded fills do not account for may have been taken over (check C)
---   a settlement       ends the judging: nothing is quoted after it
+--   a settlement       ends the check: nothing is quoted after it
 --
 -- Amounts count, not the presence of an action. An action and an answer are of the engine's own clock,
 -- and count from 250 ms before to 500 ms after them; where an engine writes whole seconds, a second
 -- more. Fills are of the exchange's clock. A pos_total_est that is no number is a row, unless the engine writes
--- no position columns at all. The runbook's own definition is strict/drift_without_actions.sql.
+-- no position columns. The runbook's own definition is strict/drift_without_actions.sql.
 --
 --   unaccounted   by how much pos_total_est is beyond what is accounted for; the worst of the bucket
 --   in_transit    what may be counted and need not be: unaccounted may be more by as much
@@ -28,8 +28,8 @@
 -- since when. Markets, engines and
 -- orders are joined by a hash of their names, for speed.
 --
--- since: the window's first second. markets: those to look at; empty is all. settled_tickers,
--- settled_at: markets that the catalog knows as settled.
+-- since: the window's first second. markets: the markets to check; empty means all. settled_tickers,
+-- settled_at: markets that are settled according to the catalog.
 WITH
     (
         SELECT groupArray(cityHash64(market_ticker, engine_instance_id))
@@ -70,7 +70,7 @@ WITH
             client_order_id != '' AS is_named,
             cityHash64(market_ticker, client_order_id) AS named,
             toInt64(toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC'))) AS at,
-            -- what is not found has ended
+            -- an action that is not found has ended
             if(status = 'rejected' AND reject_reason ILIKE '%not%found%', 'not found', lower(status)) AS said
         FROM mm_order_responses
         WHERE ts >= {since:DateTime64(3, 'UTC')} - toIntervalDay(1)

@@ -1,19 +1,19 @@
--- Who has decided on which market since `recent`, and how much of that can be judged? One row for each engine
--- and market, from one reading of the decisions.
+-- Which engine has decided on which market since `recent`, and how many of its decisions can be checked? One row for
+-- each engine and market, from one scan of the decisions.
 --
 --   first_ts, last_ts    since `recent`
---   silent_s             from the newest decision until now, by the server's clock; negative where the engine's
---                        is ahead
+--   silent_s             from the newest decision until now, by the server's clock; negative if the engine's
+--                        clock is ahead
 --   decisions            in the window, which begins at `since`; begun_ts and ended_ts are of its first and
 --                        its last one
---   unknown              of them without a position: their engine does not fill the columns of migration 010,
---                        or does not know
+--   unknown              of them without a position: the engine does not fill the columns of migration 010, or
+--                        does not know its position
 --   exposed              with exposure from open orders
 --   most_open_orders     the largest open_orders_count
 --   blank                with nothing but zeros for a position, and no convention
 --   precise              at another moment than a whole second
 --
--- markets: those to look at; empty is all.
+-- markets: the markets to check; empty means all.
 WITH ts >= {since:DateTime64(3, 'UTC')} AS inside
 SELECT
     toString(engine_instance_id)                AS engine,

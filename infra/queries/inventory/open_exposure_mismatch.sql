@@ -1,11 +1,11 @@
 -- Check B, Open Exposure Mismatch: does the engine count exposure from orders that it does not have?
 -- One row for each decision with no open order and an exposure beyond open_epsilon, and for each whose
--- exposure is no number, unless the engine writes no position columns at all.
+-- exposure is not a number, unless the engine writes no position columns.
 --
 -- position_writers, writing_since: engines, with their versions, that write position columns, and
 -- since when.
--- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
--- limit.
+-- since: the window's first instant. markets: the markets to check; empty means all. total: rows before
+-- the limit.
 SELECT
     ts,
     market_ticker,

@@ -1,12 +1,12 @@
--- Is pos_total_est = pos_filled + pos_open_exposure, and pos_open_exposure what the resting sizes add up
--- to, where an engine writes them? One row for each decision where one of the two differs by more than
--- open_epsilon, and for each with one of the three that is no number, unless the engine
--- writes no position columns at all.
+-- Is pos_total_est = pos_filled + pos_open_exposure, and does pos_open_exposure equal the sum of the resting
+-- sizes, if the engine writes them? One row for each decision in which one of the two differs by more than
+-- open_epsilon, and for each in which one of the three is not a number, unless the engine writes no position
+-- columns.
 --
 -- position_writers, writing_since: engines, with their versions, that write position columns, and
 -- since when.
--- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
--- limit.
+-- since: the window's first instant. markets: the markets to check; empty means all. total: rows before
+-- the limit.
 SELECT
     ts,
     market_ticker,

@@ -1,9 +1,9 @@
--- Does the exchange's own word keep up with the engine? One row for each market with decisions in the
--- window whose newest decision is more than stale_after_s younger than its newest snapshot; a market
--- that has no snapshot yet is given that time from its first decision on.
+-- Are the exchange's position reports recent? One row for each market with decisions in the window whose newest
+-- decision is more than stale_after_s newer than its newest snapshot; for a market without a snapshot that time
+-- counts from its first decision.
 --
--- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
--- limit.
+-- since: the window's first instant. markets: the markets to check; empty means all. total: rows before
+-- the limit.
 SELECT
     last_decision_ts AS ts,
     market_ticker,

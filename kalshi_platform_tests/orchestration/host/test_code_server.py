@@ -283,11 +283,11 @@ def test_a_run_starts_once_where_the_process_that_forks_ends_before_it_forks(
 
 
 ENDS_AFTER_FORKING = """
-def tell(_, pid):
+def report(_, pid):
     open("forked", "w").write(str(pid))
     os.kill(os.getpid(), signal.SIGKILL)
 
-forkserver.write_signed = tell
+forkserver.write_signed = report
 """
 FORKS_STOPPED = """
 def serve(*_):

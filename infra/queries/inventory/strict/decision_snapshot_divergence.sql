@@ -1,11 +1,10 @@
--- Check C, Decision vs Snapshot Divergence: does the engine believe in a position that the exchange
--- does not report? One row for each decision whose pos_filled is at least filled_threshold away from
--- the snapshot it is held against.
+-- Check C, Decision vs Snapshot Divergence: does the engine's position differ from the exchange's? One row for
+-- each decision whose pos_filled differs by at least filled_threshold from the snapshot that it is compared with.
 --
--- snapshot: 'as_of' takes the latest snapshot at or before the decision, 'latest' the newest there
--- is. A decision with no snapshot to hold it against has no row.
--- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
--- limit.
+-- snapshot: 'as_of' is the latest snapshot at or before the decision, 'latest' the newest of all. A decision
+-- without a snapshot to compare with has no row.
+-- since: the window's first instant. markets: the markets to check; empty means all. total: rows before
+-- the limit.
 WITH
     snapshots AS
     (

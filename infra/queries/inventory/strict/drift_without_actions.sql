@@ -10,7 +10,7 @@
 --                  no action from that decision's second up to and including the bucket
 --   total          rows before the limit
 --
--- since: the window's first second. markets: those to look at; empty is all.
+-- since: the window's first second. markets: the markets to check; empty means all.
 WITH
     buckets AS
     (

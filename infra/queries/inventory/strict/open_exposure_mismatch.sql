@@ -1,8 +1,8 @@
 -- Check B, Open Exposure Mismatch: does the engine count exposure from orders that it does not have?
 -- One row for each decision with no open order and an exposure beyond open_epsilon.
 --
--- since: the window's first instant. markets: those to look at; empty is all. total: rows before the
--- limit.
+-- since: the window's first instant. markets: the markets to check; empty means all. total: rows before
+-- the limit.
 SELECT
     ts,
     market_ticker,
