@@ -50,6 +50,7 @@ def refusal(
 def _refusal_by_address(
     headers: Headers, scheme: str, loopback: bool, address: str | None
 ) -> str | None:
+    """Refuse a request by its `Host` and `Origin`; None if both may be answered."""
     hosts, origins = headers.getlist("host"), headers.getlist("origin")
     if len(hosts) > 1 or len(origins) > 1:
         return "A request has one Host and one Origin, not more."

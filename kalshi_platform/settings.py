@@ -309,6 +309,7 @@ class Settings(BaseSettings):
     @field_validator("parquet_dir")
     @classmethod
     def _is_place(cls, value: str | None) -> str | None:
+        """Accept a folder or s3://bucket/prefix."""
         scheme, separator, place = (value or "").partition("://")
         if not separator and not scheme.lower().startswith("s3:"):
             return str(_from_project(Path(value))) if value else None
@@ -638,6 +639,8 @@ _SECRET = ("PASSWORD", "KEY", "TOKEN", "WEBHOOK")
 
 
 def _sentence(error: ValidationError) -> str:
+    """A validation error as one sentence per setting, without secret values."""
+
     def one(item: Any) -> str:
         name = str(item["loc"][0]).upper() if item["loc"] else "settings"
         reason = str(item["msg"]).removeprefix("Value error, ")

@@ -184,6 +184,7 @@ def _client(
     log_comment: str,
     receive_timeout_s: int | None,
 ) -> Client:
+    """Open a driver client with the platform's options."""
     url = urlsplit(settings.clickhouse_url)
     local = is_loopback(url.hostname or "")
     files = tls.certificates(settings)
@@ -348,6 +349,7 @@ def broken_answer(tail: bytes, tag: str) -> StoreError | None:
 
 
 def _translate(error: driver.Error, settings: Settings | None) -> StoreError:
+    """Turn a driver error into a `StoreError`, by ClickHouse's error code if there is one."""
     message = str(error)
     code = error.code
     if code is None and (found := _CODE.search(message)):

@@ -81,6 +81,7 @@ class Cluster:
         raise _unknown(statement)
 
     def _create_table(self, sql: str, tokens: Sequence[Token]) -> list[str]:
+        """A replicated table, and a Distributed one over it if the table is sharded."""
         at = after_if(tokens, 2, ("IF", "NOT", "EXISTS"))
         name = tokens[at]
         _, end = _parentheses(sql, tokens, at + 1)
@@ -146,6 +147,7 @@ class Cluster:
         return [changed + sql[written:]]
 
     def _alter(self, sql: str, tokens: Sequence[Token]) -> list[str]:
+        """ALTER the local tables, and the Distributed table as far as it shows the change."""
         name = tokens[2]
         if name.text not in self.sharded:
             raise _unknown(sql)
@@ -179,6 +181,7 @@ class Cluster:
         return altered
 
     def _drop(self, sql: str, tokens: Sequence[Token]) -> list[str]:
+        """DROP the view, or the table with its local tables."""
         name = tokens[after_if(tokens, 2, ("IF", "EXISTS"))]
         if tokens[1].says("VIEW"):
             return [self._everywhere(sql, name)]

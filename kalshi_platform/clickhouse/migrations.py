@@ -268,6 +268,7 @@ def _missing_tables(
     states: Mapping[int, State],
     cluster: Cluster | None,
 ) -> list[str]:
+    """The market maker's tables that applied migrations created and the database lacks."""
     made: dict[str, None] = {}
     for migration in migrations:
         if states[migration.version] is not State.APPLIED:
@@ -478,6 +479,7 @@ def _statements_of(migration: Migration, cluster: Cluster | None) -> list[str]:
 
 
 def _create_database(settings: Settings, cluster: Cluster | None) -> None:
+    """Create the configured database on the server, or on every host of the cluster."""
     client = connect(settings, database=False, log_comment="migrate")
     name = {"name": settings.clickhouse_database}
     try:
@@ -526,6 +528,7 @@ def _bookkept(client: Client) -> Mapping[int, tuple[str, str, datetime]]:
 def _standing_of(
     version: int, migration: Migration | None, recorded: tuple[str, str, datetime] | None
 ) -> Standing:
+    """The state of one migration from its file and its bookkeeping."""
     if migration is None:
         assert recorded is not None  # noqa: S101 - one of the two is there
         return Standing(version, recorded[0], State.UNKNOWN, recorded[2])

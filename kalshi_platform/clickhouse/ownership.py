@@ -104,6 +104,7 @@ def refuse_foreign(
 
 
 def _expected(migrations: Iterable[Migration]) -> Mapping[str, _Expected]:
+    """The tables and views that the migrations create, by name."""
     names: dict[str, _Expected] = {}
     for migration in migrations:
         for statement in statements(migration.sql):
@@ -115,6 +116,7 @@ def _expected(migrations: Iterable[Migration]) -> Mapping[str, _Expected]:
 
 
 def _found(client: Client, names: Sequence[str], cluster: Cluster | None) -> list[_Found]:
+    """The existing tables and views with these names, on every host of a cluster."""
     parameters: dict[str, Any] = {"database": client.database, "names": list(names)}
 
     def ask(columns: str, table: str, name: str) -> list[Sequence[Any]]:

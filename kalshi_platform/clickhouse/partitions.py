@@ -132,6 +132,7 @@ def _where(client: Client, table: str) -> Place:
 
 
 def _like(client: Client, where: Place, table: str, staging: str) -> list[str]:
+    """The statements that create `staging` with the structure of `table`."""
     if where.cluster is None:
         return [f"CREATE TABLE {staging} AS {table}"]
     cluster: Cluster = where.cluster

@@ -147,6 +147,7 @@ def _beginning(answer: BaseHTTPResponse, *, is_read: bool, headers: Mapping[str,
 
 
 def _secrets(headers: Mapping[str, str]) -> Iterator[str]:
+    """The passwords in a request's headers, as sent and decoded."""
     for name, value in headers.items():
         if name.lower() not in {"authorization", "x-clickhouse-key", "proxy-authorization"}:
             continue

@@ -86,6 +86,7 @@ class Announcements:
             self._failures.pop(shard, None)
 
     def _beginning(self, reports: Mapping[int, Mapping[str, Any]], now: float) -> Iterator[str]:
+        """Whether the recording has begun, or is late."""
         frames = sum(
             report["frames"] for report in reports.values() if report["state"] != "stopped"
         )
@@ -97,6 +98,7 @@ class Announcements:
             yield f"Nothing is recorded yet after {RECORDING_S:.0f} s. {self._where_to_look}"
 
     def _trouble(self, shard: int, report: Mapping[str, Any] | None, known: str) -> Iterator[str]:
+        """The streamer's own trouble when it begins or changes, and when it is over."""
         if report is None:
             return
         now, before = report["trouble"] or "", self._troubles.get(shard, "")
@@ -113,6 +115,7 @@ class Announcements:
         judged: Sequence[Judgement],
         now: float,
     ) -> Iterator[str]:
+        """The faults of a shard when they change, at most once per STATUS_S."""
         if not judged:
             return
         trouble = (report or {}).get("trouble") or ""
@@ -148,6 +151,7 @@ class Announcements:
         noted: Supervised | None,
         now: float,
     ) -> Iterator[str]:
+        """A shard without a streamer, and its streamer's return."""
         if report is not None and _alive(report):
             self._seen[shard] = now
             if shard in self._absent:

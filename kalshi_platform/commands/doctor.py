@@ -201,6 +201,7 @@ def _run_check(
 
 
 def _settings(settings: Settings) -> Finding:
+    """What is recorded, the project's folder, and whether `.env` is closed to other users."""
     source = "the exchange" if settings.has_key else "the simulator, since no PROD_KEYID is set"
     project = platform_settings.project()
     env = ".env is read" if project.env_file.is_file() else "it has no .env"
@@ -216,6 +217,7 @@ def _settings(settings: Settings) -> Finding:
 
 
 def _key_file(settings: Settings) -> Finding:
+    """Whether the private key is readable and closed to other users."""
     if not settings.has_key:
         return Finding(
             Mark.SKIPPED, "PROD_KEYID and PROD_KEYFILE are not set: the simulator has its own"
@@ -232,6 +234,7 @@ def _key_file(settings: Settings) -> Finding:
 
 
 def _clock(settings: Settings) -> Finding:
+    """The difference between this machine's clock and the exchange's."""
     with RestClient(settings.exchange, signed=False, attempts=1) as client:
         with suppress(
             ExchangeError
@@ -248,6 +251,7 @@ def _clock(settings: Settings) -> Finding:
 
 
 def _rest(settings: Settings) -> Finding:
+    """Whether the exchange's REST interface accepts the key, and whether it trades."""
     exchange = settings.exchange
     try:
         with RestClient(exchange, signed=False, attempts=2) as client:
@@ -270,6 +274,7 @@ def _rest(settings: Settings) -> Finding:
 
 
 def _websocket(settings: Settings) -> Finding:
+    """Whether the exchange's WebSocket accepts the key."""
     exchange = settings.exchange
     credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
 
@@ -282,6 +287,7 @@ def _websocket(settings: Settings) -> Finding:
 
 
 def _markets(settings: Settings) -> Finding:
+    """Whether the selected markets, series and events exist."""
     if not settings.names_markets and settings.exchange.simulated:
         return Finding(Mark.GOOD, "all of the simulator's")
     if not settings.names_markets:
@@ -314,6 +320,7 @@ def _markets(settings: Settings) -> Finding:
 
 
 def _clickhouse(settings: Settings) -> Finding:
+    """Whether ClickHouse answers, its version, and what the embedded one has set aside."""
     if not settings.use_clickhouse:
         return Finding(Mark.SKIPPED, "USE_CLICKHOUSE is 0: Parquet only")
     ping(settings)  # fails soon if the server accepts connections but never answers
@@ -347,6 +354,7 @@ def _clickhouse(settings: Settings) -> Finding:
 
 
 def _lacks_password(settings: Settings) -> bool:
+    """Whether the embedded ClickHouse was used before and its password file is missing."""
     given = settings.clickhouse_password.get_secret_value()
     folder = settings.embedded_clickhouse_dir
     return (
@@ -390,6 +398,7 @@ def _cluster(client: Client, name: str | None) -> str:
 
 
 def _schema(settings: Settings) -> Finding:
+    """Whether every migration is applied and the tables match the schema."""
     with closing(connect(settings, log_comment="doctor")) as client:
         standing = migrations.standing(client)
         lacking = [str(migration) for migration in standing if migration.state is State.PENDING]
@@ -420,6 +429,7 @@ def _data_folder(settings: Settings) -> Finding:
 
 
 def _archive(settings: Settings) -> Finding:
+    """Whether the archive belongs to this recorder and can be written."""
     archive = open_archive(settings)
     try:
         presence.known_archive(settings)
@@ -506,6 +516,7 @@ def _market_maker(settings: Settings) -> Finding:
 
 
 def _disk(folder: Path, variable: str) -> Finding:
+    """Whether a folder can be written, and its free space."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing) as probe:
@@ -523,6 +534,7 @@ def _disk(folder: Path, variable: str) -> Finding:
 
 
 def _streamer(settings: Settings, shard: int = 0) -> Finding:
+    """The state of a shard's streamer and of its journal's identity."""
     finding = _reported(settings, shard)
     try:
         journal_identity.read(settings.journal_dir(shard))
@@ -536,6 +548,7 @@ def _streamer(settings: Settings, shard: int = 0) -> Finding:
 
 
 def _reported(settings: Settings, shard: int) -> Finding:
+    """The finding of a shard's health report."""
     folder = settings.journal_dir(shard)
     path = folder / health_report.FILE
     try:
@@ -648,6 +661,7 @@ def _growth(settings: Settings) -> Finding:
 
 
 def _growth_text(item: Growth) -> str:
+    """Size and growth rate of one kind of data, in GiB."""
     size = f"{item.name} {item.bytes / GIB:.2f} GiB"
     if item.per_day is None:
         return size
@@ -659,6 +673,7 @@ def _growth_text(item: Growth) -> str:
 
 
 def _daemon(settings: Settings) -> Finding:
+    """Whether Dagster's daemon sends heartbeats, if a streamer needs it."""
     from kalshi_platform.orchestration.host import daemon  # loads Dagster
 
     folder = daemon.home(settings.data_dir)
@@ -688,6 +703,7 @@ def _alerts(settings: Settings) -> Finding:
 
 
 def _metrics(settings: Settings) -> Finding:
+    """Whether the configured metrics endpoint answers and is the platform's."""
     if settings.metrics_port is None:
         return Finding(Mark.SKIPPED, "METRICS_PORT is not set: none are served")
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound

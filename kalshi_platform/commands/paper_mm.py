@@ -98,6 +98,7 @@ def command(
 
 
 def _begin(maker: PaperMarketMaker, ending: threading.Event) -> None:
+    """Start the market maker; waits for the simulator up to PATIENCE_S."""
     patient_until = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -120,6 +121,7 @@ def _run(
     interval: float,
     seconds: float | None,
 ) -> None:
+    """Decide at the interval until a signal or the time limit, then cancel all orders."""
     begun = reported_at = time.monotonic()
     while not ending.wait(interval):
         try:

@@ -57,6 +57,7 @@ def command(hours: str | None, location: str | None, *, as_json: bool) -> None:
 
 
 def _print(found: Proof) -> None:
+    """Print the comparison as a table, with the subscriptions that are not whole."""
     for journal in found.journals:
         missing = ", ".join(
             f"{n:,} not in {store}" for store, n in journal.missing_records.items() if n
@@ -85,6 +86,7 @@ def _print(found: Proof) -> None:
 
 
 def _offender(subscription: OfSubscription) -> None:
+    """Print the faults of a subscription in each store."""
     for store, counts in subscription.stores.items():
         if counts.is_whole:
             continue
@@ -101,6 +103,7 @@ def _offender(subscription: OfSubscription) -> None:
 
 
 def _advice(found: Proof) -> str:
+    """The remedy for a store that is not whole."""
     hot, cold = found.stores.get("clickhouse"), found.stores.get("parquet")
     if cold is not None and not cold.is_whole:
         return (

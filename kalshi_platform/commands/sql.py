@@ -134,6 +134,7 @@ def _found(path: str) -> Path:
 
 
 def _values(params: Iterable[str], todo: Iterable[str]) -> Mapping[str, str]:
+    """The parameters of --param, each of which must be used by a statement."""
     values = {}
     for param in params:
         name, equals, value = param.partition("=")
@@ -149,6 +150,7 @@ def _values(params: Iterable[str], todo: Iterable[str]) -> Mapping[str, str]:
 def _run(
     client: Client, statement: str, values: Mapping[str, str], output_format: str
 ) -> HTTPResponse:
+    """Run a statement with the parameters that it uses."""
     used = set(_PLACEHOLDER.findall(statement))
     with translated():
         answer = client.raw_stream(
@@ -197,6 +199,7 @@ def _rows(answer: HTTPResponse) -> Generator[list[str]]:
 
 
 def _print_table(answer: HTTPResponse, limit: int) -> None:
+    """Print an answer as a table of at most `limit` rows."""
     lines = _rows(answer)
     with closing(lines):
         names = next(lines, [])

@@ -78,6 +78,7 @@ def _shards(settings: Settings) -> list[int]:
 def _record(
     settings: Settings, shard: int, stopping: threading.Event, parent: int | None = None
 ) -> None:
+    """Record one shard until a signal, its drain or a failure, and log its state."""
     streamer = Streamer(settings, shard)
     streamer.start()
     if settings.exchange.simulated:

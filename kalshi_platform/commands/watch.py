@@ -176,6 +176,7 @@ def best(book: Book) -> str:
 
 
 async def _watch(exchange: Exchange, watcher: _Watcher, *, ladder: bool) -> None:
+    """Connect again and again until Ctrl-C, with the ladder or lines as output."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -202,6 +203,7 @@ async def _watch(exchange: Exchange, watcher: _Watcher, *, ladder: bool) -> None
 
 
 async def _connection(exchange: Exchange, watcher: _Watcher) -> str:
+    """Feed the watcher from one connection; returns why it ended."""
     credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
     socket = await dial(exchange.ws_url, credentials, LiveConnection)
     session = Session(watcher.tickers)

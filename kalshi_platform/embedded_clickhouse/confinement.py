@@ -83,6 +83,7 @@ def confine(data: Path, ports: Iterable[int] = ()) -> None:
 
 
 def _restrict_files(data: Path, ports: frozenset[int]) -> None:
+    """Build and apply the Landlock ruleset for files, ports and signals."""
     libc = ctypes.CDLL(None, use_errno=True)
     abi = libc.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG)
     if abi < _OLDEST_ABI:

@@ -30,7 +30,7 @@ class Compressor(Protocol):
 
 
 class _Lz4:
-    """lz4's frame compressor with the header put before the first piece."""
+    """lz4's frame compressor, with the frame header before the first piece."""
 
     def __init__(self) -> None:
         self._frame = lz4.frame.LZ4FrameCompressor(auto_flush=False)
@@ -47,8 +47,8 @@ class _Lz4:
         )
 
 
-def chosen(accept_encoding: str) -> str | None:
-    """The encoding for an answer, or None for a client that takes none of ours."""
+def choose_encoding(accept_encoding: str) -> str | None:
+    """The encoding for an answer; None if the client accepts none of `PREFERENCE`."""
     accepted = {
         name.strip().lower()
         for part in accept_encoding.split(",")
@@ -59,7 +59,7 @@ def chosen(accept_encoding: str) -> str | None:
 
 
 def compressor(encoding: str) -> Compressor:
-    """A fresh compressor for one of `PREFERENCE`."""
+    """A new compressor for one of `PREFERENCE`."""
     if encoding == "gzip":
         return zlib.compressobj(level=3, wbits=_GZIP_WBITS)
     if encoding == "deflate":
@@ -70,7 +70,7 @@ def compressor(encoding: str) -> Compressor:
 
 
 class Decompressor:
-    """A request body, decompressed piece by piece. Several frames in a row are one body."""
+    """A streaming decompressor of a request body, which may consist of several frames."""
 
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding
@@ -96,9 +96,9 @@ class Decompressor:
         self._fresh = True
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
-        """What the next bytes of the body come to, in pieces that fit into memory whatever they are.
+        """Decompress the next bytes of the body, in pieces of bounded size.
 
-        Raises `ClickHouseError` for bytes that are not of the encoding.
+        Raises `ClickHouseError` for bytes that are not valid in the encoding.
         """
         step = STEP_BYTES_ZSTD if self._encoding == "zstd" else STEP_BYTES
         for begin in range(0, len(data), step):
@@ -115,7 +115,7 @@ class Decompressor:
                 raise self._broken(str(error)) from error
 
     def finish(self) -> None:
-        """Raises `ClickHouseError` where the body ends within a frame."""
+        """Raise `ClickHouseError` if the body ends within a frame."""
         if not self._fresh and not self._current.eof:
             raise self._broken("it ends too early")
 

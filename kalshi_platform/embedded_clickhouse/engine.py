@@ -208,6 +208,7 @@ class Engine:
         self._failed_writes.start()
 
     def _open(self, path: Path, object_store: Collection[str]) -> None:
+        """Prepare the folder, repair it, open the engine and take out refused definitions."""
         temporary = path / "tmp"
         for folder in (self.spool, temporary):
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
@@ -288,6 +289,7 @@ class Engine:
             raise verdict.with_traceback(None)
 
     def _verdict(self, sql: str, reader: bool) -> ClickHouseError | None:
+        """The refusal of a statement; None if it may run."""
         try:
             try:
                 tree = self.syntax_tree(sql)
@@ -303,6 +305,7 @@ class Engine:
         return None
 
     def _require_without_tree(self, sql: str, kind: str, reader: bool) -> None:
+        """Check a statement for which the engine has no JSON syntax tree."""
         formatted = self._ask_parser("SELECT formatQuerySingleLine({sql:String})", sql)
         if about := _ABOUT_NAMES.fullmatch(formatted):
             if about["format"]:
@@ -353,12 +356,13 @@ class Engine:
         )
 
     def query(self, request: Request, statement: Statement, sql: str) -> Answer:
-        """Begin a statement; nothing runs before the first `fetch`, which gives its errors too."""
+        """Prepare a statement; the first `fetch` runs it and raises its errors."""
         return Answer(self._pieces(request, statement, sql), lambda: self.kill(request.tag))
 
     def _pieces(
         self, request: Request, statement: Statement, sql: str
     ) -> Generator[tuple[bytes, Progress], None, None]:
+        """Run a statement and yield its answer, streamed if format and statement permit."""
         output_format = statement.format or request.default_format
         in_pieces = (
             statement.streams
@@ -531,6 +535,7 @@ class Engine:
 
     @contextmanager
     def _session(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
+        """The session's connection, exclusively; a temporary one while the session has no state."""
         session = self._find_session(request)
         if session.connection is None and not statement.keeps_state:
             connection = self._connect()  # without state a session needs no connection of its own
@@ -565,6 +570,7 @@ class Engine:
             session.lock.release()
 
     def _find_session(self, request: Request) -> _Session:
+        """Find or create a session, and close expired ones."""
         now = time.monotonic()
         key = (request.reader, request.session_id)
         with self._guard:
@@ -583,6 +589,7 @@ class Engine:
         return session
 
     def _prepare(self, connection: Any, request: Request, *, lock_down: bool = True) -> None:
+        """Set the database and the request's settings on a connection."""
         if request.database:
             connection.query(f"USE {_identifier(request.database)}")
         settings = {_TAG: request.tag, **request.settings}

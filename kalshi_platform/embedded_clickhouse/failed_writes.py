@@ -61,6 +61,7 @@ class FailedWrites:
             self._look()
 
     def _watch(self) -> None:
+        """Check the parts until the count of failed writes is known to have spoiled nothing."""
         risen_to, risen_at = 0, 0.0
         while not self._stop.wait(EVERY_S):
             try:

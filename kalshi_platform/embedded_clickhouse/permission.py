@@ -248,6 +248,7 @@ class Permission:
     def _children(
         self, node: Node, kind: str, part: str, role: _Role
     ) -> Iterator[tuple[Node, _Role]]:
+        """The nodes in a part of a node, with their roles; settings are checked at once."""
         value = node[part]
         if kind == "Function" and part == "arguments" and node["name"] in _IN:
             for child in value["children"]:
@@ -269,6 +270,7 @@ class Permission:
                 yield from _inner_tables(child)
 
     def _check_node(self, node: Node, kind: str, role: _Role, lambdas: _Lambdas) -> None:
+        """Check what is special about a kind of node."""
         if kind == "Function":
             self._check_function(node, role, lambdas)
         elif kind == "SetQuery":
@@ -293,6 +295,7 @@ class Permission:
             require_format(str(node["format_ast"].get("name")))
 
     def _check_function(self, node: Node, role: _Role, lambdas: _Lambdas) -> None:
+        """Check a function node's name for its role."""
         name = str(node["name"])
         match role:
             case _Role.ENGINE if node.get("kind") == "DATABASE_ENGINE":
@@ -311,6 +314,7 @@ class Permission:
                 self._check_call(node, name, lambdas)
 
     def _check_call(self, node: Node, name: str, lambdas: _Lambdas) -> None:
+        """Check a function call, and function names passed to higher-order functions."""
         if not node.get("is_lambda_function"):
             self._require_function(name, lambdas)
         for argument in _arguments(node) if name in self.known.higher_order else ():
@@ -328,6 +332,7 @@ class Permission:
         return False
 
     def _require_function(self, name: str, lambdas: _Lambdas) -> None:
+        """Raise `ClickHouseError` for a function that is not allowed or does not exist."""
         if self._is_function(name) or name in lambdas.names:
             return
         if name.lower() in {known.lower() for known in self.known.functions}:
@@ -339,6 +344,7 @@ class Permission:
         )
 
     def _check_table_function(self, node: Node, name: str) -> None:
+        """Check a table function, or a view with parameters."""
         known = {known.lower() for known in self.known.table_functions}
         if name == allowed.OBJECT_STORE:
             self._require_object_store(node)
@@ -350,7 +356,7 @@ class Permission:
             self._check_columns(node, name)
 
     def _check_columns(self, node: Node, name: str) -> None:
-        """The lists of columns among the arguments: text that the engine would parse by itself."""
+        """Check the lists of columns among the arguments, which are text that the engine would parse later."""
         arguments = _arguments(node)
         if name == "format" and arguments:
             require_format(str(_text(arguments[0]) or arguments[0].get("name")))
@@ -369,6 +375,7 @@ class Permission:
             self._require_plain_columns(text, name)
 
     def _require_plain_columns(self, text: str, name: str) -> None:
+        """Refuse a list of columns with anything but names and types."""
         tree = self.parse(f"CREATE TABLE t ({text}) ENGINE = Null")
         plain = {"type", "table", "table_ast", "columns_list", "storage"}
         extra = {part for part, value in tree.items() if value} - plain
@@ -384,19 +391,20 @@ class Permission:
             raise not_listed(f"{name}() with columns that have more than a name and a type")
 
     def _require_object_store(self, node: Node) -> None:
+        """Refuse an `s3()` whose URL is not below the archive's."""
         arguments = _arguments(node)
         url = _text(arguments[0]) if arguments else None
         if not self.object_store:
             raise not_listed(f"{node['name']}() without an archive on object storage (PARQUET_DIR)")
         if url is None or not url.startswith(self.object_store) or ".." in url:
             raise not_listed(
-                f"{node['name']} of a place that is not in the archive's bucket"
+                f"{node['name']} of an address that is not in the archive's bucket"
                 f" ({', '.join(self.object_store)})"
             )
 
 
 class _Lambdas:
-    """The names that a statement gives to lambdas; looked up when a name is unknown otherwise."""
+    """The names that a statement gives to lambdas; collected only when a function name is unknown."""
 
     def __init__(self, tree: Node) -> None:
         self._tree = tree
@@ -404,7 +412,7 @@ class _Lambdas:
 
     @property
     def names(self) -> frozenset[str]:
-        """`WITH x -> x + 1 AS f`: f."""
+        """The names: `f` of `WITH x -> x + 1 AS f`."""
         if self._names is None:
             self._names = frozenset(
                 str(node["alias"])
@@ -415,6 +423,7 @@ class _Lambdas:
 
 
 def _all(tree: Node) -> Iterator[Node]:
+    """Every node below a value, in any order."""
     todo: list[Any] = [tree]
     while todo:
         value = todo.pop()
@@ -465,6 +474,7 @@ def _is_named(argument: Node) -> bool:
 
 
 def _require_settings(node: Node, listed: Collection[str]) -> None:
+    """Check the names in a SET or SETTINGS node."""
     for change in node.get("changes") or ():
         _require_setting(str(change["name"]), listed)
         if change["value"].get("field_type") == "CustomType":

@@ -41,7 +41,7 @@ from kalshi_platform.browsers import refusal
 from kalshi_platform.embedded_clickhouse import write_password
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, content_type
 from kalshi_platform.embedded_clickhouse.confinement import confine
-from kalshi_platform.embedded_clickhouse.encodings import Decompressor, chosen, compressor
+from kalshi_platform.embedded_clickhouse.encodings import Decompressor, choose_encoding, compressor
 from kalshi_platform.embedded_clickhouse.engine import (
     MINIMUM_FREE_BYTES,
     Answer,
@@ -120,6 +120,7 @@ class Server:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _root(self, http: Request) -> Response:
+        """Answer a query, or `Ok.` for a bare GET."""
         if http.method in {"GET", "HEAD"} and not http.scope["query_string"]:
             return await _ok(http)
         query_id = str(uuid.uuid4())
@@ -197,7 +198,9 @@ class Server:
             sql=sql,
             data=data,
             query_id=query_id,
-            encoding=chosen(http.headers.get("accept-encoding", "")) if http_compression else None,
+            encoding=choose_encoding(http.headers.get("accept-encoding", ""))
+            if http_compression
+            else None,
         )
 
     def _parsed(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
@@ -231,6 +234,7 @@ class Server:
         return statement, sql
 
     async def _answer(self, http: Request, call: _Call) -> Response:
+        """Run the statement and answer at once, or as a stream if there is a second piece."""
         if call.data is not None:
             done = await self._in_thread(
                 http,
@@ -247,7 +251,7 @@ class Server:
                 http, call, lambda: (cast(Piece, answer.fetch()), answer.fetch())
             )
             if second is None:
-                return await self._whole(http, call, first)
+                return await self._complete(http, call, first)
         except BaseException:
             self._threads.submit(answer.close)
             raise
@@ -260,7 +264,8 @@ class Server:
         pieces = self._stream(call, [first[0], second[0]], answer, tag)
         return StreamingResponse(pieces, headers=headers)
 
-    async def _whole(self, http: Request, call: _Call, piece: Piece) -> Response:
+    async def _complete(self, http: Request, call: _Call, piece: Piece) -> Response:
+        """The response to a statement whose answer is a single piece."""
         body, progress = piece
         headers = self._headers(call, progress, result=bool(body) or call.statement.reads_only)
         if call.encoding:
@@ -483,6 +488,7 @@ def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, byte
 
 
 def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) -> EngineRequest:
+    """The conditions of a request, from its URL and headers."""
     timeout = options.get("session_timeout", "60")
     if not timeout.isdecimal() or int(timeout[:20]) > LONGEST_SESSION_S:
         raise ClickHouseError(
@@ -583,6 +589,7 @@ def _port(url: str) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """Open the listening socket. Raises `StoreError` if the port is taken."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET

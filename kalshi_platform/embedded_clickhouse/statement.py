@@ -147,6 +147,7 @@ def parse(text: bytes) -> Statement:
 
 
 def _tokens(text: bytes) -> Iterator[_Token]:
+    """The tokens of a text in order, without white space and comments."""
     depth = begin = 0
     heredocs = _Heredocs(text)
     while begin < len(text):
@@ -251,6 +252,7 @@ def _after_format(text: bytes, position: int) -> int:
 
 
 def _trailing_format(text: bytes, tokens: list[_Token]) -> str | None:
+    """The format at the end of a statement, or None."""
     for index in range(len(tokens) - 2, 0, -1):
         token, following = tokens[index], tokens[index + 1]
         if token.text != "FORMAT" or token.depth or following.kind != "word":

@@ -184,6 +184,7 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
             raise ChannelError(self._sentence(error)) from None
 
     def _deliver(self, mail: EmailMessage) -> None:
+        """Send a mail over one SMTP connection."""
         tls = ssl.create_default_context()
         server: smtplib.SMTP
         try:
@@ -212,6 +213,7 @@ class Email(msgspec.Struct, frozen=True, tag="email"):
         return f"The mail server {self.host}:{self.port}"
 
     def _sentence(self, error: Exception) -> str:
+        """An SMTP error as a sentence that names the setting to check."""
         if isinstance(error, smtplib.SMTPAuthenticationError):
             return f"{self.where} refused SMTP_USER and SMTP_PASSWORD. Set them as it gave them."
         if isinstance(error, smtplib.SMTPResponseException):

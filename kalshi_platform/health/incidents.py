@@ -198,6 +198,7 @@ def observe(
 def _seen(
     before: Incident | None, condition: Condition, now: float, reminder_s: float
 ) -> tuple[Incident, Notice | None]:
+    """The incident of a condition that holds now, and the notice that is due, if any."""
     if before is None:
         before = Incident(condition, now, now)
     worse = before.condition.severity is Severity.WARNING and (

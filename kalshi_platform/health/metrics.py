@@ -91,7 +91,7 @@ class ShardCollector(Collector):
         yield from _streamers(shards, now_ns)
         yield from _numbers(shards, now_ns)
         yield from _stores(shards, now_ns)
-        yield _delays(shards)
+        yield _latency(shards)
         yield _journal_bytes(shards)
         yield from _disks(self._settings)
         yield from _incidents(self._settings.data_dir, now_ns)
@@ -153,6 +153,7 @@ def _incident_file(data_dir: Path) -> Path:
 
 
 def _incidents(data_dir: Path, now_ns: int) -> Iterator[Metric]:
+    """Open incidents, and the age of the sensor's last run."""
     age = GaugeMetricFamily(
         "kalshi_alerts_evaluated_age_seconds",
         "Seconds since Dagster's sensor `alerts` last ran; it runs every 30 s while the daemon lives.",
@@ -257,6 +258,7 @@ def _shard(shard: int, configured: int, folder: Path, now: datetime) -> _Shard:
 
 
 def _streamers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
+    """State and verdict of each shard's streamer."""
     up = GaugeMetricFamily(
         "kalshi_streamer_up", "1 while the shard's streamer lives and reports.", labels=["shard"]
     )
@@ -323,7 +325,8 @@ def _numbers(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
         yield gauge
 
 
-def _delays(shards: Sequence[_Shard]) -> Metric:
+def _latency(shards: Sequence[_Shard]) -> Metric:
+    """Quantiles of the time from receipt to journal and stores."""
     family = Metric(
         "kalshi_delay_seconds",
         "From a frame's receipt until it is durable in the journal, or stored, since the streamer's start."
@@ -345,6 +348,7 @@ def _delays(shards: Sequence[_Shard]) -> Metric:
 
 
 def _stores(shards: Sequence[_Shard], now_ns: int) -> Iterator[Metric]:
+    """Lag, age, rows and errors of each shard's stores."""
     labels = ["shard", "store"]
     lag = GaugeMetricFamily(
         "kalshi_store_lag_records", "Durable journal records that the store lacks.", labels=labels
@@ -419,6 +423,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _disks(settings: Settings) -> Iterator[Metric]:
+    """Free and total bytes of the disks of data folder and archive."""
     free = GaugeMetricFamily(
         "kalshi_disk_free_bytes", "Free bytes on the disk of a folder.", labels=["folder"]
     )

@@ -79,6 +79,7 @@ class Outbox:
             )
 
     def _step(self, channel: Channel, box: Mailbox, now: float) -> Mailbox:
+        """Record a channel's last outcome, and start its next delivery if one is due."""
         last = self._deliveries.get(channel.name)
         if last is not None and not last.over:
             return box  # one at a time, also if the ledger does not know of the delivery

@@ -331,6 +331,7 @@ def _stores(report: Mapping[str, Any], newest: datetime | None, now: datetime) -
 def _one_store(
     name: str, state: Mapping[str, Any], report: Mapping[str, Any], now: datetime
 ) -> Judgement | None:
+    """The judgement of a store that refuses rows or is behind, else None."""
     if state["refused"]:
         return _error(
             f"{name} behind",

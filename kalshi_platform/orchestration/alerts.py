@@ -277,6 +277,7 @@ def _unit(run: dg.DagsterRun) -> tuple[str, str]:
 
 
 def _succeeded_since(instance: dg.DagsterInstance, failed: dg.RunRecord, now: float) -> bool:
+    """Whether a later run of the same unit has succeeded, or has lasted."""
     run = failed.dagster_run
     tags = {name: run.tags[name] for name in (_PARTITION, SHARD_TAG) if name in run.tags}
     later = instance.get_run_records(

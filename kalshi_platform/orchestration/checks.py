@@ -152,6 +152,7 @@ def _limited(hot: "Extent", limit: datetime | None) -> "Extent":
 
 
 def _no_unexplained_gaps(inputs: _Inputs) -> dg.AssetCheckResult:
+    """Run the lossless proof, and check the last hour's gaps and book comparisons."""
     from kalshi_platform.quality import continuity
 
     proof = continuity.prove(inputs.client, inputs.whole, inputs.proved)
@@ -197,6 +198,7 @@ def _no_unexplained_gaps(inputs: _Inputs) -> dg.AssetCheckResult:
 
 
 def _hot_cold_parity(inputs: _Inputs) -> dg.AssetCheckResult:
+    """Compare sealed hours of the archive with ClickHouse."""
     import msgspec
 
     from kalshi_platform.health.verdict import behind
@@ -234,6 +236,7 @@ def _hot_cold_parity(inputs: _Inputs) -> dg.AssetCheckResult:
 
 
 def _books_uncrossed(inputs: _Inputs) -> dg.AssetCheckResult:
+    """Find synced books that are, or stayed, crossed."""
     from kalshi_platform.quality.crossed_books import LONGER_THAN_S, crossed_books
 
     found = crossed_books(inputs.client, inputs.hot)
@@ -270,6 +273,7 @@ def _fresh(
     *,
     configured: int,
 ) -> dg.AssetCheckResult:
+    """Judge every shard's health report; the worst judgement decides."""
     from kalshi_platform.health import verdict
 
     found = [(shard, verdict.no_report(sentence)) for shard, sentence in damaged.items()]

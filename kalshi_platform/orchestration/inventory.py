@@ -235,6 +235,7 @@ def _decisions_fresh(looked_at: "Judged") -> dg.AssetCheckResult:
 def _result(
     outcome: "Outcome", looked_at: "Judged", still_open: Sequence["Break"]
 ) -> dg.AssetCheckResult:
+    """The result of an inventory check, with offenders and open breaks as tables."""
     if outcome.skipped:
         return _passed(outcome.check.name, outcome.notice)
     metadata: dict[str, Any] = {

@@ -49,6 +49,7 @@ def apply_retention(context: dg.OpExecutionContext, platform: KalshiResource) ->
 
 
 def _history(instance: dg.DagsterInstance, settings: "Settings") -> Mapping[str, Any]:
+    """Delete old Dagster history."""
     from kalshi_platform.orchestration import history
 
     days = timedelta(days=settings.dagster_run_retention_days)
@@ -82,6 +83,7 @@ def _hot_tables(settings: "Settings", notify: Callable[[str], None]) -> Mapping[
 
 
 def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
+    """Delete the hours that a compaction has replaced."""
     from kalshi_platform.archive import ASIDE, compaction, open_archive
     from kalshi_platform.errors import StoreUnavailable
     from kalshi_platform.health.metrics import folder_bytes

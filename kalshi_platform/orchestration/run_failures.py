@@ -103,6 +103,7 @@ def _names_the_end(reason: str) -> bool:
 
 
 def _reason(event: dg.DagsterEvent) -> str:
+    """The reason in an event, with the sentences of this module for restarts."""
     data = event.event_specific_data
     user = getattr(data, "user_failure_data", None)
     if user is not None and user.description:

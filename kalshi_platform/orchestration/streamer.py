@@ -88,6 +88,7 @@ def record_shard(
 
 
 def _record(context: dg.OpExecutionContext, config: StreamConfig, platform: KalshiResource) -> None:
+    """Host the shard's streamer until it ends, and stop it gracefully in every case."""
     shard = int(context.run.tags.get(SHARD_TAG, "0"))
     with as_failure(), output_log(platform.settings(), shard=shard, run_id=context.run_id):
         shards = observation.shards(context.instance, platform.settings())
@@ -250,6 +251,7 @@ def is_planned_end(
 
 
 def _is_stopped(context: dg.OpExecutionContext, platform: KalshiResource) -> bool:
+    """Whether the run is marked as ended or canceling, or a planned stop is on record."""
     record = context.instance.get_run_record_by_id(context.run_id)
     if record is None or record.dagster_run.is_finished:
         return True

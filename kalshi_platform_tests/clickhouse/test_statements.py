@@ -31,9 +31,9 @@ def test_a_semicolon_in_quotes_or_comments_ends_nothing(sql: str, expected: list
 
 
 @pytest.mark.parametrize(
-    ("sql", "what"),
+    ("sql", "words"),
     [("SELECT 1;\nSELECT 'a", "'"), ("\nSELECT `a", "`"), ("SELECT 1\n/* a", r"/\*")],
 )
-def test_what_is_never_closed_is_named_with_its_line(sql: str, what: str) -> None:
-    with pytest.raises(StoreRefused, match=rf"{what} in line 2 is never closed"):
+def test_what_is_never_closed_is_named_with_its_line(sql: str, words: str) -> None:
+    with pytest.raises(StoreRefused, match=rf"{words} in line 2 is never closed"):
         list(statements(sql))

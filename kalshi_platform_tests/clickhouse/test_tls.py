@@ -44,7 +44,7 @@ def own(authority: Authority) -> Pair:
     return authority.sign("localhost", ip="127.0.0.1")
 
 
-def said(url: str, **files: Any) -> str:
+def refusal_of(url: str, **files: Any) -> str:
     """The sentence with which connecting fails."""
     with pytest.raises(StoreError) as error:
         connect(settings_for(url, "default", **files), database=False)
@@ -67,14 +67,14 @@ def test_a_certificate_of_an_unknown_authority_is_not_trusted(
 ) -> None:
     url = f"https://localhost:{front(own)}"
     for files in ({}, {"clickhouse_ca_file": Authority(tmp_path, "others").certificate}):
-        sentence = said(url, **files)
+        sentence = refusal_of(url, **files)
         assert re.search(rf"ClickHouse at {url} shows a certificate that is not trusted", sentence)
         assert "Set CLICKHOUSE_CA_FILE to the certificate of the authority" in sentence
 
 
 def test_a_certificate_for_another_host_is_not_trusted(authority: Authority, front: Front) -> None:
     url = f"https://localhost:{front(authority.sign('elsewhere.example'))}"
-    sentence = said(url, clickhouse_ca_file=authority.certificate)
+    sentence = refusal_of(url, clickhouse_ca_file=authority.certificate)
     assert "elsewhere" not in url
     assert "localhost" in sentence
     assert "CLICKHOUSE_URL to a host name that it is made out to" in sentence
@@ -93,11 +93,11 @@ def test_a_client_certificate_is_sent_if_required(
     settings = settings_for(url, "default", **trusted, **shown, clickhouse_password="")
     with closing(connect(settings, database=False)) as client:
         assert client.query("SELECT 1").first_row == (1,)
-    assert "CLICKHOUSE_CLIENT_CERT_FILE" in said(url, **trusted)
+    assert "CLICKHOUSE_CLIENT_CERT_FILE" in refusal_of(url, **trusted)
 
 
 def test_plain_http_behind_an_https_url_is_named(clickhouse_url: str) -> None:
-    sentence = said(clickhouse_url.replace("http:", "https:"))
+    sentence = refusal_of(clickhouse_url.replace("http:", "https:"))
     assert "The TLS handshake with" in sentence
     assert "Check the port in CLICKHOUSE_URL" in sentence
 
@@ -105,14 +105,14 @@ def test_plain_http_behind_an_https_url_is_named(clickhouse_url: str) -> None:
 def test_invalid_certificate_files_are_named(own: Pair, tmp_path: Path) -> None:
     url = "https://localhost:9"
     nothing = tmp_path / "nothing.pem"
-    assert str(nothing) in said(url, clickhouse_ca_file=nothing)
+    assert str(nothing) in refusal_of(url, clickhouse_ca_file=nothing)
     nothing.write_text("no certificate")
-    assert said(url, clickhouse_ca_file=nothing).startswith("CLICKHOUSE_CA_FILE: ")
+    assert refusal_of(url, clickhouse_ca_file=nothing).startswith("CLICKHOUSE_CA_FILE: ")
     swapped = {
         "clickhouse_client_cert_file": own.key,
         "clickhouse_client_key_file": own.certificate,
     }
-    assert said(url, **swapped).startswith("CLICKHOUSE_CLIENT_CERT_FILE, ")
+    assert refusal_of(url, **swapped).startswith("CLICKHOUSE_CLIENT_CERT_FILE, ")
 
 
 @pytest.mark.parametrize(

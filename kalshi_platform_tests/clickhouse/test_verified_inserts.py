@@ -86,8 +86,8 @@ def count(client: Client, name: str) -> int:
 
 
 def test_no_text_hides_a_stored_row(client: Client) -> None:
-    said = [(text[:40], "id") for text in TEXTS] + [("TICKER", text) for text in TEXTS]
-    for number, (ticker, text) in enumerate(said, 1):
+    tickers = [(text[:40], "id") for text in TEXTS] + [("TICKER", text) for text in TEXTS]
+    for number, (ticker, text) in enumerate(tickers, 1):
         row = {"ts": AT, "decision_id": uuid(1), "market_ticker": ticker, "fill_id": text}
         blank = {f.name: 0.0 if pa.types.is_floating(f.type) else "" for f in FILLS.arrow}
         table = pa.Table.from_pylist([blank | row], schema=FILLS.arrow)

@@ -285,7 +285,7 @@ def test_up_reports_on_the_shards_that_env_names_now(
 ) -> None:
     """Uses real settings and reports of a running process, which `up` reads each second."""
     env_file, sentences = tmp_path / ".env", list[str]()
-    for name in [it for it in os.environ if it.startswith(("PROD_", "KALSHI_", "STREAM_"))]:
+    for name in [item for item in os.environ if item.startswith(("PROD_", "KALSHI_", "STREAM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("KALSHI_HOME", str(tmp_path))
     monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
@@ -306,7 +306,7 @@ def test_up_reports_on_the_shards_that_env_names_now(
         (folder / "health.json").write_text(json.dumps(output))
 
     def says(words: str) -> None:
-        until(lambda: any(words in it for it in sentences), lambda: str(sentences))
+        until(lambda: any(words in item for item in sentences), lambda: str(sentences))
 
     for shard in (0, 1):
         report(shard, "streaming")
@@ -322,7 +322,7 @@ def test_up_reports_on_the_shards_that_env_names_now(
         says("No streamer has run for")
         report(0, "streaming")
         says("A streamer runs again.")
-        assert not any("Shard 1" in it for it in sentences), sentences
+        assert not any("Shard 1" in item for item in sentences), sentences
         env_file.write_text("STREAM_SHARDS=many\n")  # being changed: what was known holds
         env_file.write_text("STREAM_SHARDS=2\n")
         report(1, "streaming", "No space is left.")

@@ -96,14 +96,14 @@ def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
             child.wait(10)
 
 
-def eventually(what: str, found: Callable[[], Any], seconds: float = 180.0) -> Any:
+def eventually(label: str, found: Callable[[], Any], seconds: float = 180.0) -> Any:
     """Wait until `found` returns something; returns that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := found():
             return value
         time.sleep(0.5)
-    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+    raise AssertionError(f"not within {seconds:.0f} s: {label}")
 
 
 @needs_postgres

@@ -54,10 +54,10 @@ def block(begins: str) -> list[str]:
     return found
 
 
-def wait_for(condition: Callable[[], object], what: Callable[[], object]) -> None:
+def wait_for(condition: Callable[[], object], describe: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, what()
+        assert time.monotonic() < deadline, describe()
         time.sleep(0.05)
 
 

@@ -343,8 +343,10 @@ def test_a_stopped_streamer_run_is_no_failure_a_killed_one_is(
 ) -> None:
     run = watch.instance.create_run_for_job(stream_orderbook, tags={SHARD_TAG: "0"})
     if launched:
-        said = get_run_crash_explanation(f"Run execution process for {run.run_id}", -int(number))
-        watch.instance.report_engine_event(said, run)
+        explanation = get_run_crash_explanation(
+            f"Run execution process for {run.run_id}", -int(number)
+        )
+        watch.instance.report_engine_event(explanation, run)
         watch.instance.report_run_failed(run)
     else:
         launch_failed(watch.instance, run, number)

@@ -77,7 +77,7 @@ class Platform:
         now = time.time_ns()
         last = int(continuity.extent(self.client).newest.timestamp() * 1e9)
         store = {"lag": 0, "committed_ns": now, "trouble": None, "refused": False}
-        said = {
+        report = {
             "pid": os.getpid(),
             "pid_started": Identity.own().started,
             "state": "quiet",
@@ -91,7 +91,7 @@ class Platform:
         }
         path = self.settings.journal_dir(shard) / "health.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(said | others))
+        path.write_text(json.dumps(report | others))
 
     def check(self, **overrides: str) -> dict[str, dg.AssetCheckEvaluation]:
         return run_checks(self.instance, resource(self.settings, **overrides))
@@ -351,8 +351,8 @@ def test_rows_that_both_stores_lost_are_restored_as_advised(recorded: Platform) 
         pq.write_table(rows.filter(pc.not_equal(rows["seq"], 20)), path)
     found = recorded.check()
     assert red(found) == {"no_unexplained_gaps": ERROR, "hot_cold_parity": ERROR}
-    said = found["no_unexplained_gaps"].description or ""
-    assert "What the archive lacks too is in the journal while that is kept: materialise" in said
+    report = found["no_unexplained_gaps"].description or ""
+    assert "What the archive lacks too is in the journal while that is kept: materialise" in report
     rebuild(recorded.settings, FIRST_HOUR)
     advised(recorded, recorded.check()["no_unexplained_gaps"])
     assert red(recorded.check()) == {}

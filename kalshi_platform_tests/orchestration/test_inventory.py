@@ -240,8 +240,8 @@ def test_a_position_that_cannot_be_read_makes_the_report_incomplete_and_nothing_
     )
     assert result.success
     (made,) = result.asset_materializations_for_node("mm_position_snapshots")
-    said = str(made.metadata["incomplete"].value)
-    assert "KXODD-1: position_fp null cannot be read; it is left out." in said
+    incomplete = str(made.metadata["incomplete"].value)
+    assert "KXODD-1: position_fp null cannot be read; it is left out." in incomplete
     assert f"{TICKER}': 'the report is incomplete" in str(made.metadata["left out"].value)
     assert planted.client.query("SELECT count() FROM mm_position_snapshots").result_rows == [(0,)]
 

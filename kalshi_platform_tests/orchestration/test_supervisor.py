@@ -289,7 +289,7 @@ def test_a_process_that_holds_records_for_its_disk_is_left_alone(
     assert isinstance(decision.action, Wait), decision.reason
     assert "holds 3,400,000 bytes" in decision.reason
     dead = replace(holding, process=DEAD)
-    runs = tuple(replace(each, process=DEAD) for each in runs)
+    runs = tuple(replace(run, process=DEAD) for run in runs)
     gone = decide(
         Observation(runs, replace(ended, process=DEAD) if ended else None, dead), State(), NOW
     )

@@ -118,14 +118,14 @@ ALTERATIONS = frozenset(
 SYSTEM_COMMANDS = frozenset(
     {"FLUSH_LOGS", "FLUSH_ASYNC_INSERT_QUEUE", "WAIT_LOADING_PARTS", "LOAD_PRIMARY_KEY"}
     | {
-        f"{verb}_{what}"
+        f"{verb}_{name}"
         for verb in ("START", "STOP")
-        for what in ("MERGES", "TTL_MERGES", "CLEANUP")
+        for name in ("MERGES", "TTL_MERGES", "CLEANUP")
     }
     | {f"{verb}_VIEW" for verb in ("REFRESH", "START", "STOP", "CANCEL", "WAIT")}
     | {"START_VIEWS", "STOP_VIEWS", "UNLOAD_PRIMARY_KEY", "PREWARM_MARK_CACHE"}
     | {"PREWARM_PRIMARY_INDEX_CACHE", "RELOAD_ASYNCHRONOUS_METRICS"}
-    | {f"CLEAR_{what}_CACHE" for what in ("MARK", "UNCOMPRESSED", "QUERY", "COMPILED_EXPRESSION")}
-    | {f"CLEAR_{what}_CACHE" for what in ("INDEX_MARK", "INDEX_UNCOMPRESSED", "PRIMARY_INDEX")}
-    | {f"CLEAR_{what}_CACHE" for what in ("QUERY_CONDITION", "MMAP", "SCHEMA", "PAGE")}
+    | {f"CLEAR_{name}_CACHE" for name in ("MARK", "UNCOMPRESSED", "QUERY", "COMPILED_EXPRESSION")}
+    | {f"CLEAR_{name}_CACHE" for name in ("INDEX_MARK", "INDEX_UNCOMPRESSED", "PRIMARY_INDEX")}
+    | {f"CLEAR_{name}_CACHE" for name in ("QUERY_CONDITION", "MMAP", "SCHEMA", "PAGE")}
 )
