@@ -183,7 +183,14 @@ def check_price(side: str, price: int) -> None:
 
 
 def check_qty(qty: int) -> None:
-    """Raise `BookError` for a size or a change that no level has."""
+    """Refuse a size, or a change, that no level has.
+
+    Args:
+        qty: 1e-2 contracts, signed.
+
+    Raises:
+        BookError: That is more than any level has.
+    """
     if abs(qty) >= MOST_QTY:
         raise BookError(f"{contracts(qty)} contracts are more than any level has")
 
