@@ -1,15 +1,14 @@
-"""An hour's order books in columns: every frame in order, how long each level stood, the best.
+"""Build an hour's order books from its rows: all frames in order, and the runs of frames over which levels stood.
 
-The frames of a market are ordered by its books, a book being a subscription (conn_id, sid), whatever
-order the rows come in: frames within a book by `record`, the journal's number, and books of one shard
-too; those of different shards by their first receive time. A book starts with a checkpoint or with a
-snapshot, which replaces all levels, an empty one too; deltas of a subscription before its first snapshot
-say nothing of the book and are left out, as in `book_at`. What makes a book doubtful does so from its
-record on. Rows of versions that kept no records go before those that have one: frames by `seq`, books and
-doubts by receive time.
+A book is a market on one subscription (conn_id, sid). The order of the rows does not matter. Frames within
+a book are ordered by `record`, the journal's number; a market's books of one shard, too; its books of
+different shards by their first receive time. A book starts with a checkpoint or a snapshot, which replaces
+all levels, even if it is empty; deltas of a subscription before its first snapshot are left out, as in
+`book_at`. An event that makes a book stale does so from its record on. Rows of versions that kept no
+records come before those that have one: frames by `seq`, books and stale events by receive time.
 
 Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
-µs since the epoch.
+µs since the epoch. No I/O: `replay` reads the files.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from kalshi_platform.analytics.columns import Array, Bools, Ints
 from kalshi_platform.analytics.frames import (
     CHECKPOINT,
     DELTA,
-    DOUBT,
     MAX_PRICE,
     NO,
     NO_LEVEL,
@@ -41,6 +39,7 @@ from kalshi_platform.analytics.frames import (
     NONE,
     SECOND_US,
     SNAPSHOT,
+    STALE,
     YES,
     Codes,
     Frames,
@@ -53,7 +52,7 @@ from kalshi_platform.schema import CONNECTION_ENDS, PLACE, STALE_EVENTS
 
 _KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
-"""The columns of orderbook_events that the books are made from."""
+"""The columns of orderbook_events that the books are built from."""
 GROUP_ROWS = 1 << 20
 _SID = (1 << 32) - 1
 _WITHOUT_RECORD = -(1 << 62)
@@ -87,7 +86,7 @@ class Books:
         return best(self.levels, NO, len(self.frames))
 
     def places(self, rows: Array) -> tuple[pa.Array, pa.Array]:
-        """The columns `shard` and `record` of frames; null where their rows have none."""
+        """Return the columns `shard` and `record` of the frames `rows`; null where their rows have none."""
         record = self.frames.record[rows]
         without = record == NONE
         shard = np.where(without, 0, self.book_shard[self.frames.book[rows]])
@@ -98,7 +97,7 @@ class Books:
 
     @cached_property
     def seconds(self) -> Codes:
-        """The last frame of every second of every market in which there was one."""
+        """The last frame of each second of each market, for seconds with a frame."""
         second = self.frames.clock_us // SECOND_US
         last = np.ones(len(second), dtype=np.bool_)
         last[:-1] = (second[1:] != second[:-1]) | (
@@ -108,25 +107,24 @@ class Books:
 
     @cached_property
     def sides(self) -> dict[str, Side]:
-        """What rests on the bid and on the ask side of the YES market at the end of each of `seconds`."""
-        at = self.seconds
+        """The bid and the ask side of the YES market at each of `seconds`."""
 
-        def of(side: int) -> Side:
+        def at_seconds(side: int) -> Side:
             best = self.best_yes if side == YES else self.best_no
-            return side_at(self.frames, self.levels, best, side, at)
+            return side_at(self.frames, self.levels, best, side, self.seconds)
 
         with ThreadPoolExecutor(len(SIDES)) as pool:  # numpy works without the interpreter's lock
-            return dict(zip(SIDES, pool.map(of, SIDES.values()), strict=True))
+            return dict(zip(SIDES, pool.map(at_seconds, SIDES.values()), strict=True))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Levels and markers before they are frames, in any order."""
+    """Rows of levels, and one marker row for each snapshot, in any order; frames are built from them."""
 
     book: Codes
     place: Ints
-    """The order within a book: twice the record, one more for what is not a checkpoint. Without a record it
-    is made of `seq` and below zero."""
+    """The order within a book: twice the record, plus one for rows that are not of a checkpoint. Without a record
+    it is computed from `seq` and negative."""
     seq: Ints
     side: npt.NDArray[np.int8]
     price: npt.NDArray[np.uint16]
@@ -146,8 +144,8 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
 
 
 @dataclass(frozen=True)
-class _Owners:
-    """Whose each book is. Books of a market in their order, markets by ticker."""
+class _BookKeys:
+    """Market, connection, subscription and shard of each book; markets by ticker, a market's books in their order."""
 
     market: Ints
     conn: Ints
@@ -158,45 +156,45 @@ class _Owners:
     conns: list[str]
 
 
-class _Names:
-    """Numbers for texts, in the order in which they are met."""
+class _Codes:
+    """Integer codes for texts, in order of first occurrence."""
 
     def __init__(self) -> None:
         self.codes: dict[str, int] = {}
 
-    def of(self, column: pa.ChunkedArray) -> Ints:
-        """The number of each value of a text column, dictionary-encoded or not."""
+    def encode(self, column: pa.ChunkedArray) -> Ints:
+        """Return the code of each value of a text column, dictionary-encoded or not."""
         parts = [np.empty(0, dtype=np.int64)]
         for chunk in column.chunks:
             encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
             values = encoded.dictionary.to_pylist()
             indices = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-            there = np.flatnonzero(np.bincount(indices, minlength=len(values)))
+            used = np.flatnonzero(np.bincount(indices, minlength=len(values)))
             codes = np.zeros(max(len(values), 1), dtype=np.int64)
-            for i in there[: len(values)].tolist():  # values that no row has are left out
+            for i in used[: len(values)].tolist():  # values that no row has get no code
                 codes[i] = self.codes.setdefault(values[i], len(self.codes))
             parts.append(codes[indices])
         return np.concatenate(parts)
 
 
-class _Recorded:
-    """The rows of an hour as they are read, with a number for each book in the order they are met."""
+class _RecordedRows:
+    """The rows of an hour as they are read, with a number for each book in order of first occurrence."""
 
     def __init__(self) -> None:
         self.parts: list[_Rows] = []
-        self.doubts: list[dict[str, Any]] = []
-        self._tickers, self._conns = _Names(), _Names()
+        self.stale_events: list[dict[str, Any]] = []
+        self._tickers, self._conns = _Codes(), _Codes()
         self._books: dict[tuple[int, int, int], int] = {}
         self._shards: dict[int, int] = {}
-        """Of each connection that has one."""
+        """The shard of each connection that has one."""
 
     def add(self, table: pa.Table, rows_of: Callable[[pa.Table, Codes], _Rows]) -> None:
         if table.num_rows:
             self.parts.append(rows_of(table, self._numbered(table)))
 
     def _numbered(self, table: pa.Table) -> Codes:
-        ticker = self._tickers.of(table["market_ticker"])
-        conn = self._conns.of(table["conn_id"])
+        ticker = self._tickers.encode(table["market_ticker"])
+        conn = self._conns.encode(table["conn_id"])
         sid = table["sid"].to_numpy().astype(np.int64)
         self._learn_shards(conn, table["shard"])
         conns = len(self._conns.codes)
@@ -219,11 +217,11 @@ class _Recorded:
             self._shards |= dict.fromkeys(np.unique(conn[known]).tolist(), span["min"])
             return
         for number in pc.unique(shard.drop_null()).to_pylist():
-            of_it = known & pc.equal(shard, number).fill_null(False).to_numpy()
-            self._shards |= dict.fromkeys(np.unique(conn[of_it]).tolist(), number)
+            of_shard = known & pc.equal(shard, number).fill_null(False).to_numpy()
+            self._shards |= dict.fromkeys(np.unique(conn[of_shard]).tolist(), number)
 
-    def by_book(self) -> tuple[list[_Rows], _Owners]:
-        """The rows with the numbers of their books in order, and whose those are."""
+    def by_book(self) -> tuple[list[_Rows], _BookKeys]:
+        """Return the rows with books numbered in their order, and the keys of the books."""
         triples = np.array(list(self._books), dtype=np.int64)
         market = _alphabetic(list(self._tickers.codes))[triples[:, 0]]
         conn = _alphabetic(list(self._conns.codes))[triples[:, 1]]
@@ -232,7 +230,7 @@ class _Recorded:
         order = self._order_of_books(market, conn, sid, shard)
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
-        owners = _Owners(
+        keys = _BookKeys(
             market[order],
             conn[order],
             sid[order],
@@ -240,18 +238,18 @@ class _Recorded:
             sorted(self._tickers.codes),
             sorted(self._conns.codes),
         )
-        return [replace(part, book=rank[part.book]) for part in self.parts], owners
+        return [replace(part, book=rank[part.book]) for part in self.parts], keys
 
     def _order_of_books(self, market: Ints, conn: Ints, sid: Ints, shard: Ints) -> Ints:
-        """Those of a shard by their first record, shards among each other by receive time; first of all
-        those without a record, by receive time."""
+        """Order a market's books: those without a record first, by receive time; those of a shard by their first
+        record, shards among each other by receive time."""
         first = np.full(len(market), np.iinfo(np.int64).max)
         first_us = first.copy()
         for part in self.parts:
             np.minimum.at(first, part.book, part.place)
             np.minimum.at(first_us, part.book, part.ingest_us)
         placed = first >= 0
-        for part in self.parts:  # a clock that was set back may show less later on
+        for part in self.parts:  # a clock that was set back may show an earlier time afterwards
             begins = placed[part.book] & (part.place == first[part.book])
             first_us[part.book[begins]] = part.ingest_us[begins]
         first[~placed] = 0
@@ -270,11 +268,13 @@ def books(
     checkpoints: Iterable[pa.Table] = (),
     stream: Iterable[pa.Table] = (),
 ) -> Books:
-    """The books of one hour from the rows of its three datasets, each in any number of tables.
+    """Build the books of one hour from the rows of its three datasets, each in any number of tables.
 
-    `events` are orderbook_events (EVENT_COLUMNS suffice), `checkpoints` book_checkpoints, `stream`
-    stream_events: its empty snapshots, and what makes a book doubtful; without it every book with a
-    snapshot counts as verified. Checkpoints are taken where their records are. Raises ValueError on a price outside of 0 to 6.5535 dollars.
+    `events` are rows of orderbook_events (EVENT_COLUMNS suffice), `checkpoints` of book_checkpoints. `stream`
+    are rows of stream_events, which have the empty snapshots and the events that make a book stale; without
+    them every book with a snapshot counts as verified. Checkpoints take effect at their records.
+
+    Raises ValueError on a price outside of 0 to 6.5535 dollars.
     """
     return next(books_in_groups(hour, events, checkpoints, stream, rows=None))
 
@@ -287,42 +287,42 @@ def books_in_groups(
     *,
     rows: int | None = GROUP_ROWS,
 ) -> Iterator[Books]:
-    """The same, some markets at a time, by ticker: of about so many rows, or of one market with more.
+    """Build the books of an hour in groups of markets, by ticker, of about `rows` rows each; a single market may have more.
 
-    Memory is bounded by the rows as they are read, 50 bytes each, and by one group. Every group knows
-    all the hour's tickers, and has frames of its own markets alone. There is always a group.
+    Memory is bounded by the rows as they are read, 50 bytes each, and by one group. Every group has all the
+    hour's tickers, and the frames of its own markets alone. There is always at least one group.
     """
     start_us = int(hour.timestamp()) * SECOND_US
-    found = _Recorded()
+    found = _RecordedRows()
     for table in checkpoints:
         found.add(table, _checkpoint_rows)
     for table in stream:
         kind = table["kind"].cast(pa.string())
         found.add(table.filter(pc.equal(kind, "snapshot")), _marker_rows)
-        found.doubts += table.filter(pc.is_in(kind, pa.array(STALE_EVENTS))).to_pylist()
+        found.stale_events += table.filter(pc.is_in(kind, pa.array(STALE_EVENTS))).to_pylist()
     for table in events:
         found.add(table, _event_rows)
-    doubts = found.doubts
+    stale_events = found.stale_events
     if not found.parts:
-        yield _nothing(hour, _gaps(doubts))
+        yield _nothing(hour, _gaps(stale_events))
         return
-    parts, owners = found.by_book()
+    parts, keys = found.by_book()
     del found
-    ends = _group_ends(parts, owners, rows)
+    ends = _group_ends(parts, keys, rows)
     for first, last in pairwise([0, *ends]):
-        within = parts
+        group = parts
         if len(ends) > 1:
-            within = [p.take(np.flatnonzero((p.book >= first) & (p.book < last))) for p in parts]
-        yield _ordered(hour, _joined(within), owners, doubts, start_us)
+            group = [p.take(np.flatnonzero((p.book >= first) & (p.book < last))) for p in parts]
+        yield _ordered(hour, _joined(group), keys, stale_events, start_us)
 
 
-def _group_ends(parts: Sequence[_Rows], owners: _Owners, limit: int | None) -> list[int]:
-    """Behind which books the groups end: between two markets."""
-    n = len(owners.market)
+def _group_ends(parts: Sequence[_Rows], keys: _BookKeys, limit: int | None) -> list[int]:
+    """Return after which books the groups end: always between two markets."""
+    n = len(keys.market)
     if limit is None:
         return [n]
     of_book = np.sum([np.bincount(part.book, minlength=n) for part in parts], axis=0)
-    markets = np.append(np.flatnonzero(differs(owners.market)), n)
+    markets = np.append(np.flatnonzero(differs(keys.market)), n)
     before = np.append(0, np.cumsum(of_book))[markets]
     ends: list[int] = []
     begun = 0
@@ -337,7 +337,7 @@ def _group_ends(parts: Sequence[_Rows], owners: _Owners, limit: int | None) -> l
 
 
 def _event_rows(table: pa.Table, book: Codes) -> _Rows:
-    kinds, sides = _Names(), _Names()
+    kinds, sides = _Codes(), _Codes()
     kinds.codes = {"snapshot": SNAPSHOT, "delta": DELTA}
     sides.codes = {"yes": YES, "no": NO}
     n = table.num_rows
@@ -346,18 +346,18 @@ def _event_rows(table: pa.Table, book: Codes) -> _Rows:
         book,
         _places(table["record"], seq, 1),
         seq,
-        sides.of(table["side"]).astype(np.int8),
+        sides.encode(table["side"]).astype(np.int8),
         _prices(table["price"]),
         _unscaled(table["size"]),
         _us(table["ts"]),
         _us(table["ingest_ts"]),
-        kinds.of(table["type"]).astype(np.int8),
+        kinds.encode(table["type"]).astype(np.int8),
         np.ones(n, dtype=np.bool_),
     )
 
 
 def _marker_rows(snapshots: pa.Table, book: Codes) -> _Rows:
-    """A row without a level for each snapshot: an empty one has no other."""
+    """Make a row without a level for each snapshot, since an empty one has no other row."""
     n = snapshots.num_rows
     seq = snapshots["seq"].to_numpy().astype(np.int64)
     return _Rows(
@@ -377,9 +377,9 @@ def _marker_rows(snapshots: pa.Table, book: Codes) -> _Rows:
 def _checkpoint_rows(table: pa.Table, book: Codes) -> _Rows:
     n = table.num_rows
     seq = table["seq"].to_numpy().astype(np.int64)
-    sides = _Names()
+    sides = _Codes()
     sides.codes = {"yes": YES, "no": NO}
-    side = sides.of(table["side"]).astype(np.int8)
+    side = sides.encode(table["side"]).astype(np.int8)
     empty = table["side"].is_null().to_numpy()
     return _Rows(
         book,
@@ -396,7 +396,7 @@ def _checkpoint_rows(table: pa.Table, book: Codes) -> _Rows:
 
 
 def _places(record: pa.ChunkedArray, seq: Ints, part: int) -> Ints:
-    """`_Rows.place`, with `part` 0 for checkpoints and 1 for frames."""
+    """Compute `_Rows.place`, with `part` 0 for checkpoints and 1 for frames."""
     if record.null_count == len(record):
         return seq * 2 + (part + _WITHOUT_RECORD)
     places: Ints = record.fill_null(0).to_numpy().astype(np.int64) * 2 + part
@@ -415,7 +415,7 @@ def _prices(column: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
 
 
 def _unscaled(column: pa.ChunkedArray) -> Ints:
-    """The integers behind decimals; 0 for null. They fit 64 bits: precision is 18 at most."""
+    """Return the unscaled integers of decimals; 0 for null. They fit 64 bits: precision is 18 at most."""
     parts = [np.empty(0, dtype=np.int64)]
     for chunk in column.chunks:
         words = np.frombuffer(chunk.buffers()[1], dtype=np.int64)
@@ -434,13 +434,13 @@ def _us(column: pa.ChunkedArray) -> Ints:
 
 
 def _ordered(
-    hour: datetime, rows: _Rows, owners: _Owners, doubts: list[dict[str, Any]], start_us: int
+    hour: datetime, rows: _Rows, keys: _BookKeys, stale_events: list[dict[str, Any]], start_us: int
 ) -> Books:
-    rows = _after_checkpoint(rows, len(owners.market))
-    rows = rows.take(np.lexsort((rows.place, _narrow(rows.book, len(owners.market)))))
-    rows, frame = _based(rows, _frame_numbers(rows))
+    rows = _after_checkpoint(rows, len(keys.market))
+    rows = rows.take(np.lexsort((rows.place, _narrow(rows.book, len(keys.market)))))
+    rows, frame = _from_base(rows, _frame_numbers(rows))
     if not len(frame):
-        return _nothing(hour, _gaps(doubts))
+        return _nothing(hour, _gaps(stale_events))
     first = np.flatnonzero(differs(frame))
     at = rows if len(first) == len(frame) else rows.take(first)
     columns: dict[str, Array] = {
@@ -449,44 +449,44 @@ def _ordered(
         "seq": at.seq,
         "ts": at.ts,
         "ingest_us": at.ingest_us,
-        "clock_us": running_max(at.ingest_us, owners.market[at.book]),
+        "clock_us": running_max(at.ingest_us, keys.market[at.book]),
         "cause": at.cause,
         "verified": at.verified,
     }
-    where, added = _doubts(columns, doubts, owners, start_us)
+    where, added = _stale_rows(columns, stale_events, keys, start_us)
     if len(where):
         columns = {name: np.insert(columns[name], where, added[name]) for name in columns}
         frame = frame + np.searchsorted(where, frame, side="right").astype(np.int32)
-        columns["clock_us"] = running_max(columns["clock_us"], owners.market[columns["book"]])
-        told = np.flatnonzero(columns["cause"] == DOUBT)
-        columns["ingest_us"][told] = columns["clock_us"][told]
-    frames = _frames(columns, owners.market)
+        columns["clock_us"] = running_max(columns["clock_us"], keys.market[columns["book"]])
+        stale = np.flatnonzero(columns["cause"] == STALE)
+        columns["ingest_us"][stale] = columns["clock_us"][stale]
+    frames = _frames(columns, keys.market)
     return Books(
         hour,
-        owners.tickers,
-        owners.conns,
-        owners.conn.astype(np.int32),
-        owners.sid.astype(np.int64),
-        owners.shard,
+        keys.tickers,
+        keys.conns,
+        keys.conn.astype(np.int32),
+        keys.sid.astype(np.int64),
+        keys.shard,
         frames,
         _levels(rows, frame, frames),
-        _gaps(doubts),
+        _gaps(stale_events),
     )
 
 
-def _gaps(doubts: list[dict[str, Any]]) -> int:
-    return sum(it["kind"] == "gap" for it in doubts)
+def _gaps(stale_events: list[dict[str, Any]]) -> int:
+    return sum(event["kind"] == "gap" for event in stale_events)
 
 
 def _alphabetic(values: list[str]) -> Ints:
-    """Where each value comes in the alphabet: codes that do not depend on the order of the rows."""
+    """Return each value's rank in alphabetic order, which does not depend on the order of the rows."""
     rank = np.empty(len(values), dtype=np.int64)
     rank[np.argsort(np.array(values, dtype=object), kind="stable")] = np.arange(len(values))
     return rank
 
 
 def _after_checkpoint(rows: _Rows, n_books: int) -> _Rows:
-    """Without what a book's checkpoint already holds, of rows without a record."""
+    """Leave out rows without a record that the book's checkpoint already contains."""
     is_checkpoint = rows.cause == CHECKPOINT
     if not is_checkpoint.any():
         return rows
@@ -501,8 +501,8 @@ def _frame_numbers(rows: _Rows) -> Codes:
     return numbers - np.int32(1)
 
 
-def _based(rows: _Rows, frame: Codes) -> tuple[_Rows, Codes]:
-    """Without the frames of a book before its checkpoint or first snapshot."""
+def _from_base(rows: _Rows, frame: Codes) -> tuple[_Rows, Codes]:
+    """Leave out the frames of a book before its checkpoint or first snapshot."""
     base = rows.cause <= SNAPSHOT
     first = np.full(int(rows.book.max(initial=-1)) + 1, np.iinfo(np.int32).max, dtype=np.int32)
     np.minimum.at(first, rows.book[base], frame[base])
@@ -513,27 +513,27 @@ def _based(rows: _Rows, frame: Codes) -> tuple[_Rows, Codes]:
     return rows, _frame_numbers(rows)
 
 
-def _doubts(
-    frames: dict[str, Array], happenings: list[dict[str, Any]], owned: _Owners, start_us: int
+def _stale_rows(
+    frames: dict[str, Array], stale_events: list[dict[str, Any]], keys: _BookKeys, start_us: int
 ) -> tuple[Ints, dict[str, Array]]:
-    """Before which frames which doubts go. The rules are those of `loading.coverage`.
+    """Return the positions at which rows of cause `doubt` are inserted, and their columns. As in `archive.coverage`.
 
-    A doubt goes before the frame of its record: it is written down when a frame shows that others are
-    missing. One without a record goes before the frames of its microsecond. One of what was in doubt
-    already is left out.
+    Such a row goes before the frame of its record, because the recorder writes the event when a frame shows
+    that others are missing. One without a record goes before the frames of its microsecond. An event that
+    concerns a book which is already stale is left out.
     """
-    if not happenings:
+    if not stale_events:
         return np.empty(0, dtype=np.int64), {}
-    within = _Within(frames, owned)
+    index = _BookIndex(frames, keys)
     found = []
-    for it in happenings:
-        us = max(_instant_us(it), start_us)
-        books, position = within.hit(it, us)
-        record = NONE if it["record"] is None else it["record"]
+    for event in stale_events:
+        us = max(_instant_us(event), start_us)
+        books, position = index.hit(event, us)
+        record = NONE if event["record"] is None else event["record"]
         found.append([position, books, *(np.full(len(books), v) for v in (record, us))])
     where, book, record_, us_ = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.lexsort((us_, record_, where))
-    order = order[_is_news(where[order], frames)]
+    order = order[_makes_stale(where[order], frames)]
     where, book, record_, us_ = where[order], book[order], record_[order], us_[order]
     return where, {
         "book": book,
@@ -542,58 +542,58 @@ def _doubts(
         "ts": np.full(len(where), NO_TIME),
         "ingest_us": us_,
         "clock_us": us_,
-        "cause": np.full(len(where), DOUBT, dtype=np.int8),
+        "cause": np.full(len(where), STALE, dtype=np.int8),
         "verified": np.zeros(len(where), dtype=np.bool_),
     }
 
 
-def _is_news(where: Ints, frames: dict[str, Array]) -> Bools:
-    """Whether each doubt, in order, is the first since a frame that says that its book is verified."""
-    said = np.where(frames["cause"] != DELTA, np.arange(len(frames["cause"])), 0)
-    last = np.maximum.accumulate(said)[where - 1]
+def _makes_stale(where: Ints, frames: dict[str, Array]) -> Bools:
+    """Whether each stale event, in order, is the first since a frame that made its book synced."""
+    not_deltas = np.where(frames["cause"] != DELTA, np.arange(len(frames["cause"])), 0)
+    last = np.maximum.accumulate(not_deltas)[where - 1]
     return differs(last) & frames["verified"][last]
 
 
-class _Within:
-    """Finds which books were a market's newest where something happened, and their next frame then."""
+class _BookIndex:
+    """Finds the books that a stale event concerns, if they were their market's newest, and their next frames."""
 
-    def __init__(self, frames: dict[str, Array], owned: _Owners) -> None:
-        self._owned = owned
-        self._conn_of = {conn: i for i, conn in enumerate(owned.conns)}
-        self._market_of = {ticker: i for i, ticker in enumerate(owned.tickers)}
+    def __init__(self, frames: dict[str, Array], keys: _BookKeys) -> None:
+        self._keys = keys
+        self._conn_of = {conn: i for i, conn in enumerate(keys.conns)}
+        self._market_of = {ticker: i for i, ticker in enumerate(keys.tickers)}
         self._base_us = int(frames["clock_us"].min())
         self._by_time = _Keys(frames["book"], frames["clock_us"] - self._base_us)
         placed = frames["place"] >= 0
         self._base_place = int(frames["place"][placed].min()) if placed.any() else 0
         rel_place = np.maximum(frames["place"] - self._base_place + 1, 0)
         self._by_place = _Keys(frames["book"], rel_place)
-        n = len(owned.market)
+        n = len(keys.market)
         self._begin = np.searchsorted(frames["book"], np.arange(n + 1))
         self._present = self._begin[:-1] < self._begin[1:]
         first = np.minimum(self._begin[:-1], len(frames["book"]) - 1)
         self._from_checkpoint = frames["cause"][first] == CHECKPOINT
         inhabited = np.flatnonzero(self._present)
         before, after = inhabited[:-1], inhabited[1:]
-        same = owned.market[before] == owned.market[after]
+        same = keys.market[before] == keys.market[after]
         before, after = before[same], after[same]
-        # when, and from which place on where that is of the same shard, another book was the newest
+        # from when on, and from which place on if that is of the same shard, another book was the newest
         self._over_us = np.full(n, np.iinfo(np.int64).max)
         self._over_us[before] = frames["clock_us"][first[after]]
         self._over_place = np.full(n, NONE)
-        one = (owned.shard[before] == owned.shard[after]) & placed[first[after]]
+        one = (keys.shard[before] == keys.shard[after]) & placed[first[after]]
         self._over_place[before[one]] = rel_place[first[after[one]]]
 
-    def hit(self, it: dict[str, Any], us: int) -> tuple[Ints, Ints]:
-        """The books that a happening makes doubtful, and their next frames."""
-        owned, record = self._owned, it["record"]
-        if it["market_ticker"]:
-            hit = owned.market == self._market_of.get(it["market_ticker"], NONE)
+    def hit(self, event: dict[str, Any], us: int) -> tuple[Ints, Ints]:
+        """Return the books that an event makes stale, and the position of their next frame."""
+        keys, record = self._keys, event["record"]
+        if event["market_ticker"]:
+            hit = keys.market == self._market_of.get(event["market_ticker"], NONE)
             if record is not None:
-                hit &= (owned.shard == it["shard"]) | (owned.shard == NONE)
+                hit &= (keys.shard == event["shard"]) | (keys.shard == NONE)
         else:
-            hit = owned.conn == self._conn_of.get(it["conn_id"], NONE)
-            if it["kind"] not in CONNECTION_ENDS:
-                hit &= owned.sid == it["sid"]
+            hit = keys.conn == self._conn_of.get(event["conn_id"], NONE)
+            if event["kind"] not in CONNECTION_ENDS:
+                hit &= keys.sid == event["sid"]
         newest = self._over_us > us
         if record is not None:
             place = 2 * record + 1 - self._base_place + 1
@@ -611,32 +611,32 @@ class _Within:
 
 
 class _Keys:
-    """Books and numbers that ascend within each, to be searched as one."""
+    """A combined key of book and a number that ascends within each book, for binary search."""
 
     def __init__(self, book: Array, numbers: Ints) -> None:
         self._span = int(numbers.max()) + 2
         self._keys = book.astype(np.int64) * self._span + numbers
 
     def find(self, book: Ints, number: int) -> Ints:
-        """Of each book the first row with that number or a greater one, or the row after its last."""
+        """Return for each book the first row with that number or a greater one, or the row after its last."""
         return np.searchsorted(self._keys, book * self._span + min(max(number, 0), self._span - 1))
 
 
-def _instant_us(it: dict[str, Any]) -> int:
-    """When a doubt begins: a connection had been dead for a while when its end was written down, or
-    frames had been missing for a while when a later one showed it."""
-    at: datetime = it["ingest_ts"]
+def _instant_us(event: dict[str, Any]) -> int:
+    """Return when a book became stale: earlier than the event if a connection had been dead before its end was
+    recorded, or if frames had been missing before a later one showed it (`span_s`)."""
+    at: datetime = event["ingest_ts"]
     us = int(at.timestamp()) * SECOND_US + at.microsecond
-    if it["kind"] not in {"disconnected", "gap"}:
+    if event["kind"] not in {"disconnected", "gap"}:
         return us
-    span_s = float(msgspec.json.decode(it["detail"]).get("span_s", 0.0))
+    span_s = float(msgspec.json.decode(event["detail"]).get("span_s", 0.0))
     return us - round(span_s * SECOND_US)
 
 
 def _frames(columns: dict[str, Array], book_market: Ints) -> Frames:
     cause = columns["cause"]
-    told = np.where(cause != DELTA, np.arange(len(cause)), 0)
-    verified = columns["verified"][np.maximum.accumulate(told)]
+    not_deltas = np.where(cause != DELTA, np.arange(len(cause)), 0)
+    verified = columns["verified"][np.maximum.accumulate(not_deltas)]
     return Frames(
         book_market[columns["book"]].astype(np.int32),
         columns["book"].astype(np.int32),
@@ -671,11 +671,11 @@ def _levels(rows: _Rows, frame: Codes, frames: Frames) -> Levels:
     return Levels(ladder[stands], price[stands], size[stands], at[stands], end[stands])
 
 
-# -- small things ------------------------------------------------------------------------------
+# -- helpers -----------------------------------------------------------------------------------
 
 
 def _narrow(codes: Array, bound: int) -> Array:
-    """16 bits where they suffice: numpy then sorts by radix."""
+    """Cast to 16 bits if they suffice: numpy then sorts by radix."""
     return codes.astype(np.uint16 if bound <= 1 << 16 else np.int64)
 
 

@@ -1,4 +1,7 @@
-"""numpy arrays to Arrow columns of the one schema, exactly and without a loop per row."""
+"""Convert numpy arrays to Arrow columns of `kalshi_platform.schema`, exactly and without a loop per row.
+
+Only conversions; which columns a dataset has is in the schema.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ Floats = npt.NDArray[np.float64]
 
 
 def decimals(unscaled: Ints, kind: pa.Decimal128Type, valid: Bools | None = None) -> pa.Array:
-    """Unscaled integers as 128-bit decimals; null where not `valid`.
+    """Convert unscaled integers to 128-bit decimals; null where not `valid`.
 
-    Raises ValueError where one has more digits than the type.
+    Raises ValueError if a value has more digits than the type.
     """
     if valid is not None and valid.all():
         valid = None
@@ -36,17 +39,17 @@ def decimals(unscaled: Ints, kind: pa.Decimal128Type, valid: Bools | None = None
 
 
 def times(us: Ints, valid: Bools | None = None) -> pa.Array:
-    """µs since the epoch as timestamps, UTC; null where not `valid`."""
+    """Convert µs since the epoch to timestamps, UTC; null where not `valid`."""
     return pa.array(us, pa.int64(), mask=None if valid is None else ~valid).cast(TIME)
 
 
 def floats(values: Floats, valid: Bools) -> pa.Array:
-    """Floats; null where not `valid`."""
+    """Convert floats; null where not `valid`."""
     return pa.array(values, pa.float64(), mask=~valid)
 
 
 def names(codes: npt.NDArray[np.int32], values: list[str], valid: Bools | None = None) -> pa.Array:
-    """Text that repeats, from codes into `values`; null where not `valid`."""
+    """Make a dictionary-encoded text column from codes into `values`; null where not `valid`."""
     return pa.DictionaryArray.from_arrays(
         pa.array(codes, pa.int32(), mask=None if valid is None else ~valid),
         pa.array(values, pa.string()),

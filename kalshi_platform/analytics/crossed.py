@@ -1,4 +1,7 @@
-"""Crossed books: states in which the best YES bid met the best YES ask, and stayed there."""
+"""Find crossed books in rows of `spreads`: the best YES bid at or above the best YES ask for longer than a limit.
+
+Pure; the check that reads both stores is `quality.crossed_books`.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,20 @@ COLUMNS = (
     "yes_bid",
     "yes_ask",
 )
-"""The columns of `spreads` that are needed."""
+"""The columns of `spreads` that `lasting` needs."""
 
 
 def lasting(states: pl.DataFrame, until: datetime, longer_than_s: float) -> pl.DataFrame:
-    """Runs of crossed states that lasted for more than `longer_than_s` seconds of receive time.
+    """Return runs of crossed states that lasted for more than `longer_than_s` seconds of receive time, the longest first.
 
-    `states` are rows of `spreads` (COLUMNS), each market's in their order: a state holds until the
-    market's next row, but not beyond its hour, which is computed by itself, nor beyond `until`. A state is crossed where yes_bid >= yes_ask, both
-    there, and the book verified. The deltas of one matching event share the exchange time `ts`: a
-    state that is followed by another of the same `ts` is transient and does not count.
+    `states` are rows of `spreads` (COLUMNS), each market's in their order. A state holds until the
+    market's next row, but not beyond its hour, since hours are computed separately, nor beyond `until`. It is
+    crossed if yes_bid >= yes_ask, neither is null, and the book is verified. The deltas of one matching event
+    share the exchange time `ts`: a state that is followed by another of the same `ts` is transient and does
+    not count.
 
     One row per run: market_ticker, since, lasted_s, lasts (whether it holds at `until`), and of its
-    first state yes_bid, yes_ask, conn_id, sid, seq. The longest first.
+    first state yes_bid, yes_ask, conn_id, sid, seq.
     """
     followed = pl.col("ts").shift(-1).over("market_ticker")
     settled = states.filter((followed != pl.col("ts")).fill_null(value=True))

@@ -1,4 +1,4 @@
-"""`depth`: what rests on both sides, once a second where it changed."""
+"""Compute the dataset `depth`: the sizes that rest on both sides, once a second if they changed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kalshi_platform.schema import DEPTH, NOTIONAL, PRICE, QTY
 
 
 def depth(books: Books) -> pa.Table:
-    """One row for every second at whose end a market's depth was not what its row before says.
+    """Make one row for every second at whose end a market's depth differs from its row before.
 
-    A second without a row had the depth of the row before, so the newest row at or before a second
-    is its depth; the first row of a market is that of its first second in the hour. `second` is the
-    second's first instant, of receive time; the state is that after its last frame. It is known at the
-    second's end, `known_at`: join on that, or the row shows what came up to a second later.
+    A second without a row has the depth of the newest row before it; the first row of a market is that of its
+    first second in the hour. `second` is the second's first instant, of receive time; the state is that after
+    its last frame. The row is known at the second's end, `known_at`: a join on `second` would look up to a
+    second into the future.
 
         bid size within n cents = sum of the sizes of YES bids at yes_bid - n cents and above
         ask size within n cents = sum of the sizes of YES asks at yes_ask + n cents and below
-        notional = sum of size * YES price over all levels of the side: the dollars that change
-                   hands if the whole side is taken                       [contracts, dollars; exact]
+        notional = sum of size * YES price over all levels of the side: the dollars paid if the
+                   whole side is taken                                    [contracts, dollars; exact]
 
     Asks are the NO bids, each at 1 - its price. An empty side has sizes, levels and notional of 0 and
-    no best price. `verified` is that of the second's end.
+    no best price. `verified` holds for the second's end.
     """
     sides, at = books.sides, books.seconds
     notional = {
@@ -52,7 +52,7 @@ def depth(books: Books) -> pa.Table:
 
 
 def changed(books: Books, numbers: list[Array]) -> Bools:
-    """Whether any of the numbers, one per second, differs from the market's second before."""
+    """Whether any of the numbers, one per second, differs from the market's previous second."""
     market = books.frames.market[books.seconds]
     differs = np.ones(len(market), dtype=np.bool_)
     differs[1:] = market[1:] != market[:-1]

@@ -1,4 +1,6 @@
-"""The words that an hour's books are written in: frames, and the runs over which levels stand.
+"""Data types of an hour's books: frames, and the runs of frames over which levels stood with one size.
+
+`books` builds them from rows; what is computed from them is in the other modules.
 
 Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
 µs since the epoch.
@@ -16,7 +18,7 @@ from kalshi_platform.analytics.columns import Array, Bools, Ints
 
 Codes = npt.NDArray[np.int32]
 YES, NO, NO_LEVEL = 0, 1, -1
-CHECKPOINT, SNAPSHOT, DELTA, DOUBT = 0, 1, 2, 3
+CHECKPOINT, SNAPSHOT, DELTA, STALE = 0, 1, 2, 3
 CAUSES = ["checkpoint", "snapshot", "delta", "doubt"]
 NO_TIME = np.iinfo(np.int64).min
 NONE = -1
@@ -29,39 +31,39 @@ MAX_PRICE = (1 << 16) - 1
 class Frames:
     """One value per frame, markets by ticker and frames within a market in their order.
 
-    A frame is a delta, a whole snapshot, the checkpoint that begins the hour, or a doubt: the moment
-    from which a book can no longer be believed. Doubts change no level.
+    A frame is a delta, a whole snapshot, the checkpoint that begins the hour, or a stale event (recorded as
+    cause `doubt`): from it on the book is stale. Stale events change no level.
     """
 
     market: Codes
     book: Codes
     seq: Ints
-    """0 for doubts."""
+    """0 for stale events."""
     record: Ints
-    """The journal record of the frame, of the checkpoint's beginning, or of what told the doubt; NONE where
-    the rows have none."""
+    """The journal record of the frame, of the start of the checkpoint, or of the stale event; NONE if the
+    rows have none."""
     ts: Ints
-    """Exchange time, NO_TIME where there is none."""
+    """Exchange time, NO_TIME if there is none."""
     ingest_us: Ints
     clock_us: Ints
-    """Receive time that never steps back within a market, even where the machine's clock did."""
+    """Receive time that never decreases within a market, even if the machine's clock was set back."""
     cause: npt.NDArray[np.int8]
     verified: Bools
-    """The book can be believed after this frame: no gap since its snapshot."""
+    """Whether the book is synced after this frame: no gap since its snapshot."""
 
     def __len__(self) -> int:
         return len(self.market)
 
     def bounds(self, markets: int) -> Ints:
-        """The first frame of each of so many markets, and the first after them all."""
+        """Return the first frame of each of `markets` markets, and the end of the last."""
         return np.searchsorted(self.market, np.arange(markets + 1))
 
     @cached_property
     def shown_us(self) -> Ints:
-        """Receive time that never steps back, counted from a market's last frame: the state at an instant is
-        that after the last frame at or before it, the last time that the clock showed the instant.
+        """Receive time that never decreases, computed backwards from a market's last frame.
 
-        Without records it is `clock_us`: the state when the clock first showed it.
+        If the clock showed an instant twice, the state at that instant is the one after the last frame of the
+        second time. Without records it is `clock_us`, which gives the state of the first time.
         """
         if not (self.record != NONE).any():
             return self.clock_us
@@ -75,7 +77,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Levels:
-    """Runs of frames over which a level stood with one size, by market, side, price and frame."""
+    """Runs of frames over which a level stood with one size, ordered by market, side, price and frame."""
 
     ladder: Codes
     """Market and side: 2 * market + side."""
@@ -87,14 +89,14 @@ class Levels:
     """The first frame after it."""
 
     def between(self, first: int, last: int) -> Levels:
-        """The runs of the markets from `first` to `last`."""
+        """Return the runs of the markets from `first` to `last`."""
         edges = np.searchsorted(self.ladder, [2 * first, 2 * last + 2])
         these = slice(int(edges[0]), int(edges[1]))
         return Levels(*(getattr(self, name)[these] for name in self.__dataclass_fields__))
 
 
 def running_max(values: Ints, group: Array) -> Ints:
-    """The greatest value so far, anew in each group; groups ascend."""
+    """Return the running maximum within each group; groups ascend."""
     if not ((values[1:] < values[:-1]) & (group[1:] == group[:-1])).any():
         return values
     base = int(values.min())
@@ -105,7 +107,7 @@ def running_max(values: Ints, group: Array) -> Ints:
 
 
 def differs(values: Array) -> Bools:
-    """Whether each value differs from the one before; the first does."""
+    """Whether each value differs from the one before; true for the first."""
     found = np.ones(len(values), dtype=np.bool_)
     np.not_equal(values[1:], values[:-1], out=found[1:])
     return found

@@ -1,10 +1,10 @@
-"""An hour's analytics, computed from its archived files and written to both stores.
+"""Compute an hour's analytics from its archived files and write them to both stores.
 
     <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour.parquet, _manifest.json
 
-The rows, their order and the file's bytes follow from the hour's recorded rows alone. Writing an hour
-again replaces it whole: in the archive by a rename, in ClickHouse by replacing the hour's partition, so
-that a kill at any instant leaves the old hour or the new one. Formulas are in `kalshi_platform.analytics`.
+The rows, their order and the file's bytes depend on the hour's recorded rows alone. Writing an hour
+again replaces it: in the archive by a rename, in ClickHouse by replacing the hour's partition, so
+that a kill at any instant leaves the old hour or the new one. The formulas are in the datasets' own modules.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 FILE = "hour.parquet"
 INSERT_ROWS = 1 << 20
-"""Rows of one insert: what ClickHouse holds in memory at once."""
+"""Rows of one insert, which ClickHouse holds in memory."""
 COMPUTED: dict[str, Callable[[Books], pa.Table]] = {
     SPREADS.name: spreads,
     DEPTH.name: depth,
@@ -52,7 +52,7 @@ COMPUTED: dict[str, Callable[[Books], pa.Table]] = {
 
 @dataclass(frozen=True)
 class Computed:
-    """An hour as it was computed: what happened in it, and the report on its datasets."""
+    """A computed hour: its activity, and the report on its datasets."""
 
     activity: Activity
     report: HourReport
@@ -63,22 +63,24 @@ def compute_hour(
 ) -> Computed:
     """Compute the `wanted` datasets of an hour from its archived files and write them.
 
-    Some markets are computed while those before are written, so that memory does not grow with the
-    hour. An hour that is not sealed is computed as it is, and said not to be complete. The report has
-    the datasets that have rows; one without rows leaves neither file nor partition. Raises
-    `StoreRefused` and `StoreUnavailable` as the stores do; what was written until then is whole.
+    A group of markets is computed while the group before is written, so that memory does not grow with the
+    hour. An hour that is not sealed is computed as it is, and reported as not complete. The report has
+    the datasets with rows; one without rows leaves neither file nor partition. Raises
+    `StoreRefused` and `StoreUnavailable` as the stores do; datasets written until then are whole.
     """
     archive = known_archive(settings)
-    complete = hours.is_sealed(archive, hour)  # before reading: what is sealed later is read later
+    complete = hours.is_sealed(
+        archive, hour
+    )  # before reading, so that an hour sealed meanwhile counts as not complete
     activity = Activity(hour)
     outputs = [_Output(archive, d, hour) for d in ANALYTICS if d.name in wanted]
     with ExitStack() as files:
         for tables in replay.ahead(
-            _tables(archive, hour, [it.dataset.name for it in outputs], activity)
+            _tables(archive, hour, [output.dataset.name for output in outputs], activity)
         ):
             for output, table in zip(outputs, tables, strict=True):
                 output.add(table, files)
-    reports = [it.report(complete=complete, gaps=activity.gaps) for it in outputs]
+    reports = [output.report(complete=complete, gaps=activity.gaps) for output in outputs]
     if settings.use_clickhouse:
         for output in outputs:
             name = output.dataset.name
@@ -87,24 +89,24 @@ def compute_hour(
                 replace_hour(client, output.dataset, hour, output.written())
             finally:
                 client.close()
-    told = tuple(report for report in reports if report is not None)
-    return Computed(activity, HourReport(hour, complete, told))
+    with_rows = tuple(report for report in reports if report is not None)
+    return Computed(activity, HourReport(hour, complete, with_rows))
 
 
 def _tables(
     archive: Archive, hour: datetime, names: list[str], activity: Activity
 ) -> Iterator[list[pa.Table]]:
-    """The rows of the named datasets, some markets at a time."""
-    for of in replay.read_in_groups(archive, hour):
-        activity.add(of)
-        yield [COMPUTED[name](of) for name in names]
+    """Yield the rows of the named datasets, one group of markets at a time."""
+    for books in replay.read_in_groups(archive, hour):
+        activity.add(books)
+        yield [COMPUTED[name](books) for name in names]
 
 
 # -- the archive -------------------------------------------------------------------------------
 
 
 class _Output:
-    """A dataset's file of the hour, in the making, and what is known of it so far."""
+    """A dataset's file of the hour while it is written, and the statistics of its rows so far."""
 
     def __init__(self, archive: Archive, dataset: Dataset, hour: datetime) -> None:
         self.dataset = dataset
@@ -113,7 +115,7 @@ class _Output:
         self._statistics = RowStatistics(dataset)
 
     def add(self, table: pa.Table, files: ExitStack) -> None:
-        """Take the rows of some markets; the file is there when `files` is closed."""
+        """Write the rows of a group of markets; the file appears when `files` is closed."""
         if not table.num_rows:
             return
         if self._write is None:
@@ -123,18 +125,18 @@ class _Output:
         self._statistics.add(table)
 
     def written(self) -> Iterator[pa.Table]:
-        """The file's rows."""
+        """Yield the file's rows."""
         if self._statistics.rows:
             yield from batches(self._file, self.dataset.arrow, INSERT_ROWS)
 
     @property
     def _file(self) -> File:
-        """The file, once it is there."""
-        there = self._archive.files(self.dataset.name, self._hour)
-        return next(file for file in there if file.name == FILE)
+        """The file, once it has appeared."""
+        files = self._archive.files(self.dataset.name, self._hour)
+        return next(file for file in files if file.name == FILE)
 
     def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
-        """Put the manifest beside the file and say what it says; without rows take both away."""
+        """Write the manifest beside the file and return the same as a report; without rows, remove both."""
         name = self.dataset.name
         if not self._statistics.rows:
             self._archive.remove_hour(name, self._hour)
@@ -159,21 +161,21 @@ class _Output:
         return report
 
 
-def _manifest(it: DatasetHour) -> Manifest:
+def _manifest(report: DatasetHour) -> Manifest:
     return Manifest(
-        dataset=it.dataset,
-        hour=it.hour.isoformat(),
-        complete=it.complete,
-        rows=it.rows,
-        bytes=it.bytes,
-        markets=it.markets,
-        gaps=it.gaps,
+        dataset=report.dataset,
+        hour=report.hour.isoformat(),
+        complete=report.complete,
+        rows=report.rows,
+        bytes=report.bytes,
+        markets=report.markets,
+        gaps=report.gaps,
         verified_seconds=None,
         coverage=None,
-        first=it.first.isoformat() if it.first else None,
-        last=it.last.isoformat() if it.last else None,
-        checksum=it.checksum,
-        parts=[Part(FILE, it.rows, it.bytes)],
+        first=report.first.isoformat() if report.first else None,
+        last=report.last.isoformat() if report.last else None,
+        checksum=report.checksum,
+        parts=[Part(FILE, report.rows, report.bytes)],
     )
 
 
@@ -183,10 +185,10 @@ def _manifest(it: DatasetHour) -> Manifest:
 def replace_hour(
     client: clickhouse.Client, dataset: Dataset, hour: datetime, tables: Iterable[pa.Table]
 ) -> None:
-    """Put the rows of `tables` in the place of whatever ClickHouse has of the dataset's hour, at one instant.
+    """Replace the rows that ClickHouse has of the dataset's hour by those of `tables`, atomically.
 
-    They are collected in a table of their own first. It may have been left behind by a run that was
-    killed; it is made anew each time, so nothing in it can be doubled or missing.
+    They are first collected in a staging table. A killed run may have left one behind, so it is created
+    again each time, and no row in it can be doubled or missing.
     """
     # the partition's id: the hour in seconds since the epoch
     partition = str(int(hour.timestamp()))

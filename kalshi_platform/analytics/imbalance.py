@@ -1,4 +1,4 @@
-"""`imbalance`: which side of the book is the heavier, and the order flow that made it so."""
+"""Compute the dataset `imbalance`: the imbalance of resting sizes, and the order-flow imbalance, per second."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ CENTS = 5
 
 
 def imbalance(books: Books) -> pa.Table:
-    """One row for every second in which imbalance changed or order flow was not in balance.
+    """Make one row for every second in which an imbalance changed or the order-flow imbalance was not 0.
 
     A second without a row had the imbalances of the row before and an order-flow imbalance of 0.
-    `second` is the second's first instant, of receive time; all of the row is known at its end, `known_at`.
+    `second` is the second's first instant, of receive time; the row is known at its end, `known_at`.
 
         imbalance = (B - A) / (B + A), from -1 to 1; B and A are the sizes of bids and asks at the best,
                     over the 5 best levels, within 5 cents of the best, at the end of the second.
-                    Float64: the nearest to the exact ratio. 1 or -1 where one side is empty, null
-                    where both are
+                    Float64: the nearest to the exact ratio. 1 or -1 if one side is empty, null
+                    if both are
         ofi       = sum of e_n over the second's frames                        [contracts, exact]
         e_n       = [Pb_n >= Pb_n-1] qb_n - [Pb_n <= Pb_n-1] qb_n-1
                   - [Pa_n <= Pa_n-1] qa_n + [Pa_n >= Pa_n-1] qa_n-1
 
     with best prices Pb, Pa and their sizes qb, qa after the n-th frame: Cont, Kukanov and Stoikov,
     "The price impact of order book events", Journal of Financial Econometrics 12 (2014), section 2.
-    Positive: buyers press. An empty side counts as the worst of all prices with size 0. Only deltas are
-    order flow: what a snapshot or a checkpoint changes happened before, and unseen.
+    Positive: buying pressure. An empty side counts as the worst of all prices with size 0. Only deltas are
+    order flow: the changes that a snapshot or a checkpoint shows happened earlier, unseen.
 
-    `verified`: the book could be believed all through the second, from the frame before it on.
+    `verified`: the book was synced throughout the second, from the frame before it on.
     """
     at = books.seconds
     bid, ask = books.sides["bid"], books.sides["ask"]
@@ -46,8 +46,8 @@ def imbalance(books: Books) -> pa.Table:
     ratios = [((b - a) / np.where(b + a > 0, b + a, 1), b + a > 0) for b, a in pairs]
     flow = _order_flow(books)
     verified = _throughout(books)
-    told: list[Array] = [verified, *(column for ratio in ratios for column in ratio)]
-    rows = np.flatnonzero(changed(books, told) | (flow != 0))
+    values: list[Array] = [verified, *(column for ratio in ratios for column in ratio)]
+    rows = np.flatnonzero(changed(books, values) | (flow != 0))
     at = at[rows]
     second = books.frames.clock_us[at] // SECOND_US * SECOND_US
     return pa.Table.from_arrays(
@@ -64,7 +64,7 @@ def imbalance(books: Books) -> pa.Table:
 
 
 def _order_flow(books: Books) -> Ints:
-    """The sum of e_n over each second."""
+    """Return the sum of e_n over each second."""
     # Asks are NO bids: a YES ask price falls where the NO bid's rises, so both sides count alike.
     flow = _pressure(books.best_yes) - _pressure(books.best_no)
     flow[books.frames.cause != DELTA] = 0
@@ -72,7 +72,7 @@ def _order_flow(books: Books) -> Ints:
 
 
 def _pressure(best: Best) -> Ints:
-    """What each frame added to a side of bids at the best: 0 where nothing changed there."""
+    """Return what each frame added to a side of bids at its best price; 0 if nothing changed there."""
     price, size = best.price, best.size
     added = np.zeros(len(price), dtype=np.int64)
     added[1:] = np.where(price[1:] >= price[:-1], size[1:], 0)
@@ -81,11 +81,11 @@ def _pressure(best: Best) -> Ints:
 
 
 def _throughout(books: Books) -> Bools:
-    """Whether every state of each second was verified, the one that it began with included."""
+    """Whether every state of each second was verified, including the one before its first frame."""
     verified, begins = books.frames.verified, books.frames.begins
     before = np.append(True, verified[:-1]) | begins
-    doubtful = ~(verified & before)
-    return np.asarray(_per_second(books, doubtful.astype(np.int64)) == 0)
+    stale = ~(verified & before)
+    return np.asarray(_per_second(books, stale.astype(np.int64)) == 0)
 
 
 def _per_second(books: Books, values: Ints) -> Ints:

@@ -1,11 +1,12 @@
-"""What rests on a side of the book at chosen frames: near the best, over the best levels, in all.
+"""Sizes that rest on a side of the book at sampled frames: near the best price, over the best levels, in all.
 
-Such frames are called places here. What does not depend on where the best is (all, levels, value) is
-summed up over the beginnings and ends of runs alone. For the rest, a side's sizes are laid out as a
-matrix, prices downwards in the rows and places in the columns, many stretches of places beside each
-other, and filled by running sums from each run's beginning and end. A stretch has rows for the levels
-that can matter in it alone: down to the farthest that is asked for below its lowest best, or to enough
-levels that stand all through it. No loop per event.
+Sums that do not depend on the best price (all, levels, value) are computed from the starts and ends of runs
+alone. For the others, a side's sizes form a matrix with descending prices in the rows and samples in the
+columns, filled by running sums from each run's start and end. The samples of a market are cut into windows,
+so that the matrix of a window needs only the levels that can count in it: down to the largest distance from
+its lowest best price, or to enough levels that stand throughout. No loop per event.
+
+Which frames are sampled is the caller's choice; the datasets' formulas are in their own modules.
 """
 
 from __future__ import annotations
@@ -29,41 +30,41 @@ from kalshi_platform.analytics.frames import (
 )
 
 CENT = 100
-"""In units of price."""
+"""In 1e-4 dollars."""
 CENTS = (1, 2, 5, 10)
-"""Distances from the best that are summed up to."""
+"""Distances from the best price, in cents, within which sizes are summed."""
 BEST_LEVELS = 5
-"""How many best levels are summed up."""
+"""How many of the best levels are summed."""
 SIDES = {"bid": YES, "ask": NO}
 """Sides of the YES market: its bids are YES bids, its asks are NO bids."""
 _CELLS = 1 << 19
-"""Of a matrix: what fits a processor's cache, by and large."""
-_STRETCH = 512
-"""Places of a stretch: short, so that few levels matter in it."""
+"""Cells of a matrix: about what fits a processor's cache."""
+_WINDOW = 512
+"""Samples of a window: few, so that few levels count in it."""
 _SPAN = 1 << 16
-"""More than any price."""
+"""Greater than any price."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the book, one value per place. Sizes in 1e-2 contracts."""
+    """One side of the book, one value per sample. Sizes in 1e-2 contracts."""
 
     price: Ints
-    """The best bid of the side, NONE where it is empty."""
+    """The best bid of the side, NONE if it is empty."""
     within: dict[int, Ints]
-    """Size at the best and down to so many cents below it; 0 cents: at the best."""
+    """By distance in cents: size from the best price down to that distance below it; 0: at the best price."""
     over: Ints
-    """Size of the BEST_LEVELS best levels; of all where there are fewer."""
+    """Size of the BEST_LEVELS best levels; of all levels if there are fewer."""
     all: Ints
     levels: Ints
-    """How many levels have a size."""
+    """Number of levels with a size."""
     value: Ints
     """Sum of size times price on the side's own scale, in 1e-6 dollars."""
 
 
 @dataclass(frozen=True)
 class Top:
-    """The best levels of a side, one row per rank, the best first, one column per place."""
+    """The best levels of a side: one row per rank, the best first; one column per sample."""
 
     price: Ints
     """NONE: the side has fewer levels."""
@@ -72,8 +73,8 @@ class Top:
 
 
 def side_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes) -> Side:
-    """The side (YES or NO) after each of the frames `at`, which ascend."""
-    runs = _seen(frames, levels, side, at)
+    """Return the side (YES or NO) after each of the frames `at`, which ascend."""
+    runs = _sampled(frames, levels, side, at)
     price = best.price[at]
     near = _near(runs, price, BEST_LEVELS, reach=max(CENTS) * CENT)
     n = len(at)
@@ -99,33 +100,33 @@ def side_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes) ->
 
 
 def top_at(frames: Frames, levels: Levels, best: Best, side: int, at: Codes, *, count: int) -> Top:
-    """The `count` best levels of the side (YES or NO) after each of the frames `at`, which ascend."""
-    near = _near(_seen(frames, levels, side, at), best.price[at], count, reach=0)
+    """Return the `count` best levels of the side (YES or NO) after each of the frames `at`, which ascend."""
+    near = _near(_sampled(frames, levels, side, at), best.price[at], count, reach=0)
     found = Top(
         np.full((count, len(at)), NONE, dtype=np.int64),
         np.zeros((count, len(at)), dtype=np.int64),
     )
     for block in near.blocks():
         where = slice(block.first, block.first + block.width)
-        highest = near.levels[near.stretch_at[where]]
+        highest = near.levels[near.window_at[where]]
         for rank, row in enumerate(block.ranks(range(1, count + 1))):
-            there = row < block.height
-            found.size[rank, where] = np.where(there, block.cells(block.sizes, row), 0)
-            price = near.prices[np.where(there, highest + row, 0)]
-            found.price[rank, where] = np.where(there, price, NONE)
+            exists = row < block.height
+            found.size[rank, where] = np.where(exists, block.cells(block.sizes, row), 0)
+            price = near.prices[np.where(exists, highest + row, 0)]
+            found.price[rank, where] = np.where(exists, price, NONE)
     return found
 
 
-def seen_from(levels: Levels, at: Codes) -> tuple[Ints, Ints]:
-    """From which of the frames `at` each run is seen: from the first, up to but without the second.
+def sample_ranges(levels: Levels, at: Codes) -> tuple[Ints, Ints]:
+    """Return for each run the range of samples that it covers: indices into `at`, first and end (exclusive).
 
-    `at` ascends, and the same frame may come more than once.
+    The sampled frames `at` ascend, and may repeat.
     """
     if not len(levels.start):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     base, last = int(levels.start.min()), int(levels.end.max())
     earlier, inside = np.searchsorted(at, [base, last])
-    # How many places come before each frame from `base` to `last`.
+    # How many samples come before each frame from `base` to `last`.
     before = np.full(last - base + 1, earlier, dtype=np.int64)
     before[1:] += np.cumsum(np.bincount(at[earlier:inside] - base, minlength=last - base))
     return before[levels.start - base], before[levels.end - base]
@@ -133,17 +134,17 @@ def seen_from(levels: Levels, at: Codes) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of one side that stand at some place, by market, price and place."""
+    """The runs of one side that cover a sample, by market, price and start; start and end count samples."""
 
     price: Ints
     size: Ints
     start: Ints
     end: Ints
     market_at: Codes
-    """The market of each place."""
+    """The market of each sample."""
 
     def summed(self, amount: Array | int) -> Ints:
-        """At each place the sum of what the runs that stand there count for."""
+        """Return for each sample the sum of `amount` over the runs that cover it."""
         change = np.zeros(len(self.market_at) + 1, dtype=np.int64)
         np.add.at(change, self.start, amount)
         np.subtract.at(change, self.end, amount)
@@ -151,52 +152,58 @@ class _Runs:
         return total
 
 
-def _seen(frames: Frames, levels: Levels, side: int, at: Codes) -> _Runs:
+def _sampled(frames: Frames, levels: Levels, side: int, at: Codes) -> _Runs:
     if len(at):
         levels = levels.between(frames.market[at[0]], frames.market[at[-1]])
-    start, end = seen_from(levels, at)
-    seen = np.flatnonzero((start < end) & (levels.ladder % 2 == side))
-    return _Runs(levels.price[seen], levels.size[seen], start[seen], end[seen], frames.market[at])
+    start, end = sample_ranges(levels, at)
+    covering = np.flatnonzero((start < end) & (levels.ladder % 2 == side))
+    return _Runs(
+        levels.price[covering],
+        levels.size[covering],
+        start[covering],
+        end[covering],
+        frames.market[at],
+    )
 
 
 @dataclass(frozen=True)
 class _Near:
-    """Runs cut to stretches of places, of the levels that matter there, by stretch, row and place."""
+    """Runs cut at the bounds of windows, of the levels that count there, by window, row and start."""
 
     size: Ints
     start: Ints
     end: Ints
     row: Ints
-    """Of the run's level: 0 for the stretch's highest."""
+    """Row of the run's level: 0 for the highest of the window."""
     edges: Ints
-    """The first place of each stretch, and the end of all."""
-    stretch_at: Ints
-    """The stretch of each place."""
+    """The first sample of each window, and the end of the last."""
+    window_at: Ints
+    """The window of each sample."""
     bounds: Ints
-    """The first run of each stretch, and the end of all."""
+    """The first run of each window, and the end of the last."""
     levels: Ints
-    """The first level of each stretch, into `keys` and `prices`, and the end of all."""
+    """The first level of each window, as an index into `keys` and `prices`, and the end of the last."""
     keys: Ints
-    """Stretch and price of each level as one number, the highest price first."""
+    """Window and price of each level as one number, the highest price first."""
     prices: Ints
 
     def rows_from(self, lowest: Ints) -> Ints:
-        """Of each place the row of the lowest level whose price is not below `lowest`."""
+        """Return for each sample the row of the lowest level whose price is not below `lowest`."""
         if not len(lowest):
             return lowest
-        key = self.stretch_at * _SPAN + (MAX_PRICE - np.maximum(lowest, 0))
+        key = self.window_at * _SPAN + (MAX_PRICE - np.maximum(lowest, 0))
         fresh = np.flatnonzero(differs(key))
         level = np.searchsorted(self.keys, key[fresh], side="right") - 1
-        row = np.maximum(level - self.levels[self.stretch_at[fresh]], 0)
+        row = np.maximum(level - self.levels[self.window_at[fresh]], 0)
         found: Ints = np.repeat(row, np.diff(np.append(fresh, len(key))))
         return found
 
     def blocks(self) -> Iterator[_Block]:
-        """Some stretches at a time, as a matrix of about _CELLS sizes at most."""
+        """Yield groups of windows, each as a matrix of at most about _CELLS sizes."""
         heights = np.maximum(np.diff(self.levels), 1)
         begun = 0
         while begun < len(heights):
-            some = slice(begun, begun + _CELLS // _STRETCH)
+            some = slice(begun, begun + _CELLS // _WINDOW)
             tallest = np.maximum.accumulate(heights[some])
             cells = tallest * (self.edges[1:][some] - self.edges[begun])
             count = max(int(np.count_nonzero(cells <= _CELLS)), 1)
@@ -210,51 +217,51 @@ class _Near:
 
 
 def _near(runs: _Runs, best: Ints, count: int, *, reach: int) -> _Near:
-    """Leave out the levels that are never among the `count` best, nor within `reach` of the best."""
+    """Cut runs into windows; leave out levels that are never among the `count` best, nor within `reach` of the best."""
     n = len(runs.market_at)
     begins = np.flatnonzero(differs(runs.market_at)) if n else np.empty(0, dtype=np.int64)
     since = np.arange(n) - np.repeat(begins, np.diff(np.append(begins, n)))
-    edges = np.append(np.flatnonzero(since % _STRETCH == 0), n)
-    stretches = len(edges) - 1
-    stretch_at = np.repeat(np.arange(stretches), np.diff(edges))
+    edges = np.append(np.flatnonzero(since % _WINDOW == 0), n)
+    windows = len(edges) - 1
+    window_at = np.repeat(np.arange(windows), np.diff(edges))
 
-    first = stretch_at[runs.start]
-    pieces = stretch_at[runs.end - 1] - first + 1
+    first = window_at[runs.start]
+    pieces = window_at[runs.end - 1] - first + 1
     run = np.repeat(np.arange(len(pieces)), pieces)
-    stretch = np.arange(len(run)) + np.repeat(first - np.cumsum(pieces) + pieces, pieces)
-    # Sorted as one number: stretch, price downwards, and the run, which keeps the order of places.
+    window = np.arange(len(run)) + np.repeat(first - np.cumsum(pieces) + pieces, pieces)
+    # Sorted as one number: window, descending price, and the run, which keeps the order of samples.
     bits = len(run).bit_length()
-    key = stretch * _SPAN + (MAX_PRICE - runs.price[run])
+    key = window * _SPAN + (MAX_PRICE - runs.price[run])
     key = (key << bits) | np.arange(len(run))
     key.sort()
     order = key & ((1 << bits) - 1)
     key >>= bits
-    run, stretch = run[order], key // _SPAN
+    run, window = run[order], key // _SPAN
     price = MAX_PRICE - key % _SPAN
-    start = np.maximum(runs.start[run], edges[stretch])
-    end = np.minimum(runs.end[run], edges[stretch + 1])
+    start = np.maximum(runs.start[run], edges[window])
+    end = np.minimum(runs.end[run], edges[window + 1])
 
-    stands = np.cumsum((start == edges[stretch]) & (end == edges[stretch + 1]))
-    before = np.append(0, stands)[np.searchsorted(stretch, np.arange(stretches))]
-    enough = np.flatnonzero((stands - before[stretch] == count) & (np.diff(stands, prepend=0) > 0))
-    floor = np.full(stretches, -1, dtype=np.int64)
-    floor[stretch[enough]] = price[enough]
+    stands = np.cumsum((start == edges[window]) & (end == edges[window + 1]))
+    before = np.append(0, stands)[np.searchsorted(window, np.arange(windows))]
+    enough = np.flatnonzero((stands - before[window] == count) & (np.diff(stands, prepend=0) > 0))
+    floor = np.full(windows, -1, dtype=np.int64)
+    floor[window[enough]] = price[enough]
     if n:
         lowest = np.minimum.reduceat(np.where(best == NONE, MAX_PRICE, best), edges[:-1])
         floor = np.minimum(floor, lowest - reach)
-    keep = np.flatnonzero(price >= floor[stretch])
-    key, stretch = key[keep], stretch[keep]
+    keep = np.flatnonzero(price >= floor[window])
+    key, window = key[keep], window[keep]
     fresh = differs(key)
     level = np.cumsum(fresh) - 1
-    bounds = np.searchsorted(stretch, np.arange(stretches + 1))
+    bounds = np.searchsorted(window, np.arange(windows + 1))
     levels = np.append(level, level[-1] + 1 if len(level) else 0)[bounds]
     return _Near(
         runs.size[run[keep]],
         start[keep],
         end[keep],
-        level - levels[stretch],
+        level - levels[window],
         edges,
-        stretch_at,
+        window_at,
         bounds,
         levels,
         key[fresh],
@@ -264,16 +271,16 @@ def _near(runs: _Runs, best: Ints, count: int, *, reach: int) -> _Near:
 
 @dataclass(frozen=True)
 class _Block:
-    """The sizes of all levels at some places that follow each other."""
+    """The sizes of all levels at consecutive samples."""
 
     first: int
     width: int
     height: int
     sizes: Array
-    """Of shape (height, width + 1): the highest level first; the last column is of no place."""
+    """Of shape (height, width + 1): the highest level first; the last column belongs to no sample."""
 
     def sums(self) -> Array:
-        """The size of each level and of all above it."""
+        """Return the cumulative sizes: each level plus all above it."""
         sums = np.empty_like(self.sizes)
         sums[0] = self.sizes[0]
         for row in range(1, self.height):
@@ -281,7 +288,7 @@ class _Block:
         return sums
 
     def ranks(self, wanted: Sequence[int]) -> list[Ints]:
-        """For each rank, at each place, the row of the level that has it; `height` where none has."""
+        """Return for each rank and sample the row of the level with that rank; `height` if there is none."""
         columns = self.sizes.shape[1]
         present = np.zeros(columns, dtype=np.uint16)
         rows = [np.zeros(columns, dtype=np.uint16) for _ in wanted]
@@ -295,7 +302,7 @@ class _Block:
         return [into[: self.width].astype(np.int64) for into in rows]
 
     def cells(self, matrix: Array, row: Ints) -> Array:
-        """At each place the matrix's value in the given row, in the last one for those beyond."""
+        """Return for each sample the matrix's value in its row; rows beyond the last one count as the last."""
         at = np.minimum(row, self.height - 1) * matrix.shape[1]
         at += np.arange(self.width)
         values: Array = matrix.reshape(-1)[at]
@@ -304,14 +311,14 @@ class _Block:
 
 def _matrix(near: _Near, runs: slice, first: int, width: int, height: int) -> Array:
     size = near.size[runs]
-    # A sum over all levels of the greatest size fits 32 bits: half the memory to be moved.
+    # If a sum over all levels of the greatest size fits 32 bits, half the memory is moved.
     kind = np.int32 if height * int(size.max()) < 1 << 31 else np.int64
     size = size.astype(kind)
     changes = np.zeros((height, width + 1), dtype=kind)
     flat = changes.reshape(-1)
     row = near.row[runs] * (width + 1) - first
-    # Of one level runs do not overlap, and where one stretch ends another begins: no cell is named
-    # twice in either line.
+    # Runs of one level do not overlap, and a window ends where the next begins: neither line names a
+    # cell twice.
     flat[row + near.start[runs]] += size
     flat[row + near.end[runs]] -= size
     for line in changes:

@@ -1,7 +1,7 @@
-"""An hour in a picture each: prices and activity, depth, imbalance. PNG bytes, small enough for an event.
+"""Draw an hour of each dataset as a PNG: prices and activity, depth, imbalance; small enough for a Dagster event.
 
-Prices are dollars, sizes contracts, times minutes of the hour by receive time. States that could not be
-believed are left out of every line.
+Prices are dollars, sizes contracts, times minutes of the hour by receive time. States that are not verified
+are left out of every line. Nothing is computed here but what a drawing needs.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.titlesize": 9,
-    "text.parse_math": False,  # a ticker is no formula
+    "text.parse_math": False,  # a ticker is not a formula
     "text.usetex": False,
 }
 _LONGEST_LABEL = 60
-_COLOURS = 48  # of the picture: a third of the bytes, and no difference to be seen
+_COLOURS = 48  # colours of the picture: a third of the bytes, without a visible difference
 
 
-def plot(dataset: str, of: Activity, table: pa.Table) -> bytes:
-    """The picture of one dataset's hour, as PNG. The same rows give the same picture.
+def plot(dataset: str, activity: Activity, table: pa.Table) -> bytes:
+    """Draw one dataset's hour as a PNG. The same rows give the same bytes.
 
-    Of `table` the rows of the busiest markets are drawn.
+    Only the busiest markets of `table` are drawn.
     """
     drawing = _DRAWINGS[dataset]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 5), dpi=85, layout="constrained")
-        figure.suptitle(f"{dataset}, {of.hour:%Y-%m-%d %H:00} UTC")
-        drawing(figure, of, table)
+        figure.suptitle(f"{dataset}, {activity.hour:%Y-%m-%d %H:00} UTC")
+        drawing(figure, activity, table)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
@@ -54,35 +54,35 @@ def plot(dataset: str, of: Activity, table: pa.Table) -> bytes:
     return png.getvalue()
 
 
-def _spreads(figure: Figure, of: Activity, table: pa.Table) -> None:
+def _spreads(figure: Figure, activity: Activity, table: pa.Table) -> None:
     mid, spread, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    for ticker, rows in _markets(of, table):
-        minutes = _minutes(of, rows["ingest_ts"])
-        _line(mid, minutes, _believed(rows, "mid"), ticker)
-        _line(spread, minutes, 100 * _believed(rows, "spread"), ticker)
-    rate.stairs(of.by_minute / 60, np.arange(61), fill=True, alpha=0.5)
+    for ticker, rows in _markets(activity, table):
+        minutes = _minutes(activity, rows["ingest_ts"])
+        _line(mid, minutes, _verified(rows, "mid"), ticker)
+        _line(spread, minutes, 100 * _verified(rows, "spread"), ticker)
+    rate.stairs(activity.by_minute / 60, np.arange(61), fill=True, alpha=0.5)
     mid.set(title="mid of the busiest markets", ylabel="dollars")
     spread.set(title="spread", ylabel="cents")
     rate.set(title="frames of all markets", ylabel="per second", xlabel="minute", xlim=(0, 60))
     _legend(mid)
 
 
-def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
+def _depth(figure: Figure, activity: Activity, table: pa.Table) -> None:
     profile, over_time = figure.subplots(1, 2)
     distances = {"": 0, "_1c": 1, "_2c": 2, "_5c": 5, "_10c": 10}
-    for ticker, rows in _markets(of, table):
+    for ticker, rows in _markets(activity, table):
         bids, asks = (
-            [_median(_believed(rows, f"{side}_size{n}")) for n in distances]
+            [_median(_verified(rows, f"{side}_size{n}")) for n in distances]
             for side in ("bid", "ask")
         )
         cents = list(distances.values())
         (line,) = profile.plot([-c for c in cents], bids, "o-", label=_label(ticker), ms=3)
         profile.plot(cents, asks, "s--", color=line.get_color(), ms=3)
-        minutes = _minutes(of, rows["second"])
-        _line(over_time, minutes, _believed(rows, "bid_size_10c"), ticker)
+        minutes = _minutes(activity, rows["second"])
+        _line(over_time, minutes, _verified(rows, "bid_size_10c"), ticker)
         over_time.plot(
             minutes,
-            -_believed(rows, "ask_size_10c"),
+            -_verified(rows, "ask_size_10c"),
             drawstyle="steps-post",
             lw=0.8,
             color=over_time.lines[-1].get_color(),
@@ -93,18 +93,20 @@ def _depth(figure: Figure, of: Activity, table: pa.Table) -> None:
         ylabel="contracts",
     )
     over_time.set(title="within 10 cents: bids above, asks below 0", xlabel="minute", xlim=(0, 60))
-    for axes in (profile, over_time):  # beside a market with millions the others are to be seen too
+    for axes in (profile, over_time):  # so that small markets are visible beside one with millions
         axes.set_yscale("symlog", linthresh=100)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # its own is a formula
+        axes.yaxis.set_major_formatter(
+            lambda value, _: f"{value:,.0f}"
+        )  # the default formatter writes formulas
     _legend(profile)
 
 
-def _imbalance(figure: Figure, of: Activity, table: pa.Table) -> None:
+def _imbalance(figure: Figure, activity: Activity, table: pa.Table) -> None:
     ratio, flow = figure.subplots(2, 1, sharex=True)
-    for ticker, rows in _markets(of, table):
-        minutes = _minutes(of, rows["second"])
-        _line(ratio, minutes, _believed(rows, "imbalance_5c"), ticker)
-        _line(flow, minutes, np.nancumsum(_believed(rows, "ofi")), ticker)
+    for ticker, rows in _markets(activity, table):
+        minutes = _minutes(activity, rows["second"])
+        _line(ratio, minutes, _verified(rows, "imbalance_5c"), ticker)
+        _line(flow, minutes, np.nancumsum(_verified(rows, "ofi")), ticker)
     ratio.set(title="imbalance within 5 cents of the busiest markets", ylim=(-1.05, 1.05))
     flow.set(
         title="order-flow imbalance, summed", ylabel="contracts", xlabel="minute", xlim=(0, 60)
@@ -119,9 +121,9 @@ _DRAWINGS: dict[str, Callable[[Figure, Activity, pa.Table], None]] = {
 }
 
 
-def _markets(of: Activity, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+def _markets(activity: Activity, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     tickers = table["market_ticker"].cast(pa.string())
-    for ticker in of.busiest():
+    for ticker in activity.busiest():
         rows = table.filter(pc.equal(tickers, ticker))
         if rows.num_rows:
             yield ticker, rows
@@ -132,7 +134,7 @@ def _line(axes: Axes, minutes: Floats, values: Floats, label: str) -> None:
 
 
 def _label(ticker: str) -> str:
-    """A ticker as it is drawn: on one line, and not beginning with what leaves it out of the legend."""
+    """Return a ticker on one line, not beginning with `_`, which would leave it out of the legend."""
     text = printable(ticker)[:_LONGEST_LABEL]
     return f" {text}" if text.startswith("_") else text
 
@@ -142,26 +144,26 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="upper right", fontsize=7)
 
 
-def _start_us(of: Activity) -> int:
-    return int(of.hour.timestamp()) * SECOND_US
+def _start_us(activity: Activity) -> int:
+    return int(activity.hour.timestamp()) * SECOND_US
 
 
-def _minutes(of: Activity, times: pa.ChunkedArray) -> Floats:
-    us = times.cast(pa.int64()).to_numpy() - _start_us(of)
+def _minutes(activity: Activity, times: pa.ChunkedArray) -> Floats:
+    us = times.cast(pa.int64()).to_numpy() - _start_us(activity)
     return np.asarray(us / (60 * SECOND_US), dtype=np.float64)
 
 
-def _believed(rows: pa.Table, name: str) -> Floats:
-    """A column as floats, NaN where it is null or was not verified."""
+def _verified(rows: pa.Table, name: str) -> Floats:
+    """Return a column as floats, NaN where it is null or not verified."""
     return np.where(rows["verified"].to_numpy(), _numbers(rows, name), np.nan)
 
 
 def _median(values: Floats) -> float:
-    """Of what is there; NaN, which is not drawn, where nothing is."""
-    there = values[~np.isnan(values)]
-    return float(np.median(there)) if len(there) else np.nan
+    """Return the median of the values that are not NaN; NaN, which is not drawn, if there are none."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else np.nan
 
 
 def _numbers(rows: pa.Table, name: str) -> Floats:
-    """A column as floats, NaN where it is null; good enough to be drawn."""
+    """Return a column as floats, NaN where it is null; exact enough for a drawing."""
     return np.asarray(pc.fill_null(rows[name].cast(pa.float64()), np.nan).to_numpy())

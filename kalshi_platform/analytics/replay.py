@@ -1,12 +1,12 @@
-"""Replay: an archived hour's books after every event, or whole at chosen instants.
+"""Rebuild an archived hour's books: after every event, or whole at chosen instants.
 
-    of = read(archive_at("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
-    after_events(of, levels=5)     one row per event: the five best levels of both sides after it
-    at_instants(of, instants)      every level of every book at each of the instants
+    books = read(archive_at("data/parquet"), datetime(2026, 11, 22, 14, tzinfo=UTC), ["KXFED-27-T0.5"])
+    after_events(books, levels=5)     one row per event: the five best levels of both sides after it
+    at_instants(books, instants)      every level of every book at each of the instants
 
-An hour stands on its own: its `orderbook_events`, `book_checkpoints` and `stream_events` are all that
-is read, in whatever files they are, compacted or not. What comes out follows from the rows alone. Tables
-are Arrow: `polars.from_arrow` takes them as they are.
+Only the hour's `orderbook_events`, `book_checkpoints` and `stream_events` are read, compacted or not. The
+result depends on the rows alone, not on the files. Tables are Arrow: `polars.from_arrow` accepts them. This is the
+only module of the package that reads files, besides `hourly`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from kalshi_platform.analytics.books import EVENT_COLUMNS, GROUP_ROWS, Books, bo
 from kalshi_platform.analytics.columns import Array, Ints, decimals, names, times
 from kalshi_platform.analytics.frames import (
     CAUSES,
-    DOUBT,
     NO,
     NO_TIME,
     NONE,
     SECOND_US,
+    STALE,
     YES,
     Codes,
 )
-from kalshi_platform.analytics.ladder import Top, seen_from, top_at
+from kalshi_platform.analytics.ladder import Top, sample_ranges, top_at
 from kalshi_platform.archive import Archive
 from kalshi_platform.errors import NothingRecorded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
@@ -130,7 +130,7 @@ def _read(
     )
 
 
-def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = None) -> pa.Table:
+def after_events(books: Books, levels: int = 1, tickers: Collection[str] | None = None) -> pa.Table:
     """Make a table of the best levels of both sides after every event.
 
     One row for each event: a delta, a whole snapshot, the `checkpoint` that is the hour's opening state, or an event
@@ -138,7 +138,7 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
     each level: of many busy markets take a few at a time.
 
     Args:
-        of: The books of an hour, from `read` or `read_in_groups`.
+        books: The books of an hour, from `read` or `read_in_groups`.
         levels: How many levels of each side, 1 to 99.
         tickers: The markets wanted; None: all.
 
@@ -156,23 +156,23 @@ def after_events(of: Books, levels: int = 1, tickers: Collection[str] | None = N
     """
     if not 1 <= levels <= _LEVELS_MAX:
         raise ValueError(f"levels is {levels}; it goes from 1 to {_LEVELS_MAX}")
-    frames = of.frames
-    rows = _frames_of(of, tickers)
+    frames = books.frames
+    rows = _frames_of(books, tickers)
     book = frames.book[rows]
     table = {
-        "market_ticker": names(frames.market[rows], of.tickers),
+        "market_ticker": names(frames.market[rows], books.tickers),
         "ts": times(frames.ts[rows], frames.ts[rows] != NO_TIME),
         "ingest_ts": times(frames.ingest_us[rows]),
-        "conn_id": names(of.book_conn[book], of.conns),
-        "sid": pa.array(of.book_sid[book], pa.uint32()),
+        "conn_id": names(books.book_conn[book], books.conns),
+        "sid": pa.array(books.book_sid[book], pa.uint32()),
         "seq": pa.array(frames.seq[rows], pa.uint64()),
-        **dict(zip(PLACE, of.places(rows), strict=True)),
+        **dict(zip(PLACE, books.places(rows), strict=True)),
         "cause": names(frames.cause[rows].astype(np.int32), CAUSES),
         "verified": pa.array(frames.verified[rows]),
         "known_at": times(frames.clock_us[rows]),
     }
     with ThreadPoolExecutor(2) as pool:  # numpy works without the interpreter's lock
-        sides = list(pool.map(lambda side: _side(of, side, rows, levels), (YES, NO)))
+        sides = list(pool.map(lambda side: _side(books, side, rows, levels), (YES, NO)))
     for rank in range(levels):
         for columns in sides:
             table |= columns[rank]
@@ -196,7 +196,7 @@ AT_INSTANTS = pa.schema(
 
 
 def at_instants(
-    of: Books, instants: Iterable[datetime], tickers: Collection[str] | None = None
+    books: Books, instants: Iterable[datetime], tickers: Collection[str] | None = None
 ) -> pa.Table:
     """Make a table of every level of every book at chosen instants: the view `book_at`, for many books at once.
 
@@ -204,7 +204,7 @@ def at_instants(
     later state counts.
 
     Args:
-        of: The books of an hour, from `read` or `read_in_groups`.
+        books: The books of an hour, from `read` or `read_in_groups`.
         instants: Instants of that hour, with a time zone.
         tickers: The markets wanted; None: all.
 
@@ -217,11 +217,11 @@ def at_instants(
     Raises:
         ValueError: An instant has no time zone, or is not within the hour.
     """
-    frames = of.frames
-    wanted_us = np.unique(np.array([_us(of, at) for at in instants], dtype=np.int64))
+    frames = books.frames
+    wanted_us = np.unique(np.array([_us(books, at) for at in instants], dtype=np.int64))
     if not len(frames) or not len(wanted_us):
         return AT_INSTANTS.empty_table()
-    market = _markets(of, tickers)
+    market = _markets(books, tickers)
     base = int(frames.shown_us.min())
     span = int(frames.shown_us.max()) - base + 2
     key = frames.market.astype(np.int64) * span + (frames.shown_us - base)
@@ -232,93 +232,93 @@ def at_instants(
     known = (at >= 0) & (frames.market[at] == market)
     at, when = at[known], when[known]
 
-    # At which of the places each run stands, one row for each; and one for each empty book.
-    start, end = seen_from(of.levels, at)
+    # One row for each run and sample that it covers; and one row for each empty book.
+    start, end = sample_ranges(books.levels, at)
     run = np.repeat(np.arange(len(start)), end - start)
-    place = np.arange(len(run)) - np.repeat(np.cumsum(end - start) - end, end - start)
-    bare = np.flatnonzero(np.bincount(place, minlength=len(at)) == 0)
-    place = np.concatenate([place, bare])
+    sample = np.arange(len(run)) - np.repeat(np.cumsum(end - start) - end, end - start)
+    bare = np.flatnonzero(np.bincount(sample, minlength=len(at)) == 0)
+    sample = np.concatenate([sample, bare])
     run = np.concatenate([run, np.full(len(bare), NONE)])
-    order = np.argsort(place, kind="stable")
-    place, run = place[order], run[order]
-    there = run != NONE
+    order = np.argsort(sample, kind="stable")
+    sample, run = sample[order], run[order]
+    has_level = run != NONE
     events_so_far = np.maximum.accumulate(
-        np.where(frames.cause != DOUBT, np.arange(len(frames)), 0)
+        np.where(frames.cause != STALE, np.arange(len(frames)), 0)
     )
-    last_event = events_so_far[at[place]]
+    last_event = events_so_far[at[sample]]
     return pa.Table.from_arrays(
         [
-            names(frames.market[at[place]], of.tickers),
-            times(when[place]),
+            names(frames.market[at[sample]], books.tickers),
+            times(when[sample]),
             times(frames.ingest_us[last_event]),
-            pa.array(frames.verified[at[place]]),
-            names(_of(of.levels.ladder % 2, run), _SIDES, there),
-            decimals(_of(of.levels.price, run), PRICE, there),
-            decimals(_of(of.levels.size, run), QTY, there),
-            *of.places(last_event),
+            pa.array(frames.verified[at[sample]]),
+            names(_run_values(books.levels.ladder % 2, run), _SIDES, has_level),
+            decimals(_run_values(books.levels.price, run), PRICE, has_level),
+            decimals(_run_values(books.levels.size, run), QTY, has_level),
+            *books.places(last_event),
         ],
         schema=AT_INSTANTS,
     )
 
 
-def _of(values: Array, run: Ints) -> Array:
-    """The runs' values, anything where there is no run."""
+def _run_values(values: Array, run: Ints) -> Array:
+    """Return the values of the runs; any value where there is no run."""
     return values[run] if len(values) else np.zeros(len(run), dtype=values.dtype)
 
 
-def _us(of: Books, at: datetime) -> int:
+def _us(books: Books, at: datetime) -> int:
     if at.tzinfo is None:
         raise ValueError(f"the instant {at} has no time zone")
-    if not of.hour <= at < of.hour + _HOUR:
+    if not books.hour <= at < books.hour + _HOUR:
         raise ValueError(
-            f"the instant {at} is not within the hour from {of.hour}; read the hour that it is in"
+            f"the instant {at} is not within the hour from {books.hour}; read the hour that it is in"
         )
-    return int(of.hour.timestamp()) * SECOND_US + (at - of.hour) // timedelta(microseconds=1)
+    return int(books.hour.timestamp()) * SECOND_US + (at - books.hour) // timedelta(microseconds=1)
 
 
-def _markets(of: Books, tickers: Collection[str] | None) -> Ints:
+def _markets(books: Books, tickers: Collection[str] | None) -> Ints:
     if tickers is None:
-        return np.arange(len(of.tickers))
+        return np.arange(len(books.tickers))
     wanted = set(tickers)
-    return np.array([i for i, ticker in enumerate(of.tickers) if ticker in wanted], np.int64)
+    return np.array([i for i, ticker in enumerate(books.tickers) if ticker in wanted], np.int64)
 
 
-def _frames_of(of: Books, tickers: Collection[str] | None) -> Codes:
+def _frames_of(books: Books, tickers: Collection[str] | None) -> Codes:
     if tickers is None:
-        return np.arange(len(of.frames), dtype=np.int32)
-    bounds = of.frames.bounds(len(of.tickers))
-    pieces = [np.arange(bounds[m], bounds[m + 1], dtype=np.int32) for m in _markets(of, tickers)]
-    return np.concatenate([np.empty(0, np.int32), *pieces])
+        return np.arange(len(books.frames), dtype=np.int32)
+    bounds = books.frames.bounds(len(books.tickers))
+    rows = [np.arange(bounds[m], bounds[m + 1], dtype=np.int32) for m in _markets(books, tickers)]
+    return np.concatenate([np.empty(0, np.int32), *rows])
 
 
-def _side(of: Books, side: int, rows: Codes, levels: int) -> list[dict[str, pa.Array]]:
-    """The columns of one side of the YES market, rank by rank."""
-    top, latest = _top(of, side, rows, levels)
+def _side(books: Books, side: int, rows: Codes, levels: int) -> list[dict[str, pa.Array]]:
+    """Return the columns of one side of the YES market, rank by rank."""
+    top, latest = _top(books, side, rows, levels)
     name = "ask" if side == NO else "bid"
     found = []
     for rank in range(1, levels + 1):
         price, size = top.price[rank - 1][latest], top.size[rank - 1][latest]
-        there = price != NONE
+        exists = price != NONE
         found.append(
             {
                 f"yes_{name}_{rank}": decimals(
-                    ONE_DOLLAR - price if side == NO else price, PRICE, there
+                    ONE_DOLLAR - price if side == NO else price, PRICE, exists
                 ),
-                f"yes_{name}_size_{rank}": decimals(size, QTY, there),
+                f"yes_{name}_size_{rank}": decimals(size, QTY, exists),
             }
         )
     return found
 
 
-def _top(of: Books, side: int, rows: Codes, levels: int) -> tuple[Top, Array]:
-    """The best levels of a side where it changes, and which of those places holds at each frame of `rows`."""
-    best = of.best_yes if side == YES else of.best_no
+def _top(books: Books, side: int, rows: Codes, levels: int) -> tuple[Top, Array]:
+    """Return the best levels of a side at the frames where it changes, and which of those frames holds at each of `rows`."""
+    best = books.best_yes if side == YES else books.best_no
     if levels == 1:
         return Top(best.price[None], best.size[None]), rows
     if not len(rows):
         return Top(np.empty((levels, 0), np.int64), np.empty((levels, 0), np.int64)), rows
-    frames = of.frames
-    runs = of.levels.between(frames.market[rows[0]], frames.market[rows[-1]])
+    frames = books.frames
+    runs = books.levels.between(frames.market[rows[0]], frames.market[rows[-1]])
     of_side = runs.ladder % 2 == side
     first = int(rows[0])
     after = int(np.searchsorted(frames.market, frames.market[rows[-1]], side="right"))
@@ -326,5 +326,5 @@ def _top(of: Books, side: int, rows: Codes, levels: int) -> tuple[Top, Array]:
     changes[runs.start[of_side] - first] = True
     changes[runs.end[of_side] - first] = True
     fresh = changes[rows - first]
-    top = top_at(frames, of.levels, best, side, rows[fresh], count=levels)
+    top = top_at(frames, books.levels, best, side, rows[fresh], count=levels)
     return top, np.cumsum(fresh) - 1

@@ -1,4 +1,4 @@
-"""`spreads`: every change of a market's best prices, or of what rests there."""
+"""Compute the dataset `spreads`: every change of a market's best prices and of the sizes there."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kalshi_platform.schema import MID, PRICE, QTY, SPREADS
 
 
 def spreads(books: Books) -> pa.Table:
-    """One row for every change of best bid, best ask, their sizes, or whether they can be believed.
+    """Make one row for every change of best bid, best ask, their sizes, or `verified`.
 
-    Between two rows nothing changed, so the newest row at or before an instant is the state then. An
-    hour stands on its own: its first row of a market is the opening state, of cause `checkpoint`
-    where the book is older than the hour. A row of cause `doubt` says that from now on the book is
-    not verified; prices are as in the row before. A `snapshot` may restore that and change no price.
-    Only rows of `snapshot` and `delta` can be moves of the market.
+    Between two rows nothing changed, so the newest row at or before an instant is the state then. Each
+    hour can be read alone: its first row of a market is the opening state, of cause `checkpoint` if the book
+    is older than the hour. From a row of cause `doubt` on the book is not verified; its prices are those
+    of the row before. A `snapshot` may make it verified again and change no price. Only rows of `snapshot`
+    and `delta` can be moves of the market.
 
-    `known_at` is the receive time, or that of an earlier row where the clock was set back: it never falls.
+    `known_at` is the receive time, or that of an earlier row if the clock was set back: it never decreases.
 
-    A market's rows go by `shard, record, seq`, which is their order: a doubt has the record that told it and
-    seq 0, a checkpoint that from which it holds.
+    A market's rows are ordered by `shard, record, seq`: a row of cause `doubt` has the record of its event and
+    seq 0, a checkpoint the record from which on it holds.
 
-    Every frame's state is kept. The deltas of one matching event come as frames of their own and
+    Every frame's state is kept. The deltas of one matching event are separate frames that
     share the exchange time `ts`: states between the first and the last of them are transient. To
     leave them out, keep the last row of each (market_ticker, ts) that is not null.
 
@@ -39,7 +39,7 @@ def spreads(books: Books) -> pa.Table:
     The microprice is the mid weighted by size: what Gatheral and Oomen ("Zero-intelligence realized
     variance estimation", Finance and Stochastics 14, 2010) call micro-price and Stoikov ("The
     micro-price", Quantitative Finance 18, 2018) the weighted mid. It is not Stoikov's own estimator,
-    which needs a model fitted to the market. A side that is empty is null, and so is what needs it.
+    which needs a model fitted to the market. An empty side is null, and so is every value that needs it.
     """
     frames, bid, ask = books.frames, books.best_yes, books.best_no
     rows = np.flatnonzero(_changed(books, bid, ask))

@@ -1,8 +1,8 @@
-"""The continuous audit: is the book that we hold the book that the exchange shows?
+"""Compare recorded books with the exchange's REST books.
 
-The exchange's REST books are cached for up to 15 s, so only what was still over that time can be
-compared: a level that no event touched from well before the request until after the answer must be
-the same on both sides. A difference becomes a `mismatch` row, and the book is asked for anew.
+REST books are cached for up to 15 s, so only levels that did not change during that time can be compared:
+a level without an event from well before the request until after the answer must be equal on both sides.
+The streamer requests the books, writes a `mismatch` row for each difference and requests a new snapshot.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from kalshi_platform.loading.rows import Rows
 from kalshi_platform.schema import LATEST_LEVELS
 
 CACHE_S = 20.0
-"""The exchange's cache (15 s), and some seconds for two clocks and the way."""
+"""The exchange's cache (15 s), plus some seconds for the difference of the clocks and the latency."""
 KEEP_S = 90.0
-"""How long touched levels are remembered; an audit that takes longer is given up."""
+"""How long changed levels are remembered; a comparison that takes longer is abandoned."""
 SAMPLE = 100
-"""Markets of one round: what one REST request gives."""
+"""Markets of one comparison: what one REST request returns."""
 MIRRORED = 0.75
 """Share of the no bids that must equal the exchange's at 1 - p; as read, at most the rest may."""
 
 Wire = Mapping[str, Sequence[tuple[str, str]]]
-"""A REST book: side to (price in dollars, contracts)."""
+"""A REST book: by side, (price in dollars, contracts)."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One level on which we and the exchange disagree."""
+    """One level that differs from the exchange's."""
 
     market_ticker: str
     side: str
@@ -47,7 +47,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Round:
-    """What one audit compared."""
+    """The result of one comparison."""
 
     markets: int
     levels: int
@@ -57,7 +57,7 @@ class Round:
 
 
 class Recent:
-    """The load's newest books, and which levels were touched lately. Shared between threads."""
+    """The loader's newest books, and the levels that changed lately. Shared between threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Recent:
         self._touched: deque[tuple[int, pa.Table]] = deque()
 
     def saw(self, rows: Rows, state: BookState) -> None:
-        """The load has derived these rows, and this is the state after them."""
+        """Take the rows that the loader has built, and the state after them."""
         levels = rows.tables[LATEST_LEVELS.name]
         with self._lock:
             self._state = state
@@ -78,12 +78,12 @@ class Recent:
 
     @property
     def state(self) -> BookState:
-        """The books as of the last derivation."""
+        """The books after the newest rows."""
         with self._lock:
             return self._state
 
     def touched_since(self, since_ns: int) -> pl.DataFrame:
-        """Levels with an event since then: market_ticker, side, price (1e-4 dollars)."""
+        """Return levels with an event since then: market_ticker, side, price (1e-4 dollars)."""
         with self._lock:
             tables = [table for newest, table in self._touched if newest >= since_ns]
         schema = {"market_ticker": pl.String, "side": pl.String, "price": pl.Int64}
@@ -104,7 +104,7 @@ class Recent:
 
 
 def comparable(state: BookState, offset: int) -> list[str]:
-    """The markets of the round that begins at `offset`: verified books, in turn."""
+    """Return the markets of the comparison that starts at `offset`: verified books, in turn."""
     verified = sorted(ticker for ticker, book in state.books.items() if book.verified)
     if not verified:
         return []
@@ -113,9 +113,9 @@ def comparable(state: BookState, offset: int) -> list[str]:
 
 
 def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
-    """Hold the exchange's books against ours, where nothing moved since `since_ns`.
+    """Compare the exchange's books with ours, at levels without an event since `since_ns`.
 
-    Call once our state has passed the time of the answer.
+    Call it when our state is later than the answer.
     """
     state = recent.state
     tickers = [t for t in books if (book := state.books.get(t)) is not None and book.verified]
@@ -138,11 +138,11 @@ def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
     ours = state.levels.filter(pl.col("market_ticker").is_in(tickers)).select(
         *key, pl.col("size").alias("ours")
     )
-    still = _joined(ours, theirs).join(recent.touched_since(since_ns), on=key, how="anti")
-    differing = still.filter(pl.col("ours") != pl.col("theirs")).sort(key)
+    unchanged = _joined(ours, theirs).join(recent.touched_since(since_ns), on=key, how="anti")
+    differing = unchanged.filter(pl.col("ours") != pl.col("theirs")).sort(key)
     return Round(
         len(tickers),
-        still.height,
+        unchanged.height,
         tuple(
             Mismatch(t, side, dollars(price), contracts(our), contracts(their))
             for t, side, price, our, their in differing.select(*key, "ours", "theirs").iter_rows()
@@ -152,7 +152,7 @@ def compare(recent: Recent, since_ns: int, books: Mapping[str, Wire]) -> Round:
 
 
 def _joined(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
-    """Both sizes of every level; 0 where there is none."""
+    """Join both sizes of every level; 0 if there is none."""
     return ours.join(
         theirs, on=["market_ticker", "side", "price"], how="full", coalesce=True
     ).with_columns(pl.col("ours", "theirs").fill_null(0))
@@ -174,11 +174,11 @@ def _sent_scale(
     ours, theirs = ours.filter(of_no), theirs.filter(of_no)
     mirrored = ours.with_columns(price=ONE_DOLLAR - pl.col("price"))
     conns = {state.books[ticker].conn for ticker in tickers}
-    read_on = {state.connections[conn].use_yes_price for conn in conns & state.connections.keys()}
-    if len(read_on) != 1 or ours.is_empty():
+    use_yes_price = {state.connections[conn].use_yes_price for conn in conns & state.connections.keys()}
+    if len(use_yes_price) != 1 or ours.is_empty():
         return None
     found = _agreeing(mirrored, theirs) >= MIRRORED and _agreeing(ours, theirs) <= 1 - MIRRORED
-    return not read_on.pop() if found else None
+    return not use_yes_price.pop() if found else None
 
 
 def _agreeing(ours: pl.DataFrame, theirs: pl.DataFrame) -> float:
@@ -188,5 +188,5 @@ def _agreeing(ours: pl.DataFrame, theirs: pl.DataFrame) -> float:
 
 
 def window_start_ns() -> int:
-    """What happens from this instant on, or within the cache's time before it, is not compared."""
+    """Return the instant from which on changed levels are not compared: now, minus the cache's time."""
     return time.time_ns() - int(CACHE_S * 1e9)

@@ -1,7 +1,7 @@
-"""Is every numbered frame accounted for, and did every gap end? Asked of ClickHouse, as it is now.
+"""Check in ClickHouse that every numbered frame is stored or named by a gap row, and list recent gaps.
 
-The proof itself is `infra/queries/lossless_proof.sql`, word for word but for its span of time, which is
-given here. What a finding means for a check's colour is not said here.
+The proof is `infra/queries/lossless_proof.sql`, word for word except for its time span, which is a parameter
+here. What a finding means for the colour of an asset check is in `orchestration.checks`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from kalshi_platform.clickhouse import hot_retention, queries
 
 Row = Mapping[str, Any]
 WHOLE_EVENTS = 10_000_000
-"""Up to so many events everything that is hot is proved each time: some 2 s on two cores."""
+"""Up to this many events, everything in ClickHouse is proved each time: some 2 s on two cores."""
 WINDOW = timedelta(hours=3)
-"""What is proved of a larger table, at least. Only a hole with nothing of its subscription for three
-hours on one side of it would be passed over."""
+"""The span that is proved of a larger table, at least. Only a gap without any row of its subscription within three
+hours on one side of it would be missed."""
 RECENT = timedelta(hours=1)
-"""For how long gaps and mismatches are told."""
+"""How long gaps and mismatches are reported."""
 RECORDED = ("orderbook_events", "trades", "stream_events")
 """Tables of numbered frames."""
 EPOCH = datetime(1971, 1, 1, tzinfo=UTC)
-"""Where the proof of everything begins."""
+"""Start of a proof of everything."""
 _SPAN = re.compile(r"toDateTime64\('[^']+', 6, 'UTC'\)(?= +AS (since|until)\b)")
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What is hot. `whole_until`: both tables have everything up to then."""
+    """The extent of ClickHouse's tables. `whole_until`: both tables have everything up to then."""
 
     events: int
     stream_rows: int
@@ -48,7 +48,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof found between two receive times."""
+    """The proof's result between two receive times."""
 
     since: datetime
     until: datetime
@@ -56,12 +56,12 @@ class Proof:
     frames: int
     named_holes: int
     offenders: tuple[Row, ...]
-    """Subscriptions with a hole that no gap row names, with rows stored twice, or without levels."""
+    """Subscriptions with a gap that no row names, with rows stored twice, or with missing levels."""
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """What the recording itself noticed lately."""
+    """Recent gaps and mismatches that the recorder itself noticed."""
 
     named: tuple[Row, ...]
     """Gaps, the longest first, as in infra/queries/checks/gaps.sql."""
@@ -70,16 +70,16 @@ class Gaps:
 
 
 def extent(client: clickhouse.Client) -> Extent:
-    """What ClickHouse has. Costs nothing: no row is read."""
+    """Return the extent of ClickHouse's tables. Cheap: no row is read."""
     (row,) = ask(client, "checks/extent")
     return Extent(**row)
 
 
 def prove(client: clickhouse.Client, hot: Extent, since: datetime | None = None) -> Proof:
-    """Prove what is hot: all of a small table, else the newest `WINDOW` and what is after `since`.
+    """Prove ClickHouse's tables: a small table completely, else the newest `WINDOW` and everything after `since`.
 
-    A finding in a window is a finding only if all that is hot gives it, too: a receive clock that was
-    set back can move a frame over the window's edge. Raises what the store raises.
+    A finding in a window is confirmed on everything, because a receive clock that was set back can move a
+    frame across the window's edge. Raises `StoreError` as the store does.
     """
     until = hot.whole_until
     begin = EPOCH
@@ -100,7 +100,8 @@ def prove(client: clickhouse.Client, hot: Extent, since: datetime | None = None)
 
 
 def taken_before(client: clickhouse.Client) -> datetime | None:
-    """Receive time before which retention may have taken rows, as lossless_proof.sql has it; None: of none."""
+    """Return the receive time before which retention may have deleted rows, as in lossless_proof.sql; None if it
+    deletes nothing."""
     kept = hot_retention.kept(client)
     days = [d for name in RECORDED if (d := kept.get(name)) is not None]
     ages = [datetime.now(UTC) - timedelta(days=min(days))] if days else []
@@ -110,7 +111,7 @@ def taken_before(client: clickhouse.Client) -> datetime | None:
 
 
 def gaps(client: clickhouse.Client, until: datetime) -> Gaps:
-    """Gaps and mismatches of the hour before `until`."""
+    """Return the gaps and mismatches of the hour before `until`."""
     span = {"since": until - RECENT, "until": until}
     return Gaps(
         named=tuple(ask(client, "checks/gaps", span)),
@@ -121,7 +122,7 @@ def gaps(client: clickhouse.Client, until: datetime) -> Gaps:
 def ask(
     client: clickhouse.Client, name: str, parameters: Mapping[str, Any] | None = None
 ) -> Sequence[dict[str, Any]]:
-    """The rows of one of the project's queries, by column."""
+    """Run one of the project's queries; return its rows as dictionaries by column."""
     return _rows(client, queries.text(name), parameters)
 
 

@@ -1,8 +1,8 @@
-"""Which verified books have been crossed for longer than any matching event takes?
+"""Find verified books that have been crossed for longer than any matching event takes.
 
-Two sources, both cheap. Of past hours, once they are computed, `spreads` has every state. Of the hour that
-goes on, only the markets that are crossed now (`latest_levels`) are looked at more closely: their
-events since the hour's beginning are replayed, which tells since when, and whether they are verified.
+Two sources, both cheap. For past hours, once computed, `spreads` has every state. For the current hour, the
+events of those markets that are crossed now (`latest_levels`) are replayed from the hour's start, which shows
+since when they are crossed, and whether they are verified. The definition is in `analytics.crossed`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from kalshi_platform.utc_hours import floor_hour
 LONGER_THAN_S = 5.0
 """Seconds for which a book may be crossed: an event's deltas come within milliseconds."""
 LOOK_BACK = timedelta(hours=3)
-"""For how long a crossed state of a computed hour is told."""
-CLOSELY = 200
+"""How long a crossed state of a computed hour is reported."""
+REPLAYED_AT_A_TIME = 200
 """Markets that are replayed at a time."""
 
 
 def crossed_books(client: clickhouse.Client, hot: Extent) -> list[dict[str, object]]:
-    """Runs of crossed states of verified books, the longest first, as `analytics.crossed` has them."""
+    """Return runs of crossed states of verified books, the longest first, with the columns of `analytics.crossed.lasting`."""
     until = hot.newest
-    suspects = [row["market_ticker"] for row in ask(client, "checks/crossed_now")]
+    crossed_now = [row["market_ticker"] for row in ask(client, "checks/crossed_now")]
     hour = floor_hour(until)
     found = [lasting(_recorded(client, until - LOOK_BACK, hour), hour, LONGER_THAN_S)]
-    for first in range(0, len(suspects), CLOSELY):
-        states = _replayed(client, hour, suspects[first : first + CLOSELY])
+    for first in range(0, len(crossed_now), REPLAYED_AT_A_TIME):
+        states = _replayed(client, hour, crossed_now[first : first + REPLAYED_AT_A_TIME])
         found.append(lasting(states, until, LONGER_THAN_S).filter("lasts"))
     return pl.concat(found).sort("lasted_s", descending=True).to_dicts()
 
@@ -57,12 +57,12 @@ def _recorded(client: clickhouse.Client, since: datetime, until: datetime) -> pl
 
 
 def _replayed(client: clickhouse.Client, hour: datetime, tickers: Sequence[str]) -> pl.DataFrame:
-    """Every state of these markets since the beginning of the hour that goes on."""
+    """Return every state of these markets since the start of the current hour."""
 
     def rows(dataset: Dataset) -> pa.Table:
         wanted = "market_ticker IN {tickers:Array(String)}"
         if dataset is STREAM_EVENTS:
-            wanted += " OR market_ticker = ''"  # what happened to whole subscriptions
+            wanted += " OR market_ticker = ''"  # events of whole subscriptions
         with clickhouse.translated():
             return client.query_arrow(
                 f"SELECT {select_list(dataset)} FROM {dataset.name}"  # noqa: S608 - schema's names

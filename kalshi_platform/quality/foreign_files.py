@@ -1,4 +1,7 @@
-"""Names in our folders that are not ours. Nothing reads them, moves them or stops for them; `doctor` lists them."""
+"""List files and folders in the platform's folders that are not its own, for `doctor`.
+
+No other code reads, moves or refuses them. Which names are the platform's is known by the rooms that write them.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ _BESIDE_SEGMENTS = re.compile(r"lock|load|.*\.(?:json|tmp|twin)|[0-9]{20}\.arrow
 
 
 def in_archive(settings: Settings) -> Iterator[str]:
-    """Names below the archive's root. Raises `StoreError` where it cannot be asked."""
+    """Yield foreign names below the archive's root. Raises `StoreError` if it cannot be listed."""
     archive = open_archive(settings)
     return (f"{settings.archive_url}/{name}" for name in archive.foreign())
 
 
 def in_data_folder(settings: Settings) -> Iterator[str]:
-    """Names among the journals and in the market maker's spool. Raises `JournalError` for unreadable folders."""
+    """Yield foreign names in the journals' folders and in the market maker's spool. Raises `JournalError` for a folder that
+    cannot be read."""
     yield from _others(settings.journals_dir, lambda name: watermarks.shard_of(name) is not None)
     for shard in watermarks.shards(settings.journals_dir):
         folder = settings.journal_dir(shard)

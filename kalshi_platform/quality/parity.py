@@ -1,10 +1,10 @@
-"""Do the archive and ClickHouse hold the same rows? Hour by hour, by count and by content.
+"""Compare the rows of the archive and ClickHouse, hour by hour, by count and by content.
 
-Of a sealed hour, the manifest, the Parquet files and ClickHouse must agree on the rows of every
-recorded dataset: same number, same checksum (`storage.checksum`, which no order or encoding changes).
-There is no tolerance. What was found is kept in `$KALSHI_DATA_DIR/checks/hot_cold_parity.json`: a run
-verifies the newest hours that are new or whose files have changed, then those that differed, then
-what was last verified a week ago. No row is mended here.
+For a sealed hour, the manifest, the Parquet files and ClickHouse must agree on the rows of every
+recorded dataset: same number, same checksum (`archive.checksum`, which is independent of order and encoding).
+There is no tolerance. Results are kept in `$KALSHI_DATA_DIR/checks/hot_cold_parity.json`: a run
+compares the newest hours that are new or whose files have changed, then those that differed, then
+those last compared a week ago. Nothing is repaired here: `restore` does that.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One dataset's hour that is not the same everywhere. A checksum is empty where there is none."""
+    """One dataset's hour that differs between manifest, archive and ClickHouse. A missing checksum is empty."""
 
     hour: str
     dataset: str
     what: str
-    """A sentence."""
+    """The difference, as a sentence."""
     rows_manifest: int
     rows_parquet: int
     rows_clickhouse: int
@@ -52,12 +52,12 @@ class Difference(msgspec.Struct, frozen=True):
     checksum_parquet: str
     checksum_clickhouse: str
     remedy: str = ""
-    """What to do, as a sentence."""
+    """The remedy, as a sentence."""
 
 
 class _Verdict(msgspec.Struct, frozen=True):
     files: str
-    """What the hour's files looked like: names, sizes, times."""
+    """Fingerprint of the hour's files: names, sizes, times."""
     at: float
     rows: int
     differences: list[Difference]
@@ -65,23 +65,23 @@ class _Verdict(msgspec.Struct, frozen=True):
 
 class _Memory(msgspec.Struct, frozen=True):
     clickhouse: str
-    """Of which server and database this tells."""
+    """The server and database that were compared."""
     hours: dict[str, _Verdict]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What one run compared, and what is known of all hot hours."""
+    """What one run compared, and the results of all hours in both stores."""
 
     compared: tuple[datetime, ...]
     rows: int
     """Rows of those hours, in each store."""
     equal: int
-    """Hours of which the last comparison found no difference."""
+    """Hours whose last comparison found no difference."""
     waiting: int
     """Sealed hours still to be compared."""
     behind: tuple[datetime, ...]
-    """Sealed hours that ClickHouse does not have whole yet."""
+    """Sealed hours that ClickHouse does not have completely yet."""
     cold_only: int
     """Sealed hours from before ClickHouse's first row."""
     differences: tuple[Difference, ...]
@@ -110,40 +110,40 @@ def compare_hours(
     behind: bool = False,
     limit: int = HOURS_AT_A_TIME,
 ) -> Parity:
-    """Compare up to `limit` hours, and tell what is known of all that are in both stores.
+    """Compare up to `limit` hours; return their results and those of all other hours in both stores.
 
-    `behind`: ClickHouse's load says that it lags, so that a difference proves nothing yet. Raises what
-    ClickHouse raises; a file that cannot be read is a difference.
+    `behind`: ClickHouse's loader reports that it lags, so a difference proves nothing yet. Raises `StoreError`
+    as ClickHouse does; a file that cannot be read is a difference.
     """
     archive = open_archive(settings)
     path = settings.data_dir / "checks" / "hot_cold_parity.json"
     where = f"{settings.clickhouse_url} {settings.clickhouse_database}"
-    known = _remembered(path, where)
+    known = _known_verdicts(path, where)
     days = [d for d in hot_retention.kept(client).values() if d is not None]
     kept_from = now - timedelta(days=min(days)) + _EXPIRES_SOON if days else _BEGINNING
-    looks = _sealed(archive, kept_from)
-    sealed = sorted(looks)
+    fingerprints = _sealed(archive, kept_from)
+    sealed = sorted(fingerprints)
     loaded = [h for h in sealed if h + HOUR <= hot.newest]
     shared = [h for h in loaded if h + HOUR > hot.first]
     verdicts = {
         hour: verdict
         for hour in shared
-        if (verdict := known.get(_key(hour))) is not None and verdict.files == looks[hour]
+        if (verdict := known.get(_key(hour))) is not None and verdict.files == fingerprints[hour]
     }
     late = [hour for hour in sealed if hour not in loaded]
     compared = []
     rows = 0
     for hour in _due(shared, verdicts, now)[:limit]:
-        verdict = _compare(client, archive, hour, looks[hour], now)
-        if _sealed(archive, hour, hour).get(hour) != looks[hour]:
-            continue  # written anew under our eyes: the next run compares it
+        verdict = _compare(client, archive, hour, fingerprints[hour], now)
+        if _sealed(archive, hour, hour).get(hour) != fingerprints[hour]:
+            continue  # rewritten meanwhile: the next run compares it
         if verdict.differences and behind:
             late.append(hour)
             continue
         verdicts[hour] = verdict
         compared.append(hour)
         rows += verdict.rows
-    _remember(path, _Memory(where, {_key(hour): v for hour, v in sorted(verdicts.items())}))
+    _keep(path, _Memory(where, {_key(hour): v for hour, v in sorted(verdicts.items())}))
     return Parity(
         compared=tuple(compared),
         rows=rows,
@@ -156,9 +156,9 @@ def compare_hours(
 
 
 def _sealed(archive: Archive, first: datetime, last: datetime | None = None) -> dict[datetime, str]:
-    """The sealed hours after `first`, and how their files look from outside.
+    """Return the sealed hours after `first` with a fingerprint of their files.
 
-    Another text means that they were written anew.
+    The fingerprint changes when files are rewritten.
     """
     found: dict[datetime, list[str]] = {}
     sealed = set()
@@ -181,7 +181,7 @@ def _sealed(archive: Archive, first: datetime, last: datetime | None = None) -> 
 def _due(
     shared: Sequence[datetime], verdicts: Mapping[datetime, _Verdict], now: datetime
 ) -> list[datetime]:
-    """Which hours to compare, in which order: new ones, those that differed, those of a week ago."""
+    """Return the hours to compare, in order: new ones, those that differed, those compared a week ago."""
     new = [hour for hour in reversed(shared) if hour not in verdicts]
     seen = sorted(verdicts, key=lambda hour: verdicts[hour].at)
     differed = [hour for hour in seen if verdicts[hour].differences]
@@ -239,24 +239,24 @@ def _hot(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> _Side:
 def _difference(
     manifest: _Side, cold: _Side, hot: _Side, hour: datetime, dataset: str
 ) -> Difference | None:
-    said = []
+    sentences = []
     remedy = ""
     if not cold.fault and not cold.content.agrees_with(hot.content):
-        said.append(_apart("ClickHouse", hot, "the archive", cold))
+        sentences.append(_comparison("ClickHouse", hot, "the archive", cold))
         remedy = f"Run kalshi-platform restore --hours {hour:%Y-%m-%d-%H}"
         remedy += "." if hot.rows < cold.rows else " --replace."
     fault = manifest.fault or cold.fault
     if not fault and (manifest.rows, manifest.checksum) != (cold.rows, cold.checksum):
-        fault = _apart("The files", cold, "the manifest", manifest)
+        fault = _comparison("The files", cold, "the manifest", manifest)
     if fault:
-        said.insert(0, fault)
+        sentences.insert(0, fault)
         remedy = "Materialise the hour again."
-    if not said:
+    if not sentences:
         return None
     return Difference(
         hour=f"{hour:%Y-%m-%d %H:00}",
         dataset=dataset,
-        what=" ".join(said),
+        what=" ".join(sentences),
         rows_manifest=manifest.rows,
         rows_parquet=cold.rows,
         rows_clickhouse=hot.rows,
@@ -267,7 +267,7 @@ def _difference(
     )
 
 
-def _apart(one: str, has: _Side, other: str, wanted: _Side) -> str:
+def _comparison(one: str, has: _Side, other: str, wanted: _Side) -> str:
     if has.rows < wanted.rows:
         return f"{one} lacks {wanted.rows - has.rows:,} of {other}'s {wanted.rows:,} rows."
     if has.rows > wanted.rows:
@@ -275,25 +275,25 @@ def _apart(one: str, has: _Side, other: str, wanted: _Side) -> str:
     return f"{one} and {other} have {has.rows:,} rows each, with different values."
 
 
-# -- what is remembered ------------------------------------------------------------------------
+# -- results of earlier runs -------------------------------------------------------------------
 
 
 def _key(hour: datetime) -> str:
     return f"{hour:%Y-%m-%dT%H}"
 
 
-def _remembered(path: Path, where: str) -> dict[str, _Verdict]:
+def _known_verdicts(path: Path, where: str) -> dict[str, _Verdict]:
     try:
         memory = typed_json.decode(path.read_bytes(), _Memory)
     except FileNotFoundError:
         return {}
     except (msgspec.DecodeError, OSError) as error:
-        log.warning("%s cannot be read (%s): every hour is compared anew.", path, error)
+        log.warning("%s cannot be read (%s): every hour is compared again.", path, error)
         return {}
     return memory.hours if memory.clickhouse == where else {}
 
 
-def _remember(path: Path, memory: _Memory) -> None:
+def _keep(path: Path, memory: _Memory) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
-"""Do the journal, ClickHouse and the archive hold the same, and every number of every subscription?
+"""Prove that journal, ClickHouse and archive hold the same rows, and every number of every subscription.
 
-The three are read and tallied (`tally`), the journal as far as it is kept, and compared up to the record
-that both stores say they have: what comes meanwhile is not judged. Of each subscription and store:
+The three are tallied (`tally`), the journal as far as it is kept, and compared up to the record that both
+stores have loaded; later records are ignored. For each subscription and store:
 
-    missing         numbers that another place has, and that this one must have
-    unexplained     numbers that are nowhere in it, and that no gap row of it names
+    missing         numbers that the journal or the other store has, and that this one must have
+    unexplained     numbers that it does not have, and that none of its gap rows names
     missing levels  levels of snapshots that it lacks
     doubled         rows that it has more than once
     repeated        numbers that the exchange itself sent again: no fault
 
-Numbers begin at 1. Where a beginning may be missing follows lossless_proof.sql: in ClickHouse where
-retention is shown to have taken it, in the archive nowhere, and in a given span of hours where the
-subscription began before it. What cannot be judged any more is said, in `unjudged`.
+Numbers start at 1. When the first numbers may be missing is as in lossless_proof.sql: in ClickHouse if
+retention has deleted them, in the archive never, and in a given span of hours if the subscription started
+before it. What cannot be compared any more is listed in `unjudged`. This module only reads; `restore` repairs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import hot_hour
 from kalshi_platform.quality import continuity, tally_journal, tally_stores
-from kalshi_platform.quality.tally import Place, Subscription, Tally
+from kalshi_platform.quality.tally import Holdings, Subscription, Tally
 from kalshi_platform.quality.tally_journal import Journal
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 from kalshi_platform.settings import Settings
@@ -52,18 +52,18 @@ CLICKHOUSE, PARQUET = "clickhouse", "parquet"
 Span = tuple[datetime, datetime]
 """The first and the last hour."""
 TRIES = 3
-"""Times that an hour is read which is compacted or rebuilt under our eyes."""
+"""How often an hour is read that is compacted or rebuilt meanwhile."""
 RANGES_SHOWN = 20
 _READ = (ORDERBOOK_EVENTS.name, TRADES.name, STREAM_EVENTS.name)
 Progress = Callable[[str, int, int], None]
-"""(what is read, how far, of how many)"""
+"""(what is read, progress, total)"""
 
 
 class Counts(msgspec.Struct):
-    """What a place holds of a subscription, or of all."""
+    """Counts of the journal or a store, of one subscription or of all."""
 
     frames: int = 0
-    """Different numbers."""
+    """Distinct sequence numbers."""
     deltas: int = 0
     trades: int = 0
     snapshots: int = 0
@@ -78,25 +78,25 @@ class Counts(msgspec.Struct):
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether nothing is missing, unexplained or doubled."""
         return not (self.missing or self.unexplained or self.missing_levels or self.doubled)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, n) + getattr(other, n) for n in self.__struct_fields__))
 
 
-class OfSubscription(msgspec.Struct):
-    """What was found of one subscription. A place that has nothing to say of it is left out."""
+class SubscriptionProof(msgspec.Struct):
+    """The result for one subscription. A journal or store without its numbers is left out."""
 
     conn_id: str
     sid: int
     first: int
-    """The number that is counted from."""
+    """The first number that counts."""
     last: int
     journal: Counts | None = None
     stores: dict[str, Counts] = {}
     ranges: dict[str, list[tuple[int, int]]] = {}
-    """By store, the first numbers that it lacks: from, to."""
+    """By store, the first ranges of numbers that it lacks: (first, last)."""
 
     @property
     def is_whole(self) -> bool:
@@ -104,42 +104,42 @@ class OfSubscription(msgspec.Struct):
         return all(counts.is_whole for counts in self.stores.values())
 
 
-class OfJournal(msgspec.Struct):
-    """What there is of a shard's journal."""
+class JournalProof(msgspec.Struct):
+    """The result for one shard's journal."""
 
     shard: int
     first_record: int
-    """The records before it were pruned."""
+    """Records before it were pruned."""
     end_record: int
-    """The record that every store has come to: up to here it was compared."""
+    """The record that every store has reached; the comparison ends here."""
     lost_records: int
     missing_records: dict[str, int]
-    """By store, records before `end_record` that left no row at all; numbered ones are among `missing`."""
+    """By store, records before `end_record` without any row; numbered ones are also among `missing`."""
 
 
 class Proof(msgspec.Struct):
-    """What was found."""
+    """The result of a proof."""
 
     since: str
     until: str
-    journals: list[OfJournal]
+    journals: list[JournalProof]
     journal: Counts
     stores: dict[str, Counts]
-    subscriptions: list[OfSubscription]
+    subscriptions: list[SubscriptionProof]
     unjudged: list[str]
-    """Sentences about what could not be compared, and why."""
+    """What could not be compared, and why, as sentences."""
     failed: list[str]
-    """Sentences about what could not be read."""
+    """What could not be read, as sentences."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether every store has everything that could be judged."""
-        records = any(sum(it.missing_records.values()) for it in self.journals)
-        return not records and all(it.is_whole for it in self.subscriptions)
+        """Whether every store has everything that could be compared."""
+        records = any(sum(read.missing_records.values()) for read in self.journals)
+        return not records and all(found.is_whole for found in self.subscriptions)
 
     @property
     def verdict(self) -> str:
-        """`whole`, `not whole`, or `not judged` where something could not be read."""
+        """`whole`, `not whole`, or `not judged` if something could not be read."""
         if not self.is_whole:
             return "not whole"
         read_something = self.journal.frames or any(c.frames for c in self.stores.values())
@@ -147,45 +147,45 @@ class Proof(msgspec.Struct):
 
 
 class _Cursor(msgspec.Struct):
-    """What is looked at of a loader's cursor."""
+    """The fields of a loader's cursor that are used."""
 
     committed: tuple[int, int, int]
 
 
 @dataclass
-class _Places:
-    """What was read. `recent` is what ClickHouse must have, too: retention cannot have taken it."""
+class _Read:
+    """The tallies. `recent`: rows that retention cannot have deleted, so that ClickHouse must have them, too."""
 
-    journal: Place = field(default_factory=Place)
-    recent_journal: Place = field(default_factory=Place)
-    hot: Place | None = None
-    cold: Place | None = None
-    recent_cold: Place = field(default_factory=Place)
+    journal: Holdings = field(default_factory=Holdings)
+    recent_journal: Holdings = field(default_factory=Holdings)
+    hot: Holdings | None = None
+    cold: Holdings | None = None
+    recent_cold: Holdings = field(default_factory=Holdings)
     taken_before: datetime | None = None
-    """Receive time before which retention may have taken rows of ClickHouse."""
+    """Receive time before which retention may have deleted rows of ClickHouse."""
     open: frozenset[str] = frozenset()
-    """Connections that begin behind what was compared: their rows are still coming."""
+    """Connections that start after the compared records: their rows are still being loaded."""
 
 
 def prove(settings: Settings, archive: Archive, span: Span | None, progress: Progress) -> Proof:
-    """Read everything, or the hours of `span`, and compare.
+    """Tally everything, or the hours of `span`, and compare.
 
-    A place that cannot be read is named in the proof, and the others are compared all the same.
+    A journal or store that cannot be read is named in the proof, and the others are still compared.
     """
     reading = _Reading(settings, archive, span, progress)
     with ExitStack() as held:
         client = reading.connected(held)
         reading.journals()
-        reading.without_journals()
+        reading.limit_to_sealed_hours()
         if client is not None:
             reading.clickhouse(client)
         reading.parquet()
-        reading.what_came_meanwhile()
+        reading.find_open_connections()
     return reading.judged()
 
 
 class _Reading:
-    """One proof under way."""
+    """A proof in progress."""
 
     def __init__(
         self, settings: Settings, archive: Archive, span: Span | None, progress: Progress
@@ -194,14 +194,14 @@ class _Reading:
         self._archive = archive
         self._span = span
         self._progress = progress
-        self._places = _Places()
+        self._places = _Read()
         self._journals: list[Journal] = []
         self._loaded_cold = False
-        """Whether a load has written to the archive."""
+        """Whether a loader has written to the archive."""
         self._hot_from: datetime | None = None
-        """The first hour that retention cannot have taken anything of."""
+        """The first hour of which retention cannot have deleted anything."""
         self._limit: datetime | None = None
-        """The last hour that is judged where no journal is here; None: all."""
+        """The last hour that is compared if there is no journal; None: all."""
         self._looked_at: set[datetime] = set()
         self._unjudged: list[str] = []
         self._failed: list[str] = []
@@ -209,7 +209,7 @@ class _Reading:
     # -- reading -------------------------------------------------------------------------------
 
     def connected(self, held: ExitStack) -> clickhouse.Client | None:
-        """A client of ClickHouse, and what retention leaves there; None where it cannot be read."""
+        """Connect to ClickHouse and note what retention leaves there; None if it cannot be read."""
         if not self._settings.use_clickhouse:
             self._unjudged.append("ClickHouse is not in use (USE_CLICKHOUSE=0).")
             return None
@@ -231,11 +231,11 @@ class _Reading:
         return client
 
     def journals(self) -> None:
-        """Read each shard's journal up to the record that every store has come to."""
+        """Tally each shard's journal up to the record that every store has reached."""
         for shard in watermarks.shards(self._settings.journals_dir):
             folder = self._settings.journal_dir(shard)
             try:
-                _insist_on_known_format(folder)
+                _require_known_format(folder)
                 committed = {n: _committed(folder, n) for n in sorted(self._settings.stores)}
                 end = min(committed.values())
                 self._loaded_cold |= committed.get(PARQUET, 0) > journal.beginning(folder).n
@@ -251,14 +251,14 @@ class _Reading:
                 self._failed.append(f"The journal of shard {shard}: {error}")
                 continue
             self._journals.append(read)
-            self._places.journal.update(read.place)
+            self._places.journal.update(read.held)
             self._places.recent_journal.update(read.recent)
-            self._say_what_is_left_of(read, committed)
+            self._report_unjudged(read, committed)
 
     def _in_journal(self, shard: int, end: int, n: int) -> None:
         self._progress(f"journal {shard}", n, end)
 
-    def _say_what_is_left_of(self, read: Journal, committed: Mapping[str, int]) -> None:
+    def _report_unjudged(self, read: Journal, committed: Mapping[str, int]) -> None:
         if read.first:
             self._unjudged.append(
                 f"Shard {read.shard}: the journal has pruned its records before {read.first:,}; the stores' rows"
@@ -276,8 +276,8 @@ class _Reading:
                     " what is between is not compared yet."
                 )
 
-    def without_journals(self) -> None:
-        """Where no journal is here, nobody says how far the stores are: sealed hours alone are judged."""
+    def limit_to_sealed_hours(self) -> None:
+        """Without a journal, how far the stores are loaded is unknown: compare sealed hours alone."""
         if self._journals or self._failed:
             return
         sealed = [h for h in self._archived_hours() if self._is_sealed(h)]
@@ -288,31 +288,31 @@ class _Reading:
         )
 
     def clickhouse(self, client: clickhouse.Client) -> None:
-        """Read ClickHouse, hour by hour."""
-        place = Place()
+        """Tally ClickHouse, hour by hour."""
+        place = Holdings()
         try:
-            there = [
+            wanted = [
                 h
                 for h in hot_hour.hours(client, [DATASETS[name] for name in _READ])
                 if self._is_wanted(h) and (self._hot_from is None or h >= self._hot_from)
             ]
-            for done, hour in enumerate(there, 1):
+            for done, hour in enumerate(wanted, 1):
                 place.update(tally_stores.hot(client, hour))
                 place.rest()
                 self._looked_at.add(hour)
-                self._progress(CLICKHOUSE, done, len(there))
+                self._progress(CLICKHOUSE, done, len(wanted))
         except StoreError as error:
             self._failed.append(f"ClickHouse: {error}")
             return
         self._places.hot = place
 
     def parquet(self) -> None:
-        """Read the archive, hour by hour; a file that cannot be read is named, and its rows are missing."""
-        place = Place()
+        """Tally the archive, hour by hour; a file that cannot be read is named, and its rows count as missing."""
+        place = Holdings()
         try:
-            self._insist_on_the_archive()
-            there = [h for h in self._archived_hours() if self._is_wanted(h)]
-            for done, hour in enumerate(there, 1):
+            self._require_archive()
+            wanted = [h for h in self._archived_hours() if self._is_wanted(h)]
+            for done, hour in enumerate(wanted, 1):
                 found = self._cold_hour(hour)
                 if found is None:
                     continue
@@ -322,22 +322,22 @@ class _Reading:
                     self._places.recent_cold.update(found)
                     self._places.recent_cold.rest()
                 self._looked_at.add(hour)
-                self._progress(PARQUET, done, len(there))
+                self._progress(PARQUET, done, len(wanted))
         except StoreError as error:
             self._failed.append(f"The archive: {error}")
             return
         self._places.cold = place
 
-    def _insist_on_the_archive(self) -> None:
-        """Raise `StoreError` for a later version's, and where there is none, though a load wrote to it."""
+    def _require_archive(self) -> None:
+        """Raise `StoreError` for a later version's archive, and if there is none although a loader wrote to it."""
         if self._archive.identity() is None and self._loaded_cold and self._archive.is_empty():
             raise archive_identity.gone(str(self._archive), None)
 
-    def _cold_hour(self, hour: datetime) -> Place | None:
+    def _cold_hour(self, hour: datetime) -> Holdings | None:
         for tries_left in reversed(range(TRIES)):
             try:
                 return tally_stores.cold(self._archive, hour)
-            except StoreUnavailable:  # compacted or rebuilt under our eyes
+            except StoreUnavailable:  # compacted or rebuilt meanwhile
                 if not tries_left:
                     raise
             except StoreRefused as error:
@@ -345,8 +345,8 @@ class _Reading:
                 return None
         return None
 
-    def what_came_meanwhile(self) -> None:
-        """Which connections begin behind what was compared: their rows may be in a store in part."""
+    def find_open_connections(self) -> None:
+        """Find connections that start after the compared records: a store may have some of their rows."""
         later: set[str] = set()
         for read in self._journals:
             folder = self._settings.journal_dir(read.shard)
@@ -354,7 +354,9 @@ class _Reading:
                 later |= tally_journal.connections(folder, read.end)
             except (JournalError, OSError) as error:
                 self._failed.append(f"The journal of shard {read.shard}: {error}")
-        known = {conn for conn, _ in self._places.journal.of} | self._places.journal.opened
+        known = {
+            conn for conn, _ in self._places.journal.subscriptions
+        } | self._places.journal.opened
         self._places.open = frozenset(later - known)
 
     def _archived_hours(self) -> list[datetime]:
@@ -370,76 +372,78 @@ class _Reading:
         inside = self._span is None or self._span[0] <= hour <= self._span[1]
         return inside and (self._limit is None or hour <= self._limit)
 
-    # -- judging -------------------------------------------------------------------------------
+    # -- comparing -----------------------------------------------------------------------------
 
     def judged(self) -> Proof:
-        """What was found."""
+        """Compare the tallies; return the proof."""
         places = self._places
-        of = {
+        keys = {
             key
             for place in (places.journal, places.hot, places.cold)
             if place is not None
-            for key, tally in place.of.items()
+            for key, tally in place.subscriptions.items()
             if tally.rows and key[0] not in places.open
         }
-        subscriptions = [self._of_subscription(key) for key in sorted(of)]
+        subscriptions = [self._of_subscription(key) for key in sorted(keys)]
         stores: dict[str, Counts] = {}
         for name, place in ((CLICKHOUSE, places.hot), (PARQUET, places.cold)):
             if place is not None:
-                found = (it.stores[name] for it in subscriptions if name in it.stores)
-                stores[name] = sum(found, Counts())
+                counts = (s.stores[name] for s in subscriptions if name in s.stores)
+                stores[name] = sum(counts, Counts())
         begin, end = min(self._looked_at, default=None), max(self._looked_at, default=None)
         return Proof(
             since=begin.isoformat() if begin else "",
             until=(end + HOUR).isoformat() if end else "",
             journals=[self._of_journal(read) for read in self._journals],
-            journal=sum((it.journal for it in subscriptions if it.journal), Counts()),
+            journal=sum((s.journal for s in subscriptions if s.journal), Counts()),
             stores=stores,
             subscriptions=subscriptions,
             unjudged=self._unjudged,
             failed=self._failed,
         )
 
-    def _of_subscription(self, of: Subscription) -> OfSubscription:
+    def _of_subscription(self, key: Subscription) -> SubscriptionProof:
         places = self._places
-        journalled = places.journal.of.get(of)
-        known = of[0] in places.journal.opened or any(c == of[0] for c, _ in places.journal.of)
+        journalled = places.journal.subscriptions.get(key)
+        known = key[0] in places.journal.opened or any(
+            c == key[0] for c, _ in places.journal.subscriptions
+        )
         last = journalled.seqs.last if journalled and journalled.rows else 0
-        bound = last + 1 if known else None  # of a connection that goes on, more is coming
-        found = OfSubscription(of[0], of[1], 1, last)
+        bound = last + 1 if known else None  # an open connection has later rows
+        found = SubscriptionProof(key[0], key[1], 1, last)
         if journalled is not None and journalled.rows:
             found.journal = _kinds(journalled)
         for name, place, others in (
             (CLICKHOUSE, places.hot, (places.recent_journal, places.recent_cold)),
-            (PARQUET, places.cold, (places.journal, places.hot or Place())),
+            (PARQUET, places.cold, (places.journal, places.hot or Holdings())),
         ):
             if place is None:
                 continue
-            counts, first, ranges = self._of_store(of, name, place, others, bound)
+            counts, first, ranges = self._of_store(key, name, place, others, bound)
             if counts is None:
                 continue
             found.stores[name] = counts
             found.first = first
             if ranges:
                 found.ranges[name] = ranges
-            if place.of[of].rows:
-                found.last = max(found.last, place.of[of].seqs.last)
+            if place.subscriptions[key].rows:
+                found.last = max(found.last, place.subscriptions[key].seqs.last)
         return found
 
     def _of_store(
         self,
-        of: Subscription,
+        key: Subscription,
         name: str,
-        place: Place,
-        others: Sequence[Place],
+        place: Holdings,
+        others: Sequence[Holdings],
         bound: int | None,
     ) -> tuple[Counts | None, int, list[tuple[int, int]]]:
-        """(what a store has of a subscription, the number that counts first, the first ranges it lacks)"""
-        tally = place.of.get(of, Tally())
+        """Return (a store's counts of a subscription, the first number that counts, the first ranges that it lacks)."""
+        tally = place.subscriptions.get(key, Tally())
         wanted = Numbers()
         for other in others:
-            if (its := other.of.get(of)) is not None:
-                wanted.update(its.seqs)
+            if (tallied := other.subscriptions.get(key)) is not None:
+                wanted.update(tallied.seqs)
         seqs = tally.seqs
         if bound is not None:
             wanted, within = wanted.up_to(bound), seqs.up_to(bound)
@@ -450,7 +454,7 @@ class _Reading:
         every = Numbers()
         every.update(wanted)
         every.update(within)
-        first = self._first(of, name, (place, *others), every.first)
+        first = self._first(key, name, (place, *others), every.first)
         upper = within.last + 1 if within else first
         named = disjoint((max(a, first), min(b, upper)) for a, b in tally.gaps)
         named_holes = sum(b - a - within.count(a, b) for a, b in named)
@@ -465,42 +469,46 @@ class _Reading:
         counts.repeated = tally.repeated
         if not (counts.missing or counts.unexplained):
             return counts, first, []
-        there = disjoint([*within.runs(), *named])
-        lacks = gaps_between(there, first, every.last + 1)
+        explained = disjoint([*within.runs(), *named])
+        lacks = gaps_between(explained, first, every.last + 1)
         return counts, first, [(a, b - 1) for a, b in islice(lacks, RANGES_SHOWN)]
 
-    def _first(self, of: Subscription, name: str, places: Sequence[Place], least: int) -> int:
-        """The number that a subscription is counted from in a store."""
-        if any(of[0] in p.opened or ((t := p.of.get(of)) and t.begun) for p in places):
+    def _first(self, key: Subscription, name: str, places: Sequence[Holdings], least: int) -> int:
+        """Return the first number of a subscription that counts in a store."""
+        if any(key[0] in p.opened or ((t := p.subscriptions.get(key)) and t.begun) for p in places):
             return 1
         if self._span is not None:
-            return least  # it began before the span
-        begins = min((at for p in places if (at := p.begins(of[0]))), default=None)
+            return least  # it started before the span
+        begins = min((at for p in places if (at := p.begins(key[0]))), default=None)
         taken = self._places.taken_before
         if name == CLICKHOUSE and taken and begins and begins <= taken + timedelta(days=1):
             return least
         return 1
 
-    def _of_journal(self, read: Journal) -> OfJournal:
+    def _of_journal(self, read: Journal) -> JournalProof:
         missing = {}
         for name, place, journalled in (
             (CLICKHOUSE, self._places.hot, read.recent),
-            (PARQUET, self._places.cold, read.place),
+            (PARQUET, self._places.cold, read.held),
         ):
             if place is None:
                 continue
-            if any(t.unplaced for key, t in place.of.items() if key in journalled.of):
+            if any(
+                t.unplaced
+                for key, t in place.subscriptions.items()
+                if key in journalled.subscriptions
+            ):
                 self._unjudged.append(
                     f"Shard {read.shard}: {name} has rows of a version that kept no record numbers; frames"
                     " without a number of the exchange are not compared there."
                 )
                 continue
             missing[name] = len(journalled.records[read.shard].without(place.records[read.shard]))
-        return OfJournal(read.shard, read.first, read.end, read.lost_records, missing)
+        return JournalProof(read.shard, read.first, read.end, read.lost_records, missing)
 
 
-def _insist_on_known_format(folder: Path) -> None:
-    """Raise `LaterVersion` for a journal that a later version keeps; which journal it is, is no matter here."""
+def _require_known_format(folder: Path) -> None:
+    """Raise `LaterVersion` for a journal of a later version; its identity is irrelevant here."""
     try:
         journal_identity.read(folder)
     except LaterVersion:
@@ -510,7 +518,7 @@ def _insist_on_known_format(folder: Path) -> None:
 
 
 def _committed(folder: Path, store: str) -> int:
-    """The record up to which a store has a journal; its beginning where nothing was loaded."""
+    """Return the record up to which a store has loaded a journal; the journal's first record if nothing was loaded."""
     path = folder / "load" / f"{store}.json"
     beginning = journal.beginning(folder).n
     try:

@@ -1,6 +1,6 @@
-"""What one place holds of each subscription: the journal, ClickHouse or the archive.
+"""Add up what the journal, ClickHouse or the archive holds of each subscription.
 
-Places are read hour by hour and added up here. Whether that is all there should be is judged in `proof`.
+`tally_journal` and `tally_stores` read it, batch by batch or hour by hour; `proof` compares the results.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ Subscription = tuple[str, int]
 """(conn_id, sid)"""
 
 DELTA, TRADE, SNAPSHOT, OTHER = 0, 1, 2, 3
-"""What a numbered frame is."""
+"""Kinds of numbered frames."""
 NOT_FRAMES = ("gap", "resynced", "connected", "disconnected")
-"""Kinds of stream events that happened to the recording: no frame of the exchange."""
+"""Kinds of stream events that are no frames of the exchange: the recorder wrote them."""
 
 
 @dataclass
 class Tally:
-    """What a place holds of one subscription."""
+    """The rows that the journal or a store holds of one subscription."""
 
     placed: Numbers = field(default_factory=Numbers)
-    """The numbers of rows that name their journal record."""
+    """Sequence numbers of rows that have their journal record."""
     unplaced: Numbers = field(default_factory=Numbers)
-    """The numbers of rows of versions that did not."""
+    """Sequence numbers of rows of versions that did not keep it."""
     records: Numbers = field(default_factory=Numbers)
     rows: int = 0
-    """Numbered rows; of a snapshot its own row alone."""
+    """Numbered rows; a snapshot counts once."""
     kinds: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """`rows` by what they are: DELTA, TRADE, SNAPSHOT, OTHER."""
+    """`rows` by kind: DELTA, TRADE, SNAPSHOT, OTHER."""
     missing_levels: int = 0
     doubled_levels: int = 0
     gaps: list[tuple[int, int]] = field(default_factory=list)
-    """(first, end) of the numbers that each gap row names."""
+    """(first, end) of the sequence numbers that each gap row names."""
     begins: datetime | None = None
     """Receive time of the first row."""
     begun: bool = False
-    """Whether the row of the subscription's beginning is there."""
+    """Whether the row of the subscription's start is there."""
 
     @property
     def seqs(self) -> Numbers:
-        """All numbers."""
+        """All sequence numbers."""
         if not self.unplaced:
             return self.placed
         both = Numbers()
@@ -58,38 +58,40 @@ class Tally:
 
     @property
     def repeated(self) -> int:
-        """Frames with a number that another record had before: the exchange sent it again."""
+        """Frames with a number that an earlier record had: the exchange sent it again."""
         return len(self.records) - len(self.placed)
 
     @property
     def doubled(self) -> int:
-        """Rows that are there more than once. As in lossless_proof.sql."""
+        """Rows that are stored more than once, as in lossless_proof.sql."""
         return self.rows - len(self.seqs) - self.repeated + self.doubled_levels
 
 
 @dataclass
-class Place:
-    """What a place holds of all subscriptions."""
+class Holdings:
+    """The rows that the journal or a store holds of all subscriptions."""
 
-    of: defaultdict[Subscription, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    subscriptions: defaultdict[Subscription, Tally] = field(
+        default_factory=lambda: defaultdict(Tally)
+    )
     opened: set[str] = field(default_factory=set)
-    """Connections of which the row of their beginning is there."""
+    """Connections whose `connected` row is there."""
     records: defaultdict[int, Numbers] = field(default_factory=lambda: defaultdict(Numbers))
-    """By shard, the journal records that left any row at all, numbered or not."""
+    """By shard, the journal records that have any row at all, numbered or not."""
 
     def add(self, rows: pl.DataFrame) -> None:
         """Add numbered rows: conn, sid, seq, record (null: not known), kind, ingest_ts."""
-        for (conn, sid), its in rows.group_by("conn", "sid"):
-            tally = self.of[str(conn), int(str(sid))]
-            placed = its.filter(pl.col("record").is_not_null())
+        for (conn, sid), rows_of in rows.group_by("conn", "sid"):
+            tally = self.subscriptions[str(conn), int(str(sid))]
+            placed = rows_of.filter(pl.col("record").is_not_null())
             tally.placed.add(_u64(placed["seq"]))
             tally.records.add(_u64(placed["record"]))
-            if placed.height < its.height:
-                tally.unplaced.add(_u64(its.filter(pl.col("record").is_null())["seq"]))
-            tally.rows += its.height
-            counts = np.bincount(its["kind"].to_numpy(), minlength=4)
+            if placed.height < rows_of.height:
+                tally.unplaced.add(_u64(rows_of.filter(pl.col("record").is_null())["seq"]))
+            tally.rows += rows_of.height
+            counts = np.bincount(rows_of["kind"].to_numpy(), minlength=4)
             tally.kinds = [a + int(b) for a, b in zip(tally.kinds, counts, strict=True)]
-            self._begins(tally, its["ingest_ts"].min())
+            self._begins(tally, rows_of["ingest_ts"].min())
 
     def add_records(self, shard: pl.Series, record: pl.Series) -> None:
         """Add the journal records that rows name, numbered or not; null: not known."""
@@ -97,44 +99,48 @@ class Place:
             self.records[number].add(_u64(record.filter(shard == number).drop_nulls()))
 
     def add_gaps(self, gaps: Iterable[tuple[str, int, int, int]]) -> None:
-        """Add what gap rows name: (conn, sid, expected, got)."""
+        """Add the sequence numbers that gap rows name: (conn, sid, expected, got)."""
         for conn, sid, expected, got in gaps:
             if got > expected:
-                self.of[conn, sid].gaps.append((expected, got))
+                self.subscriptions[conn, sid].gaps.append((expected, got))
 
-    def update(self, other: Place) -> None:
-        """Add all that another one has."""
-        for of, its in other.of.items():
-            tally = self.of[of]
-            for mine, more in (
-                (tally.placed, its.placed),
-                (tally.unplaced, its.unplaced),
-                (tally.records, its.records),
+    def update(self, other: Holdings) -> None:
+        """Add everything that `other` holds."""
+        for subscription, added in other.subscriptions.items():
+            tally = self.subscriptions[subscription]
+            for numbers, more in (
+                (tally.placed, added.placed),
+                (tally.unplaced, added.unplaced),
+                (tally.records, added.records),
             ):
-                mine.update(more)
-            tally.rows += its.rows
-            tally.kinds = [a + b for a, b in zip(tally.kinds, its.kinds, strict=True)]
-            tally.missing_levels += its.missing_levels
-            tally.doubled_levels += its.doubled_levels
-            tally.gaps += its.gaps
-            tally.begun |= its.begun
-            self._begins(tally, its.begins)
+                numbers.update(more)
+            tally.rows += added.rows
+            tally.kinds = [a + b for a, b in zip(tally.kinds, added.kinds, strict=True)]
+            tally.missing_levels += added.missing_levels
+            tally.doubled_levels += added.doubled_levels
+            tally.gaps += added.gaps
+            tally.begun |= added.begun
+            self._begins(tally, added.begins)
         self.opened |= other.opened
         for shard, numbers in other.records.items():
             self.records[shard].update(numbers)
 
     def rest(self) -> None:
-        """Compress what was not added to lately."""
-        for tally in self.of.values():
+        """Compress the numbers of subscriptions to which nothing was added lately."""
+        for tally in self.subscriptions.values():
             for numbers in (tally.placed, tally.unplaced, tally.records):
                 numbers.rest()
         for numbers in self.records.values():
             numbers.rest()
 
     def begins(self, conn: str) -> datetime | None:
-        """The receive time of a connection's first numbered row."""
+        """Return the receive time of a connection's first numbered row."""
         return min(
-            (t.begins for (of, _), t in self.of.items() if of == conn and t.begins is not None),
+            (
+                t.begins
+                for (c, _), t in self.subscriptions.items()
+                if c == conn and t.begins is not None
+            ),
             default=None,
         )
 

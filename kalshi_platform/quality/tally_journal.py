@@ -1,7 +1,7 @@
-"""What a shard's journal holds of each subscription, as far as it is kept (`tally`).
+"""Tally a shard's journal by subscription (`tally`), as far as the journal is kept.
 
-Frames are taken as the journal has them: by their kind, and by the `sid` and `seq` of their heads, not by
-what the loader makes of them.
+Frames are counted by their kind and the `sid` and `seq` of their heads. The loader's decoder is not used, so
+that a fault of it cannot hide itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import LostRange, RecordRange
 from kalshi_platform.loading.shared_rows import chunks, up_to
-from kalshi_platform.quality.tally import DELTA, OTHER, SNAPSHOT, TRADE, Place
+from kalshi_platform.quality.tally import DELTA, OTHER, SNAPSHOT, TRADE, Holdings
 from kalshi_platform.quality.tally_stores import named_by
 from kalshi_platform.utc_hours import hour_start_ns
 
@@ -41,18 +41,18 @@ class Journal:
 
     shard: int
     first: int
-    """Its first record that is kept: those before it were pruned."""
+    """The first record that is kept; those before it were pruned."""
     end: int
     """The record that it was read up to."""
-    place: Place = field(default_factory=Place)
-    recent: Place = field(default_factory=Place)
-    """The same for what was received from `recent_from` on."""
+    held: Holdings = field(default_factory=Holdings)
+    recent: Holdings = field(default_factory=Holdings)
+    """The same for records received from `recent_from` on."""
     lost: list[tuple[int, int]] = field(default_factory=list)
-    """(first, end) of records that a damaged segment had."""
+    """(first, end) of each lost range."""
 
     @property
     def lost_records(self) -> int:
-        """How many records cannot be read."""
+        """Number of records that cannot be read."""
         return sum(end - first for first, end in self.lost)
 
 
@@ -71,53 +71,53 @@ def read(
     recent_from: datetime | None,
     progress: Callable[[int], None],
 ) -> Journal:
-    """Read a journal up to record `end`; with `hours` what was received from the first to the last of them.
+    """Tally a journal up to record `end`; with `hours`, the records received from the first to the last of them.
 
-    `progress` is given the record that has been reached. Raises `JournalError` for damage.
+    `progress` is called with the record that has been reached. Raises `JournalError` for damage.
     """
     beginning = reader.beginning(folder)
     found = Journal(shard, beginning.n, max(end, beginning.n))
-    # gathered: adding up costs the same for few records, and a quiet exchange makes many small blocks
-    for piece in chunks(up_to(end, reader.read(folder, beginning))):
-        if isinstance(piece, LostRange):
-            found.lost.append((piece.first_n, piece.first_n + piece.rows))
+    # in chunks: adding up has a fixed cost, and a quiet exchange makes many small batches
+    for part in chunks(up_to(end, reader.read(folder, beginning))):
+        if isinstance(part, LostRange):
+            found.lost.append((part.first_n, part.first_n + part.rows))
         else:
-            records = _records(piece, hours)
-            _add(found.place, shard, records)
+            records = _records(part, hours)
+            _add(found.held, shard, records)
             if recent_from is not None:
                 recent = pl.col("recv_ns") >= hour_start_ns(recent_from)
                 _add(found.recent, shard, records.filter(recent))
                 found.recent.rest()
-        found.place.rest()
-        progress(piece.first_n + piece.rows)
+        found.held.rest()
+        progress(part.first_n + part.rows)
     if recent_from is None:
-        found.recent = found.place
+        found.recent = found.held
     return found
 
 
 def connections(folder: Path, start: int) -> set[str]:
-    """The connections of the records from `start` on."""
+    """Return the connections of the records from `start` on."""
     found: set[str] = set()
-    for stretch in reader.read(folder, reader.find(folder, start)):
-        if isinstance(stretch, RecordRange):
-            conns = stretch.batch.column("conn").cast(pa.binary()).unique()
+    for part in reader.read(folder, reader.find(folder, start)):
+        if isinstance(part, RecordRange):
+            conns = part.batch.column("conn").cast(pa.binary()).unique()
             found |= {str(uuid.UUID(bytes=conn)) for conn in conns.to_pylist()}
     return found
 
 
-def _records(block: RecordRange, hours: tuple[datetime, datetime] | None) -> pl.DataFrame:
-    """A block's records with their numbers, within the hours."""
-    conns = block.batch.column("conn").cast(pa.binary()).dictionary_encode()
+def _records(records: RecordRange, hours: tuple[datetime, datetime] | None) -> pl.DataFrame:
+    """Return the records of a range with their numbers, within the hours."""
+    conns = records.batch.column("conn").cast(pa.binary()).dictionary_encode()
     names = pl.Series(
         [str(uuid.UUID(bytes=c)) for c in conns.dictionary.to_pylist()], dtype=pl.String
     )
     rows = pl.DataFrame(
         {
-            "record": np.arange(block.first_n, block.first_n + block.rows, dtype=np.uint64),
-            "recv_ns": pl.Series(block.batch.column("recv_ns")),
+            "record": np.arange(records.first_n, records.first_n + records.rows, dtype=np.uint64),
+            "recv_ns": pl.Series(records.batch.column("recv_ns")),
             "conn": names.gather(pl.Series(conns.indices)),
-            "what": pl.Series(block.batch.column("kind")),
-            "frame": pl.Series(block.batch.column("frame").cast(pa.large_binary())),
+            "what": pl.Series(records.batch.column("kind")),
+            "frame": pl.Series(records.batch.column("frame").cast(pa.large_binary())),
         }
     )
     if hours is None:
@@ -126,13 +126,13 @@ def _records(block: RecordRange, hours: tuple[datetime, datetime] | None) -> pl.
     return rows.filter(pl.col("recv_ns").is_between(first, last + 3_600_000_000_000, closed="left"))
 
 
-def _add(place: Place, shard: int, records: pl.DataFrame) -> None:
-    place.add_records(
+def _add(held: Holdings, shard: int, records: pl.DataFrame) -> None:
+    held.add_records(
         pl.repeat(shard, records.height, dtype=pl.UInt32, eager=True), records["record"]
     )
     is_note = pl.col("what") == int(Kind.NOTE)
     for conn, frame in records.filter(is_note).select("conn", "frame").iter_rows():
-        _add_note(place, conn, frame)
+        _add_note(held, conn, frame)
     frames = records.filter(~is_note & (pl.col("what") != int(Kind.MALFORMED)))
     if frames.is_empty():
         return
@@ -144,7 +144,7 @@ def _add(place: Place, shard: int, records: pl.DataFrame) -> None:
             {int(k): v for k, v in _KINDS.items()}, default=OTHER, return_dtype=pl.Int64
         )
     )
-    place.add(
+    held.add(
         frames.select(
             "conn",
             sid.alias("sid"),
@@ -158,16 +158,16 @@ def _add(place: Place, shard: int, records: pl.DataFrame) -> None:
     )
 
 
-def _add_note(place: Place, conn: str, frame: bytes) -> None:
+def _add_note(held: Holdings, conn: str, frame: bytes) -> None:
     note = typed_json.decode(frame, _Note)
     if note.kind == "connected":
-        place.opened.add(conn)
+        held.opened.add(conn)
     elif note.kind == "gap":
-        place.add_gaps(named_by(conn, note.sid, bytes(note.detail)))
+        held.add_gaps(named_by(conn, note.sid, bytes(note.detail)))
 
 
 def heads(frames: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """`sid` and `seq` of each frame, 0 where it has none, or none that can be read."""
+    """Return `sid` and `seq` of each frame, 0 if it has none that can be read."""
     table = _read_heads(frames)
     if table is not None:
         return tuple(pl.Series(table[name]).fill_null(0) for name in ("sid", "seq"))  # type: ignore[return-value]
@@ -179,7 +179,7 @@ def heads(frames: pl.Series) -> tuple[pl.Series, pl.Series]:
 
 
 def _read_heads(frames: pl.Series) -> pa.Table | None:
-    """All heads in one read; None where one frame is not of the expected shape."""
+    """Read all heads at once; None if a frame does not have the expected shape."""
     data = frames.to_arrow().cast(pa.large_binary())
     text = b"\n".join(data.to_pylist())
     try:

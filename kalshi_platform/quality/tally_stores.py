@@ -1,7 +1,7 @@
-"""An hour of a store, added to what is known of its subscriptions (`tally`).
+"""Tally an hour of a store by subscription (`tally`).
 
-The same for ClickHouse and the archive: both give their rows in tables of the same columns. What counts as
-a frame, a level or a gap is as in infra/queries/lossless_proof.sql.
+The code is the same for ClickHouse and the archive, since both return tables of the same columns. What counts
+as a frame, a level or a gap is defined by infra/queries/lossless_proof.sql.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kalshi_platform import typed_json
 from kalshi_platform.archive import Archive, batches
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.loading import hot_hour
-from kalshi_platform.quality.tally import DELTA, NOT_FRAMES, OTHER, SNAPSHOT, TRADE, Place
+from kalshi_platform.quality.tally import DELTA, NOT_FRAMES, OTHER, SNAPSHOT, TRADE, Holdings
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES, Dataset
 
 ROWS_AT_A_TIME = 262_144
@@ -29,19 +29,19 @@ Read = Callable[[Dataset], Iterator[pa.Table]]
 
 
 class _Gap(msgspec.Struct):
-    """What is looked at of a gap row's detail."""
+    """The fields of a gap row's detail that are used."""
 
     expected: int | None = None
     got: int | None = None
 
 
-def hot(client: clickhouse.Client, hour: datetime) -> Place:
-    """What ClickHouse has of an hour. Raises what ClickHouse raises."""
-    return _place(lambda dataset: hot_hour.tables(client, dataset, hour))
+def hot(client: clickhouse.Client, hour: datetime) -> Holdings:
+    """Tally an hour of ClickHouse. Raises `StoreError` as ClickHouse does."""
+    return _tally(lambda dataset: hot_hour.tables(client, dataset, hour))
 
 
-def cold(archive: Archive, hour: datetime) -> Place:
-    """What the archive has of an hour. Raises `StoreRefused` for a file that cannot be read."""
+def cold(archive: Archive, hour: datetime) -> Holdings:
+    """Tally an hour of the archive. Raises `StoreRefused` for a file that cannot be read."""
 
     def read(dataset: Dataset) -> Iterator[pa.Table]:
         for file in archive.files(dataset.name, hour):
@@ -49,36 +49,36 @@ def cold(archive: Archive, hour: datetime) -> Place:
                 file, dataset.arrow, ROWS_AT_A_TIME, columns=[c.name for c in dataset.columns]
             )
 
-    return _place(read)
+    return _tally(read)
 
 
-def _place(read: Read) -> Place:
-    place = Place()
+def _tally(read: Read) -> Holdings:
+    held = Holdings()
     kept = [pl.DataFrame(schema=_LEVELS)]
-    said = [pl.DataFrame(schema=_LEVELS)]
-    # In this order: what stream_events has, the others had before it.
+    recorded = [pl.DataFrame(schema=_LEVELS)]
+    # In this order: stream_events is written last, so the other tables have every row that it implies.
     for rows in _frames(read, STREAM_EVENTS, "kind", "detail"):
         frames = rows.filter(~pl.col("kind").is_in(NOT_FRAMES))
         snapshots = frames.filter(pl.col("kind") == "snapshot")
-        place.add(_numbered(snapshots, SNAPSHOT))
-        place.add(_numbered(frames.filter(pl.col("kind") != "snapshot"), OTHER))
-        place.add_records(rows["shard"], rows["record"])
-        said.append(_levels_said(snapshots))
-        _add_happenings(place, rows)
+        held.add(_numbered(snapshots, SNAPSHOT))
+        held.add(_numbered(frames.filter(pl.col("kind") != "snapshot"), OTHER))
+        held.add_records(rows["shard"], rows["record"])
+        recorded.append(_recorded_levels(snapshots))
+        _add_notes(held, rows)
     for rows in _frames(read, TRADES):
-        place.add(_numbered(rows, TRADE))
-        place.add_records(rows["shard"], rows["record"])
+        held.add(_numbered(rows, TRADE))
+        held.add_records(rows["shard"], rows["record"])
     for rows in _frames(read, ORDERBOOK_EVENTS, "type"):
-        place.add(_numbered(rows.filter(pl.col("type") == "delta"), DELTA))
+        held.add(_numbered(rows.filter(pl.col("type") == "delta"), DELTA))
         levels = rows.filter(pl.col("type") == "snapshot")
         kept.append(levels.group_by(_SNAPSHOT).agg(pl.len().alias("n").cast(pl.UInt32)))
-        place.add_records(rows["shard"], rows["record"])
-    _add_levels(place, pl.concat(kept), pl.concat(said))
-    return place
+        held.add_records(rows["shard"], rows["record"])
+    _add_levels(held, pl.concat(kept), pl.concat(recorded))
+    return held
 
 
 def _frames(read: Read, dataset: Dataset, *columns: str) -> Iterator[pl.DataFrame]:
-    """The wanted columns of a dataset's rows, texts as texts."""
+    """Yield the wanted columns of a dataset's rows, dictionaries decoded."""
     wanted = tuple(c for c in dataset.columns if c.name in {*_FRAME, *columns})
     for table in read(dataclasses.replace(dataset, columns=wanted)):
         texts = [pl.col(name).cast(pl.String) for name in ("conn_id", *columns)]
@@ -86,7 +86,7 @@ def _frames(read: Read, dataset: Dataset, *columns: str) -> Iterator[pl.DataFram
 
 
 def _numbered(rows: pl.DataFrame, kind: int) -> pl.DataFrame:
-    """Numbered rows as `Place.add` takes them."""
+    """Return numbered rows with the columns of `Holdings.add`."""
     return rows.filter(pl.col("seq") > 0).select(
         pl.col("conn_id").alias("conn"),
         "sid",
@@ -97,8 +97,8 @@ def _numbered(rows: pl.DataFrame, kind: int) -> pl.DataFrame:
     )
 
 
-def _levels_said(snapshots: pl.DataFrame) -> pl.DataFrame:
-    """How many levels each snapshot had, by its own row; a row that is there twice says it once."""
+def _recorded_levels(snapshots: pl.DataFrame) -> pl.DataFrame:
+    """Return how many levels each snapshot had, from its own row; a row that is stored twice counts once."""
     return (
         snapshots.unique(subset=[*_SNAPSHOT, "record"])
         .with_columns(pl.col("detail").str.extract(r'"levels":\s*(\d+)').cast(pl.UInt32).alias("n"))
@@ -107,10 +107,10 @@ def _levels_said(snapshots: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _add_levels(place: Place, kept: pl.DataFrame, said: pl.DataFrame) -> None:
-    """Count levels that are missing, or there more often, of snapshots whose own row is there."""
+def _add_levels(held: Holdings, kept: pl.DataFrame, recorded: pl.DataFrame) -> None:
+    """Count missing and doubled levels of snapshots whose own row is there."""
     both = (
-        said.group_by(_SNAPSHOT)
+        recorded.group_by(_SNAPSHOT)
         .agg(pl.col("n").sum().cast(pl.Int64))
         .join(
             kept.group_by(_SNAPSHOT).agg(pl.col("n").sum().cast(pl.Int64).alias("kept")),
@@ -125,24 +125,24 @@ def _add_levels(place: Place, kept: pl.DataFrame, said: pl.DataFrame) -> None:
         )
     )
     for conn, sid, missing, doubled in both.iter_rows():
-        place.of[conn, sid].missing_levels += missing
-        place.of[conn, sid].doubled_levels += doubled
+        held.subscriptions[conn, sid].missing_levels += missing
+        held.subscriptions[conn, sid].doubled_levels += doubled
 
 
-def _add_happenings(place: Place, rows: pl.DataFrame) -> None:
-    """Add what the recording's own notes say: beginnings, and the numbers that gaps name."""
+def _add_notes(held: Holdings, rows: pl.DataFrame) -> None:
+    """Add the recorder's own notes: starts of connections and subscriptions, and the numbers that gaps name."""
     notes = rows.filter(pl.col("kind").is_in(["connected", "subscribed", "gap"]))
     for conn, sid, kind, detail in notes.select("conn_id", "sid", "kind", "detail").iter_rows():
         if kind == "connected":
-            place.opened.add(conn)
+            held.opened.add(conn)
         elif kind == "subscribed":
-            place.of[conn, sid].begun = True
+            held.subscriptions[conn, sid].begun = True
         else:
-            place.add_gaps(named_by(conn, sid, detail))
+            held.add_gaps(named_by(conn, sid, detail))
 
 
 def named_by(conn: str, sid: int, detail: str | bytes) -> Sequence[tuple[str, int, int, int]]:
-    """The numbers that a gap's detail names, as `Place.add_gaps` takes them; nothing where it names none."""
+    """Return the numbers that a gap's detail names, for `Holdings.add_gaps`; empty if it names none."""
     try:
         gap = typed_json.decode(detail if isinstance(detail, bytes) else detail.encode(), _Gap)
     except msgspec.DecodeError:
