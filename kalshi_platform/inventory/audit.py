@@ -1,8 +1,7 @@
-"""The audit: which checks there are, and running them. What each asks is in its SQL file,
-`infra/queries/inventory/<check>.sql`, the one source for the command and for Dagster's checks.
+"""Define the inventory checks and run them.
 
-Nothing is written here, and nothing is explained: see breaks.py for that. What there was to judge is in
-judged.py.
+Each check's SQL is in `infra/queries/inventory/<check>.sql`, for the command and for Dagster's checks alike. Nothing
+is written or explained here: see breaks.py. Which engines and markets were audited is in judged.py.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FOLLOWS_SETTLEMENT = timedelta(seconds=10)
 """An engine clears a settled position within this."""
 
 RACE = timedelta(seconds=60)
-"""What is found so lately may be explained by rows that come this moment; an engine's clock may be behind."""
+"""Findings this recent may be explained by rows that are just arriving; an engine's clock may be behind."""
 _WINDOW = ("since", "markets", "position_writers", "writing_since")
 _EMPTY = "''"
 _ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}
@@ -40,33 +39,33 @@ _ZEROS = {pa.float64(): "toFloat64(0)", pa.uint32(): "0", pa.uint8(): "0"}
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the tables; a row of its answer is an anomaly."""
+    """One check: a row of its SQL's result is an anomaly."""
 
     name: str
     title: str
     question: str
     needs: tuple[str, ...]
-    """The tables that it reads; where one is missing the check is skipped."""
+    """The tables that it reads; if one is missing, the check is skipped."""
     money: bool
-    """Whether an anomaly means a wrong position, rather than a suspicion of one."""
+    """Whether an anomaly means a wrong position, and not only a suspicion."""
     worst: str
-    """How bad a finding is, in its SQL's columns: contracts, or seconds."""
+    """SQL expression of a finding's size, from the columns of its SQL: contracts, or seconds."""
     at: str = "ts"
     """The column with a finding's time."""
 
-    def sql(self, parameters: Parameters, there: frozenset[str] = frozenset(TABLES)) -> str:
-        """The check's SQL: A, B and C word for word as the runbook has them, where that is wanted.
+    def sql(self, parameters: Parameters, tables: frozenset[str] = frozenset(TABLES)) -> str:
+        """Return the check's SQL; with `strict_runbook`, A, B and C are word for word the runbook's.
 
-        The newest snapshot says nothing of the fills before it, so `latest` compares plainly, too.
-        A table that is not `there`, and that the check can do without, is an empty one.
+        `snapshot="latest"` uses the runbook's SQL for check C, too, because the newest snapshot may be later than
+        the fills. A table that is not in `tables`, and that the check does not need, is replaced by an empty one.
         """
         plain = parameters.strict_runbook or (
             self is DIVERGENCE and parameters.snapshot == "latest"
         )
         folder = "inventory/strict" if plain and self in RUNBOOK else "inventory"
         text = queries.text(f"{folder}/{self.name}")
-        for table in sorted(TABLES.keys() - there):
-            text = text.replace(f"FROM {table}\n", f"FROM {_nothing(table)}\n")
+        for table in sorted(TABLES.keys() - tables):
+            text = text.replace(f"FROM {table}\n", f"FROM {_empty_table(table)}\n")
         return text
 
 
@@ -127,29 +126,29 @@ CHECKS = (*RUNBOOK, IDENTITY, ROLLED, FRESH)
 
 @dataclass(frozen=True)
 class Parameters:
-    """What to look at, and what is still in order. Sizes in contracts."""
+    """What the checks examine, and their thresholds. Sizes in contracts."""
 
     lookback_minutes: int = 120
     market_ticker: str = ""
-    """One market; empty is all."""
+    """One market; empty: all."""
     drift_threshold: float = 1.0
     open_epsilon: float = 0.01
     filled_threshold: float = 0.5
     stale_after_s: int = 660
     """A snapshot every 5 minutes, and two of them missed."""
     snapshot: str = "as_of"
-    """What a decision is held against: as_of, the latest at or before it, or latest, the newest."""
+    """The snapshot that a decision is compared with: `as_of`, the latest at or before it, or `latest`, the newest."""
     limit: int = 200
     strict_runbook: bool = False
-    """Checks A, B and C as the runbook words them: nothing since is taken into account."""
+    """Checks A, B and C exactly as in the runbook, without fills and answers since the snapshot."""
 
     @property
     def markets(self) -> list[str]:
-        """The markets to look at; empty is all."""
+        """The markets to examine; empty: all."""
         return [self.market_ticker] if self.market_ticker else []
 
     def bound(self, since: datetime) -> dict[str, Any]:
-        """The values of the SQL's parameters."""
+        """Return the values of the SQL's parameters."""
         return {
             "since": moment(since),
             "markets": self.markets,
@@ -166,7 +165,7 @@ class Parameters:
 
 
 class Status(Enum):
-    """How a check went."""
+    """The status of a check."""
 
     CLEAR = "clear"
     ANOMALIES = "anomalies"
@@ -175,42 +174,42 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found."""
+    """The result of a check."""
 
     check: Check
     columns: tuple[str, ...] = ()
     rows: Sequence[tuple[Any, ...]] = field(default=(), repr=False)
-    """At most `limit` of them, in the SQL's order."""
+    """At most `limit` rows, in the SQL's order."""
     total: int = 0
-    """How many there are."""
+    """Number of rows."""
     markets: int = 0
-    """In how many markets they are, those beyond the limit too."""
+    """Number of markets with a row, including those beyond the limit."""
     episodes: Sequence[Episode] = field(default=(), repr=False)
-    """What breaks.py makes breaks of."""
+    """Episodes, from which breaks.py makes breaks."""
     notice: str = ""
-    """What a person should know: why it was skipped, or what was not judged."""
+    """Why the check was skipped, or what it left out, for people."""
     skipped: bool = False
 
     @property
     def status(self) -> Status:
-        """How it went."""
+        """The status."""
         if self.skipped:
             return Status.SKIPPED
         return Status.ANOMALIES if self.total else Status.CLEAR
 
 
 def moment(at: datetime) -> str:
-    """A time as the SQL's parameters want it: UTC, milliseconds."""
+    """Format a time for the SQL's parameters: UTC, milliseconds."""
     return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
 def bound(
-    client: Client, there: frozenset[str], parameters: Parameters, start: datetime
+    client: Client, tables: frozenset[str], parameters: Parameters, start: datetime
 ) -> dict[str, Any]:
-    """The values of all the parameters of the checks' SQL, with what is asked once for all checks."""
+    """Return the values of all parameters of the checks' SQL, including those queried once for all checks."""
     values = parameters.bound(start)
-    settled = _settled(client, values) if DECISIONS in there else []
-    writers = _position_writers(client, values) if DECISIONS in there else []
+    settled = _settled(client, values) if DECISIONS in tables else []
+    writers = _position_writers(client, values) if DECISIONS in tables else []
     return {
         **values,
         "position_writers": [name for name, _ in writers],
@@ -221,10 +220,10 @@ def bound(
 
 
 def _position_writers(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Engines that write position columns, and since when: milliseconds. A position of theirs that is
-    no number is a fault from then on.
+    """Return the engines that write position columns, and since when (milliseconds). From then on, a position of
+    theirs that is not a number is a fault.
 
-    Asked only where there is a decision with such a position.
+    Queried only if a decision has such a position.
     """
     window = (
         "FROM mm_decisions WHERE ts >= {since:DateTime64(3, 'UTC')}"
@@ -250,9 +249,9 @@ def _position_writers(client: Client, values: Mapping[str, Any]) -> list[tuple[s
 
 
 def _settled(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Markets that the platform's own catalog knows as settled, and when: milliseconds.
+    """Return the markets that the platform's catalog has as settled, and when (milliseconds).
 
-    None where the database has no catalog: it may be an engine's own.
+    Empty if the database has no catalog, as an engine's own database may.
     """
     with translated():
         known = client.query(
@@ -274,8 +273,8 @@ def _settled(client: Client, values: Mapping[str, Any]) -> list[tuple[str, int]]
     return [(str(ticker), int(at)) for ticker, at in rows]
 
 
-def _nothing(table: str) -> str:
-    """A stand-in for a table that is missing: its columns, and no row."""
+def _empty_table(table: str) -> str:
+    """Return SQL that replaces a missing table: its columns, and no row."""
     columns = ", ".join(
         f"{'toDateTime64(0, 3)' if pa.types.is_timestamp(field.type) else _ZEROS.get(field.type, _EMPTY)}"
         f" AS {field.name}"
@@ -289,13 +288,13 @@ def _milliseconds(span: timedelta) -> int:
 
 
 def since(client: Client, parameters: Parameters) -> datetime:
-    """The window's beginning by the server's clock, on a whole second."""
+    """Return the window's start by the server's clock, on a whole second."""
     start = _now(client) - timedelta(minutes=parameters.lookback_minutes)
     return start.replace(microsecond=0)
 
 
 def _now(client: Client) -> datetime:
-    """By the server's clock."""
+    """Return the time by the server's clock."""
     with translated():
         row = client.query("SELECT now64(3, 'UTC')").first_row
     assert row is not None  # noqa: S101 - one row always
@@ -310,28 +309,28 @@ def sweep(
     *,
     start: datetime | None = None,
 ) -> list[Outcome]:
-    """Run the checks over the window that begins at `start` (default: the look-back, from now).
+    """Run the checks over the window that starts at `start` (default: now minus the look-back).
 
-    A user without a market maker gets notices, not findings. Raises `StoreUnavailable` and
+    Without a market maker the result is notices, not findings. Raises `StoreUnavailable` and
     `StoreRefused` as the store does.
     """
     checks = tuple(checks)
-    there = standing(client)
+    tables = standing(client)
     start = since(client, parameters) if start is None else start
-    if why := there.why_not(DECISIONS):
+    if why := tables.why_not(DECISIONS):
         return [_skipped(check, why) for check in checks]
-    values = bound(client, there.usable, parameters, start)
+    values = bound(client, tables.usable, parameters, start)
     decisions, unjudged = _decisions(client, values)
-    nothing = "" if decisions else _quiet(client, parameters)
+    nothing = "" if decisions else _no_decisions(client, parameters)
     outcomes = []
     for check in checks:
-        why = next((why for table in check.needs if (why := there.why_not(table))), nothing)
+        why = next((why for table in check.needs if (why := tables.why_not(table))), nothing)
         if not why and check is not FRESH:
-            why = _unfit(client, check, decisions, unjudged)
+            why = _why_not_run(client, check, decisions, unjudged)
         outcomes.append(
             _skipped(check, why)
             if why
-            else _run(client, check, check.sql(parameters, there.usable), values, unjudged)
+            else _run(client, check, check.sql(parameters, tables.usable), values, unjudged)
         )
     return outcomes
 
@@ -344,8 +343,8 @@ def _run(
         question = question._replace(worst="greatest(moved_within, moved_since)")
     found = findings.read(client, question, values)
     if found.total:
-        # Tables are not read at one instant, and an engine writes meanwhile: the second look has
-        # what explains the decisions of the first. What is wrong is found again.
+        # Tables are not read at one instant, and an engine writes meanwhile: the second run has the rows
+        # that explain decisions of the first. Real faults are found again.
         found = findings.again(client, question, values, found, _now(client) - RACE)
     notice = ""
     if unjudged and check is not FRESH:
@@ -365,7 +364,7 @@ def _run(
 
 
 def _decisions(client: Client, bound: Mapping[str, Any]) -> tuple[int, int]:
-    """How many decisions the window has, and how many of them say nothing of positions."""
+    """Return (the number of decisions in the window, the number of those without a position)."""
     with translated():
         row = client.query(
             "SELECT count(), countIf("
@@ -393,8 +392,8 @@ def _skipped(check: Check, notice: str) -> Outcome:
     return Outcome(check, notice=notice, skipped=True)
 
 
-def _unfit(client: Client, check: Check, decisions: int, unjudged: int) -> str:
-    """Why a check of a window with decisions cannot be run; empty where it can."""
+def _why_not_run(client: Client, check: Check, decisions: int, unjudged: int) -> str:
+    """Return why a check of a window with decisions cannot run; empty if it can."""
     if unjudged == decisions:
         return (
             f"none of {decisions:,} decisions has a position: their engine writes the columns from before"
@@ -405,9 +404,9 @@ def _unfit(client: Client, check: Check, decisions: int, unjudged: int) -> str:
     return ""
 
 
-def _quiet(client: Client, parameters: Parameters) -> str:
-    of = f" of {parameters.market_ticker}" if parameters.market_ticker else ""
-    quiet = f"no decisions{of} in the last {parameters.lookback_minutes} minutes"
+def _no_decisions(client: Client, parameters: Parameters) -> str:
+    market = f" of {parameters.market_ticker}" if parameters.market_ticker else ""
+    quiet = f"no decisions{market} in the last {parameters.lookback_minutes} minutes"
     if _empty(client, DECISIONS):
         return f"{quiet}: {DECISIONS} is empty, no market maker has written to it yet."
     return f"{quiet}."

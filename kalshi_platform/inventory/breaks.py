@@ -1,9 +1,9 @@
-"""Breaks: what the checks find, as a person counts it: once while it lasts, with its kind and reason.
+"""Combine the checks' findings into breaks, with a kind and an explanation each, and keep them in ClickHouse.
 
-Findings of one check and market that follow one another within a minute are one break. It is open
-while the market's decisions go on being wrong, and closes by itself once they have been right for a
-minute. At each look it is classified again, by all that is known then. The checks themselves are in
-audit.py, what was recorded around a break in evidence.py, and what follows from it in explain.py.
+Findings of one check and market within a minute of each other are one break. It stays open while the
+market's decisions are wrong, and closes once they have been right for a minute. Every run classifies it
+again, with the evidence known by then. The checks are in audit.py, the rows recorded around a break in
+evidence.py, the classification in explain.py.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kalshi_platform.inventory.tables import usable
 TABLE = "mm_inventory_breaks"
 
 MARKETS_AT_ONCE = 20
-"""Whose rows are in memory together: of each market at most `evidence.MOST_ROWS` of each table."""
+"""Markets whose rows are in memory together: of each at most `evidence.MOST_ROWS` of each table."""
 
 _NAMESPACE = uuid.UUID("0a2f6a51-6f0b-4a51-9f57-3b0d6ab1d2f4")
 
 
 @dataclass(frozen=True)
 class Break:
-    """Something that is, or was, wrong with what the engine believes to hold."""
+    """A period in which a check found an engine's inventory to be wrong."""
 
     break_id: uuid.UUID
     check_name: str
@@ -46,16 +46,16 @@ class Break:
     """None while it is open."""
     findings: int
     worst: float
-    """Contracts; seconds for a stale snapshot."""
+    """Contracts; for a stale snapshot, seconds."""
     explanation: str
 
     @property
     def age(self) -> timedelta:
-        """From its first finding to its last one so far."""
+        """Time from its first finding to its last one so far."""
         return self.last_seen_at - self.opened_at
 
     def headline(self) -> str:
-        """State, age, kind, market and check on one line."""
+        """Return state, age, kind, market and check on one line."""
         state = "open" if self.closed_at is None else "closed"
         return (
             f"{state}, {self.age.total_seconds():.0f} s from {moment(self.opened_at)}: {self.kind},"
@@ -64,7 +64,7 @@ class Break:
         )
 
     def row(self) -> dict[str, Any]:
-        """The columns of `mm_inventory_breaks`, `updated_at` excepted."""
+        """Return the columns of `mm_inventory_breaks`, except `updated_at`."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
@@ -76,13 +76,13 @@ class _Found(NamedTuple):
 
     @property
     def engine(self) -> str:
-        """The engine of its latest finding; empty where the check does not say."""
+        """The engine of its latest finding; empty if the check does not have it."""
         return str(self.episode.latest.get("engine_instance_id", ""))
 
 
 @dataclass(frozen=True)
-class _Look:
-    """One look at the tables, and what is the same for all its findings."""
+class _Run:
+    """One run over the tables: what all its findings share."""
 
     client: Client
     parameters: Parameters
@@ -93,10 +93,10 @@ class _Look:
     known: Mapping[tuple[str, str], Sequence[Break]]
     """By check and market."""
     values: Mapping[str, Any]
-    """Of the parameters of the checks' SQL."""
+    """Values of the parameters of the checks' SQL."""
 
     def over(self, found: _Found) -> bool:
-        """Whether the market's decisions have been right for long enough since."""
+        """Whether the market's decisions have been right for long enough since the last finding."""
         check, episode = found
         newest = self.newest.get(episode.market_ticker, episode.last)
         return check is not audit.FRESH and newest - episode.last > QUIET
@@ -110,13 +110,13 @@ def examine(
     start: datetime | None = None,
     outcomes: Sequence[Outcome] | None = None,
 ) -> list[Break]:
-    """The breaks of the window, oldest first; nothing is written.
+    """Return the breaks of the window, oldest first; write nothing.
 
-    Those that `mm_inventory_breaks` knows keep their number and their beginning. `outcomes`: what a sweep of the
-    same window has found; it is not asked again then.
+    Breaks that `mm_inventory_breaks` has keep their id and their start. `outcomes`: the result of a sweep of the
+    same window, which is then not run again.
     """
-    there = usable(client)
-    if audit.DECISIONS not in there:
+    tables = usable(client)
+    if audit.DECISIONS not in tables:
         return []
     start = audit.since(client, parameters) if start is None else start
     if outcomes is None:
@@ -124,21 +124,21 @@ def examine(
     found = [_Found(each.check, episode) for each in outcomes for episode in each.episodes]
     if not found:
         return []
-    look = _Look(
+    run = _Run(
         client,
         parameters,
         start,
-        there,
+        tables,
         newest=_newest_decisions(client, start),
-        known=_by_market(_known(client, start)) if TABLE in there else {},
-        values=audit.bound(client, there, parameters, start),
+        known=_by_market(_known(client, start)) if TABLE in tables else {},
+        values=audit.bound(client, tables, parameters, start),
     )
-    rolled = _rolled_markets(look, [each.check for each in found])
+    rolled = _rolled_markets(run, [each.check for each in found])
     skews: dict[str, timedelta | None] = {}
     made: list[Break] = []
     for batch in _batches(found):
-        explained = explain.explain_all(_cases(look, batch, rolled, skews))
-        made += [_break(look, each, *why) for each, why in zip(batch, explained, strict=True)]
+        explained = explain.explain_all(_cases(run, batch, rolled, skews))
+        made += [_break(run, each, *why) for each, why in zip(batch, explained, strict=True)]
     return sorted(made, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
 
 
@@ -149,10 +149,10 @@ def update(
     *,
     outcomes: Sequence[Outcome] | None = None,
 ) -> list[Break]:
-    """Bring `mm_inventory_breaks` up to date; returns the breaks that are open now.
+    """Bring `mm_inventory_breaks` up to date; return the breaks that are open now.
 
-    Doing it twice changes nothing. An open break that is found no more is closed. `outcomes`: what a sweep of all
-    markets over the look-back has found just now.
+    Idempotent. An open break that is no longer found is closed. `outcomes`: the result of a sweep of all
+    markets over the look-back that has just run.
     """
     checks = tuple(checks)
     if TABLE not in usable(client):
@@ -186,7 +186,7 @@ def update(
 
 
 def _batches(found: Iterable[_Found]) -> Iterator[list[_Found]]:
-    """The findings of so many markets at a time, an engine's markets one after the other."""
+    """Yield the findings of MARKETS_AT_ONCE markets at a time, ordered by engine."""
     of_market: dict[str, list[_Found]] = {}
     for each in found:
         of_market.setdefault(each.episode.market_ticker, []).append(each)
@@ -196,19 +196,19 @@ def _batches(found: Iterable[_Found]) -> Iterator[list[_Found]]:
 
 
 def _cases(
-    look: _Look,
+    run: _Run,
     found: Sequence[_Found],
     rolled: frozenset[str],
     skews: dict[str, timedelta | None],
 ) -> list[Case]:
-    """The breaks with what was recorded around them, asked for all of them at once.
+    """Return the breaks with the rows recorded around them, read for all of them at once.
 
-    `skews`: by engine, what the markets before have shown.
+    `skews`: by engine, the clock skew that earlier markets have shown.
     """
     seconds: dict[str, set[datetime]] = {}
     for _, episode in found:
         seconds.setdefault(episode.market_ticker, set()).update((episode.first, episode.last))
-    markets = evidence.gather(look.client, look.tables, look.values, look.start, seconds)
+    markets = evidence.gather(run.client, run.tables, run.values, run.start, seconds)
     for engine in {each.engine for each in found if each.check is audit.DIVERGENCE}:
         skews[engine] = evidence.skew(markets.values(), engine) or skews.get(engine)
     return [
@@ -220,12 +220,12 @@ def _cases(
             example=episode.example,
             clearest=episode.clearest,
             latest=episode.latest,
-            over=look.over(each),
-            newest=look.newest.get(episode.market_ticker, episode.last),
+            over=run.over(each),
+            newest=run.newest.get(episode.market_ticker, episode.last),
             market=markets.get(episode.market_ticker, Market()),
             skew=skews.get(each.engine),
             rolled=episode.market_ticker in rolled,
-            stale_after_s=look.parameters.stale_after_s,
+            stale_after_s=run.parameters.stale_after_s,
         )
         for each in found
         for check, episode in (each,)
@@ -260,19 +260,19 @@ def _by_market(known: Iterable[Break]) -> dict[tuple[str, str], list[Break]]:
     return found
 
 
-def _rolled_markets(look: _Look, checks: Iterable[Check]) -> frozenset[str]:
-    """Markets of breaks whose inventory was rolled forward; asked only where it matters."""
+def _rolled_markets(run: _Run, checks: Iterable[Check]) -> frozenset[str]:
+    """Return the markets whose inventory was rolled forward; queried only for checks that need it."""
     if not {audit.DIVERGENCE, audit.IDENTITY} & set(checks):
         return frozenset()
     with translated():
-        rows = look.client.query(
-            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(look.parameters)})",  # noqa: S608
-            parameters={**look.values, "limit": NO_LIMIT},
+        rows = run.client.query(
+            f"SELECT DISTINCT market_ticker FROM ({audit.ROLLED.sql(run.parameters)})",  # noqa: S608
+            parameters={**run.values, "limit": NO_LIMIT},
         ).result_rows
     return frozenset(str(ticker) for (ticker,) in rows)
 
 
-def _break(look: _Look, found: _Found, kind: str, explanation: str) -> Break:
+def _break(run: _Run, found: _Found, kind: str, explanation: str) -> Break:
     check, episode = found
     ticker = episode.market_ticker
     opened, last = episode.first, episode.last
@@ -281,7 +281,7 @@ def _break(look: _Look, found: _Found, kind: str, explanation: str) -> Break:
     before = next(
         (
             each
-            for each in look.known.get((check.name, ticker), ())
+            for each in run.known.get((check.name, ticker), ())
             if opened <= each.last_seen_at + QUIET and last >= each.opened_at
         ),
         None,
@@ -297,7 +297,7 @@ def _break(look: _Look, found: _Found, kind: str, explanation: str) -> Break:
         kind=str(kind),
         opened_at=opened,
         last_seen_at=last,
-        closed_at=last if look.over(found) else None,
+        closed_at=last if run.over(found) else None,
         findings=max(episode.findings, before.findings if before is not None else 0),
         worst=worst if math.isfinite(worst) else math.inf,
         explanation=explanation,

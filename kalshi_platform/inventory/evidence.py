@@ -1,6 +1,6 @@
-"""What was recorded around breaks: one query for each table, for all markets with breaks at once.
+"""Read the rows recorded around breaks: one query for each table, for all markets with breaks at once.
 
-Nothing is judged here; explain.py reads these rows. Amounts are signed contracts, YES positive.
+Nothing is classified here; explain.py does that. Amounts are signed contracts, YES positive.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from kalshi_platform.inventory.audit import moment
 from kalshi_platform.inventory.tables import STREAM_EVENTS, TAPE
 
 BEFORE = timedelta(days=1)
-"""So long before the window orders may have begun."""
+"""How long before the window an order may have been sent."""
 MOST_ROWS = 20_000
-"""Of one market and table: beyond them the newest count."""
+"""Rows of one market and table; of more, the newest are read."""
 _MOST = "{most:UInt32} BY market_ticker"
 _TRADE_ID = "coalesce(nullIf(JSONExtractString(raw_json, 'trade_id'), ''), fill_id)"
-"""Of a fill: the exchange gives a fill and its trade one number, and has sent either name."""
+"""A fill's trade id: the exchange gives a fill and its trade the same id, and has sent it under either name."""
 
 SAME = 1e-6
 _FOLLOWS = timedelta(minutes=1)
-"""An engine's clock that is off by more is not found by when pos_filled follows the fills."""
+"""A clock skew larger than this is not detected from how pos_filled follows the fills."""
 STEADY = timedelta(seconds=1.5)
-"""A clock that is off is off by the same amount each time, but for the engine's loop."""
+"""The skew of a wrong clock is constant, except for the duration of the engine's loop."""
 
 _ENDED = {"canceled", "cancelled", "expired", "executed", "filled", "not found"}
 _AT = attrgetter("at")
@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 def between(
     rows: Sequence[_T], begin: datetime, end: datetime, at: Callable[[_T], datetime] = _AT
 ) -> Sequence[_T]:
-    """Those of a span, both ends included, of rows in the order of time."""
+    """Return the rows of a time span, both ends included; rows must be in the order of time."""
     return rows[bisect_left(rows, begin, key=at) : bisect_right(rows, end, key=at)]
 
 
@@ -56,15 +56,15 @@ class Report(NamedTuple):
 
     @property
     def settles(self) -> bool:
-        """Whether it is of a settlement."""
+        """Whether it reports a settlement."""
         return self.source.lower().startswith("settle") or self.source == "market_catalog"
 
 
 class Fill(NamedTuple):
-    """A fill, once however often it was recorded."""
+    """A fill; one that was recorded several times appears once."""
 
     at: datetime
-    """By the exchange's clock, where it was recorded."""
+    """By the exchange's clock, if that was recorded."""
     recorded_at: datetime
     """By the clock that wrote the row."""
     amount: float
@@ -72,34 +72,34 @@ class Fill(NamedTuple):
     order_id: str
     engine: str
     worded: bool
-    """Whether its row has the exchange's own words for the side."""
+    """Whether its row has the exchange's own value of the side."""
     trade_id: str
-    """The exchange's number of the trade, which the public tape has, too."""
+    """The exchange's id of the trade, which the public tape has, too."""
 
 
 class Tape(NamedTuple):
     """The market's public trades, as far as the platform recorded them."""
 
     own: frozenset[str] = frozenset()
-    """The trade ids of recorded fills that are among them."""
+    """Trade ids of recorded fills that are among the public trades."""
     first: datetime = datetime.max.replace(tzinfo=UTC)
     last: datetime = datetime.min.replace(tzinfo=UTC)
-    """By the exchange's clock; what came before or after them is not known."""
+    """By the exchange's clock; trades before or after them are unknown."""
 
     def has(self, fill: Fill) -> bool:
-        """Whether the fill is a public trade: the exchange made it."""
+        """Whether the fill is a public trade, so that it happened."""
         return fill.trade_id in self.own
 
     def lacks(self, fill: Fill) -> bool:
-        """Whether it would have the fill, had the exchange made it.
+        """Whether the fill did not happen: the tape covers its time and does not have it.
 
-        Its ids are known to be comparable where it has any of the market's fills.
+        Ids are comparable only if the tape has any of the market's fills.
         """
         return bool(self.own) and not self.has(fill) and self.first <= fill.at <= self.last
 
 
 class Action(NamedTuple):
-    """Something asked of the exchange."""
+    """A request to the exchange."""
 
     at: datetime
     engine: str
@@ -115,13 +115,13 @@ class Action(NamedTuple):
 
     @property
     def amount(self) -> float:
-        """What the order adds when all of it fills."""
+        """What the order adds if all of it fills."""
         sense = 1 if self.side in {"bid", "buy"} else -1 if self.side in {"ask", "sell"} else 0
         return sense * (-1 if self.contract == "no" else 1) * self.size
 
 
 class Answer(NamedTuple):
-    """What the exchange said of an order."""
+    """The exchange's answer about an order."""
 
     at: datetime
     engine: str
@@ -132,13 +132,13 @@ class Answer(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A decision whose pos_filled is not that of the engine's decision before."""
+    """A decision whose pos_filled differs from that of the engine's previous decision."""
 
     at: datetime
     engine: str
     by: float
     expected: bool
-    """Whether it is now what the decision before expected it to become."""
+    """Whether it equals what the previous decision expected."""
 
 
 class Decision(NamedTuple):
@@ -149,36 +149,36 @@ class Decision(NamedTuple):
     block_codes: Sequence[str]
     convention: str
     resting: float
-    """What the four resting sizes add up to."""
+    """Sum of the four resting sizes, signed."""
 
 
 @dataclass
 class Order:
-    """An order, as far as its actions, answers and fills say."""
+    """An order, reconstructed from its actions, answers and fills."""
 
     order_id: str
     engine: str
     began_at: datetime
     remaining: float
-    """What it still adds when all of it fills; what remained, once it has ended."""
+    """What it still adds if all of it fills; after its end, what remained."""
     ended_at: datetime | None = None
     how: str = ""
     """The status that ended it."""
 
     def ends(self, at: datetime, how: str) -> None:
-        """Its end, the first time that it is heard of."""
+        """Record its end; the first report counts."""
         if self.ended_at is None:
             self.ended_at, self.how = at, how
 
     def takes(self, amount: float) -> None:
-        """Take a fill off what remains."""
+        """Subtract a fill from what remains."""
         left = max(abs(self.remaining) - abs(amount), 0.0)
         self.remaining = round(left if self.remaining > 0 else -left, 6)
 
 
 @dataclass(frozen=True)
 class Market:
-    """Everything that was recorded of one market, each in the order of time."""
+    """All rows recorded of one market, each table in the order of time."""
 
     reports: Sequence[Report] = ()
     fills: Sequence[Fill] = ()
@@ -190,24 +190,24 @@ class Market:
     tape: Tape = Tape()  # noqa: RUF009 - immutable
 
     def settlement(self, until: datetime) -> Report | None:
-        """The market's settlement, where there was one until then."""
+        """Return the market's settlement, if there was one by then."""
         return next((each for each in self._settlements if each.at <= until), None)
 
     def decision(self, at: datetime, engine: str | None) -> Decision | None:
-        """The last decision of the second of a finding."""
+        """Return the last decision within the second of a finding."""
         second = at.replace(microsecond=0)
         of_engine = [
             each
             for each in between(self.decisions, second, at + timedelta(seconds=1))
             if each.at < at + timedelta(seconds=1) and engine in {None, each.engine}
         ]
-        at_it = [each for each in of_engine if each.at <= at]
-        found = at_it or of_engine
+        before = [each for each in of_engine if each.at <= at]
+        found = before or of_engine
         return found[-1] if found else None
 
     @cached_property
     def unrecorded(self) -> Sequence[tuple[datetime, Report, float]]:
-        """By report: since when, and what it has that no recorded fill since then accounts for."""
+        """For each report: since when, and the amount that no recorded fill since then accounts for."""
         found = []
         plain = [each for each in self.reports if not each.settles]
         filled = [0.0, *itertools.accumulate(each.amount for each in self.fills)]
@@ -220,7 +220,7 @@ class Market:
 
     @cached_property
     def rolled(self) -> Sequence[Moved]:
-        """Where pos_filled became what the decision before expected, and no fill is near."""
+        """Moves of pos_filled to what the previous decision expected, without a fill nearby."""
         return [
             each
             for each in self.moved
@@ -230,21 +230,21 @@ class Market:
 
     @cached_property
     def ended(self) -> Sequence[Order]:
-        """The orders that have ended, by their end."""
+        """Orders that have ended, by the time of their end."""
         return sorted((each for each in self.orders if each.ended_at), key=attrgetter("ended_at"))
 
     @cached_property
     def resting(self) -> Sequence[Order]:
-        """The orders that have not ended, by their beginning."""
+        """Orders that have not ended, by the time they were sent."""
         return [each for each in self.orders if each.ended_at is None]
 
     @cached_property
     def order_ids(self) -> frozenset[str]:
-        """Of all orders that an action asked for."""
+        """Ids of all orders with an action."""
         return frozenset(each.order_id for each in self.orders)
 
     def orphans(self, begin: datetime, end: datetime) -> int:
-        """Answers in a span to actions that were never recorded."""
+        """Count the answers in a time span to actions that were never recorded."""
         return sum(
             each.action_id not in self._action_ids for each in between(self.answers, begin, end)
         )
@@ -260,13 +260,13 @@ class Market:
 
 def gather(
     client: Client,
-    there: frozenset[str],
+    tables: frozenset[str],
     values: Mapping[str, Any],
     start: datetime,
     seconds: Mapping[str, Iterable[datetime]],
 ) -> dict[str, Market]:
-    """What was recorded of the markets in `seconds`; of the decisions those at these moments, and the
-    last one of each engine in these seconds.
+    """Read the rows of the markets in `seconds`; of the decisions those at these times, and the
+    last one of each engine within these seconds.
     """
     if not seconds:
         return {}
@@ -283,7 +283,7 @@ def gather(
     def rows(
         table: str, columns: str, more: str = "", by: str = _MOST
     ) -> dict[str, list[tuple[Any, ...]]]:
-        if table not in there:
+        if table not in tables:
             return {}
         sql = (
             f"SELECT market_ticker, {columns} FROM {table}"  # noqa: S608 - texts of this module
@@ -339,23 +339,23 @@ def gather(
         " {moments:Array(Int64)}, toUnixTimestamp64Milli(toDateTime64(ts, 3, 'UTC')), toUnixTimestamp(ts))",
     )
     moved = _moved(client, bound)
-    tape = _tape(client, bound) if {TAPE, STREAM_EVENTS, "mm_fills"} <= there else {}
+    tape = _tape(client, bound) if {TAPE, STREAM_EVENTS, "mm_fills"} <= tables else {}
     catalog = dict(
         zip(values.get("settled_tickers", ()), values.get("settled_at", ()), strict=True)
     )
     markets = {}
     for ticker in seconds:
         known = [Action(*row) for row in actions.get(ticker, ())]
-        said = [Answer(*row) for row in answers.get(ticker, ())]
+        answered = [Answer(*row) for row in answers.get(ticker, ())]
         filled = _once(fills.get(ticker, ()))
         markets[ticker] = Market(
             reports=_reports(reports.get(ticker, ()), catalog.get(ticker)),
             fills=filled,
             actions=known,
-            answers=said,
+            answers=answered,
             moved=moved.get(ticker, ()),
             decisions=[Decision(*row) for row in decisions.get(ticker, ())],
-            orders=_orders(known, said, filled),
+            orders=_orders(known, answered, filled),
             tape=tape.get(ticker, Tape()),
         )
     return markets
@@ -392,8 +392,8 @@ def _moved(client: Client, bound: Mapping[str, Any]) -> dict[str, list[Moved]]:
 
 
 def _tape(client: Client, bound: Mapping[str, Any]) -> dict[str, Tape]:
-    """By market. Where missed trades could not be fetched since then, no tape is taken for whole."""
-    lost = """
+    """Return the tape by market. If a trade backfill failed since then, no tape counts as complete."""
+    failed_backfills = """
         SELECT count()
         FROM stream_events
         WHERE ingest_ts >= {early:DateTime64(3, 'UTC')} AND kind = 'recovered'
@@ -412,9 +412,9 @@ def _tape(client: Client, bound: Mapping[str, Any]) -> dict[str, Tape]:
     """  # noqa: S608 - texts of this module
     with translated():
         rows = client.query(sql, parameters=dict(bound)).result_rows
-        ((holes,),) = client.query(lost, parameters=dict(bound)).result_rows
+        ((failures,),) = client.query(failed_backfills, parameters=dict(bound)).result_rows
     return {
-        str(ticker): Tape(frozenset(own)) if holes else Tape(frozenset(own), *span)
+        str(ticker): Tape(frozenset(own)) if failures else Tape(frozenset(own), *span)
         for ticker, own, *span in rows
     }
 
@@ -448,7 +448,7 @@ def _once(rows: Iterable[tuple[Any, ...]]) -> list[Fill]:
 def _orders(
     actions: Sequence[Action], answers: Sequence[Answer], fills: Sequence[Fill]
 ) -> list[Order]:
-    """The orders with what remains of each, or remained at its end."""
+    """Reconstruct the orders, with what remains of each or remained at its end."""
     refused = {each.action_id: each for each in answers if each.status in {"rejected", "not found"}}
     asked = {each.action_id: each for each in actions}
     orders: dict[tuple[str, str], Order] = {}
@@ -484,9 +484,9 @@ def _orders(
 
 
 def skew(markets: Iterable[Market], engine: str) -> timedelta | None:
-    """By how much an engine's clock is ahead of the exchange's, where it is off by a steady amount.
+    """Return how far an engine's clock is ahead of the exchange's, if the skew is constant; else None.
 
-    Its own fills show it, where a row has both clocks; otherwise when pos_filled followed each fill.
+    It is computed from fills whose rows have both clocks; otherwise from when pos_filled followed each fill.
     """
     markets = list(markets)
     written = [
@@ -504,7 +504,7 @@ def skew(markets: Iterable[Market], engine: str) -> timedelta | None:
 
 
 def _followed(market: Market, engine: str) -> Iterable[timedelta]:
-    """How long after each fill pos_filled moved by its amount: the closest move, and each move once."""
+    """Yield how long after each fill pos_filled moved by its amount: the closest move, each move once."""
     left: dict[float, list[datetime]] = {}
     for move in market.moved:
         if move.engine == engine:

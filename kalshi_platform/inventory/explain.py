@@ -1,7 +1,7 @@
-"""Of which kind a break is, and one sentence: from all its findings, and what was recorded around them.
+"""Classify a break and explain it in a sentence, from its findings and the rows recorded around them.
 
-A kind needs evidence that accounts for the amount. That something happened nearby is none: where nothing
-accounts for the amount, a break is unexplained. What was recorded is in evidence.py.
+A kind needs evidence that accounts for the amount; an event nearby is not enough. If nothing accounts for the
+amount, a break is unexplained. The rows are read in evidence.py; nothing is queried here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kalshi_platform.inventory.kinds import SETTLES_WITHIN, Kind
 from kalshi_platform.inventory.semantics import YES_POSITIVE
 
 ONSET = timedelta(seconds=10)
-"""An order that ended so shortly before a difference began may be its cause."""
+"""An order that ended within this time before a difference began may be its cause."""
 NEAR = timedelta(minutes=2)
-"""A fill so close to the beginning of a difference may be its cause."""
+"""A fill within this time of the start of a difference may be its cause."""
 AROUND = timedelta(seconds=30)
-"""So long before a break its last action is worth a word."""
+"""An action within this time before a break is mentioned."""
 
 ENOUGH = 4
-"""Fills that add up to a difference, but for what is in transit, are no chance from so many on."""
+"""From this many fills on, a sum that equals a difference except for what is in transit is not a coincidence."""
 
 _SHOWN_CHARACTERS = 160
 
@@ -47,7 +47,7 @@ class Case:
     example: Mapping[str, Any]
     """The first finding's row."""
     clearest: Mapping[str, Any]
-    """The first row of those with the least in transit: its amount is exact, where any is."""
+    """The first row among those with the least in transit: its amount is exact, if any is."""
     latest: Mapping[str, Any]
     """The last finding's row so far."""
     over: bool
@@ -55,39 +55,39 @@ class Case:
     """The market's newest decision."""
     market: Market
     skew: timedelta | None
-    """By how much the engine's clock is ahead."""
+    """How far the engine's clock is ahead."""
     rolled: bool
     """Whether inv_before was rolled forward in this market."""
     stale_after_s: float
 
     @property
     def engine(self) -> str | None:
-        """The engine of the latest finding; None where the check does not say."""
+        """The engine of the latest finding; None if the check does not have it."""
         return self.latest.get("engine_instance_id")
 
     def at(self, row: Mapping[str, Any]) -> datetime:
-        """Of a finding's row; a bucket has the end of its second."""
+        """Return the time of a finding's row; for a bucket, the end of its second."""
         at: datetime = row[self.check.at]
         return at if self.check.at == "ts" else at + timedelta(seconds=1)
 
     @property
     def brief(self) -> bool:
-        """Whether it is short enough to be timing: over within the bound, or begun within it."""
+        """Whether it is short enough to be timing: it ended, or began, within SETTLES_WITHIN."""
         return (self.last if self.over else self.newest) - self.first <= SETTLES_WITHIN
 
 
 def explain_all(cases: Sequence[Case]) -> list[Explained]:
-    """The kind and the sentence of each case, in their order."""
+    """Return the kind and the explanation of each case, in order."""
     diverged: dict[str, list[tuple[Case, Explained]]] = {}
     for case in cases:
         if case.check is audit.DIVERGENCE:
             diverged.setdefault(case.market_ticker, []).append((case, _divergence(case)))
-    said = []
+    explained = []
     for case in cases:
         of_market = diverged.get(case.market_ticker, [])
         kind, text = _explain(case, of_market)
-        said.append((kind, f"{kind.capitalize()}: {text}; {_context(case)}."))
-    return said
+        explained.append((kind, f"{kind.capitalize()}: {text}; {_context(case)}."))
+    return explained
 
 
 def _explain(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
@@ -145,13 +145,13 @@ def _divergence(case: Case) -> Explained:
 
 
 def _accounted(row: Mapping[str, Any]) -> float:
-    """What pos_filled should be; the strict check has the snapshot alone."""
+    """Return what pos_filled should be; the strict check has only the snapshot."""
     accounted: float = row.get("accounted_for", row["snapshot_pos_filled"])
     return accounted
 
 
 def _sign(case: Case) -> Explained | None:
-    """The whole position with the other sign from the first finding on, or a convention that says so."""
+    """Explain a position with the wrong sign from the first finding on, or another convention."""
     rows = (case.latest, case.clearest, case.example)
     decision = case.market.decision(case.last, case.engine)
     convention = decision.convention if decision is not None else ""
@@ -169,7 +169,7 @@ def _sign(case: Case) -> Explained | None:
 
 
 def _nothing_accounts(case: Case) -> Explained:
-    """The kind of a difference that no report and no fill accounts for."""
+    """Classify a difference that no report and no fill accounts for."""
     row = case.latest
     if case.rolled:
         return Kind.ROLLED, "inventory was rolled forward"
@@ -187,7 +187,7 @@ def _when(row: Mapping[str, Any]) -> str:
 
 
 def _came(case: Case, by: float) -> bool:
-    """Whether the engine moved so far itself when the break ended."""
+    """Whether the engine's position moved by this amount when the break ended."""
     return any(
         abs(each.by - by) < SAME
         for each in between(case.market.moved, case.last, case.last + SETTLES_WITHIN)
@@ -195,7 +195,7 @@ def _came(case: Case, by: float) -> bool:
 
 
 def _clock(case: Case, column: str) -> Explained | None:
-    """A difference of fills that the engine's clock puts beside where they were; `column`: where it is."""
+    """Explain a difference by fills whose time is shifted by the engine's clock skew; `column` has the difference."""
     if case.skew is None:
         return None
     seconds = case.skew.total_seconds()
@@ -213,7 +213,7 @@ def _clock(case: Case, column: str) -> Explained | None:
 
 
 def _adds_up(amounts: Sequence[float], apart: float) -> bool:
-    """Whether some of them that follow one another add up to a difference, of either sign."""
+    """Whether some consecutive amounts add up to a difference, of either sign."""
     sums = sorted(itertools.accumulate(amounts, initial=0.0))
     return any(
         bisect_right(sums, one + abs(apart) - SAME) < bisect_left(sums, one + abs(apart) + SAME)
@@ -222,7 +222,7 @@ def _adds_up(amounts: Sequence[float], apart: float) -> bool:
 
 
 def _rolled_position(case: Case) -> Explained | None:
-    """pos_filled that follows the estimates and not the fills."""
+    """Explain a pos_filled that follows the estimates and not the fills."""
     rolled = case.market.rolled
     times = len(rolled) - bisect_left(rolled, case.first - NEAR, key=attrgetter("at"))
     if times < 2:
@@ -233,7 +233,7 @@ def _rolled_position(case: Case) -> Explained | None:
 
 
 def _cause(case: Case, row: Mapping[str, Any], at: datetime) -> Explained | None:
-    """What accounts for a difference, in amount."""
+    """Find what accounts for the amount of a difference."""
     apart = row["difference"]
     if not math.isfinite(apart):
         return None
@@ -248,7 +248,7 @@ def _reported_at(beyond: tuple[datetime, Report, float]) -> datetime:
 
 
 def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Explained | None:
-    """A report that the recorded fills do not account for."""
+    """Explain a difference by reports that the recorded fills do not account for."""
     market = case.market
     beyond = market.unrecorded
     until = at + timedelta(seconds=31)
@@ -257,8 +257,8 @@ def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Ex
     for count, (_, _, amount) in enumerate(reversed(sofar), 1):
         total += amount
         if _accounts(-total, apart, in_transit):
-            of_it = sofar[len(sofar) - count :]
-            return _never_filled(market, of_it) or (
+            explaining = sofar[len(sofar) - count :]
+            return _never_filled(market, explaining) or (
                 Kind.MISSING_FILL,
                 f"fills of {number(total)} were never recorded",
             )
@@ -275,9 +275,9 @@ def _of_reports(case: Case, apart: float, at: datetime, in_transit: float) -> Ex
 def _never_filled(
     market: Market, beyond: Iterable[tuple[datetime, Any, float]]
 ) -> Explained | None:
-    """A recorded fill that the reports do not have, or have with the other sign.
+    """Explain a difference by a recorded fill that the reports do not have, or have with the other sign.
 
-    One that the public tape has was filled: what the reports lack is then another's trade against it.
+    A fill on the public tape happened: the difference is then a trade of another program on the account.
     """
     for since, report, amount in beyond:
         for fill in between(market.fills, since - audit.REACHES, report.at + audit.REACHES):
@@ -285,7 +285,7 @@ def _never_filled(
                 also = (
                     ", nor has the public tape"
                     if market.tape.lacks(fill)
-                    else " (or a trade that was never recorded undid it: the public tape does not tell)"
+                    else " (or a trade that was never recorded undid it: the public tape does not say)"
                 )
                 return (
                     Kind.INVENTED_FILL,
@@ -301,10 +301,10 @@ def _never_filled(
 
 
 def _of_fills(case: Case, apart: float) -> Explained | None:
-    """A recorded fill that was counted twice, with the other sign, or not at all.
+    """Explain a difference by a recorded fill that was counted twice, with the other sign, or not at all.
 
-    Among equal amounts the fill counts beside which pos_filled moved as it says, and then the closest. One with
-    the other sign is never taken without that: twice an amount is found too often by chance.
+    Among equal amounts, a fill near which pos_filled moved accordingly is preferred, then the closest. A fill
+    with the other sign needs such a move: twice an amount occurs too often by coincidence.
     """
     fills = sorted(
         between(case.market.fills, case.first - NEAR, case.first + audit.REACHES),
@@ -343,8 +343,8 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
 
 
 def _move_rank(case: Case, fill: Fill, by: float) -> int:
-    """How well a move of pos_filled beside a fill shows an amount: 0 in one step or two, 1 with other fills'
-    amounts, 2 not at all, or a fill of that amount was beside it.
+    """Rank how well a move of pos_filled near a fill matches an amount: 0 in one or two steps, 1 together with
+    other fills, 2 not at all, or because another fill of that amount is near.
     """
     begin, end = fill.at - audit.REACHES, fill.at + audit.REACHES
     others = [each.amount for each in between(case.market.fills, begin, end) if each is not fill]
@@ -359,10 +359,10 @@ def _move_rank(case: Case, fill: Fill, by: float) -> int:
 
 
 def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
-    """All fills of one side since the beginning, counted with the other sign or not at all.
+    """Explain a difference by all fills of one side since its start, counted with the other sign or not at all.
 
-    Which was the first is not known: each is tried of those about the beginning, and of those before, for a
-    difference that is small is not seen at once.
+    The first of them is unknown: each fill around the start is tried, and earlier ones, because a small
+    difference is not found at once.
     """
     apart, in_transit = row["difference"], row.get("in_transit", 0.0)
     begun = case.first - 2 * audit.REACHES
@@ -373,7 +373,7 @@ def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
         for left, fill in zip(range(len(of_side), 0, -1), of_side, strict=True):
             if fill.at > case.first + audit.REACHES:
                 break
-            # a few fills that nearly add up, or that came long before, may be chance
+            # a few fills that nearly add up, or earlier ones, may be a coincidence
             near = in_transit if left >= ENOUGH and fill.at >= begun else 0.0
             if left >= ENOUGH or fill.at >= begun:
                 if _accounts(-2 * total, apart, near):
@@ -425,7 +425,7 @@ def _drift(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained:
 
 
 def _diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained | None:
-    """What accounts for pos_filled, where that is off by the same amount at the time."""
+    """Take the explanation of pos_filled, if that is off by the same amount at the time."""
     mine = [each["unaccounted"] for each in (case.latest, case.clearest, case.example)]
     for other, (kind, _) in _at_the_time(case, diverged):
         theirs = [each["difference"] for each in (other.latest, other.clearest, other.example)]
@@ -435,7 +435,7 @@ def _diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explain
 
 
 def _beside_diverged(case: Case, diverged: Sequence[tuple[Case, Explained]]) -> Explained | None:
-    """Orders that have ended and are still counted, where pos_filled is off, too."""
+    """Explain a drift by ended orders that are still counted, while pos_filled is off, too."""
     for other, _ in _at_the_time(case, diverged):
         for mine, theirs in (
             (case.latest, other.latest),
@@ -468,7 +468,7 @@ def _orphaned(case: Case) -> Explained | None:
 
 
 def _beside(case: Case, apart: float) -> Explained:
-    """The kind of a drift that no order and no fill accounts for at its time."""
+    """Classify a drift that no order and no fill accounts for at its time."""
     if case.over and case.brief and _late(case, apart):
         return Kind.TIMING, "an order of so much was counted moments beside its time"
     first = case.example["unaccounted"]
@@ -492,7 +492,7 @@ def _strict_drift(case: Case) -> Explained:
 
 
 def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Explained | None:
-    """Orders that have ended and are still counted, `at` the time of the difference."""
+    """Explain a difference at the time `at` by ended orders that are still counted."""
     begin, end = case.first - ONSET, case.first + timedelta(seconds=2)
     ended = [
         (each, each.ended_at)
@@ -511,10 +511,10 @@ def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Expla
                 f" {moment(ended_at)} and is still counted"
             )
     for how in sorted({order.how for order, _ in ended}):
-        of_it = [each for each in ended if each[0].how == how and each[0].remaining * apart > 0]
-        of_it.sort(key=itemgetter(1), reverse=True)
-        totals = itertools.accumulate(order.remaining for order, _ in of_it)
-        for count, (total, (oldest, _)) in enumerate(zip(totals, of_it, strict=True), 1):
+        same_end = [each for each in ended if each[0].how == how and each[0].remaining * apart > 0]
+        same_end.sort(key=itemgetter(1), reverse=True)
+        totals = itertools.accumulate(order.remaining for order, _ in same_end)
+        for count, (total, (oldest, _)) in enumerate(zip(totals, same_end, strict=True), 1):
             if _accounts(total, apart, in_transit if count >= ENOUGH else 0.0):
                 return Kind.PHANTOM_ORDER, (
                     f"the last {count} orders that were {_how(oldest)} are still counted"
@@ -525,12 +525,12 @@ def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Expla
 def _filled_order(
     case: Case, begin: datetime, end: datetime, apart: float, in_transit: float
 ) -> Explained | None:
-    """Fills that were not taken off their orders, or that there never were."""
+    """Explain a difference by fills that were not subtracted from their orders, or that never happened."""
     market = case.market
     near = [
         fill
         for fill in between(market.fills, begin, end)
-        # an order that was never recorded was never counted by the check
+        # the check never counted an order that was not recorded
         if fill.order_id in market.order_ids and _accounts(fill.amount, apart, in_transit)
     ]
     for fill in near:
@@ -553,7 +553,7 @@ def _filled_order(
 
 
 def _accounts(amount: float, apart: float, in_transit: float) -> bool:
-    """Whether an amount is the difference, which may be more by what is in transit."""
+    """Whether an amount equals the difference, or exceeds it by at most what is in transit."""
     return amount * apart > 0 and abs(apart) - SAME < abs(amount) < abs(apart) + in_transit + SAME
 
 
@@ -576,7 +576,7 @@ def _how(order: Order) -> str:
 
 
 def _uncounted_order(case: Case, apart: float) -> Explained | None:
-    """Orders that rest and are not counted."""
+    """Explain a drift by resting orders that are not counted."""
     resting = [
         each
         for each in case.market.resting
@@ -594,7 +594,7 @@ def _uncounted_order(case: Case, apart: float) -> Explained | None:
 
 
 def _late(case: Case, apart: float) -> bool:
-    """Whether an order of this amount was sent, or ended, so close that the engine counted it beside."""
+    """Whether an order of this amount was sent or ended so close in time that the engine counted it early or late."""
     begin, end = case.first - SETTLES_WITHIN, case.first + SETTLES_WITHIN
     began = between(case.market.orders, begin, end, at=attrgetter("began_at"))
     ended = between(case.market.ended, begin, end, at=attrgetter("ended_at"))
@@ -646,7 +646,7 @@ def _identity(case: Case) -> Explained:
 
 
 def _context(case: Case) -> str:
-    """What was blocked, asked and refused at the time, as the end of a sentence."""
+    """Describe what was blocked, requested and refused at the time, as the end of a sentence."""
     market = case.market
     decision = market.decision(case.first, case.example.get("engine_instance_id"))
     codes = ", ".join(decision.block_codes) if decision is not None else ""
@@ -668,11 +668,11 @@ def _asked(action: Action) -> str:
 
 
 def number(value: float) -> str:
-    """At most six decimals, and no more than it takes."""
+    """Format a number with at most six decimals, without trailing zeros."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def shortened(text: str) -> str:
-    """Someone else's text on one line, cut."""
+    """Return text of an engine or the exchange on one line, shortened."""
     one_line = " ".join(str(text).split())
     return one_line if len(one_line) <= _SHOWN_CHARACTERS else f"{one_line[:_SHOWN_CHARACTERS]}…"

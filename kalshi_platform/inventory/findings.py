@@ -1,7 +1,7 @@
-"""One reading of a check's SQL: its first rows, how many there are, and the episodes that they make.
+"""Run a check's SQL once: return its first rows, their number, and the episodes that they form.
 
-Findings of one market that follow one another within a minute are an episode. Everything comes of one query: a
-check over millions of decisions takes seconds, and nothing asks it twice.
+Findings of one market within a minute of each other are an episode. One query returns all of it, because a
+check over millions of decisions takes seconds. Which checks exist is in audit.py; breaks.py uses the episodes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from kalshi_platform.clickhouse.client import Client, translated
 
 QUIET = timedelta(seconds=60)
-"""So long in order, and an episode is over; what comes later is another one."""
+"""An episode ends after this time without a finding; a later finding starts another one."""
 MOST_EPISODES = 500
-"""Of one reading: beyond them something is wrong that no list explains."""
+"""Of one run: more than these are one large fault, which no list explains."""
 NO_LIMIT = 1 << 62
 _PLAIN = {"join_use_nulls": 0, "enable_named_columns_in_function_tuple": 1}
 
@@ -29,12 +29,12 @@ class Question(NamedTuple):
     at: str
     """The column with a finding's time."""
     worst: str
-    """SQL of how bad it is."""
+    """SQL expression of a finding's size."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Findings of one market without a minute between two of them. The rows are by column name."""
+    """Findings of one market, each within a minute of the one before. Rows are by column name."""
 
     market_ticker: str
     first: datetime
@@ -44,35 +44,35 @@ class Episode:
     example: Mapping[str, Any]
     """The first finding's row."""
     clearest: Mapping[str, Any]
-    """The first row of those with the least in transit."""
+    """The first row among those with the least in transit."""
     latest: Mapping[str, Any]
     """The last finding's row so far."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check's SQL answers."""
+    """The result of a check's SQL."""
 
     columns: tuple[str, ...] = ()
-    """Empty where there is no row."""
+    """Empty if there is no row."""
     rows: Sequence[tuple[Any, ...]] = field(default=(), repr=False)
-    """At most so many as were asked for, in the SQL's order."""
+    """At most `limit` rows, in the SQL's order."""
     total: int = 0
     markets: int = 0
-    """In how many markets they are."""
+    """Number of markets with a finding."""
     episodes: Sequence[Episode] = field(default=(), repr=False)
     """At most `MOST_EPISODES`, the earliest first."""
 
 
 def read(client: Client, question: Question, values: Mapping[str, Any]) -> Findings:
-    """Ask once. `values`: of the SQL's parameters, `limit` for the rows to give.
+    """Run the check once. `values` are the SQL's parameters; `limit` bounds the returned rows.
 
     Raises `StoreUnavailable` and `StoreRefused` as the store does.
     """
     sql, at, worst = question
     transit = "in_transit" if " AS in_transit" in sql else "0"
     # the checks' own SQL inside; nothing here comes from a user
-    asked = f"""
+    query = f"""
         SELECT market_ticker, min(at) AS first_at, max(at), count() AS findings, max(measure),
             argMin(finding, place), argMin(finding, (uncertain, place)), argMax(finding, place),
             groupArrayIf((place, finding), place <= {{shown:UInt64}}),
@@ -105,7 +105,7 @@ def read(client: Client, question: Question, values: Mapping[str, Any]) -> Findi
         "most": MOST_EPISODES,
     }
     with translated():
-        found = client.query(asked, parameters=given, settings=_PLAIN).result_rows
+        found = client.query(query, parameters=given, settings=_PLAIN).result_rows
     if not found:
         return Findings()
     shown = sorted((one for row in found for one in row[8]), key=lambda one: int(one["place"]))
@@ -130,21 +130,21 @@ def again(
     found: Findings,
     since: datetime,
 ) -> Findings:
-    """What was `found`, with a second reading of the markets that have a finding since a moment."""
+    """Return `found` after a second run for the markets with a finding since `since`."""
     if len(found.episodes) == MOST_EPISODES:  # the others may be recent
         return read(client, question, values)
-    markets = sorted({each.market_ticker for each in found.episodes if each.last >= since})
+    markets = sorted({e.market_ticker for e in found.episodes if e.last >= since})
     if not markets:
         return found
     second = read(client, question, {**values, "markets": markets})
     time, ticker = found.columns.index(question.at), found.columns.index("market_ticker")
-    former = [each for each in found.episodes if each.market_ticker in markets]
+    former = [episode for episode in found.episodes if episode.market_ticker in markets]
     rows = [*(row for row in found.rows if row[ticker] not in markets), *second.rows]
-    episodes = [each for each in found.episodes if each not in former]
+    episodes = [episode for episode in found.episodes if episode not in former]
     return Findings(
         found.columns,
         sorted(rows, key=itemgetter(time, ticker))[: values["limit"]],
-        total=found.total - sum(each.findings for each in former) + second.total,
+        total=found.total - sum(episode.findings for episode in former) + second.total,
         markets=found.markets - len(markets) + second.markets,
         episodes=sorted((*episodes, *second.episodes), key=attrgetter("first", "market_ticker"))[
             :MOST_EPISODES
@@ -153,5 +153,5 @@ def again(
 
 
 def _order(sql: str) -> str:
-    """The order that the SQL gives its rows: what stands in its last ORDER BY."""
+    """Return the expressions of the SQL's last ORDER BY."""
     return sql.rpartition("ORDER BY ")[2].partition("\nLIMIT")[0]

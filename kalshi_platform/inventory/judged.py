@@ -1,7 +1,7 @@
-"""What there was to judge: engines, markets and decisions, and how old the newest of them is.
+"""Report what the checks examined: engines, markets and decisions, and the age of the newest.
 
-A check that finds nothing says something only beside this. Ages are measured by the server's clock; the
-checks themselves are in audit.py.
+A check without a finding means something only together with this. Ages are measured by the server's clock; the
+checks are in audit.py.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from kalshi_platform.inventory.tables import Standing, standing
 from kalshi_platform.printable import printable
 
 DECISIONS_STALE_S = 300
-"""An engine decides every few seconds; so long without a decision, and it has stopped."""
+"""An engine decides every few seconds; after this time without a decision it counts as stopped."""
 AHEAD_S = 60
-"""An engine whose newest decision lies so far in the future has a wrong clock, and no age."""
+"""An engine whose newest decision lies this far in the future has a wrong clock, and no age."""
 RECENT = timedelta(days=1)
 """An engine that has been silent for longer is retired, unless it is the newest of all."""
 RETIRED = timedelta(days=30)
-"""So long without any decision, and there is no market maker any more."""
+"""After this time without any decision there is no market maker."""
 PAPER = "paper"
-"""What the engines on paper are called together: such an engine has another id after each start."""
+"""Common name of the paper engines, whose id changes with each start."""
 _ENOUGH = 20
-"""So many decisions at whole seconds are no accident."""
+"""After this many decisions at whole seconds the engine counts as writing whole seconds."""
 _NAMED = 5
-"""Engines or markets that a sentence names."""
+"""How many engines or markets a message names."""
 
 
 class Concern(Enum):
-    """Why what was found says less than it seems to."""
+    """Why the checks' result is limited."""
 
     STALE = "stale"
     MISSING = "missing"
@@ -45,7 +45,7 @@ class Concern(Enum):
 
 @dataclass(frozen=True)
 class Caution:
-    """A concern, in one sentence."""
+    """A concern as a sentence."""
 
     concern: Concern
     text: str
@@ -77,17 +77,17 @@ class Engine:
     first: datetime
     last: datetime
     silent_s: float
-    """From its newest decision until now, by the server's clock; negative where its own is ahead."""
+    """Seconds since its newest decision, by the server's clock; negative if the engine's clock is ahead."""
     markets: int
     decisions: int
-    """Of the window, as what follows."""
+    """In the window, as are the following counts."""
     exposed: int = 0
     """Decisions with exposure from open orders."""
     most_open_orders: int = 0
     blank: int = 0
-    """Decisions with zeros for a position, and without a convention."""
+    """Decisions with position 0 and without a convention."""
     precise: int = 0
-    """Decisions at another moment than a whole second."""
+    """Decisions whose time is not a whole second."""
 
     def __str__(self) -> str:
         return printable(self.name) or "without an engine_instance_id"
@@ -105,37 +105,37 @@ class Market:
     last: datetime
     engines: frozenset[str]
     snapshot: datetime | None
-    """Its newest snapshot, whenever that was."""
+    """Its newest snapshot, also from before the window."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the checks had to look at."""
+    """The engines, markets and decisions that the checks examined."""
 
     parameters: Parameters
     now: datetime
     """By the server's clock."""
     tables: Standing
     markets: Sequence[Market]
-    """Those with decisions in the window."""
+    """Markets with decisions in the window."""
     engines: Sequence[Engine]
-    """Those that decided in the window or in the last day, else the last one that did."""
+    """Engines that decided in the window or in the last day; if none did, the last one."""
     decisions_stale_s: float
     snapshots_stale_s: float
 
     @cached_property
     def decisions(self) -> int:
-        """In the window."""
+        """Number of decisions in the window."""
         return sum(market.decisions for market in self.markets)
 
     @cached_property
     def unknown(self) -> int:
-        """Decisions of the window without a position."""
+        """Number of decisions in the window without a position."""
         return sum(market.unknown for market in self.markets)
 
     @cached_property
     def deciders(self) -> frozenset[str]:
-        """The engines of the window."""
+        """The engines with decisions in the window."""
         return frozenset().union(*(market.engines for market in self.markets))
 
     @cached_property
@@ -145,7 +145,7 @@ class Judged:
 
     @cached_property
     def stopped(self) -> list[Engine]:
-        """Engines that decide no more, and that no other one has followed."""
+        """Engines that have stopped, and that no other engine has replaced."""
         followed = _followed(self.engines)
         return [
             engine
@@ -155,11 +155,11 @@ class Judged:
 
     @cached_property
     def ahead(self) -> list[Engine]:
-        """Engines whose clock is so far ahead that the age of their decisions is not known."""
+        """Engines whose clock is so far ahead that the age of their decisions is unknown."""
         return [engine for engine in self.engines if engine.silent_s < -AHEAD_S]
 
     def in_words(self) -> str:
-        """Engines, markets, decisions and the newest age, for people; the age in round figures."""
+        """Describe engines, markets, decisions and the newest age in a sentence; the age is rounded."""
         if not self.decisions:
             return "no decisions"
         text = (
@@ -174,7 +174,7 @@ class Judged:
         return f"{text}; snapshots of {with_one:,} of these markets"
 
     def figures(self) -> dict[str, Any]:
-        """The same for programs; the age in whole seconds, None where no engine has decided lately."""
+        """Return the same as values; the age in whole seconds, None if no engine has decided lately."""
         newest = self.newest
         return {
             "engines": len(self.deciders),
@@ -187,11 +187,11 @@ class Judged:
         }
 
     def cautions(self) -> list[Caution]:
-        """What is stale, missing or not judgeable, each in one sentence."""
+        """Return what is stale, missing or cannot be audited, each in a sentence."""
         return [*self._of_decisions(), *self._of_snapshots()]
 
     def notes(self) -> list[str]:
-        """What an engine should write otherwise; no concern about what it wrote."""
+        """Return recommendations for engines, each in a sentence."""
         notes = self.tables.coarse()
         for engine in self.engines:
             if engine.exposed and not engine.most_open_orders:
@@ -214,7 +214,7 @@ class Judged:
         return notes
 
     def _of_decisions(self) -> Iterable[Caution]:
-        of = (
+        market = (
             f" of {printable(self.parameters.market_ticker)}"
             if self.parameters.market_ticker
             else ""
@@ -223,9 +223,9 @@ class Judged:
             yield Caution(Concern.MISSING, f"no decisions: {why}")
             return
         if not self.engines:
-            yield Caution(Concern.MISSING, f"no decisions{of} in the last {RETIRED.days} days.")
+            yield Caution(Concern.MISSING, f"no decisions{market} in the last {RETIRED.days} days.")
         for engine in self.stopped:
-            yield Caution(Concern.STALE, f"{silence(engine)}{of}.")
+            yield Caution(Concern.STALE, f"{silence(engine)}{market}.")
         for engine in self.ahead:
             yield Caution(Concern.NOT_JUDGEABLE, f"{lead(engine)}.")
         if self.unknown:
@@ -276,10 +276,9 @@ def look(
     max_age_s: float | None = None,
     paper: bool = True,
 ) -> Judged:
-    """What there is to judge in the window that begins at `start`.
+    """Find what the checks examine in the window that starts at `start`.
 
-    `max_age_s` takes the place of both default ages. Without `paper` the engines on paper do not count
-    among those that may stop.
+    `max_age_s` replaces both default ages. Without `paper`, paper engines are ignored among those that may stop.
     """
     tables = standing(client)
     now = start + timedelta(minutes=parameters.lookback_minutes)
@@ -302,7 +301,7 @@ def look(
 
 
 def silence(engine: Engine) -> str:
-    """How long an engine has not decided."""
+    """Say how long an engine has not decided."""
     return (
         f"engine {engine} has not decided for {duration(engine.silent_s)}, its newest decision is of"
         f" {moment(engine.last)} UTC"
@@ -310,7 +309,7 @@ def silence(engine: Engine) -> str:
 
 
 def lead(engine: Engine) -> str:
-    """How far an engine's clock is ahead."""
+    """Say how far an engine's clock is ahead."""
     return (
         f"the newest decision of engine {engine} lies {duration(-engine.silent_s)} in the future: its clock"
         " is ahead, and how old its decisions are is not known"
@@ -318,7 +317,7 @@ def lead(engine: Engine) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span as people say it: 45 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    """Format a time span: 45 s, 3 min, 2 h 5 min, 3 d 4 h."""
     whole = int(seconds)
     if whole < 120:
         return f"{whole} s"
@@ -329,7 +328,7 @@ def duration(seconds: float) -> str:
 
 
 def _engines(rows: Sequence[_Row]) -> list[Engine]:
-    """By their newest decision; those on paper are one."""
+    """Return the engines by their newest decision; paper engines count as one."""
     of_name: dict[str, list[_Row]] = {}
     for row in rows:
         name = PAPER if row.engine.startswith(f"{PAPER}-") else row.engine
@@ -397,16 +396,14 @@ def _rows(client: Client, parameters: Parameters, start: datetime, recent: datet
 
 
 def _followed(engines: Sequence[Engine]) -> set[str]:
-    """Engines whose place another one has taken: an engine that begins follows the one that stopped last
-    before it, and one only.
+    """Return the engines that another one has replaced: an engine that starts replaces the one that stopped last
+    before it, and only that one.
     """
     followed: set[str] = set()
-    for engine in sorted(engines, key=lambda each: each.first):
-        before = [
-            each for each in engines if each.last < engine.first and each.name not in followed
-        ]
+    for engine in sorted(engines, key=lambda e: e.first):
+        before = [e for e in engines if e.last < engine.first and e.name not in followed]
         if before:
-            followed.add(max(before, key=lambda each: each.last).name)
+            followed.add(max(before, key=lambda e: e.last).name)
     return followed
 
 

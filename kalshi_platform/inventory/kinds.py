@@ -1,6 +1,6 @@
-"""The kinds of inventory breaks: the one list of them, which docs/inventory.md explains.
+"""The kinds of inventory breaks, which docs/inventory.md explains.
 
-A kind is a cause and a remedy. Which break is of which kind is decided in explain.py.
+A kind stands for a cause and a remedy. explain.py decides which kind a break has.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from datetime import timedelta
 from enum import StrEnum
 
 SETTLES_WITHIN = timedelta(seconds=30)
-"""What was only late has arrived within this. A difference that lasts longer is no timing."""
+"""Late rows arrive within this time; a difference that lasts longer is not timing."""
 
 
 class Kind(StrEnum):
-    """Why the engine's belief and the exchange's books differ."""
+    """Why the engine's position and the exchange's differ."""
 
     TIMING = "timing"
-    """A fill or an answer was late, and has come since, or is at most 30 seconds old."""
+    """A fill or an answer was late, and has arrived since, or is at most 30 seconds old."""
     MISSING_FILL = "missing fill"
-    """The exchange filled what was never recorded, or what was recorded and is not in pos_filled."""
+    """A fill of the exchange was never recorded, or is recorded and not in pos_filled."""
     INVENTED_FILL = "invented fill"
-    """pos_filled has what the exchange never filled, or has a fill twice."""
+    """pos_filled contains a fill that the exchange does not have, or a fill twice."""
     UNKNOWN_ORDER = "unknown order"
     """Exposure, or an answer, of an order that no action accounts for; or an order not counted."""
     PHANTOM_ORDER = "phantom order"
@@ -28,12 +28,12 @@ class Kind(StrEnum):
     ROLLED = "rolled inventory"
     """inv_before is the estimate of the decision before."""
     WRONG_CONVENTION = "wrong convention"
-    """The right amount with the other sign."""
+    """The right amount with the wrong sign."""
     SETTLED = "settled"
     """The market is settled, and the engine still holds the position."""
     CLOCK = "clock"
     """The engine's clock is off by a steady amount."""
     STALE_SNAPSHOT = "stale snapshot"
-    """The exchange's report is too old to judge by."""
+    """The exchange's newest position is too old for a comparison."""
     UNEXPLAINED = "unexplained"
     """None of these."""

@@ -4,9 +4,9 @@
       │         └──────────────┴────────────► canceled, expired
       └──► rejected
 
-`working` gives the orders of a market that can still be filled, for `inventory`; each transition gives the `Sent`
-and the `OrderStatus` for the row (`Recorder.response`, `Recorder.order_changed`). An end is final: only a fill
-that was on its way may still come after a cancel or an expiry, up to what remained.
+`working` returns the orders of a market that can still be filled, for `inventory`; each transition returns the
+`Sent` and the `OrderStatus` for the row (`Recorder.response`, `Recorder.order_changed`). An end is final: only a
+fill in flight may still arrive after a cancel or an expiry, up to what remained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kalshi_platform.inventory.semantics import Contract, OrderStatus, Quote, Wo
 from kalshi_platform.inventory.values import BadValue
 
 ENDED_KEPT = 10_000
-"""Orders whose end is known, newest last: for fills that come late."""
+"""Number of ended orders that are kept, for late fills."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Positions as the exchange reports them: ground truth for `mm_position_snapshots`.
+"""Read the exchange's positions for `mm_position_snapshots`.
 
-A report counts only when it is no older than our last fill, and when nothing was filled around it. A
-report that fails raises, and nothing is written: it never means flat. Positions and fills are read one by
-one: what cannot be read makes the report incomplete, which is said, and the markets that can be read are
-kept. A market that a whole report leaves out is flat only where a settlement or the fills say so; one that
-an incomplete report leaves out is left out.
+A report is used only if it is not older than our last fill, and only for markets that were not filled during the
+reading. If the reading fails, it raises and nothing is written: a failure never means flat. Positions and fills
+are decoded one by one: an item that cannot be read makes the report incomplete, which is reported, and the other
+markets are kept. A market that is not in a complete report is flat only if a settlement or the fills say so; one
+that is not in an incomplete report gets no snapshot.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ ENGINE = "platform"
 """`engine_instance_id` of the snapshots taken here."""
 
 QUIET = timedelta(seconds=2)
-"""A market that was filled so recently is left for another look: its engine may not know yet."""
+"""A market filled this recently is read again: its engine may not know of the fill yet."""
 ATTEMPTS = 5
 PAUSE_S = 1.0
 RECENT = timedelta(minutes=2)
-"""How far back fills are read to see what is quiet."""
+"""How far back fills are read to find the markets without recent fills."""
 KNOWN_DAYS = 7
-"""Markets with decisions so recent are asked about even when they were never held."""
+"""Markets with decisions this recent are included even if they were never held."""
 
 
-NO_WORD = "the report leaves it out, but no fill or settlement says flat"
+NOT_PROVED_FLAT = "the report leaves it out, but no fill or settlement says flat"
 INCOMPLETE = "the report is incomplete: a position in it cannot be read, which may be this one"
 
 
@@ -52,7 +52,7 @@ class PositionsBehind(ExchangeError):
 
 @dataclass(frozen=True)
 class Held:
-    """What was known of a market before."""
+    """A market's position by its newest snapshot."""
 
     position: Decimal
     at: datetime
@@ -60,31 +60,31 @@ class Held:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One market's position, as the exchange said."""
+    """One market's position as the exchange reported it."""
 
     market_ticker: str
     position: Decimal
     """Contracts, YES positive, NO negative; exact."""
     at: datetime
     source: str
-    """positions, settlements, or absent: left out by a whole report, and the fills agree."""
+    """`positions`, `settlements`, or `absent`: not in a complete report, and the fills agree that it is flat."""
     avg_cost: Decimal = Decimal(0)
-    """Dollars for each contract held; 0 where none is."""
+    """Dollars for each contract held; 0 if none is."""
     raw_json: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report: whole, but for what is `unreadable`."""
+    """A report: complete except for the items in `unreadable`."""
 
     snapshots: tuple[Snapshot, ...]
     left_out: Mapping[str, str]
-    """Markets without a snapshot this time, and why."""
+    """Markets without a snapshot this time, with the reason."""
     as_of: datetime | None
-    """Up to when the exchange says that its portfolio pages are true."""
+    """The time as of which the exchange's portfolio pages hold."""
     unreadable: tuple[Unreadable, ...] = ()
-    """What of the exchange's pages could not be read. The report is incomplete then: no market that it
-    leaves out is taken for flat."""
+    """Items of the exchange's pages that could not be read. The report is incomplete then, and no missing
+    market counts as flat."""
 
 
 def take(
@@ -95,10 +95,10 @@ def take(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Report:
-    """Read a report. `known` are markets that may be left out of it, with what they held before.
+    """Read a report. `known` are markets that it may lack, with their positions before.
 
-    Raises `PositionsBehind` where the pages do not catch up with our last fill, and `ExchangeError`
-    for whatever the exchange refuses.
+    Raises `PositionsBehind` if the pages do not catch up with our last fill, and `ExchangeError`
+    for everything that the exchange refuses.
     """
     known = known or {}
     done: dict[str, Snapshot] = {}
@@ -115,7 +115,7 @@ def take(
         if before and as_of < before[0].created_time:
             left_out = {"": _behind(as_of, before[0].created_time)}
             continue
-        found = {it.ticker: (it, raw) for it, raw in rest.positions_as_sent(of_positions.append)}
+        found = {p.ticker: (p, raw) for p, raw in rest.positions_as_sent(of_positions.append)}
         after = _recent(rest, begun, of_fills.append)
         busy = _busy(before, after, begun)
         left_out = dict.fromkeys(busy, "it was filled at that moment")
@@ -130,7 +130,7 @@ def take(
             held = known[ticker]
             snapshot = _absent(rest, ticker, held, begun, of_fills.append) if whole else None
             if snapshot is None:
-                left_out[ticker] = NO_WORD if whole else INCOMPLETE
+                left_out[ticker] = NOT_PROVED_FLAT if whole else INCOMPLETE
             else:
                 done[ticker] = snapshot
         unreadable |= dict.fromkeys([*of_positions, *of_fills])
@@ -146,29 +146,29 @@ def take(
 
 
 def _left_out(found: Sequence[Unreadable]) -> list[Unreadable]:
-    """Of what cannot be read the whole items: of the others the rest was used."""
+    """Return the unreadable items that were left out; of the others only a field was unreadable."""
     return [each for each in found if each.left_out]
 
 
 def _unsure(fills: Sequence[Unreadable], tickers: set[str]) -> set[str]:
-    """Markets with a fill that cannot be read, so that when it was is not known; all, where not even its market is."""
-    doubtful = {fill.ticker for fill in _left_out(fills)}
-    return tickers if "" in doubtful else tickers & doubtful
+    """Return the markets with a fill of unknown time, because it cannot be read; all, if its market is unknown, too."""
+    uncertain = {fill.ticker for fill in _left_out(fills)}
+    return tickers if "" in uncertain else tickers & uncertain
 
 
 def known_markets(client: Client) -> dict[str, Held | None]:
-    """Markets with recent decisions or a snapshot, and the newest snapshot of each."""
-    there = usable(client)
+    """Return the markets with recent decisions or a snapshot, and the newest snapshot of each."""
+    tables = usable(client)
     known: dict[str, Held | None] = {}
     with translated():
-        if DECISIONS in there:
+        if DECISIONS in tables:
             rows = client.query(
                 "SELECT DISTINCT market_ticker FROM mm_decisions"
                 " WHERE ts >= now() - toIntervalDay({days:UInt32})",
                 parameters={"days": KNOWN_DAYS},
             ).result_rows
             known.update({str(ticker): None for (ticker,) in rows})
-        if SNAPSHOTS in there:
+        if SNAPSHOTS in tables:
             rows = client.query(
                 "SELECT market_ticker, argMax(pos_filled, (ts, source, engine_instance_id)), max(ts)"
                 " FROM mm_position_snapshots GROUP BY market_ticker"
@@ -185,28 +185,30 @@ def store(client: Client, report: Report) -> None:
     """Write a report's snapshots. The same report twice is stored once."""
     rows = [
         {
-            "ts": each.at.replace(microsecond=each.at.microsecond // 1000 * 1000),
+            "ts": snapshot.at.replace(microsecond=snapshot.at.microsecond // 1000 * 1000),
             "engine_instance_id": ENGINE,
             "engine_version": __version__,
-            "market_ticker": each.market_ticker,
-            "pos_filled": float(each.position),
-            "avg_cost": float(each.avg_cost),
-            "source": each.source,
-            "raw_json": each.raw_json,
+            "market_ticker": snapshot.market_ticker,
+            "pos_filled": float(snapshot.position),
+            "avg_cost": float(snapshot.avg_cost),
+            "source": snapshot.source,
+            "raw_json": snapshot.raw_json,
         }
-        for each in report.snapshots
+        for snapshot in report.snapshots
     ]
     if rows:
-        token = f"positions {max(each.at for each in report.snapshots).isoformat()} {len(rows)}"
+        token = (
+            f"positions {max(snapshot.at for snapshot in report.snapshots).isoformat()} {len(rows)}"
+        )
         table = pa.Table.from_pylist(rows, schema=POSITION_SNAPSHOTS.arrow)
         insert_arrow(client, SNAPSHOTS, table, token, log_comment="mm_position_snapshots")
 
 
-def _recent(rest: RestClient, now: datetime, tell: Tell) -> list[Fill]:
-    """Our fills of the last minutes, newest first; at least the newest of all, where there is one."""
+def _recent(rest: RestClient, now: datetime, report_unreadable: Tell) -> list[Fill]:
+    """Return our fills of the last minutes, newest first; at least the newest fill, if there is any."""
     floor = now - RECENT
     fills: list[Fill] = []
-    for fill in rest.fills(tell=tell):
+    for fill in rest.fills(tell=report_unreadable):
         fills.append(fill)
         if fill.created_time < floor:
             break
@@ -214,7 +216,7 @@ def _recent(rest: RestClient, now: datetime, tell: Tell) -> list[Fill]:
 
 
 def _busy(before: Sequence[Fill], after: Sequence[Fill], begun: datetime) -> set[str]:
-    """Markets that were filled shortly before, or while the report was read."""
+    """Return the markets that were filled shortly before, or during the reading."""
     seen = {fill.fill_id for fill in before}
     new = {fill.ticker for fill in after if fill.fill_id not in seen}
     return new | {fill.ticker for fill in before if fill.created_time > begun - QUIET}
@@ -229,11 +231,11 @@ def _reported(position: Position, raw: str, at: datetime) -> Snapshot:
 
 
 def _absent(
-    rest: RestClient, ticker: str, held: Held | None, at: datetime, tell: Tell
+    rest: RestClient, ticker: str, held: Held | None, at: datetime, report_unreadable: Tell
 ) -> Snapshot | None:
-    """Whether a market that a whole report left out is flat; None where nothing says so.
+    """Return a flat snapshot for a market that a complete report lacks; None if nothing proves that it is flat.
 
-    A fill or a settlement that cannot be read says nothing, and is told.
+    A fill or a settlement that cannot be read proves nothing, and is reported to `report_unreadable`.
     """
     unreadable: list[Unreadable] = []
     position = held.position if held is not None else Decimal(0)
@@ -244,8 +246,8 @@ def _absent(
     settlement = None
     if position:
         settlement = next(iter(rest.settlements(ticker=ticker, tell=unreadable.append)), None)
-    for each in unreadable:
-        tell(each)
+    for item in unreadable:
+        report_unreadable(item)
     if _left_out(unreadable):
         return None
     if not position:
@@ -273,13 +275,13 @@ def _behind(as_of: datetime, fill: datetime) -> str:
 
 
 def as_rows(report: Report) -> list[dict[str, Any]]:
-    """The report's snapshots as plain values, for a table."""
+    """Return the report's snapshots as plain values, for a table."""
     return [
         {
-            "market_ticker": each.market_ticker,
-            "position": str(each.position),
-            "avg_cost": f"{each.avg_cost:.4f}",
-            "source": each.source,
+            "market_ticker": snapshot.market_ticker,
+            "position": str(snapshot.position),
+            "avg_cost": f"{snapshot.avg_cost:.4f}",
+            "source": snapshot.source,
         }
-        for each in report.snapshots
+        for snapshot in report.snapshots
     ]

@@ -1,15 +1,15 @@
-"""The library for engines: what a market maker decides, asks, hears, gets and holds, as rows.
+"""The library for engines: records decisions, requests, answers, fills and positions as rows.
 
     recorder = Recorder("mm-1", "2.4.0", settings=settings, spool=Path("spool"))
     held = Reconciled.from_exchange("KXRAIN-26NOV22", "12.00", as_of)
-    now = inventory(held, live_orders)               # again in each loop
+    now = inventory(held, live_orders)               # computed again in each loop
     decision = recorder.decision(now, Quoted(…), expected_change=Decimal("0"))
     action = recorder.action(decision.decision_id, …)
     recorder.response(action, …)
 
-No call waits for a disk or a database (spool.py does that). What cannot be a row is refused at the call, in the
-engine's own thread (values.py): `WrongType` is a `TypeError`, `BadValue` a `ValueError`. Inventory is never rolled
-forward: `inv_before` is the reconciled position, and nothing here takes another one.
+No call waits for a disk or a database (spool.py does that). A value that cannot be a row is refused at the call, in
+the engine's own thread (values.py): `WrongType` is a `TypeError`, `BadValue` a `ValueError`. Inventory is never rolled
+forward: `inv_before` is the reconciled position, and no argument takes another one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NO_DECISION = uuid.UUID(int=0)
 
 
 class ActionType(Enum):
-    """What is asked of the exchange."""
+    """The kind of a request to the exchange."""
 
     PLACE = "place"
     CANCEL = "cancel"
@@ -64,7 +64,7 @@ _SIZES = ("target_bid_sz", "target_ask_sz")
 
 @dataclass(frozen=True)
 class Quoted:
-    """The market as it is and as the engine wants to quote it, on the YES side.
+    """The market's best prices and the engine's target quotes, on the YES side.
 
     Each number is finite, given as float, int, Decimal or a NumPy scalar; a price that does not exist is NaN or None.
 
@@ -123,7 +123,7 @@ class Sent:
 
 
 class Sink(Protocol):
-    """Where rows go."""
+    """Takes rows: a spool, or a test's list."""
 
     def put(self, table: str, row: Mapping[str, Any]) -> None:
         """Take one row, without waiting.

@@ -1,5 +1,6 @@
-"""The rows of the market maker's tables, as Arrow sends them, and which rows no such table can hold. The tables
-themselves are made by the migrations 004 and 010; a test holds the two together.
+"""The Arrow schemas of the market maker's tables, and the test whether a table can hold a row.
+
+Migrations 004 and 010 create the tables; a test compares them with the schemas here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from kalshi_platform.inventory.values import EARLIEST, LATEST
 from kalshi_platform.schema import Key
 
 SETTLEMENTS = "settlements"
-"""The `source` of a snapshot that says that the market was settled or voided, and nothing is held any more."""
+"""The `source` of a snapshot of a settled or voided market, in which nothing is held any more."""
 _TIME = pa.timestamp("ms", "UTC")
 _TEXTS = pa.list_(pa.string())
 
@@ -24,7 +25,7 @@ _UUID = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class Table:
-    """One table: its name, the Arrow schema of its rows, and what tells one row from another."""
+    """One table: its name, the Arrow schema of its rows, and the key that identifies a row."""
 
     def __init__(self, name: str, columns: Mapping[str, pa.DataType], key: tuple[str, ...]) -> None:
         self.name = name
@@ -37,9 +38,9 @@ class Table:
         return list(self.arrow.names)
 
     def sifted(self, rows: pa.Table) -> tuple[pa.Table, dict[int, str]]:
-        """(the rows that the table can hold, why each of the others cannot be held, by its number)
+        """Return (the rows that the table can hold, by row number why each other row cannot be held).
 
-        Raises `pa.ArrowException` where the whole of them is not of this table.
+        Raises `pa.ArrowException` if the columns are not those of this table.
         """
         if set(rows.column_names) != set(self.arrow.names) or rows.num_columns != len(self.arrow):
             odd = sorted(set(rows.column_names) ^ set(self.arrow.names))
@@ -60,11 +61,14 @@ class Table:
 
 
 def _faults(field: pa.Field, column: pa.Array) -> Iterator[tuple[str, pa.Array]]:
-    """What is wrong with values of a column, and where: a mask."""
+    """Yield each fault of a column, with a mask of the rows that have it."""
     if column.null_count:
         yield "is null", column.is_null()
     if pa.types.is_list(field.type) and column.flatten().null_count:
-        yield "has a null in it", pa.array([None in (each or ()) for each in column.to_pylist()])
+        yield (
+            "has a null in it",
+            pa.array([None in (values or ()) for values in column.to_pylist()]),
+        )
     if field.type == _TIME:
         outside = pc.or_(
             pc.less(column, pa.scalar(EARLIEST, _TIME)),
@@ -108,7 +112,7 @@ DECISIONS = Table(
     ("decision_id",),
 )
 INVENTORY_COLUMNS = tuple(DECISIONS.columns)[list(DECISIONS.columns).index("params_json") + 1 :]
-"""Those of migration 010; the columns before them are of 004."""
+"""Columns of migration 010; those before them are of migration 004."""
 ORDER_ACTIONS = Table(
     "mm_order_actions",
     {
@@ -158,4 +162,4 @@ TABLES = {
     table.name: table
     for table in (POSITION_SNAPSHOTS, FILLS, ORDER_ACTIONS, ORDER_RESPONSES, DECISIONS)
 }
-"""In the order in which rows are written: who sees a decision sees what came before it, too."""
+"""In the order in which rows are written: a reader that sees a decision also sees the rows before it."""

@@ -1,12 +1,11 @@
-"""What the position columns mean, computed from the live orders and from nothing else.
+"""Define the position columns, and compute them from the reconciled position and the live orders.
 
     pos_filled          the reconciled, fill-based position from the exchange; never working orders
-    pos_open_exposure   what the orders that are live at this moment add when all of them fill
+    pos_open_exposure   what the live orders add if all of them fill
     pos_total_est       the sum of both
 
 Contracts, exact, YES positive and NO negative. The exchange nets: a YES and a NO contract of one market are a
-dollar and no position, so that a fill of NO takes from what is held of YES. No I/O; what is recorded of it is in
-recorder.py.
+dollar and no position, so a fill of NO reduces the position in YES. No I/O; recorder.py records it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
 
 INV_CONVENTION = "yes_positive"
 YES_POSITIVE = frozenset({"", INV_CONVENTION, "buy_yes_positive"})
-"""What engines call it that YES is positive, in lower case; empty where they do not say."""
+"""Names that engines use for the YES-positive convention, in lower case; empty: not given."""
 """The one normalisation: a YES contract is +1, a NO contract -1."""
 _CONVENTIONS = {Decimal(1): INV_CONVENTION, Decimal(-1): "no_positive"}
 MIXED = "mixed"
@@ -57,14 +56,14 @@ class Contract(Enum):
 
 
 class Quote(Enum):
-    """Whether it is bid for or offered; of a YES order, the exchange's `book_side`."""
+    """Bid or ask; for a YES order, the exchange's `book_side`."""
 
     BID = "bid"
     ASK = "ask"
 
 
 class OrderStatus(Enum):
-    """What is known of an order: all that `mm_order_responses.status` may say."""
+    """Status of an order: the values of `mm_order_responses.status`."""
 
     RESTING = "resting"
     PARTIALLY_FILLED = "partially_filled"
@@ -77,12 +76,12 @@ class OrderStatus(Enum):
 
     @property
     def is_end(self) -> bool:
-        """Whether the order is out of the book from here on."""
+        """Whether the order has left the book."""
         return self not in {OrderStatus.RESTING, OrderStatus.PARTIALLY_FILLED}
 
 
 class Result(Enum):
-    """What became of a market; the exchange's `market_result`."""
+    """A market's result; the exchange's `market_result`."""
 
     YES = "yes"
     NO = "no"
@@ -184,7 +183,7 @@ class Resting:
 
 
 def resting(orders: Iterable[WorkingOrder]) -> Resting:
-    """The resting inventory of the orders live at this moment."""
+    """Compute the resting inventory of the live orders."""
     sizes = [_NONE] * 4
     seen: set[str] = set()
     for order in orders:
@@ -203,7 +202,7 @@ def resting(orders: Iterable[WorkingOrder]) -> Resting:
 class Reconciled:
     """A position that the exchange itself has confirmed: its report, and the fills after it.
 
-    Made by `from_exchange`, moved by `filled`, ended by `settled`: there is no other way to one, so that an
+    Created by `from_exchange`, changed by `filled`, ended by `settled`, and by nothing else, so that an
     estimate cannot become a position.
     """
 
@@ -370,7 +369,7 @@ class Inventory:
 
     @property
     def pos_open_exposure(self) -> Decimal:
-        """What the live orders add when all of them fill; contracts, YES positive."""
+        """What the live orders add if all of them fill; contracts, YES positive."""
         return self.resting.exposure
 
     @property

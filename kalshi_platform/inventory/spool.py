@@ -1,21 +1,21 @@
-"""A local spool between an engine and ClickHouse: rows in, files on disk, inserts when it answers.
+"""A local spool between an engine and ClickHouse: rows are written to files, and inserted when ClickHouse answers.
 
-`put` only appends to a list in memory. One thread writes what has come to a file, once a second. Another inserts:
-it joins waiting files of a table, oldest first, into one insert of bounded size, and removes them when their rows
-have been seen in ClickHouse. With ClickHouse away the files wait, past the end of the engine too: the next engine
-on the folder sends them. What a kill can take is what has come since the last file, at most `flush_s`.
+`put` only appends to a list in memory. Once a second a thread writes the collected rows to a file. Another thread
+inserts: it joins waiting files of a table, oldest first, into one insert of bounded size, and removes them when their
+rows have been found in ClickHouse. While ClickHouse is unreachable the files wait, even after the engine has ended:
+the next engine on the folder sends them. A kill can lose the rows since the last file, at most `flush_s`.
 
-    once        The files of an insert that is under way are written down first (`joined-<table>.json`), and the
-                insert's token is made of their names: after a kill the same files go under the same token. Files of
-                an earlier engine that are not written down are looked for in ClickHouse first, by key.
-    set aside   A row that the table cannot hold goes to the folder `refused`, in a file of its own beside the
-                reason (rows.py finds it, or ClickHouse refuses it and takes others of that table). So does a file
-                that cannot be read. The other rows go on. What ClickHouse refuses without having taken any other
-                row of the table is the table's matter, and waits.
-    bounds      `MOST_ROWS` and `MOST_BYTES` in memory, `MOST_FILES` and `MOST_DISK` in the folder. Beyond those of
-                the folder rows stay in memory, and beyond those of memory `put` raises: no row is dropped.
+    once        The files of an insert are recorded before it (`joined-<table>.json`), and the insert's token is
+                computed from their names: after a kill the same files are sent under the same token. Files of an
+                earlier engine that are not recorded are first looked up in ClickHouse, by key.
+    set aside   A row that the table cannot hold is moved to the folder `refused`, in a separate file with the
+                reason beside it (rows.py detects it, or ClickHouse refuses it and takes other rows of that table).
+                So is a file that cannot be read. The other rows are sent. If ClickHouse has taken no other row of
+                the table, the table is at fault, and its rows wait.
+    bounds      `MOST_ROWS` and `MOST_BYTES` in memory, `MOST_FILES` and `MOST_DISK` in the folder. Beyond the
+                folder's, rows stay in memory; beyond the memory's, `put` raises: no row is dropped.
 
-Neither thread ends because of what it meets: `trouble` says what does not go on, and it is tried again.
+No error ends a thread: `trouble` names it, and the work is retried. What a row may contain is in rows.py.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ if TYPE_CHECKING:
 
 FLUSH_S = 1.0
 MOST_ROWS, MOST_BYTES = 100_000, 256 << 20
-"""In memory, while the disk takes nothing; beyond that `put` refuses."""
+"""In memory, while the disk takes nothing; beyond these bounds `put` raises."""
 ROW_BYTES = 2_000
-"""What a row takes in memory beside its JSON, about."""
+"""About the bytes of a row in memory, without its JSON."""
 MOST_FILES, MOST_DISK = 500_000, 10 << 30
-"""In the folder, what was set aside included: two days of ClickHouse away, at two files a second."""
+"""In the folder, including set-aside files: two days without ClickHouse, at two files a second."""
 MOST_IN_A_FILE = 100_000
 MOST_JOINED_ROWS, MOST_JOINED_BYTES = 50_000, 64 << 20
-"""In one insert; a file that has more goes alone."""
+"""In one insert; a larger file is sent alone."""
 COUNTED = 10_000
-"""Files of an earlier engine that are opened at a time, to count their rows."""
+"""How many files of an earlier engine are opened at a time, to count their rows."""
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
-HOPELESS = 16
-"""Rows that ClickHouse refuses one by one, having taken none: then it is the table that refuses."""
+REFUSED_IN_A_ROW = 16
+"""After this many single rows refused and none taken, the table counts as refusing."""
 OF_THE_TABLE = frozenset({60, 81, 16, 164, 192, 193, 194, 497, 516})
-"""ClickHouse's codes that no row is to blame for: table, database, column, rights, user, password."""
+"""ClickHouse's error codes that no row causes: table, database, column, rights, user, password."""
 SUFFIX, TORN, DAMAGED, WHY = ".arrow", ".tmp", ".damaged", ".txt"
 _ENDS = {SUFFIX, TORN, f"{SUFFIX}{DAMAGED}"}
 LOCK, REFUSED = "spool.lock", "refused"
 REMEDY = (
-    "Mend what they are refused for, or the rows, and move the .arrow files back into the spool's folder: they are"
+    "Repair the cause of the refusal, or the rows, and move the .arrow files back into the spool's folder: they are"
     " sent again. Remove what is not wanted."
 )
 _SENDING = "kalshi_platform.clickhouse.verified_inserts"
-"""Loads Polars, which the import of an engine is to be spared."""
+"""Imported late, because it loads Polars, which an engine's import should not."""
 _TYPE_OF_TS = (
     "SELECT type FROM system.columns"
     " WHERE database = currentDatabase() AND table = {table:String} AND name = 'ts'"
@@ -89,12 +89,12 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(settings: Settings) -> Path:
-    """The spool of the platform's own market maker."""
+    """Return the spool folder of the platform's own market maker."""
     return settings.data_dir / "market_maker"
 
 
 def is_of_a_spool(name: str) -> bool:
-    """Whether a file or folder in a spool's folder is its own, by its name."""
+    """Whether a name in a spool's folder is one that a spool creates."""
     stem, _, end = name.partition(".")
     return (
         name in {LOCK, REFUSED}
@@ -105,55 +105,55 @@ def is_of_a_spool(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Status:
-    """How a spool stands."""
+    """The status of a spool."""
 
     oldest_age_s: float
-    """Age of the oldest row that is not in ClickHouse, since it was recorded (an earlier engine's: since it was
-    written to disk); 0 where none waits."""
+    """Age of the oldest row that is not in ClickHouse, since it was recorded (for an earlier engine's row: since it
+    was written to disk); 0 if none waits."""
     rows_waiting: int
-    """In memory and in files. Those of an earlier engine count once the sender has opened their files."""
+    """In memory and in files. An earlier engine's rows count once the sender has opened their files."""
     files_waiting: int
     rows_set_aside: int
     files_set_aside: int
-    """Files in `refused`: each has rows of one file, or is one that cannot be read."""
+    """Files in `refused`: each has rows of one file, or could not be read."""
     trouble: str | None
-    """What does not go on, as sentences; None when all is well."""
+    """Current errors, as sentences; None if there are none."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """What is in a spool's folder `refused`."""
+    """The content of a spool's folder `refused`."""
 
     files: int
     rows: int
     why: str
-    """The reason of the newest."""
+    """The reason of the newest file."""
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file that waits."""
+    """A waiting file."""
 
     table: str
     rows: int | None
-    """None: an earlier engine's, not opened yet."""
+    """None: of an earlier engine, not opened yet."""
     size: int
     since: float
-    """When its oldest row came, on the monotonic clock."""
+    """Time of its oldest row, on the monotonic clock."""
 
 
 class _Joined(msgspec.Struct):
-    """The files of an insert that is under way."""
+    """The files of an insert in progress."""
 
     files: list[str]
 
 
 class Spool:
-    """Rows on their way to ClickHouse. `put` may be called from any thread, and never waits."""
+    """Rows waiting for ClickHouse. `put` may be called from any thread, and never waits."""
 
     def __init__(self, folder: Path, settings: Settings, *, flush_s: float = FLUSH_S) -> None:
-        """Take the folder. Raises `InventoryError` when another engine has it, or it is read-only."""
-        importlib.import_module(_SENDING)  # now, and not in the middle of the first trades
+        """Lock the folder. Raises `InventoryError` if another engine holds it, or if it is read-only."""
+        importlib.import_module(_SENDING)  # now, so that the first trades do not wait for it
         self._folder = folder
         self._settings = settings
         self._flush_s = flush_s
@@ -162,7 +162,7 @@ class Spool:
         self._number = 0
         self._rows: dict[str, list[Mapping[str, Any]]] = {name: [] for name in TABLES}
         self._since: dict[str, float] = {}
-        """When the oldest row in memory came, by table."""
+        """Time of the oldest row in memory, by table."""
         self._waiting = 0
         self._bytes = 0
         self._guard = threading.Condition()
@@ -171,25 +171,27 @@ class Spool:
         self._stop_sending = threading.Event()
         self._spooled = threading.Event()
         self._known: dict[str, _File] = {}
-        """Files that wait, by stem, oldest first."""
+        """Waiting files, by stem, oldest first."""
         self._fresh: set[str] = set()
         """Files of this engine that were never sent."""
         self._accepting: set[str] = set()
-        """Tables of which ClickHouse has taken rows since the start."""
+        """Tables whose rows ClickHouse has taken since the start."""
         self._sifted: set[str] = set()
-        """Files whose wrong rows are set aside already."""
+        """Files whose invalid rows are already set aside."""
         self._begun: dict[str, list[str]] = {}
-        """The files of the insert that is under way, by table, as its manifest has them."""
+        """The files of the insert in progress, by table, as in its manifest."""
         self._in_seconds: dict[str, bool] = {}
-        """Whether a table keeps times in whole seconds, as of this connection."""
+        """Whether a table has times in whole seconds, as found on this connection."""
         self._problems: list[Exception] = []
-        """What did not go on in this pass of the sender."""
+        """Errors of this pass of the sender."""
         self._disk_trouble: str | None = None
         self._store_trouble: str | None = None
-        for torn in self._ours(TORN):  # a kill in mid-write; its rows were still in memory
+        for torn in self._ours(
+            TORN
+        ):  # left by a kill during the write; its rows were still in memory
             torn.unlink()
         for name in TABLES:
-            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # looked for by key
+            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):  # looked up by key
                 self._begun[name] = typed_json.decode(
                     self._manifest(name).read_bytes(), _Joined
                 ).files
@@ -205,7 +207,7 @@ class Spool:
         self._sender.start()
 
     def put(self, table: str, row: Mapping[str, Any]) -> None:
-        """Take one row. Raises `InventoryError` when there is no place for it, or the spool is closed."""
+        """Take one row. Raises `InventoryError` if there is no space for it, or if the spool is closed."""
         rows, size = self._rows[table], _size(row)
         with self._guard:
             if self._closing:
@@ -226,12 +228,12 @@ class Spool:
 
     @property
     def trouble(self) -> str | None:
-        """What does not go on, as sentences; None when all is well."""
+        """Current errors, as sentences; None if there are none."""
         parts = [self._disk_trouble, self._store_trouble, self._said_of_refused()]
         return " ".join(part for part in parts if part) or None
 
     def status(self) -> Status:
-        """How far behind ClickHouse is, and what was set aside. Asks neither disk nor database."""
+        """Return how far behind ClickHouse is, and what was set aside. Reads neither disk nor database."""
         with self._guard:
             files = list(self._known.values())
             since = [each.since for each in files]
@@ -247,7 +249,7 @@ class Spool:
 
     @property
     def files(self) -> list[Path]:
-        """What waits for ClickHouse, oldest first."""
+        """Return the waiting files, oldest first."""
         return self._ours(SUFFIX)
 
     @property
@@ -255,19 +257,19 @@ class Spool:
         return not self._known and not self.files  # listing many files takes a while
 
     def _ours(self, suffix: str) -> list[Path]:
-        """The files that a spool has written, by name; others in the folder are not ours to send or remove."""
+        """Return the files that a spool has written, by name; others in the folder are never sent or removed."""
         return sorted(p for p in self._folder.glob(f"*{suffix}") if _NAME.fullmatch(p.stem))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until everything that has come is on disk; False when it is not in time."""
+        """Wait until every row is on disk; False after the timeout."""
         return self._wait_until(lambda: not self._waiting, timeout_s)
 
     def drain(self, timeout_s: float = 10.0) -> bool:
-        """Wait until ClickHouse has everything that it takes; False when it has not in time."""
+        """Wait until ClickHouse has every row that it takes; False after the timeout."""
         return self._wait_until(lambda: not self._waiting and self._has_sent_all, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> int:
-        """Write the rest to disk, try to send it, end. Returns how many files wait for another start.
+        """Write the remaining rows to disk, try to send them, and end. Return how many files wait for the next start.
 
         Raises `InventoryError` when the disk would not take the rest.
         """
@@ -322,14 +324,14 @@ class Spool:
                     return
 
     def _keep(self, name: str, rows: list[Mapping[str, Any]]) -> None:
-        """Write rows to a file, and take them out of memory."""
+        """Write rows to a file, and remove them from memory."""
         if len(self._known) >= MOST_FILES or self._on_disk() >= MOST_DISK:
             raise OSError(
                 0,
                 f"{len(self._known):,} files wait, and {self._on_disk():,} bytes are in the folder",
             )
         self._number += 1
-        # time first: the files of an engine before this one are older, and go first
+        # time first: files of an earlier engine are older, and are sent first
         stem = f"{time.time_ns():020d}-{self._run}-{self._number:08d}-{name}"
         path = self._folder / f"{stem}{SUFFIX}"
         table = self._table(name, rows, path)
@@ -351,7 +353,7 @@ class Spool:
         self._spooled.set()
 
     def _table(self, name: str, rows: list[Mapping[str, Any]], path: Path) -> pa.Table:
-        """The rows as Arrow has them. Those that it does not take are set aside as JSON."""
+        """Convert the rows to Arrow. Rows that cannot be converted are set aside as JSON."""
         schema = TABLES[name].arrow
         try:
             return pa.Table.from_pylist(rows, schema=schema)
@@ -381,7 +383,7 @@ class Spool:
     def _set_aside(
         self, path: Path, rows: int, why: Sequence[str], keep: Callable[[], None]
     ) -> None:
-        """Keep in `refused` what ClickHouse does not get, and the reasons beside it. Raises `OSError`."""
+        """Write rows that are not sent to `refused`, with the reasons beside them. Raises `OSError`."""
         path.parent.mkdir(mode=0o750, exist_ok=True)
         durable.replace(path.with_suffix(WHY), "".join(f"{line}\n" for line in why).encode())
         keep()
@@ -457,7 +459,7 @@ class Spool:
                 client.close()
 
     def _look(self) -> None:
-        """Know the files that are there: an earlier engine's, and those that a person has moved."""
+        """Find new files: an earlier engine's, and those that a person has moved back."""
         with self._guard:
             before = set(self._known)
         there = {path.stem: path for path in self.files}
@@ -477,7 +479,7 @@ class Spool:
             self._known = {**found, **self._known}
 
     def _count(self) -> None:
-        """Count the rows of an earlier engine's files, and what is set aside still: a person may have mended some."""
+        """Count the rows of an earlier engine's files, and the files that are still set aside: a person may have moved some."""
         with self._guard:
             uncounted = [stem for stem, file in self._known.items() if file.rows is None]
         for stem in uncounted[:COUNTED]:
@@ -490,13 +492,13 @@ class Spool:
                 self._count_refused()
 
     def _send(self, client: Client) -> None:
-        """Send what waits now. Raises the first error of what does not go on, when all else has gone."""
+        """Send all waiting files. After the others are sent, raise the first error."""
         waiting: dict[str, list[str]] = {name: [] for name in TABLES}
         with self._guard:
             for stem in sorted(self._known):
                 waiting[self._known[stem].table].append(stem)
         self._problems = []
-        doubtful: list[tuple[_Group, Exception]] = []
+        failed_groups: list[tuple[_Group, Exception]] = []
         for name, stems in waiting.items():
             for group in self._groups(name, stems):
                 if self._stop_sending.is_set():
@@ -509,8 +511,8 @@ class Spool:
                     if _is_of_the_table(error):
                         self._problems.append(error)
                         break
-                    doubtful.append((group, error))
-        for group, reason in doubtful:
+                    failed_groups.append((group, error))
+        for group, reason in failed_groups:
             self._sift(client, group)
             if any(path.exists() for path in group.paths):
                 self._problems.append(reason)
@@ -518,14 +520,14 @@ class Spool:
             raise self._problems[0]
 
     def _groups(self, name: str, stems: Sequence[str]) -> Iterator[_Group]:
-        """The waiting files of a table, joined: first those of an insert that was under way."""
+        """Yield the waiting files of a table in groups: first those of an interrupted insert."""
         group = _Group(name, is_under_way=True)
         begun = self._begun.get(name, [])
         for stem in begun if set(begun) <= set(stems) else ():
             self._add(group, stem)
         if begun and [path.stem for path in group.paths] == begun:
             yield group
-        elif begun:  # some were removed after it, or by a person: the others are looked for by key
+        elif begun:  # some were removed since, or by a person: the others are looked up by key
             self._end(name)
             begun = []
         group = _Group(name)
@@ -539,7 +541,7 @@ class Spool:
             yield group
 
     def _add(self, group: _Group, stem: str) -> bool:
-        """Add a file's rows to a group; False where there is no room for them."""
+        """Add a file's rows to a group; False if there is no room for them."""
         path = self._folder / f"{stem}{SUFFIX}"
         known = self._known.get(stem)
         if group.paths and not group.is_under_way and known is not None and group.is_full(known):
@@ -550,12 +552,12 @@ class Spool:
         return True
 
     def _read(self, name: str, path: Path) -> pa.Table | None:
-        """The rows of a file that the table can hold, the others set aside; None where there are none."""
+        """Return the rows of a file that the table can hold, and set the others aside; None if there are none."""
         try:
             return self._good_rows(name, path)
         except FileNotFoundError:  # a person has moved it
             return None
-        except OSError as error:  # the other files go on
+        except OSError as error:  # the other files are still sent
             self._problems.append(StoreUnavailable(f"{path}: {error.strerror or error}."))
             return None
 
@@ -576,7 +578,7 @@ class Spool:
         return rows
 
     def _insert(self, client: Client, group: _Group) -> None:
-        """Send a group until its rows are there, and remove its files."""
+        """Send a group, verify that its rows are in ClickHouse, and remove its files."""
         from kalshi_platform.clickhouse import verified_inserts
 
         name, stems = group.name, [path.stem for path in group.paths]
@@ -596,14 +598,14 @@ class Spool:
             verified_inserts.insert(client, it)
         except Exception as error:
             if not isinstance(error, StoreUnavailable) and not _is_of_the_table(error):
-                self._end(name)  # nothing of it is there, or it is looked for by key
+                self._end(name)  # none of it is there, or it is looked up by key
             raise
         self._accepting.add(name)
         self._end(name)
         self._remove(group.paths)
 
     def _as_insert(self, client: Client, name: str, rows: pa.Table, token: str) -> Insert:
-        """The rows with times as fine as the table keeps them: an engine's own may have whole seconds."""
+        """Truncate times to the table's precision: an engine's own table may have whole seconds."""
         from kalshi_platform.clickhouse import verified_inserts
 
         if name not in self._in_seconds:
@@ -625,7 +627,7 @@ class Spool:
             verified_inserts.insert(client, replace(it, rows=part, token=f"{it.token}:{digest}"))
 
     def _sift(self, client: Client, group: _Group) -> None:
-        """Send the files of a group that ClickHouse refused one by one, and set aside which rows it refuses."""
+        """Send the files of a refused group one by one, and set aside the rows that ClickHouse refuses."""
         for path in group.paths:
             if self._stop_sending.is_set():
                 return
@@ -643,7 +645,7 @@ class Spool:
         refused = self._refused_rows(client, name, path.stem, rows)
         if refused:
             if name not in self._accepting:
-                return  # it has taken none: the table's matter
+                return  # it has taken none: the table is at fault
             _, wrong = TABLES[name].sifted(_opened(path))
             right = [n for n in range(rows.num_rows + len(wrong)) if n not in wrong]
             self._set_rows_aside(path, wrong | {right[n]: why for n, why in refused.items()})
@@ -652,13 +654,13 @@ class Spool:
     def _refused_rows(
         self, client: Client, name: str, token: str, rows: pa.Table
     ) -> Mapping[int, str]:
-        """Insert rows by halves, and return which of them ClickHouse refuses, and why."""
+        """Insert rows by bisection; return which of them ClickHouse refuses, and why."""
         from kalshi_platform.clickhouse import verified_inserts
 
         it = self._as_insert(client, name, rows, token)
         parts = [verified_inserts.missing(client, it)]
         refused: dict[int, str] = {}
-        while parts and (name in self._accepting or len(refused) < HOPELESS):
+        while parts and (name in self._accepting or len(refused) < REFUSED_IN_A_ROW):
             numbers = parts.pop()
             try:
                 self._insert_part(client, it, numbers)
@@ -679,7 +681,7 @@ class Spool:
         return self._folder / f"joined-{name}.json"
 
     def _end(self, name: str) -> None:
-        """The insert that was under way is no more; durable before its files are removed or sent otherwise."""
+        """Remove the record of an insert in progress, durably, before its files are removed or sent in another group."""
         self._begun.pop(name, None)
         self._manifest(name).unlink(missing_ok=True)
         durable.sync(self._folder)
@@ -696,25 +698,25 @@ class Spool:
 
 @dataclass
 class _Group:
-    """Files of a table that go in one insert."""
+    """Files of a table that are sent in one insert."""
 
     name: str
     is_under_way: bool = False
-    """Whether it was sent before, and what became of that is not known."""
+    """Whether it was sent before with an unknown result."""
     paths: list[Path] = field(default_factory=list)
     tables: list[pa.Table] = field(default_factory=list)
     count: int = 0
     size: int = 0
 
     def add(self, path: Path, rows: pa.Table) -> None:
-        """Take a file in."""
+        """Add a file."""
         self.paths.append(path)
         self.tables.append(rows)
         self.count += rows.num_rows
         self.size += rows.nbytes
 
     def is_full(self, file: _File) -> bool:
-        """Whether the insert would pass its bounds with this file, too."""
+        """Whether the insert would exceed its bounds with this file."""
         return (
             self.count + (file.rows or 0) > MOST_JOINED_ROWS
             or self.size + file.size > MOST_JOINED_BYTES
@@ -727,7 +729,7 @@ class _Group:
 
     @property
     def token(self) -> str:
-        """The token of the insert: of the same files always the same."""
+        """The insert's deduplication token, a function of the files' names."""
         first, *more = [path.stem for path in self.paths]
         if not more:
             return first
@@ -739,7 +741,7 @@ class _Group:
 
 
 def refused_in(folder: Path) -> Refused:
-    """What is in a spool's folder `refused`. Raises `OSError` where it cannot be read."""
+    """The content of a spool's folder `refused`. Raises `OSError` where it cannot be read."""
     kept = [path for path in _refused_files(folder) if path.suffix != WHY]
     reasons = [said for path in kept if (said := path.with_suffix(WHY)).exists()]
     newest = max(reasons, key=lambda path: path.stat().st_mtime_ns, default=None)
@@ -750,7 +752,7 @@ def refused_in(folder: Path) -> Refused:
 
 
 def said_of(found: Refused, folder: Path) -> str:
-    """What was set aside, as a sentence."""
+    """Describe the set-aside files in a sentence."""
     return (
         f"{found.rows:,} rows in {found.files:,} files are set aside in {folder / REFUSED}, and are not in"
         f" ClickHouse; the newest: {found.why}."
@@ -758,7 +760,7 @@ def said_of(found: Refused, folder: Path) -> str:
 
 
 def oldest_in(folder: Path) -> tuple[int, float]:
-    """(how many files wait in a spool's folder, the age of the oldest in seconds)"""
+    """Return (the number of files waiting in a spool's folder, the age of the oldest in seconds)."""
     stems = sorted(p.stem for p in folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(p.stem))
     if not stems:
         return 0, 0.0
@@ -771,7 +773,7 @@ def _refused_files(folder: Path) -> list[Path]:
 
 
 def _rows_in(path: Path) -> int:
-    """Rows of a file; one that cannot be read counts as one."""
+    """Return the number of rows of a file; one that cannot be read counts as one."""
     try:
         if path.suffix == ".jsonl":
             return path.read_bytes().count(b"\n")
@@ -794,7 +796,7 @@ def _move(path: Path, to: Path) -> None:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    """Write a file, durably, under its name at once."""
+    """Write a file durably and atomically."""
     draft = path.with_suffix(TORN)
     with draft.open("wb") as file:
         with pa.ipc.new_file(file, table.schema) as stream:
@@ -806,12 +808,12 @@ def _write(path: Path, table: pa.Table) -> None:
 
 
 def _size(row: Mapping[str, Any]) -> int:
-    """What a row takes in memory, about: its JSON is the part without a small bound."""
+    """Estimate the bytes of a row in memory; only its JSON can be large."""
     return ROW_BYTES + sum(len(row[name]) for name in _JSON if isinstance(row.get(name), str))
 
 
 def _is_of_the_table(error: Exception) -> bool:
-    """Whether no row is to blame: the table, the rights, or what is between here and ClickHouse."""
+    """Whether the error is not a row's: it is the table's, the rights', or the connection's."""
     return isinstance(error, StoreRefused) and (error.code in OF_THE_TABLE or error.code is None)
 
 

@@ -1,7 +1,7 @@
-"""How the market maker's tables stand in a database: there, missing, another owner's, or from before 010.
+"""Inspect the market maker's tables of a database: present, missing, another owner's, or from before migration 010.
 
-Engines may have made these tables themselves, so a name alone proves nothing: the columns do. What the
-columns are is in rows.py; who may make a table is in clickhouse/ownership.py.
+Engines may have created these tables themselves, so the columns decide, not the name. The columns are defined
+in rows.py; who may create a table is decided in clickhouse/ownership.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kalshi_platform.inventory.rows import DECISIONS, INVENTORY_COLUMNS, TABLES
 from kalshi_platform.printable import printable
 
 _SHOWN = 6
-"""Columns that a sentence names."""
+"""How many columns a message names."""
 _PRECISE = "DateTime64"
 TAPE = "trades"
-"""The public trades, which the platform records: evidence of which fills there were."""
+"""The recorded public trades: evidence of which fills happened."""
 STREAM_EVENTS = "stream_events"
-"""What happened to the recording: whether the tape is whole."""
+"""The recorder's own events: whether the public trades are complete."""
 _COLUMNS_READ = {
     TAPE: ("market_ticker", "trade_id", "ts", "ingest_ts"),
     STREAM_EVENTS: ("kind", "detail", "ingest_ts"),
@@ -41,13 +41,13 @@ class Standing:
 
     @cached_property
     def usable(self) -> frozenset[str]:
-        """The tables that have the columns of the market maker's, or that are only ours."""
+        """The tables that have all columns that are read."""
         return frozenset(table for table in self.columns if not self._lacking(table))
 
     def why_not(self, table: str) -> str:
-        """Why `table` cannot be read, with what to do; empty where it can.
+        """Return why `table` cannot be read, with the remedy; empty if it can.
 
-        Raises `StoreRefused` for one that a migration makes fit.
+        Raises `StoreRefused` for one that a migration repairs.
         """
         if table not in self.columns:
             return (
@@ -69,7 +69,7 @@ class Standing:
         )
 
     def coarse(self) -> list[str]:
-        """A sentence for each table whose times have no milliseconds."""
+        """Return a sentence for each table whose times have no milliseconds."""
         return [
             f"{table}.ts is {self.columns[table]['ts']}, whole seconds: what came first within a second is not"
             " known, and a check may take the one for the other. To change it:"
@@ -79,11 +79,11 @@ class Standing:
         ]
 
     def takes_flat(self) -> bool:
-        """Whether a decision without a position is stored as one with none: an older 010 wrote DEFAULT 0."""
+        """Whether a decision without a position is stored with position 0: an older migration 010 has DEFAULT 0."""
         return any("nan" not in self.defaults.get(name, "nan") for name in POSITION_COLUMNS)
 
     def unknown_by_default(self) -> str:
-        """The statement after which a decision without a position is stored as not known."""
+        """Return the statement after which a decision without a position is stored as unknown (nan)."""
         changes = ", ".join(
             f"MODIFY COLUMN {name} Float64 DEFAULT nan" for name in POSITION_COLUMNS
         )
@@ -104,7 +104,7 @@ class Standing:
 
 
 def standing(client: Client) -> Standing:
-    """Look at the tables. Raises `StoreError` as the store does."""
+    """Inspect the tables. Raises `StoreError` as the store does."""
     with translated():
         rows = client.query(
             "SELECT table, name, type, default_expression FROM system.columns WHERE database = currentDatabase()"
@@ -121,7 +121,7 @@ def standing(client: Client) -> Standing:
 
 
 def usable(client: Client) -> frozenset[str]:
-    """The market maker's tables, and those of the recording, that the database has with their columns."""
+    """Return the tables that can be read: see `Standing.usable`."""
     return standing(client).usable
 
 

@@ -1,8 +1,8 @@
-"""What an engine hands over, made into what a row holds, or refused at once.
+"""Convert an engine's arguments to the values of a row, or refuse them at once.
 
-Every function takes the argument's name first and gives the converted value. `WrongType` is a `TypeError`,
-`BadValue` a `ValueError`; both name the argument, the value and what is wanted. Nothing is guessed: a float is
-not an exact number, a text is not a number, and None is taken only where "there is none" has a meaning.
+Every function takes the argument's name first and returns the converted value. `WrongType` is a `TypeError`,
+`BadValue` a `ValueError`; both name the argument, the value and what is expected. Nothing is guessed: a float is
+not an exact number, a text is not a number, and None is accepted only for a value that may be missing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from kalshi_platform.errors import PlatformError
 
 NOTHING = float("nan")
-"""A price that there is not: no best bid, no target."""
+"""The value of a missing price: no best bid, no target."""
 MOST_CONTRACTS = Decimal(10**12)
 _LEAST = -MOST_CONTRACTS
 MOST_TEXT, MOST_JSON = 10_000, 1_000_000
 """Characters of a text, and of a JSON object."""
 EARLIEST, LATEST = datetime(2000, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
-"""Times that a row may have: from the first up to the second."""
+"""Times that a row may have: from the first to before the second."""
 _SHOWN = 80
 _ZERO, _ONE = Decimal(0), Decimal(1)
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class InventoryError(PlatformError):
-    """What an engine handed over cannot be a position, an order or a fill."""
+    """An argument cannot be a position, an order or a fill."""
 
 
 class WrongType(InventoryError, TypeError):
@@ -49,13 +49,13 @@ class BadValue(InventoryError, ValueError):
 
 
 def shown(value: object) -> str:
-    """A value for a sentence: its repr, cut, even where the repr itself fails."""
+    """Return a value's repr for a message, shortened, even if the repr itself fails."""
     try:
-        said = repr(value)
+        result = repr(value)
     except Exception as error:  # noqa: BLE001 - another's repr may raise anything
-        said = f"<repr raises {type(error).__name__}>"
-    said = said.encode(errors="backslashreplace").decode()
-    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"
+        result = f"<repr raises {type(error).__name__}>"
+    result = result.encode(errors="backslashreplace").decode()
+    return result if len(result) <= _SHOWN else f"{result[:_SHOWN]}…"
 
 
 def _wrong(name: str, value: object, wanted: str) -> WrongType:
@@ -67,82 +67,82 @@ def _bad(name: str, value: object, wanted: str) -> BadValue:
 
 
 def one_of(name: str, value: object, kind: type[T]) -> T:
-    """An object of a class, for what has no conversion."""
+    """Require an instance of a class that has no conversion."""
     if not isinstance(value, kind):
         raise _wrong(name, value, f"a {kind.__name__}")
     return value
 
 
 def member(name: str, value: object, kind: type[M]) -> M:
-    """A member of an enum, and nothing that only looks like one."""
+    """Require a member of an enum, not its value."""
     if type(value) is not kind:
-        choices = " or ".join(f"{kind.__name__}.{each.name}" for each in kind)
+        choices = " or ".join(f"{kind.__name__}.{choice.name}" for choice in kind)
         raise _wrong(name, value, f"{choices}; {kind.__name__}(…) makes one of the exchange's text")
     return value
 
 
 def member_or_text(name: str, value: object, kind: type[M]) -> M:
-    """A member of an enum, or exactly its text."""
+    """Convert a member of an enum, or its exact text, to the member."""
     if isinstance(value, kind):
         return value
-    said = text(name, value)
+    result = text(name, value)
     try:
-        return kind(said)
+        return kind(result)
     except ValueError:
-        choices = ", ".join(str(each.value) for each in kind)
+        choices = ", ".join(str(choice.value) for choice in kind)
         raise _bad(name, value, f"one of {choices}") from None
 
 
 def text(name: str, value: object, most: int = MOST_TEXT) -> str:
-    """A text that is not empty. A UUID becomes its text, an enum of texts its value."""
-    said = optional_text(name, value, most)
+    """Convert to a text that is not empty. A UUID becomes its text, a text enum its value."""
+    result = optional_text(name, value, most)
     if value is None:
         raise _wrong(name, value, "a text")
-    if not said:
+    if not result:
         raise _bad(name, value, "a text that is not empty")
-    return said
+    return result
 
 
 def optional_text(name: str, value: object, most: int = MOST_TEXT) -> str:
-    """A text; None is the empty one."""
+    """Convert to a text; None becomes the empty one."""
     if type(value) is str:
-        said = value
+        result = value
     elif value is None:
         return ""
     elif isinstance(value, uuid.UUID):
         return str(value)
     elif isinstance(value, str):
-        said = str(value.value) if isinstance(value, Enum) else str.__str__(value)
+        result = str(value.value) if isinstance(value, Enum) else str.__str__(value)
     else:
         raise _wrong(name, value, "a text")
-    if len(said) > most:
-        raise BadValue(f"{name} has {len(said):,} characters: give at most {most:,}.")
-    if not said.isascii():
+    if len(result) > most:
+        raise BadValue(f"{name} has {len(result):,} characters: give at most {most:,}.")
+    if not result.isascii():
         try:
-            said.encode()
+            result.encode()
         except UnicodeEncodeError:
             raise _bad(name, value, "a text of whole characters (it has half of a pair)") from None
-    return said
+    return result
 
 
 def texts(name: str, value: object) -> list[str]:
-    """Texts in order. One text alone is not taken for its letters."""
+    """Convert to a list of texts. A single text is refused, not split into letters."""
     if type(value) is not list and (
         isinstance(value, str | bytes) or not isinstance(value, Iterable)
     ):
         raise _wrong(name, value, "a list of texts")
-    return [text(name, each) for each in value]
+    return [text(name, part) for part in value]
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False."""
+    """Require True or False."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise _wrong(name, value, "True or False")
 
 
 def real(name: str, value: object) -> float:
-    """A finite number."""
+    """Convert to a finite number."""
     number = real_or_nothing(name, value)
     if math.isnan(number):
         raise _bad(name, value, "a finite number")
@@ -150,7 +150,7 @@ def real(name: str, value: object) -> float:
 
 
 def real_or_nothing(name: str, value: object) -> float:
-    """A finite number; None and NaN say that there is none."""
+    """Convert to a finite number; None and NaN mean that there is none."""
     if type(value) is float:
         number = value
     elif value is None:
@@ -170,7 +170,7 @@ def real_or_nothing(name: str, value: object) -> float:
 
 
 def real_amount(name: str, value: object) -> float:
-    """A finite number: none or more."""
+    """Convert to a finite number of 0 or more."""
     number = real(name, value)
     if number < 0:
         raise _bad(name, value, "0 or more")
@@ -178,7 +178,7 @@ def real_amount(name: str, value: object) -> float:
 
 
 def exact(name: str, value: object) -> Decimal:
-    """A number of which every digit counts: Decimal or int, at most 10**12 either way."""
+    """Convert to an exact number: Decimal or int, from -10**12 to 10**12."""
     if type(value) is Decimal:
         number = value
     elif isinstance(value, Decimal):
@@ -195,7 +195,7 @@ def exact(name: str, value: object) -> Decimal:
 
 
 def whole(name: str, value: object) -> int:
-    """A whole number: none or more."""
+    """Convert to a whole number of 0 or more."""
     number = amount(name, value)
     if number != number.to_integral_value():
         raise _bad(name, value, "a whole number")
@@ -203,7 +203,7 @@ def whole(name: str, value: object) -> int:
 
 
 def count(name: str, value: object) -> Decimal:
-    """Contracts: more than none."""
+    """Convert to contracts: more than 0."""
     number = exact(name, value)
     if number <= 0:
         raise _bad(name, value, "more than 0 contracts")
@@ -211,7 +211,7 @@ def count(name: str, value: object) -> Decimal:
 
 
 def amount(name: str, value: object) -> Decimal:
-    """Contracts or dollars: none or more."""
+    """Convert to contracts or dollars: 0 or more."""
     number = exact(name, value)
     if number < _ZERO:
         raise _bad(name, value, "0 or more")
@@ -219,7 +219,7 @@ def amount(name: str, value: object) -> Decimal:
 
 
 def dollars(name: str, value: object) -> Decimal:
-    """The price of a contract: 0 to 1 dollar."""
+    """Convert to the price of a contract: 0 to 1 dollar."""
     number = exact(name, value)
     if not _ZERO <= number <= _ONE:
         raise _bad(name, value, "dollars from 0 to 1 (44 cents are Decimal('0.44'))")
@@ -227,7 +227,7 @@ def dollars(name: str, value: object) -> Decimal:
 
 
 def moment(name: str, value: object) -> datetime:
-    """A time with a zone, from 2000 to 2099, as UTC in whole milliseconds."""
+    """Convert a time with a zone, from 2000 to 2099, to UTC in whole milliseconds."""
     if not isinstance(value, datetime):
         raise _wrong(name, value, "a datetime with a time zone")
     if value.tzinfo is None or value.utcoffset() is None:
@@ -240,18 +240,18 @@ def moment(name: str, value: object) -> datetime:
 
 
 def identity(name: str, value: object) -> str:
-    """A UUID, or its text; None is the UUID of zeros."""
+    """Convert a UUID or its text to the text; None becomes the UUID of zeros."""
     if type(value) is uuid.UUID:
         return str(value)
-    said = optional_text(name, value) or str(uuid.UUID(int=0))
+    result = optional_text(name, value) or str(uuid.UUID(int=0))
     try:
-        return str(uuid.UUID(said))
+        return str(uuid.UUID(result))
     except ValueError:
         raise _bad(name, value, "a UUID") from None
 
 
 def json_object(name: str, value: object) -> str:
-    """A JSON object's text. None is the empty one, and a number that is not finite becomes null."""
+    """Encode a mapping as a JSON object. None becomes the empty object, a number that is not finite null."""
     if value is None:
         return "{}"
     if type(value) is not dict:
@@ -259,16 +259,16 @@ def json_object(name: str, value: object) -> str:
             raise _wrong(name, value, "a mapping")
         value = dict(value)
     try:
-        said = _ENCODER.encode(value).decode()
+        result = _ENCODER.encode(value).decode()
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WrongType(f"{name} cannot be written as JSON ({shown(str(error))}).") from None
-    if len(said) > MOST_JSON:
-        raise BadValue(f"{name} is {len(said):,} characters of JSON: give at most {MOST_JSON:,}.")
-    return said
+    if len(result) > MOST_JSON:
+        raise BadValue(f"{name} is {len(result):,} characters of JSON: give at most {MOST_JSON:,}.")
+    return result
 
 
 def _plain(value: object) -> Any:
-    """NumPy's scalars and arrays, and mappings that are no dict, for the encoder."""
+    """Convert NumPy scalars and arrays, and mappings that are not a dict, for the encoder."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):

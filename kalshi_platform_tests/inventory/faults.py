@@ -630,7 +630,7 @@ _EITHER = _any(MISSING, INVENTED)
 """A fill missed, or one the other way invented: among equal amounts only the public tape tells. That one was
 recorded with the other sign the tables do: its raw_json has the exchange's own word.
 """
-_LOOK_ALIKE = (r"the public tape does not tell|never recorded",)
+_LOOK_ALIKE = (r"the public tape does not say|never recorded",)
 _SIZE = (r"{size}\b",)
 
 FAULTS: Sequence[Fault] = (

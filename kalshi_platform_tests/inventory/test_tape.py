@@ -13,7 +13,7 @@ from kalshi_platform.inventory.breaks import Break
 from kalshi_platform.inventory.kinds import Kind
 from kalshi_platform_tests.inventory.planted import Planted, ago
 
-EITHER = "the public tape does not tell"
+EITHER = "the public tape does not say"
 
 
 def undone(planted: Planted, **fill: str) -> None:
