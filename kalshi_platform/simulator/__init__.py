@@ -1,1 +1,1 @@
-"""An exchange of one's own: the demo, and a test double that speaks the real wire."""
+"""A simulated exchange with the real wire protocol, for demonstrations and tests; and the paper market maker."""

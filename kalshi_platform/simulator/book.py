@@ -25,7 +25,7 @@ class BookView:
     no: Mapping[int, int]
 
     def texts(self) -> dict[str, list[tuple[str, str]]]:
-        """Both ladders as the wire's texts, prices ascending."""
+        """Both ladders as texts of the wire, prices ascending."""
         return {
             name: [(dollars(price), contracts(size)) for price, size in ladder.items()]
             for name, ladder in (("yes", self.yes), ("no", self.no))
@@ -41,7 +41,7 @@ class Book:
         self.grid = grid
         self.sizes: tuple[list[int], list[int]] = ([0] * grid.levels, [0] * grid.levels)
         self.best = [-1, -1]
-        """The highest level with size on each side, -1 where the side is empty."""
+        """The highest level with size on each side, -1 if the side is empty."""
 
     def change(self, side: int, level: int, qty: int) -> None:
         """Add `qty` (signed, 1e-2 contracts) to a level. Raises ValueError below zero."""
@@ -60,14 +60,14 @@ class Book:
             self.best[side] = level
 
     def below(self, side: int, level: int) -> int:
-        """The highest level with size at or under `level`, -1 where there is none."""
+        """Return the highest level with size at or below `level`, -1 if there is none."""
         ladder = self.sizes[side]
         while level >= 0 and not ladder[level]:
             level -= 1
         return level
 
     def room(self, side: int) -> int:
-        """The highest level that a bid on `side` can have without meeting the other side."""
+        """Return the highest level that a bid on `side` can have without matching the other side."""
         return self.grid.levels - 2 - max(self.best[1 - side], 0)
 
     @property
@@ -85,7 +85,7 @@ class Book:
         }
 
     def clear(self) -> None:
-        """Take every order out."""
+        """Remove every order."""
         for side in (YES, NO):
             self.sizes[side][:] = [0] * self.grid.levels
         self.best[:] = [-1, -1]

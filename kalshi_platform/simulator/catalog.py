@@ -1,4 +1,4 @@
-"""What is listed: series, events and markets, long-lived ones and ones that roll.
+"""List series, events and markets: long-lived ones, and rolling ones that open and close repeatedly.
 
 Long-lived markets close at the end of next year, so their tickers stay the same for a year.
 Rolling series list a market ahead, open it when the one before it closes, and so on; their
@@ -56,7 +56,7 @@ def _weight(rank: int) -> float:
 
 
 def long_lived(count: int, now_ns: int, first_rank: int) -> Iterator[Listing]:
-    """`count` markets that are open now and stay so."""
+    """Return `count` markets that are open now and stay open."""
     year = datetime.fromtimestamp(now_ns / SECOND, UTC).year
     open_ns = int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) * SECOND
     close_ns = int(datetime(year + 2, 1, 1, tzinfo=UTC).timestamp()) * SECOND
@@ -83,7 +83,7 @@ def long_lived(count: int, now_ns: int, first_rank: int) -> Iterator[Listing]:
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in the rolling catalogue, always held by exactly one open market."""
+    """A slot of the rolling catalogue, with exactly one open market at any time."""
 
     index: int
     slots: int
@@ -95,14 +95,14 @@ class Slot:
         return ROLLING[self.index % len(ROLLING)]
 
     def opening_at_or_before(self, now_ns: int) -> int:
-        """When the market that is open at `now_ns` opened. Coins are staggered over a lifetime."""
+        """Return when the market that is open at `now_ns` opened. Coins are staggered over a lifetime."""
         coins = min(self.slots, len(ROLLING))
         phase = self.lifetime_ns * (self.index % len(ROLLING)) // coins
         phase -= phase % SECOND if self.lifetime_ns >= 60 * SECOND else 0
         return now_ns - (now_ns - phase) % self.lifetime_ns
 
     def listing(self, open_ns: int) -> Listing:
-        """The slot's market that opens then; listed one lifetime ahead."""
+        """Return the slot's market that opens at that time; it is listed one lifetime ahead."""
         close_ns = open_ns + self.lifetime_ns
         close = datetime.fromtimestamp(close_ns // SECOND, UTC)
         stamp = close.strftime("%y%b%d%H%M%S").upper()

@@ -1,4 +1,4 @@
-"""Commands of a client, as they come over the WebSocket: read and checked for their form.
+"""Decode a client's WebSocket commands and check their form.
 
 What a command does is in session.py.
 """
@@ -14,7 +14,7 @@ from kalshi_platform.simulator.frames import ERROR_TEXTS
 
 
 class Refused(Exception):
-    """A command that is answered with an error of that code."""
+    """The command is answered with an error of this code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(ERROR_TEXTS[code])
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 class Params(msgspec.Struct):
-    """Everything that any command may carry."""
+    """The parameters of all commands."""
 
     channels: list[str] | None = None
     market_ticker: str | None = None
@@ -37,9 +37,9 @@ class Params(msgspec.Struct):
     send_initial_snapshot: bool = False
 
     def tickers(self) -> list[str]:
-        """The markets that are named, each once."""
+        """The named markets, each once."""
         if self.market_id is not None or self.market_ids is not None:
-            raise Refused(11)  # a filter by id is not to be had here: better refused than ignored
+            raise Refused(11)  # no filter by id here: refused, not silently ignored
         if self.market_ticker is None:
             return list(dict.fromkeys(self.market_tickers or ()))
         if self.market_tickers is not None:
@@ -47,7 +47,7 @@ class Params(msgspec.Struct):
         return [self.market_ticker]
 
     def all_sids(self) -> list[int]:
-        """The subscriptions that are named, each once; at least one."""
+        """The named subscriptions, each once; at least one."""
         named = [self.sid] if self.sids is None and self.sid is not None else self.sids
         if not named:
             raise Refused(4)
@@ -67,7 +67,7 @@ class _Identified(msgspec.Struct):
 
 
 def decoded(message: bytes | str) -> Command:
-    """Read a command. Raises `Refused`: 11 for a wrong type, 1 for what is not JSON."""
+    """Decode a command. Raises `Refused`: 11 for a wrong type, 1 for what is not JSON."""
     try:
         return typed_json.decode(message, Command)
     except msgspec.ValidationError:
@@ -77,7 +77,7 @@ def decoded(message: bytes | str) -> Command:
 
 
 def id_of(message: bytes | str) -> int:
-    """The id to answer to, 0 where there is none that can be read."""
+    """Return the id to answer to; 0 if none can be read."""
     try:
         return typed_json.decode(message, _Identified).id
     except msgspec.DecodeError:

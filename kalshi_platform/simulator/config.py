@@ -1,4 +1,4 @@
-"""What a simulator can be given when it starts."""
+"""The simulator's start options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kalshi_platform.simulator.faults import Fault
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorConfig:
-    """What a simulated exchange is like; the defaults suit a test.
+    """Options of a simulated exchange; the defaults suit a test.
 
     Raises:
         SimulatorError: A number makes no sense.
@@ -19,17 +19,17 @@ class SimulatorConfig:
 
     host: str = "127.0.0.1"
     port: int = 0
-    """0 takes a free port."""
+    """0: a free port."""
     markets: int = 40
     rate: float = 200.0
     """Order-book deltas a second over all markets; 0 keeps every book as it opened."""
     seed: int = 1
     rolling_markets: int | None = None
-    """How many of the markets open and close all the time; None: one in eight."""
+    """How many of the markets open and close repeatedly; None: one in eight."""
     rolling_seconds: float = 300.0
-    """How long a rolling market lives."""
+    """How long a rolling market is open."""
     key_file: Path | None = None
-    """Private key of the client, made where there is none; None: in a temporary folder."""
+    """Private key of the client, created if it is missing; None: in a temporary folder."""
     faults: tuple[Fault, ...] = ()
     replay: Path | None = None
     """Recorded frames to send in place of the simulator's own."""
@@ -37,19 +37,19 @@ class SimulatorConfig:
     """1 = as recorded, 10 = ten times as fast, None = as fast as the client reads."""
     heartbeat_seconds: float = 10.0
     tick_seconds: float = 0.02
-    """How often the order flow is moved on; the events in between keep their own times."""
+    """How often the order flow advances; the events in between keep their own times."""
     max_backlog_bytes: int = 64 * 1024 * 1024
-    """A client that leaves more than this unread gets error 25."""
+    """A client with more unread bytes gets error 25."""
     max_markets_per_subscription: int = 500_000
     """More are refused with error 26."""
     yes_price: bool | None = None
-    """Whether no bids are quoted on the YES scale; None: as `use_yes_price` asks."""
+    """Whether no bids are quoted on the YES scale; None: as `use_yes_price` requests."""
     max_clock_skew_seconds: float = 10.0
     rest_cache_seconds: float = 15.0
     """How long the REST order books are cached, as the real exchange's are."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no sense.
+        """Validate the numbers.
 
         Raises:
             SimulatorError: The sentence names the field, its value and what to give.

@@ -1,7 +1,7 @@
-"""What can go wrong with the simulator, told so that a person can mend it."""
+"""Errors of the simulator, as sentences with a remedy."""
 
 from kalshi_platform.errors import PlatformError
 
 
 class SimulatorError(PlatformError):
-    """The simulator cannot start, or was asked for something that it does not have."""
+    """The simulator cannot start, or does not have what was requested."""

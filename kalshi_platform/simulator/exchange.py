@@ -1,7 +1,7 @@
-"""The exchange itself: every market, moved on by the clock that it is given. No I/O.
+"""Simulate the exchange: all markets, driven by the clock that is passed in. No I/O.
 
-`advance(now)` returns what happened since the last call, in order; the books are already as they
-are after it. Its own books are the truth that a recorder is measured against.
+`advance(now)` returns the events since the last call, in order; the books already include them. Tests
+compare a recorder with these books. Sessions and faults are in other modules.
 """
 
 from __future__ import annotations
@@ -71,30 +71,30 @@ class Exchange:
         self._reweigh()
         self._happened.clear()
 
-    # what there is
+    # markets and books
 
     def market(self, ticker: str) -> Market | None:
-        """The market of that ticker."""
+        """Return the market of that ticker, if it is listed."""
         return self._markets.get(ticker)
 
     def markets(self) -> Iterable[Market]:
-        """Every market that is listed, oldest first."""
+        """Return all listed markets, oldest first."""
         return self._markets.values()
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """Every series with a market in it."""
+        """All series with a market."""
         used = {each.listing.series_ticker for each in self._markets.values()}
         return tuple(s for s in (*catalog.LONG_LIVED, *catalog.ROLLING) if s.ticker in used)
 
     def books(self) -> dict[str, BookView]:
-        """Every market's book now."""
+        """Return every market's current book."""
         return {ticker: each.view() for ticker, each in self._markets.items()}
 
-    # what happens
+    # events
 
     def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:
-        """Move on to `now_ns`: at most `limit` steps of order flow, all that is on the agenda."""
+        """Advance to `now_ns`: at most `limit` steps of order flow, and all scheduled actions; return the events."""
         steps = 0
         while True:
             due = self._agenda[0][0] if self._agenda else math.inf
@@ -116,18 +116,18 @@ class Exchange:
         return happened
 
     def happened(self) -> list[Happening]:
-        """What own orders have done since the last call of this or of `advance`."""
+        """Return the events of own orders since the last call of this method or of `advance`."""
         happened, self._happened = self._happened, []
         return happened
 
     def resume(self, now_ns: int) -> None:
-        """Take the order flow up again after a pause, without making up for it."""
+        """Continue the order flow after a pause, without catching up."""
         self._next_ns = max(self._next_ns, now_ns)
 
     def cross(self, seconds: float) -> list[Happening]:
-        """Cross the busiest market's book for a while. The crossing order is real, as its removal.
+        """Cross the busiest market's book for `seconds`, with a real order that is removed afterwards.
 
-        Raises SimulatorError where no market has bids on both sides.
+        Raises SimulatorError if no market has bids on both sides.
         """
         for each in self._active:
             best_no = each.book.best[NO]
@@ -144,9 +144,9 @@ class Exchange:
         return happened
 
     def close_early(self, seconds: float) -> list[Happening]:
-        """Let the busiest rolling market close so many seconds from now, and tell of it.
+        """Close the busiest rolling market `seconds` from now, and send `close_date_updated`.
 
-        Raises SimulatorError where no market rolls.
+        Raises SimulatorError if no rolling market is open.
         """
         early = next((each for each in self._active if each.listing.rolling), None)
         if early is None:
@@ -155,13 +155,13 @@ class Exchange:
         early.listing = dataclasses.replace(early.listing, close_ns=close_s * SECOND)
         early.updated_us = self.now_ns // 1000
         self._at(close_s * SECOND, lambda at: self._close(early, at))
-        self._tell_life(early, "close_date_updated", self.now_ns, close_ts=close_s)
+        self._send_lifecycle(early, "close_date_updated", self.now_ns, close_ts=close_s)
         return self.happened()
 
     def halt(self, seconds: float) -> list[Happening]:
-        """Deactivate the busiest market for a while, and tell of it.
+        """Deactivate the busiest market for `seconds`, and send `deactivated` and `activated`.
 
-        Raises SimulatorError where no market is open.
+        Raises SimulatorError if no market is open.
         """
         if not self._active:
             raise SimulatorError("No market is open, so none can be halted.")
@@ -169,7 +169,7 @@ class Exchange:
         halted.status = market.INACTIVE
         halted.updated_us = self.now_ns // 1000
         self._reweigh()
-        self._tell_life(halted, "deactivated", self.now_ns, is_deactivated=True)
+        self._send_lifecycle(halted, "deactivated", self.now_ns, is_deactivated=True)
         self._at(self.now_ns + int(seconds * SECOND), lambda at: self._reactivate(halted, at))
         return self.happened()
 
@@ -178,11 +178,11 @@ class Exchange:
             halted.status = market.ACTIVE
             halted.updated_us = at_ns // 1000
             self._reweigh()
-            self._tell_life(halted, "activated", at_ns, is_deactivated=False)
+            self._send_lifecycle(halted, "activated", at_ns, is_deactivated=False)
 
-    def _tell_life(self, of: Market, event_type: str, at_ns: int, **more: object) -> None:
-        msg = {"market_ticker": of.ticker, "event_type": event_type, **more}
-        self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+    def _send_lifecycle(self, changed: Market, event_type: str, at_ns: int, **more: object) -> None:
+        msg = {"market_ticker": changed.ticker, "event_type": event_type, **more}
+        self._send("market_lifecycle_v2", msg, at_ns // 1000)
 
     def _uncross(self, crossed: Market, level: int, at_ns: int) -> None:
         left = min(crossed.book.sizes[YES][level], 100)
@@ -232,7 +232,7 @@ class Exchange:
         chosen.last_price, chosen.last_qty = price, qty
         chosen.volume += qty
         chosen.turnover += price * qty
-        # half of the trades open new interest on both sides, the others pass it on
+        # half of the trades open new interest on both sides, the others transfer it
         if self._random.random() < 0.5:
             chosen.open_interest += qty
         trade_id = str(uuid.UUID(int=self._random.getrandbits(128)))
@@ -242,7 +242,7 @@ class Exchange:
         self.trades.append(trade)
         self._happened.append(trade)
 
-    # the life of a market
+    # lifecycle of a market
 
     def _at(self, at_ns: int, act: Callable[[int], None]) -> None:
         heapq.heappush(self._agenda, (at_ns, next(self._count), act))
@@ -257,7 +257,7 @@ class Exchange:
         self._cumulative = list(itertools.accumulate(each.listing.weight for each in self._active))
 
     def _add(self, listing: Listing) -> Market:
-        """A new market with an empty book; its id and its flow follow from the seed and ticker."""
+        """Add a market with an empty book; its id and its order flow depend on seed and ticker only."""
         name = f"{self._seed}:{listing.ticker}"
         new = Market(listing, str(uuid.uuid5(_NAMESPACE, name)), Book(listing.grid))
         new.updated_us = listing.created_ns // 1000
@@ -266,7 +266,7 @@ class Exchange:
         return new
 
     def _begin(self, listing: Listing) -> None:
-        """A market that is already open when the exchange starts."""
+        """Add a market that is already open when the exchange starts."""
         new = self._add(listing)
         self._flows[listing.ticker].opening(new.book, listing.sides)
         new.status = market.ACTIVE
@@ -278,12 +278,12 @@ class Exchange:
         new = self._add(listing)
         ts_us = listing.created_ns // 1000
         if listing.event_ticker not in known:
-            self._tell("event_lifecycle", _event_created(listing), ts_us)
-        self._tell("market_lifecycle_v2", _created(listing), ts_us)
+            self._send("event_lifecycle", _event_created(listing), ts_us)
+        self._send("market_lifecycle_v2", _created(listing), ts_us)
         self._at(open_ns, lambda at: self._open(new, slot, at))
 
     def _open(self, opened: Market, slot: Slot, at_ns: int) -> None:
-        # a scheduled opening is not told; the first orders are
+        # a scheduled opening has no message; the first orders have
         opened.status = market.ACTIVE
         self._reweigh()
         if self._pause_ns < math.inf:
@@ -293,9 +293,9 @@ class Exchange:
         self._list_next(slot, opened.listing.close_ns)
 
     def _close(self, closed: Market, at_ns: int) -> None:
-        # nor is a scheduled close; orders in flight trickle in for some milliseconds
+        # nor has a scheduled close; orders in flight still arrive for some milliseconds
         if closed.status not in {market.ACTIVE, market.INACTIVE}:
-            return  # it had closed early
+            return  # it has closed early
         rng = self._random
         self.portfolio.cancel_all(closed, at_ns)
         closed.status = market.CLOSED
@@ -329,7 +329,7 @@ class Exchange:
             "determination_ts": at_ns // SECOND,
             "settlement_value": settlement_value(closed),
         }
-        self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+        self._send("market_lifecycle_v2", msg, at_ns // 1000)
         wait_ns = self._random.randrange(1 * SECOND, 6 * SECOND)
         self._at(at_ns + wait_ns, lambda at: self._settle(closed, at))
 
@@ -338,25 +338,25 @@ class Exchange:
         closed.settled_ns = at_ns
         self.portfolio.settle(closed, at_ns // 1000)
         closed.updated_us = at_ns // 1000
-        # the real exchange tells some settlements several times
+        # the real exchange sends some settlements several times
         for _ in range(1 if self._random.random() < 0.7 else self._random.randrange(2, 9)):
             msg = {
                 "market_ticker": closed.ticker,
                 "event_type": "settled",
                 "settled_ts": at_ns // SECOND,
             }
-            self._tell("market_lifecycle_v2", msg, at_ns // 1000)
+            self._send("market_lifecycle_v2", msg, at_ns // 1000)
         self._at(at_ns + KEPT_AFTER_SETTLEMENT_NS, lambda _: self._forget(closed))
 
     def _forget(self, closed: Market) -> None:
         del self._markets[closed.ticker], self._flows[closed.ticker]
 
-    def _tell(self, kind: str, msg: dict[str, object], ts_us: int) -> None:
+    def _send(self, kind: str, msg: dict[str, object], ts_us: int) -> None:
         self._happened.append(LifeEvent(kind, msg, ts_us))
 
 
 def settlement_value(settled: Market) -> str:
-    """What a YES contract paid, in dollars."""
+    """Return what a YES contract paid, in dollars."""
     return dollars(10_000 if settled.result == "yes" else 0)
 
 

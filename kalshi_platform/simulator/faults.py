@@ -1,4 +1,4 @@
-"""Faults on request: what can be made to go wrong, by name. docs/simulator.md has the table.
+"""The faults that can be injected, by name; docs/simulator.md has the table.
 
 `NAME[:ARG][@SECONDS]`, for instance `gap`, `gap:3`, `hang:20@60`.
 """
@@ -13,7 +13,7 @@ from kalshi_platform.simulator.errors import SimulatorError
 
 
 class Target(Enum):
-    """Whom a fault hits."""
+    """What a fault affects."""
 
     CONNECTION = "every connection that is open, or else the next one"
     DIAL = "the next dials"
@@ -27,7 +27,7 @@ class Kind:
 
     target: Target
     argument: str
-    """What the argument means."""
+    """Meaning of the argument."""
     default: float | None
     does: str
 
@@ -95,10 +95,16 @@ KINDS: dict[str, Kind] = {
     "stale_rest": Kind(Target.REST, "seconds", 60, "the REST order books stay as they are now"),
     "crossed": Kind(Target.EXCHANGE, "seconds", 2, "crosses the busiest market's book, for real"),
     "close_early": Kind(
-        Target.EXCHANGE, "seconds", 2, "moves the busiest rolling market's close, and tells of it"
+        Target.EXCHANGE,
+        "seconds",
+        2,
+        "moves the busiest rolling market's close, and sends a message",
     ),
     "halt": Kind(
-        Target.EXCHANGE, "seconds", 2, "deactivates the busiest market for a while, and tells of it"
+        Target.EXCHANGE,
+        "seconds",
+        2,
+        "deactivates the busiest market for a while, and sends a message",
     ),
 }
 
@@ -107,7 +113,7 @@ _WRITTEN = re.compile(r"(?P<name>[a-z_0-9]+)(:(?P<arg>\d+(\.\d+)?))?(@(?P<at>\d+
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault to come: `argument` as its kind says, `at` seconds from when it is asked for."""
+    """A requested fault: `argument` as its kind defines it, due `at` seconds after the request."""
 
     name: str
     argument: float | None
@@ -115,17 +121,17 @@ class Fault:
 
     @property
     def target(self) -> Target:
-        """Whom it hits."""
+        """What it affects."""
         return KINDS[self.name].target
 
     @property
     def count(self) -> int:
-        """The argument of a fault that counts."""
+        """The argument as a count."""
         return int(self.argument or 0)
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Read `NAME[:ARG][@SECONDS]`. Raises SimulatorError naming what there is."""
+        """Parse `NAME[:ARG][@SECONDS]`. Raises SimulatorError with the known names."""
         match = _WRITTEN.fullmatch(text.strip())
         if match is None:
             raise SimulatorError(

@@ -1,4 +1,4 @@
-"""The wire's texts: how a book, a change, a trade, a life event and a reply look as JSON.
+"""Encode books, changes, trades, lifecycle messages and replies as JSON texts of the wire.
 
 Frames are one JSON object and a newline. A message's `msg` is made once, however many
 connections it goes to; the envelope around it carries each connection's own sid and seq. Texts
@@ -53,7 +53,7 @@ def rfc3339(us: int) -> str:
 
 
 def envelope(kind: str, sid: int, seq: int | None, msg: str, command_id: int = 0) -> bytes:
-    """One frame around a finished `msg`."""
+    """Encode a frame around an encoded `msg`."""
     head = f'{{"type":"{kind}"'
     if command_id:
         head += f',"id":{command_id}'
@@ -66,7 +66,7 @@ def envelope(kind: str, sid: int, seq: int | None, msg: str, command_id: int = 0
 def reply(
     kind: str, command_id: int, msg: Any, sid: int | None = None, seq: int | None = None
 ) -> bytes:
-    """An answer to a command; `command_id` 0 is left out, as is a `msg` of None."""
+    """Encode an answer to a command; `command_id` 0 and a `msg` of None are left out."""
     frame: dict[str, Any] = {"type": kind}
     if command_id:
         frame["id"] = command_id
@@ -80,7 +80,7 @@ def reply(
 
 
 def error(code: int, command_id: int = 0, sid: int | None = None, seq: int | None = None) -> bytes:
-    """An error frame, scoped to a sid where one is given."""
+    """Encode an error frame, with a sid if one is given."""
     return reply("error", command_id, {"code": code, "msg": ERROR_TEXTS[code]}, sid, seq)
 
 
@@ -111,7 +111,7 @@ def unknown_market(ticker: str) -> str:
 
 
 class Delta:
-    """One level's change. Its texts are made when the first connection wants them."""
+    """A level's change. Its texts are encoded when the first connection needs them."""
 
     __slots__ = ("_plain", "_yes_priced", "level", "market", "qty", "side", "ts_us")
 
@@ -125,7 +125,7 @@ class Delta:
         self._yes_priced: str | None = None
 
     def msg(self, use_yes_price: bool) -> str:
-        """`msg` of the delta, no-side prices on the YES scale where asked."""
+        """`msg` of the delta, no-side prices on the YES scale if requested."""
         if use_yes_price and self.side == NO:
             if self._yes_priced is None:
                 grid = self.market.listing.grid
@@ -143,7 +143,7 @@ class Delta:
 
 
 class Cleared:
-    """The book was emptied after the close: an unsolicited empty snapshot."""
+    """The book was emptied after the close: sent as an unsolicited empty snapshot."""
 
     __slots__ = ("market", "ts_us")
 
@@ -153,7 +153,7 @@ class Cleared:
 
 
 class Trade:
-    """One match. The taker's side is the outcome that it bought."""
+    """A trade. The taker's side is the outcome that it bought."""
 
     __slots__ = ("_fields", "_msg", "market", "qty", "taker", "trade_id", "ts_us", "yes_price")
 
@@ -187,7 +187,7 @@ class Trade:
         return self._msg
 
     def rest(self) -> dict[str, Any]:
-        """The trade as GET /markets/trades has it."""
+        """The trade as in GET /markets/trades."""
         return {
             "ticker": self.market.ticker,
             **self._fields,
@@ -196,7 +196,7 @@ class Trade:
 
 
 class LifeEvent:
-    """Something of a market's or an event's life that the exchange tells."""
+    """A lifecycle message of a market or an event."""
 
     __slots__ = ("kind", "msg", "ts_us")
 
@@ -207,7 +207,7 @@ class LifeEvent:
 
 
 class Quote:
-    """The top of a book after it changed, with the market's running totals at that moment."""
+    """The top of a book after a change, with the market's totals at that moment."""
 
     __slots__ = ("_msg", "interest", "last", "market", "no", "totals", "ts_us", "yes")
 

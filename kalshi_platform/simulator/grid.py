@@ -32,7 +32,7 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """How many prices there are."""
+        """Number of prices."""
         return len(self.prices)
 
 
@@ -52,18 +52,18 @@ _RANGES: dict[str, tuple[PriceRange, ...]] = {
 }
 
 STRUCTURES = tuple(_RANGES)
-"""The names of the grids that the simulator trades on."""
+"""Names of the grids that the simulator uses."""
 
 
 @functools.cache
 def grid(structure: str) -> Grid:
-    """The grid of that name. Raises KeyError for one that the simulator does not know."""
+    """Return the grid of that name. Raises KeyError for an unknown one."""
     return _made(structure, _RANGES[structure])
 
 
 @functools.cache
 def covering(prices: frozenset[int]) -> Grid:
-    """The coarsest grid that has all of these prices; a nameless one of 1e-4 dollars if none has."""
+    """Return the coarsest grid that has all of these prices; a nameless one of 1e-4 dollars if none has."""
     for structure in STRUCTURES:
         if prices <= set(grid(structure).prices):
             return grid(structure)

@@ -1,4 +1,4 @@
-"""Who may come in: the keys that the simulator knows, and the check of a signed request.
+"""The simulator's known keys, and the verification of signed requests.
 
 The refusals are the real exchange's own, body by body.
 """
@@ -53,13 +53,13 @@ class KeyRing:
         self._max_skew_ms = max_skew_seconds * 1000
 
     def register(self, key_id: str, key: PublicKey) -> None:
-        """Let requests in that are signed with this key's private half."""
+        """Accept requests that are signed with this key's private half."""
         self._keys[key_id] = key
 
     def refusal(
         self, headers: Mapping[str, str], method: str, path: str, now_ms: int
     ) -> Refusal | None:
-        """Why the request is not let in; None where it is. `headers` ignores case."""
+        """Return why the request is refused; None if it is accepted. `headers` ignores case."""
         key_id = headers.get("KALSHI-ACCESS-KEY")
         timestamp = headers.get("KALSHI-ACCESS-TIMESTAMP")
         signature = headers.get("KALSHI-ACCESS-SIGNATURE")
@@ -83,7 +83,7 @@ class KeyRing:
 
 
 def own_key(key_file: Path) -> PublicKey:
-    """The public half of the key in `key_file`, which is made where there is none.
+    """Return the public half of the key in `key_file`, which is created if it is missing.
 
     The file appears whole or not at all, readable by its owner only; of two simulators that
     start together, the second takes the first one's key.

@@ -1,4 +1,4 @@
-"""One market: what is fixed about it, its book, and where it is in its life."""
+"""One market: its fixed properties, its book and its status. What changes it is in `exchange`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINALIZED = "finalized"
 
 @dataclass(frozen=True)
 class Listing:
-    """What is fixed about a market. Times are Unix nanoseconds."""
+    """The fixed properties of a market. Times are Unix nanoseconds."""
 
     ticker: str
     event_ticker: str
@@ -29,7 +29,7 @@ class Listing:
     open_ns: int
     close_ns: int
     weight: float
-    """Its share of the order flow, beside the other markets' weights."""
+    """Its weight in the order flow, relative to the other markets'."""
     sides: tuple[int, ...] = (YES, NO)
     """The sides of the book that have orders at the opening."""
     rolling: bool = False
@@ -37,7 +37,7 @@ class Listing:
 
 @dataclass
 class Market:
-    """One market as it is now. Volumes are 1e-2 contracts, money 1e-4 dollars."""
+    """The current state of a market. Volumes are 1e-2 contracts, money 1e-4 dollars."""
 
     listing: Listing
     market_id: str
@@ -51,12 +51,12 @@ class Market:
     """Sum of price times quantity of all trades, in 1e-6 dollars."""
     open_interest: int = 0
     updated_us: int = 0
-    """When something of it changed that is not trading."""
+    """When a property other than its trading last changed."""
     halted: bool = False
-    """Left out of the order flow for now, while it stays open."""
+    """Excluded from the order flow for now, while it stays open."""
     settled_ns: int | None = None
     wire_head: str = field(init=False, repr=False)
-    """How every order-book message of this market begins."""
+    """The prefix of every order-book message of this market."""
 
     def __post_init__(self) -> None:
         self.wire_head = f'{{"market_ticker":"{self.ticker}","market_id":"{self.market_id}"'
@@ -67,5 +67,5 @@ class Market:
         return self.listing.ticker
 
     def view(self) -> BookView:
-        """The book now, as plain numbers."""
+        """Return the current book as plain numbers."""
         return BookView(self.market_id, self.book.ladder(YES), self.book.ladder(NO))

@@ -1,4 +1,4 @@
-"""Order flow: what traders do to one book, step by step, from a seed.
+"""Simulate the traders of one book, step by step, from a seed.
 
 A latent fair probability walks at random in log-odds. Makers place and cancel near it, the size
 thinning out with the distance from the best; takers sweep one or more levels, at random or where
@@ -19,10 +19,10 @@ from kalshi_platform.simulator.book import NO, YES, Book
 from kalshi_platform.simulator.grid import Grid
 
 RESTING_ORDERS = 120
-"""How many single orders a market holds in the long run, beside the levels it began with."""
+"""Long-run number of single orders of a market, besides its opening levels."""
 TAKER_SHARE = 0.06
 CORRECTION_SHARE = 0.6
-"""How often a step that finds a bid on the wrong side of fair takes it out."""
+"""Probability that a step removes a bid that it finds on the wrong side of the fair value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def _fractions(grid: Grid) -> tuple[float, ...]:
 
 
 class OrderFlow:
-    """The traders of one market. Holds the latent fair value and the orders it may cancel."""
+    """The traders of one market: the latent fair value, and the orders that may be canceled."""
 
     __slots__ = ("_anchor", "_depth", "_grid", "_orders", "_random", "_scaled", "_volatility", "_x")
 
@@ -84,7 +84,7 @@ class OrderFlow:
         return done
 
     def step(self, book: Book) -> tuple[list[Change], list[Print]]:
-        """One event: applies it to the book; returns its changes (at least one) and its matches."""
+        """Apply one event to the book; return its changes (at least one) and its matches."""
         rng = self._random
         self._x += self._volatility * (rng.random() - 0.5) * 3.5 + 0.0005 * (self._anchor - self._x)
         for side in (YES, NO):
@@ -103,13 +103,13 @@ class OrderFlow:
         return [self._place(book)], []
 
     def _top(self, side: int) -> int:
-        """The best level that a maker gives: the last one below fair, on the side's own scale."""
+        """Return the best level that a maker quotes: the last one below fair, on the side's own scale."""
         below = bisect_left(self._scaled, self.fair)
         top = below - 1 if side == YES else self._grid.levels - below - 1
         return min(max(top, 0), self._grid.levels - 2)
 
     def _size(self) -> int:
-        """A heavy-tailed order size; two in three are whole contracts."""
+        """Draw a heavy-tailed order size; two in three are whole contracts."""
         qty = int(400 / (self._random.random() + 0.002)) + 1
         return qty if self._random.random() < 0.35 else (qty // 100 + 1) * 100
 
@@ -124,7 +124,7 @@ class OrderFlow:
         return order
 
     def _cancel(self, book: Book) -> Change | None:
-        """Take one of the orders out, or what the takers have left of it."""
+        """Cancel one of the orders, or what the takers have left of it."""
         orders = self._orders
         while orders:
             at = int(self._random.random() * len(orders))
@@ -140,7 +140,7 @@ class OrderFlow:
     def _sweep(
         self, book: Book, side: int, down_to: int | None
     ) -> tuple[list[Change], list[Print]]:
-        """A marketable order against the bids of `side`, best first."""
+        """Match a marketable order with the bids of `side`, best first."""
         rng = self._random
         levels = 64 if down_to is not None else 1 + int(-math.log(1.0 - rng.random()) * 0.8)
         changes: list[Change] = []

@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a request."""
+    """The result of a request."""
 
     client_order_id: str
     status: str
@@ -44,14 +44,14 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OpenOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """An order that rests now."""
+    """A resting order."""
 
     client_order_id: str
     order_id: str
     ticker: str
     quote: str
     price: str
-    """Of a YES contract."""
+    """Price of a YES contract."""
     remaining: str
 
 
@@ -66,12 +66,12 @@ class AccountFill(msgspec.Struct, frozen=True, kw_only=True):
     outcome_side: str
     count: str
     price: str
-    """Of the contract of `outcome_side`."""
+    """Price of the contract of `outcome_side`."""
     ts_us: int
 
 
 class Top(msgspec.Struct, frozen=True, kw_only=True):
-    """The best prices of a YES contract; None where there is none. `tick` at that price."""
+    """The best prices of a YES contract; None if there is none. `tick` at that price."""
 
     ticker: str
     active: bool
@@ -81,23 +81,23 @@ class Top(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything at one instant: no fill lies between two of its parts."""
+    """The account at one instant: no fill lies between two of its parts."""
 
     epoch: str
-    """Another one means another simulator: nothing from before holds."""
+    """A changed id means another simulator: earlier state is void."""
     as_of: str
     tops: list[Top]
     orders: list[OpenOrder]
     positions: dict[str, str]
     fills: list[AccountFill]
-    """Those with a greater number than was asked for."""
+    """Fills with a greater number than the requested one."""
     last_fill: int
 
 
 def account(
     exchange: Exchange, *, after_fill: int, tickers: Sequence[str] = (), busiest: int = 0
 ) -> Account:
-    """The account now, with the tops of `tickers`, or of the `busiest` markets that stay open."""
+    """Return the current account, with the tops of `tickers`, or of the `busiest` markets that stay open."""
     markets = (
         [found for ticker in tickers if (found := exchange.market(ticker)) is not None]
         if tickers
@@ -141,7 +141,7 @@ def account(
 
 
 def execute(exchange: Exchange, requests: Sequence[Request], now_ns: int) -> list[Answered]:
-    """Carry the requests out, in order. What cannot be done is answered with the reason."""
+    """Execute the requests in order. A failed one is answered with the reason."""
     return [_execute(exchange, request, now_ns) for request in requests]
 
 

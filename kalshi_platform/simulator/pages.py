@@ -43,7 +43,7 @@ _TIMES: dict[str, Callable[[Market], int | None]] = {
 
 
 class Rejected(Exception):
-    """A request that is answered with an error, in one of the exchange's shapes."""
+    """The request is answered with an error, in one of the exchange's shapes."""
 
     def __init__(self, status: int, body: object) -> None:
         super().__init__(str(body))
@@ -62,11 +62,11 @@ class Pages:
     # exchange and account
 
     def exchange_status(self, _: Request) -> object:
-        """Whether the exchange trades; not while it is paused."""
+        """Return whether the exchange trades; it does not while paused."""
         return {"exchange_active": True, "trading_active": not self._venue.paused}
 
     def exchange_schedule(self, _: Request) -> object:
-        """Open always, no maintenance."""
+        """Return a schedule that is always open, without maintenance."""
         always = [{"open_time": "00:00", "close_time": "00:00"}]
         days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
         week = {"start_time": "2021-01-01T00:00:00Z", "end_time": "2099-01-01T00:00:00Z"}
@@ -74,13 +74,13 @@ class Pages:
         return {"schedule": {"standard_hours": [hours], "maintenance_windows": []}}
 
     def user_data_timestamp(self, _: Request) -> object:
-        """How fresh the portfolio pages are."""
+        """Return the time as of which the portfolio pages hold."""
         portfolio = self._portfolio
         frozen = portfolio.frozen_us if portfolio is not None else None
         return {"as_of_time": rfc3339(time.time_ns() // 1000 if frozen is None else frozen)}
 
     def historical_cutoff(self, _: Request) -> object:
-        """Before when data would be under /historical: 90 days ago."""
+        """Return the time before which data would be under /historical: 90 days ago."""
         cutoff = rfc3339((self._exchange.now_ns // 1_000_000_000 - 90 * 86_400) * 1_000_000)
         names = ("market_settled_ts", "trades_created_ts", "orders_updated_ts")
         return dict.fromkeys(names, cutoff)
@@ -100,7 +100,7 @@ class Pages:
         return self._exchange.portfolio if isinstance(self._exchange, Exchange) else None
 
     def positions(self, request: Request) -> object:
-        """What is held of every market that is not settled."""
+        """Return the positions in markets that are not settled."""
         ticker = request.query_params.get("ticker")
         held = [
             (name, holding)
@@ -129,7 +129,7 @@ class Pages:
         return {"cursor": cursor, "fills": [each.texts() for each in page]}
 
     def orders(self, request: Request) -> object:
-        """Our orders that rest, page by page."""
+        """Return our resting orders, page by page."""
         found = self._portfolio.orders() if self._portfolio else []
         page, cursor = _page(request, found, "GetOrders", 1000, lambda each: each.order_id)
         return {"cursor": cursor, "orders": [each.texts() for each in page]}
@@ -157,7 +157,7 @@ class Pages:
         }
 
     def endpoint_costs(self, _: Request) -> object:
-        """What a request costs."""
+        """Return the cost of a request."""
         order = {"cost": 2, "method": "GET", "path": f"{BASE}/portfolio/orders/:order_id"}
         return {"default_cost": 10, "endpoint_costs": [order]}
 
@@ -299,7 +299,7 @@ class Pages:
     def _cached(self, key: str, make: Callable[[], object]) -> Response:
         now = time.monotonic()
         until, body = self._cache.get(key, (0.0, b""))
-        # a stale book stays as it is while the fault lasts; one never asked for has to be made
+        # a stale book does not change while the fault lasts; one that was never requested is read now
         fresh = now < until or (body and now < self._venue.stale_until)
         if not fresh:
             self._cache = {name: kept for name, kept in self._cache.items() if kept[0] > now}
@@ -342,14 +342,14 @@ def _number(
 
 
 def _second(request: Request, name: str) -> int | None:
-    """A time in whole seconds from the query, None where it is not there."""
+    """Return a time in whole seconds from the query, None if it is missing."""
     if name not in request.query_params:
         return None
     return _number(request, name, "GetMarkets", default=0, low=0, high=2**53)
 
 
 def _between(time_ns: int | None, low: int | None, high: int | None) -> bool:
-    """Whether a time is within whole seconds, both included; no time never is."""
+    """Whether a time lies between whole seconds, both included; a missing time does not."""
     if time_ns is None:
         return False
     return (low or 0) <= time_ns / _SECOND and (high is None or time_ns <= high * _SECOND)
@@ -358,10 +358,10 @@ def _between(time_ns: int | None, low: int | None, high: int | None) -> bool:
 def _page(
     request: Request, found: list[Any], operation: str, most: int, name: Callable[[Any], str]
 ) -> tuple[list[Any], str]:
-    """One page and the cursor of the next, '' at the end. A cursor names the last one seen."""
+    """Return one page and the cursor of the next, '' at the end. A cursor is the id of the last item."""
     limit = _number(request, "limit", operation, default=100, low=1, high=most)
     cursor = request.query_params.get("cursor", "")
-    # a cursor that means nothing begins at the beginning, as on the real exchange
+    # an unknown cursor starts at the first page, as on the real exchange
     start = next((at + 1 for at, each in enumerate(found) if cursor and name(each) == cursor), 0)
     page = found[start : start + limit]
     return page, name(page[-1]) if start + limit < len(found) else ""

@@ -1,6 +1,6 @@
 """The paper market maker: quotes simulated markets, gets filled, and records it with the library.
 
-It shows what a healthy engine's tables look like, and, when it is told to misbehave, what each fault
+It shows what a healthy engine's tables look like, and, when it misbehaves on request, what each fault
 looks like. Its orders go to the simulator's own pages, which no exchange has: it takes no URL and no
 key, and there is nothing that it could send anywhere else.
 """
@@ -47,11 +47,11 @@ from kalshi_platform.simulator.orders import Account, AccountFill, Answered, Req
 
 ENGINE_VERSION = f"paper-{__version__}"
 MOST_HELD = Decimal(40)
-"""Contracts of a market, either way, beyond which the side that adds is not quoted."""
+"""Position limit in contracts, long or short; beyond it the side that adds is not quoted."""
 SIZES = tuple(map(Decimal, ("10.00", "7.50", "5.00", "3.25", "2.00")))
-"""Contracts of a quote, by market in turn; fractions on purpose."""
+"""Contracts of a quote, by market in turn; with fractions, to test them."""
 SNAPSHOT_EVERY_NS = 60 * 1_000_000_000
-"""A position is written when it changes, and at least so often."""
+"""A position is written when it changes, and at least this often."""
 
 
 class PaperError(PlatformError):
@@ -59,35 +59,35 @@ class PaperError(PlatformError):
 
 
 class Misbehaviour(Enum):
-    """What to do wrong."""
+    """Mistakes that the paper market maker can make."""
 
     ROLLED = "rolled"
     """inv_before := inv_after_est of the decision before."""
     PHANTOM = "phantom"
-    """Exposure from orders that are not there."""
+    """Exposure from orders that do not exist."""
     MISSED_FILL = "missed-fill"
-    """Fills that the engine never hears of."""
+    """Fills that the engine never receives."""
     NO_ACTIONS = "no-actions"
-    """Orders sent and never recorded."""
+    """Orders that are sent and not recorded."""
     STALE = "stale"
-    """Portfolio pages that stand still, and no snapshots."""
+    """Frozen portfolio pages, and no snapshots."""
 
 
 class Gateway(Protocol):
-    """The way to a simulated exchange."""
+    """Access to a simulated exchange."""
 
     def account(self, after_fill: int, tickers: Sequence[str], busiest: int) -> Account:
-        """Everything at one instant."""
+        """Return the account at one instant."""
 
     def send(self, requests: Sequence[Request]) -> list[Answered]:
         """Carry requests out."""
 
     def freeze(self, frozen: bool) -> None:
-        """Let the portfolio pages stand still, or go on."""
+        """Freeze the portfolio pages, or continue them."""
 
 
 class SimulatorGateway:
-    """The simulator's own pages on this machine's loopback; nothing else can be reached with it."""
+    """Client of the simulator's own pages on the loopback address; it can reach nothing else."""
 
     def __init__(self, port: int) -> None:
         self._where = f"the simulator on port {port}"
@@ -103,11 +103,11 @@ class SimulatorGateway:
 
     @property
     def where(self) -> httpx.URL:
-        """Below which address all its requests go."""
+        """The base address of all its requests."""
         return self._http.base_url
 
     def account(self, after_fill: int, tickers: Sequence[str], busiest: int) -> Account:
-        """Everything at one instant. Raises `PaperError`."""
+        """Return the account at one instant. Raises `PaperError`."""
         params: dict[str, str | int] = {"after_fill": after_fill, "busiest": busiest}
         if tickers:
             params["tickers"] = ",".join(tickers)
@@ -120,7 +120,7 @@ class SimulatorGateway:
         return typed_json.decode(self._ask("POST", "/orders", content=body), list[Answered])
 
     def freeze(self, frozen: bool) -> None:
-        """Let the portfolio pages stand still, or go on. Raises `PaperError`."""
+        """Freeze the portfolio pages, or continue them. Raises `PaperError`."""
         self._ask("POST", "/portfolio", content=json.dumps({"frozen": frozen}))
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class SimulatorGateway:
 
 
 class Tampering:
-    """A sink that falsifies rows on their way: what the library itself does not let an engine do."""
+    """A sink that falsifies rows, which the library itself does not let an engine do."""
 
     def __init__(self, inner: Sink, fault: Misbehaviour) -> None:
         self._inner = inner
@@ -224,7 +224,7 @@ class PaperMarketMaker:
         self.fills = 0
 
     def begin(self) -> None:
-        """Choose the markets, take over what is held, take out what an earlier engine left."""
+        """Choose the markets, take over the positions, cancel orders that an earlier engine left."""
         account = self._gateway.account(0, (), self._markets)
         self._epoch, self._last_fill = account.epoch, account.last_fill
         self._tickers = [top.ticker for top in account.tops]
@@ -249,10 +249,12 @@ class PaperMarketMaker:
             )
 
     def loop(self) -> None:
-        """Look, record what came, decide for every market, act."""
+        """Read the account, record its changes, decide for every market, act."""
         account = self._gateway.account(self._last_fill, self._tickers, 0)
         if account.epoch != self._epoch:
-            raise PaperError("The simulator has started anew: nothing that was held is any more.")
+            raise PaperError(
+                "The simulator was restarted: its positions are gone. Start paper-mm again."
+            )
         for fill in account.fills:
             self._take(fill)
         self._last_fill = account.last_fill
@@ -263,7 +265,7 @@ class PaperMarketMaker:
                 self._quote(top, account, SIZES[index % len(SIZES)])
 
     def end(self) -> None:
-        """Take every order out, and say so."""
+        """Cancel every order, and record it."""
         account = self._gateway.account(self._last_fill, self._tickers, 0)
         for order in account.orders:
             if order.ticker in self._held:
@@ -271,7 +273,7 @@ class PaperMarketMaker:
                     [_cancel(order.client_order_id, order.ticker, order.remaining)], NO_DECISION
                 )
 
-    # -- what came -----------------------------------------------------------------------------
+    # -- changes of the account ----------------------------------------------------------------
 
     def _take(self, fill: AccountFill) -> None:
         if fill.ticker not in self._held:
@@ -300,7 +302,7 @@ class PaperMarketMaker:
             self._recorder.order_changed(order.sent, order.status)
 
     def _note_ends(self, account: Account) -> None:
-        """Orders that the exchange has taken out by itself, as it does at a market's close."""
+        """Record orders that the exchange has canceled by itself, as at a market's close."""
         there = {order.client_order_id for order in account.orders}
         for ticker in self._tickers:
             for order in self._orders.live(ticker):
@@ -319,7 +321,7 @@ class PaperMarketMaker:
                 raw = {"ticker": ticker, "position_fp": said, "as_of": account.as_of}
                 self._recorder.snapshot(reported, source="account", raw=raw)
 
-    # -- what is done --------------------------------------------------------------------------
+    # -- decisions and orders ------------------------------------------------------------------
 
     def _quote(self, top: Top, account: Account, size: Decimal) -> None:
         resting = {
@@ -428,7 +430,7 @@ def _cancel(client_order_id: str, ticker: str, remaining: str) -> Request:
 
 
 def _wish(top: Top, now: Inventory, size: Decimal, resting: Mapping[str, _Resting]) -> _Wish:
-    """Join the best, or better it by a tick where there is room; never beyond the limit."""
+    """Return quotes at the best price, or a tick better if there is room; never beyond the limit."""
     if top.bid is None or top.ask is None:
         return _Wish(None, None, ("no_market",))
     bid, ask, tick = Decimal(top.bid), Decimal(top.ask), Decimal(top.tick)

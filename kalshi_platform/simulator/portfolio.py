@@ -1,4 +1,4 @@
-"""The one account of the simulator: its orders, its fills, what it holds. No I/O.
+"""The simulator's one account: orders, fills and positions. No I/O.
 
 An own order rests in the book behind everybody else's at its price: takers reach it last, and the
 order flow never cancels it. Orders only rest (post-only); the exchange refuses what would match.
@@ -24,12 +24,12 @@ _NAMESPACE = uuid.UUID("8f6f1c4e-9a53-4d59-8e3a-2f6b7f1d2c11")
 
 
 class OrderRejected(Exception):
-    """The exchange does not take the order; `str()` is the reason, in one word."""
+    """The exchange rejects the order; `str()` is the reason, in one word."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """An own order that rests. `side` is the bid ladder: an ask on YES is a bid on NO."""
+    """A resting own order. `side` is the bid ladder: an ask on YES is a bid on NO."""
 
     order_id: str
     client_order_id: str
@@ -40,7 +40,7 @@ class Order:
     placed_us: int
 
     def texts(self) -> dict[str, object]:
-        """The order as JSON has it."""
+        """The order as JSON."""
         return {
             "order_id": self.order_id,
             "client_order_id": self.client_order_id,
@@ -65,11 +65,11 @@ class OwnFill:
 
     @property
     def signed(self) -> int:
-        """What it adds to the position."""
+        """The change of the position."""
         return self.qty if self.order.side == YES else -self.qty
 
     def texts(self) -> dict[str, object]:
-        """The fill as GET /portfolio/fills has it."""
+        """The fill as in GET /portfolio/fills."""
         own = self.order.market.listing.grid.prices[self.order.level]
         yes = own if self.order.side == YES else ONE_DOLLAR - own
         side = SIDES[self.order.side]
@@ -96,17 +96,17 @@ class OwnFill:
 
 @dataclass(frozen=True)
 class Holding:
-    """What is held of a market, and what it cost."""
+    """The position in a market, and its cost."""
 
     position: int = 0
     cost: int = 0
-    """1e-6 dollars, of what is still held."""
+    """In 1e-6 dollars, of the open position."""
     traded: int = 0
-    """1e-6 dollars, of all fills."""
+    """In 1e-6 dollars, of all fills."""
     updated_us: int = 0
 
     def after(self, fill: OwnFill) -> Holding:
-        """The holding after a fill; what offsets is taken out at average cost."""
+        """Return the holding after a fill; offset contracts are removed at average cost."""
         price = fill.order.market.listing.grid.prices[fill.order.level]
         spent = price * fill.qty
         position = self.position + fill.signed
@@ -128,7 +128,7 @@ class Settled:
     ts_us: int
 
     def texts(self) -> dict[str, object]:
-        """The settlement as GET /portfolio/settlements has it."""
+        """The settlement as in GET /portfolio/settlements."""
         held, yes_wins = self.holding.position, self.market.result == "yes"
         yes, no = max(held, 0), max(-held, 0)
         cost = f"{self.holding.cost / 1_000_000:.6f}"
@@ -148,13 +148,13 @@ class Settled:
 
 
 class Portfolio:
-    """The account. `change` puts size into a market's book and tells everybody."""
+    """The account. `change` changes a market's book and sends it to every subscriber."""
 
     def __init__(self, seed: str, change: Callable[[Market, list[Change], int], None]) -> None:
         self._change = change
         self._seed = seed
         self.epoch = str(uuid.uuid5(_NAMESPACE, seed))
-        """Names this account; a simulator that starts anew has another one."""
+        """Id of this account; a restarted simulator has another one."""
         self._numbers = itertools.count(1)
         self._orders: dict[str, Order] = {}
         self._at: defaultdict[tuple[str, int, int], list[str]] = defaultdict(list)
@@ -164,14 +164,14 @@ class Portfolio:
         self.fills: list[OwnFill] = []
         self.settled: list[Settled] = []
         self.frozen_us: int | None = None
-        """Since when the portfolio pages have stood still; None: they do not."""
+        """Since when the portfolio pages are frozen; None: they are not."""
 
     def orders(self) -> list[Order]:
-        """Everything that rests, oldest first."""
+        """All resting orders, oldest first."""
         return list(self._orders.values())
 
     def holdings(self) -> dict[str, Holding]:
-        """What is held, by ticker; markets with nothing held are left out."""
+        """Open positions, by ticker."""
         return {ticker: held for ticker, held in self._holdings.items() if held.position}
 
     def fills_after(self, number: int) -> list[OwnFill]:
@@ -211,7 +211,7 @@ class Portfolio:
         return order
 
     def cancel(self, client_order_id: str, at_ns: int) -> Order:
-        """Take an order out. Raises `OrderRejected` where none of that name rests."""
+        """Cancel an order. Raises `OrderRejected` if it does not rest."""
         order = self._orders.get(client_order_id)
         if order is None:
             raise OrderRejected("order_not_found")
@@ -220,7 +220,7 @@ class Portfolio:
         return order
 
     def cancel_all(self, market: Market, at_ns: int) -> None:
-        """Take every order of a market out, as the exchange does at its close."""
+        """Cancel every order of a market, as the exchange does at its close."""
         for order in self.orders():
             if order.market is market:
                 self.cancel(order.client_order_id, at_ns)
@@ -228,7 +228,7 @@ class Portfolio:
     def spare(
         self, market: Market, changes: Iterable[Change], traded: bool, ts_us: int
     ) -> list[Change]:
-        """What others did to the book: own orders are filled by trades and spared by cancellations.
+        """Apply others' changes of the book to own orders: trades fill them, cancellations leave them.
 
         The changes are in the book already; returns them as they are after sparing.
         """
@@ -249,7 +249,7 @@ class Portfolio:
         return kept
 
     def settle(self, market: Market, at_us: int) -> None:
-        """Pay a market out."""
+        """Pay out a settled market."""
         held = self._holdings.pop(market.ticker, None)
         if held is not None and held.position:
             self.settled.append(Settled(market, held, at_us))

@@ -1,4 +1,4 @@
-"""Replay: a recorded frames file in place of the exchange, byte for byte.
+"""Replay a file of recorded frames in place of the exchange, byte for byte.
 
 Each client gets the whole file, from its first `orderbook_delta` subscription on; the replies in
 the file count as the replies to its subscriptions. Other commands wait for the end of the file
@@ -76,7 +76,7 @@ class _Channel:
 
 @dataclass
 class Recording:
-    """A recorded connection, whole, with the books as they are at its end.
+    """A complete recorded connection, with the books as they are at its end.
 
     Stands where an `Exchange` does; nothing happens in it.
     """
@@ -84,7 +84,7 @@ class Recording:
     frames: tuple[bytes, ...]
     kinds: tuple[str, ...]
     offsets_ns: tuple[int, ...] | None
-    """Receive time of each frame, from the first one's; None where no times were recorded."""
+    """Receive time of each frame, from the first one's; None if no times were recorded."""
     channels: dict[str, tuple[int, int]]
     """Channel to sid and last seq."""
     now_ns: int
@@ -112,25 +112,25 @@ class Recording:
         return {ticker: each.view() for ticker, each in self._markets.items()}
 
     def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:
-        """Nothing happens but time."""
+        """Only advance the time: a recording has no events of its own."""
         self.now_ns = now_ns
         return []
 
     def resume(self, now_ns: int) -> None:
-        """Nothing was paused."""
+        """Do nothing: a recording is never paused."""
 
     def cross(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded books stay as they are."""
+        """Raises SimulatorError: recorded books do not change."""
         raise SimulatorError(f"A recording cannot be crossed for {seconds} s; its books are fixed.")
 
     def close_early(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded lives stay as they are."""
+        """Raises SimulatorError: recorded market states do not change."""
         raise SimulatorError(
             f"No market of a recording closes in {seconds} s; its lives are fixed."
         )
 
     def halt(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded lives stay as they are."""
+        """Raises SimulatorError: recorded market states do not change."""
         raise SimulatorError(f"A recording cannot be halted for {seconds} s; its lives are fixed.")
 
 
@@ -164,7 +164,7 @@ class ReplaySession:
         return self._session.busy
 
     def receive(self, message: bytes | str) -> None:
-        """A command: begins the replay, is answered now, or waits for the end."""
+        """Handle a command: it starts the replay, is answered now, or waits for the end."""
         try:
             asked = typed_json.decode(message, _Asked)
         except msgspec.DecodeError:
@@ -182,11 +182,11 @@ class ReplaySession:
             self._session.receive(msgspec.json.encode(command))
 
     def work(self) -> None:
-        """Answer what is not part of the recording."""
+        """Answer commands that are not part of the recording."""
         self._session.work()
 
     def publish(self, happenings: Iterable[Happening]) -> None:
-        """Nothing happens in a recording."""
+        """Do nothing: a recording has no events of its own."""
 
     def overflow(self) -> None:
         """A replay waits for its client."""
@@ -196,12 +196,12 @@ class ReplaySession:
         self._tampering[fault] += count
 
     def state(self) -> list[dict[str, Any]]:
-        """The subscriptions, and how far the replay is."""
+        """Return the subscriptions and the progress of the replay."""
         progress = {"replayed_frames": self._next, "of": len(self._recording.frames)}
         return [progress, *self._session.state()]
 
     def take(self) -> list[bytes]:
-        """The frames to send now: those that are due, some at a time."""
+        """Return the frames to send now: those that are due, in batches."""
         out: list[bytes] = []
         size = 0
         due = self._due()

@@ -34,7 +34,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def application(venue: Venue, *, loopback: bool = True) -> Starlette:
-    """Every page over one venue; `loopback` says that it listens on that interface alone."""
+    """Build the application with all pages of one venue; `loopback`: it listens on that interface alone."""
     return Starlette(
         routes=[*_exchange_routes(venue), *_simulator_routes(venue)],
         middleware=[Middleware(OwnPagesOnly, loopback=loopback)],
@@ -46,7 +46,7 @@ def application(venue: Venue, *, loopback: bool = True) -> Starlette:
 def _lifespan(venue: Venue) -> Callable[[Starlette], Any]:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[Mapping[str, Any]]:
-        yield {"venue": venue}  # how websocket.ClientSocket comes by it
+        yield {"venue": venue}  # websocket.ClientSocket reads it from there
 
     return lifespan
 

@@ -187,7 +187,7 @@ class Simulator:
         serving = asyncio.create_task(server.serve([self._socket]))
         try:
             await asyncio.wait({flow, serving}, return_when=asyncio.FIRST_COMPLETED)
-            server.should_exit = True  # should the order flow have failed, `await flow` raises
+            server.should_exit = True  # if the order flow has failed, `await flow` raises
             await serving
         finally:
             venue.stop()
@@ -195,7 +195,7 @@ class Simulator:
             with contextlib.suppress(asyncio.CancelledError):
                 await flow
 
-    # the truth, and what goes wrong
+    # state and faults
 
     def books(self) -> dict[str, BookView]:
         """Read every market's book, past every cache: what a recording must equal.
@@ -308,7 +308,7 @@ def running(config: SimulatorConfig | None = None) -> Iterator[Simulator]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that reports when it answers, and leaves signals alone."""
+    """uvicorn that reports when it answers, and does not handle signals."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)

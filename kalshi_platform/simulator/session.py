@@ -42,7 +42,7 @@ MAX_MARKETS = 500_000
 
 
 class MarketSource(Protocol):
-    """What a session asks of the exchange."""
+    """What a session needs from the exchange."""
 
     now_ns: int
 
@@ -69,7 +69,7 @@ class _Subscription:
         return self.channel in SEQUENCED
 
     def next_seq(self) -> int | None:
-        """The number of the next frame; None on a channel that is not sequenced."""
+        """Return the number of the next frame; None on a channel without a sequence."""
         if not self.sequenced:
             return None
         self.seq += 1
@@ -107,9 +107,9 @@ class Session:
         self._out: list[bytes] = []
         self._tampering: Counter[str] = Counter()
         self._losing: Counter[str] = Counter()
-        """Messages still to be lost, by channel."""
+        """Number of messages still to be dropped, by channel."""
         self._refusing: Counter[str] = Counter()
-        """Subscriptions still to be refused, by channel."""
+        """Number of subscriptions still to be refused, by channel."""
         self._faults_to_come: list[tuple[str, int]] = []
         self._command_second = (0, 0)
         self.sent: Counter[str] = Counter()
@@ -118,7 +118,7 @@ class Session:
     # in
 
     def receive(self, message: bytes | str) -> None:
-        """A text message of the client; it is answered by the next `work`."""
+        """Take a text message of the client; the next `work` answers it."""
         second, count = self._command_second
         now = self._source.now_ns // 1_000_000_000
         self._command_second = (now, count + 1 if now == second else 1)
@@ -133,7 +133,7 @@ class Session:
         return bool(self._commands) or any(s.waiting for s in self._subscriptions.values())
 
     def work(self, snapshots: int = SNAPSHOTS_AT_A_TIME) -> None:
-        """Answer the commands that are in flight, in any order; then send some snapshots."""
+        """Answer the pending commands, in any order; then send some snapshots."""
         commands, self._commands = self._commands, []
         self._shuffle.shuffle(commands)
         for message in commands:
@@ -150,7 +150,7 @@ class Session:
                 self.tamper(fault, count)
 
     def publish(self, happenings: Iterable[Happening]) -> None:
-        """Pass on what happened, to the subscriptions that want it."""
+        """Queue events for the subscriptions that want them."""
         subscribed = self._subscriptions
         if not subscribed:
             return
@@ -175,7 +175,7 @@ class Session:
     # faults
 
     def tamper(self, fault: str, count: int) -> None:
-        """Let a fault of faults.py happen, now or on the next `count` deltas.
+        """Apply a fault of faults.py, now or to the next `count` deltas.
 
         Without a book on the wire it waits for the first one.
         """
@@ -200,7 +200,7 @@ class Session:
             self.overflow()
 
     def _tamper_beside(self, fault: str, count: int) -> None:
-        """What goes wrong with the channels beside the books."""
+        """Apply a fault of an auxiliary channel."""
         channel, what = _BESIDE[fault]
         if what == "gap":
             self._losing[channel] += count
@@ -210,14 +210,14 @@ class Session:
             self._end(self._subscriptions[channel], 10)
 
     def overflow(self) -> None:
-        """The client does not keep up: every subscription ends with error 25."""
+        """End every subscription with error 25, because the client does not keep up."""
         for each in list(self._subscriptions.values()):
             self._end(each, 25)
 
     # out
 
     def take(self) -> list[bytes]:
-        """The frames to send now, oldest first."""
+        """Return the frames to send now, oldest first."""
         out, self._out = self._out, []
         return out
 
@@ -227,7 +227,7 @@ class Session:
         return frozenset(book.live) if book is not None else frozenset()
 
     def state(self) -> list[dict[str, Any]]:
-        """Every subscription, as GET /simulator/state has it."""
+        """Return every subscription, as in GET /simulator/state."""
         return [
             {
                 "channel": each.channel,
@@ -240,7 +240,7 @@ class Session:
         ]
 
     def adopt(self, channel: str, sid: int, seq: int, tickers: Iterable[str]) -> None:
-        """Go on with a subscription that something else has begun and brought as far as `seq`."""
+        """Continue a subscription that a replay has started and advanced to `seq`."""
         adopted = _Subscription(channel, sid, use_yes_price=False, seq=seq)
         adopted.tickers.update(dict.fromkeys(tickers))
         adopted.live.update(adopted.tickers)
@@ -352,7 +352,7 @@ class Session:
         self._send("ok", frames.reply("ok", command_id, msg, to.sid, to.next_seq()))
 
     def _enlist(self, on: _Subscription, tickers: list[str]) -> list[str]:
-        """Put tickers on a subscription; returns those that were not there yet."""
+        """Add tickers to a subscription; return the new ones."""
         fresh = [ticker for ticker in tickers if ticker not in on.tickers]
         if len(on.tickers) + len(fresh) > self._max_markets:
             raise Refused(26)
@@ -360,7 +360,7 @@ class Session:
         return fresh
 
     def _greet(self, to: _Subscription, tickers: list[str], initial_quotes: bool) -> None:
-        """What a subscription is sent first for new tickers."""
+        """Queue what a subscription is first sent for new tickers."""
         if to.channel == ORDERBOOK:
             to.waiting.extend((ticker, None) for ticker in tickers)
         elif to.channel == TICKER and initial_quotes:
@@ -398,7 +398,7 @@ class Session:
         self._send_on(book, "orderbook_snapshot", msg, command_id)
 
     def _send_huge(self, book: _Subscription, size: int) -> None:
-        """The first live book once more, in as many bytes as asked for."""
+        """Encode the first live book again, padded to the requested size."""
         for ticker in book.tickers:
             market = self._source.market(ticker)
             if ticker in book.live and market is not None:
@@ -426,7 +426,7 @@ class Session:
         self._out.append(frame)
 
     def _send_spoilt(self, book: _Subscription, delta: Delta) -> None:
-        """A delta, spoilt by the first fault that waits for one."""
+        """Encode a delta, altered by the first pending fault."""
         fault = next(iter(self._tampering))
         self._tampering[fault] -= 1
         if not self._tampering[fault]:

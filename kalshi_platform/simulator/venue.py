@@ -1,4 +1,4 @@
-"""The venue: one exchange, its clients and what goes wrong between them, on one event loop.
+"""Run one exchange, its clients and injected faults on one event loop.
 
 Joins what knows nothing of each other: the exchange moves on, every session hears of it, faults
 fall due. Everything here runs on the loop's own thread; server.py is the door from others.
@@ -60,7 +60,7 @@ class Venue:
     # the clock
 
     async def run(self) -> None:
-        """Move the exchange on, tick by tick, until cancelled."""
+        """Advance the exchange, tick by tick, until cancelled."""
         while True:
             began = time.monotonic()
             self.tick()
@@ -68,7 +68,7 @@ class Venue:
             await asyncio.sleep(max(self.config.tick_seconds - spent, 0))
 
     def tick(self) -> None:
-        """What happened since the last tick goes out to everybody."""
+        """Send the events since the last tick to every client."""
         if self.paused:
             self.exchange.now_ns = time.time_ns()
         else:
@@ -78,12 +78,12 @@ class Venue:
                 session.work()
             client.flush()
             if client.backlog > 2 * self.config.max_backlog_bytes:
-                client.reset()  # it asks and asks, and never reads
+                client.reset()  # it sends commands and never reads
             elif client.backlog > self.config.max_backlog_bytes:
                 session.overflow()
 
     def pause(self) -> None:
-        """Freeze the order flow and the lives of the markets; commands are still answered.
+        """Freeze the order flow and the market states; commands are still answered.
 
         All that happened before has then been written to the clients' sockets.
         """
@@ -92,13 +92,13 @@ class Venue:
             client.flush()
 
     def resume(self) -> None:
-        """Go on from here."""
+        """Continue."""
         if self.paused:
             self.paused = False
             self.exchange.resume(time.time_ns())
 
     def ordered(self, requests: Sequence[orders.Request]) -> list[orders.Answered]:
-        """Carry own orders out; everybody hears of them at once."""
+        """Execute own orders and send their effects to every client at once."""
         assert isinstance(self.exchange, Exchange)  # noqa: S101 - the page has looked
         answers = orders.execute(self.exchange, requests, self.exchange.now_ns)
         self._publish(self.exchange.happened())
@@ -111,7 +111,7 @@ class Venue:
     # clients
 
     def turn_away(self, headers: Mapping[str, str], path: str) -> tuple[int, object] | None:
-        """Status and body for a dial that is not let in; None for one that is."""
+        """Return status and body for a refused connect; None for an accepted one."""
         for name in self._armed[Target.DIAL]:
             if self._use_up(Target.DIAL, name):
                 return {
@@ -124,7 +124,7 @@ class Venue:
         return None if refusal is None else (401, refusal)
 
     def connected(self, client: ClientSocket) -> AnySession:
-        """A session for a client that has been let in."""
+        """Create a session for an accepted client."""
         self._dials += 1
         session = self._session()
         self._sessions[client] = session
@@ -144,7 +144,7 @@ class Venue:
         )
 
     def disconnected(self, client: ClientSocket) -> None:
-        """The client is gone."""
+        """Remove a disconnected client."""
         self._sessions.pop(client, None)
         self._numbers.pop(client, None)
 
@@ -161,7 +161,7 @@ class Venue:
     # faults
 
     def inject(self, fault: Fault) -> None:
-        """Let it go wrong, after the fault's own delay.
+        """Apply a fault, after its delay.
 
         Raises SimulatorError for a fault that a replay cannot have, and for `crossed`, `close_early`
         and `halt` where there is no market for it now.
@@ -174,7 +174,7 @@ class Venue:
             self._begin(fault)
 
     def rest_fault(self) -> tuple[int, object] | None:
-        """Status and body of a REST fault that is due for this request."""
+        """Return status and body of a REST fault that is due for this request."""
         for name in self._armed[Target.REST]:
             if self._use_up(Target.REST, name):
                 return {
@@ -241,15 +241,15 @@ class Venue:
         self._timers.add(timer)
 
     def stop(self) -> None:
-        """Nothing more happens."""
+        """Stop all pending actions."""
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
 
-    # what the truth is
+    # state
 
     def books(self) -> dict[str, Any]:
-        """Every book now, as GET /simulator/books has it: exact texts, prices ascending."""
+        """Return every current book, as in GET /simulator/books: exact texts, prices ascending."""
         return {
             each.ticker: {
                 "market_id": each.market_id,
@@ -260,7 +260,7 @@ class Venue:
         }
 
     def state(self) -> dict[str, Any]:
-        """Every connection and subscription, as GET /simulator/state has it."""
+        """Return every connection and subscription, as in GET /simulator/state."""
         return {
             "paused": self.paused,
             "connected": self._dials,

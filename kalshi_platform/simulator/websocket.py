@@ -66,7 +66,7 @@ class ClientSocket(asyncio.Protocol):
         self._react()
 
     def resume_writing(self) -> None:
-        """The client has taken what was written: go on with what waited for it."""
+        """Continue sending: the client has read what was written."""
         self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -77,7 +77,7 @@ class ClientSocket(asyncio.Protocol):
                 timer.cancel()
 
     def shutdown(self) -> None:
-        """Say goodbye: the server stops."""
+        """Close the connection, because the server stops."""
         if self._hung or self._wire.state is not State.OPEN:
             self._transport.abort()
             return
@@ -90,7 +90,7 @@ class ClientSocket(asyncio.Protocol):
 
     @property
     def backlog(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the client has not read yet."""
         return self._transport.get_write_buffer_size()
 
     def flush(self) -> None:
@@ -106,27 +106,27 @@ class ClientSocket(asyncio.Protocol):
             self._write()
 
     def close(self, code: int) -> None:
-        """A clean close with that code."""
+        """Close cleanly with that code."""
         self.flush()
         if self._wire.state is State.OPEN:
             self._wire.send_close(code)
             self._write()
 
     def reset(self) -> None:
-        """Gone in the middle of a word: TCP reset, no close frame."""
+        """Reset the TCP connection, without a close frame."""
         raw: socket.socket = self._transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     def hold(self, seconds: float) -> None:
-        """Keep every frame back for a while, then send them all."""
+        """Hold every frame back for a while, then send them all."""
         self._held = True
         if self._release is not None:
             self._release.cancel()
         self._release = asyncio.get_running_loop().call_later(seconds, self._unhold)
 
     def hang(self, seconds: float | None) -> None:
-        """Fall silent with the socket open: no frame, no ping, no answer; in the end a reset."""
+        """Send no frame, no ping and no answer with the socket open; finally reset."""
         self._hung = True
         self._transport.pause_reading()
         self._venue.disconnected(self)
@@ -192,7 +192,7 @@ class ClientSocket(asyncio.Protocol):
     def _write(self) -> None:
         chunks = self._wire.data_to_send()
         if chunks:
-            # an empty chunk says that no more will follow
+            # an empty chunk means that no more follow
             data = b"".join(chunks)
             if data:
                 self._transport.write(data)
