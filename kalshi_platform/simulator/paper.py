@@ -252,9 +252,7 @@ class PaperMarketMaker:
         """Read the account, record its changes, decide for every market, act."""
         account = self._gateway.account(self._last_fill, self._tickers, 0)
         if account.epoch != self._epoch:
-            raise PaperError(
-                "The simulator was restarted: its positions are gone. Start paper-mm again."
-            )
+            raise PaperError("The simulator was restarted: its positions are gone.")
         for fill in account.fills:
             self._take(fill)
         self._last_fill = account.last_fill

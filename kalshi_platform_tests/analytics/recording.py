@@ -23,7 +23,7 @@ START_NS = int(HOUR.timestamp()) * wire.SECOND
 def record_hour(
     root: Path, *, deltas: int = 400, markets: int = 3, sealed: bool = True, seed: int = 1
 ) -> None:
-    """Write the hour HOUR: books from the hour before, deltas over it, one gap and what mends it."""
+    """Write the hour HOUR: books from the hour before, deltas over it, one gap and the snapshot that ends it."""
     rng = random.Random(seed)
     tickers = [f"M-{i}" for i in range(markets)]
     conn, seq, at = wire.conn_id(1), 0, START_NS - 5 * wire.SECOND

@@ -57,7 +57,7 @@ class After:
 
 
 class Replay:
-    """Applies journal records in order; `states` is what the hour's readers must be able to tell."""
+    """Applies journal records in order; `states` are the hour's rows as its readers must see them."""
 
     def __init__(self, hour_ns: int) -> None:
         self.states: list[After] = []
@@ -100,9 +100,9 @@ class Replay:
         for ticker, it in based.items():
             if it["conn"] in self._open and not it["left"]:
                 seq = self._last_seq[it["conn"], it["sid"]]
-                self._tell(ticker, "checkpoint", None, self._hour_us, seq)
+                self._add(ticker, "checkpoint", None, self._hour_us, seq)
             elif outage and not it["left"] and it["ended"] == ended:
-                self._tell(ticker, "checkpoint", None, self._hour_us, 0)
+                self._add(ticker, "checkpoint", None, self._hour_us, 0)
 
     def _begin_again(self, us: int) -> None:
         """The clock shows a time again: what is known of every book is written down once more."""
@@ -118,7 +118,7 @@ class Replay:
                 before = [state for state in self.states if state.ticker == ticker]
                 if before and before[-1].verified:
                     self._clocks[ticker] = max(self._clocks[ticker], us)
-                    doubt = replace(
+                    stale_state = replace(
                         before[-1],
                         cause="doubt",
                         ts=None,
@@ -128,11 +128,11 @@ class Replay:
                         record=self._record,
                         verified=False,
                     )
-                    self.states.append(doubt)
+                    self.states.append(stale_state)
             else:
                 it["verified"] &= is_open and not it["left"]
                 seq = self._last_seq[it["conn"], it["sid"]] if is_open else 0
-                self._tell(ticker, "checkpoint", None, us, seq)
+                self._add(ticker, "checkpoint", None, us, seq)
 
     def _snapshot(self, us: int, conn: str, frame: bytes) -> None:
         snapshot, head = decode_snapshot(frame), decode_head(frame)
@@ -147,7 +147,7 @@ class Replay:
             "yes": dict(snapshot_ladder(snapshot, "yes")),
             "no": dict(snapshot_ladder(snapshot, "no")),
         }
-        self._tell(snapshot.market_ticker, "snapshot", None, us, head.seq)
+        self._add(snapshot.market_ticker, "snapshot", None, us, head.seq)
 
     def _delta(self, us: int, conn: str, frame: bytes) -> None:
         delta, head = decode_delta(frame), decode_head(frame)
@@ -161,10 +161,10 @@ class Replay:
         change = delta_change(delta)
         size = it[change.side].get(change.price, 0) + change.qty
         if size < 0:
-            self._doubt(us, delta.market_ticker)
+            self._stale(us, delta.market_ticker)
         it[change.side] = {**it[change.side], change.price: size}
         ts = None if delta.ts is None else datetime.fromisoformat(delta.ts)
-        self._tell(delta.market_ticker, "delta", ts, us, head.seq)
+        self._add(delta.market_ticker, "delta", ts, us, head.seq)
 
     def _note(self, us: int, conn: str, note: dict[str, Any]) -> None:
         kind, ticker = note["kind"], note["market_ticker"]
@@ -177,16 +177,16 @@ class Replay:
             # an end that is written down in a later hour is known in the hour that it was in
             self._in_hour |= heard_us // HOUR_US * HOUR_US == self._hour_us
             since = max(heard_us, self._hour_us)
-            self._doubt(since, *(t for t, it in self._markets.items() if it["conn"] == conn))
+            self._stale(since, *(t for t, it in self._markets.items() if it["conn"] == conn))
         elif kind == "left" and ticker in self._markets:
             self._markets[ticker]["left"] = True
             self._ended(us, ticker)
-            self._doubt(us, ticker)
+            self._stale(us, ticker)
         elif kind == "gap" and ticker:
-            self._doubt(us, ticker)
+            self._stale(us, ticker)
         elif kind in {"gap", "unsubscribed"}:
             of = (conn, note["sid"])
-            self._doubt(
+            self._stale(
                 us, *(t for t, it in self._markets.items() if (it["conn"], it["sid"]) == of)
             )
 
@@ -195,14 +195,14 @@ class Replay:
             it = self._markets[ticker]
             it["ended"] = it["ended"] or max(us, self._newest_us)
 
-    def _doubt(self, us: int, *tickers: str) -> None:
+    def _stale(self, us: int, *tickers: str) -> None:
         for ticker in tickers:
             it = self._markets.get(ticker)
             if it is not None and it["verified"]:
                 it["verified"] = False
-                self._tell(ticker, "doubt", None, us, 0)
+                self._add(ticker, "doubt", None, us, 0)
 
-    def _tell(self, ticker: str, cause: str, ts: datetime | None, us: int, seq: int) -> None:
+    def _add(self, ticker: str, cause: str, ts: datetime | None, us: int, seq: int) -> None:
         it = self._markets[ticker]
         yes, no = ({p: q for p, q in it[side].items() if q > 0} for side in ("yes", "no"))
         it["known"] |= self._in_hour and cause in {"snapshot", "checkpoint"}

@@ -288,7 +288,7 @@ JUDGED_LATER = {
     "known_at",
     "second",
 }
-"""What a row says of itself, and what a doubt that is written down later changes."""
+"""Columns that may differ because a stale event is recorded later."""
 
 
 def known(table: pa.Table, at: datetime) -> dict[str, dict[str, Any]]:
@@ -339,7 +339,7 @@ def test_an_hour_without_rows_has_none() -> None:
         assert compute(books(HOUR, [])).num_rows == 0
 
 
-def test_one_matching_events_frames_are_all_kept_and_share_their_exchange_time() -> None:
+def test_frames_of_one_matching_event_are_kept_and_share_ts() -> None:
     script = Script(at=HOUR_NS)
     script.connect()
     script.snapshot("A-1", {4_800: 100, 4_700: 100}, {5_100: 100})
@@ -411,7 +411,7 @@ def test_however_the_work_is_cut_the_rows_are_the_same(script: Script, rows: int
     for compute, _ in DATASETS.values():
         whole = compute(books(HOUR, *given_)).to_pylist()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(ladder, "_STRETCH", 3)
+            patched.setattr(ladder, "_WINDOW", 3)
             patched.setattr(ladder, "_CELLS", 32)
             groups = [compute(of).to_pylist() for of in books_in_groups(HOUR, *given_, rows=rows)]
         assert [row for group in groups for row in group] == whole

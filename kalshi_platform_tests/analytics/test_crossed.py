@@ -29,7 +29,7 @@ def state(
     ticker: str = "A",
     verified: bool = True,
 ) -> dict[str, Any]:
-    """A state that begins so many seconds into the hour; `ts` likewise, its own time unless told."""
+    """A state that begins `seconds` into the hour; `ts` likewise, by default at the same time."""
     return {
         "market_ticker": ticker,
         "conn_id": "c",
@@ -52,7 +52,7 @@ def found(*states: dict[str, Any], until: float = 1000.0) -> list[tuple[str, flo
     ]
 
 
-def test_a_crossed_state_that_lasts_is_told_from_its_first_instant() -> None:
+def test_a_lasting_crossed_state_is_reported_from_its_first_instant() -> None:
     assert found(
         state(0, "0.40", "0.50"),
         state(10, "0.55", "0.50"),
@@ -71,7 +71,7 @@ def test_short_unverified_and_one_sided_states_do_not_count() -> None:
     assert found(state(0, "0.55", None), state(60, None, "0.01")) == []
 
 
-def test_states_within_one_matching_event_do_not_count_however_late_its_deltas_come() -> None:
+def test_states_within_one_matching_event_do_not_count() -> None:
     assert found(state(0, "0.55", "0.50"), state(60, "0.40", "0.50", ts=0)) == []
 
 
@@ -81,7 +81,7 @@ def test_states_without_an_exchange_time_are_states() -> None:
     assert found(first, second) == [("A", 0.0, 60.0, False)]
 
 
-def test_a_state_is_known_to_the_end_of_its_hour_only_and_goes_on_with_the_next() -> None:
+def test_a_state_holds_until_the_end_of_its_hour_at_most() -> None:
     assert found(state(3590, "0.55", "0.50"), until=9000) == [("A", 3590.0, 10.0, False)]
     assert found(
         state(3590, "0.55", "0.50"),
@@ -91,7 +91,7 @@ def test_a_state_is_known_to_the_end_of_its_hour_only_and_goes_on_with_the_next(
     ) == [("A", 3590.0, 15.0, False)]
 
 
-def test_markets_are_told_apart_the_longest_first() -> None:
+def test_markets_are_separate_and_the_longest_comes_first() -> None:
     assert found(
         state(0, "0.55", "0.50"),
         state(10, "0.40", "0.50"),

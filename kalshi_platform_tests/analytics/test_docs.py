@@ -114,16 +114,16 @@ def as_of_is_right(result: Any, root: Path) -> None:
 def replay_is_right(result: Any, root: Path) -> None:
     spreads = [r for r in rows(root, "spreads") if r["market_ticker"] == TICKER and r["verified"]]
     mids = {r["seq"]: float(r["mid"]) for r in spreads if r["mid"] is not None}
-    told = dict(result.select("seq", "mid").iter_rows())
-    assert len(told) > 40
-    shared = told.keys() & mids.keys()  # every change of the best is an event
+    mid_at = dict(result.select("seq", "mid").iter_rows())
+    assert len(mid_at) > 40
+    shared = mid_at.keys() & mids.keys()  # every change of the best is an event
     assert len(shared) >= 10
-    assert {seq: told[seq] for seq in shared} == pytest.approx({seq: mids[seq] for seq in shared})
+    assert {seq: mid_at[seq] for seq in shared} == pytest.approx({seq: mids[seq] for seq in shared})
     assert result["imbalance"].is_between(-1, 1).all()
 
 
 def trades() -> pl.DataFrame:
-    """Instants at which somebody wants to know the imbalance."""
+    """Trades at instants at which the imbalance is looked up."""
     at = [HOUR + timedelta(seconds=7.3 * n) for n in range(1, 400)]
     tickers = [f"M-{n % 3}" for n in range(1, 400)]
     return pl.DataFrame({"market_ticker": tickers, "at": at}).cast({"at": pl.Datetime("us", "UTC")})
@@ -215,7 +215,7 @@ def test_the_snippet_runs_and_its_result_is_right(
     names["plt"].close("all")
 
 
-def test_every_reader_has_null_for_what_an_older_file_was_written_without(tmp_path: Path) -> None:
+def test_every_reader_has_null_for_columns_an_older_file_lacks(tmp_path: Path) -> None:
     pytest.importorskip("duckdb", reason="duckdb is a development dependency")
     pytest.importorskip("pandas", reason="pandas is a development dependency")
     record_hour(tmp_path)

@@ -58,7 +58,7 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed(
+def test_computing_an_hour_again_gives_the_same_rows_in_both_stores(
     recorded: Settings,
 ) -> None:
     first = compute_hour(recorded, HOUR)
@@ -80,7 +80,7 @@ def test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed(
             assert report.gaps == 1
 
 
-def test_a_run_that_was_killed_anywhere_is_mended_by_the_next(recorded: Settings) -> None:
+def test_the_next_run_repairs_one_killed_anywhere(recorded: Settings) -> None:
     compute_hour(recorded, HOUR)
     (table,) = LocalArchive(recorded.archive_dir).read(SPREADS.name, HOUR)
     client = connect(recorded)
@@ -123,7 +123,7 @@ def test_an_hour_is_replaced_and_its_neighbours_stay(recorded: Settings) -> None
         client.close()
 
 
-def test_an_hour_that_is_still_open_says_so_and_is_computed_again_when_sealed(
+def test_an_open_hour_is_incomplete_and_computed_again_when_sealed(
     tmp_path: Path,
 ) -> None:
     settings = settings_for(
@@ -142,7 +142,7 @@ def test_an_hour_that_is_still_open_says_so_and_is_computed_again_when_sealed(
     assert [p.file for p in manifest.parts] == ["hour.parquet"]
 
 
-def test_an_hour_of_which_nothing_is_recorded_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+def test_an_hour_without_a_recording_is_refused_unchanged(tmp_path: Path) -> None:
     settings = settings_for(
         "http://127.0.0.1:1", "none", parquet_dir=tmp_path, use_clickhouse=False
     )

@@ -23,7 +23,7 @@ BOOK = ["yes_bid", "bid_size", "bid_size_5c", "bid_size_all", "bid_levels", "bid
 BOOK += [name.replace("bid", "ask") for name in BOOK]
 
 
-def test_after_a_recording_the_last_depth_and_imbalance_are_the_live_ones(
+def test_the_last_depth_and_imbalance_equal_the_live_views(
     tmp_path: Path,
     clickhouse_url: str,
     clickhouse_database: str,

@@ -89,9 +89,7 @@ def whole(table: pa.Table) -> dict[tuple[str, datetime], tuple[bool, datetime, S
 
 @given(script=scripts(), levels=st.sampled_from([1, LEVELS]))
 @examples(80)
-def test_after_every_event_the_ladders_are_those_of_the_slow_replay(
-    script: Script, levels: int
-) -> None:
+def test_ladders_after_every_event_equal_the_slow_replay(script: Script, levels: int) -> None:
     states = reference.Replay(HOUR_NS).run(script.records)
     rows = replay.after_events(computed(hour_tables(script.records, HOUR)), levels).to_pylist()
     assert len(rows) == len(states)
@@ -187,7 +185,7 @@ def assert_as_by_book(records: Sequence[wire.Record], hour: datetime, levels: in
 
 @given(script=scripts(kinds=("delta", "delta", "delta", "snapshot", "gap")))
 @examples(60)
-def test_random_books_replay_as_the_exchanges_own_rules_have_them(script: Script) -> None:
+def test_random_books_replay_by_the_exchanges_rules(script: Script) -> None:
     assert_as_by_book(script.records, HOUR, 10)
 
 
@@ -196,7 +194,7 @@ def test_random_books_replay_as_the_exchanges_own_rules_have_them(script: Script
     "recording",
     ["ws_legacy_cents_2025-11-30.jsonl.gz", "ws_orderbook_12_markets_prod_2026-08-07.jsonl"],
 )
-def test_recorded_frames_replay_as_the_exchanges_own_rules_have_them(recording: str) -> None:
+def test_recorded_frames_replay_by_the_exchanges_rules(recording: str) -> None:
     hours = recorded(FRAMES / recording)
     assert sum(assert_as_by_book(records, hour, 5) for hour, records in hours) > 100
 

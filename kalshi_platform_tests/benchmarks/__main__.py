@@ -213,7 +213,7 @@ class Stolen:
         self._began = psutil.cpu_times()
 
     def share(self) -> float:
-        """Of the processor time that was wanted since the beginning; 0 where the system does not tell."""
+        """Share of the requested processor time since the start; 0 if the system does not report it."""
         now = psutil.cpu_times()
         spent = {name: getattr(now, name) - getattr(self._began, name) for name in now._fields}
         stolen = spent.get("steal", 0.0)

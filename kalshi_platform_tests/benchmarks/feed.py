@@ -224,7 +224,7 @@ class _Peer:
 
 def _subscribe(peer: _Peer, markets: int) -> None:
     """Answer commands until every market has had its snapshot, and the client asks for no more."""
-    seq, sids, told = 1, 0, 0
+    seq, sids, answered = 1, 0, 0
     for command in peer.messages():
         params = command.get("params", {})
         tickers = params.get("market_tickers", [])
@@ -245,8 +245,8 @@ def _subscribe(peer: _Peer, markets: int) -> None:
         for name in tickers:
             peer.send(_snapshot(int(name[-5:]), seq))
             seq += 1
-            told += 1
-        if told == markets:
+            answered += 1
+        if answered == markets:
             peer.socket.settimeout(CALM_S)
     if seq != first_seq(markets):
         raise RuntimeError(f"the deltas begin at {first_seq(markets)}, the snapshots end at {seq}")

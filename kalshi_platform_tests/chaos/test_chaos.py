@@ -10,9 +10,7 @@ from kalshi_platform_tests.chaos.up import folder as temporary
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_whatever_is_killed_whenever_nothing_is_lost_nothing_is_doubled_and_every_end_is_told() -> (
-    None
-):
+def test_any_kills_lose_and_double_nothing() -> None:
     said: list[str] = []
     with temporary("chaos-") as folder:
         outcome = run(folder, count=5, seed=11, rate=600.0, only="kill", say=said.append)

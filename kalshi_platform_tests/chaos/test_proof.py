@@ -25,7 +25,7 @@ def parts(settings: Settings, dataset: str) -> list[Path]:
     return sorted((settings.archive_dir / dataset).glob("**/*.parquet"))
 
 
-def test_a_recording_is_sound_until_a_row_is_lost_or_doubled_in_either_store(
+def test_a_recording_is_sound_until_a_row_is_lost_or_doubled(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=12, rate=800.0, rolling_markets=4, rolling_seconds=20.0)

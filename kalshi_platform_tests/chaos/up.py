@@ -37,7 +37,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], bool]] = {
     DAEMON: lambda argv: "dagster._daemon" in argv,
     WEBSERVER: lambda argv: "kalshi_platform.orchestration.host.webserver" in argv,
 }
-"""How the programs of `up` are told apart, by their arguments."""
+"""How the programs of `up` are recognised, by their arguments."""
 
 
 class OutOfPatience(AssertionError):

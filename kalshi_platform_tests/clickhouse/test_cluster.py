@@ -298,7 +298,7 @@ ASKED = [
     "inventory/test_checks.py::test_an_engine_that_has_just_begun_needs_no_snapshot_yet",
     "quality/test_parity.py::test_equal_stores_are_equal_and_an_hour_is_compared_once",
     "quality/test_parity.py::test_a_row_that_clickhouse_lost_is_found",
-    "analytics/test_hourly.py::test_both_stores_hold_the_same_rows_however_often_the_hour_is_computed",
+    "analytics/test_hourly.py::test_computing_an_hour_again_gives_the_same_rows_in_both_stores",
     "analytics/test_hourly.py::test_an_hour_is_replaced_and_its_neighbours_stay",
     "loading/test_restore.py::test_restored_twice_is_there_once_and_the_book_is_the_same",
     "loading/test_restore.py::test_other_rows_are_refused_untouched_and_the_sentence_says_how_to_replace_them[one doubled]",

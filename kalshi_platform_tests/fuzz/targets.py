@@ -383,7 +383,7 @@ def http() -> Iterator[Run]:
 
 
 def _varied(data: bytes) -> bytes:
-    """A request of REQUESTS, changed: nobody sees which of the server's code an input reaches."""
+    """A request of REQUESTS, changed; the server's coverage is not measured."""
     if len(data) < 2:
         return data
     chosen = REQUESTS[data[0] % len(REQUESTS)]
@@ -432,7 +432,7 @@ def _post(body: bytes, options: bytes = b"", head: bytes = b"") -> bytes:
 def asked(address: tuple[str, int], request: bytes, patience_s: float = PATIENCE_S) -> bytes:
     """Everything that the server answers until it closes.
 
-    One that waits for more is told after `patience_s` that there is none, which also ends a query.
+    If the server waits for more, the request is ended after `patience_s`, which also ends a query.
     """
     with socket.create_connection(address, timeout=patience_s) as connection:
         connection.sendall(request)

@@ -627,7 +627,7 @@ _WHOLE_SIZES = (200, 400, 600)
 """Twice the amounts of many honest fills beside them."""
 _UNTAPED = replace(_WHOLE, taped=False)
 _EITHER = _any(MISSING, INVENTED)
-"""A fill missed, or one the other way invented: among equal amounts only the public tape tells. That one was
+"""A fill missed, or one the other way invented: among equal amounts only the public tape decides. That one was
 recorded with the other sign the tables do: its raw_json has the exchange's own word.
 """
 _LOOK_ALIKE = (r"the public tape does not say|never recorded",)

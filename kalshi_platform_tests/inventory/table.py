@@ -75,16 +75,16 @@ def table(verdicts: dict[Case, Verdict]) -> Iterator[str]:
         cases = [case for case in verdicts if case.fault is fault]
         if not cases:
             continue
-        said = [each for case in cases for each in told(fault, verdicts[case])]
+        found = [each for case in cases for each in reported(fault, verdicts[case])]
         sizes = ", ".join(f"{case.size / 100:g}" for case in cases)
-        checks = ", ".join(sorted({f"`{each.check_name}`" for each in said}))
-        kinds = ", ".join(sorted({kind_of(each) for each in said}))
-        sentence = in_words(said[-1].explanation).replace("|", "\\|") if said else ""
+        checks = ", ".join(sorted({f"`{each.check_name}`" for each in found}))
+        kinds = ", ".join(sorted({kind_of(each) for each in found}))
+        sentence = in_words(found[-1].explanation).replace("|", "\\|") if found else ""
         nothing = "nothing to find" if not fault.kinds else "**not found**"
         yield f"| {fault.name} | {sizes} | {checks or nothing} | {kinds} | {sentence} |"
 
 
-def told(fault: Fault, verdict: Verdict) -> list[Break]:
+def reported(fault: Fault, verdict: Verdict) -> list[Break]:
     """The breaks that name the fault, or all where none does."""
     right = [each for each in verdict.found if kind_of(each) in fault.kinds]
     return right or list(verdict.found)

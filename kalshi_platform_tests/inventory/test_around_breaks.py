@@ -102,7 +102,7 @@ def test_each_move_follows_one_fill_and_the_closest_that_is_left(
     assert list(evidence._followed(Market(fills=fills, moved=moves), "another")) == []
 
 
-def test_hundreds_of_breaks_in_a_market_of_many_fills_take_seconds() -> None:
+def test_hundreds_of_breaks_with_many_fills_take_seconds() -> None:
     """Holding every move against every fill for each break, as it was, takes hours here."""
     many = evidence.MOST_ROWS
     moments = [START + timedelta(seconds=n * 0.3) for n in range(many)]

@@ -25,7 +25,7 @@ def stored(planted: Planted, columns: str) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in rows]
 
 
-def test_a_break_is_one_while_it_lasts_grows_and_closes_by_itself(planted: Planted) -> None:
+def test_a_break_stays_one_while_it_lasts_and_closes_by_itself(planted: Planted) -> None:
     planted.snapshot(ago(1000), 0)
     for second in range(10):
         planted.decision(ago(900 - second), filled=5)
@@ -77,9 +77,7 @@ def test_timing_ends_with_its_bound_while_the_difference_lasts(planted: Planted)
 
 
 @pytest.mark.parametrize("recorded", [0.0, 4.0])
-def test_a_snapshot_that_the_fills_do_not_account_for_is_a_missing_fill(
-    planted: Planted, recorded: float
-) -> None:
+def test_a_snapshot_without_its_fills_is_a_missing_fill(planted: Planted, recorded: float) -> None:
     planted.snapshot(ago(300), 2)
     if recorded:
         planted.fill(ago(250), recorded, fill_id="one")
@@ -91,7 +89,7 @@ def test_a_snapshot_that_the_fills_do_not_account_for_is_a_missing_fill(
     assert f"fills of {10 - recorded:g} were never recorded" in found.explanation
 
 
-def test_a_fill_that_was_recorded_and_not_counted_is_a_missing_fill(planted: Planted) -> None:
+def test_a_recorded_fill_not_counted_is_a_missing_fill(planted: Planted) -> None:
     planted.snapshot(ago(300), 2)
     planted.fill(ago(250), 10)
     planted.snapshot(ago(200), 12)
@@ -138,7 +136,7 @@ def test_a_drift_is_timing_an_unknown_order_or_unexplained(
     assert only(planted, audit.DRIFT).kind == kind
 
 
-def test_the_sentence_names_the_block_the_request_and_the_rejection(planted: Planted) -> None:
+def test_an_explanation_names_block_request_and_rejection(planted: Planted) -> None:
     planted.action(ago(101), action_id="a-1", request_json='{"client_order_id":"x-7"}')
     planted.response(
         ago(100.9), action_id="a-1", client_order_id="x-7", reject_reason="post_only_cross"
@@ -155,7 +153,7 @@ def test_the_sentence_names_the_block_the_request_and_the_rejection(planted: Pla
     assert found.explanation.count("\n") == 0
 
 
-def test_exposure_that_the_resting_sizes_contradict_is_an_unknown_order(planted: Planted) -> None:
+def test_exposure_unlike_the_resting_sizes_is_an_unknown_order(planted: Planted) -> None:
     planted.action(ago(101))
     planted.decision(ago(100), filled=2, exposure=3, pos_open_exposure=9, pos_total_est=5)
     found = only(planted, audit.IDENTITY)

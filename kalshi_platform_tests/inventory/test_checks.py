@@ -60,7 +60,7 @@ def test_a_drift_within_a_second_is_found_from_the_threshold_on(planted: Planted
 
 
 @pytest.mark.parametrize(("moved", "found"), [(0.99, 0), (1.0, 1), (-3.5, 1)])
-def test_a_drift_since_the_last_decision_is_found_from_the_threshold_on(
+def test_a_drift_since_the_last_decision_counts_from_the_threshold(
     planted: Planted, moved: float, found: int
 ) -> None:
     planted.decision(ago(100), exposure=0.1)
@@ -225,12 +225,12 @@ def test_the_identity_holds_up_to_epsilon(planted: Planted) -> None:
 @pytest.mark.parametrize(
     ("expected", "filled", "found"),
     [
-        (5.0, 0.0, 1),  # expected five, believes in five, holds nothing
+        (5.0, 0.0, 1),  # expected five, computes five, holds nothing
         (-5.0, 0.0, 1),
         (0.5, 0.0, 1),
         (0.49, 0.0, 0),  # below the threshold
         (5.0, 5.0, 0),  # the expectation came true
-        (0.0, 3.0, 1),  # expected to be flat, believes it, holds three
+        (0.0, 3.0, 1),  # expected to be flat, computes flat, holds three
     ],
 )
 def test_inventory_that_follows_the_estimate_is_found(
@@ -248,7 +248,7 @@ def test_a_roll_is_found_for_as_long_as_it_lasts(planted: Planted) -> None:
     assert total(planted, audit.ROLLED) == 10
 
 
-def test_an_engine_that_leaves_the_inventory_columns_at_zero_rolls_nothing(
+def test_an_engine_with_zero_inventory_columns_rolls_nothing(
     planted: Planted,
 ) -> None:
     for second in range(3):
@@ -276,7 +276,7 @@ def test_an_engine_that_has_just_begun_needs_no_snapshot_yet(planted: Planted) -
 # -- around the checks ---------------------------------------------------------------------------
 
 
-def test_decisions_from_before_the_migration_are_named_and_not_judged(planted: Planted) -> None:
+def test_decisions_from_before_the_migration_are_not_audited(planted: Planted) -> None:
     planted.client.command(
         "INSERT INTO mm_decisions (ts, decision_id, market_ticker, inv_before, inv_after_est)"
         f" SELECT now64(3) - 100, generateUUIDv4(), '{TICKER}', 0, 0"

@@ -254,7 +254,7 @@ def foreign(planted: Planted) -> Iterator[Planted]:
     planted.client.command("RENAME TABLE mm_position_snapshots_ours TO mm_position_snapshots")
 
 
-def test_the_notice_tells_missing_empty_and_foreign_apart(
+def test_the_notice_names_missing_empty_and_foreign_tables(
     foreign: Planted, run: Run, migrated_once: Settings
 ) -> None:
     foreign.decision(ago(30))
@@ -301,7 +301,7 @@ DESK = sorted(
 
 
 @pytest.mark.parametrize("table", DESK)
-def test_migrate_makes_a_dropped_table_again_as_it_was_and_says_so(
+def test_migrate_recreates_a_dropped_table_and_says_so(
     planted: Planted, run: Run, table: str
 ) -> None:
     shape = f"SELECT name, type, default_expression FROM system.columns WHERE database = currentDatabase() AND table = '{table}' ORDER BY position"

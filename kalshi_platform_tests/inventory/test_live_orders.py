@@ -88,7 +88,7 @@ def test_a_fill_that_a_cancel_overtook_is_taken_once() -> None:
         orders.filled("o", Decimal(7))
 
 
-def test_a_replaced_order_is_live_until_the_new_one_is_acknowledged() -> None:
+def test_a_replaced_order_is_live_until_the_new_one_is_acked() -> None:
     orders = LiveOrders()
     placed(orders, "old")
     placed(orders, "new", replaces="old")

@@ -1,4 +1,4 @@
-"""Engines that write otherwise than the library does: each works, or is told what to change.
+"""Engines that write otherwise than the library does: each works, or a note says what to change.
 
 They insert by HTTP, as CSV, with what they know as columns; some made their tables themselves, with the types
 that the older system gave them.
@@ -168,7 +168,7 @@ def judged(**others: object) -> dict[str, object]:
     }
 
 
-def test_the_older_systems_own_tables_work_once_they_are_migrated(engine: Engine) -> None:
+def test_the_older_systems_tables_work_once_they_are_migrated(engine: Engine) -> None:
     engine.create(OLDER)
     engine.decision(60, {"reason_codes": "['a']"})
     older = engine.platform("qa")
@@ -209,7 +209,7 @@ def test_the_older_systems_own_tables_work_once_they_are_migrated(engine: Engine
     assert "Check B: Open Exposure Mismatch: 1 row" in wrong.output
 
 
-def test_the_name_that_the_older_system_gives_the_convention_is_ours(engine: Engine) -> None:
+def test_the_older_systems_convention_name_is_accepted(engine: Engine) -> None:
     engine.prepare()
     engine.insert(
         "mm_position_snapshots",
@@ -233,11 +233,12 @@ def test_a_table_that_takes_no_position_for_a_flat_one_is_named(engine: Engine) 
     engine.create({**OLDER, "mm_decisions": {**OLDER["mm_decisions"], **position}})
     assert engine.platform("migrate").exit_code == 0
     engine.decision(30)
-    told = engine.platform("qa")
+    answer = engine.platform("qa")
     assert (
-        "note: engine older-1 writes no position, and mm_decisions takes zero for it" in told.output
+        "note: engine older-1 writes no position, and mm_decisions takes zero for it"
+        in answer.output
     )
-    engine.client.command(remedy(told.output, r"ALTER TABLE [^.]+\.mm_decisions [^.\n]+"))
+    engine.client.command(remedy(answer.output, r"ALTER TABLE [^.]+\.mm_decisions [^.\n]+"))
     engine.client.command("TRUNCATE TABLE mm_decisions")
     engine.decision(20)
     unknown = engine.platform("qa", "--max-age", "600")
@@ -246,13 +247,15 @@ def test_a_table_that_takes_no_position_for_a_flat_one_is_named(engine: Engine) 
     assert "takes zero for it" not in unknown.output
 
 
-def test_an_engine_without_open_orders_count_is_told(engine: Engine) -> None:
+def test_an_engine_without_open_orders_count_gets_a_note(engine: Engine) -> None:
     engine.prepare()
     without = {name: value for name, value in judged().items() if name != "open_orders_count"}
     engine.decision(30, without | {"pos_open_exposure": 5, "pos_total_est": 5})
-    told = engine.platform("qa")
-    assert "engine older-1 counts exposure from open orders and never an open order." in told.output
-    assert "insert the number of its open orders with every decision" in told.output
+    answer = engine.platform("qa")
+    assert (
+        "engine older-1 counts exposure from open orders and never an open order." in answer.output
+    )
+    assert "insert the number of its open orders with every decision" in answer.output
     engine.client.command("TRUNCATE TABLE mm_decisions")
     engine.decision(
         30, judged(pos_open_exposure=5, pos_total_est=5, open_orders_count=1, open_yes_bid_size=5)

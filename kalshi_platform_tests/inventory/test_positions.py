@@ -74,7 +74,7 @@ def by_ticker(found: positions.Report) -> dict[str, Snapshot]:
     return {each.market_ticker: each for each in found.snapshots}
 
 
-def test_positions_are_exact_signed_and_with_what_the_exchange_sent(
+def test_positions_are_exact_and_signed_with_the_raw_answer(
     simulator: Simulator, rest: RestClient
 ) -> None:
     first, second, third = tickers(simulator)[:3]
@@ -178,7 +178,7 @@ def test_a_market_that_was_just_filled_is_left_for_another_look(
     assert later.left_out == {}
 
 
-def test_a_market_that_the_report_leaves_out_is_flat_only_where_the_fills_say_so(
+def test_a_market_missing_in_the_report_is_flat_only_by_its_fills(
     simulator: Simulator, rest: RestClient
 ) -> None:
     flat, unknown, never = tickers(simulator)[:3]

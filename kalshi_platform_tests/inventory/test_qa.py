@@ -52,9 +52,7 @@ def test_anomalies_exit_2_and_are_shown_the_same_each_time(planted: Planted, run
     assert "Breaks: 3" in first.stdout
 
 
-def test_explain_puts_the_breaks_first_and_raw_json_behind_verbose(
-    planted: Planted, run: Run
-) -> None:
+def test_explain_prints_breaks_first_and_raw_json_with_verbose(planted: Planted, run: Run) -> None:
     planted.action(ago(81), request_json='{"client_order_id":"x-7"}')
     plant_all(planted)
     plain, verbose = run("qa", "--explain"), run("qa", "--explain", "--verbose")
@@ -149,7 +147,7 @@ def test_a_table_that_the_migration_has_not_reached_is_named(planted: Planted, r
         assert isinstance(result.exception, PlatformError)
         assert "kalshi-platform migrate" in str(result.exception)
     finally:
-        planted.client.command("DROP TABLE mm_decisions")  # made anew by the fixture
+        planted.client.command("DROP TABLE mm_decisions")  # the fixture makes it again
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_the_flags_have_their_defaults_in_the_environment(
     assert "wr0ng-secret" not in f"{refused.output}{refused.exception}"
 
 
-def test_python_m_runs_it_too_and_clickhouse_away_exits_1_in_one_line(
+def test_python_m_qa_without_clickhouse_exits_1_in_one_line(
     tmp_path: Path, planted: Planted, migrated_once: Settings
 ) -> None:
     plant_all(planted)
@@ -205,10 +203,10 @@ def test_python_m_runs_it_too_and_clickhouse_away_exits_1_in_one_line(
         check=False,
     )
     assert found.returncode == 2, found.stderr
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else's
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: refused, and no other process's
         away = subprocess.run(
-            [*argv, "--host", "127.0.0.1", "--port", str(nobody.getsockname()[1])],
+            [*argv, "--host", "127.0.0.1", "--port", str(unused.getsockname()[1])],
             cwd=tmp_path,
             env=env,
             capture_output=True,

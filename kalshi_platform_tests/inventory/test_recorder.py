@@ -45,7 +45,7 @@ def held(position: str = "-3.50") -> Inventory:
 
 
 def away(settings: Settings) -> Settings:
-    """The same settings, with ClickHouse where nobody listens."""
+    """The same settings, with ClickHouse at a port on which nothing listens."""
     return settings.model_copy(update={"clickhouse_url": "http://127.0.0.1:9"})
 
 
@@ -144,7 +144,7 @@ def test_a_block_and_its_codes_belong_together(allowed: bool, codes: list[str]) 
         recorder.decision(held(), Quoted(), allowed=allowed, block_codes=codes)
 
 
-def test_rows_wait_on_disk_while_clickhouse_is_away_and_the_next_engine_sends_them(
+def test_the_next_engine_sends_rows_that_wait_on_disk(
     planted: Planted, migrated_once: Settings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "spool"
@@ -180,7 +180,7 @@ def test_a_file_that_is_sent_twice_is_stored_once(
         assert count(planted, "mm_decisions") == 1
 
 
-def test_a_spool_sends_its_own_whole_files_whatever_else_is_in_the_folder(
+def test_a_spool_sends_only_its_own_complete_files(
     planted: Planted, migrated_once: Settings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "spool"
@@ -202,7 +202,7 @@ def test_a_spool_sends_its_own_whole_files_whatever_else_is_in_the_folder(
     assert not first.exists()
 
 
-def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
+def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     planted: Planted, migrated_once: Settings, tmp_path: Path
 ) -> None:
     """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""

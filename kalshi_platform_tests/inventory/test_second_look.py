@@ -68,7 +68,7 @@ def test_other_markets_are_not_read_twice(planted: Planted) -> None:
     assert findings.again(planted.client, QUESTION, asked, first, ago(10)) is first
 
 
-def test_beyond_the_episodes_of_a_reading_everything_is_read_twice(
+def test_beyond_the_most_episodes_everything_is_read_twice(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(findings, "MOST_EPISODES", 1)

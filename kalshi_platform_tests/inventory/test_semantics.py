@@ -29,7 +29,7 @@ def order(name: str, contract: Contract, quote: Quote, size: str | Decimal) -> W
     return WorkingOrder(name, contract, quote, Decimal(size))
 
 
-def test_the_resting_inventory_is_summed_by_side_and_signed_as_exposure() -> None:
+def test_resting_inventory_is_summed_by_side_and_signed() -> None:
     found = resting(
         [
             order("a", Contract.YES, Quote.BID, "10"),

@@ -109,7 +109,7 @@ def action_ids(planted: Planted) -> set[str]:
     }
 
 
-def test_a_bad_row_of_an_older_build_is_set_aside_named_and_holds_up_nothing(
+def test_a_bad_row_of_an_older_build_is_set_aside(
     planted: Planted, migrated_once: Settings, folder: Path
 ) -> None:
     bad = [
@@ -145,16 +145,16 @@ def test_the_remedy_for_a_row_that_was_set_aside_sends_it(
     aside = folder / "refused" / path.name
     rows = pa.ipc.open_file(aside.read_bytes()).read_all()
     assert rows.num_rows == 1
-    mended = rows.set_column(rows.column_names.index("status"), "status", pa.array(["resting"]))
-    by_hand(folder / "refused", 1, mended)
+    repaired = rows.set_column(rows.column_names.index("status"), "status", pa.array(["resting"]))
+    by_hand(folder / "refused", 1, repaired)
     aside.rename(path)
-    wait_for(lambda: heir.trouble is None, "the row that was mended")
+    wait_for(lambda: heir.trouble is None, "the row that was repaired")
     assert heir.drain(PATIENCE_S)
     assert action_ids(planted) == {"a-1", "a-2"}
     heir.close()
 
 
-def test_a_row_that_clickhouse_refuses_is_found_among_the_good_ones(
+def test_a_refused_row_is_found_among_the_good_ones(
     planted: Planted, migrated_once: Settings, folder: Path
 ) -> None:
     planted.client.command("ALTER TABLE mm_fills ADD CONSTRAINT small CHECK size < 1000")
@@ -256,7 +256,7 @@ def test_a_row_that_arrow_does_not_take_is_set_aside_as_text(
         own.put(ORDER_RESPONSES.name, response(3))
 
 
-def test_the_sender_outlives_what_nobody_foresaw_and_says_it(
+def test_the_sender_survives_an_unforeseen_error_and_reports_it(
     planted: Planted, migrated_once: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inserted = verified_inserts.insert
@@ -332,7 +332,7 @@ def test_joined_files_that_a_kill_left_are_stored_once(
         assert not note.exists()
 
 
-def test_files_that_came_after_a_kill_do_not_join_the_insert_under_way(
+def test_files_after_a_kill_do_not_join_the_interrupted_insert(
     planted: Planted, migrated_once: Settings, folder: Path, inserts: Iterator[list[Insert]]
 ) -> None:
     seen = next(inserts)
@@ -344,7 +344,7 @@ def test_files_that_came_after_a_kill_do_not_join_the_insert_under_way(
     assert count(planted, "mm_fills") == 5
 
 
-def test_at_its_bounds_the_folder_keeps_and_memory_refuses_and_nothing_is_lost(
+def test_at_its_bounds_the_spool_refuses_and_loses_nothing(
     planted: Planted, migrated_once: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spools, "MOST_FILES", 0)
@@ -373,7 +373,7 @@ def test_large_texts_are_counted_against_the_bound_of_memory(
     recorder.close(0.0)
 
 
-def test_the_status_tells_the_age_of_the_oldest_row_that_is_not_in_clickhouse(
+def test_the_status_has_the_age_of_the_oldest_waiting_row(
     planted: Planted, migrated_once: Settings, folder: Path
 ) -> None:
     gone = Recorder("engine-1", "1", settings=away(migrated_once), spool=folder)
@@ -421,7 +421,7 @@ def test_doctor_names_what_was_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["DateTime", "DateTime('UTC')", "DateTime64(0, 'UTC')"])
-def test_a_table_of_the_engines_own_with_whole_seconds_gets_each_row_once(
+def test_an_engines_table_with_whole_seconds_gets_each_row_once(
     planted: Planted, migrated_once: Settings, folder: Path, kind: str
 ) -> None:
     command = planted.client.command
@@ -484,7 +484,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("when", ["before", "acknowledged", "verified", "removing"])
-def test_a_kill_at_any_moment_of_sending_neither_loses_nor_doubles(
+def test_a_kill_at_any_moment_of_sending_keeps_each_row_once(
     planted: Planted, migrated_once: Settings, folder: Path, when: str
 ) -> None:
     recorded_away(migrated_once, folder, 4)

@@ -1,4 +1,4 @@
-"""The public tape tells a fill that was invented from one that another's trade has undone."""
+"""The public tape distinguishes an invented fill from one that another's trade has offset."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_fill_that_the_tape_lacks_beside_others_was_invented(planted: Planted)
 
 
 @pytest.mark.parametrize("taped", [(550, 540), (450, 440)])
-def test_a_tape_that_begins_after_a_fill_or_ends_before_it_does_not_tell(
+def test_a_tape_that_does_not_cover_a_fill_proves_nothing(
     planted: Planted, taped: tuple[int, int]
 ) -> None:
     undone(planted, fill_id="trade-1")
@@ -75,7 +75,7 @@ def test_a_tape_that_begins_after_a_fill_or_ends_before_it_does_not_tell(
     assert EITHER in found.explanation
 
 
-def test_a_tape_whose_ids_are_not_the_fills_does_not_tell(planted: Planted) -> None:
+def test_a_tape_with_other_ids_proves_nothing(planted: Planted) -> None:
     undone(planted, fill_id="number 1 of the engine's own")
     planted.trade(ago(550), "of another")
     planted.trade(ago(450), "of another, too")
@@ -84,7 +84,7 @@ def test_a_tape_whose_ids_are_not_the_fills_does_not_tell(planted: Planted) -> N
     assert EITHER in found.explanation
 
 
-def test_a_tape_with_a_hole_does_not_tell(planted: Planted) -> None:
+def test_a_tape_with_a_gap_proves_nothing(planted: Planted) -> None:
     undone(planted, fill_id="trade-1")
     for second, signed in ((550, 5), (540, -5)):
         planted.fill(ago(second), signed, fill_id=f"taped {second}")

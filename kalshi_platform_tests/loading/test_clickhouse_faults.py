@@ -185,7 +185,7 @@ def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
     assert_each_row_once(settings, 90)
 
 
-def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
+def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> None:
     """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""

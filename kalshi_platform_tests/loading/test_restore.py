@@ -125,7 +125,7 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(recorded: Setting
     assert (rows_of(recorded), levels(recorded)) == (was, book)
 
 
-def test_a_server_that_was_killed_with_a_token_and_without_its_rows_gets_them_again(
+def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     archived: Settings,
 ) -> None:
     """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""

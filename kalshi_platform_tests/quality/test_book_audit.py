@@ -56,7 +56,7 @@ def test_a_wrong_size_a_missing_level_and_one_too_many_are_found() -> None:
     ]
 
 
-def test_a_level_that_moved_within_the_cache_time_is_not_compared() -> None:
+def test_a_level_changed_within_the_cache_time_is_not_compared() -> None:
     moved = (
         AT - 5 * wire.SECOND,
         wire.conn_id(1),

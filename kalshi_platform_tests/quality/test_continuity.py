@@ -78,7 +78,7 @@ def test_of_a_large_table_the_newest_hours_are_read(client: Client) -> None:
     assert (found.since, found.frames, found.offenders) == (at(7), 2, ())
 
 
-def test_a_connection_that_was_silent_before_the_window_is_proved_whole(client: Client) -> None:
+def test_a_connection_silent_before_the_window_is_proved_whole(client: Client) -> None:
     keep(client, {1: 1, 2: 2, 4: 3, 5: 8, 6: 9})
     found = proved(client)
     assert found.since == at(0)
@@ -97,7 +97,7 @@ def test_a_hole_in_the_window_is_found(client: Client) -> None:
     assert (str(row["conn_id"]), row["sid"], row["unexplained_holes"]) == (uuid(1), 1, 1)
 
 
-def test_a_frame_that_a_clock_set_back_moves_over_the_window_s_edge_is_no_hole(
+def test_a_frame_moved_over_the_windows_edge_by_the_clock_is_no_gap(
     client: Client,
 ) -> None:
     keep(client, {1: 1, 2: 7.1, 3: 6.9, 4: 7.2})
@@ -123,7 +123,7 @@ def test_what_retention_takes_at_this_moment_is_not_judged(client: Client) -> No
     assert (found.frames, found.offenders) == (2, ())
 
 
-def test_half_a_window_is_missed_where_the_connection_went_on_into_it(client: Client) -> None:
+def test_half_a_window_is_missing_if_the_connection_continued(client: Client) -> None:
     """The last number before the window is compared with the first one in it."""
     keep(client, {seq: 5.9 + seq / 10 for seq in range(1, 40)})
     client.command("DELETE FROM stream_events WHERE kind = 'subscribed'")
@@ -131,7 +131,7 @@ def test_half_a_window_is_missed_where_the_connection_went_on_into_it(client: Cl
     assert [row["unexplained_holes"] for row in proved(client).offenders] == [14]
 
 
-def test_a_quiet_subscription_of_a_connection_that_goes_on_is_no_hole(client: Client) -> None:
+def test_a_quiet_subscription_of_an_open_connection_is_no_gap(client: Client) -> None:
     """Its last number is older than what is read before the window."""
     keep(client, {1: 1, 2: 6.9, 3: 8})
     level = {"type": "delta", "market_id": uuid(9), "market_ticker": "A", "side": "yes"}

@@ -127,7 +127,7 @@ def test_a_file_that_is_gone_or_damaged_is_found(settings: Settings, client: Cli
     assert f"{second} cannot be read" in the_difference(settings, client).what
 
 
-def test_a_difference_is_told_until_it_is_mended(settings: Settings, client: Client) -> None:
+def test_a_difference_is_reported_until_it_is_repaired(settings: Settings, client: Client) -> None:
     client.command("CREATE OR REPLACE TABLE taken AS orderbook_events")
     client.command("INSERT INTO taken SELECT * FROM orderbook_events WHERE seq = 20")
     client.command("DELETE FROM orderbook_events WHERE seq = 20")
@@ -137,7 +137,7 @@ def test_a_difference_is_told_until_it_is_mended(settings: Settings, client: Cli
     assert compared(settings, client).differences == ()
 
 
-def test_an_hour_that_clickhouse_does_not_have_whole_yet_is_no_difference(
+def test_an_hour_clickhouse_has_in_part_so_far_is_no_difference(
     settings: Settings, client: Client
 ) -> None:
     moment = f"'{SECOND_HOUR - timedelta(seconds=30):%Y-%m-%d %H:%M:%S}'"
@@ -174,7 +174,7 @@ def test_no_run_compares_more_hours_than_it_may(settings: Settings, client: Clie
     assert (found.compared, found.waiting) == ((), 1)
 
 
-def test_a_memory_that_cannot_be_kept_costs_another_look_and_no_more(
+def test_results_that_cannot_be_kept_are_only_compared_again(
     settings: Settings, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     (settings.data_dir / "checks").write_text("in the way")

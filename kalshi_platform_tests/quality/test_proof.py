@@ -175,7 +175,7 @@ def test_what_is_done_to_the_archive_is_found_there_alone(
     assert f"{path} cannot be read" in unread.failed[0]
 
 
-def test_what_both_stores_lost_is_found_while_the_journal_has_it_and_a_hole_after(
+def test_rows_both_stores_lost_are_found_with_and_without_journal(
     settings: Settings, recorded: Client
 ) -> None:
     recorded.command("DELETE FROM orderbook_events WHERE seq = 20")
@@ -191,7 +191,7 @@ def test_what_both_stores_lost_is_found_while_the_journal_has_it_and_a_hole_afte
     assert any("pruned its records before" in it for it in found.unjudged)
 
 
-def test_a_pruned_journal_is_said_and_the_stores_are_held_against_each_other(
+def test_with_a_pruned_journal_the_stores_are_compared(
     settings: Settings, recorded: Client
 ) -> None:
     reader.prune(settings.journal_dir(), 10_000, -1.0)
@@ -204,9 +204,7 @@ def test_a_pruned_journal_is_said_and_the_stores_are_held_against_each_other(
     }
 
 
-def test_a_gap_that_is_named_is_no_loss_and_without_its_row_it_is(
-    settings: Settings, client: Client
-) -> None:
+def test_a_gap_is_a_loss_only_without_its_row(settings: Settings, client: Client) -> None:
     records = recording(100)
     at = records[-1][0] + wire.SECOND
     named = {"cause": "sequence", "expected": 103, "got": 106, "channel": "orderbook_delta"}
@@ -305,9 +303,7 @@ def test_without_a_journal_the_sealed_hours_are_judged(
     assert wrong(proved(settings))[PARQUET]["missing"] > 0
 
 
-def test_half_of_everything_is_not_whole_though_nobody_has_the_rest(
-    settings: Settings, recorded: Client
-) -> None:
+def test_half_of_everything_is_not_whole(settings: Settings, recorded: Client) -> None:
     """The row of the beginning, the first hour in both stores, and the journal are gone."""
     moment = f"'{SECOND_HOUR:%Y-%m-%d %H:%M:%S}'"
     for table in ("orderbook_events", "stream_events", "trades"):
@@ -444,7 +440,7 @@ def test_the_exit_status_is_the_verdict(
     assert "Materialise the archive's hours again" in said
 
 
-def test_a_loss_is_named_by_its_numbers_and_the_advice_mends_it(
+def test_a_loss_is_named_by_its_numbers_and_the_remedy_works(
     settings: Settings, recorded: Client, run: Any
 ) -> None:
     recorded.command("DELETE FROM orderbook_events WHERE seq IN (20, 21, 30)")

@@ -29,21 +29,21 @@ def exchange(
     )
 
 
-def told(happenings: list[Happening]) -> list[object]:
+def messages(happenings: list[Happening]) -> list[object]:
     return [
         (type(each).__name__, each.msg(False)) if isinstance(each, Delta) else type(each).__name__
         for each in happenings
     ]
 
 
-def test_what_happens_does_not_depend_on_how_often_the_clock_is_read() -> None:
+def test_events_do_not_depend_on_how_often_the_clock_is_read() -> None:
     one, many = exchange(), exchange()
     at_once = one.advance(NOON + 60 * SECOND)
     bit_by_bit = [
         each for ms in range(37, 60_001, 37) for each in many.advance(NOON + ms * 1_000_000)
     ]
     bit_by_bit += many.advance(NOON + 60 * SECOND)
-    assert told(at_once) == told(bit_by_bit)
+    assert messages(at_once) == messages(bit_by_bit)
     assert one.books() == many.books()
 
 
@@ -83,7 +83,7 @@ def test_the_deltas_rebuild_every_book_and_a_clear_empties_it() -> None:
         assert {price: size for price, size in no.items() if size} == view.no
 
 
-def test_there_is_always_an_open_market_and_a_listed_one_in_a_rolling_slot() -> None:
+def test_a_rolling_slot_always_has_an_open_and_a_listed_market() -> None:
     rolling = exchange(markets=1, rolling=1, lifetime=15)
     seen = set()
     for second in range(1, 120):
@@ -114,7 +114,7 @@ def test_after_the_close_come_late_deltas_then_an_empty_book() -> None:
         assert each.market.view().no == {}
 
 
-def test_a_scheduled_opening_and_close_are_not_told_but_the_rest_of_a_life_is() -> None:
+def test_scheduled_openings_and_closes_send_no_message() -> None:
     rolling = exchange(markets=1, rolling=1, lifetime=30)
     happened = rolling.advance(NOON + 200 * SECOND)
     life: dict[str, list[str]] = {}
@@ -137,7 +137,7 @@ def test_a_scheduled_opening_and_close_are_not_told_but_the_rest_of_a_life_is() 
     assert all(each.result in {"yes", "no"} for each in finished)
 
 
-def test_some_settlements_are_told_several_times() -> None:
+def test_some_settlements_are_sent_several_times() -> None:
     rolling = exchange(markets=5, rolling=5, lifetime=5, rate=1)
     settled = Counter(
         json.loads(each.msg)["market_ticker"]
@@ -154,7 +154,7 @@ def test_settled_markets_are_forgotten_after_an_hour() -> None:
     assert len(list(rolling.markets())) < 2 * 65
 
 
-def test_a_market_that_opens_gets_its_first_book_in_deltas_of_one_instant() -> None:
+def test_an_opening_markets_first_book_comes_as_deltas() -> None:
     rolling = exchange(markets=1, rolling=1, lifetime=30)
     (coming,) = [each for each in rolling.markets() if each.status == INITIALIZED]
     happened = rolling.advance(coming.listing.open_ns)
@@ -204,7 +204,7 @@ def test_an_empty_exchange_has_no_book_to_cross() -> None:
         lonely.cross(1)
 
 
-def test_order_flow_that_a_machine_cannot_keep_up_with_is_shed_and_said() -> None:
+def test_order_flow_beyond_the_machines_speed_is_shed_and_counted() -> None:
     busy = exchange(rolling=0, rate=1000)
     busy.advance(NOON + 10 * SECOND, limit=100)
     assert busy.deltas < 1000

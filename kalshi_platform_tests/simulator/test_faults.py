@@ -1,4 +1,4 @@
-"""Faults on request: each does what it says, and only a resync mends what it broke."""
+"""Faults on request: each does what it says, and only a resync repairs what it broke."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_a_gap_loses_deltas_that_changed_the_book_and_their_seqs() -> None:
         try:
             ledger.feed(frame)
         except AssertionError:
-            wrong = True  # a negative level tells, too
+            wrong = True  # a negative level shows it, too
     books = line.exchange.books()
     assert wrong or any(ledger.view(ticker) != books[ticker] for ticker in line.tickers)
-    # and a resync mends them
+    # and a resync repairs them
     params = {"sids": [1], "market_tickers": line.tickers, "action": "get_snapshot"}
     line.send({"id": 2, "cmd": "update_subscription", "params": params})
     for frame in line.session.take():
@@ -129,7 +129,7 @@ def test_a_terminal_error_uses_a_seq_and_ends_the_subscription(fault: str, code:
     assert json.loads(line.session.take()[0])["msg"]["code"] == 7
 
 
-def test_a_fault_that_is_asked_for_before_there_is_a_subscription_waits_for_it() -> None:
+def test_a_fault_waits_for_the_first_subscription() -> None:
     exchange = Exchange(
         markets=2, rate=300, seed=3, now_ns=NOON, rolling_markets=0, rolling_seconds=60
     )
@@ -175,7 +175,7 @@ class Beside:
 
 
 @pytest.mark.parametrize("channel", ["trade", "market_lifecycle_v2"])
-def test_a_gap_beside_the_books_loses_the_channels_messages_and_their_seqs(channel: str) -> None:
+def test_a_gap_of_an_auxiliary_channel_drops_messages_and_seqs(channel: str) -> None:
     fault = {"trade": "trade_gap:3", "market_lifecycle_v2": "lifecycle_gap:3"}[channel]
     line = Beside(fault)
     line.subscribe("trade", "market_lifecycle_v2")
@@ -188,7 +188,7 @@ def test_a_gap_beside_the_books_loses_the_channels_messages_and_their_seqs(chann
 
 
 @pytest.mark.parametrize("channel", ["trade", "market_lifecycle_v2"])
-def test_a_refused_channel_is_let_in_when_it_has_been_refused_often_enough(channel: str) -> None:
+def test_a_refused_channel_is_accepted_after_its_refusals(channel: str) -> None:
     fault = {"trade": "trade_refused:2", "market_lifecycle_v2": "lifecycle_refused:2"}[channel]
     line = Beside(fault)
     answers = line.subscribe(channel, channel, channel)
@@ -205,14 +205,14 @@ def test_the_trade_subscription_alone_ends_with_error_10() -> None:
     assert {frame["sid"] for frame in line.heard()} == {2}
 
 
-def test_an_early_close_is_told_and_closes_the_market_then_and_once() -> None:
+def test_an_early_close_sends_a_message_and_closes_once() -> None:
     line = Beside("close_early:2")
     line.subscribe("market_lifecycle_v2")
     line.session.publish(line.exchange.close_early(2))
-    (told,) = [json.loads(frame)["msg"] for frame in line.session.take()]
-    ticker = told["market_ticker"]
-    assert told["event_type"] == "close_date_updated"
-    assert told["close_ts"] == NOON // SECOND + 2
+    (message,) = [json.loads(frame)["msg"] for frame in line.session.take()]
+    ticker = message["market_ticker"]
+    assert message["event_type"] == "close_date_updated"
+    assert message["close_ts"] == NOON // SECOND + 2
     line.heard(1.9)
     early = line.exchange.market(ticker)
     assert early is not None
@@ -225,15 +225,15 @@ def test_an_early_close_is_told_and_closes_the_market_then_and_once() -> None:
     assert events.count("determined") == 1
 
 
-def test_a_halted_market_is_inactive_for_a_while_and_both_ends_are_told() -> None:
+def test_a_halted_market_sends_deactivated_and_activated() -> None:
     line = Beside("halt:3")
     line.subscribe("market_lifecycle_v2", "trade")
     line.session.publish(line.exchange.halt(3))
-    (told,) = [json.loads(frame)["msg"] for frame in line.session.take()]
-    ticker = told["market_ticker"]
+    (message,) = [json.loads(frame)["msg"] for frame in line.session.take()]
+    ticker = message["market_ticker"]
     halted = line.exchange.market(ticker)
     assert halted is not None
-    assert (told["event_type"], halted.status) == ("deactivated", "inactive")
+    assert (message["event_type"], halted.status) == ("deactivated", "inactive")
     during = line.heard(2.9)
     assert ticker not in {f["msg"]["market_ticker"] for f in during if f["type"] == "trade"}
     after = [f["msg"] for f in line.heard(3.1) if f["msg"].get("event_type") == "activated"]
@@ -241,7 +241,7 @@ def test_a_halted_market_is_inactive_for_a_while_and_both_ends_are_told() -> Non
     assert halted.status == "active"
 
 
-def test_markets_that_have_merely_traded_are_not_among_the_updated_ones() -> None:
+def test_markets_that_merely_traded_are_not_updated_ones() -> None:
     line = Beside("gap")
     before = {each.ticker: each.updated_us for each in line.exchange.markets()}
     line.heard(3)

@@ -81,7 +81,7 @@ def test_a_ticker_that_would_break_json_is_quoted() -> None:
     assert json.loads(unknown_market('A"B'))["market_ticker"] == 'A"B'
 
 
-def test_a_trade_tells_who_took_what(market: Market) -> None:
+def test_a_trade_has_the_takers_side(market: Market) -> None:
     trade = Trade(market, taker=YES, yes_price=3600, qty=13_600, ts_us=AT, trade_id="t")
     wire, rest = json.loads(trade.wire()), trade.rest()
     assert (wire["yes_price_dollars"], wire["no_price_dollars"]) == ("0.3600", "0.6400")

@@ -79,7 +79,7 @@ def test_a_missing_header_is_refused(ring: KeyRing, header: str) -> None:
     assert ring.refusal(headers, "GET", PATH, NOW_MS) == keys.MISSING
 
 
-def test_the_refusals_are_those_that_the_real_exchange_was_recorded_with() -> None:
+def test_refusals_equal_the_recorded_ones_of_the_exchange() -> None:
     recorded = Path(__file__).parents[3] / "shared" / "frames" / "rest_demo_2026-06-11.jsonl"
     if not recorded.exists():
         pytest.skip("the recorded answers of the exchange are not here: ../shared/frames")

@@ -22,10 +22,10 @@ def exchange(rate: float = 500.0, seed: int = 1, rolling: int = 0) -> Exchange:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_own_orders_are_filled_and_never_taken_and_everybody_sees_them(seed: int) -> None:
+def test_own_orders_rest_publicly_and_are_filled_by_takers(seed: int) -> None:
     venue = exchange(seed=seed)
     rng = random.Random(seed)
-    told = {
+    books = {
         ticker: {"yes": dict(view.yes), "no": dict(view.no)}
         for ticker, view in venue.books().items()
     }
@@ -50,7 +50,7 @@ def test_own_orders_are_filled_and_never_taken_and_everybody_sees_them(seed: int
             cancelled += gone.remaining
         for delta in [*happened, *venue.happened()]:
             if isinstance(delta, Delta):
-                ladder = told[delta.market.ticker]["yes" if delta.side == YES else "no"]
+                ladder = books[delta.market.ticker]["yes" if delta.side == YES else "no"]
                 at = delta.market.listing.grid.prices[delta.level]
                 ladder[at] = ladder.get(at, 0) + delta.qty
                 if not ladder[at]:
@@ -58,7 +58,7 @@ def test_own_orders_are_filled_and_never_taken_and_everybody_sees_them(seed: int
         for order in venue.portfolio.orders():
             assert order.market.book.sizes[order.side][order.level] >= order.remaining
     for ticker, view in venue.books().items():
-        assert told[ticker] == {"yes": dict(view.yes), "no": dict(view.no)}
+        assert books[ticker] == {"yes": dict(view.yes), "no": dict(view.no)}
     filled = sum(fill.qty for fill in venue.portfolio.fills)
     assert filled > 0
     assert placed == filled + cancelled + sum(o.remaining for o in venue.portfolio.orders())
@@ -70,7 +70,7 @@ def test_own_orders_are_filled_and_never_taken_and_everybody_sees_them(seed: int
     assert held == {ticker: position for ticker, position in positions.items() if position}
 
 
-def test_a_close_takes_own_orders_out_and_a_settlement_pays_the_position() -> None:
+def test_a_close_cancels_own_orders_and_settlement_pays() -> None:
     venue = exchange(rate=200.0, rolling=3)
     market = next(each for each in venue.markets() if each.status == "active")
     for number in range(400):
@@ -120,7 +120,7 @@ def test_what_cannot_rest_is_refused_with_the_reason() -> None:
     assert place("e") == "market_not_active"
 
 
-def test_an_account_without_orders_leaves_the_order_flow_as_it_was() -> None:
+def test_an_account_without_orders_does_not_change_order_flow() -> None:
     quiet, busy = exchange(seed=7), exchange(seed=7)
     market = next(iter(busy.markets()))
     busy.portfolio.place(

@@ -73,9 +73,7 @@ def listen(to: ReplaySession) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", ["tape.jsonl", "tape.jsonl.gz"])
-def test_the_recorded_bytes_come_untouched_after_the_first_subscription(
-    tmp_path: Path, name: str
-) -> None:
+def test_recorded_bytes_come_unchanged_after_subscribing(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, CURRENT, name)
     replay, _ = session(read(path, NOW, timed=False))
     assert listen(replay) == []
@@ -124,7 +122,7 @@ def test_a_channel_that_was_not_recorded_gets_a_sid_of_its_own(tmp_path: Path) -
     assert b"".join(each for each in heard if each not in own) == path.read_bytes()
 
 
-def test_a_snapshot_asked_for_during_the_replay_comes_after_it_with_the_next_seq(
+def test_a_snapshot_requested_in_a_replay_follows_it_with_next_seq(
     tmp_path: Path,
 ) -> None:
     replay, _ = session(read(written(tmp_path, CURRENT), NOW, timed=False))
@@ -155,7 +153,7 @@ def test_iso_times_beside_a_recording_are_read(tmp_path: Path) -> None:
     assert read(path, NOW, timed=True).offsets_ns == (0, 1_000_001_000)
 
 
-def test_a_lost_recorded_delta_is_a_hole_that_a_snapshot_mends(tmp_path: Path) -> None:
+def test_a_lost_recorded_delta_is_a_gap_until_a_snapshot(tmp_path: Path) -> None:
     recording = read(written(tmp_path, CURRENT), NOW, timed=False)
     replay, _ = session(recording)
     replay.tamper("gap", 1)
@@ -217,7 +215,7 @@ FRAMES = Path(__file__).parents[3] / "shared" / "frames"
         ("ws_legacy_cents_2025-11-30.jsonl.gz", 1, 7664),
     ],
 )
-def test_real_recordings_come_verbatim_and_their_books_are_those_of_a_second_reader(
+def test_real_recordings_come_verbatim_with_the_right_books(
     name: str, markets: int, last_seq: int
 ) -> None:
     path = FRAMES / name

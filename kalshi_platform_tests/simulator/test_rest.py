@@ -51,7 +51,7 @@ def test_market_data_needs_no_signature_and_the_account_does(
     assert get(client, "/historical/cutoff")["market_settled_ts"].endswith("Z")
 
 
-def test_pages_end_with_an_empty_cursor_and_hold_every_market_once(
+def test_pages_hold_every_market_once_and_end_with_no_cursor(
     client: httpx.Client, simulator: Simulator
 ) -> None:
     seen: list[str] = []
@@ -200,7 +200,7 @@ def test_trades_are_listed_newest_first(start_simulator: StartSimulator) -> None
         assert get(client, "/markets/trades", min_ts=2**40)["trades"] == []
 
 
-def test_the_simulators_own_pages_pause_tell_the_truth_and_take_faults(
+def test_the_simulators_own_pages_pause_and_take_faults(
     simulator: Simulator,
 ) -> None:
     with httpx.Client(base_url=simulator.control_url) as control:

@@ -181,7 +181,7 @@ def test_a_fault_can_come_later(simulator: Simulator) -> None:
         assert time.monotonic() - asked_at >= 0.49
 
 
-def test_a_client_that_does_not_read_is_told_error_25(start_simulator: StartSimulator) -> None:
+def test_a_client_that_does_not_read_gets_error_25(start_simulator: StartSimulator) -> None:
     # A machine that is busy makes up for time in steps of a megabyte and more: twice the limit, from
     # which on a client is cut off, must not be reached in one.
     simulator = start_simulator(rate=20_000, max_backlog_bytes=4_000_000)
@@ -290,7 +290,7 @@ def test_a_simulator_that_is_not_running_says_so() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, number: int) -> None:
+def test_the_command_serves_until_a_signal(tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "kalshi_platform", "simulate", "--port", "0"]
     with subprocess.Popen(
         [*command, "--markets", "3", "--fault", "gap@100"],

@@ -19,7 +19,7 @@ NOON = 1_795_435_200 * SECOND
 
 
 class Bench:
-    """An exchange, one session on it, and a client that believes what it is told."""
+    """An exchange, one session on it, and a client that keeps the books from its frames."""
 
     def __init__(self, *, markets: int = 6, use_yes_price: bool = False, seed: int = 1) -> None:
         self.exchange = Exchange(
@@ -80,7 +80,7 @@ def kinds(frames: list[dict[str, Any]]) -> list[str]:
     return [frame["type"] for frame in frames]
 
 
-def test_a_subscription_is_acknowledged_without_seq_then_snapshots_count_from_one() -> None:
+def test_snapshots_count_from_one_after_the_acknowledgement() -> None:
     bench = Bench()
     first, *snapshots = bench.subscribe(*bench.tickers[:3])
     assert first == {
@@ -92,7 +92,7 @@ def test_a_subscription_is_acknowledged_without_seq_then_snapshots_count_from_on
     bench.assert_books_are_right(*bench.tickers[:3])
 
 
-def test_deltas_of_all_markets_share_one_seq_and_rebuild_the_books() -> None:
+def test_deltas_of_all_markets_share_seq_and_rebuild_books() -> None:
     bench = Bench()
     bench.subscribe(*bench.tickers)
     deltas = bench.wait(10)
@@ -101,7 +101,7 @@ def test_deltas_of_all_markets_share_one_seq_and_rebuild_the_books() -> None:
     bench.assert_books_are_right(*bench.tickers)
 
 
-def test_subscribing_again_adds_to_the_same_sid_and_resends_nothing() -> None:
+def test_subscribing_again_adds_to_the_sid_and_resends_nothing() -> None:
     bench = Bench()
     a, b, *_ = bench.tickers
     bench.subscribe(a)
@@ -141,7 +141,7 @@ def test_commands_in_flight_are_answered_in_another_order() -> None:
     assert len(orders) > 1
 
 
-def test_snapshots_of_later_tickers_come_between_deltas_of_earlier_ones() -> None:
+def test_later_snapshots_come_between_deltas_of_earlier_tickers() -> None:
     bench = Bench()
     bench.subscribe(bench.tickers[0])
     bench.session.receive(
@@ -158,7 +158,7 @@ def test_snapshots_of_later_tickers_come_between_deltas_of_earlier_ones() -> Non
     bench.assert_books_are_right(*bench.tickers)
 
 
-def test_an_unknown_ticker_is_an_empty_book_without_an_id_and_uses_a_seq() -> None:
+def test_an_unknown_ticker_is_an_empty_book_and_uses_a_seq() -> None:
     bench = Bench()
     _, snapshot = bench.subscribe("NO-SUCH-MARKET")
     assert snapshot["msg"] == {"market_ticker": "NO-SUCH-MARKET", "market_id": ""}
@@ -177,7 +177,7 @@ def test_get_snapshot_sends_the_books_again_on_the_same_sid() -> None:
     bench.assert_books_are_right(a, b)
 
 
-def test_get_snapshot_without_tickers_is_error_14_on_the_sid_and_uses_a_seq() -> None:
+def test_get_snapshot_without_tickers_is_error_14_with_a_seq() -> None:
     bench = Bench()
     bench.subscribe(bench.tickers[0])
     assert bench.say(update("get_snapshot")) == [
@@ -186,7 +186,7 @@ def test_get_snapshot_without_tickers_is_error_14_on_the_sid_and_uses_a_seq() ->
     assert bench.say(update("get_snapshot", market_ticker=bench.tickers[0]))[0]["seq"] == 3
 
 
-def test_a_snapshot_of_a_market_that_is_not_subscribed_brings_no_deltas() -> None:
+def test_a_snapshot_without_subscription_brings_no_deltas() -> None:
     bench = Bench()
     a, b, *_ = bench.tickers
     bench.subscribe(a)
@@ -195,7 +195,7 @@ def test_a_snapshot_of_a_market_that_is_not_subscribed_brings_no_deltas() -> Non
     assert {frame["msg"]["market_ticker"] for frame in bench.wait(10)} == {a}
 
 
-def test_deleted_markets_fall_silent_and_come_back_with_a_new_snapshot() -> None:
+def test_deleted_markets_return_with_a_new_snapshot() -> None:
     bench = Bench()
     a, b, *_ = bench.tickers
     bench.subscribe(a, b)
@@ -207,7 +207,7 @@ def test_deleted_markets_fall_silent_and_come_back_with_a_new_snapshot() -> None
     bench.assert_books_are_right(a, b)
 
 
-def test_unsubscribing_uses_a_seq_and_the_next_subscription_has_a_new_sid() -> None:
+def test_unsubscribing_uses_a_seq_and_a_new_sid_follows() -> None:
     bench = Bench()
     bench.subscribe(bench.tickers[0])
     (gone,) = bench.say({"id": 9, "cmd": "unsubscribe", "params": {"sids": [1]}})
@@ -258,7 +258,7 @@ def test_the_ticker_channel_has_no_seq_and_the_trade_channel_has() -> None:
     assert "seq" not in again[0]
 
 
-def test_a_trade_subscription_with_a_filter_hears_of_its_markets_only() -> None:
+def test_a_filtered_trade_subscription_has_its_markets_only() -> None:
     bench = Bench()
     only = bench.tickers[0]
     params = {"channels": ["trade"], "market_ticker": only}
@@ -368,7 +368,7 @@ _STEPS = st.one_of(
 
 @given(st.lists(_STEPS, max_size=30), st.booleans(), st.integers(0, 3))
 @settings(max_examples=120, deadline=None)
-def test_whatever_the_commands_seqs_have_no_hole_and_live_books_are_right(
+def test_any_commands_keep_seqs_complete_and_books_right(
     steps: list[tuple[str, Any]], use_yes_price: bool, seed: int
 ) -> None:
     bench = Bench(use_yes_price=use_yes_price, seed=seed)

@@ -157,7 +157,7 @@ def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
         done = part.begin(it, simulator)
         it.wait(back, f"recovery from the restart of {part.name}")
     except (OutOfPatience, httpx.HTTPError, subprocess.TimeoutExpired) as error:
-        trouble = str(error)  # told in the report, and the soak goes on
+        trouble = str(error)  # on the page; the soak continues
     recording_s, supervised_s = after.get("recording"), after.get("supervised")
     return Restart(part.name, part.how, at, recording_s, supervised_s, trouble)
 

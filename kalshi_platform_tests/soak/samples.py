@@ -47,7 +47,7 @@ class Sample:
 
 
 class Sampler:
-    """Looks in a thread of its own, until it is told to stop."""
+    """Samples in a thread of its own, until `stop`."""
 
     def __init__(
         self, it: Platform, simulator: Simulator, every_s: float, say: Callable[[Sample], None]
@@ -85,7 +85,7 @@ class Sampler:
             while not self._over.wait(self._every_s):
                 self.samples.append(self._look())
                 self._say(self.samples[-1])
-        except BaseException as error:  # noqa: BLE001 - told to whoever waits for it
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             self._failure = error
             self._failed.set()
 

@@ -12,7 +12,7 @@ from kalshi_platform_tests.soak.nights import PAIRS, SHORT, run
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_of_two_faults_at_a_time_each_is_reported_once_and_closed(
+def test_two_faults_at_a_time_are_each_reported_once_and_closed(
     tmp_path: Path, clickhouse_url: str
 ) -> None:
     lines: list[str] = []

@@ -90,7 +90,7 @@ BROKEN = {
     "a part that does not record again": replace(
         SOUND, restarts=[Restart("ClickHouse", "SIGTERM", BEGAN + 5.0, None, 4.0)]
     ),
-    "a part that nobody supervises": replace(
+    "a part without supervision": replace(
         SOUND, restarts=[Restart("daemon", "SIGTERM", BEGAN + 5.0, 2.0, None)]
     ),
     "doctor": replace(SOUND, doctor_exit=1, doctor=["disk: it is full"]),
@@ -105,7 +105,7 @@ def test_a_soak_that_kept_every_promise_is_sound() -> None:
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_one_broken_promise_makes_it_unsound_and_the_page_names_it(what: str) -> None:
+def test_one_broken_promise_is_unsound_and_on_the_page(what: str) -> None:
     outcome = BROKEN[what]
     assert not outcome.sound
     assert [kept for _, kept in outcome.promises.values()].count(False) == 1, outcome.promises
@@ -114,7 +114,7 @@ def test_one_broken_promise_makes_it_unsound_and_the_page_names_it(what: str) ->
     assert "**Not every promise was kept.**" in text
 
 
-def test_memory_is_judged_for_growth_after_the_restarts_only_and_over_enough_time() -> None:
+def test_memory_growth_is_tested_after_the_restarts_only() -> None:
     climbing = looks([100.0 + 4 * n for n in range(20)] + [180.0] * 60)
     late = replace(SOUND.restarts[0], at=climbing[20].at)
     settled = replace(SOUND, samples=climbing, restarts=[late])
@@ -150,7 +150,7 @@ def test_the_picture_lies_beside_the_page(tmp_path: Path) -> None:
     assert "images/soak.png" in (tmp_path / "soak.md").read_text()
 
 
-def test_a_row_that_two_files_of_the_archive_have_is_counted_as_doubled(tmp_path: Path) -> None:
+def test_a_row_in_two_files_of_the_archive_counts_as_doubled(tmp_path: Path) -> None:
     settings = load(kalshi_data_dir=tmp_path)
     hour = settings.archive_dir / "trades" / "date=2026-11-22" / "hour=14"
     hour.mkdir(parents=True)
