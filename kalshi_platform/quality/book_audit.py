@@ -174,7 +174,9 @@ def _sent_scale(
     ours, theirs = ours.filter(of_no), theirs.filter(of_no)
     mirrored = ours.with_columns(price=ONE_DOLLAR - pl.col("price"))
     conns = {state.books[ticker].conn for ticker in tickers}
-    use_yes_price = {state.connections[conn].use_yes_price for conn in conns & state.connections.keys()}
+    use_yes_price = {
+        state.connections[conn].use_yes_price for conn in conns & state.connections.keys()
+    }
     if len(use_yes_price) != 1 or ours.is_empty():
         return None
     found = _agreeing(mirrored, theirs) >= MIRRORED and _agreeing(ours, theirs) <= 1 - MIRRORED
