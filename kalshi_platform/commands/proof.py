@@ -11,7 +11,7 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.archive import archive_at, open_archive
 from kalshi_platform.loading.restore import parse_hours
 from kalshi_platform.printable import printable
-from kalshi_platform.quality.proof import Counts, SubscriptionProof, Proof, prove
+from kalshi_platform.quality.proof import Counts, Proof, SubscriptionProof, prove
 
 EXIT_CODES = {"whole": 0, "not judged": 1, "not whole": 2}
 _COLUMNS = (
