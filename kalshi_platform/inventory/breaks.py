@@ -65,7 +65,7 @@ class Break:
 
     def row(self) -> dict[str, Any]:
         """Return the columns of `mm_inventory_breaks`, except `updated_at`."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        return {column.name: getattr(self, column.name) for column in fields(self)}
 
 
 class _Found(NamedTuple):
@@ -121,7 +121,7 @@ def examine(
     start = audit.since(client, parameters) if start is None else start
     if outcomes is None:
         outcomes = audit.sweep(client, checks, parameters, start=start)
-    found = [_Found(each.check, episode) for each in outcomes for episode in each.episodes]
+    found = [_Found(outcome.check, episode) for outcome in outcomes for episode in outcome.episodes]
     if not found:
         return []
     run = _Run(
@@ -133,13 +133,15 @@ def examine(
         known=_by_market(_known(client, start)) if TABLE in tables else {},
         values=audit.bound(client, tables, parameters, start),
     )
-    rolled = _rolled_markets(run, [each.check for each in found])
+    rolled = _rolled_markets(run, [finding.check for finding in found])
     skews: dict[str, timedelta | None] = {}
     made: list[Break] = []
     for batch in _batches(found):
         explained = explain.explain_all(_cases(run, batch, rolled, skews))
         made += [_break(run, each, *why) for each, why in zip(batch, explained, strict=True)]
-    return sorted(made, key=lambda each: (each.opened_at, each.market_ticker, each.check_name))
+    return sorted(
+        made, key=lambda a_break: (a_break.opened_at, a_break.market_ticker, a_break.check_name)
+    )
 
 
 def update(
@@ -160,13 +162,15 @@ def update(
     start = audit.since(client, parameters)
     every = replace(parameters, market_ticker="")
     found = examine(client, checks, every, start=start, outcomes=outcomes)
-    ids = {each.break_id for each in found}
-    known = {each.break_id: each for each in _known(client, start)}
+    ids = {a_break.break_id for a_break in found}
+    known = {known_break.break_id: known_break for known_break in _known(client, start)}
     names = {check.name for check in checks}
     over = [
-        replace(each, closed_at=each.last_seen_at)
-        for each in known.values()
-        if each.closed_at is None and each.break_id not in ids and each.check_name in names
+        replace(known_break, closed_at=known_break.last_seen_at)
+        for known_break in known.values()
+        if known_break.closed_at is None
+        and known_break.break_id not in ids
+        and known_break.check_name in names
     ]
     changed = [each for each in (*found, *over) if known.get(each.break_id) != each]
     if changed:
@@ -174,12 +178,12 @@ def update(
             now = client.query("SELECT now64(3, 'UTC')").result_rows[0][0]
             summary = client.insert(
                 TABLE,
-                [[*each.row().values(), now] for each in changed],
+                [[*a_break.row().values(), now] for a_break in changed],
                 column_names=[*changed[0].row(), "updated_at"],
                 settings={"async_insert": 0},
             )
         acknowledged(client, TABLE, summary, len(changed))
-    return [each for each in found if each.closed_at is None]
+    return [a_break for a_break in found if a_break.closed_at is None]
 
 
 # -- finding -----------------------------------------------------------------------------------
@@ -188,8 +192,8 @@ def update(
 def _batches(found: Iterable[_Found]) -> Iterator[list[_Found]]:
     """Yield the findings of MARKETS_AT_ONCE markets at a time, ordered by engine."""
     of_market: dict[str, list[_Found]] = {}
-    for each in found:
-        of_market.setdefault(each.episode.market_ticker, []).append(each)
+    for finding in found:
+        of_market.setdefault(finding.episode.market_ticker, []).append(finding)
     markets = sorted(of_market.values(), key=lambda findings: findings[0].engine)
     for begin in range(0, len(markets), MARKETS_AT_ONCE):
         yield list(itertools.chain.from_iterable(markets[begin : begin + MARKETS_AT_ONCE]))
@@ -209,7 +213,7 @@ def _cases(
     for _, episode in found:
         seconds.setdefault(episode.market_ticker, set()).update((episode.first, episode.last))
     markets = evidence.gather(run.client, run.tables, run.values, run.start, seconds)
-    for engine in {each.engine for each in found if each.check is audit.DIVERGENCE}:
+    for engine in {finding.engine for finding in found if finding.check is audit.DIVERGENCE}:
         skews[engine] = evidence.skew(markets.values(), engine) or skews.get(engine)
     return [
         Case(
@@ -220,15 +224,15 @@ def _cases(
             example=episode.example,
             clearest=episode.clearest,
             latest=episode.latest,
-            over=run.over(each),
+            over=run.over(finding),
             newest=run.newest.get(episode.market_ticker, episode.last),
             market=markets.get(episode.market_ticker, Market()),
-            skew=skews.get(each.engine),
+            skew=skews.get(finding.engine),
             rolled=episode.market_ticker in rolled,
             stale_after_s=run.parameters.stale_after_s,
         )
-        for each in found
-        for check, episode in (each,)
+        for finding in found
+        for check, episode in (finding,)
     ]
 
 
@@ -245,7 +249,7 @@ def _newest_decisions(client: Client, start: datetime) -> dict[str, datetime]:
 def _known(client: Client, start: datetime) -> list[Break]:
     with translated():
         rows = client.query(
-            f"SELECT {', '.join(each.name for each in fields(Break))} FROM {TABLE} FINAL"  # noqa: S608
+            f"SELECT {', '.join(column.name for column in fields(Break))} FROM {TABLE} FINAL"  # noqa: S608
             " WHERE closed_at IS NULL OR last_seen_at >= {since:DateTime64(3, 'UTC')}"
             " ORDER BY opened_at, break_id",
             parameters={"since": moment(start - QUIET)},
@@ -255,8 +259,10 @@ def _known(client: Client, start: datetime) -> list[Break]:
 
 def _by_market(known: Iterable[Break]) -> dict[tuple[str, str], list[Break]]:
     found: dict[tuple[str, str], list[Break]] = {}
-    for each in known:
-        found.setdefault((each.check_name, each.market_ticker), []).append(each)
+    for known_break in known:
+        found.setdefault((known_break.check_name, known_break.market_ticker), []).append(
+            known_break
+        )
     return found
 
 

@@ -191,17 +191,17 @@ class Market:
 
     def settlement(self, until: datetime) -> Report | None:
         """Return the market's settlement, if there was one by then."""
-        return next((each for each in self._settlements if each.at <= until), None)
+        return next((report for report in self._settlements if report.at <= until), None)
 
     def decision(self, at: datetime, engine: str | None) -> Decision | None:
         """Return the last decision within the second of a finding."""
         second = at.replace(microsecond=0)
         of_engine = [
-            each
-            for each in between(self.decisions, second, at + timedelta(seconds=1))
-            if each.at < at + timedelta(seconds=1) and engine in {None, each.engine}
+            decision
+            for decision in between(self.decisions, second, at + timedelta(seconds=1))
+            if decision.at < at + timedelta(seconds=1) and engine in {None, decision.engine}
         ]
-        before = [each for each in of_engine if each.at <= at]
+        before = [decision for decision in of_engine if decision.at <= at]
         found = before or of_engine
         return found[-1] if found else None
 
@@ -209,9 +209,9 @@ class Market:
     def unrecorded(self) -> Sequence[tuple[datetime, Report, float]]:
         """For each report: since when, and the amount that no recorded fill since then accounts for."""
         found = []
-        plain = [each for each in self.reports if not each.settles]
-        filled = [0.0, *itertools.accumulate(each.amount for each in self.fills)]
-        until = [filled[bisect_right(self.fills, each.at, key=_AT)] for each in plain]
+        plain = [report for report in self.reports if not report.settles]
+        filled = [0.0, *itertools.accumulate(fill.amount for fill in self.fills)]
+        until = [filled[bisect_right(self.fills, report.at, key=_AT)] for report in plain]
         for (before, already), (after, then) in itertools.pairwise(zip(plain, until, strict=True)):
             beyond = round(after.position - before.position - (then - already), 6)
             if beyond:
@@ -222,40 +222,42 @@ class Market:
     def rolled(self) -> Sequence[Moved]:
         """Moves of pos_filled to what the previous decision expected, without a fill nearby."""
         return [
-            each
-            for each in self.moved
-            if each.expected
-            and not between(self.fills, each.at - audit.REACHES, each.at + audit.REACHES)
+            move
+            for move in self.moved
+            if move.expected
+            and not between(self.fills, move.at - audit.REACHES, move.at + audit.REACHES)
         ]
 
     @cached_property
     def ended(self) -> Sequence[Order]:
         """Orders that have ended, by the time of their end."""
-        return sorted((each for each in self.orders if each.ended_at), key=attrgetter("ended_at"))
+        return sorted(
+            (order for order in self.orders if order.ended_at), key=attrgetter("ended_at")
+        )
 
     @cached_property
     def resting(self) -> Sequence[Order]:
         """Orders that have not ended, by the time they were sent."""
-        return [each for each in self.orders if each.ended_at is None]
+        return [order for order in self.orders if order.ended_at is None]
 
     @cached_property
     def order_ids(self) -> frozenset[str]:
         """Ids of all orders with an action."""
-        return frozenset(each.order_id for each in self.orders)
+        return frozenset(order.order_id for order in self.orders)
 
     def orphans(self, begin: datetime, end: datetime) -> int:
         """Count the answers in a time span to actions that were never recorded."""
         return sum(
-            each.action_id not in self._action_ids for each in between(self.answers, begin, end)
+            answer.action_id not in self._action_ids for answer in between(self.answers, begin, end)
         )
 
     @cached_property
     def _settlements(self) -> Sequence[Report]:
-        return [each for each in self.reports if each.settles]
+        return [report for report in self.reports if report.settles]
 
     @cached_property
     def _action_ids(self) -> frozenset[str]:
-        return frozenset(each.action_id for each in self.actions)
+        return frozenset(action.action_id for action in self.actions)
 
 
 def gather(
@@ -449,8 +451,10 @@ def _orders(
     actions: Sequence[Action], answers: Sequence[Answer], fills: Sequence[Fill]
 ) -> list[Order]:
     """Reconstruct the orders, with what remains of each or remained at its end."""
-    refused = {each.action_id: each for each in answers if each.status in {"rejected", "not found"}}
-    asked = {each.action_id: each for each in actions}
+    refused = {
+        answer.action_id: answer for answer in answers if answer.status in {"rejected", "not found"}
+    }
+    asked = {action.action_id: action for action in actions}
     orders: dict[tuple[str, str], Order] = {}
     decreased: dict[tuple[str, str], datetime] = {}
     replaced: dict[str, Order] = {}
@@ -521,9 +525,9 @@ def _followed(market: Market, engine: str) -> Iterable[timedelta]:
 def _steady(spans: Sequence[timedelta]) -> timedelta | None:
     if len(spans) < 2:
         return None
-    seconds = [each.total_seconds() for each in spans]
+    seconds = [span.total_seconds() for span in spans]
     middle = median(seconds)
-    near = [each for each in seconds if abs(each - middle) <= STEADY.total_seconds()]
+    near = [value for value in seconds if abs(value - middle) <= STEADY.total_seconds()]
     if len(near) * 4 < len(seconds) * 3 or abs(middle) <= audit.REACHES.total_seconds():
         return None
     return timedelta(seconds=middle)

@@ -189,8 +189,8 @@ def _when(row: Mapping[str, Any]) -> str:
 def _came(case: Case, by: float) -> bool:
     """Whether the engine's position moved by this amount when the break ended."""
     return any(
-        abs(each.by - by) < SAME
-        for each in between(case.market.moved, case.last, case.last + SETTLES_WITHIN)
+        abs(move.by - by) < SAME
+        for move in between(case.market.moved, case.last, case.last + SETTLES_WITHIN)
     )
 
 
@@ -202,7 +202,7 @@ def _clock(case: Case, column: str) -> Explained | None:
     reach = abs(case.skew) + timedelta(seconds=4)
     for row, at in ((case.latest, case.last), (case.example, case.first)):
         near = between(case.market.fills, at - reach, at + reach)
-        if _adds_up([each.amount for each in near], row[column]):
+        if _adds_up([fill.amount for fill in near], row[column]):
             direction = "ahead" if seconds > 0 else "behind"
             learns = "late" if seconds > 0 else "early"
             return Kind.CLOCK, (
@@ -308,7 +308,7 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
     """
     fills = sorted(
         between(case.market.fills, case.first - NEAR, case.first + audit.REACHES),
-        key=lambda each: abs(each.at - case.first),
+        key=lambda fill: abs(fill.at - case.first),
     )
     ranked: list[tuple[int, Explained]] = []
     for fill in fills:
@@ -327,7 +327,7 @@ def _of_fills(case: Case, apart: float) -> Explained | None:
     if ranked:
         return min(ranked, key=itemgetter(0))[1]
     total = 0.0
-    for fill in sorted(fills, key=lambda each: each.at, reverse=True):
+    for fill in sorted(fills, key=lambda fill: fill.at, reverse=True):
         total += fill.amount
         if abs(apart + total) < SAME:
             return _uncounted(case, total, fill.at)
@@ -350,12 +350,12 @@ def _move_rank(case: Case, fill: Fill, by: float) -> int:
     others = [each.amount for each in between(case.market.fills, begin, end) if each is not fill]
     if any(abs(each - by) < SAME for each in others):
         return 2
-    moves = [each.by for each in between(case.market.moved, begin, end)]
+    moves = [move.by for move in between(case.market.moved, begin, end)]
     steps = [*moves, *(one + two for one, two in itertools.pairwise(moves))]
     if any(abs(step - by) < SAME for step in steps):
         return 0
     beside = {sum(others), *others}
-    return 1 if any(abs(step - by - each) < SAME for step in steps for each in beside) else 2
+    return 1 if any(abs(step - by - amount) < SAME for step in steps for amount in beside) else 2
 
 
 def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
@@ -368,8 +368,8 @@ def _all_fills(case: Case, row: Mapping[str, Any]) -> Explained | None:
     begun = case.first - 2 * audit.REACHES
     since = between(case.market.fills, case.first - NEAR, case.at(row))
     for side, sense in (("YES", 1), ("NO", -1)):
-        of_side = [each for each in since if each.amount * sense > 0]
-        total = sum(each.amount for each in of_side)
+        of_side = [fill for fill in since if fill.amount * sense > 0]
+        total = sum(fill.amount for fill in of_side)
         for left, fill in zip(range(len(of_side), 0, -1), of_side, strict=True):
             if fill.at > case.first + audit.REACHES:
                 break
@@ -495,14 +495,14 @@ def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Expla
     """Explain a difference at the time `at` by ended orders that are still counted."""
     begin, end = case.first - ONSET, case.first + timedelta(seconds=2)
     ended = [
-        (each, each.ended_at)
-        for each in sorted(
+        (order, order.ended_at)
+        for order in sorted(
             between(case.market.ended, begin, at, at=attrgetter("ended_at")),
             key=attrgetter("began_at"),
         )
-        if each.ended_at is not None
-        and abs(each.remaining) > SAME
-        and case.engine in {None, each.engine}
+        if order.ended_at is not None
+        and abs(order.remaining) > SAME
+        and case.engine in {None, order.engine}
     ]
     for order, ended_at in ended:
         if ended_at <= end and abs(order.remaining - apart) < SAME:
@@ -511,7 +511,9 @@ def _phantom(case: Case, apart: float, in_transit: float, at: datetime) -> Expla
                 f" {moment(ended_at)} and is still counted"
             )
     for how in sorted({order.how for order, _ in ended}):
-        same_end = [each for each in ended if each[0].how == how and each[0].remaining * apart > 0]
+        same_end = [
+            order for order in ended if order[0].how == how and order[0].remaining * apart > 0
+        ]
         same_end.sort(key=itemgetter(1), reverse=True)
         totals = itertools.accumulate(order.remaining for order, _ in same_end)
         for count, (total, (oldest, _)) in enumerate(zip(totals, same_end, strict=True), 1):
@@ -578,9 +580,9 @@ def _how(order: Order) -> str:
 def _uncounted_order(case: Case, apart: float) -> Explained | None:
     """Explain a drift by resting orders that are not counted."""
     resting = [
-        each
-        for each in case.market.resting
-        if each.began_at <= case.last and case.engine in {None, each.engine}
+        order
+        for order in case.market.resting
+        if order.began_at <= case.last and case.engine in {None, order.engine}
     ]
     for order in resting:
         if abs(order.remaining + apart) < SAME:
@@ -588,7 +590,7 @@ def _uncounted_order(case: Case, apart: float) -> Explained | None:
                 Kind.UNKNOWN_ORDER,
                 f"order {order.order_id} of {number(order.remaining)} rests and is not counted",
             )
-    if len(resting) > 1 and abs(sum(each.remaining for each in resting) + apart) < SAME:
+    if len(resting) > 1 and abs(sum(order.remaining for order in resting) + apart) < SAME:
         return Kind.UNKNOWN_ORDER, f"{len(resting)} orders rest and are not counted"
     return None
 
@@ -656,7 +658,7 @@ def _context(case: Case) -> str:
     parts.append(
         f"the last action was {_asked(actions[-1])}" if actions else "no action was recorded"
     )
-    refused = [each for each in between(market.answers, begin, end) if each.reason]
+    refused = [answer for answer in between(market.answers, begin, end) if answer.reason]
     if refused:
         parts.append(f"order {refused[-1].order_id} was rejected: {shortened(refused[-1].reason)}")
     return "; ".join(parts)

@@ -195,7 +195,7 @@ class LiveOrders:
         Returns:
             The orders, oldest first.
         """
-        return [each for each in self._live.values() if each.sent.market_ticker == market_ticker]
+        return [order for order in self._live.values() if order.sent.market_ticker == market_ticker]
 
     def settled(self, market_ticker: str) -> list[LiveOrder]:
         """Note that a market was settled or voided: its orders are out of the book.

@@ -147,7 +147,7 @@ def take(
 
 def _left_out(found: Sequence[Unreadable]) -> list[Unreadable]:
     """Return the unreadable items that were left out; of the others only a field was unreadable."""
-    return [each for each in found if each.left_out]
+    return [item for item in found if item.left_out]
 
 
 def _unsure(fills: Sequence[Unreadable], tickers: set[str]) -> set[str]:

@@ -236,11 +236,11 @@ class Spool:
         """Return how far behind ClickHouse is, and what was set aside. Reads neither disk nor database."""
         with self._guard:
             files = list(self._known.values())
-            since = [each.since for each in files]
+            since = [file.since for file in files]
             since += [self._since[name] for name, rows in self._rows.items() if rows]
             return Status(
                 max(0.0, time.monotonic() - min(since)) if since else 0.0,
-                self._waiting + sum(each.rows or 0 for each in files),
+                self._waiting + sum(file.rows or 0 for file in files),
                 len(files),
                 self._refused.rows,
                 self._refused.files,
@@ -376,7 +376,7 @@ class Spool:
             return pa.concat_tables(good) if good else schema.empty_table()
 
     def _on_disk(self) -> int:
-        return self._refused_bytes + sum(each.size for each in list(self._known.values()))
+        return self._refused_bytes + sum(file.size for file in list(self._known.values()))
 
     # -- set aside -----------------------------------------------------------------------------
 
@@ -410,7 +410,7 @@ class Spool:
 
     def _count_refused(self) -> None:
         self._refused = refused_in(self._folder)
-        self._refused_bytes = sum(each.stat().st_size for each in _refused_files(self._folder))
+        self._refused_bytes = sum(path.stat().st_size for path in _refused_files(self._folder))
 
     def _said_of_refused(self) -> str | None:
         found = self._refused

@@ -84,12 +84,12 @@ class Exchange:
     @property
     def series(self) -> tuple[Series, ...]:
         """All series with a market."""
-        used = {each.listing.series_ticker for each in self._markets.values()}
+        used = {listed.listing.series_ticker for listed in self._markets.values()}
         return tuple(s for s in (*catalog.LONG_LIVED, *catalog.ROLLING) if s.ticker in used)
 
     def books(self) -> dict[str, BookView]:
         """Return every market's current book."""
-        return {ticker: each.view() for ticker, each in self._markets.items()}
+        return {ticker: listed.view() for ticker, listed in self._markets.items()}
 
     # events
 
@@ -129,17 +129,17 @@ class Exchange:
 
         Raises SimulatorError if no market has bids on both sides.
         """
-        for each in self._active:
-            best_no = each.book.best[NO]
-            if best_no >= 0 and each.book.best[YES] >= 0:
+        for listed in self._active:
+            best_no = listed.book.best[NO]
+            if best_no >= 0 and listed.book.best[YES] >= 0:
                 break
         else:
             raise SimulatorError("No market has bids on both sides, so none can be crossed.")
-        level = each.listing.grid.levels - 1 - best_no
-        each.halted = True
+        level = listed.listing.grid.levels - 1 - best_no
+        listed.halted = True
         self._reweigh()
-        self._change(each, [(YES, level, 100)], self.now_ns)
-        self._at(self.now_ns + int(seconds * SECOND), lambda at: self._uncross(each, level, at))
+        self._change(listed, [(YES, level, 100)], self.now_ns)
+        self._at(self.now_ns + int(seconds * SECOND), lambda at: self._uncross(listed, level, at))
         happened, self._happened = self._happened, []
         return happened
 
@@ -148,7 +148,7 @@ class Exchange:
 
         Raises SimulatorError if no rolling market is open.
         """
-        early = next((each for each in self._active if each.listing.rolling), None)
+        early = next((listed for listed in self._active if listed.listing.rolling), None)
         if early is None:
             raise SimulatorError("No rolling market is open, so none can close early.")
         close_s = math.ceil(self.now_ns / SECOND + seconds)
@@ -249,12 +249,14 @@ class Exchange:
 
     def _reweigh(self) -> None:
         self._active = [
-            each
-            for each in self._markets.values()
-            if each.status == market.ACTIVE and not each.halted
+            listed
+            for listed in self._markets.values()
+            if listed.status == market.ACTIVE and not listed.halted
         ]
-        self._active.sort(key=lambda each: -each.listing.weight)
-        self._cumulative = list(itertools.accumulate(each.listing.weight for each in self._active))
+        self._active.sort(key=lambda listed: -listed.listing.weight)
+        self._cumulative = list(
+            itertools.accumulate(listed.listing.weight for listed in self._active)
+        )
 
     def _add(self, listing: Listing) -> Market:
         """Add a market with an empty book; its id and its order flow depend on seed and ticker only."""
@@ -274,7 +276,7 @@ class Exchange:
 
     def _list_next(self, slot: Slot, open_ns: int) -> None:
         listing = slot.listing(open_ns)
-        known = {each.listing.event_ticker for each in self._markets.values()}
+        known = {listed.listing.event_ticker for listed in self._markets.values()}
         new = self._add(listing)
         ts_us = listing.created_ns // 1000
         if listing.event_ticker not in known:

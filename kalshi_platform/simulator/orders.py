@@ -107,7 +107,7 @@ def account(
     return Account(
         epoch=portfolio.epoch,
         as_of=rfc3339(exchange.now_ns // 1000),
-        tops=[_top(each) for each in markets],
+        tops=[_top(listed) for listed in markets],
         orders=[
             OpenOrder(
                 client_order_id=order.client_order_id,
@@ -174,11 +174,13 @@ def _execute(exchange: Exchange, request: Request, now_ns: int) -> Answered:
 
 def _busiest(exchange: Exchange, count: int) -> list[Market]:
     lasting = [
-        each
-        for each in exchange.markets()
-        if not each.listing.rolling and each.status == life.ACTIVE and len(each.listing.sides) == 2
+        listed
+        for listed in exchange.markets()
+        if not listed.listing.rolling
+        and listed.status == life.ACTIVE
+        and len(listed.listing.sides) == 2
     ]
-    return sorted(lasting, key=lambda each: (-each.listing.weight, each.ticker))[:count]
+    return sorted(lasting, key=lambda listed: (-listed.listing.weight, listed.ticker))[:count]
 
 
 def _yes_price(market: Market, side: int, level: int) -> int:

@@ -35,10 +35,10 @@ _STATUS_FILTER = {
 
 _SECOND = 1_000_000_000
 _TIMES: dict[str, Callable[[Market], int | None]] = {
-    "created": lambda each: each.listing.created_ns,
-    "close": lambda each: each.listing.close_ns,
-    "settled": lambda each: each.settled_ns,
-    "updated": lambda each: each.updated_us * 1000,
+    "created": lambda item: item.listing.created_ns,
+    "close": lambda item: item.listing.close_ns,
+    "settled": lambda item: item.settled_ns,
+    "updated": lambda item: item.updated_us * 1000,
 }
 
 
@@ -107,7 +107,7 @@ class Pages:
             for name, holding in (self._portfolio.holdings() if self._portfolio else {}).items()
             if ticker in {None, name}
         ]
-        page, cursor = _page(request, held, "GetPositions", 1000, lambda each: each[0])
+        page, cursor = _page(request, held, "GetPositions", 1000, lambda item: item[0])
         return {
             "cursor": cursor,
             "event_positions": [],
@@ -125,14 +125,14 @@ class Pages:
             and (low is None or each.ts_us >= low * 1_000_000)
             and (high is None or each.ts_us <= high * 1_000_000)
         ]
-        page, cursor = _page(request, found, "GetFills", 1000, lambda each: each.fill_id)
-        return {"cursor": cursor, "fills": [each.texts() for each in page]}
+        page, cursor = _page(request, found, "GetFills", 1000, lambda item: item.fill_id)
+        return {"cursor": cursor, "fills": [item.texts() for item in page]}
 
     def orders(self, request: Request) -> object:
         """Return our resting orders, page by page."""
         found = self._portfolio.orders() if self._portfolio else []
-        page, cursor = _page(request, found, "GetOrders", 1000, lambda each: each.order_id)
-        return {"cursor": cursor, "orders": [each.texts() for each in page]}
+        page, cursor = _page(request, found, "GetOrders", 1000, lambda item: item.order_id)
+        return {"cursor": cursor, "orders": [item.texts() for item in page]}
 
     def settlements(self, request: Request) -> object:
         """Our markets that were settled, newest first, page by page."""
@@ -143,9 +143,9 @@ class Pages:
             if ticker in {None, each.market.ticker}
         ]
         page, cursor = _page(
-            request, found, "GetSettlements", 1000, lambda each: each.market.ticker
+            request, found, "GetSettlements", 1000, lambda item: item.market.ticker
         )
-        return {"cursor": cursor, "settlements": [each.texts() for each in page]}
+        return {"cursor": cursor, "settlements": [item.texts() for item in page]}
 
     def limits(self, _: Request) -> object:
         """Token buckets of the basic tier; the simulator does not enforce them."""
@@ -169,7 +169,7 @@ class Pages:
         found: Iterable[Market] = self._exchange.markets()
         if tickers := query.get("tickers"):
             wanted = set(tickers.split(","))
-            found = (each for each in found if each.ticker in wanted)
+            found = (market for market in found if market.ticker in wanted)
         if status := query.get("status"):
             if status not in _STATUS_FILTER:
                 raise Rejected(
@@ -178,19 +178,19 @@ class Pages:
                         f"status {status!r} is not one of unopened, open, paused, closed, settled"
                     ),
                 )
-            found = (each for each in found if each.status in _STATUS_FILTER[status])
+            found = (market for market in found if market.status in _STATUS_FILTER[status])
         if series := query.get("series_ticker"):
-            found = (each for each in found if each.listing.series_ticker == series)
+            found = (market for market in found if market.listing.series_ticker == series)
         if event := query.get("event_ticker"):
-            found = (each for each in found if each.listing.event_ticker == event)
+            found = (market for market in found if market.listing.event_ticker == event)
         if query.get("mve_filter") == "only":
             found = ()  # there are no multivariate markets here
         for name, time_ns in _TIMES.items():
             low, high = _second(request, f"min_{name}_ts"), _second(request, f"max_{name}_ts")
             if low is not None or high is not None:
-                found = [each for each in found if _between(time_ns(each), low, high)]
-        page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda each: each.ticker)
-        return {"cursor": cursor, "markets": [_market(each) for each in page]}
+                found = [market for market in found if _between(time_ns(market), low, high)]
+        page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda item: item.ticker)
+        return {"cursor": cursor, "markets": [_market(item) for item in page]}
 
     def market(self, request: Request) -> object:
         """One market."""
@@ -206,15 +206,18 @@ class Pages:
         """Events by series and status, page by page."""
         query = request.query_params
         by_event: dict[str, list[Market]] = {}
-        for each in self._exchange.markets():
-            if query.get("series_ticker", each.listing.series_ticker) == each.listing.series_ticker:
-                by_event.setdefault(each.listing.event_ticker, []).append(each)
+        for market in self._exchange.markets():
+            if (
+                query.get("series_ticker", market.listing.series_ticker)
+                == market.listing.series_ticker
+            ):
+                by_event.setdefault(market.listing.event_ticker, []).append(market)
         if status := query.get("status"):
             wanted = _STATUS_FILTER.get(status, set())
             by_event = {
                 name: members
                 for name, members in by_event.items()
-                if any(each.status in wanted for each in members)
+                if any(market.status in wanted for market in members)
             }
         page, cursor = _page(request, list(by_event), "GetEvents", 200, lambda name: name)
         nested = query.get("with_nested_markets") == "true"
@@ -226,24 +229,24 @@ class Pages:
         members = [m for m in self._exchange.markets() if m.listing.event_ticker == name]
         if not members:
             raise Rejected(404, NOT_FOUND)
-        return {"event": _event(members, False), "markets": [_market(each) for each in members]}
+        return {"event": _event(members, False), "markets": [_market(market) for market in members]}
 
     def series_list(self, request: Request) -> object:
         """Every series."""
         category = request.query_params.get("category")
         return {
             "series": [
-                _series(each)
-                for each in self._exchange.series
-                if category is None or each.category == category
+                _series(listed_series)
+                for listed_series in self._exchange.series
+                if category is None or listed_series.category == category
             ]
         }
 
     def series(self, request: Request) -> object:
         """One series."""
-        for each in self._exchange.series:
-            if each.ticker == request.path_params["series"]:
-                return {"series": _series(each)}
+        for listed_series in self._exchange.series:
+            if listed_series.ticker == request.path_params["series"]:
+                return {"series": _series(listed_series)}
         raise Rejected(404, NOT_FOUND)
 
     def trades(self, request: Request) -> object:
@@ -251,14 +254,14 @@ class Pages:
         ticker = request.query_params.get("ticker")
         low, high = _second(request, "min_ts"), _second(request, "max_ts")
         found = [
-            each
-            for each in reversed(self._exchange.trades)
-            if (ticker is None or each.market.ticker == ticker)
-            and (low is None or each.ts_us >= low * 1_000_000)
-            and (high is None or each.ts_us <= high * 1_000_000)
+            trade
+            for trade in reversed(self._exchange.trades)
+            if (ticker is None or trade.market.ticker == ticker)
+            and (low is None or trade.ts_us >= low * 1_000_000)
+            and (high is None or trade.ts_us <= high * 1_000_000)
         ]
-        page, cursor = _page(request, found, "GetTrades", 1000, lambda each: each.trade_id)
-        return {"cursor": cursor, "trades": [each.rest() for each in page]}
+        page, cursor = _page(request, found, "GetTrades", 1000, lambda item: item.trade_id)
+        return {"cursor": cursor, "trades": [item.rest() for item in page]}
 
     # order books, cached as the real ones are
 
@@ -289,9 +292,9 @@ class Pages:
             "&".join(tickers),
             lambda: {
                 "orderbooks": [
-                    {"ticker": each.ticker, "orderbook_fp": _orderbook(each.view(), 0)}
-                    for each in found
-                    if each is not None
+                    {"ticker": market.ticker, "orderbook_fp": _orderbook(market.view(), 0)}
+                    for market in found
+                    if market is not None
                 ]
             },
         )
@@ -362,7 +365,9 @@ def _page(
     limit = _number(request, "limit", operation, default=100, low=1, high=most)
     cursor = request.query_params.get("cursor", "")
     # an unknown cursor starts at the first page, as on the real exchange
-    start = next((at + 1 for at, each in enumerate(found) if cursor and name(each) == cursor), 0)
+    start = next(
+        (at + 1 for at, market in enumerate(found) if cursor and name(market) == cursor), 0
+    )
     page = found[start : start + limit]
     return page, name(page[-1]) if start + limit < len(found) else ""
 
@@ -458,7 +463,7 @@ def _event(members: list[Market], nested: bool) -> dict[str, Any]:
         "strike_date": _time(listing.close_ns),
     }
     if nested:
-        event["markets"] = [_market(each) for each in members]
+        event["markets"] = [_market(market) for market in members]
     return event
 
 

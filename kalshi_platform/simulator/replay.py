@@ -104,12 +104,12 @@ class Recording:
     @property
     def series(self) -> tuple[Series, ...]:
         """The series that the tickers belong to."""
-        names = dict.fromkeys(each.listing.series_ticker for each in self._markets.values())
+        names = dict.fromkeys(market.listing.series_ticker for market in self._markets.values())
         return tuple(Series(name, name, "Recorded", "") for name in names)
 
     def books(self) -> dict[str, BookView]:
         """Every market's book at the end of the recording."""
-        return {ticker: each.view() for ticker, each in self._markets.items()}
+        return {ticker: market.view() for ticker, market in self._markets.items()}
 
     def advance(self, now_ns: int, limit: int | None = None) -> list[Happening]:
         """Only advance the time: a recording has no events of its own."""
@@ -246,7 +246,7 @@ class ReplaySession:
 
     def _end(self) -> None:
         self._ended = True
-        tickers = [each.ticker for each in self._recording.markets()]
+        tickers = [market.ticker for market in self._recording.markets()]
         for channel, (sid, seq) in self._recording.channels.items():
             self._session.adopt(channel, sid, seq, tickers)
         for message in self._held:
@@ -307,12 +307,12 @@ def read(path: Path, now_ns: int, *, timed: bool) -> Recording:
         frames=tuple(line + b"\n" for line in lines),
         kinds=tuple(kinds),
         offsets_ns=offsets,
-        channels={name: (each.sid, each.seq) for name, each in channels.items()},
+        channels={name: (channel.sid, channel.seq) for name, channel in channels.items()},
         now_ns=now_ns,
         _markets={
-            ticker: _market(ticker, each, now_ns)
-            for ticker, each in ladders.items()
-            if each.market_id  # without an id it is the answer for a ticker that does not exist
+            ticker: _market(ticker, ladder, now_ns)
+            for ticker, ladder in ladders.items()
+            if ladder.market_id  # without an id it is the answer for a ticker that does not exist
         },
         deltas=deltas,
     )

@@ -219,7 +219,7 @@ class Simulator:
         """
         return self._call(
             lambda venue: frozenset(
-                each.ticker for each in venue.exchange.markets() if each.status == ACTIVE
+                market.ticker for market in venue.exchange.markets() if market.status == ACTIVE
             )
         )
 
@@ -233,7 +233,7 @@ class Simulator:
             SimulatorError: The simulator is not running.
         """
         return self._call(
-            lambda venue: {each.trade_id: each.rest() for each in venue.exchange.trades}
+            lambda venue: {trade.trade_id: trade.rest() for trade in venue.exchange.trades}
         )
 
     def state(self) -> dict[str, Any]:

@@ -211,8 +211,8 @@ class Session:
 
     def overflow(self) -> None:
         """End every subscription with error 25, because the client does not keep up."""
-        for each in list(self._subscriptions.values()):
-            self._end(each, 25)
+        for subscription in list(self._subscriptions.values()):
+            self._end(subscription, 25)
 
     # out
 
@@ -230,13 +230,13 @@ class Session:
         """Return every subscription, as in GET /simulator/state."""
         return [
             {
-                "channel": each.channel,
-                "sid": each.sid,
-                "seq": each.seq if each.sequenced else None,
-                "markets": len(each.tickers),
-                "live": len(each.live),
+                "channel": subscription.channel,
+                "sid": subscription.sid,
+                "seq": subscription.seq if subscription.sequenced else None,
+                "markets": len(subscription.tickers),
+                "live": len(subscription.live),
             }
-            for each in self._subscriptions.values()
+            for subscription in self._subscriptions.values()
         ]
 
     def adopt(self, channel: str, sid: int, seq: int, tickers: Iterable[str]) -> None:
@@ -306,9 +306,11 @@ class Session:
     def _unsubscribe(self, command_id: int, params: Params) -> None:
         sids = params.all_sids()
         ended = [self._by_sid(sid) for sid in dict.fromkeys(sids)]
-        for each in ended:
-            del self._subscriptions[each.channel]
-            frame = frames.reply("unsubscribed", command_id, None, each.sid, each.next_seq())
+        for subscription in ended:
+            del self._subscriptions[subscription.channel]
+            frame = frames.reply(
+                "unsubscribed", command_id, None, subscription.sid, subscription.next_seq()
+            )
             self._send("unsubscribed", frame)
 
     def _update(self, command_id: int, params: Params) -> None:
@@ -342,9 +344,9 @@ class Session:
             self._acknowledge(subscription, command_id, params.skip_ticker_ack)
 
     def _by_sid(self, sid: int) -> _Subscription:
-        for each in self._subscriptions.values():
-            if each.sid == sid:
-                return each
+        for subscription in self._subscriptions.values():
+            if subscription.sid == sid:
+                return subscription
         raise Refused(7)
 
     def _acknowledge(self, to: _Subscription, command_id: int, skip_tickers: bool) -> None:

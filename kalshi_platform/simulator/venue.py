@@ -251,12 +251,12 @@ class Venue:
     def books(self) -> dict[str, Any]:
         """Return every current book, as in GET /simulator/books: exact texts, prices ascending."""
         return {
-            each.ticker: {
-                "market_id": each.market_id,
-                "status": each.status,
-                **each.view().texts(),
+            market.ticker: {
+                "market_id": market.market_id,
+                "status": market.status,
+                **market.view().texts(),
             }
-            for each in self.exchange.markets()
+            for market in self.exchange.markets()
         }
 
     def state(self) -> dict[str, Any]:

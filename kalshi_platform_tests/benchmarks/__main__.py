@@ -266,7 +266,7 @@ def main(quick: bool, names: tuple[str, ...], recorded: tuple[Path, Path] | None
         verdict = {True: "kept", False: "[red]NOT KEPT[/]", None: ""}[it.holds]
         table.add_row(it.what, number(it.value), it.unit, it.bound, verdict, it.beside)
     console.print(table)
-    sys.exit(1 if any(it.holds is False for it in figures) else 0)
+    sys.exit(1 if any(figure.holds is False for figure in figures) else 0)
 
 
 if __name__ == "__main__":

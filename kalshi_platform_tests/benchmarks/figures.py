@@ -77,5 +77,5 @@ def line(it: Figure) -> str:
 
 def show(figures: Iterable[Figure]) -> None:
     """A line for each, for one benchmark by itself."""
-    for it in figures:
-        click.echo(line(it))
+    for figure in figures:
+        click.echo(line(figure))

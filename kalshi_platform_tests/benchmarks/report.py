@@ -75,10 +75,10 @@ def page(sections: Sequence[Section]) -> str:
             "| what | measured | promised | kept | beside |",
             "|---|---:|---:|---|---|",
         ]
-        for it in section.figures:
-            kept = {True: "yes", False: "**no**", None: ""}[it.holds]
+        for figure in section.figures:
+            kept = {True: "yes", False: "**no**", None: ""}[figure.holds]
             lines.append(
-                f"| {it.what} | {number(it.value)} {it.unit} | {it.bound} | {kept} | {it.beside} |"
+                f"| {figure.what} | {number(figure.value)} {figure.unit} | {figure.bound} | {kept} | {figure.beside} |"
             )
         lines.append("")
     lines += [
@@ -93,12 +93,14 @@ def plot(figures: Sequence[Figure], curves: Sequence[Curve]) -> Plot:
     """Rates beside the bare loop, the stages, and memory over time."""
     picture = Plot(figsize=(13, 3.8), layout="constrained")
     left, middle, right = picture.subplots(1, 3, width_ratios=(1, 1, 1.6))
-    rates = [it for it in figures if it.unit in {"frames/s", "events/s"}]
-    left.barh([it.what for it in rates], [it.value / 1e6 for it in rates], color="#3a7ca5")
+    rates = [figure for figure in figures if figure.unit in {"frames/s", "events/s"}]
+    left.barh([rate.what for rate in rates], [rate.value / 1e6 for rate in rates], color="#3a7ca5")
     left.set_xlabel("million frames or events a second")
     left.invert_yaxis()
-    stages = [it for it in figures if it.unit == UNIT]
-    middle.barh([it.what for it in stages], [it.value for it in stages], color="#d98324")
+    stages = [figure for figure in figures if figure.unit == UNIT]
+    middle.barh(
+        [stage.what for stage in stages], [stage.value for stage in stages], color="#d98324"
+    )
     middle.set_xlabel(f"CPU, {UNIT}, each stage alone")
     middle.invert_yaxis()
     for panel in (left, middle):

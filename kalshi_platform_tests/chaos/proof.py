@@ -134,10 +134,10 @@ def compare(settings: Settings, simulator: Simulator) -> Proof:
         kept={what: Kept(journalled[what], hot[what], cold[what]) for what in _ROWS},
         rows_hot=rows_hot,
         rows_cold=rows_cold,
-        doubled=sum(it["doubled"] for it in subscriptions)
+        doubled=sum(subscription["doubled"] for subscription in subscriptions)
         + sum(doubled(settings, dataset) for dataset in _KEYS)
         + sum(abs(rows_hot[dataset] - rows_cold[dataset]) for dataset in _KEYS),
-        unexplained=sum(it["unexplained_holes"] for it in subscriptions),
+        unexplained=sum(subscription["unexplained_holes"] for subscription in subscriptions),
         books_differ=len(levels ^ _truth(simulator, open_markets)),
         connections=kinds.get("connected", 0),
         ends=kinds.get("disconnected", 0),

@@ -47,49 +47,49 @@ def _first_frame(folder: Path, since: float) -> float:
     return float("inf")
 
 
-def kill(it: Platform) -> float:
+def kill(platform: Platform) -> float:
     """Kill the streamer of shard 0; when."""
-    os.kill(it.streamers()[0], signal.SIGKILL)
+    os.kill(platform.streamers()[0], signal.SIGKILL)
     return time.time()
 
 
-def set_shards(it: Platform) -> None:
+def set_shards(platform: Platform) -> None:
     """Say in `.env`, which `up` begins with, how many there are to be."""
-    (it.data.parent / ".env").write_text(f"STREAM_SHARDS={it.shards}\n")
+    (platform.data.parent / ".env").write_text(f"STREAM_SHARDS={platform.shards}\n")
 
 
-def change(it: Platform, shards: int) -> float:
+def change(platform: Platform, shards: int) -> float:
     """Set STREAM_SHARDS in `.env`; the time of the former streamers' last frame, once all are replaced."""
-    former = it.streamers()
-    it.shards = shards
-    set_shards(it)
+    former = platform.streamers()
+    platform.shards = shards
+    set_shards(platform)
     last = 0.0
 
     def replaced() -> bool:
         nonlocal last
-        now = {int(health["pid"]): health for health in it.healths() if health}
+        now = {int(health["pid"]): health for health in platform.healths() if health}
         last = max(
             [last, *(now[pid]["last_frame_ns"] / 1e9 for pid in former.values() if pid in now)]
         )
         return bool(now) and now.keys().isdisjoint(former.values())
 
-    it.wait(replaced, f"{shards} shards")
+    platform.wait(replaced, f"{shards} shards")
     return last
 
 
 def measure(
-    it: Platform, kills: int, changes: int, say: Callable[[str], None]
+    platform: Platform, kills: int, changes: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Each so often, one after the other; seconds without a frame."""
     found: dict[str, list[float]] = {"kill": [], "change of STREAM_SHARDS": []}
     for number in range(kills + changes):
-        it.wait(lambda: it.recovered(0.0), "every book")
+        platform.wait(lambda: platform.recovered(0.0), "every book")
         time.sleep(SETTLED_S)
         what = "kill" if number < kills else "change of STREAM_SHARDS"
-        at = kill(it) if number < kills else change(it, 3 - it.shards)
-        it.wait(partial(it.recovered, at), "the recording")
-        shards = (0,) if number < kills else range(it.shards)
-        found[what].append(off_s([it.settings.journal_dir(shard) for shard in shards], at))
+        at = kill(platform) if number < kills else change(platform, 3 - platform.shards)
+        platform.wait(partial(platform.recovered, at), "the recording")
+        shards = (0,) if number < kills else range(platform.shards)
+        found[what].append(off_s([platform.settings.journal_dir(shard) for shard in shards], at))
         say(f"{what}: {found[what][-1]:.1f} s")
     return found
 
@@ -130,15 +130,15 @@ def main() -> None:
             )
         ) as simulator,
     ):
-        it = Platform(folder, simulator, markets=MARKETS)
-        del it.environment["STREAM_SHARDS"]
-        set_shards(it)
+        platform = Platform(folder, simulator, markets=MARKETS)
+        del platform.environment["STREAM_SHARDS"]
+        set_shards(platform)
         try:
-            it.start()
+            platform.start()
             with busy(given.busy):
-                found = measure(it, given.kills, given.changes, _say)
+                found = measure(platform, given.kills, given.changes, _say)
         finally:
-            it.kill()
+            platform.kill()
     for what, seconds in found.items():
         if seconds:
             _say(

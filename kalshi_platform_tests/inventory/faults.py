@@ -813,7 +813,7 @@ def look_at(client: Client, cases: Sequence[Case], seed: int = 1) -> dict[Case, 
 
 def stored(client: Client) -> list[Break]:
     """The breaks as `mm_inventory_breaks` has them now."""
-    columns = ", ".join(each.name for each in fields(Break))
+    columns = ", ".join(column.name for column in fields(Break))
     rows = client.query(
         f"SELECT {columns} FROM mm_inventory_breaks FINAL ORDER BY opened_at, check_name"
     ).result_rows

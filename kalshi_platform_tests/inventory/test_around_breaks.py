@@ -40,7 +40,7 @@ def fill(at: datetime, amount: float) -> Fill:
 def test_a_span_is_that_of_looking_at_each_row(
     fills: list[Fill], begin: datetime, end: datetime
 ) -> None:
-    assert between(fills, begin, end) == [each for each in fills if begin <= each.at <= end]
+    assert between(fills, begin, end) == [fill for fill in fills if begin <= fill.at <= end]
 
 
 @given(FILLS, REPORTS)
@@ -54,7 +54,7 @@ def test_unrecorded_is_what_the_fills_between_two_reports_leave(
             beyond := round(
                 after.position
                 - before.position
-                - sum(each.amount for each in fills if before.at < each.at <= after.at),
+                - sum(fill.amount for fill in fills if before.at < fill.at <= after.at),
                 6,
             )
         )
@@ -67,7 +67,7 @@ def test_rolled_moves_have_no_fill_beside_them(fills: list[Fill], moves: list[Mo
     plainly = [
         move
         for move in moves
-        if move.expected and not any(abs(move.at - each.at) <= audit.REACHES for each in fills)
+        if move.expected and not any(abs(move.at - fill.at) <= audit.REACHES for fill in fills)
     ]
     assert Market(fills=fills, moved=moves).rolled == plainly
 
@@ -92,11 +92,11 @@ def test_each_move_follows_one_fill_and_the_closest_that_is_left(
     fills: list[Fill], moves: list[Moved]
 ) -> None:
     left, plainly = list(moves), []
-    for each in fills:
-        near = [move for move in left if move.by == each.amount]
+    for fill in fills:
+        near = [move for move in left if move.by == fill.amount]
         if near:
-            closest = min(near, key=lambda move: abs(move.at - each.at))
-            plainly.append(closest.at - each.at)
+            closest = min(near, key=lambda move: abs(move.at - fill.at))
+            plainly.append(closest.at - fill.at)
             left.remove(closest)
     assert list(evidence._followed(Market(fills=fills, moved=moves), "engine-1")) == plainly
     assert list(evidence._followed(Market(fills=fills, moved=moves), "another")) == []

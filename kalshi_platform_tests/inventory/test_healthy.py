@@ -191,7 +191,10 @@ def test_healthy_hours_are_green(judged: Judged, case: str) -> None:
 
 @pytest.mark.parametrize("case", IDS)
 def test_healthy_hours_have_no_breaks(judged: Judged, case: str) -> None:
-    assert [each.headline() + " " + each.explanation for each in judged.breaks[case]] == []
+    assert [
+        found_break.headline() + " " + found_break.explanation
+        for found_break in judged.breaks[case]
+    ] == []
 
 
 # -- the runbook's literal definitions ---------------------------------------------------------

@@ -31,7 +31,7 @@ def look(planted: Planted, *, max_age_s: float | None = None, paper: bool = True
 
 
 def concerns(planted: Planted, max_age_s: float | None = None) -> list[Concern]:
-    return [each.concern for each in look(planted, max_age_s=max_age_s).cautions()]
+    return [caution.concern for caution in look(planted, max_age_s=max_age_s).cautions()]
 
 
 # -- what was judged -----------------------------------------------------------------------------

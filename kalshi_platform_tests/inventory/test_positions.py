@@ -71,7 +71,7 @@ def hold(simulator: Simulator, ticker: str, signed: int, age_s: float = LONG_AGO
 
 
 def by_ticker(found: positions.Report) -> dict[str, Snapshot]:
-    return {each.market_ticker: each for each in found.snapshots}
+    return {snapshot.market_ticker: snapshot for snapshot in found.snapshots}
 
 
 def test_positions_are_exact_and_signed_with_the_raw_answer(

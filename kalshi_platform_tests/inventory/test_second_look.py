@@ -29,8 +29,14 @@ def wrong(planted: Planted, market: str, *seconds: float) -> None:
 def plain(found: Findings) -> list[tuple[Any, ...]]:
     """All but what the SQL counts in each reading, which its rows have, too."""
     episodes = [
-        (each.market_ticker, each.first, each.last, each.findings, each.latest["decision_id"])
-        for each in found.episodes
+        (
+            episode.market_ticker,
+            episode.first,
+            episode.last,
+            episode.findings,
+            episode.latest["decision_id"],
+        )
+        for episode in found.episodes
     ]
     return [(found.total, found.markets), *found.rows, *episodes]
 

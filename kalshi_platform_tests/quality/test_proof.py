@@ -101,7 +101,10 @@ def test_a_sound_recording_is_whole_and_every_frame_is_counted(
     counts = Counts(frames=459, deltas=400, trades=57, snapshots=2)
     assert found.journal == counts
     assert found.stores == {CLICKHOUSE: counts, PARQUET: counts}
-    assert [(it.sid, it.first, it.last) for it in found.subscriptions] == [(1, 1, 402), (2, 1, 57)]
+    assert [
+        (subscription.sid, subscription.first, subscription.last)
+        for subscription in found.subscriptions
+    ] == [(1, 1, 402), (2, 1, 57)]
     (of,) = found.journals
     assert of.missing_records == {CLICKHOUSE: 0, PARQUET: 0}
 
@@ -161,7 +164,7 @@ def test_what_is_done_to_the_archive_is_found_there_alone(
     aside = path.rename(path.with_suffix(".aside"))
     lost = proved(settings)
     assert wrong(lost) == {PARQUET: {"missing": rows.num_rows, "unexplained": rows.num_rows}}
-    (offender,) = [it for it in lost.subscriptions if not it.is_whole]
+    (offender,) = [subscription for subscription in lost.subscriptions if not subscription.is_whole]
     seqs = rows["seq"].to_pylist()
     assert offender.ranges == {PARQUET: [(min(seqs), max(seqs))]}
     aside.rename(path)
@@ -217,9 +220,9 @@ def test_a_gap_is_a_loss_only_without_its_row(settings: Settings, client: Client
     client.command("DELETE FROM stream_events WHERE kind = 'gap'")
     found = proved(settings)
     assert wrong(found) == {CLICKHOUSE: {"unexplained": 3}}
-    assert [it.ranges for it in found.subscriptions if not it.is_whole] == [
-        {CLICKHOUSE: [(103, 105)]}
-    ]
+    assert [
+        subscription.ranges for subscription in found.subscriptions if not subscription.is_whole
+    ] == [{CLICKHOUSE: [(103, 105)]}]
 
 
 def test_numbers_that_the_exchange_repeats_are_no_fault(settings: Settings, client: Client) -> None:
@@ -272,7 +275,7 @@ def test_several_shards_are_added_up(settings: Settings, client: Client) -> None
     record(settings, of_other, shard=1)
     found = proved(settings)
     assert found.verdict == "whole"
-    assert [it.shard for it in found.journals] == [0, 1]
+    assert [journal.shard for journal in found.journals] == [0, 1]
     assert len(found.subscriptions) == 4
     assert found.journal.deltas == 110
 
@@ -371,7 +374,10 @@ def test_it_says_of_clickhouse_what_the_proof_in_sql_says(
                 )
     answer = client.query(queries.text("lossless_proof"))
     rows = [dict(zip(answer.column_names, row, strict=True)) for row in answer.result_rows]
-    found = {it.sid: it.stores[CLICKHOUSE] for it in proved(settings).subscriptions}
+    found = {
+        subscription.sid: subscription.stores[CLICKHOUSE]
+        for subscription in proved(settings).subscriptions
+    }
     for row in rows:
         counts = found[row["sid"]]
         assert {

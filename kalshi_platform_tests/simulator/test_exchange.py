@@ -31,8 +31,10 @@ def exchange(
 
 def messages(happenings: list[Happening]) -> list[object]:
     return [
-        (type(each).__name__, each.msg(False)) if isinstance(each, Delta) else type(each).__name__
-        for each in happenings
+        (type(event).__name__, event.msg(False))
+        if isinstance(event, Delta)
+        else type(event).__name__
+        for event in happenings
     ]
 
 
@@ -56,7 +58,7 @@ def test_the_rate_is_that_of_all_deltas_together() -> None:
 def test_activity_varies_widely_over_markets() -> None:
     busy = exchange(markets=20, rolling=0, rate=1000)
     happened = busy.advance(NOON + 20 * SECOND)
-    counts = Counter(each.market.ticker for each in happened if isinstance(each, Delta))
+    counts = Counter(event.market.ticker for event in happened if isinstance(event, Delta))
     assert max(counts.values()) > 8 * min(counts.values())
 
 
@@ -88,22 +90,22 @@ def test_a_rolling_slot_always_has_an_open_and_a_listed_market() -> None:
     seen = set()
     for second in range(1, 120):
         rolling.advance(NOON + second * SECOND)
-        statuses = Counter(each.status for each in rolling.markets())
+        statuses = Counter(market.status for market in rolling.markets())
         assert statuses[ACTIVE] == 1
         assert statuses[INITIALIZED] == 1
-        seen |= {each.ticker for each in rolling.markets() if each.status == ACTIVE}
+        seen |= {market.ticker for market in rolling.markets() if market.status == ACTIVE}
     assert len(seen) == 8
 
 
 def test_after_the_close_come_late_deltas_then_an_empty_book() -> None:
     rolling = exchange(markets=4, rolling=4, lifetime=10, rate=400)
     happened = rolling.advance(NOON + 300 * SECOND)
-    cleared = {each.market.ticker: each for each in happened if isinstance(each, Cleared)}
+    cleared = {event.market.ticker: event for event in happened if isinstance(event, Cleared)}
     assert len(cleared) > 50
     late = 0
-    for each in happened:
-        if isinstance(each, Delta) and each.market.ticker in cleared:
-            after = each.ts_us - each.market.listing.close_ns // 1000
+    for event in happened:
+        if isinstance(event, Delta) and event.market.ticker in cleared:
+            after = event.ts_us - event.market.listing.close_ns // 1000
             assert after <= 10_000
             late += after > 0
     assert late, "no delta was in flight at any close"
@@ -127,7 +129,9 @@ def test_scheduled_openings_and_closes_send_no_message() -> None:
                 life.setdefault(msg["market_ticker"], []).append(msg["event_type"])
     assert kinds["event_lifecycle"] >= 5
     finished = [
-        each for each in rolling.markets() if each.status == FINALIZED and each.ticker in life
+        market
+        for market in rolling.markets()
+        if market.status == FINALIZED and market.ticker in life
     ]
     whole = [list(dict.fromkeys(life[each.ticker])) for each in finished]
     assert ["created", "determined", "settled"] in whole
@@ -156,9 +160,9 @@ def test_settled_markets_are_forgotten_after_an_hour() -> None:
 
 def test_an_opening_markets_first_book_comes_as_deltas() -> None:
     rolling = exchange(markets=1, rolling=1, lifetime=30)
-    (coming,) = [each for each in rolling.markets() if each.status == INITIALIZED]
+    (coming,) = [market for market in rolling.markets() if market.status == INITIALIZED]
     happened = rolling.advance(coming.listing.open_ns)
-    opening = [each for each in happened if isinstance(each, Delta) and each.market is coming]
+    opening = [event for event in happened if isinstance(event, Delta) and event.market is coming]
     assert len(opening) > 10
     assert {each.ts_us for each in opening} == {coming.listing.open_ns // 1000}
     assert coming.status == ACTIVE
@@ -167,17 +171,17 @@ def test_an_opening_markets_first_book_comes_as_deltas() -> None:
 def test_the_matches_of_one_order_share_a_time_with_their_deltas() -> None:
     busy = exchange(rolling=0, rate=2000)
     happened = busy.advance(NOON + 10 * SECOND)
-    times = {(each.market.ticker, each.ts_us) for each in happened if isinstance(each, Delta)}
-    trades = [each for each in happened if isinstance(each, Trade)]
+    times = {(event.market.ticker, event.ts_us) for event in happened if isinstance(event, Delta)}
+    trades = [event for event in happened if isinstance(event, Trade)]
     assert trades
-    assert {(each.market.ticker, each.ts_us) for each in trades} <= times
+    assert {(trade.market.ticker, trade.ts_us) for trade in trades} <= times
     assert max(Counter((t.market.ticker, t.ts_us) for t in trades).values()) > 1
 
 
 def test_a_quote_is_the_top_of_the_book() -> None:
     busy = exchange(rolling=0)
     happened = busy.advance(NOON + 10 * SECOND)
-    last = {each.market.ticker: each for each in happened if isinstance(each, Quote)}
+    last = {event.market.ticker: event for event in happened if isinstance(event, Quote)}
     for each in last.values():
         msg, view = json.loads(each.wire()), each.market.view()
         best_yes, best_no = max(view.yes, default=0), max(view.no, default=0)
@@ -188,8 +192,8 @@ def test_a_quote_is_the_top_of_the_book() -> None:
 def test_a_crossed_book_is_crossed_for_real_and_for_a_while() -> None:
     busy = exchange(rolling=0)
     happened = busy.cross(2.0)
-    (crossed,) = [each for each in busy.markets() if each.book.crossed]
-    assert any(isinstance(each, Delta) and each.market is crossed for each in happened)
+    (crossed,) = [market for market in busy.markets() if market.book.crossed]
+    assert any(isinstance(event, Delta) and event.market is crossed for event in happened)
     busy.advance(NOON + 1 * SECOND)
     assert crossed.book.crossed
     busy.advance(NOON + 3 * SECOND)
@@ -198,8 +202,8 @@ def test_a_crossed_book_is_crossed_for_real_and_for_a_while() -> None:
 
 def test_an_empty_exchange_has_no_book_to_cross() -> None:
     lonely = exchange(markets=1, rolling=0)
-    for each in lonely.markets():
-        each.book.clear()
+    for market in lonely.markets():
+        market.book.clear()
     with pytest.raises(SimulatorError, match="bids on both sides"):
         lonely.cross(1)
 
@@ -214,8 +218,10 @@ def test_order_flow_beyond_the_machines_speed_is_shed_and_counted() -> None:
 def test_a_closed_market_trades_no_more() -> None:
     rolling = exchange(markets=1, rolling=1, lifetime=10, rate=1000)
     happened = rolling.advance(NOON + 11 * SECOND)
-    closed = {each.ticker for each in rolling.markets() if each.status not in {ACTIVE, INITIALIZED}}
+    closed = {
+        market.ticker for market in rolling.markets() if market.status not in {ACTIVE, INITIALIZED}
+    }
     assert closed
-    for each in happened:
-        if isinstance(each, Trade) and each.market.ticker in closed:
-            assert each.ts_us <= each.market.listing.close_ns // 1000 + 10_000
+    for event in happened:
+        if isinstance(event, Trade) and event.market.ticker in closed:
+            assert event.ts_us <= event.market.listing.close_ns // 1000 + 10_000

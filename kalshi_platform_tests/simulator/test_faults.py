@@ -26,7 +26,7 @@ class Line:
         self.exchange = Exchange(
             markets=5, rate=300, seed=3, now_ns=NOON, rolling_markets=0, rolling_seconds=60
         )
-        self.tickers = [each.ticker for each in self.exchange.markets()]
+        self.tickers = [market.ticker for market in self.exchange.markets()]
         self.session = Session(self.exchange, random.Random(1))
         params = {"channels": ["orderbook_delta"], "market_tickers": self.tickers}
         self.send({"id": 1, "cmd": "subscribe", "params": params})
@@ -243,12 +243,12 @@ def test_a_halted_market_sends_deactivated_and_activated() -> None:
 
 def test_markets_that_merely_traded_are_not_updated_ones() -> None:
     line = Beside("gap")
-    before = {each.ticker: each.updated_us for each in line.exchange.markets()}
+    before = {market.ticker: market.updated_us for market in line.exchange.markets()}
     line.heard(3)
     assert line.exchange.deltas
     assert all(
-        each.updated_us == before.get(each.ticker, each.updated_us)
-        for each in line.exchange.markets()
+        market.updated_us == before.get(market.ticker, market.updated_us)
+        for market in line.exchange.markets()
     )
 
 

@@ -72,7 +72,7 @@ def test_own_orders_rest_publicly_and_are_filled_by_takers(seed: int) -> None:
 
 def test_a_close_cancels_own_orders_and_settlement_pays() -> None:
     venue = exchange(rate=200.0, rolling=3)
-    market = next(each for each in venue.markets() if each.status == "active")
+    market = next(market for market in venue.markets() if market.status == "active")
     for number in range(400):
         venue.advance(START + number * SECOND // 100)
         level = market.book.room(YES)
@@ -85,9 +85,11 @@ def test_a_close_cancels_own_orders_and_settlement_pays() -> None:
             break  # it has closed
     assert venue.portfolio.fills
     happened = venue.advance(START + 60 * SECOND)
-    assert any(isinstance(each, Cleared) for each in happened)
+    assert any(isinstance(event, Cleared) for event in happened)
     assert [order for order in venue.portfolio.orders() if order.market is market] == []
-    (settled,) = (each for each in venue.portfolio.settled if each.market is market)
+    (settled,) = (
+        settlement for settlement in venue.portfolio.settled if settlement.market is market
+    )
     assert settled.holding.position == sum(
         fill.signed for fill in venue.portfolio.fills if fill.order.market is market
     )

@@ -44,7 +44,7 @@ LEGACY: list[dict[str, Any]] = [
 def written(folder: Path, frames: list[dict[str, Any]], name: str = "tape.jsonl") -> Path:
     path = folder / name
     # spaces that no encoder of ours would put there
-    text = "".join(json.dumps(each, separators=(" ,", ": ")) + "\n" for each in frames).encode()
+    text = "".join(json.dumps(frame, separators=(" ,", ": ")) + "\n" for frame in frames).encode()
     path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     return path
 

@@ -82,7 +82,7 @@ def test_markets_are_found_by_status_series_event_and_ticker(client: httpx.Clien
     assert {each["event_ticker"] for each in event} == {one["event_ticker"]}
     series = get(client, "/markets", series_ticker="KXFED", limit=1000)["markets"]
     assert series
-    assert all(each["ticker"].startswith("KXFED-") for each in series)
+    assert all(listed_series["ticker"].startswith("KXFED-") for listed_series in series)
     wanted = f"{active[0]['ticker']},{active[-1]['ticker']},NO-SUCH"
     found = get(client, "/markets", tickers=wanted)["markets"]
     assert {each["ticker"] for each in found} == {active[0]["ticker"], active[-1]["ticker"]}
@@ -126,7 +126,7 @@ def test_rest_faults_hit_the_next_requests_only(client: httpx.Client, simulator:
 
 def test_events_and_series_are_there(client: httpx.Client) -> None:
     events = get(client, "/events", limit=200, with_nested_markets="true")["events"]
-    assert sum(len(each["markets"]) for each in events) > 40
+    assert sum(len(event["markets"]) for event in events) > 40
     one = get(client, f"/events/{events[0]['event_ticker']}")
     assert one["event"]["series_ticker"] == events[0]["series_ticker"]
     for each in get(client, "/series")["series"]:
@@ -191,8 +191,8 @@ def test_trades_are_listed_newest_first(start_simulator: StartSimulator) -> None
     with httpx.Client(base_url=simulator.rest_url) as client:
         while len(trades := get(client, "/markets/trades", limit=5)["trades"]) < 5:
             pass
-        times = [each["created_time"] for each in trades]
-        assert len({each["trade_id"] for each in trades}) == 5
+        times = [trade["created_time"] for trade in trades]
+        assert len({trade["trade_id"] for trade in trades}) == 5
         assert times[0][:19] >= times[-1][:19]
         ticker = trades[0]["ticker"]
         same = get(client, "/markets/trades", ticker=ticker)["trades"]

@@ -30,7 +30,7 @@ class Bench:
             rolling_markets=0,
             rolling_seconds=60,
         )
-        self.tickers = [each.ticker for each in self.exchange.markets()]
+        self.tickers = [market.ticker for market in self.exchange.markets()]
         self.session = Session(self.exchange, random.Random(seed))
         self.ledger = Ledger(use_yes_price=use_yes_price)
 

@@ -54,27 +54,27 @@ def run(load: Load, every_s: float, say: Say) -> Outcome:
             )
         ) as simulator,
     ):
-        it = Platform(folder, simulator, markets=load.markets, shards=load.shards)
-        it.environment["MARKET_ALL"] = "1"
-        sampler = Sampler(it, simulator, every_s, lambda sample: say(_line(sample)))
+        platform = Platform(folder, simulator, markets=load.markets, shards=load.shards)
+        platform.environment["MARKET_ALL"] = "1"
+        sampler = Sampler(platform, simulator, every_s, lambda sample: say(_line(sample)))
         try:
-            it.start()
-            it.wait(lambda: it.recovered(0.0), "the first recording")
+            platform.start()
+            platform.wait(lambda: platform.recovered(0.0), "the first recording")
             sampler.start()
-            restarts = _restart_all(it, simulator, sampler, load, say)
-            doctor = _doctor(it)
+            restarts = _restart_all(platform, simulator, sampler, load, say)
+            doctor = _doctor(platform)
             sampler.stop()
             simulator.pause()
-            _settle(it, say)
-            it.stop()
+            _settle(platform, say)
+            platform.stop()
             say("Everything has ended; now the proof.")
-            return _judge(it, simulator, sampler, load=load, restarts=restarts, doctor=doctor)
+            return _judge(platform, simulator, sampler, load=load, restarts=restarts, doctor=doctor)
         finally:
-            it.kill()
+            platform.kill()
 
 
 def _restart_all(
-    it: Platform, simulator: Simulator, sampler: Sampler, load: Load, say: Say
+    platform: Platform, simulator: Simulator, sampler: Sampler, load: Load, say: Say
 ) -> list[Restart]:
     """Each part in its turn; a recovery that takes longer than its share delays the next."""
     began = time.time()
@@ -84,7 +84,7 @@ def _restart_all(
     for number, part in enumerate(every):
         sampler.sleep_until(began + (number + 0.5) * apart_s)
         say(f"{part.name}: {part.how}")
-        done.append(restart(it, simulator, part))
+        done.append(restart(platform, simulator, part))
         one = done[-1]
         say(
             f"{part.name}: recording again in {one.recording_s:.1f} s, supervised in {one.supervised_s:.1f} s"
@@ -95,13 +95,13 @@ def _restart_all(
     return done
 
 
-def _doctor(it: Platform) -> subprocess.CompletedProcess[str]:
+def _doctor(platform: Platform) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kalshi_platform", "doctor"]
     try:
         return subprocess.run(
             command,
-            cwd=it.data.parent,
-            env=it.environment,
+            cwd=platform.data.parent,
+            env=platform.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -112,17 +112,17 @@ def _doctor(it: Platform) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, str(error))
 
 
-def _settle(it: Platform, say: Say) -> None:
+def _settle(platform: Platform, say: Say) -> None:
     """Let the last frames be stored. What is not in time is counted by the proof."""
     time.sleep(2.0)
     try:
-        it.wait(it.idle, "the last frame to be stored")
+        platform.wait(platform.idle, "the last frame to be stored")
     except OutOfPatience as error:
         say(str(error))
 
 
 def _judge(
-    it: Platform,
+    platform: Platform,
     simulator: Simulator,
     sampler: Sampler,
     *,
@@ -130,7 +130,7 @@ def _judge(
     restarts: list[Restart],
     doctor: subprocess.CompletedProcess[str],
 ) -> Outcome:
-    settings = it.settings
+    settings = platform.settings
     stream = archived(settings, "stream_events")
     of = {
         kind: set(

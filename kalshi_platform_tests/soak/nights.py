@@ -148,25 +148,25 @@ class Scene:
         exchange.start()
         return exchange
 
-    def clickhouse(self, *, there: bool) -> None:
+    def clickhouse(self, *, present: bool) -> None:
         """A ClickHouse that takes connections and never answers, until it does."""
-        (self._way.open.set if there else self._way.open.clear)()
+        (self._way.open.set if present else self._way.open.clear)()
 
-    def exchange(self, *, there: bool) -> None:
+    def exchange(self, *, present: bool) -> None:
         """An exchange that cannot be reached, until it can."""
-        if there:
+        if present:
             self._exchange = self._opened()
         else:
             self._exchange.stop()
 
-    def archive(self, *, there: bool) -> None:
+    def archive(self, *, present: bool) -> None:
         """A disk that is not mounted, until it is."""
         root, away = self.settings.archive_dir, self._folder / "away"
-        (away if there else root).rename(root if there else away)
+        (away if present else root).rename(root if present else away)
 
-    def disk(self, *, there: bool) -> None:
+    def disk(self, *, present: bool) -> None:
         """A disk of the journal that takes nothing, until it does."""
-        (self._disk.set if there else self._disk.clear)()
+        (self._disk.set if present else self._disk.clear)()
 
     @property
     def well(self) -> bool:
@@ -284,7 +284,7 @@ def night(scene: Scene, pair: Sequence[Fault], times: Times, dice: random.Random
         late.append(f"not well before: {scene.streamer.health()}")
     pair = dice.sample(pair, 2)
     for fault in pair:
-        fault.take(scene, there=False)
+        fault.take(scene, present=False)
         watch.until(lambda: False, dice.uniform(0.0, 2.0 * times.tick_s))
     causes = frozenset(fault.cause for fault in pair)
     shown = [fault for fault in pair if not fault.hidden_by & causes]
@@ -295,7 +295,7 @@ def night(scene: Scene, pair: Sequence[Fault], times: Times, dice: random.Random
             if not watch.until(functools.partial(watch.has_opened, fault.cause), promised_s):
                 late.append(f"{fault.cause} was not reported")
         for fault in some:
-            fault.take(scene, there=True)
+            fault.take(scene, present=True)
     if not watch.until(
         lambda: watch.count(Event.RESOLVED).keys() >= causes, 120.0 + times.calm_s + times.slack_s
     ):

@@ -79,8 +79,8 @@ class Outcome:
     @property
     def calm(self) -> Sequence[Sample]:
         """The looks after the last restart was over."""
-        over = max((it.over for it in self.restarts), default=0.0)
-        return [it for it in self.samples if it.at > over]
+        over = max((restart.over for restart in self.restarts), default=0.0)
+        return [sample for sample in self.samples if sample.at > over]
 
     @property
     def steady(self) -> Sequence[Sample]:
@@ -96,17 +96,21 @@ class Outcome:
     @property
     def roles(self) -> list[str]:
         """Every role that was seen, by name."""
-        return sorted({role for it in self.samples for role in it.mib})
+        return sorted({role for sample in self.samples for role in sample.mib})
 
     def mib(self, role: str, part: int) -> float | None:
         """Median memory over a fifth of the time, 0 to 4; None where the role was not there."""
         fifth = max(len(self.samples) // 5, 1)
-        seen = [it.mib[role] for it in self.samples[part * fifth :][:fifth] if role in it.mib]
+        seen = [
+            sample.mib[role]
+            for sample in self.samples[part * fifth :][:fifth]
+            if role in sample.mib
+        ]
         return statistics.median(seen) if seen else None
 
     def most_mib(self, role: str) -> float:
         """The most memory that a role was seen with."""
-        return max(it.mib[role] for it in self.samples if role in it.mib)
+        return max(sample.mib[role] for sample in self.samples if role in sample.mib)
 
     def growth(self, role: str) -> float | None:
         """Over the steady part: the last fifth over the second one, medians; None for too few looks."""
@@ -165,8 +169,8 @@ class Outcome:
                 not self.trades_missing,
             ),
             "every part came back": (
-                f"{sum(it.recovered for it in self.restarts)} of {len(self.restarts)}",
-                all(it.recovered for it in self.restarts),
+                f"{sum(restart.recovered for restart in self.restarts)} of {len(self.restarts)}",
+                all(restart.recovered for restart in self.restarts),
             ),
             "`doctor` reports no failure at the end": (
                 f"exit {self.doctor_exit}",

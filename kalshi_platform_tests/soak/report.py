@@ -110,17 +110,21 @@ def _restarts(outcome: Outcome) -> list[str]:
         "| minute | what | how | recording again | supervised again |",
         "|---:|---|---|---:|---:|",
         *(
-            f"| {(it.at - began) / 60:.1f} | {it.name} | {it.how} | {_seconds(it.recording_s)} |"
-            f" {_seconds(it.supervised_s)} |"
-            for it in outcome.restarts
+            f"| {(restart.at - began) / 60:.1f} | {restart.name} | {restart.how} | {_seconds(restart.recording_s)} |"
+            f" {_seconds(restart.supervised_s)} |"
+            for restart in outcome.restarts
         ),
         "",
         "Recording again: the part runs again, frames come, every book is synced and both stores take"
         " rows. Supervised again: the web page answers and `streamer_supervisor` has checked the"
         " streamers, which it does every 5 s. Both are measured from the start of the shutdown.",
         "",
-        *(f"- {it.name}: {it.trouble}" for it in outcome.restarts if it.trouble),
-        *([""] if any(it.trouble for it in outcome.restarts) else []),
+        *(
+            f"- {restart.name}: {restart.trouble}"
+            for restart in outcome.restarts
+            if restart.trouble
+        ),
+        *([""] if any(restart.trouble for restart in outcome.restarts) else []),
     ]
 
 
@@ -187,13 +191,13 @@ def _lag(outcome: Outcome) -> list[str]:
 def plot(outcome: Outcome) -> Figure:
     """Memory by role, frames a second, and lag; restarts are marked and numbered."""
     began = outcome.samples[0].at
-    minutes = [(it.at - began) / 60 for it in outcome.samples]
+    minutes = [(sample.at - began) / 60 for sample in outcome.samples]
     picture = Figure(figsize=(12, 10), layout="constrained")
     memory, rate, lag = picture.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
     for role in outcome.roles:
         memory.plot(
             minutes,
-            [it.mib.get(role, float("nan")) for it in outcome.samples],
+            [sample.mib.get(role, float("nan")) for sample in outcome.samples],
             label=role,
             linewidth=1.6 if role.startswith(STREAMER) else 1.0,
         )
@@ -210,7 +214,7 @@ def plot(outcome: Outcome) -> Figure:
         )
     rate.set_ylabel("a second")
     for (store, name), colour in zip(_STORES.items(), _COLOURS, strict=True):
-        late = [it.late_s.get(store, float("nan")) for it in outcome.samples]
+        late = [sample.late_s.get(store, float("nan")) for sample in outcome.samples]
         lag.plot(minutes, late, label=name, color=colour)
     lag.set_yscale("symlog", linthresh=1.0)  # a second of one store beside the minute of the other
     lag.set_ylabel("seconds behind the journal")
@@ -220,10 +224,10 @@ def plot(outcome: Outcome) -> Figure:
         panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for it in outcome.restarts:
             panel.axvline((it.at - began) / 60, color="grey", linewidth=0.8, linestyle="--")
-    for it in outcome.restarts:
+    for restart in outcome.restarts:
         memory.annotate(
-            it.name,
-            ((it.at - began) / 60, 1.0),
+            restart.name,
+            ((restart.at - began) / 60, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
             textcoords="offset points",

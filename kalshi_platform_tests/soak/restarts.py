@@ -52,8 +52,8 @@ Done = Callable[[], bool]
 class Dagster:
     """The web server of a platform, as its page uses it."""
 
-    def __init__(self, it: Platform) -> None:
-        self._url = f"http://127.0.0.1:{it.ui_port}/graphql"
+    def __init__(self, platform: Platform) -> None:
+        self._url = f"http://127.0.0.1:{platform.ui_port}/graphql"
 
     def terminate(self, shard: int) -> None:
         """Terminate the shard's run of `stream_orderbook`."""
@@ -134,9 +134,9 @@ def parts(shards: int) -> list[Part]:
     ]
 
 
-def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
+def restart(platform: Platform, simulator: Simulator, part: Part) -> Restart:
     """Do it, and wait for the recovery, up to `PATIENCE_S`."""
-    dagster = Dagster(it)
+    dagster = Dagster(platform)
     at = time.time()
     done: Done
     replaced_at: float | None = None
@@ -147,36 +147,39 @@ def restart(it: Platform, simulator: Simulator, part: Part) -> Restart:
         if replaced_at is None and done():
             replaced_at = time.time()
         if replaced_at is not None:
-            for what, holds in (("recording", it.recovered), ("supervised", dagster.supervises)):
+            for what, holds in (
+                ("recording", platform.recovered),
+                ("supervised", dagster.supervises),
+            ):
                 if what not in after and holds(replaced_at):
                     after[what] = time.time() - at
         return len(after) == 2
 
     trouble = ""
     try:
-        done = part.begin(it, simulator)
-        it.wait(back, f"recovery from the restart of {part.name}")
+        done = part.begin(platform, simulator)
+        platform.wait(back, f"recovery from the restart of {part.name}")
     except (OutOfPatience, httpx.HTTPError, subprocess.TimeoutExpired) as error:
         trouble = str(error)  # on the page; the soak continues
     recording_s, supervised_s = after.get("recording"), after.get("supervised")
     return Restart(part.name, part.how, at, recording_s, supervised_s, trouble)
 
 
-def _up(it: Platform, _: Simulator) -> Done:
-    it.stop()
-    it.start()
+def _up(platform: Platform, _: Simulator) -> Done:
+    platform.stop()
+    platform.start()
     return lambda: True
 
 
 def _program(name: str) -> Callable[[Platform, Simulator], Done]:
-    def begin(it: Platform, _: Simulator) -> Done:
-        former = it.programs(name)
+    def begin(platform: Platform, _: Simulator) -> Done:
+        former = platform.programs(name)
         for process in former:
             process.send_signal(signal.SIGTERM)
         gone = {process.pid for process in former}
 
         def done() -> bool:
-            now = {process.pid for process in it.programs(name)}
+            now = {process.pid for process in platform.programs(name)}
             return bool(now) and now.isdisjoint(gone)
 
         return done
@@ -185,10 +188,10 @@ def _program(name: str) -> Callable[[Platform, Simulator], Done]:
 
 
 def _streamer(shard: int) -> Callable[[Platform, Simulator], Done]:
-    def begin(it: Platform, _: Simulator) -> Done:
-        former = it.streamers()[shard]
-        Dagster(it).terminate(shard)
-        return lambda: it.streamers().get(shard) not in {None, former}
+    def begin(platform: Platform, _: Simulator) -> Done:
+        former = platform.streamers()[shard]
+        Dagster(platform).terminate(shard)
+        return lambda: platform.streamers().get(shard) not in {None, former}
 
     return begin
 
@@ -196,11 +199,11 @@ def _streamer(shard: int) -> Callable[[Platform, Simulator], Done]:
 def _fault(fault: str, counted: str) -> Callable[[Platform, Simulator], Done]:
     """`counted`: what each streamer then has had one more of, by its report."""
 
-    def begin(it: Platform, simulator: Simulator) -> Done:
-        before = [health[counted] for health in it.healths()]
+    def begin(platform: Platform, simulator: Simulator) -> Done:
+        before = [health[counted] for health in platform.healths()]
         simulator.inject(fault)
         return lambda: all(
-            health[counted] > was for was, health in zip(before, it.healths(), strict=True)
+            health[counted] > was for was, health in zip(before, platform.healths(), strict=True)
         )
 
     return begin

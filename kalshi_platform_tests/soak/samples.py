@@ -50,9 +50,13 @@ class Sampler:
     """Samples in a thread of its own, until `stop`."""
 
     def __init__(
-        self, it: Platform, simulator: Simulator, every_s: float, say: Callable[[Sample], None]
+        self,
+        platform: Platform,
+        simulator: Simulator,
+        every_s: float,
+        say: Callable[[Sample], None],
     ) -> None:
-        self._it, self._simulator, self._every_s, self._say = it, simulator, every_s, say
+        self._it, self._simulator, self._every_s, self._say = platform, simulator, every_s, say
         self.samples: list[Sample] = []
         self.seen_open: dict[str, int] = {}
         """Markets that were open at a look, and at how many."""
