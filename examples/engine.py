@@ -1,11 +1,11 @@
-"""A whole engine: it quotes one market of the bundled simulator, is filled, and records all of it.
+"""A complete engine: it quotes one market of the bundled simulator, gets fills, and records everything.
 
     kalshi-platform up                       # the simulator and ClickHouse, in another terminal
     python examples/engine.py --seconds 30
     kalshi-platform qa
 
-The book comes over the WebSocket. Orders and the account are the simulator's own pages, which no exchange has: in
-an engine of yours the exchange's client stands in the place of `SimulatorGateway`, and all else stays.
+The book comes over the WebSocket. Orders and the account are on the simulator's own pages, which the real exchange
+does not have: in your engine the exchange's client replaces `SimulatorGateway`, and everything else stays.
 """
 
 import argparse
@@ -38,14 +38,14 @@ class Engine:
         self.held = self.reported(account)
 
     def reported(self, account: Account) -> mm.Reconciled:
-        """The position as the exchange has it; each that differs from the one before is recorded."""
-        said = account.positions.get(self.ticker, "0.00")
-        position = mm.Reconciled.from_exchange(self.ticker, said, datetime.now(UTC))
-        self.recorder.snapshot(position, source="account", raw={"position_fp": said})
+        """Return the position as the exchange reports it, and record it as a snapshot."""
+        position_fp = account.positions.get(self.ticker, "0.00")
+        position = mm.Reconciled.from_exchange(self.ticker, position_fp, datetime.now(UTC))
+        self.recorder.snapshot(position, source="account", raw={"position_fp": position_fp})
         return position
 
     def on_frame(self, frame: bytes) -> None:
-        """Keep the book. A real engine follows the sequence numbers, too."""
+        """Update the book. A real engine checks the sequence numbers, too."""
         kind = frames.kind_of(frame)
         if kind is frames.Kind.SNAPSHOT:
             self.book.apply_snapshot(frames.decode_snapshot(frame))
@@ -53,7 +53,7 @@ class Engine:
             self.book.apply_delta(delta_change(frames.decode_delta(frame)))
 
     def loop(self) -> None:
-        """Hear, decide, act."""
+        """Read the account, decide, act."""
         self.hear(self.gateway.account(self.last_fill, [self.ticker], 0))
         now = mm.inventory(self.held, self.orders.working(self.ticker))
         wanted = self.targets(now)
@@ -75,7 +75,7 @@ class Engine:
                 self.place(quote, price, decided.decision_id)
 
     def targets(self, now: mm.Inventory) -> dict[mm.Quote, Decimal]:
-        """Join the best on each side that may still add to the position."""
+        """Return quotes at the best price of each side, as far as the position limit allows."""
         bid, ask = self.book.best("yes"), self.book.best("no")
         if bid is None or ask is None or self.book.state is not SyncState.SYNCED:
             return {}
@@ -87,7 +87,7 @@ class Engine:
         return {q: price for q, price in prices.items() if abs(after[q]) <= MOST_HELD}
 
     def hear(self, account: Account) -> None:
-        """Take over the fills, and what the exchange has taken out by itself."""
+        """Record the fills, and the orders that the exchange has canceled by itself."""
         for fill in account.fills:
             side, size = mm.Contract(fill.outcome_side), Decimal(fill.count)
             at = datetime.fromtimestamp(fill.ts_us / 1e6, UTC)
@@ -107,9 +107,9 @@ class Engine:
         if account.fills:
             self.reported(account)
         self.last_fill = account.last_fill
-        there = {order.client_order_id for order in account.orders}
+        resting = {order.client_order_id for order in account.orders}
         for order in self.orders.live(self.ticker):
-            if order.sent.client_order_id not in there:  # at the market's close, say
+            if order.sent.client_order_id not in resting:  # at the market's close, say
                 self.orders.heard(order.sent.client_order_id, mm.OrderStatus.CANCELED)
                 self.recorder.order_changed(order.sent, mm.OrderStatus.CANCELED)
 

@@ -1,4 +1,4 @@
-"""The spread of each market over an archived hour, weighted by time, with Polars.
+"""Compute the time-weighted spread of each market over an archived hour, with Polars.
 
     python examples/hour_spreads.py data/parquet                  # the newest hour
     python examples/hour_spreads.py s3://bucket/prefix 2026-11-22T14
@@ -17,7 +17,7 @@ COLUMNS = ["market_ticker", "known_at", "verified", "spread"]
 
 
 def spreads(archive: Archive, hour: datetime) -> pl.DataFrame:
-    """Mean spread in dollars and seconds with a verified spread, for each market, the widest first."""
+    """Return the mean spread in dollars and the seconds with a verified spread, by market, the widest first."""
     rows = pl.concat([pl.DataFrame(table) for table in archive.read("spreads", hour, COLUMNS)])
     rows = rows.cast({"market_ticker": pl.String, "spread": pl.Float64})
     # A row holds until the market's next one. What is not verified counts for the time, and not for the mean.

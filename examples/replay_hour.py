@@ -1,4 +1,4 @@
-"""An archived hour replayed into order books: the best after every event, and a whole book at an instant.
+"""Replay an archived hour: the best prices after every event, and a whole book at an instant.
 
     python examples/replay_hour.py data/parquet                   # the busiest market of the newest hour
     python examples/replay_hour.py data/parquet --ticker KXFED-27-T0.5
@@ -16,7 +16,7 @@ from kalshi_platform.archive import Archive, archive_at
 
 
 def best(archive: Archive, hour: datetime, tickers: list[str] | None) -> pl.DataFrame:
-    """The best bid and ask of verified books after every event, a few markets in memory at a time."""
+    """Yield the best bid and ask of verified books after every event, a few markets in memory at a time."""
     groups = (
         [replay.read(archive, hour, tickers)] if tickers else replay.read_in_groups(archive, hour)
     )
@@ -25,7 +25,7 @@ def best(archive: Archive, hour: datetime, tickers: list[str] | None) -> pl.Data
 
 
 def ladder(archive: Archive, hour: datetime, ticker: str, at: datetime) -> pl.DataFrame:
-    """The whole book of a market at an instant: side, price in dollars, size in contracts."""
+    """Return the whole book of a market at an instant: side, price in dollars, size in contracts."""
     books = replay.read(archive, hour, [ticker])
     levels = pl.DataFrame(replay.at_instants(books, [at])).cast({"side": pl.String})
     return levels.select("side", "price", "size").drop_nulls()

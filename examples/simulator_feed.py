@@ -1,4 +1,4 @@
-"""The simulator's feed, looked at without recording it: books kept from the wire, then compared with the truth.
+"""Read the simulator's feed without recording it: keep the books from the frames, then compare them with the simulator's.
 
     python examples/simulator_feed.py --seconds 5
 
@@ -20,11 +20,11 @@ from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.server import Simulator, running
 
 QUIET_S = 0.5
-"""Silence on a paused simulator after which everything that it sent has been read."""
+"""Silence of a paused simulator after which all its frames have been read."""
 
 
 class Feed:
-    """The books of one subscription. Numbers count over all its markets, from 1."""
+    """The books of one subscription. Sequence numbers count over all its markets, from 1."""
 
     def __init__(self) -> None:
         self.books: dict[str, Book] = {}

@@ -1,4 +1,4 @@
-"""The best bid and ask of every market, live from ClickHouse.
+"""Print the best bid and ask of every market, live from ClickHouse.
 
     kalshi-platform up                                            # in another terminal
     python examples/top_of_book.py --seconds 10
