@@ -123,7 +123,7 @@ def test_memory_growth_is_tested_after_the_restarts_only() -> None:
     short = replace(SOUND, samples=looks([300.0 + 5 * n for n in range(20)]))
     assert short.steady_s < JUDGED_S
     assert short.sound
-    assert "Under 5 minutes it is not judged" in page(short, "soak.png")
+    assert "Under 5 minutes growth is not tested" in page(short, "soak.png")
 
 
 def test_what_the_seal_of_an_hour_takes_is_no_growth() -> None:
