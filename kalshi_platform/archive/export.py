@@ -71,7 +71,7 @@ NOTES: Mapping[str, frozenset[str]] = {
         "refused": "channel action code",
         "recovered": "channel cause since until missing trades",
         "gap": "cause expected got missing channel seq side price size span_s record until_record"
-        " use_yes_price asked",
+        " use_yes_price asked of",
         "malformed_field": "field seq",
         "resynced": "expected got markets seconds",
         "left": "",

@@ -73,6 +73,8 @@ SCALE = "scale"
 """The cause of a gap from which on no bids are read on the other scale; `use_yes_price` says which."""
 MALFORMED_SNAPSHOT = "malformed_snapshot"
 """The cause of a gap whose frame came and could not be read."""
+OTHER_SUBSCRIPTION = "other_subscription"
+"""The cause of a gap of one book whose snapshot came on another subscription than the one that missed frames."""
 REPLIES = frozenset(["subscribed", "ok", "unsubscribed", "error"])
 
 
@@ -91,6 +93,8 @@ class _Market:
     added: bool = False
     """Whether the subscription has been asked to carry it."""
     synced: bool = False
+    sid: int = 0
+    """The subscription that its last snapshot came on."""
     asked_at: float | None = None
     """When its snapshot was last asked for; None: not yet, or a gap has made the asking void."""
     asks: int = 0
@@ -303,13 +307,13 @@ class Session:
         }
         self._notes.append(Note("gap", detail, head.sid))
         if self._carries_books(head.sid, head.type):
-            self._make_stale(sid, expected, head.seq, now)
+            self._make_stale(head.sid, expected, head.seq, now)
             return
         side = self._side_of(head.sid)
         if side is not None and head.seq > expected:
             side.gap(head.seq - expected, now)
 
-    def _make_stale(self, sid: _Sid, expected: int, got: int, now: float) -> None:
+    def _make_stale(self, number: int, expected: int, got: int, now: float) -> None:
         """Ask for the snapshots of every market: what the numbers before `got` changed is not known."""
         if now - self._last_gap_at > CALM_S:
             self._recovery_interval = RECOVERY_MIN_S
@@ -317,11 +321,15 @@ class Session:
             self._recovery_interval = min(self._recovery_interval * 2, RECOVERY_MAX_S)
         self._last_gap_at = now
         self._next_look_at = 0.0
+        sid = self._sids[number]
         waiting = set()
         for ticker, market in self._markets.items():
+            if market.synced:
+                market.synced, market.asked_at, market.asks = False, None, 0
+                if market.sid != number:  # the gap's own note covers books of its subscription
+                    detail = {"cause": OTHER_SUBSCRIPTION, "of": number}
+                    self._notes.append(Note("gap", detail, market.sid, ticker))
             if market.added:
-                if market.synced:
-                    market.synced, market.asked_at, market.asks = False, None, 0
                 waiting.add(ticker)
         since = sid.gap.since if sid.gap else now
         sid.gap = _Gap(expected, got, since, waiting, len(waiting))
@@ -339,13 +347,13 @@ class Session:
             self._unreadable(head, sid, subject(frame), str(error), now)
             return Kind.SNAPSHOT
         if self.scale.is_other(yes, no, len(self._markets)):
-            self._change_scale(head.sid, sid, head.seq, now)
+            self._change_scale(head.sid, head.seq, now)
         ticker = snapshot.market_ticker
         known = self._markets.get(ticker)
         if known is None:  # no longer followed; its snapshot was already on its way
             self._afterwards.append(Note("left", {}, head.sid, ticker))
         else:
-            known.synced = True
+            known.synced, known.sid = True, head.sid
             known.asked_at = now
             known.asks = known.unreadable = 0
             if snapshot.market_id in {None, ""} and known.known:
@@ -365,7 +373,7 @@ class Session:
         if market is None and not ticker:
             numbers = {"expected": head.seq, "got": head.seq + 1, "missing": 1}
             self._notes.append(Note("gap", {**detail, **numbers}, head.sid))
-            self._make_stale(sid, head.seq, head.seq + 1, now)
+            self._make_stale(head.sid, head.seq, head.seq + 1, now)
         elif market is not None:
             if market.synced:
                 self._notes.append(Note("gap", detail, head.sid, ticker))
@@ -386,9 +394,9 @@ class Session:
         if sid is None or self._book_sid is None or yes_price == self.scale.yes_price:
             return
         self.scale = Scale(yes_price)
-        self._change_scale(self._book_sid, sid, sid.next_seq, now)
+        self._change_scale(self._book_sid, sid.next_seq, now)
 
-    def _change_scale(self, number: int, sid: _Sid, seq: int, now: float) -> None:
+    def _change_scale(self, number: int, seq: int, now: float) -> None:
         """The exchange quotes no bids otherwise than was asked: from frame `seq` on they are read so."""
         yes_price = self.scale.yes_price
         detail = {
@@ -403,7 +411,7 @@ class Session:
             f" although use_yes_price={str(self.use_yes_price).lower()} was asked for. They are read so from"
             " now on, and all books are asked for again."
         )
-        self._make_stale(sid, seq, seq, now)
+        self._make_stale(number, seq, seq, now)
 
     def _arrived(self, sid: _Sid, ticker: str, now: float | None) -> None:
         gap = sid.gap

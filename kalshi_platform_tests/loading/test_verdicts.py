@@ -33,7 +33,8 @@ class Recording:
     state: BookState = field(default_factory=BookState)
     rows: list[dict[str, object]] = field(default_factory=list)
     """The stream_events so far."""
-    seq: int = 0
+    seqs: dict[int, int] = field(default_factory=lambda: {1: 0, 2: 0})
+    """The last number of each subscription."""
 
     def __post_init__(self) -> None:
         self.session = Session(MARKETS, use_yes_price=self.use_yes_price)
@@ -75,10 +76,10 @@ class Recording:
         """The loader's verdict."""
         return {t for t, book in self.state.books.items() if book.verified}
 
-    def next(self) -> int:
-        """The next number of the subscription."""
-        self.seq += 1
-        return self.seq
+    def next(self, sid: int = 1) -> int:
+        """The next number of a subscription."""
+        self.seqs[sid] += 1
+        return self.seqs[sid]
 
     def kinds(self) -> list[object]:
         return [row["kind"] for row in self.rows]
@@ -252,35 +253,49 @@ STEPS = (
 
 
 @given(data=st.data())
-@examples(300)
+@examples(160)
 def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
     data: st.DataObject,
 ) -> None:
     draw = data.draw
     recording = Recording()
     for step in draw(st.lists(st.sampled_from(STEPS), max_size=40)):
-        ticker = draw(st.sampled_from((*MARKETS, "Z-9")))
+        ticker, sid = draw(st.sampled_from((*MARKETS, "Z-9"))), draw(st.sampled_from((1, 1, 1, 2)))
         if step == "load":
             recording.load()
         elif step == "follow":
             recording.session.follow(draw(st.sets(st.sampled_from(MARKETS))))
             list(recording.session.commands(0.0))
         elif step == "lost":
-            recording.next()
+            recording.next(sid)
         else:
-            seq = recording.seq if step == "repeated" else recording.next()
+            seq = recording.seqs[sid] if step == "repeated" else recording.next(sid)
+            qty = 100 * draw(st.integers(-3, 3))
+            delta = wire.delta(ticker, seq, "yes", 4_000, qty, sid=sid)
+            snapshot = wire.snapshot(ticker, seq, {4_000: 500}, {5_500: 100}, sid=sid)
             frame = {
-                "ok": wire.ok(seq),
-                "trade": wire.trade(ticker, seq, 4_000, 100, sid=1),
-                "snapshot": wire.snapshot(ticker, seq, {4_000: 500}, {5_500: 100}),
-            }.get(step, wire.delta(ticker, seq, "yes", 4_000, 100 * draw(st.integers(-3, 3))))
+                "ok": wire.ok(seq, sid=sid),
+                "trade": wire.trade(ticker, seq, 4_000, 100, sid=sid),
+                "snapshot": snapshot,
+            }.get(step, delta)
             if step == "odd":
-                if draw(st.booleans()):
-                    frame = wire.snapshot(ticker, seq, {4_000: 500}, {5_500: 100})
-                frame = draw(altered(frame))
+                frame = draw(altered(draw(st.sampled_from((delta, snapshot)))))
             recording.take(frame)
     recording.load()
     assert recording.synced == recording.verified
+
+
+def test_a_gap_of_one_subscription_leaves_books_of_another_stale_in_both() -> None:
+    recording = Recording()
+    whole(recording, ["A-1", "B-2"])
+    recording.take(wire.snapshot("C-3", recording.next(2), {4_000: 500}, {5_500: 100}, sid=2))
+    recording.next()  # lost
+    recording.take(wire.delta("A-1", recording.next(), "yes", 4_000, 100))
+    recording.load()
+    assert recording.synced == recording.verified == set()
+    sequence, other = recording.gaps()
+    assert (sequence["cause"], sequence["missing"]) == ("sequence", 1)
+    assert (other["cause"], other["of"], other["ticker"]) == ("other_subscription", 1, "C-3")
 
 
 def test_a_snapshot_after_its_market_was_left_does_not_stay_verified() -> None:
