@@ -152,7 +152,7 @@ class Bench:
         return path
 
     def _decoding(self, deltas: Path) -> list[Figure]:
-        """What msgspec alone takes, for comparison."""
+        """Measure msgspec alone, for comparison."""
         frames = feed.payloads(deltas, 200_000)
         results = []
         for what, decode in (("the head", decode_head), ("all of it", decode_delta)):
@@ -207,7 +207,7 @@ def _delays(it: Recorded) -> list[Figure]:
 
 
 class Stolen:
-    """Processor time that the host gave to others while it was wanted here: figures are that much worse."""
+    """Processor time that the host gave to other guests while it was requested here, which worsens the figures."""
 
     def __init__(self) -> None:
         self._began = psutil.cpu_times()
@@ -222,7 +222,7 @@ class Stolen:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """Describe the machine."""
     memory_gib = psutil.virtual_memory().total / 2**30
     libraries = ("chdb", "dagster", "polars", "pyarrow", "websockets")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
@@ -247,7 +247,7 @@ def machine() -> str:
     help="A recorded flow, for the bytes of an event: frames, and the receive time of each.",
 )
 def main(quick: bool, names: tuple[str, ...], recorded: tuple[Path, Path] | None) -> None:
-    """Measure, show, write."""
+    """Measure, print, write."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(QUICK if quick else FULL, Path(folder), recorded, console.log)

@@ -1,4 +1,4 @@
-"""How fast an hour's spreads, depth and imbalance are made, and how fast it is replayed.
+"""How fast an hour's spreads, depth and imbalance are computed, and how fast it is replayed.
 
 `python -m kalshi_platform_tests.benchmarks.analytics`
 
@@ -37,7 +37,7 @@ HOUR = datetime(2026, 11, 22, 14, tzinfo=UTC)
 PARTS = 12
 LEVELS = 5
 FLOOR = 1_000_000.0
-"""Events a second that are asked of each."""
+"""Events a second that are promised for each."""
 PEAK_GIB = 2.0
 
 
@@ -105,7 +105,7 @@ def synthetic_hour(
 
 @dataclass(frozen=True)
 class Measured:
-    """What one piece of work took, in a process of its own."""
+    """Duration and memory of one computation, in a process of its own."""
 
     seconds: float
     peak_gib: float
@@ -164,7 +164,7 @@ def figures(events: int = 5_000_000, markets: int = 1_000) -> list[Figure]:
 @click.option("--events", default=5_000_000, show_default=True)
 @click.option("--markets", default=1_000, show_default=True)
 def main(events: int, markets: int) -> None:
-    """Write the hour, then time each piece of work in a process of its own."""
+    """Write the hour, then time each computation in a process of its own."""
     show(figures(events, markets))
 
 

@@ -1,4 +1,4 @@
-"""What a decision costs an engine: the call alone, with the spool at work and ClickHouse away."""
+"""How long a decision call takes, with the spool running and ClickHouse unreachable."""
 
 from __future__ import annotations
 

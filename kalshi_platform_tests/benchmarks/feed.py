@@ -33,12 +33,12 @@ from kalshi_platform.exchange.session import CHANNEL
 PATH = "/trade-api/ws/v2"
 CHUNK = 250_000
 LAG = 20_000
-"""An order stays on the book while so many others come."""
+"""How many later orders arrive while an order stays on the book."""
 START_US = 1_790_000_000_000_000
 STEP_US = 137
 PACE_S = 0.005
 CALM_S = 0.5
-"""A client that has all its books and asks for nothing for so long has subscribed to all it wants."""
+"""A client that has all its books and sends no command for this time has finished subscribing."""
 
 
 _TEXT = [
@@ -167,7 +167,7 @@ def _encoded(message: dict[str, Any]) -> bytes:
 
 
 class _Peer:
-    """One client's connection, spoken through the library's protocol without I/O."""
+    """One client's connection, through the library's protocol without I/O."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -223,7 +223,7 @@ class _Peer:
 
 
 def _subscribe(peer: _Peer, markets: int) -> None:
-    """Answer commands until every market has had its snapshot, and the client asks for no more."""
+    """Answer commands until every market has had its snapshot, and the client sends no more."""
     seq, sids, answered = 1, 0, 0
     for command in peer.messages():
         params = command.get("params", {})

@@ -1,4 +1,4 @@
-"""A measured figure, and how it stands to what was promised."""
+"""A measured figure and its promised bound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table. With neither bound it is there for comparison only."""
+    """One row of the table. Without a bound it is for comparison only."""
 
     what: str
     value: float
@@ -18,11 +18,11 @@ class Figure:
     at_least: float | None = None
     at_most: float | None = None
     beside: str = ""
-    """What it is to be read beside, measured in the same run."""
+    """A figure for comparison, measured in the same run."""
 
     @property
     def holds(self) -> bool | None:
-        """Whether the bound is kept; None where there is none."""
+        """Whether the bound is kept; None if there is none."""
         if self.at_least is not None:
             return self.value >= self.at_least
         if self.at_most is not None:
@@ -57,13 +57,13 @@ class Section:
     load: float
     """The load average of the minute before it began: near 0 on an idle machine."""
     stolen: float
-    """The share of the processor time that was wanted which the host gave to others."""
+    """Share of the requested processor time that the host gave to other guests."""
     figures: list[Figure]
     curves: list[Curve]
 
 
 def number(value: float) -> str:
-    """Three digits that count, thousands apart."""
+    """Format with three significant digits and thousands separators."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"

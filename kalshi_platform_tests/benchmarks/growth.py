@@ -35,7 +35,7 @@ START_S = 600.0
 
 @dataclass(frozen=True)
 class Written:
-    """What there is at an instant."""
+    """Sizes at an instant."""
 
     at: float
     events: int
@@ -47,7 +47,7 @@ class Written:
 @click.option("--rate", default=200.0, show_default=True, help="Order-book deltas a second.")
 @click.option("--markets", default=40, show_default=True, help="Simulated markets.")
 def main(minutes: float, rate: float, markets: int) -> None:
-    """Run the platform for some minutes and say what it writes a day."""
+    """Run the platform for some minutes and print what it writes a day."""
     with tempfile.TemporaryDirectory(prefix="kalshi-growth-") as folder:
         ui, clickhouse, simulator = (_free_port() for _ in range(3))
         chosen = {
@@ -78,7 +78,7 @@ def main(minutes: float, rate: float, markets: int) -> None:
 
 
 def _wait_for_frames(settings: Settings, platform: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it has recorded for half a minute: what starting costs is not to be counted."""
+    """Wait until it has recorded for half a minute, so that the start is not counted."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and platform.poll() is None:
         try:

@@ -33,7 +33,7 @@ SPAN_S = 6_600
 """What the decisions are spread over: within the look-back of the checks."""
 QA_S, CHECK_S = 15.0, 3.0
 FEW = 33_000
-"""Decisions of the table on which each asset check is run alone; something is wrong in every market."""
+"""Decisions of the table on which each asset check is run alone; every market has a fault."""
 _BATCH = 1_000_000
 
 # Of a market's forty decisions: a bid of 10 rests for twenty, is filled, and is held for ten; an ask of 10
@@ -113,7 +113,7 @@ WHERE loop % greatest(1, intDiv({{rows:UInt64}} * 300, {{markets:UInt32}} * {{sp
 
 
 def fill(client: Client, rows: int, markets: int, wrong_every: int) -> None:
-    """Two hours of two engines, up to now; in every so many markets something is wrong; 0 is in none."""
+    """Two hours of two engines, up to now; every n-th market has a fault, with 0 none."""
     now_ms = int(time.time() * 1000)
     for first in range(0, rows, _BATCH):
         given = {
@@ -139,7 +139,7 @@ def prepared(
 
 
 def qa(settings: Settings, *flags: str) -> float:
-    """How long `qa` takes, its process's start included, in seconds. Raises where it does not judge."""
+    """Return how long `qa` takes, including its process's start, in seconds. Raises if it audits nothing."""
     url = urlsplit(settings.clickhouse_url)
     argv = [sys.executable, "-m", "kalshi_platform.qa.mm_inventory_qa", "--host", str(url.hostname)]
     argv += ["--port", str(url.port), "--database", settings.clickhouse_database, *flags]
@@ -177,7 +177,7 @@ def asset_checks(settings: Settings) -> dict[str, float]:
 
 
 def figures(rows: int = 5_000_000) -> list[Figure]:
-    """Fill, then judge."""
+    """Fill, then audit."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "clickhouse") as url:
         many = platform_settings.load(clickhouse_url=url, clickhouse_database="bench_many")
         prepared(many, rows)
@@ -205,7 +205,7 @@ def figures(rows: int = 5_000_000) -> list[Figure]:
 @click.command(help=__doc__)
 @click.option("--rows", default=5_000_000, show_default=True)
 def main(rows: int) -> None:
-    """Fill, judge, and print."""
+    """Fill, audit, and print."""
     show(figures(rows))
 
 

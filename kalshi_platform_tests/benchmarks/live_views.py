@@ -128,7 +128,7 @@ def _percentiles(name: str, took: Sequence[float], median_ms: float | None) -> l
 
 
 def measure(client: Client, markets: int, seed: int = 1) -> list[Figure]:
-    """Ask a filled database every question."""
+    """Run every query on a filled database."""
     found = []
     rng = random.Random(seed)
     now = datetime.now(UTC)
@@ -161,7 +161,7 @@ def measure(client: Client, markets: int, seed: int = 1) -> list[Figure]:
 
 
 def _freshness(client: Client) -> float:
-    """The longest of some times from sending a change to an answer that has it, in ms."""
+    """Return the longest of some times from sending a change to an answer that has it, in ms."""
     slowest = 0.0
     busiest = {"ticker": BUSIEST}
     for size in range(1, TIMES + 1):
@@ -184,7 +184,7 @@ def prepared(settings: Settings, rows: int, markets: int) -> Client:
 
 
 def figures(rows: int = 50_000_000, markets: int = 1_000) -> list[Figure]:
-    """Fill, then ask."""
+    """Fill, then query."""
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "clickhouse") as url:
         settings = platform_settings.load(clickhouse_url=url, clickhouse_database="bench")
         client = prepared(settings, rows, markets)
@@ -198,7 +198,7 @@ def figures(rows: int = 50_000_000, markets: int = 1_000) -> list[Figure]:
 @click.option("--rows", default=50_000_000, show_default=True)
 @click.option("--markets", default=1_000, show_default=True)
 def main(rows: int, markets: int) -> None:
-    """Fill, ask, and print."""
+    """Fill, query, and print."""
     show(figures(rows, markets))
 
 

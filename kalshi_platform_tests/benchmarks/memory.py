@@ -49,7 +49,7 @@ from kalshi_platform_tests.benchmarks.pipeline import Recorder, feeding
 SAMPLE_S = 1.0
 BOUND_MIB = 600.0
 FLAT = 1.1
-"""The last fifth of the time may need a tenth more than the second fifth did."""
+"""The last fifth of the time may use a tenth more than the second fifth."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ HOUR_END_PATIENCE_S = 1_800.0
 
 @dataclass(frozen=True)
 class HourEnd:
-    """How a load went over an hour's end, by what its process saw every 20 ms."""
+    """How a loader passed an hour's end, sampled by its process every 20 ms."""
 
     seconds: float
     begun_mib: float
@@ -124,7 +124,7 @@ class HourEnd:
     ended: bool
     """Whether everything was loaded."""
     end_s: float
-    """From the request to end to the end of both loads."""
+    """From the request to end to the end of both loaders."""
 
 
 def hour_end(markets: int, levels: int) -> list[Figure]:
@@ -215,7 +215,7 @@ def _counted(store: _Hot | _Cold, books: Iterator[pa.Table]) -> Iterator[pa.Tabl
 
 
 class _Longest:
-    """The longest time in which something stayed the same."""
+    """Return the longest time in which a value did not change."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -308,7 +308,7 @@ def _check_checkpoint(settings: Settings, hour: datetime, markets: int, levels: 
     "--levels", default=0, help="Load an hour's end with so many levels in each book instead."
 )
 def main(markets: int, rate: float, seconds: float, away: bool, levels: int) -> None:
-    """Lay out the frames, record them, look at the memory, count the rows."""
+    """Prepare the frames, record them, sample the memory, count the rows."""
     if levels:
         show(hour_end(markets, levels))
         return

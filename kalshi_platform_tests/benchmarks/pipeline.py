@@ -1,4 +1,4 @@
-"""How fast frames go from the socket into the stores, beside what a bare socket loop takes.
+"""How fast frames go from the socket into the stores, compared with a bare socket loop.
 
 One run, one machine, one feeder (`feed.py`): first a loop that only receives, then the recorder as it
 is shipped, `kalshi-platform stream` with the embedded ClickHouse, on the same bytes.
@@ -41,7 +41,7 @@ from kalshi_platform_tests.benchmarks import feed
 
 PATIENCE_S = 120.0
 SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
-"""Records that a store may still gather for its next write, with nothing wrong."""
+"""Records that a store may still collect for its next write, without a fault."""
 
 
 class Feeder:
@@ -59,7 +59,7 @@ class Feeder:
         self.ws_url, self.rest_url = str(places["ws_url"]), str(places["rest_url"])
 
     def hear(self) -> dict[str, Any]:
-        """The next thing that it says; waits for it."""
+        """Wait for its next line of output."""
         line = cast(IO[str], self.process.stdout).readline()
         if not line:
             raise RuntimeError("the feeder has ended: see above")
@@ -86,7 +86,7 @@ def feeding(path: Path, markets: int, rate: float = 0.0, frames: int = -1) -> It
 
 
 def bare_loop(path: Path, frames: int, markets: int) -> float:
-    """Frames a second that a loop takes which does nothing but receive."""
+    """Return the frames a second of a loop that only receives."""
     with (
         feeding(path, markets, frames=frames) as feeder,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
@@ -179,17 +179,17 @@ class Recorder:
         self.clickhouse = psutil.Process(url.process.pid)
         self.peak_bytes = 0
         self.last: dict[str, Any] = {}
-        """Its last word."""
+        """Its last line of output."""
 
     def health(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """Its health report."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the streamer ended with code {self.process.returncode}")
         self.peak_bytes = max(self.peak_bytes, self.seen.memory_info().rss)
         return health_report.read(self.settings.journal_dir()) or {}
 
     def wait_for(self, frames: int) -> None:
-        """Until so many frames are in the journal, and the stores lag by no more than a write."""
+        """Wait until so many frames are in the journal, and the stores lag by at most one write."""
         progress, patience = -1, time.monotonic() + PATIENCE_S
         while True:
             now = self.health()
@@ -205,14 +205,14 @@ class Recorder:
             time.sleep(0.5)
 
     def stop(self) -> dict[str, Any]:
-        """SIGTERM; its last word."""
+        """Send SIGTERM; return its last line of output."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
         self.last = health_report.read(self.settings.journal_dir()) or {}
         return self.last
 
     def check(self, frames: int, last: dict[str, Any]) -> None:
-        """What was counted is really there: every delta once, with no gap, in both stores."""
+        """Check the counts: every delta once, with no gap, in both stores."""
         if any(store["lag"] for store in last["stores"].values()):
             raise RuntimeError(f"not everything was stored: {last}")
         client = clickhouse.connect(self.settings)
@@ -231,7 +231,7 @@ class Recorder:
             )
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End it, in whatever state."""
         self.process.kill()
         self.process.wait()
 

@@ -1,4 +1,4 @@
-"""The page and the plot that `make bench` writes."""
+"""Write the page and the plot of `make bench`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POINTS = 120
 
 
 def write(measured: Section, order: Sequence[str]) -> None:
-    """Put a section in the place of the one of its name, and write the page and the plot from all."""
+    """Replace the section of the same name, and write the page and the plot from all sections."""
     before = msgspec.json.decode(KEPT.read_bytes(), type=list[Section]) if KEPT.exists() else []
     sections = {section.name: section for section in [*before, thinned(measured)]}
     kept = [sections[name] for name in order if name in sections]

@@ -1,4 +1,4 @@
-"""Where the time goes: each stage of the way from the socket to the stores, alone, on the same frames.
+"""Measure each stage from the socket to the stores alone, on the same frames.
 
 CPU of one core, in microseconds for each frame, medians. Alone a stage finds its data in the cache and
 has the machine to itself, so that the stages together take less than the recorder as a whole.

@@ -1,4 +1,4 @@
-"""The whole platform, `kalshi-platform up`: how soon it stores a first row, and what it costs idle."""
+"""The complete platform, `kalshi-platform up`: time to the first stored row, and CPU while idle."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ PROGRAMS = {
     "embedded_clickhouse": "ClickHouse",
     " up ": "up",
 }
-"""What each process is for, by a part of its command line."""
+"""The program of each process, by a part of its command line."""
 
 
 def idle(path: Path, markets: int, seconds: float) -> Figure:

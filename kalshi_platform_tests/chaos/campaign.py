@@ -1,4 +1,4 @@
-"""The campaign: break anything at any moment, then prove what was promised.
+"""The fault campaign: cause faults at random moments, then prove the promises.
 
 `make chaos` runs it with 200 faults and writes `docs/reliability.md`; the test suite runs a short
 one. The exchange is a simulator in this process, which no fault reaches unless it is drawn for it, so
@@ -49,20 +49,20 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Event:
-    """One fault that was made. Times are seconds since the epoch."""
+    """One caused fault. Times are seconds since the epoch."""
 
     fault: str
     at: float
     held_s: float
     recovered_s: float | None
-    """Seconds from the fault's end until frames came and ClickHouse had them; None: the next one came first."""
+    """Seconds from the fault's end until frames came and ClickHouse had them; None: the next fault came first."""
     shards: frozenset[int] = frozenset()
-    """Those whose living streamer was among what was killed."""
+    """Shards whose running streamer was killed."""
 
 
 @dataclass
 class Outcome:
-    """What the campaign found."""
+    """The results of the campaign."""
 
     events: list[Event]
     minutes: float
@@ -70,13 +70,13 @@ class Outcome:
     unmarked_ends: int
     """Kills of the streamer without a `disconnected` row that gives cause and span."""
     hours_ended: int = 0
-    """Ends of hours that the campaign went over: where parts are cut and hours are sealed."""
+    """Ends of hours during the campaign, at which parts end and hours are sealed."""
     left_out: tuple[str, ...] = ()
-    """Kinds of faults that could not be had on this machine."""
+    """Kinds of faults that are not possible on this machine."""
     journal_delay_s: list[float] = field(default_factory=list)
     """For each kill of the streamer: age of the last journalled frame at that moment."""
     off_s: list[float] = field(default_factory=list)
-    """For each kill of a streamer alone, whose recovery was waited for: until the next journalled frame."""
+    """For each kill of a streamer alone whose recovery was awaited: seconds until the next journalled frame."""
 
     @property
     def sound(self) -> bool:
@@ -203,7 +203,7 @@ def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: flo
 
 
 def _connections_cut(folder: Path, events: list[Event]) -> int:
-    """How many connections of a journal were open at a kill: from `connected` to the next start."""
+    """Count the connections of a journal that were open at a kill: from `connected` to the next start."""
     ending = [e for e in events if e.shards]
     open_since: dict[bytes, int] = {}
     cut = 0
@@ -247,7 +247,7 @@ def _delays(folder: Path, kills: list[Event]) -> list[float]:
 
 
 def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
-    """The campaign as a page of the docs."""
+    """Return the campaign's page of the docs."""
     proof = outcome.proof
     by_fault: Counter[str] = Counter(e.fault for e in outcome.events)
     kills = sum(bool(e.shards) for e in outcome.events)

@@ -1,4 +1,4 @@
-"""Disks of the campaign's own: each store on a small file system that can be filled and taken away.
+"""The campaign's disks: each store on a small file system that can be filled and removed.
 
 Needs the right to mount; `available` says whether this process has it.
 """

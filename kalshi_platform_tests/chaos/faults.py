@@ -1,4 +1,4 @@
-"""What the campaign does to a running platform, one fault at a time, drawn at random.
+"""The faults that the campaign causes on a running platform, one at a time, drawn at random.
 
 A fault begins at once and ends after a hold; `begin` returns what ends it, or None where the fault does
 not apply at the moment (another one is drawn then). Faults that need the right to mount, or a compiler,
@@ -39,7 +39,7 @@ class Scene:
     platform: Platform
     simulator: Simulator
     disks: Mapping[str, Path]
-    """Folders with a small file system of their own, by what is kept there."""
+    """Folders with a small file system of their own, by content."""
     dice: random.Random
     killed: set[int] = field(default_factory=set)
     """Process ids that the current fault has killed."""
@@ -58,7 +58,7 @@ class Fault:
 
 
 def faults(*, mounts: bool, slow_fsync: bool) -> list[Fault]:
-    """The faults that can be had here."""
+    """Return the faults that are possible here."""
     found = [
         *(Fault("kill", name, weight, partial(_kill, name)) for name, weight in KILLS.items()),
         *(
@@ -96,7 +96,7 @@ KILLS = {
     DAEMON: 1,
     EVERYTHING: 3,
 }
-"""What is killed (`kill -9`), and how often beside the others."""
+"""What is killed (`kill -9`), and its weight."""
 
 
 def _kill(target: str, scene: Scene) -> End | None:

@@ -1,4 +1,4 @@
-"""What is stored, held against the journal; and the books, against the exchange's own.
+"""Compare the stored rows with the journal, and the books with the exchange's.
 
 Counted here without the platform's code for it, whose own verdict (`kalshi-platform proof`) has to agree. The
 streamers must have ended: every journal is read whole, of every shard.
@@ -37,13 +37,13 @@ _ROWS = {
     TRADES: ("trades", "true"),
     LIVES: ("stream_events", f"kind IN {_LIVES}"),
 }
-"""Which rows a kind of frame becomes, one each."""
+"""The rows that are built from a kind of frame, one each."""
 _KEYS = {
     "orderbook_events": ("conn_id", "sid", "seq", "side", "price"),
     "trades": ("trade_id",),
     "stream_events": ("ingest_ts", "conn_id", "sid", "seq", "kind", "market_ticker", "detail"),
 }
-"""What no two rows of a dataset have in common."""
+"""Columns that identify a row of a dataset."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Kept:
 
     @property
     def lost(self) -> int:
-        """By how many rows the stores differ from the journal."""
+        """Number of rows by which the stores differ from the journal."""
         return abs(self.journalled - self.hot) + abs(self.journalled - self.cold)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found."""
+    """The results."""
 
     frames: int
     kept: Mapping[str, Kept]
@@ -82,7 +82,7 @@ class Proof:
     """Those of them that give cause and span."""
     gaps: int
     verdict: str
-    """What `kalshi-platform proof` says of the same."""
+    """The verdict of `kalshi-platform proof`."""
 
     @property
     def lost(self) -> int:

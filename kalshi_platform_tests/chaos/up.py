@@ -145,7 +145,7 @@ class Platform:
         ]
 
     def recovered(self, since: float) -> bool:
-        """Whether every book is whole, frames come and both stores take them."""
+        """Whether every book is synced, frames come and both stores take them."""
         healths = self.healths()
         return (
             all(_is_well(health, since) for health in healths)

@@ -1,4 +1,4 @@
-"""The soak: a whole platform under a steady load, each part restarted once, then the proof.
+"""The soak: a complete platform under a steady load, each part restarted once, then the proof.
 
 `make soak` runs 30 minutes of it and writes `docs/soak.md`; it ends with 1 where a promise is broken.
 The exchange is a simulator in this process, whose markets open and close all the time. Everything else
@@ -33,14 +33,14 @@ from kalshi_platform_tests.soak.samples import Sample, Sampler
 
 LOAD = Load(minutes=30, rate=2_000, markets=200, rolling=40, rolling_s=120, shards=2, seed=1)
 RESTARTS_END = 2 / 3
-"""The share of the time over which the restarts are spread; the rest shows whether memory is flat."""
+"""Share of the time in which the restarts take place; the rest shows whether memory is flat."""
 LEAST_CALM_S = 60.0
-"""So long after the last restart trades that it cost have been fetched, which takes half a minute."""
+"""Time after the last restart until the trade backfill is complete, which takes half a minute."""
 Say = Callable[[str], None]
 
 
 def run(load: Load, every_s: float, say: Say) -> Outcome:
-    """Run one soak. Raises `OutOfPatience` where the platform does not even begin to record."""
+    """Run one soak. Raises `OutOfPatience` if the platform does not start to record."""
     with (
         temporary("soak-") as folder,
         running(
@@ -76,7 +76,7 @@ def run(load: Load, every_s: float, say: Say) -> Outcome:
 def _restart_all(
     platform: Platform, simulator: Simulator, sampler: Sampler, load: Load, say: Say
 ) -> list[Restart]:
-    """Each part in its turn; a recovery that takes longer than its share delays the next."""
+    """Restart each part in turn; a recovery that takes longer than its share delays the next."""
     began = time.time()
     every = parts(load.shards)
     apart_s = load.minutes * 60 * RESTARTS_END / len(every)
@@ -113,7 +113,7 @@ def _doctor(platform: Platform) -> subprocess.CompletedProcess[str]:
 
 
 def _settle(platform: Platform, say: Say) -> None:
-    """Let the last frames be stored. What is not in time is counted by the proof."""
+    """Wait until the last frames are stored; the proof counts frames that are not stored in time."""
     time.sleep(2.0)
     try:
         platform.wait(platform.idle, "the last frame to be stored")

@@ -1,4 +1,4 @@
-"""Two faults at a time: each is reported by its name, within what is promised, once, and closed when it is over.
+"""Two faults at a time: each must be reported once, by its name and in the promised time, and closed when it is over.
 
 A recorder in this process (a real streamer, exchange, embedded ClickHouse, archive, and a disk that can stand still)
 is looked at as the sensor `alerts` does. `make nights` draws pairs with all times as they are: about ten minutes each.
@@ -54,7 +54,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Times:
-    """What is promised: how long what may be wrong before it counts, and how often it is looked at."""
+    """The promised times: how long a fault may last before it is an incident, and how often the sensor looks."""
 
     profile: verdict.Profile = verdict.ALERTS
     behind_s: Mapping[str, float] = field(default_factory=lambda: dict(verdict.BEHIND_S))
@@ -66,7 +66,7 @@ class Times:
     blocked_s: float = streamer_module.BLOCKED_S
     parquet_s: float = PARQUET_PACE.seconds
     slack_s: float = 30.0
-    """For a busy machine, beyond the promise."""
+    """Allowance for a busy machine, added to the promise."""
 
 
 SHORT = Times(
@@ -87,7 +87,7 @@ SHORT = Times(
 
 @contextmanager
 def at(times: Times) -> Iterator[None]:
-    """While it lasts, the platform in this process keeps these times."""
+    """Apply these times to the platform in this process, within the context."""
     judge_shard = functools.partial(verdict.judge_shard, profile=times.profile)
     with ExitStack() as held:
         for module, name, value in (
@@ -109,7 +109,7 @@ def at(times: Times) -> Iterator[None]:
 
 
 class Scene:
-    """A recorder and what it stands on, all of which can be taken away and given back."""
+    """A recorder and its dependencies, each of which can be removed and restored."""
 
     def __init__(self, folder: Path, way: Between) -> None:
         self._folder, self._way = folder, way
@@ -149,23 +149,23 @@ class Scene:
         return exchange
 
     def clickhouse(self, *, present: bool) -> None:
-        """A ClickHouse that takes connections and never answers, until it does."""
+        """Let ClickHouse accept connections and not answer, until it is restored."""
         (self._way.open.set if present else self._way.open.clear)()
 
     def exchange(self, *, present: bool) -> None:
-        """An exchange that cannot be reached, until it can."""
+        """Make the exchange unreachable, until it is restored."""
         if present:
             self._exchange = self._opened()
         else:
             self._exchange.stop()
 
     def archive(self, *, present: bool) -> None:
-        """A disk that is not mounted, until it is."""
+        """Unmount the disk, until it is restored."""
         root, away = self.settings.archive_dir, self._folder / "away"
         (away if present else root).rename(root if present else away)
 
     def disk(self, *, present: bool) -> None:
-        """A disk of the journal that takes nothing, until it does."""
+        """Let the journal's disk take nothing, until it is restored."""
         (self._disk.set if present else self._disk.clear)()
 
     @property
@@ -179,7 +179,7 @@ class Scene:
         )
 
     def end(self) -> None:
-        """Give everything back, and end the recorder."""
+        """Restore everything, and end the recorder."""
         self._disk.set()
         self._way.open.set()
         self.streamer.stop(20.0)
@@ -188,17 +188,17 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is taken away."""
+    """A fault: a dependency that is removed."""
 
     cause: str
-    """By which it is reported."""
+    """The cause that reports it."""
     take: Callable[..., None]
     """Of a scene, with `there`."""
     promised_s: Callable[[Times], float]
-    """From its beginning to its incident, the looks of the sensor not counted."""
+    """Time from its start to its incident, without the sensor's interval."""
     hidden_by: frozenset[str] = frozenset()
-    """Causes for whose time nothing of it shows: nothing is read while the disk takes nothing, and a store lacks
-    nothing of what never came."""
+    """Causes that hide it: nothing is read while the disk takes nothing, and a store lacks no frame that
+    never came."""
 
 
 FAULTS = (
@@ -221,7 +221,7 @@ PAIRS = tuple(combinations(FAULTS, 2))
 
 
 class Watch:
-    """What the sensor `alerts` would report of the feed."""
+    """What the sensor `alerts` would report."""
 
     def __init__(self, settings: Settings, times: Times) -> None:
         self._settings, self._times = settings, times
@@ -238,7 +238,7 @@ class Watch:
         time.sleep(self._times.tick_s)
 
     def until(self, holds: Callable[[], bool], seconds: float) -> bool:
-        """Look until it holds; False where it does not in time."""
+        """Look until the condition holds; False after the timeout."""
         ends = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > ends:
@@ -251,7 +251,7 @@ class Watch:
         return cause in self.count(Event.OPENED)
 
     def count(self, event: Event) -> Counter[str]:
-        """How many notices of this event each cause has."""
+        """Count the notices of this event by cause."""
         return Counter(
             notice.condition.key.rpartition(":")[2]
             for notice in self.notices
@@ -261,7 +261,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Night:
-    """What came of two faults."""
+    """The result of two faults."""
 
     causes: tuple[str, str]
     opened: Mapping[str, int]
@@ -277,7 +277,7 @@ class Night:
 
 
 def night(scene: Scene, pair: Sequence[Fault], times: Times, dice: random.Random) -> Night:
-    """Take both away, one soon after the other; give them back when they were reported."""
+    """Cause both faults, one soon after the other; end them when both were reported."""
     watch = Watch(scene.settings, times)
     late: list[str] = []
     if not watch.until(lambda: scene.well, 120.0 + times.slack_s):
@@ -317,7 +317,7 @@ def run(
     seed: int,
     say: Say,
 ) -> list[Night]:
-    """The pairs one after the other, on one recorder in an empty folder, into the ClickHouse at `server`."""
+    """Run the pairs one after the other, on one recorder in an empty folder, with the ClickHouse at `server`."""
     dice, found = random.Random(seed), []
     with between(server) as way, at(times):
         scene = Scene(folder, way)

@@ -1,4 +1,4 @@
-"""What a soak found, and which of the promises it kept. No I/O."""
+"""The results of a soak, and the promises that it kept. No I/O."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kalshi_platform_tests.soak.samples import Sample
 
 STREAMER = "streamer"
 ENOUGH = 0.95
-"""Of the wished rate, or it was another soak."""
+"""Minimum share of the configured rate; below it the load was not the configured one."""
 JUDGED_S = 300.0
-"""Growth is judged over so long a time without a restart; a shorter one is a start that goes on."""
+"""Minimum time without a restart over which growth is tested; a shorter one is still part of the start."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What was asked for."""
+    """The configured load."""
 
     minutes: float
     rate: float
@@ -37,19 +37,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Markets:
-    """Markets that came and went."""
+    """Counts of markets that opened and closed."""
 
     opened: int
-    """Of those that were open at a look: how many were not at the first."""
+    """Markets open at a sample that were not open at the first."""
     recorded: int
     left: int
     missed: frozenset[str]
-    """Open at two looks or more, and without a snapshot."""
+    """Markets open at two samples or more, and without a snapshot."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found."""
+    """The results of a soak."""
 
     load: Load
     samples: Sequence[Sample]
@@ -64,42 +64,42 @@ class Outcome:
     hours_sealed: Sequence[str]
     doctor_exit: int
     doctor: Sequence[str] = field(default_factory=list)
-    """What `doctor` said where it was not content."""
+    """Lines of `doctor` that report failures."""
 
     @property
     def seconds(self) -> float:
-        """From the first look to the last."""
+        """Seconds from the first sample to the last."""
         return self.samples[-1].at - self.samples[0].at
 
     @property
     def sent_a_second(self) -> float:
-        """Deltas of the exchange."""
+        """Deltas that the exchange sent."""
         return (self.samples[-1].sent - self.samples[0].sent) / self.seconds
 
     @property
     def calm(self) -> Sequence[Sample]:
-        """The looks after the last restart was over."""
+        """The samples after the last restart was over."""
         over = max((restart.over for restart in self.restarts), default=0.0)
         return [sample for sample in self.samples if sample.at > over]
 
     @property
     def steady(self) -> Sequence[Sample]:
-        """The longest part of the calm within one hour: to seal one takes memory for some minutes."""
+        """The longest part of `calm` within one hour, since sealing takes memory for some minutes."""
         hours = itertools.groupby(self.calm, lambda it: int(it.at // 3600))
         return max(([*looks] for _, looks in hours), key=len, default=[])
 
     @property
     def steady_s(self) -> float:
-        """How long that was."""
+        """Its duration in seconds."""
         return self.steady[-1].at - self.steady[0].at if self.steady else 0.0
 
     @property
     def roles(self) -> list[str]:
-        """Every role that was seen, by name."""
+        """All roles, by name."""
         return sorted({role for sample in self.samples for role in sample.mib})
 
     def mib(self, role: str, part: int) -> float | None:
-        """Median memory over a fifth of the time, 0 to 4; None where the role was not there."""
+        """Median memory over a fifth of the time, 0 to 4; None if the role did not run."""
         fifth = max(len(self.samples) // 5, 1)
         seen = [
             sample.mib[role]
@@ -109,11 +109,11 @@ class Outcome:
         return statistics.median(seen) if seen else None
 
     def most_mib(self, role: str) -> float:
-        """The most memory that a role was seen with."""
+        """The greatest memory of a role."""
         return max(sample.mib[role] for sample in self.samples if role in sample.mib)
 
     def growth(self, role: str) -> float | None:
-        """Over the steady part: the last fifth over the second one, medians; None for too few looks."""
+        """Growth over the steady part: median of the last fifth divided by that of the second; None for too few samples."""
         seen = [it.mib[role] for it in self.steady if role in it.mib]
         fifth = len(seen) // 5
         if not fifth:
@@ -121,16 +121,16 @@ class Outcome:
         return statistics.median(seen[-fifth:]) / statistics.median(seen[fifth : 2 * fifth])
 
     def cpu(self, role: str) -> float:
-        """The share of a core that a role took."""
+        """Share of a core that a role used."""
         first, last = (it.cpu_s.get(role, 0.0) for it in (self.samples[0], self.samples[-1]))
         return (last - first) / self.seconds
 
     def lag(self, store: str, *, calm: bool = False) -> tuple[float, float, float]:
-        """Records that a store lacked: median, 99th of a hundred, most."""
+        """Records that a store lacked: median, 99th percentile, maximum."""
         return _spread([it.lag[store] for it in self._looks(calm) if store in it.lag])
 
     def late(self, store: str, *, calm: bool = False) -> tuple[float, float, float]:
-        """By how many seconds: median, 99th of a hundred, most."""
+        """Seconds by which a store lagged: median, 99th percentile, maximum."""
         return _spread([it.late_s[store] for it in self._looks(calm) if store in it.late_s])
 
     def _looks(self, calm: bool) -> Sequence[Sample]:
@@ -138,7 +138,7 @@ class Outcome:
 
     @property
     def promises(self) -> dict[str, tuple[str, bool]]:
-        """What is promised: what was found, and whether it was kept."""
+        """Each promise: the result, and whether it was kept."""
         proof = self.proof
         found: dict[str, tuple[str, bool]] = {
             f"at least {ENOUGH:.0%} of the rate is sent": (

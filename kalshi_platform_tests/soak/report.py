@@ -1,4 +1,4 @@
-"""The page and the picture that `make soak` writes."""
+"""Write the page and the plot of `make soak`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLOURS = ("#3a7ca5", "#d98324")
 
 
 def write(outcome: Outcome, path: Path) -> str:
-    """Write both, the picture into `images` beside the page; gives the page."""
+    """Write both, the plot into `images` beside the page; return the page."""
     picture = path.parent / "images" / f"{path.stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot(outcome).savefig(picture, dpi=110)
@@ -189,7 +189,7 @@ def _lag(outcome: Outcome) -> list[str]:
 
 
 def plot(outcome: Outcome) -> Figure:
-    """Memory by role, frames a second, and lag; restarts are marked and numbered."""
+    """Plot memory by role, frames a second, and lag; restarts are marked and numbered."""
     began = outcome.samples[0].at
     minutes = [(sample.at - began) / 60 for sample in outcome.samples]
     picture = Figure(figsize=(12, 10), layout="constrained")

@@ -1,4 +1,4 @@
-"""The parts of the platform, each restarted as an operator would, and how long that took."""
+"""Restart each part of the platform as an operator would, and measure the recovery."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ query Tick {
 """
 
 Done = Callable[[], bool]
-"""Whether what was to end has ended, and another is in its place."""
+"""Whether the old process has ended, and a new one runs."""
 
 
 class Dagster:
@@ -65,7 +65,7 @@ class Dagster:
             raise OutOfPatience(f"Dagster knows no run that records shard {shard}")
 
     def supervises(self, since: float) -> bool:
-        """Whether the page answers, and the supervisor has looked after the streamers since then."""
+        """Whether the page answers, and the supervisor has checked the streamers since then."""
         try:
             ticks = self._ask(_TICK)["sensorOrError"]["sensorState"]["ticks"]
         except (httpx.HTTPError, KeyError):
@@ -81,7 +81,7 @@ class Dagster:
 
 @dataclass(frozen=True)
 class Part:
-    """What is restarted, and how."""
+    """A part that is restarted, and how."""
 
     name: str
     how: str
@@ -96,15 +96,15 @@ class Restart:
     how: str
     at: float
     recording_s: float | None
-    """Until another is in its place, frames come, every book is whole and both stores take rows."""
+    """Seconds until the part runs again, frames come, every book is synced and both stores take rows."""
     supervised_s: float | None
-    """Until the page answers and the supervisor has looked at the streamers; None: not in time."""
+    """Seconds until the page answers and the supervisor has checked the streamers; None: not in time."""
     trouble: str = ""
-    """Why it did not come back."""
+    """Why it did not recover."""
 
     @property
     def recovered(self) -> bool:
-        """Whether everything came back."""
+        """Whether everything recovered."""
         return self.recording_s is not None and self.supervised_s is not None
 
     @property
@@ -114,7 +114,7 @@ class Restart:
 
 
 def parts(shards: int) -> list[Part]:
-    """All of them, those that take the streamers along first: the others then live long enough."""
+    """Return all parts; first those that restart the streamers, so that the streamers then run long enough."""
     return [
         Part("everything", "Ctrl-C to `up`, and `up` again", _up),
         Part(CODE_SERVER, "SIGTERM; its runs, the streamers, end with it", _program(CODE_SERVER)),
@@ -135,7 +135,7 @@ def parts(shards: int) -> list[Part]:
 
 
 def restart(platform: Platform, simulator: Simulator, part: Part) -> Restart:
-    """Do it, and wait for the recovery, up to `PATIENCE_S`."""
+    """Restart a part, and wait for the recovery, up to `PATIENCE_S`."""
     dagster = Dagster(platform)
     at = time.time()
     done: Done
@@ -197,7 +197,7 @@ def _streamer(shard: int) -> Callable[[Platform, Simulator], Done]:
 
 
 def _fault(fault: str, counted: str) -> Callable[[Platform, Simulator], Done]:
-    """`counted`: what each streamer then has had one more of, by its report."""
+    """`counted`: the counter of each streamer's report that the fault increases by one."""
 
     def begin(platform: Platform, simulator: Simulator) -> Done:
         before = [health[counted] for health in platform.healths()]

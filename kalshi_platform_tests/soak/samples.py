@@ -1,4 +1,4 @@
-"""The platform looked at every few seconds: memory and CPU by role, lag, rate, disk, markets."""
+"""Sample the platform every few seconds: memory and CPU by role, lag, rate, disk, markets."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from kalshi_platform_tests.chaos.up import Platform, program_of
 CAMPAIGN = "exchange simulator and this campaign"
 OTHERS = "runs and helpers"
 FRESH_S = 5.0
-"""An older report of a streamer says nothing of now: it is being restarted."""
+"""A streamer with an older report is being restarted."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look. Memory is resident, MiB; CPU is seconds since the start."""
+    """One sample. Memory is resident, MiB; CPU is seconds since the start."""
 
     at: float
     """Seconds since the epoch."""
     mib: dict[str, float]
-    """By role; a role that is down is left out."""
+    """By role; a role without a process is left out."""
     cpu_s: dict[str, float]
     lag: dict[str, int]
     """Journalled records that a store lacks, of all shards that report."""
     late_s: dict[str, float]
-    """How old the oldest of them are: of the shard that is further behind."""
+    """Age of the oldest of them, of the shard that is further behind."""
     sent: int
-    """Deltas of the exchange since it began."""
+    """Deltas of the exchange since its start."""
     journalled: int
     """Records in all journals."""
     journal_bytes: int
@@ -59,9 +59,9 @@ class Sampler:
         self._it, self._simulator, self._every_s, self._say = platform, simulator, every_s, say
         self.samples: list[Sample] = []
         self.seen_open: dict[str, int] = {}
-        """Markets that were open at a look, and at how many."""
+        """By market, the number of samples at which it was open."""
         self.first_open: frozenset[str] = frozenset()
-        """Those of the first look."""
+        """Markets open at the first sample."""
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._spent: dict[str, float] = defaultdict(float)
@@ -74,7 +74,7 @@ class Sampler:
         self._thread.start()
 
     def sleep_until(self, at: float) -> None:
-        """Until then, seconds since the epoch. Raises what ended the looking before its time."""
+        """Sample until `until`, seconds since the epoch. Raises the error that ended the sampling early."""
         if self._failed.wait(max(at - time.time(), 0.0)) and self._failure is not None:
             raise self._failure
 
@@ -119,7 +119,7 @@ class Sampler:
         )
 
     def _processes(self) -> dict[str, float]:
-        """Resident memory by role; what they have spent since the last look is added up."""
+        """Return resident memory by role, and add up the CPU since the last sample."""
         shard_of = {pid: shard for shard, pid in self._it.streamers().items()}
         mib: dict[str, float] = defaultdict(float)
         seen: dict[tuple[int, float], float] = {}
@@ -148,13 +148,13 @@ class Sampler:
 
 
 def _late_s(report: Mapping[str, Any], store: Mapping[str, Any]) -> float:
-    """How long ago what a store lacks came; before its first write, how long the streamer has run."""
+    """Return the age of the oldest record that a store lacks; before its first write, the streamer's uptime."""
     since = store["loaded_ns"] or report["started_ns"]
     return (report["updated_ns"] - since) / 1e9 if store["lag"] else 0.0
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files; those that vanish meanwhile count for nothing."""
+    """Return the bytes of all files; files that vanish meanwhile count 0."""
     total = 0
     for directory, _, files in os.walk(folder):
         for name in files:
