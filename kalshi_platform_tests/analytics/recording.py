@@ -1,4 +1,4 @@
-"""A small recorded hour in an archive, made as the load makes it."""
+"""A small recorded hour in an archive, built as the loader builds it."""
 
 from __future__ import annotations
 

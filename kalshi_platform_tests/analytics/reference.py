@@ -1,4 +1,4 @@
-"""The three datasets worked out slowly: one frame after the other, with dictionaries and fractions.
+"""Compute the three datasets slowly: one frame after the other, with dictionaries and fractions.
 
 It reads journal records and shares no code with `kalshi_platform.analytics`: books are replayed from
 the wire, and every figure comes straight from its definition.
@@ -105,7 +105,7 @@ class Replay:
                 self._add(ticker, "checkpoint", None, self._hour_us, 0)
 
     def _begin_again(self, us: int) -> None:
-        """The clock shows a time again: what is known of every book is written down once more."""
+        """The clock shows an earlier time: every known book gets a checkpoint again."""
         for ticker, it in sorted(self._markets.items()):
             is_open = it["newest"] in self._open
             forgotten = (

@@ -41,7 +41,7 @@ HOUR = datetime(2026, 9, 21, 15, tzinfo=UTC)
 HOUR_NS = int(HOUR.timestamp()) * wire.SECOND
 PRICES = (100, 4_700, 4_750, 4_800, 4_900, 5_000, 5_100, 5_200, 5_213, 5_300, 9_950)
 STEPS_US = (0, 0, 0, 1, 1, 300_000, 999_999, 1_000_000, 2_500_000)
-"""0: of one read of the socket."""
+"""0: frames of one read of the socket."""
 BACK_S = (0.000001, 0.5, 4, 6_000)
 
 RECORDED = ("orderbook_events", "book_checkpoints", "stream_events")
@@ -193,7 +193,7 @@ def ended_in_the_next_hour() -> Script:
 
 
 def hour_tables(records: Sequence[wire.Record], hour: datetime) -> dict[str, pa.Table]:
-    """The three recorded datasets of one hour, made as the load makes them."""
+    """The three recorded datasets of one hour, built as the loader builds them."""
     return of_hour(derived(records), hour)
 
 

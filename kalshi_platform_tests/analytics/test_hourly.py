@@ -1,4 +1,4 @@
-"""An hour's analytics in both stores: the same rows, the same bytes, whatever ran or died before."""
+"""An hour's analytics in both stores: the same rows and bytes, whatever ran or was killed before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the archive says of an hour's end is what the live views say of the book: one truth, twice."""
+"""The archive's values at an hour's end equal the live views' values of the book."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An archived hour replays into the very books that were recorded, event by event and at any instant."""
+"""An archived hour replays into the recorded books, after every event and at any instant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A migrated database to plant rows in, and the command that looks at it."""
+"""A migrated database to plant rows in, and the command that audits it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What a market and its engines are like. Healthy, whatever is chosen."""
+    """Options of a market and its engines; healthy with any values."""
 
     minutes: float = 20.0
     loop_ms: int = 1000
@@ -125,7 +125,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Word:
-    """What the exchange says of an order: an answer, or by itself."""
+    """A message of the exchange about an order: an answer, or unsolicited."""
 
     order: Order
     action_id: str
@@ -167,7 +167,7 @@ class Engine:
     # -- its loop --------------------------------------------------------------------------------
 
     def loop(self, t: int) -> None:
-        """Decide, write it down, act."""
+        """Decide, record, act."""
         if self.stopped:
             return
         self.decides(t)
@@ -436,7 +436,7 @@ class Market:
             self.at(options.settles_at, self.settles)
 
     def run(self) -> Market:
-        """Let it all happen."""
+        """Run the simulation."""
         while self._events and self._events[0][0] <= self.end:
             t, _, happens, more = heapq.heappop(self._events)
             happens(t, *more)
@@ -525,7 +525,7 @@ class Market:
             self.at(t + self.rng.randint(5, 80), engine.hears_fill, fill)
 
     def prints(self, t: int, trade_id: str, signed: int) -> None:
-        """A trade that everyone sees."""
+        """A public trade."""
         if self.options.taped:
             self.tape.append((t, trade_id, signed))
 

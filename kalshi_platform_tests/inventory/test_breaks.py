@@ -1,4 +1,4 @@
-"""A break is counted once while it lasts, named for its cause, and closes by itself."""
+"""A break is counted once while it lasts, has its cause as kind, and closes by itself."""
 
 from __future__ import annotations
 

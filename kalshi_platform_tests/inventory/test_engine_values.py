@@ -1,4 +1,4 @@
-"""Whatever an engine hands over becomes a row or an error in its own thread; the spool never sees it."""
+"""Every argument of an engine becomes a row, or an error in its own thread that the spool never sees."""
 
 from __future__ import annotations
 

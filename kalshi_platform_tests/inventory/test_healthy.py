@@ -110,7 +110,7 @@ def made(hours: Hours, seed: int, start_ms: int) -> list[Market]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the audit says of all the hours."""
+    """The audit's result for all the hours."""
 
     client: Client
     parameters: Parameters

@@ -1,4 +1,4 @@
-"""Nothing is green over nothing: what was judged is said, and so is what is stale, missing or unreadable."""
+"""The audit reports what it examined, and what is stale, missing or unreadable."""
 
 from __future__ import annotations
 

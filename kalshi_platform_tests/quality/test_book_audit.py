@@ -1,4 +1,4 @@
-"""The audit finds what differs, and is not fooled by what moved meanwhile or by the exchange's cache."""
+"""The book comparison finds differences, and ignores levels that changed meanwhile or are cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof over a span of time gives what the proof over everything gives, and nothing else."""
+"""The proof of a time span has the same findings as the proof of everything."""
 
 from __future__ import annotations
 

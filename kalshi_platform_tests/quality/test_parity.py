@@ -1,4 +1,4 @@
-"""The two stores are compared row for row: whatever is planted in either is found, and named."""
+"""The stores are compared row by row: every planted difference is found and named."""
 
 from __future__ import annotations
 

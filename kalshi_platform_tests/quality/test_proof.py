@@ -1,4 +1,4 @@
-"""The proof of journal, ClickHouse and archive: it finds whatever is done to one of them, and nothing else."""
+"""The proof of journal, ClickHouse and archive: it finds every change to one of them, and nothing else."""
 
 from __future__ import annotations
 
