@@ -45,7 +45,7 @@ One record may make more of either: a frame is not cut."""
 LEVEL_BYTES = 18
 """What a level takes of a snapshot's JSON at least: ["0.0100","1.00"],"""
 KEPT_STEPS = 8
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 48 << 20
 """So much is kept for the other loads: more than comes while one of them writes. Bytes are those of the rows,
 and of the books what the newest step does not hold as well."""
 SHARED_WAIT_S = 5.0
