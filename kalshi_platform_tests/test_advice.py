@@ -133,7 +133,9 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
         becomes(streamer, "recording")
     kept = sum(
         b.batch.num_rows
-        for b in reader.blocks(settings.journal_dir(), reader.beginning(settings.journal_dir()))
+        for b in reader.record_ranges(
+            settings.journal_dir(), reader.oldest_offset(settings.journal_dir())
+        )
     )
     assert kept == streamer.health().journal_records
 

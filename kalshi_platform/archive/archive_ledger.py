@@ -15,7 +15,7 @@ from kalshi_platform import checked_json
 from kalshi_platform.archive.interface import Archive
 from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.journal.ledger import Entry, insist_on
+from kalshi_platform.journal.ledger import Entry, verify_entry
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ArchiveLedger:
         """See `Ledger`."""
         self._replace(journal, before, after, latest=True)
 
-    def settle(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
+    def commit(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
         """See `Ledger`. Rows that were written into the place of an archive that had gone do not count."""
         self._replace(journal, before, after, latest=False)
 
@@ -81,7 +81,7 @@ class ArchiveLedger:
         self._archive.insist_on(self._identity)
         with self._archive.locking_metadata():
             entries = self.entries(journal)
-            insist_on(journal, entries, before, f"The archive in {self._archive}", latest=latest)
+            verify_entry(journal, entries, before, f"The archive in {self._archive}", latest=latest)
             self._put(journal, entries, after)
 
     def _put(self, journal: uuid.UUID, entries: Sequence[Entry], entry: Entry) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreRefused
-from kalshi_platform.journal.ledger import Entry, insist_on
+from kalshi_platform.journal.ledger import Entry, verify_entry
 from kalshi_platform.settings import Settings
 
 _THROWN = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO
@@ -87,7 +87,7 @@ class TableLedger:
         """See `Ledger`."""
         self._replace(journal, before, after, latest=True)
 
-    def settle(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
+    def commit(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
         """See `Ledger`."""
         self._replace(journal, before, after, latest=False)
 
@@ -103,7 +103,7 @@ class TableLedger:
             self._command(_INSERT + _IF_KNOWN, self._values(journal, after) | known)
         except StoreRefused as error:
             if error.code == _THROWN:
-                insist_on(journal, self.entries(journal), before, self._place, latest=latest)
+                verify_entry(journal, self.entries(journal), before, self._place, latest=latest)
             raise
 
     def _values(self, journal: uuid.UUID, entry: Entry) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from kalshi_platform.exchange.frames import (
 from kalshi_platform.exchange.numbers import MOST_QTY, ONE_DOLLAR
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import JournalRange, LostRange, RecordRange, Unread
+from kalshi_platform.journal.reader import JournalRange, LostRange, RecordRange, UnreadRange
 from kalshi_platform.schema import ZERO_UUID
 
 
@@ -194,7 +194,7 @@ class Decoded:
     """Those of the last and of the newest one."""
     lost: bool = False
     """The records cannot be read: see `journal.Hole`. The times are that of the next one."""
-    unread: Unread | None = None
+    unread: UnreadRange | None = None
     """Records that came before these, in a segment that is not read so far."""
 
     def clock_after(self, before: ReceiveClock) -> ReceiveClock:

@@ -126,7 +126,7 @@ def _journal(settings: Settings) -> Growth:
 def _began(shard: Path) -> list[tuple[float, int]]:
     """The time of the journal's first record, as an empty file that ends then, so that the first segment counts."""
     try:
-        received_ns = reader.received_ns(shard, reader.beginning(shard))
+        received_ns = reader.received_ns(shard, reader.oldest_offset(shard))
     except JournalError:
         return []  # the loader reports it
     return [(received_ns / 1e9, 0)] if received_ns else []

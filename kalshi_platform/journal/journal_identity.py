@@ -1,12 +1,12 @@
-"""Which journal a folder holds, and how often a recorder has started on it: `journal.json`.
+"""The identity of a journal folder and the epochs of its recorder starts: `journal.json`.
 
     {"format":2,"id":"…","epoch":5,"first":0,"starts":[…],"checksum":"…"}
 
-The id is part of what makes loading idempotent, so it never changes by accident: a missing, damaged or
-foreign file beside journal segments is recovered from what proves the id (the `started` notes in the
-segments, the cursors of the loads), and is an error where nothing does. Each start of a recorder raises
-the epoch, durably, before its first record; with a random token the epoch names that start, so that a
-copy of the folder that starts elsewhere is told apart.
+The id is part of every deduplication token, so it must never change by accident. Where the file is
+missing, damaged or belongs to another journal, `establish` recovers the id from other evidence (the
+`started` notes in the segments, the loaders' cursors) and raises an error where there is none. Each
+recorder start raises the epoch, durably, before its first record. The epoch and a random token identify
+that start, so a copy of the folder that is started elsewhere can be distinguished from the original.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FILE = "journal.json"
 FORMAT = 2
 UNSEALED_FORMAT = 1
-"""Written by versions without epochs: an id, and no checksum."""
+"""Written by versions without epochs: an id without a checksum."""
 STARTS_KEPT = 256
 ADOPT = "kalshi-platform adopt"
 
@@ -43,7 +43,7 @@ class Start(msgspec.Struct, frozen=True, order=True):
 
 
 class JournalIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What `journal.json` says."""
+    """The content of `journal.json`."""
 
     format: int = FORMAT
     id: uuid.UUID
@@ -51,20 +51,20 @@ class JournalIdentity(msgspec.Struct, frozen=True, kw_only=True):
     first: int = 0
     """The first record that the journal ever had."""
     starts: tuple[Start, ...] = ()
-    """The last starts, ascending; the last one is the present or the latest one."""
+    """The latest `STARTS_KEPT` starts, ascending; the last one is the current or most recent start."""
     adopted_from: uuid.UUID | None = None
-    """The id that the journal had before it was made a recorder of its own."""
+    """The journal's id before `adopt` made it an independent recorder."""
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Evidence outside `journal.json` of the journal's id, and of a start."""
+    """Evidence outside `journal.json` of the journal's id and of one start."""
 
     id: uuid.UUID
     start: Start
 
 
 class LaterVersion(JournalError):
-    """A file of the journal is whole, and this version does not understand it."""
+    """A journal file is intact but was written by a later version of the platform."""
 
 
 class _Note(msgspec.Struct):
@@ -79,7 +79,10 @@ class _Started(msgspec.Struct):
 
 
 def read(folder: Path) -> JournalIdentity | None:
-    """The identity in the folder; None where the file is missing. Raises `JournalError` for a damaged one."""
+    """Read the folder's identity; None where the file is missing.
+
+    Raises: `JournalError` for a damaged or unreadable file, `LaterVersion` for a later format.
+    """
     path = folder / FILE
     try:
         text = path.read_bytes()
@@ -90,21 +93,22 @@ def read(folder: Path) -> JournalIdentity | None:
             f"{path} cannot be read ({error.strerror}). Make it readable for this user."
         ) from None
     try:
-        found = checked_json.decode(text, JournalIdentity, path, FORMAT, checksum_optional=True)
+        identity = checked_json.decode(text, JournalIdentity, path, FORMAT, checksum_optional=True)
     except CorruptFile as error:
         raise JournalError(f"{path} is damaged ({error}).") from None
     except LaterFormat as error:
         raise LaterVersion(str(error)) from None
-    if found.format != UNSEALED_FORMAT and b'"checksum"' not in text:
+    if identity.format != UNSEALED_FORMAT and b'"checksum"' not in text:
         raise JournalError(f"{path} is damaged (it has no checksum).")
-    return found
+    return identity
 
 
 def establish(folder: Path, claims: Sequence[Claim] = ()) -> JournalIdentity:
-    """The folder's identity, recovered where `journal.json` does not give it; a new one for a new folder.
+    """Return the folder's identity: from `journal.json`, recovered from evidence, or new for an empty folder.
 
-    `claims`: what the cursors of the loads say. The caller holds the journal's lock. Raises
-    `JournalError` where segments are there and nothing proves whose they are.
+    `claims`: the evidence in the loaders' cursors. The caller holds the journal's lock.
+
+    Raises: `JournalError` where segments exist and nothing proves which journal they belong to.
     """
     notes = started_notes(folder)
     newest = next(notes, None)
@@ -123,7 +127,7 @@ def establish(folder: Path, claims: Sequence[Claim] = ()) -> JournalIdentity:
     if known and newest and newest.id not in {known.id, known.adopted_from}:
         problem = f"{folder / FILE} is of another journal, {known.id}."
     if known is None or problem:
-        proved = _proved(newest, claims)
+        proved = _proven_id(newest, claims)
         if proved is None:
             raise JournalError(
                 f"{problem} Nothing else in {folder} proves which journal this is. {_remedy(folder)}"
@@ -131,27 +135,27 @@ def establish(folder: Path, claims: Sequence[Claim] = ()) -> JournalIdentity:
         log.error("%s It is recovered: journal %s.", problem, proved)
         known = JournalIdentity(id=proved)
     if newest is not None and newest.start not in known.starts:
-        evidence += notes  # the file is new, or an old copy
-    of_this = [claim.start for claim in evidence if claim.id == known.id]
-    starts = tuple(sorted({*known.starts, *of_this}))
+        evidence += notes  # the file was recovered or is an old copy: starts are missing from it
+    proven_starts = [claim.start for claim in evidence if claim.id == known.id]
+    starts = tuple(sorted({*known.starts, *proven_starts}))
     epoch = max([known.epoch, *(start.epoch for start in starts)])
     return msgspec.structs.replace(known, format=FORMAT, epoch=epoch, starts=starts)
 
 
 def begin(folder: Path, known: JournalIdentity, epoch: int, first_n: int) -> JournalIdentity:
-    """Write down a start of a recorder whose first record is `first_n`: its epoch is `epoch` or more.
+    """Register a recorder start whose first record is `first_n` and whose epoch is at least `epoch`.
 
-    Durable on return. Raises `OSError` where the disk refuses.
+    The file is durable on return. Raises: `OSError` where the disk refuses the write.
     """
     start = Start(max(known.epoch + 1, epoch), secrets.token_hex(8))
-    begun = msgspec.structs.replace(
+    identity = msgspec.structs.replace(
         known,
         epoch=start.epoch,
         first=known.first if journal.segments(folder) else first_n,
         starts=(*known.starts, start)[-STARTS_KEPT:],
     )
-    write(folder, begun)
-    return begun
+    write(folder, identity)
+    return identity
 
 
 def write(folder: Path, identity: JournalIdentity) -> None:
@@ -160,19 +164,19 @@ def write(folder: Path, identity: JournalIdentity) -> None:
 
 
 def started_notes(folder: Path) -> Iterator[Claim]:
-    """What the `started` notes at the beginning of segments say of the journal, the newest first.
+    """Yield the claims of the `started` notes that open segments, newest first.
 
-    Notes of versions that did not write the id down are passed over, and so is what cannot be read.
+    Skips notes of versions that recorded no id, and segments that cannot be read: evidence is optional.
     """
     for first_n in reversed(journal.segments(folder)):
         try:
             path = journal.segment_path(folder, first_n)
-            block = next(journal.read_segment(path, LogOffset(first_n, 0, first_n), None), None)
+            records = next(journal.read_segment(path, LogOffset(first_n, 0, first_n), None), None)
         except (JournalError, OSError):
             continue
-        if block is None or block.batch.column("kind")[0].as_py() != Kind.NOTE:
+        if records is None or records.batch.column("kind")[0].as_py() != Kind.NOTE:
             continue
-        if claim := _claim(block.batch.column("frame")[0].as_py()):
+        if claim := _claim(records.batch.column("frame")[0].as_py()):
             yield claim
 
 
@@ -189,11 +193,11 @@ def _claim(frame: bytes) -> Claim | None:
     return Claim(started.journal, Start(started.epoch, started.start))
 
 
-def _proved(newest: Claim | None, claims: Sequence[Claim]) -> uuid.UUID | None:
-    """The one id that the evidence agrees on; None where there is none, or two that are equally good.
+def _proven_id(newest: Claim | None, claims: Sequence[Claim]) -> uuid.UUID | None:
+    """The id that the evidence agrees on; None without evidence or where two ids are equally supported.
 
-    The segments are what the journal is. Cursors that all name another id outvote them where there are
-    two or more: the journal was made a recorder of its own and has not started since.
+    The segments' own note wins unless two or more cursors all name one other id: then the journal was
+    adopted (made an independent recorder) and has not started since.
     """
     named = {claim.id for claim in claims}
     if newest is None:
@@ -205,6 +209,6 @@ def _proved(newest: Claim | None, claims: Sequence[Claim]) -> uuid.UUID | None:
 
 def _remedy(folder: Path) -> str:
     return (
-        "With a new identity, rows that the stores have would be stored again. Restore the file from a"
-        f" backup of {folder}. Without one: {ADOPT}."
+        "With a new identity, rows that the stores already have would be stored a second time. Restore the"
+        f" file from a backup of {folder}. Without one: {ADOPT}."
     )

@@ -1,4 +1,4 @@
-"""How long after their receipt records reach a place: counted in fixed classes, so memory is constant."""
+"""Latency from receipt to a later stage, counted in a histogram with fixed buckets: memory is constant."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EDGES_NS = (100_000 * 1.1 ** np.arange(180)).astype(np.int64)
-"""Upper edges, each a tenth above the one before: 0.1 ms to some 45 minutes."""
+"""Upper bucket edges, each 10 % above the preceding one: 0.1 ms to about 45 minutes."""
 
 
 class LatencySummary(msgspec.Struct, frozen=True):
-    """A distribution, in milliseconds; a quantile is rounded up by a tenth at most."""
+    """A latency distribution in milliseconds; quantiles are upper bucket edges, at most 10 % too high."""
 
     records: int
     p50: float
@@ -20,25 +20,25 @@ class LatencySummary(msgspec.Struct, frozen=True):
 
 
 class Latency:
-    """Counts delays. One thread adds, any thread asks."""
+    """A latency histogram. One thread may add; any thread may read the summary."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(len(_EDGES_NS) + 1, np.int64)
         self._longest_ns = 0
 
     def add(self, recv_ns: NDArray[np.int64], done_ns: int) -> None:
-        """Records received at `recv_ns` were done at `done_ns`, both of this machine's clock.
+        """Count records received at `recv_ns` that were done at `done_ns`, both by this machine's clock.
 
-        A clock that was set back makes them negative; they count as the shortest.
+        Where the clock was set back the difference is negative and counts in the lowest bucket.
         """
         if not len(recv_ns):
             return
-        classes = np.searchsorted(_EDGES_NS, done_ns - recv_ns)
-        self._counts += np.bincount(classes, minlength=len(self._counts))
+        buckets = np.searchsorted(_EDGES_NS, done_ns - recv_ns)
+        self._counts += np.bincount(buckets, minlength=len(self._counts))
         self._longest_ns = max(self._longest_ns, done_ns - int(recv_ns.min()))
 
-    def so_far(self) -> LatencySummary:
-        """All of them since the start."""
+    def summary(self) -> LatencySummary:
+        """Summarise everything counted since the start."""
         total = int(self._counts.sum())
         if not total:
             return LatencySummary(0, 0.0, 0.0, 0.0)

@@ -1,9 +1,10 @@
-"""One writer per journal: flock on the folder, on its file `lock`, and on the segment that is written.
+"""One writer per journal: flock on the folder, on its file `lock`, and on the segment being written.
 
-The kernel releases a lock when its process ends. On a local disk the folder's own lock is the one that
-no removal of a file opens. NFS has no exclusive lock for a descriptor that only reads, so there the
-file `lock` and the newest segment carry it; mounted with `nolock` or `local_lock` they hold within one
-machine only. `FolderLock.lost` says when the lock no longer guards the path by which others come.
+flock guarantees a single writer; the kernel releases it when the process dies. On a local disk the lock
+on the folder itself survives the removal of any file. NFS has no exclusive lock for a read-only
+descriptor, so there the lock is held on the file `lock` and on the newest segment; on NFS mounted with
+`nolock` or `local_lock` these hold within one machine only. `FolderLock.lost` reports that the lock file
+was removed or replaced, so that another process could lock the same path.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from pathlib import Path
 
 NAME = "lock"
 HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-"""What flock says where another process holds the lock."""
+"""flock's errors where another process holds the lock."""
 UNSUPPORTED = frozenset({errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""What it says where the file system has no such lock."""
+"""flock's errors where the file system does not support such a lock."""
 
 
-class Held(Exception):
+class LockHeld(Exception):
     """Another process holds the lock."""
 
 
 class FolderLock:
-    """Holds a folder from its creation to `release`, or to the end of the process."""
+    """The lock on a folder, held from construction to `release` or to the end of the process."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `Held` where another process has it, `OSError` where it cannot be locked."""
+        """Lock the folder. Raises: `LockHeld` where another process holds it, `OSError` where locking fails."""
         self._path = folder / NAME
         self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        """The folder itself, wherever its path leads meanwhile."""
+        """The locked folder, even if its path leads elsewhere meanwhile."""
         self._fd = -1
         try:
             lock_if_supported(self.folder_fd)
@@ -46,18 +47,18 @@ class FolderLock:
 
     @property
     def lost(self) -> bool:
-        """Whether the lock's path leads to another file, or to none."""
+        """Whether the lock file was removed or replaced."""
         try:
-            found = self._path.stat()
+            current = self._path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return True
-        except OSError:  # the disk does not answer: writing to it says so
+        except OSError:  # the disk does not answer: the next write to it reports that
             return False
         held = os.fstat(self._fd)
-        return (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino)
+        return (current.st_dev, current.st_ino) != (held.st_dev, held.st_ino)
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         for fd in (self._fd, self.folder_fd):
             if fd >= 0:
                 os.close(fd)
@@ -65,17 +66,17 @@ class FolderLock:
 
 
 def lock(fd: int, how: int = fcntl.LOCK_EX) -> None:
-    """Lock an open file, without waiting. Raises `Held`, or `OSError` where it cannot be locked."""
+    """Lock an open file without waiting. Raises: `LockHeld`, or `OSError` where locking fails."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
-            raise Held from None
+            raise LockHeld from None
         raise
 
 
 def lock_if_supported(fd: int, how: int = fcntl.LOCK_EX) -> None:
-    """The same; does nothing where the file system has no such lock."""
+    """Lock an open file as `lock` does; do nothing where the file system does not support it."""
     try:
         lock(fd, how)
     except OSError as error:
@@ -83,8 +84,8 @@ def lock_if_supported(fd: int, how: int = fcntl.LOCK_EX) -> None:
             raise
 
 
-def insist_on_no_writer(path: Path) -> None:
-    """Raise `Held` where a process has this file open and locked for writing."""
+def verify_no_writer(path: Path) -> None:
+    """Raise `LockHeld` where a process has this file open and locked for writing."""
     try:
         fd = os.open(path, os.O_RDWR)  # NFS locks only what may be written
     except PermissionError:

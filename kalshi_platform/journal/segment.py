@@ -1,9 +1,9 @@
-"""The segment that is being written: one file, and the one owner of its descriptor.
+"""The segment file being written, as the sole owner of its descriptor. Encoding and queueing belong in `writer`.
 
-It knows bytes only. A descriptor is closed once, whatever fails around it: the number of one that is
-closed may belong to another file a moment later. After an `fdatasync` that failed the kernel may have
-dropped the pages and report success from then on, so what was written since the last one that succeeded
-is not trusted any more (`trusted`), and is written again to another segment.
+A descriptor is closed exactly once, whatever fails around it: once closed, its number may belong to
+another file at any moment. After a failed `fdatasync` the kernel may have dropped the dirty pages and
+report success from then on. So bytes written since the last successful sync are no longer trusted
+(`trusted`), and the writer writes them again to another segment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kalshi_platform.journal.lock import Held, lock_if_supported
+from kalshi_platform.journal.lock import LockHeld, lock_if_supported
 from kalshi_platform.journal.reader import END_MARK, HEADER, SUFFIX
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,13 @@ _FDATASYNC: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # macOS 
 
 @dataclass(frozen=True)
 class Disk:
-    """The system calls that write a journal; a test gives some that fail or are slow."""
+    """The system calls that write a journal; tests replace them with failing or slow ones."""
 
     open: Callable[..., int] = os.open
     pwrite: Callable[[int, Any, int], int] = os.pwrite
     fdatasync: Callable[[int], None] = _FDATASYNC
     fsync: Callable[[int], None] = os.fsync
-    """Of the folder: it makes the segment's name durable."""
+    """Called on the folder, to make a segment's name durable."""
     ftruncate: Callable[[int, int], None] = os.ftruncate
     close: Callable[[int], None] = os.close
     rename: Callable[..., None] = os.rename
@@ -43,22 +43,22 @@ REAL_DISK = Disk()
 
 
 class Segment:
-    """A segment that this process has begun."""
+    """A segment that this process created and writes."""
 
     def __init__(self, disk: Disk, folder_fd: int, first_n: int) -> None:
-        """Make the file, its header and its name durable.
+        """Create the file and make its header and name durable.
 
-        Raises `OSError` where the disk refuses; nothing is left open then. `FileExistsError`: a file of
-        that name is there already.
+        Raises: `FileExistsError` where a file of that name exists, `OSError` where the disk refuses. No
+        descriptor is left open then.
         """
         self._disk = disk
         self._folder_fd = folder_fd
         self.first_n = first_n
         self.name = f"{first_n:020d}{SUFFIX}"
         self.size = len(HEADER)
-        """Bytes that are durable."""
+        """Number of durable bytes."""
         self.trusted = True
-        """Whether what is written from `size` on can become durable here."""
+        """False after a failed sync: bytes written beyond `size` may never become durable here."""
         self._fd = disk.open(
             self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640, dir_fd=folder_fd
         )
@@ -70,12 +70,12 @@ class Segment:
         except BaseException as error:
             self._close()
             self._unlink()
-            if isinstance(error, Held):  # who starts just now looks whether it is locked
+            if isinstance(error, LockHeld):  # a starting process tests the lock of every segment
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), self.name) from None
             raise
 
     def append(self, data: bytes) -> None:
-        """Write the next bytes and make them durable. After `OSError` they are not, and may be tried again."""
+        """Write the next bytes and make them durable. Raises: `OSError` where they are not; append them again."""
         self._put(data, self.size)
         try:
             self._disk.fdatasync(self._fd)
@@ -88,11 +88,11 @@ class Segment:
 
     @property
     def removed(self) -> bool:
-        """Whether the file has no name any more: what is written to it goes with this process."""
+        """Whether the file was unlinked: bytes written to it vanish with this process."""
         return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
 
     def end(self) -> None:
-        """Write the end mark, which no reader needs, and close the file."""
+        """Write the end mark (optional for readers) and close the file."""
         try:
             self.append(END_MARK)
         except OSError as error:
@@ -100,14 +100,14 @@ class Segment:
         self._close()
 
     def abandon(self) -> None:
-        """Close the file without what is not trusted; it goes where that is all of it."""
+        """Truncate the file to its durable bytes and close it; remove it where it holds no record."""
         if self._fd < 0:
             return
         empty = self.size == len(HEADER) and not self.removed
         try:
             if self.size > len(HEADER):
                 self._disk.ftruncate(self._fd, self.size)
-        except OSError as error:  # readers find the same batch in the segment that follows
+        except OSError as error:  # harmless: readers accept an equal batch in the following segment
             log.warning("Segment %s keeps a batch twice: %s", self.name, error.strerror)
         self._close()
         if empty:
@@ -123,17 +123,19 @@ class Segment:
             offset += written
 
     def _close(self) -> None:
-        """Give the descriptor back, once: the kernel has taken it also where close fails."""
+        """Close the descriptor, once: Linux releases it even where close fails."""
         fd, self._fd = self._fd, -1
         try:
             if fd >= 0:
                 self._disk.close(fd)
-        except OSError as error:  # all that counts was synced before
+        except OSError as error:  # every durable byte was synced before
             log.warning("Closing segment %s: %s", self.name, error.strerror)
 
     def _unlink(self) -> None:
-        """Remove a segment without a record. One that stays is put aside when its name is needed."""
+        """Remove a segment without records. If that fails, the writer renames it when it needs the name."""
         try:
             self._disk.unlink(self.name, dir_fd=self._folder_fd)
         except OSError as error:
-            log.warning("Segment %s holds nothing and stays: %s", self.name, error.strerror)
+            log.warning(
+                "Segment %s holds no record and cannot be removed: %s", self.name, error.strerror
+            )

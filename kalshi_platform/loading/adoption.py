@@ -53,7 +53,7 @@ def adopt(settings: Settings, shard: int) -> Adopted:
     """
     folder = settings.journal_dir(shard)
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    with writer.held(folder) as end_n:
+    with writer.hold_lock(folder) as end_n:
         before = _known(folder)
         after = uuid.uuid4()
         start = Start((before.epoch if before else 0) + 1, secrets.token_hex(8))
@@ -109,7 +109,7 @@ def _point(folder: Path, store: Sink, before: JournalIdentity | None, end_n: int
     found = cursor_file.read(folder, store.name, before.id if before else uuid.UUID(int=0))
     if isinstance(found, Cursor) and _holds(store, traces.before(folder, found.committed[2])):
         return _settled(folder, store, found.committed[2], found.planned_n, end_n)
-    beginning = reader.beginning(folder).n
+    beginning = reader.oldest_offset(folder).n
     if not _holds(store, traces.following(folder, beginning)):
         return beginning
     if _holds(store, traces.before(folder, end_n)):
@@ -157,7 +157,7 @@ def _cursor(
         store=store.name,
         place=store.place,
         start=after.start,
-        committed=plain(reader.find(folder, n)),
+        committed=plain(reader.offset_of(folder, n)),
     )
     if isinstance(old, Cursor) and old.state_at is not None and old.state_at[2] <= n:
         return msgspec.structs.replace(made, state_at=old.state_at, state_file=old.state_file)

@@ -30,7 +30,7 @@ from kalshi_platform.health.verdict import BEHIND_S
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import ADOPT
 from kalshi_platform.journal.latency import Latency
-from kalshi_platform.journal.ledger import Entry, RecordGone, Superseded
+from kalshi_platform.journal.ledger import Entry, EntryMissing, Superseded
 from kalshi_platform.journal.reader import JournalError, LogOffset
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import cursor as cursor_file
@@ -128,7 +128,7 @@ class Loader:
         """When the last range became durable there, by this machine's clock."""
         self.loaded_ns = 0
         """Everything received up to then is there."""
-        self.delays = Latency()
+        self.latency = Latency()
         """From receive to durable in the store, for order-book events."""
         self.rows: Counter[str] = Counter()
         """Written to the store since the start, by dataset; what only mirrors them is left out."""
@@ -343,7 +343,7 @@ class Loader:
         found = self._insist(lambda: cursor_file.read(self._folder, self.name, self._writer.id))
         cursor = found if isinstance(found, Cursor) else None
         point = self._point(found)
-        self.committed = reader.find(self._folder, point.loaded_to)
+        self.committed = reader.offset_of(self._folder, point.loaded_to)
         self._state, self._position = self._books_before(point.loaded_to, cursor)
         whole = self._state.version > 0 or not self._is_pruned
         self._replay(point.loaded_to, written=True)
@@ -369,7 +369,7 @@ class Loader:
         point = resume.held_against(point, cursor, why_none)
         if not point.certain:
             point = self._point_by_traces(point, cursor)
-        if point.loaded_to < reader.beginning(self._folder).n:
+        if point.loaded_to < reader.oldest_offset(self._folder).n:
             raise self._no_longer_kept(point)
         return point
 
@@ -394,7 +394,7 @@ class Loader:
 
     def _point_without_record(self, cursor: Cursor | Unusable) -> Point:
         """Where loading goes on where the store has no record of this journal."""
-        beginning = reader.beginning(self._folder).n
+        beginning = reader.oldest_offset(self._folder).n
         empty = not self._holds(traces.following(self._folder, beginning))
         if isinstance(cursor, Unusable):
             if not empty:
@@ -439,7 +439,7 @@ class Loader:
         )
 
     def _no_longer_kept(self, point: Point) -> JournalError:
-        beginning = reader.beginning(self._folder).n
+        beginning = reader.oldest_offset(self._folder).n
         name = reader.set_aside(reader.segment_path(self._folder, point.loaded_to)).name
         return JournalError(
             f"{self._store.place} holds this journal up to record {point.loaded_to}, and the journal in"
@@ -487,7 +487,9 @@ class Loader:
     def _books_before(self, n: int, cursor: Cursor | None) -> tuple[BookState, LogOffset]:
         """Books at or before record `n`, and their place in the journal."""
         if n == self._writer.began_n > self._writer.ended_n:
-            return BookState(n=n), reader.find(self._folder, n)  # numbers were left out before it
+            return BookState(n=n), reader.offset_of(
+                self._folder, n
+            )  # numbers were left out before it
         if cursor is not None and cursor.state_at is not None and cursor.state_at[2] <= n:
             try:
                 state = load(self._folder / "load" / cursor.state_file, cursor.state_at[2])
@@ -495,17 +497,17 @@ class Loader:
                 log.warning("%s The books are derived from an earlier record again.", error)
             else:
                 return state, LogOffset(*cursor.state_at)
-        beginning = reader.beginning(self._folder)
+        beginning = reader.oldest_offset(self._folder)
         starts = {start.token for start in self._writer.identity.starts}
         newest = newest_kept(self._folder, starts, beginning.n, n)
         if newest is not None:
-            return newest, reader.find(self._folder, newest.n)
+            return newest, reader.offset_of(self._folder, newest.n)
         return BookState(n=beginning.n), beginning
 
     @property
     def _is_pruned(self) -> bool:
         """Whether the journal no longer has its first record."""
-        return reader.beginning(self._folder).n > self._writer.identity.first
+        return reader.oldest_offset(self._folder).n > self._writer.identity.first
 
     def _replay(self, until_n: int, *, written: bool) -> None:
         """Derive up to record `until_n`, which is durable: it was committed or planned.
@@ -572,7 +574,7 @@ class Loader:
         self.loaded_ns = self._state.version
         for table in (r.tables[ORDERBOOK_EVENTS.name] for r in rows):
             received_ns = table["ingest_ts"].cast(pa.int64()).to_numpy() * 1000
-            self.delays.add(received_ns, self.committed_ns)
+            self.latency.add(received_ns, self.committed_ns)
 
     def _update_entry(self, loaded_to: int, planned_to: int) -> None:
         """Write to the store's own record how far it is, and what may be there besides."""
@@ -580,7 +582,7 @@ class Loader:
         if before is None:
             raise ValueError("nothing is written before the store is claimed")
         after = msgspec.structs.replace(before, loaded_to=loaded_to, planned_to=planned_to)
-        act = ledger.settle if loaded_to == planned_to else ledger.plan
+        act = ledger.commit if loaded_to == planned_to else ledger.plan
         self._insist(lambda: act(self._writer.id, before, after))
         self._entry = after
 
@@ -649,7 +651,7 @@ def _patience(attempt: tenacity.RetryCallState) -> float:
 
 
 def _kind(error: BaseException) -> str:
-    of_identity = isinstance(error, Superseded | RecordGone | Unresolved)
+    of_identity = isinstance(error, Superseded | EntryMissing | Unresolved)
     return "identity" if of_identity else "damage"
 
 

@@ -23,7 +23,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import ADOPT, JournalIdentity
 from kalshi_platform.journal.ledger import Entry, Ledger
 from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.writer import Beginning
+from kalshi_platform.journal.writer import StartPoint
 from kalshi_platform.loading import cursor
 from kalshi_platform.loading.sinks import ParquetSink
 
@@ -47,7 +47,9 @@ class Known:
     of_shard: Sequence[tuple[uuid.UUID, Entry]]
 
 
-def begin(folder: Path, stores: Mapping[str, Open], known: JournalIdentity, free: int) -> Beginning:
+def begin(
+    folder: Path, stores: Mapping[str, Open], known: JournalIdentity, free: int
+) -> StartPoint:
     """Where to begin in a folder whose first free number is `free`.
 
     Raises `JournalError` where the folder is empty and a store says that a journal was in it.
@@ -58,15 +60,15 @@ def begin(folder: Path, stores: Mapping[str, Open], known: JournalIdentity, free
             _insist_on_no_former_journal(folder, store, answer)
         others = any(answer.of_shard for answer in answers.values())
         free = max(free, cursor.reached(folder, known.id))
-        return Beginning(_fork_number(free) if others else free)
+        return StartPoint(_fork_number(free) if others else free)
     free = max(free, cursor.reached(folder, known.id))
     entries = [entry for answer in answers.values() for entry in answer.entries]
     own = {(start.epoch, start.token) for start in known.starts}
     epoch = max((entry.epoch for entry in entries), default=0) + 1
     reached = max((entry.planned_to for entry in entries), default=0)
     if any(entry.start not in own for entry in entries):
-        return Beginning(_fork_number(max(free, reached)), epoch)
-    return Beginning(max(free, reached), epoch)
+        return StartPoint(_fork_number(max(free, reached)), epoch)
+    return StartPoint(max(free, reached), epoch)
 
 
 def _fork_number(reached: int) -> int:

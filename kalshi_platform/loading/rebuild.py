@@ -143,10 +143,10 @@ def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
 
 def _in_journal(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | None:
     """The books before the hour's first record, and where that record is; None if not kept."""
-    beginning = reader.beginning(folder)
+    beginning = reader.oldest_offset(folder)
     state = hour_state(folder, hour)
     if state is not None and state.n >= beginning.n:
-        return state, reader.find(folder, state.n)
+        return state, reader.offset_of(folder, state.n)
     if beginning.n == 0:  # the journal's very first hour begins with no books at all
         first = next(reader.read(folder, beginning), None)
         if (
@@ -291,7 +291,7 @@ def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[Record
     last = max(edges, default=0)
     for stretch in chunks(reader.read(source.folder, source.position)):
         for piece, opens in at_openings(stretch, clock):
-            is_later = opens is not None and opens > hour and clock.is_new(opens)
+            is_later = opens is not None and opens > hour and clock.is_new_hour(opens)
             if is_later and piece.first_n >= last:
                 return
             if isinstance(piece, LostRange) or piece.unread is not None:

@@ -25,7 +25,7 @@ from kalshi_platform.exchange import columnar_trades
 from kalshi_platform.exchange.columnar import STREAM, Decoded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.session import SCALE
-from kalshi_platform.journal.reader import Unread
+from kalshi_platform.journal.reader import UnreadRange
 from kalshi_platform.loading.book_state import (
     Book,
     BookState,
@@ -168,7 +168,7 @@ def _lost(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookSta
 
 
 def _unread(
-    decoded: Decoded, unread: Unread, state: BookState
+    decoded: Decoded, unread: UnreadRange, state: BookState
 ) -> tuple[list[tuple[Any, ...]], BookState]:
     """(a row that names the records of an overlapping segment that are not read, the state after them)"""
     at = state.version or decoded.clock.newest_ns
@@ -207,8 +207,8 @@ def _after_lost_records(state: BookState, at_ns: int) -> BookState:
 
 def _reopens(decoded: Decoded, state: BookState) -> datetime | None:
     """When the clock shows an hour again, or was set back within one."""
-    at = state.clock.opens(decoded.first_ns)
-    return None if at is None or state.clock.is_new(at) else at
+    at = state.clock.checkpoint_time(decoded.first_ns)
+    return None if at is None or state.clock.is_new_hour(at) else at
 
 
 def _reopening(decoded: Decoded, state: BookState, shard: int) -> pa.Table:

@@ -32,7 +32,7 @@ from kalshi_platform.journal.reader import (
     LogOffset,
     LostRange,
     RecordRange,
-    joined,
+    concatenate,
 )
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows, build_rows
@@ -208,7 +208,7 @@ def _pieces(stretches: Iterator[JournalRange], state: BookState) -> _Pieces:
     for stretch in chunks(stretches, dropped):
         for piece, opens in at_openings(stretch, clock):
             it = decoded(piece)
-            yield _Piece(opens if opens and clock.is_new(opens) else None, it, piece.end)
+            yield _Piece(opens if opens and clock.is_new_hour(opens) else None, it, piece.end)
             clock = it.clock_after(clock)
 
 
@@ -238,7 +238,7 @@ def chunks(stretches: Iterator[JournalRange], dropped: int = 0) -> Iterator[Jour
     full = 0.0
     for it in stretches:
         if gathered and (isinstance(it, LostRange) or it.unread is not None):
-            yield joined(gathered)
+            yield concatenate(gathered)
             gathered, full = [], 0.0
         if isinstance(it, LostRange):
             yield it
@@ -251,10 +251,10 @@ def chunks(stretches: Iterator[JournalRange], dropped: int = 0) -> Iterator[Jour
             gathered.append(head)
             full = float(after[head.rows - 1])
             if full >= 1.0:
-                yield joined(gathered)
+                yield concatenate(gathered)
                 gathered, full = [], 0.0
     if gathered:
-        yield joined(gathered)
+        yield concatenate(gathered)
 
 
 def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
@@ -286,6 +286,6 @@ def at_openings(
             head, block = block.cut(at - cut)
             yield head, opens
         newest_ns = max(clock.newest_ns, int(before[: at + 1].max()))
-        opens = ReceiveClock(int(before[at]), newest_ns).opens(int(recv_ns[at]))
+        opens = ReceiveClock(int(before[at]), newest_ns).checkpoint_time(int(recv_ns[at]))
         cut = at
     yield block, opens

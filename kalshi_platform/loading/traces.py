@@ -34,7 +34,7 @@ class Trace:
 
 def before(folder: Path, n: int) -> list[Trace]:
     """The last record before `n` of each dataset, as far as the journal has one near."""
-    first = max(n - NEAR_RECORDS, reader.beginning(folder).n)
+    first = max(n - NEAR_RECORDS, reader.oldest_offset(folder).n)
     found: dict[str, Trace] = {}
     for block in _blocks(folder, first, n):
         found |= {trace.dataset: trace for trace in _traces(decode([block]), last=True)}
@@ -53,7 +53,7 @@ def _blocks(folder: Path, first: int, until: int) -> Iterator[RecordRange]:
     if first >= until:
         return
     try:
-        near = up_to(until, reader.read(folder, reader.find(folder, first)))
+        near = up_to(until, reader.read(folder, reader.offset_of(folder, first)))
         yield from (stretch for stretch in chunks(near) if isinstance(stretch, RecordRange))
     except JournalError:
         return  # the load reports damage; what was read before it is enough here

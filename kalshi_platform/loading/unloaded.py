@@ -67,7 +67,7 @@ def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> 
     As the loader itself decides (`resume`): by what ClickHouse says of the journal, else by the cursor. One
     that is of another place, missing or damaged lets it begin with the journal, or stop and ask.
     """
-    beginning = reader.beginning(shard.folder).n
+    beginning = reader.oldest_offset(shard.folder).n
     identity = journal_identity.read(shard.folder)
     if identity is None:
         return beginning
@@ -83,7 +83,7 @@ def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> 
 def _scan(shard: _Shard, loaded_to: int) -> None:
     """Note the hours of the records from `loaded_to` on that were not scanned yet."""
     begin = max(shard.scanned_to, loaded_to)
-    for stretch in reader.read(shard.folder, reader.find(shard.folder, begin)):
+    for stretch in reader.read(shard.folder, reader.offset_of(shard.folder, begin)):
         shard.scanned_to = stretch.first_n + stretch.rows
         if isinstance(stretch, LostRange):
             continue

@@ -238,7 +238,7 @@ class _Reading:
                 _require_known_format(folder)
                 committed = {n: _committed(folder, n) for n in sorted(self._settings.stores)}
                 end = min(committed.values())
-                self._loaded_cold |= committed.get(PARQUET, 0) > journal.beginning(folder).n
+                self._loaded_cold |= committed.get(PARQUET, 0) > journal.oldest_offset(folder).n
                 read = tally_journal.read(
                     folder,
                     shard,
@@ -520,7 +520,7 @@ def _require_known_format(folder: Path) -> None:
 def _committed(folder: Path, store: str) -> int:
     """Return the record up to which a store has loaded a journal; the journal's first record if nothing was loaded."""
     path = folder / "load" / f"{store}.json"
-    beginning = journal.beginning(folder).n
+    beginning = journal.oldest_offset(folder).n
     try:
         cursor = checked_json.decode(
             path.read_bytes(), _Cursor, path, cursor_file.FORMAT, checksum_optional=True

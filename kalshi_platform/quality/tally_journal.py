@@ -75,7 +75,7 @@ def read(
 
     `progress` is called with the record that has been reached. Raises `JournalError` for damage.
     """
-    beginning = reader.beginning(folder)
+    beginning = reader.oldest_offset(folder)
     found = Journal(shard, beginning.n, max(end, beginning.n))
     # in chunks: adding up has a fixed cost, and a quiet exchange makes many small batches
     for part in chunks(up_to(end, reader.read(folder, beginning))):
@@ -98,7 +98,7 @@ def read(
 def connections(folder: Path, start: int) -> set[str]:
     """Return the connections of the records from `start` on."""
     found: set[str] = set()
-    for part in reader.read(folder, reader.find(folder, start)):
+    for part in reader.read(folder, reader.offset_of(folder, start)):
         if isinstance(part, RecordRange):
             conns = part.batch.column("conn").cast(pa.binary()).unique()
             found |= {str(uuid.UUID(bytes=conn)) for conn in conns.to_pylist()}

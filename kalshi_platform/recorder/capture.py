@@ -205,7 +205,7 @@ class Capture:
         finally:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
-            self._journal.hand_over()
+            self._journal.submit()
             self.ended = True
 
     async def _connection(self, attempt: int) -> None:
@@ -426,7 +426,7 @@ class Capture:
     async def _tick(self) -> None:
         beat_at = time.monotonic() + HEARTBEAT_S
         while True:
-            self._journal.hand_over()
+            self._journal.submit()
             if time.monotonic() >= beat_at:
                 beat_at += HEARTBEAT_S
                 followed, synced = self.markets

@@ -43,7 +43,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import JournalIdentity
 from kalshi_platform.journal.latency import LatencySummary
 from kalshi_platform.journal.reader import JournalError
-from kalshi_platform.journal.writer import Beginning, Writer
+from kalshi_platform.journal.writer import StartPoint, Writer
 from kalshi_platform.loading import cursor, numbering
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Loader
@@ -204,7 +204,7 @@ class Streamer:
         writer = self._writer = Writer(
             self._folder,
             claims=cursor.claims(self._folder),
-            beginning=partial(self._beginning, archive),
+            choose_start=partial(self._choose_start, archive),
         )
         self._began_n = writer.began_n
         self._reporting = [
@@ -212,7 +212,7 @@ class Streamer:
             _spawn("housekeeping", self._run_housekeeping),
         ]
         self._arrive(writer)
-        torn = dataclasses.asdict(writer.torn) if writer.torn else None
+        torn = dataclasses.asdict(writer.unfinished_end) if writer.unfinished_end else None
         start = writer.identity.starts[-1]
         writer.note(
             "started",
@@ -225,10 +225,10 @@ class Streamer:
                 "start": start.token,
             },
         )
-        writer.hand_over()
+        writer.submit()
         writer.wait_durable(writer.next_n, 5.0)
-        if writer.torn:
-            log.warning("The journal's last segment was torn by a kill: %s", writer.torn)
+        if writer.unfinished_end:
+            log.warning("The journal's last segment was torn by a kill: %s", writer.unfinished_end)
         if writer.damage:
             log.error("%s", writer.damage)
         self._loads = self._make_loads(writer, archive)
@@ -246,7 +246,7 @@ class Streamer:
     def _connected(self) -> bool:
         return self._capture is not None and self._capture.connected
 
-    def _beginning(self, archive: Archive, known: JournalIdentity, free: int) -> Beginning:
+    def _choose_start(self, archive: Archive, known: JournalIdentity, free: int) -> StartPoint:
         settings, shard = self._settings, self._shard
         stores: dict[str, numbering.Open] = {
             ParquetSink.name: lambda: ArchiveLedger(archive, shard)
@@ -301,7 +301,7 @@ class Streamer:
         if not ended:
             self._lost("Reading did not end in time: the next start marks what that may have cost.")
         closed = self._close_journal(
-            max(deadline - time.monotonic() - 2.0, 1.0), handed_over=not ended
+            max(deadline - time.monotonic() - 2.0, 1.0), submitted=not ended
         )
         for load in self._loads:
             load.drain()
@@ -318,10 +318,10 @@ class Streamer:
         except (StoreError, OSError) as error:
             log.error("Hours that only waited for shard %d stay open: %s", self._shard, error)
 
-    def _close_journal(self, timeout_s: float, *, handed_over: bool) -> bool:
+    def _close_journal(self, timeout_s: float, *, submitted: bool) -> bool:
         try:
             if self._writer is not None:
-                self._writer.close(timeout_s, handed_over=handed_over)
+                self._writer.close(timeout_s, submitted=submitted)
         except JournalError as error:
             self._lost(str(error))
             return False
@@ -445,10 +445,10 @@ class Streamer:
             lag_frames=max((s.lag for s in stores.values()), default=0),
             stores=stores,
             delays_ms={
-                name: delays.so_far()
+                name: delays.summary()
                 for name, delays in (
-                    *([("journal", writer.delays)] if writer else []),
-                    *((load.name, load.delays) for load in self._loads),
+                    *([("journal", writer.latency)] if writer else []),
+                    *((load.name, load.latency) for load in self._loads),
                 )
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
@@ -637,7 +637,7 @@ class Streamer:
         with self._noting:
             if self._drains and self._writer is not None:
                 self._writer.note(kind, detail)
-                self._writer.hand_over()
+                self._writer.submit()
             elif self._capture is None or self._loop is None:
                 self._notes.append((kind, detail))
             else:
@@ -708,7 +708,7 @@ class Streamer:
         older_than_s = self._settings.journal_retention_hours * 3600
         for path in reader.prune(self._folder, needed, older_than_s):
             log.info("Journal segment %s is past its retention: removed.", path.name)
-        prune_hour_states(self._folder, reader.beginning(self._folder).n)
+        prune_hour_states(self._folder, reader.oldest_offset(self._folder).n)
         if self._shard == 0:
             self._prune_drained(older_than_s)
 
@@ -721,7 +721,7 @@ class Streamer:
                 folder = settings.journal_dir(shard)
                 for path in reader.prune(folder, sys.maxsize, older_than_s):
                     log.info("Journal segment %s of shard %d: removed.", path.name, shard)
-                prune_hour_states(folder, reader.beginning(folder).n)
+                prune_hour_states(folder, reader.oldest_offset(folder).n)
 
 
 def _spawn(name: str, target: Callable[[], None]) -> threading.Thread:

@@ -213,7 +213,7 @@ def derived(records: Sequence[wire.Record]) -> Iterator[tuple[str, pa.Table]]:
     state = BookState()
     (block,) = wire.blocks(records)
     for piece, opens in at_openings(block, state.clock):
-        if opens is not None and state.clock.is_new(opens):
+        if opens is not None and state.clock.is_new_hour(opens):
             yield "book_checkpoints", checkpoint(state, opens)
         rows, state = build_rows(decoded(piece), state)
         yield from ((name, rows.tables[name]) for name in RECORDED)

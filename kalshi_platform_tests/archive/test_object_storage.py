@@ -822,7 +822,7 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
     writer = Writer(settings.journal_dir())
     hour_after = hour_of_ns(time.time_ns()) + HOUR
     writer.note("heartbeat", {}, recv_ns=hour_start_ns(hour_after))
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, 60)
     for into in (parquet(settings), ClickHouseSink(settings, str(writer.id))):
         load_all(Loader(settings.journal_dir(), writer, into, PACE))

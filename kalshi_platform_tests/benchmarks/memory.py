@@ -179,13 +179,13 @@ def write_hour_end(folder: Path, markets: int, levels: int) -> None:
         frame = f'{{"type":"orderbook_snapshot","sid":1,"seq":{market + 1},"msg":{body}}}'
         writer.append(at, conn, Kind.SNAPSHOT, frame.encode())
         if market % 500 == 499:
-            writer.hand_over()
+            writer.submit()
             writer.wait_durable(writer.next_n, 60.0)
     head = f'"market_ticker":"{feed.ticker(0)}","market_id":"{feed.market_id(0)}"'
     body = f'{{{head},"price_dollars":"0.0100","delta_fp":"1.00","side":"yes"}}'
     frame = f'{{"type":"orderbook_delta","sid":1,"seq":{markets + 1},"msg":{body}}}'
     writer.append(at + 11_000_000_000, conn, Kind.DELTA, frame.encode())
-    writer.hand_over()
+    writer.submit()
     writer.wait_durable(writer.next_n, 60.0)
     writer.close()
 

@@ -26,7 +26,7 @@ from kalshi_platform.exchange.framing import Framing
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
-from kalshi_platform.journal.reader import RecordRange, joined
+from kalshi_platform.journal.reader import RecordRange, concatenate
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows, build_rows
@@ -132,7 +132,7 @@ def _journalled(folder: Path, payloads: list[bytes], markets: int) -> tuple[Reco
         part = payloads[start : start + 1_000]
         writer.extend(time.time_ns(), conn, [Kind.DELTA] * len(part), part)
     writer.close()
-    whole = joined(list(reader.blocks(folder, reader.beginning(folder))))
+    whole = concatenate(list(reader.record_ranges(folder, reader.oldest_offset(folder))))
     books, deltas = whole.cut(before)
     _, state = build_rows(decode([books]), BookState())
     return deltas, state

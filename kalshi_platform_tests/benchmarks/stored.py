@@ -77,7 +77,7 @@ def _load(settings: Settings, lines: list[bytes], times: list[int]) -> None:
         writer.append(at, conn, kind, frame)
     hour_after = hour_start_ns(hour_of_ns(times[-1]) + HOUR)
     writer.note("heartbeat", {}, recv_ns=hour_after)  # with it the last hour is over
-    writer.hand_over()
+    writer.submit()
     if not writer.wait_durable(writer.next_n, 60.0):
         raise RuntimeError("the journal took too long")
     parquet = ParquetSink(open_archive(settings), 0, lambda _: None)

@@ -207,7 +207,7 @@ def _connections_cut(folder: Path, events: list[Event]) -> int:
     ending = [e for e in events if e.shards]
     open_since: dict[bytes, int] = {}
     cut = 0
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         notes = block.batch.to_pylist()
         for record in (r for r in notes if r["kind"] == Kind.NOTE):
             if b'"kind":"connected"' in record["frame"]:
@@ -223,7 +223,7 @@ def _connections_cut(folder: Path, events: list[Event]) -> int:
 def _delays(folder: Path, kills: list[Event]) -> list[float]:
     """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         for record in block.batch.to_pylist():
             at = record["recv_ns"] / 1e9
             if record["kind"] != Kind.NOTE:

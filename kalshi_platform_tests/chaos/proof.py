@@ -159,7 +159,7 @@ def _journalled(settings: Settings) -> tuple[int, Counter[str]]:
     kinds = np.zeros(len(Kind), np.int64)
     found: Counter[str] = Counter()
     for folder in sorted(settings.journals_dir.glob("shard-*")):
-        for block in reader.blocks(folder, reader.beginning(folder)):
+        for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
             of = block.batch.column("kind").cast(pa.int64())
             kinds += np.bincount(of.to_numpy(), minlength=len(Kind))
             others = block.batch.column("frame").filter(pc.equal(of, int(Kind.CONTROL)))

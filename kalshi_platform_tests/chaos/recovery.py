@@ -40,7 +40,7 @@ def off_s(folders: Sequence[Path], since: float) -> float:
 
 def _first_frame(folder: Path, since: float) -> float:
     """When a journal got its first frame after that moment; infinite where none has come."""
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         for record in block.batch.select(["recv_ns", "kind"]).to_pylist():
             if record["recv_ns"] / 1e9 > since and record["kind"] != Kind.NOTE:
                 return float(record["recv_ns"] / 1e9)

@@ -146,7 +146,7 @@ def journal_bytes() -> Iterator[Run]:
             for n in range(count):
                 writer.append(n, wire.conn_id(n % 2), n % 4, b"frame %d" % n * (n + 1))
                 if n % 3 == 2:
-                    writer.hand_over()
+                    writer.submit()
             writer.close()
         paths = [reader.segment_path(folder, n) for n in reader.segments(folder)]
         whole = [path.read_bytes() for path in paths]
@@ -159,7 +159,7 @@ def journal_bytes() -> Iterator[Run]:
             try:
                 found = _records(folder)
                 assert found == original[: len(found)], "a record that was never written"
-                torn, damage, next_n = writer_module._end(folder)
+                torn, damage, next_n = writer_module._inspect_end(folder)
                 assert (
                     len(found) == len(original)
                     or torn
@@ -188,7 +188,7 @@ def journal_bytes() -> Iterator[Run]:
 def _records(folder: Path) -> list[tuple[Any, ...]]:
     return [
         (it.first_n + i, *row.values())
-        for it in reader.read(folder, reader.beginning(folder))
+        for it in reader.read(folder, reader.oldest_offset(folder))
         if isinstance(it, reader.RecordRange)
         for i, row in enumerate(it.batch.to_pylist())
     ]

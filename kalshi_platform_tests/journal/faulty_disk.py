@@ -22,12 +22,12 @@ from kalshi_platform.journal.segment import Disk
 CALLS = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "close", "rename", "unlink")
 ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EIO, errno.EINTR)
 SHORT = -1
-"""Instead of an error: of a write, only the first part is taken."""
+"""A fault that is a short write instead of an error."""
 
 
 @dataclass
 class _File:
-    """What the disk has of one file, and what it does not have yet."""
+    """One file: its bytes on the disk and its bytes not synced yet."""
 
     content: bytearray = field(default_factory=bytearray)
     dirty: list[tuple[int, bytes]] = field(default_factory=list)
@@ -41,11 +41,11 @@ class _File:
 
 @dataclass
 class FaultyDisk:
-    """`faults` gives the error (or SHORT) of the n-th call of each kind, counted from 0."""
+    """A disk with injected faults: `faults` maps a call and its index (from 0) to an errno or SHORT."""
 
     faults: Mapping[tuple[str, int], int]
     writes_despite_error: bool = False
-    """Whether the bytes of an `fdatasync` that fails reach the disk all the same."""
+    """Whether the bytes of a failing `fdatasync` reach the disk nevertheless."""
     met: set[tuple[str, int]] = field(default_factory=set)
     delay: Callable[[], object] = lambda: None
     """Called within each `fdatasync`."""
@@ -60,16 +60,16 @@ class FaultyDisk:
 
     @property
     def disk(self) -> Disk:
-        """What the writer is given."""
+        """The system calls to give to the writer."""
         return Disk(**{name: getattr(self, f"_{name}") for name in CALLS})
 
     @property
     def spent(self) -> bool:
-        """Whether every fault was met."""
+        """Whether every fault has occurred."""
         return self.met >= set(self.faults)
 
     def after_power_cut(self, source: Path, folder: Path, durable: Callable[[], int]) -> int:
-        """Put what the disk has of `source` into `folder`; returns what was durable just before."""
+        """Copy the synced bytes of `source` into `folder`; return what was durable just before."""
         n = durable()
         shutil.copy(source / "journal.json", folder)  # written before the first segment
         with self._lock:
@@ -136,11 +136,11 @@ class FaultyDisk:
             self._new_names.clear()
 
     def _ftruncate(self, fd: int, size: int) -> None:
-        self._fail("ftruncate")  # what it does is not synced, and the disk need not have it
+        self._fail("ftruncate")  # truncation is not synced: after a power cut it may be undone
         os.ftruncate(fd, size)
 
     def _close(self, fd: int) -> None:
-        os.close(fd)  # as Linux: it is closed also where that fails
+        os.close(fd)  # as on Linux: the descriptor is closed even where close fails
         with self._lock:
             del self._files[fd]
         self._fail("close")

@@ -1,4 +1,4 @@
-"""A damaged segment that was set aside gives every batch that is whole, and names what is lost."""
+"""A set-aside segment yields every intact batch and names the lost ranges."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ Content = list[bytes | None]
 """The frame of every record, None where it is lost."""
 
 
-def content(stretches: list[JournalRange], first_n: int) -> Content:
-    """What was read, which must be consecutive."""
+def content(parts: list[JournalRange], first_n: int) -> Content:
+    """The frames read, None for lost ones; asserts that record numbers are consecutive."""
     found: Content = []
-    for it in stretches:
-        assert it.first_n == first_n + len(found), "a record is neither there nor named as lost"
-        found += [None] * it.rows if isinstance(it, LostRange) else it.batch["frame"].to_pylist()
-        assert it.end.n == first_n + len(found)
+    for part in parts:
+        assert part.first_n == first_n + len(found), "a record is neither present nor named as lost"
+        if isinstance(part, LostRange):
+            found += [None] * part.rows
+        else:
+            found += part.batch["frame"].to_pylist()
+        assert part.end.n == first_n + len(found)
     return found
 
 
-def everything(folder: Path) -> list[JournalRange]:
-    return list(reader.read(folder, reader.beginning(folder)))
+def read_all(folder: Path) -> list[JournalRange]:
+    return list(reader.read(folder, reader.oldest_offset(folder)))
 
 
-def put_aside(folder: Path, first_n: int, data: bytes) -> None:
+def set_aside_with(folder: Path, first_n: int, data: bytes) -> None:
     path = reader.segment_path(folder, first_n)
     path.write_bytes(data)
     path.rename(reader.set_aside(path))
 
 
 def without_the_third_batch(folder: Path) -> bytes:
-    """The first segment, with zeros where seven of its records were."""
+    """The first segment with its third batch (seven records) zeroed."""
     data = reader.segment_path(folder, 0).read_bytes()
-    third = list(reader.blocks(folder, LogOffset(0, 0, 0), LogOffset(0, len(data), 0)))[2]
+    third = list(reader.record_ranges(folder, LogOffset(0, 0, 0), LogOffset(0, len(data), 0)))[2]
     assert third.rows == 7
     begin, end = third.begins[0].offset, third.end.offset
     return data[:begin] + bytes(end - begin) + data[end:]
 
 
 def three_segments(folder: Path, counts: tuple[int, int, int], batch: int) -> list[RecordRange]:
-    """The blocks of the middle one."""
+    """Write three segments; return the ranges of the middle one."""
     first, middle, _ = counts
     write(folder, first, batch=batch)
     write(folder, middle, first=first, batch=batch)
     write(folder, counts[2], first=first + middle, batch=batch)
     start, limit = LogOffset(first, 0, first), LogOffset(first, 1 << 40, 0)
-    return list(reader.blocks(folder, start, limit))
+    return list(reader.record_ranges(folder, start, limit))
 
 
 @given(
@@ -72,32 +75,32 @@ def three_segments(folder: Path, counts: tuple[int, int, int], batch: int) -> li
     ),
 )
 @settings(max_examples=50, deadline=None)
-def test_only_what_the_damage_touched_is_lost(
+def test_only_damaged_batches_are_lost(
     counts: tuple[int, int, int],
     batch: int,
     damage: tuple[float, int, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("journal")
-    blocks = three_segments(folder, counts, batch)
+    ranges = three_segments(folder, counts, batch)
     whole = reader.segment_path(folder, counts[0]).read_bytes()
     where, length, how = damage
     at = int(where * len(whole))
     until = len(whole) if how == "cut off" else min(at + length, len(whole))
     patch = {"zeros": bytes(until - at), "ones": b"\xff" * (until - at)}.get(how, b"")
-    put_aside(folder, counts[0], whole[:at] + patch + whole[until:])
+    set_aside_with(folder, counts[0], whole[:at] + patch + whole[until:])
     total = sum(counts)
-    found = content(everything(folder), 0)
+    found = content(read_all(folder), 0)
     assert len(found) == total
     assert all(frame in (None, b"frame %d" % n) for n, frame in enumerate(found))
-    touched = [b for b in blocks if b.begins[0].offset < until and at < b.end.offset]
+    touched = [b for b in ranges if b.begins[0].offset < until and at < b.end.offset]
     may_be_lost = {n for block in touched for n in range(block.first_n, block.end.n)}
     assert {n for n, frame in enumerate(found) if frame is None} <= may_be_lost
 
 
 @given(batch=st.integers(1, 9), data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_holes_are_the_same_from_wherever_one_reads(
+def test_lost_ranges_do_not_depend_on_the_start_offset(
     batch: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("journal")
@@ -105,35 +108,38 @@ def test_holes_are_the_same_from_wherever_one_reads(
     damaged = bytearray(reader.segment_path(folder, 20).read_bytes())
     for at in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
         damaged[at] ^= 0x5A
-    put_aside(folder, 20, bytes(damaged))
-    found = everything(folder)
+    set_aside_with(folder, 20, bytes(damaged))
+    found = read_all(folder)
     expected = content(found, 0)
     for n in range(0, 100, 3):
-        it = next(it for it in found if it.first_n <= n < it.first_n + it.rows)
-        start = it.cut(n - it.first_n)[0].end if n > it.first_n else reader.find(folder, n)
+        part = next(p for p in found if p.first_n <= n < p.first_n + p.rows)
+        inside = n > part.first_n
+        start = part.cut(n - part.first_n)[0].end if inside else reader.offset_of(folder, n)
         assert content(list(reader.read(folder, start)), n) == expected[n:]
 
 
 @pytest.mark.parametrize("follows", [True, False])
-def test_no_changed_byte_makes_a_record_that_was_not_written(tmp_path: Path, follows: bool) -> None:
-    """The number of a batch is not in its checksum: a changed one must not be believed."""
+def test_a_changed_byte_never_yields_a_record_that_was_not_written(
+    tmp_path: Path, follows: bool
+) -> None:
+    """The checksum does not cover a batch's record number: a changed number must not be trusted."""
     write(tmp_path, 30, batch=7)
     if follows:
         write(tmp_path, 5, first=30)
     expected = [b"frame %d" % n for n in range(35 if follows else 30)]
     whole = reader.segment_path(tmp_path, 0).read_bytes()
-    second = list(reader.blocks(tmp_path, LogOffset(0, 0, 0)))[1]
-    put_aside(tmp_path, 0, whole)
+    second = list(reader.record_ranges(tmp_path, LogOffset(0, 0, 0)))[1]
+    set_aside_with(tmp_path, 0, whole)
     path = reader.segment_path(tmp_path, 0)
     for at in range(second.begins[0].offset, second.end.offset):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
-        found = content(everything(tmp_path), 0)
+        found = content(read_all(tmp_path), 0)
         lost = [n for n, frame in enumerate(found) if frame is None]
         assert lost in ([], list(range(second.first_n, second.end.n)))
         assert all(f in (None, e) for f, e in zip(found, expected, strict=True))
 
 
-def test_of_a_segment_that_is_gone_an_empty_file_is_enough(tmp_path: Path) -> None:
+def test_an_empty_damaged_file_stands_for_a_missing_segment(tmp_path: Path) -> None:
     three_segments(tmp_path, (10, 20, 10), 7)
     path = reader.segment_path(tmp_path, 10)
     path.unlink()
@@ -144,14 +150,14 @@ def test_of_a_segment_that_is_gone_an_empty_file_is_enough(tmp_path: Path) -> No
     reader.set_aside(path).touch()
     expected: Content = [b"frame %d" % n for n in range(40)]
     expected[10:30] = [None] * 20
-    assert content(everything(tmp_path), 0) == expected
-    [hole] = [it for it in everything(tmp_path) if isinstance(it, LostRange)]
-    assert hole.until_ns == 30  # the time of the record after it
+    assert content(read_all(tmp_path), 0) == expected
+    [lost] = [part for part in read_all(tmp_path) if isinstance(part, LostRange)]
+    assert lost.until_ns == 30  # receive time of the next record
     with pytest.raises(JournalError, match="lost its records 10 to 29"):
         frames(tmp_path)
 
 
-def test_damage_is_an_error_until_somebody_says_that_there_is_no_better_copy(
+def test_damage_is_an_error_until_the_segment_is_set_aside(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, 40)
@@ -161,15 +167,15 @@ def test_damage_is_an_error_until_somebody_says_that_there_is_no_better_copy(
     with pytest.raises(
         JournalError, match=rf"is good up to record 7;.*rename it to {path.name}\.damaged"
     ):
-        everything(tmp_path)
+        read_all(tmp_path)
     path.rename(reader.set_aside(path))
-    assert content(everything(tmp_path), 0).count(None) == 7
+    assert content(read_all(tmp_path), 0).count(None) == 7
     assert reader.prune(tmp_path, 40, older_than_s=0) == [reader.set_aside(path)]
 
 
 @pytest.mark.parametrize("aside", [True, False])
 @pytest.mark.parametrize("damage", ["in the middle", "cut short", "empty"])
-def test_a_writer_begins_behind_a_damaged_segment_and_no_number_comes_twice(
+def test_a_writer_after_damage_reuses_no_record_number(
     tmp_path: Path, damage: str, aside: bool
 ) -> None:
     write(tmp_path, 40)
@@ -181,26 +187,23 @@ def test_a_writer_begins_behind_a_damaged_segment_and_no_number_comes_twice(
     path.write_bytes(data[:left])
     if aside:
         path.rename(reader.set_aside(path))
-    writer = Writer(tmp_path, reached=38)  # a load had come so far
+    writer = Writer(tmp_path, reached=38)  # a loader's cursor had reached this number
     assert (writer.damage is not None) == (damage == "in the middle" and not aside)
     first_n = writer.next_n
     writer.append(99, bytes(16), 1, b"after")
     writer.close()
     if damage == "in the middle":
-        assert first_n == 40  # its end can be read
+        assert first_n == 40  # the segment's end is readable
     else:
         assert first_n == (2 * SEGMENT_BYTES if aside else 38)
     if not aside:
         with pytest.raises(JournalError, match=r"corrupt|cannot be read"):
-            everything(tmp_path)
+            read_all(tmp_path)
         path.rename(reader.set_aside(path))
-    found = everything(tmp_path)
-    assert [it for it in found if isinstance(it, RecordRange)][-1].batch["frame"].to_pylist() == [
-        b"after"
-    ]
-    kept = [
-        f for it in found if isinstance(it, RecordRange) for f in it.batch["frame"].to_pylist()
-    ][:-1]
+    found = read_all(tmp_path)
+    ranges = [part for part in found if isinstance(part, RecordRange)]
+    assert ranges[-1].batch["frame"].to_pylist() == [b"after"]
+    kept = [frame for records in ranges for frame in records.batch["frame"].to_pylist()][:-1]
     assert len(kept) == {"in the middle": 33, "cut short": len(kept), "empty": 0}[damage]
     assert kept == [f for f in (b"frame %d" % n for n in range(40)) if f in set(kept)]
-    assert sum(it.rows for it in found) == first_n + 1
+    assert sum(part.rows for part in found) == first_n + 1

@@ -1,4 +1,4 @@
-"""What is not ours among journals, states and spools is passed over, named, and stays where it is."""
+"""Foreign files among journals, states and spools are ignored, reported by doctor, and left in place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kalshi_platform_tests import foreign
 HOUR = datetime(2026, 11, 28, 7, tzinfo=UTC)
 
 
-def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists_them(
+def test_foreign_files_change_nothing_and_doctor_lists_them(
     tmp_path: Path,
 ) -> None:
     settings = platform_settings.load(
@@ -44,7 +44,7 @@ def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists
     again.close()
     assert watermarks.shards(settings.journals_dir) == [0]
     assert reader.segments(shard) == [0, 1]
-    assert sum(b.rows for b in reader.blocks(shard, reader.beginning(shard))) == 1
+    assert sum(b.rows for b in reader.record_ranges(shard, reader.oldest_offset(shard))) == 1
     state_files.keep_hour_state(BookState(n=5), shard, HOUR)
     assert state_files.hour_state(shard, HOUR) is not None
     assert state_files.newest_kept(shard, (), 0, 9) is not None
@@ -65,7 +65,7 @@ def test_journals_are_read_and_written_as_without_foreign_names_and_doctor_lists
     assert line.isprintable()
 
 
-def test_a_journal_that_may_not_be_read_holds_its_hours_open() -> None:
+def test_an_unreadable_journal_keeps_its_hours_unsealed() -> None:
     with foreign.open_folder() as journals:
         shard = journals / "shard-0"
         Writer(shard).close()

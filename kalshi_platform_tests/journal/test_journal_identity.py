@@ -1,4 +1,4 @@
-"""`journal.json`: whatever happens to it, the journal keeps its id or says that nothing proves it."""
+"""`journal.json`: after any damage the journal keeps its id, or an error says that nothing proves it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.journal_identity import FILE, Claim, JournalIdentity, Start
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import NO_CONNECTION, JournalError
-from kalshi_platform.journal.writer import Beginning, Writer
+from kalshi_platform.journal.writer import StartPoint, Writer
 
 
 def start(
@@ -40,11 +40,11 @@ def claim(identity: JournalIdentity) -> Claim:
 
 
 def test_each_start_raises_the_epoch_and_keeps_the_id(tmp_path: Path) -> None:
-    found = [start(tmp_path) for _ in range(3)]
-    assert len({it.id for it in found}) == 1
-    assert [it.epoch for it in found] == [1, 2, 3]
-    assert found[-1].starts == tuple(it.starts[-1] for it in found)
-    assert len({it.starts[-1].token for it in found}) == 3
+    identities = [start(tmp_path) for _ in range(3)]
+    assert len({identity.id for identity in identities}) == 1
+    assert [identity.epoch for identity in identities] == [1, 2, 3]
+    assert identities[-1].starts == tuple(identity.starts[-1] for identity in identities)
+    assert len({identity.starts[-1].token for identity in identities}) == 3
     assert json.loads((tmp_path / FILE).read_text())["epoch"] == 3
 
 
@@ -65,9 +65,9 @@ def test_the_epoch_is_durable_before_the_first_record(
 def test_a_file_of_a_version_without_epochs_reads_as_epoch_0(tmp_path: Path) -> None:
     known = uuid.uuid4()
     (tmp_path / FILE).write_text(json.dumps({"format": 1, "id": str(known)}) + "\n")
-    found = journal_identity.read(tmp_path)
-    assert found is not None
-    assert (found.id, found.epoch, found.starts) == (known, 0, ())
+    identities = journal_identity.read(tmp_path)
+    assert identities is not None
+    assert (identities.id, identities.epoch, identities.starts) == (known, 0, ())
     after = start(tmp_path)
     assert (after.id, after.epoch) == (known, 1)
 
@@ -101,7 +101,7 @@ def break_file(folder: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_file_is_recovered_from_the_started_notes(
+def test_a_damaged_identity_is_recovered_from_started_notes(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "journal"
@@ -113,7 +113,7 @@ def test_a_broken_file_is_recovered_from_the_started_notes(
     assert f"It is recovered: journal {before.id}" in caplog.text
 
 
-def test_an_old_copy_of_the_file_does_not_take_the_epoch_back(tmp_path: Path) -> None:
+def test_an_old_copy_of_the_identity_does_not_lower_the_epoch(tmp_path: Path) -> None:
     start(tmp_path)
     old = (tmp_path / FILE).read_bytes()
     start(tmp_path)
@@ -125,7 +125,7 @@ def test_an_old_copy_of_the_file_does_not_take_the_epoch_back(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"of another journal"}))
-def test_what_only_the_cursors_prove_is_recovered_from_them(damage: str, tmp_path: Path) -> None:
+def test_an_identity_is_recovered_from_cursors_alone(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     before = start(folder, noted=False)
     break_file(folder, damage)
@@ -135,9 +135,7 @@ def test_what_only_the_cursors_prove_is_recovered_from_them(damage: str, tmp_pat
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"of another journal"}))
-def test_what_nothing_proves_is_an_error_and_never_a_new_identity(
-    damage: str, tmp_path: Path
-) -> None:
+def test_an_unprovable_identity_is_an_error_never_a_new_one(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     before = start(folder, noted=False)
     whole = (folder / FILE).read_bytes()
@@ -152,7 +150,7 @@ def test_what_nothing_proves_is_an_error_and_never_a_new_identity(
     assert start(folder).id == before.id
 
 
-def test_cursors_that_contradict_each_other_prove_nothing(tmp_path: Path) -> None:
+def test_contradicting_cursors_prove_no_identity(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     before = start(folder, noted=False)
     (folder / FILE).unlink()
@@ -170,7 +168,7 @@ def test_a_cursor_of_another_journal_does_not_outvote_the_segments(tmp_path: Pat
     assert (after.id, after.epoch) == (before.id, 2)
 
 
-def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
+def test_an_identity_of_a_later_version_is_not_changed(tmp_path: Path) -> None:
     start(tmp_path)
     later = JournalIdentity(id=uuid.uuid4(), format=3)
     journal_identity.write(tmp_path, later)
@@ -179,21 +177,21 @@ def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     assert b'"format":3' in (tmp_path / FILE).read_bytes()
 
 
-def test_a_damaged_file_in_a_folder_without_segments_is_an_error_too(tmp_path: Path) -> None:
+def test_a_damaged_identity_without_segments_is_an_error(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with pytest.raises(JournalError, match="damaged"):
         Writer(tmp_path)
 
 
-def test_a_beginning_elsewhere_is_noted_with_the_epoch_that_it_asks_for(tmp_path: Path) -> None:
+def test_a_chosen_start_is_recorded_with_its_epoch(tmp_path: Path) -> None:
     start(tmp_path)
     asked: list[tuple[int, int]] = []
 
-    def beginning(known: JournalIdentity, free: int) -> Beginning:
+    def beginning(known: JournalIdentity, free: int) -> StartPoint:
         asked.append((known.epoch, free))
-        return Beginning(500, epoch=7)
+        return StartPoint(500, epoch=7)
 
-    writer = Writer(tmp_path, beginning=beginning)
+    writer = Writer(tmp_path, choose_start=beginning)
     writer.close()
     assert asked == [(1, 2)]
     assert (writer.began_n, writer.ended_n) == (500, 2)
@@ -202,7 +200,7 @@ def test_a_beginning_elsewhere_is_noted_with_the_epoch_that_it_asks_for(tmp_path
 
 
 @given(data=st.data())
-def test_no_altered_byte_of_a_checked_file_reads_as_something_else(data: st.DataObject) -> None:
+def test_an_altered_byte_never_decodes_to_another_value(data: st.DataObject) -> None:
     state = JournalIdentity(id=uuid.UUID(int=7), epoch=12, starts=(Start(12, "ab"),))
     text = checked_json.encode(state)
     assert checked_json.decode(text, JournalIdentity, FILE, 2) == state
@@ -210,7 +208,7 @@ def test_no_altered_byte_of_a_checked_file_reads_as_something_else(data: st.Data
     changed = bytes([data.draw(st.integers(0, 255))])
     try:
         altered = text[:at] + changed + text[at + 1 :]
-        found = checked_json.decode(altered, JournalIdentity, FILE, 2)
+        decoded = checked_json.decode(altered, JournalIdentity, FILE, 2)
     except CorruptFile:
         return
-    assert found == state  # the same byte, or another blank at the end
+    assert decoded == state  # the same byte, or another blank at the end

@@ -1,4 +1,4 @@
-"""One writer per journal, whatever happens to the file of the lock, the segments and the folder."""
+"""One writer per journal, even if the lock file, a segment or the folder is removed or replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is open for writing can be locked."""
+    """As on NFS: only a descriptor open for writing can be locked."""
 
     def nfs_flock(fd: int, how: int) -> None:
         if how & fcntl.LOCK_EX and stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -40,10 +40,10 @@ def on_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fails(writer: Writer) -> str:
-    """What the writer says when it has noticed."""
+    """Wait for the writer's failure; return its message."""
     deadline = time.monotonic() + 60
     while writer.failure is None:
-        assert time.monotonic() < deadline, "it notices nothing"
+        assert time.monotonic() < deadline, "the writer detects nothing"
         time.sleep(0.005)
     return str(writer.failure)
 
@@ -67,13 +67,13 @@ def folder_replaced(lock: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [removed, replaced, folder_moved, folder_replaced])
-def test_a_writer_notices_that_its_lock_is_gone_and_loses_nothing(
+def test_a_writer_whose_lock_is_gone_fails_and_loses_nothing(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     folder = tmp_path / "journal"
     writer = Writer(folder)
     writer.append(0, CONN, 1, b"frame 0")
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(1, 60)
     change(folder / "lock")
     sentence = fails(writer)
@@ -87,7 +87,7 @@ def test_a_writer_notices_that_its_lock_is_gone_and_loses_nothing(
 
 @pytest.mark.parametrize("nfs", [False, True])
 @pytest.mark.parametrize("change", [removed, replaced])
-def test_where_a_writer_lives_no_second_one_starts_although_the_lock_file_is_gone(
+def test_no_second_writer_starts_without_the_lock_file(
     change: Callable[[Path], None], nfs: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if nfs:
@@ -105,7 +105,7 @@ def test_where_a_writer_lives_no_second_one_starts_although_the_lock_file_is_gon
     again.close()
 
 
-def test_no_next_segment_is_begun_where_the_lock_is_gone(
+def test_no_segment_is_begun_without_the_lock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("kalshi_platform.journal.writer.CHECK_S", 3_600)
@@ -114,7 +114,7 @@ def test_no_next_segment_is_begun_where_the_lock_is_gone(
     count = 0
     while writer.durable.offset < 1_000:
         writer.append(count, CONN, 1, b"frame %d" % count)
-        writer.hand_over()
+        writer.submit()
         count += 1
         assert writer.wait_durable(count, 60)
     assert writer.failure is None
@@ -126,21 +126,21 @@ def test_no_next_segment_is_begun_where_the_lock_is_gone(
     assert len(frames(tmp_path)) == count + 1
 
 
-def test_what_goes_to_a_segment_that_was_removed_is_not_called_durable(tmp_path: Path) -> None:
+def test_records_in_a_removed_segment_are_not_durable(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     writer.append(0, CONN, 1, b"gone with the file")
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(1, 60)
     reader.segment_path(tmp_path, 0).unlink()
     writer.append(1, CONN, 1, b"kept")
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(2, 60)
-    assert "the records 0 to 0 that it had are in the stores" in fails(writer)
+    assert "its records 0 to 0 exist only in the stores" in fails(writer)
     writer.close()
     assert frames(tmp_path) == [b"kept"]
 
 
-def test_a_folder_that_was_removed_costs_what_is_left_and_says_so(tmp_path: Path) -> None:
+def test_a_removed_folder_is_reported_with_the_loss(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     writer = Writer(folder)
     shutil.rmtree(folder)
@@ -151,8 +151,8 @@ def test_a_folder_that_was_removed_costs_what_is_left_and_says_so(tmp_path: Path
     assert not folder.exists()
 
 
-def test_a_segment_of_a_writer_that_starts_is_not_put_aside(tmp_path: Path) -> None:
-    """Two start at once where no lock holds: one of them has the file, and the other keeps off."""
+def test_the_segment_of_a_starting_writer_is_not_renamed(tmp_path: Path) -> None:
+    """Two writers start at once without a folder lock: one locks the segment, the other is refused."""
     write(tmp_path, 10)
     path = tmp_path / f"{10:020d}.arrows"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -164,10 +164,10 @@ def test_a_segment_of_a_writer_that_starts_is_not_put_aside(tmp_path: Path) -> N
     assert len(frames(tmp_path)) == 10
 
 
-def test_a_segment_that_another_has_written_to_is_not_written_over(
+def test_a_segment_with_records_is_never_overwritten(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where no lock holds at all: a name that is due and has records already stops the writer."""
+    """Without any lock: a next segment that already has records stops the writer."""
     monkeypatch.setattr("kalshi_platform.journal.writer.SEGMENT_BYTES", 600)
     folder, other = tmp_path / "journal", tmp_path / "other"
     write(other, 3, batch=1)
@@ -177,7 +177,7 @@ def test_a_segment_that_another_has_written_to_is_not_written_over(
         shutil.copy(other / name, folder)
     for n in range(3):
         writer.append(n, CONN, 1, b"frame %d" % n)
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(n + 1, 60)
     assert "has records already: another streamer" in fails(writer)
     writer.close()
@@ -187,7 +187,7 @@ def test_a_segment_that_another_has_written_to_is_not_written_over(
     assert [(batch.n, batch.end_n) for batch in kept] == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_a_lock_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
+def test_a_failed_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     opened = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The journal keeps every record, and says where it is good up to."""
+"""The journal keeps every record, and its errors name the last good one."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ CONN = bytes(range(16))
 
 
 def frames(folder: Path, start: LogOffset | None = None) -> list[bytes]:
-    found = reader.blocks(folder, start or reader.beginning(folder))
-    return [value for block in found for value in block.batch.column("frame").to_pylist()]
+    ranges = reader.record_ranges(folder, start or reader.oldest_offset(folder))
+    return [frame for records in ranges for frame in records.batch.column("frame").to_pylist()]
 
 
 def write(folder: Path, count: int, *, first: int = 0, batch: int = 7) -> None:
-    """Records whose frames tell their numbers; `n % batch == 0` ends a batch."""
+    """Write records whose frames contain their numbers; `n % batch == 0` ends a batch."""
     writer = Writer(folder)
     for n in range(first, first + count):
         writer.append(n, CONN, 1, b"frame %d" % n)
         if n % batch == 0:
-            writer.hand_over()
-            assert writer.wait_durable(n + 1, 60)  # else batches that wait become one
+            writer.submit()
+            assert writer.wait_durable(n + 1, 60)  # otherwise waiting batches are joined into one
     writer.close()
 
 
-def test_what_is_written_is_read_back_in_order_over_many_openings(tmp_path: Path) -> None:
+def test_records_are_read_back_in_order_across_restarts(tmp_path: Path) -> None:
     for opening in range(4):
         write(tmp_path, 50, first=50 * opening)
     assert frames(tmp_path) == [b"frame %d" % n for n in range(200)]
@@ -54,7 +54,7 @@ def test_any_arrow_reader_opens_a_segment(tmp_path: Path) -> None:
 
 @given(cut=st.floats(0, 1), count=st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
-def test_a_tail_torn_anywhere_loses_only_what_was_not_whole_and_the_next_writer_goes_on(
+def test_an_unfinished_end_loses_only_its_incomplete_batch(
     cut: float, count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("journal")
@@ -70,23 +70,23 @@ def test_a_tail_torn_anywhere_loses_only_what_was_not_whole_and_the_next_writer_
     writer.close()
     assert frames(folder) == [*kept, b"after"]
     torn_bytes = [p for p in folder.iterdir() if ".torn-" in p.name]
-    # What could not be read is still there, in its segment or set aside.
+    # The unreadable bytes are kept, in their segment or in a renamed file.
     assert path.stat().st_size >= int(len(data) * cut) or torn_bytes
 
 
-def test_a_torn_segment_is_named_with_where_it_is_good_up_to(tmp_path: Path) -> None:
+def test_an_unfinished_end_is_reported_with_its_last_good_record(tmp_path: Path) -> None:
     write(tmp_path, 50)
     path = reader.segment_path(tmp_path, 0)
     path.write_bytes(path.read_bytes()[:-40])
     writer = Writer(tmp_path)
-    assert writer.torn is not None
-    assert writer.torn.segment == path.name
-    assert writer.torn.good_up_to_n == writer.next_n - 1
-    assert writer.torn.bytes_left > 0
+    assert writer.unfinished_end is not None
+    assert writer.unfinished_end.segment == path.name
+    assert writer.unfinished_end.good_up_to_n == writer.next_n - 1
+    assert writer.unfinished_end.bytes_left > 0
     writer.close()
 
 
-def test_a_flipped_bit_in_the_middle_is_found_and_nothing_is_deleted(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_an_error_and_deletes_nothing(tmp_path: Path) -> None:
     write(tmp_path, 500, batch=50)
     write(tmp_path, 10, first=500)
     path = reader.segment_path(tmp_path, 0)
@@ -98,7 +98,7 @@ def test_a_flipped_bit_in_the_middle_is_found_and_nothing_is_deleted(tmp_path: P
     assert path.read_bytes() == bytes(data)
 
 
-def test_a_segment_cut_short_before_another_is_an_error_that_counts_the_records(
+def test_a_truncated_earlier_segment_is_an_error_with_a_count(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, 50, batch=5)
@@ -109,7 +109,7 @@ def test_a_segment_cut_short_before_another_is_an_error_that_counts_the_records(
         frames(tmp_path)
 
 
-def test_two_writers_cannot_be(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     with pytest.raises(JournalError, match="Another streamer"):
         Writer(tmp_path)
@@ -131,7 +131,7 @@ def test_reading_starts_at_any_record(tmp_path: Path) -> None:
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_block_of_many_segments_cut_anywhere_reads_on_from_the_cut(
+def test_a_range_over_segments_can_be_cut_at_any_record(
     openings: list[int],
     batch: int,
     data: st.DataObject,
@@ -143,17 +143,17 @@ def test_a_block_of_many_segments_cut_anywhere_reads_on_from_the_cut(
         write(folder, count, first=total, batch=batch)
         total += count
     edges = st.sets(st.integers(1, total - 1)) if total > 1 else st.just(set[int]())
-    rest = reader.joined(list(reader.blocks(folder, reader.beginning(folder))))
+    rest = reader.concatenate(list(reader.record_ranges(folder, reader.oldest_offset(folder))))
     for edge in sorted(data.draw(edges)):
         head, rest = rest.cut(edge - rest.first_n)
         assert head.first_n + head.rows == edge == rest.first_n == head.end.n
-        # Earlier segments may be gone by the time that somebody reads from here.
-        assert head.end.segment == reader.find(folder, edge).segment
+        # Earlier segments may have been pruned before a reader starts from here.
+        assert head.end.segment == reader.offset_of(folder, edge).segment
         assert frames(folder, head.end) == [b"frame %d" % n for n in range(edge, total)]
     assert rest.end.n == total
 
 
-def test_a_position_that_names_a_segment_before_its_record_is_read_from_its_record(
+def test_an_offset_naming_an_earlier_segment_reads_from_its_record(
     tmp_path: Path,
 ) -> None:
     for opening in range(4):
@@ -181,7 +181,7 @@ while True:
 """
 
 
-def test_kill_9_at_any_moment_loses_nothing_that_was_durable(tmp_path: Path) -> None:
+def test_kill_9_loses_no_durable_record(tmp_path: Path) -> None:
     for attempt in range(5):
         child = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -190,23 +190,23 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_durable(tmp_path: Path) -> 
         first = child.stdout.readline()
         time.sleep(0.05 + 0.037 * attempt)
         child.send_signal(signal.SIGKILL)
-        durable = int((first + child.stdout.read()).split()[-1])  # maybe no other came meanwhile
+        durable = int((first + child.stdout.read()).split()[-1])  # there may be no second line
         child.wait()
         found = frames(tmp_path)
         assert len(found) >= durable
         assert found == [b"frame %d" % n for n in range(len(found))]
 
 
-def test_a_full_disk_is_named_reading_goes_on_later_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        # A file-size limit makes write() fail half-way, as a full disk does.
+        # A file-size limit makes write() fail part-way, as a full disk does.
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         for n in range(2_000):
             writer.append(n, CONN, 1, os.urandom(64))
-        writer.hand_over()
+        writer.submit()
         deadline = time.monotonic() + 60
         while writer.blocked is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -221,13 +221,13 @@ def test_a_full_disk_is_named_reading_goes_on_later_and_nothing_is_lost(tmp_path
     assert len(frames(tmp_path)) == 2_000
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="KALSHI_DATA_DIR"):
         Writer(tmp_path / "file" / "journal")
 
 
-def test_a_read_only_disk_is_a_sentence_and_what_is_on_it_can_still_be_read(tmp_path: Path) -> None:
+def test_a_read_only_disk_is_reported_and_stays_readable(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
@@ -243,7 +243,7 @@ def test_a_read_only_disk_is_a_sentence_and_what_is_on_it_can_still_be_read(tmp_
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_pruning_keeps_what_is_needed(tmp_path: Path) -> None:
+def test_pruning_keeps_needed_segments(tmp_path: Path) -> None:
     for opening in range(4):
         write(tmp_path, 10, first=10 * opening)
     assert reader.prune(tmp_path, 25, older_than_s=3600) == []
@@ -252,17 +252,17 @@ def test_pruning_keeps_what_is_needed(tmp_path: Path) -> None:
     assert frames(tmp_path)[0] == b"frame 20"
 
 
-def test_a_damaged_length_or_count_is_damage_and_not_fewer_records(tmp_path: Path) -> None:
-    """Every byte of a segment's first batch, changed: its records, or an error, and never a silence."""
+def test_a_damaged_length_is_an_error_not_fewer_records(tmp_path: Path) -> None:
+    """Change each byte of a segment's first batch: reading returns all records or raises, never fewer."""
     write(tmp_path, 21)
     path = reader.segment_path(tmp_path, 0)
     whole = path.read_bytes()
-    first, *_ = reader.blocks(tmp_path, reader.beginning(tmp_path))
+    first, *_ = reader.record_ranges(tmp_path, reader.oldest_offset(tmp_path))
     durable = LogOffset(0, len(whole), 21)
     for at in range(first.begins[0].offset, first.end.offset):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         try:
-            blocks = list(reader.blocks(tmp_path, reader.beginning(tmp_path), durable))
+            blocks = list(reader.record_ranges(tmp_path, reader.oldest_offset(tmp_path), durable))
         except JournalError as error:
             assert "good up to record" in str(error)
         else:

@@ -1,4 +1,4 @@
-"""A disk that is slow makes batches larger, not older; what it does not take in time is counted."""
+"""A slow disk makes batches larger, not latency longer; records not written before the end are counted."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ SHIM = Path(__file__).with_name("slow_fdatasync.c")
 
 @pytest.fixture
 def slow() -> FaultyDisk:
-    """40 ms for each sync."""
+    """A disk whose every sync takes 40 ms."""
     return FaultyDisk({}, delay=lambda: time.sleep(0.04))
 
 
-def test_at_40_ms_a_sync_10_000_frames_a_second_are_durable_within_a_second(
+def test_10_000_frames_per_second_are_durable_in_1_s_at_40_ms_sync(
     slow: FaultyDisk, tmp_path: Path
 ) -> None:
     writer = Writer(tmp_path, disk=slow.disk)
     assert oldest_ms(writer) < 1_000
     assert writer.durable.n == RECORDS
     writer.close()
-    blocks = list(reader.blocks(tmp_path, reader.beginning(tmp_path)))
+    blocks = list(reader.record_ranges(tmp_path, reader.oldest_offset(tmp_path)))
     assert sum(block.rows for block in blocks) == RECORDS
     assert len(blocks) < 150  # of 300 that were handed over
 
 
-def test_a_process_whose_fdatasync_takes_40_ms_keeps_up(tmp_path: Path) -> None:
+def test_a_process_with_40_ms_fdatasync_keeps_up(tmp_path: Path) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -61,9 +61,7 @@ def test_a_process_whose_fdatasync_takes_40_ms_keeps_up(tmp_path: Path) -> None:
     assert len(frames(tmp_path / "journal")) == RECORDS
 
 
-def test_what_is_written_at_once_is_bounded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_one_write_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("kalshi_platform.journal.writer.BATCH_RECORDS", 100)
     monkeypatch.setattr("kalshi_platform.journal.writer.BATCH_BYTES", 20_000)
     go_on = threading.Event()
@@ -73,17 +71,17 @@ def test_what_is_written_at_once_is_bounded(
     for n in range(1_000):
         writer.append(n, CONN, 1, bytes(1_000 if n >= 500 else 1))
         if n % 7 == 6:
-            writer.hand_over()
+            writer.submit()
     go_on.set()
     writer.close()
-    blocks = list(reader.blocks(tmp_path, reader.beginning(tmp_path)))
+    blocks = list(reader.record_ranges(tmp_path, reader.oldest_offset(tmp_path)))
     assert len(blocks) < 50  # of 143 that were handed over
     assert max(block.rows for block in blocks) <= 100
     assert max(sum(map(len, block.batch["frame"].to_pylist())) for block in blocks) <= 20_000
     assert sum(block.rows for block in blocks) == 1_000
 
 
-def test_the_age_of_the_oldest_record_is_told_and_beyond_a_bound_it_is_trouble(
+def test_a_record_undurable_for_too_long_is_a_reported_problem(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     go_on = threading.Event()
@@ -95,16 +93,16 @@ def test_the_age_of_the_oldest_record_is_told_and_beyond_a_bound_it_is_trouble(
     writer.append(0, CONN, 1, b"not even handed over")
     time.sleep(0.05)
     assert writer.oldest_undurable_ms >= 50
-    writer.hand_over()
+    writer.submit()
     writer.append(1, CONN, 1, b"younger")
     time.sleep(0.05)
     assert writer.oldest_undurable_ms >= 100
     assert writer.trouble is None
     monkeypatch.setattr("kalshi_platform.journal.writer.UNDURABLE_MS", 20)
-    assert "is slow: what came 0.1 s ago is not durable yet" in str(writer.trouble)
+    assert "is slow: frames received 0.1 s ago are not durable yet" in str(writer.trouble)
     go_on.set()
     assert writer.wait_durable(1, 60)
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(2, 60)
     assert writer.oldest_undurable_ms == 0
     assert writer.trouble is None
@@ -112,14 +110,14 @@ def test_the_age_of_the_oldest_record_is_told_and_beyond_a_bound_it_is_trouble(
     assert UNDURABLE_MS <= 2_000
 
 
-def test_a_close_that_loses_something_says_how_many_frames_and_bytes(tmp_path: Path) -> None:
+def test_close_reports_lost_frames_and_bytes(tmp_path: Path) -> None:
     faulty = FaultyDisk({("pwrite", n): errno.ENOSPC for n in range(2, 10_000)})
     writer = Writer(tmp_path, disk=faulty.disk)
     writer.append(0, CONN, 1, b"durable")
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(1, 60)
     writer.append(1, CONN, 1, b"12345")
-    writer.hand_over()
+    writer.submit()
     writer.append(2, CONN, 2, b"67")
     writer.note("gap", {})
     with pytest.raises(
@@ -128,7 +126,7 @@ def test_a_close_that_loses_something_says_how_many_frames_and_bytes(tmp_path: P
         writer.close(timeout_s=0.1)
 
 
-def test_a_writer_that_dies_of_a_fault_says_so_and_what_is_lost(tmp_path: Path) -> None:
+def test_a_failed_writer_reports_the_fault_and_the_loss(tmp_path: Path) -> None:
     def fault() -> None:
         raise RuntimeError("a bug")
 
@@ -136,7 +134,7 @@ def test_a_writer_that_dies_of_a_fault_says_so_and_what_is_lost(tmp_path: Path) 
     writer = Writer(tmp_path, disk=faulty.disk)
     faulty.delay = fault
     writer.append(0, CONN, 1, b"12345")
-    writer.hand_over()
+    writer.submit()
     while writer.failure is None:
         time.sleep(0.002)
     with pytest.raises(JournalError, match=r"^1 frames \(5 bytes\).* a bug"):

@@ -1,4 +1,4 @@
-"""Whatever fails while the journal is written: all that was handed over is read, each record once."""
+"""After any disk fault during writing, every submitted record is read back exactly once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ faults = st.dictionaries(
     despite=st.booleans(),
 )
 @settings(max_examples=150)
-def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
+def test_each_record_is_read_once_after_any_disk_faults(
     faults: Faults,
     sizes: list[int],
     cut_after: int,
@@ -75,7 +75,7 @@ def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
         for _ in range(size):
             writer.append(count, CONN, 1, b"frame %d" % count)
             count += 1
-        writer.hand_over()
+        writer.submit()
         if i % 3:
             assert writer.wait_durable(count, 60)
         if i == cut_after:
@@ -85,7 +85,9 @@ def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
     assert writer.blocked is None
     writer.close()
     assert frames(folder) == expected(count)
-    numbers = [block.first_n for block in reader.blocks(folder, reader.beginning(folder))]
+    numbers = [
+        block.first_n for block in reader.record_ranges(folder, reader.oldest_offset(folder))
+    ]
     assert numbers == sorted(set(numbers))
 
     if reader.segments(after_cut):
@@ -99,24 +101,24 @@ def test_after_any_faults_each_record_is_read_once_and_numbers_have_no_gap(
 
 @pytest.mark.parametrize("call", ["open", "pwrite", "fdatasync", "fsync"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE])
-def test_a_disk_that_refuses_the_first_segment_is_a_sentence(
+def test_a_disk_that_refuses_the_first_segment_is_reported(
     call: str, code: int, tmp_path: Path
 ) -> None:
     before = len(list(OPEN_FILES.iterdir()))
     with pytest.raises(JournalError, match=r"No space is left|cannot be written"):
         Writer(tmp_path, disk=FaultyDisk({(call, 0): code}).disk)
     assert len(list(OPEN_FILES.iterdir())) == before
-    Writer(tmp_path).close()  # and nothing is in the way of the next
+    Writer(tmp_path).close()  # the failed start left nothing that blocks the next
 
 
-def test_a_sync_that_failed_is_not_trusted_and_the_batch_goes_to_another_segment(
+def test_after_a_failed_sync_the_batch_goes_to_another_segment(
     tmp_path: Path,
 ) -> None:
     faulty = FaultyDisk({("fdatasync", 2): errno.EIO})
     writer = Writer(tmp_path, disk=faulty.disk)
     for n in range(2):
         writer.append(n, CONN, 1, b"frame %d" % n)
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(n + 1, 60)
     assert faulty.spent
     assert reader.segments(tmp_path) == [0, 1]
@@ -125,10 +127,8 @@ def test_a_sync_that_failed_is_not_trusted_and_the_batch_goes_to_another_segment
 
 
 @pytest.mark.parametrize("stuck", [False, True])
-def test_a_batch_that_a_failed_sync_left_in_two_segments_is_read_once(
-    stuck: bool, tmp_path: Path
-) -> None:
-    """The disk had it all the same, and does not shorten the first; `stuck`: nor does it take the second."""
+def test_a_batch_in_two_segments_is_read_once(stuck: bool, tmp_path: Path) -> None:
+    """The failed sync reached the disk and truncation fails; `stuck`: the second segment fails, too."""
     folder, after = tmp_path / "journal", tmp_path / "after"
     after.mkdir()
     stuck_writes = {("pwrite", n): errno.ENOSPC for n in range(4, 10_000)} if stuck else {}
@@ -138,10 +138,10 @@ def test_a_batch_that_a_failed_sync_left_in_two_segments_is_read_once(
     )
     writer = Writer(folder, disk=faulty.disk)
     writer.append(0, CONN, 1, b"frame 0")
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(1, 60)
     writer.append(1, CONN, 1, b"frame 1")
-    writer.hand_over()
+    writer.submit()
     if stuck:
         wait_for(lambda: ("pwrite", 5) in faulty.met, "the second segment to be full")
     else:
@@ -160,19 +160,19 @@ def test_a_batch_that_a_failed_sync_left_in_two_segments_is_read_once(
     assert frames(folder) == expected(2)
 
 
-def test_a_rotation_that_cannot_open_a_file_goes_on_in_the_old_segment(tmp_path: Path) -> None:
+def test_without_a_new_file_the_old_segment_continues(tmp_path: Path) -> None:
     faulty = FaultyDisk({("open", n): errno.EMFILE for n in range(1, 10_000)})
     writer = Writer(tmp_path, disk=faulty.disk)
     count = 0
     while writer.durable.offset < writer_module.SEGMENT_BYTES + 500:
         writer.append(count, CONN, 1, b"frame %d" % count)
-        writer.hand_over()
+        writer.submit()
         count += 1
         assert writer.wait_durable(count, 60)
     assert "no room for another file" in (writer.trouble or "")
     while "cannot be written" not in (writer.trouble or ""):
         writer.append(count, CONN, 1, b"frame %d" % count)
-        writer.hand_over()
+        writer.submit()
         count += 1
         time.sleep(0.002)
     assert reader.segments(tmp_path) == [0]
@@ -184,7 +184,7 @@ def test_a_rotation_that_cannot_open_a_file_goes_on_in_the_old_segment(tmp_path:
     assert len(reader.segments(tmp_path)) > 1
 
 
-def test_a_segment_that_was_begun_in_vain_and_stays_does_not_end_the_old_one(
+def test_a_leftover_empty_segment_does_not_end_the_old_one(
     tmp_path: Path,
 ) -> None:
     faulty = FaultyDisk(
@@ -194,15 +194,15 @@ def test_a_segment_that_was_begun_in_vain_and_stays_does_not_end_the_old_one(
     writer = Writer(tmp_path, disk=faulty.disk)
     for n in range(60):
         writer.append(n, CONN, 1, b"frame %d" % n)
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(n + 1, 60)
     assert faulty.spent
     writer.close()
     assert frames(tmp_path) == expected(60)
 
 
-def test_no_descriptor_of_another_file_is_closed_or_written(tmp_path: Path) -> None:
-    """With no descriptor free at the rotation, a number that is given back is another's at once."""
+def test_a_reused_descriptor_is_never_closed_or_written(tmp_path: Path) -> None:
+    """With no free descriptor at the rotation, a closed descriptor's number is reused at once."""
     folder = tmp_path / "journal"
     writer = Writer(folder)
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -214,7 +214,7 @@ def test_no_descriptor_of_another_file_is_closed_or_written(tmp_path: Path) -> N
         for _ in range(times):
             writer.append(count, CONN, 1, b"frame %d" % count)
             count += 1
-            writer.hand_over()
+            writer.submit()
             assert writer.wait_durable(count, 60)
 
     path = tmp_path / "other"
@@ -237,14 +237,14 @@ def test_no_descriptor_of_another_file_is_closed_or_written(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     more(20)
     for fd in others:
-        os.write(fd, b"x")  # each is open still
+        os.write(fd, b"x")  # the descriptor is still open
         os.close(fd)
     assert path.stat().st_size == 2 * len(others)
     writer.close()
     assert frames(folder) == expected(count)
 
 
-def test_a_full_disk_with_no_inode_left_recovers_when_there_is_room(tmp_path: Path) -> None:
+def test_writing_resumes_when_inodes_are_free_again(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=8", "tmpfs", str(disk)]
@@ -262,7 +262,7 @@ def test_a_full_disk_with_no_inode_left_recovers_when_there_is_room(tmp_path: Pa
         count = 0
         while writer.trouble is None:
             writer.append(count, CONN, 1, b"frame %d" % count)
-            writer.hand_over()
+            writer.submit()
             count += 1
             time.sleep(0.002)
         assert "inodes" in writer.trouble or "No space" in writer.trouble

@@ -22,7 +22,7 @@ from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import JournalIdentity
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import LogOffset
-from kalshi_platform.journal.writer import Beginning, Writer
+from kalshi_platform.journal.writer import StartPoint, Writer
 from kalshi_platform.loading import cursor, numbering
 from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
@@ -55,11 +55,13 @@ class Recorder:
     @contextmanager
     def started(self) -> Iterator[Start]:
         """One start; the journal is closed and loaded at the end, as far as the stores take it."""
-        writer = Writer(self.folder, claims=cursor.claims(self.folder), beginning=self._beginning)
+        writer = Writer(
+            self.folder, claims=cursor.claims(self.folder), choose_start=self._choose_start
+        )
         newest = writer.identity.starts[-1]
         detail = {"journal": str(writer.id), "epoch": newest.epoch, "start": newest.token}
         writer.note("started", detail, recv_ns=self.at_ns)
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(writer.next_n, PATIENCE_S)
         start = Start(self, writer, next(self.conns))
         try:
@@ -84,7 +86,7 @@ class Recorder:
         }
         return {kind: made[kind] for kind in self.kinds}
 
-    def _beginning(self, known: JournalIdentity, free: int) -> Beginning:
+    def _choose_start(self, known: JournalIdentity, free: int) -> StartPoint:
         stores: dict[str, numbering.Open] = {
             "parquet": lambda: ArchiveLedger(open_archive(self.settings), 0),
             "clickhouse": lambda: open_table_ledger(self.settings, 0),
@@ -149,8 +151,8 @@ class Start:
             if n % 11 == 10:
                 writer.note("heartbeat", {}, recv_ns=recorder.at_ns)
             if n % 13 == 12:
-                writer.hand_over()
-        writer.hand_over()
+                writer.submit()
+        writer.submit()
         assert writer.wait_durable(writer.next_n, PATIENCE_S)
 
     def load(self, *, wait: bool = True) -> None:

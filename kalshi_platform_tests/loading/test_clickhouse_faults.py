@@ -18,7 +18,7 @@ from kalshi_platform.clickhouse import migrations
 from kalshi_platform.embedded_clickhouse import running
 from kalshi_platform.exchange.columnar import decode
 from kalshi_platform.journal import reader
-from kalshi_platform.journal.reader import joined
+from kalshi_platform.journal.reader import concatenate
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.loader import Loader
 from kalshi_platform.loading.rows import build_rows
@@ -193,8 +193,8 @@ def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     prepare(settings)
     writer = journal_of(tmp_path / "journal", recording(300))
     writer.close()
-    block = joined(
-        list(reader.blocks(tmp_path / "journal", reader.beginning(tmp_path / "journal")))
+    block = concatenate(
+        list(reader.record_ranges(tmp_path / "journal", reader.oldest_offset(tmp_path / "journal")))
     )
     rows, _ = build_rows(decode([block]), BookState())
     client = clickhouse.connect(settings)

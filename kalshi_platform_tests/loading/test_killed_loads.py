@@ -76,7 +76,7 @@ class Mortal(Recorder):
         guarded: dict[str, Any] = {}
         for kind, store in super().stores(writer).items():
             front: Any = _Guarded(Front(store), self.fuse, ("write", "begin_hour"))
-            front.ledger = _Guarded(store.ledger, self.fuse, ("claim", "plan", "settle"))
+            front.ledger = _Guarded(store.ledger, self.fuse, ("claim", "plan", "commit"))
             guarded[kind] = front
         return guarded
 

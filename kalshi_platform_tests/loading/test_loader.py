@@ -79,9 +79,9 @@ def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) 
             writer = Writer(folder)
         writer.append(*record)
         if n % 23 == 0:
-            writer.hand_over()
+            writer.submit()
             assert writer.wait_durable(writer.next_n, PATIENCE_S)  # what waits is joined
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(len(records), PATIENCE_S)
     return writer
 
@@ -390,7 +390,7 @@ def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
             state.unlink()
     if at == "replaying what was planned":
         shutil.rmtree(tmp_path / "archive")  # a version without a record there
-        beginning, end = reader.beginning(folder), reader.find(folder, writer.durable.n)
+        beginning, end = reader.oldest_offset(folder), reader.offset_of(folder, writer.durable.n)
         plan = {"committed": astuple(beginning), "planned": astuple(end)}
         (folder / "load" / "parquet.json").write_text(json.dumps(plan))
     pieces = 0
@@ -525,7 +525,7 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
         shutil.rmtree(notes / "hours")
     at = records[-1][0]
     writer.append(at, wire.conn_id(1), Kind.DELTA, wire.delta("A-1", 403, "no", 5_100, 30))
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     archive_all(tmp_path / "journal", writer, root)
     writer.close()

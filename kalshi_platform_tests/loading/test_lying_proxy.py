@@ -246,7 +246,9 @@ def test_no_lie_about_an_insert_loses_or_doubles_a_row(
             trouble = str(load.trouble)
             assert url in trouble or "cannot be reached" in trouble
             assert load.committed is not None
-            assert load.committed.n == reader.beginning(folder).n, "the cursor waits for the rows"
+            assert load.committed.n == reader.oldest_offset(folder).n, (
+                "the cursor waits for the rows"
+            )
             wait_for(lambda: plan.lies > 1, load)
             plan.lie = None
         load.drain()
@@ -276,7 +278,7 @@ def test_with_its_disk_full_the_cursor_waits_and_with_room_every_row_comes(tmp_p
         load.start()
         wait_for(lambda: "NOT_ENOUGH_SPACE" in str(load.trouble), load)
         ahead = load.committed.n if load.committed else 0
-        assert ahead == reader.beginning(folder).n
+        assert ahead == reader.oldest_offset(folder).n
         assert load.lag == writer.durable.n
         make_room(disk)
         load.drain()

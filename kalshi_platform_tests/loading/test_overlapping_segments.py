@@ -18,7 +18,7 @@ from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading.loader import Loader
 from kalshi_platform.loading.sinks import ParquetSink
 from kalshi_platform_tests import wire
-from kalshi_platform_tests.journal.test_overlapping_segments import follow_the_remedy
+from kalshi_platform_tests.journal.test_overlapping_segments import apply_remedy
 from kalshi_platform_tests.loading.test_loader import SMALL, archived, load_all
 
 SHARED, OURS, THEIRS = 20, 60, 30
@@ -38,7 +38,7 @@ def connection(number: int, deltas: int) -> list[wire.Record]:
 def write(writer: Writer, records: list[wire.Record]) -> None:
     for record in records:
         writer.append(*record)
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, 60)
 
 
@@ -81,7 +81,7 @@ def test_the_remedy_of_an_overlap_leaves_no_record_without_a_row(
     assert isinstance(stuck.failure, JournalError)
     stuck.drain()
     stuck.join(1.0)
-    follow_the_remedy(folder, stuck.failure)
+    apply_remedy(folder, stuck.failure)
     load_all(load(folder, archive, after))
     after.close()
 

@@ -101,7 +101,7 @@ def numbered(root: Path) -> dict[str, int]:
 def test_every_row_names_the_shard_and_the_record_of_its_frame(settings: Settings) -> None:
     folder = settings.journal_dir(SHARD)
     frames: dict[int, dict[str, object]] = {}
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         for n, frame in enumerate(block.batch.column("frame").to_pylist(), block.first_n):
             frames[n] = msgspec.json.decode(frame)
     met = set()

@@ -326,7 +326,7 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
     command(settings, "DELETE FROM orderbook_events WHERE seq < 20")  # rows that it did bring
     for record in records[60:]:
         writer.append(*record)
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(len(records), PATIENCE_S)
     cold = ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
     load_all(Loader(settings.journal_dir(), writer, cold, SMALL))
@@ -396,7 +396,7 @@ def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
         for batch, n in enumerate(range(5, len(records), 20)):
             for record in records[n : n + 20]:
                 writer.append(*record)
-            writer.hand_over()
+            writer.submit()
             time.sleep(0.1)
             while rounds < batch // 8:  # a busy machine restores slowly
                 time.sleep(0.05)

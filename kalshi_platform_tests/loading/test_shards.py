@@ -115,7 +115,7 @@ class Shard:
         watermarks.arrive(self.settings.journals_dir, self.number, empty=not writer.next_n)
         for record in records:
             writer.append(*record)
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(writer.next_n, PATIENCE_S)
         return writer
 
@@ -154,7 +154,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     assert rebuild(settings, FIRST_HOUR).complete is False  # not by hand either
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     writer.append(*wire.started(at(101)))
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     slow.load(writer)
     assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
@@ -204,7 +204,7 @@ def test_a_shard_that_rests_holds_nothing_and_what_waited_for_it_is_sealed_with_
     assert lives.sealed() == []
     stops.store().drained(seal=False)
     writer.append(at(151), wire.conn_id(10), Kind.DELTA, wire.delta("A-1", 152, "yes", 100, 3))
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     load_all(Loader(lives.folder, writer, store, SMALL))
     assert lives.sealed() == [FIRST_HOUR]
@@ -234,7 +234,7 @@ def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_come
         assert archived(settings.archive_dir, "orderbook_events").height == 150 + 2
         assert shard.sealed() == []
     writer.append(*wire.started(at(151)))
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     load_all(Loader(shard.folder, writer, store, SMALL))
     assert shard.sealed() == [FIRST_HOUR]
@@ -367,7 +367,7 @@ def test_late_rows_of_one_shard_wait_for_the_other_then_seal_anew(settings: Sett
     assert one.sealed() == []
     other.load(waiting)
     waiting.append(*wire.started(at(110)))
-    waiting.hand_over()
+    waiting.submit()
     assert waiting.wait_durable(waiting.next_n, PATIENCE_S)
     other.load(waiting)
     assert other.sealed() == [

@@ -47,7 +47,7 @@ def test_loads_that_take_turns_in_any_way_get_the_same_rows(
     monkeypatch.setattr(shared_rows, "KEPT_STEPS", dice.choice((2, 4, 8)))
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(600, dice.choice((1.0, 60.0))), dice.randint(1, 40))
-    start = (reader.beginning(folder), BookState())
+    start = (reader.oldest_offset(folder), BookState())
     _, alone = follow(joined(folder, "alone"), "alone", start, writer.durable, -1)
     shared = joined(folder, "hot", "cold")
     at = {"hot": start, "cold": start}
@@ -69,7 +69,7 @@ def test_a_load_that_comes_to_the_same_place_derives_nothing_again(
     writer = journal_of(folder, recording(200))
     derived = counted(monkeypatch)
     shared = joined(folder, "hot", "cold")
-    at = {name: (reader.beginning(folder), BookState()) for name in ("hot", "cold")}
+    at = {name: (reader.oldest_offset(folder), BookState()) for name in ("hot", "cold")}
     while at["cold"][0].n < writer.durable.n:
         for name in ("hot", "cold"):
             at[name], _ = follow(shared, name, at[name], writer.durable, 1)
@@ -91,11 +91,11 @@ def test_a_load_that_was_behind_meets_the_other_again(
         writer.append(*record)
         if n % 17:
             continue
-        writer.hand_over()
+        writer.submit()
         assert writer.wait_durable(n + 1, PATIENCE_S)
         behind = n < 300
         for name in ("hot",) if behind else ("cold", "hot"):
-            at.setdefault(name, (reader.beginning(folder), BookState()))
+            at.setdefault(name, (reader.oldest_offset(folder), BookState()))
             at[name], _ = follow(shared, name, at[name], writer.durable, -1)
     writer.close()
     late = [first_n for first_n in derived if first_n > 400]
@@ -123,7 +123,7 @@ def test_chunks_are_bounded_by_rows_and_bytes_and_hold_every_record(
     writer = journal_of(folder, records, dice.randint(1, 3))
     writer.close()
     dropped = dice.choice((0, 7))
-    start = reader.beginning(folder)
+    start = reader.oldest_offset(folder)
     found = list(blocks(chunks(reader.read(folder, start), dropped)))
     assert frames_of(found) == [(recv_ns, frame) for recv_ns, _, _, frame in records]
     for chunk in found:
@@ -171,7 +171,7 @@ def test_a_load_that_is_held_up_in_a_derivation_holds_up_no_other(
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(300))
     shared = joined(folder, "slow", "quick")
-    start = (reader.beginning(folder), BookState())
+    start = (reader.oldest_offset(folder), BookState())
     at = {"slow": start, "quick": start}
     at["slow"], _ = (
         follow(shared, "slow", start, writer.durable, ahead or -1) if ahead else (start, [])
@@ -209,7 +209,7 @@ def test_what_is_kept_for_other_loads_is_bounded_by_its_bytes(
     for at_most, kept in ((64 << 20, shared_rows.KEPT_STEPS), (1, 1)):
         monkeypatch.setattr(shared_rows, "KEPT_BYTES", at_most)
         shared = joined(folder, "hot", "cold")
-        follow(shared, "hot", (reader.beginning(folder), BookState()), writer.durable, -1)
+        follow(shared, "hot", (reader.oldest_offset(folder), BookState()), writer.durable, -1)
         assert len(shared._kept) == kept
     writer.close()
 

@@ -211,7 +211,7 @@ def assert_no_number_is_missing(settings: Settings) -> None:
     folder = settings.journal_dir()
     numbers: dict[int, list[int]] = {}
     connections = 0
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         kinds = block.batch.column("kind").to_pylist()
         for kind, frame in zip(kinds, block.batch.column("frame").to_pylist(), strict=True):
             if kind == Kind.NOTE:

@@ -254,7 +254,7 @@ def test_what_is_not_loaded_yet_is_not_compared(settings: Settings, client: Clie
     ]
     for one in records[50:]:
         writer.append(*one)
-    writer.hand_over()
+    writer.submit()
     assert writer.wait_durable(len(records), PATIENCE_S)
     cold = ParquetSink(LocalArchive(settings.archive_dir), 0, lambda _: None)
     load_all(Loader(folder, writer, cold, PACE))

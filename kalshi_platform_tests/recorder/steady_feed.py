@@ -19,7 +19,7 @@ def oldest_ms(writer: Writer) -> int:
     for tick in range(TICKS):
         frames = [b"%0120d" % n for n in range(PER_TICK)]
         writer.extend(time.time_ns(), bytes(16), [1] * PER_TICK, frames)
-        writer.hand_over()
+        writer.submit()
         while time.monotonic() < began + tick * TICK_S:
             time.sleep(0.001)
             oldest = max(oldest, writer.oldest_undurable_ms)

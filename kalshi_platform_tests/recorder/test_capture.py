@@ -57,7 +57,7 @@ def run(it: Capture, until: Callable[[], bool], timeout_s: float = 60.0) -> None
 
 def notes(folder: Path, kind: str) -> list[dict[str, object]]:
     found = []
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         for record in block.batch.to_pylist():
             if (
                 record["kind"] == Kind.NOTE
@@ -256,7 +256,7 @@ def test_an_exchange_that_ignores_use_yes_price_is_read_as_it_sends(
     assert (second["use_yes_price"], second["asked_yes_price"]) == (True, False)
     assert [gap["cause"] for gap in notes(tmp_path, "gap") if "cause" in gap] == ["scale"]
     state = BookState()
-    for block in reader.blocks(tmp_path, reader.beginning(tmp_path)):
+    for block in reader.record_ranges(tmp_path, reader.oldest_offset(tmp_path)):
         _, state = build_rows(decode([block]), state)
     crossed = state.levels.group_by("market_ticker", "side").agg(pl.col("price").max())
     best = crossed.group_by("market_ticker").agg(pl.col("price").sum())

@@ -132,7 +132,7 @@ def recorded(folder: Path) -> list[bytes]:
     """The deltas in the journal."""
     return [
         record["frame"]
-        for block in reader.blocks(folder, reader.beginning(folder))
+        for block in reader.record_ranges(folder, reader.oldest_offset(folder))
         for record in block.batch.to_pylist()
         if record["kind"] == Kind.DELTA
     ]
@@ -140,7 +140,7 @@ def recorded(folder: Path) -> list[bytes]:
 
 def causes(folder: Path) -> list[str]:
     found = []
-    for block in reader.blocks(folder, reader.beginning(folder)):
+    for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
         for row in block.batch.to_pylist():
             note = json.loads(row["frame"]) if row["kind"] == Kind.NOTE else {}
             if note.get("kind") == "disconnected":

@@ -100,8 +100,8 @@ def deltas(settings: Settings) -> int:
     return sum(
         block.batch.column("kind").to_pylist().count(int(Kind.DELTA))
         for number in watermarks.shards(settings.journals_dir)
-        for block in reader.blocks(
-            settings.journal_dir(number), reader.beginning(settings.journal_dir(number))
+        for block in reader.record_ranges(
+            settings.journal_dir(number), reader.oldest_offset(settings.journal_dir(number))
         )
     )
 

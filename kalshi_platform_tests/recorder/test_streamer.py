@@ -144,7 +144,7 @@ def journalled(settings: Settings) -> list[tuple[int, bytes]]:
     folder = settings.journal_dir()
     return [
         (kind, frame)
-        for block in reader.blocks(folder, reader.beginning(folder))
+        for block in reader.record_ranges(folder, reader.oldest_offset(folder))
         for kind, frame in zip(
             block.batch.column("kind").to_pylist(),
             block.batch.column("frame").to_pylist(),
@@ -756,7 +756,7 @@ def _records(settings: Settings) -> int:
     folder = settings.journal_dir()
     if not reader.segments(folder):
         return 0
-    return sum(block.rows for block in reader.blocks(folder, reader.beginning(folder)))
+    return sum(block.rows for block in reader.record_ranges(folder, reader.oldest_offset(folder)))
 
 
 def _durable(settings: Settings) -> int:

@@ -174,7 +174,7 @@ def test_recording_goes_on(
     after = journal_identity.read(folder)
     assert after is not None
     assert (after.id, after.format, after.epoch) == (before.id, 2, before.epoch + 1)
-    assert reader.beginning(folder).n == 0
+    assert reader.oldest_offset(folder).n == 0
     assert opened.rows("orderbook_events") > opened.were["orderbook_events"]
     assert opened.rows("orderbook_events", "record IS NULL") == (
         opened.were["orderbook_events"] if opened.commit == WITHOUT_RECORDS else 0
