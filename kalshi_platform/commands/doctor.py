@@ -43,7 +43,7 @@ from kalshi_platform.errors import PlatformError, SettingsError, StoreError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
 from kalshi_platform.exchange.rest import COST_OF_GET, RestClient
-from kalshi_platform.exchange.signing import Credentials, load_signer, open_to_others
+from kalshi_platform.exchange.signing import Credentials, accessible_to_others, load_signer
 from kalshi_platform.health import channels, health_report, monitored_shards, supervision, verdict
 from kalshi_platform.health.metrics import channel_troubles
 from kalshi_platform.health.outbox import deliver_in_time
@@ -210,7 +210,7 @@ def _settings(settings: Settings) -> Finding:
         f" {settings.data_dir}"
     )
     secret = platform_settings.secrets_in_file()
-    if secret and open_to_others(project.env_file.stat().st_mode):
+    if secret and accessible_to_others(project.env_file.stat().st_mode):
         exposed = f"{text}; other users of this machine can read {', '.join(secret)} in .env"
         return Finding(Mark.ODD, exposed, f"chmod 600 {project.env_file}")
     return Finding(Mark.GOOD, text)
@@ -224,7 +224,7 @@ def _key_file(settings: Settings) -> Finding:
         )
     path = settings.exchange.key_file
     load_signer(path)  # refuses a file that others can read if this user may change its mode
-    if open_to_others(path.stat().st_mode):
+    if accessible_to_others(path.stat().st_mode):
         return Finding(
             Mark.ODD,
             f"{path} holds a private key, and other users of this machine can read it",

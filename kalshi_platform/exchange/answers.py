@@ -1,7 +1,8 @@
-"""What the REST interface answers, typed: the fields that the platform reads, and its refusals.
+"""Typed responses of the REST interface: the fields that the platform reads, and error responses.
 
-Numbers stay exact: dollars and contracts are the wire's decimal strings (numbers.py makes integers of
-them), cents and times are whole numbers. Fields that we do not name are let through unread.
+Numbers stay exact: dollars and contracts are the wire's decimal strings (`numbers` converts them to
+integers), cents and times are whole numbers. Fields that are not named here are ignored. Fetching and
+retrying belong in `rest`.
 """
 
 from __future__ import annotations
@@ -19,44 +20,44 @@ from kalshi_platform.printable import printable
 Number = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,14}(\.[0-9]{1,12})?$")]
 """A decimal number as text, as `numbers.fixed_point` takes it."""
 Dollars = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,5}(\.[0-9]{1,4}0{0,8})?$")]
-"""One of at most 4 decimals: what the columns of prices hold exactly."""
+"""A number with at most 4 decimals, which the price columns hold exactly."""
 Contracts = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,14}(\.[0-9]{1,2}0{0,10})?$")]
-"""One of at most 2 decimals."""
+"""A number with at most 2 decimals."""
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
-"""A time that says in which zone."""
+"""A time with a time zone."""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of an answer."""
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """A response, or an object within one."""
 
 
 # -- the exchange ------------------------------------------------------------------------------
 
 
-class ExchangeStatus(Answer, frozen=True):
+class ExchangeStatus(Response, frozen=True):
     """Whether the exchange is up, and whether orders are matched."""
 
     exchange_active: bool
     trading_active: bool
 
 
-class Schedule(Answer, frozen=True):
+class Schedule(Response, frozen=True):
     """Trading hours for each weekday (00:00 to 00:00 is all day) and maintenance windows."""
 
     standard_hours: list[dict[str, Any]] = []
     maintenance_windows: list[dict[str, Any]] = []
 
 
-class Bucket(Answer, frozen=True):
-    """A token bucket: a request costs 10 tokens unless said otherwise."""
+class Bucket(Response, frozen=True):
+    """A token bucket: a request costs 10 tokens unless documented otherwise."""
 
     bucket_capacity: int
     refill_rate: int
     """Tokens a second."""
 
 
-class Limits(Answer, frozen=True):
-    """What this account may ask for."""
+class Limits(Response, frozen=True):
+    """The rate limits of this account."""
 
     read: Bucket
     write: Bucket
@@ -66,7 +67,7 @@ class Limits(Answer, frozen=True):
 # -- markets -----------------------------------------------------------------------------------
 
 
-class PriceRange(Answer, frozen=True):
+class PriceRange(Response, frozen=True):
     """Prices from `start` to `end` dollars lie on a grid of `step`."""
 
     start: Dollars
@@ -74,8 +75,8 @@ class PriceRange(Answer, frozen=True):
     step: Dollars
 
 
-class Market(Answer, frozen=True):
-    """A market. Prices in dollars, sizes in contracts; a best bid of none is "0.0000"."""
+class Market(Response, frozen=True):
+    """A market. Prices in dollars, sizes in contracts; without a bid the best bid is "0.0000"."""
 
     ticker: str
     event_ticker: str
@@ -105,8 +106,8 @@ class Market(Answer, frozen=True):
     settlement_ts: Instant | None = None
 
 
-class Event(Answer, frozen=True):
-    """An event, with its markets where they were asked for."""
+class Event(Response, frozen=True):
+    """An event, with its markets where the request included them."""
 
     event_ticker: str
     series_ticker: str
@@ -117,7 +118,7 @@ class Event(Answer, frozen=True):
     markets: list[Market] | None = None
 
 
-class Series(Answer, frozen=True):
+class Series(Response, frozen=True):
     """A series of events."""
 
     ticker: str
@@ -128,15 +129,15 @@ class Series(Answer, frozen=True):
     fee_multiplier: Decimal | None = None
 
 
-class Orderbook(Answer, frozen=True):
+class Orderbook(Response, frozen=True):
     """Two ladders of bids, (dollars, contracts), ascending: the best bid is the last."""
 
     yes_dollars: list[tuple[Dollars, Contracts]] | None = None
     no_dollars: list[tuple[Dollars, Contracts]] | None = None
 
 
-class Trade(Answer, frozen=True):
-    """A trade, as everybody sees it."""
+class Trade(Response, frozen=True):
+    """A public trade."""
 
     trade_id: str
     ticker: str
@@ -152,8 +153,8 @@ class Trade(Answer, frozen=True):
 # -- the portfolio -----------------------------------------------------------------------------
 
 
-class Position(Answer, frozen=True):
-    """What we hold of a market: contracts, positive YES and negative NO."""
+class Position(Response, frozen=True):
+    """The account's position in a market, in contracts: YES positive, NO negative."""
 
     ticker: str
     position_fp: Number
@@ -165,8 +166,8 @@ class Position(Answer, frozen=True):
     exchange_index: int | None = None
 
 
-class Fill(Answer, frozen=True):
-    """A fill of ours. `outcome_side` yes adds `count_fp` to the position, no takes it away."""
+class Fill(Response, frozen=True):
+    """A fill of the account. `outcome_side` yes adds `count_fp` to the position, no subtracts it."""
 
     fill_id: str
     order_id: str
@@ -184,8 +185,8 @@ class Fill(Answer, frozen=True):
     exchange_index: int | None = None
 
 
-class Settlement(Answer, frozen=True):
-    """A market of ours that was settled."""
+class Settlement(Response, frozen=True):
+    """A settled market in which the account held a position."""
 
     ticker: str
     event_ticker: str
@@ -203,12 +204,12 @@ class Settlement(Answer, frozen=True):
     """Cents."""
 
 
-class Balance(Answer, frozen=True):
-    """Money."""
+class Balance(Response, frozen=True):
+    """The account's money."""
 
     balance_dollars: str
     balance: int
-    """Cents, cut off: `balance_dollars` is the exact one."""
+    """Cents, truncated; `balance_dollars` is exact."""
     portfolio_value: int
     """Cents."""
     updated_ts: int
@@ -218,7 +219,7 @@ class Balance(Answer, frozen=True):
 # -- refusals ----------------------------------------------------------------------------------
 
 
-OF_THE_KEY = frozenset(
+KEY_REFUSALS = frozenset(
     [
         ("header_timestamp_expired", ""),
         ("signature_is_missing_from_headers", ""),
@@ -226,32 +227,32 @@ OF_THE_KEY = frozenset(
         ("authentication_error", "NOT_FOUND"),
     ]
 )
-"""(code, details) of the exchange's own refusals of a key, its signature or the clock: all that is final."""
+"""(code, details) of the exchange's refusals of a key, signature or clock: the only final refusals."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why the exchange said no."""
+    """The reason in an error response."""
 
     code: str = ""
     message: str = ""
     details: str = ""
 
     @property
-    def is_of_the_key(self) -> bool:
-        """Whether the exchange itself refused the key: no other refusal says so."""
-        return (self.code, self.details) in OF_THE_KEY
+    def concerns_key(self) -> bool:
+        """Whether the exchange itself refused the key, its signature or the clock."""
+        return (self.code, self.details) in KEY_REFUSALS
 
     def __str__(self) -> str:
         parts = dict.fromkeys(part for part in (self.code, self.message, self.details) if part)
         return printable(": ".join(parts))
 
 
-def read_refusal(body: bytes | bytearray) -> Refusal:
-    """The refusal in an error answer, in any of the exchange's four shapes.
+def decode_refusal(body: bytes | bytearray) -> Refusal:
+    """Decode an error response in any of the exchange's four shapes.
 
     {"error": {"code", "message", "details"}}, the same without "error", {"msg": …} and
-    {"error": "too many requests"}. Anything else (a proxy's page) gives its first words.
+    {"error": "too many requests"}. Of anything else (a proxy's page) the first words become the message.
     """
     try:
         answer = msgspec.json.decode(body)

@@ -1,8 +1,9 @@
-"""One market's order book: two bid ladders, kept in exact integers. No I/O.
+"""One market's order book: two bid ladders in exact integers. No I/O.
 
 Prices are 1e-4 dollars on the side's own bid scale, sizes 1e-2 contracts. A yes ask at 1 - p is a
-no bid at p: there is one book, seen from two sides. This is the reference that the columnar load
-is tested against, and the book of the wire watcher and of the audit against the exchange.
+no bid at p: there is one book, seen from two sides. It is the reference for the tests of columnar
+decoding, and the book of `watch` and of the live-book check. Books over many frames in columns belong in
+`loading` and `analytics`.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from kalshi_platform.exchange.numbers import (
 
 SIDES = ("yes", "no")
 Ladder = dict[int, int]
-"""Price to size, levels with a size only."""
+"""Price to size; only levels with a size."""
 _PLAIN_LEVELS = re.compile(r"(?:(?:0\.[0-9]{4}|1\.0000)\|[0-9]{1,9}\.[0-9]{2}\|)*")
 
 
 class BookError(ValueError):
-    """A frame that cannot be applied: lost or doubled frames, or values out of range."""
+    """A frame that cannot be applied: a frame was missed or repeated, or a value is out of range."""
 
 
 class SyncState(Enum):
     """Whether a book is known to be the exchange's."""
 
     WAITING = "waiting"
-    """Subscribed; its first snapshot has not come."""
+    """Subscribed; its first snapshot has not been received."""
     SYNCED = "synced"
     STALE = "stale"
-    """Something was lost since its snapshot; a new one has been asked for."""
+    """A frame was missed since the snapshot; a new snapshot is requested."""
 
 
 State = SyncState
@@ -159,7 +160,10 @@ def _extent(snapshot: Snapshot, side: str, levels: list[tuple[str, str]] | None)
 
 
 def _is_plain(levels: list[tuple[str, str]]) -> bool:
-    """Whether all levels have the current wire form, each price once; such prices order as texts do."""
+    """Whether all levels have the current wire form and each price occurs once.
+
+    Such prices have equal length, so comparing the texts compares the prices.
+    """
     text = "|".join([*chain.from_iterable(levels), ""])
     return (
         len(dict(levels)) == len(levels)
@@ -270,7 +274,7 @@ class Book:
             self.state = SyncState.STALE
             raise BookError(
                 f"{self.market_ticker} {change.side} {dollars(change.price)} would be {size / 100:.2f}"
-                " contracts: a frame was lost or doubled"
+                " contracts: a frame was missed or repeated"
             )
         if size:
             ladder[change.price] = size

@@ -1,8 +1,9 @@
-"""Journal blocks to columns, without any memory of what came before.
+"""Decoding: journal ranges to columns, statelessly. Building rows from them belongs in `loading`.
 
-Deltas go through Arrow's JSON reader and snapshots through Polars', each in one piece. Whatever does not fit its narrow
-path (legacy forms, odd decimals, garbage) is taken frame by frame, by the same code that the wire
-watcher uses, and what even that cannot read becomes a `malformed` row that carries the raw frame.
+The fast path decodes all deltas of a range with one call of Arrow's JSON reader and all snapshots with one
+call of Polars'. It accepts only the current wire form. Every other frame (legacy forms, unusual decimals,
+garbage) takes the slow path, frame by frame, with the decoders of `frames` and `book`; what that cannot
+read becomes a `malformed` row with the raw frame. Both paths give the same rows for the same frames.
 Prices are 1e-4 dollars and sizes 1e-2 contracts, in 64-bit integers, as the wire quoted them.
 """
 
@@ -43,7 +44,7 @@ from kalshi_platform.exchange.frames import (
     decode_head,
     decode_reply,
     decode_snapshot,
-    subject,
+    market_of,
 )
 from kalshi_platform.exchange.numbers import MOST_QTY, ONE_DOLLAR
 from kalshi_platform.journal.clock import ReceiveClock
@@ -112,7 +113,7 @@ _WIRE_SNAPSHOT = pl.Schema(
                 "market_id": pl.String,
                 "yes_dollars_fp": _WIRE_LEVELS,
                 "no_dollars_fp": _WIRE_LEVELS,
-                # Only their presence matters here: they send the frame to the slow path.
+                # Only the presence of these matters: they send the frame to the slow path.
                 "yes_dollars": pl.List(pl.List(pl.String)),
                 "no_dollars": pl.List(pl.List(pl.String)),
                 "yes": pl.List(pl.List(pl.Int64)),
@@ -140,12 +141,12 @@ _ODD_SNAPSHOT = "|".join(
         ),
     ]
 )
-"""What Polars' reader takes otherwise than the slow path: numbers where texts should be, and keys that
-come twice, however they are written. (Arrow's refuses both.) 0.3 µs a kB."""
+"""What Polars' reader accepts and the slow path refuses: numbers in place of strings, and duplicate keys in
+any spelling. (Arrow's reader refuses both.) Costs 0.3 µs per kB."""
 _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
-KEPT_OF_LARGE = 1 << 16
-"""Bytes of a frame that is too large to be kept in a row; the journal has it whole."""
+KEPT_BYTES_OF_LARGE = 1 << 16
+"""Bytes kept in a row of a frame that is too large for one; the journal has the whole frame."""
 KNOWN_TYPES = frozenset(
     [
         "subscribed",
@@ -176,7 +177,7 @@ KNOWN_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class Decoded:
-    """Frames by what they are. `n` is the journal's number; every record is in exactly one."""
+    """Decoded records by type. `n` is the record number; every record is in exactly one frame."""
 
     first_n: int
     end_n: int
@@ -191,44 +192,44 @@ class Decoded:
     first_ns: int
     """Receive time of the first record."""
     clock: ReceiveClock
-    """Those of the last and of the newest one."""
+    """Receive times of the last and of the newest record."""
     lost: bool = False
-    """The records cannot be read: see `journal.Hole`. The times are that of the next one."""
+    """The records are a `LostRange`; the times are those of the next record."""
     unread: UnreadRange | None = None
-    """Records that came before these, in a segment that is not read so far."""
+    """Unread records of the preceding segment, reported with this range."""
 
     def clock_after(self, before: ReceiveClock) -> ReceiveClock:
-        """The clock at its end, from that at its beginning. A hole leaves it as it is."""
+        """The clock at the end of the range, given the one at its beginning. A lost range leaves it unchanged."""
         if self.lost:
             return before
         return ReceiveClock(self.clock.last_ns, max(before.newest_ns, self.clock.newest_ns))
 
 
-def lost(hole: LostRange) -> Decoded:
-    """A hole of the journal, in the place of its records."""
+def decode_lost_range(lost_range: LostRange) -> Decoded:
+    """An empty `Decoded` in place of the lost records."""
     return Decoded(
-        hole.first_n,
-        hole.first_n + hole.rows,
+        lost_range.first_n,
+        lost_range.first_n + lost_range.rows,
         pl.DataFrame(schema=DELTAS),
         pl.DataFrame(schema=LEVELS),
         pl.DataFrame(schema=SNAPSHOTS),
         pl.DataFrame(schema=columnar_trades.TRADES),
         pl.DataFrame(schema=STREAM),
-        hole.until_ns,
-        ReceiveClock(hole.until_ns, hole.until_ns),
+        lost_range.until_ns,
+        ReceiveClock(lost_range.until_ns, lost_range.until_ns),
         lost=True,
     )
 
 
-def decoded(stretch: JournalRange) -> Decoded:
-    """Decode a stretch of the journal."""
-    return lost(stretch) if isinstance(stretch, LostRange) else decode([stretch])
+def decode_range(part: JournalRange) -> Decoded:
+    """Decode one range of the journal."""
+    return decode_lost_range(part) if isinstance(part, LostRange) else decode([part])
 
 
-def decode(blocks: Sequence[RecordRange]) -> Decoded:
-    """Decode consecutive journal blocks."""
-    table = pa.Table.from_batches([block.batch for block in blocks])
-    first_n = blocks[0].first_n
+def decode(ranges: Sequence[RecordRange]) -> Decoded:
+    """Decode consecutive record ranges together."""
+    table = pa.Table.from_batches([records.batch for records in ranges])
+    first_n = ranges[0].first_n
     records = pl.DataFrame(
         {
             "n": pl.int_range(first_n, first_n + table.num_rows, dtype=pl.UInt64, eager=True),
@@ -244,9 +245,11 @@ def decode(blocks: Sequence[RecordRange]) -> Decoded:
     trades, bad_trades = columnar_trades.trades(
         records.filter(kind == Kind.TRADE), _json, _malformed_row, STREAM
     )
-    rest = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT, Kind.TRADE]))
+    others = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT, Kind.TRADE]))
     stream = pl.DataFrame(
-        [_stream_row(record) for record in rest.iter_rows(named=True)], schema=STREAM, orient="row"
+        [_stream_row(record) for record in others.iter_rows(named=True)],
+        schema=STREAM,
+        orient="row",
     )
     return Decoded(
         first_n,
@@ -258,7 +261,7 @@ def decode(blocks: Sequence[RecordRange]) -> Decoded:
         pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
         table["recv_ns"][0].as_py(),
         ReceiveClock(table["recv_ns"][-1].as_py(), pc.max(table["recv_ns"]).as_py()),
-        unread=blocks[0].unread,
+        unread=ranges[0].unread,
     )
 
 
@@ -274,7 +277,7 @@ def _uuids(column: pa.ChunkedArray) -> pl.Series:
 
 
 def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(deltas, malformed)"""
+    """Return (deltas, malformed rows)."""
     if records.is_empty():
         return pl.DataFrame(schema=DELTAS), pl.DataFrame(schema=STREAM)
     wire = _json(records["frame"], _WIRE_DELTA)
@@ -327,39 +330,39 @@ def _hundreds(column: str) -> pl.Expr:
 
 
 def _each_value(texts: pa.Array, convert: Callable[[pl.Series], pl.Series]) -> pl.Series:
-    """What `convert` makes of each text, done once for each that is different."""
+    """Apply `convert` to each text, once per distinct value."""
     encoded = texts.dictionary_encode()
     return convert(pl.Series(encoded.dictionary)).gather(pl.Series(encoded.indices))
 
 
 def _units(text: pl.Series, pattern: str) -> pl.Series:
-    """A decimal's digits as one integer; null for what does not look like `pattern`."""
+    """A decimal's digits as one integer; null where the text does not match `pattern`."""
     digits = text.str.replace(".", "", literal=True).cast(pl.Int64, strict=False)
     return digits.set(~text.str.contains(pattern), None)
 
 
 def _uuid_or_null(text: pl.Series) -> pl.Series:
-    """The market's UUID, zero where none was sent; null for what is none."""
+    """The market's UUID, zero where none was sent; null where the text is not a UUID."""
     known = text.set(text == "", ZERO_UUID)
     return known.set(~known.str.contains(_UUID_TEXT), None)
 
 
 def _times(text: pa.Array) -> pl.Series:
-    """RFC 3339 times in UTC; null for what does not look like `_TS_TEXT`."""
+    """RFC 3339 times in UTC; null where the text does not match `_TS_TEXT`."""
     series = pl.Series(text)
-    odd = ~series.str.contains(_TS_TEXT)
-    if odd.any():
-        text = pc.if_else(odd.to_arrow(), pa.scalar(None, pa.string()), text)
+    unusual = ~series.str.contains(_TS_TEXT)
+    if unusual.any():
+        text = pc.if_else(unusual.to_arrow(), pa.scalar(None, pa.string()), text)
     try:
         return pl.Series(text.cast(pa.timestamp("us", "UTC")))
-    except pa.ArrowInvalid:  # the 31st of February
-        return series.set(odd, None).str.to_datetime(
+    except pa.ArrowInvalid:  # a date that does not exist, such as the 31st of February
+        return series.set(unusual, None).str.to_datetime(
             "%Y-%m-%dT%H:%M:%S%.fZ", time_unit="us", time_zone="UTC", strict=False
         )
 
 
 def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The slow path: frame by frame. (deltas, stream rows of what could not be read)"""
+    """The slow path, frame by frame; returns (deltas, malformed rows)."""
     rows: list[tuple[Any, ...]] = []
     stream: list[tuple[Any, ...]] = []
     for record in records.iter_rows(named=True):
@@ -370,22 +373,22 @@ def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
             if not delta.market_ticker:
                 raise BookError("the delta names no market")
         except (*DecodeError, BookError) as error:
-            stream.append(_malformed_row(record, str(error), of="delta"))
+            stream.append(_malformed_row(record, str(error), book_frame="delta"))
             continue
-        odd = _OddFields(record, head, delta.market_ticker)
+        optional = _OptionalFields(record, head, delta.market_ticker)
         rows.append(
             (
                 *_frame_columns(record, head),
-                odd.read("market_id", delta.market_id, _market_id, ZERO_UUID),
+                optional.read("market_id", delta.market_id, _market_id, ZERO_UUID),
                 delta.market_ticker,
                 change.side,
                 change.price,
                 change.qty,
-                odd.read("ts", delta, _exchange_time, None),
-                odd.read("client_order_id", delta.client_order_id, _client_order_id, ""),
+                optional.read("ts", delta, _exchange_time, None),
+                optional.read("client_order_id", delta.client_order_id, _client_order_id, ""),
             )
         )
-        stream += odd.rows
+        stream += optional.rows
     return (
         pl.DataFrame(rows, schema=DELTAS, orient="row"),
         pl.DataFrame(stream, schema=STREAM, orient="row"),
@@ -396,8 +399,8 @@ V = TypeVar("V")
 T = TypeVar("T")
 
 
-class _OddFields:
-    """Reads the fields of one frame that its book does not need; an odd one becomes a row, not an error."""
+class _OptionalFields:
+    """Reads the fields of a frame that its book does not need; an unreadable one becomes a row, not an error."""
 
     def __init__(self, record: dict[str, Any], head: Head, ticker: str) -> None:
         self._record = record
@@ -405,24 +408,24 @@ class _OddFields:
         self._ticker = ticker
         self.rows: list[tuple[Any, ...]] = []
 
-    def read(self, field: str, value: V, convert: Callable[[V], T], instead: T) -> T:
-        """The converted value, or `instead` with a `malformed_field` row."""
+    def read(self, field: str, value: V, convert: Callable[[V], T], default: T) -> T:
+        """The converted value; `default` and a `malformed_field` row where it cannot be read."""
         try:
             return convert(value)
         except BookError as error:
             detail = {"field": field, "seq": self._head.seq, "reason": str(error)}
             place = (self._record["n"], self._record["recv_ns"], self._record["conn"])
             body = msgspec.json.encode(detail).decode()
-            # Its number is the delta's or snapshot's own, which has a row already.
+            # seq is 0: the frame's own row (delta or snapshot) already counts the sequence number.
             self.rows.append((*place, self._head.sid, 0, "malformed_field", self._ticker, body))
-            return instead
+            return default
 
 
 # -- snapshots ---------------------------------------------------------------------------------
 
 
 def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """(snapshots, their levels, malformed)"""
+    """Return (snapshots, their levels, malformed rows)."""
     if records.is_empty():
         return (
             pl.DataFrame(schema=SNAPSHOTS),
@@ -437,7 +440,7 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
     market_id = pl.col("market_id").fill_null("")
     wide = wide.with_columns(
         pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
-        _odd(records["frame"], _ODD_SNAPSHOT).alias("odd"),
+        _matches(records["frame"], _ODD_SNAPSHOT).alias("odd"),
     )
     legacy = pl.any_horizontal(pl.col("yes_dollars", "no_dollars", "yes", "no").is_not_null())
     plain = (
@@ -504,10 +507,10 @@ def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame,
             snapshot_extents(snapshot)
             ladders = [(side, snapshot_ladder(snapshot, side)) for side in SIDES]
         except (*DecodeError, BookError) as error:
-            stream.append(_malformed_row(record, str(error), of="snapshot"))
+            stream.append(_malformed_row(record, str(error), book_frame="snapshot"))
             continue
-        odd = _OddFields(record, head, snapshot.market_ticker)
-        market = odd.read("market_id", snapshot.market_id, _market_id, ZERO_UUID)
+        optional = _OptionalFields(record, head, snapshot.market_ticker)
+        market = optional.read("market_id", snapshot.market_id, _market_id, ZERO_UUID)
         frame = (*_frame_columns(record, head), market, snapshot.market_ticker)
         rows = [
             (*frame, side, price, size)
@@ -516,7 +519,7 @@ def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame,
         ]
         levels.extend(rows)
         snapshots.append((*frame, len(rows)))
-        stream += odd.rows
+        stream += optional.rows
     return (
         pl.DataFrame(snapshots, schema=SNAPSHOTS, orient="row"),
         pl.DataFrame(levels, schema=LEVELS, orient="row"),
@@ -548,7 +551,7 @@ def _stream_row(record: dict[str, Any]) -> tuple[Any, ...]:
     except DecodeError as error:
         return _malformed_row(record, str(error))
     if head.type == "subscribed" and isinstance(reply.msg, dict):
-        head.sid = _sid_of(reply.msg)  # the proof asks whether a sid's beginning is kept
+        head.sid = _subscribed_sid(reply.msg)  # the gap check looks for the beginning of each sid
     return (
         *_frame_columns(record, head),
         head.type if head.type in KNOWN_TYPES else "unknown",
@@ -557,8 +560,8 @@ def _stream_row(record: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _sid_of(begun: Mapping[str, Any]) -> int:
-    sid = begun.get("sid")
+def _subscribed_sid(message: Mapping[str, Any]) -> int:
+    sid = message.get("sid")
     return sid if isinstance(sid, int) and 0 < sid < 1 << 32 else 0
 
 
@@ -567,12 +570,12 @@ def _ticker_of(reply: Reply) -> str:
     return ticker if isinstance(ticker, str) else ""
 
 
-def _malformed_row(record: dict[str, Any], reason: str, *, of: str = "") -> tuple[Any, ...]:
-    """A row that keeps the raw frame; its number counts where the head could be read.
+def _malformed_row(record: dict[str, Any], reason: str, *, book_frame: str = "") -> tuple[Any, ...]:
+    """A row with the raw frame; its sequence number counts where the head could be read.
 
     Of a frame that is too large for a snapshot it keeps the beginning, and its length as `bytes`.
 
-    `of`: delta or snapshot, whose book is stale from here on.
+    `book_frame`: delta or snapshot, where the frame leaves its book stale from here on.
     """
     try:
         head = decode_head(record["frame"])
@@ -580,10 +583,10 @@ def _malformed_row(record: dict[str, Any], reason: str, *, of: str = "") -> tupl
         head = Head("")
     frame = record["frame"]
     size = {"bytes": len(frame)} if len(frame) > SNAPSHOT_BYTES else {}
-    text = _text(frame[:KEPT_OF_LARGE] if size else frame)
-    detail = {"reason": reason, "frame": text} | size | ({"of": of} if of else {})
+    text = _text(frame[:KEPT_BYTES_OF_LARGE] if size else frame)
+    detail = {"reason": reason, "frame": text} | size | ({"of": book_frame} if book_frame else {})
     body = msgspec.json.encode(detail).decode()
-    ticker = subject(record["frame"]) if of else ""
+    ticker = market_of(record["frame"]) if book_frame else ""
     return (*_frame_columns(record, head), "malformed", ticker, body)
 
 
@@ -592,7 +595,7 @@ def _frame_columns(record: dict[str, Any], head: Head) -> tuple[Any, ...]:
 
 
 def _text(frame: bytes) -> str:
-    """The frame as text; bytes that are not UTF-8 are kept in base64, and say so."""
+    """The frame as text; bytes that are not UTF-8 as base64 with the prefix `base64:`."""
     try:
         return frame.decode().rstrip("\n")
     except UnicodeDecodeError:
@@ -629,19 +632,19 @@ def _exchange_time(delta: Delta) -> datetime | None:
         if isinstance(ts_ms, int) and not isinstance(ts_ms, bool):
             return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
     except (ValueError, OverflowError, OSError):
-        raise BookError(f"{str(ts or ts_ms)[:40]!r} is no time that there is") from None
+        raise BookError(f"{str(ts or ts_ms)[:40]!r} is not a valid time") from None
     raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
 
 
-def _odd(frames: pl.Series, what: str) -> pl.Series:
-    return frames.cast(pl.String).str.contains(what)
+def _matches(frames: pl.Series, pattern: str) -> pl.Series:
+    return frames.cast(pl.String).str.contains(pattern)
 
 
 def _json(frames: pl.Series, schema: pa.Schema) -> pa.Table | None:
-    """All frames in one read; None where one is not of the expected shape.
+    """Decode all frames in one call; None where one does not have the expected shape.
 
-    Each frame is one JSON value: its head was decoded when it came. The reader takes any bytes for
-    text, so that is looked at first.
+    Each frame is one JSON value, because capture decoded its head. UTF-8 is checked first: the reader
+    accepts any bytes as text.
     """
     data = frames.to_arrow()
     text = data.buffers()[2][: int(pc.sum(pc.binary_length(data)).as_py())]
@@ -671,7 +674,7 @@ def _is_text(data: pa.Buffer) -> bool:
 
 
 def _ndjson(frames: pl.Series, schema: pl.Schema) -> pl.DataFrame | None:
-    """The same by Polars' reader, for lists within lists."""
+    """As `_json`, with Polars' reader, which handles nested lists."""
     lines = b"\n".join(frames.to_list())
     try:
         table = pl.read_ndjson(io.BytesIO(lines), schema=schema)

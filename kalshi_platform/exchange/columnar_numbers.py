@@ -1,7 +1,7 @@
-"""Sets of sequence numbers or record numbers: a bit each, in blocks that are compressed when they rest.
+"""Sets of sequence numbers or record numbers: one bit each, in blocks that are compressed when idle.
 
-Numbers come nearly without holes and nearly in order, so a block that is full takes some hundred bytes once
-it rests. One odd number, however large, costs one block.
+Numbers arrive nearly gapless and nearly in order, so a full block compresses to about a hundred bytes. One
+outlier, however large, costs one block. What the numbers mean belongs in `quality`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 _WORDS = 1 << 14
-"""Of 64 bits, in a block: 128 KiB."""
+"""64-bit words in a block: 128 KiB."""
 _NUMBERS = _WORDS * 64
 _ONE, _SIX, _LOW = np.uint64(1), np.uint64(6), np.uint64(63)
 _NOTHING: U64 = np.zeros(_WORDS, np.uint64)
 
 
-class Numbers:
+class NumberSet:
     """A set of numbers from 0 to 2**64 - 1."""
 
     def __init__(self) -> None:
         self._open: dict[int, U64] = {}
-        self._resting: dict[int, bytes] = {}
+        self._compressed: dict[int, bytes] = {}
         self._touched: set[int] = set()
 
     def add(self, values: U64) -> None:
@@ -38,106 +38,107 @@ class Numbers:
             self.add_words(different, np.bitwise_or.reduceat(bits[order], first))
 
     def add_words(self, words: U64, bits: U64) -> None:
-        """Add 64 w + b for each bit b that is set beside the word w. No word comes twice."""
+        """Add 64 w + b for each bit b set in the value that belongs to word w. Each word occurs once."""
         blocks = words // np.uint64(_WORDS)
         for block in np.unique(blocks):
-            its = blocks == block
-            self._opened(int(block))[(words[its] % np.uint64(_WORDS)).astype(np.int64)] |= bits[its]
+            inside = blocks == block
+            place = (words[inside] % np.uint64(_WORDS)).astype(np.int64)
+            self._writable(int(block))[place] |= bits[inside]
 
-    def update(self, other: Numbers) -> None:
+    def update(self, other: NumberSet) -> None:
         """Add all numbers of another set."""
         for block in other._blocks():
-            self._opened(block)[:] |= other._words(block)
+            self._writable(block)[:] |= other._words(block)
 
-    def rest(self) -> None:
-        """Compress the blocks that nothing was added to since the last time."""
+    def compress_idle(self) -> None:
+        """Compress the blocks to which nothing was added since the last call."""
         for block in self._open.keys() - self._touched:
-            self._resting[block] = zlib.compress(self._open.pop(block).tobytes(), 1)
+            self._compressed[block] = zlib.compress(self._open.pop(block).tobytes(), 1)
         self._touched.clear()
 
     def __len__(self) -> int:
         return sum(int(np.bitwise_count(self._words(block)).sum()) for block in self._blocks())
 
     def __bool__(self) -> bool:
-        return bool(self._open or self._resting)
+        return bool(self._open or self._compressed)
 
     @property
     def first(self) -> int:
-        """The least number. The set must have one."""
+        """The smallest number. The set must not be empty."""
         return next(self.runs())[0]
 
     @property
     def last(self) -> int:
-        """The greatest number. The set must have one."""
+        """The largest number. The set must not be empty."""
         block = self._blocks()[-1]
         words = self._words(block)
         word = int(np.flatnonzero(words)[-1])
         return block * _NUMBERS + word * 64 + int(words[word]).bit_length() - 1
 
     def count(self, start: int, end: int) -> int:
-        """How many numbers there are from `start` to before `end`."""
+        """The count of numbers in [start, end)."""
         return sum(
-            int(np.bitwise_count(_within(self._words(block), block, start, end)).sum())
+            int(np.bitwise_count(_masked(self._words(block), block, start, end)).sum())
             for block in self._blocks()
             if block * _NUMBERS < end and (block + 1) * _NUMBERS > start
         )
 
-    def without(self, other: Numbers) -> Numbers:
-        """The numbers that the other set does not have."""
-        found = Numbers()
+    def difference(self, other: NumberSet) -> NumberSet:
+        """The numbers that are not in the other set."""
+        result = NumberSet()
         for block in self._blocks():
             left = self._words(block) & ~other._words(block)
             if left.any():
-                found._open[block] = left
-        return found
+                result._open[block] = left
+        return result
 
-    def up_to(self, end: int) -> Numbers:
-        """The numbers before `end`."""
-        found = Numbers()
+    def before(self, end: int) -> NumberSet:
+        """The numbers below `end`."""
+        result = NumberSet()
         for block in self._blocks():
-            left = _within(self._words(block), block, 0, end)
+            left = _masked(self._words(block), block, 0, end)
             if left.any():
-                found._open[block] = left
-        return found
+                result._open[block] = left
+        return result
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Where numbers follow each other: (first, end), ascending."""
-        begun: tuple[int, int] | None = None
+        """Yield the runs of consecutive numbers as (first, end), ascending."""
+        run: tuple[int, int] | None = None
         for block in self._blocks():
             bits = np.unpackbits(self._words(block).view(np.uint8), bitorder="little")
             edges = np.flatnonzero(np.diff(bits, prepend=0, append=0)).reshape(-1, 2)
             for start, end in (edges.astype(object) + block * _NUMBERS).tolist():
-                if begun is not None and begun[1] == start:
-                    begun = (begun[0], end)
+                if run is not None and run[1] == start:
+                    run = (run[0], end)
                     continue
-                if begun is not None:
-                    yield begun
-                begun = (start, end)
-        if begun is not None:
-            yield begun
+                if run is not None:
+                    yield run
+                run = (start, end)
+        if run is not None:
+            yield run
 
     def _blocks(self) -> list[int]:
-        return sorted(self._open.keys() | self._resting.keys())
+        return sorted(self._open.keys() | self._compressed.keys())
 
     def _words(self, block: int) -> U64:
-        """A block's words, to be read only."""
+        """A block's words, read-only."""
         if (words := self._open.get(block)) is not None:
             return words
-        if (packed := self._resting.get(block)) is not None:
+        if (packed := self._compressed.get(block)) is not None:
             return np.frombuffer(zlib.decompress(packed), np.uint64)
         return _NOTHING
 
-    def _opened(self, block: int) -> U64:
-        """A block's words, to be changed."""
+    def _writable(self, block: int) -> U64:
+        """A block's words, writable."""
         self._touched.add(block)
         if block not in self._open:
             self._open[block] = self._words(block).copy()
-            self._resting.pop(block, None)
+            self._compressed.pop(block, None)
         return self._open[block]
 
 
-def _within(words: U64, block: int, start: int, end: int) -> U64:
-    """A block's words with the bits of the numbers from `start` to before `end` alone."""
+def _masked(words: U64, block: int, start: int, end: int) -> U64:
+    """A block's words with all bits cleared except those of numbers in [start, end)."""
     begin = block * _NUMBERS
     low, high = max(start - begin, 0), min(end - begin, _NUMBERS)
     if (low, high) == (0, _NUMBERS):
@@ -154,23 +155,23 @@ def _within(words: U64, block: int, start: int, end: int) -> U64:
     return kept
 
 
-def disjoint(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges (first, end), ascending, joined where they overlap or touch; empty ones are left out."""
-    found: list[tuple[int, int]] = []
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sort ranges (first, end) and merge those that overlap or touch; empty ranges are dropped."""
+    merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if end <= start:
             continue
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
-            found.append((start, end))
-    return found
+            merged.append((start, end))
+    return merged
 
 
 def gaps_between(
     present: Iterable[tuple[int, int]], start: int, end: int
 ) -> Iterator[tuple[int, int]]:
-    """What disjoint, ascending ranges leave out from `start` to before `end`."""
+    """Yield the parts of [start, end) that disjoint, ascending ranges do not cover."""
     at = start
     for first, after in present:
         if first >= end:

@@ -1,8 +1,8 @@
-"""Trade frames to columns: the trade channel's part of the decoding, without any memory.
+"""Decoding of trade frames to columns, statelessly: the trade channel's part of `columnar`.
 
-As for deltas there is a narrow path in columns and a slow one frame by frame, which also takes the
-integer cents of before March 2026 and the trades that REST told after a gap (they have no `seq`). What
-even that cannot read becomes a `malformed` row that carries the raw frame.
+As for deltas, a fast path decodes the current wire form in columns. The slow path, frame by frame, also
+decodes the integer cents from before March 2026 and trades that were backfilled over REST (they have no
+`seq`). What that cannot read becomes a `malformed` row with the raw frame.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kalshi_platform.exchange.numbers import ONE_DOLLAR, cents_units, price_unit
 from kalshi_platform.schema import TRADES as DATASET
 
 BOOK_SIDES = ("bid", "ask")
-"""Of a taker: bid bought YES, ask bought NO."""
+"""The taker's side of the book: bid bought YES, ask bought NO."""
 Malformed = Callable[[dict[str, Any], str], tuple[Any, ...]]
 
 TRADES = pl.Schema(
@@ -58,7 +58,7 @@ _TEXTS = (
     "created_time",
 )
 _INTEGERS = ("ts_ms", "ts", "yes_price", "no_price", "count")
-"""Also those that only the slow path reads: what is wrong of type is so on both."""
+"""Includes fields that only the slow path uses, so that a wrong type is malformed on both paths."""
 WIRE = pa.schema(
     [
         pa.field("sid", pa.uint32()),
@@ -89,10 +89,10 @@ def trades(
     malformed: Malformed,
     stream: pl.Schema,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(trades, malformed): `records` are journal records of kind TRADE.
+    """Decode journal records of kind TRADE; return (trades, malformed rows).
 
-    `read_json`, `malformed` and `stream` are how the decoding at large reads lines and keeps what it
-    cannot read.
+    `read_json` and `malformed` are the JSON reader and the row builder of `columnar`; `stream` is the
+    schema of malformed rows.
     """
     if records.is_empty():
         return pl.DataFrame(schema=TRADES), pl.DataFrame(schema=stream)
@@ -173,7 +173,7 @@ def _row(record: Mapping[str, Any], head: Head, trade: TradeFrame) -> tuple[Any,
     outcome = trade.taker_outcome_side or trade.taker_side
     if outcome not in SIDES:
         raise TradeError(f"taker side {outcome and outcome[:40]!r} is neither yes nor no")
-    # Told since May 2026; before, the taker who bought YES was the bid by definition.
+    # Sent since May 2026; before, a taker who bought YES was the bid by definition.
     book_side = trade.taker_book_side or BOOK_SIDES[SIDES.index(outcome)]
     if book_side not in BOOK_SIDES:
         raise TradeError(f"taker_book_side {book_side[:40]!r} is neither bid nor ask")
@@ -217,30 +217,32 @@ def _time_ms(trade: TradeFrame) -> int:
     else:
         raise TradeError("the trade has no time")
     if not 0 <= at_ms <= _LAST_MS:
-        raise TradeError(f"the trade's time {at_ms} is no Unix time in milliseconds")
+        raise TradeError(f"the trade's time {at_ms} is not a Unix time in milliseconds before 2100")
     return at_ms
 
 
-def table(of: pl.DataFrame, shard: int) -> pa.Table:
-    """Decoded trades of a shard's journal in the stores' own columns."""
-    if of.is_empty():
+def table(trades_frame: pl.DataFrame, shard: int) -> pa.Table:
+    """Convert decoded trades of a shard's journal to the stores' columns."""
+    if trades_frame.is_empty():
         return DATASET.arrow.empty_table()
     return pa.Table.from_arrays(
         [
-            names(of["conn"]),
-            of["sid"].to_arrow(),
-            of["seq"].to_arrow(),
-            text(of["trade_id"]),
-            names(of["market_ticker"]),
-            prices(of["yes_price"]),
-            prices(of["no_price"]),
-            quantities(of["qty"]),
-            names(of["taker_outcome_side"]),
-            names(of["taker_book_side"]),
-            of["is_block_trade"].to_arrow(),
-            pa.array(of["ts_ms"].to_numpy(), pa.int64()).cast(DATASET.arrow.field("ts").type),
-            times(of["recv_ns"]),
-            *place(of["n"], shard),
+            names(trades_frame["conn"]),
+            trades_frame["sid"].to_arrow(),
+            trades_frame["seq"].to_arrow(),
+            text(trades_frame["trade_id"]),
+            names(trades_frame["market_ticker"]),
+            prices(trades_frame["yes_price"]),
+            prices(trades_frame["no_price"]),
+            quantities(trades_frame["qty"]),
+            names(trades_frame["taker_outcome_side"]),
+            names(trades_frame["taker_book_side"]),
+            trades_frame["is_block_trade"].to_arrow(),
+            pa.array(trades_frame["ts_ms"].to_numpy(), pa.int64()).cast(
+                DATASET.arrow.field("ts").type
+            ),
+            times(trades_frame["recv_ns"]),
+            *place(trades_frame["n"], shard),
         ],
         schema=DATASET.arrow,
     )

@@ -1,6 +1,6 @@
-"""The WebSocket shell: dials, signed anew every time, and knows when the peer was last heard.
+"""The WebSocket connection: dials with fresh signed headers and tracks when bytes were last received.
 
-What a frame means is the session's affair (`session.py`); nothing here reads one.
+Reads no frame's content: what a frame means belongs in `session`.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.loopback import is_loopback
 
 MAX_FRAME_BYTES = 96 << 20
-"""The exchange's own limit is 64 MiB; the library's default of 1 MiB would cut wide books off."""
+"""The exchange's own limit is 64 MiB; the library's default of 1 MiB would refuse wide books."""
 QUEUE_FRAMES = 2048
-"""Frames that wait in memory for the reader before the socket is no longer read."""
+"""Frames queued in memory for the reader before the library stops reading the socket."""
 OPEN_TIMEOUT_S = 15.0
 _BLANK_LINE = b"\r\n\r\n"
 Deliver = Callable[[list[bytes], int], None]
-"""Takes the messages of one read of the socket, and when it was read: ns since the epoch."""
+"""Receives the messages of one socket read and the time of that read in ns since the epoch."""
 LIVENESS_S = 30.0
-"""The server pings every 10 s or so: nothing at all for this long means the connection is dead."""
-WRITE_PATIENCE_S = 1.0
-"""For so long a write waits for bytes that have come to be read."""
+"""The server pings about every 10 s: a connection without any bytes for this long is dead."""
+WRITE_DELAY_MAX_S = 1.0
+"""How long a write waits at most until received bytes have been read."""
 
 
 class LiveConnection(ClientConnection):
-    """A client connection that remembers when bytes of any kind last came, pings included."""
+    """A client connection that records when bytes of any kind, pings included, were last received."""
 
     last_bytes_at: float = 0.0
     """Monotonic seconds."""
 
     def data_received(self, data: bytes) -> None:
-        """Note the time, then go on as always."""
+        """Record the time, then process the data as usual."""
         self.last_bytes_at = time.monotonic()
         super().data_received(data)
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the peer was last heard."""
+        """Seconds since the last byte was received."""
         return time.monotonic() - self.last_bytes_at
 
     @property
-    def bytes_wait(self) -> bool:
-        """Whether something has come and was not read, the peer's end included.
+    def has_unread_bytes(self) -> bool:
+        """Whether received bytes, or the peer's end of stream, have not been read yet.
 
-        After a process stood still, timers run before the socket is read.
+        After the process was suspended, timers run before the socket is read.
         """
         fd = self.transport.get_extra_info("socket").fileno()
         if fd < 0:
@@ -67,97 +67,97 @@ class LiveConnection(ClientConnection):
 
 
 class BatchedConnection(LiveConnection):
-    """Delivers the messages of one read of the socket together, stamped with the time of that read.
+    """Delivers the messages of one socket read together, with the time of that read.
 
-    It has no `recv`, whose queue and coroutine for each message cost as much as the library's parsing;
-    and that is spared where a message is all that there is to a frame (`framing.py`).
+    It does not support `recv`, whose queue and coroutine per message cost as much as the library's
+    parser. The parser itself is bypassed for unfragmented messages (see `framing`).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._deliver: Deliver | None = None
-        self._came: list[bytes] = []
-        self._begun: bytearray | None = None
-        """The fragments so far of a message of several."""
+        self._messages: list[bytes] = []
+        self._fragments: bytearray | None = None
+        """The fragments so far of a fragmented message."""
         self._tail = b""
-        """The last bytes of the answer to the handshake so far; frames begin behind its blank line."""
+        """The last bytes of the handshake response so far; frames begin after its blank line."""
         self._framing = Framing(MAX_FRAME_BYTES)
         self._write_by: float | None = None
-        """When what waits to be written is written at the latest, by the loop's clock; None: nothing does."""
+        """Deadline of a delayed write by the loop's clock; None while none is delayed."""
 
     def deliver_to(self, deliver: Deliver) -> None:
-        """Hand every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
+        """Pass every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
         self._deliver = deliver
-        self._hand_over(time.time_ns())
+        self._deliver_messages(time.time_ns())
 
     def data_received(self, data: bytes) -> None:
-        """Note the time, cut into messages, deliver."""
+        """Record the time, split the data into messages, deliver them."""
         recv_ns = time.time_ns()
         self.last_bytes_at = time.monotonic()
         if self.protocol.state is State.CONNECTING:
-            data = self._shake_hands(data)
+            data = self._handshake(data)
         if data:
-            self._framing.feed(data, self._came, self._library)
-        self._hand_over(recv_ns)
+            self._framing.feed(data, self._messages, self._parse_with_library)
+        self._deliver_messages(recv_ns)
 
     def send_data(self) -> None:
-        """Write what is to be written, once what has come is read.
+        """Write pending data once received bytes have been read.
 
-        Where a write fails, as it does when the peer has closed, asyncio drops what was not read.
+        When a write fails because the peer has closed, asyncio drops bytes that were not read yet.
         """
         if self._write_by is None:
-            self._write_by = self.loop.time() + WRITE_PATIENCE_S
+            self._write_by = self.loop.time() + WRITE_DELAY_MAX_S
             self._write()
 
     def _write(self) -> None:
         if self._write_by is None:
             return
-        waits = self.transport.is_reading() and self.bytes_wait
-        if waits and self.loop.time() < self._write_by:
+        must_wait = self.transport.is_reading() and self.has_unread_bytes
+        if must_wait and self.loop.time() < self._write_by:
             self.loop.call_soon(self._write)
             return
         self._write_by = None
         super().send_data()
 
     def process_event(self, event: Any) -> None:
-        """Collect messages instead of queueing them; all else goes its usual way."""
+        """Collect messages instead of queueing them; handle all other events as usual."""
         if self.response is None or event.opcode not in DATA_OPCODES:
             super().process_event(event)
             return
-        self._begun = self._begun or bytearray()
-        self._begun += event.data
+        self._fragments = self._fragments or bytearray()
+        self._fragments += event.data
         if event.fin:
-            self._came.append(bytes(self._begun))
-            self._begun = None
+            self._messages.append(bytes(self._fragments))
+            self._fragments = None
 
-    def _shake_hands(self, data: bytes) -> bytes:
-        """Give the library the answer to the handshake; returns the frames that came behind it."""
-        answer = self._tail + data
-        self._tail = answer[1 - len(_BLANK_LINE) :]
-        blank = answer.find(_BLANK_LINE)
-        behind = len(answer) - blank - len(_BLANK_LINE) if blank >= 0 else 0
-        head, behind_it = data[: len(data) - behind], data[len(data) - behind :]
+    def _handshake(self, data: bytes) -> bytes:
+        """Pass the handshake response to the library; return the frames after it."""
+        response = self._tail + data
+        self._tail = response[1 - len(_BLANK_LINE) :]
+        blank = response.find(_BLANK_LINE)
+        after = len(response) - blank - len(_BLANK_LINE) if blank >= 0 else 0
+        head, frames = data[: len(data) - after], data[len(data) - after :]
         super().data_received(head)
-        if behind_it and self.protocol.state is State.CONNECTING:  # refused: a body, not frames
-            super().data_received(behind_it)
+        if frames and self.protocol.state is State.CONNECTING:  # refused: a body, not frames
+            super().data_received(frames)
             return b""
-        return behind_it
+        return frames
 
-    def _library(self, frame: bytes) -> bool:
+    def _parse_with_library(self, frame: bytes) -> bool:
         super().data_received(frame)
-        return self._begun is None and self.protocol.state is State.OPEN
+        return self._fragments is None and self.protocol.state is State.OPEN
 
-    def _hand_over(self, recv_ns: int) -> None:
-        if self._came and self._deliver is not None:
-            messages, self._came = self._came, []
+    def _deliver_messages(self, recv_ns: int) -> None:
+        if self._messages and self._deliver is not None:
+            messages, self._messages = self._messages, []
             self._deliver(messages, recv_ns)
 
 
 class _Dial(connect):
-    """Follows no redirect: what was signed for one server is shown to no other."""
+    """Follows no redirect: headers signed for one server are never sent to another."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """The answer, whatever it was, is final."""
+        """Treat a redirect like any other refusal."""
         return exc
 
 
@@ -165,10 +165,10 @@ C = TypeVar("C", bound=LiveConnection)
 
 
 async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
-    """Open one authenticated connection of that kind.
+    """Open one authenticated connection of class `kind`.
 
-    Raises `CredentialsError` where the key or the clock is refused, `Unreachable` where nobody
-    answers or the exchange is down.
+    Raises: `CredentialsError` where the key or the clock is refused, `Unreachable` where the exchange does
+    not answer or is down.
     """
     parts = urlsplit(ws_url)
     options: dict[str, Any] = {}
@@ -184,7 +184,7 @@ async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
             compression=None,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=2.0,
-            ping_interval=None,  # liveness is judged by any traffic, see LIVENESS_S
+            ping_interval=None,  # any traffic counts as liveness, see LIVENESS_S
             **options,
         )
     except InvalidStatus as error:

@@ -1,8 +1,7 @@
-"""Frames as the exchange sends them, and just enough decoding to act on one.
+"""Decoders of single frames. Decoding many frames in columns belongs in `columnar`.
 
 Two depths. The *head* (type, sid, seq) is all that capture needs of most frames and costs a third of
-a microsecond. The *body* types here serve the book in `book.py`, the wire watcher and the tests; the
-load decodes millions of bodies by columns instead (`exchange/columnar.py`).
+a microsecond. The *body* types serve `book`, `watch`, the slow path of `columnar` and the tests.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ class Head(msgspec.Struct, gc=False):
     seq: Seq = 0
 
 
-class _MarketOf(msgspec.Struct, gc=False):
+class _Market(msgspec.Struct, gc=False):
     market_ticker: str = ""
 
 
-class _SubjectFrame(msgspec.Struct, gc=False):
-    msg: _MarketOf
+class _MarketFrame(msgspec.Struct, gc=False):
+    msg: _Market
 
 
 class Reply(msgspec.Struct):
-    """An answer to a command: `subscribed`, `ok`, `unsubscribed` or `error`."""
+    """A reply to a command: `subscribed`, `ok`, `unsubscribed` or `error`."""
 
     type: str
     id: int = 0
@@ -46,7 +45,7 @@ class Reply(msgspec.Struct):
 class Delta(msgspec.Struct):
     """Body of an `orderbook_delta`: fixed-point fields, or integer cents before March 2026.
 
-    A field that the book does not need may hold anything: an odd one never costs the change itself.
+    A field that the book does not need may have any type: an unreadable one must not cost the change.
     """
 
     market_ticker: str
@@ -66,8 +65,8 @@ class Delta(msgspec.Struct):
 class Snapshot(msgspec.Struct):
     """Body of an `orderbook_snapshot`. The key of an empty side is absent (or null).
 
-    `market_id` is not needed by the book and may hold anything; the exchange sends an empty one for a
-    ticker that it does not know.
+    The book does not need `market_id`, so it may have any type; it is empty for a ticker that the exchange
+    does not know.
     """
 
     market_ticker: str
@@ -83,11 +82,11 @@ class Snapshot(msgspec.Struct):
 class Trade(msgspec.Struct):
     """Body of a `trade`: fixed-point fields, or integer cents and contracts before March 2026.
 
-    One that REST told has `ticker` and `created_time` in the place of `market_ticker` and `ts_ms`.
+    A trade backfilled from REST has `ticker` and `created_time` instead of `market_ticker` and `ts_ms`.
     """
 
     trade_id: str | None = None
-    """None where the exchange sent none, as in documented frames of before March 2026."""
+    """None where the exchange sent none, as in documented frames from before March 2026."""
     market_ticker: str | None = None
     ticker: str | None = None
     yes_price_dollars: str | None = None
@@ -110,8 +109,8 @@ class _TradeId(msgspec.Struct, gc=False):
     trade_id: str = ""
 
 
-class LifeEvent(msgspec.Struct, frozen=True):
-    """Body of a `market_lifecycle_v2`, as far as recording depends on it. Times are Unix seconds."""
+class LifecycleEvent(msgspec.Struct, frozen=True):
+    """Body of a `market_lifecycle_v2`: the fields that recording uses. Times are Unix seconds."""
 
     market_ticker: str
     event_type: str
@@ -122,7 +121,7 @@ class LifeEvent(msgspec.Struct, frozen=True):
 
     @property
     def event_ticker(self) -> str:
-        """The market's event, where it is told: when a market is created."""
+        """The market's event, sent when a market is created; else empty."""
         ticker = (self.additional_metadata or {}).get("event_ticker")
         return ticker if isinstance(ticker, str) else ""
 
@@ -143,20 +142,20 @@ class _TradeIdFrame(msgspec.Struct):
     msg: _TradeId
 
 
-class _LifeFrame(msgspec.Struct):
-    msg: LifeEvent
+class _LifecycleFrame(msgspec.Struct):
+    msg: LifecycleEvent
 
 
 decode_head = msgspec.json.Decoder(Head).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
-_subject = msgspec.json.Decoder(_SubjectFrame).decode
+_market = msgspec.json.Decoder(_MarketFrame).decode
 _delta = msgspec.json.Decoder(_DeltaFrame).decode
 _snapshot = msgspec.json.Decoder(_SnapshotFrame).decode
 _trade = msgspec.json.Decoder(_TradeFrame).decode
 _trade_id = msgspec.json.Decoder(_TradeIdFrame).decode
-_life = msgspec.json.Decoder(_LifeFrame).decode
+_life = msgspec.json.Decoder(_LifecycleFrame).decode
 DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises on bytes that are not what they should be; the last for brackets without end."""
+"""What decoding raises for malformed bytes; RecursionError for excessive nesting."""
 
 
 _KINDS = {
@@ -167,50 +166,50 @@ _KINDS = {
 
 
 def kind_of(frame: bytes) -> Kind:
-    """What a frame is by its type alone, without a session."""
+    """The record kind of a frame, by its type alone."""
     try:
         return _KINDS.get(decode_head(frame).type, Kind.CONTROL)
     except DecodeError:
         return Kind.MALFORMED
 
 
-def subject(frame: bytes) -> str:
-    """The ticker of the market that a frame is about; empty where it cannot be read."""
+def market_of(frame: bytes) -> str:
+    """The frame's market ticker; empty where it cannot be read."""
     try:
-        return _subject(frame).msg.market_ticker
+        return _market(frame).msg.market_ticker
     except DecodeError:
         return ""
 
 
 def decode_delta(frame: bytes) -> Delta:
-    """The body of a delta frame; raises one of `DecodeError`."""
+    """The body of a delta frame. Raises: one of `DecodeError`."""
     return _delta(frame).msg
 
 
 SNAPSHOT_BYTES = 4 << 20
-"""More than any snapshot has: a book's 20,002 levels take less than 1 MB of JSON. What is larger is not
-read, for it would take some twenty times its size in memory."""
+"""An upper bound for snapshots: a book's 20,002 levels take less than 1 MB of JSON. Larger frames are not
+decoded, because decoding takes about twenty times their size in memory."""
 
 
 def decode_snapshot(frame: bytes) -> Snapshot:
-    """The body of a snapshot frame; raises one of `DecodeError`."""
+    """The body of a snapshot frame. Raises: one of `DecodeError`."""
     if len(frame) > SNAPSHOT_BYTES:
         raise msgspec.DecodeError(
-            f"the snapshot has {len(frame):,} bytes, and no book has {SNAPSHOT_BYTES:,}"
+            f"the snapshot has {len(frame):,} bytes, more than any book has ({SNAPSHOT_BYTES:,})"
         )
     return _snapshot(frame).msg
 
 
 def decode_trade(frame: bytes) -> Trade:
-    """The body of a trade frame; raises one of `DecodeError`."""
+    """The body of a trade frame. Raises: one of `DecodeError`."""
     return _trade(frame).msg
 
 
 def trade_id(frame: bytes) -> str:
-    """The id of a trade frame, empty where it has none; raises one of `DecodeError`."""
+    """The id of a trade frame, empty where it has none. Raises: one of `DecodeError`."""
     return _trade_id(frame).msg.trade_id
 
 
-def decode_life_event(frame: bytes) -> LifeEvent:
-    """The body of a `market_lifecycle_v2` frame; raises one of `DecodeError`."""
+def decode_lifecycle_event(frame: bytes) -> LifecycleEvent:
+    """The body of a `market_lifecycle_v2` frame. Raises: one of `DecodeError`."""
     return _life(frame).msg

@@ -1,8 +1,8 @@
-"""Where one WebSocket frame ends and the next begins (RFC 6455, section 5.2), without I/O.
+"""Splits received bytes into WebSocket frames (RFC 6455, section 5.2), without I/O.
 
-Nearly every frame of a feed is a message of one piece, unmasked, of which nothing is left to do but to
-take its bytes. Those are taken here, at a fraction of what the library's parser takes for one. All
-others (pings, fragments, the end, what breaks the protocol) are the library's, whole.
+Nearly every frame of a feed is an unfragmented, unmasked message: its payload is taken here, at a fraction
+of the cost of the library's parser. All other frames (pings, fragments, close, protocol errors) are passed
+to the library whole. The connection itself belongs in `connection`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _MESSAGES = (0x81, 0x82)
-"""First byte of a message of one piece: FIN, no extension, the opcode of a text or of binary data."""
+"""First byte of an unfragmented message: FIN, no extension, opcode text or binary."""
 _MASKED = 0x80
 
 
 class Framing:
-    """Cuts the bytes of one connection into frames; keeps what is not whole yet."""
+    """Splits the bytes of one connection into frames; buffers an incomplete one."""
 
     def __init__(self, longest: int) -> None:
-        """`longest`: bytes of the longest payload that is waited for."""
+        """`longest`: size in bytes of the longest accepted payload."""
         self._longest = longest
         self._begun = bytearray()
-        """The beginning of a frame whose end has not come."""
+        """The beginning of an incomplete frame."""
         self._size = 0
-        """How long `_begun` must be to be looked at again."""
+        """The size that `_begun` must reach before parsing goes on."""
         self._plain = True
         self._cutting = True
 
     def feed(self, data: bytes, messages: list[bytes], other: Callable[[bytes], bool]) -> None:
-        """Append the messages of one piece to `messages`; hand all other frames to `other`, in order.
+        """Append unfragmented messages to `messages`; pass all other frames to `other`, in order.
 
-        `other` takes a whole frame, header included, and says whether messages may go past it from
-        now on: not while it has the first of several fragments, nor once the connection is ending. A
-        frame that is too long or masked, which no server may send, goes to it with all that follows.
+        `other` receives a whole frame, header included, and returns whether messages may bypass it from
+        now on: not while it holds the first of several fragments, nor once the connection is closing. A
+        frame that is too long or masked, which no server may send, goes to it with all data after it.
         """
         if self._begun:
             self._begun += data
@@ -54,7 +54,7 @@ class Framing:
                 size = self._longest + 1
             stop = start + size
             if start > end:
-                stop = start  # until then the size is not known
+                stop = start  # the header is incomplete, so the size is not known yet
             elif size > self._longest:
                 self._cutting = False
                 break

@@ -1,7 +1,7 @@
-"""The items of an answer, read one by one: what cannot be read costs itself, and never its page.
+"""Decodes the items of a REST page one by one, so that an unreadable item never costs its page.
 
-A field that is not needed is left out of its item; an item without a field that it needs is left out of
-the page. Either is named, with its ticker, field and value.
+An unreadable optional field is left out of its item; an item without a required field is left out of the
+page. Both are reported with ticker, field and value. Fetching pages belongs in `rest`.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ from kalshi_platform.printable import printable
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
-SHOWN = 120
-"""Characters of a value that are shown."""
+SHOWN_CHARACTERS = 120
+"""How many characters of a value a report shows."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A part of an answer that cannot be read."""
+    """An item, or a field of one, that cannot be read."""
 
     path: str
     ticker: str
-    """Of the item; empty where that cannot be read."""
+    """The item's ticker; empty where it cannot be read."""
     field: str
-    """Empty where the item is no object at all."""
+    """The field's name; empty where the item is not an object."""
     value: str
-    """As JSON, cut; empty where a field that is needed was not sent."""
+    """The value as JSON, truncated; empty where a required field was not sent."""
     left_out: bool
-    """The whole item is left out; else the field alone is."""
+    """Whether the whole item is left out; else only the field is."""
 
     def __str__(self) -> str:
-        of = self.ticker or "an item without a readable ticker"
+        item = self.ticker or "an item without a readable ticker"
         what = (
             f"{self.field} is missing" if not self.value else f"{self.field} {self.value}".strip()
         )
-        cost = "it is left out" if self.left_out else "the rest of it is used"
-        return f"GET {self.path}: {of}: {what}{' cannot be read' if self.value else ''}; {cost}."
+        cost = "the item is left out" if self.left_out else "the rest of the item is used"
+        return f"GET {self.path}: {item}: {what}{' cannot be read' if self.value else ''}; {cost}."
 
 
-Tell = Callable[[Unreadable], None]
+ReportUnreadable = Callable[[Unreadable], None]
 
 
-def logged(found: Unreadable) -> None:
-    """Say it in the log."""
-    log.warning("%s", found)
+def log_unreadable(unreadable: Unreadable) -> None:
+    """Log a warning: the default way to report."""
+    log.warning("%s", unreadable)
 
 
-def read(raw: bytes, kind: type[T], path: str, tell: Tell) -> T | None:
-    """One item, without the fields that cannot be read; None where it needs one of them."""
+def read(raw: bytes, kind: type[T], path: str, report: ReportUnreadable) -> T | None:
+    """Decode one item without its unreadable fields; None where one of them is required."""
     try:
         return typed_json.decode(raw, kind)
     except DecodeError:
-        return _in_part(raw, kind, path, tell)
+        return _read_fields(raw, kind, path, report)
 
 
-def _in_part(raw: bytes, kind: type[T], path: str, tell: Tell) -> T | None:
+def _read_fields(raw: bytes, kind: type[T], path: str, report: ReportUnreadable) -> T | None:
     try:
         members = typed_json.decode(raw, dict[str, msgspec.Raw])
     except DecodeError:
-        tell(Unreadable(path, "", "", _shown(raw), left_out=True))
+        report(Unreadable(path, "", "", _printable_value(raw), left_out=True))
         return None
     ticker = _or_none(bytes(members.get("ticker", b"null")), str | None) or ""
     values: dict[str, Any] = {}
-    whole = True
+    complete = True
     for field in msgspec.structs.fields(kind):
         sent = members.get(field.encode_name)
         if sent is not None:
@@ -81,10 +81,10 @@ def _in_part(raw: bytes, kind: type[T], path: str, tell: Tell) -> T | None:
             except DecodeError:
                 pass
         if sent is not None or field.required:
-            value = "" if sent is None else _shown(bytes(sent))
-            tell(Unreadable(path, ticker, field.encode_name, value, left_out=field.required))
-            whole = whole and not field.required
-    return kind(**values) if whole else None
+            value = "" if sent is None else _printable_value(bytes(sent))
+            report(Unreadable(path, ticker, field.encode_name, value, left_out=field.required))
+            complete = complete and not field.required
+    return kind(**values) if complete else None
 
 
 def _or_none(raw: bytes, kind: Any) -> Any:
@@ -94,5 +94,5 @@ def _or_none(raw: bytes, kind: Any) -> Any:
         return None
 
 
-def _shown(raw: bytes) -> str:
-    return printable(raw[:SHOWN].decode(errors="replace"))
+def _printable_value(raw: bytes) -> str:
+    return printable(raw[:SHOWN_CHARACTERS].decode(errors="replace"))

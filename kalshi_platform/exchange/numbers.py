@@ -1,7 +1,8 @@
 """Exact numbers: prices as integers of 1e-4 dollars, quantities as integers of 1e-2 contracts.
 
-No float touches a price or a size. Both wire forms are read: fixed-point strings such as
-"0.0800" and "300.00", and the integer cents and whole contracts of before March 2026.
+No float touches a price or a size. Both wire forms are converted here: fixed-point strings such as
+"0.0800" and "300.00", and the integer cents and whole contracts from before March 2026. Conversion of
+whole columns belongs in `columnar`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ MOST_QTY = 10**11
 """A billion contracts, in 1e-2 contracts: more than any level or change has. Below it, the notional of a book fits
 its column."""
 _DECIMAL = re.compile(r"-?[0-9]{1,14}(\.[0-9]{1,12})?")
-"""Far more than any price or size. `Decimal` alone would take 1e999999999, and a minute over it."""
+"""Wider than any price or size. `Decimal` alone would accept 1e999999999 and take a minute for it."""
 
 
 def fixed_point(text: str, scale: int) -> int:
-    """`text` as an integer count of 10**-scale units; raises ValueError where it is not exact."""
+    """`text` as an integer count of 10**-scale units. Raises: ValueError where that is not exact."""
     if not _DECIMAL.fullmatch(text):
-        raise ValueError(f"{text[:40]!r} is not a decimal number, or out of all proportion")
+        raise ValueError(f"{text[:40]!r} is not a decimal number, or too long for a price or size")
     scaled = Decimal(text).scaleb(scale)
     units = int(scaled)
     if units != scaled:
@@ -41,9 +42,9 @@ def qty_units(contracts: str) -> int:
 
 
 def cents_units(whole: int) -> int:
-    """The wire's integers of before March 2026, cents or contracts, to our units: a hundred of either."""
+    """Cents or whole contracts (the wire's integers from before March 2026) to units: a hundred of either."""
     if abs(whole) >= 10**14:
-        raise ValueError(f"{whole:.3e} is out of all proportion")
+        raise ValueError(f"{whole:.3e} is too large for a price or size")
     return whole * 100
 
 

@@ -1,7 +1,7 @@
-"""The exchange's REST interface, reading only: signed, paced, retried, page after page.
+"""The client of the exchange's REST interface: signed, rate-limited, retried, paginated, read-only.
 
-What the answers hold is in answers.py. Books from here are cached by the exchange for 15 s and never
-mend a gap of the stream. Nothing here changes anything at the exchange.
+The types of the responses belong in `answers`. The exchange caches books for 15 s, so a book from here
+never fills a gap of the stream. Nothing here changes anything at the exchange.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import tenacity
 from kalshi_platform import __version__, typed_json
 from kalshi_platform.exchange import items
 from kalshi_platform.exchange.answers import (
-    Answer,
     Balance,
     Bucket,
     Event,
@@ -33,11 +32,12 @@ from kalshi_platform.exchange.answers import (
     Orderbook,
     Position,
     Refusal,
+    Response,
     Schedule,
     Series,
     Settlement,
     Trade,
-    read_refusal,
+    decode_refusal,
 )
 from kalshi_platform.exchange.errors import (
     CredentialsError,
@@ -47,44 +47,44 @@ from kalshi_platform.exchange.errors import (
     Unreachable,
 )
 from kalshi_platform.exchange.frames import DecodeError
-from kalshi_platform.exchange.items import Tell, logged
+from kalshi_platform.exchange.items import ReportUnreadable, log_unreadable
 from kalshi_platform.exchange.signing import Credentials, load_signer
 from kalshi_platform.loopback import is_loopback
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Exchange
 
 T = TypeVar("T")
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=Response)
 
 
 Headers = Mapping[str, str]
-"""Headers of an answer, whoever read them; names in any case."""
+"""Headers of a response, from either HTTP library; names are case-insensitive."""
 Params = Mapping[str, str | int | Sequence[str] | None]
 
 TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 ATTEMPTS = 6
-"""With the waits between them, about 15 s of trouble are borne."""
+"""With the waits between attempts, this bridges an outage of about 15 s."""
 
 BASIC = Bucket(bucket_capacity=200, refill_rate=200)
 """The documented limit of the lowest tier: 20 requests a second."""
 COST_OF_GET = 10
 
-PAGE = 1_000
-EVENTS_PAGE = 200
-TICKERS_AT_ONCE = 100
-TICKER_CHARACTERS_AT_ONCE = 4_000
-"""Far below the 8 kB at which proxies begin to refuse a URL."""
+ITEMS_PER_PAGE = 1_000
+EVENTS_PER_PAGE = 200
+TICKERS_PER_REQUEST = 100
+TICKER_CHARACTERS_PER_REQUEST = 4_000
+"""Well below the 8 kB at which proxies begin to refuse a URL."""
 
-PIECE_BYTES = 65_536
-LONGEST_ANSWER_BYTES = 64 << 20
-"""A page of a thousand markets is some 2 MB."""
+CHUNK_BYTES = 65_536
+MAX_RESPONSE_BYTES = 64 << 20
+"""A page of a thousand markets is about 2 MB."""
 
-WORRYING_SKEW_S = 5.0
-"""The exchange takes signatures that are about 10 s old; its Date header knows whole seconds."""
+SIGNIFICANT_SKEW_S = 5.0
+"""The exchange accepts signatures up to about 10 s old; its Date header has a resolution of one second."""
 
 
-class Pace:
-    """A token bucket: `take` waits until the request may go."""
+class RateLimiter:
+    """A token bucket: `take` waits until the request may be sent."""
 
     def __init__(
         self,
@@ -99,13 +99,13 @@ class Pace:
         self._tokens = float(bucket.bucket_capacity)
         self._at = clock()
 
-    def adopt(self, bucket: Bucket) -> None:
-        """Go on at another rate, with what is left of the old one."""
+    def set_limit(self, bucket: Bucket) -> None:
+        """Change capacity and rate; the tokens at hand are kept."""
         with self._lock:
             self._bucket = bucket
 
     def take(self, tokens: int = COST_OF_GET) -> None:
-        """Take `tokens`, in the order in which callers come."""
+        """Take `tokens`, waiting until they are available; callers are served in order."""
         with self._lock:
             now = self._clock()
             gained = (now - self._at) * self._bucket.refill_rate
@@ -117,12 +117,12 @@ class Pace:
 
 
 class RestClient:
-    """The exchange's pages. Threads may share it; close it, or use it as a context manager.
+    """The exchange's REST resources. Thread-safe; close it, or use it as a context manager.
 
     Every call raises `CredentialsError` for a wrong key, key file or clock; `Unreachable` and
-    `RateLimited` once retries are used up; `ProtocolError` for an answer that cannot be read; and
-    `ExchangeError` for any other refusal. `signed=False` reads public pages only, without a key;
-    `attempts` is how often a request is made at most.
+    `RateLimited` once retries are used up; `ProtocolError` for a response that cannot be read; and
+    `ExchangeError` for any other refusal. `signed=False` reads public resources only, without a key;
+    `attempts` is the maximum number of attempts per request.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class RestClient:
         self._credentials = credentials if signed else None
         self._base = exchange.rest_url.rstrip("/")
         self._base_path = urlsplit(self._base).path
-        self._pace = Pace(BASIC, sleep=sleep)
+        self._limiter = RateLimiter(BASIC, sleep=sleep)
         self._limits_known = not signed
         self._clock_skew_s: float | None = None
         self._http = httpx.Client(
@@ -176,7 +176,7 @@ class RestClient:
 
     @property
     def clock_skew_s(self) -> float | None:
-        """Our clock minus the exchange's, from the last answer; right to about a second."""
+        """This machine's clock minus the exchange's in seconds, from the last response; exact to about 1 s."""
         return self._clock_skew_s
 
     # -- the exchange --------------------------------------------------------------------------
@@ -190,11 +190,11 @@ class RestClient:
         return self._get("/exchange/schedule", Schedule, inside="schedule")
 
     def user_data_timestamp(self) -> datetime:
-        """Up to when the portfolio pages are true; they lag behind the exchange."""
+        """The time as of which the portfolio resources are current; they lag behind the exchange."""
         return self._get("/exchange/user_data_timestamp", datetime, inside="as_of_time")
 
     def account_limits(self) -> Limits:
-        """What this account may ask for."""
+        """The rate limits of this account."""
         return self._get("/account/limits", Limits)
 
     # -- markets -------------------------------------------------------------------------------
@@ -209,14 +209,15 @@ class RestClient:
         mve_filter: str | None = None,
         min_close_ts: int | None = None,
         min_updated_ts: int | None = None,
-        tell: Tell = logged,
+        report: ReportUnreadable = log_unreadable,
     ) -> list[Market]:
-        """Every market that fits and can be read; `tell` is given what cannot. `status` is unopened, open, paused, closed or settled.
+        """Every matching market that can be read; `report` receives those that cannot.
 
-        `mve_filter` only or exclude: multivariate combinations are nearly all of the catalogue, so
-        give "exclude" when nothing else narrows the question. Unknown tickers are simply missing.
-        Times are Unix seconds: markets that close at `min_close_ts` or later (no status with it), or of
-        which something but trading changed after `min_updated_ts` (nothing with it but `mve_filter`).
+        `status` is unopened, open, paused, closed or settled. `mve_filter` is only or exclude:
+        multivariate combinations are nearly all of the catalogue, so pass "exclude" unless another filter
+        narrows the query. Unknown tickers are missing from the result. Times are Unix seconds:
+        `min_close_ts` selects markets that close then or later (not combinable with `status`),
+        `min_updated_ts` those whose terms or status changed after it (combinable with `mve_filter` only).
         """
         params: Params = {
             "status": status,
@@ -225,35 +226,35 @@ class RestClient:
             "mve_filter": mve_filter,
             "min_close_ts": min_close_ts,
             "min_updated_ts": min_updated_ts,
-            "limit": PAGE,
+            "limit": ITEMS_PER_PAGE,
         }
         if tickers is None:
-            return list(self._pages("/markets", Market, "markets", params, tell))
+            return list(self._pages("/markets", Market, "markets", params, report))
         return [
             market
-            for some in _batches(tickers)
+            for batch in _batches(tickers)
             for market in self._pages(
-                "/markets", Market, "markets", {**params, "tickers": ",".join(some)}, tell
+                "/markets", Market, "markets", {**params, "tickers": ",".join(batch)}, report
             )
         ]
 
     def open_markets(self, series: str | None = None) -> list[Market]:
-        """The markets of a series that trade now; without one, all but multivariate ones."""
+        """The open markets of a series; without a series, all except multivariate ones."""
         if series is None:
             return self.markets(status="open", mve_filter="exclude")
         return self.markets(status="open", series_ticker=series)
 
     def unknown_tickers(self, tickers: Iterable[str]) -> set[str]:
-        """Those of `tickers` that the exchange has no market for.
+        """Those of `tickers` for which the exchange has no market.
 
-        The stream does not tell: there an unknown ticker looks like an empty market.
+        The stream does not show this: an unknown ticker looks like an empty market there.
         """
         wanted = set(tickers)
         return wanted - {market.ticker for market in self.markets(tickers=sorted(wanted))}
 
     def market(self, ticker: str) -> Market:
         """One market."""
-        return self._get(f"/markets/{_segment(ticker)}", Market, inside="market")
+        return self._get(f"/markets/{_path_segment(ticker)}", Market, inside="market")
 
     def events(
         self,
@@ -262,54 +263,69 @@ class RestClient:
         series_ticker: str | None = None,
         with_nested_markets: bool = False,
     ) -> list[Event]:
-        """Every event that fits, multivariate ones excepted."""
+        """Every matching event, except multivariate ones."""
         nested = "true" if with_nested_markets else None
         params: Params = {
             "status": status,
             "series_ticker": series_ticker,
             "with_nested_markets": nested,
-            "limit": EVENTS_PAGE,
+            "limit": EVENTS_PER_PAGE,
         }
         return list(self._pages("/events", Event, "events", params))
 
     def series(self, ticker: str) -> Series:
         """One series."""
-        return self._get(f"/series/{_segment(ticker)}", Series, inside="series")
+        return self._get(f"/series/{_path_segment(ticker)}", Series, inside="series")
 
     def all_series(self, *, category: str | None = None) -> list[Series]:
         """Every series, or those of a category."""
         return self._get("/series", list[Series], {"category": category}, inside="series")
 
     def orderbook(self, ticker: str, *, depth: int = 0) -> Orderbook:
-        """The book of a market, up to 15 s old; `depth` best levels a side, 0 for all."""
-        path = f"/markets/{_segment(ticker)}/orderbook"
+        """A market's book, up to 15 s old; the `depth` best levels per side, 0 for all."""
+        path = f"/markets/{_path_segment(ticker)}/orderbook"
         return self._get(path, Orderbook, {"depth": depth}, inside="orderbook_fp")
 
     def orderbooks(self, tickers: Iterable[str]) -> dict[str, Orderbook]:
         """The books of many markets, up to 15 s old, by ticker."""
         path = "/markets/orderbooks"
-        found = [
-            items.read(bytes(raw), _TickerBook, path, logged)
-            for some in _batches(tickers)
-            for raw in self._get(path, list[msgspec.Raw], {"tickers": some}, inside="orderbooks")
+        books = [
+            items.read(bytes(raw), _TickerBook, path, log_unreadable)
+            for batch in _batches(tickers)
+            for raw in self._get(path, list[msgspec.Raw], {"tickers": batch}, inside="orderbooks")
         ]
-        return {one.ticker: one.orderbook_fp for one in found if one is not None}
+        return {book.ticker: book.orderbook_fp for book in books if book is not None}
 
     def trades(
         self, *, ticker: str | None = None, min_ts: int | None = None, max_ts: int | None = None
     ) -> Iterator[Trade]:
         """Trades, newest first; `min_ts` and `max_ts` are Unix seconds."""
-        params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
+        params: Params = {
+            "ticker": ticker,
+            "min_ts": min_ts,
+            "max_ts": max_ts,
+            "limit": ITEMS_PER_PAGE,
+        }
         return self._pages("/markets/trades", Trade, "trades", params)
 
     def trades_as_sent(
-        self, *, ticker: str | None = None, min_ts: int, max_ts: int, tell: Tell = logged
+        self,
+        *,
+        ticker: str | None = None,
+        min_ts: int,
+        max_ts: int,
+        report: ReportUnreadable = log_unreadable,
     ) -> Iterator[tuple[Trade, bytes]]:
-        """`trades()`, each with the JSON text that the exchange sent."""
+        """As `trades`, each with the JSON text that the exchange sent."""
         path = "/markets/trades"
-        params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
+        params: Params = {
+            "ticker": ticker,
+            "min_ts": min_ts,
+            "max_ts": max_ts,
+            "limit": ITEMS_PER_PAGE,
+        }
         for raw in self._raw_pages(path, "trades", params):
-            trade = items.read(raw, Trade, path, tell)
+            trade = items.read(raw, Trade, path, report)
             if trade is not None:
                 yield trade, raw
 
@@ -318,18 +334,18 @@ class RestClient:
     def positions(
         self, *, ticker: str | None = None, event_ticker: str | None = None
     ) -> list[Position]:
-        """What we hold of every market that is not settled."""
-        params: Params = {"ticker": ticker, "event_ticker": event_ticker, "limit": PAGE}
+        """The account's position in every market that is not settled."""
+        params: Params = {"ticker": ticker, "event_ticker": event_ticker, "limit": ITEMS_PER_PAGE}
         return list(self._pages("/portfolio/positions", Position, "market_positions", params))
 
-    def positions_as_sent(self, tell: Tell) -> list[tuple[Position, str]]:
-        """`positions()`, each with the JSON text that the exchange sent."""
+    def positions_as_sent(self, report: ReportUnreadable) -> list[tuple[Position, str]]:
+        """As `positions`, each with the JSON text that the exchange sent."""
         path = "/portfolio/positions"
-        found = [
-            (items.read(raw, Position, path, tell), raw)
-            for raw in self._raw_pages(path, "market_positions", {"limit": PAGE})
+        decoded = [
+            (items.read(raw, Position, path, report), raw)
+            for raw in self._raw_pages(path, "market_positions", {"limit": ITEMS_PER_PAGE})
         ]
-        return [(position, raw.decode()) for position, raw in found if position is not None]
+        return [(position, raw.decode()) for position, raw in decoded if position is not None]
 
     def fills(
         self,
@@ -337,35 +353,45 @@ class RestClient:
         ticker: str | None = None,
         min_ts: int | None = None,
         max_ts: int | None = None,
-        tell: Tell = logged,
+        report: ReportUnreadable = log_unreadable,
     ) -> Iterator[Fill]:
-        """Our fills that can be read, newest first; times are Unix seconds."""
-        params: Params = {"ticker": ticker, "min_ts": min_ts, "max_ts": max_ts, "limit": PAGE}
-        return self._pages("/portfolio/fills", Fill, "fills", params, tell)
+        """The account's fills that can be read, newest first; times are Unix seconds."""
+        params: Params = {
+            "ticker": ticker,
+            "min_ts": min_ts,
+            "max_ts": max_ts,
+            "limit": ITEMS_PER_PAGE,
+        }
+        return self._pages("/portfolio/fills", Fill, "fills", params, report)
 
     def settlements(
-        self, *, ticker: str | None = None, tell: Tell = logged
+        self, *, ticker: str | None = None, report: ReportUnreadable = log_unreadable
     ) -> Iterator[Settlement]:
-        """Our settled markets that can be read, newest first."""
-        params: Params = {"ticker": ticker, "limit": PAGE}
-        return self._pages("/portfolio/settlements", Settlement, "settlements", params, tell)
+        """The account's settlements that can be read, newest first."""
+        params: Params = {"ticker": ticker, "limit": ITEMS_PER_PAGE}
+        return self._pages("/portfolio/settlements", Settlement, "settlements", params, report)
 
     def balance(self) -> Balance:
-        """Our money."""
+        """The account's balance."""
         return self._get("/portfolio/balance", Balance)
 
-    # -- below the pages -----------------------------------------------------------------------
+    # -- pagination and transport --------------------------------------------------------------
 
     def _pages(
-        self, path: str, item: type[A], key: str, params: Params, tell: Tell = logged
+        self,
+        path: str,
+        item: type[A],
+        key: str,
+        params: Params,
+        report: ReportUnreadable = log_unreadable,
     ) -> Iterator[A]:
         for raw in self._raw_pages(path, key, params):
-            found = items.read(raw, item, path, tell)
-            if found is not None:
-                yield found
+            decoded = items.read(raw, item, path, report)
+            if decoded is not None:
+                yield decoded
 
     def _raw_pages(self, path: str, key: str, params: Params) -> Iterator[bytes]:
-        """The items of all pages, as they were sent."""
+        """Yield the items of all pages as the exchange sent them."""
         cursor = ""
         seen: set[str] = set()
         while True:
@@ -377,7 +403,7 @@ class RestClient:
                 return
             if cursor in seen:
                 raise ProtocolError(
-                    f"GET {path}: the exchange gave the same cursor twice, so its pages have no end."
+                    f"GET {path}: the exchange returned the same cursor twice, so its pages do not end."
                     " Try again later."
                 )
             seen.add(cursor)
@@ -407,19 +433,19 @@ class RestClient:
         if not self._limits_known:
             self._limits_known = True
             self._learn_limits()
-        return self._retrying(self._once, path, params)
+        return self._retrying(self._request, path, params)
 
     def _learn_limits(self) -> None:
         try:
-            self._pace.adopt(self.account_limits().read)
+            self._limiter.set_limit(self.account_limits().read)
         except (CredentialsError, Unreachable, RateLimited):
             self._limits_known = False
             raise
         except ExchangeError:
-            return  # an environment without that page: the documented limit is the safe one
+            return  # an environment without that resource: the documented lowest limit is safe
 
-    def _once(self, path: str, params: Params) -> bytes:
-        self._pace.take()
+    def _request(self, path: str, params: Params) -> bytes:
+        self._limiter.take()
         headers = (
             self._credentials.headers("GET", self._base_path + path) if self._credentials else {}
         )
@@ -429,13 +455,13 @@ class RestClient:
             with self._http.stream(
                 "GET", self._base + path, params=given, headers=dict(headers)
             ) as answer:
-                body = _bounded(path, answer)
+                body = _read_bounded(path, answer)
         except httpx.TimeoutException as error:
             raise Unreachable(f"The exchange at {self._base} did not answer in time.") from error
         except httpx.TransportError as error:
             raise Unreachable(
                 f"The exchange at {self._base} cannot be reached ({error})."
-                f" {self._remedy_for_silence()}"
+                f" {self._unreachable_remedy()}"
             ) from error
         now_s = (sent + time.time()) / 2
         self._clock_skew_s = clock_skew_s(answer.headers, now_s)
@@ -443,7 +469,7 @@ class RestClient:
             return body
         raise refusal(answer.status_code, body, answer.headers, what=f"GET {path}", now_s=now_s)
 
-    def _remedy_for_silence(self) -> str:
+    def _unreachable_remedy(self) -> str:
         if self._exchange.simulated:
             return "Start the simulator (kalshi-platform simulate), or set PROD_KEYID and PROD_KEYFILE."
         return "Check the network and KALSHI_REST_URL."
@@ -457,12 +483,13 @@ def refusal(
     what: str = "the connection",
     now_s: float | None = None,
 ) -> ExchangeError:
-    """What an HTTP error answer means, as the error to raise. The WebSocket handshake uses it too.
+    """The error to raise for an HTTP error response, of a request or of the WebSocket handshake.
 
-    `what` was refused; `now_s` is when, Unix seconds of our clock, to compare with the Date header.
+    `what` names the refused request; `now_s` is when it was refused, in Unix seconds of this machine's
+    clock, for the comparison with the Date header.
     """
-    said = read_refusal(body)
-    reason = f" ({said})" if str(said) else ""
+    details = decode_refusal(body)
+    reason = f" ({details})" if str(details) else ""
     if status == httpx.codes.TOO_MANY_REQUESTS:
         return RateLimited(
             f"The exchange refused {what}: too many requests. Does another program use the same key?"
@@ -471,13 +498,13 @@ def refusal(
         return Unreachable(f"The exchange failed on {what} with HTTP {status}{reason}.")
     if httpx.codes.MULTIPLE_CHOICES <= status < httpx.codes.BAD_REQUEST:
         return ExchangeError(
-            f"The exchange moved {what} {_new_place(headers.get('location', ''))} (HTTP {status}), and"
-            " redirects are not followed: what is signed for one server is shown to no other. Check"
+            f"The exchange moved {what} {_redirect_target(headers.get('location', ''))} (HTTP {status}), and"
+            " redirects are not followed: headers signed for one server are never sent to another. Check"
             " KALSHI_REST_URL and KALSHI_WS_URL."
         )
     if status in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
         skew_s = clock_skew_s(headers, time.time() if now_s is None else now_s)
-        return _denied(status, said, what, skew_s)
+        return _access_denied(status, details, what, skew_s)
     if status == httpx.codes.NOT_FOUND:
         return ExchangeError(
             f"The exchange has nothing for {what}{reason}. Check the name, KALSHI_REST_URL and"
@@ -486,17 +513,17 @@ def refusal(
     return ExchangeError(f"The exchange refused {what} with HTTP {status}{reason}.")
 
 
-def _new_place(location: str) -> str:
-    """Where a redirect points, without its query."""
+def _redirect_target(location: str) -> str:
+    """A redirect's target without its query string."""
     if not location:
-        return "without saying where"
+        return "without naming a target"
     return f"to {printable(location.partition('?')[0])[:200]}"
 
 
 def clock_skew_s(headers: Headers, now_s: float) -> float | None:
-    """Our clock, `now_s`, minus the exchange's; right to about a second. None: no Date header.
+    """`now_s` (this machine's clock) minus the exchange's clock in seconds, exact to about 1 s.
 
-    A cached answer is older than its Date by its Age.
+    None without a Date header. A cached response left the exchange `Age` seconds ago.
     """
     try:
         date = parsedate_to_datetime(headers["date"])
@@ -504,26 +531,26 @@ def clock_skew_s(headers: Headers, now_s: float) -> float | None:
     except (KeyError, ValueError):
         return None
     exchange_s = date.replace(tzinfo=date.tzinfo or UTC).timestamp() + age
-    return now_s - (exchange_s + 0.5)  # the header has its fraction cut off
+    return now_s - (exchange_s + 0.5)  # the header is truncated to whole seconds
 
 
-def _denied(status: int, said: Refusal, what: str, skew_s: float | None) -> ExchangeError:
-    """What HTTP 401 or 403 means: final is what the exchange itself says of the key, and nothing else."""
-    if said.is_of_the_key:
-        return CredentialsError(_credentials_sentence(said, what, skew_s))
-    reason = f" ({said})" if str(said) else ""
+def _access_denied(status: int, details: Refusal, what: str, skew_s: float | None) -> ExchangeError:
+    """The error for HTTP 401 or 403: final only where the exchange itself refused the key."""
+    if details.concerns_key:
+        return CredentialsError(_credentials_message(details, what, skew_s))
+    reason = f" ({details})" if str(details) else ""
     return Unreachable(
-        f"Something before the exchange denied {what} with HTTP {status}{reason}: a CDN, a proxy or a firewall."
-        " It did not refuse the key, so it is asked again."
+        f"A CDN, proxy or firewall before the exchange denied {what} with HTTP {status}{reason}. The key was"
+        " not refused, so the request is retried."
     )
 
 
-def _credentials_sentence(said: Refusal, what: str, skew_s: float | None) -> str:
-    if said.code == "signature_is_missing_from_headers":
-        return f"The exchange wants {what} signed. Set PROD_KEYID and PROD_KEYFILE."
-    if said.code == "header_timestamp_expired":
-        return _clock_sentence(skew_s)
-    if said.details == "INCORRECT_API_KEY_SIGNATURE":
+def _credentials_message(details: Refusal, what: str, skew_s: float | None) -> str:
+    if details.code == "signature_is_missing_from_headers":
+        return f"The exchange requires {what} to be signed. Set PROD_KEYID and PROD_KEYFILE."
+    if details.code == "header_timestamp_expired":
+        return _clock_message(skew_s)
+    if details.details == "INCORRECT_API_KEY_SIGNATURE":
         return (
             "The exchange rejects our signature: the private key in PROD_KEYFILE is not the one that"
             " belongs to PROD_KEYID. Set PROD_KEYFILE to the file that came with the key id."
@@ -534,14 +561,14 @@ def _credentials_sentence(said: Refusal, what: str, skew_s: float | None) -> str
     )
 
 
-def _bounded(path: str, answer: httpx.Response) -> bytes:
-    """The body of an answer, unpacked, unless it has no reasonable end."""
+def _read_bounded(path: str, answer: httpx.Response) -> bytes:
+    """The decompressed body of a response. Raises: `ProtocolError` beyond `MAX_RESPONSE_BYTES`."""
     body = bytearray()
-    for piece in answer.iter_bytes(PIECE_BYTES):
-        body += piece
-        if len(body) > LONGEST_ANSWER_BYTES:
+    for chunk in answer.iter_bytes(CHUNK_BYTES):
+        body += chunk
+        if len(body) > MAX_RESPONSE_BYTES:
             raise ProtocolError(
-                f"GET {path}: the answer is longer than {LONGEST_ANSWER_BYTES >> 20} MiB, and was not read"
+                f"GET {path}: the answer is longer than {MAX_RESPONSE_BYTES >> 20} MiB, and was not read"
                 " to its end. Is KALSHI_REST_URL the exchange's?"
             )
     return bytes(body)
@@ -552,32 +579,32 @@ class _TickerBook(msgspec.Struct):
     orderbook_fp: Orderbook
 
 
-def _clock_sentence(skew_s: float | None) -> str:
-    if skew_s is None or abs(skew_s) < WORRYING_SKEW_S:
+def _clock_message(skew_s: float | None) -> str:
+    if skew_s is None or abs(skew_s) < SIGNIFICANT_SKEW_S:
         return (
-            "The exchange says that our request was signed too long ago, although the clocks agree"
+            "The exchange says that the request was signed too long ago, although the clocks agree"
             " now. Was this machine asleep? Try again."
         )
     where = "ahead of" if skew_s > 0 else "behind"
     return (
-        f"This machine's clock is {abs(skew_s):.0f} s {where} the exchange's, which takes about 10."
+        f"This machine's clock is {abs(skew_s):.0f} s {where} the exchange's, which accepts about 10 s."
         " Set it by NTP (timedatectl set-ntp true)."
     )
 
 
-def _segment(name: str) -> str:
-    """A name as one segment of a path."""
+def _path_segment(name: str) -> str:
+    """A name, quoted as one path segment."""
     return quote(name, safe="")
 
 
 def _batches(tickers: Iterable[str]) -> Iterator[list[str]]:
-    """Up to 100 tickers at once, and no more than fit into a URL."""
+    """Split tickers, without duplicates, into batches that fit one request."""
     batch: list[str] = []
     characters = 0
     for ticker in dict.fromkeys(tickers):
         length = len(quote(ticker, safe="")) + len("tickers=&")
         if batch and (
-            len(batch) == TICKERS_AT_ONCE or characters + length > TICKER_CHARACTERS_AT_ONCE
+            len(batch) == TICKERS_PER_REQUEST or characters + length > TICKER_CHARACTERS_PER_REQUEST
         ):
             yield batch
             batch, characters = [], 0

@@ -1,7 +1,8 @@
-"""Request signing: who we are, proved anew for every request and every dial.
+"""Request signing: loads the private key and makes the headers of one request or dial.
 
 The signed text is `<timestamp ms><METHOD><path>`: no host, no query string, no body. RSA keys sign
-with PSS over SHA-256 (salt as long as the digest), Ed25519 keys sign the text itself.
+with PSS over SHA-256 (salt as long as the digest), Ed25519 keys sign the text itself. Sending requests
+belongs in `rest` and `connection`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from kalshi_platform.exchange.errors import CredentialsError
 
 for _library in ("websockets.client", "httpcore"):
-    # Asked for DEBUG, say by the root logger, they write out every header: key id and signatures.
+    # At level DEBUG, say through the root logger, they log every header: key id and signatures.
     logging.getLogger(_library).setLevel(logging.INFO)
 
 PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
@@ -61,20 +62,22 @@ class Ed25519Signer:
 
 
 def signed_text(timestamp_ms: int | str, method: str, path: str) -> bytes:
-    """The bytes that are signed; `path` starts at /trade-api and loses its query string."""
+    """The bytes to sign; `path` starts at /trade-api, and its query string is dropped."""
     return f"{timestamp_ms}{method.upper()}{path.split('?', 1)[0]}".encode()
 
 
 def load_signer(key_file: Path) -> Signer:
-    """Read a PEM private key. Raises `CredentialsError` saying what is wrong with the file.
+    """Load a PEM private key.
 
-    As ssh does, it refuses a key of this user's own that others may read: the remedy is one command.
-    What this user cannot mend passes, and `doctor` points it out (`open_to_others`): a file of
-    somebody else's, such as root's in a container, or on a read-only mount, as secrets are mounted.
+    As ssh does, it refuses a key file that this user owns and others may read: the remedy is one command.
+    A file whose mode this user cannot change is accepted (owned by another user, such as root's in a
+    container, or on a read-only mount, as secrets are mounted); `doctor` reports it.
+
+    Raises: `CredentialsError`, saying what is wrong with the file.
     """
     try:
         with key_file.open("rb") as file:
-            if _is_carelessly_open(file.fileno()):
+            if _is_unsafe(file.fileno()):
                 raise CredentialsError(
                     f"Key file {key_file} can be read by other users of this machine, so it is not used."
                     f" Close it to them: chmod 600 {shlex.quote(str(key_file))}"
@@ -103,10 +106,10 @@ def load_signer(key_file: Path) -> Signer:
 
 
 def _private_key(key_file: Path, pem: bytes) -> object:
-    """The key of a PEM text, also of one that was pasted: line ends written out or lost, a byte order
-    mark, a header of the other of the two formats.
+    """Decode a PEM text, including common damage by pasting: line ends escaped or missing, a byte order
+    mark, the header of the other of the two formats.
 
-    No error quotes its cause, which may quote key material.
+    No error quotes its cause, which may contain key material.
     """
     with suppress(ValueError, UnsupportedAlgorithm):
         try:
@@ -116,15 +119,15 @@ def _private_key(key_file: Path, pem: bytes) -> object:
                 f"Key file {key_file} is protected by a passphrase. Decrypt it first:"
                 " openssl pkey -in KEY -out KEY.plain, then chmod 600."
             ) from None
-    found = _PEM.search(pem.replace(rb"\r", b"").replace(rb"\n", b"\n"))
-    if found is None:
-        raise CredentialsError(f"Key file {key_file} {_instead(pem)} {_WANTED}")
+    block = _PEM.search(pem.replace(rb"\r", b"").replace(rb"\n", b"\n"))
+    if block is None:
+        raise CredentialsError(f"Key file {key_file} {_describe_content(pem)} {_EXPECTED}")
     with suppress(ValueError, UnsupportedAlgorithm, TypeError):
-        body = base64.b64decode(b"".join(found["body"].split()), validate=True)
+        body = base64.b64decode(b"".join(block["body"].split()), validate=True)
         return serialization.load_der_private_key(body, password=None)
     raise CredentialsError(
         f"Key file {key_file} begins as a private key does, but what follows is damaged or incomplete"
-        f" ({len(found['body']):,} characters). Copy or download it again, whole."
+        f" ({len(block['body']):,} characters). Copy or download it again, whole."
     )
 
 
@@ -132,14 +135,14 @@ _PEM = re.compile(
     rb"-----BEGIN (?:RSA )?PRIVATE KEY-----(?P<body>.*?)-----END (?:RSA )?PRIVATE KEY-----",
     re.DOTALL,
 )
-_WANTED = (
+_EXPECTED = (
     "It must begin with '-----BEGIN PRIVATE KEY-----' or '-----BEGIN RSA PRIVATE KEY-----', and end with"
     " the END line of the same kind."
 )
 
 
-def _instead(pem: bytes) -> str:
-    """What a file without a private key holds."""
+def _describe_content(pem: bytes) -> str:
+    """Describe the content of a file without a private key."""
     if b"\0" in pem:
         return "is not a PEM private key but UTF-16 or binary: save it again as plain text."
     if (other := re.search(rb"-----BEGIN ([A-Z0-9 ]+)-----", pem)) is not None:
@@ -150,20 +153,20 @@ def _instead(pem: bytes) -> str:
     return "is not a PEM private key."
 
 
-def open_to_others(mode: int) -> bool:
-    """Whether a file's mode lets its group or everybody read, change or run it."""
+def accessible_to_others(mode: int) -> bool:
+    """Whether a file's mode lets its group or all users read, change or run it."""
     return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
-def _is_carelessly_open(descriptor: int) -> bool:
-    found = os.fstat(descriptor)
-    if not open_to_others(found.st_mode) or found.st_uid != os.geteuid():
+def _is_unsafe(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    if not accessible_to_others(status.st_mode) or status.st_uid != os.geteuid():
         return False
     return not os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
 
 
 class Credentials:
-    """A key id with its signer: makes the headers of one request."""
+    """A key id with its signer; makes the headers of one request."""
 
     def __init__(
         self,
@@ -179,7 +182,7 @@ class Credentials:
         return "Credentials(…)"
 
     def headers(self, method: str, path: str) -> Mapping[str, str]:
-        """Signed headers, good for the next seconds; sign again for every request."""
+        """Signed headers, valid for a few seconds; sign again for every request."""
         timestamp = str(self._clock_ms())
         signature = self._signer.sign(signed_text(timestamp, method, path))
         return {

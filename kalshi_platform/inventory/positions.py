@@ -23,7 +23,7 @@ from kalshi_platform import __version__
 from kalshi_platform.clickhouse.client import Client, insert_arrow, translated
 from kalshi_platform.exchange.answers import Fill, Position, Settlement
 from kalshi_platform.exchange.errors import ExchangeError
-from kalshi_platform.exchange.items import Tell, Unreadable
+from kalshi_platform.exchange.items import ReportUnreadable, Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.inventory.audit import DECISIONS, SNAPSHOTS
 from kalshi_platform.inventory.rows import POSITION_SNAPSHOTS, SETTLEMENTS
@@ -204,11 +204,11 @@ def store(client: Client, report: Report) -> None:
         insert_arrow(client, SNAPSHOTS, table, token, log_comment="mm_position_snapshots")
 
 
-def _recent(rest: RestClient, now: datetime, report_unreadable: Tell) -> list[Fill]:
+def _recent(rest: RestClient, now: datetime, report_unreadable: ReportUnreadable) -> list[Fill]:
     """Return our fills of the last minutes, newest first; at least the newest fill, if there is any."""
     floor = now - RECENT
     fills: list[Fill] = []
-    for fill in rest.fills(tell=report_unreadable):
+    for fill in rest.fills(report=report_unreadable):
         fills.append(fill)
         if fill.created_time < floor:
             break
@@ -231,7 +231,7 @@ def _reported(position: Position, raw: str, at: datetime) -> Snapshot:
 
 
 def _absent(
-    rest: RestClient, ticker: str, held: Held | None, at: datetime, report_unreadable: Tell
+    rest: RestClient, ticker: str, held: Held | None, at: datetime, report_unreadable: ReportUnreadable
 ) -> Snapshot | None:
     """Return a flat snapshot for a market that a complete report lacks; None if nothing proves that it is flat.
 
@@ -240,12 +240,12 @@ def _absent(
     unreadable: list[Unreadable] = []
     position = held.position if held is not None else Decimal(0)
     since = int((held.at - timedelta(seconds=1)).timestamp()) if held is not None else None
-    for fill in rest.fills(ticker=ticker, min_ts=since, tell=unreadable.append):
+    for fill in rest.fills(ticker=ticker, min_ts=since, report=unreadable.append):
         if held is None or fill.created_time > held.at:
             position += _signed(fill)
     settlement = None
     if position:
-        settlement = next(iter(rest.settlements(ticker=ticker, tell=unreadable.append)), None)
+        settlement = next(iter(rest.settlements(ticker=ticker, report=unreadable.append)), None)
     for item in unreadable:
         report_unreadable(item)
     if _left_out(unreadable):

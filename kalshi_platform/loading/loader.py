@@ -25,7 +25,7 @@ import pyarrow as pa
 import tenacity
 
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.health.verdict import BEHIND_S
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.journal_identity import ADOPT
@@ -519,7 +519,7 @@ class Loader:
             for piece, _ in at_openings(stretch, self._state.clock):
                 if self._abandon.is_set():
                     raise Abandoned
-                rows, state = build_rows(decoded(piece), self._state, self._derivation.shard)
+                rows, state = build_rows(decode_range(piece), self._state, self._derivation.shard)
                 self._took(rows, state, piece.end)
                 if written:
                     self._pending.clear()

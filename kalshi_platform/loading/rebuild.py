@@ -37,7 +37,7 @@ from kalshi_platform.archive.hours import HourReport
 from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
-from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.reader import LogOffset, LostRange, RecordRange
@@ -251,7 +251,7 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     pending: list[Rows] = []
     first_n = state.n
     for piece in _pieces(source, hour, edges):
-        rows, state = build_rows(decoded(piece), state, shard)
+        rows, state = build_rows(decode_range(piece), state, shard)
         pending.append(rows)
         if state.n in edges or (first_n not in begins and _is_full(pending)):
             _write_range(archive, hour, shard, first_n, pending)

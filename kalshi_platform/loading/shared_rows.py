@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform.exchange.columnar import Decoded, decoded
+from kalshi_platform.exchange.columnar import Decoded, decode_range
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
@@ -207,7 +207,7 @@ def _pieces(stretches: Iterator[JournalRange], state: BookState) -> _Pieces:
     dropped = state.ladders.height // max(len(state.books), 1)
     for stretch in chunks(stretches, dropped):
         for piece, opens in at_openings(stretch, clock):
-            it = decoded(piece)
+            it = decode_range(piece)
             yield _Piece(opens if opens and clock.is_new_hour(opens) else None, it, piece.end)
             clock = it.clock_after(clock)
 

@@ -9,7 +9,7 @@ stores have loaded; later records are ignored. For each subscription and store:
     doubled         rows that it has more than once
     repeated        numbers that the exchange itself sent again: no fault
 
-Numbers start at 1. When the first numbers may be missing is as in lossless_proof.sql: in ClickHouse if
+NumberSet start at 1. When the first numbers may be missing is as in lossless_proof.sql: in ClickHouse if
 retention has deleted them, in the archive never, and in a given span of hours if the subscription started
 before it. What cannot be compared any more is listed in `unjudged`. This module only reads; `restore` repairs.
 """
@@ -32,7 +32,7 @@ from kalshi_platform.archive import Archive, archive_identity, hours, watermarks
 from kalshi_platform.checked_json import CorruptFile, LaterFormat
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
-from kalshi_platform.exchange.columnar_numbers import Numbers, disjoint, gaps_between
+from kalshi_platform.exchange.columnar_numbers import NumberSet, gaps_between, merge_ranges
 from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal import reader as journal
 from kalshi_platform.journal.journal_identity import LaterVersion
@@ -298,7 +298,7 @@ class _Reading:
             ]
             for done, hour in enumerate(wanted, 1):
                 place.update(tally_stores.hot(client, hour))
-                place.rest()
+                place.compress_idle()
                 self._looked_at.add(hour)
                 self._progress(CLICKHOUSE, done, len(wanted))
         except StoreError as error:
@@ -317,10 +317,10 @@ class _Reading:
                 if found is None:
                     continue
                 place.update(found)
-                place.rest()
+                place.compress_idle()
                 if self._hot_from is None or hour >= self._hot_from:
                     self._places.recent_cold.update(found)
-                    self._places.recent_cold.rest()
+                    self._places.recent_cold.compress_idle()
                 self._looked_at.add(hour)
                 self._progress(PARQUET, done, len(wanted))
         except StoreError as error:
@@ -440,27 +440,27 @@ class _Reading:
     ) -> tuple[Counts | None, int, list[tuple[int, int]]]:
         """Return (a store's counts of a subscription, the first number that counts, the first ranges that it lacks)."""
         tally = place.subscriptions.get(key, Tally())
-        wanted = Numbers()
+        wanted = NumberSet()
         for other in others:
             if (tallied := other.subscriptions.get(key)) is not None:
                 wanted.update(tallied.seqs)
         seqs = tally.seqs
         if bound is not None:
-            wanted, within = wanted.up_to(bound), seqs.up_to(bound)
+            wanted, within = wanted.before(bound), seqs.before(bound)
         else:
             within = seqs
         if not wanted and not within:
             return None, 1, []
-        every = Numbers()
+        every = NumberSet()
         every.update(wanted)
         every.update(within)
         first = self._first(key, name, (place, *others), every.first)
         upper = within.last + 1 if within else first
-        named = disjoint((max(a, first), min(b, upper)) for a, b in tally.gaps)
+        named = merge_ranges((max(a, first), min(b, upper)) for a, b in tally.gaps)
         named_holes = sum(b - a - within.count(a, b) for a, b in named)
         counts = _kinds(tally)
         counts.frames = len(within)
-        counts.missing = len(wanted.without(within))
+        counts.missing = len(wanted.difference(within))
         counts.holes = max(upper - first - within.count(first, upper), 0)
         counts.named_holes = named_holes
         counts.unexplained = counts.holes - named_holes
@@ -469,7 +469,7 @@ class _Reading:
         counts.repeated = tally.repeated
         if not (counts.missing or counts.unexplained):
             return counts, first, []
-        explained = disjoint([*within.runs(), *named])
+        explained = merge_ranges([*within.runs(), *named])
         lacks = gaps_between(explained, first, every.last + 1)
         return counts, first, [(a, b - 1) for a, b in islice(lacks, RANGES_SHOWN)]
 
@@ -503,7 +503,7 @@ class _Reading:
                     " without a number of the exchange are not compared there."
                 )
                 continue
-            missing[name] = len(journalled.records[read.shard].without(place.records[read.shard]))
+            missing[name] = len(journalled.records[read.shard].difference(place.records[read.shard]))
         return JournalProof(read.shard, read.first, read.end, read.lost_records, missing)
 
 

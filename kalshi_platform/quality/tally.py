@@ -13,7 +13,7 @@ from datetime import datetime
 import numpy as np
 import polars as pl
 
-from kalshi_platform.exchange.columnar_numbers import U64, Numbers
+from kalshi_platform.exchange.columnar_numbers import U64, NumberSet
 
 Subscription = tuple[str, int]
 """(conn_id, sid)"""
@@ -28,11 +28,11 @@ NOT_FRAMES = ("gap", "resynced", "connected", "disconnected")
 class Tally:
     """The rows that the journal or a store holds of one subscription."""
 
-    placed: Numbers = field(default_factory=Numbers)
+    placed: NumberSet = field(default_factory=NumberSet)
     """Sequence numbers of rows that have their journal record."""
-    unplaced: Numbers = field(default_factory=Numbers)
+    unplaced: NumberSet = field(default_factory=NumberSet)
     """Sequence numbers of rows of versions that did not keep it."""
-    records: Numbers = field(default_factory=Numbers)
+    records: NumberSet = field(default_factory=NumberSet)
     rows: int = 0
     """Numbered rows; a snapshot counts once."""
     kinds: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
@@ -47,11 +47,11 @@ class Tally:
     """Whether the row of the subscription's start is there."""
 
     @property
-    def seqs(self) -> Numbers:
+    def seqs(self) -> NumberSet:
         """All sequence numbers."""
         if not self.unplaced:
             return self.placed
-        both = Numbers()
+        both = NumberSet()
         both.update(self.placed)
         both.update(self.unplaced)
         return both
@@ -76,7 +76,7 @@ class Holdings:
     )
     opened: set[str] = field(default_factory=set)
     """Connections whose `connected` row is there."""
-    records: defaultdict[int, Numbers] = field(default_factory=lambda: defaultdict(Numbers))
+    records: defaultdict[int, NumberSet] = field(default_factory=lambda: defaultdict(NumberSet))
     """By shard, the journal records that have any row at all, numbered or not."""
 
     def add(self, rows: pl.DataFrame) -> None:
@@ -129,9 +129,9 @@ class Holdings:
         """Compress the numbers of subscriptions to which nothing was added lately."""
         for tally in self.subscriptions.values():
             for numbers in (tally.placed, tally.unplaced, tally.records):
-                numbers.rest()
+                numbers.compress_idle()
         for numbers in self.records.values():
-            numbers.rest()
+            numbers.compress_idle()
 
     def begins(self, conn: str) -> datetime | None:
         """Return the receive time of a connection's first numbered row."""

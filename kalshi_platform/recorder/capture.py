@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, MissedFrames
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
-from kalshi_platform.exchange.frames import LifeEvent, kind_of
+from kalshi_platform.exchange.frames import LifecycleEvent, kind_of
 from kalshi_platform.exchange.session import Session
 from kalshi_platform.exchange.signing import Credentials
 from kalshi_platform.journal.kind import Kind
@@ -101,12 +101,12 @@ class Capture:
         tickers: Iterable[str],
         *,
         use_yes_price: bool = False,
-        unheard_since: float | None = None,
+        silent_since: float | None = None,
         recent_trades: Iterable[tuple[int, bytes]] = (),
-        on_life_events: Callable[[Sequence[LifeEvent]], None] | None = None,
+        on_lifecycle_events: Callable[[Sequence[LifecycleEvent]], None] | None = None,
         on_lost: Callable[[MissedSpan], None] | None = None,
     ) -> None:
-        """`unheard_since`: when the recording before this one ended, by the monotonic clock, and the
+        """`silent_since`: when the recording before this one ended, by the monotonic clock, and the
         last trades that it had. The callbacks run in the event loop's thread and must be quick.
         """
         self._ws_url = ws_url
@@ -120,9 +120,9 @@ class Capture:
         self._session: Session | None = None
         self._conn = NO_CONNECTION
         self._distrusted: list[tuple[str, str, dict[str, object]]] = []
-        self._on_life_events = on_life_events
+        self._on_life_events = on_lifecycle_events
         self._on_lost = on_lost
-        self._unheard_since = unheard_since
+        self._silent_since = silent_since
         self._tickers_then: frozenset[str] = frozenset()
         self.recent_trades = deque(recent_trades, RECENT_TRADES)
         """(receive time in ns, frame) of the newest trades, whichever connection they came over."""
@@ -163,7 +163,7 @@ class Capture:
         if self._session is not None:
             self._session.follow(self._tickers)
 
-    def distrust(self, ticker: str, cause: str, detail: dict[str, object]) -> None:
+    def mark_book_stale(self, ticker: str, cause: str, detail: dict[str, object]) -> None:
         """A book was found to be wrong downstream. Call in the event loop's thread."""
         self._distrusted.append((ticker, cause, detail))
 
@@ -224,8 +224,8 @@ class Capture:
             self._tickers,
             use_yes_price=self._use_yes_price,
             observed_yes_price=self._observed_yes_price,
-            beside=BESIDE,
-            unheard_since=self._unheard_since,
+            auxiliary=BESIDE,
+            silent_since=self._silent_since,
         )
         self.counters.connections += 1
         self._journal.note(
@@ -267,7 +267,7 @@ class Capture:
         ends[kind] = ends.get(kind, 0) + 1
         now = time.monotonic()
         silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
-        self._unheard_since = session.unheard_since(max(now - seconds, now - silent_s))
+        self._silent_since = session.silent_since(max(now - seconds, now - silent_s))
         self._tickers_then = session.tickers
         self._observed_yes_price = session.scale.yes_price
         self._drain_notes(session, conn)
@@ -357,11 +357,11 @@ class Capture:
 
     def _pass_on(self, session: Session, conn: bytes) -> None:
         """Tell of life events and losses. Losses are told in wall time, which REST understands."""
-        if session.life_events:
-            events, session.life_events = session.life_events, []
+        if session.lifecycle_events:
+            events, session.lifecycle_events = session.lifecycle_events, []
             if self._on_life_events is not None:
                 self._on_life_events(events)
-        for lost in session.take_lost():
+        for lost in session.take_missed():
             ahead_ns = time.time_ns() - int(time.monotonic() * 1e9)
             since_ns, until_ns = (int(at * 1e9) + ahead_ns for at in (lost.since, lost.until))
             tickers = session.tickers
@@ -387,7 +387,7 @@ class Capture:
         try:
             while True:
                 for ticker, cause, detail in self._distrusted:
-                    session.distrust(ticker, cause, dict(detail))
+                    session.mark_book_stale(ticker, cause, dict(detail))
                 self._distrusted.clear()
                 self._drain_notes(session, conn)
                 for command in session.commands(time.monotonic()):
@@ -401,7 +401,7 @@ class Capture:
                     if not self._journal.full:
                         self._blocked = False
                         socket.transport.resume_reading()
-                elif socket.silent_s > LIVENESS_S and not socket.bytes_wait:
+                elif socket.silent_s > LIVENESS_S and not socket.has_unread_bytes:
                     return f"silent for {LIVENESS_S:.0f} s"
                 self.counters.last_heard_ns = time.time_ns() - int(socket.silent_s * 1e9)
                 await _either(due, 2 * TICK_S)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.answers import Market
-from kalshi_platform.exchange.frames import LifeEvent
-from kalshi_platform.exchange.items import Tell, logged
+from kalshi_platform.exchange.frames import LifecycleEvent
+from kalshi_platform.exchange.items import ReportUnreadable, log_unreadable
 from kalshi_platform.exchange.numbers import qty_units
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.printable import invisible_in, strip_invisible
@@ -52,28 +52,28 @@ class Look:
     since_s: float
     now_s: float
 
-    def take(self, rest: RestClient, tell: Tell = logged) -> list[Market]:
+    def take(self, rest: RestClient, tell: ReportUnreadable = log_unreadable) -> list[Market]:
         """What the exchange lists, as far as it can be read; `tell` is given what cannot.
 
         Raises `ExchangeError` where it does not answer.
         """
-        found = rest.markets(tickers=self.tickers, tell=tell) if self.tickers else []
+        found = rest.markets(tickers=self.tickers, report=tell) if self.tickers else []
         if not self.wish.follows_openings:
             return found
         if not self.whole:
             since = int(self.since_s) - OVERLAP_S
-            return found + rest.markets(min_updated_ts=since, mve_filter="exclude", tell=tell)
+            return found + rest.markets(min_updated_ts=since, mve_filter="exclude", report=tell)
         not_closed = int(self.now_s) - OVERLAP_S
         for event in sorted(self.wish.events):
-            of_event = rest.markets(event_ticker=event, tell=tell)
+            of_event = rest.markets(event_ticker=event, report=tell)
             found += _insist(of_event, f"MARKET_EVENTS: {event}")
         # A market may trade past its close time: those that are open are read, too.
         if self.wish.everything:
-            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude", tell=tell)
-            found += rest.markets(status="open", mve_filter="exclude", tell=tell)
+            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude", report=tell)
+            found += rest.markets(status="open", mve_filter="exclude", report=tell)
         for series in self.wish.series:
-            of_series = rest.markets(series_ticker=series, min_close_ts=not_closed, tell=tell)
-            of_series += rest.markets(status="open", series_ticker=series, tell=tell)
+            of_series = rest.markets(series_ticker=series, min_close_ts=not_closed, report=tell)
+            of_series += rest.markets(status="open", series_ticker=series, report=tell)
             found += _insist(of_series, f"MARKET_SERIES: {series}")
         return found
 
@@ -123,7 +123,7 @@ class Watchlist:
 
     # -- what the exchange and the user say ----------------------------------------------------
 
-    def heed(self, events: Iterable[LifeEvent]) -> None:
+    def heed(self, events: Iterable[LifecycleEvent]) -> None:
         """What the exchange tells of markets' lives."""
         for event in events:
             self._roster.heed(event, self._clock())

@@ -507,9 +507,9 @@ class Streamer:
                 self._sign,
                 self._writer,
                 tickers,
-                unheard_since=memory.last_heard(time.time_ns(), time.monotonic()),
+                silent_since=memory.last_heard(time.time_ns(), time.monotonic()),
                 recent_trades=memory.trades,
-                on_life_events=upkeep.heed,
+                on_lifecycle_events=upkeep.heed,
                 on_lost=upkeep.make_up_for,
             )
             with self._noting:
@@ -624,7 +624,7 @@ class Streamer:
             log.warning("The exchange's book differs: %s %s", it.market_ticker, level)
             capture.remark("mismatch", dict(level), it.market_ticker)
         for ticker in {it.market_ticker for it in found.mismatches}:
-            capture.distrust(ticker, "audit_mismatch", {})
+            capture.mark_book_stale(ticker, "audit_mismatch", {})
 
     def _distrust_damaged(self, it: StaleBook) -> None:
         """Of a load whose finds another one tells as well, but for what only it has lost: the other may
@@ -645,7 +645,7 @@ class Streamer:
 
     def _distrust(self, it: StaleBook) -> None:
         if self._capture is not None:
-            self._in_loop(self._capture.distrust, it.market_ticker, it.cause, it.detail)
+            self._in_loop(self._capture.mark_book_stale, it.market_ticker, it.cause, it.detail)
 
     def _run_health(self) -> None:
         """Report each second, where no disk is needed, and once more when everything has ended."""

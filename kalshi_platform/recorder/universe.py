@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf
 
 from kalshi_platform.exchange.answers import Market
-from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.frames import LifecycleEvent
 from kalshi_platform.exchange.numbers import qty_units
 
 JOIN_BEFORE_S = 5.0
@@ -136,7 +136,7 @@ class Universe:
             (now_s if known is None or known.over_s is None else known.over_s) if over else None,
         )
 
-    def heed(self, event: LifeEvent, now_s: float) -> None:
+    def heed(self, event: LifecycleEvent, now_s: float) -> None:
         """What the exchange tells of a market's life."""
         ticker, known = event.market_ticker, self._lives.get(event.market_ticker)
         if event.event_type == "created":

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.auxiliary_channel import TRADES
 from kalshi_platform.exchange.errors import CredentialsError
-from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.frames import LifecycleEvent
 from kalshi_platform.exchange.items import Unreadable
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recorder import trade_backfill
@@ -67,7 +67,7 @@ class Upkeep:
                 self._tasks.succeeded(LOOK_UP)
                 return tickers
 
-    def heed(self, events: Sequence[LifeEvent]) -> None:
+    def heed(self, events: Sequence[LifecycleEvent]) -> None:
         """What the exchange tells of markets' lives. What cannot be taken from there, REST is asked for."""
         with self._tasks.surviving(SELECTION):
             try:

@@ -23,7 +23,7 @@ from kalshi_platform.analytics.books import Books, books, books_in_groups
 from kalshi_platform.analytics.depth import depth
 from kalshi_platform.analytics.imbalance import imbalance
 from kalshi_platform.analytics.spreads import spreads
-from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import build_rows
@@ -215,7 +215,7 @@ def derived(records: Sequence[wire.Record]) -> Iterator[tuple[str, pa.Table]]:
     for piece, opens in at_openings(block, state.clock):
         if opens is not None and state.clock.is_new_hour(opens):
             yield "book_checkpoints", checkpoint(state, opens)
-        rows, state = build_rows(decoded(piece), state)
+        rows, state = build_rows(decode_range(piece), state)
         yield from ((name, rows.tables[name]) for name in RECORDED)
 
 

@@ -1,4 +1,4 @@
-"""Channels beside the books: every hole is named, what is missed is told, and no book suffers for it."""
+"""Auxiliary channels: every gap is noted, missed spans are reported, and no book is affected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reply(kind: str, command_id: int, **more: Any) -> bytes:
 
 
 def answer(session: Session, command: dict[str, Any], now: float, sids: dict[str, int]) -> None:
-    """The exchange does what a command says."""
+    """Reply as an exchange that carries out the command."""
     if command["cmd"] == "subscribe":
         (channel,) = command["params"]["channels"]
         msg = {"channel": channel, "sid": sids[channel]}
@@ -39,18 +39,18 @@ def answer(session: Session, command: dict[str, Any], now: float, sids: dict[str
 
 
 def talked(session: Session, now: float = 0.0) -> list[dict[str, Any]]:
-    """Answer commands until there are none; returns them."""
-    said = []
+    """Answer commands until none is due; return them."""
+    answered = []
     while commands := sent(session, now):
         for command in commands:
             answer(session, command, now, SIDS)
-        said += commands
-    return said
+        answered += commands
+    return answered
 
 
 def ready(*tickers: str, **options: Any) -> Session:
     """A session with all three channels, every book synced."""
-    session = Session(tickers, beside=BESIDE, **options)
+    session = Session(tickers, auxiliary=BESIDE, **options)
     talked(session)
     for seq, ticker in enumerate(tickers, 1):
         session.receive(wire.snapshot(ticker, seq, {}, {}), 0.0)
@@ -62,30 +62,30 @@ def life(seq: int, event_type: str = "created", ticker: str = "A-1", **more: Any
     return json.dumps({"type": LIFECYCLE, "sid": 2, "seq": seq, "msg": msg}).encode()
 
 
-def test_the_books_come_first_then_life_events_and_the_trades_of_the_same_markets() -> None:
-    session = Session(["A-1", "B-2"], beside=BESIDE)
-    said = talked(session)
-    assert [c["params"]["channels"] for c in said] == [[CHANNEL], [LIFECYCLE], [TRADES]]
-    assert said[2]["params"]["market_tickers"] == ["A-1", "B-2"]
-    assert "market_tickers" not in said[1]["params"]
-    assert session.take_lost() == []
+def test_books_are_subscribed_before_lifecycle_and_trades() -> None:
+    session = Session(["A-1", "B-2"], auxiliary=BESIDE)
+    commands = talked(session)
+    assert [c["params"]["channels"] for c in commands] == [[CHANNEL], [LIFECYCLE], [TRADES]]
+    assert commands[2]["params"]["market_tickers"] == ["A-1", "B-2"]
+    assert "market_tickers" not in commands[1]["params"]
+    assert session.take_missed() == []
 
 
-def test_without_a_market_life_events_alone_are_subscribed_to() -> None:
-    session = Session([], beside=BESIDE)
+def test_without_a_market_only_lifecycle_is_subscribed() -> None:
+    session = Session([], auxiliary=BESIDE)
     assert [c["params"]["channels"] for c in talked(session)] == [[LIFECYCLE]]
     session.follow(["A-1"])
     assert [c["params"]["channels"] for c in talked(session)] == [[CHANNEL], [TRADES]]
 
 
-def test_trades_join_and_leave_with_the_books_on_their_own_sid() -> None:
+def test_trade_markets_join_and_leave_with_the_books() -> None:
     session = ready("A-1", "B-2")
     session.follow(["B-2", "C-3"])
-    told = [
+    commands = [
         (c["params"]["sids"], c["params"]["action"], c["params"]["market_tickers"])
         for c in talked(session, 1.0)
     ]
-    assert told == [
+    assert commands == [
         ([1], "delete_markets", ["A-1"]),
         ([1], "add_markets", ["C-3"]),
         ([3], "delete_markets", ["A-1"]),
@@ -99,7 +99,7 @@ def test_trades_join_and_leave_with_the_books_on_their_own_sid() -> None:
     )
 )
 @settings(max_examples=200, deadline=None)
-def test_every_hole_of_every_channel_is_named_and_only_the_books_own_hole_doubts_a_book(
+def test_only_a_book_gap_makes_books_stale(
     steps: list[tuple[int, str]],
 ) -> None:
     session = ready("A-1")
@@ -125,21 +125,21 @@ def test_every_hole_of_every_channel_is_named_and_only_the_books_own_hole_doubts
     assert [(n.sid, n.detail["expected"], n.detail["got"]) for n in notes] == named
     assert {n.detail["channel"] for n in notes} <= set(SIDS)
     assert session.synced == (0 if any(sid == 1 for sid, *_ in named) else 1)
-    lost = session.take_lost()
+    lost = session.take_missed()
     assert {2: 0, 3: 0} | {
-        SIDS[channel]: sum(each.missing or 0 for each in lost if each.channel == channel)
+        SIDS[channel]: sum(missed.missing or 0 for missed in lost if missed.channel == channel)
         for channel in BESIDE
     } == missing
-    assert all(each.since < each.until and each.cause == "sequence" for each in lost)
+    assert all(missed.since < missed.until and missed.cause == "sequence" for missed in lost)
     assert session.ended is None
 
 
-def test_a_gap_on_the_trade_sid_says_between_which_instants_trades_are_missing() -> None:
+def test_a_trade_gap_reports_the_span_of_missed_trades() -> None:
     session = ready("A-1")
     session.receive(wire.trade("A-1", 1, 4_800, 5, sid=3), 10.0)
     session.receive(wire.delta("A-1", 2, "yes", 100, 5), 11.0)
     session.receive(wire.trade("A-1", 4, 4_800, 5, sid=3), 12.0)
-    (lost,) = session.take_lost()
+    (lost,) = session.take_missed()
     assert (lost.channel, lost.sid, lost.since, lost.until) == (TRADES, 3, 10.0, 12.0)
     assert (lost.cause, lost.missing) == ("sequence", 2)
     assert session.synced == 1
@@ -148,10 +148,8 @@ def test_a_gap_on_the_trade_sid_says_between_which_instants_trades_are_missing()
 
 @pytest.mark.parametrize("channel", BESIDE)
 @pytest.mark.parametrize("code", [8, 26])
-def test_a_refused_channel_is_noted_and_asked_for_again_later_while_the_books_go_on(
-    channel: str, code: int
-) -> None:
-    session = Session(["A-1"], beside=BESIDE)
+def test_a_refused_channel_is_noted_and_retried_later(channel: str, code: int) -> None:
+    session = Session(["A-1"], auxiliary=BESIDE)
     while commands := sent(session, 0.0):
         for command in commands:
             if command["params"].get("channels") == [channel]:
@@ -164,18 +162,18 @@ def test_a_refused_channel_is_noted_and_asked_for_again_later_while_the_books_go
     assert (note.kind, note.detail["channel"], note.detail["code"]) == ("refused", channel, code)
     assert channel in session.warnings[0]
     assert (session.ended, session.fatal, session.synced) == (None, None, 1)
-    assert sent(session, auxiliary_channel.REFUSED_AGAIN_S - 1) == []
-    again = talked(session, auxiliary_channel.REFUSED_AGAIN_S)
+    assert sent(session, auxiliary_channel.REFUSED_RETRY_S - 1) == []
+    again = talked(session, auxiliary_channel.REFUSED_RETRY_S)
     assert [c["params"]["channels"] for c in again] == [[channel]]
-    (lost,) = session.take_lost()
+    (lost,) = session.take_missed()
     assert (lost.channel, lost.since, lost.until) == (
         channel,
         0.0,
-        auxiliary_channel.REFUSED_AGAIN_S,
+        auxiliary_channel.REFUSED_RETRY_S,
     )
 
 
-def test_a_busy_exchange_is_asked_again_for_the_very_same_markets() -> None:
+def test_a_busy_reply_is_retried_for_the_same_markets() -> None:
     session = ready("A-1")
     session.follow(["A-1", "B-2"])
     for command in sent(session, 5.0):
@@ -185,26 +183,26 @@ def test_a_busy_exchange_is_asked_again_for_the_very_same_markets() -> None:
         else:
             answer(session, command, 5.0, SIDS)
     assert sent(session, 5.5) == []
-    (again,) = talked(session, 5.0 + auxiliary_channel.AGAIN_S)
+    (again,) = talked(session, 5.0 + auxiliary_channel.RETRY_S)
     assert (again["params"]["sids"], again["params"]["market_tickers"]) == ([3], ["B-2"])
 
 
-def test_a_command_that_is_never_answered_is_sent_again() -> None:
-    session = Session(["A-1"], beside=BESIDE)
+def test_a_command_without_a_reply_is_sent_again() -> None:
+    session = Session(["A-1"], auxiliary=BESIDE)
     answer(session, sent(session, 0.0)[0], 0.0, SIDS)
     first = {tuple(c["params"]["channels"]) for c in sent(session, 0.0)}
     assert first == {(LIFECYCLE,), (TRADES,)}
     session.receive(wire.snapshot("A-1", 1, {}, {}), 0.0)
     assert sent(session, 14.0) == []
-    assert sent(session, 16.0) == []  # given up; sent again a moment later
+    assert sent(session, 16.0) == []  # timed out; sent again after the retry delay
     again = {
-        tuple(c["params"]["channels"]) for c in sent(session, 16.0 + auxiliary_channel.AGAIN_S)
+        tuple(c["params"]["channels"]) for c in sent(session, 16.0 + auxiliary_channel.RETRY_S)
     }
     assert again == first
 
 
 @pytest.mark.parametrize("code", [10, 25])
-def test_a_trade_subscription_that_the_exchange_ends_is_begun_anew_beside_the_books(
+def test_an_ended_trade_subscription_is_begun_again(
     code: int,
 ) -> None:
     session = ready("A-1", "B-2")
@@ -215,35 +213,35 @@ def test_a_trade_subscription_that_the_exchange_ends_is_begun_anew_beside_the_bo
     assert (note.kind, note.sid, note.detail["channel"]) == ("gap", 3, TRADES)
     assert (session.ended, session.synced) == (None, 2)
     assert sent(session, 9.5) == []
-    (again,) = sent(session, 9.0 + auxiliary_channel.AGAIN_S)
+    (again,) = sent(session, 9.0 + auxiliary_channel.RETRY_S)
     assert again["params"]["channels"] == [TRADES]
     assert again["params"]["market_tickers"] == ["A-1", "B-2"]
     answer(session, again, 11.0, {TRADES: 4})
     session.receive(wire.trade("A-1", 1, 4_800, 5, sid=4), 12.0)
-    (lost,) = session.take_lost()
+    (lost,) = session.take_missed()
     assert (lost.sid, lost.since, lost.until, lost.cause) == (4, 9.0, 11.0, "subscription")
     assert not session.has_notes
 
 
-def test_what_was_missed_between_two_connections_is_told_once_trades_are_carried_again() -> None:
-    session = Session([f"T-{n}" for n in range(700)], beside=BESIDE, unheard_since=-4.0)
+def test_frames_missed_between_connections_are_reported_once() -> None:
+    session = Session([f"T-{n}" for n in range(700)], auxiliary=BESIDE, silent_since=-4.0)
     assert talked(session, 1.0)
-    lost = {each.channel: each for each in session.take_lost()}
-    assert {(each.since, each.until, each.cause) for each in lost.values()} == {
+    lost = {missed.channel: missed for missed in session.take_missed()}
+    assert {(missed.since, missed.until, missed.cause) for missed in lost.values()} == {
         (-4.0, 1.0, "connection")
     }
     assert set(lost) == set(BESIDE)
-    assert session.unheard_since(99.0) == 99.0
-    assert Session(["A-1"], beside=BESIDE).unheard_since(99.0) is None
-    assert Session(["A-1"], beside=BESIDE, unheard_since=-4.0).unheard_since(99.0) == -4.0
+    assert session.silent_since(99.0) == 99.0
+    assert Session(["A-1"], auxiliary=BESIDE).silent_since(99.0) is None
+    assert Session(["A-1"], auxiliary=BESIDE, silent_since=-4.0).silent_since(99.0) == -4.0
 
 
-def test_life_events_are_handed_on_and_garbage_among_them_harms_nothing() -> None:
+def test_lifecycle_events_are_kept_and_garbage_is_harmless() -> None:
     session = ready("A-1")
     session.receive(life(1, "close_date_updated", close_ts=1_700_000_000), 1.0)
     session.receive(b'{"type":"market_lifecycle_v2","sid":2,"seq":2,"msg":{"event_type":5}}', 1.0)
     session.receive(life(3, "determined", result="yes"), 1.0)
-    assert [(e.market_ticker, e.event_type, e.close_ts) for e in session.life_events] == [
+    assert [(e.market_ticker, e.event_type, e.close_ts) for e in session.lifecycle_events] == [
         ("A-1", "close_date_updated", 1_700_000_000),
         ("A-1", "determined", None),
     ]
@@ -251,17 +249,17 @@ def test_life_events_are_handed_on_and_garbage_among_them_harms_nothing() -> Non
 
 
 class Exchange(RuleBasedStateMachine):
-    """Markets come and go while the exchange answers, refuses, ends trades or says nothing."""
+    """Markets join and leave while the exchange answers, refuses, ends trades or sends no reply."""
 
     tickers = st.sets(st.sampled_from([f"T-{n}" for n in range(6)]), min_size=1)
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.session = Session(["T-0"], beside=(TRADES,))
+        self.session = Session(["T-0"], auxiliary=(TRADES,))
         self.sid = 2
         self.carried: set[str] | None = None
-        """What the exchange carries on its trade subscription, None where there is none."""
+        """The markets on the exchange's trade subscription; None without one."""
         self.wanted = {"T-0"}
 
     @rule(wanted=tickers)
@@ -298,7 +296,9 @@ class Exchange(RuleBasedStateMachine):
             refusal = reply("error", command["id"], msg={"code": code, "msg": mood})
             self.session.receive(refusal, self.now)
             return
-        if command["cmd"] == "subscribe":  # once more is an ok on the sid that there is
+        if (
+            command["cmd"] == "subscribe"
+        ):  # subscribing again is acknowledged with ok on the existing sid
             begins = self.carried is None
             self.sid += begins
             self.carried = (self.carried or set()) | set(params["market_tickers"])
@@ -315,7 +315,7 @@ class Exchange(RuleBasedStateMachine):
             answer(self.session, command, self.now, {})
 
     def teardown(self) -> None:
-        """Left alone for a while, an exchange that obeys carries exactly what is wanted."""
+        """After a while without faults the exchange carries exactly the followed markets."""
         for _ in range(12):
             self.now += 100.0
             for command in sent(self.session, self.now):

@@ -1,4 +1,4 @@
-"""Decoding: frames that are nearly right mean the same whichever path reads them, and end nothing."""
+"""Decoding: nearly valid frames mean the same on both paths, and stop nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kalshi_platform.exchange.columnar import KEPT_OF_LARGE, Decoded, decode
+from kalshi_platform.exchange.columnar import KEPT_BYTES_OF_LARGE, Decoded, decode
 from kalshi_platform.exchange.frames import SNAPSHOT_BYTES, DecodeError, decode_snapshot
 from kalshi_platform.exchange.numbers import price_units
 from kalshi_platform.exchange.session import Session
@@ -20,7 +20,7 @@ SNAPSHOT = wire.snapshot("A-1", 1, {4_800: 500}, {5_000: 100}).decode().rstrip("
 
 
 def decoded(frame: bytes) -> Decoded:
-    """The frame, recorded and loaded; the two ways of reading it have been compared."""
+    """Decode a recorded frame on both paths, compare the two, and return the rows."""
     check_frames([frame, DELTA.encode()])
     kind = Session().receive(frame, 0.0)
     return decode(wire.blocks([(wire.NOON_NS, wire.conn_id(1), int(kind), frame)]))
@@ -32,7 +32,7 @@ def decoded(frame: bytes) -> Decoded:
         ('"0.4800"', "0.4800"),  # a number is not exact
         ('"0.4800"', "0.1234"),
         ('"5.00"', "12.25"),
-        ('"0.4800"', '"1e999999999"'),  # a minute of arithmetic
+        ('"0.4800"', '"1e999999999"'),  # would take a minute of arithmetic
         ('"5.00"', '"99999999999999999999.00"'),
         ('"5.00"', '"NaN"'),
         ('"5.00"', '"1_000.00"'),
@@ -48,7 +48,7 @@ def decoded(frame: bytes) -> Decoded:
         ('"price_dollars":"0.4800","delta_fp":"5.00"', '"price":9999999999999999,"delta":1'),
     ],
 )
-def test_a_delta_that_is_nearly_right_is_malformed_and_kept(before: str, after: str) -> None:
+def test_a_nearly_valid_delta_is_kept_as_malformed(before: str, after: str) -> None:
     frame = DELTA.replace(before, after)
     assert frame != DELTA
     result = decoded(frame.encode())
@@ -81,7 +81,7 @@ ID = f'"market_id":"{wire.market_id("A-1")}"'
         ('"ts_ms"', '"client_order_id":{},"ts_ms"', "client_order_id"),
     ],
 )
-def test_an_odd_field_that_the_book_does_not_need_costs_only_itself(
+def test_an_unreadable_optional_field_costs_only_itself(
     before: str, after: str, field: str
 ) -> None:
     frame = DELTA.replace(before, after)
@@ -95,7 +95,7 @@ def test_an_odd_field_that_the_book_does_not_need_costs_only_itself(
     assert json.loads(odd["detail"])["seq"] == 2
 
 
-def test_a_snapshot_with_an_odd_market_id_is_read() -> None:
+def test_a_snapshot_with_an_unreadable_market_id_is_read() -> None:
     result = decoded(SNAPSHOT.replace(ID, '"market_id":7').encode())
     assert result.levels.height == 2
     assert result.stream["kind"].to_list() == ["malformed_field"]
@@ -108,10 +108,10 @@ def test_a_snapshot_with_an_odd_market_id_is_read() -> None:
         ('"2026-08-07T06:46:28.97871Z"', '"2026-08-07T08:46:28.97871+02:00"'),
         ('"A-1"', '"\\u0041-1"'),
         (":", " : "),
-        ('"ts_ms":1786085188978', '"ts_ms":"1_000.00"'),  # `ts` says it already
+        ('"ts_ms":1786085188978', '"ts_ms":"1_000.00"'),  # `ts` takes precedence
     ],
 )
-def test_a_delta_that_is_right_in_other_words_is_read(before: str, after: str) -> None:
+def test_an_equivalent_spelling_of_a_delta_is_read(before: str, after: str) -> None:
     frame = DELTA.replace(before, after).replace("06 : 46 : 28", "06:46:28")
     plain = decoded(DELTA.encode()).deltas
     assert decoded(frame.encode()).deltas.equals(plain)
@@ -128,7 +128,7 @@ def test_a_market_without_an_id_is_read_with_a_null_too() -> None:
     "levels",
     ["[[0.1234,12.25]]", '[["0.1000"]]', '[["0.1000","1.00","x"]]', '["0.1000"]', "[null]", "{}"],
 )
-def test_levels_that_are_no_pairs_of_texts_are_malformed(levels: str) -> None:
+def test_levels_that_are_not_pairs_of_strings_are_malformed(levels: str) -> None:
     frame = SNAPSHOT.replace('[["0.4800","5.00"]]', levels)
     assert frame != SNAPSHOT
     result = decoded(frame.encode())
@@ -136,7 +136,7 @@ def test_levels_that_are_no_pairs_of_texts_are_malformed(levels: str) -> None:
     assert result.stream["kind"].to_list() == ["malformed"]
 
 
-def test_a_key_that_comes_twice_means_the_same_to_capture_and_load() -> None:
+def test_a_duplicate_key_is_read_alike_by_capture_and_loader() -> None:
     for key, twice in (
         ("seq", '"seq":7,"seq":2'),
         ("delta_fp", '"delta_fp":"9.00","delta_fp":"5.00"'),
@@ -146,7 +146,7 @@ def test_a_key_that_comes_twice_means_the_same_to_capture_and_load() -> None:
         assert result.deltas.equals(decoded(DELTA.encode()).deltas)
 
 
-def test_brackets_without_end_are_malformed() -> None:
+def test_excessive_nesting_is_malformed() -> None:
     deep = b'{"type":"error","sid":1,"seq":3,"msg":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     assert Session().receive(deep, 0.0) is Kind.MALFORMED
     check_frames([deep])
@@ -158,8 +158,8 @@ def test_only_plain_decimals_are_prices(text: str) -> None:
         price_units(text)
 
 
-def test_a_snapshot_that_is_larger_than_any_book_is_malformed_and_not_read() -> None:
-    """All of its levels could be read: reading is what would take the memory."""
+def test_a_snapshot_larger_than_any_book_is_not_decoded() -> None:
+    """All of its levels are valid: decoding them would take the memory."""
     padded = SNAPSHOT.replace('"msg":{', '"msg":{' + " " * SNAPSHOT_BYTES)
     records = [
         (wire.NOON_NS, wire.conn_id(1), int(Kind.SNAPSHOT), frame.encode())
@@ -172,6 +172,6 @@ def test_a_snapshot_that_is_larger_than_any_book_is_malformed_and_not_read() -> 
     assert detail["of"] == "snapshot"
     assert "and no book has" in detail["reason"]
     assert detail["bytes"] == len(padded)
-    assert len(detail["frame"]) == KEPT_OF_LARGE
-    with pytest.raises(DecodeError, match="and no book has"):  # capture says the same
+    assert len(detail["frame"]) == KEPT_BYTES_OF_LARGE
+    with pytest.raises(DecodeError, match="more than any book has"):  # capture refuses it alike
         decode_snapshot(padded.encode())

@@ -1,4 +1,4 @@
-"""Trade frames to rows: exactly the wire's numbers, in every form that was ever sent, or kept raw."""
+"""Trade frames to rows: exactly the numbers of the wire, in every form ever sent, or kept raw."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONN = wire.conn_id(1)
 
 
 def rows(*frames: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(trades, stream events) of these frames, as the stores get them."""
+    """Decode frames; return (trades, stream events) as the stores receive them."""
     records = [wire.connected(CONN, wire.NOON_NS)]
     records += [(wire.NOON_NS + n, CONN, Kind.TRADE, frame) for n, frame in enumerate(frames)]
     derived, _ = build_rows(decode(wire.blocks(records)), BookState())
@@ -71,11 +71,11 @@ ROW = {
 }
 
 
-def test_the_current_form_becomes_a_row_with_the_wires_own_numbers() -> None:
+def test_a_trade_row_has_the_numbers_of_the_wire() -> None:
     assert rows(frame(**CURRENT)) == ([ROW], [])
 
 
-def test_integer_cents_and_contracts_give_the_same_row() -> None:
+def test_integer_cents_give_the_same_row() -> None:
     old = {k: CURRENT[k] for k in ("market_ticker", "taker_side", "ts")}
     legacy = frame(**old, yes_price=36, no_price=64, count=136)
     at = datetime(2022, 11, 22, 20, 44, 1, tzinfo=UTC)
@@ -84,15 +84,18 @@ def test_integer_cents_and_contracts_give_the_same_row() -> None:
     assert rows(dual) == rows(legacy)
 
 
-def test_a_trade_that_rest_told_gives_the_same_row_without_a_number() -> None:
-    told = {k: v for k, v in CURRENT.items() if k not in {"market_ticker", "ts", "ts_ms"}}
-    told |= {"ticker": CURRENT["market_ticker"], "created_time": "2022-11-22T20:44:01.123987Z"}
-    assert rows(frame(None, **told)) == ([{**ROW, "seq": 0}], [])
+def test_a_backfilled_trade_gives_the_same_row_without_seq() -> None:
+    rest_trade = {k: v for k, v in CURRENT.items() if k not in {"market_ticker", "ts", "ts_ms"}}
+    rest_trade |= {
+        "ticker": CURRENT["market_ticker"],
+        "created_time": "2022-11-22T20:44:01.123987Z",
+    }
+    assert rows(frame(None, **rest_trade)) == ([{**ROW, "seq": 0}], [])
 
 
-def test_odd_and_plain_frames_keep_the_journals_order() -> None:
-    odd = {**CURRENT, "yes_price_dollars": "0.36", "no_price_dollars": "0.64"}
-    found, stream = rows(frame(1, **CURRENT), frame(2, **odd), frame(3, **CURRENT))
+def test_both_paths_together_keep_record_order() -> None:
+    unusual = {**CURRENT, "yes_price_dollars": "0.36", "no_price_dollars": "0.64"}
+    found, stream = rows(frame(1, **CURRENT), frame(2, **unusual), frame(3, **CURRENT))
     assert [row["seq"] for row in found] == [1, 2, 3]
     assert {(row["yes_price"], row["qty"]) for row in found} == {(ROW["yes_price"], ROW["qty"])}
     assert stream == []
@@ -116,7 +119,7 @@ def test_odd_and_plain_frames_keep_the_journals_order() -> None:
         ({"ts_ms": "soon"}, "int"),
     ],
 )
-def test_what_cannot_be_read_is_kept_raw_and_its_number_counts(
+def test_an_unreadable_trade_is_kept_raw_and_its_number_counts(
     broken: dict[str, Any], says: str
 ) -> None:
     sent = frame(7, **{**CURRENT, **broken})
@@ -141,8 +144,8 @@ def test_the_documented_example_is_read() -> None:
     assert stream == []
 
 
-def test_a_trade_frame_of_an_old_journal_stays_a_stream_event() -> None:
-    """Before trades had a kind of their own they were CONTROL, and their rows must not change."""
+def test_a_trade_in_an_old_journal_stays_a_stream_event() -> None:
+    """Before trades had a kind they were recorded as CONTROL; their rows must not change."""
     records = [
         wire.connected(CONN, wire.NOON_NS),
         (wire.NOON_NS, CONN, Kind.CONTROL, frame(**CURRENT)),
@@ -173,8 +176,8 @@ ODD: dict[str, list[Any]] = {
 
 @given(st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in ODD.items()}))
 @examples(300)
-def test_a_frame_means_the_same_on_both_paths(odd: dict[str, Any]) -> None:
-    sent = frame(7, **{**CURRENT, **odd})
+def test_both_decoding_paths_agree(unusual: dict[str, Any]) -> None:
+    sent = frame(7, **{**CURRENT, **unusual})
     alone = rows(sent)
     beside = rows(sent, frame(8, **{**CURRENT, "ts_ms": "this sends all to the slow path"}))
     assert beside[0] == alone[0]
@@ -205,14 +208,14 @@ FORMS: dict[str, Callable[[int, int, int], bytes]] = {
     st.lists(st.integers(1, 30), max_size=3),
 )
 @examples(60)
-def test_every_frame_is_one_row_however_the_range_is_cut(
+def test_each_trade_is_one_row_for_any_split_of_the_range(
     sent: list[tuple[str, int, int]], cuts: list[int]
 ) -> None:
     frames = [
         FORMS[form](n, cents * 100, qty * 100) for n, (form, cents, qty) in enumerate(sent, 1)
     ]
     records = [wire.connected(CONN, wire.NOON_NS)]
-    records += [(wire.NOON_NS + n, CONN, Kind.TRADE, each) for n, each in enumerate(frames)]
+    records += [(wire.NOON_NS + n, CONN, Kind.TRADE, frame) for n, frame in enumerate(frames)]
     state, found, malformed = BookState(), [], []
     for block in wire.blocks(records, cuts):
         derived, state = build_rows(decode([block]), state)

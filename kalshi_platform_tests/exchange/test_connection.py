@@ -1,4 +1,4 @@
-"""Dialling: what is signed for one server is shown to no other, and no bomb is let in."""
+"""Dialling: signed headers reach one server only, and decompression bombs are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kalshi_platform.exchange.signing import Credentials, Ed25519Signer
 
 
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary Redirect"])
-def test_a_redirect_is_not_followed_and_no_compression_is_offered(status: str) -> None:
+def test_no_redirect_is_followed_and_no_compression_offered(status: str) -> None:
     seen: dict[str, list[bytes]] = {"first": [], "second": []}
 
     async def go() -> None:
@@ -45,7 +45,7 @@ def test_a_redirect_is_not_followed_and_no_compression_is_offered(status: str) -
     assert b"sec-websocket-extensions" not in request.lower()
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_refused(tmp_path: Path) -> None:
     import datetime
     import ssl
 

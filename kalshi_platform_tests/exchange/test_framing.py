@@ -1,4 +1,4 @@
-"""Cutting a stream into frames gives what the library's own parser gives, however the reads fall."""
+"""`Framing` yields what the library's own parser yields, for any split of the stream into reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST = 70_000
 
 @dataclass
 class Heard:
-    """What a parser makes of a stream."""
+    """The result of parsing a stream."""
 
     messages: list[bytes] = field(default_factory=list)
     fragments: list[bytes] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Heard:
     )
 
     def library(self, data: bytes) -> bool:
-        """Let the library parse it."""
+        """Parse with the library."""
         self.protocol.receive_data(data)
         for event in self.protocol.events_received():
             assert isinstance(event, Frame)
@@ -51,7 +51,7 @@ class Heard:
 
     @property
     def answered(self) -> Sequence[object]:
-        """Pongs, and the close frame, as the server has them."""
+        """The pongs and the close frame that the server receives."""
         server = ServerProtocol(state=State.OPEN)
         server.receive_data(b"".join(self.protocol.data_to_send()))
         return server.events_received()
@@ -99,7 +99,7 @@ ends = st.one_of(
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[bytes, list[int]]:
-    """Frames that a server may send, an end that may break the protocol, frames behind it; and cuts."""
+    """Valid frames, an end that may violate the protocol, frames after it; and the split points."""
     parts = draw(st.lists(st.one_of(whole, whole, pings, fragmented), max_size=12))
     behind = draw(st.lists(whole, max_size=2))
     data = b"".join(b"".join(part) for part in parts) + draw(ends)
@@ -113,7 +113,7 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @given(streams())
-def test_a_stream_cut_anywhere_is_what_the_library_makes_of_it(
+def test_any_split_of_a_stream_parses_as_in_the_library(
     stream: tuple[bytes, list[int]],
 ) -> None:
     data, cuts = stream
@@ -129,9 +129,7 @@ def test_a_stream_cut_anywhere_is_what_the_library_makes_of_it(
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
-def test_garbage_gives_no_message_that_the_library_would_not_give(
-    data: bytes, cuts: list[int]
-) -> None:
+def test_garbage_yields_no_message_the_library_would_not(data: bytes, cuts: list[int]) -> None:
     expected, got = Heard(), Heard()
     expected.library(data)
     framing = Framing(LONGEST)
@@ -140,7 +138,7 @@ def test_garbage_gives_no_message_that_the_library_would_not_give(
     assert got.messages == expected.messages
 
 
-def test_a_long_message_in_many_reads_is_not_looked_at_before_it_is_whole() -> None:
+def test_a_long_message_is_parsed_once_when_complete() -> None:
     data = frame(Opcode.BINARY, filler(LONGEST)) * 2
     messages: list[bytes] = []
     framing = Framing(LONGEST)
@@ -153,8 +151,8 @@ def test_a_long_message_in_many_reads_is_not_looked_at_before_it_is_whole() -> N
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 16])
-def test_frames_right_behind_the_handshake_are_delivered_however_they_come(piece: int) -> None:
-    """A real socket: the answer to the handshake and the first frames may come in one read."""
+def test_frames_right_after_the_handshake_are_delivered(piece: int) -> None:
+    """On a real socket the handshake response and the first frames may arrive in one read."""
     sent = [b"first", b"a" * 126, b"in three pieces", b"last"]
     frames = b"".join(
         [

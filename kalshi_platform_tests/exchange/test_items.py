@@ -1,4 +1,4 @@
-"""An odd item of a page costs itself: the others are kept, and it is named."""
+"""An unreadable item costs only itself: the other items of its page are kept, and it is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 
 
 class Pages(RestClient):
-    """A client to which the exchange answers these pages, by the end of their path."""
+    """A client that receives these pages, selected by the last segment of the path."""
 
     def __init__(self, pages: Mapping[str, Any]) -> None:
         nowhere = Exchange("ws://127.0.0.1:1", "http://127.0.0.1:1", "id", Path("none"), True)
@@ -37,11 +37,13 @@ class Pages(RestClient):
     def _fetch(self, path: str, params: Params) -> bytes:
         body = self._pages_by_end[path.rpartition("/")[2]]
         if "fills" in body and params.get("ticker"):
-            body = {"fills": [it for it in body["fills"] if _of(it) in {params["ticker"], None}]}
+            body = {
+                "fills": [row for row in body["fills"] if _ticker(row) in {params["ticker"], None}]
+            }
         return json.dumps({"cursor": ""} | body).encode()
 
 
-def _of(item: Any) -> Any:
+def _ticker(item: Any) -> Any:
     return item.get("ticker") if isinstance(item, dict) else None
 
 
@@ -99,20 +101,20 @@ def fill(number: int, **others: Any) -> dict[str, Any]:
         ("event_ticker", 7, False),
     ],
 )
-def test_a_market_with_an_odd_field_is_named_and_spoils_no_page(
+def test_an_unreadable_market_field_is_reported_and_costs_no_page(
     field: str, value: Any, kept: bool
 ) -> None:
-    told: list[Unreadable] = []
+    reports: list[Unreadable] = []
     rest = Pages({"markets": {"markets": [market(1), market(2, **{field: value}), market(3)]}})
-    found = rest.markets(tell=told.append)
-    assert [it.ticker for it in found if it.ticker != "KXA-1-T2"] == ["KXA-1-T1", "KXA-1-T3"]
+    found = rest.markets(report=reports.append)
+    assert [row.ticker for row in found if row.ticker != "KXA-1-T2"] == ["KXA-1-T1", "KXA-1-T3"]
     assert len(found) == (3 if kept else 2)
-    (odd,) = told
+    (odd,) = reports
     assert (odd.ticker, odd.field, odd.left_out) == ("KXA-1-T2", field, not kept)
     assert json.dumps(value) in str(odd)
-    roster = Universe(MarketSelection(series=("KXA",)))
-    roster.listed(found, NOW.timestamp())
-    assert {"KXA-1-T1", "KXA-1-T3"} <= set(roster.wanted(NOW.timestamp()))
+    universe = Universe(MarketSelection(series=("KXA",)))
+    universe.listed(found, NOW.timestamp())
+    assert {"KXA-1-T1", "KXA-1-T3"} <= set(universe.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)
 
 
@@ -132,7 +134,7 @@ anything = st.recursive(
 
 @st.composite
 def odd(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
-    """Anything in the place of an item, or of some of its fields."""
+    """Anything in place of an item, or of some of its fields."""
     if draw(st.booleans()):
         return draw(anything)
     fields = draw(st.dictionaries(st.sampled_from(sorted(whole)), anything, min_size=1, max_size=3))
@@ -142,14 +144,14 @@ def odd(draw: st.DrawFn, whole: dict[str, Any]) -> Any:
 
 @given(odd(market(2)))
 @examples(100)
-def test_any_one_item_of_a_list_of_markets_costs_only_itself(item: Any) -> None:
+def test_any_unreadable_market_costs_only_itself(item: Any) -> None:
     rest = Pages({"markets": {"markets": [market(1), item, market(3)]}})
-    found = rest.markets(tell=lambda _: None)
+    found = rest.markets(report=lambda _: None)
     assert {found[0].ticker, found[-1].ticker} == {"KXA-1-T1", "KXA-1-T3"}
     assert len(found) in {2, 3}
-    roster = Universe(MarketSelection(series=("KXA",), tickers=("KXA-1-T3",)))
-    roster.listed(found, NOW.timestamp())
-    assert {"KXA-1-T1", "KXA-1-T3"} <= set(roster.wanted(NOW.timestamp()))
+    universe = Universe(MarketSelection(series=("KXA",), tickers=("KXA-1-T3",)))
+    universe.listed(found, NOW.timestamp())
+    assert {"KXA-1-T1", "KXA-1-T3"} <= set(universe.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)
 
 
@@ -175,14 +177,14 @@ BEFORE = Held(Decimal(0), NOW - timedelta(hours=2))
 
 @given(odd(position(2)))
 @examples(100)
-def test_any_one_position_costs_only_itself_and_never_means_flat(item: Any) -> None:
+def test_an_unreadable_position_is_never_taken_as_flat(item: Any) -> None:
     known = {f"KXA-1-T{n}": BEFORE for n in (1, 2, 3, 4)}
     found = take(pages([position(1), item, position(3, "-2.00")], [fill(1)]), known)
-    held = {it.market_ticker: it.position for it in found.snapshots}
-    assert held["KXA-1-T3"] == Decimal("-2.00") or _of(item) == "KXA-1-T3"
-    assert held["KXA-1-T1"] == Decimal("5.00") or _of(item) == "KXA-1-T1"
-    if any(it.left_out for it in found.unreadable):
-        flat = {it.market_ticker for it in found.snapshots if it.source != "positions"}
+    held = {row.market_ticker: row.position for row in found.snapshots}
+    assert held["KXA-1-T3"] == Decimal("-2.00") or _ticker(item) == "KXA-1-T3"
+    assert held["KXA-1-T1"] == Decimal("5.00") or _ticker(item) == "KXA-1-T1"
+    if any(row.left_out for row in found.unreadable):
+        flat = {row.market_ticker for row in found.snapshots if row.source != "positions"}
         assert not flat
         assert {"KXA-1-T2", "KXA-1-T4"} <= found.left_out.keys()
         assert "incomplete" in found.left_out["KXA-1-T4"]
@@ -191,31 +193,31 @@ def test_any_one_position_costs_only_itself_and_never_means_flat(item: Any) -> N
 @given(odd(fill(2)))
 @examples(100)
 @example(fill(2) | {"ticker": "0", "count_fp": None})
-def test_any_one_fill_costs_only_its_market_and_never_means_flat(item: Any) -> None:
+def test_an_unreadable_fill_is_never_taken_as_flat(item: Any) -> None:
     known = {f"KXA-1-T{n}": BEFORE for n in (1, 2)}
     try:
         found = take(pages([position(1)], [item, fill(1)]), known)
-    except ExchangeError as error:  # it says that it is of later than the pages
+    except ExchangeError as error:  # a fill dated later than the positions
         assert "would be old" in str(error)
         return
-    if not (odd_fills := [it for it in found.unreadable if it.left_out]):
+    if not (odd_fills := [row for row in found.unreadable if row.left_out]):
         return
-    held = {it.market_ticker: it for it in found.snapshots}
-    of = {it.ticker for it in odd_fills}
-    assert not held.keys() & of
-    if "" in of:  # whose fill it is cannot be read: it may be any market's
+    held = {row.market_ticker: row for row in found.snapshots}
+    tickers = {row.ticker for row in odd_fills}
+    assert not held.keys() & tickers
+    if "" in tickers:  # the fill's ticker cannot be read: it may belong to any market
         assert not held
-    if of == {"KXA-1-T2"}:
+    if tickers == {"KXA-1-T2"}:
         assert held["KXA-1-T1"].position == Decimal("5.00")
 
 
-def test_a_fill_without_its_time_is_named_and_its_market_left_out() -> None:
+def test_a_fill_without_a_time_leaves_its_market_out() -> None:
     timeless = {name: value for name, value in fill(2).items() if name != "created_time"}
     known = {"KXA-1-T1": BEFORE, "KXA-1-T2": BEFORE}
     found = take(pages([position(1)], [timeless, fill(1)]), known)
-    assert [it.market_ticker for it in found.snapshots] == ["KXA-1-T1"]
+    assert [row.market_ticker for row in found.snapshots] == ["KXA-1-T1"]
     assert found.left_out == {"KXA-1-T2": "a fill cannot be read"}
     (odd_one,) = found.unreadable
     assert str(odd_one) == (
-        "GET /portfolio/fills: KXA-1-T2: created_time is missing; it is left out."
+        "GET /portfolio/fills: KXA-1-T2: created_time is missing; the item is left out."
     )

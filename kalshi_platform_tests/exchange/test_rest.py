@@ -1,4 +1,4 @@
-"""The REST client against a simulated exchange, against recorded answers, and against bad ones."""
+"""The REST client against the simulator, recorded responses, and bad ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from kalshi_platform.exchange.answers import Bucket, read_refusal
+from kalshi_platform.exchange.answers import Bucket, decode_refusal
 from kalshi_platform.exchange.errors import (
     CredentialsError,
     ExchangeError,
@@ -31,8 +31,8 @@ from kalshi_platform.exchange.errors import (
 from kalshi_platform.exchange.rest import (
     ATTEMPTS,
     BASIC,
-    TICKERS_AT_ONCE,
-    Pace,
+    TICKERS_PER_REQUEST,
+    RateLimiter,
     RestClient,
     clock_skew_s,
     refusal,
@@ -47,7 +47,7 @@ RECORDED = Path(__file__).resolve().parents[3] / "shared" / "frames" / "rest_dem
 
 
 def exchange_of(simulator: Simulator, **other: Any) -> Exchange:
-    """The simulator as settings name an exchange."""
+    """The simulator, as an `Exchange` of the settings."""
     of = {
         "ws_url": simulator.ws_url,
         "rest_url": simulator.rest_url,
@@ -60,7 +60,7 @@ def exchange_of(simulator: Simulator, **other: Any) -> Exchange:
 
 @pytest.fixture
 def client(start_simulator: StartSimulator) -> Iterator[RestClient]:
-    """A client of a quiet exchange of 130 markets that never waits between tries."""
+    """A client of a simulator with 130 markets, without waits between attempts."""
     simulator = start_simulator(markets=130, rate=0, rolling_markets=0)
     with RestClient(exchange_of(simulator), sleep=lambda _: None) as client:
         yield client
@@ -69,7 +69,7 @@ def client(start_simulator: StartSimulator) -> Iterator[RestClient]:
 # -- pages -------------------------------------------------------------------------------------
 
 
-def test_every_page_that_the_platform_reads_can_be_read(client: RestClient) -> None:
+def test_every_used_resource_can_be_read(client: RestClient) -> None:
     assert client.status().exchange_active
     assert client.schedule().standard_hours
     assert abs(client.user_data_timestamp().timestamp() - time.time()) < 60
@@ -85,18 +85,16 @@ def test_every_page_that_the_platform_reads_can_be_read(client: RestClient) -> N
     assert [*client.positions(), *client.fills(), *client.settlements()] == []
 
 
-def test_a_list_of_many_pages_is_read_to_its_end(
-    client: RestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_pages_of_a_list_are_read(client: RestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [market.ticker for market in client.open_markets()]
-    monkeypatch.setattr("kalshi_platform.exchange.rest.PAGE", 7)
+    monkeypatch.setattr("kalshi_platform.exchange.rest.ITEMS_PER_PAGE", 7)
     assert [market.ticker for market in client.open_markets()] == whole
     assert len(set(whole)) == 130
 
 
-def test_many_tickers_are_asked_for_in_batches(client: RestClient) -> None:
+def test_many_tickers_are_requested_in_batches(client: RestClient) -> None:
     known = [market.ticker for market in client.open_markets()]
-    assert len(known) > TICKERS_AT_ONCE
+    assert len(known) > TICKERS_PER_REQUEST
     found = client.markets(tickers=[*known, *known, *(f"{t}-{'X' * 60}" for t in known)])
     assert sorted(market.ticker for market in found) == sorted(known)
     books = client.orderbooks(known)
@@ -113,21 +111,21 @@ def test_a_book_ascends_in_exact_decimals(client: RestClient) -> None:
         assert all(Decimal(size) > 0 for _, size in ladder or ())
 
 
-def test_unknown_tickers_are_found_out(client: RestClient) -> None:
+def test_unknown_tickers_are_returned(client: RestClient) -> None:
     known = client.open_markets()[0].ticker
     odd = {"NO-SUCH", "A/B C&D=E%,F", "Ü"}
     assert client.unknown_tickers([*odd, known]) == odd
     assert client.unknown_tickers([known]) == client.unknown_tickers([]) == set()
 
 
-def test_open_markets_of_a_series_are_its_own(client: RestClient) -> None:
+def test_open_markets_belong_to_the_series(client: RestClient) -> None:
     series = client.all_series()
     by_series = {one.ticker: {m.ticker for m in client.open_markets(one.ticker)} for one in series}
     assert sum(map(len, by_series.values())) == 130
     assert client.open_markets("NO-SUCH-SERIES") == []
 
 
-def test_markets_are_narrowed_by_their_close_and_by_what_has_changed(
+def test_markets_are_filtered_by_close_and_by_update_time(
     start_simulator: StartSimulator,
 ) -> None:
     lifetime_s = long_lives(2)
@@ -141,7 +139,7 @@ def test_markets_are_narrowed_by_their_close_and_by_what_has_changed(
         assert not closing & rolling
 
 
-def test_a_name_that_is_not_there_is_told(client: RestClient) -> None:
+def test_an_unknown_name_is_reported(client: RestClient) -> None:
     with pytest.raises(ExchangeError, match=r"/markets/NO%2FSUCH.*Check the name"):
         client.market("NO/SUCH")
 
@@ -161,7 +159,7 @@ def test_public_pages_need_no_key(start_simulator: StartSimulator, tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", ["rest429:3", "rest500:3"])
-def test_what_passes_is_tried_again(client: RestClient, fault: str) -> None:
+def test_a_transient_failure_is_retried(client: RestClient, fault: str) -> None:
     with _faulty(fault) as (start, sleeps), start() as faulty:
         assert faulty.status().exchange_active
     assert len(sleeps) == 3
@@ -183,13 +181,15 @@ def _faulty(fault: str) -> Iterator[tuple[Callable[[], RestClient], list[float]]
 @pytest.mark.parametrize(
     ("fault", "kind"), [("rest429:99", RateLimited), ("rest500:99", Unreachable)]
 )
-def test_what_does_not_pass_is_given_up(fault: str, kind: type[ExchangeError]) -> None:
+def test_a_lasting_failure_is_raised_after_the_retries(
+    fault: str, kind: type[ExchangeError]
+) -> None:
     with _faulty(fault) as (start, sleeps), start() as faulty, pytest.raises(kind):
         faulty.status()
     assert len(sleeps) == ATTEMPTS - 1
 
 
-def test_a_wrong_key_is_told_and_not_tried_again(
+def test_a_wrong_key_is_reported_and_not_retried(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
@@ -217,7 +217,7 @@ def test_a_wrong_key_is_told_and_not_tried_again(
 
 
 @pytest.mark.parametrize(("off_s", "where"), [(-65, "behind"), (65, "ahead of")])
-def test_a_clock_that_is_off_is_measured(
+def test_clock_skew_is_measured(
     start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch, off_s: int, where: str
 ) -> None:
     simulator = start_simulator(markets=1, rate=0, rolling_markets=0)
@@ -228,7 +228,7 @@ def test_a_clock_that_is_off_is_measured(
         clock_ms=lambda: int((time.time() + off_s) * 1000),
     )
     with RestClient(exchange, credentials=credentials) as client:
-        # This machine's clock, as the client sees it, however long the answer is on its way.
+        # This machine's clock as the client sees it, whatever the latency of the response.
         monkeypatch.setattr(
             "kalshi_platform.exchange.rest.clock_skew_s",
             lambda headers, now_s: clock_skew_s(
@@ -253,7 +253,7 @@ def test_a_cached_answer_is_as_old_as_its_age() -> None:
     assert clock_skew_s({"date": "yesterday"}, 0) is None
 
 
-def test_an_exchange_that_is_away_says_what_to_start(tmp_path: Path) -> None:
+def test_an_unreachable_exchange_names_what_to_start(tmp_path: Path) -> None:
     exchange = Exchange("ws://127.0.0.1:9", "http://127.0.0.1:9", "id", tmp_path, simulated=True)
     with (
         RestClient(exchange, signed=False, sleep=lambda _: None) as client,
@@ -263,7 +263,7 @@ def test_an_exchange_that_is_away_says_what_to_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "text"),
     [
         ('{"error":{"code":"a","message":"b","details":"c"}}', "a: b: c"),
         ('{"code":"a","message":"b","details":"c"}', "a: b: c"),
@@ -276,8 +276,8 @@ def test_an_exchange_that_is_away_says_what_to_start(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_every_shape_of_error_is_read(body: str, said: str) -> None:
-    assert str(read_refusal(body.encode())) == said
+def test_every_shape_of_error_is_read(body: str, text: str) -> None:
+    assert str(decode_refusal(body.encode())) == text
 
 
 @pytest.mark.parametrize(
@@ -323,11 +323,11 @@ def test_the_exchanges_own_refusals_of_a_key_are_final(status: int, body: str) -
     ],
 )
 @pytest.mark.parametrize("status", [401, 403])
-def test_any_other_refusal_passes_and_is_named(status: int, body: str) -> None:
+def test_any_other_refusal_is_transient_and_reported(status: int, body: str) -> None:
     error = refusal(status, body.encode(), {}, what="GET /markets")
     assert type(error) is Unreachable
     assert f"GET /markets with HTTP {status}" in str(error)
-    assert str(read_refusal(body.encode())) in str(error)
+    assert str(decode_refusal(body.encode())) in str(error)
 
 
 @pytest.mark.parametrize(
@@ -338,10 +338,10 @@ def test_any_other_refusal_passes_and_is_named(status: int, body: str) -> None:
             "to https://new.example/trade-api/v2 ",
         ),
         ({"location": "https://x/\r\nforged"}, r"to https://x/\\r\\nforged "),
-        ({}, "without saying where"),
+        ({}, "without naming a target"),
     ],
 )
-def test_a_redirect_is_named_with_its_place(headers: dict[str, str], place: str) -> None:
+def test_a_redirect_is_reported_with_its_target(headers: dict[str, str], place: str) -> None:
     for status in (301, 302, 307, 308):
         error = refusal(status, b"", headers)
         assert type(error) is ExchangeError
@@ -353,16 +353,16 @@ def test_a_redirect_is_named_with_its_place(headers: dict[str, str], place: str)
 # -- answers that are not the simulator's --------------------------------------------------------
 
 
-def test_recorded_answers_are_read_and_recorded_refusals_are_understood() -> None:
+def test_recorded_responses_and_refusals_are_decoded() -> None:
     if not RECORDED.exists():
-        pytest.skip(f"the recorded answers are not there: {RECORDED}")
+        pytest.skip(f"the recorded responses are missing: {RECORDED}")
     records = [json.loads(line) for line in RECORDED.read_text("utf-8").splitlines()]
     named = {record["name"]: record for record in records}
     refused = [record for record in records if (record["status"] or 0) >= 400]
     assert len(refused) > 10
     for record in refused:
-        said = read_refusal(json.dumps(record["body"]).encode())
-        assert said.code or said.message, record
+        details = decode_refusal(json.dumps(record["body"]).encode())
+        assert details.code or details.message, record
         error = refusal(record["status"], json.dumps(record["body"]).encode(), {})
         assert isinstance(error, CredentialsError) == (record["status"] == 401)
 
@@ -387,7 +387,7 @@ def test_recorded_answers_are_read_and_recorded_refusals_are_understood() -> Non
         assert list(client.settlements()) == []
 
 
-def test_pages_that_never_end_are_left() -> None:
+def test_pages_without_end_are_an_error() -> None:
     cursors = {"": "a", "a": "b", "b": "a"}
 
     def answer(_: str, query: dict[str, list[str]]) -> Any:
@@ -402,7 +402,7 @@ def test_pages_that_never_end_are_left() -> None:
 
 
 @pytest.mark.parametrize("cursor", [{}, {"cursor": None}, {"cursor": ""}])
-def test_a_list_may_end_in_every_way(cursor: dict[str, Any]) -> None:
+def test_a_list_ends_at_every_form_of_empty_cursor(cursor: dict[str, Any]) -> None:
     with (
         _scripted(lambda *_: {"markets": None, **cursor}) as exchange,
         _quiet(exchange) as client,
@@ -420,7 +420,7 @@ def test_a_list_may_end_in_every_way(cursor: dict[str, Any]) -> None:
         (["odd"], "cannot be read"),
     ],
 )  # fmt: skip
-def test_an_answer_that_cannot_be_read_is_a_protocol_error(answer: Any, sentence: str) -> None:
+def test_an_unreadable_response_is_a_protocol_error(answer: Any, sentence: str) -> None:
     with (
         _scripted(lambda *_: answer) as exchange,
         _quiet(exchange) as client,
@@ -429,8 +429,8 @@ def test_an_answer_that_cannot_be_read_is_a_protocol_error(answer: Any, sentence
         client.market("T")
 
 
-def test_the_account_s_own_limit_is_kept(start_simulator: StartSimulator) -> None:
-    """The limit is read once, before the first request; the pages after it wait their turn."""
+def test_the_account_rate_limit_is_respected(start_simulator: StartSimulator) -> None:
+    """The limit is read once, before the first request; later requests are paced by it."""
     paths: list[str] = []
 
     def answer(path: str, _: dict[str, list[str]]) -> Any:
@@ -445,8 +445,8 @@ def test_the_account_s_own_limit_is_kept(start_simulator: StartSimulator) -> Non
     with _scripted(answer) as scripted:
         exchange = exchange_of(simulator, rest_url=scripted.rest_url)
         with RestClient(exchange, sleep=slept.append) as client:
-            # on a clock that stands still: what a busy machine takes would count as waited
-            client._pace = Pace(BASIC, clock=lambda: 0.0, sleep=slept.append)
+            # on a stopped clock: time that a busy machine takes would count as waiting
+            client._limiter = RateLimiter(BASIC, clock=lambda: 0.0, sleep=slept.append)
             for _ in range(3):
                 client.status()
     assert [path.removeprefix("/trade-api/v2") for path in paths] == [
@@ -456,14 +456,14 @@ def test_the_account_s_own_limit_is_kept(start_simulator: StartSimulator) -> Non
     assert slept == [1.0, 2.0]  # one request a second: the first is free, the next two wait
 
 
-def test_a_token_bucket_lets_a_burst_go_and_then_keeps_the_rate() -> None:
+def test_a_token_bucket_allows_a_burst_then_keeps_the_rate() -> None:
     now = 0.0
 
     def sleep(seconds: float) -> None:
         nonlocal now
         now += seconds
 
-    pace = Pace(Bucket(bucket_capacity=200, refill_rate=200), clock=lambda: now, sleep=sleep)
+    pace = RateLimiter(Bucket(bucket_capacity=200, refill_rate=200), clock=lambda: now, sleep=sleep)
     times = []
     for _ in range(60):
         pace.take()
@@ -471,7 +471,7 @@ def test_a_token_bucket_lets_a_burst_go_and_then_keeps_the_rate() -> None:
     assert times[19] == 0
     assert times[20] == pytest.approx(0.05)
     assert times[59] == pytest.approx(2.0)
-    now += 100  # a rest saves up no more than the bucket holds
+    now += 100  # a pause accumulates no more than the capacity
     for _ in range(21):
         pace.take()
     assert now == pytest.approx(102.05)
@@ -479,22 +479,22 @@ def test_a_token_bucket_lets_a_burst_go_and_then_keeps_the_rate() -> None:
 
 @contextmanager
 def _scripted(answer: Callable[[str, dict[str, list[str]]], Any]) -> Iterator[Exchange]:
-    """An exchange on a real socket that answers what it is told; None is a 404."""
+    """An HTTP server on a real socket with canned responses; None is a 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
-            said = answer(parts.path, parse_qs(parts.query))
-            body = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(404 if said is None else 200)
-            if isinstance(said, bytes):
+            response = answer(parts.path, parse_qs(parts.query))
+            body = response if isinstance(response, bytes) else json.dumps(response).encode()
+            self.send_response(404 if response is None else 200)
+            if isinstance(response, bytes):
                 self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -513,11 +513,11 @@ def _quiet(exchange: Exchange) -> RestClient:
 
 
 @pytest.mark.parametrize("body", [b'{"error":"\x9d"}', b"[" * 100_000, b"\xff\xfe<html>"])
-def test_an_error_answer_that_is_no_json_is_still_a_refusal(body: bytes) -> None:
+def test_an_error_response_without_json_is_a_refusal(body: bytes) -> None:
     assert isinstance(refusal(400, body, {}), ExchangeError)
 
 
-def test_an_answer_without_a_reasonable_end_is_not_read_to_it() -> None:
+def test_an_oversized_response_is_not_read_to_its_end() -> None:
     bomb = gzip.compress(bytes(200 << 20), 9)  # 200 MiB in 200 kB
     with (
         _scripted(lambda *_: bomb) as exchange,

@@ -1,4 +1,4 @@
-"""The session: numbers per sid across markets, and an owner for every book that owes a snapshot."""
+"""The session: sequence numbers per sid across markets, and re-requests of missing snapshots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED_FRAMES = Path(__file__).resolve().parents[2].parent / "shared" / "frames"
 
 
 def subscribed(session: Session, sid: int = 1, *, now: float = 0.0) -> list[dict[str, Any]]:
-    """Let the session subscribe; returns the commands it sends once it knows its sid."""
+    """Let the session subscribe; return the commands it sends once it knows its sid."""
     first = commands(session, now)
     assert [c["cmd"] for c in first] == ["subscribe"]
     reply = {
@@ -46,7 +46,7 @@ def gaps(session: Session) -> list[dict[str, Any]]:
     )
 )
 @settings(max_examples=200, deadline=None)
-def test_every_hole_is_named_exactly_and_nothing_else_is(steps: list[tuple[int, str]]) -> None:
+def test_every_sequence_gap_is_reported_exactly(steps: list[tuple[int, str]]) -> None:
     session = Session(["A-1", "B-2"])
     sent = dict.fromkeys((1, 2, 3), 0)
     seen = dict.fromkeys((1, 2, 3), 0)
@@ -71,7 +71,7 @@ def test_every_hole_is_named_exactly_and_nothing_else_is(steps: list[tuple[int, 
     assert named == expected
 
 
-def test_acks_unsubscribed_and_sid_scoped_errors_consume_numbers() -> None:
+def test_acks_and_sid_scoped_errors_consume_numbers() -> None:
     session = Session(["A-1"])
     subscribed(session)
     session.receive(wire.snapshot("A-1", 1, {}, {}), 0)
@@ -95,7 +95,7 @@ def test_frames_without_a_number_are_not_gaps() -> None:
     assert gaps(session) == []
 
 
-def test_a_gap_makes_every_book_of_the_sid_owe_a_snapshot_and_resynced_closes_it() -> None:
+def test_a_gap_makes_all_books_stale_until_resynced() -> None:
     session = Session(["A-1", "B-2"])
     subscribed(session)
     session.receive(wire.snapshot("A-1", 1, {}, {}), 0)
@@ -119,12 +119,12 @@ def test_a_gap_makes_every_book_of_the_sid_owe_a_snapshot_and_resynced_closes_it
     assert commands(session, 11.5) == []
 
 
-def test_a_storm_of_gaps_is_not_a_storm_of_requests() -> None:
+def test_many_gaps_do_not_cause_many_requests() -> None:
     session = Session(["A-1"])
     subscribed(session)
     session.receive(wire.snapshot("A-1", 1, {}, {}), 0)
     seq, asked = 1, 0
-    for tick in range(600):  # a gap every 0.1 s for a minute, each mended by the snapshot asked for
+    for tick in range(600):  # a gap every 0.1 s for a minute, each closed by the requested snapshot
         now = 1 + tick / 10
         seq += 2
         session.receive(wire.delta("A-1", seq, "yes", 100, 5), now)
@@ -136,13 +136,15 @@ def test_a_storm_of_gaps_is_not_a_storm_of_requests() -> None:
     assert 2 <= asked <= 10
 
 
-def test_thousands_of_tickers_are_subscribed_in_batches_on_one_sid() -> None:
+def test_thousands_of_tickers_share_one_sid() -> None:
     tickers = [f"T-{n}" for n in range(3_210)]
     session = Session(tickers)
     (first,) = commands(session, 0)
     assert first["params"]["use_yes_price"] is False
     assert first["params"]["skip_ticker_ack"] is True
-    assert commands(session, 0.1) == []  # waits for its sid: a second subscribe could come first
+    assert (
+        commands(session, 0.1) == []
+    )  # it waits for its sid: a second subscribe could be processed first
     session.receive(
         b'{"type":"subscribed","id":1,"msg":{"channel":"orderbook_delta","sid":4}}', 0.2
     )
@@ -153,7 +155,7 @@ def test_thousands_of_tickers_are_subscribed_in_batches_on_one_sid() -> None:
     assert asked == tickers
 
 
-def test_a_snapshot_that_does_not_come_is_asked_for_again_and_at_last_the_connection_ends() -> None:
+def test_missing_snapshots_are_re_requested_then_reconnect() -> None:
     session = Session(["A-1"])
     subscribed(session)
     actions = []
@@ -161,7 +163,7 @@ def test_a_snapshot_that_does_not_come_is_asked_for_again_and_at_last_the_connec
         actions += [c["params"]["action"] for c in commands(session, float(second))]
         if session.ended:
             break
-    assert actions == ["get_snapshot"] * (rules.ASKS_BEFORE_RECONNECT - 1)
+    assert actions == ["get_snapshot"] * (rules.REQUESTS_BEFORE_RECONNECT - 1)
     assert session.ended is not None
     assert "no snapshot" in session.ended
 
@@ -180,7 +182,7 @@ def test_terminal_errors_end_the_connection(code: int) -> None:
     assert commands(session, 1.0) == []
 
 
-def test_an_unknown_ticker_is_told_in_a_sentence() -> None:
+def test_an_unknown_ticker_is_a_warning() -> None:
     session = Session(["NOPE"])
     subscribed(session)
     session.receive(
@@ -204,8 +206,8 @@ def test_markets_join_and_leave_without_a_reconnect() -> None:
     assert [(n.kind, n.market_ticker) for n in session.take_notes()] == [("left", "A-1")]
 
 
-def test_replies_with_foreign_ids_are_understood() -> None:
-    """A replayed recording answers with the ids of the client that recorded it."""
+def test_replies_with_unknown_ids_are_handled() -> None:
+    """A replayed recording has the ids of the client that recorded it."""
     session = Session(["A-1"])
     commands(session, 0)
     session.receive(b'{"type":"subscribed","id":77,"msg":{"channel":"orderbook_delta","sid":1}}', 0)
@@ -215,7 +217,7 @@ def test_replies_with_foreign_ids_are_understood() -> None:
     assert gaps(session) == []
 
 
-def test_garbage_is_malformed_and_harms_nothing() -> None:
+def test_garbage_is_malformed_and_harmless() -> None:
     session = Session(["A-1"])
     for garbage in (
         b"",
@@ -255,7 +257,7 @@ def test_a_deleted_line_of_the_recording_is_one_gap() -> None:
 
 
 @pytest.mark.parametrize("code", [[], {}, None, "10", 10.0, [10]])
-def test_an_error_of_no_known_form_ends_nothing(code: object) -> None:
+def test_an_error_of_unknown_form_ends_nothing(code: object) -> None:
     session = Session(["A-1"])
     subscribed(session)
     frame = {"type": "error", "sid": 1, "seq": 1, "msg": {"code": code, "msg": "what"}}

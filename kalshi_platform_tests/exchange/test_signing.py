@@ -1,4 +1,4 @@
-"""Signing: both kinds of key, and an unreadable key file is a sentence that says what to do."""
+"""Signing with both kinds of key; an unusable key file is an error with a remedy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_ed25519_key_signs_the_text_itself(tmp_path: Path) -> None:
     key.public_key().verify(signature, b"text")
 
 
-def test_every_request_is_signed_anew(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
+def test_every_request_is_signed_again(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     write(tmp_path / "key.pem", pem(rsa_key))
     ticks = iter([1, 2])
     credentials = Credentials("id", load_signer(tmp_path / "key.pem"), lambda: next(ticks))
@@ -75,7 +75,7 @@ def test_every_request_is_signed_anew(tmp_path: Path, rsa_key: rsa.RSAPrivateKey
     assert first != second
 
 
-def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
+def test_an_unusable_key_file_is_reported_without_its_content(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey
 ) -> None:
     content = {
@@ -102,9 +102,7 @@ def test_a_key_file_that_cannot_be_used_is_a_sentence_without_its_content(
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ed25519"])
-def test_a_key_that_was_pasted_is_read(
-    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, kind: str
-) -> None:
+def test_a_pasted_key_is_read(tmp_path: Path, rsa_key: rsa.RSAPrivateKey, kind: str) -> None:
     key = rsa_key if kind == "rsa" else ed25519.Ed25519PrivateKey.generate()
     whole = pem(key)
     pasted = {
@@ -131,9 +129,7 @@ def test_a_key_that_was_pasted_is_read(
             assert signature == key.sign(b"text"), name
 
 
-def test_a_file_that_holds_something_else_says_what(
-    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
-) -> None:
+def test_a_file_without_a_key_is_described(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     whole = pem(rsa_key)
     public = rsa_key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -152,13 +148,13 @@ def test_a_file_that_holds_something_else_says_what(
         assert error.value.__cause__ is None
 
 
-def test_credentials_show_nothing(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
+def test_credentials_have_no_secret_in_repr(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     write(tmp_path / "key.pem", pem(rsa_key))
     assert "my-key-id" not in repr(Credentials("my-key-id", load_signer(tmp_path / "key.pem")))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o666, 0o777])
-def test_a_key_that_others_can_read_is_refused_with_the_command_that_closes_it(
+def test_a_key_readable_by_others_is_refused_with_chmod(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey, mode: int
 ) -> None:
     path = write(tmp_path / "my key.pem", pem(rsa_key), mode)
@@ -168,7 +164,7 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_closes_it(
     load_signer(path)
 
 
-def test_a_key_that_this_user_cannot_close_is_used(
+def test_a_key_whose_mode_this_user_cannot_change_is_used(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "key.pem", pem(rsa_key), 0o444)
@@ -177,8 +173,8 @@ def test_a_key_that_this_user_cannot_close_is_used(
             os, "fstatvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID)
         )
         load_signer(path)
-    with monkeypatch.context() as somebody_elses:
-        somebody_elses.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with monkeypatch.context() as other_user:
+        other_user.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
         load_signer(path)
     with pytest.raises(CredentialsError):
         load_signer(path)

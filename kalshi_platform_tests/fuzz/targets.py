@@ -28,7 +28,7 @@ from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 from kalshi_platform.embedded_clickhouse.statement import parse
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.exchange import columnar as decoding
-from kalshi_platform.exchange.answers import read_refusal
+from kalshi_platform.exchange.answers import decode_refusal
 from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES
 from kalshi_platform.exchange.columnar import Decoded, decode
 from kalshi_platform.exchange.session import Session
@@ -116,7 +116,7 @@ def session() -> Iterator[Run]:
     """Whatever comes in whatever order: a kind for each frame, commands that are JSON, no error."""
 
     def run(data: bytes) -> None:
-        conversation = Session(["A-1", "B-2", "C-3"], beside=(TRADES, LIFECYCLE))
+        conversation = Session(["A-1", "B-2", "C-3"], auxiliary=(TRADES, LIFECYCLE))
         now = 0.0
         for n, frame in enumerate(inputs.frames(data)):
             for command in conversation.commands(now):
@@ -238,7 +238,7 @@ def texts() -> Iterator[Run]:
     """Error answers, SQL files, and the details of events that are published: a value, or a sentence."""
 
     def run(data: bytes) -> None:
-        assert isinstance(str(read_refusal(data)), str)
+        assert isinstance(str(decode_refusal(data)), str)
         text = data.decode(errors="replace")
         try:
             parts = list(statements(text))

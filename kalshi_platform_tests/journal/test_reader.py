@@ -175,7 +175,7 @@ while True:
     writer.append(time.time_ns(), bytes(16), 1, b"frame %d" % n)
     n += 1
     if n % 50 == 0:
-        writer.hand_over()
+        writer.submit()
         if writer.wait_durable(n, 60):
             print(n, flush=True)
 """

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalshi_platform.exchange.columnar import decoded
+from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.exchange.frames import decode_head
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalRange, LogOffset, LostRange
@@ -44,7 +44,7 @@ def run(
 ) -> tuple[list[Rows], BookState]:
     state, out = BookState(), []
     for stretch in stretches(records, lost, cuts or []):
-        rows, state = build_rows(decoded(stretch), state)
+        rows, state = build_rows(decode_range(stretch), state)
         out.append(rows)
     return out, state
 
@@ -192,7 +192,7 @@ def test_a_connection_whose_end_and_whose_successors_beginning_are_lost() -> Non
 def test_a_journal_that_begins_within_a_connection_is_loaded_and_says_what_it_lacks() -> None:
     """Its older segments are past their retention, and the loads' states are gone."""
     [_, rest] = wire.blocks(recording(), [5])
-    rows, state = build_rows(decoded(rest), BookState(n=5))
+    rows, state = build_rows(decode_range(rest), BookState(n=5))
     stream = gathered([rows], "stream_events")
     assert [e["kind"] for e in stream][:2] == ["connected", "gap"]
     named = {(g["sid"], g["expected"], g["got"]) for g in gaps([rows]) if not g["market_ticker"]}

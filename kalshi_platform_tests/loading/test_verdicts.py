@@ -63,7 +63,7 @@ class Recording:
             rows, self.state = build_rows(decode(blocks), self.state)
             self.rows += rows.tables["stream_events"].to_pylist()
             for it in rows.distrusted:
-                self.session.distrust(it.market_ticker, it.cause, dict(it.detail))
+                self.session.mark_book_stale(it.market_ticker, it.cause, dict(it.detail))
             self._journal_notes(wire.NOON_NS + len(self.records))
 
     @property

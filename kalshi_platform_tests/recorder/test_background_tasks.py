@@ -17,7 +17,7 @@ import pytest
 from kalshi_platform.commands import doctor
 from kalshi_platform.exchange.auxiliary_channel import TRADES, MissedFrames
 from kalshi_platform.exchange.errors import CredentialsError, ProtocolError
-from kalshi_platform.exchange.frames import LifeEvent
+from kalshi_platform.exchange.frames import LifecycleEvent
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.health import health_report
 from kalshi_platform.journal import reader
@@ -208,8 +208,8 @@ def _provoke(it: Streamer) -> bool:
     lost = MissedFrames(TRADES, 2, 0.0, 0.0, "connection")
     loss = MissedSpan(lost, bytes(16), now_ns - 10**9, now_ns, frozenset(keeper._session.tickers))
     events = [
-        LifeEvent("KXFED-00-OLD", "created", 1, 2, {"event_ticker": "KXFED-00"}),
-        LifeEvent("KXNOT-00-OURS", "created", 1, 2, {"event_ticker": "KXNOT-00"}),
+        LifecycleEvent("KXFED-00-OLD", "created", 1, 2, {"event_ticker": "KXFED-00"}),
+        LifecycleEvent("KXNOT-00-OURS", "created", 1, 2, {"event_ticker": "KXNOT-00"}),
     ]
     for act, given in ((keeper._on_lost, loss), (keeper._on_life_events, events)):
         assert act is not None

@@ -19,8 +19,8 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.exchange.answers import Market
 from kalshi_platform.exchange.errors import Unreachable
-from kalshi_platform.exchange.frames import LifeEvent
-from kalshi_platform.exchange.items import Tell, logged
+from kalshi_platform.exchange.frames import LifecycleEvent
+from kalshi_platform.exchange.items import ReportUnreadable, log_unreadable
 from kalshi_platform.recorder import market_catalog
 from kalshi_platform.recorder import universe as rules
 from kalshi_platform.recorder.market_selection import REFRESH_S, RELIST_S, Watchlist
@@ -54,11 +54,11 @@ def market(
     )
 
 
-def told(ticker: str, event_type: str, **more: Any) -> LifeEvent:
-    return LifeEvent(market_ticker=ticker, event_type=event_type, **more)
+def told(ticker: str, event_type: str, **more: Any) -> LifecycleEvent:
+    return LifecycleEvent(market_ticker=ticker, event_type=event_type, **more)
 
 
-def created(ticker: str, opens: float, closes: float) -> LifeEvent:
+def created(ticker: str, opens: float, closes: float) -> LifecycleEvent:
     more = {"event_ticker": ticker.rpartition("-")[0]}
     return told(
         ticker, "created", open_ts=int(opens), close_ts=int(closes), additional_metadata=more
@@ -202,7 +202,7 @@ class Rest:
         self.asked: list[dict[str, Any]] = []
         self.away = False
 
-    def markets(self, *, tell: Tell = logged, **question: Any) -> list[Market]:
+    def markets(self, *, tell: ReportUnreadable = log_unreadable, **question: Any) -> list[Market]:
         """All of it can be read: nothing is told."""
         if self.away:
             raise Unreachable("away")
