@@ -51,7 +51,7 @@ from kalshi_platform.journal import journal_identity
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.loading import presence
 from kalshi_platform.printable import printable
-from kalshi_platform.recorder.market_selection import wish_of
+from kalshi_platform.recorder.market_selection import selection_of
 from kalshi_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def _markets(settings: Settings) -> Finding:
             "set MARKET_SERIES (for example MARKET_SERIES=KXHIGHNY), MARKET_EVENTS, MARKET_TICKERS,"
             " MARKET_FILE or MARKET_ALL",
         )
-    wish = wish_of(settings)
+    wish = selection_of(settings)
     with RestClient(settings.exchange, attempts=2) as client:
         unknown = sorted(client.unknown_tickers(wish.tickers))
         open_now = {

@@ -3,7 +3,8 @@
 The fast path decodes all deltas of a range with one call of Arrow's JSON reader and all snapshots with one
 call of Polars'. It accepts only the current wire form. Every other frame (legacy forms, unusual decimals,
 garbage) takes the slow path, frame by frame, with the decoders of `frames` and `book`; what that cannot
-read becomes a `malformed` row with the raw frame. Both paths give the same rows for the same frames.
+read becomes a `malformed` row with the raw frame. Both paths give the same rows for the same frames. The
+messages of `BookError` and `ValueError` are stored in `malformed` rows, so changing one changes recorded rows.
 Prices are 1e-4 dollars and sizes 1e-2 contracts, in 64-bit integers, as the wire quoted them.
 """
 
@@ -632,7 +633,7 @@ def _exchange_time(delta: Delta) -> datetime | None:
         if isinstance(ts_ms, int) and not isinstance(ts_ms, bool):
             return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
     except (ValueError, OverflowError, OSError):
-        raise BookError(f"{str(ts or ts_ms)[:40]!r} is not a valid time") from None
+        raise BookError(f"{str(ts or ts_ms)[:40]!r} is no time that there is") from None
     raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
 
 

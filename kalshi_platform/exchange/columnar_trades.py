@@ -217,7 +217,7 @@ def _time_ms(trade: TradeFrame) -> int:
     else:
         raise TradeError("the trade has no time")
     if not 0 <= at_ms <= _LAST_MS:
-        raise TradeError(f"the trade's time {at_ms} is not a Unix time in milliseconds before 2100")
+        raise TradeError(f"the trade's time {at_ms} is no Unix time in milliseconds")
     return at_ms
 
 

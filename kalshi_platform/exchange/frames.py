@@ -195,7 +195,7 @@ def decode_snapshot(frame: bytes) -> Snapshot:
     """The body of a snapshot frame. Raises: one of `DecodeError`."""
     if len(frame) > SNAPSHOT_BYTES:
         raise msgspec.DecodeError(
-            f"the snapshot has {len(frame):,} bytes, more than any book has ({SNAPSHOT_BYTES:,})"
+            f"the snapshot has {len(frame):,} bytes, and no book has {SNAPSHOT_BYTES:,}"
         )
     return _snapshot(frame).msg
 

@@ -23,7 +23,7 @@ _DECIMAL = re.compile(r"-?[0-9]{1,14}(\.[0-9]{1,12})?")
 def fixed_point(text: str, scale: int) -> int:
     """`text` as an integer count of 10**-scale units. Raises: ValueError where that is not exact."""
     if not _DECIMAL.fullmatch(text):
-        raise ValueError(f"{text[:40]!r} is not a decimal number, or too long for a price or size")
+        raise ValueError(f"{text[:40]!r} is not a decimal number, or out of all proportion")
     scaled = Decimal(text).scaleb(scale)
     units = int(scaled)
     if units != scaled:
@@ -44,7 +44,7 @@ def qty_units(contracts: str) -> int:
 def cents_units(whole: int) -> int:
     """Cents or whole contracts (the wire's integers from before March 2026) to units: a hundred of either."""
     if abs(whole) >= 10**14:
-        raise ValueError(f"{whole:.3e} is too large for a price or size")
+        raise ValueError(f"{whole:.3e} is out of all proportion")
     return whole * 100
 
 

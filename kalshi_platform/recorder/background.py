@@ -1,7 +1,7 @@
-"""Tasks beside capture: whatever they raise, recording goes on, and the failure is named and retried.
+"""Background tasks beside capture: a failure of any kind is reported and retried, and recording goes on.
 
-Market look-up, market selection, trade backfill, book comparison, health report and housekeeping run
-here. Nothing that capture itself needs for receiving and keeping frames does.
+Market look-up, market selection, trade backfill, book comparison, health report and housekeeping run as
+such tasks. Receiving and journalling frames never does: that belongs in `capture`.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from kalshi_platform.printable import printable
 log = logging.getLogger(__name__)
 
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
-"""Between two attempts of a task that fails; each wait is twice the one before."""
-LONGEST_REASON = 500
-"""Characters of a reason that are kept: an answer of the exchange may be in it."""
+"""Wait between attempts of a failing task; it doubles with each failure up to the maximum."""
+MAX_REASON = 500
+"""Characters of a reason that are kept: it may contain a response of the exchange."""
 
 FAILED, RECOVERED, UNREADABLE = "task_failed", "task_recovered", "unreadable"
-"""Kinds of the notes that say so in the journal, and in `stream_events`."""
-NAMED = 1_000
-"""Parts of the exchange's answers that are named once each; with more, they are named again."""
+"""Kinds of the notes in the journal and in `stream_events`."""
+REPORTED_MAX = 1_000
+"""Unreadable items that are each reported once; beyond this many, reporting starts over."""
 Note = Callable[[str, Mapping[str, object]], None]
 
 
 @dataclass(frozen=True)
 class TaskHealth:
-    """How one task does, as far as it has ever failed."""
+    """The state of a task that has failed at least once."""
 
     failures: int
-    """Since the start."""
+    """Number of failures since the start."""
     failing_since_ns: int
-    """The first failure after the last success; 0 where it succeeds now."""
+    """Time of the first failure after the last success; 0 while it succeeds."""
     reason: str
-    """Of the last failure, as a sentence."""
+    """Reason of the last failure, as a sentence."""
 
 
 class Tasks:
-    """What the tasks of one streamer have come to. Threads may share it."""
+    """The background tasks of one streamer and their failures. Thread-safe."""
 
     def __init__(self, note: Note) -> None:
-        """`note` puts a note into the journal, from any thread."""
+        """`note` appends a note to the journal; it must be callable from any thread."""
         self._note = note
         self._lock = threading.Lock()
         self._states: dict[str, TaskHealth] = {}
-        self._named: set[Unreadable] = set()
+        self._reported: set[Unreadable] = set()
 
     @property
     def states(self) -> dict[str, TaskHealth]:
@@ -60,8 +60,8 @@ class Tasks:
         with self._lock:
             return dict(self._states)
 
-    async def keep(self, name: str, turn: Callable[[], Awaitable[None]]) -> None:
-        """Take turns until cancelled; after a failure with a pause, which grows while failures go on."""
+    async def run_forever(self, name: str, turn: Callable[[], Awaitable[None]]) -> None:
+        """Call `turn` repeatedly until cancelled; back off after failures."""
         pause_s = RETRY_MIN_S
         while True:
             try:
@@ -78,20 +78,20 @@ class Tasks:
                 pause_s = RETRY_MIN_S
 
     @contextmanager
-    def surviving(self, name: str) -> Iterator[None]:
-        """Name what a block raises, and go on behind it."""
+    def guarded(self, name: str) -> Iterator[None]:
+        """Suppress and report whatever the block raises."""
         try:
             yield
-        except BaseException as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - no failure of a task may stop recording
             self.failed(name, error)
         else:
             self.succeeded(name)
 
     def failed(self, name: str, error: BaseException, retry_s: float | None = None) -> None:
-        """Note that a task has failed."""
+        """Record a failure of a task; log and note it where it is new or its reason has changed."""
         known = isinstance(error, PlatformError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        reason = printable(reason)[:LONGEST_REASON]
+        reason = printable(reason)[:MAX_REASON]
         with self._lock:
             before = self._states.get(name, TaskHealth(0, 0, ""))
             since_ns = before.failing_since_ns or time.time_ns()
@@ -104,19 +104,19 @@ class Tasks:
         detail: dict[str, object] = {"task": name, "reason": reason}
         self._note(FAILED, detail if retry_s is None else detail | {"retry_s": retry_s})
 
-    def tell(self, found: Unreadable) -> None:
-        """Name a part of the exchange's answers that cannot be read; once, for it is asked for again and again."""
+    def report_unreadable(self, unreadable: Unreadable) -> None:
+        """Report an unreadable item once: the exchange returns it with every list."""
         with self._lock:
-            if found in self._named:
+            if unreadable in self._reported:
                 return
-            if len(self._named) >= NAMED:
-                self._named.clear()
-            self._named.add(found)
-        log.warning("%s", found)
-        self._note(UNREADABLE, asdict(found))
+            if len(self._reported) >= REPORTED_MAX:
+                self._reported.clear()
+            self._reported.add(unreadable)
+        log.warning("%s", unreadable)
+        self._note(UNREADABLE, asdict(unreadable))
 
     def succeeded(self, name: str) -> None:
-        """Note that a task works, where it did not before."""
+        """Record a success; log and note it where the task was failing."""
         with self._lock:
             before = self._states.get(name)
             if before is None or not before.failing_since_ns:

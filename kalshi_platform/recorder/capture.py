@@ -1,7 +1,8 @@
-"""Capture: receive, stamp, keep, notice a gap, ask for a snapshot. As little as can be.
+"""Capture: receive frames, timestamp and journal them, detect gaps, request snapshots.
 
-It never waits for a database. Where the disk does not keep up it stops reading the socket and says
-so; it never drops. Every connection's beginning, end and cause is a note in the journal.
+Capture never waits for a database and never drops a frame. Where the disk does not keep up it stops reading
+the socket and reports that. Every connection's beginning, end and cause is a note in the journal. What a
+frame means is decided by `exchange.session`; everything that may fail or wait is a task of `background`.
 """
 
 from __future__ import annotations
@@ -33,36 +34,36 @@ from kalshi_platform.printable import printable
 log = logging.getLogger(__name__)
 
 TICK_S = 0.025
-"""How often what has come is handed to the disk: what a kill can lose."""
+"""Interval at which received frames are submitted to the disk; a kill can lose this much."""
 HEARTBEAT_S = 10.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0
 HEALTHY_S = 30.0
-"""A connection that lasted so long resets the back-off."""
+"""A connection that lasted this long resets the back-off."""
 
 
 class CaptureState(Enum):
-    """What capture is doing, for people and for the supervisor."""
+    """What capture is doing, as the health report shows it."""
 
     STARTING = "starting"
     CONNECTING = "connecting"
     STREAMING = "streaming"
     QUIET = "quiet"
-    """Connected and heard, with no order-book frame for a while."""
+    """Connected and receiving bytes, but no frame for `QUIET_AFTER_S`."""
     BLOCKED = "blocked"
     """The disk does not keep up: the socket is not read."""
     STOPPED = "stopped"
 
 
 QUIET_AFTER_S = 30.0
-BESIDE = (LIFECYCLE, TRADES)
-"""What is recorded beside the books, in the order in which it is subscribed to."""
+AUXILIARY_CHANNELS = (LIFECYCLE, TRADES)
+"""The auxiliary channels to record, in the order in which they are subscribed to."""
 RECENT_TRADES = 32_768
-"""Trades that are kept in memory, to tell those that the stream has missed from the others."""
+"""Trades kept in memory, so that the trade backfill can skip those that the stream delivered."""
 
 
 @dataclass
 class Counters:
-    """What came since the start."""
+    """Counts since the start."""
 
     frames: int = 0
     deltas: int = 0
@@ -74,16 +75,16 @@ class Counters:
     last_frame_ns: int = 0
     """Receive time of the last frame, this machine's clock; 0 before the first."""
     last_heard_ns: int = 0
-    """When bytes of any kind last came, pings included."""
+    """When bytes of any kind, pings included, were last received."""
     disconnects: dict[str, int] = field(default_factory=dict)
-    """Connections that ended, by cause, without the exchange's own words."""
+    """Connections that ended, by cause (without the exchange's own text)."""
 
 
 @dataclass(frozen=True)
 class MissedSpan:
-    """What a channel beside the books has missed, and of which markets."""
+    """A span that an auxiliary channel has missed, in wall time, and the markets concerned."""
 
-    lost: MissedFrames
+    missed: MissedFrames
     conn: bytes
     since_ns: int
     until_ns: int
@@ -91,7 +92,7 @@ class MissedSpan:
 
 
 class Capture:
-    """One shard's connection to the exchange, kept up for as long as it runs."""
+    """Keeps one shard connected to the exchange and journals what it receives."""
 
     def __init__(
         self,
@@ -104,10 +105,10 @@ class Capture:
         silent_since: float | None = None,
         recent_trades: Iterable[tuple[int, bytes]] = (),
         on_lifecycle_events: Callable[[Sequence[LifecycleEvent]], None] | None = None,
-        on_lost: Callable[[MissedSpan], None] | None = None,
+        on_missed: Callable[[MissedSpan], None] | None = None,
     ) -> None:
-        """`silent_since`: when the recording before this one ended, by the monotonic clock, and the
-        last trades that it had. The callbacks run in the event loop's thread and must be quick.
+        """`silent_since`: when the preceding recording ended, by the monotonic clock. `recent_trades`: its
+        last trades. The callbacks run in the event loop's thread and must not block.
         """
         self._ws_url = ws_url
         self._credentials = credentials
@@ -115,28 +116,28 @@ class Capture:
         self._tickers = list(tickers)
         self._use_yes_price = use_yes_price
         self._observed_yes_price: bool | None = None
-        """What the last connection was found to send, where that is not what was asked for."""
+        """The scale that the last connection was found to send; None before the first one."""
         self._stop = asyncio.Event()
         self._session: Session | None = None
         self._conn = NO_CONNECTION
-        self._distrusted: list[tuple[str, str, dict[str, object]]] = []
-        self._on_life_events = on_lifecycle_events
-        self._on_lost = on_lost
+        self._stale_books: list[tuple[str, str, dict[str, object]]] = []
+        self._on_lifecycle_events = on_lifecycle_events
+        self._on_missed = on_missed
         self._silent_since = silent_since
-        self._tickers_then: frozenset[str] = frozenset()
+        self._previous_tickers: frozenset[str] = frozenset()
         self.recent_trades = deque(recent_trades, RECENT_TRADES)
-        """(receive time in ns, frame) of the newest trades, whichever connection they came over."""
+        """(receive time in ns, frame) of the newest trades, across connections."""
         self._blocked = False
         self.counters = Counters()
         self.connected = False
         self.unreached: str | None = None
-        """Why the exchange was not reached the last time, as a sentence; None once it is."""
+        """Why the last attempt to connect failed, as a sentence; None while connected."""
         self.ended = False
-        """Whether `run` is over, and what it received was handed to the journal's writer."""
+        """Whether `run` has returned and everything received was submitted to the journal's writer."""
 
     @property
     def state(self) -> CaptureState:
-        """What it is doing now."""
+        """What capture is doing now."""
         if self._stop.is_set():
             return CaptureState.STOPPED
         if self._blocked:
@@ -149,7 +150,7 @@ class Capture:
 
     @property
     def markets(self) -> tuple[int, int]:
-        """(markets followed, of which have a book without a gap)."""
+        """(number of followed markets, number of those whose book is synced)."""
         session = self._session
         return (len(self._tickers), session.synced if session and self.connected else 0)
 
@@ -164,36 +165,36 @@ class Capture:
             self._session.follow(self._tickers)
 
     def mark_book_stale(self, ticker: str, cause: str, detail: dict[str, object]) -> None:
-        """A book was found to be wrong downstream. Call in the event loop's thread."""
-        self._distrusted.append((ticker, cause, detail))
+        """Mark a book stale that a later stage found wrong. Call in the event loop's thread."""
+        self._stale_books.append((ticker, cause, detail))
 
     def rescale(self, *, yes_price: bool) -> None:
         """Read no bids on the scale that the exchange was found to use. Call in the event loop's thread."""
         if self._session is not None and self.connected:
             self._session.rescale(time.monotonic(), yes_price=yes_price)
 
-    def remark(self, kind: str, detail: Mapping[str, object], market_ticker: str = "") -> None:
-        """Put a note into the journal for somebody else. Call in the event loop's thread."""
+    def note(self, kind: str, detail: Mapping[str, object], market_ticker: str = "") -> None:
+        """Append another component's note to the journal. Call in the event loop's thread."""
         self._journal.note(kind, detail, market_ticker=market_ticker)
 
-    def recover(
-        self, loss: MissedSpan, frames: Sequence[bytes], detail: Mapping[str, object]
+    def record_backfill(
+        self, span: MissedSpan, frames: Sequence[bytes], detail: Mapping[str, object]
     ) -> None:
-        """Keep trades that the stream had missed. Call in the event loop's thread."""
+        """Journal backfilled trades and a note about them. Call in the event loop's thread."""
         now_ns = time.time_ns()
-        self._journal.extend(now_ns, loss.conn, [Kind.TRADE] * len(frames), list(frames))
+        self._journal.extend(now_ns, span.conn, [Kind.TRADE] * len(frames), list(frames))
         self.recent_trades.extend((now_ns, frame) for frame in frames)
-        self._journal.note("recovered", detail, conn=loss.conn, sid=loss.lost.sid)
+        self._journal.note("recovered", detail, conn=span.conn, sid=span.missed.sid)
 
     async def run(self) -> None:
-        """Stay connected until `stop`. Raises `ExchangeError` for what dialling cannot mend."""
+        """Stay connected until `stop`. Raises: `ExchangeError` where reconnecting cannot help."""
         ticking = asyncio.create_task(self._tick())
         try:
             attempt = 0
             while not self._stop.is_set():
                 began = time.monotonic()
                 try:
-                    await self._connection(attempt)
+                    await self._connect_once(attempt)
                 except CredentialsError:
                     raise
                 except ExchangeError as error:
@@ -208,8 +209,8 @@ class Capture:
             self._journal.submit()
             self.ended = True
 
-    async def _connection(self, attempt: int) -> None:
-        """One connection, from dial to end; both are notes in the journal."""
+    async def _connect_once(self, attempt: int) -> None:
+        """Run one connection from dial to end; both are noted in the journal."""
         dialling = asyncio.ensure_future(dial(self._ws_url, self._credentials(), BatchedConnection))
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({dialling, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -224,7 +225,7 @@ class Capture:
             self._tickers,
             use_yes_price=self._use_yes_price,
             observed_yes_price=self._observed_yes_price,
-            auxiliary=BESIDE,
+            auxiliary=AUXILIARY_CHANNELS,
             silent_since=self._silent_since,
         )
         self.counters.connections += 1
@@ -246,20 +247,20 @@ class Capture:
         began = time.monotonic()
         cause = "unexpected"
         try:
-            cause = await self._converse(socket, session, conn)
+            cause = await self._run_connection(socket, session, conn)
         finally:
             try:
-                await _close(socket)  # what comes until then is kept
+                await _close(socket)  # frames received until then are journalled
             finally:
                 seconds, frames = time.monotonic() - began, self.counters.frames - before
-                self._note_end(session, conn, cause, seconds, frames)
+                self._note_disconnect(session, conn, cause, seconds, frames)
         if session.fatal is not None:
             raise session.fatal
 
-    def _note_end(
+    def _note_disconnect(
         self, session: Session, conn: bytes, cause: str, seconds: float, frames: int
     ) -> None:
-        """What a connection that has ended leaves: to the journal, and to the next one."""
+        """Note a connection's end and keep the state that the next connection needs."""
         self.connected = self._blocked = False
         self._conn = NO_CONNECTION
         ends = self.counters.disconnects
@@ -268,7 +269,7 @@ class Capture:
         now = time.monotonic()
         silent_s = (time.time_ns() - self.counters.last_frame_ns) / 1e9
         self._silent_since = session.silent_since(max(now - seconds, now - silent_s))
-        self._tickers_then = session.tickers
+        self._previous_tickers = session.tickers
         self._observed_yes_price = session.scale.yes_price
         self._drain_notes(session, conn)
         detail = {"cause": cause, "frames": frames, "seconds": round(seconds, 3)}
@@ -278,30 +279,32 @@ class Capture:
         self._journal.note("disconnected", detail, conn=conn)
         log.info("Disconnected from %s: %s.", uuid.UUID(bytes=conn), cause)
 
-    async def _converse(self, socket: BatchedConnection, session: Session, conn: bytes) -> str:
-        """Go on until the connection is of no more use; says why.
+    async def _run_connection(
+        self, socket: BatchedConnection, session: Session, conn: bytes
+    ) -> str:
+        """Run until the connection cannot be used any more; return the cause.
 
-        Frames are kept beyond that, until the connection is closed.
+        Frames are journalled beyond that, until the connection is closed.
         """
         over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        due = asyncio.Event()
+        wake = asyncio.Event()
 
         def deliver(frames: list[bytes], recv_ns: int) -> None:
             try:
-                self._keep(frames, recv_ns, session, conn, due)
+                self._journal_frames(frames, recv_ns, session, conn, wake)
                 if self._journal.full and not self._blocked:
                     self._stop_reading(socket)
                 if (session.ended or session.fatal) and not over.done():
                     over.set_result(session.ended or "refused")
             except BaseException as error:
                 if over.done():
-                    log.error("After the connection's end: %s", error, exc_info=True)
+                    log.error("A frame after the connection's end: %s", error, exc_info=True)
                 else:
-                    over.set_exception(error)  # raised where the connection is awaited
+                    over.set_exception(error)  # raised where `over` is awaited
 
         socket.deliver_to(deliver)
         closing = asyncio.create_task(socket.wait_closed())
-        speaking = asyncio.create_task(self._speak(socket, session, conn, due))
+        speaking = asyncio.create_task(self._send_commands(socket, session, conn, wake))
         stopping = asyncio.create_task(self._stop.wait())
         tasks = (closing, speaking, stopping)
         try:
@@ -311,7 +314,7 @@ class Capture:
                 return over.result()
             if stopping.done():
                 return "stopped"
-            return speaking.result() if speaking.done() else _closing(socket)
+            return speaking.result() if speaking.done() else _close_cause(socket)
         finally:
             if not over.done():
                 over.set_result("over")
@@ -319,10 +322,10 @@ class Capture:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _keep(
-        self, frames: list[bytes], recv_ns: int, session: Session, conn: bytes, due: asyncio.Event
+    def _journal_frames(
+        self, frames: list[bytes], recv_ns: int, session: Session, conn: bytes, wake: asyncio.Event
     ) -> None:
-        """Judge and journal what one read of the socket brought; where judging fails, journal it all the same."""
+        """Process and journal the frames of one socket read; where processing fails, journal them anyway."""
         counters, now, kept = self.counters, time.monotonic(), 0
         counters.frames += len(frames)
         counters.last_frame_ns = recv_ns
@@ -348,47 +351,49 @@ class Capture:
                         run = zip(frames[until - len(kinds) : until], kinds, strict=True)
                         self.recent_trades.extend((recv_ns, f) for f, k in run if k == Kind.TRADE)
                     if deltas + trades < len(kinds):
-                        due.set()
-                    self._pass_on(session, conn)
+                        wake.set()
+                    self._report_events(session, conn)
         except BaseException:
-            rest = frames[kept:]
-            self._journal.extend(recv_ns, conn, [kind_of(frame) for frame in rest], rest)
+            unprocessed = frames[kept:]
+            self._journal.extend(
+                recv_ns, conn, [kind_of(frame) for frame in unprocessed], unprocessed
+            )
             raise
 
-    def _pass_on(self, session: Session, conn: bytes) -> None:
-        """Tell of life events and losses. Losses are told in wall time, which REST understands."""
+    def _report_events(self, session: Session, conn: bytes) -> None:
+        """Report lifecycle events and missed spans; spans in wall time, as REST uses it."""
         if session.lifecycle_events:
             events, session.lifecycle_events = session.lifecycle_events, []
-            if self._on_life_events is not None:
-                self._on_life_events(events)
-        for lost in session.take_missed():
+            if self._on_lifecycle_events is not None:
+                self._on_lifecycle_events(events)
+        for missed in session.take_missed():
             ahead_ns = time.time_ns() - int(time.monotonic() * 1e9)
-            since_ns, until_ns = (int(at * 1e9) + ahead_ns for at in (lost.since, lost.until))
+            since_ns, until_ns = (int(at * 1e9) + ahead_ns for at in (missed.since, missed.until))
             tickers = session.tickers
-            if lost.cause == "connection":
-                tickers |= self._tickers_then
-            if self._on_lost is not None:
-                self._on_lost(MissedSpan(lost, conn, since_ns, until_ns, tickers))
+            if missed.cause == "connection":
+                tickers |= self._previous_tickers
+            if self._on_missed is not None:
+                self._on_missed(MissedSpan(missed, conn, since_ns, until_ns, tickers))
 
     def _stop_reading(self, socket: BatchedConnection) -> None:
-        """Not reading lets TCP push back on the exchange, which may then end the subscription."""
+        """Pause reading: TCP back-pressure reaches the exchange, which may then end the subscription."""
         log.error(
-            "The disk does not keep up: %d MiB wait for it, so the exchange is not read. %s",
+            "The disk does not keep up: %d MiB wait for it, so the socket is not read. %s",
             self._journal.backlog_bytes >> 20,
             self._journal.blocked or "",
         )
         self._blocked = True
         socket.transport.pause_reading()
 
-    async def _speak(
-        self, socket: BatchedConnection, session: Session, conn: bytes, due: asyncio.Event
+    async def _send_commands(
+        self, socket: BatchedConnection, session: Session, conn: bytes, wake: asyncio.Event
     ) -> str:
-        """Send what is due, and notice when the peer has gone silent."""
+        """Send due commands; return the cause where the peer has gone silent or the session ended."""
         try:
             while True:
-                for ticker, cause, detail in self._distrusted:
+                for ticker, cause, detail in self._stale_books:
                     session.mark_book_stale(ticker, cause, dict(detail))
-                self._distrusted.clear()
+                self._stale_books.clear()
                 self._drain_notes(session, conn)
                 for command in session.commands(time.monotonic()):
                     await socket.send(command, text=True)
@@ -404,10 +409,10 @@ class Capture:
                 elif socket.silent_s > LIVENESS_S and not socket.has_unread_bytes:
                     return f"silent for {LIVENESS_S:.0f} s"
                 self.counters.last_heard_ns = time.time_ns() - int(socket.silent_s * 1e9)
-                await _either(due, 2 * TICK_S)
+                await _wait_event(wake, 2 * TICK_S)
         except ConnectionClosed:
             await socket.wait_closed()
-            return _closing(socket)
+            return _close_cause(socket)
 
     def _drain_notes(self, session: Session, conn: bytes, recv_ns: int | None = None) -> None:
         for note in session.take_notes():
@@ -452,20 +457,20 @@ class Capture:
 
 
 def _backoff_s(attempt: int) -> float:
-    """Full jitter: recorders that lost the exchange together do not come back together."""
+    """Back-off with full jitter, so that recorders disconnected together do not reconnect together."""
     ceiling = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2**attempt)
     return random.uniform(BACKOFF_MIN_S / 2, ceiling)  # noqa: S311 - jitter, not a secret
 
 
-def _closing(socket: BatchedConnection) -> str:
+def _close_cause(socket: BatchedConnection) -> str:
     frame = socket.protocol.close_rcvd
     if frame is None:
         return "the connection broke without a close frame"
     return printable(f"closed by the exchange: {frame.code} {frame.reason}".rstrip())
 
 
-async def _either(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set, which is undone, or the time has passed."""
+async def _wait_event(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, and clear it, or until the time has passed."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -475,7 +480,7 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
 
 
 async def _close(socket: BatchedConnection) -> None:
-    """Leave politely, reading on meanwhile, but do not wait for a peer that is gone."""
+    """Close with a close frame while still reading; abort where the peer does not answer within 1 s."""
     try:
         await asyncio.wait_for(socket.close(), 1.0)
     except (TimeoutError, ConnectionClosed, OSError):

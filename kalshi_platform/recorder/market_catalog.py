@@ -1,11 +1,11 @@
-"""The market catalogue: what the followed markets are, read from the exchange and kept for good.
+"""The market catalogue: the terms of the followed markets, read over REST and kept for good.
 
     $PARQUET_DIR/market_catalog/markets.parquet    every market ever catalogued, its newest state
     market_catalog in ClickHouse                   a row for each reading; FINAL gives the newest
 
-It is no hour of the recording, hence outside the hourly layout. A market that has been catalogued is read
-again until it is finalized, wherever it has gone by then, so that its result is not missed. Nothing is
-written where the exchange did not answer in full.
+It has no hours, so it is outside the hourly layout. A catalogued market is read again until it is
+finalized, even after it left the market selection, so that its result is not missed. Nothing is written
+where the exchange's response was incomplete. Which markets to record belongs in `market_selection`.
 """
 
 from __future__ import annotations
@@ -29,61 +29,61 @@ from kalshi_platform.exchange.errors import ProtocolError
 from kalshi_platform.exchange.numbers import PRICE_SCALE, QTY_SCALE, fixed_point
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.recorder.market_selection import wish_of
+from kalshi_platform.recorder.market_selection import selection_of
 from kalshi_platform.schema import MARKET_CATALOG, NAME
 from kalshi_platform.settings import Settings
 
 FILE = "markets.parquet"
 FINAL = "finalized"
-"""The state that nothing follows."""
+"""The final status of a market."""
 BACK = timedelta(hours=1)
-"""Markets that closed so long before the last reading are read once more; at first, before now."""
+"""Overlap: markets that closed up to this long before the last reading (at first: before now) are read again."""
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What is known of the markets, in the columns of `market_catalog`."""
+    """One reading of the catalogue, in the columns of `market_catalog`."""
 
     read: pa.Table
-    """The markets that were read this time."""
+    """The markets read this time."""
     known: pa.Table
-    """These and all that were catalogued before, by ticker."""
+    """These and all that were catalogued before, sorted by ticker."""
     new: int
-    """How many of them had not been catalogued before."""
+    """How many markets were not catalogued before."""
     as_of: datetime
 
 
 def take(settings: Settings, rest: RestClient) -> Catalog:
-    """Read every market that the settings name, and those catalogued before that can still change.
+    """Read every market of the market selection, and catalogued ones that can still change.
 
-    Raises `ExchangeError` where the exchange does not tell all, `StoreRefused` where the file of
-    before cannot be read.
+    Raises: `ExchangeError` where the exchange does not return all of them, `StoreRefused` where the
+    existing file cannot be read.
     """
     as_of = datetime.fromtimestamp(time.time(), UTC)
-    before = _before(settings)
-    wish = wish_of(settings)
+    before = _catalogued(settings)
+    selection = selection_of(settings)
     newest = pc.max(before["as_of"]).as_py()
     since = int(((newest or as_of) - BACK).timestamp())
-    found: dict[str, Market] = {}
+    listed: dict[str, Market] = {}
 
-    def keep(markets: Iterable[Market]) -> None:
-        found.update((market.ticker, market) for market in markets)
+    def add(markets: Iterable[Market]) -> None:
+        listed.update((market.ticker, market) for market in markets)
 
-    # A market may trade past its close time: those that are open are read, too.
-    if wish.everything:
-        keep(rest.markets(min_close_ts=since, mve_filter="exclude"))
-        keep(rest.markets(status="open", mve_filter="exclude"))
-    for series in wish.series:
-        keep(rest.markets(series_ticker=series, min_close_ts=since))
-        keep(rest.markets(series_ticker=series, status="open"))
-    for event in sorted(wish.events):
-        keep(rest.markets(event_ticker=event))
-    open_ended = before.filter(pc.not_equal(before["status"].cast(pa.string()), FINAL))
-    by_name = [*wish.tickers, *open_ended["market_ticker"].cast(pa.string()).to_pylist()]
-    keep(rest.markets(tickers=[ticker for ticker in by_name if ticker not in found]))
-    read = _table(list(found.values()), as_of)
+    # A market may trade past its close time, so the open ones are read, too.
+    if selection.everything:
+        add(rest.markets(min_close_ts=since, mve_filter="exclude"))
+        add(rest.markets(status="open", mve_filter="exclude"))
+    for series in selection.series:
+        add(rest.markets(series_ticker=series, min_close_ts=since))
+        add(rest.markets(series_ticker=series, status="open"))
+    for event in sorted(selection.events):
+        add(rest.markets(event_ticker=event))
+    unfinished = before.filter(pc.not_equal(before["status"].cast(pa.string()), FINAL))
+    by_name = [*selection.tickers, *unfinished["market_ticker"].cast(pa.string()).to_pylist()]
+    add(rest.markets(tickers=[ticker for ticker in by_name if ticker not in listed]))
+    read = _table(list(listed.values()), as_of)
     kept = pc.invert(
-        pc.is_in(before["market_ticker"].cast(pa.string()), pa.array(list(found), pa.string()))
+        pc.is_in(before["market_ticker"].cast(pa.string()), pa.array(list(listed), pa.string()))
     )
     known = pa.concat_tables([before.filter(kept), read]).unify_dictionaries()
     order = pc.sort_indices(known["market_ticker"].cast(pa.string()))
@@ -91,10 +91,11 @@ def take(settings: Settings, rest: RestClient) -> Catalog:
 
 
 def store(settings: Settings, catalog: Catalog) -> File:
-    """Write the file, and what ClickHouse lacks; returns the file.
+    """Write the file and insert the rows that ClickHouse lacks; return the file. Idempotent.
 
-    A ClickHouse that knows fewer markets than the file (a new one) gets them all. Raises what the stores
-    raise; doing it again adds nothing.
+    A ClickHouse with fewer markets than the file (a new one) gets them all.
+
+    Raises: what the stores raise.
     """
     file = known_archive(settings).write_whole(
         MARKET_CATALOG.name, FILE, catalog.known, level=9, sorted_by=("market_ticker",)
@@ -104,15 +105,15 @@ def store(settings: Settings, catalog: Catalog) -> File:
     name = MARKET_CATALOG.name
     with closing(clickhouse.connect(settings, log_comment=name)) as client:
         with clickhouse.translated():
-            there = client.query(f"SELECT uniqExact(market_ticker) FROM {name}").result_rows[0][0]  # noqa: S608 - the schema's own name
-        lacks = there < catalog.known.num_rows - catalog.new
-        rows = catalog.known if lacks else catalog.read
+            stored = client.query(f"SELECT uniqExact(market_ticker) FROM {name}").result_rows[0][0]  # noqa: S608 - the schema's own name
+        incomplete = stored < catalog.known.num_rows - catalog.new
+        rows = catalog.known if incomplete else catalog.read
         token = f"{name}:{catalog.as_of.isoformat()}:{rows.num_rows}"
         clickhouse.insert_arrow(client, name, rows, token)
     return file
 
 
-def _before(settings: Settings) -> pa.Table:
+def _catalogued(settings: Settings) -> pa.Table:
     schema = MARKET_CATALOG.arrow
     file = known_archive(settings).whole(MARKET_CATALOG.name, FILE)
     if file is None:
@@ -123,8 +124,8 @@ def _before(settings: Settings) -> pa.Table:
         if error.name:  # the object store's refusal, with its own remedy
             raise
         raise StoreRefused(
-            f"{file.path} cannot be read. Restore it from a backup; or move it away, and markets"
-            " that are no longer listed are missing from the new one."
+            f"{file.path} cannot be read. Restore it from a backup; or move it away: then markets that the"
+            " exchange no longer lists are missing from the new file."
         ) from None
 
 
@@ -161,11 +162,11 @@ def _table(markets: Sequence[Market], as_of: datetime) -> pa.Table:
 def _ranges(market: Market) -> list[dict[str, Decimal | None]]:
     return [
         {
-            "start": _exact(market, each.start, PRICE_SCALE),
-            "end": _exact(market, each.end, PRICE_SCALE),
-            "step": _exact(market, each.step, PRICE_SCALE),
+            "start": _exact(market, grid.start, PRICE_SCALE),
+            "end": _exact(market, grid.end, PRICE_SCALE),
+            "step": _exact(market, grid.step, PRICE_SCALE),
         }
-        for each in market.price_ranges or ()
+        for grid in market.price_ranges or ()
     ]
 
 
@@ -176,5 +177,5 @@ def _exact(market: Market, text: str | None, scale: int) -> Decimal | None:
         return Decimal(fixed_point(text, scale)).scaleb(-scale)
     except ValueError as error:
         raise ProtocolError(
-            f"The exchange lists {market.ticker} with a number that cannot be kept: {error}."
+            f"The exchange lists {market.ticker} with a number that cannot be stored: {error}."
         ) from None

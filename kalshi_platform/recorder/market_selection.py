@@ -1,8 +1,9 @@
-"""Which markets to record: the settings' wish, kept current with what the exchange lists.
+"""Which markets to record: the market selection of the settings, kept current with the exchange's lists.
 
-REST is read sparingly, however many markets there are: all of a wish now and then, and in between what
-has changed on the whole exchange, which is mostly a page. A list that could not be had changes
-nothing: no answer, and no file, ever mean "no markets".
+REST is read sparingly, however many markets there are: the whole selection every `RELIST_S`, and every
+`REFRESH_S` only the markets of the exchange that have changed, which is usually one page. A list or file
+that cannot be read changes nothing: it never means "no markets". When a market joins and leaves is
+decided in `universe`; subscribing belongs in `capture`.
 """
 
 from __future__ import annotations
@@ -26,190 +27,192 @@ from kalshi_platform.settings import Settings
 log = logging.getLogger(__name__)
 
 REFRESH_S = 15.0
-"""Between two looks at what has changed: so long the exchange's own cache keeps an answer."""
+"""Interval between queries for changed markets: the exchange caches a response for this long."""
 RELIST_S = 300.0
-"""Between two readings of everything that is wished for: the net below, and when volumes are learnt."""
-UNSURE_S = 1.0
-"""Before REST is asked about a market that the exchange told of and that is not known."""
+"""Interval between queries for the whole selection: catches missed changes and updates volumes."""
+UNKNOWN_MARKET_S = 1.0
+"""Delay before a query after a lifecycle event of an unknown market."""
 OVERLAP_S = 60
-"""Looks overlap by so much: our clock may be ahead, and answers are cached."""
+"""Overlap of consecutive queries: this machine's clock may be ahead, and responses are cached."""
 
-NOTHING = (
+NOTHING_SELECTED = (
     "There is nothing to record: set MARKET_SERIES (for example MARKET_SERIES=KXHIGHNY), MARKET_EVENTS,"
     " MARKET_TICKERS, MARKET_FILE or MARKET_ALL."
 )
 
 
 @dataclass(frozen=True)
-class Look:
-    """One look at REST, to be taken in a thread of its own: it knows no state."""
+class MarketQuery:
+    """One query to REST. It holds no state, so it can run in another thread."""
 
-    wish: MarketSelection
+    selection: MarketSelection
     tickers: tuple[str, ...]
-    """To be looked up by name."""
-    whole: bool
-    """All of the wish, or what has changed since then."""
+    """Tickers to look up by name."""
+    full: bool
+    """Whether to read the whole selection; else only markets changed after `since_s`."""
     since_s: float
     now_s: float
 
-    def take(self, rest: RestClient, tell: ReportUnreadable = log_unreadable) -> list[Market]:
-        """What the exchange lists, as far as it can be read; `tell` is given what cannot.
+    def fetch(self, rest: RestClient, report: ReportUnreadable = log_unreadable) -> list[Market]:
+        """Fetch the markets that the exchange lists; `report` receives those that cannot be read.
 
-        Raises `ExchangeError` where it does not answer.
+        Raises: `ExchangeError` where the exchange does not answer.
         """
-        found = rest.markets(tickers=self.tickers, report=tell) if self.tickers else []
-        if not self.wish.follows_openings:
-            return found
-        if not self.whole:
+        markets = rest.markets(tickers=self.tickers, report=report) if self.tickers else []
+        if not self.selection.follows_openings:
+            return markets
+        if not self.full:
             since = int(self.since_s) - OVERLAP_S
-            return found + rest.markets(min_updated_ts=since, mve_filter="exclude", report=tell)
+            return markets + rest.markets(min_updated_ts=since, mve_filter="exclude", report=report)
         not_closed = int(self.now_s) - OVERLAP_S
-        for event in sorted(self.wish.events):
-            of_event = rest.markets(event_ticker=event, report=tell)
-            found += _insist(of_event, f"MARKET_EVENTS: {event}")
-        # A market may trade past its close time: those that are open are read, too.
-        if self.wish.everything:
-            found += rest.markets(min_close_ts=not_closed, mve_filter="exclude", report=tell)
-            found += rest.markets(status="open", mve_filter="exclude", report=tell)
-        for series in self.wish.series:
-            of_series = rest.markets(series_ticker=series, min_close_ts=not_closed, report=tell)
-            of_series += rest.markets(status="open", series_ticker=series, report=tell)
-            found += _insist(of_series, f"MARKET_SERIES: {series}")
-        return found
+        for event in sorted(self.selection.events):
+            in_event = rest.markets(event_ticker=event, report=report)
+            markets += _warn_if_empty(in_event, f"MARKET_EVENTS: {event}")
+        # A market may trade past its close time, so the open ones are read, too.
+        if self.selection.everything:
+            markets += rest.markets(min_close_ts=not_closed, mve_filter="exclude", report=report)
+            markets += rest.markets(status="open", mve_filter="exclude", report=report)
+        for series in self.selection.series:
+            in_series = rest.markets(series_ticker=series, min_close_ts=not_closed, report=report)
+            in_series += rest.markets(status="open", series_ticker=series, report=report)
+            markets += _warn_if_empty(in_series, f"MARKET_SERIES: {series}")
+        return markets
 
 
-def _insist(found: list[Market], what: str) -> list[Market]:
-    if not found:
-        log.warning("%s has no market that is open or to open. Is the name right?", what)
-    return found
+def _warn_if_empty(markets: list[Market], setting: str) -> list[Market]:
+    if not markets:
+        log.warning("%s has no market that is open or will open. Is the name right?", setting)
+    return markets
 
 
-def wish_of(settings: Settings) -> MarketSelection:
-    """What the settings want recorded. Raises `SettingsError` where that is nothing."""
+def selection_of(settings: Settings) -> MarketSelection:
+    """The market selection of the settings. Raises: `SettingsError` where it is empty."""
     file = _TickerFile(settings.market_file) if settings.market_file else None
-    return _wish(settings, file.tickers if file else ())
+    return _selection(settings, file.tickers if file else ())
 
 
-def _wish(settings: Settings, from_file: Sequence[str]) -> MarketSelection:
-    wish = MarketSelection(
+def _selection(settings: Settings, from_file: Sequence[str]) -> MarketSelection:
+    selection = MarketSelection(
         tuple(dict.fromkeys([*settings.market_tickers, *from_file])),
         settings.market_series,
         frozenset(settings.market_events),
         settings.every_market,
         qty_units(str(settings.market_min_volume)),
     )
-    if not wish.tickers and not wish.follows_openings:
-        raise SettingsError(NOTHING)
-    return wish
+    if not selection.tickers and not selection.follows_openings:
+        raise SettingsError(NOTHING_SELECTED)
+    return selection
 
 
 class Watchlist:
-    """One shard's markets to follow. All but `Look.take` belongs to one thread: the event loop's."""
+    """One shard's markets to follow. Call it in one thread (the event loop's), except `MarketQuery.fetch`."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float], shard: int = 0) -> None:
-        """`clock` gives Unix seconds. Raises `SettingsError` where nothing is wished for."""
+        """`clock` returns Unix seconds. Raises: `SettingsError` where the selection is empty."""
         self._settings = settings
         self._clock = clock
         self._shard = shard
         self._file = _TickerFile(settings.market_file) if settings.market_file else None
-        wish = _wish(settings, self._from_file)
-        self._roster = Universe(wish)
-        self._unchecked: tuple[str, ...] = wish.tickers
+        selection = _selection(settings, self._from_file)
+        self._universe = Universe(selection)
+        self._unchecked: tuple[str, ...] = selection.tickers
         self._whole_s = self._looked_s = float("-inf")
 
     @property
     def _from_file(self) -> Sequence[str]:
         return self._file.tickers if self._file else ()
 
-    # -- what the exchange and the user say ----------------------------------------------------
+    # -- changes from the exchange and the user ------------------------------------------------
 
-    def heed(self, events: Iterable[LifecycleEvent]) -> None:
-        """What the exchange tells of markets' lives."""
+    def apply_events(self, events: Iterable[LifecycleEvent]) -> None:
+        """Apply lifecycle events."""
         for event in events:
-            self._roster.heed(event, self._clock())
+            self._universe.apply_event(event, self._clock())
 
-    def unsettle(self) -> None:
-        """Life events were missed: ask REST soon, which tells of every change since the last look."""
-        self._roster.unsure = True
+    def request_refresh(self) -> None:
+        """Query REST soon, because lifecycle events were missed: it lists every change since the last query."""
+        self._universe.refresh_needed = True
 
-    def reread(self) -> None:
-        """Read MARKET_FILE again if it has changed."""
+    def reload_file(self) -> None:
+        """Read MARKET_FILE again where it has changed."""
         if self._file is None:
             return
         self._file.changed()
         named = tuple(dict.fromkeys([*self._settings.market_tickers, *self._from_file]))
-        if named == self._roster.wish.tickers:
+        if named == self._universe.selection.tickers:
             return
-        before = set(self._roster.wish.tickers)
-        self._roster.rename(named)
+        before = set(self._universe.selection.tickers)
+        self._universe.set_tickers(named)
         self._unchecked += tuple(ticker for ticker in named if ticker not in before)
         log.info("MARKET_FILE names %d markets now.", len(self._from_file))
 
-    # -- looking at REST -----------------------------------------------------------------------
+    # -- queries to REST -----------------------------------------------------------------------
 
-    def look(self) -> Look | None:
-        """The look at REST that is due, if one is."""
-        now_s, wish = self._clock(), self._roster.wish
-        whole = now_s - self._whole_s >= RELIST_S
-        pause_s = UNSURE_S if self._roster.unsure else REFRESH_S
-        part = wish.follows_openings and now_s - self._looked_s >= pause_s
-        if not (self._unchecked or part or (whole and (wish.follows_openings or self._unknown))):
+    def due_query(self) -> MarketQuery | None:
+        """The query that is due; None if none is."""
+        now_s, selection = self._clock(), self._universe.selection
+        full = now_s - self._whole_s >= RELIST_S
+        pause_s = UNKNOWN_MARKET_S if self._universe.refresh_needed else REFRESH_S
+        part = selection.follows_openings and now_s - self._looked_s >= pause_s
+        if not (
+            self._unchecked or part or (full and (selection.follows_openings or self._unknown))
+        ):
             return None
-        tickers = (*self._unchecked, *self._unknown) if whole else self._unchecked
-        return Look(wish, tuple(dict.fromkeys(tickers)), whole, self._looked_s, now_s)
+        tickers = (*self._unchecked, *self._unknown) if full else self._unchecked
+        return MarketQuery(selection, tuple(dict.fromkeys(tickers)), full, self._looked_s, now_s)
 
     @property
     def _unknown(self) -> Sequence[str]:
-        return self._roster.unknown
+        return self._universe.unknown
 
-    def take(self, look: Look, markets: Sequence[Market]) -> None:
-        """What a look has found.
+    def apply(self, query: MarketQuery, markets: Sequence[Market]) -> None:
+        """Apply the result of a query.
 
-        Raises `SettingsError` where the wish comes to nothing: no ticker is known, and nothing else
-        is wished for.
+        Raises: `SettingsError` where the exchange knows none of the tickers and nothing else is selected.
         """
-        self._roster.listed(markets, look.now_s)
-        self._looked_s = look.now_s
-        if look.wish.follows_openings:
-            self._roster.as_of_s = look.now_s
-        if look.whole:
-            self._whole_s = look.now_s
-        self._roster.unsure = False
-        fresh = set(self._unchecked) & set(look.tickers)
-        self._unchecked = tuple(t for t in self._unchecked if t not in look.tickers)
+        self._universe.apply_list(markets, query.now_s)
+        self._looked_s = query.now_s
+        if query.selection.follows_openings:
+            self._universe.as_of_s = query.now_s
+        if query.full:
+            self._whole_s = query.now_s
+        self._universe.refresh_needed = False
+        fresh = set(self._unchecked) & set(query.tickers)
+        self._unchecked = tuple(t for t in self._unchecked if t not in query.tickers)
         unknown = [ticker for ticker in self._unknown if ticker in fresh]
         if not unknown:
             return
         names = ", ".join(sorted(unknown))
-        if len(self._unknown) == len(self._roster.wish.tickers) and not look.wish.follows_openings:
+        if (
+            len(self._unknown) == len(self._universe.selection.tickers)
+            and not query.selection.follows_openings
+        ):
             raise SettingsError(
                 f"MARKET_TICKERS names no market that the exchange knows: {names}. Tickers are as in the"
                 " address of a market's page, in capitals."
             )
         log.warning(
-            "The exchange knows no market %s: not recorded, unless it is listed later. Check"
+            "The exchange does not know the market %s: it is not recorded unless it is listed later. Check"
             " MARKET_TICKERS and MARKET_FILE.",
             names,
         )
 
-    def ask_again(self) -> None:
-        """The last answer of `wanted` was not taken: give another."""
-        self._roster.ask_again()
+    def invalidate(self) -> None:
+        """Make the next `wanted` return a list: the last one was not applied."""
+        self._universe.invalidate()
 
     # -- what to follow ------------------------------------------------------------------------
 
     def wanted(self) -> list[str] | None:
-        """The tickers that this shard follows now; None where nothing can have changed since the last
-        call.
-        """
+        """The tickers that this shard follows now; None where nothing can have changed since the last call."""
         now_s = self._clock()
-        if not self._roster.is_due(now_s):
+        if not self._universe.is_due(now_s):
             return None
-        return share(self._roster.wanted(now_s), self._shard, self._settings.stream_shards)
+        return share(self._universe.wanted(now_s), self._shard, self._settings.stream_shards)
 
 
 class _TickerFile:
-    """MARKET_FILE: one ticker a line, `#` begins a comment."""
+    """MARKET_FILE: one ticker per line, `#` begins a comment."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser()
@@ -217,7 +220,7 @@ class _TickerFile:
         self._trouble = ""
         self.tickers: tuple[str, ...] = ()
         try:
-            self._seen = self._look()
+            self._seen = self._fingerprint()
             self.tickers = self._read()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(
@@ -227,38 +230,38 @@ class _TickerFile:
             raise SettingsError(f"MARKET_FILE is {str(self._path)!r}, which names no market.")
 
     def changed(self) -> bool:
-        """Whether the file names other markets than before. One that cannot be read changes nothing."""
+        """Reload the file; return whether its tickers changed. An unreadable file changes nothing."""
         try:
-            seen = self._look()
+            seen = self._fingerprint()
             if seen == self._seen:
                 return False
             tickers = self._read()
         except (OSError, UnicodeDecodeError, SettingsError) as error:
-            self._complain(_reason(error))
+            self._warn(_reason(error))
             return False
         self._seen = seen
         if not tickers:
-            self._complain("it names no market")
+            self._warn("it names no market")
             return False
         self._trouble = ""
         before, self.tickers = self.tickers, tickers
         return tickers != before
 
-    def _complain(self, reason: str) -> None:
+    def _warn(self, reason: str) -> None:
         if reason != self._trouble:
             self._trouble = reason
             log.warning(
-                "MARKET_FILE %s was not taken over (%s): the markets stay as they were. Mend the file.",
+                "MARKET_FILE %s was not applied (%s): the markets stay as they were. Correct the file.",
                 self._path,
                 reason,
             )
 
-    def _look(self) -> tuple[int, int, int]:
+    def _fingerprint(self) -> tuple[int, int, int]:
         stat = self._path.stat()
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     def _read(self) -> tuple[str, ...]:
-        found: dict[str, None] = {}
+        tickers: dict[str, None] = {}
         for number, line in enumerate(self._path.read_text(encoding="utf-8-sig").splitlines(), 1):
             words = [strip_invisible(word) for word in line.partition("#")[0].split()]
             words = [word for word in words if word]
@@ -270,10 +273,10 @@ class _TickerFile:
             if len(words) > 1:
                 raise SettingsError(
                     f"MARKET_FILE {str(self._path)!r}, line {number}: {' '.join(words)!r} is more than"
-                    " one word. Give one ticker a line."
+                    " one word. Write one ticker per line."
                 )
-            found.update(dict.fromkeys(words))
-        return tuple(found)
+            tickers.update(dict.fromkeys(words))
+        return tuple(tickers)
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""Which shard records which market: the same answer everywhere, from the ticker and N alone.
+"""Which shard records which market: a pure function of the ticker and the number of shards.
 
-Rendezvous hashing (Thaler and Ravishankar, 1998): every shard draws a number for every market, and
-the highest draw has it. A shard more takes its share evenly from all the others, a shard less gives
-its own away, and no other market moves.
+Rendezvous hashing (Thaler and Ravishankar, 1998): each shard's hash of the ticker is a score, and the
+highest score records the market. Adding a shard takes an even share from all others, removing one
+distributes its markets; no other market moves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def shard_of(ticker: str, shards: int) -> int:
 
 
 def share(tickers: Iterable[str], shard: int, shards: int) -> list[str]:
-    """Those of the markets that this shard records, in their order."""
+    """The subset of `tickers` that this shard records, in the given order."""
     return [ticker for ticker in tickers if shards == 1 or shard_of(ticker, shards) == shard]
 
 

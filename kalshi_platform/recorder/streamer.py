@@ -1,14 +1,15 @@
-"""The streamer: capture and load of one shard, in threads of one process.
+"""The streamer: capture and loaders of one shard, in threads of one process.
 
-    capture (asyncio) ──▶ journal's writer ──▶ load into Parquet
-                                          └──▶ load into ClickHouse
+    capture (asyncio) ──▶ journal writer ──▶ loader into Parquet
+                                        └──▶ loader into ClickHouse
 
-A shard that STREAM_SHARDS no longer has is only *drained*: what its journal still has is brought to the
-stores, without a connection, and then it is done.
+A shard that STREAM_SHARDS no longer includes is only *drained*: its loaders bring the rest of its journal to
+the stores, without a connection to the exchange.
 
-It is hosted by the `stream` command and by Dagster's `stream_orderbook`, which see only this class.
-Once a second it reports its health, until its very end: `health/health_report.py` says where. The thread that does
-so touches no disk; the copy on the disk is another thread's.
+The `stream` command and Dagster's `stream_orderbook` host it through this class alone. Once a second, until
+its end, it publishes a health report (`health.health_report`). The publishing thread touches no disk;
+another thread writes the copy on disk. This module only connects the parts and runs their threads: what they
+do belongs in `capture`, `upkeep`, `journal.writer` and `loading.loader`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from kalshi_platform.processes import Identity
 from kalshi_platform.quality import book_audit
 from kalshi_platform.recorder.background import TaskHealth, Tasks
 from kalshi_platform.recorder.capture import Capture, CaptureState
-from kalshi_platform.recorder.trade_backfill import Memory, remembered
+from kalshi_platform.recorder.trade_backfill import History, load_history
 from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
 from kalshi_platform.settings import Settings
 
@@ -64,56 +65,55 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter while others want it. The loads want it often and for
-moments, capture all the time: at Python's own 5 ms they waited for most of their time."""
+"""Interpreter switch interval. The loaders need the interpreter often and briefly, capture continuously: with
+Python's default of 5 ms the loaders spent most of their time waiting."""
 HEALTH_S = 1.0
 PRUNE_S = 600.0
 BLOCKED_S = 10.0
-"""A disk that has not taken a record for so long blocks the recording, whether it says so or not."""
+"""Recording is blocked where a record is not durable for this long, even if the disk reports no error."""
 HEAD_START_S = 3.0
-"""At most so long the loads wait for capture to be connected: they have some of the journal to read again, and
-would take the interpreter from it."""
+"""How long the loaders wait at most for capture to connect: re-reading the journal would slow it down."""
 
 
 @dataclass(frozen=True)
 class StoreHealth:
-    """How one store keeps up."""
+    """How far one store has been loaded, as the health report shows it."""
 
     lag: int
-    """Durable journal records that it does not have yet."""
+    """Durable journal records that the store does not have yet."""
     committed_ns: int
     loaded_ns: int
-    """It has everything that was received up to then."""
+    """The store has everything received up to this time."""
     trouble: str | None
     refused: bool
     rows: dict[str, int] = field(default_factory=dict)
-    """Written since the start, by dataset."""
+    """Rows written since the start, by dataset."""
     errors: dict[str, int] = field(default_factory=dict)
-    """Writes that were not taken since the start, by ClickHouse's error code."""
+    """Failed writes since the start, by ClickHouse's error code."""
     oldest_ns: int = 0
-    """Receive time of the oldest durable record that it lacks; 0: it lacks none, or that is not known."""
+    """Receive time of the oldest durable record that the store lacks; 0: it lacks none, or unknown."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What the streamer says of itself. Times are ns since the epoch; 0: not yet."""
+    """The streamer's health report. Times are ns since the epoch; 0: not yet."""
 
     pid: int
     pid_started: float
     shard: int
     shards: int
-    """Among how many it shares the markets."""
+    """Number of shards that share the markets."""
     state: str
     """starting, connecting, streaming, quiet, blocked, draining, stopping or stopped."""
     started_ns: int
     updated_ns: int
     updated_monotonic_ns: int
-    """The same moment by `time.monotonic_ns`, which the machine's processes share and nobody sets."""
+    """`updated_ns` by `time.monotonic_ns`, which all processes of the machine share and which is never set."""
     last_frame_ns: int
     last_heard_ns: int
-    """Bytes of any kind from the exchange, pings included."""
+    """When bytes of any kind from the exchange, pings included, were last received."""
     last_durable_ns: int
-    """The journal's last write."""
+    """When the journal was last written."""
     frames: int
     deltas: int
     snapshots: int
@@ -123,33 +123,33 @@ class Health:
     connections: int
     markets: int
     synced: int
-    """Markets whose book can be believed."""
+    """Markets whose book is synced."""
     journal_records: int
     journal_backlog_bytes: int
-    """Received, and not durable yet: what an end of the process would lose."""
+    """Bytes received and not durable yet: the loss if the process were killed."""
     oldest_undurable_ms: int
-    """Age of the oldest record that is not durable in the journal; 0 where all are."""
+    """Age of the oldest record that is not durable in the journal; 0 where all are durable."""
     lag_frames: int
     """The larger of the stores' lags."""
     stores: dict[str, StoreHealth]
     delays_ms: dict[str, LatencySummary]
-    """From receive to durable, since the start: in the journal, and in each store."""
+    """Latency from receive to durable since the start, in the journal and in each store."""
     trouble: str | None
-    """What is wrong, as a sentence."""
+    """The most severe problem, as a sentence; None while there is none."""
     disconnects: dict[str, int] = field(default_factory=dict)
     """Connections that ended since the start, by cause."""
     tasks: dict[str, TaskHealth] = field(default_factory=dict)
-    """The tasks beside capture that have failed since the start; recording goes on without them."""
+    """Background tasks that have failed since the start; recording goes on without them."""
 
 
 AUDIT, OBSERVER, MEMORY = "book comparison", "books to compare", "trades of before the start"
 REPORT, SAVED_REPORT, PRUNING = "health report", "saved health report", "pruning"
-"""The names of tasks beside capture; others are in `upkeep.py`."""
+"""Names of background tasks; more are in `upkeep`."""
 DRAINING, STOPPING, STOPPED, BLOCKED = "draining", "stopping", "stopped", "blocked"
 
 
 class Streamer:
-    """Capture and load of one shard, in background threads."""
+    """Runs capture and loaders of one shard in background threads."""
 
     def __init__(self, settings: Settings, shard: int = 0) -> None:
         self._settings = settings
@@ -159,21 +159,21 @@ class Streamer:
         self._drains = shard >= settings.stream_shards
         self._writer: Writer | None = None
         self._parquet: ParquetSink | None = None
-        self._loads: list[Loader] = []
+        self._loaders: list[Loader] = []
         self._recent = book_audit.Recent()
         self._tasks = Tasks(self._note)
         self._offset = 0
-        """Of the markets whose books are compared next."""
+        """Index of the market whose book is compared next."""
         self._credentials: Credentials | None = None
         self._capture: Capture | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._noting = threading.Lock()
+        self._notes_lock = threading.Lock()
         self._notes: list[tuple[str, Mapping[str, object]]] = []
-        """What is to be noted in the journal once there is a capture."""
+        """Notes to journal once capture exists."""
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self.loss: JournalError | None = None
-        """After `stop`: what was received and is not in the journal."""
+        """After `stop`: which received frames are not in the journal; None where all are."""
         self._began_n = 0
         """The first journal record of this start."""
         self._started_ns = time.time_ns()
@@ -181,26 +181,25 @@ class Streamer:
         self._capturing: threading.Thread | None = None
         self._reporting: list[threading.Thread] = []
         self._ended = threading.Event()
-        """Nothing more is written: the health report that follows is the last."""
+        """Set once nothing more is written: the next health report is the last."""
         self._publisher = Publisher(self._folder)
         self._unpublished = self._unsaved = False
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- start and stop --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Take the journal's lock and begin.
+        """Lock the journal and start all threads.
 
-        Raises `JournalError` where another streamer holds it or the disk refuses, `CredentialsError`
-        where the key cannot be used, `SettingsError` for a shard that never was.
+        Raises: `JournalError` where another streamer holds the lock or the disk refuses,
+        `CredentialsError` where the key cannot be used, `SettingsError` for a shard that never existed.
         """
         if self._drains:
-            self._insist_on_a_journal()
+            self._require_journal()
         else:
-            self._insist_on_a_key()  # refuse a bad one before anything is opened
+            self._require_key()  # refuse a bad key before anything is opened
         sys.setswitchinterval(SWITCH_S)
-        archive = open_archive(
-            self._settings
-        )  # once: while one asks a store that hangs, no other is made
+        # One archive for all users: opening a second one would wait again for a store that hangs.
+        archive = open_archive(self._settings)
         writer = self._writer = Writer(
             self._folder,
             claims=cursor.claims(self._folder),
@@ -211,7 +210,7 @@ class Streamer:
             _spawn("health", self._run_health),
             _spawn("housekeeping", self._run_housekeeping),
         ]
-        self._arrive(writer)
+        self._register_watermark(writer)
         torn = dataclasses.asdict(writer.unfinished_end) if writer.unfinished_end else None
         start = writer.identity.starts[-1]
         writer.note(
@@ -228,19 +227,22 @@ class Streamer:
         writer.submit()
         writer.wait_durable(writer.next_n, 5.0)
         if writer.unfinished_end:
-            log.warning("The journal's last segment was torn by a kill: %s", writer.unfinished_end)
+            log.warning(
+                "A kill left an unfinished end in the journal's last segment: %s",
+                writer.unfinished_end,
+            )
         if writer.damage:
             log.error("%s", writer.damage)
-        self._loads = self._make_loads(writer, archive)
+        self._loaders = self._make_loaders(writer, archive)
         if self._drains:
-            for load in self._loads:
-                load.start()
-                load.drain()
+            for loader in self._loaders:
+                loader.start()
+                loader.drain()
             return
         self._capturing = _spawn("capture", self._run_capture)
         ends = time.monotonic() + HEAD_START_S
-        for load in self._loads:
-            load.start(lambda: self._connected or time.monotonic() >= ends)
+        for loader in self._loaders:
+            loader.start(lambda: self._connected or time.monotonic() >= ends)
 
     @property
     def _connected(self) -> bool:
@@ -255,7 +257,7 @@ class Streamer:
             stores[ClickHouseSink.name] = lambda: open_table_ledger(settings, shard)
         return numbering.begin(self._folder, stores, known, free)
 
-    def _arrive(self, writer: Writer) -> None:
+    def _register_watermark(self, writer: Writer) -> None:
         try:
             watermarks.arrive(self._settings.journals_dir, self._shard, empty=not writer.next_n)
         except OSError as error:
@@ -265,7 +267,7 @@ class Streamer:
                 " the folder writable."
             ) from None
 
-    def _insist_on_a_journal(self) -> None:
+    def _require_journal(self) -> None:
         if self._shard not in watermarks.shards(self._settings.journals_dir):
             raise SettingsError(
                 f"There is no shard {self._shard}: STREAM_SHARDS is {self._settings.stream_shards}, which"
@@ -273,7 +275,7 @@ class Streamer:
                 " of an earlier one."
             )
 
-    def _insist_on_a_key(self) -> None:
+    def _require_key(self) -> None:
         exchange = self._settings.exchange
         if exchange.simulated and not exchange.key_file.exists():
             raise CredentialsError(
@@ -283,67 +285,69 @@ class Streamer:
         load_signer(exchange.key_file)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Stop reading, bring what was received to the stores, release the lock.
+        """Stop reading, load what was received into the stores, release the lock.
 
-        True where everything is in every store; what is not stays in the journal for the next start.
-        Reading that does not end in time is left behind, with what it had not handed over. What is lost
-        by either the disk or that is in `loss`.
+        Returns True where everything is in every store; the rest stays in the journal for the next start.
+        A capture thread that does not end in time is abandoned with the frames it had not submitted. What
+        is lost by that or by the disk is in `loss`.
         """
         deadline = time.monotonic() + timeout_s
         self._stopping.set()
         if self._writer is None:
             return True
         if self._capture is not None:
-            self._in_loop(self._capture.stop)
-        if self._capturing is not None:  # the rest of the time is for what it received
+            self._call_in_loop(self._capture.stop)
+        if self._capturing is not None:  # the remaining time is for loading what it received
             self._capturing.join(max(min(0.3 * timeout_s, deadline - time.monotonic()), 0.1))
         ended = self._capture is None or self._capture.ended
         if not ended:
-            self._lost("Reading did not end in time: the next start marks what that may have cost.")
+            self._record_loss(
+                "Reading did not end in time: the next start marks a gap for what it may cost."
+            )
         closed = self._close_journal(
             max(deadline - time.monotonic() - 2.0, 1.0), submitted=not ended
         )
-        for load in self._loads:
-            load.drain()
-        loaded = [load.join(max(deadline - time.monotonic(), 0.1)) for load in self._loads]
+        for loader in self._loaders:
+            loader.drain()
+        loaded = [loader.join(max(deadline - time.monotonic(), 0.1)) for loader in self._loaders]
         if closed and self._parquet is not None and loaded[0]:
-            self._rest(self._parquet)
-        self._report_the_end(max(deadline - time.monotonic(), 1.0))
+            self._finish_archive(self._parquet)
+        self._publish_final_report(max(deadline - time.monotonic(), 1.0))
         return ended and closed and all(loaded)
 
-    def _rest(self, parquet: ParquetSink) -> None:
-        """The archive has the whole journal: no hour waits for this shard any more."""
+    def _finish_archive(self, parquet: ParquetSink) -> None:
+        """Release the hours that wait for this shard: the archive has its whole journal."""
         try:
             parquet.drained(seal=self._drains)
         except (StoreError, OSError) as error:
-            log.error("Hours that only waited for shard %d stay open: %s", self._shard, error)
+            log.error("Hours that wait for shard %d only stay unsealed: %s", self._shard, error)
 
     def _close_journal(self, timeout_s: float, *, submitted: bool) -> bool:
         try:
             if self._writer is not None:
                 self._writer.close(timeout_s, submitted=submitted)
         except JournalError as error:
-            self._lost(str(error))
+            self._record_loss(str(error))
             return False
         return True
 
-    def _lost(self, sentence: str) -> None:
+    def _record_loss(self, sentence: str) -> None:
         log.error("%s", sentence)
         self.loss = JournalError(f"{self.loss} {sentence}" if self.loss else sentence)
 
-    def _make_loads(self, writer: Writer, archive: Archive) -> list[Loader]:
+    def _make_loaders(self, writer: Writer, archive: Archive) -> list[Loader]:
         parquet = self._parquet = ParquetSink(
             archive, self._shard, self._reports.put, self._settings.journals_dir
         )
         derivation = SharedRows(self._folder, self._shard)
-        loads = [
+        loaders = [
             Loader(
                 self._folder,
                 writer,
                 parquet,
                 PARQUET_PACE,
                 derivation=derivation,
-                distrust=self._distrust,
+                distrust=self._mark_book_stale,
                 observe=self._observe,
                 note=self._note,
                 presence=Presence(parquet.look, parquet.place),
@@ -356,24 +360,24 @@ class Streamer:
                 f"streamer shard {self._shard}",
                 shard=self._shard,
             )
-            loads.append(
+            loaders.append(
                 Loader(
                     self._folder,
                     writer,
                     clickhouse,
                     CLICKHOUSE_PACE,
                     derivation=derivation,
-                    distrust=self._distrust_damaged,
+                    distrust=self._mark_damaged_stale,
                     note=self._note,
                     presence=Presence(clickhouse.look, clickhouse.place),
                 )
             )
-        return loads
+        return loaders
 
-    # -- what the host asks ------------------------------------------------------------------------
+    # -- called by the host ------------------------------------------------------------------------
 
     def next_report(self, timeout_s: float) -> HourReport | None:
-        """An hour to report: sealed, or the open one when its first file landed. None on time-out."""
+        """The next hour to report: sealed, or open with its first file written. None on time-out."""
         try:
             return (
                 self._reports.get(timeout=timeout_s)
@@ -385,35 +389,39 @@ class Streamer:
 
     @property
     def drained(self) -> bool:
-        """Whether a shard that is only drained has nothing left to do."""
-        return self._drains and bool(self._loads) and not any(load.lag for load in self._loads)
+        """Whether a shard that is only drained is fully loaded."""
+        return (
+            self._drains and bool(self._loaders) and not any(loader.lag for loader in self._loaders)
+        )
 
     def failure(self) -> BaseException | None:
-        """What ended the recording, if something did; of a shard that is only drained, its loads.
+        """The error that ended the recording, or the loaders of a shard that is only drained; None if none.
 
-        A load that was stopped is no reason to stop recording: it is told as trouble, and begins again.
+        A stopped loader does not end the recording: it is reported as a problem and restarted.
         """
         writer = self._writer.failure if self._writer is not None else None
-        stopped = [load.failure for load in self._loads if load.failure] if self._drains else []
+        stopped = (
+            [loader.failure for loader in self._loaders if loader.failure] if self._drains else []
+        )
         return self._failure or writer or next(iter(stopped), None)
 
     def health(self) -> Health:
-        """How it is now."""
+        """The current health report."""
         capture, writer = self._capture, self._writer
         counters = capture.counters if capture else None
         followed, synced = capture.markets if capture else (0, 0)
         stores = {
-            load.name: StoreHealth(
-                load.lag,
-                load.committed_ns,
-                load.loaded_ns,
-                load.trouble or load.late,
-                load.refused,
-                dict(load.rows),
-                dict(load.errors),
-                load.oldest_ns,
+            loader.name: StoreHealth(
+                loader.lag,
+                loader.committed_ns,
+                loader.loaded_ns,
+                loader.trouble or loader.late,
+                loader.refused,
+                dict(loader.rows),
+                dict(loader.errors),
+                loader.oldest_ns,
             )
-            for load in self._loads
+            for loader in self._loaders
         }
         of_journal = writer.trouble if writer else None
         troubles = [self._blocked(), of_journal, *(s.trouble for s in stores.values())]
@@ -445,10 +453,10 @@ class Streamer:
             lag_frames=max((s.lag for s in stores.values()), default=0),
             stores=stores,
             delays_ms={
-                name: delays.summary()
-                for name, delays in (
+                name: latency.summary()
+                for name, latency in (
                     *([("journal", writer.latency)] if writer else []),
-                    *((load.name, load.latency) for load in self._loads),
+                    *((loader.name, loader.latency) for loader in self._loaders),
                 )
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
@@ -457,7 +465,7 @@ class Streamer:
         )
 
     def _state(self) -> str:
-        """The first of these that holds: what a supervisor must know comes before what capture does."""
+        """The state for the health report: states the supervisor acts on precede those of capture."""
         if self._ended.is_set():
             return STOPPED
         if self._drains:
@@ -469,7 +477,7 @@ class Streamer:
         return (self._capture.state if self._capture else CaptureState.STARTING).value
 
     def _blocked(self) -> str | None:
-        """Why what was received waits in memory for the disk, as a sentence; None where it does not."""
+        """Why received frames wait in memory for the disk, as a sentence; None where they do not."""
         writer = self._writer
         if writer is None:
             return None
@@ -479,8 +487,8 @@ class Streamer:
         if waiting_s <= BLOCKED_S:
             return None
         return (
-            f"The disk of {self._folder} has not taken what came {waiting_s:.0f} s ago:"
-            f" {writer.backlog_bytes:,} bytes wait in memory. Look at the disk; it goes on by itself."
+            f"The disk of {self._folder} has not accepted frames received {waiting_s:.0f} s ago:"
+            f" {writer.backlog_bytes:,} bytes wait in memory. Check the disk; writing resumes by itself."
         )
 
     # -- threads -----------------------------------------------------------------------------------
@@ -488,7 +496,7 @@ class Streamer:
     def _run_capture(self) -> None:
         try:
             asyncio.run(self._record())
-        except BaseException as error:  # noqa: BLE001 - told to the host, which ends for it
+        except BaseException as error:  # noqa: BLE001 - `failure` reports it to the host, which ends
             self._failure = error
             log.error("Recording ended: %s", error)
 
@@ -497,8 +505,9 @@ class Streamer:
         exchange = self._settings.exchange
         with RestClient(exchange, sleep=self._sleep) as rest:
             upkeep = Upkeep(self._settings, rest, self._shard, self._tasks)
-            tickers, memory = await asyncio.gather(
-                self._unless_stopped(upkeep.first_list()), asyncio.to_thread(self._remembered)
+            tickers, history = await asyncio.gather(
+                self._unless_stopped(upkeep.first_selection()),
+                asyncio.to_thread(self._load_history),
             )
             if tickers is None or self._stopping.is_set() or self._writer is None:
                 return
@@ -507,15 +516,15 @@ class Streamer:
                 self._sign,
                 self._writer,
                 tickers,
-                silent_since=memory.last_heard(time.time_ns(), time.monotonic()),
-                recent_trades=memory.trades,
-                on_lifecycle_events=upkeep.heed,
-                on_lost=upkeep.make_up_for,
+                silent_since=history.last_received(time.time_ns(), time.monotonic()),
+                recent_trades=history.trades,
+                on_lifecycle_events=upkeep.apply_events,
+                on_missed=upkeep.handle_missed,
             )
-            with self._noting:
+            with self._notes_lock:
                 self._capture = capture
                 for kind, detail in self._notes:
-                    capture.remark(kind, detail)
+                    capture.note(kind, detail)
             if self._stopping.is_set():
                 capture.stop()
             turns: dict[str, Callable[[], Awaitable[None]]] = {
@@ -524,44 +533,45 @@ class Streamer:
                 BACKFILL: lambda: upkeep.backfill(capture),
                 AUDIT: lambda: self._compare_books(rest, capture),
             }
-            beside = [
-                asyncio.create_task(self._tasks.keep(name, turn)) for name, turn in turns.items()
+            background_tasks = [
+                asyncio.create_task(self._tasks.run_forever(name, turn))
+                for name, turn in turns.items()
             ]
             try:
                 await capture.run()
             finally:
-                for task in beside:
+                for task in background_tasks:
                     task.cancel()
-                await asyncio.gather(*beside, return_exceptions=True)
+                await asyncio.gather(*background_tasks, return_exceptions=True)
 
     def _sign(self) -> Credentials:
-        """The key for the next connection; the one of before, where its file cannot be read just now."""
+        """Load the key for the next connection; use the previous one where its file cannot be read now."""
         exchange = self._settings.exchange
         try:
             self._credentials = Credentials(exchange.key_id, load_signer(exchange.key_file))
         except CredentialsError as error:
             if self._credentials is None:
                 raise
-            log.warning("%s The connection is opened with the key of before.", error)
+            log.warning("%s The connection is opened with the previous key.", error)
         return self._credentials
 
-    def _in_loop(self, act: Callable[..., object], *arguments: object) -> None:
-        """Have capture's thread do something soon; where that has ended, nothing."""
+    def _call_in_loop(self, act: Callable[..., object], *arguments: object) -> None:
+        """Schedule a call in capture's thread; do nothing where that has ended."""
         loop = self._loop
         if loop is None:
             return
         try:
             loop.call_soon_threadsafe(act, *arguments)
-        except RuntimeError:  # it is closed, and may be so from one moment to the next
+        except RuntimeError:  # the loop is closed, which may happen at any moment
             log.debug("Capture has ended: %s is not called.", act)
 
     def _observe(self, rows: Rows, state: BookState) -> None:
-        """Of a load: what its books are now. It does not stop for who watches it."""
-        with self._tasks.surviving(OBSERVER):
+        """Take a loader's books for the live-book check; a failure here must not stop the loader."""
+        with self._tasks.guarded(OBSERVER):
             self._recent.saw(rows, state)
 
     async def _unless_stopped(self, waiting: Awaitable[T]) -> T | None:
-        """What is waited for, or None where the streamer is to end before it comes."""
+        """Await a result; return None where the streamer is stopped before."""
         task = asyncio.ensure_future(waiting)
         while not task.done() and not self._stopping.is_set():
             await asyncio.wait({task}, timeout=0.25)
@@ -570,21 +580,21 @@ class Streamer:
             return None
         return task.result()
 
-    def _remembered(self) -> Memory:
-        """What the journal knew before this start; where it cannot be read, trades since then are not fetched."""
+    def _load_history(self) -> History:
+        """Load the end of the preceding recording; where it cannot be read, no trades since are backfilled."""
         try:
-            return remembered(self._folder, self._began_n)
-        except BaseException as error:  # noqa: BLE001 - as of any task beside capture
+            return load_history(self._folder, self._began_n)
+        except BaseException as error:  # noqa: BLE001 - no background task may stop recording
             self._tasks.failed(MEMORY, error)
-            return Memory(0, ())
+            return History(0, ())
 
     def _sleep(self, seconds: float) -> None:
-        """Between two tries of a REST request; the end of the streamer ends it."""
+        """Sleep between attempts of a REST request; raise once the streamer is stopped."""
         if self._stopping.wait(seconds):
-            raise Unreachable("The streamer ends; the exchange is not asked again.")
+            raise Unreachable("The streamer is stopping; the request is not retried.")
 
     async def _compare_books(self, rest: RestClient, capture: Capture) -> None:
-        """Hold some of our books against the exchange's REST books, after a pause."""
+        """After a pause, compare some books with the exchange's REST books."""
         await asyncio.sleep(self._settings.audit_interval_seconds)
         tickers = book_audit.comparable(self._recent.state, self._offset)
         self._offset += len(tickers)
@@ -593,15 +603,15 @@ class Streamer:
         since_ns = book_audit.window_start_ns()
         books = await asyncio.to_thread(rest.orderbooks, tickers)
         if not await self._caught_up(time.time_ns()):
-            log.warning("The books were not audited: the load is behind.")
+            log.warning("The books were not compared: the loader is behind.")
             return
         wire = {t: {"yes": b.yes_dollars or [], "no": b.no_dollars or []} for t, b in books.items()}
-        self._judge(
+        self._report_comparison(
             await asyncio.to_thread(book_audit.compare, self._recent, since_ns, wire), capture
         )
 
     async def _caught_up(self, until_ns: int) -> bool:
-        """Wait until the derived books are as of `until_ns` or later."""
+        """Wait until the loader's books are as of `until_ns` or later; return False on time-out."""
         deadline = time.monotonic() + book_audit.KEEP_S / 2
         while self._recent.state.version < until_ns:
             if time.monotonic() > deadline:
@@ -609,49 +619,58 @@ class Streamer:
             await asyncio.sleep(0.25)
         return True
 
-    def _judge(self, found: book_audit.Round, capture: Capture) -> None:
+    def _report_comparison(self, found: book_audit.Round, capture: Capture) -> None:
         detail = {
             "markets": found.markets,
             "levels": found.levels,
             "mismatches": len(found.mismatches),
         }
-        capture.remark("audit", detail)
+        capture.note("audit", detail)
         if found.yes_price is not None:
             capture.rescale(yes_price=found.yes_price)
             return
-        for it in found.mismatches:
-            level = {"side": it.side, "price": it.price, "ours": it.ours, "theirs": it.theirs}
-            log.warning("The exchange's book differs: %s %s", it.market_ticker, level)
-            capture.remark("mismatch", dict(level), it.market_ticker)
-        for ticker in {it.market_ticker for it in found.mismatches}:
+        for wrong in found.mismatches:
+            level = {
+                "side": wrong.side,
+                "price": wrong.price,
+                "ours": wrong.ours,
+                "theirs": wrong.theirs,
+            }
+            log.warning("The exchange's book differs: %s %s", wrong.market_ticker, level)
+            capture.note("mismatch", dict(level), wrong.market_ticker)
+        for ticker in {wrong.market_ticker for wrong in found.mismatches}:
             capture.mark_book_stale(ticker, "audit_mismatch", {})
 
-    def _distrust_damaged(self, it: StaleBook) -> None:
-        """Of a load whose finds another one tells as well, but for what only it has lost: the other may
-        have passed those records before the disk damaged them."""
-        if it.cause == DAMAGED:
-            self._distrust(it)
+    def _mark_damaged_stale(self, stale: StaleBook) -> None:
+        """Handle the second loader's stale books: only those with lost records.
+
+        The first loader reports all others, but it may have read the records before the disk damaged them.
+        """
+        if stale.cause == DAMAGED:
+            self._mark_book_stale(stale)
 
     def _note(self, kind: str, detail: Mapping[str, object]) -> None:
-        """Put a load's or a task's note into the journal: in capture's thread, as soon as there is one."""
-        with self._noting:
+        """Journal a loader's or a task's note in capture's thread, as soon as capture exists."""
+        with self._notes_lock:
             if self._drains and self._writer is not None:
                 self._writer.note(kind, detail)
                 self._writer.submit()
             elif self._capture is None or self._loop is None:
                 self._notes.append((kind, detail))
             else:
-                self._in_loop(self._capture.remark, kind, detail)
+                self._call_in_loop(self._capture.note, kind, detail)
 
-    def _distrust(self, it: StaleBook) -> None:
+    def _mark_book_stale(self, stale: StaleBook) -> None:
         if self._capture is not None:
-            self._in_loop(self._capture.mark_book_stale, it.market_ticker, it.cause, it.detail)
+            self._call_in_loop(
+                self._capture.mark_book_stale, stale.market_ticker, stale.cause, stale.detail
+            )
 
     def _run_health(self) -> None:
-        """Report each second, where no disk is needed, and once more when everything has ended."""
+        """Publish the health report every second without touching a disk, and once more at the end."""
         while True:
             last = self._ended.is_set()
-            with self._tasks.surviving(REPORT):
+            with self._tasks.guarded(REPORT):
                 self._publish()
             if last:
                 return
@@ -671,17 +690,17 @@ class Streamer:
             self._unpublished = True
 
     def _run_housekeeping(self) -> None:
-        """What waits for the disk: the report beside the journal, and segments past their retention."""
+        """Do the work that may wait for a disk: save the health report, prune segments past retention."""
         prune_at = time.monotonic() + PRUNE_S
         while not self._ended.is_set():
-            with self._tasks.surviving(SAVED_REPORT):
+            with self._tasks.guarded(SAVED_REPORT):
                 self._save_report()
             if time.monotonic() >= prune_at and not self._stopping.is_set():
                 prune_at += PRUNE_S
-                with self._tasks.surviving(PRUNING):
+                with self._tasks.guarded(PRUNING):
                     self._prune()
             self._ended.wait(HEALTH_S)
-        with self._tasks.surviving(SAVED_REPORT):
+        with self._tasks.guarded(SAVED_REPORT):
             self._save_report()
 
     def _save_report(self) -> None:
@@ -693,8 +712,8 @@ class Streamer:
                 log.error("%s cannot be written: %s", error.filename, error.strerror)
             self._unsaved = True
 
-    def _report_the_end(self, timeout_s: float) -> None:
-        """The last report stays beside the journal; in memory only where the disk has not taken it."""
+    def _publish_final_report(self, timeout_s: float) -> None:
+        """Publish the last report; it stays in memory only where the disk did not accept the saved copy."""
         deadline = time.monotonic() + timeout_s
         self._ended.set()
         for thread in self._reporting:
@@ -703,8 +722,8 @@ class Streamer:
             self._publisher.withdraw()
 
     def _prune(self) -> None:
-        """Let go of segments that every store has and nobody will ask for again."""
-        needed = min(load.needs_from for load in self._loads)
+        """Remove segments past retention that every store has and no loader needs."""
+        needed = min(loader.needs_from for loader in self._loaders)
         older_than_s = self._settings.journal_retention_hours * 3600
         for path in reader.prune(self._folder, needed, older_than_s):
             log.info("Journal segment %s is past its retention: removed.", path.name)
@@ -713,7 +732,7 @@ class Streamer:
             self._prune_drained(older_than_s)
 
     def _prune_drained(self, older_than_s: float) -> None:
-        """The same for shards that are no longer configured, and have nobody of their own."""
+        """Prune the journals of drained shards that are no longer configured and have no streamer."""
         settings, journals = self._settings, self._settings.journals_dir
         waiting = monitored_shards.left_over(journals, settings.stream_shards, settings.stores)
         for shard in watermarks.shards(journals):

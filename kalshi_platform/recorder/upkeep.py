@@ -1,7 +1,7 @@
-"""What goes on beside capture, on its event loop: keeping the list of markets, fetching missed trades.
+"""Background work on capture's event loop: refreshing the list of markets and backfilling missed trades.
 
-REST is asked in threads, so that the loop is never held up; what is known of the markets (`markets.py`)
-changes in the loop's thread alone. Each is a task of `tasks.py`: it may fail in any way.
+REST requests run in threads, so that they never block the loop; market state (`market_selection`) changes
+only in the loop's thread. Each method runs as a task of `background`, which handles every failure.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from kalshi_platform.recorder import trade_backfill
 from kalshi_platform.recorder.background import Tasks
 from kalshi_platform.recorder.capture import Capture, MissedSpan
 from kalshi_platform.recorder.market_selection import Watchlist
-from kalshi_platform.recorder.trade_backfill import Found
+from kalshi_platform.recorder.trade_backfill import Backfill
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
 LOOK_UP, SELECTION, BACKFILL = "market look-up", "market selection", "trade backfill"
 """The names of the tasks."""
-TURN_S = 0.25
-"""Between two looks at the clock: markets open and close without a message."""
+INTERVAL_S = 0.25
+"""Interval between turns: markets open and close by the clock, without a message."""
 RETRY_S = 5.0
-"""After a list that could not be had."""
-RECOVERY_TRIES = 10
+"""Delay after a failed first query."""
+BACKFILL_ATTEMPTS = 10
 
 
 class Upkeep:
-    """The markets that a capture follows, and the trades that its stream has missed."""
+    """Keeps the markets that a capture follows current, and backfills trades that its stream missed."""
 
     def __init__(self, settings: Settings, rest: RestClient, shard: int, tasks: Tasks) -> None:
-        """Raises `SettingsError` where the settings name nothing to record."""
+        """Raises: `SettingsError` where the settings select nothing to record."""
         self._rest = rest
         self._tasks = tasks
         self._watchlist = Watchlist(settings, time.time, shard)
-        self._losses: deque[MissedSpan] = deque()
-        self._tried = 0
-        """How often the trades of the first of them have been asked for."""
+        self._missed_spans: deque[MissedSpan] = deque()
+        self._attempts = 0
+        """Attempts to backfill the first of the missed spans."""
 
-    async def first_list(self) -> list[str]:
-        """The markets to begin with, as soon as the exchange tells.
+    async def first_selection(self) -> list[str]:
+        """The markets to begin with; retries until the exchange lists them.
 
-        Raises `SettingsError` where the wish comes to nothing, `CredentialsError` where the key does.
+        Raises: `SettingsError` where the selection has no known market, `CredentialsError` for a bad key.
         """
         while True:
             try:
@@ -60,88 +60,88 @@ class Upkeep:
                 tickers = self._watchlist.wanted() or []
             except (CredentialsError, SettingsError):
                 raise
-            except Exception as error:  # noqa: BLE001 - named there, and tried again
+            except Exception as error:  # noqa: BLE001 - reported and retried
                 self._tasks.failed(LOOK_UP, error, RETRY_S)
                 await asyncio.sleep(RETRY_S)
             else:
                 self._tasks.succeeded(LOOK_UP)
                 return tickers
 
-    def heed(self, events: Sequence[LifecycleEvent]) -> None:
-        """What the exchange tells of markets' lives. What cannot be taken from there, REST is asked for."""
-        with self._tasks.surviving(SELECTION):
+    def apply_events(self, events: Sequence[LifecycleEvent]) -> None:
+        """Apply lifecycle events; where that fails, query REST for the changes."""
+        with self._tasks.guarded(SELECTION):
             try:
-                self._watchlist.heed(events)
+                self._watchlist.apply_events(events)
             except BaseException:
-                self._watchlist.unsettle()
+                self._watchlist.request_refresh()
                 raise
 
-    def make_up_for(self, loss: MissedSpan) -> None:
-        """Something was missed: trades are fetched, life events make up for themselves at REST."""
-        with self._tasks.surviving(BACKFILL):
-            if loss.lost.channel == TRADES:
-                self._losses.append(loss)
+    def handle_missed(self, span: MissedSpan) -> None:
+        """Queue a missed span of trades for the backfill; for missed lifecycle events query REST."""
+        with self._tasks.guarded(BACKFILL):
+            if span.missed.channel == TRADES:
+                self._missed_spans.append(span)
             else:
-                self._watchlist.unsettle()
+                self._watchlist.request_refresh()
 
     async def look_up(self) -> None:
-        """Look at REST and at MARKET_FILE, where it is time to."""
-        await asyncio.sleep(TURN_S)
-        self._watchlist.reread()
+        """Reload MARKET_FILE and query REST, where due."""
+        await asyncio.sleep(INTERVAL_S)
+        self._watchlist.reload_file()
         await self._look()
 
     async def _look(self) -> None:
-        look = self._watchlist.look()
-        if look is not None:
-            found: list[Unreadable] = []
-            markets = await asyncio.to_thread(look.take, self._rest, found.append)
-            for each in found:
-                self._tasks.tell(each)
-            self._watchlist.take(look, markets)
+        query = self._watchlist.due_query()
+        if query is not None:
+            unreadable: list[Unreadable] = []
+            markets = await asyncio.to_thread(query.fetch, self._rest, unreadable.append)
+            for item in unreadable:
+                self._tasks.report_unreadable(item)
+            self._watchlist.apply(query, markets)
 
     async def select(self, capture: Capture) -> None:
-        """Let markets join and leave where their times have come."""
-        await asyncio.sleep(TURN_S)
+        """Let markets join and leave at their times."""
+        await asyncio.sleep(INTERVAL_S)
         try:
             wanted = self._watchlist.wanted()
             if wanted is not None:
                 capture.follow(wanted)
         except BaseException:
-            self._watchlist.ask_again()
+            self._watchlist.invalidate()
             raise
 
     async def backfill(self, capture: Capture) -> None:
-        """Fetch the missed trades of the first loss that waits; it is tried again where that fails."""
-        await asyncio.sleep(TURN_S)
-        if not self._losses:
+        """Backfill the first queued span; a failure leaves it queued for another attempt."""
+        await asyncio.sleep(INTERVAL_S)
+        if not self._missed_spans:
             return
-        loss = self._losses[0]
-        await asyncio.sleep(max(loss.until_ns / 1e9 + trade_backfill.AFTER_S - time.time(), 0.0))
-        self._tried += 1
+        span = self._missed_spans[0]
+        await asyncio.sleep(max(span.until_ns / 1e9 + trade_backfill.DELAY_S - time.time(), 0.0))
+        self._attempts += 1
         try:
-            listed = await asyncio.to_thread(trade_backfill.ask, self._rest, loss)
-            found = trade_backfill.missed(listed, loss, capture.recent_trades)
-            self._keep(found, loss, capture)
+            listed = await asyncio.to_thread(trade_backfill.fetch, self._rest, span)
+            result = trade_backfill.select_missed(listed, span, capture.recent_trades)
+            self._keep(result, span, capture)
         except Exception as error:
-            if self._tried < RECOVERY_TRIES:
+            if self._attempts < BACKFILL_ATTEMPTS:
                 raise
-            self._keep(Found((), str(error) or type(error).__name__), loss, capture)
-        self._losses.popleft()
-        self._tried = 0
+            self._keep(Backfill((), str(error) or type(error).__name__), span, capture)
+        self._missed_spans.popleft()
+        self._attempts = 0
 
-    def _keep(self, found: Found, loss: MissedSpan, capture: Capture) -> None:
+    def _keep(self, result: Backfill, span: MissedSpan, capture: Capture) -> None:
         detail: dict[str, object] = {
-            "channel": loss.lost.channel,
-            "cause": loss.lost.cause,
-            "since": _iso(loss.since_ns),
-            "until": _iso(loss.until_ns),
-            "missing": loss.lost.missing,
-            "trades": len(found.frames),
+            "channel": span.missed.channel,
+            "cause": span.missed.cause,
+            "since": _iso(span.since_ns),
+            "until": _iso(span.until_ns),
+            "missing": span.missed.missing,
+            "trades": len(result.frames),
         }
-        if found.reason:
-            detail["reason"] = found.reason
-            log.warning("Trades that the stream missed were not fetched: %s.", found.reason)
-        capture.recover(loss, found.frames, detail)
+        if result.reason:
+            detail["reason"] = result.reason
+            log.warning("Trades that the stream missed were not fetched: %s.", result.reason)
+        capture.record_backfill(span, result.frames, detail)
 
 
 def _iso(ns: int) -> str:

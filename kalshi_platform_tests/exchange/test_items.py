@@ -113,7 +113,7 @@ def test_an_unreadable_market_field_is_reported_and_costs_no_page(
     assert (odd.ticker, odd.field, odd.left_out) == ("KXA-1-T2", field, not kept)
     assert json.dumps(value) in str(odd)
     universe = Universe(MarketSelection(series=("KXA",)))
-    universe.listed(found, NOW.timestamp())
+    universe.apply_list(found, NOW.timestamp())
     assert {"KXA-1-T1", "KXA-1-T3"} <= set(universe.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)
 
@@ -150,7 +150,7 @@ def test_any_unreadable_market_costs_only_itself(item: Any) -> None:
     assert {found[0].ticker, found[-1].ticker} == {"KXA-1-T1", "KXA-1-T3"}
     assert len(found) in {2, 3}
     universe = Universe(MarketSelection(series=("KXA",), tickers=("KXA-1-T3",)))
-    universe.listed(found, NOW.timestamp())
+    universe.apply_list(found, NOW.timestamp())
     assert {"KXA-1-T1", "KXA-1-T3"} <= set(universe.wanted(NOW.timestamp()))
     assert market_catalog._table(found, NOW).num_rows == len(found)
 

@@ -162,7 +162,7 @@ def test_a_disk_that_does_not_answer_stops_no_health_report(
             assert seen is not None
             assert seen.holds
             assert time.time() - seen.updated < 2.0
-            assert "has not taken what came" in (seen.trouble or "")
+            assert "has not accepted frames received" in (seen.trouble or "")
         answers.set()
         until(lambda: recording.health().state == "streaming", "it did not go on")
     finally:

@@ -32,7 +32,7 @@ from kalshi_platform.recorder import (
 )
 from kalshi_platform.recorder.background import Tasks
 from kalshi_platform.recorder.capture import Capture, MissedSpan
-from kalshi_platform.recorder.market_selection import Look, Watchlist, _TickerFile
+from kalshi_platform.recorder.market_selection import MarketQuery, Watchlist, _TickerFile
 from kalshi_platform.recorder.streamer import Streamer
 from kalshi_platform.recorder.universe import MarketSelection, Universe
 from kalshi_platform.recorder.upkeep import Upkeep
@@ -52,7 +52,7 @@ __all__ = ["settings_for"]
 
 SOUGHT = (
     (upkeep, (Upkeep,)),
-    (market_selection, (Watchlist, Look, _TickerFile)),
+    (market_selection, (Watchlist, MarketQuery, _TickerFile)),
     (universe, (Universe, MarketSelection)),
     (trade_backfill, ()),
     (book_audit, (book_audit.Recent,)),
@@ -64,11 +64,11 @@ OTHERS: tuple[tuple[Any, str], ...] = (
     (RestClient, "trades_as_sent"),
     (market_selection, "share"),
     (Capture, "follow"),
-    (Capture, "recover"),
-    (Capture, "remark"),
+    (Capture, "record_backfill"),
+    (Capture, "note"),
     (Streamer, "_compare_books"),
     (Streamer, "_caught_up"),
-    (Streamer, "_judge"),
+    (Streamer, "_report_comparison"),
     (Streamer, "_publish"),
     (Streamer, "_save_report"),
     (Streamer, "_prune"),
@@ -78,21 +78,21 @@ OTHERS: tuple[tuple[Any, str], ...] = (
 )
 LEFT_OUT = {
     # at the start alone: a wish that comes to nothing is an error of the settings; the rest is tested below
-    *("Upkeep.first_list", "wish_of", "_wish", "remembered"),
+    *("Upkeep.first_selection", "selection_of", "_selection", "load_history"),
     # handed over at the start, so that a replacement is not seen: all that is called in them fails instead
-    *("Upkeep.look_up", "Upkeep.heed", "Upkeep.make_up_for"),
+    *("Upkeep.look_up", "Upkeep.apply_events", "Upkeep.handle_missed"),
     # where MARKET_FILE changes or cannot be read, or a ticker is not known
     *(
-        "_TickerFile._complain",
+        "_TickerFile._warn",
         "_TickerFile._read",
-        "_TickerFile._look",
+        "_TickerFile._fingerprint",
         "_reason",
-        "Universe.rename",
+        "Universe.set_tickers",
     ),
     # of a channel that the stream has not missed anything of
-    "Watchlist.unsettle",
+    "Watchlist.request_refresh",
     # what is done about a failure, and only then
-    *("Watchlist.ask_again", "Universe.ask_again"),
+    *("Watchlist.invalidate", "Universe.invalidate"),
 }
 
 
@@ -211,9 +211,9 @@ def _provoke(it: Streamer) -> bool:
         LifecycleEvent("KXFED-00-OLD", "created", 1, 2, {"event_ticker": "KXFED-00"}),
         LifecycleEvent("KXNOT-00-OURS", "created", 1, 2, {"event_ticker": "KXNOT-00"}),
     ]
-    for act, given in ((keeper._on_lost, loss), (keeper._on_life_events, events)):
+    for act, given in ((keeper._on_missed, loss), (keeper._on_lifecycle_events, events)):
         assert act is not None
-        it._in_loop(act, given)
+        it._call_in_loop(act, given)
     return False
 
 
@@ -230,7 +230,7 @@ def test_the_first_list_is_asked_for_again_whatever_is_wrong_with_it(
     calls = list[str]()
     with monkeypatch.context() as patched:
         patched.setattr(RestClient, "markets", failing(RestClient.markets, error, calls))
-        patched.setattr(streamer, "remembered", failing(trade_backfill.remembered, error, []))
+        patched.setattr(streamer, "load_history", failing(trade_backfill.load_history, error, []))
         it = Streamer(settings)
         it.start()
         wait_for(lambda: len(calls) > 3, "tries")
@@ -248,7 +248,7 @@ def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again(
     notes: list[tuple[str, dict[str, object]]] = []
     of = Tasks(lambda kind, detail: notes.append((kind, dict(detail))))
     for _ in range(3):
-        with of.surviving("market look-up"):
+        with of.guarded("market look-up"):
             raise ValueError("'12.3456' has more than 2 decimals")
     state = of.states["market look-up"]
     assert (state.failures, bool(state.failing_since_ns)) == (3, True)
@@ -258,7 +258,7 @@ def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again(
     assert said.mark is doctor.Mark.ODD
     assert "its market look-up has failed for" in said.text
     assert "ValueError: '12.3456'" in said.text
-    with of.surviving("market look-up"):
+    with of.guarded("market look-up"):
         pass
     assert not of.states["market look-up"].failing_since_ns
     assert [kind for kind, _ in notes] == ["task_failed", "task_recovered"]

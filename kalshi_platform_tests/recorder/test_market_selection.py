@@ -67,7 +67,7 @@ def created(ticker: str, opens: float, closes: float) -> LifecycleEvent:
 
 def roster(*markets: Market, **wish: Any) -> Universe:
     made = Universe(MarketSelection(**(wish or {"series": ("KXA",)})))
-    made.listed(markets, NOW)
+    made.apply_list(markets, NOW)
     made.as_of_s = NOW
     return made
 
@@ -92,47 +92,47 @@ def test_a_market_is_not_left_on_the_word_of_a_list_from_before_its_close() -> N
     """REST has been away since: the close may have been moved."""
     one = roster(market("KXA-1-T0", closes=NOW + 10))
     assert one.wanted(NOW + HOUR) == ["KXA-1-T0"]
-    one.listed([market("KXA-1-T0", closes=NOW + 3 * HOUR)], NOW + HOUR)
+    one.apply_list([market("KXA-1-T0", closes=NOW + 3 * HOUR)], NOW + HOUR)
     one.as_of_s = NOW + HOUR
     assert one.wanted(NOW + HOUR + 60) == ["KXA-1-T0"]
 
 
 def test_a_market_that_a_list_does_not_have_stays() -> None:
     one = roster(market("KXA-1-T0"), market("KXA-1-T1"))
-    one.listed([market("KXA-1-T1")], NOW + 60)
-    one.listed([], NOW + 120)
+    one.apply_list([market("KXA-1-T1")], NOW + 60)
+    one.apply_list([], NOW + 120)
     assert one.wanted(NOW + 120) == ["KXA-1-T0", "KXA-1-T1"]
 
 
 def test_life_events_create_extend_and_end_markets_at_once() -> None:
     one = roster()
-    one.heed(created("KXA-1-T0", NOW + 50, NOW + 100), NOW)
-    one.heed(created("KXB-1-T0", NOW + 50, NOW + 100), NOW)
+    one.apply_event(created("KXA-1-T0", NOW + 50, NOW + 100), NOW)
+    one.apply_event(created("KXB-1-T0", NOW + 50, NOW + 100), NOW)
     assert one.wanted(NOW) == []
     assert one.wanted(NOW + 50) == ["KXA-1-T0"]
-    one.heed(told("KXA-1-T0", "close_date_updated", close_ts=int(NOW + 900)), NOW + 60)
+    one.apply_event(told("KXA-1-T0", "close_date_updated", close_ts=int(NOW + 900)), NOW + 60)
     one.as_of_s = NOW + 800
     assert one.is_due(NOW + 61)
     assert one.wanted(NOW + 800) == ["KXA-1-T0"]
-    one.heed(told("KXA-1-T0", "deactivated"), NOW + 800)
+    one.apply_event(told("KXA-1-T0", "deactivated"), NOW + 800)
     assert one.wanted(NOW + 800) == ["KXA-1-T0"]
-    one.heed(told("KXA-1-T0", "determined"), NOW + 810)
+    one.apply_event(told("KXA-1-T0", "determined"), NOW + 810)
     assert one.wanted(NOW + 811) == ["KXA-1-T0"]
     assert one.wanted(NOW + 810 + LEAVE_AFTER_S) == []
 
 
 def test_an_early_activation_joins_a_market_whatever_its_time_says() -> None:
     one = roster(market("KXA-1-T0", NOW + HOUR, NOW + 2 * HOUR, status="initialized"))
-    one.heed(told("KXA-1-T0", "activated"), NOW)
+    one.apply_event(told("KXA-1-T0", "activated"), NOW)
     assert one.wanted(NOW) == ["KXA-1-T0"]
 
 
 def test_what_is_told_of_an_unknown_market_of_the_wish_asks_for_a_look_at_rest() -> None:
     one = roster()
-    one.heed(told("KXB-1-T0", "activated"), NOW)
-    assert not one.unsure
-    one.heed(told("KXA-1-T0", "activated"), NOW)
-    assert one.unsure
+    one.apply_event(told("KXB-1-T0", "activated"), NOW)
+    assert not one.refresh_needed
+    one.apply_event(told("KXA-1-T0", "activated"), NOW)
+    assert one.refresh_needed
 
 
 def test_a_series_is_not_another_one_that_begins_alike() -> None:
@@ -144,17 +144,17 @@ def test_the_volume_floor_holds_back_quiet_markets_until_they_have_traded() -> N
     quiet, busy = market("KXA-1-T0", volume="99.99"), market("KXB-1-T0", volume="100.00")
     one = roster(quiet, busy, everything=True, min_volume=100_00)
     assert one.wanted(NOW) == ["KXB-1-T0"]
-    one.listed([market("KXA-1-T0", volume="100.50")], NOW)
+    one.apply_list([market("KXA-1-T0", volume="100.50")], NOW)
     assert set(one.wanted(NOW)) == {"KXA-1-T0", "KXB-1-T0"}
 
 
 def test_a_named_market_is_followed_for_as_long_as_it_is_named() -> None:
     one = roster(market("KXA-1-T0", closes=NOW - HOUR, status="closed"), tickers=("KXA-1-T0",))
     assert one.wanted(NOW) == ["KXA-1-T0"]
-    one.rename(["KXB-1-T0"])
+    one.set_tickers(["KXB-1-T0"])
     assert one.unknown == ["KXB-1-T0"]
     assert one.wanted(NOW) == []
-    one.heed(created("KXB-1-T0", NOW, NOW + HOUR), NOW)
+    one.apply_event(created("KXB-1-T0", NOW, NOW + HOUR), NOW)
     assert one.wanted(NOW) == ["KXB-1-T0"]
 
 
@@ -198,7 +198,7 @@ class Rest:
     """A list of markets, with the questions that were put to it."""
 
     def __init__(self, *markets: Market) -> None:
-        self.listed = list(markets)
+        self.apply_list = list(markets)
         self.asked: list[dict[str, Any]] = []
         self.away = False
 
@@ -243,10 +243,10 @@ class Watching:
         self.watchlist = Watchlist(made, lambda: self.now)
 
     def turn(self) -> Iterable[str] | None:
-        self.watchlist.reread()
-        look = self.watchlist.look()
+        self.watchlist.reload_file()
+        look = self.watchlist.due_query()
         if look is not None:
-            self.watchlist.take(look, look.take(self.rest))  # type: ignore[arg-type]
+            self.watchlist.apply(look, look.fetch(self.rest))  # type: ignore[arg-type]
         return self.watchlist.wanted()
 
 
@@ -298,7 +298,7 @@ def test_a_market_that_trades_past_its_close_time_is_followed_until_it_is_over()
     watching.now += RELIST_S
     watching.turn()
     assert watching.watchlist.wanted() in (None, ["KXA-1-T0"])
-    rest.listed = [market("KXA-1-T0", NOW - HOUR, NOW - 600, "closed")]
+    rest.apply_list = [market("KXA-1-T0", NOW - HOUR, NOW - 600, "closed")]
     watching.now += RELIST_S
     watching.turn()
     watching.now += LEAVE_AFTER_S + REFRESH_S
@@ -362,7 +362,7 @@ def test_a_list_that_cannot_be_had_changes_nothing_and_the_clock_goes_on() -> No
     with pytest.raises(Unreachable):
         watching.turn()
     assert watching.watchlist.wanted() == ["KXA-1-T0", "KXA-1-T1"]
-    rest.away, rest.listed = False, []
+    rest.away, rest.apply_list = False, []
     watching.now += REFRESH_S
     assert watching.turn() == ["KXA-1-T0", "KXA-1-T1"]
 
@@ -371,9 +371,9 @@ def test_missed_life_events_make_up_for_themselves_at_rest() -> None:
     rest = Rest(market("KXA-1-T0"))
     watching = Watching(rest, market_series="KXA")
     watching.turn()
-    rest.listed.append(market("KXA-1-T1"))
+    rest.apply_list.append(market("KXA-1-T1"))
     watching.now += 1
-    watching.watchlist.unsettle()
+    watching.watchlist.request_refresh()
     assert watching.turn() == ["KXA-1-T0", "KXA-1-T1"]
 
 
@@ -446,6 +446,6 @@ def test_tickers_that_nobody_knows_are_a_sentence_and_some_unknown_ones_a_warnin
     with caplog.at_level(logging.WARNING):
         assert watching.turn() == ["KXA-1-T0"]
     assert "no market NOPE-1" in caplog.text
-    watching.rest.listed.append(market("NOPE-1"))
+    watching.rest.apply_list.append(market("NOPE-1"))
     watching.now += RELIST_S
     assert watching.turn() == ["KXA-1-T0", "NOPE-1"]

@@ -17,7 +17,7 @@ from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.writer import Writer
 from kalshi_platform.recorder import trade_backfill
 from kalshi_platform.recorder.capture import RECENT_TRADES, MissedSpan
-from kalshi_platform.recorder.trade_backfill import Memory, ask, missed, remembered
+from kalshi_platform.recorder.trade_backfill import History, fetch, load_history, select_missed
 from kalshi_platform_tests import wire
 
 SINCE = wire.NOON_NS
@@ -52,8 +52,8 @@ class Rest:
             yield msgspec.json.decode(json.dumps(sent), type=Trade), json.dumps(sent).encode()
 
 
-def find(rest: Rest, of: MissedSpan, recent: list[tuple[int, bytes]]) -> trade_backfill.Found:
-    return missed(ask(rest, of), of, recent)  # type: ignore[arg-type]
+def find(rest: Rest, of: MissedSpan, recent: list[tuple[int, bytes]]) -> trade_backfill.Backfill:
+    return select_missed(fetch(rest, of), of, recent)  # type: ignore[arg-type]
 
 
 def test_only_what_the_stream_did_not_bring_is_found_oldest_first() -> None:
@@ -71,7 +71,7 @@ def test_only_what_the_stream_did_not_bring_is_found_oldest_first() -> None:
 
 
 def test_many_markets_are_asked_for_at_once() -> None:
-    many = [f"T-{n}" for n in range(trade_backfill.ASKED_ALONE + 1)]
+    many = [f"T-{n}" for n in range(trade_backfill.SINGLE_REQUESTS_MAX + 1)]
     rest = Rest((1, "T-1"), (2, "OTHER"))
     assert len(find(rest, loss(5.0, *many), []).frames) == 1
     assert rest.span["ticker"] is None
@@ -79,7 +79,7 @@ def test_many_markets_are_asked_for_at_once() -> None:
 
 def test_a_loss_that_lasted_too_long_is_not_fetched_and_says_so() -> None:
     rest = Rest((1, "A-1"))
-    found = find(rest, loss(trade_backfill.LONGEST_S + 1.0), [])
+    found = find(rest, loss(trade_backfill.MAX_SPAN_S + 1.0), [])
     assert found.frames == ()
     assert "3601 s" in found.reason
     assert rest.span == {}
@@ -118,14 +118,14 @@ def test_the_journal_remembers_its_last_trades_and_when_it_ended(tmp_path: Path)
     began = writer.next_n
     writer.append(SINCE + 500 * wire.SECOND, conn, Kind.TRADE, new)
     writer.close()
-    memory = remembered(tmp_path, began)
-    assert memory == Memory(SINCE + 101 * wire.SECOND, [(SINCE + 100 * wire.SECOND, new)])
-    assert memory.last_heard(SINCE + 103 * wire.SECOND, 50.0) == 48.0
+    memory = load_history(tmp_path, began)
+    assert memory == History(SINCE + 101 * wire.SECOND, [(SINCE + 100 * wire.SECOND, new)])
+    assert memory.last_received(SINCE + 103 * wire.SECOND, 50.0) == 48.0
 
 
 def test_a_new_journal_remembers_nothing(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
-    memory = remembered(tmp_path, writer.next_n)
+    memory = load_history(tmp_path, writer.next_n)
     writer.close()
-    assert memory == Memory(0, ())
-    assert memory.last_heard(SINCE, 50.0) is None
+    assert memory == History(0, ())
+    assert memory.last_received(SINCE, 50.0) is None
