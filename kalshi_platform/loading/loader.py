@@ -97,7 +97,7 @@ class Loader:
         *,
         shard: int = 0,
         derivation: SharedRows | None = None,
-        distrust: Callable[[StaleBook], None] | None = None,
+        on_stale_book: Callable[[StaleBook], None] | None = None,
         observe: Callable[[Rows, BookState], None] | None = None,
         note: Callable[[str, Mapping[str, object]], None] | None = None,
         presence: Presence | None = None,
@@ -109,7 +109,7 @@ class Loader:
         self._pace = pace
         self._derivation = derivation or SharedRows(folder, shard)
         self._derivation.joins(store.name)
-        self._distrust = distrust
+        self._on_stale_book = on_stale_book
         self._observe = observe
         self._note = note
         self._presence = presence
@@ -324,8 +324,8 @@ class Loader:
                 self._begin_hour(step.hour)
                 self._keep_state()
             self._took(step.rows, step.state, step.end)
-            for distrust in step.rows.distrusted:
-                self._tell(distrust)
+            for stale in step.rows.stale_books:
+                self._report_stale(stale)
             if self._full or self._abandon.is_set():
                 return
 
@@ -523,7 +523,7 @@ class Loader:
                 self._took(rows, state, piece.end)
                 if written:
                     self._pending.clear()
-                doubted.update({it.market_ticker: it for it in rows.distrusted})
+                doubted.update({it.market_ticker: it for it in rows.stale_books})
         if self._position.n != until_n:
             raise JournalError(
                 f"The load into {self.name} had come to record {until_n}, but the journal in"
@@ -533,11 +533,11 @@ class Loader:
             )
         for it in doubted.values():  # and their snapshots may never have been asked for
             if (book := self._state.books.get(it.market_ticker)) and not book.verified:
-                self._tell(it)
+                self._report_stale(it)
 
-    def _tell(self, it: StaleBook) -> None:
-        if self._distrust is not None:
-            self._distrust(it)
+    def _report_stale(self, it: StaleBook) -> None:
+        if self._on_stale_book is not None:
+            self._on_stale_book(it)
 
     def _begin_hour(self, hour: datetime) -> None:
         n = self._position.n

@@ -75,7 +75,7 @@ class Rows:
     tables: dict[str, pa.Table]
     """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
     latest_levels. Where a range's stream_events are, what comes before them is, too."""
-    distrusted: tuple[StaleBook, ...] = ()
+    stale_books: tuple[StaleBook, ...] = ()
 
     @cached_property
     def count(self) -> int:
@@ -137,7 +137,7 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
             STREAM_EVENTS.name: _stream_table(stream, shard),
             LATEST_LEVELS.name: _latest_table(changed, state),
         },
-        tuple(status.distrusted),
+        tuple(status.stale_books),
     )
     connections = _connections_after(status.connections, heard)
     return rows, BookState(
@@ -467,7 +467,7 @@ class _Status:
         self._version = state.version
         self._last_heard = last_heard
         """The newest receive time of each connection in the range."""
-        self.distrusted: list[StaleBook] = []
+        self.stale_books: list[StaleBook] = []
 
     def follow(self, happenings: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Take the happenings in order; yields the stream rows that they call for."""
@@ -545,7 +545,7 @@ class _Status:
         }
         yield _row(it, conn, sid, "gap", detail)
         self._doubt(*markets)
-        self.distrusted += [StaleBook(t, DAMAGED, {"record": it["n"]}) for t in markets]
+        self.stale_books += [StaleBook(t, DAMAGED, {"record": it["n"]}) for t in markets]
         if markets:
             gap = OpenGap(expected, got, it["recv_ns"], len(markets), frozenset(markets))
             gaps = connection.gaps | {sid: gap}
@@ -657,7 +657,7 @@ class _Status:
             detail |= {"expected": it["seq"], "got": it["seq"] + 1, "missing": 1}
         yield _row(it, conn, sid, "gap", detail, ticker=ticker)
         self._doubt(*stale)
-        self.distrusted += [StaleBook(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
+        self.stale_books += [StaleBook(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
 
     def _rescale(self, it: dict[str, Any]) -> None:
         """Keep the scale of no bids that a gap of cause `scale` names."""
@@ -668,7 +668,7 @@ class _Status:
             self.connections[it["conn"]] = msgspec.structs.replace(connection, use_yes_price=flag)
 
     def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
-        self.distrusted.append(StaleBook(it["market_ticker"], cause, detail))
+        self.stale_books.append(StaleBook(it["market_ticker"], cause, detail))
         body = {"cause": cause, **detail}
         return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
 

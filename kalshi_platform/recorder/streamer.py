@@ -347,7 +347,7 @@ class Streamer:
                 parquet,
                 PARQUET_PACE,
                 derivation=derivation,
-                distrust=self._mark_book_stale,
+                on_stale_book=self._mark_book_stale,
                 observe=self._observe,
                 note=self._note,
                 presence=Presence(parquet.look, parquet.place),
@@ -367,7 +367,7 @@ class Streamer:
                     clickhouse,
                     CLICKHOUSE_PACE,
                     derivation=derivation,
-                    distrust=self._mark_damaged_stale,
+                    on_stale_book=self._mark_damaged_stale,
                     note=self._note,
                     presence=Presence(clickhouse.look, clickhouse.place),
                 )

@@ -144,7 +144,7 @@ def test_a_hole_is_a_row_and_each_subscription_names_what_it_lost() -> None:
     assert (books["sid"], books["expected"], books["got"], books["missing"]) == (1, 3, 5, 2)
     assert books["channel"] == "orderbook_delta"
     assert books["span_s"] == 4.0  # from the last record before the hole
-    told = [d for r in rows for d in r.distrusted]
+    told = [d for r in rows for d in r.stale_books]
     assert {(d.market_ticker, d.cause) for d in told} == {
         ("A-1", "journal_damaged"),
         ("B-2", "journal_damaged"),

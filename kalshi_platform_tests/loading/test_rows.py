@@ -218,7 +218,7 @@ def test_a_negative_level_is_recorded_as_it_is_and_the_book_is_not_believed() ->
     assert len(gaps) == 1
     assert "negative_level" in gaps[0]["detail"]
     assert gaps[0]["market_ticker"] == "A-1"
-    assert [d.market_ticker for d in rows.distrusted] == ["A-1"]
+    assert [d.market_ticker for d in rows.stale_books] == ["A-1"]
     assert not state.books["A-1"].verified
 
 

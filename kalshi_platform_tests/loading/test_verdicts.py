@@ -62,7 +62,7 @@ class Recording:
             blocks = [found] if found is not None else wire.blocks(self.records)
             rows, self.state = build_rows(decode(blocks), self.state)
             self.rows += rows.tables["stream_events"].to_pylist()
-            for it in rows.distrusted:
+            for it in rows.stale_books:
                 self.session.mark_book_stale(it.market_ticker, it.cause, dict(it.detail))
             self._journal_notes(wire.NOON_NS + len(self.records))
 

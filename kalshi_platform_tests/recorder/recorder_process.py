@@ -18,7 +18,7 @@ from kalshi_platform.recorder import capture
 
 
 async def record(writer: Writer, url: str) -> None:
-    """Until asked to end, or the first connection has ended."""
+    """Record until SIGTERM or until the first connection has ended."""
     key = ed25519.Ed25519PrivateKey.generate()
     recording = capture.Capture(url, lambda: Credentials("id", Ed25519Signer(key)), writer, ["A-1"])
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, recording.stop)

@@ -1,4 +1,4 @@
-"""A steady feed into a journal, and how old it becomes before it is durable. Also a program: FOLDER."""
+"""A steady feed into a journal, and the age of records before they are durable. Also a program: FOLDER."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from kalshi_platform.journal.writer import Writer
 
 TICKS, PER_TICK, TICK_S = 300, 50, 0.005
 RECORDS = TICKS * PER_TICK
-"""At 10,000 a second."""
+"""10,000 frames per second."""
 
 
 def oldest_ms(writer: Writer) -> int:
-    """Feed them in, and wait until they are durable; the greatest age that the writer told meanwhile."""
+    """Append the frames and wait until they are durable; return the greatest age that the writer reported."""
     oldest, began = 0, time.monotonic()
     for tick in range(TICKS):
         frames = [b"%0120d" % n for n in range(PER_TICK)]

@@ -1,4 +1,4 @@
-"""Whatever fails beside capture, and however: recording goes on, the failure is named, and retried."""
+"""Any failure of a background task is reported and retried while recording goes on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SOUGHT = (
     (trade_backfill, ()),
     (book_audit, (book_audit.Recent,)),
 )
-"""Modules and classes of which every function is made to fail, and those that follow."""
+"""Modules and classes whose every function is made to fail; `OTHERS` adds single functions."""
 OTHERS: tuple[tuple[Any, str], ...] = (
     (RestClient, "markets"),
     (RestClient, "orderbooks"),
@@ -77,9 +77,9 @@ OTHERS: tuple[tuple[Any, str], ...] = (
     (streamer, "prune_hour_states"),
 )
 LEFT_OUT = {
-    # at the start alone: a wish that comes to nothing is an error of the settings; the rest is tested below
+    # run only at the start; an empty selection is an error of the settings, the rest is tested below
     *("Upkeep.first_selection", "selection_of", "_selection", "load_history"),
-    # handed over at the start, so that a replacement is not seen: all that is called in them fails instead
+    # bound at the start, so replacing them has no effect: every function that they call fails instead
     *("Upkeep.look_up", "Upkeep.apply_events", "Upkeep.handle_missed"),
     # where MARKET_FILE changes or cannot be read, or a ticker is not known
     *(
@@ -89,19 +89,19 @@ LEFT_OUT = {
         "_reason",
         "Universe.set_tickers",
     ),
-    # of a channel that the stream has not missed anything of
+    # called only for a channel that missed frames
     "Watchlist.request_refresh",
-    # what is done about a failure, and only then
+    # called only after a failure
     *("Watchlist.invalidate", "Universe.invalidate"),
 }
 
 
 class Panic(BaseException):
-    """As a panic of a native library: no `Exception`."""
+    """Like a panic of a native library: not an `Exception`."""
 
 
 def functions() -> Iterator[tuple[Any, str]]:
-    """Everything that the tasks beside capture consist of."""
+    """Every function of the background tasks."""
     for module, classes in SOUGHT:
         yield from ((module, name) for name in _of(module))
         yield from ((one, name) for one in classes for name in _of(one))
@@ -124,7 +124,7 @@ def _of(owner: ModuleType | type) -> list[str]:
 
 
 def failing(act: Callable[..., Any], error: BaseException, calls: list[str]) -> Callable[..., Any]:
-    """The same, but that every call raises."""
+    """A replacement of `act` of which every call raises."""
 
     def raising(*_: Any, **__: Any) -> Any:
         calls.append(threading.current_thread().name)
@@ -136,7 +136,7 @@ def failing(act: Callable[..., Any], error: BaseException, calls: list[str]) -> 
     return raising_later if inspect.iscoroutinefunction(act) else raising
 
 
-def test_every_call_of_every_task_beside_capture_may_fail(
+def test_recording_survives_a_failure_in_any_task_call(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -200,7 +200,7 @@ def _failing(it: Streamer) -> list[str]:
 
 
 def _provoke(it: Streamer) -> bool:
-    """A life event of a market that has long ended, and trades that the stream missed: what comes seldom by itself."""
+    """Cause rare events: a lifecycle event of an ended market, and missed trades."""
     keeper = it._capture
     assert keeper is not None
     assert keeper._session is not None
@@ -218,7 +218,7 @@ def _provoke(it: Streamer) -> bool:
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), OSError(5, "odd"), ProtocolError("odd")])
-def test_the_first_list_is_asked_for_again_whatever_is_wrong_with_it(
+def test_the_first_market_list_is_retried_after_any_failure(
     error: Exception,
     start_simulator: StartSimulator,
     settings_for: Callable[..., Any],
@@ -242,7 +242,7 @@ def test_the_first_list_is_asked_for_again_whatever_is_wrong_with_it(
     assert it.stop(60.0)
 
 
-def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again(
+def test_doctor_reports_a_failing_task_until_it_recovers(
     tmp_path: Path,
 ) -> None:
     notes: list[tuple[str, dict[str, object]]] = []
@@ -264,12 +264,12 @@ def test_what_fails_is_named_by_doctor_and_not_for_long_after_it_works_again(
     assert [kind for kind, _ in notes] == ["task_failed", "task_recovered"]
 
 
-def test_an_end_of_capture_drains_the_stores_and_says_why(
+def test_a_failed_capture_drains_the_stores_and_reports_why(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its event loop is closed by then: nothing that is still to be done may need it."""
+    """The event loop is closed by then: the remaining work must not need it."""
     simulator = start_simulator(markets=2, rate=400.0)
     settings = settings_for(simulator, use_clickhouse=False)
     it = Streamer(settings)

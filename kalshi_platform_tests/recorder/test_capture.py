@@ -1,4 +1,4 @@
-"""Capture against a real exchange's manners: refusals, silence, resets, thousands of markets."""
+"""Capture against the behaviour of a real exchange: refusals, silence, resets, thousands of markets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def capture(simulator: Simulator, writer: Writer, tickers: list[str] | None = No
 
 
 def run(it: Capture, until: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Run it until the condition holds; what ends it earlier is raised."""
+    """Run capture until the condition holds; raise what ends it earlier."""
 
     async def both() -> None:
         running = asyncio.create_task(it.run())
@@ -72,7 +72,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.recorder.capture.BACKOFF_MAX_S", 0.5)
 
 
-def test_a_silent_connection_is_left_and_the_cause_recorded(
+def test_a_silent_connection_is_closed_and_the_cause_noted(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     liveness = "kalshi_platform.recorder.capture.LIVENESS_S"
@@ -101,10 +101,10 @@ def test_a_silent_connection_is_left_and_the_cause_recorded(
 
 
 @pytest.mark.slow
-def test_a_quiet_exchange_that_pings_is_not_left(
+def test_a_quiet_exchange_that_pings_stays_connected(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Less is shorter than a busy machine may keep both sides from running.
+    # On a busy machine neither side may run for shorter times than this.
     monkeypatch.setattr("kalshi_platform.recorder.capture.LIVENESS_S", 10.0)
     simulator = start_simulator(markets=4, rate=0.0, heartbeat_seconds=0.3, rolling_markets=0)
     writer = Writer(tmp_path)
@@ -122,7 +122,7 @@ def test_a_quiet_exchange_that_pings_is_not_left(
 
 
 @pytest.mark.parametrize("fault", ["dial502:2", "dial429:2"])
-def test_an_exchange_that_is_down_is_dialled_again(
+def test_an_unreachable_exchange_is_dialled_again(
     fault: str, start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=4)
@@ -137,7 +137,7 @@ def test_an_exchange_that_is_down_is_dialled_again(
 @pytest.mark.parametrize(
     ("fault", "sentence"), [("dial401", "does not know PROD_KEYID"), ("skew", "clock")]
 )
-def test_a_refused_key_or_clock_ends_it_with_a_sentence(
+def test_a_refused_key_or_clock_ends_capture_with_an_error(
     fault: str, sentence: str, start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=4)
@@ -148,10 +148,10 @@ def test_a_refused_key_or_clock_ends_it_with_a_sentence(
     writer.close()
 
 
-def test_a_passing_page_of_a_cdn_is_no_refusal_of_the_key(
+def test_a_403_page_of_a_proxy_is_retried(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the answer to the first two dials, and to the first one after a connection broke."""
+    """The page answers the first two dials, and the first one after a connection broke."""
     simulator = start_simulator(markets=4)
     pages = [2]
     met: list[str | None] = []
@@ -198,7 +198,7 @@ def http_page(body: bytes) -> Iterator[str]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -206,9 +206,7 @@ def http_page(body: bytes) -> Iterator[str]:
         server.shutdown()
 
 
-def test_an_ed25519_key_opens_the_exchange_too(
-    start_simulator: StartSimulator, tmp_path: Path
-) -> None:
+def test_an_ed25519_key_connects(start_simulator: StartSimulator, tmp_path: Path) -> None:
     simulator = start_simulator(markets=4)
     key = ed25519.Ed25519PrivateKey.generate()
     simulator.register("edward", key.public_key())
@@ -223,7 +221,7 @@ def test_an_ed25519_key_opens_the_exchange_too(
     writer.close()
 
 
-def test_thousands_of_markets_come_on_one_sid_without_a_gap(
+def test_thousands_of_markets_on_one_sid_have_no_gap(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=2_500, rate=200.0, rolling_markets=0)
@@ -235,7 +233,7 @@ def test_thousands_of_markets_come_on_one_sid_without_a_gap(
     assert it.counters.connections == 1
 
 
-def test_an_exchange_that_ignores_use_yes_price_is_read_as_it_sends(
+def test_the_observed_price_scale_overrides_use_yes_price(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=6, rate=200.0, rolling_markets=0, yes_price=True)

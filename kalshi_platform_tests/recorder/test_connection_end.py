@@ -1,4 +1,4 @@
-"""However a connection ends, what had come by then is in the journal: read first, then judge."""
+"""Frames received before a connection ends, in any way, are in the journal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Exchange:
         self.sid = 0
         self.closing: asyncio.Task[None] | None = None
         self.subscribed = asyncio.Event()
-        """The book was asked for and its snapshot sent."""
+        """Whether the book was requested and its snapshot sent."""
 
     async def answer(self) -> None:
         """Answer every subscription, until the connection is closed."""
@@ -84,7 +84,7 @@ Script = Callable[[Exchange, SendSignal], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def exchanges() -> AsyncIterator[tuple[str, asyncio.Queue[Exchange]]]:
-    """An exchange's URL, and its connections as they come."""
+    """The URL of a fake exchange and a queue of its connections."""
     found: asyncio.Queue[Exchange] = asyncio.Queue()
 
     async def handler(connection: ServerConnection) -> None:
@@ -148,7 +148,7 @@ def causes(folder: Path) -> list[str]:
     return found
 
 
-def test_a_process_that_stood_still_reads_what_waits_before_it_judges_silence(
+def test_a_resumed_process_reads_before_checking_silence(
     tmp_path: Path,
 ) -> None:
     async def script(exchange: Exchange, signal_it: SendSignal) -> None:
@@ -179,10 +179,10 @@ async def reset(exchange: Exchange) -> None:
 
 
 @pytest.mark.parametrize("end", [close, go, reset])
-def test_what_came_before_the_exchange_ended_the_connection_is_kept(
+def test_frames_before_the_exchange_closes_are_kept(
     end: Callable[[Exchange], Awaitable[None]], tmp_path: Path
 ) -> None:
-    """The process stood still meanwhile: all waits in its kernel, pings that are to be answered too."""
+    """The process was suspended meanwhile: frames and pings wait in its kernel."""
 
     async def script(exchange: Exchange, signal_it: SendSignal) -> None:
         await until(lambda: exchange.on_the_way == 0, "the first frames to be there")
@@ -201,7 +201,7 @@ def test_what_came_before_the_exchange_ended_the_connection_is_kept(
     )
 
 
-def test_what_came_behind_the_end_of_the_subscription_is_kept(tmp_path: Path) -> None:
+def test_frames_after_the_subscription_ends_are_kept(tmp_path: Path) -> None:
     async def script(exchange: Exchange, signal_it: SendSignal) -> None:
         signal_it(signal.SIGSTOP)
         number = exchange.deltas + 2
@@ -217,7 +217,7 @@ def test_what_came_behind_the_end_of_the_subscription_is_kept(tmp_path: Path) ->
     assert len(recorded(tmp_path)) == sent == 3_050
 
 
-def test_frames_that_cannot_be_judged_are_journalled_and_the_fault_ends_the_recording(
+def test_frames_of_a_failing_session_are_journalled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Session.receive_run

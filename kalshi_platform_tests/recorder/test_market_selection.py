@@ -1,4 +1,4 @@
-"""Which markets are followed when: by the clock, by what the exchange tells, never for want of an answer."""
+"""When markets are followed: by the clock and by lifecycle events, never for lack of a response."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def market(
     )
 
 
-def told(ticker: str, event_type: str, **more: Any) -> LifecycleEvent:
+def lifecycle_event(ticker: str, event_type: str, **more: Any) -> LifecycleEvent:
     return LifecycleEvent(market_ticker=ticker, event_type=event_type, **more)
 
 
 def created(ticker: str, opens: float, closes: float) -> LifecycleEvent:
     more = {"event_ticker": ticker.rpartition("-")[0]}
-    return told(
+    return lifecycle_event(
         ticker, "created", open_ts=int(opens), close_ts=int(closes), additional_metadata=more
     )
 
 
-def roster(*markets: Market, **wish: Any) -> Universe:
-    made = Universe(MarketSelection(**(wish or {"series": ("KXA",)})))
+def universe(*markets: Market, **selection: Any) -> Universe:
+    made = Universe(MarketSelection(**(selection or {"series": ("KXA",)})))
     made.apply_list(markets, NOW)
     made.as_of_s = NOW
     return made
@@ -75,9 +75,9 @@ def roster(*markets: Market, **wish: Any) -> Universe:
 # -- the clock -----------------------------------------------------------------------------------
 
 
-def test_a_market_is_joined_before_it_opens_and_left_some_time_after_its_close() -> None:
+def test_a_market_joins_before_its_open_and_leaves_after_close() -> None:
     opens, closes = NOW + 100, NOW + 1_000
-    one = roster(market("KXA-1-T0", opens, closes, status="initialized"))
+    one = universe(market("KXA-1-T0", opens, closes, status="initialized"))
     assert one.wanted(NOW) == []
     assert not one.is_due(opens - JOIN_BEFORE_S - 0.1)
     assert one.is_due(opens - JOIN_BEFORE_S)
@@ -88,68 +88,70 @@ def test_a_market_is_joined_before_it_opens_and_left_some_time_after_its_close()
     assert one.wanted(closes + LEAVE_AFTER_S) == []
 
 
-def test_a_market_is_not_left_on_the_word_of_a_list_from_before_its_close() -> None:
-    """REST has been away since: the close may have been moved."""
-    one = roster(market("KXA-1-T0", closes=NOW + 10))
+def test_a_list_from_before_the_close_does_not_end_a_market() -> None:
+    """REST was unreachable since: the close may have been moved."""
+    one = universe(market("KXA-1-T0", closes=NOW + 10))
     assert one.wanted(NOW + HOUR) == ["KXA-1-T0"]
     one.apply_list([market("KXA-1-T0", closes=NOW + 3 * HOUR)], NOW + HOUR)
     one.as_of_s = NOW + HOUR
     assert one.wanted(NOW + HOUR + 60) == ["KXA-1-T0"]
 
 
-def test_a_market_that_a_list_does_not_have_stays() -> None:
-    one = roster(market("KXA-1-T0"), market("KXA-1-T1"))
+def test_a_market_missing_from_a_list_stays() -> None:
+    one = universe(market("KXA-1-T0"), market("KXA-1-T1"))
     one.apply_list([market("KXA-1-T1")], NOW + 60)
     one.apply_list([], NOW + 120)
     assert one.wanted(NOW + 120) == ["KXA-1-T0", "KXA-1-T1"]
 
 
-def test_life_events_create_extend_and_end_markets_at_once() -> None:
-    one = roster()
+def test_lifecycle_events_create_extend_and_end_markets() -> None:
+    one = universe()
     one.apply_event(created("KXA-1-T0", NOW + 50, NOW + 100), NOW)
     one.apply_event(created("KXB-1-T0", NOW + 50, NOW + 100), NOW)
     assert one.wanted(NOW) == []
     assert one.wanted(NOW + 50) == ["KXA-1-T0"]
-    one.apply_event(told("KXA-1-T0", "close_date_updated", close_ts=int(NOW + 900)), NOW + 60)
+    one.apply_event(
+        lifecycle_event("KXA-1-T0", "close_date_updated", close_ts=int(NOW + 900)), NOW + 60
+    )
     one.as_of_s = NOW + 800
     assert one.is_due(NOW + 61)
     assert one.wanted(NOW + 800) == ["KXA-1-T0"]
-    one.apply_event(told("KXA-1-T0", "deactivated"), NOW + 800)
+    one.apply_event(lifecycle_event("KXA-1-T0", "deactivated"), NOW + 800)
     assert one.wanted(NOW + 800) == ["KXA-1-T0"]
-    one.apply_event(told("KXA-1-T0", "determined"), NOW + 810)
+    one.apply_event(lifecycle_event("KXA-1-T0", "determined"), NOW + 810)
     assert one.wanted(NOW + 811) == ["KXA-1-T0"]
     assert one.wanted(NOW + 810 + LEAVE_AFTER_S) == []
 
 
-def test_an_early_activation_joins_a_market_whatever_its_time_says() -> None:
-    one = roster(market("KXA-1-T0", NOW + HOUR, NOW + 2 * HOUR, status="initialized"))
-    one.apply_event(told("KXA-1-T0", "activated"), NOW)
+def test_an_early_activation_overrides_the_open_time() -> None:
+    one = universe(market("KXA-1-T0", NOW + HOUR, NOW + 2 * HOUR, status="initialized"))
+    one.apply_event(lifecycle_event("KXA-1-T0", "activated"), NOW)
     assert one.wanted(NOW) == ["KXA-1-T0"]
 
 
-def test_what_is_told_of_an_unknown_market_of_the_wish_asks_for_a_look_at_rest() -> None:
-    one = roster()
-    one.apply_event(told("KXB-1-T0", "activated"), NOW)
+def test_an_event_of_an_unknown_market_requests_a_refresh() -> None:
+    one = universe()
+    one.apply_event(lifecycle_event("KXB-1-T0", "activated"), NOW)
     assert not one.refresh_needed
-    one.apply_event(told("KXA-1-T0", "activated"), NOW)
+    one.apply_event(lifecycle_event("KXA-1-T0", "activated"), NOW)
     assert one.refresh_needed
 
 
-def test_a_series_is_not_another_one_that_begins_alike() -> None:
-    one = roster(market("KXA-1-T0"), market("KXAB-1-T0"), series=("KXA",))
+def test_a_series_does_not_match_a_longer_name() -> None:
+    one = universe(market("KXA-1-T0"), market("KXAB-1-T0"), series=("KXA",))
     assert one.wanted(NOW) == ["KXA-1-T0"]
 
 
-def test_the_volume_floor_holds_back_quiet_markets_until_they_have_traded() -> None:
+def test_markets_below_the_minimum_volume_are_not_followed() -> None:
     quiet, busy = market("KXA-1-T0", volume="99.99"), market("KXB-1-T0", volume="100.00")
-    one = roster(quiet, busy, everything=True, min_volume=100_00)
+    one = universe(quiet, busy, everything=True, min_volume=100_00)
     assert one.wanted(NOW) == ["KXB-1-T0"]
     one.apply_list([market("KXA-1-T0", volume="100.50")], NOW)
     assert set(one.wanted(NOW)) == {"KXA-1-T0", "KXB-1-T0"}
 
 
-def test_a_named_market_is_followed_for_as_long_as_it_is_named() -> None:
-    one = roster(market("KXA-1-T0", closes=NOW - HOUR, status="closed"), tickers=("KXA-1-T0",))
+def test_a_named_market_is_followed_while_it_is_named() -> None:
+    one = universe(market("KXA-1-T0", closes=NOW - HOUR, status="closed"), tickers=("KXA-1-T0",))
     assert one.wanted(NOW) == ["KXA-1-T0"]
     one.set_tickers(["KXB-1-T0"])
     assert one.unknown == ["KXB-1-T0"]
@@ -165,14 +167,14 @@ LIVES = st.lists(
 
 @given(LIVES, st.lists(st.integers(1, 60), max_size=40))
 @hypothesis_settings(max_examples=150, deadline=None)
-def test_asked_only_when_due_it_gives_what_asking_always_would(
+def test_wanted_when_due_equals_wanted_always(
     lives: list[tuple[int, int]], steps: list[int]
 ) -> None:
     markets = [
         market(f"KXA-1-T{n}", NOW + opens, NOW + opens + span, status="initialized")
         for n, (opens, span) in enumerate(lives)
     ]
-    one = roster(*markets)
+    one = universe(*markets)
     now, answer = NOW, one.wanted(NOW)
     for step in steps:
         now += step
@@ -195,15 +197,17 @@ def test_asked_only_when_due_it_gives_what_asking_always_would(
 
 
 class Rest:
-    """A list of markets, with the questions that were put to it."""
+    """A fake REST client: a list of markets and the queries received."""
 
     def __init__(self, *markets: Market) -> None:
-        self.apply_list = list(markets)
+        self.listed = list(markets)
         self.asked: list[dict[str, Any]] = []
         self.away = False
 
-    def markets(self, *, tell: ReportUnreadable = log_unreadable, **question: Any) -> list[Market]:
-        """All of it can be read: nothing is told."""
+    def markets(
+        self, *, report: ReportUnreadable = log_unreadable, **question: Any
+    ) -> list[Market]:
+        """Every item can be read, so nothing is reported."""
         if self.away:
             raise Unreachable("away")
         question = {name: value for name, value in question.items() if value is not None}
@@ -232,7 +236,7 @@ def _answers(
 
 
 class Watching:
-    """A watchlist on a clock of the test's own."""
+    """A watchlist on a test clock."""
 
     def __init__(self, rest: Rest, **settings: Any) -> None:
         self.now = NOW
@@ -244,13 +248,13 @@ class Watching:
 
     def turn(self) -> Iterable[str] | None:
         self.watchlist.reload_file()
-        look = self.watchlist.due_query()
-        if look is not None:
-            self.watchlist.apply(look, look.fetch(self.rest))  # type: ignore[arg-type]
+        query = self.watchlist.due_query()
+        if query is not None:
+            self.watchlist.apply(query, query.fetch(self.rest))  # type: ignore[arg-type]
         return self.watchlist.wanted()
 
 
-def test_rest_is_asked_for_all_at_first_and_then_for_what_has_changed() -> None:
+def test_the_first_query_is_full_and_later_ones_incremental() -> None:
     rest = Rest(market("KXA-1-T0"), market("KXB-1-T0"), market("KXC-1-T0"))
     watching = Watching(rest, market_series="KXA", market_events="KXB-1")
     assert set(watching.turn() or ()) == {"KXA-1-T0", "KXB-1-T0"}
@@ -261,16 +265,16 @@ def test_rest_is_asked_for_all_at_first_and_then_for_what_has_changed() -> None:
         {"series_ticker": "KXA", "status": "open"},
     ]
     rest.asked.clear()
-    for _ in range(int(RELIST_S)):  # a turn a second
+    for _ in range(int(RELIST_S)):  # one turn per second
         watching.now += 1
         watching.turn()
     changed = [question for question in rest.asked if "min_updated_ts" in question]
     assert len(changed) == RELIST_S // REFRESH_S - 1
     assert all(question.keys() == {"min_updated_ts", "mve_filter"} for question in changed)
-    assert len(rest.asked) == len(changed) + 3  # and once all of it
+    assert len(rest.asked) == len(changed) + 3  # and one full query
 
 
-def test_named_markets_alone_are_not_polled() -> None:
+def test_named_markets_are_not_polled() -> None:
     rest = Rest(market("KXA-1-T0"))
     watching = Watching(rest, market_tickers="KXA-1-T0")
     assert watching.turn() == ["KXA-1-T0"]
@@ -280,7 +284,7 @@ def test_named_markets_alone_are_not_polled() -> None:
     assert rest.asked == [{"tickers": ("KXA-1-T0",)}]
 
 
-def test_everything_is_asked_for_without_multivariate_markets() -> None:
+def test_market_all_excludes_multivariate_markets() -> None:
     rest = Rest(market("KXA-1-T0", volume="3.00"), market("KXB-1-T0", volume="7.00"))
     watching = Watching(rest, market_all=True, market_min_volume=5)
     assert watching.turn() == ["KXB-1-T0"]
@@ -290,7 +294,7 @@ def test_everything_is_asked_for_without_multivariate_markets() -> None:
     ]
 
 
-def test_a_market_that_trades_past_its_close_time_is_followed_until_it_is_over() -> None:
+def test_a_market_trading_past_its_close_is_followed() -> None:
     late = market("KXA-1-T0", NOW - HOUR, NOW - 600)
     rest = Rest(late)
     watching = Watching(rest, market_series="KXA")
@@ -298,7 +302,7 @@ def test_a_market_that_trades_past_its_close_time_is_followed_until_it_is_over()
     watching.now += RELIST_S
     watching.turn()
     assert watching.watchlist.wanted() in (None, ["KXA-1-T0"])
-    rest.apply_list = [market("KXA-1-T0", NOW - HOUR, NOW - 600, "closed")]
+    rest.listed = [market("KXA-1-T0", NOW - HOUR, NOW - 600, "closed")]
     watching.now += RELIST_S
     watching.turn()
     watching.now += LEAVE_AFTER_S + REFRESH_S
@@ -325,7 +329,7 @@ def test_a_market_that_trades_past_its_close_time_is_in_the_catalogue(
         ("KXA-1-T0\u200b\r\n\u00a0KXA-1-T1\u2060\n\u200b\n".encode(), ["KXA-1-T0", "KXA-1-T1"]),
     ],
 )
-def test_what_pasting_leaves_in_a_file_of_tickers_is_taken_off(
+def test_invisible_characters_in_market_file_are_removed(
     tmp_path: Path, content: bytes, tickers: list[str]
 ) -> None:
     file = tmp_path / "tickers.txt"
@@ -342,9 +346,7 @@ def test_what_pasting_leaves_in_a_file_of_tickers_is_taken_off(
         ("KXÄ-1-T0\n".encode("latin-1"), "save it again as UTF-8"),
     ],
 )
-def test_a_file_of_tickers_that_cannot_be_trusted_is_a_sentence(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
+def test_a_suspicious_market_file_is_an_error(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "tickers.txt"
     file.write_bytes(content)
     with pytest.raises(SettingsError, match=reason) as error:
@@ -352,7 +354,7 @@ def test_a_file_of_tickers_that_cannot_be_trusted_is_a_sentence(
     assert "MARKET_FILE" in str(error.value)
 
 
-def test_a_list_that_cannot_be_had_changes_nothing_and_the_clock_goes_on() -> None:
+def test_a_failed_query_changes_nothing() -> None:
     opens = NOW + 40
     rest = Rest(market("KXA-1-T0"), market("KXA-1-T1", opens, NOW + HOUR, "initialized"))
     watching = Watching(rest, market_series="KXA")
@@ -362,22 +364,22 @@ def test_a_list_that_cannot_be_had_changes_nothing_and_the_clock_goes_on() -> No
     with pytest.raises(Unreachable):
         watching.turn()
     assert watching.watchlist.wanted() == ["KXA-1-T0", "KXA-1-T1"]
-    rest.away, rest.apply_list = False, []
+    rest.away, rest.listed = False, []
     watching.now += REFRESH_S
     assert watching.turn() == ["KXA-1-T0", "KXA-1-T1"]
 
 
-def test_missed_life_events_make_up_for_themselves_at_rest() -> None:
+def test_missed_lifecycle_events_trigger_a_query() -> None:
     rest = Rest(market("KXA-1-T0"))
     watching = Watching(rest, market_series="KXA")
     watching.turn()
-    rest.apply_list.append(market("KXA-1-T1"))
+    rest.listed.append(market("KXA-1-T1"))
     watching.now += 1
     watching.watchlist.request_refresh()
     assert watching.turn() == ["KXA-1-T0", "KXA-1-T1"]
 
 
-def test_a_file_of_tickers_is_read_again_when_it_changes(tmp_path: Path) -> None:
+def test_market_file_is_reloaded_when_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "tickers.txt"
     file.write_text("# my markets\nKXA-1-T0  # the first\n\nKXA-1-T0\n")
     rest = Rest(market("KXA-1-T0"), market("KXA-1-T1"), market("KXA-1-T2"))
@@ -389,7 +391,7 @@ def test_a_file_of_tickers_is_read_again_when_it_changes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("spoil", ["gone", "empty", "not text", "two words"])
-def test_a_file_that_cannot_be_read_any_more_changes_nothing(
+def test_an_unreadable_market_file_changes_nothing(
     tmp_path: Path, spoil: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "tickers.txt"
@@ -417,7 +419,7 @@ def test_a_file_that_cannot_be_read_any_more_changes_nothing(
 
 
 def write(file: Path, text: str) -> None:
-    """Write it so that it looks changed, however coarse the file system's clock."""
+    """Write the file with a changed mtime, even on a file system with coarse times."""
     file.write_text(text)
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
@@ -432,12 +434,12 @@ def write(file: Path, text: str) -> None:
         ({"market_min_volume": -1, "market_all": True}, "MARKET_MIN_VOLUME"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_a_sentence(given: dict[str, Any], says: str) -> None:
+def test_an_invalid_market_selection_is_an_error(given: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         Watching(Rest(), **given)
 
 
-def test_tickers_that_nobody_knows_are_a_sentence_and_some_unknown_ones_a_warning(
+def test_all_unknown_tickers_are_an_error_some_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(SettingsError, match="NOPE-1, NOPE-2"):
@@ -446,6 +448,6 @@ def test_tickers_that_nobody_knows_are_a_sentence_and_some_unknown_ones_a_warnin
     with caplog.at_level(logging.WARNING):
         assert watching.turn() == ["KXA-1-T0"]
     assert "no market NOPE-1" in caplog.text
-    watching.rest.apply_list.append(market("NOPE-1"))
+    watching.rest.listed.append(market("NOPE-1"))
     watching.now += RELIST_S
     assert watching.turn() == ["KXA-1-T0", "NOPE-1"]

@@ -53,22 +53,22 @@ def shifted():
     return now + known[1]
 time.time_ns = shifted
 from kalshi_platform.exchange import signing
-signing.time = types.SimpleNamespace(time_ns=real)  # the exchange has a clock of its own
+signing.time = types.SimpleNamespace(time_ns=real)  # the exchange uses the real clock
 from kalshi_platform.commands.main import run
 run()
 """
-"""`kalshi-platform`, with a clock for the journal that the test sets."""
+"""A `kalshi-platform` process whose journal clock the test sets."""
 
 
 class Clock:
-    """What the processes of a test take for the time."""
+    """The time that the processes of a test see."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.set(datetime.now(UTC))
 
     def set(self, to: datetime) -> None:
-        """It is `to` now."""
+        """Set the time to `to`."""
         offset = int(to.timestamp() * 1e9) - time.time_ns()
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(str(offset))
@@ -76,7 +76,7 @@ class Clock:
 
 
 def shard(settings: Settings, number: int, clock: Clock, log: Path) -> subprocess.Popen[bytes]:
-    """`stream --shard N`, with the test's clock."""
+    """Start `stream --shard N` with the test's clock."""
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-c", WITH_CLOCK, str(clock.path), "stream", "--shard", str(number)],
@@ -90,9 +90,9 @@ def health(settings: Settings, number: int, key: str) -> Any:
 
 
 def synced(settings: Settings, number: int, process: subprocess.Popen[bytes]) -> Any:
-    """Its whole books, as this process says: what its predecessor said lies there until it speaks."""
-    said = health_report.read(settings.journal_dir(number)) or {}
-    return said.get("synced") if said.get("pid") == process.pid else None
+    """The number of synced books in this process's health report; its predecessor's report is ignored."""
+    report = health_report.read(settings.journal_dir(number)) or {}
+    return report.get("synced") if report.get("pid") == process.pid else None
 
 
 def deltas(settings: Settings) -> int:
@@ -114,7 +114,7 @@ def assert_nothing_lost(settings: Settings) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both(
+def test_an_hour_waits_for_a_killed_shard(
     tmp_path: Path, start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=12, rate=600.0, rolling_markets=0)
@@ -133,7 +133,7 @@ def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both
                 lambda k=number: synced(settings, k, processes[k]) == len(shares[k]),  # type: ignore[misc]
                 f"the books of shard {number}",
             )
-        # the note of its connection must be on the disk before it dies
+        # the note of its connection must be on the disk before the kill
         wait_for(lambda: health(settings, 1, "journal_records") > 100, "what shard 1 has kept")
         processes[1].kill()
         processes[1].wait()
@@ -151,9 +151,9 @@ def test_an_hour_waits_for_a_killed_shard_and_both_stores_have_every_row_of_both
         for process in processes:
             process.send_signal(signal.SIGTERM)
         statuses = [process.wait(timeout=60) for process in processes]
-    told = "\n".join(log.read_text() for log in logs)
-    assert statuses == [0, 0], told
-    assert told.count(f"Hour {ends:%Y-%m-%d %H:00} UTC (sealed)") == 1
+    logged = "\n".join(log.read_text() for log in logs)
+    assert statuses == [0, 0], logged
+    assert logged.count(f"Hour {ends:%Y-%m-%d %H:00} UTC (sealed)") == 1
     assert_nothing_lost(settings)
     assert latest(settings) == truth(simulator, set(simulator.books()))
     events = pl.read_parquet(f"{root}/orderbook_events/**/*.parquet", hive_partitioning=False)
@@ -187,7 +187,7 @@ def streaming(*streamers: Streamer) -> Iterator[None]:
 
 
 @pytest.mark.timeout(600)
-def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_exchanges(
+def test_changing_the_number_of_shards_loses_nothing(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=12, rate=400.0, rolling_markets=0)
@@ -195,7 +195,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
     one = settings_for(simulator, stream_shards=1)
     away = settings_for(simulator, stream_shards=2, clickhouse_url="http://127.0.0.1:9")
 
-    # Shard 1 ends while ClickHouse is away from it: its journal alone has what it recorded.
+    # Shard 1 ends while ClickHouse is unreachable for it: only its journal has what it recorded.
     first, second = Streamer(two, 0), Streamer(away, 1)
     with streaming(first, second):
         wait_for(lambda: first.health().synced + second.health().synced == 12, "all books")
@@ -203,7 +203,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
     assert second.health().stores["clickhouse"].lag > 0
     assert monitored_shards.left_over(one.journals_dir, 1, one.stores) == [1]
 
-    # One shard has all markets; the other one's journal is drained beside it.
+    # One shard records all markets; the other one's journal is drained.
     alone, drain = Streamer(one, 0), Streamer(one, 1)
     with streaming(alone):
         wait_for(lambda: alone.health().synced == 12, "all books in one shard")
@@ -213,7 +213,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
         assert drain.health().state == "stopped"
     assert monitored_shards.left_over(one.journals_dir, 1, one.stores) == []
 
-    # And two again.
+    # Two shards again.
     first, second = Streamer(two, 0), Streamer(two, 1)
     with streaming(first, second):
         wait_for(lambda: first.health().synced + second.health().synced == 12, "all books again")
@@ -227,7 +227,7 @@ def test_from_two_shards_to_one_and_back_nothing_is_lost_and_the_books_are_the_e
 
 
 @pytest.mark.timeout(600)
-def test_stream_keeps_a_process_for_each_shard_and_ends_them_all(
+def test_stream_runs_one_process_per_shard_and_ends_all(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=10, rate=300.0, rolling_markets=0)
@@ -254,7 +254,7 @@ def test_stream_keeps_a_process_for_each_shard_and_ends_them_all(
     assert health(settings, 0, "state") == "stopped"
 
 
-def test_a_shard_that_never_was_is_refused_in_a_sentence(
+def test_a_shard_that_never_existed_is_refused(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""What `stream` says and exits with where its journal's disk or its lock fails it; real processes."""
+"""Output and exit code of `stream` when the journal's disk or lock fails; real processes."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 """
 
 
-def test_a_library_that_aborts_when_it_is_taken_down_does_not_spoil_the_stop(
+def test_a_library_aborting_at_exit_does_not_fail_the_stop(
     start_simulator: StartSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one does whose threads are still at work when its destructors run."""
+    """As a library does whose threads still run when its destructors do."""
     simulator = start_simulator(markets=4, rate=300.0, rolling_markets=0)
     (tmp_path / "sitecustomize.py").write_text(ABORTS_AT_ITS_END)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -79,19 +79,19 @@ def test_a_library_that_aborts_when_it_is_taken_down_does_not_spoil_the_stop(
     with stream(tmp_path, simulator) as child:
         wait_for(lambda: reported(tmp_path / "journal" / "shard-0", "frames") > 100, "frames")
         child.send_signal(signal.SIGTERM)
-        said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 0, said
-    assert said.rstrip().endswith("Stopped; all that was received is stored.")
+        output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 0, output
+    assert output.rstrip().endswith("Stopped; all that was received is stored.")
 
 
-def test_a_stop_that_loses_frames_exits_1_and_says_how_many(
+def test_a_stop_that_loses_frames_exits_1_with_a_count(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=4, rate=300.0, rolling_markets=0)
     folder = tmp_path / "journal" / "shard-0"
     with stream(tmp_path, simulator) as child:
         wait_for(lambda: reported(folder, "frames") > 100, "frames")
-        # No file may grow beyond this: write() fails half-way, as it does on a full disk.
+        # A file-size limit makes write() fail part-way, as a full disk does.
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (LIMIT_BYTES, resource.RLIM_INFINITY))
         wait_for(lambda: reported(folder, "oldest_undurable_ms") > 3_000, "a disk that is full")
         report = health_report.read(folder)
@@ -99,33 +99,33 @@ def test_a_stop_that_loses_frames_exits_1_and_says_how_many(
         assert report["state"] == "blocked"
         began = time.monotonic()
         child.send_signal(signal.SIGTERM)
-        said, _ = child.communicate(timeout=PATIENCE_S)
-    assert child.returncode == 1, said
+        output, _ = child.communicate(timeout=PATIENCE_S)
+    assert child.returncode == 1, output
     assert time.monotonic() - began < 30
     lost = re.search(
-        r"([\d,]+) frames \(([\d,]+) bytes\) and [\d,]+ notes could not be written", said
+        r"([\d,]+) frames \(([\d,]+) bytes\) and [\d,]+ notes could not be written", output
     )
-    assert lost is not None, said
+    assert lost is not None, output
     assert all(int(number.replace(",", "")) > 0 for number in lost.groups())
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
-def test_a_streamer_whose_lock_file_is_removed_ends_and_keeps_a_second_one_out(
+def test_a_streamer_without_its_lock_file_ends(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=4, rate=300.0, rolling_markets=0)
     folder = tmp_path / "journal" / "shard-0"
     with stream(tmp_path, simulator) as first:
         wait_for(lambda: reported(folder, "frames") > 100, "frames")
-        first.send_signal(signal.SIGSTOP)  # it has not noticed yet
+        first.send_signal(signal.SIGSTOP)  # it has not detected the removal yet
         (folder / "lock").unlink()
         with stream(tmp_path, simulator) as second:
-            said, _ = second.communicate(timeout=PATIENCE_S)
+            output, _ = second.communicate(timeout=PATIENCE_S)
         assert second.returncode == 1
-        assert "Another streamer is writing to" in said
+        assert "Another streamer is writing to" in output
         first.send_signal(signal.SIGCONT)
-        said, _ = first.communicate(timeout=PATIENCE_S)
-    assert first.returncode == 1, said
-    assert "/lock, was removed or replaced while it was held" in said
-    assert "could not be written" not in said
-    assert "Traceback" not in said
+        output, _ = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == 1, output
+    assert "/lock, was removed or replaced while it was held" in output
+    assert "could not be written" not in output
+    assert "Traceback" not in output

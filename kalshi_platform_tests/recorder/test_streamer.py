@@ -1,4 +1,4 @@
-"""The whole line, on real parts: WebSocket to journal to ClickHouse and Parquet, nothing lost or doubled."""
+"""The whole pipeline on real parts, WebSocket to journal to ClickHouse and Parquet: each record exactly once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Level = tuple[str, str, str, str]
 def settings_for(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> Callable[..., Settings]:
-    """Settings that point at a simulator and at a migrated database of the test's own."""
+    """Settings for a simulator and a migrated test database."""
     prepared = False
 
     def make(simulator: Simulator, **more: Any) -> Settings:
@@ -95,7 +95,7 @@ def streaming(settings: Settings) -> Iterator[Streamer]:
     try:
         yield streamer
     finally:
-        streamer.stop(60.0)  # the promise of 10 s is tested on processes
+        streamer.stop(60.0)  # the limit of 10 s is tested on processes
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
@@ -119,7 +119,7 @@ _clients: dict[tuple[str, str], Client] = {}
 
 
 def client_of(settings: Settings) -> Client:
-    """A client of the test's database; the same for each look at it, since connecting costs more than a look."""
+    """A client of the test's database, cached: connecting costs more than a query."""
     key = (settings.clickhouse_url, settings.clickhouse_database)
     if key not in _clients:
         for former in _clients.values():
@@ -171,18 +171,20 @@ def truth(simulator: Simulator, tickers: set[str]) -> set[Level]:
 def wait_for_the_last_frames(
     settings: Settings, simulator: Simulator, tickers: Collection[str] | None = None
 ) -> None:
-    """Until ClickHouse has the books of the exchange, which is paused; all, or those of `tickers`.
+    """Wait until ClickHouse has the books of the paused exchange: all, or those of `tickers`.
 
-    What is still on its way to a recording that ends is not recorded: it is nobody's fault, and the
-    books would not be the exchange's.
+    Frames still in flight when a recording ends are not recorded, and the books would differ.
     """
-    of = set(simulator.books() if tickers is None else tickers)
-    last = truth(simulator, of)
-    wait_for(lambda: {it for it in latest(settings) if it[0] in of} == last, "the last frames")
+    markets = set(simulator.books() if tickers is None else tickers)
+    last = truth(simulator, markets)
+    wait_for(
+        lambda: {level for level in latest(settings) if level[0] in markets} == last,
+        "the last frames",
+    )
 
 
 def proved(settings: Settings) -> list[dict[str, Any]]:
-    """The user's own proof, which must find nothing that is not named, and nothing twice."""
+    """Run the lossless proof: it must find nothing unnamed and nothing twice."""
     with client.translated():
         proof = client_of(settings).query(PROOF.read_text().strip().rstrip(";"))
     rows = [dict(zip(proof.column_names, row, strict=True)) for row in proof.result_rows]
@@ -192,7 +194,7 @@ def proved(settings: Settings) -> list[dict[str, Any]]:
 
 
 def assert_lossless(settings: Settings) -> None:
-    """The user's own proof finds nothing, and the two stores agree row by row."""
+    """The lossless proof finds nothing, and the two stores agree row by row."""
     proved(settings)
     for dataset in ("orderbook_events", "stream_events"):
         count = archived(settings, dataset).height
@@ -208,7 +210,7 @@ def assert_lossless(settings: Settings) -> None:
 
 
 def reference(lines: list[bytes]) -> tuple[list[tuple[Any, ...]], set[Level]]:
-    """Every event row and the final books of a recording, by the reference book."""
+    """Every event row and the final books of a recording, computed with the reference book."""
     books: dict[str, Book] = {}
     rows: list[tuple[Any, ...]] = []
     for line in lines:
@@ -248,7 +250,7 @@ def reference(lines: list[bytes]) -> tuple[list[tuple[Any, ...]], set[Level]]:
 @pytest.mark.parametrize(
     "name", ["ws_orderbook_12_markets_prod_2026-08-07.jsonl", "ws_legacy_cents_2025-11-30.jsonl.gz"]
 )
-def test_recorded_frames_land_exactly_in_both_stores(
+def test_recorded_frames_are_stored_exactly_in_both_stores(
     name: str, start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     path = FRAMES / name
@@ -280,7 +282,7 @@ def test_recorded_frames_land_exactly_in_both_stores(
     assert_lossless(settings)
 
 
-def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole_is_named(
+def test_books_recover_from_drops_gaps_and_garbage(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=16, rate=1_500.0, rolling_markets=0)
@@ -297,8 +299,8 @@ def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole
         "huge:2",
         "close",
     ]
-    # What a fault leaves behind at once. Frames alone would not tell that it has been met: they come
-    # while it is still on its way, and the next fault, a reset perhaps, would take it back.
+    # The counter that a fault raises at once. Frames alone do not show that the fault has happened: they
+    # arrive while it is still in flight, and the next fault, such as a reset, could cancel it.
     leaves = {
         "drop": "connections",
         "error25": "connections",
@@ -311,7 +313,7 @@ def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 16, "books")
 
-        def met_and_mended(fault: str, before: Health) -> bool:
+        def met_and_recovered(fault: str, before: Health) -> bool:
             trace = leaves.get(fault.partition(":")[0])
             if trace is not None and getattr(streamer.health(), trace) <= getattr(before, trace):
                 return False
@@ -322,7 +324,7 @@ def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole
             seen = streamer.health()
             simulator.inject(fault)
             wait_for(
-                lambda f=fault, s=seen: met_and_mended(f, s),  # type: ignore[misc]
+                lambda f=fault, s=seen: met_and_recovered(f, s),  # type: ignore[misc]
                 f"recovery from {fault}",
             )
         simulator.pause()
@@ -337,7 +339,7 @@ def test_after_drops_gaps_and_garbage_the_books_are_the_exchanges_and_every_hole
     assert_lossless(settings)
 
 
-def test_stopping_under_load_leaves_everything_received_in_both_stores(
+def test_stopping_under_load_stores_everything_received(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=30, rate=8_000.0)
@@ -365,7 +367,7 @@ def test_stopping_under_load_leaves_everything_received_in_both_stores(
 
 
 @pytest.mark.timeout(600)
-def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
+def test_kill_9_loses_and_duplicates_no_journalled_record(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=12, rate=2_000.0, rolling_markets=0)
@@ -406,11 +408,11 @@ def test_kill_9_at_random_moments_loses_nothing_journalled_and_doubles_nothing(
 
 
 @pytest.mark.timeout(600)
-def test_without_clickhouse_parquet_goes_on_and_clickhouse_catches_up_exactly_once(
+def test_clickhouse_catches_up_exactly_once_after_an_outage(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=8, rate=1_000.0)
-    away = settings_for(simulator, clickhouse_url="http://127.0.0.1:9")  # nobody listens there
+    away = settings_for(simulator, clickhouse_url="http://127.0.0.1:9")  # nothing listens there
     streamer = Streamer(away)
     streamer.start()
     wait_for(lambda: streamer.health().stores["parquet"].committed_ns > 0, "the first file")
@@ -430,7 +432,7 @@ def test_without_clickhouse_parquet_goes_on_and_clickhouse_catches_up_exactly_on
     assert_lossless(back)
 
 
-def test_a_wrong_password_is_a_sentence_without_the_password_and_costs_no_frame(
+def test_a_wrong_password_is_reported_and_costs_no_frame(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=8, rate=500.0)
@@ -450,7 +452,7 @@ def test_a_wrong_password_is_a_sentence_without_the_password_and_costs_no_frame(
     assert_lossless(right)
 
 
-def test_reading_that_does_not_end_in_time_is_not_called_stored_and_is_marked(
+def test_an_abandoned_capture_is_not_reported_as_stored(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=4, rate=500.0, rolling_markets=0)
@@ -480,7 +482,7 @@ def test_reading_that_does_not_end_in_time_is_not_called_stored_and_is_marked(
     assert_lossless(settings)
 
 
-def test_a_second_streamer_is_refused_in_a_sentence(
+def test_a_second_streamer_is_refused(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=4)
@@ -489,7 +491,7 @@ def test_a_second_streamer_is_refused_in_a_sentence(
         Streamer(settings).start()
 
 
-def test_a_damaged_journal_stops_the_loads_loudly_while_recording_goes_on(
+def test_a_damaged_journal_stops_loaders_not_recording(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
@@ -525,13 +527,13 @@ def test_a_damaged_journal_stops_the_loads_loudly_while_recording_goes_on(
     assert_lossless(settings)
 
 
-def test_what_a_damaged_segment_without_a_backup_lost_is_named_and_the_rest_is_loaded(
+def test_lost_records_are_reported_and_the_rest_is_loaded(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """On the connection that is open: ClickHouse comes back to a journal that was damaged meanwhile."""
+    """On an open connection: ClickHouse recovers after the journal was damaged meanwhile."""
     monkeypatch.setattr("kalshi_platform.loading.loader.RESTART_S", 0.5)
     monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.5)
     monkeypatch.setattr("kalshi_platform.journal.writer.SEGMENT_BYTES", 30_000)
@@ -575,7 +577,7 @@ def test_what_a_damaged_segment_without_a_backup_lost_is_named_and_the_rest_is_l
     assert lost == sum(missing for _, missing in gaps) == named > 0
 
 
-def test_unknown_tickers_and_a_missing_key_are_sentences(
+def test_unknown_tickers_and_a_missing_key_are_errors(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=4)
@@ -590,7 +592,7 @@ def test_unknown_tickers_and_a_missing_key_are_sentences(
         Streamer(settings).start()
 
 
-def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_difference(
+def test_the_live_book_comparison_finds_no_difference(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
@@ -605,21 +607,21 @@ def test_the_audit_compares_live_books_with_the_exchanges_and_finds_no_differenc
 
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 8, "books")
-        # what a snapshot has just touched is not compared yet
+        # levels that a snapshot has just changed are not compared yet
         wait_for(lambda: len(audits()) >= 3, "three rounds")
         wait_for(lambda: sum(r["levels"] for r in audits()) > 100, "levels that are compared")
     rounds = audits()
     assert sum(r["mismatches"] for r in rounds) == 0
 
 
-def test_a_scale_that_no_snapshot_shows_is_found_by_comparison_with_rest(
+def test_a_scale_no_snapshot_reveals_is_found_by_rest(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As for books without far bids: on neither scale are they crossed."""
     monkeypatch.setattr("kalshi_platform.quality.book_audit.CACHE_S", 3.0)
-    monkeypatch.setattr("kalshi_platform.exchange.scale.told_scale", lambda *_: None)
+    monkeypatch.setattr("kalshi_platform.exchange.scale.scale_of", lambda *_: None)
     simulator = start_simulator(
         markets=8, rate=40.0, rolling_markets=0, rest_cache_seconds=1.0, yes_price=True
     )
@@ -642,7 +644,7 @@ def test_a_scale_that_no_snapshot_shows_is_found_by_comparison_with_rest(
     assert details("mismatch") == []
 
 
-def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_again(
+def test_remedies_for_a_hanging_streamer_work(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
 ) -> None:
     settings = settings_for(start_simulator(markets=4, rate=50.0), use_clickhouse=False)
@@ -691,8 +693,8 @@ def test_what_is_said_of_a_streamer_that_hangs_or_was_stopped_makes_it_record_ag
             process.wait()
 
 
-def uncross_untold(venue: Venue) -> None:
-    """The exchange takes the crossing order out without a frame: from now on its page shows another book."""
+def uncross_without_a_frame(venue: Venue) -> None:
+    """Remove the crossing order without a frame, so that REST shows another book from now on."""
     exchange = venue.exchange
     assert isinstance(exchange, Exchange)
     (crossed,) = (it for it in exchange.markets() if it.book.crossed)
@@ -701,7 +703,7 @@ def uncross_untold(venue: Venue) -> None:
     exchange._happened.clear()
 
 
-def test_a_book_that_is_crossed_here_alone_is_asked_for_again_as_its_check_says(
+def test_a_book_crossed_only_here_is_re_requested(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
@@ -722,7 +724,7 @@ def test_a_book_that_is_crossed_here_alone_is_asked_for_again_as_its_check_says(
         assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'mismatch'") == [
             (0,)
         ]
-        simulator._call(uncross_untold)
+        simulator._call(uncross_without_a_frame)
         wait_for(lambda: check().passed, "the exchange's book")
     ((side, theirs),) = [
         (it["side"], it["theirs"])
@@ -747,12 +749,12 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _wait_for_recording(settings: Settings, pid: int, before: int) -> None:
-    """Until a process has brought frames to the disk: what it has in memory alone dies with it."""
+    """Wait until a process has journalled frames: those in memory only are lost with it."""
     wait_for(lambda: _pid(settings) == pid and _durable(settings) > before + 200, "frames")
 
 
 def _records(settings: Settings) -> int:
-    """Records in the journal; nobody writes to it."""
+    """The number of records in a journal without a writer."""
     folder = settings.journal_dir()
     if not reader.segments(folder):
         return 0

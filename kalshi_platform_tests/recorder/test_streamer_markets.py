@@ -1,4 +1,4 @@
-"""The whole line while markets come and go, and the trades beside the books: each exactly once."""
+"""The whole pipeline while markets join and leave, with trades: note exactly once."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ Trade = tuple[str, str, Decimal, Decimal, Decimal, str, str, bool, datetime]
 
 @pytest.fixture(autouse=True)
 def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Markets that live for seconds, and an exchange whose REST is not cached."""
+    """Settings for markets that are open for seconds and an exchange without a REST cache."""
     monkeypatch.setattr("kalshi_platform.recorder.market_selection.REFRESH_S", 0.5)
     monkeypatch.setattr("kalshi_platform.recorder.universe.LEAVE_AFTER_S", 4.0)
     monkeypatch.setattr("kalshi_platform.recorder.universe.CACHED_S", 0.0)
-    # What was on its way when a connection ended is a margin before its last frame; and what REST lists
-    # of the margin after the loss must have come over the stream when REST is asked.
+    # Trades in flight when a connection ended lie within the margin before its last frame; trades that REST
+    # lists within the margin after the span must have arrived over the stream when REST is queried.
     monkeypatch.setattr("kalshi_platform.recorder.trade_backfill.MARGIN_S", 1)
     monkeypatch.setattr("kalshi_platform.recorder.trade_backfill.AFTER_S", 4.0)
     monkeypatch.setattr("kalshi_platform.exchange.auxiliary_channel.REFUSED_AGAIN_S", 1.0)
 
 
 def ledger(simulator: Simulator) -> dict[str, Trade]:
-    """What was traded, by the exchange's own book, by trade id."""
+    """The exchange's own trades, by trade id."""
     return {
         name: (
             name,
@@ -72,7 +72,7 @@ COLUMNS = (
 
 
 def recorded(settings: Settings) -> list[Trade]:
-    """The trades of both stores, which must be the same, row by row."""
+    """The trades of both stores, which must agree row by row."""
     hot = [tuple(row) for row in query(settings, f"SELECT {COLUMNS} FROM trades")]
     cold = archived(settings, "trades").select(COLUMNS.split(", ")).rows()
     assert sorted(map(repr, hot)) == sorted(map(repr, map(_utc, cold)))
@@ -89,8 +89,8 @@ def kinds(settings: Settings) -> dict[str, int]:
     return dict(query(settings, sql))
 
 
-def hears_of_lives(settings: Settings) -> bool:
-    """Whether the exchange has said that it will tell of markets' lives."""
+def has_lifecycle_subscription(settings: Settings) -> bool:
+    """Whether the exchange has acknowledged the lifecycle subscription."""
     sql = (
         "SELECT count() FROM stream_events"
         " WHERE kind = 'subscribed' AND detail LIKE '%market_lifecycle_v2%'"
@@ -99,7 +99,7 @@ def hears_of_lives(settings: Settings) -> bool:
 
 
 def wait_for_trades(settings: Settings, trades: set[str]) -> None:
-    """Until ClickHouse has these trades: what is on its way when a recording ends is not recorded."""
+    """Wait until ClickHouse has these trades: trades in flight when a recording ends are not recorded."""
     sql = "SELECT trade_id FROM trades"
     wait_for(lambda: trades <= {name for (name,) in query(settings, sql)}, "the last trades")
 
@@ -110,10 +110,10 @@ def recovered(settings: Settings) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(600)
-def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trade_is_there_once(
+def test_markets_join_and_leave_without_a_gap(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
-    # A market is told of one lifetime before it opens: so long may this machine have other things to do.
+    # A market is announced one lifetime before it opens: the machine may be busy for that long.
     simulator = start_simulator(markets=16, rolling_markets=12, rolling_seconds=6.0, rate=600.0)
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
@@ -131,34 +131,34 @@ def test_many_markets_join_and_leave_without_a_reconnect_or_a_gap_and_every_trad
         health = streamer.health()
         simulator.pause()
         traded = ledger(simulator)
-        # What joined while recording went on was joined before its first trade; the others from then on.
+        # Markets that joined during recording joined before their first trade.
         expected = {n for n, t in traded.items() if n not in settled or t[1] not in first}
         wait_for_trades(settings, expected)
     assert (health.connections, health.gaps) == (1, 0)
     joined = {t for (t,) in query(settings, "SELECT DISTINCT market_ticker FROM orderbook_events")}
     assert len(joined - first) >= 20, "several generations came"
     assert kinds(settings)["left"] >= 12
-    there = {row[0]: row for row in recorded(settings)}
-    assert expected <= there.keys()
-    assert there == {n: traded[n] for n in there}
+    stored = {row[0]: row for row in recorded(settings)}
+    assert expected <= stored.keys()
+    assert stored == {n: traded[n] for n in stored}
     assert len(expected) > 300
     assert kinds(settings)["market_lifecycle_v2"] >= 20
     assert_lossless(settings)
 
 
-def test_a_market_is_followed_before_it_opens_and_the_polls_are_few(
+def test_a_market_is_followed_before_it_opens_with_few_queries(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The clock and the exchange's messages do it: REST is asked once, at the start."""
+    """The clock and lifecycle events suffice: REST is queried once, at the start."""
     monkeypatch.setattr("kalshi_platform.recorder.market_selection.REFRESH_S", 600.0)
-    # A market is told of one lifetime before it opens, once, and joined five seconds before.
+    # A market is announced once, one lifetime before it opens, and joined five seconds before.
     simulator = start_simulator(markets=4, rolling_markets=4, rolling_seconds=8.0, rate=200.0)
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 4, "books")
-        wait_for(lambda: hears_of_lives(settings), "the lifecycle subscription")
+        wait_for(lambda: has_lifecycle_subscription(settings), "the lifecycle subscription")
         first = set(simulator.books())
         sql = "SELECT DISTINCT market_ticker FROM trades"
         wait_for(
@@ -182,7 +182,7 @@ def test_a_market_is_followed_before_it_opens_and_the_polls_are_few(
     assert_lossless(settings)
 
 
-def test_an_early_close_and_a_halt_are_taken_from_the_exchanges_messages(
+def test_early_close_and_halt_are_applied_from_events(
     start_simulator: StartSimulator,
     settings_for: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +192,7 @@ def test_an_early_close_and_a_halt_are_taken_from_the_exchanges_messages(
     settings = settings_for(simulator)
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced == 4, "books")
-        wait_for(lambda: hears_of_lives(settings), "the lifecycle subscription")
+        wait_for(lambda: has_lifecycle_subscription(settings), "the lifecycle subscription")
         simulator.inject("halt:1")
         simulator.inject("close_early:1")
         wait_for(lambda: streamer.health().markets == 3, "the close")
@@ -211,7 +211,7 @@ def test_an_early_close_and_a_halt_are_taken_from_the_exchanges_messages(
 @pytest.mark.parametrize(
     ("fault", "gaps"), [("trade_gap:5", 1), ("trade_error10", 1), ("drop", 0), ("trade_refused", 0)]
 )
-def test_trades_that_the_stream_missed_are_fetched_and_no_book_is_doubted(
+def test_missed_trades_are_backfilled_and_books_stay_synced(
     fault: str,
     gaps: int,
     start_simulator: StartSimulator,
@@ -235,21 +235,21 @@ def test_trades_that_the_stream_missed_are_fetched_and_no_book_is_doubted(
         simulator.pause()
         wait_for_trades(settings, simulator.trades().keys() - settled)
         assert streamer.health().synced == 8
-    there = {row[0]: row for row in recorded(settings)}
+    stored = {row[0]: row for row in recorded(settings)}
     traded = ledger(simulator)
-    assert traded.keys() - settled <= there.keys()
-    assert there == {n: traded[n] for n in there}
+    assert traded.keys() - settled <= stored.keys()
+    assert stored == {n: traded[n] for n in stored}
     happened = kinds(settings)
     assert happened.get("gap", 0) == gaps
     assert happened.get("resynced", 0) == 0
-    assert sum(each["trades"] for each in recovered(settings)) > 0
+    assert sum(note["trades"] for note in recovered(settings)) > 0
     assert query(settings, "SELECT count() FROM trades WHERE seq = 0") == [
-        (sum(each["trades"] for each in recovered(settings)),)
+        (sum(note["trades"] for note in recovered(settings)),)
     ]
     assert_lossless(settings)
 
 
-def test_trades_of_the_time_between_two_starts_are_fetched_too(
+def test_trades_between_two_starts_are_backfilled(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=6, rate=400.0, rolling_markets=0)
@@ -263,15 +263,15 @@ def test_trades_of_the_time_between_two_starts_are_fetched_too(
         wait_for(lambda: bool(recovered(settings)), "those that were missed")
         simulator.pause()
         wait_for_trades(settings, simulator.trades().keys() - settled)
-    there = {row[0]: row for row in recorded(settings)}
+    stored = {row[0]: row for row in recorded(settings)}
     traded = ledger(simulator)
-    assert traded.keys() - settled <= there.keys()
-    assert there == {n: traded[n] for n in there}
-    assert [each["cause"] for each in recovered(settings)] == ["connection"]
+    assert traded.keys() - settled <= stored.keys()
+    assert stored == {n: traded[n] for n in stored}
+    assert [note["cause"] for note in recovered(settings)] == ["connection"]
     assert_lossless(settings)
 
 
-def test_refused_channels_leave_the_books_alone_and_lost_life_events_are_made_up_for(
+def test_refused_channels_do_not_affect_books(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=6, rolling_markets=4, rolling_seconds=3.0, rate=300.0)
@@ -286,7 +286,7 @@ def test_refused_channels_leave_the_books_alone_and_lost_life_events_are_made_up
     with streaming(settings) as streamer:
         wait_for(lambda: streamer.health().synced >= 6, "books")
         wait_for(lambda: streamer.health().trades > 20, "trades, at last")
-        wait_for(lambda: hears_of_lives(settings), "life events, at last")
+        wait_for(lambda: has_lifecycle_subscription(settings), "life events, at last")
         first = set(simulator.books())
         simulator.inject("lifecycle_gap:3")
         wait_for(lambda: streamer.health().gaps > 0, "the gap")
@@ -301,7 +301,7 @@ def test_refused_channels_leave_the_books_alone_and_lost_life_events_are_made_up
     assert_lossless(settings)
 
 
-def test_a_changed_file_is_taken_over_while_recording_goes_on(
+def test_a_changed_market_file_is_applied_while_recording(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
 ) -> None:
     simulator = start_simulator(markets=6, rate=200.0, rolling_markets=0)
@@ -324,7 +324,7 @@ def test_a_changed_file_is_taken_over_while_recording_goes_on(
     assert_lossless(settings)
 
 
-def test_a_volume_floor_leaves_out_what_hardly_trades(
+def test_a_minimum_volume_excludes_quiet_markets(
     start_simulator: StartSimulator, settings_for: Callable[..., Settings]
 ) -> None:
     simulator = start_simulator(markets=12, rate=2_000.0, rolling_markets=0)

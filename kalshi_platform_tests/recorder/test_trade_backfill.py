@@ -1,4 +1,4 @@
-"""Fetching missed trades: those that the stream brought are told apart, and a limit is said, not met."""
+"""Trade backfill: delivered trades are excluded, and a span beyond a limit is reported, not fetched."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kalshi_platform_tests import wire
 SINCE = wire.NOON_NS
 
 
-def loss(seconds: float = 5.0, *tickers: str) -> MissedSpan:
-    lost = MissedFrames(TRADES, 3, 0.0, seconds, "sequence", 2)
+def missed_span(seconds: float = 5.0, *tickers: str) -> MissedSpan:
+    missed = MissedFrames(TRADES, 3, 0.0, seconds, "sequence", 2)
     until = SINCE + int(seconds * wire.SECOND)
-    return MissedSpan(lost, wire.conn_id(1), SINCE, until, frozenset(tickers or ("A-1",)))
+    return MissedSpan(missed, wire.conn_id(1), SINCE, until, frozenset(tickers or ("A-1",)))
 
 
 class Rest:
@@ -52,13 +52,13 @@ class Rest:
             yield msgspec.json.decode(json.dumps(sent), type=Trade), json.dumps(sent).encode()
 
 
-def find(rest: Rest, of: MissedSpan, recent: list[tuple[int, bytes]]) -> trade_backfill.Backfill:
-    return select_missed(fetch(rest, of), of, recent)  # type: ignore[arg-type]
+def find(rest: Rest, span: MissedSpan, recent: list[tuple[int, bytes]]) -> trade_backfill.Backfill:
+    return select_missed(fetch(rest, span), span, recent)  # type: ignore[arg-type]
 
 
-def test_only_what_the_stream_did_not_bring_is_found_oldest_first() -> None:
+def test_only_missed_trades_are_selected_oldest_first() -> None:
     rest = Rest((4, "A-1"), (3, "OTHER"), (2, "A-1"), (1, "A-1"), (1, "A-1"))
-    found = find(rest, loss(), [(SINCE, wire.trade("A-1", 9, 4_000, 100, number=2))])
+    found = find(rest, missed_span(), [(SINCE, wire.trade("A-1", 9, 4_000, 100, number=2))])
     ids = [decode_trade(frame).trade_id for frame in found.frames]
     assert ids == [wire.trade_id(1), wire.trade_id(4)]
     assert found.reason == ""
@@ -70,37 +70,37 @@ def test_only_what_the_stream_did_not_bring_is_found_oldest_first() -> None:
     }
 
 
-def test_many_markets_are_asked_for_at_once() -> None:
+def test_many_markets_are_queried_together() -> None:
     many = [f"T-{n}" for n in range(trade_backfill.SINGLE_REQUESTS_MAX + 1)]
     rest = Rest((1, "T-1"), (2, "OTHER"))
-    assert len(find(rest, loss(5.0, *many), []).frames) == 1
+    assert len(find(rest, missed_span(5.0, *many), []).frames) == 1
     assert rest.span["ticker"] is None
 
 
-def test_a_loss_that_lasted_too_long_is_not_fetched_and_says_so() -> None:
+def test_a_span_that_is_too_long_is_only_reported() -> None:
     rest = Rest((1, "A-1"))
-    found = find(rest, loss(trade_backfill.MAX_SPAN_S + 1.0), [])
+    found = find(rest, missed_span(trade_backfill.MAX_SPAN_S + 1.0), [])
     assert found.frames == ()
     assert "3601 s" in found.reason
     assert rest.span == {}
 
 
-def test_where_memory_does_not_reach_back_nothing_is_guessed() -> None:
-    """A trade that the stream did bring could be kept twice."""
+def test_without_enough_history_nothing_is_backfilled() -> None:
+    """A trade that the stream delivered could be stored twice."""
     recent = [(SINCE, wire.trade("A-1", n, 4_000, 100)) for n in (1, 2)] * (RECENT_TRADES // 2)
-    found = find(Rest((7, "A-1")), loss(), recent)
+    found = find(Rest((7, "A-1")), missed_span(), recent)
     assert found.frames == ()
     assert "remembered" in found.reason
 
 
-def test_more_trades_than_can_be_read_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_trades_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trade_backfill, "MOST_TRADES", 2)
-    found = find(Rest(*((n, "A-1") for n in range(9))), loss(), [])
+    found = find(Rest(*((n, "A-1") for n in range(9))), missed_span(), [])
     assert found.frames == ()
     assert "more than 2" in found.reason
 
 
-def test_the_journal_remembers_its_last_trades_and_when_it_ended(tmp_path: Path) -> None:
+def test_history_has_the_last_trades_and_the_end_time(tmp_path: Path) -> None:
     conn = wire.conn_id(1)
     old, new = wire.trade("A-1", 1, 4_000, 100), wire.trade("A-1", 2, 4_000, 100)
     for records in (
@@ -123,7 +123,7 @@ def test_the_journal_remembers_its_last_trades_and_when_it_ended(tmp_path: Path)
     assert memory.last_received(SINCE + 103 * wire.SECOND, 50.0) == 48.0
 
 
-def test_a_new_journal_remembers_nothing(tmp_path: Path) -> None:
+def test_a_new_journal_has_no_history(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     memory = load_history(tmp_path, writer.next_n)
     writer.close()
