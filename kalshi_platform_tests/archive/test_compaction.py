@@ -207,7 +207,7 @@ def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
     def not_offered(one: Path, other: Path) -> None:
         raise OSError(errno.EINVAL, f"{one}, {other}")
 
-    monkeypatch.setattr(durable, "exchange", not_offered)
+    monkeypatch.setattr(durable, "swap", not_offered)
     with pytest.raises(StoreRefused, match="cannot exchange two folders"):
         run(root)
     assert rows(root, EVENTS).equals(before)

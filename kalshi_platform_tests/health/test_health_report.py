@@ -137,7 +137,7 @@ def test_files_are_replaced_if_a_swap_is_unsupported(
     def not_offered(one: Path, other: Path) -> None:
         raise OSError(errno.EINVAL, f"{one}, {other}")
 
-    monkeypatch.setattr(durable, "exchange", not_offered)
+    monkeypatch.setattr(durable, "swap", not_offered)
     publisher = Publisher(folder)
     for n in range(3):
         publisher.save(report(n=n))

@@ -169,7 +169,7 @@ def test_without_a_new_file_the_old_segment_continues(tmp_path: Path) -> None:
         writer.submit()
         count += 1
         assert writer.wait_durable(count, 60)
-    assert "no room for another file" in (writer.trouble or "")
+    assert "another file cannot be created" in (writer.trouble or "")
     while "cannot be written" not in (writer.trouble or ""):
         writer.append(count, CONN, 1, b"frame %d" % count)
         writer.submit()
