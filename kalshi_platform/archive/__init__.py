@@ -1,12 +1,17 @@
-"""The Parquet archive: where an hour is, and how a file gets there whole or not at all.
+"""The Parquet archive: hourly files, each written completely or not at all.
 
-layout      names and hours
-files       one Parquet file, written and read
-interface   what an archive does: `Archive`, and an hour's `Manifest`
-local       on a local disk
-objects     on object storage
-troubles    what an object store's errors mean
-opening     the archive that the settings name
+layout                  names and hours
+parquet                 one Parquet file, written and read
+interface               what an archive does: `Archive`, and an hour's `Manifest`
+local                   the archive on a local disk
+object_storage          the archive on object storage
+object_storage_errors   the meaning of an object store's errors
+opening                 the archive that the settings name
+watermarks, sealing     which hours are complete, and sealing them
+hours, coverage         what an hour holds and how well it is recorded
+compaction, export      one sorted file per hour; public copies
+
+What the rows mean belongs in `loading`; reading them as an API belongs in `reading`.
 """
 
 from kalshi_platform.archive.interface import Archive, Listed, Manifest, Part, Sort

@@ -1,7 +1,8 @@
-"""Which archive a folder or a bucket is: `archive.json` at its root.
+"""The identity of an archive: `archive.json` at the root of its folder or bucket.
 
-It is made when a recorder first writes there, and after that a folder without it is not the archive: the
-disk is not mounted, or the folder was removed or replaced.
+It is written when a recorder first writes there. After that, a folder without it is not the archive: the
+disk is not mounted, or the folder was removed or replaced. Reading and writing the file belongs in `local`
+and `object_storage`.
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ FORMAT = 1
 
 
 class ArchiveIdentity(msgspec.Struct, frozen=True):
-    """What the file says."""
+    """The content of `archive.json`."""
 
     format: int
     id: str
 
 
-def fresh() -> str:
-    """An identity that no archive has."""
+def new_identity() -> str:
+    """Generate a random identity."""
     return secrets.token_hex(16)
 
 
 def encode(identity: str) -> bytes:
-    """The file's text."""
+    """Encode an identity as the file's content."""
     return checked_json.encode(ArchiveIdentity(FORMAT, identity))
 
 
 def decode(text: bytes, path: str) -> str:
-    """The identity in a file's text. Raises `StoreRefused` for a damaged one, or a later version's."""
+    """Decode the file's content. Raises: `StoreRefused` for a damaged file or a later version's."""
     try:
         return checked_json.decode(text, ArchiveIdentity, path, FORMAT).id
     except LaterFormat as error:
         raise StoreRefused(str(error)) from None
     except CorruptFile as error:
         raise StoreRefused(
-            f"{path} is damaged ({error}): which archive this is, is not known. Restore it from a backup, or"
+            f"{path} is damaged ({error}), so the archive's identity is not known. Restore it from a backup, or"
             " remove it: the recorder that loads there writes it again, if the archive is the one it knows."
         ) from None
 
 
-def gone(where: str, found: str | None) -> StoreUnavailable:
-    """That an archive is not where it was."""
+def archive_gone(where: str, found: str | None) -> StoreUnavailable:
+    """The error for an archive that is not where it was; `found` is the identity of another one there."""
     what = f"another archive ({found}) is there" if found else f"there is no {FILE} in it"
     return StoreUnavailable(
         f"The archive in {where} is gone: {what}. It is not mounted, or was removed or replaced. Nothing is"
-        " written there. Mount it or bring it back; loading goes on by itself."
+        " written there. Mount or restore it; loading resumes by itself."
     )

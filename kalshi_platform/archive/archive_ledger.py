@@ -1,6 +1,7 @@
-"""The archive's record of the recorders that load into it: `recorders/<journal id>.json`.
+"""The ledger of an archive: `recorders/<journal id>.json`, one file per journal.
 
-One file for each journal, apart from the datasets, so that no reader and no compaction looks at it.
+The files are apart from the datasets, so that neither readers nor compaction see them. What an entry means
+belongs in `journal.ledger`.
 """
 
 from __future__ import annotations
@@ -33,38 +34,38 @@ class _File(msgspec.Struct, frozen=True):
 
 
 class ArchiveLedger:
-    """See `storage.recorders.Ledger`. The archive has an identity from the first claim on."""
+    """See `journal.ledger.Ledger`. The first claim gives the archive its identity."""
 
     def __init__(self, archive: Archive, shard: int) -> None:
         self._archive = archive
         self._shard = shard
         self._identity: str | None = None
-        """The archive's, once something was claimed there."""
+        """The archive's identity, once an entry was claimed."""
 
     def entries(self, journal: uuid.UUID) -> Sequence[Entry]:
-        """See `Ledger`. A damaged file is one that says nothing; a later version's is refused."""
-        found = self._read(_path(journal))
-        if found is None or found.journal != journal:
-            if found is not None:
-                log.error("%s of %s is of another journal.", _path(journal), self._archive)
+        """See `Ledger`. A damaged file counts as empty; a later version's is refused."""
+        file = self._read(_path(journal))
+        if file is None or file.journal != journal:
+            if file is not None:
+                log.error("%s of %s belongs to another journal.", _path(journal), self._archive)
             return ()
-        return found.entries
+        return file.entries
 
     def journals(self) -> Sequence[tuple[uuid.UUID, Entry]]:
         """See `Ledger`."""
-        found = [self._read(name) for name in self._archive.metadata_files(FOLDER)]
+        files = [self._read(name) for name in self._archive.metadata_files(FOLDER)]
         return [
             (file.journal, file.entries[-1])
-            for file in found
+            for file in files
             if file is not None and file.shard == self._shard and file.entries
         ]
 
     def claim(self, journal: uuid.UUID, entry: Entry) -> None:
-        """See `Ledger`. The archive is expected to be this one from now on."""
+        """See `Ledger`. Later writes require the archive to keep this identity."""
         known = self._read(_path(journal))
         self._identity = self._archive.identify(known.archive if known else None)
         self._archive.expect(self._identity)
-        with self._archive.locking_metadata():
+        with self._archive.metadata_lock():
             self._put(journal, self.entries(journal), entry)
 
     def plan(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
@@ -72,21 +73,21 @@ class ArchiveLedger:
         self._replace(journal, before, after, latest=True)
 
     def commit(self, journal: uuid.UUID, before: Entry, after: Entry) -> None:
-        """See `Ledger`. Rows that were written into the place of an archive that had gone do not count."""
+        """See `Ledger`. Rows written to a folder that replaced the archive do not count."""
         self._replace(journal, before, after, latest=False)
 
     def _replace(self, journal: uuid.UUID, before: Entry, after: Entry, *, latest: bool) -> None:
         if self._identity is None:
             raise ValueError("nothing was claimed")
-        self._archive.insist_on(self._identity)
-        with self._archive.locking_metadata():
+        self._archive.require_identity(self._identity)
+        with self._archive.metadata_lock():
             entries = self.entries(journal)
             verify_entry(journal, entries, before, f"The archive in {self._archive}", latest=latest)
             self._put(journal, entries, after)
 
     def _put(self, journal: uuid.UUID, entries: Sequence[Entry], entry: Entry) -> None:
-        others = [it for it in entries if it.start != entry.start]
-        kept = tuple(sorted([*others, entry], key=lambda it: it.start)[-ENTRIES_KEPT:])
+        others = [other for other in entries if other.start != entry.start]
+        kept = tuple(sorted([*others, entry], key=lambda kept: kept.start)[-ENTRIES_KEPT:])
         file = _File(FORMAT, journal, self._shard, str(self._identity), kept)
         self._archive.write_metadata(_path(journal), checked_json.encode(file))
 

@@ -1,11 +1,12 @@
-"""A checksum of rows that does not depend on their order, their files or their encoding.
+"""A checksum of rows that is independent of their order, their files and their encoding.
 
-Every row becomes a 64-bit number, mixed from the exact values of its columns; the sum over all rows
-(mod 2**64) is the checksum. Two stores hold the same rows if count and checksum agree. The mixing is
-splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+Every row is hashed to a 64-bit number from the exact values of its columns; the sum over all rows (mod 2**64)
+is the checksum. Two stores hold the same rows if count and checksum agree. The hash is splitmix64 (Steele,
+Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 
-`shard` and `record` came later than the other columns. A row without them has the checksum that it had
-before there were such columns, so that manifests of that time stay true.
+`shard` and `record` were added later than the other columns. A row without them has the checksum that it had
+before these columns existed, so manifests from that time stay valid. Counting markets and times belongs in
+`row_statistics`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _NULL = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Content:
-    """What rows come to. Add those of the pieces for that of the whole."""
+    """Count and checksums of rows. Those of a union are the sum of those of its parts."""
 
     rows: int = 0
     total: int = 0
     """The checksum."""
     placeless: int = 0
-    """The same without `shard` and `record`."""
+    """The checksum without `shard` and `record`."""
     placed: int = 0
-    """How many rows have a `record`."""
+    """The number of rows with a `record`."""
 
     def __add__(self, other: Content) -> Content:
         return Content(
@@ -44,15 +45,18 @@ class Content:
         )
 
     def agrees_with(self, other: Content) -> bool:
-        """Whether both are the same rows. Records count only where both have them of as many rows:
-        one store may have been filled again since the columns came, the other not."""
+        """Whether both are the same rows.
+
+        `shard` and `record` are compared only where both sides have them for equally many rows: one store
+        may have been rebuilt since these columns exist, the other not.
+        """
         if self.placed != other.placed:
             return (self.rows, self.placeless) == (other.rows, other.placeless)
         return (self.rows, self.total) == (other.rows, other.total)
 
 
 def rows_checksum(table: pa.Table) -> int:
-    """Checksum of a table; add those of its pieces (mod 2**64) for that of the whole."""
+    """Checksum of a table; the checksum of a union is the sum (mod 2**64) of those of its parts."""
     return content(table).total
 
 
@@ -69,36 +73,36 @@ def content(table: pa.Table) -> Content:
 
 
 def row_numbers(table: pa.Table, *, placed: bool = True) -> U64:
-    """The number of each row; `placed`: with its `shard` and `record`, where it has them."""
+    """The hash of each row; `placed`: including `shard` and `record` where they are not null."""
     rows: U64 = np.zeros(table.num_rows, dtype=np.uint64)
     if not table.num_rows:
         return rows
     for name in table.column_names:
         if name not in PLACE:
-            rows = _with(rows, name, table[name])
+            rows = _mix_column(rows, name, table[name])
     return _placed(rows, table) if placed else rows
 
 
 def _placed(rows: U64, table: pa.Table) -> U64:
-    """The rows' numbers with `shard` and `record` mixed in where they are not null."""
+    """Mix `shard` and `record` into the row hashes where they are not null."""
     for name in PLACE:
         if name not in table.column_names or table[name].null_count == table.num_rows:
             continue
-        mixed = _with(rows, name, table[name])
+        mixed = _mix_column(rows, name, table[name])
         valid = table[name].is_valid().to_numpy() if table[name].null_count else True
         rows = np.where(valid, mixed, rows)
     return rows
 
 
-def _with(rows: U64, name: str, column: pa.ChunkedArray) -> U64:
-    """The rows' numbers with a column's values mixed in."""
+def _mix_column(rows: U64, name: str, column: pa.ChunkedArray) -> U64:
+    """Mix a column's values into the row hashes."""
     salt = np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest()))
     with np.errstate(over="ignore"):
         return _mix(rows * np.uint64(31) + (_values(column) ^ salt))
 
 
 def text(checksum: int) -> str:
-    """As it is shown and stored: 16 hexadecimal digits."""
+    """Format a checksum as 16 hexadecimal digits."""
     return f"{checksum:016x}"
 
 
@@ -110,7 +114,7 @@ def _mix(x: U64) -> U64:
 
 
 def _values(column: pa.ChunkedArray) -> U64:
-    """One 64-bit number per row: equal values give equal numbers, however they are encoded."""
+    """One 64-bit number per row; equal values give equal numbers, whatever their encoding."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
@@ -129,7 +133,7 @@ def _values(column: pa.ChunkedArray) -> U64:
         values = words[2 * array.offset : 2 * (array.offset + len(array)) : 2]
     elif pa.types.is_floating(kind):
         floats = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
-        values = (floats + 0.0).view(np.uint64)  # + 0.0: one zero, not two
+        values = (floats + 0.0).view(np.uint64)  # + 0.0 maps -0.0 to 0.0
     else:
         if pa.types.is_boolean(kind):
             array = array.cast(pa.uint8())

@@ -1,14 +1,14 @@
 """Compaction: the parts of a sealed hour become one file, sorted for reading.
 
-1. The hour is *built* beside the archive and held against its parts and its manifest, by row count and
-   content checksum. What no manifest vouches for is refused and left as it was.
-2. The new file's name is *announced*: a file of that name and no rows joins the parts.
-3. The folders are *exchanged* in one step. What was there lies aside for a while, then goes.
+1. *Build*: the sorted file is built beside the archive and compared with the parts and the manifest, by row
+   count and checksum. An hour that differs from its manifest is refused and left unchanged.
+2. *Announce*: an empty file with the new file's name is added to the parts.
+3. *Swap*: the folders are swapped in one step. The old one is kept aside for a while, then removed.
 
-A kill at any instant leaves the parts or the one file. The announcement is for readers that list names
-and leave out, without a word, those that are gone when they look closer (Arrow and DuckDB do): one that
-listed the parts and looks after the exchange is left with the announced name, which has every row then.
-One that opens the parts after the exchange finds no such file, and has to list again.
+A kill at any moment leaves either the parts or the one file. The announcement is for readers that list names
+and silently skip files that no longer exist when opened (Arrow and DuckDB do): such a reader, having listed
+the parts before the swap, still has the announced name, which then holds every row. A reader that fails on
+a missing file has to list again. Replacing the folder belongs in `local`.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ log = logging.getLogger(__name__)
 
 SORTED_BY = {dataset.name: dataset.sort for dataset in RECORDED}
 ROW_GROUP_ROWS = 65_536
-"""What a reader of one market reads at least; docs/data.md has the figures."""
+"""The minimum that a reader of one market reads; docs/data.md has the figures."""
 ZSTD_LEVEL = 9
 LINGER_S = 0.5
-"""From announcement to exchange: whoever listed the hour before the announcement has looked by then."""
+"""Time from announcement to swap: readers that listed the hour before the announcement have opened it by then."""
 RANGE_ROWS = 2_000_000
-"""Sorted at a time, market by market: bounds memory, but for a market with more."""
+"""Rows sorted at a time, in groups of markets: bounds memory, except for a single larger market."""
 
 
 @dataclass(frozen=True)
 class Compacted:
-    """What became of one dataset's hour. Sizes are in bytes."""
+    """The result for one dataset's hour. Sizes are in bytes."""
 
     dataset: str
     hour: datetime
@@ -77,8 +77,8 @@ class Compacted:
 
 
 def pending(archive: Archive) -> list[datetime]:
-    """The sealed hours of which some dataset is not one compacted file yet, ascending."""
-    if not archive.exchanges:
+    """The sealed hours of which some dataset is not compacted yet, ascending."""
+    if not archive.swaps_hours:
         return []
     now = floor_hour(datetime.now(UTC))
     parts = {
@@ -94,7 +94,7 @@ def _is_sealed(archive: Archive, hour: datetime) -> bool:
     try:
         return hours.is_sealed(archive, hour)
     except StoreRefused:
-        return True  # a damaged manifest: told when the hour's turn comes
+        return True  # a damaged manifest: reported when the hour is compacted
 
 
 def compact(
@@ -103,9 +103,9 @@ def compact(
     done: Callable[[Compacted], None],
     refused: Callable[[datetime, StoreError], None],
 ) -> None:
-    """Compact the `wanted` hours one after the other; an hour that is refused stops no other.
+    """Compact the `wanted` hours one after the other; a refused hour does not stop the others.
 
-    Raises `StoreUnavailable` where another compaction is at work.
+    Raises: `StoreUnavailable` where another compaction is running.
     """
     with archive.compacting():
         for hour in wanted:
@@ -122,15 +122,15 @@ def compact(
 
 def _disk_error(hour: datetime, error: OSError) -> StoreUnavailable:
     return StoreUnavailable(
-        f"{error.filename} cannot be had ({error.strerror}), so {hour:%Y-%m-%d %H:00} UTC stays as it is."
-        " Mend that; the next compaction takes it."
+        f"{error.filename} cannot be accessed ({error.strerror}), so {hour:%Y-%m-%d %H:00} UTC stays as it"
+        " is. Correct that; the next compaction compacts it."
     )
 
 
 def sweep(archive: Archive) -> None:
-    """Remove replaced hours and unfinished work that nobody needs; each compaction does it, too.
+    """Remove replaced hours and abandoned work; each compaction does this, too.
 
-    Raises `StoreUnavailable` where a compaction is at work.
+    Raises: `StoreUnavailable` where a compaction is running.
     """
     with archive.compacting():
         _sweep(archive)
@@ -141,49 +141,51 @@ def _sweep(archive: Archive) -> None:
         with archive.changing(timeout_s=0):
             archive.sweep()
     except StoreUnavailable as error:
-        log.info("What lies aside stays there for now: %s", error)
+        log.info("Replaced hours are not removed yet: %s", error)
 
 
 def compact_hour(archive: Archive, hour: datetime) -> Iterator[Compacted]:
-    """Compact the datasets of a sealed hour; those that are compacted already are passed over.
+    """Compact the datasets of a sealed hour, skipping compacted ones.
 
-    The caller holds `archive.compacting`. Raises `StoreRefused` where the hour is not sealed or its
-    files are not what its manifest says, `StoreUnavailable` where it changed meanwhile.
+    The caller holds `archive.compacting`.
+
+    Raises: `StoreRefused` where the hour is not sealed or its files differ from its manifest,
+    `StoreUnavailable` where it changed meanwhile.
     """
     if floor_hour(datetime.now(UTC)) <= hour:
         raise StoreRefused(
-            f"The hour {hour:%Y-%m-%d %H:00} UTC is still open: its files are the streamer's."
+            f"The hour {hour:%Y-%m-%d %H:00} UTC is still open: the streamer writes to it."
         )
     if not any(archive.files(name, hour) for name in hours.RECORDED):
         raise StoreRefused(f"The archive in {archive} has nothing of {hour:%Y-%m-%d %H:00} UTC.")
     if not hours.is_sealed(archive, hour):
         raise StoreRefused(
-            f"The hour {hour:%Y-%m-%d %H:00} UTC is not sealed: the streamer may still write to it. It"
-            " is sealed when the streamer passes it, or when orderbook_events is materialised for it."
+            f"The hour {hour:%Y-%m-%d %H:00} UTC is not sealed: the streamer may still write to it. It is"
+            " sealed when every shard's watermark is beyond it, or when orderbook_events is materialised for it."
         )
-    if not archive.exchanges:
-        return  # it was sorted before it was sent
-    withdraw(archive, hour)
+    if not archive.swaps_hours:
+        return  # on object storage an hour is sorted before it is sent
+    withdraw_announcement(archive, hour)
     prepared = [
         _prepare(archive, DATASETS[name], hour)
         for name in hours.RECORDED
         if (files := archive.files(name, hour))
         and not hours.is_compacted([file.name for file in files])
     ]
-    announced = [_announce(archive, it) for it in prepared]
+    announced = [_announce(archive, built) for built in prepared]
     time.sleep(LINGER_S)
-    for it, look in zip(prepared, announced, strict=True):
+    for built, files in zip(prepared, announced, strict=True):
         with archive.changing():
-            _insist_unchanged(archive, it, look)
-            archive.replace_hour(it.dataset.name, hour, it.staged)
+            _verify_unchanged(archive, built, files)
+            archive.replace_hour(built.dataset.name, hour, built.staged)
         yield Compacted(
-            it.dataset.name,
+            built.dataset.name,
             hour,
-            it.content.rows,
-            len(it.before),
-            sum(file.bytes for file in it.before),
-            it.part.bytes,
-            it.content.checksum,
+            built.content.rows,
+            len(built.before),
+            sum(file.bytes for file in built.before),
+            built.part.bytes,
+            built.content.checksum,
         )
 
 
@@ -199,7 +201,7 @@ class _Prepared:
 
 def _prepare(archive: Archive, dataset: Dataset, hour: datetime) -> _Prepared:
     listed = archive.listed(dataset.name, hour)
-    listed.insist_on_ours(archive.where(dataset.name, hour))
+    listed.refuse_foreign(archive.where(dataset.name, hour))
     before = list(listed.files)
     manifest = archive.read_manifest(dataset.name, hour)
     if manifest is None:
@@ -212,22 +214,22 @@ def _prepare(archive: Archive, dataset: Dataset, hour: datetime) -> _Prepared:
             f" {content.checksum}, its manifest says {manifest.rows:,} of {manifest.checksum}. Nothing"
             " was changed. Materialise that hour again, then compact it."
         )
-    vouch(staged, manifest, part)
+    stage_compacted_manifest(staged, manifest, part)
     return _Prepared(dataset, hour, before, staged, content, part)
 
 
-def _announce(archive: Archive, it: _Prepared) -> list[File]:
-    """Put a file of the new name and no rows beside the parts; returns what is there now."""
-    schema = it.dataset.arrow
+def _announce(archive: Archive, built: _Prepared) -> list[File]:
+    """Add an empty file with the new name to the parts; return the hour's files."""
+    schema, name = built.dataset.arrow, built.dataset.name
     with archive.changing():
-        _insist_unchanged(archive, it, it.before)
-        archive.write(it.dataset.name, it.hour, it.part.file, [schema.empty_table()], schema)
-        return archive.files(it.dataset.name, it.hour)
+        _verify_unchanged(archive, built, built.before)
+        archive.write(name, built.hour, built.part.file, [schema.empty_table()], schema)
+        return archive.files(name, built.hour)
 
 
-def withdraw(archive: Archive, hour: datetime) -> None:
-    """Take back what somebody who was killed had announced: it has no rows."""
-    if not archive.exchanges:
+def withdraw_announcement(archive: Archive, hour: datetime) -> None:
+    """Remove the empty announced files that a killed compaction left."""
+    if not archive.swaps_hours:
         return
     with archive.changing():
         for name in hours.RECORDED:
@@ -237,17 +239,17 @@ def withdraw(archive: Archive, hour: datetime) -> None:
                     archive.remove(file)
 
 
-def _insist_unchanged(archive: Archive, it: _Prepared, look: list[File]) -> None:
-    if archive.files(it.dataset.name, it.hour) != look:
+def _verify_unchanged(archive: Archive, built: _Prepared, files: list[File]) -> None:
+    if archive.files(built.dataset.name, built.hour) != files:
         raise StoreUnavailable(
-            f"{it.dataset.name} of {it.hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and keeps"
-            " what it has. The next compaction takes it."
+            f"{built.dataset.name} of {built.hour:%Y-%m-%d %H:00} UTC changed while it was compacted, and"
+            " stays as it is. The next compaction compacts it."
         )
 
 
-def vouch(staged: Path, manifest: Manifest, part: Part) -> None:
-    """Put the manifest of a compacted hour beside its one file; `manifest` is that of its parts."""
-    merged = {each.file for each in manifest.parts if part_range(each.file)}
+def stage_compacted_manifest(staged: Path, manifest: Manifest, part: Part) -> None:
+    """Write a compacted hour's manifest beside its one file; `manifest` is that of the parts."""
+    merged = {part.file for part in manifest.parts if part_range(part.file)}
     after = msgspec.structs.replace(
         manifest,
         bytes=part.bytes,
@@ -262,19 +264,20 @@ def vouch(staged: Path, manifest: Manifest, part: Part) -> None:
 
 
 def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[RowStatistics, Part]:
-    """Write the rows of all `sources` into one sorted file in `staged`, and prove that it has them.
+    """Write the rows of all `sources` into one sorted file in `staged` and read it back to verify it.
 
-    Its name follows from its bytes: a name never stands for two different files. Raises `StoreRefused`
-    where a file cannot be read or the proof fails.
+    The file name is derived from the file's bytes, so one name never denotes two different files.
+
+    Raises: `StoreRefused` where a file cannot be read or the written file differs.
     """
     schema = dataset.arrow
-    content = survey(sources, dataset)
+    content = statistics_of(sources, dataset)
     unnamed = staged / f"{hours.COMPACTED}0.parquet"
-    tables = _sorted(sources, dataset, content.by_market)
+    tables = _sorted_tables(sources, dataset, content.by_market)
     size = write_durably(
         unnamed, tables, schema, level=ZSTD_LEVEL, sorted_by=SORTED_BY[dataset.name]
     )
-    written = survey([local_file(unnamed)], dataset)
+    written = statistics_of([local_file(unnamed)], dataset)
     if written != content:
         raise StoreRefused(
             f"{unnamed} was written from {content.rows:,} rows of checksum {content.checksum} and reads"
@@ -286,7 +289,7 @@ def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[RowS
     return content, Part(path.name, content.rows, size)
 
 
-def survey(sources: Sequence[File], dataset: Dataset) -> RowStatistics:
+def statistics_of(sources: Sequence[File], dataset: Dataset) -> RowStatistics:
     """Statistics of all rows of some files."""
     statistics = RowStatistics(dataset)
     for file in sources:
@@ -295,26 +298,26 @@ def survey(sources: Sequence[File], dataset: Dataset) -> RowStatistics:
     return statistics
 
 
-def _sorted(
+def _sorted_tables(
     sources: Sequence[File], dataset: Dataset, by_market: Counter[str]
 ) -> Iterator[pa.Table]:
-    """All rows in order, a row group at a time."""
+    """Yield all rows in order, one row group at a time."""
     keys = SORTED_BY[dataset.name]
     ranges = _ranges(by_market) if keys[0] == "market_ticker" else [frozenset(by_market)]
     for tickers in ranges:
-        pieces = [
+        tables = [
             table if len(ranges) == 1 else _of_markets(table, tickers)
             for file in sources
             for table in batches(file, dataset.arrow)
         ]
-        rows = pa.concat_tables(pieces).unify_dictionaries().combine_chunks()
+        rows = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
         order = _order(rows, keys)
         for start in range(0, len(order), ROW_GROUP_ROWS):
             yield own_dictionaries(rows.take(pa.array(order[start : start + ROW_GROUP_ROWS])))
 
 
 def _ranges(by_market: Counter[str]) -> list[frozenset[str]]:
-    """The markets by name, in groups of at most RANGE_ROWS rows or of one market."""
+    """Group the markets, sorted by name, so that a group has at most `RANGE_ROWS` rows or one market."""
     groups: list[list[str]] = []
     room = 0
     for ticker, count in sorted(by_market.items()):
@@ -333,16 +336,16 @@ def _of_markets(table: pa.Table, tickers: frozenset[str]) -> pa.Table:
 
 
 def _order(rows: pa.Table, keys: Sequence[str]) -> npt.NDArray[np.uint32]:
-    """Where each row of the sorted table is now; equal rows stay in their order."""
-    numbers = pl.DataFrame({name: _number(rows[name].chunk(0)) for name in keys})
+    """The sort permutation: the present index of each row of the sorted table; stable."""
+    numbers = pl.DataFrame({name: _sort_keys(rows[name].chunk(0)) for name in keys})
     order: npt.NDArray[np.uint32] = (
         numbers.select(pl.arg_sort_by(keys, maintain_order=True)).to_series().to_numpy()
     )
     return order
 
 
-def _number(array: pa.Array) -> npt.NDArray[np.int64]:
-    """Integers in the order of the values; null is before them all."""
+def _sort_keys(array: pa.Array) -> npt.NDArray[np.int64]:
+    """Integers that sort as the values do; nulls sort first."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         values = array.dictionary.to_pylist()
@@ -365,7 +368,7 @@ def _number(array: pa.Array) -> npt.NDArray[np.int64]:
 
 
 def own_dictionaries(rows: pa.Table) -> pa.Table:
-    """Dictionaries of the values that occur alone: a row group has no use for the others."""
+    """Re-encode dictionaries with only the values that occur in these rows."""
     for at, field in enumerate(rows.schema):
         if pa.types.is_dictionary(field.type):
             own = pc.dictionary_encode(rows[field.name].cast(pa.string()))

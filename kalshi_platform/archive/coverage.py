@@ -1,12 +1,11 @@
-"""How much of an hour each market's book could be believed.
+"""Coverage: for how much of an hour each market's book is synced (`verified`).
 
-A book is verified from its snapshot to whatever breaks it: a gap on its sid, the end of its
-connection, a negative level, being left. A market is followed from its first sight in the hour (or
-the hour's first instant, where the checkpoint has it) until it is left or the hour ends; time that
-its recorder was not there counts as followed and not verified. A recorder that was killed writes nothing more
-in the hour: its connections fall silent, whatever other shards record. What the next hours tell of that is an
-`unheard` row of the hour. What broke a book follows
-from the order of the events; their times only say for how long.
+A book is synced from its snapshot until an event makes it stale: a gap on its sid, the end of its connection,
+a negative level, leaving the market. A market is followed from its first event in the hour (or the hour's
+first instant, if the checkpoint has it) until it is left or the hour ends; time without its recorder counts
+as followed and not synced. A killed recorder writes no disconnect event: its connections fall silent, whatever
+other shards record, and a later start adds an `unheard` row to the hour. Which events make a book stale
+follows from their order; their times only determine the durations. Reading the events belongs in `hours`.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import msgspec
 
 from kalshi_platform.schema import CONNECTION_ENDS, STALE_EVENTS
 
-BREAKING = ("snapshot", *STALE_EVENTS)
+RELEVANT_KINDS = ("snapshot", *STALE_EVENTS)
 """The kinds of stream_events that coverage depends on."""
 CHECKPOINT = "checkpoint"
-"""In the place of a kind: a book of a checkpoint."""
+"""The kind of an event that stands for a book of a checkpoint."""
 SILENCE = timedelta(seconds=30)
-"""Three heartbeats: with nothing recorded of a connection for longer, its recorder was away."""
-ANY = ""
-"""In the place of a connection: a heartbeat of a version that did not say which was alive."""
+"""Three heartbeats: with nothing recorded of a connection for longer, its recorder was not running."""
+ANY_CONNECTION = ""
+"""The connection of a heartbeat from a version that did not record which connection was alive."""
 
 
 @dataclass
@@ -61,11 +60,11 @@ def coverage(
     events: Iterable[dict[str, Any]],
     signs: Mapping[str, datetime],
 ) -> Coverage:
-    """Coverage of `start` to `end`.
+    """Compute the coverage of `start` to `end`.
 
-    `events`: stream_events of the hour in order, those of BREAKING suffice, and in their places the books
-    of its checkpoints, as events of kind CHECKPOINT with a `verified`. `signs`: each connection's last
-    sign of life in it, and that of all connections under ANY.
+    `events`: the hour's stream_events in order (those of `RELEVANT_KINDS` suffice), and in their places the
+    books of its checkpoints, as events of kind `CHECKPOINT` with a `verified`. `signs`: the last receive time
+    of each connection in the hour; under `ANY_CONNECTION` that of connections that are not known.
     """
     markets: dict[str, _Market] = {}
     for event in events:
@@ -78,21 +77,21 @@ def coverage(
                 market.verified_from = at
         elif kind == CHECKPOINT:
             _checkpoint(markets, event, start)
-        elif ticker:  # a gap of one book, or the market was left
+        elif ticker:  # a gap of one book, or leaving the market
             if ticker in markets:
-                _end(markets[ticker], at)
+                _mark_stale(markets[ticker], at)
                 if kind == "left":
                     markets[ticker].followed_to = at
         else:
             dated_back = kind in {"disconnected", "gap"}
-            broken_at = at - timedelta(seconds=_span_s(event)) if dated_back else at
+            broken_at = at - timedelta(seconds=_stale_span_s(event)) if dated_back else at
             for market in markets.values():
                 same_sid = kind in CONNECTION_ENDS or market.sid == event["sid"]
                 if market.conn == conn and same_sid:
-                    _end(market, broken_at)
+                    _mark_stale(market, broken_at)
     for market in markets.values():
-        sign = max(signs.get(market.conn, start), signs.get(ANY, start))
-        _end(market, sign if end - sign > SILENCE else end)
+        sign = max(signs.get(market.conn, start), signs.get(ANY_CONNECTION, start))
+        _mark_stale(market, sign if end - sign > SILENCE else end)
     followed = sum(
         (((m.followed_to or end) - m.followed_from).total_seconds() for m in markets.values()), 0.0
     )
@@ -101,27 +100,27 @@ def coverage(
 
 
 def _checkpoint(markets: dict[str, _Market], event: dict[str, Any], start: datetime) -> None:
-    """A book as a checkpoint has it. One of a clock that was set back also has books that have ended."""
+    """Apply a checkpoint's book. A checkpoint after the clock was set back also has books that have ended."""
     at, ticker = event["ingest_ts"], event["market_ticker"]
     if at > start and not event["verified"]:
         if ticker in markets:
-            _end(markets[ticker], at)
+            _mark_stale(markets[ticker], at)
         return
     market = markets.setdefault(ticker, _Market(at))
     market.conn, market.sid = event["conn_id"], event["sid"]
     if not event["verified"]:
-        _end(market, at)
+        _mark_stale(market, at)
     elif market.verified_from is None:
         market.verified_from = at
 
 
-def _end(market: _Market, at: datetime) -> None:
+def _mark_stale(market: _Market, at: datetime) -> None:
     if market.verified_from is not None:
         market.verified += max(at - market.verified_from, timedelta())
         market.verified_from = None
 
 
-def _span_s(event: dict[str, Any]) -> float:
-    """For how long the connection had been dead when its end was written down, or frames may have been
-    missing when a later one showed it."""
+def _stale_span_s(event: dict[str, Any]) -> float:
+    """How long before the event the book became stale, in seconds: since the connection had been silent, or
+    since frames may have been missing."""
     return float(msgspec.json.decode(event["detail"]).get("span_s", 0.0))

@@ -1,12 +1,12 @@
-"""Hours of the archive for publication: what is the recorder's own is taken out, by naming what may stay.
+"""Public copies of the archive's hours: an allow-list removes the recorder's private data.
 
-What is private in a recording: `client_order_id` of own orders; frames of private channels (fills, own
-orders, positions, quotes), of which even the time is a secret; the raw bytes of frames that could not
-be read or are of a type that nobody knows, since they may be any of those; and free text. So datasets,
-kinds of events and the fields of their `detail` are published only where they are listed here.
+Private in a recording are: `client_order_id` of own orders; frames of private channels (fills, own orders,
+positions, quotes), of which even the time is secret; the raw bytes of unreadable frames and of frames of
+unknown types, which may be any of these; and free text. Therefore datasets, event kinds and the fields of
+their `detail` are published only where they are listed here.
 
-Rows that may not be published and have consumed a number keep that number, as kind `withheld`, so that
-the published hours still prove themselves complete. The others are left out.
+Withheld rows that have a sequence number keep it, as kind `withheld`, so that the published hours can still
+be proved complete. Withheld rows without one are left out. Exports for backtesters belong in `reading`.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from kalshi_platform.schema import (
 )
 
 PUBLIC = tuple(name for name, dataset in DATASETS.items() if dataset.public)
-"""The datasets of which nothing is private once they have been scrubbed."""
+"""The datasets that contain nothing private once scrubbed."""
 
 MARK = "_public.json"
-"""At the root of a folder that holds published hours and nothing else."""
+"""Marks the root of a folder that contains nothing but published hours."""
 WITHHELD = "withheld"
 ZSTD_LEVEL = 9
-SEARCHED_FROM = 8
-"""Own ids of so many characters are searched for in whatever was written; a shorter one, say `1`, is
-found everywhere. All are cleared."""
+MIN_SEARCHED_LENGTH = 8
+"""Own ids of at least this many characters are searched for in the written files; a shorter one, such as
+`1`, would match everywhere. Ids of any length are cleared."""
 
 NOTES: Mapping[str, frozenset[str]] = {
     kind: frozenset(fields.split())
@@ -81,7 +81,7 @@ NOTES: Mapping[str, frozenset[str]] = {
         "snapshot": "levels",
     }.items()
 }
-"""What the recorder itself wrote down: the fields of `detail` that may be published."""
+"""Events written by the recorder itself: the fields of `detail` that may be published."""
 
 _LIFECYCLE = (
     "market_ticker event_type open_ts close_ts determination_ts settled_ts is_deactivated result"
@@ -116,28 +116,28 @@ FRAMES: Mapping[str, frozenset[str]] = {
         ),
     }.items()
 }
-"""Frames of public channels: the fields of `msg` that may be published, beside type, id, sid and seq."""
+"""Frames of public channels: the fields of `msg` that may be published, besides type, id, sid and seq."""
 
 _OWN = frozenset({"client_order_id", "order_id", "user_id", "order_group_id", "fill_id"})
-"""Fields whose values name the recorder's own orders or account, wherever they stand."""
+"""Fields whose values identify the recorder's own orders or account, at any depth."""
 
 
 @dataclass
 class Published:
-    """One dataset's hour, after it was written and read back."""
+    """The result for one dataset's hour, after it was written and read back."""
 
     dataset: str
     hour: datetime
     rows: int = 0
     bytes: int = 0
     cleared: int = 0
-    """Rows of which the `client_order_id` was cleared."""
+    """Rows whose `client_order_id` was cleared."""
     withheld: int = 0
-    """Rows that keep their number alone."""
+    """Rows of which only the sequence number was kept."""
     removed: Counter[str] = field(default_factory=Counter)
     """Rows left out, by kind."""
     own_ids: int = 0
-    """Own ids that were searched for in the hour, and not found."""
+    """Own ids that were searched for in the written hour and not found."""
 
 
 def publish(
@@ -151,21 +151,23 @@ def publish(
 ) -> None:
     """Copy the sealed hours of `span` (None: all) of the `wanted` datasets from `archive` to `to`.
 
-    `done` is told of each hour, `left` of what is not published and why. Hours that `to` has already
-    are replaced, each in one step. Raises `StoreRefused` where `to` is or touches the archive, holds
-    anything but published hours, where an hour is not what its manifest says, or where something of the
-    recorder's own is found in what was written (which is then not put in place).
+    `done` receives each published hour, `left` a sentence for each hour that is not published. Hours that
+    `to` already has are replaced, each in one step.
+
+    Raises: `StoreRefused` where `to` is in the archive or contains it, where it holds anything but published
+    hours, where an hour differs from its manifest, or where private data is found in a written file (which
+    is not put in place then).
     """
-    _insist_apart(archive, to)
-    _mark(to)
+    _verify_separate(archive, to)
+    _mark_folder(to)
     public = LocalArchive(to)
-    there = {name: set(archive.hours(name)) for name in sorted(wanted)}
+    available = {name: set(archive.hours(name)) for name in sorted(wanted)}
     with public.compacting():
-        for hour in sorted(set().union(*there.values())):
+        for hour in sorted(set().union(*available.values())):
             if span is not None and not span[0] <= hour <= span[1]:
                 continue
             own = own_ids(archive, hour)
-            for name in (name for name, of_it in there.items() if hour in of_it):
+            for name in (name for name, with_data in available.items() if hour in with_data):
                 manifest = archive.read_manifest(name, hour)
                 if manifest is None or not manifest.complete:
                     left(f"{name} of {hour:%Y-%m-%d %H:00} UTC is not sealed: left out.")
@@ -178,30 +180,30 @@ def publish(
                         )
                     )
                 except BaseException:
-                    shutil.rmtree(staged, ignore_errors=True)  # it may hold what must not go out
+                    shutil.rmtree(staged, ignore_errors=True)  # it may contain private data
                     raise
         with public.changing():
             public.sweep()
 
 
-def _insist_apart(archive: Archive, to: Path) -> None:
+def _verify_separate(archive: Archive, to: Path) -> None:
     if not isinstance(archive, LocalArchive):
         return
     ours, theirs = archive.root.resolve(), to.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise StoreRefused(
-            f"--to {to} is in the archive, {archive}, or holds it. Give a folder apart from it."
+            f"--to {to} is in the archive, {archive}, or contains it. Give a folder apart from it."
         )
 
 
-def _mark(to: Path) -> None:
-    """Make the folder, or see that it is one of ours: a copy of the archive must not be published."""
+def _mark_folder(to: Path) -> None:
+    """Create and mark the folder, or verify the mark: a plain copy of the archive must not be published."""
     mark = to / MARK
     try:
         if to.is_dir() and any(to.iterdir()) and not mark.is_file():
             raise StoreRefused(
-                f"--to {to} is not empty and was not made by `export --public` (it has no {MARK}): what is"
-                " in it may be private. Give a new folder."
+                f"--to {to} is not empty and was not made by `export --public` (it has no {MARK}): its"
+                " content may be private. Give a new folder."
             )
         to.mkdir(parents=True, exist_ok=True)
         mark.write_text(f'{{"scrubbed_by": "kalshi-platform {__version__}"}}\n')
@@ -224,7 +226,7 @@ def _publish_hour(
     own: Collection[str],
 ) -> Published:
     hour = datetime.fromisoformat(manifest.hour)
-    told = Published(dataset.name, hour)
+    published = Published(dataset.name, hour)
     sources = archive.files(dataset.name, hour)
     source, written = RowStatistics(dataset), RowStatistics(dataset)
     sorted_by = (
@@ -234,12 +236,12 @@ def _publish_hour(
     for file in sources:
         before = written.rows
         path = staged / file.name
-        tables = _scrubbed(file, dataset, source, written, told)
+        tables = _scrubbed(file, dataset, source, written, published)
         size = write_durably(path, tables, dataset.arrow, level=ZSTD_LEVEL, sorted_by=sorted_by)
         if written.rows == before:
-            path.unlink()  # a file without rows says nothing
+            path.unlink()  # a file without rows is not needed
         else:
-            name = _rename(path)
+            name = _name_by_content(path)
             parts.append(Part(name, written.rows - before, size))
     if (source.rows, source.checksum) != (manifest.rows, manifest.checksum):
         raise StoreRefused(
@@ -248,11 +250,15 @@ def _publish_hour(
             " published. Materialise that hour again."
         )
     _read_back([staged / part.file for part in parts], dataset, written, own)
-    told.rows, told.bytes, told.own_ids = written.rows, sum(part.bytes for part in parts), len(own)
+    published.rows, published.bytes, published.own_ids = (
+        written.rows,
+        sum(part.bytes for part in parts),
+        len(own),
+    )
     after = msgspec.structs.replace(
         manifest,
         rows=written.rows,
-        bytes=told.bytes,
+        bytes=published.bytes,
         markets=written.markets,
         first=written.first.isoformat() if written.first else None,
         last=written.last.isoformat() if written.last else None,
@@ -264,25 +270,29 @@ def _publish_hour(
     stage_manifest(staged, after)
     with to.changing():
         to.replace_hour(dataset.name, hour, staged)
-    return told
+    return published
 
 
 def _scrubbed(
-    file: File, dataset: Dataset, source: RowStatistics, written: RowStatistics, told: Published
+    file: File,
+    dataset: Dataset,
+    source: RowStatistics,
+    written: RowStatistics,
+    published: Published,
 ) -> Iterator[pa.Table]:
     for table in batches(file, dataset.arrow):
         source.add(table)
         if dataset is ORDERBOOK_EVENTS:
-            table = _without_own_orders(table, told)  # noqa: PLW2901 - the same rows, scrubbed
+            table = _without_own_orders(table, published)  # noqa: PLW2901 - the same rows, scrubbed
         elif dataset is STREAM_EVENTS:
-            table = _public_events(table, told)  # noqa: PLW2901 - the rows that may stay
-        table = own_dictionaries(table)  # noqa: PLW2901 - a dictionary keeps what no row has any more
+            table = _public_events(table, published)  # noqa: PLW2901 - the rows that may stay
+        table = own_dictionaries(table)  # noqa: PLW2901 - the old dictionary may contain removed values
         written.add(table)
         yield table
 
 
-def _rename(path: Path) -> str:
-    """A compacted hour's file is named for its bytes, which are others now."""
+def _name_by_content(path: Path) -> str:
+    """Name a compacted hour's file by its bytes, which scrubbing has changed; return its name."""
     if not path.name.startswith(hours.COMPACTED):
         return path.name
     with path.open("rb") as file:
@@ -293,22 +303,22 @@ def _rename(path: Path) -> str:
 # -- scrubbing ---------------------------------------------------------------------------------
 
 
-def _without_own_orders(table: pa.Table, told: Published) -> pa.Table:
+def _without_own_orders(table: pa.Table, published: Published) -> pa.Table:
     at = table.column_names.index("client_order_id")
     own = table[at].cast(pa.string())
-    told.cleared += pc.sum(pc.not_equal(own, "")).as_py() or 0
+    published.cleared += pc.sum(pc.not_equal(own, "")).as_py() or 0
     empty = pa.repeat(pa.scalar("", pa.string()), table.num_rows).dictionary_encode()
     return table.set_column(at, table.schema.field(at), empty.cast(table.schema.field(at).type))
 
 
-def _public_events(table: pa.Table, told: Published) -> pa.Table:
+def _public_events(table: pa.Table, published: Published) -> pa.Table:
     events = pl.DataFrame(pl.from_arrow(table)).with_columns(
         pl.col("kind", "market_ticker").cast(pl.String)
     )
     public = pl.col("kind").is_in([*NOTES, *FRAMES])
     out = events.filter(~public & (pl.col("seq") == 0))
-    told.removed.update(dict(out.group_by("kind").len().iter_rows()))
-    told.withheld += events.filter(~public & (pl.col("seq") > 0)).height
+    published.removed.update(dict(out.group_by("kind").len().iter_rows()))
+    published.withheld += events.filter(~public & (pl.col("seq") > 0)).height
     kept = events.filter(public | (pl.col("seq") > 0)).with_columns(
         pl.when(public).then("kind").otherwise(pl.lit(WITHHELD)).alias("kind"),
         pl.when(public).then("market_ticker").otherwise(pl.lit("")).alias("market_ticker"),
@@ -321,59 +331,58 @@ def _public_events(table: pa.Table, told: Published) -> pa.Table:
 
 
 def public_detail(kind: str, detail: str) -> str:
-    """The `detail` of an event, with the listed fields alone."""
+    """The `detail` of an event, reduced to the listed fields."""
     try:
-        found = msgspec.json.decode(detail)
+        decoded = msgspec.json.decode(detail)
     except DecodeError:
         return "{}"
-    if not isinstance(found, dict):
+    if not isinstance(decoded, dict):
         return "{}"
     if kind in NOTES:
-        kept = _only(found, NOTES[kind])
+        kept = _select(decoded, NOTES[kind])
         if isinstance(kept.get("cause"), str):
-            kept["cause"] = kept["cause"].partition(":")[
-                0
-            ]  # what follows is the exchange's free text
+            # The part after the colon is the exchange's free text.
+            kept["cause"] = kept["cause"].partition(":")[0]
     else:
-        kept = _only(found, ENVELOPE)
-        body = found.get("msg")
+        kept = _select(decoded, ENVELOPE)
+        body = decoded.get("msg")
         if isinstance(body, dict) and kind in FRAMES:
-            kept["msg"] = _only(body, FRAMES[kind])
+            kept["msg"] = _select(body, FRAMES[kind])
     return msgspec.json.encode(kept).decode()
 
 
-def _only(found: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name in allowed}
+def _select(decoded: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in decoded.items() if name in allowed}
 
 
-# -- proof -------------------------------------------------------------------------------------
+# -- verification ------------------------------------------------------------------------------
 
 
 def own_ids(archive: Archive, hour: datetime) -> set[str]:
-    """Every id of the recorder's own that the archive has in an hour, long enough to search for."""
-    found: set[str] = set()
+    """The recorder's own ids in an hour of the archive that are long enough to search for."""
+    decoded: set[str] = set()
     for table in archive.read(ORDERBOOK_EVENTS.name, hour, ["client_order_id"]):
-        found.update(table["client_order_id"].cast(pa.string()).unique().to_pylist())
+        decoded.update(table["client_order_id"].cast(pa.string()).unique().to_pylist())
     for table in archive.read(STREAM_EVENTS.name, hour, ["kind", "detail"]):
         private = pc.invert(pc.is_in(table["kind"].cast(pa.string()), pa.array([*NOTES, *FRAMES])))
         for detail in table["detail"].filter(private).to_pylist():
-            found.update(_ids_in(detail))
-    return {own for own in found if len(own) >= SEARCHED_FROM}
+            decoded.update(_ids_in(detail))
+    return {own for own in decoded if len(own) >= MIN_SEARCHED_LENGTH}
 
 
 def _ids_in(detail: str) -> Iterator[str]:
-    """Values of own fields, at any depth; a raw frame may itself be a text within."""
+    """Yield the values of `_OWN` fields at any depth; a raw frame may be a string within."""
     try:
-        waiting = [msgspec.json.decode(detail)]
+        pending = [msgspec.json.decode(detail)]
     except DecodeError:
         return
-    while waiting:
-        value = waiting.pop()
+    while pending:
+        value = pending.pop()
         if isinstance(value, list):
-            waiting.extend(value)
+            pending.extend(value)
         elif isinstance(value, dict):
             yield from (v for k, v in value.items() if k in _OWN and isinstance(v, str))
-            waiting.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, str) and value.startswith("{"):
             yield from _ids_in(value)
 
@@ -381,34 +390,34 @@ def _ids_in(detail: str) -> Iterator[str]:
 def _read_back(
     paths: Sequence[Path], dataset: Dataset, written: RowStatistics, own: Collection[str]
 ) -> None:
-    """Raise `StoreRefused` unless the files hold what was written, and nothing of the recorder's own."""
-    found = RowStatistics(dataset)
+    """Raise `StoreRefused` unless the files hold exactly the written rows and no private data."""
+    decoded = RowStatistics(dataset)
     for path in paths:
         for table in batches(local_file(path), dataset.arrow):
-            found.add(table)
+            decoded.add(table)
             for at, column in enumerate(table.schema):
                 texts = _texts(table[at])
                 if texts is None:
                     continue
                 if own and bool(texts.str.contains_any(list(own)).any()):
                     raise StoreRefused(
-                        f"{path.name} of {dataset.name}, column {column.name}, still holds an id of own"
+                        f"{path.name} of {dataset.name}, column {column.name}, still contains an id of own"
                         " orders. The hour was not published; please report this."
                     )
                 if column.name == "client_order_id" and set(texts.to_list()) - {""}:
                     raise StoreRefused(
-                        f"{path.name} of {dataset.name} still holds client order ids. The hour was not"
+                        f"{path.name} of {dataset.name} still contains client order ids. The hour was not"
                         " published; please report this."
                     )
-    if (found.rows, found.checksum) != (written.rows, written.checksum):
+    if (decoded.rows, decoded.checksum) != (written.rows, written.checksum):
         raise StoreRefused(
             f"{dataset.name}: {written.rows:,} rows of checksum {written.checksum} were written and"
-            f" read as {found.rows:,} of {found.checksum}. The hour was not published. Is the disk failing?"
+            f" read as {decoded.rows:,} of {decoded.checksum}. The hour was not published. Is the disk failing?"
         )
 
 
 def _texts(column: pa.ChunkedArray) -> pl.Series | None:
-    """The distinct texts of a column and of its dictionary, used or not; None: it holds none."""
+    """The distinct strings of a column, including unused dictionary values; None for another type."""
     if pa.types.is_dictionary(column.type):
         return pl.Series([text for chunk in column.chunks for text in chunk.dictionary.to_pylist()])
     if pa.types.is_string(column.type):

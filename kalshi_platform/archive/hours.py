@@ -1,4 +1,7 @@
-"""Hours of the archive: what one holds, sealing it, building it again."""
+"""What an hour of the archive holds: counting, checking and describing it, and writing its manifests.
+
+Coverage from events belongs in `coverage`, sending waiting parts in `sealing`, rebuilding in `loading.rebuild`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,13 @@ import pyarrow.compute as pc
 
 from kalshi_platform import schema
 from kalshi_platform.archive import Archive, File, Manifest, Part, batches, rows_of
-from kalshi_platform.archive.coverage import ANY, BREAKING, CHECKPOINT, Coverage, coverage
+from kalshi_platform.archive.coverage import (
+    ANY_CONNECTION,
+    CHECKPOINT,
+    RELEVANT_KINDS,
+    Coverage,
+    coverage,
+)
 from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
@@ -28,9 +37,9 @@ from kalshi_platform.utc_hours import HOUR
 RECORDED = tuple(dataset.name for dataset in schema.RECORDED)
 """The datasets that the recording itself makes."""
 COUNTED_ROWS = 32_768
-"""Looked at together: the streamer does it beside its recording, and should not grow for it."""
+"""Rows read at a time: the streamer does this while recording, so its memory must stay bounded."""
 COMPACTED = "hour-"
-"""A compacted hour's file begins so; the rest of its name is a digest of its bytes."""
+"""Prefix of a compacted hour's file name; the rest is a digest of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class HourReport:
     complete: bool
     datasets: tuple[DatasetHour, ...]
     verified_by_market: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of the hour in which each market's book could be believed."""
+    """Seconds of the hour in which each market's book is synced."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def describe(
 ) -> HourReport:
     """Count and check everything that the archive holds of an hour.
 
-    COUNTED_ROWS are read at a time, and `proceed` called between.
+    Reads `COUNTED_ROWS` at a time and calls `proceed` in between.
     """
     read = _Reading(archive, hour, proceed)
     tallies = {name: tally for name in RECORDED if (tally := _tally(read, name)).parts}
@@ -113,22 +122,22 @@ def describe(
 def seal(
     archive: Archive,
     hour: datetime,
-    taken: Mapping[str, Sequence[str]] | None = None,
+    merged: Mapping[str, Sequence[str]] | None = None,
     proceed: Callable[[], None] = lambda: None,
 ) -> HourReport:
-    """Write down that an hour is complete: a manifest beside each dataset's files. Idempotent.
+    """Record that an hour is complete: write a manifest beside each dataset's files. Idempotent.
 
-    `taken`: by dataset, the parts that have become one sorted file just now. `proceed`: as in `describe`.
+    `merged`: by dataset, the parts that were just merged into one sorted file. `proceed`: as in `describe`.
     """
     report = describe(archive, hour, complete=True, proceed=proceed)
     for dataset in report.datasets:
-        merged = (taken or {}).get(dataset.dataset, ())
-        archive.write_manifest(_manifest(archive, dataset, report.verified_by_market, merged))
+        parts = (merged or {}).get(dataset.dataset, ())
+        archive.write_manifest(_manifest(archive, dataset, report.verified_by_market, parts))
     return report
 
 
 def is_sealed(archive: Archive, hour: datetime) -> bool:
-    """Whether an hour that has data also has its manifests."""
+    """Whether an hour has data and a complete manifest for each of its datasets."""
     present = [name for name in RECORDED if archive.files(name, hour)]
     return bool(present) and all(
         (manifest := archive.read_manifest(name, hour)) is not None and manifest.complete
@@ -137,7 +146,7 @@ def is_sealed(archive: Archive, hour: datetime) -> bool:
 
 
 def unsealed(archive: Archive, since: datetime, before: datetime) -> list[datetime]:
-    """The hours from `since` to before `before` of which some dataset has files and no manifest."""
+    """The hours in [since, before) of which some dataset has files and no manifest."""
     return sorted(
         {
             hour
@@ -149,26 +158,27 @@ def unsealed(archive: Archive, since: datetime, before: datetime) -> list[dateti
 
 
 def _manifest(
-    archive: Archive, it: DatasetHour, verified: Mapping[str, float], merged: Sequence[str]
+    archive: Archive, described: DatasetHour, verified: Mapping[str, float], merged: Sequence[str]
 ) -> Manifest:
-    before = archive.read_manifest(it.dataset, it.hour)
+    before = archive.read_manifest(described.dataset, described.hour)
     tally_parts = [
-        Part(file.name, rows_of(file), file.bytes) for file in archive.files(it.dataset, it.hour)
+        Part(file.name, rows_of(file), file.bytes)
+        for file in archive.files(described.dataset, described.hour)
     ]
     return Manifest(
-        dataset=it.dataset,
-        hour=it.hour.isoformat(),
-        complete=it.complete,
-        rows=it.rows,
-        bytes=it.bytes,
-        markets=it.markets,
-        gaps=it.gaps,
-        verified_seconds=it.verified_seconds,
-        coverage=it.coverage,
+        dataset=described.dataset,
+        hour=described.hour.isoformat(),
+        complete=described.complete,
+        rows=described.rows,
+        bytes=described.bytes,
+        markets=described.markets,
+        gaps=described.gaps,
+        verified_seconds=described.verified_seconds,
+        coverage=described.coverage,
         verified_by_market=dict(verified),
-        first=it.first.isoformat() if it.first else None,
-        last=it.last.isoformat() if it.last else None,
-        checksum=it.checksum,
+        first=described.first.isoformat() if described.first else None,
+        last=described.last.isoformat() if described.last else None,
+        checksum=described.checksum,
         parts=tally_parts,
         compacted=is_compacted([part.file for part in tally_parts]),
         merged=sorted({*merged, *(before.merged if before else [])}),
@@ -176,13 +186,13 @@ def _manifest(
 
 
 def is_compacted(names: Sequence[str]) -> bool:
-    """Whether files of these names are an hour's one sorted file."""
+    """Whether these file names are those of a compacted hour: one sorted file."""
     return len(names) == 1 and names[0].startswith(COMPACTED)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Reads an hour some rows at a time, whatever it holds."""
+    """Reads an hour in batches of `COUNTED_ROWS`."""
 
     archive: Archive
     hour: datetime
@@ -192,7 +202,7 @@ class _Reading:
         return self.archive.files(dataset, self.hour)
 
     def batches(self, dataset: str, columns: list[str]) -> Iterator[pa.Table]:
-        """These columns of a dataset, file by file."""
+        """Yield these columns of a dataset, file by file."""
         for file in self.files(dataset):
             yield from self.of_file(file, dataset, columns)
 
@@ -223,30 +233,30 @@ _BOOK = ["ts", "conn_id", "sid", "market_ticker", "verified", *PLACE]
 
 
 def _events(read: _Reading) -> list[dict[str, Any]]:
-    """What coverage and gap counts depend on, in order: stream events, and the books of the checkpoints."""
-    found = []
+    """The events for coverage and gap counts, in order: stream events, and the books of the checkpoints."""
+    frames = []
     text = pl.col("conn_id", "market_ticker").cast(pl.String)
     for table in read.batches(STREAM_EVENTS.name, _EVENT):
         kind = table["kind"].cast(pa.string())
-        rows = pl.DataFrame(table.filter(pc.is_in(kind, pa.array(BREAKING))))
-        found.append(rows.with_columns(text, pl.col("kind").cast(pl.String)))
+        rows = pl.DataFrame(table.filter(pc.is_in(kind, pa.array(RELEVANT_KINDS))))
+        frames.append(rows.with_columns(text, pl.col("kind").cast(pl.String)))
     books = [
         pl.DataFrame(table).unique(maintain_order=True).with_columns(text)
         for table in read.batches(BOOK_CHECKPOINTS.name, _BOOK)
     ]
     if books:
-        each = pl.concat(books).unique(maintain_order=True)
-        found.append(each.rename({"ts": "ingest_ts"}).with_columns(kind=pl.lit(CHECKPOINT)))
-    if not found:
+        checkpoints = pl.concat(books).unique(maintain_order=True)
+        frames.append(checkpoints.rename({"ts": "ingest_ts"}).with_columns(kind=pl.lit(CHECKPOINT)))
+    if not frames:
         return []
-    return _in_order(pl.concat(found, how="diagonal")).to_dicts()
+    return _ordered(pl.concat(frames, how="diagonal")).to_dicts()
 
 
-def _in_order(events: pl.DataFrame) -> pl.DataFrame:
-    """Each shard's events by record, with times that do not step back; shards among each other by those.
+def _ordered(events: pl.DataFrame) -> pl.DataFrame:
+    """Order each shard's events by record, made monotonic in time; merge the shards by these times.
 
-    Of one record a checkpoint comes first, what breaks a book next, and the snapshot last. What has no
-    record goes by its time, and else as it was read, checkpoints first.
+    Within one record, a checkpoint comes first, then events that make a book stale, then the snapshot. Events
+    without a record are ordered by time and then as read, checkpoints first.
     """
     kind, placed = pl.col("kind"), pl.col("record").is_not_null()
     rank = (
@@ -261,22 +271,22 @@ def _in_order(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def _coverage(read: _Reading, events: list[dict[str, Any]], *, complete: bool) -> Coverage:
-    signs, hour = _signs(read), read.hour
+    signs, hour = _last_receive_times(read), read.hour
     last = max(signs.values(), default=hour)
     end = hour + HOUR if complete else max(last, min(datetime.now(UTC), hour + HOUR))
     return coverage(hour, end, events, signs)
 
 
-def _signs(read: _Reading) -> dict[str, datetime]:
-    """Each connection's newest receive time in the hour's files; see `coverage`."""
+def _last_receive_times(read: _Reading) -> dict[str, datetime]:
+    """The last receive time of each connection in the hour's files; see `coverage.coverage`."""
     newest: dict[str, datetime] = {}
     hour = read.hour
     for name in (ORDERBOOK_EVENTS.name, STREAM_EVENTS.name):
         for table in read.batches(name, ["conn_id", "ingest_ts"]):
-            found = pl.DataFrame(table).group_by("conn_id").agg(pl.col("ingest_ts").max())
-            for conn, at in found.cast({"conn_id": pl.String}).iter_rows():
+            latest = pl.DataFrame(table).group_by("conn_id").agg(pl.col("ingest_ts").max())
+            for conn, at in latest.cast({"conn_id": pl.String}).iter_rows():
                 newest[conn] = max(newest.get(conn, hour), at)
-    newest.pop(ZERO_UUID, None)  # happened to no connection
+    newest.pop(ZERO_UUID, None)  # notes that concern no connection
     columns = ["kind", "conn_id", "detail", "ingest_ts"]
     for table in read.batches(STREAM_EVENTS.name, columns):
         beats = pl.DataFrame(table).filter(
@@ -285,5 +295,5 @@ def _signs(read: _Reading) -> dict[str, datetime]:
             ~pl.col("detail").str.contains(r'"state":"(?:starting|connecting|stopped)"'),
         )
         for at in beats["ingest_ts"].tail(1):
-            newest[ANY] = max(newest.get(ANY, hour), at)
+            newest[ANY_CONNECTION] = max(newest.get(ANY_CONNECTION, hour), at)
     return newest

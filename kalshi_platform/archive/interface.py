@@ -1,8 +1,7 @@
-"""What an archive does, wherever it is.
+"""The interface of an archive, on a local disk or on object storage.
 
-Two promises hold for every implementation. A file exists whole or not at all. And a reader that globs the
-hive layout gets each row once, at any time and after any kill. What the rows mean is not
-known here.
+Every implementation guarantees two things. A file exists completely or not at all. And a reader that globs
+the hive layout gets each row once, at any time and after any kill. What the rows mean is not known here.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What is known of one dataset's hour. Times are ISO 8601, UTC."""
+    """The description of one dataset's sealed hour, stored beside its files. Times are ISO 8601, UTC."""
 
     dataset: str
     hour: str
     complete: bool
-    """The streamer has passed the hour: nothing more is expected."""
+    """The hour is sealed: no more rows are expected."""
     rows: int
     bytes: int
     markets: int
@@ -45,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
     verified_seconds: float | None
     """Market-seconds with a synced book."""
     coverage: float | None
-    """The same over the market-seconds that were followed, 0 to 1."""
+    """`verified_seconds` divided by the followed market-seconds, 0 to 1."""
     first: str | None
     last: str | None
     checksum: str
@@ -55,16 +54,16 @@ class Manifest(msgspec.Struct, frozen=True):
     compacted: bool = False
     """The hour is one sorted file, which `parts` names."""
     merged: list[str] = []
-    """Names of the parts whose rows the compacted file took in: they are not to be written again."""
+    """Names of the parts merged into the compacted file: they must not be written again."""
 
 
 def encoded(manifest: Manifest) -> bytes:
-    """A manifest as it is kept: JSON, for people too."""
+    """Encode a manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
 
 
 def decoded(text: bytes, path: str) -> Manifest:
-    """The manifest that was read from `path`. Raises `StoreRefused` for a damaged one."""
+    """Decode a manifest that was read from `path`. Raises: `StoreRefused` for a damaged one."""
     try:
         return typed_json.decode(text, Manifest)
     except msgspec.DecodeError as error:
@@ -78,15 +77,15 @@ Sort = Callable[[Sequence[File], Path], Path]
 
 @dataclass(frozen=True)
 class Listed:
-    """What there is of one dataset's hour."""
+    """The files of one dataset's hour."""
 
     files: tuple[File, ...]
-    """Our Parquet files, by name."""
+    """The platform's Parquet files, by name."""
     manifest: File | None
     foreign: tuple[File, ...] = ()
     """Parquet files of other names: a reader that globs the folder takes their rows for the hour's."""
 
-    def insist_on_ours(self, where: str) -> None:
+    def refuse_foreign(self, where: str) -> None:
         """Refuse an hour that has Parquet files of other names.
 
         Args:
@@ -113,8 +112,8 @@ class Archive(ABC):
         StoreRefused: Of every method: a retry cannot succeed before a person acts.
     """
 
-    exchanges = True
-    """Whether a whole hour can be exchanged for another in one step. Where it cannot, an hour is sorted
+    swaps_hours = True
+    """Whether a whole hour can be replaced in one step. Where it cannot, an hour is sorted
     before it is sent, and nothing is left to compact."""
 
     # -- what there is -------------------------------------------------------------------------
@@ -285,7 +284,7 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def put_aside(self, file: File) -> None:
+    def set_aside(self, file: File) -> None:
         """Give a damaged or superseded file a name that no reader globs, so that it is not lost.
 
         Args:
@@ -380,7 +379,7 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def locking_metadata(self) -> AbstractContextManager[None]:
+    def metadata_lock(self) -> AbstractContextManager[None]:
         """Hold the lock for reading a metadata file and writing it again.
 
         Returns:
@@ -412,7 +411,7 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def insist_on(self, identity: str) -> None:
+    def require_identity(self, identity: str) -> None:
         """Refuse any other archive.
 
         Args:
@@ -424,7 +423,7 @@ class Archive(ABC):
 
     @abstractmethod
     def expect(self, identity: str) -> None:
-        """From now on insist on an identity before and after each file is written.
+        """From now on require an identity before and after each file is written.
 
         Args:
             identity: The identity that this archive must have.

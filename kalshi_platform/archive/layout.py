@@ -1,4 +1,4 @@
-"""Names in the archive, and the hours that they stand for.
+"""Names in the archive and the hours that they denote.
 
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-<shard>-<first n>-<end n>.parquet
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/part-clickhouse.parquet              rebuilt from there
@@ -8,8 +8,8 @@
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour.parquet                         of the analytics
 <root>/market_catalog/<name>.parquet                                          without hours
 
-Hours are those of the receive time, UTC. Every other name is foreign: nobody here reads it, moves it or takes it
-for an hour, and `doctor` lists it.
+An hour is the hour of the receive time in UTC. Every other name is foreign: it is never read, moved or taken
+for an hour, and `doctor` lists it. File access belongs in `local` and `object_storage`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MANIFEST = "_manifest.json"
 PARQUET = ".parquet"
 FROM_CLICKHOUSE = "part-clickhouse.parquet"
 ASIDE = ".aside"
-"""Hours being built, hours replaced a moment ago, locks."""
-BESIDE = frozenset({ASIDE, "archive.json", "recorders", "lost+found"})
-"""What may be beside the datasets: ours, and what a file system makes itself."""
+"""Folder of hours being built, hours just replaced, and locks."""
+ALLOWED_AT_ROOT = frozenset({ASIDE, "archive.json", "recorders", "lost+found"})
+"""Names beside the datasets that are not foreign: the platform's own, and one that file systems create."""
 _DAY = re.compile(r"date=([0-9]{4}-[0-9]{2}-[0-9]{2})")
 _HOUR = re.compile(r"hour=([01][0-9]|2[0-3])")
 _PART = re.compile(r"part-([0-9]+)-([0-9]+)-([0-9]+)\.parquet")
@@ -31,21 +31,21 @@ _WHOLE_HOUR = re.compile(r"hour(?:-[0-9a-z]+)?\.parquet")
 
 
 def hour_path(dataset: str, hour: datetime) -> str:
-    """Where a dataset's hour is, below the archive's root."""
+    """The folder of a dataset's hour, relative to the archive's root."""
     return f"{dataset}/date={hour:%Y-%m-%d}/hour={hour:%H}"
 
 
 def day_of_name(name: str) -> date | None:
-    """The day whose folder has this name; None for a foreign one."""
+    """The day of a folder name; None for a foreign name."""
     match = _DAY.fullmatch(name)
     try:
         return date.fromisoformat(match[1]) if match else None
-    except ValueError:  # a thirtieth of February
+    except ValueError:  # a date that does not exist, such as the 30th of February
         return None
 
 
 def hour_of_path(path: str) -> datetime | None:
-    """The hour whose folder `path` is; None for a foreign one."""
+    """The hour of a folder path; None for a foreign one."""
     above, _, name = path.rpartition("/")
     day, match = day_of_name(above.rpartition("/")[2]), _HOUR.fullmatch(name)
     if day is None or match is None:
@@ -54,22 +54,22 @@ def hour_of_path(path: str) -> datetime | None:
 
 
 def is_data(name: str) -> bool:
-    """Whether a file of an hour's folder holds rows of ours, by its name."""
+    """Whether a file name in an hour's folder is that of a data file of the platform."""
     ours = _PART.fullmatch(name) or _WHOLE_HOUR.fullmatch(name)
     return ours is not None or name == FROM_CLICKHOUSE
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is of a file that is being written, or was put aside by hand of ours."""
+    """Whether a name is that of a file being written or set aside by the platform."""
     return name.startswith(".") and name.endswith((".tmp", ".replaced"))
 
 
 def part_name(shard: int, first_n: int, end_n: int) -> str:
-    """Name of the file that holds the rows of journal records first_n to end_n - 1."""
+    """The name of the file with the rows of journal records `first_n` to `end_n` - 1."""
     return f"part-{shard}-{first_n:015d}-{end_n:015d}.parquet"
 
 
 def part_range(name: str) -> tuple[int, int, int] | None:
-    """(shard, first_n, end_n) of a part's name; None for a file of another origin."""
+    """(shard, first_n, end_n) of a part's name; None for another file."""
     match = _PART.fullmatch(name)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None

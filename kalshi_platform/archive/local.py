@@ -1,10 +1,10 @@
 """The archive on a local disk.
 
-    <root>/.aside/    hours being built, hours replaced a moment ago, locks: no reader looks there
+    <root>/.aside/    hours being built, hours just replaced, locks; no reader globs it
 
-Files are written under a name that no reader globs, synced, then renamed. Names follow from the journal
-range alone, so writing a range again replaces the file with itself. A whole hour is replaced by
-exchanging its folder.
+Files are written under a name that no reader globs, synced, then renamed. A part's name is derived from its
+journal range alone, so writing a range again replaces the file with an equal one. A whole hour is replaced by
+swapping its folder. Names belong in `layout`, the file format in `parquet`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import filelock
 import pyarrow as pa
 
 from kalshi_platform import durable
-from kalshi_platform.archive import archive_identity, atomic_exchange
+from kalshi_platform.archive import archive_identity, atomic_swap
 from kalshi_platform.archive.interface import (
     Archive,
     Listed,
@@ -34,8 +34,8 @@ from kalshi_platform.archive.interface import (
     encoded,
 )
 from kalshi_platform.archive.layout import (
+    ALLOWED_AT_ROOT,
     ASIDE,
-    BESIDE,
     MANIFEST,
     PARQUET,
     day_of_name,
@@ -50,12 +50,12 @@ from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.schema import DATASETS
 
 GRACE_S = 60.0
-"""A replaced hour is kept for so long: whoever was just listing it lists all of it."""
-METADATA_PATIENCE_S = 10.0
+"""How long a replaced hour is kept, so that a reader that is listing it lists all of it."""
+METADATA_LOCK_TIMEOUT_S = 10.0
 LISTINGS = 20
-"""How often a folder is listed whose files go while they are looked at."""
+"""Attempts to list a folder whose files disappear between listing and inspection."""
 _NEW_FOLDER = re.compile(r"[0-9]{4}(?:-[0-9]{2}){3}-[0-9a-f]{8}")
-"""What `new_folder` makes, and an exchange puts aside."""
+"""Names that `new_folder` creates and that a swap leaves in `.aside`."""
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _TRANSIENT = {"ENOSPC", "EDQUOT", "EIO", "EAGAIN", "ETIMEDOUT", "ESTALE"}
 
@@ -71,7 +71,7 @@ class LocalArchive(Archive):
         return str(self.root)
 
     def folder(self, dataset: str, hour: datetime) -> Path:
-        """Where a dataset's hour is."""
+        """The folder of a dataset's hour."""
         return self.root / hour_path(dataset, hour)
 
     # -- what there is -------------------------------------------------------------------------
@@ -81,19 +81,21 @@ class LocalArchive(Archive):
         return [hour for hour, folder in self._folders(dataset) if _has_data(folder)]
 
     def first_day(self) -> date | None:
-        """See `Archive`. From names alone: nothing is opened but the folders of the datasets."""
-        days = (day_of_name(name) for dataset in DATASETS for name in _names(self.root / dataset))
+        """See `Archive`. Uses names alone and lists only the folders of the datasets."""
+        days = (
+            day_of_name(name) for dataset in DATASETS for name in _file_names(self.root / dataset)
+        )
         return min((day for day in days if day is not None), default=None)
 
     def _folders(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Iterator[tuple[datetime, Path]]:
-        """The folders of a span's hours, ascending; those of other days are not opened."""
-        for name in sorted(_names(self.root / dataset)):
+        """Yield the folders of a span's hours, ascending, without listing other days."""
+        for name in sorted(_file_names(self.root / dataset)):
             day = day_of_name(name)
             if day is None or (first and day < first.date()) or (last and day > last.date()):
                 continue
-            for below in sorted(_names(self.root / dataset / name)):
+            for below in sorted(_file_names(self.root / dataset / name)):
                 hour = hour_of_path(f"{name}/{below}")
                 if hour is None or (first and hour < first) or (last and hour > last):
                     continue
@@ -107,22 +109,22 @@ class LocalArchive(Archive):
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Mapping[datetime, Listed]:
         """See `Archive`."""
-        found = {}
+        hours = {}
         for hour, folder in self._folders(dataset, first, last):
             listed = _listed(folder)
             if listed.files or listed.manifest:
-                found[hour] = listed
-        return found
+                hours[hour] = listed
+        return hours
 
     def foreign(self) -> Iterator[str]:
         """See `Archive`."""
-        for name in sorted(_names(self.root)):
+        for name in sorted(_file_names(self.root)):
             folder = self.root / name
             if name not in DATASETS:
-                if name not in BESIDE:
+                if name not in ALLOWED_AT_ROOT:
                     yield name
                 continue
-            for below in sorted(_names(folder)):
+            for below in sorted(_file_names(folder)):
                 if day_of_name(below) is not None:
                     yield from self._foreign_of_day(f"{name}/{below}")
                 elif not below.endswith(PARQUET) and not is_temporary(below):
@@ -131,12 +133,12 @@ class LocalArchive(Archive):
     def _foreign_of_day(self, day: str) -> Iterator[str]:
         if not (self.root / day).is_dir():
             yield day
-        for name in sorted(_names(self.root / day)):
+        for name in sorted(_file_names(self.root / day)):
             path = f"{day}/{name}"
             if hour_of_path(path) is None or not (self.root / path).is_dir():
                 yield path
                 continue
-            for below in sorted(_names(self.root / path)):
+            for below in sorted(_file_names(self.root / path)):
                 if not (is_data(below) or below == MANIFEST or is_temporary(below)):
                     yield f"{path}/{below}"
 
@@ -157,7 +159,7 @@ class LocalArchive(Archive):
     @contextmanager
     def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
         """See `Archive`."""
-        with self.guarded(), durably(self.folder(dataset, hour) / name, schema) as add:
+        with self.checking_identity(), durably(self.folder(dataset, hour) / name, schema) as add:
             yield add
 
     def remove(self, file: File) -> None:
@@ -168,7 +170,7 @@ class LocalArchive(Archive):
         except OSError as error:
             raise disk_error(path, error) from None
 
-    def put_aside(self, file: File) -> None:
+    def set_aside(self, file: File) -> None:
         """See `Archive`."""
         path = Path(file.path)
         try:
@@ -179,7 +181,7 @@ class LocalArchive(Archive):
     def write_manifest(self, manifest: Manifest) -> None:
         """See `Archive`."""
         hour = datetime.fromisoformat(manifest.hour)
-        with self.guarded():
+        with self.checking_identity():
             stage_manifest(self.folder(manifest.dataset, hour), manifest)
 
     def remove_hour(self, dataset: str, hour: datetime) -> None:
@@ -208,7 +210,7 @@ class LocalArchive(Archive):
     ) -> File:
         """See `Archive`."""
         path = self.root / dataset / name
-        with self.guarded():
+        with self.checking_identity():
             write_durably(path, [table], table.schema, level=level, sorted_by=sorted_by)
         return local_file(path)
 
@@ -232,7 +234,7 @@ class LocalArchive(Archive):
                 path.parent.mkdir(exist_ok=True)
             durable.replace(path, content)
         except FileNotFoundError:
-            raise archive_identity.gone(str(self), None) from None
+            raise archive_identity.archive_gone(str(self), None) from None
         except OSError as error:
             raise disk_error(path, error) from None
 
@@ -240,12 +242,12 @@ class LocalArchive(Archive):
         """See `Archive`."""
         return sorted(f"{folder}/{path.name}" for path in (self.root / folder).glob("*.json"))
 
-    def locking_metadata(self) -> AbstractContextManager[None]:
+    def metadata_lock(self) -> AbstractContextManager[None]:
         """See `Archive`."""
         if not self.root.is_dir():
-            raise archive_identity.gone(str(self), None)
+            raise archive_identity.archive_gone(str(self), None)
         path = self.root / ASIDE / "metadata.lock"
-        return locked(path, METADATA_PATIENCE_S, f"Another recorder writes its state in {self}")
+        return locked(path, METADATA_LOCK_TIMEOUT_S, f"Another recorder writes its state in {self}")
 
     # -- identity --------------------------------------------------------------------------------
 
@@ -255,23 +257,23 @@ class LocalArchive(Archive):
         return None if text is None else archive_identity.decode(text, self._identity_path)
 
     def identify(self, known: str | None = None) -> str:
-        """See `Archive`. Of two processes at once, both get the same."""
+        """See `Archive`. Two processes at once get the same identity."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(self.root, error) from None
-        with self.locking_metadata():
-            if (found := self.identity()) is not None:
-                return found
-            made = known or archive_identity.fresh()
-            self.write_metadata(archive_identity.FILE, archive_identity.encode(made))
-            return made
+        with self.metadata_lock():
+            if (existing := self.identity()) is not None:
+                return existing
+            identity = known or archive_identity.new_identity()
+            self.write_metadata(archive_identity.FILE, archive_identity.encode(identity))
+            return identity
 
-    def insist_on(self, identity: str) -> None:
+    def require_identity(self, identity: str) -> None:
         """See `Archive`."""
-        found = self.identity()
-        if found != identity:
-            raise archive_identity.gone(str(self), found)
+        actual = self.identity()
+        if actual != identity:
+            raise archive_identity.archive_gone(str(self), actual)
 
     def expect(self, identity: str) -> None:
         """See `Archive`."""
@@ -282,8 +284,8 @@ class LocalArchive(Archive):
         return not any(any((self.root / name).glob("*")) for name in DATASETS)
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Around what makes folders: they must not take the place of an archive that has gone."""
+    def checking_identity(self) -> Iterator[None]:
+        """Check the identity before and after a block that creates folders: they must not replace the archive."""
         self.look()
         yield
         self.look()
@@ -291,7 +293,7 @@ class LocalArchive(Archive):
     def look(self) -> None:
         """See `Archive`."""
         if self._expected is not None:
-            self.insist_on(self._expected)
+            self.require_identity(self._expected)
 
     @property
     def _identity_path(self) -> str:
@@ -319,7 +321,7 @@ class LocalArchive(Archive):
     def compacting(self) -> Iterator[None]:
         """See `Archive`."""
         path = self.root / ASIDE / "compaction.lock"
-        with locked(path, 0, f"Another compaction is at work in {self}"):
+        with locked(path, 0, f"Another compaction is running in {self}"):
             yield
 
     def staging(self, dataset: str, hour: datetime) -> Path:
@@ -327,10 +329,10 @@ class LocalArchive(Archive):
         return new_folder(self.root / ASIDE, dataset, hour)
 
     def replace_hour(self, dataset: str, hour: datetime, staged: Path) -> None:
-        """See `Archive`. One step; what was there lies aside until `sweep`.
+        """See `Archive`. Atomic; the old content is kept in `.aside` until `sweep`.
 
-        Everything in `staged` must be durable. A reader that listed the hour before and opens it after
-        finds no such file, and has to list again.
+        Everything in `staged` must be durable. A reader that listed the hour before and opens it afterwards
+        finds no such file and has to list again.
         """
         folder = self.folder(dataset, hour)
         if _same_files(staged, folder):
@@ -338,8 +340,8 @@ class LocalArchive(Archive):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if folder.exists():
-                _take_along(folder, staged)
-                atomic_exchange.exchange(staged, folder)
+                _move_foreign_files(folder, staged)
+                atomic_swap.swap(staged, folder)
             else:
                 staged.rename(folder)
             sync(folder.parent)
@@ -348,23 +350,23 @@ class LocalArchive(Archive):
             raise disk_error(folder, error) from None
 
     def sweep(self, grace_s: float | None = None) -> None:
-        """See `Archive`. What lies aside for longer than the grace goes."""
+        """See `Archive`. Removes what has been in `.aside` for longer than the grace period."""
         grace_s = GRACE_S if grace_s is None else grace_s
         for path in (self.root / ASIDE).glob("*/*"):
             if not _NEW_FOLDER.fullmatch(path.name):
                 continue
             try:
-                if time.time() - path.stat().st_ctime > grace_s:  # an exchange sets it
+                if time.time() - path.stat().st_ctime > grace_s:  # a swap sets the ctime
                     shutil.rmtree(path)
             except OSError as error:
                 raise disk_error(path, error) from None
 
 
 def _listed(folder: Path) -> Listed:
-    """What a folder holds. One that is exchanged meanwhile is listed again, so that no file is left out."""
+    """List a folder; list it again where it was swapped meanwhile, so that no file is missed."""
     for _ in range(LISTINGS):
         try:
-            names = sorted(name for name in _names(folder) if name.endswith(PARQUET))
+            names = sorted(name for name in _file_names(folder) if name.endswith(PARQUET))
             data = [local_file(folder / name) for name in names if is_data(name)]
             others = [folder / name for name in names if not is_data(name)]
             manifest = folder / MANIFEST
@@ -375,13 +377,13 @@ def _listed(folder: Path) -> Listed:
             )
         except FileNotFoundError as error:
             gone = error.filename
-    raise StoreUnavailable(f"{gone} is named in its folder and cannot be found there. Remove it.")
+    raise StoreUnavailable(f"{gone} is listed in its folder but cannot be opened there. Remove it.")
 
 
-def _names(folder: Path) -> list[str]:
-    """The names in a folder, in no order; none where there is no such folder, or a link that leads nowhere.
+def _file_names(folder: Path) -> list[str]:
+    """The names in a folder, unordered; empty for a missing folder or a dangling link.
 
-    Raises `StoreRefused` for a folder that may not be read.
+    Raises: `StoreRefused` for a folder without read permission.
     """
     try:
         return [path.name for path in folder.iterdir()]
@@ -395,42 +397,43 @@ def _names(folder: Path) -> list[str]:
 
 
 def _has_data(folder: Path) -> bool:
-    return any(is_data(name) for name in _names(folder))
+    return any(is_data(name) for name in _file_names(folder))
 
 
-def _take_along(folder: Path, staged: Path) -> None:
-    """What is not ours stays where its owner put it, also when the folder is exchanged."""
-    for name in _names(folder):
+def _move_foreign_files(folder: Path, staged: Path) -> None:
+    """Move foreign files to the new folder, so that they keep their path when the folders are swapped."""
+    for name in _file_names(folder):
         ours = is_data(name) or name == MANIFEST or is_temporary(name)
         if not ours and not (staged / name).exists():
             (folder / name).rename(staged / name)
 
 
 def _same_files(staged: Path, folder: Path) -> bool:
-    names = sorted(name for name in _names(staged) if is_data(name))
-    if names != sorted(name for name in _names(folder) if is_data(name)):
+    names = sorted(name for name in _file_names(staged) if is_data(name))
+    if names != sorted(name for name in _file_names(folder) if is_data(name)):
         return False
     return all(filecmp.cmp(staged / name, folder / name, shallow=False) for name in names)
 
 
-# -- local files, also those of a staged hour ------------------------------------------------------
+# -- local files, including those of a staged hour -------------------------------------------------
 
 
 @contextmanager
 def durably(
     path: Path, schema: pa.Schema, *, level: int = 3, sorted_by: Sequence[str] = ()
 ) -> Iterator[Add]:
-    """A Parquet file that takes table after table, and is there once the block is left without an error.
+    """Open a Parquet file for writing table by table; it exists once the block ends without an error.
 
-    All else is as in `parquet_writer`, but for what it raises: `StoreUnavailable` where the disk is full
-    or failing, `StoreRefused` where it may not be written.
+    Parameters are those of `parquet_writer`.
+
+    Raises: `StoreUnavailable` where the disk is full or failing, `StoreRefused` without write permission.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with parquet_writer(temporary, schema, level=level, sorted_by=sorted_by) as add:
             yield add
-        _settle(temporary, path)
+        _publish_file(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(path, error) from None
@@ -447,7 +450,7 @@ def write_durably(
     level: int = 3,
     sorted_by: Sequence[str] = (),
 ) -> int:
-    """Write one Parquet file, whole or not at all; returns its bytes. All else is as in `durably`."""
+    """Write one Parquet file, completely or not at all; return its size in bytes. Raises: as `durably`."""
     with durably(path, schema, level=level, sorted_by=sorted_by) as add:
         for table in tables:
             add(table)
@@ -455,18 +458,18 @@ def write_durably(
 
 
 def stage_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put a manifest into the folder that is, or will be, the hour's. Raises as `write_durably`."""
+    """Write a manifest into the folder that is, or will become, the hour's. Raises: as `write_durably`."""
     path = folder / MANIFEST
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(encoded(manifest))
-        _settle(temporary, path)
+        _publish_file(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from None
 
 
 def new_folder(aside: Path, dataset: str, hour: datetime) -> Path:
-    """A new empty folder below `aside`. Raises as `write_durably`."""
+    """Create a new empty folder below `aside`. Raises: as `write_durably`."""
     path = aside / dataset / f"{hour:%Y-%m-%d-%H}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True)
@@ -477,9 +480,9 @@ def new_folder(aside: Path, dataset: str, hour: datetime) -> Path:
 
 @contextmanager
 def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
-    """Hold a lock that the kernel drops when its holder dies.
+    """Hold a file lock, which the kernel releases when the process dies.
 
-    Raises `StoreUnavailable` when it is not to be had; `what` says what its holder does.
+    Raises: `StoreUnavailable` on time-out; `what` says what the holder of the lock does.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -495,7 +498,7 @@ def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
         lock.release()
 
 
-def _settle(temporary: Path, path: Path) -> None:
+def _publish_file(temporary: Path, path: Path) -> None:
     """Make a finished file durable, then visible."""
     sync(temporary)
     temporary.replace(path)
@@ -503,7 +506,7 @@ def _settle(temporary: Path, path: Path) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
-    """What to say of a file that a disk did not take."""
+    """Translate the error of a file that could not be written."""
     name = errno.errorcode.get(error.errno or 0, "")
     if name in _TRANSIENT:
         what = (
@@ -512,7 +515,7 @@ def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:
             else f"The disk failed ({error.strerror})"
         )
         return StoreUnavailable(
-            f"{what} for {path}. Make room; the load goes on by itself.", name=name
+            f"{what} for {path}. Make room; loading resumes by itself.", name=name
         )
     return StoreRefused(
         f"{path} cannot be written ({error.strerror}). Set PARQUET_DIR (KALSHI_DATA_DIR, where the archive is on"

@@ -1,22 +1,22 @@
-"""The archive on object storage: S3, or whatever speaks its language.
+"""The archive on object storage: S3 or a compatible store.
 
-A store of objects takes one object whole or not at all, and lists what it has; it cannot rename, and
-cannot exchange many objects for one. Between the arrival of a compacted hour and the removal of its parts
-a reader would see rows twice, in the other order none. So nothing is ever exchanged here:
+An object store writes one object completely or not at all and lists its objects, but it can neither rename
+nor swap several objects for one. Uploading a compacted hour and then deleting its parts would show readers
+rows twice, the other order none. So nothing is ever replaced here:
 
 - Parts *wait* on the local disk, below `waiting`, in the archive's own layout.
-- When an hour is sealed, its parts become one sorted file there, which is *sent* as one object,
-  `hour-sorted.parquet`. It is compacted before anybody sees it, and is not touched again.
-- Rows that come late are one more object, under the name of their part.
+- When an hour is sealed, its parts are merged into one sorted file there, which is *sent* as one object,
+  `hour-sorted.parquet`. It is compacted before readers see it and is not changed afterwards.
+- Late rows become one more object each, under the name of their part.
 
-Every step that a reader can see is the arrival of one object with rows that were not there before. An hour
-that is open is therefore not in the bucket; it is in ClickHouse, and below `waiting`.
+So every step that a reader can see is one new object with new rows. An open hour is therefore not in the
+bucket, but in ClickHouse and below `waiting`.
 
-A kill repeats and never doubles: parts that are to become the sorted object are set apart first, by one
-rename, and go when the object has been read back and the hour's manifest names them as merged. Until then
-the same parts make the same rows under the same name, and one that is written again replaces itself where
-it is. Locks and parts are local, so whoever writes shares the data folder: the shards' streamers,
-rebuilds. Readers may be anywhere.
+A kill may repeat work and never duplicates rows. The parts to be merged are first moved to `.leaving` by one
+rename. They are removed only after the object was read back and the hour's manifest names them as merged.
+Until then the same parts give the same rows under the same name, and a part that is written again replaces
+itself in place. Locks and waiting parts are local, so all writers (the shards' streamers, rebuilds) must share
+the data folder. Readers may be anywhere. The meaning of a store's errors belongs in `object_storage_errors`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from kalshi_platform.archive.interface import (
     encoded,
 )
 from kalshi_platform.archive.layout import (
-    BESIDE,
+    ALLOWED_AT_ROOT,
     MANIFEST,
     PARQUET,
     day_of_name,
@@ -67,28 +67,28 @@ from kalshi_platform.utc_hours import floor_hour
 
 SCHEME = "s3://"
 SORTED = "hour-sorted.parquet"
-"""The one object that an hour's parts become."""
-LEAVING = ".leaving"
+"""The object into which an hour's parts are merged."""
+OUTGOING = ".leaving"
 REPLACED = ".replaced"
 PROBE = ".probe"
-BLOCK = 32 << 20
-"""Bytes of an object that are held against its file at a time."""
-KILLED_S = 86_400.0
-"""Nothing is exchanged here, so what lies aside is work under way, which may take long, or of somebody killed."""
-DAYS_LISTED_SINGLY = 45
-"""Of a longer span the whole dataset is listed: a thousand objects come with one request."""
+COMPARE_BYTES = 32 << 20
+"""Bytes of an object compared with its file at a time."""
+ABANDONED_AFTER_S = 86_400.0
+"""Work in `.aside` older than this was left by a killed process; younger work may still be in progress."""
+MAX_DAYS_LISTED_SINGLY = 45
+"""For longer spans the whole dataset is listed: one request returns a thousand objects."""
 
 
 class ObjectArchive(Archive):
-    """An archive below `s3://<bucket>/<prefix>`; `base` is that without the scheme."""
+    """An archive below `s3://<bucket>/<prefix>`; `base` is the URL without the scheme."""
 
-    exchanges = False
+    swaps_hours = False
 
     def __init__(self, base: str, filesystem: fs.FileSystem, waiting: Path) -> None:
         self._base = base
         self._filesystem = filesystem
         self._waiting = LocalArchive(waiting)
-        self._leaving = LocalArchive(waiting / LEAVING)
+        self._outgoing = LocalArchive(waiting / OUTGOING)
         self._expected = False
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class ObjectArchive(Archive):
     # -- what there is -------------------------------------------------------------------------
 
     def hours(self, dataset: str) -> list[datetime]:
-        """See `Archive`. Those that wait are among them."""
+        """See `Archive`. Includes hours with waiting parts."""
         return [hour for hour, listed in self.listing(dataset).items() if listed.files]
 
     def first_day(self) -> date | None:
@@ -113,15 +113,19 @@ class ObjectArchive(Archive):
                     yield day.base_name
 
     def listed(self, dataset: str, hour: datetime) -> Listed:
-        """See `Archive`. Of an hour of which nothing has been sent yet, the parts that wait."""
-        here = self._here(dataset, hour)  # first: what is sent meanwhile is found there
+        """See `Archive`. For an hour without objects, the waiting parts."""
+        parts = self._local_parts(
+            dataset, hour
+        )  # first: parts sent meanwhile are in the next listing
         sent = self._sent(dataset, hour)
-        return sent if sent.files else replace(sent, files=tuple(here))
+        return sent if sent.files else replace(sent, files=tuple(parts))
 
     def foreign(self) -> Iterator[str]:
-        """See `Archive`. The bucket's names; one request for a thousand of them."""
-        beside = (info.base_name for info in self._list(self._base))
-        yield from sorted(name for name in beside if name not in {*DATASETS, *BESIDE, PROBE})
+        """See `Archive`. Lists the bucket, a thousand names per request."""
+        names = (info.base_name for info in self._list(self._base))
+        yield from sorted(
+            name for name in names if name not in {*DATASETS, *ALLOWED_AT_ROOT, PROBE}
+        )
         for dataset in DATASETS:
             for info in self._list(f"{self._base}/{dataset}", recursive=True):
                 if info.type is fs.FileType.File and not _is_ours(info.path):
@@ -130,38 +134,38 @@ class ObjectArchive(Archive):
     def listing(
         self, dataset: str, first: datetime | None = None, last: datetime | None = None
     ) -> Mapping[datetime, Listed]:
-        """See `Archive`. An hour of which something waits has no manifest yet, or no longer."""
+        """See `Archive`. An hour with waiting parts counts as unsealed."""
         waiting = {
             hour
-            for room in (self._waiting, self._leaving)
-            for hour in room.hours(dataset)
+            for local in (self._waiting, self._outgoing)
+            for hour in local.hours(dataset)
             if (first is None or hour >= first) and (last is None or hour <= last)
         }
-        here = {hour: self._here(dataset, hour) for hour in waiting}
-        found: dict[datetime, list[File]] = {}
+        local_parts = {hour: self._local_parts(dataset, hour) for hour in waiting}
+        objects: dict[datetime, list[File]] = {}
         for folder in self._folders(dataset, first, last):
             for info in self._list(folder, recursive=True):
                 hour = hour_of_path(info.path.rpartition("/")[0])
                 inside = hour is not None and (first or hour) <= hour <= (last or hour)
                 if hour is not None and inside and (file := self._file(info)):
-                    found.setdefault(hour, []).append(file)
-        listed = {hour: _sorted_out(files) for hour, files in found.items()}
-        for hour, parts in here.items():
+                    objects.setdefault(hour, []).append(file)
+        listed = {hour: _classify(files) for hour, files in objects.items()}
+        for hour, parts in local_parts.items():
             if parts:
-                there = listed.get(hour, Listed((), None))
-                listed[hour] = replace(there, files=there.files or tuple(parts), manifest=None)
+                sent = listed.get(hour, Listed((), None))
+                listed[hour] = replace(sent, files=sent.files or tuple(parts), manifest=None)
         return dict(sorted(listed.items()))
 
     def _folders(
         self, dataset: str, first: datetime | None, last: datetime | None
     ) -> Iterator[str]:
-        """What to list for a span: an hour, some days, or everything."""
+        """The folders to list for a span: one hour, single days, or the whole dataset."""
         if first is not None and first == last:
             yield f"{self._base}/{hour_path(dataset, first)}"
             return
         today = floor_hour(datetime.now(UTC))
         days = ((last or today).date() - first.date()).days + 1 if first else None
-        if first is None or days is None or days > DAYS_LISTED_SINGLY:
+        if first is None or days is None or days > MAX_DAYS_LISTED_SINGLY:
             yield f"{self._base}/{dataset}"
             return
         for n in range(days):
@@ -171,7 +175,7 @@ class ObjectArchive(Archive):
         """See `Archive`."""
         key = f"{self._key(dataset, hour)}/{MANIFEST}"
         try:
-            with self._asking(key), self._filesystem.open_input_stream(key) as stream:
+            with self._translated(key), self._filesystem.open_input_stream(key) as stream:
                 text = stream.read()
         except FileNotFoundError:
             return None
@@ -185,11 +189,14 @@ class ObjectArchive(Archive):
 
     @contextmanager
     def writing(self, dataset: str, hour: datetime, name: str, schema: pa.Schema) -> Iterator[Add]:
-        """See `Archive`. A part waits for `send`; a file of another name goes there at once."""
+        """See `Archive`. A part waits locally for `sending`; any other file is sent at once."""
         if part_range(name):
-            leaves = (self._leaving.folder(dataset, hour) / name).exists()
-            room = self._leaving if leaves else self._waiting
-            with self._waiting.guarded(), room.writing(dataset, hour, name, schema) as add:
+            is_outgoing = (self._outgoing.folder(dataset, hour) / name).exists()
+            local = self._outgoing if is_outgoing else self._waiting
+            with (
+                self._waiting.checking_identity(),
+                local.writing(dataset, hour, name, schema) as add,
+            ):
                 yield add
             return
         with self._scratch(dataset, hour) as folder:
@@ -203,12 +210,12 @@ class ObjectArchive(Archive):
             self._waiting.remove(file)
             return
         try:
-            with self._asking(file.key):
+            with self._translated(file.key):
                 self._filesystem.delete_file(file.key)
         except FileNotFoundError:
             pass
 
-    def put_aside(self, file: File) -> None:
+    def set_aside(self, file: File) -> None:
         """See `Archive`."""
         if not file.path.startswith(SCHEME):
             path = Path(file.path)
@@ -220,7 +227,7 @@ class ObjectArchive(Archive):
                 raise disk_error(path, error) from None
             return
         folder = file.key.rpartition("/")[0]
-        with self._asking(file.key):
+        with self._translated(file.key):
             self._filesystem.move(file.key, f"{folder}/.{file.name}.replaced")
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -236,10 +243,10 @@ class ObjectArchive(Archive):
                 self.remove(file)
 
     def probe(self) -> None:
-        """Put one object, read it, remove it. Raises what the store has against it."""
+        """Write, read and delete one object. Raises: the store's error where one of these fails."""
         key = f"{self._base}/{PROBE}"
         self._put_bytes(b"kalshi_platform doctor", key)
-        with self._asking(key):
+        with self._translated(key):
             with self._filesystem.open_input_stream(key) as stream:
                 stream.read()
             self._filesystem.delete_file(key)
@@ -250,7 +257,7 @@ class ObjectArchive(Archive):
     def whole(self, dataset: str, name: str) -> File | None:
         """See `Archive`."""
         key = f"{self._base}/{dataset}/{name}"
-        with self._asking(key):
+        with self._translated(key):
             info = self._filesystem.get_file_info(key)
         return self._file(info)
 
@@ -268,7 +275,7 @@ class ObjectArchive(Archive):
         with self._scratch(dataset, floor_hour(datetime.now(UTC))) as folder:
             write_durably(folder / name, [table], table.schema, level=level, sorted_by=sorted_by)
             self._send(folder / name, key)
-        with self._asking(key):
+        with self._translated(key):
             info = self._filesystem.get_file_info(key)
         return self._known(info)
 
@@ -278,7 +285,7 @@ class ObjectArchive(Archive):
         """See `Archive`."""
         key = f"{self._base}/{name}"
         try:
-            with self._asking(key), self._filesystem.open_input_stream(key) as stream:
+            with self._translated(key), self._filesystem.open_input_stream(key) as stream:
                 content: bytes = stream.read()
         except FileNotFoundError:
             return None
@@ -293,97 +300,97 @@ class ObjectArchive(Archive):
         found = self._list(f"{self._base}/{folder}")
         return sorted(f"{folder}/{info.base_name}" for info in found if info.extension == "json")
 
-    def locking_metadata(self) -> AbstractContextManager[None]:
+    def metadata_lock(self) -> AbstractContextManager[None]:
         """See `Archive`."""
-        return self._waiting.locking_metadata()
+        return self._waiting.metadata_lock()
 
     # -- identity --------------------------------------------------------------------------------
 
     def identity(self) -> str | None:
-        """See `Archive`. The bucket's; what waits for it has the same."""
+        """See `Archive`. The bucket's identity; the local folder of waiting parts has the same."""
         text = self.read_metadata(archive_identity.FILE)
         return None if text is None else archive_identity.decode(text, str(self))
 
     def identify(self, known: str | None = None) -> str:
-        """See `Archive`. The folder of what waits goes first: of two processes one makes it."""
-        there = self.identity()
-        here = self._waiting.identify(known or there)
-        if there == here:
+        """See `Archive`. The local folder comes first: its lock decides between two processes."""
+        sent_files = self.identity()
+        here = self._waiting.identify(known or sent_files)
+        if sent_files == here:
             return here
-        if there is None:
+        if sent_files is None:
             self.write_metadata(archive_identity.FILE, archive_identity.encode(here))
             return here
-        if not (self._waiting.is_empty() and self._leaving.is_empty()):
+        if not (self._waiting.is_empty() and self._outgoing.is_empty()):
             raise StoreRefused(
-                f"{self._waiting} holds hours that wait for another archive ({here}) than {self} ({there})."
+                f"{self._waiting} holds hours that wait for another archive ({here}) than {self} ({sent_files})."
                 " Set PARQUET_DIR to that one until they are sent, or move the folder away."
             )
-        with self._waiting.locking_metadata():
-            self._waiting.write_metadata(archive_identity.FILE, archive_identity.encode(there))
-        return there
+        with self._waiting.metadata_lock():
+            self._waiting.write_metadata(archive_identity.FILE, archive_identity.encode(sent_files))
+        return sent_files
 
-    def insist_on(self, identity: str) -> None:
+    def require_identity(self, identity: str) -> None:
         """See `Archive`."""
-        self._waiting.insist_on(identity)
+        self._waiting.require_identity(identity)
         if (found := self.identity()) != identity:
             if found is None:
-                self._insist_on_bucket()
-            raise archive_identity.gone(str(self), found)
+                self._require_bucket()
+            raise archive_identity.archive_gone(str(self), found)
 
     def expect(self, identity: str) -> None:
-        """See `Archive`. Each write is held against the folder of what waits: the bucket costs a request."""
+        """See `Archive`. Writes check the local folder's identity, as the bucket's would cost a request each."""
         self._waiting.expect(identity)
         self._expected = True
 
     def look(self) -> None:
-        """See `Archive`. One request while it is there."""
+        """See `Archive`. One request while the archive is reachable."""
         self._waiting.look()
-        if self._is_there(f"{self._base}/{archive_identity.FILE}"):
+        if self._exists(f"{self._base}/{archive_identity.FILE}"):
             return
-        self._insist_on_bucket()
+        self._require_bucket()
         if self._expected:
-            raise archive_identity.gone(str(self), None)
+            raise archive_identity.archive_gone(str(self), None)
 
-    def _insist_on_bucket(self) -> None:
+    def _require_bucket(self) -> None:
         bucket = self._base.partition("/")[0]
-        with self._asking(bucket):
-            found = self._filesystem.get_file_info(bucket).type
-        if found is fs.FileType.NotFound:
+        with self._translated(bucket):
+            kind = self._filesystem.get_file_info(bucket).type
+        if kind is fs.FileType.NotFound:
             raise no_such_bucket(f"{SCHEME}{bucket}")
 
     def is_empty(self) -> bool:
         """See `Archive`."""
-        here = self._waiting.is_empty() and self._leaving.is_empty()
-        return here and not any(self._list(f"{self._base}/{name}") for name in DATASETS)
+        empty = self._waiting.is_empty() and self._outgoing.is_empty()
+        return empty and not any(self._list(f"{self._base}/{name}") for name in DATASETS)
 
     # -- sending -------------------------------------------------------------------------------
 
     @contextmanager
     def sending(self, dataset: str, hour: datetime, sort: Sort) -> Iterator[list[str]]:
-        """See `Archive`. The caller must hold `changing` where somebody else may send."""
+        """See `Archive`. The caller must hold `changing` where another process may send."""
         key = f"{self._key(dataset, hour)}/{SORTED}"
         if (
-            not self._leaving.files(dataset, hour)
+            not self._outgoing.files(dataset, hour)
             and self._waiting.files(dataset, hour)
-            and not self._is_there(key)
+            and not self._exists(key)
         ):
-            self._set_apart(dataset, hour)
-        parts = self._leaving.files(dataset, hour)
+            self._move_to_outgoing(dataset, hour)
+        parts = self._outgoing.files(dataset, hour)
         if parts:
             with self._scratch(dataset, hour) as folder:
                 self._send(sort(parts, folder), key)
         late = self._waiting.files(dataset, hour)
-        for part in late:  # an object each, as it is
+        for part in late:  # one object each, unmerged
             self._send(Path(part.path), f"{self._key(dataset, hour)}/{part.name}")
         yield [part.name for part in parts]
         for part in late:
             self._waiting.remove(part)
         if parts:
-            self._let_go(dataset, hour)
+            self._remove_sent(dataset, hour)
 
-    def _set_apart(self, dataset: str, hour: datetime) -> None:
-        """From here on, no part joins those that are about to be sent."""
-        source, target = (room.folder(dataset, hour) for room in (self._waiting, self._leaving))
+    def _move_to_outgoing(self, dataset: str, hour: datetime) -> None:
+        """Fix the set of parts to merge: later parts are written to `waiting` and become late rows."""
+        source, target = (local.folder(dataset, hour) for local in (self._waiting, self._outgoing))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
@@ -392,9 +399,9 @@ class ObjectArchive(Archive):
         except OSError as error:
             raise disk_error(target, error) from None
 
-    def _let_go(self, dataset: str, hour: datetime) -> None:
-        """Remove the parts that have arrived: all at once, for some of them would make another object."""
-        folder, target = self._leaving.folder(dataset, hour), self.staging(dataset, hour)
+    def _remove_sent(self, dataset: str, hour: datetime) -> None:
+        """Remove the sent parts atomically: a subset of them would be merged into a different object."""
+        folder, target = self._outgoing.folder(dataset, hour), self.staging(dataset, hour)
         try:
             folder.rename(target)
             sync(folder.parent)
@@ -405,7 +412,7 @@ class ObjectArchive(Archive):
     # -- a whole hour replaced -----------------------------------------------------------------
 
     def changing(self, timeout_s: float = 60.0) -> AbstractContextManager[None]:
-        """See `Archive`. Whoever shares the data folder is excluded."""
+        """See `Archive`. Excludes all processes that share the data folder."""
         return self._waiting.changing(timeout_s)
 
     def compacting(self) -> AbstractContextManager[None]:
@@ -417,42 +424,44 @@ class ObjectArchive(Archive):
         return self._waiting.staging(dataset, hour)
 
     def replace_hour(self, dataset: str, hour: datetime, staged: Path) -> None:
-        """See `Archive`. For an hour whose object is lost or damaged: what has the same rows stays.
+        """See `Archive`. For an hour whose object is lost or damaged; an object with the same rows stays.
 
-        Raises `StoreRefused` for an hour of several objects, which nothing can exchange in one step.
+        Raises: `StoreRefused` for an hour of several objects, which cannot be replaced in one step.
         """
         (path,) = staged.glob("*.parquet")
-        there = self._sent(dataset, hour).files
-        if len(there) > 1:
+        sent_files = self._sent(dataset, hour).files
+        if len(sent_files) > 1:
             raise StoreRefused(
-                f"{self.where(dataset, hour)} has {len(there)} objects, which cannot be exchanged for one in one"
+                f"{self.where(dataset, hour)} has {len(sent_files)} objects, which cannot be replaced by one in one"
                 " step. Rename those that are damaged, then materialise the hour again."
             )
-        if not there or not _reads_as(there[0], path, dataset):
-            self._send(path, there[0].key if there else f"{self._key(dataset, hour)}/{SORTED}")
+        if not sent_files or not _same_rows(sent_files[0], path, dataset):
+            self._send(
+                path, sent_files[0].key if sent_files else f"{self._key(dataset, hour)}/{SORTED}"
+            )
         shutil.rmtree(staged)
 
     def sweep(self) -> None:
         """See `Archive`."""
-        self._waiting.sweep(KILLED_S)
+        self._waiting.sweep(ABANDONED_AFTER_S)
 
-    # -- asking the store ------------------------------------------------------------------------
+    # -- access to the store ---------------------------------------------------------------------
 
     def _key(self, dataset: str, hour: datetime) -> str:
         return f"{self._base}/{hour_path(dataset, hour)}"
 
-    def _here(self, dataset: str, hour: datetime) -> list[File]:
-        rooms = (self._waiting, self._leaving)
+    def _local_parts(self, dataset: str, hour: datetime) -> list[File]:
+        rooms = (self._waiting, self._outgoing)
         return sorted(
-            (file for room in rooms for file in room.files(dataset, hour)), key=lambda f: f.name
+            (file for local in rooms for file in local.files(dataset, hour)), key=lambda f: f.name
         )
 
     def _sent(self, dataset: str, hour: datetime) -> Listed:
         infos = self._list(self._key(dataset, hour))
-        return _sorted_out([file for info in infos if (file := self._file(info))])
+        return _classify([file for info in infos if (file := self._file(info))])
 
     def _list(self, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
-        with self._asking(folder):
+        with self._translated(folder):
             return list(
                 self._filesystem.get_file_info(
                     fs.FileSelector(folder, recursive=recursive, allow_not_found=True)
@@ -466,13 +475,13 @@ class ObjectArchive(Archive):
     def _known(self, info: fs.FileInfo) -> File:
         return File(f"{SCHEME}{info.path}", info.size, str(info.mtime_ns), self._filesystem)
 
-    def _is_there(self, key: str) -> bool:
-        with self._asking(key):
+    def _exists(self, key: str) -> bool:
+        with self._translated(key):
             return bool(self._filesystem.get_file_info(key).type is fs.FileType.File)
 
     @contextmanager
     def _scratch(self, dataset: str, hour: datetime) -> Iterator[Path]:
-        """A folder of a local disk, for the time of the block."""
+        """A temporary local folder."""
         folder = self.staging(dataset, hour)
         try:
             yield folder
@@ -480,30 +489,30 @@ class ObjectArchive(Archive):
             shutil.rmtree(folder)
 
     def _send(self, path: Path, key: str) -> None:
-        """Make a file the object, and read it back; where it is that already, no reader is disturbed."""
-        if self._holds(key, path):
+        """Upload a file and read it back; do nothing where the object equals the file already."""
+        if self._matches(key, path):
             return
         self._put(path, key)
-        if not self._holds(key, path):
+        if not self._matches(key, path):
             raise StoreRefused(
                 f"{SCHEME}{key} does not read as it was sent. The rows are kept in {self._waiting}. Does"
                 " something else write there?"
             )
 
-    def _holds(self, key: str, path: Path) -> bool:
-        """Whether the object is there and is the file, byte for byte."""
-        with self._asking(key):
+    def _matches(self, key: str, path: Path) -> bool:
+        """Whether the object exists and equals the file, byte for byte."""
+        with self._translated(key):
             info = self._filesystem.get_file_info(key)
             if info.type is not fs.FileType.File or info.size != path.stat().st_size:
                 return False
-            with self._filesystem.open_input_stream(key) as there, path.open("rb") as here:
-                while block := here.read(BLOCK):
-                    if there.read(len(block)) != block:
+            with self._filesystem.open_input_stream(key) as sent_files, path.open("rb") as here:
+                while block := here.read(COMPARE_BYTES):
+                    if sent_files.read(len(block)) != block:
                         return False
         return True
 
     def _put(self, path: Path, key: str) -> None:
-        """Send a file; it is there whole or not at all."""
+        """Upload a file, completely or not at all."""
         try:
             source = pa.memory_map(str(path))
         except OSError as error:
@@ -512,14 +521,14 @@ class ObjectArchive(Archive):
             self._put_bytes(source.read_buffer(), key)
 
     def _put_bytes(self, content: pa.Buffer | bytes, key: str) -> None:
-        with self._asking(key):
+        with self._translated(key):
             stream = self._filesystem.open_output_stream(key)
             stream.write(content)
-            stream.close()  # in no `finally`: of an upload that failed, closing would make an object
+            stream.close()  # not in a `finally`: closing a failed upload would create an object
 
     @contextmanager
-    def _asking(self, key: str) -> Iterator[None]:
-        """Errors of the store as ours; `FileNotFoundError` as it is."""
+    def _translated(self, key: str) -> Iterator[None]:
+        """Translate errors of the store; pass `FileNotFoundError` on."""
         try:
             yield
         except OSError as error:
@@ -529,7 +538,7 @@ class ObjectArchive(Archive):
             raise trouble from None
 
 
-def _sorted_out(files: Sequence[File]) -> Listed:
+def _classify(files: Sequence[File]) -> Listed:
     manifest = [file for file in files if file.name == MANIFEST]
     parquet = sorted((f for f in files if f.name != MANIFEST), key=lambda file: file.name)
     return Listed(
@@ -540,7 +549,7 @@ def _sorted_out(files: Sequence[File]) -> Listed:
 
 
 def _is_ours(key: str) -> bool:
-    """Whether an object below a dataset is ours, by its name and place."""
+    """Whether an object below a dataset belongs to the archive, by its name and folder."""
     folder, _, name = key.rpartition("/")
     if hour_of_path(folder) is not None:
         return is_data(name) or name == MANIFEST or is_temporary(name)
@@ -555,8 +564,8 @@ def _content(file: File, dataset: str) -> tuple[int, str]:
     return rows, checksum.text(total % 2**64)
 
 
-def _reads_as(there: File, path: Path, dataset: str) -> bool:
+def _same_rows(sent_files: File, path: Path, dataset: str) -> bool:
     try:
-        return _content(there, dataset) == _content(local_file(path), dataset)
+        return _content(sent_files, dataset) == _content(local_file(path), dataset)
     except StoreRefused:
         return False  # damaged

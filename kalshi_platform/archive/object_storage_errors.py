@@ -1,6 +1,6 @@
-"""What an object store's errors mean, and what to do about them.
+"""Translates an object store's errors into the platform's, with a remedy.
 
-The store's own words are not passed on, for they may quote what was sent. Its name of the error is.
+The store's own message is not passed on, because it may quote what was sent; the error's name is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ALLOWED = (
 _BUCKET = "there is no such bucket. Create it, or set PARQUET_DIR to one that exists"
 _REGION = "the bucket is in another region. Set AWS_REGION to the bucket's"
 _CLOCK = "this machine's clock is off. Turn NTP on"
-_PASSING = {"NO_SUCH_UPLOAD", "NoSuchUpload"}
-"""An upload in parts that has come to its end before: the answer to that was lost, or somebody aborted it."""
+_TRANSIENT = {"NO_SUCH_UPLOAD", "NoSuchUpload"}
+"""A multipart upload that was completed or aborted before: the earlier response was lost."""
 _REFUSALS = {
     "ACCESS_DENIED": _ALLOWED,
     "AccessDenied": _ALLOWED,
@@ -51,30 +51,29 @@ _REFUSALS = {
 
 
 def no_such_bucket(where: str) -> StoreRefused:
-    """That a bucket is not there, where the store did not say so itself."""
+    """The error for a missing bucket, where the store did not report it itself."""
     return StoreRefused(f"{where}: {_BUCKET}.", name="NO_SUCH_BUCKET")
 
 
 def object_store_error(where: str, error: Exception) -> StoreUnavailable | StoreRefused | None:
-    """The error as a sentence; None for one that is not an object store's."""
-    found = _ERROR.search(str(error))
-    if found is None:
+    """Translate an error of the object store; None for an error of another origin."""
+    match = _ERROR.search(str(error))
+    if match is None:
         return None
-    name = found["exception"] or found["name"]
-    status = int(found["status"] or 0)
-    refusal = _REFUSALS.get(name) or _REFUSALS.get(found["name"])
+    name = match["exception"] or match["name"]
+    status = int(match["status"] or 0)
+    refusal = _REFUSALS.get(name) or _REFUSALS.get(match["name"])
     if refusal is None and status == 301:
         refusal = _REGION
-    passing = status in {408, 429} or name in _PASSING or found["name"] in _PASSING
-    if refusal is None and 400 <= status < 500 and not passing:
-        refusal = f"it answers {status}. Look at what the store's own log says of it"
+    transient = status in {408, 429} or name in _TRANSIENT or match["name"] in _TRANSIENT
+    if refusal is None and 400 <= status < 500 and not transient:
+        refusal = f"it answers {status}. Check the store's own log"
     if refusal is not None:
         return StoreRefused(
-            f"{where}: the object store refuses {found['act']} ({name}): {refusal}.", name=name
+            f"{where}: the object store refuses {match['act']} ({name}): {refusal}.", name=name
         )
     return StoreUnavailable(
-        f"{where}: the object store cannot be had ({name}{f' {status}' if status else ''} during"
-        f" {found['act']}). See that it runs and that"
-        " the network reaches it; what goes there is taken up again by itself.",
+        f"{where}: the object store cannot be reached ({name}{f' {status}' if status else ''} during"
+        f" {match['act']}). Check that it runs and that the network reaches it; writing resumes by itself.",
         name=name,
     )

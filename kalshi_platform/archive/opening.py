@@ -1,4 +1,4 @@
-"""The archive that the settings name, and the file system that it is on."""
+"""Opens the archive that the settings name. What an archive does belongs in `interface`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def archive_at(location: str | Path) -> Archive:
 
 
 def _object_store(settings: Settings) -> fs.FileSystem:
-    """The file system of the object store. What is unset is found as Amazon's own tools find it."""
+    """The object store's file system. Unset options are resolved as Amazon's own tools do."""
 
     def plain(secret: SecretStr | None) -> str | None:
         return secret.get_secret_value() if secret else None
@@ -63,10 +63,9 @@ def _object_store(settings: Settings) -> fs.FileSystem:
         region=settings.aws_region,
         scheme=endpoint.scheme if endpoint else None,
         endpoint_override=endpoint.netloc + endpoint.path.rstrip("/") if endpoint else None,
-        # A process's end waits for requests under way, each try of them for 3 s; the load tries for ever.
+        # At exit a process waits for pending requests, 3 s per attempt; the loader itself retries forever.
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
         allow_delayed_open=True,  # a small file is one request
-        # Written in the foreground, an upload that failed is completed without the part that failed when
-        # its stream is let go.
+        # With foreground writes, releasing the stream of a failed upload completes it without the failed part.
         background_writes=True,
     )

@@ -1,4 +1,7 @@
-"""One Parquet file of the archive: written in the archive's encodings, read wherever it is."""
+"""One Parquet file of the archive: writing it with the archive's encodings, and reading it.
+
+Names and hours belong in `layout`, durability in `local`.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +19,37 @@ from kalshi_platform.archive.object_storage_errors import object_store_error
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 
 ROW_GROUP_ROWS = 262_144
-_NOT_LOOKED_FOR = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "shard"}
-"""Columns of one or few values, or of values without an order: their least and greatest help no reader."""
+_WITHOUT_STATISTICS = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "shard"}
+"""Columns with few distinct values or without a useful order: minimum and maximum help no reader."""
 Add = Callable[[pa.Table], None]
-"""Puts a table's rows into a file that is being written."""
+"""Appends a table's rows to a file being written."""
 _LOCAL = fs.LocalFileSystem()
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of an hour, as it was when it was listed."""
+    """A file of an hour, as it was when listed."""
 
     path: str
-    """For people and for readers: absolute, or a URL."""
+    """Absolute path or URL."""
     bytes: int
     version: str
-    """Another one whenever the file has been written anew."""
+    """Changes whenever the file is written again."""
     filesystem: fs.FileSystem = field(default_factory=lambda: _LOCAL, repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        """The last piece of the path."""
+        """The file name."""
         return self.path.rpartition("/")[2]
 
     @property
     def key(self) -> str:
-        """The path as its file system wants it."""
+        """The path as its file system expects it, without a scheme."""
         return self.path.rpartition("://")[2]
 
 
 def local_file(path: Path) -> File:
-    """A file of a local disk. Raises `FileNotFoundError`."""
+    """Describe a file of a local disk. Raises: `FileNotFoundError`."""
     stat = path.stat()
     return File(str(path), stat.st_size, f"{stat.st_ino}:{stat.st_mtime_ns}")
 
@@ -55,9 +58,11 @@ def local_file(path: Path) -> File:
 def parquet_writer(
     path: Path, schema: pa.Schema, *, level: int = 3, sorted_by: Sequence[str] = ()
 ) -> Iterator[Add]:
-    """A Parquet file that takes table after table; `OSError` where the disk does not take it.
+    """Open a Parquet file for writing table by table.
 
-    `level` is zstd's; `sorted_by` names the columns that the rows are sorted by, for the footer.
+    `level` is zstd's; `sorted_by` names the columns by which the rows are sorted, for the footer.
+
+    Raises: `OSError` where the disk refuses.
     """
     delta = ["seq", "ts", "ingest_ts", "record"]
     names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
@@ -71,13 +76,13 @@ def parquet_writer(
         use_dictionary=[n for n in names if n in schema.names],
         column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
         store_decimal_as_integer=True,
-        write_statistics=[n for n in schema.names if n not in _NOT_LOOKED_FOR],
+        write_statistics=[n for n in schema.names if n not in _WITHOUT_STATISTICS],
         sorting_columns=[
             pq.SortingColumn(schema.get_field_index(n), nulls_first=True) for n in sorted_by
         ]
         or None,
         data_page_version="2.0",
-        # Arrow's own schema would name the dictionaries, and for those it ignores the statistics.
+        # With a stored Arrow schema, Arrow reads dictionaries and ignores the statistics of their columns.
         store_schema=False,
     ) as writer:
         yield lambda table: writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
@@ -89,14 +94,16 @@ def table_of(
     columns: list[str] | None = None,
     tickers: Collection[str] | None = None,
 ) -> pa.Table:
-    """A file's rows as `schema` has them; with `tickers` of those markets alone, "" for rows of none.
+    """Read a file's rows with the types of `schema`; with `tickers` only those markets, "" for rows of none.
 
-    A column that the file was written without is null where it may be. Raises `StoreRefused` where it cannot be read, `StoreUnavailable` where it went meanwhile.
+    A nullable column that the file lacks is read as null.
+
+    Raises: `StoreRefused` where the file cannot be read, `StoreUnavailable` where it was removed meanwhile.
     """
     dictionaries = _dictionaries(schema)
     wanted = None
     if tickers is not None:
-        # Of a column that is read as a dictionary Arrow does not use the statistics.
+        # Arrow ignores the statistics of a column that is read as a dictionary.
         dictionaries.remove("market_ticker")
         wanted = pc.field("market_ticker").isin(sorted(tickers))
     try:
@@ -121,10 +128,10 @@ def batches(
     *,
     columns: list[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """A file's rows, at most `rows` at a time. Reads missing columns, and raises, as `table_of` does.
+    """Yield a file's rows, at most `rows` at a time. Handles missing columns, and raises, as `table_of` does.
 
-    A column that `schema` does not have is refused, for whoever writes these rows again would drop it;
-    `columns` reads only those, and they must be all of the schema.
+    A column that `schema` lacks is refused, because writing the rows again would drop it. `columns` restricts
+    reading to those columns, which must be all of the schema.
     """
     try:
         with (
@@ -135,12 +142,12 @@ def batches(
                 for batch in parquet.iter_batches(
                     batch_size=rows, row_groups=groups, columns=columns
                 ):
-                    yield _conformed(pa.Table.from_batches([batch]), file, schema)
+                    yield _conform(pa.Table.from_batches([batch]), file, schema)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from None
 
 
-def _conformed(table: pa.Table, file: File, schema: pa.Schema) -> pa.Table:
+def _conform(table: pa.Table, file: File, schema: pa.Schema) -> pa.Table:
     if table.schema.names != schema.names:
         if unknown := sorted({*table.schema.names} - {*schema.names}):
             raise StoreRefused(
@@ -158,7 +165,7 @@ def _conformed(table: pa.Table, file: File, schema: pa.Schema) -> pa.Table:
 
 
 def _readable(schema: pa.Schema, dictionaries: Sequence[str]) -> pa.Schema:
-    """The schema with the columns of texts that are not to be read as dictionaries in plain."""
+    """The schema with plain types for dictionary columns that are not in `dictionaries`."""
     return pa.schema(
         [
             f.with_type(f.type.value_type)
@@ -170,7 +177,7 @@ def _readable(schema: pa.Schema, dictionaries: Sequence[str]) -> pa.Schema:
 
 
 def _groups(footer: pq.FileMetaData, rows: int) -> Iterator[list[int]]:
-    """Row groups of at most `rows` rows together, or one: what is asked for at once is fetched at once."""
+    """Yield sets of row groups with at most `rows` rows together (or a single group): each set is one fetch."""
     groups: list[int] = []
     held = 0
     for group in range(footer.num_row_groups):
@@ -185,7 +192,7 @@ def _groups(footer: pq.FileMetaData, rows: int) -> Iterator[list[int]]:
 
 
 def rows_of(file: File) -> int:
-    """How many rows a file has, by its footer. Raises as `table_of` does."""
+    """The number of rows in a file, from its footer. Raises: as `table_of` does."""
     try:
         return int(pq.read_metadata(file.key, filesystem=file.filesystem).num_rows)
     except (pa.ArrowException, OSError) as error:
@@ -197,12 +204,12 @@ def _dictionaries(schema: pa.Schema) -> list[str]:
 
 
 def unreadable(file: File, error: Exception) -> StoreError:
-    """What to say of a file that could not be read."""
+    """Translate the error of a file that could not be read."""
     if isinstance(error, OSError) and (trouble := object_store_error(file.path, error)):
         return trouble
     if isinstance(error, FileNotFoundError):
         return StoreUnavailable(
-            f"{file.path} went while its hour was read: the hour was compacted or rebuilt. Read it again."
+            f"{file.path} was removed while its hour was read: the hour was compacted or rebuilt. Read it again."
         )
     return StoreRefused(
         f"{file.path} cannot be read ({error}). Materialise that hour again: it is rebuilt from the"

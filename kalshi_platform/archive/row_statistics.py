@@ -1,6 +1,6 @@
-"""What the rows of a dataset come to: their number, checksum, markets and time span.
+"""Statistics of a dataset's rows: count, checksum, markets and time span. No files are read here.
 
-A manifest, a report of an hour and the comparison of two files are all made of this. No files are read here.
+Manifests, hour reports and the comparison of files are computed from these.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from kalshi_platform.schema import Dataset
 
 
 class RowStatistics:
-    """Statistics of tables of one dataset, in any order and cut anywhere."""
+    """Accumulates statistics of a dataset's tables; independent of their order and split."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._time = dataset.time
         self.content = checksum.Content()
         self.by_market: Counter[str] = Counter()
-        """Rows of each market; the empty ticker is of rows without one."""
+        """Number of rows per market; the empty ticker stands for rows without one."""
         self.first: datetime | None = None
-        """The oldest time of a row; None without rows."""
+        """The earliest time of a row; None without rows."""
         self.last: datetime | None = None
-        """The newest."""
+        """The latest time of a row; None without rows."""
 
     def add(self, table: pa.Table) -> None:
-        """Count another table in; it has all columns of the dataset."""
+        """Add a table, which must have all columns of the dataset."""
         if not table.num_rows:
             return
         self.content += checksum.content(table)
@@ -41,7 +41,7 @@ class RowStatistics:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self.content.rows
 
     @property
@@ -51,13 +51,13 @@ class RowStatistics:
 
     @property
     def markets(self) -> int:
-        """How many markets have rows."""
+        """The number of markets with rows."""
         return len(self.by_market.keys() - {""})
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are of the same rows, `shard` and `record` included."""
+        """Whether both have the same rows, including `shard` and `record`."""
         if not isinstance(other, RowStatistics):
             return NotImplemented
         return (self.content, self.by_market) == (other.content, other.by_market)
 
-    __hash__ = None  # type: ignore[assignment]  # it grows
+    __hash__ = None  # type: ignore[assignment]  # it is mutable

@@ -1,7 +1,7 @@
-"""Sealing an hour: what waits of it is sent, then it is written down that the hour is complete.
+"""Sealing an hour: its waiting parts are sent, then manifests record that it is complete.
 
-On a local disk parts are where readers look from the first moment, and nothing waits. On object
-storage the hour becomes one sorted file here, before anybody sees it (`storage.archive.objects`).
+On a local disk readers see parts at once, and nothing waits. On object storage the hour's parts become one
+sorted object first (see `object_storage`). When an hour may be sealed is decided by `watermarks`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from kalshi_platform.schema import DATASETS
 def seal(
     archive: Archive, hour: datetime, proceed: Callable[[], None] = lambda: None
 ) -> HourReport:
-    """Send what waits of an hour and seal it. Idempotent, also after a kill at any step.
+    """Send an hour's waiting parts and seal it. Idempotent, even after a kill at any step.
 
-    `proceed` is called again and again; what it raises leaves the hour to the next time. Raises `StoreUnavailable` where the archive is away, and `StoreRefused` where it takes nothing, or
-    has something else than what was sent.
+    `proceed` is called repeatedly; an error that it raises leaves the hour for the next attempt.
+
+    Raises: `StoreUnavailable` where the archive cannot be reached, `StoreRefused` where it accepts nothing or
+    does not return what was sent.
     """
     with ExitStack() as sending:
-        taken = {
+        merged = {
             name: sending.enter_context(archive.sending(name, hour, _sort(name, proceed)))
             for name in hours.RECORDED
         }
-        return hours.seal(archive, hour, taken, proceed)
+        return hours.seal(archive, hour, merged, proceed)
 
 
 def _sort(name: str, proceed: Callable[[], None]) -> Sort:

@@ -1,11 +1,12 @@
-"""How far each shard has come, and so which hours may be sealed: those that every journal has passed.
+"""Watermarks: up to which hour each shard's journal is archived, and so which hours may be sealed.
 
     <data>/journal/shard-<k>/passed.json
 
-Each shard writes down, durably, up to which hour the archive has everything of its journal. A shard
-that is down, or that is no longer configured and has not been drained, holds its hours open: nobody
-else can know what its journal has of them. One whose journal the archive has whole, and to which
-nobody writes, *rests*, and holds nothing. All shards are on machines of one clock.
+Each shard records durably up to which hour the archive has its whole journal. An hour is sealed once the
+watermark of every shard is beyond it. A shard that is down, or that is no longer configured and has not been
+drained, keeps its hours unsealed, because its journal may have more rows of them. A shard whose journal is
+archived completely and has no writer is *resting* and blocks no hour. All shards must run on machines with
+one clock. Sealing itself belongs in `sealing`.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ log = logging.getLogger(__name__)
 
 FILE = "passed.json"
 _FOLDER = re.compile(r"shard-(0|[1-9][0-9]*)")
-NOTHING = datetime(1970, 1, 1, tzinfo=UTC)
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Watermark(msgspec.Struct, frozen=True):
-    """What one shard says."""
+    """One shard's watermark."""
 
     before: datetime
-    """Of every earlier hour, the archive has what the journal has."""
+    """The archive has everything that the journal has of all hours before this one."""
     resting: bool = False
-    """Of every hour, until somebody writes to the journal again."""
+    """The archive has the whole journal, and no writer is registered."""
 
 
 def shards(journals: Path) -> list[int]:
-    """The shards of which a journal is kept, configured or not; folders of other names are passed over.
+    """The shards that have a journal, configured or not; other folders are ignored.
 
-    A folder that may not be read is one: what it has is not known, and must not be passed over.
+    A folder that cannot be read counts: its content is unknown and must not be ignored.
     """
-    found = (shard_of(name) for name in reader.names(journals))
-    return sorted(k for k in found if k is not None and _has_journal(journals / f"shard-{k}"))
+    numbers = (shard_of(name) for name in reader.names(journals))
+    return sorted(k for k in numbers if k is not None and _has_journal(journals / f"shard-{k}"))
 
 
 def shard_of(name: str) -> int | None:
-    """The shard whose journal is in the folder of this name; None for another folder."""
+    """The shard of a journal folder's name; None for another folder."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -62,50 +63,52 @@ def _has_journal(folder: Path) -> bool:
         return True
 
 
-def arrive(journals: Path, shard: int, *, empty: bool) -> None:
-    """Somebody is about to write to a journal; call before its first record. `empty`: it has none.
+def register(journals: Path, shard: int, *, empty: bool) -> None:
+    """Register a shard's watermark before its first write. `empty`: the journal has no record.
 
-    An hour that is over before the first record comes need not wait for it.
+    Hours that end before the first record is received do not wait for this shard.
     """
     known = _read(journals, shard)
     if empty or (known is not None and known.resting):
-        # The mark is there before the clock is read again: whoever seals this hour, which is
-        # after it has ended, sees it.
+        # The watermark is durable before the clock is read again. An hour is sealed after it has ended, so
+        # the sealing process sees this watermark.
         hour = None
         while hour != (now := _now()):
             hour = now
             _write(journals, shard, Watermark(hour))
     elif known is None:
-        _write(journals, shard, Watermark(NOTHING))
+        _write(journals, shard, Watermark(BEGINNING))
 
 
 def advance(journals: Path, shard: int, hour: datetime) -> None:
-    """The archive has everything that came before the first record of `hour`."""
+    """Record that the archive has everything received before the first record of `hour`."""
     _write(journals, shard, Watermark(hour))
 
 
-def rest(journals: Path, shard: int) -> None:
-    """The archive has the whole journal, and nobody writes to it."""
-    _write(journals, shard, Watermark(passed(journals, shard).before, resting=True))
+def release(journals: Path, shard: int) -> None:
+    """Record that the archive has the whole journal and no writer is left: the shard blocks no hour."""
+    _write(journals, shard, Watermark(watermark_of(journals, shard).before, resting=True))
 
 
-def passed(journals: Path, shard: int) -> Watermark:
-    """What a shard last said; nothing where it has said nothing that can be read."""
-    return _read(journals, shard) or Watermark(NOTHING)
+def watermark_of(journals: Path, shard: int) -> Watermark:
+    """A shard's watermark; the beginning of time where none can be read."""
+    return _read(journals, shard) or Watermark(BEGINNING)
 
 
-def everywhere(journals: Path) -> datetime:
-    """Every earlier hour has been passed by every journal."""
-    limits = [known.before for k in shards(journals) if not (known := passed(journals, k)).resting]
+def lowest(journals: Path) -> datetime:
+    """The lowest watermark of all shards: every earlier hour may be sealed."""
+    limits = [
+        known.before for k in shards(journals) if not (known := watermark_of(journals, k)).resting
+    ]
     return min(limits, default=_now())
 
 
-def behind(journals: Path, hour: datetime) -> list[int]:
-    """The shards that the hour waits for."""
+def blocking_shards(journals: Path, hour: datetime) -> list[int]:
+    """The shards for which an hour waits."""
     return [
         k
         for k in shards(journals)
-        if not (known := passed(journals, k)).resting and known.before <= hour
+        if not (known := watermark_of(journals, k)).resting and known.before <= hour
     ]
 
 
@@ -121,13 +124,13 @@ def _read(journals: Path, shard: int) -> Watermark | None:
         return None
     except msgspec.DecodeError as error:
         log.warning(
-            "%s is damaged (%s): its shard passes no hour until it writes it anew.", path, error
+            "%s is damaged (%s): no hour is sealed until its shard writes it again.", path, error
         )
         return None
 
 
-def _write(journals: Path, shard: int, what: Watermark) -> None:
-    durable.replace(_path(journals, shard), msgspec.json.encode(what))
+def _write(journals: Path, shard: int, watermark: Watermark) -> None:
+    durable.replace(_path(journals, shard), msgspec.json.encode(watermark))
 
 
 def _path(journals: Path, shard: int) -> Path:

@@ -110,5 +110,5 @@ def known_archive(settings: Settings) -> Archive:
     archive.look()
     for shard in watermarks.shards(settings.journals_dir):
         if cursor.has_loaded(settings.journal_dir(shard), _STORE, str(archive)):
-            raise archive_identity.gone(str(archive), None)
+            raise archive_identity.archive_gone(str(archive), None)
     return archive  # nothing was loaded yet

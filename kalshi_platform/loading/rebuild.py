@@ -80,7 +80,7 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
     if floor_hour(datetime.now(UTC)) <= hour or not _passed(settings, hour):
         return hours.describe(archive, hour, complete=False)
     sources = _in_journals(settings, hour)
-    compaction.withdraw(archive, hour)
+    compaction.withdraw_announcement(archive, hour)
     with archive.changing():
         _finish_sealing(archive, hour)
         if _is_compacted(archive, hour):
@@ -101,7 +101,7 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
 
 def _finish_sealing(archive: Archive, hour: datetime) -> None:
     """Of an hour whose sealing was killed, some datasets have been sent and others wait."""
-    if archive.exchanges or hours.is_sealed(archive, hour) or not _is_compacted(archive, hour):
+    if archive.swaps_hours or hours.is_sealed(archive, hour) or not _is_compacted(archive, hour):
         return
     try:
         sealing.seal(archive, hour)
@@ -113,7 +113,7 @@ def _passed(settings: Settings, hour: datetime) -> bool:
     """Whether every shard is done with the hour: until then its files are the streamers' alone."""
     if hours.is_sealed(open_archive(settings), hour):
         return True
-    waiting = watermarks.behind(settings.journals_dir, hour)
+    waiting = watermarks.blocking_shards(settings.journals_dir, hour)
     if waiting:
         log.info("The hour %s is open: shards %s have not passed it.", hour, waiting)
     return not waiting
@@ -221,7 +221,7 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
                 )
                 return False
             now = msgspec.structs.replace(manifest, checksum=found[0].checksum)
-            compaction.vouch(staged, now, found[1])
+            compaction.stage_compacted_manifest(staged, now, found[1])
             built.append((name, staged))
     except _LostRecords as error:
         log.warning("%s", error)
@@ -362,7 +362,7 @@ def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> No
             raise StoreRefused(_lost(hour, why))
         while there := archive.files(name, hour):  # what was sent, then what waits behind it
             for file in there:
-                archive.put_aside(file)
+                archive.set_aside(file)
         if table.num_rows:
             _write(archive, dataset, hour, FROM_CLICKHOUSE, [table])
 

@@ -264,7 +264,9 @@ class ParquetSink:
         self.ledger: Ledger = ArchiveLedger(archive, shard)
         self._report = report
         self._journals = journals
-        self._passed = watermarks.passed(journals, shard).before if journals else watermarks.NOTHING
+        self._passed = (
+            watermarks.watermark_of(journals, shard).before if journals else watermarks.BEGINNING
+        )
         """What comes for an earlier hour is late: the others need not wait for it."""
         self._looked_to = self._everywhere
         """Up to here, hours were looked for that all have passed and nobody has sealed."""
@@ -394,14 +396,14 @@ class ParquetSink:
         Hours that waited for it alone are sealed with the next write of another shard, or here.
         """
         if self._journals is not None:
-            watermarks.rest(self._journals, self._shard)
+            watermarks.release(self._journals, self._shard)
             if seal:
                 self._seal_passed(look_back=True)
 
     @property
     def _everywhere(self) -> datetime:
         """Every earlier hour has been passed by all."""
-        return self._passed if self._journals is None else watermarks.everywhere(self._journals)
+        return self._passed if self._journals is None else watermarks.lowest(self._journals)
 
     def _seal_passed(self, *, look_back: bool = False) -> None:
         """Seal what all have passed and nobody has sealed; later, where it cannot be done now.
@@ -409,7 +411,7 @@ class ParquetSink:
         `look_back`: also what was left from before this process.
         """
         if look_back and not self._looked_back:
-            self._looked_back, self._looked_to = True, watermarks.NOTHING
+            self._looked_back, self._looked_to = True, watermarks.BEGINNING
         limit = self._everywhere
         if limit <= self._looked_to:
             return

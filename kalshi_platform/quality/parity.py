@@ -220,7 +220,7 @@ def _cold(archive: Archive, dataset: Dataset, hour: datetime) -> _Side:
     content = Content()
     try:
         listed = archive.listed(dataset.name, hour)
-        listed.insist_on_ours(archive.where(dataset.name, hour))
+        listed.refuse_foreign(archive.where(dataset.name, hour))
         for file in listed.files:
             for table in batches(file, dataset.arrow):
                 content += checksum.content(table)

@@ -331,7 +331,7 @@ class _Reading:
     def _require_archive(self) -> None:
         """Raise `StoreError` for a later version's archive, and if there is none although a loader wrote to it."""
         if self._archive.identity() is None and self._loaded_cold and self._archive.is_empty():
-            raise archive_identity.gone(str(self._archive), None)
+            raise archive_identity.archive_gone(str(self._archive), None)
 
     def _cold_hour(self, hour: datetime) -> Holdings | None:
         for tries_left in reversed(range(TRIES)):

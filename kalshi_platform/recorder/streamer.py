@@ -259,7 +259,7 @@ class Streamer:
 
     def _register_watermark(self, writer: Writer) -> None:
         try:
-            watermarks.arrive(self._settings.journals_dir, self._shard, empty=not writer.next_n)
+            watermarks.register(self._settings.journals_dir, self._shard, empty=not writer.next_n)
         except OSError as error:
             writer.close()
             raise JournalError(

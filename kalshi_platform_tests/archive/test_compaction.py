@@ -1,4 +1,4 @@
-"""Compaction: one sorted file an hour, the same rows, whoever reads and whatever is killed when."""
+"""Compaction: one sorted file per hour with the same rows, for any reader and after any kill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kalshi_platform.archive import (
     ASIDE,
     LocalArchive,
     Manifest,
-    atomic_exchange,
+    atomic_swap,
     compaction,
     hours,
     local,
@@ -89,13 +89,13 @@ def settings(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def rows(root: Path, dataset: str, hour: datetime = FIRST_HOUR) -> pl.DataFrame:
-    """The hour's rows, in an order of their own."""
+    """The hour's rows, in a fixed order."""
     table = pa.concat_tables(LocalArchive(root).read(dataset, hour)).unify_dictionaries()
     return pl.DataFrame(pl.from_arrow(table)).cast({pl.Categorical: pl.String}).sort(pl.all())
 
 
 def run(root: Path, *wanted: datetime) -> list[compaction.Compacted]:
-    """Compact, and let nothing be refused."""
+    """Compact; fail if any hour is refused."""
     done: list[compaction.Compacted] = []
 
     def refused(_: datetime, error: StoreError) -> None:
@@ -117,7 +117,7 @@ def sealed(root: Path, dataset: str = EVENTS) -> Manifest:
     return manifest
 
 
-def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
+def test_a_sealed_hour_becomes_one_sorted_file(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compaction, "ROW_GROUP_ROWS", 64)
@@ -157,7 +157,7 @@ def test_a_sealed_hour_becomes_one_file_with_the_same_rows_sorted_by_market(
     assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
 
 
-def test_an_hour_that_is_open_or_not_sealed_or_nowhere_is_refused(settings: Settings) -> None:
+def test_an_unsealed_or_missing_hour_is_refused(settings: Settings) -> None:
     root = settings.archive_dir
     for hour, why in (
         (SECOND_HOUR, "not sealed"),
@@ -169,18 +169,16 @@ def test_an_hour_that_is_open_or_not_sealed_or_nowhere_is_refused(settings: Sett
     assert len(names(root)) > 1
 
 
-def test_two_compactions_at_once_are_excluded_and_it_is_said(settings: Settings) -> None:
+def test_a_second_compaction_at_once_is_refused(settings: Settings) -> None:
     with (
         LocalArchive(settings.archive_dir).compacting(),
-        pytest.raises(StoreUnavailable, match="Another compaction is at work"),
+        pytest.raises(StoreUnavailable, match="Another compaction is running"),
     ):
         run(settings.archive_dir)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a row less", "missing", "foreign"])
-def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
-    damage: str, settings: Settings
-) -> None:
+def test_files_that_differ_from_the_manifest_are_refused(damage: str, settings: Settings) -> None:
     root = settings.archive_dir
     path = paths(root, EVENTS, FIRST_HOUR)[1]
     whole = path.read_bytes()
@@ -198,7 +196,7 @@ def test_files_that_are_not_what_was_sealed_are_refused_and_stay_as_they_were(
     assert {p: p.read_bytes() for p in paths(root, EVENTS, FIRST_HOUR)} == left
 
 
-def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
+def test_without_atomic_swap_the_parts_stay(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = settings.archive_dir
@@ -208,7 +206,7 @@ def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
         raise OSError(errno.EINVAL, f"{one}, {other}")
 
     monkeypatch.setattr(durable, "swap", not_offered)
-    with pytest.raises(StoreRefused, match="cannot exchange two folders"):
+    with pytest.raises(StoreRefused, match="cannot swap two folders"):
         run(root)
     assert rows(root, EVENTS).equals(before)
     monkeypatch.undo()
@@ -218,7 +216,7 @@ def test_a_system_that_cannot_exchange_folders_keeps_the_parts_and_says_so(
 
 _ACTS: tuple[tuple[Any, str], ...] = (
     (local, "sync"),
-    (atomic_exchange, "exchange"),
+    (atomic_swap, "swap"),
     (Path, "mkdir"),
     (Path, "rename"),
     (Path, "replace"),
@@ -226,15 +224,15 @@ _ACTS: tuple[tuple[Any, str], ...] = (
     (pq.ParquetWriter, "write_table"),
     (shutil, "rmtree"),
 )
-"""What a compaction does on the disk."""
+"""The disk operations of a compaction."""
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
+def test_a_kill_at_any_compaction_step_keeps_each_row_once(
     after: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = settings.archive_dir
-    shutil.rmtree(root / "stream_events")  # half the steps say the same
+    shutil.rmtree(root / "stream_events")  # half of the steps test the same
     before = rows(root, EVENTS)
     parts = root.with_name("parts")
     shutil.copytree(root, parts)
@@ -262,20 +260,20 @@ def test_a_kill_at_any_step_leaves_every_row_once_and_the_next_run_finishes(
     assert deaths > 8
 
 
-def test_a_reader_that_listed_before_and_looks_after_the_exchange_has_each_row_or_an_error(
+def test_a_reader_across_the_swap_gets_all_rows_or_an_error(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves out what is gone without a word, as Arrow and DuckDB do."""
+    """The reader silently skips files that are gone, as Arrow and DuckDB do."""
     root = settings.archive_dir
     before = rows(root, EVENTS)
     listed: list[Path] = []
-    exchange = atomic_exchange.exchange
+    exchange = atomic_swap.swap
 
     def just_listed(one: Path, other: Path) -> None:
         listed.extend(other.glob("*.parquet"))
         exchange(one, other)
 
-    monkeypatch.setattr(atomic_exchange, "exchange", just_listed)
+    monkeypatch.setattr(atomic_swap, "swap", just_listed)
     run(root)
     still_there = [path for path in listed if path.exists() and EVENTS in str(path)]
     assert len(still_there) == 1
@@ -300,7 +298,7 @@ def _duckdb(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("reader", [_polars, _pyarrow, _duckdb])
-def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
+def test_readers_during_swaps_get_each_row_once_or_an_error(
     reader: Callable[[Path], list[int]], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compaction, "LINGER_S", 0.1)
@@ -331,7 +329,7 @@ def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
     def wait_for_a_reading() -> None:
         before, deadline = whole, time.monotonic() + 60
         while whole == before and not wrong:
-            assert time.monotonic() < deadline, "nobody reads"
+            assert time.monotonic() < deadline, "no reader has read"
             time.sleep(0.005)
 
     thread = threading.Thread(target=read_on)
@@ -350,7 +348,7 @@ def test_whoever_reads_while_hours_are_exchanged_gets_each_row_once_or_an_error(
     assert sorted(reader(roots[-1] / EVENTS)) == expected
 
 
-def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
+def test_late_rows_are_visible_and_compacted_next_time(
     settings: Settings,
 ) -> None:
     root = settings.archive_dir
@@ -366,7 +364,7 @@ def test_late_rows_are_there_at_once_and_the_next_compaction_takes_them_in(
     run(root)
     assert hours.is_compacted(names(root))
     assert sealed(root).rows == before.height + late.num_rows
-    # Killed before it had noted that: the streamer writes its range again.
+    # Killed before the cursor was written: the streamer writes its range again.
     _late_write(root, late.set_column(at, late.schema.field(at), stamps))
     assert rows(root, EVENTS).height == before.height + late.num_rows
     assert hours.is_compacted(names(root))
@@ -377,20 +375,20 @@ def _late_write(root: Path, table: pa.Table) -> None:
     store.write(90_000, 90_010, [Rows(90_000, 90_010, {EVENTS: table})])
 
 
-def test_a_part_that_comes_while_its_hour_is_compacted_is_not_lost(
+def test_a_part_written_during_compaction_is_kept(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = settings.archive_dir
     before = rows(root, EVENTS)
     late = next(LocalArchive(root).read(EVENTS, FIRST_HOUR))
-    vouch = compaction.vouch
+    vouch = compaction.stage_compacted_manifest
 
     def meanwhile(*arguments: Any) -> None:
         vouch(*arguments)
         _late_write(root, late)
 
     with monkeypatch.context() as patched:
-        patched.setattr(compaction, "vouch", meanwhile)
+        patched.setattr(compaction, "stage_compacted_manifest", meanwhile)
         with pytest.raises(StoreUnavailable, match="changed while it was compacted"):
             run(root)
     assert rows(root, EVENTS).height == before.height + late.num_rows
@@ -400,9 +398,7 @@ def test_a_part_that_comes_while_its_hour_is_compacted_is_not_lost(
 
 
 @pytest.mark.parametrize("damage", ["none", "compacted file lost", "compacted file damaged"])
-def test_a_compacted_hour_is_rebuilt_from_the_journal_as_one_file_with_the_same_rows(
-    damage: str, settings: Settings
-) -> None:
+def test_a_compacted_hour_is_rebuilt_as_one_file(damage: str, settings: Settings) -> None:
     root = settings.archive_dir
     run(root)
     before, manifest = rows(root, EVENTS), sealed(root)
@@ -418,7 +414,7 @@ def test_a_compacted_hour_is_rebuilt_from_the_journal_as_one_file_with_the_same_
     assert sealed(root) == manifest
 
 
-def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
+def test_a_rebuild_keeps_late_rows_of_other_records(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = settings.archive_dir
@@ -434,10 +430,10 @@ def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_a_rebuild_takes_nothing_from_an_hour_whose_journal_has_lost_records(
+def test_a_rebuild_with_lost_records_removes_no_row(
     compacted: bool, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They had been loaded before the disk damaged the journal."""
+    """The records had been loaded before the disk damaged the journal."""
     root, folder = settings.archive_dir, settings.journal_dir()
     if compacted:
         run(root)
@@ -458,7 +454,7 @@ def test_a_rebuild_takes_nothing_from_an_hour_whose_journal_has_lost_records(
         rebuild(settings, FIRST_HOUR)
 
 
-def test_the_command_compacts_one_hour_or_all_and_says_what_it_refuses(
+def test_the_command_compacts_hours_and_reports_refusals(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = settings.archive_dir
@@ -498,7 +494,7 @@ def _duckdb_of(folder: Path, ticker: str) -> int:
 
 
 @pytest.mark.parametrize("count", [_polars_of, _pyarrow_of, _duckdb_of])
-def test_of_a_compacted_hour_a_reader_of_one_market_reads_that_markets_row_groups_alone(
+def test_a_reader_of_one_market_reads_only_its_row_groups(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, count: Callable[[Path, str], int]
 ) -> None:
     monkeypatch.setattr(compaction, "ROW_GROUP_ROWS", 16)
@@ -509,7 +505,7 @@ def test_of_a_compacted_hour_a_reader_of_one_market_reads_that_markets_row_group
     wanted = rows(root, EVENTS).filter(pl.col("market_ticker") == ticker).height
     for other in LocalArchive(root).folder(EVENTS, SECOND_HOUR).glob("*.parquet"):
         other.unlink()
-    # Whoever reads another row group meets zeros where compressed pages should be.
+    # Reading another row group fails: it has zeros in place of compressed pages.
     damaged = bytearray(path.read_bytes())
     metadata = pq.read_metadata(path)
     skipped = 0

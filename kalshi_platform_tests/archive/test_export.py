@@ -1,4 +1,4 @@
-"""Publishing: the same hour for others to read, with nothing in it that is the recorder's own."""
+"""Publishing: the same hour without the recorder's private data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_loader import FIRST_HOUR, START_NS, recording
 
 OWN = "own-id-"
-"""Begins every id, user and text below that must not go out."""
+"""Prefix of every id, user and text below that must not be published."""
 CONN = wire.conn_id(9)
 
 
@@ -45,7 +45,7 @@ def own_delta(seq: int) -> bytes:
 
 
 def private() -> list[wire.Record]:
-    """A connection whose frames say much about who recorded them."""
+    """A connection whose frames contain much private data."""
     said: list[tuple[Kind, bytes]] = [
         (Kind.SNAPSHOT, wire.snapshot("OWN-4", 1, {4_000: 100}, {5_000: 100}, sid=3)),
         (Kind.DELTA, own_delta(2)),
@@ -138,9 +138,7 @@ def numbers(root: Path) -> set[tuple[str, int, int]]:
     return set(pl.concat(both).filter(pl.col("seq") > 0).iter_rows())
 
 
-def test_what_is_published_is_the_hour_without_anything_of_ones_own(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_published_hour_contains_no_private_data(settings: Settings, tmp_path: Path) -> None:
     root, to = settings.archive_dir, tmp_path / "public"
     assert OWN in texts(root)  # the search finds what is there
     result = export(to)
@@ -162,7 +160,7 @@ def test_what_is_published_is_the_hour_without_anything_of_ones_own(
         assert kinds <= {*publish.NOTES, *publish.FRAMES, publish.WITHHELD}
 
 
-def test_a_published_hour_is_an_archives_hour(settings: Settings, tmp_path: Path) -> None:
+def test_a_published_hour_is_readable_as_an_archive(settings: Settings, tmp_path: Path) -> None:
     root, to = settings.archive_dir, tmp_path / "public"
     export(to)
     assert hours.is_sealed(LocalArchive(to), FIRST_HOUR)
@@ -189,9 +187,7 @@ def test_a_published_hour_is_an_archives_hour(settings: Settings, tmp_path: Path
     assert rows(again.archive_dir, "spreads").equals(rows(root, "spreads"))
 
 
-def test_an_hour_is_published_again_in_the_place_of_the_former_one(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_publishing_again_replaces_the_hour(settings: Settings, tmp_path: Path) -> None:
     to = tmp_path / "public"
     hour = f"{FIRST_HOUR:%Y-%m-%d-%H}"
     assert export(to, "--hours", hour, "--dataset", "orderbook_events").exit_code == 0
@@ -202,7 +198,7 @@ def test_an_hour_is_published_again_in_the_place_of_the_former_one(
     assert "no sealed hour of that span" in str(export(to, "--hours", "2001-01-01-00").exception)
 
 
-def test_a_leak_is_found_before_the_hour_is_in_place(
+def test_a_leak_is_detected_before_the_hour_is_in_place(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, to = settings.archive_dir, tmp_path / "public"
@@ -223,7 +219,7 @@ def test_a_leak_is_found_before_the_hour_is_in_place(
     assert "its manifest says" in str(export(to).exception)
 
 
-def test_the_archive_itself_and_folders_of_another_origin_are_never_written_to(
+def test_the_archive_and_foreign_folders_are_never_written_to(
     settings: Settings, tmp_path: Path
 ) -> None:
     root = settings.archive_dir
@@ -260,10 +256,10 @@ def test_the_archive_itself_and_folders_of_another_origin_are_never_written_to(
         ("fill", '{"type":"fill","msg":{"order_id":"x"}}', '{"type":"fill"}'),
     ],
 )
-def test_of_a_detail_only_listed_fields_are_published(kind: str, detail: str, public: str) -> None:
+def test_only_listed_detail_fields_are_published(kind: str, detail: str, public: str) -> None:
     assert public_detail(kind, detail) == public
 
 
-def test_every_dataset_of_the_archive_is_public_or_known_not_to_be() -> None:
+def test_every_dataset_is_public_or_listed_as_private() -> None:
     archived = {name for name, dataset in DATASETS.items() if dataset.archived}
     assert archived == set(publish.PUBLIC)

@@ -1,4 +1,4 @@
-"""What is not ours in the archive is passed over and named: it stops nothing, and nothing happens to it."""
+"""Foreign names in the archive are ignored, listed, and never changed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def record(archive: LocalArchive, hour: datetime = FIRST) -> None:
 
 
 @given(st.text(st.characters(codec=None), max_size=40))
-def test_no_name_is_an_error_and_only_ours_is_ours(name: str) -> None:
+def test_any_file_name_is_classified(name: str) -> None:
     for text in (name, f"date={name}", f"date=2026-11-28/hour={name}", f"{name}/hour=07"):
         hour = hour_of_path(text)
         assert hour is None or hour_path(EVENTS, hour).endswith(text.rpartition("date=")[2])
@@ -48,13 +48,13 @@ def test_no_name_is_an_error_and_only_ours_is_ours(name: str) -> None:
 
 
 @given(st.integers(0, 24 * 365 * 200))
-def test_every_hour_is_known_by_its_path(number: int) -> None:
+def test_every_hour_is_parsed_from_its_path(number: int) -> None:
     hour = datetime(1970, 1, 1, tzinfo=UTC) + number * HOUR
     assert hour_of_path(hour_path(EVENTS, hour)) == hour
     assert day_of_name(f"date={hour:%Y-%m-%d}") == hour.date()
 
 
-def test_an_archive_full_of_foreign_names_reads_as_without_them_and_names_each(
+def test_foreign_names_change_nothing_and_are_listed(
     tmp_path: Path,
 ) -> None:
     archive = LocalArchive(tmp_path)
@@ -74,7 +74,7 @@ def test_an_archive_full_of_foreign_names_reads_as_without_them_and_names_each(
     assert len(named) == sum(map(len, put)), "what is ours is not named"
 
 
-def test_foreign_files_of_an_hour_are_not_counted_when_it_is_sealed_and_refused_when_it_is_compacted(
+def test_foreign_files_are_not_sealed_and_block_compaction(
     tmp_path: Path,
 ) -> None:
     archive = LocalArchive(tmp_path)
@@ -89,7 +89,7 @@ def test_foreign_files_of_an_hour_are_not_counted_when_it_is_sealed_and_refused_
     (folder / "copy.parquet").unlink()
 
 
-def test_what_a_person_left_in_an_hour_is_there_after_a_compaction(
+def test_a_users_files_in_an_hour_survive_compaction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compaction, "LINGER_S", 0.0)
@@ -108,7 +108,7 @@ def test_what_a_person_left_in_an_hour_is_there_after_a_compaction(
     assert hours.is_compacted([file.name for file in archive.files(EVENTS, FIRST)])
 
 
-def test_a_day_of_ours_that_may_not_be_read_is_an_error_and_no_empty_day() -> None:
+def test_an_unreadable_day_is_an_error_not_an_empty_day() -> None:
     with foreign.open_folder() as root:
         archive = LocalArchive(root)
         record(archive)
@@ -130,9 +130,7 @@ print(json.dumps([HOURS.start.isoformat(), len(HOURS.get_partition_keys())]))
 
 
 @pytest.mark.parametrize("days", [["2026-11-20"], ["0001-01-01", "9999-12-31"], ["9999-12-31"]])
-def test_the_code_location_loads_whatever_lies_in_the_archive(
-    tmp_path: Path, days: list[str]
-) -> None:
+def test_the_code_location_loads_despite_foreign_files(tmp_path: Path, days: list[str]) -> None:
     archive = tmp_path / "data" / "parquet"
     for dataset in DATASETS:
         (archive / dataset).mkdir(parents=True)

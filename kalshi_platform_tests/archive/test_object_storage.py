@@ -1,4 +1,4 @@
-"""The archive on object storage: each row once, whoever reads when and whatever is killed, failing or away."""
+"""The archive on object storage: each row once for any reader, after any kill, error or outage."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def store() -> Iterator[ObjectStore]:
 def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.loader._patience", lambda _: 0.05)
-    # A store that is back is waited for, also where the attempt that finds it comes late.
+    # Wait long enough for the attempt that finds the store reachable again.
     monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
 
 
@@ -167,7 +167,7 @@ def options(store: ObjectStore) -> dict[str, str]:
 
 
 def globbed(store: ObjectStore, settings: Settings, dataset: str = EVENTS) -> pl.DataFrame:
-    """What a plain reader finds of a dataset, in an order of its own."""
+    """The rows of a dataset as a plain reader reads them, in a fixed order."""
     glob = f"{settings.archive_url}/{dataset}/**/*.parquet"
     found = pl.read_parquet(glob, hive_partitioning=False, storage_options=options(store))
     return found.cast({pl.Categorical: pl.String}).sort(pl.all())
@@ -193,7 +193,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
 # -- sealing -----------------------------------------------------------------------------------
 
 
-def test_a_sealed_hour_is_one_sorted_object_and_an_open_one_waits_here(
+def test_a_sealed_hour_is_one_sorted_object(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     record(settings)
@@ -222,12 +222,12 @@ def test_a_sealed_hour_is_one_sorted_object_and_an_open_one_waits_here(
     waiting = LocalArchive(settings.archive_dir)
     assert waiting.hours(EVENTS) == [SECOND_HOUR]
     assert [
-        str(p) for p in (settings.archive_dir / object_storage.LEAVING).rglob("*.parquet")
+        str(p) for p in (settings.archive_dir / object_storage.OUTGOING).rglob("*.parquet")
     ] == []
     assert hours.unsealed(archive, FIRST_HOUR, SECOND_HOUR + HOUR) == [SECOND_HOUR]
 
 
-def test_foreign_names_in_the_bucket_are_passed_over_and_named(
+def test_foreign_names_in_the_bucket_are_ignored_and_listed(
     store: ObjectStore, settings: Settings
 ) -> None:
     archive = open_archive(settings)
@@ -250,7 +250,9 @@ def test_foreign_names_in_the_bucket_are_passed_over_and_named(
     assert set(archive.foreign()) == set(names)
 
 
-def test_nothing_is_left_to_compact(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_leaves_nothing_to_compact(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record(settings)
     archive = open_archive(settings)
     assert compaction.pending(archive) == []
@@ -265,13 +267,13 @@ def late(settings: Settings, table: pa.Table, first_n: int = 90_000) -> None:
     parquet(settings).write(first_n, first_n + 10, [Rows(first_n, first_n + 10, {EVENTS: table})])
 
 
-def test_late_rows_are_an_object_more_and_written_again_they_are_there_once(
+def test_late_rows_are_one_more_object_once(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     record(settings)
     archive = open_archive(settings)
     table = next(archive.read(EVENTS, FIRST_HOUR)).slice(0, 7)
-    for _ in range(2):  # killed before it had noted that: the load writes its range again
+    for _ in range(2):  # killed before the cursor was written: the loader writes its range again
         late(settings, table)
         assert globbed(store, settings).height == expected.height + 7
     names = [file.name for file in archive.files(EVENTS, FIRST_HOUR)]
@@ -298,15 +300,15 @@ _ACTS: tuple[tuple[Any, str], ...] = (
     (shutil, "rmtree"),
     (LocalArchive, "remove"),
 )
-"""What sending does on the disk and to the store."""
+"""The operations of sending, on the disk and at the store."""
 
 
 @pytest.mark.usefixtures("_events_alone")
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_finishes(
+def test_a_kill_at_any_sending_step_keeps_each_row_once(
     after: bool, store: ObjectStore, settings: Settings, expected: pl.DataFrame, tmp_path: Path
 ) -> None:
-    """The load's begin_hour, repeated as after a kill; a reader looks after each death."""
+    """Repeats the loader's begin_hour as after a kill, and reads after each."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ParquetSink, "begin_hour", lambda *_: None)  # nothing is sealed
@@ -340,11 +342,11 @@ def test_a_kill_at_any_step_of_sending_leaves_every_row_once_and_the_next_start_
 
 
 @pytest.mark.usefixtures("_events_alone")
-def test_rows_that_seal_their_hour_are_there_once_when_a_kill_makes_the_load_write_them_again(
+def test_rows_sealed_and_written_again_are_stored_once(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame, tmp_path: Path
 ) -> None:
-    """An hour that all have passed gets its first rows, is sealed with them, and the load dies before
-    it has noted that: it writes the range that it had planned once more."""
+    """An hour beyond all watermarks gets its first rows and is sealed with them; the loader is killed before it
+    commits, and writes the planned range again."""
     made = settings_of(store, tmp_path / "made", use_clickhouse=False)
     record(made)
     table = pa.concat_tables(open_archive(made).read(EVENTS, FIRST_HOUR))
@@ -395,10 +397,10 @@ def _pyarrow(store: ObjectStore, root: str) -> list[int]:
 
 @pytest.mark.usefixtures("_events_alone")
 @pytest.mark.parametrize("reader", [_polars, _pyarrow])
-def test_whoever_reads_while_hours_are_sealed_and_rows_come_late_gets_each_row_once(
+def test_readers_during_sealing_and_late_rows_see_each_row_once(
     reader: Callable[[ObjectStore, str], list[int]], store: ObjectStore, settings: Settings
 ) -> None:
-    """An hour is there with all its rows or not yet; late rows come as they come, and once."""
+    """An hour is visible with all its rows or not at all; late rows appear once."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ParquetSink, "begin_hour", lambda *_: None)
@@ -453,7 +455,7 @@ def test_whoever_reads_while_hours_are_sealed_and_rows_come_late_gets_each_row_o
 
 
 @pytest.mark.parametrize("damage", ["none", "lost", "damaged"])
-def test_an_hour_is_rebuilt_from_the_journal_and_one_that_is_well_is_not_written(
+def test_an_intact_hour_is_not_written_by_a_rebuild(
     damage: str, store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     record(settings)
@@ -476,9 +478,7 @@ def test_an_hour_is_rebuilt_from_the_journal_and_one_that_is_well_is_not_written
     assert len(written) == (damage != "none")
 
 
-def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
-    store: ObjectStore, settings: Settings
-) -> None:
+def test_a_rebuild_keeps_late_rows_of_other_records(store: ObjectStore, settings: Settings) -> None:
     record(settings)
     late(settings, next(open_archive(settings).read(EVENTS, FIRST_HOUR)).slice(0, 7))
     before = globbed(store, settings)
@@ -486,7 +486,7 @@ def test_a_rebuild_keeps_late_rows_that_the_hours_own_journal_does_not_have(
     assert globbed(store, settings).equals(before)
 
 
-def test_an_hour_that_waits_is_built_again_and_sent_by_a_rebuild(
+def test_a_rebuild_sends_a_waiting_hour(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
@@ -504,7 +504,7 @@ def test_an_hour_that_waits_is_built_again_and_sent_by_a_rebuild(
 
 
 @pytest.mark.parametrize("step", ["set apart", "sent in part"])
-def test_a_rebuild_finishes_a_sealing_that_was_killed(
+def test_a_rebuild_finishes_a_killed_sealing(
     step: str, store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     calls = 0
@@ -532,10 +532,10 @@ def test_a_rebuild_finishes_a_sealing_that_was_killed(
     assert report.complete
     assert {it.dataset for it in report.datasets} == {*hours.RECORDED} - {"book_checkpoints"}
     assert globbed(store, settings).equals(expected)
-    assert not list((settings.archive_dir / object_storage.LEAVING).rglob("*.parquet"))
+    assert not list((settings.archive_dir / object_storage.OUTGOING).rglob("*.parquet"))
 
 
-def test_both_stores_are_equal_and_what_is_lost_comes_back_from_clickhouse(
+def test_a_lost_object_is_restored_from_clickhouse(
     store: ObjectStore, with_clickhouse: Settings, expected: pl.DataFrame
 ) -> None:
     settings = with_clickhouse
@@ -566,7 +566,7 @@ def test_both_stores_are_equal_and_what_is_lost_comes_back_from_clickhouse(
     archive.write(EVENTS, FIRST_HOUR, part_name(0, 90_000, 90_010), [again], again.schema)
     with store.files().open_output_stream(file.key) as stream:
         stream.write(b"PAR1 no longer")
-    rebuild(settings, FIRST_HOUR)  # ClickHouse has what waits behind a damaged object, too
+    rebuild(settings, FIRST_HOUR)  # ClickHouse also has the rows waiting behind a damaged object
     assert globbed(store, settings).equals(expected)
     assert len(list((settings.archive_dir / object_storage.REPLACED).iterdir())) == 1
 
@@ -598,7 +598,7 @@ def test_an_empty_clickhouse_is_filled_from_the_bucket(
         ]
 
 
-def test_an_hours_analytics_are_computed_from_the_bucket_and_put_there(
+def test_analytics_are_computed_from_and_stored_in_the_bucket(
     store: ObjectStore, settings: Settings
 ) -> None:
     record(settings)
@@ -616,7 +616,7 @@ def test_an_hours_analytics_are_computed_from_the_bucket_and_put_there(
     assert open_hour.report.datasets
 
 
-def test_a_sweep_takes_nothing_from_under_an_hour_that_is_being_computed(
+def test_a_sweep_keeps_an_hour_being_computed(
     store: ObjectStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "GRACE_S", -1.0)
@@ -628,7 +628,7 @@ def test_a_sweep_takes_nothing_from_under_an_hour_that_is_being_computed(
     assert [file.name for file in archive.files(SPREADS.name, FIRST_HOUR)] == ["hour.parquet"]
 
 
-def test_the_market_catalogue_is_one_object_that_each_reading_replaces(
+def test_the_market_catalogue_is_one_replaced_object(
     store: ObjectStore, settings: Settings
 ) -> None:
     archive = open_archive(settings)
@@ -641,10 +641,10 @@ def test_the_market_catalogue_is_one_object_that_each_reading_replaces(
     assert keys(store, settings) == ["market_catalog/markets.parquet"]
 
 
-# -- the store away, or against it ------------------------------------------------------------------
+# -- outages and refusals of the store -----------------------------------------------------------------
 
 
-def test_a_store_that_goes_away_and_comes_back_gets_everything_exactly_once(
+def test_after_a_store_outage_each_row_is_stored_once(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     writer = journal_of(settings.journal_dir(), recording())
@@ -652,7 +652,7 @@ def test_a_store_that_goes_away_and_comes_back_gets_everything_exactly_once(
     store.stop()
     load.start()
     wait_for(lambda: load.trouble is not None, load)
-    assert "cannot be had (NETWORK_CONNECTION" in str(load.trouble)
+    assert "cannot be reached (NETWORK_CONNECTION" in str(load.trouble)
     assert not load.refused
     store.start()
     wait_for(lambda: load.lag == 0, load)
@@ -663,13 +663,13 @@ def test_a_store_that_goes_away_and_comes_back_gets_everything_exactly_once(
     assert hours.is_sealed(open_archive(settings), FIRST_HOUR)
 
 
-def test_a_store_that_fails_now_and_then_gets_everything_exactly_once(
+def test_with_intermittent_errors_each_row_is_stored_once(
     store: ObjectStore, settings: Settings, expected: pl.DataFrame
 ) -> None:
     asked: dict[str, int] = {"PUT": 0, "GET": 0, "HEAD": 0}
     failing = {
         n + m for n in (1, 9, 40) for m in range(3)
-    }  # oftener in a row than the client tries
+    }  # more failures in a row than the client's attempts
 
     def now_and_then(method: str, path: str) -> int | None:
         if settings.archive_url.rpartition("/")[2] not in path:
@@ -692,16 +692,16 @@ def test_a_store_that_fails_now_and_then_gets_everything_exactly_once(
     assert globbed(store, settings).equals(expected)
 
 
-def test_an_upload_whose_last_answer_is_lost_is_not_sent_for_ever(
+def test_an_upload_whose_last_response_is_lost_is_recognised(
     store: ObjectStore, settings: Settings, tmp_path: Path
 ) -> None:
-    """The object is there: that is seen before it is sent again."""
+    """The existing object is recognised before it is sent again."""
     archive = open_archive(settings)
     assert isinstance(archive, object_storage.ObjectArchive)
     path = tmp_path / "large"
     path.write_bytes(bytes(range(256)) * (45 << 10))
     key = f"{settings.archive_base}/large.parquet"
-    lost = iter([503] * 2)  # as often as the client asks
+    lost = iter([503] * 2)  # as many as the client's attempts
     store.lost = lambda method, asked: (
         next(lost, None) if method == "POST" and "uploadId" in asked else None
     )
@@ -716,7 +716,7 @@ def test_an_upload_whose_last_answer_is_lost_is_not_sent_for_ever(
     assert keys(store, settings) == ["large.parquet"]
 
 
-def test_an_upload_that_fails_in_the_middle_makes_no_object(
+def test_a_partial_upload_creates_no_object(
     store: ObjectStore, settings: Settings, tmp_path: Path
 ) -> None:
     """Ten megabytes and more go in parts; closing what has failed must not make an object of the rest."""
@@ -746,7 +746,7 @@ def test_an_upload_that_fails_in_the_middle_makes_no_object(
         (418, "it answers 418"),
     ],
 )
-def test_what_no_retry_mends_is_a_sentence_that_says_what_to_do(
+def test_a_lasting_refusal_names_the_remedy(
     fault: int, sentence: str, store: ObjectStore, settings: Settings
 ) -> None:
     store.fault = lambda *_: fault
@@ -759,7 +759,7 @@ def test_what_no_retry_mends_is_a_sentence_that_says_what_to_do(
     assert KEY_ID not in str(refused.value)
 
 
-def test_a_bucket_that_is_not_there_is_a_sentence_and_the_doctor_says_so(
+def test_a_missing_bucket_is_reported_by_loader_and_doctor(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     good = settings_of(store, tmp_path, use_clickhouse=False)
@@ -771,9 +771,7 @@ def test_a_bucket_that_is_not_there_is_a_sentence_and_the_doctor_says_so(
     assert "there is no such bucket" in found.text
 
 
-def test_a_key_that_the_store_does_not_know_is_a_sentence_without_the_key(
-    store: ObjectStore, settings: Settings
-) -> None:
+def test_an_unknown_key_is_reported_without_the_key(store: ObjectStore, settings: Settings) -> None:
     wrong = settings.model_copy(
         update={
             "aws_access_key_id": SecretStr("WRONG-ID"),
@@ -794,10 +792,10 @@ def test_a_key_that_the_store_does_not_know_is_a_sentence_without_the_key(
     assert found.mark is doctor.Mark.BAD
 
 
-# -- the whole line ------------------------------------------------------------------------------
+# -- the whole pipeline---------------------------------------------------------------------------
 
 
-def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores(
+def test_the_streamer_records_into_a_bucket(
     store: ObjectStore, with_clickhouse: Settings, simulator: Simulator, tmp_path: Path
 ) -> None:
     settings = with_clickhouse.model_copy(
@@ -813,7 +811,7 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
         assert time.monotonic() < deadline, health
         time.sleep(0.1)
     assert streamer.stop(60)
-    # An hour that is open waits here; one that ended meanwhile has been sent.
+    # An open hour waits locally; one that ended meanwhile has been sent.
     open_hour = f"/hour={hour_of_ns(time.time_ns()):%H}/"
     assert [k for k in keys(store, settings) if open_hour in k and k.endswith(".parquet")] == []
     archive = open_archive(settings)
@@ -840,7 +838,7 @@ def test_the_streamer_records_into_a_bucket_and_the_hour_is_whole_in_both_stores
 # -- the docs ------------------------------------------------------------------------------------
 
 
-def test_the_docs_snippet_for_polars_runs_on_a_bucket_as_it_stands(
+def test_the_polars_snippet_of_the_docs_runs_on_a_bucket(
     store: ObjectStore, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(settings)

@@ -265,12 +265,12 @@ def test_late_deltas_reach_the_book_of_the_hour_that_the_clock_had_left(
     last = next(r for r in reversed(tops.to_pylist()) if r["ingest_ts"] <= at)
     assert (last["yes_bid"], last["verified"]) == (Decimal("0.4000"), True)
     assert asked == [(Decimal("0.4000"),)]
-    before = {name: compaction.survey(archive.files(name, HOUR), DATASETS[name]) for name in hours.RECORDED if archive.files(name, HOUR)}  # fmt: skip
+    before = {name: compaction.statistics_of(archive.files(name, HOUR), DATASETS[name]) for name in hours.RECORDED if archive.files(name, HOUR)}  # fmt: skip
     for compacted in (False, True):
         if compacted:
             compaction.compact(archive, [HOUR - ONE_HOUR, HOUR], lambda _: None, _raise)
         rebuild(settings, HOUR)
-        after = {name: compaction.survey(archive.files(name, HOUR), DATASETS[name]) for name in before}  # fmt: skip
+        after = {name: compaction.statistics_of(archive.files(name, HOUR), DATASETS[name]) for name in before}  # fmt: skip
         assert after == before
     assert [d.what for d in compared(settings, client).differences] == []
 

@@ -112,7 +112,7 @@ class Shard:
 
     def writer(self, records: Sequence[wire.Record]) -> Writer:
         writer = Writer(self.folder)
-        watermarks.arrive(self.settings.journals_dir, self.number, empty=not writer.next_n)
+        watermarks.register(self.settings.journals_dir, self.number, empty=not writer.next_n)
         for record in records:
             writer.append(*record)
         writer.submit()
@@ -150,7 +150,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     fast.record(life(0, "A-1", 0, 200))
     root = settings.archive_dir
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
-    assert watermarks.behind(settings.journals_dir, FIRST_HOUR) == [1]
+    assert watermarks.blocking_shards(settings.journals_dir, FIRST_HOUR) == [1]
     assert rebuild(settings, FIRST_HOUR).complete is False  # not by hand either
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     writer.append(*wire.started(at(101)))
@@ -328,10 +328,10 @@ def test_a_shard_that_comes_back_holds_the_hour_in_which_it_does(
     shard.record(life(1, "B-2", 0, 60))
     shard.store().drained(seal=False)
     monkeypatch.setattr(watermarks, "_now", lambda: SECOND_HOUR)
-    assert watermarks.everywhere(settings.journals_dir) == SECOND_HOUR
-    watermarks.arrive(settings.journals_dir, 1, empty=False)
-    assert watermarks.behind(settings.journals_dir, FIRST_HOUR) == []
-    assert watermarks.behind(settings.journals_dir, SECOND_HOUR) == [1]
+    assert watermarks.lowest(settings.journals_dir) == SECOND_HOUR
+    watermarks.register(settings.journals_dir, 1, empty=False)
+    assert watermarks.blocking_shards(settings.journals_dir, FIRST_HOUR) == []
+    assert watermarks.blocking_shards(settings.journals_dir, SECOND_HOUR) == [1]
 
 
 @pytest.mark.parametrize("mark", [None, b"", b"{", b'{"before": 7}'])
@@ -342,8 +342,10 @@ def test_a_journal_that_says_nothing_of_itself_holds_every_hour(
     shard.record(life(1, "B-2", 0, 60), load=False)
     path = shard.folder / watermarks.FILE
     path.unlink() if mark is None else path.write_bytes(mark)
-    watermarks.arrive(settings.journals_dir, 1, empty=False)
-    assert watermarks.behind(settings.journals_dir, FIRST_HOUR - timedelta(days=100)) == [1]
+    watermarks.register(settings.journals_dir, 1, empty=False)
+    assert watermarks.blocking_shards(settings.journals_dir, FIRST_HOUR - timedelta(days=100)) == [
+        1
+    ]
 
 
 def test_each_checkpoint_holds_its_shards_own_markets(settings: Settings) -> None:
@@ -392,7 +394,7 @@ def two_hours(settings: Settings) -> None:
 def content(root: Path, hour: datetime = FIRST_HOUR) -> dict[str, RowStatistics]:
     archive = LocalArchive(root)
     return {
-        name: compaction.survey(archive.files(name, hour), DATASETS[name])
+        name: compaction.statistics_of(archive.files(name, hour), DATASETS[name])
         for name in hours.RECORDED
         if archive.files(name, hour)
     }

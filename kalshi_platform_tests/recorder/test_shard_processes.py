@@ -138,10 +138,12 @@ def test_an_hour_waits_for_a_killed_shard(
         processes[1].kill()
         processes[1].wait()
         clock.set(turn - timedelta(seconds=1))
-        wait_for(lambda: watermarks.passed(journals, 0).before == turn, "shard 0 past the hour")
+        wait_for(
+            lambda: watermarks.watermark_of(journals, 0).before == turn, "shard 0 past the hour"
+        )
         time.sleep(1.0)
         assert not hours.is_sealed(LocalArchive(root), ends)
-        assert watermarks.behind(journals, ends) == [1]
+        assert watermarks.blocking_shards(journals, ends) == [1]
         processes[1] = shard(settings, 1, clock, logs[1])
         wait_for(lambda: hours.is_sealed(LocalArchive(root), ends), "the seal")
         wait_for(lambda: synced(settings, 1, processes[1]) == len(shares[1]), "shard 1's books")
