@@ -206,7 +206,7 @@ def test_a_leak_is_detected_before_the_hour_is_in_place(
         fields = frozenset({"market_ticker", "order_id"})
         planted.setattr(publish, "FRAMES", {**publish.FRAMES, "fill": fields})
         planted.setattr(publish, "own_ids", lambda *_: {f"{OWN}order-f"})
-        assert "still holds an id of own orders" in str(export(to).exception)
+        assert "still contains an id of own orders" in str(export(to).exception)
         assert not LocalArchive(to).hours("stream_events")
     to = tmp_path / "other"
     with monkeypatch.context() as planted:

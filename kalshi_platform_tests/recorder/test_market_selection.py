@@ -447,7 +447,7 @@ def test_all_unknown_tickers_are_an_error_some_a_warning(
     watching = Watching(Rest(market("KXA-1-T0")), market_tickers="KXA-1-T0,NOPE-1")
     with caplog.at_level(logging.WARNING):
         assert watching.turn() == ["KXA-1-T0"]
-    assert "no market NOPE-1" in caplog.text
+    assert "the market NOPE-1" in caplog.text
     watching.rest.listed.append(market("NOPE-1"))
     watching.now += RELIST_S
     assert watching.turn() == ["KXA-1-T0", "NOPE-1"]
