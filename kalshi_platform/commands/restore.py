@@ -53,7 +53,7 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
                 f"{len(passed_over)} hours were skipped, which are {verdict.value}. The last one:"
                 f" {passed_over[-1].what}"
             )
-    if not refused or any(hour.verdict.is_there for hour in done):
+    if not refused or any(hour.verdict.in_clickhouse for hour in done):
         click.echo(_summary(done))
     if refused:
         raise StoreRefused(
@@ -63,7 +63,7 @@ def command(location: str | None, hours: str | None, *, replace: bool) -> None:
 
 
 def _summary(done: Sequence[Restored]) -> str:
-    present = [hour for hour in done if hour.verdict.is_there]
+    present = [hour for hour in done if hour.verdict.in_clickhouse]
     counts = Counter(hour.verdict for hour in present)
     how = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
     sentence = (
@@ -76,7 +76,7 @@ def _summary(done: Sequence[Restored]) -> str:
 
 
 def _say(hour: Restored) -> None:
-    if hour.verdict.is_there:
+    if hour.verdict.in_clickhouse:
         inserted = f"  {hour.inserted:,} inserted" if hour.inserted else ""
         click.echo(
             f"{hour.dataset}  {hour.hour:%Y-%m-%d %H:00} UTC  {hour.verdict.value}  {hour.rows:,} rows{inserted}"

@@ -1,8 +1,8 @@
-"""Making a journal that of a recorder of its own: a new identity, and nothing stored twice or left out.
+"""Adoption: give a journal a new identity, so that its recorder is independent of the original's.
 
-For each store it is found out how far it holds this folder's journal. Then the new identity is written
-down: in the stores, in the cursors, and at last in `journal.json`, which is the step that counts. Broken
-off before that, nothing has changed for the recorder, and it may be done again.
+For each store `adopt` determines how far it holds this folder's journal. Then it writes the new identity to
+the stores, to the cursors and finally to `journal.json`. Only the last step takes effect: if it is interrupted
+before, nothing has changed for the recorder and `adopt` can be run again. No row is stored twice or left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kalshi_platform.journal.ledger import Entry
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.loading import cursor as cursor_file
 from kalshi_platform.loading import traces
-from kalshi_platform.loading.cursor import Cursor, plain
+from kalshi_platform.loading.cursor import Cursor, to_place
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.resume import Unresolved
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, Sink
@@ -37,24 +37,24 @@ from kalshi_platform.settings import Settings
 
 @dataclass(frozen=True)
 class Adopted:
-    """What became of a journal."""
+    """The result for one journal."""
 
     before: uuid.UUID | None
     after: uuid.UUID
     points: dict[str, int]
-    """By store, the record from which on it is loaded."""
+    """By store, the record at which loading continues."""
 
 
 def adopt(settings: Settings, shard: int) -> Adopted:
     """Give a shard's journal a new identity.
 
-    Raises `JournalError` where its recorder runs, `StoreError` where a store does not answer or the archive has
-    gone, and `Unresolved` where a store holds rows of the journal up to a record that cannot be found out.
+    Raises: `JournalError` while its recorder runs, `StoreError` where a store does not answer or the archive is
+    gone, `Unresolved` where it cannot be determined up to which record a store holds the journal's rows.
     """
     folder = settings.journal_dir(shard)
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     with writer.hold_lock(folder) as end_n:
-        before = _known(folder)
+        before = _previous_identity(folder)
         after = uuid.uuid4()
         start = Start((before.epoch if before else 0) + 1, secrets.token_hex(8))
         stores: list[Sink] = [ParquetSink(known_archive(settings), shard, lambda _: None)]
@@ -88,8 +88,8 @@ def adopt(settings: Settings, shard: int) -> Adopted:
     return Adopted(before.id if before else None, after, points)
 
 
-def _known(folder: Path) -> JournalIdentity | None:
-    """The identity that the journal had; None where nothing proves one."""
+def _previous_identity(folder: Path) -> JournalIdentity | None:
+    """The journal's identity so far; None where nothing proves one."""
     try:
         return journal_identity.establish(folder, cursor_file.claims(folder))
     except LaterVersion:
@@ -105,26 +105,28 @@ def _point(folder: Path, store: Sink, before: JournalIdentity | None, end_n: int
     known = [entry for entry in entries if entry.start in own]
     if known:
         newest = max(known, key=lambda entry: entry.start)
-        return _settled(folder, store, newest.loaded_to, newest.planned_to, end_n)
-    found = cursor_file.read(folder, store.name, before.id if before else uuid.UUID(int=0))
-    if isinstance(found, Cursor) and _holds(store, traces.before(folder, found.committed[2])):
-        return _settled(folder, store, found.committed[2], found.planned_n, end_n)
+        return _resolve_planned(folder, store, newest.loaded_to, newest.planned_to, end_n)
+    cursor = cursor_file.read(folder, store.name, before.id if before else uuid.UUID(int=0))
+    if isinstance(cursor, Cursor) and _holds(
+        store, traces.last_before(folder, cursor.committed[2])
+    ):
+        return _resolve_planned(folder, store, cursor.committed[2], cursor.planned_n, end_n)
     beginning = reader.oldest_offset(folder).n
-    if not _holds(store, traces.following(folder, beginning)):
+    if not _holds(store, traces.first_from(folder, beginning)):
         return beginning
-    if _holds(store, traces.before(folder, end_n)):
+    if _holds(store, traces.last_before(folder, end_n)):
         return end_n
     raise _unresolved(store, beginning, end_n)
 
 
-def _settled(folder: Path, store: Sink, loaded_to: int, planned_to: int, end_n: int) -> int:
-    """Behind a range that was begun, where the store has it whole; before it, where it has none of it."""
+def _resolve_planned(folder: Path, store: Sink, loaded_to: int, planned_to: int, end_n: int) -> int:
+    """The end of the planned range if the store has all of it, its beginning if the store has none of it."""
     if min(planned_to, end_n) <= loaded_to:
         return min(loaded_to, end_n)
     until = min(planned_to, end_n)
     inside = [
         trace
-        for trace in (*traces.following(folder, loaded_to), *traces.before(folder, until))
+        for trace in (*traces.first_from(folder, loaded_to), *traces.last_before(folder, until))
         if loaded_to <= trace.record < until
     ]
     answers = {store.holds(trace) for trace in inside}
@@ -135,30 +137,30 @@ def _settled(folder: Path, store: Sink, loaded_to: int, planned_to: int, end_n: 
     raise _unresolved(store, loaded_to, until)
 
 
-def _holds(store: Sink, found: Sequence[Trace]) -> bool:
-    return any(store.holds(trace) for trace in found)
+def _holds(store: Sink, candidates: Sequence[Trace]) -> bool:
+    return any(store.holds(trace) for trace in candidates)
 
 
 def _unresolved(store: Sink, first: int, until: int) -> Unresolved:
     return Unresolved(
-        f"{store.place} holds a part of the records {first} to {until - 1} of this journal, and which part"
-        f" is not known. Nothing was changed. To go on, {store.remedy}; then run this again."
+        f"{store.place} holds some of the records {first} to {until - 1} of this journal, and it is not known"
+        f" which. Nothing was changed. To continue, {store.remedy}; then run this again."
     )
 
 
 def _cursor(
     folder: Path, store: Sink, before: JournalIdentity | None, after: Claim, n: int
 ) -> Cursor:
-    """The store's cursor under the new identity, with the saved books of the old one where they go with it."""
+    """The store's cursor under the new identity; it keeps the old one's saved books if these precede `n`."""
     old = cursor_file.read(folder, store.name, before.id if before else after.id)
-    made = Cursor(
+    cursor = Cursor(
         format=cursor_file.FORMAT,
         journal=after.id,
         store=store.name,
         place=store.place,
         start=after.start,
-        committed=plain(reader.offset_of(folder, n)),
+        committed=to_place(reader.offset_of(folder, n)),
     )
     if isinstance(old, Cursor) and old.state_at is not None and old.state_at[2] <= n:
-        return msgspec.structs.replace(made, state_at=old.state_at, state_file=old.state_file)
-    return made
+        return msgspec.structs.replace(cursor, state_at=old.state_at, state_file=old.state_file)
+    return cursor

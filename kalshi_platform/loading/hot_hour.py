@@ -1,4 +1,4 @@
-"""A dataset's hour as ClickHouse has it, read in pieces that fit into memory."""
+"""Reads a dataset's hour from ClickHouse in batches that fit into memory. Comparing it belongs in `restore`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from kalshi_platform.loading.rebuild import as_archived, select_list
 from kalshi_platform.schema import Dataset
 from kalshi_platform.utc_hours import HOUR
 
-ROWS_AT_A_TIME = 500_000
-"""Rows that are in memory at once, unless one minute has more."""
+BATCH_ROWS = 500_000
+"""Maximum number of rows in memory, unless one minute has more."""
 
 
 def hours(client: clickhouse.Client, datasets: Sequence[Dataset]) -> list[datetime]:
-    """The hours of which ClickHouse has rows of any of the datasets, ascending."""
-    found: set[datetime] = set()
+    """The hours for which ClickHouse has rows of any of the datasets, ascending."""
+    result: set[datetime] = set()
     for dataset in datasets:
         with clickhouse.translated():
             rows = client.query(
                 f"SELECT DISTINCT toStartOfHour({dataset.time}, 'UTC') FROM {dataset.name}"  # noqa: S608 - the schema's own names
             ).result_rows
-        found |= {at.astimezone(UTC) for (at,) in rows}
-    return sorted(found)
+        result |= {at.astimezone(UTC) for (at,) in rows}
+    return sorted(result)
 
 
 def tables(
     client: clickhouse.Client, dataset: Dataset, hour: datetime, table: str | None = None
 ) -> Iterator[pa.Table]:
-    """The hour's rows in the archive's own types, some minutes at a time, in no order.
+    """Yield the hour's rows with the archive's types, some minutes at a time, unordered.
 
-    `table`: another one of the same columns to read them from.
+    `table`: read from this table with the same columns instead.
     """
     clock, source = dataset.time, table or dataset.name
     span = f"{clock} >= {{start:DateTime64(6, 'UTC')}} AND {clock} < {{end:DateTime64(6, 'UTC')}}"
@@ -43,25 +43,25 @@ def tables(
             f" WHERE {span} GROUP BY minute ORDER BY minute",
             parameters={"start": hour, "end": hour + HOUR},
         ).result_rows
-    for first, end in _pieces(minutes):
+    for first, end in _minute_spans(minutes):
         with clickhouse.translated():
-            found = client.query_arrow(
+            rows = client.query_arrow(
                 f"SELECT {select_list(dataset)} FROM {source} WHERE {span}",  # noqa: S608
                 parameters={
                     "start": hour + timedelta(minutes=first),
                     "end": hour + timedelta(minutes=end),
                 },
             )
-        yield as_archived(found, dataset)
+        yield as_archived(rows, dataset)
 
 
-def _pieces(minutes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """(first minute, end minute) of spans with about ROWS_AT_A_TIME rows, or one minute."""
-    first, held = 0, 0
+def _minute_spans(minutes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Yield (first minute, end minute) of spans with at most `BATCH_ROWS` rows, or of one minute."""
+    first, rows = 0, 0
     for minute, count in minutes:
-        if held and held + count > ROWS_AT_A_TIME:
+        if rows and rows + count > BATCH_ROWS:
             yield first, minute
-            first, held = minute, 0
-        held += count
-    if held:
+            first, rows = minute, 0
+        rows += count
+    if rows:
         yield first, 60

@@ -1,9 +1,9 @@
-"""With which record a start of a recorder begins: numbers never come twice, whatever became of the folder.
+"""Chooses the first record number of a recorder start, so that no record number is ever used twice.
 
-Normally it is the first number that is free in the journal. Where a store knows more of this journal than
-its folder has (it was restored from a backup, or is a copy of one that went on), the numbers go on behind
-what the store knows. So the stores are asked before the first record; one that does not answer soon is
-not waited for, and what it knows is compared when it does (`resume`).
+Normally it is the first free number in the journal. Where a store has more of this journal than the folder (it
+was restored from a backup, or is a copy of one that continued elsewhere), numbering continues after what the
+store has. So the stores are queried before the first record. A store that does not answer in time is not waited
+for; `resume` compares its ledger later.
 """
 
 from __future__ import annotations
@@ -29,35 +29,36 @@ from kalshi_platform.loading.sinks import ParquetSink
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 3.0
-"""For the stores' answers; meanwhile nothing is recorded."""
+ANSWER_TIMEOUT_S = 3.0
+"""How long the start waits for the stores' answers; nothing is recorded meanwhile."""
 FORK_NS = 10_000
-"""Where another recorder goes on with numbers of its own, one for each of these since 1970 is free: no
-recorder receives so many."""
+"""A fork starts at the number of 10 µs intervals since 1970: no recorder receives that many records, so the
+numbers are free."""
 
-Open = Callable[[], Ledger]
+OpenLedger = Callable[[], Ledger]
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a store answered."""
+class StoreAnswer:
+    """A store's ledger entries."""
 
     entries: Sequence[Entry]
-    """Of this journal."""
+    """The entries of this journal."""
     of_shard: Sequence[tuple[uuid.UUID, Entry]]
+    """The latest entry of each journal of this shard."""
 
 
-def begin(
-    folder: Path, stores: Mapping[str, Open], known: JournalIdentity, free: int
+def choose_start(
+    folder: Path, stores: Mapping[str, OpenLedger], known: JournalIdentity, free: int
 ) -> StartPoint:
-    """Where to begin in a folder whose first free number is `free`.
+    """Choose the first record number and the epoch of a start; `free` is the folder's first free number.
 
-    Raises `JournalError` where the folder is empty and a store says that a journal was in it.
+    Raises: `JournalError` where the folder is empty although a store has rows of a journal in it.
     """
-    answers = _ask(stores, known.id)
+    answers = _ask_stores(stores, known.id)
     if not reader.segments(folder):
         for store, answer in answers.items() if not known.starts else ():
-            _insist_on_no_former_journal(folder, store, answer)
+            _refuse_lost_journal(folder, store, answer)
         others = any(answer.of_shard for answer in answers.values())
         free = max(free, cursor.reached(folder, known.id))
         return StartPoint(_fork_number(free) if others else free)
@@ -72,31 +73,31 @@ def begin(
 
 
 def _fork_number(reached: int) -> int:
-    """A number that no other recorder comes to."""
+    """A record number that no other recorder reaches."""
     return max(reached, time.time_ns() // FORK_NS)
 
 
-def _insist_on_no_former_journal(folder: Path, store: str, answer: Known) -> None:
-    """A folder that is not mounted is no new one."""
+def _refuse_lost_journal(folder: Path, store: str, answer: StoreAnswer) -> None:
+    """Refuse an empty folder that had a journal: it may not be mounted, so it must not be taken for a new one."""
     for former, entry in answer.of_shard:
-        # Recorders in containers may all call their folder the same; no two share an archive.
+        # Recorders in containers may use the same folder name, but no two of them share an archive.
         same = entry.host == socket.gethostname() or store == ParquetSink.name
         if same and entry.folder == str(folder):
             raise JournalError(
                 f"The journal in {folder} is gone: {store} holds what journal {former} recorded there up to"
                 f" record {entry.loaded_to}, and the folder is empty. Mount or restore it. If it is lost for"
-                f" good: {ADOPT}, which begins a new one there."
+                f" good: {ADOPT}, which begins a new journal there."
             )
 
 
-def _ask(stores: Mapping[str, Open], journal_id: uuid.UUID) -> dict[str, Known]:
-    """What those stores know that answer in time."""
-    answers: SimpleQueue[tuple[str, Known | PlatformError | OSError]] = SimpleQueue()
+def _ask_stores(stores: Mapping[str, OpenLedger], journal_id: uuid.UUID) -> dict[str, StoreAnswer]:
+    """Query the stores in parallel; return the answers received within `ANSWER_TIMEOUT_S`."""
+    answers: SimpleQueue[tuple[str, StoreAnswer | PlatformError | OSError]] = SimpleQueue()
 
-    def ask(store: str, open_ledger: Open) -> None:
+    def ask(store: str, open_ledger: OpenLedger) -> None:
         try:
             ledger = open_ledger()
-            answers.put((store, Known(ledger.entries(journal_id), ledger.journals())))
+            answers.put((store, StoreAnswer(ledger.entries(journal_id), ledger.journals())))
         except (PlatformError, OSError) as error:
             answers.put((store, error))
 
@@ -104,15 +105,15 @@ def _ask(stores: Mapping[str, Open], journal_id: uuid.UUID) -> dict[str, Known]:
         threading.Thread(
             target=ask, args=(store, open_ledger), name=f"ask-{store}", daemon=True
         ).start()
-    found: dict[str, Known] = {}
-    deadline = time.monotonic() + PATIENCE_S
+    received: dict[str, StoreAnswer] = {}
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
     for _ in stores:
         try:
             store, answer = answers.get(timeout=max(deadline - time.monotonic(), 0.0))
         except Empty:
             break
-        if isinstance(answer, Known):
-            found[store] = answer
+        if isinstance(answer, StoreAnswer):
+            received[store] = answer
         else:
             log.info("Recording begins without knowing what %s holds: %s", store, answer)
-    return found
+    return received

@@ -1,9 +1,9 @@
-"""Whether a store is there, asked once a second beside its load.
+"""Checks once a second, in a thread of its own, whether a store can be reached.
 
-The archive is written once a minute. What happens to it meanwhile (its disk is unmounted, its bucket removed,
-its key withdrawn, its network silent) would be named with the next write; a ClickHouse that takes connections and
-never answers, when its time-out is over. Here it is named within seconds, by a thread of its own, which writes
-nothing and decides nothing.
+The archive is written once a minute, so an unmounted disk, a removed bucket, a revoked key or a silent network
+would be reported only at the next write; a ClickHouse that accepts connections and never answers, only at its
+time-out. This thread reports them within seconds. It writes nothing and decides nothing: retrying belongs in
+`loader`.
 """
 
 from __future__ import annotations
@@ -20,92 +20,90 @@ from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-SILENT_S = 3.0
-"""A look that takes longer is itself what is wrong."""
+CHECK_S = 1.0
+TIMEOUT_S = 3.0
+"""A check that takes longer counts as a failure."""
 _STORE = "parquet"
 """`ParquetSink.name`; importing that would load Polars into `up`."""
 
 
 class Presence:
-    """Looks at one store until `end`; says what the last look found."""
+    """Checks one store until `end` and reports the result of the last check."""
 
     def __init__(self, look: Callable[[], None], place: str) -> None:
-        """`look` raises `StoreError` where the store is not there; `place`: what people call it."""
+        """`look` raises `StoreError` where the store cannot be reached; `place` is its name in messages."""
         self._look = look
         self._place = place
         self._began: float | None = None
-        """Of the look that is under way, by the monotonic clock."""
+        """Monotonic start time of the running check; None while none runs."""
         self._slow = False
-        """Whether the look before took too long: one that does not is what closes it."""
+        """Whether the last check took too long; a check in time clears it."""
         self._error: PlatformError | None = None
         self._ending = threading.Event()
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start checking."""
         threading.Thread(target=self._run, name=f"look-{self._place}", daemon=True).start()
 
     def end(self) -> None:
-        """Look no more; a look under way is not waited for."""
+        """Stop checking, without waiting for a running check."""
         self._ending.set()
 
     @property
     def trouble(self) -> str | None:
-        """Why the store cannot be had at the moment, as a sentence."""
+        """Why the store cannot be reached at the moment, as a sentence; None while it can."""
         error, began = self._error, self._began
         if error is not None:
             return str(error)
-        if self._slow or (began is not None and time.monotonic() - began > SILENT_S):
+        if self._slow or (began is not None and time.monotonic() - began > TIMEOUT_S):
             return (
-                f"{self._place} has not answered for more than {SILENT_S:.0f} s. See that it runs and that the"
-                " disk or network that it is on does; what goes there is kept, and taken up again by itself."
+                f"{self._place} has not answered for more than {TIMEOUT_S:.0f} s. Check that it runs and that its"
+                " disk or network does; its rows are kept in the journal, and loading resumes by itself."
             )
         return None
 
     @property
     def refused(self) -> bool:
-        """Whether that is of the kind that no retry ends."""
+        """Whether the problem needs a person: no retry resolves it."""
         return isinstance(self._error, StoreRefused)
 
     def _run(self) -> None:
         while not self._ending.is_set():
             began = self._began = time.monotonic()
-            found = self._found()
-            self._slow = time.monotonic() - began > SILENT_S
-            if found is not None and str(found) != str(self._error):
-                log.error("%s", found)
-            elif found is None and self._error is not None:
-                log.warning("%s is there again.", self._place)
-            self._error = found  # after the line in the log: what is named can be read there
+            problem = self._check()
+            self._slow = time.monotonic() - began > TIMEOUT_S
+            if problem is not None and str(problem) != str(self._error):
+                log.error("%s", problem)
+            elif problem is None and self._error is not None:
+                log.warning("%s can be reached again.", self._place)
+            self._error = problem  # after logging, so that whoever sees it finds the line in the log  # words: ok
             self._began = None
-            self._ending.wait(LOOK_S)
+            self._ending.wait(CHECK_S)
 
-    def _found(self) -> PlatformError | None:
+    def _check(self) -> PlatformError | None:
         try:
             self._look()
         except PlatformError as error:
             return error
         except OSError as error:
             return StoreError(
-                f"{self._place} cannot be looked at ({error.strerror or error}). Repair that."
+                f"{self._place} cannot be checked ({error.strerror or error}). Repair that."
             )
-        except Exception as error:  # noqa: BLE001 - named, and looked at again
-            return StoreError(
-                f"{self._place} cannot be looked at ({type(error).__name__}: {error})."
-            )
+        except Exception as error:  # noqa: BLE001 - reported, and checked again
+            return StoreError(f"{self._place} cannot be checked ({type(error).__name__}: {error}).")
         return None
 
 
 def known_archive(settings: Settings) -> Archive:
-    """The archive, for a writer beside the load; it insists on its identity from now on.
+    """Open the archive for a writer other than the loader; the archive requires its identity from now on.
 
-    Raises `StoreError` where it cannot be had, or is not the one that a shard has loaded into: a write would
-    make a second archive in the place of one that has gone.
+    Raises: `StoreError` where it cannot be reached or is not the one that a shard has loaded into: a write
+    would create a second archive in place of the missing one.
     """
     archive = open_archive(settings)
-    found = archive.identity()
-    if found is not None:
-        archive.expect(found)
+    identity = archive.identity()
+    if identity is not None:
+        archive.expect(identity)
         return archive
     archive.look()
     for shard in watermarks.shards(settings.journals_dir):

@@ -1,9 +1,9 @@
-"""An archived hour, built again: from the journal while that is kept, else from ClickHouse.
+"""Rebuilds an archived hour: from the journals while these are kept, else from ClickHouse.
 
-From the journal every part is derived anew and replaces itself, name for name, so that a reader
-sees each row once at every instant. A compacted hour is derived and compacted beside the archive, and
-exchanged for what is there if it has the same rows. From ClickHouse, for hours whose files are lost or
-damaged, the hour becomes one file per dataset; what was there is put aside under a hidden name.
+From the journals, every part is built again and replaces itself under the same name, so that a reader sees
+each row once at any time. A compacted hour is built and compacted beside the archive, and replaces the present
+one if it has the same rows. From ClickHouse, for hours whose files are lost or damaged, the hour becomes one
+file per dataset; the old files are set aside under hidden names. Sealing belongs in `archive.sealing`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ log = logging.getLogger(__name__)
 
 RANGE_ROWS = 262_144
 RANGE_BYTES = 64 << 20
-"""Of one file, where nothing says how the hour was cut before."""
+"""Maximum size of a part where the hour's former split into parts is not known."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One shard's journal, from the books before an hour's first record on."""
+    """One shard's journal from an hour's first record on, with the books before it."""
 
     shard: int
     folder: Path
@@ -69,38 +69,38 @@ class _Source:
 
 
 def rebuild(settings: Settings, hour: datetime) -> HourReport:
-    """Build a past hour again and seal it; one that is still open, or that a shard has not passed yet,
-    is only described.
+    """Rebuild a past hour and seal it; an open hour, or one for which a shard's watermark is missing, is only described.
 
-    The report has no datasets where nothing of the hour is known anywhere. Raises `StoreRefused`
-    where neither the journals nor ClickHouse can give back what is lost, `StoreUnavailable` while
-    somebody else changes sealed hours.
+    The report has no datasets where neither archive, journals nor ClickHouse have rows of the hour.
+
+    Raises: `StoreRefused` where neither the journals nor ClickHouse have the lost rows, `StoreUnavailable` while
+    another process changes sealed hours.
     """
     archive = known_archive(settings)
-    if floor_hour(datetime.now(UTC)) <= hour or not _passed(settings, hour):
+    if floor_hour(datetime.now(UTC)) <= hour or not _may_rebuild(settings, hour):
         return hours.describe(archive, hour, complete=False)
-    sources = _in_journals(settings, hour)
+    sources = _journal_sources(settings, hour)
     compaction.withdraw_announcement(archive, hour)
     with archive.changing():
         _finish_sealing(archive, hour)
         if _is_compacted(archive, hour):
             same = bool(sources) and _from_journals_compacted(sources, archive, hour)
-            if not same and not _sound(archive, hour):
+            if not same and not _is_intact(archive, hour):
                 _from_clickhouse(settings, archive, hour)
         else:
-            strangers = _parts_of_others(sources, archive, hour)
-            whole = bool(sources) and not strangers
-            if None not in strangers:  # else what ClickHouse gave holds the journals' rows too
-                whole &= _from_journals(sources, archive, hour)
-            # parts that nobody has vouched for yet are all that their loads wrote
-            vouched = not sources or strangers or hours.is_sealed(archive, hour)
-            if not whole and vouched and not _sound(archive, hour):
+            others = _other_origins(sources, archive, hour)
+            complete = bool(sources) and not others
+            if None not in others:  # otherwise the file from ClickHouse has the journals' rows, too
+                complete &= _from_journals(sources, archive, hour)
+            # Without a manifest, parts are compared with nothing: they are all that their loaders wrote.
+            has_reference = not sources or others or hours.is_sealed(archive, hour)
+            if not complete and has_reference and not _is_intact(archive, hour):
                 _from_clickhouse(settings, archive, hour)
         return sealing.seal(archive, hour)
 
 
 def _finish_sealing(archive: Archive, hour: datetime) -> None:
-    """Of an hour whose sealing was killed, some datasets have been sent and others wait."""
+    """Complete a killed sealing, of which some datasets were sent and others still wait."""
     if archive.swaps_hours or hours.is_sealed(archive, hour) or not _is_compacted(archive, hour):
         return
     try:
@@ -109,45 +109,43 @@ def _finish_sealing(archive: Archive, hour: datetime) -> None:
         log.warning("%s", error)
 
 
-def _passed(settings: Settings, hour: datetime) -> bool:
-    """Whether every shard is done with the hour: until then its files are the streamers' alone."""
+def _may_rebuild(settings: Settings, hour: datetime) -> bool:
+    """Whether the hour is sealed or every shard's watermark is beyond it: until then only streamers write it."""
     if hours.is_sealed(open_archive(settings), hour):
         return True
     waiting = watermarks.blocking_shards(settings.journals_dir, hour)
     if waiting:
-        log.info("The hour %s is open: shards %s have not passed it.", hour, waiting)
+        log.info("The hour %s is open: it waits for the shards %s.", hour, waiting)
     return not waiting
 
 
-def _parts_of_others(
-    sources: Sequence[_Source], archive: Archive, hour: datetime
-) -> set[int | None]:
-    """Whose parts the hour has besides these journals'; None: not from a journal at all."""
-    whose = {cut[0] if (cut := part_range(name)) else None for name in _parts(archive, hour)}
-    return whose - {source.shard for source in sources}
+def _other_origins(sources: Sequence[_Source], archive: Archive, hour: datetime) -> set[int | None]:
+    """The shards of the hour's parts that are not in `sources`; None stands for a file not from a journal."""
+    origins = {cut[0] if (cut := part_range(name)) else None for name in _parts(archive, hour)}
+    return origins - {source.shard for source in sources}
 
 
 # -- from the journal --------------------------------------------------------------------------
 
 
-def _in_journals(settings: Settings, hour: datetime) -> list[_Source]:
-    """The journals that still have the hour, of whatever shard: configured or not."""
-    found = []
+def _journal_sources(settings: Settings, hour: datetime) -> list[_Source]:
+    """The journals that still have the hour, of configured shards and others."""
+    sources = []
     for shard in watermarks.shards(settings.journals_dir):
         folder = settings.journal_dir(shard)
-        start = _in_journal(folder, hour)
+        start = _hour_start(folder, hour)
         if start is not None:
-            found.append(_Source(shard, folder, *start))
-    return found
+            sources.append(_Source(shard, folder, *start))
+    return sources
 
 
-def _in_journal(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | None:
-    """The books before the hour's first record, and where that record is; None if not kept."""
+def _hour_start(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | None:
+    """The books before the hour's first record and that record's log offset; None if not kept."""
     beginning = reader.oldest_offset(folder)
     state = hour_state(folder, hour)
     if state is not None and state.n >= beginning.n:
         return state, reader.offset_of(folder, state.n)
-    if beginning.n == 0:  # the journal's very first hour begins with no books at all
+    if beginning.n == 0:  # the journal's first hour begins without books
         first = next(reader.read(folder, beginning), None)
         if (
             isinstance(first, RecordRange)
@@ -158,7 +156,7 @@ def _in_journal(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | N
 
 
 def _is_compacted(archive: Archive, hour: datetime) -> bool:
-    """Whether a compaction took in rows of the hour, be there parts beside them or not."""
+    """Whether rows of the hour were compacted, with or without further parts beside them."""
     return any(
         any(file.name.startswith(hours.COMPACTED) for file in archive.files(name, hour))
         or ((manifest := archive.read_manifest(name, hour)) is not None and manifest.merged)
@@ -167,35 +165,35 @@ def _is_compacted(archive: Archive, hour: datetime) -> bool:
 
 
 def _from_journals(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
-    """Derive each journal's parts anew; False where a damaged one no longer has all of the hour.
+    """Rebuild each journal's parts; return False where a damaged journal lacks records of the hour.
 
-    What was loaded before the damage stays: of that one, no part is changed from there on.
+    From the damage on, that journal's parts are left as they were loaded.
     """
-    whole = True
+    complete = True
     for source in sources:
         try:
             _from_journal(source, archive, hour)
         except _LostRecords as error:
             log.warning("%s", error)
-            whole = False
-    return whole
+            complete = False
+    return complete
 
 
 class _LostRecords(PlatformError):
-    """A journal that lacks records of the hour: a damaged segment was set aside."""
+    """A journal lacks records of the hour: a damaged segment was set aside."""
 
     def __init__(self, folder: Path, hour: datetime) -> None:
         super().__init__(
             f"The journal in {folder} has lost records of {hour:%Y-%m-%d %H:00} UTC:"
-            " the hour is not built from it."
+            " the hour is not rebuilt from it."
         )
 
 
 def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
-    """Replace the hour's files by new ones of the same rows; False where the journals give others.
+    """Replace the hour's files by rebuilt ones with the same rows; return False where the journals give other rows.
 
-    They do where rows came late, in the journal of a later hour, or where a shard's journal no longer
-    has the hour: what the archive has then stays.
+    That happens where rows came late, in the journal of a later hour, or where a shard's journal no longer has
+    the hour. The archive is not changed then.
     """
     manifests = {name: archive.read_manifest(name, hour) for name in hours.RECORDED}
     folder_of_parts = archive.staging("rebuild", hour)
@@ -203,38 +201,38 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
     try:
         for source in sources:
             _from_journal(source, scratch, hour)
-        built = []
+        staged_hours: list[tuple[str, Path]] = []
         for name in hours.RECORDED:
             derived, manifest = scratch.files(name, hour), manifests[name]
             if not derived and manifest is None:
                 continue
             staged = archive.staging(name, hour)
-            found = compaction.build(derived, DATASETS[name], staged) if derived else None
-            if manifest is None or found is None or not _same(manifest, found[0]):
+            built = compaction.build(derived, DATASETS[name], staged) if derived else None
+            if manifest is None or built is None or not _same_rows(manifest, built[0]):
                 log.warning(
-                    "%s of %s: the journals give %s rows, the archive vouches for %s. The archive"
+                    "%s of %s: the journals give %s rows, the archive's manifest has %s. The archive"
                     " is not changed from the journals.",
                     name,
                     f"{hour:%Y-%m-%d %H:00} UTC",
-                    f"{found[0].rows:,}" if found else "no",
+                    f"{built[0].rows:,}" if built else "no",
                     f"{manifest.rows:,}" if manifest else "none",
                 )
                 return False
-            now = msgspec.structs.replace(manifest, checksum=found[0].checksum)
-            compaction.stage_compacted_manifest(staged, now, found[1])
-            built.append((name, staged))
+            now = msgspec.structs.replace(manifest, checksum=built[0].checksum)
+            compaction.stage_compacted_manifest(staged, now, built[1])
+            staged_hours.append((name, staged))
     except _LostRecords as error:
         log.warning("%s", error)
         return False
     finally:
         shutil.rmtree(folder_of_parts)
-    for name, staged in built:
+    for name, staged in staged_hours:
         archive.replace_hour(name, hour, staged)
     return True
 
 
-def _same(manifest: Manifest, built: RowStatistics) -> bool:
-    """Whether they are the same rows; those of a version without record numbers gain them."""
+def _same_rows(manifest: Manifest, built: RowStatistics) -> bool:
+    """Whether the rows are those of the manifest; rows of a version without record numbers may gain them."""
     sums = (built.checksum, checksum.text(built.content.placeless))
     return manifest.rows == built.rows and manifest.checksum in sums
 
@@ -250,8 +248,8 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     edges = begins | {end for _, end in ranges}
     pending: list[Rows] = []
     first_n = state.n
-    for piece in _pieces(source, hour, edges):
-        rows, state = build_rows(decode_range(piece), state, shard)
+    for part in _hour_ranges(source, hour, edges):
+        rows, state = build_rows(decode_range(part), state, shard)
         pending.append(rows)
         if state.n in edges or (first_n not in begins and _is_full(pending)):
             _write_range(archive, hour, shard, first_n, pending)
@@ -261,18 +259,18 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
 
 
 def _is_full(pending: list[Rows]) -> bool:
-    rows, size = sum(it.count for it in pending), sum(it.bytes for it in pending)
-    return rows >= RANGE_ROWS or size >= RANGE_BYTES
+    count, size = sum(rows.count for rows in pending), sum(rows.bytes for rows in pending)
+    return count >= RANGE_ROWS or size >= RANGE_BYTES
 
 
 def _ranges(archive: Archive, hour: datetime, shard: int) -> set[tuple[int, int]]:
-    """The records of each of a shard's parts of the hour, but for the checkpoint's."""
+    """The record ranges of a shard's parts of the hour, without the checkpoint's empty range."""
     cuts = [cut for name in _parts(archive, hour) if (cut := part_range(name))]
-    return {(first_n, end_n) for of, first_n, end_n in cuts if of == shard and first_n < end_n}
+    return {(first_n, end_n) for k, first_n, end_n in cuts if k == shard and first_n < end_n}
 
 
 def _parts(archive: Archive, hour: datetime) -> set[str]:
-    """The names of the hour's files, those that are there and those that its manifests list."""
+    """The names of the hour's files: existing ones and those that its manifests list."""
     names = set()
     for dataset in hours.RECORDED:
         names |= {file.name for file in archive.files(dataset, hour)}
@@ -281,24 +279,25 @@ def _parts(archive: Archive, hour: datetime) -> set[str]:
     return names
 
 
-def _pieces(source: _Source, hour: datetime, edges: set[int]) -> Iterator[RecordRange]:
-    """The hour's blocks, cut at the edges and at openings; ends where a later hour is new, behind the last edge:
-    rows that came late are in the journal of a later hour.
+def _hour_ranges(source: _Source, hour: datetime, edges: set[int]) -> Iterator[RecordRange]:
+    """Yield the hour's record ranges, cut at the edges and at checkpoints.
 
-    Raises `_LostRecords` where some of the hour's are lost.
+    Ends where a later hour begins, but not before the last edge: late rows are in the journal of a later hour.
+
+    Raises: `_LostRecords` where records of the hour are lost.
     """
     clock = source.state.clock
     last = max(edges, default=0)
-    for stretch in chunks(reader.read(source.folder, source.position)):
-        for piece, opens in at_openings(stretch, clock):
+    for read_part in chunks(reader.read(source.folder, source.position)):
+        for part, opens in at_openings(read_part, clock):
             is_later = opens is not None and opens > hour and clock.is_new_hour(opens)
-            if is_later and piece.first_n >= last:
+            if is_later and part.first_n >= last:
                 return
-            if isinstance(piece, LostRange) or piece.unread is not None:
+            if isinstance(part, LostRange) or part.unread is not None:
                 raise _LostRecords(source.folder, hour)
-            recv_ns = piece.batch.column("recv_ns").to_numpy()
+            recv_ns = part.batch.column("recv_ns").to_numpy()
             clock = ReceiveClock(int(recv_ns[-1]), max(clock.newest_ns, int(recv_ns.max())))
-            rest = piece
+            rest = part
             for edge in sorted(e for e in edges if rest.first_n < e < rest.first_n + rest.rows):
                 head, rest = rest.cut(edge - rest.first_n)
                 yield head
@@ -313,9 +312,9 @@ def _write_range(
         if not dataset.archived or dataset.name not in pending[0].tables:
             continue
         table = concatenated([rows.tables[dataset.name] for rows in pending])
-        for of_hour, piece in by_hour(table, dataset.time):
+        for of_hour, part in by_hour(table, dataset.time):
             if of_hour == hour:
-                _write(archive, dataset, hour, name, [piece])
+                _write(archive, dataset, hour, name, [part])
 
 
 def _write(
@@ -327,8 +326,8 @@ def _write(
 # -- from ClickHouse ---------------------------------------------------------------------------
 
 
-def _sound(archive: Archive, hour: datetime) -> bool:
-    """Whether the hour's files are all there and hold what its manifests say."""
+def _is_intact(archive: Archive, hour: datetime) -> bool:
+    """Whether the hour has exactly the files of its manifests, with their rows."""
     for dataset in hours.RECORDED:
         manifest = archive.read_manifest(dataset, hour)
         present = {file.name for file in archive.files(dataset, hour)}
@@ -351,7 +350,7 @@ def _sound(archive: Archive, hour: datetime) -> bool:
 
 def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> None:
     if not settings.use_clickhouse:
-        raise StoreRefused(_lost(hour, "ClickHouse is not in use (USE_CLICKHOUSE=0)"))
+        raise StoreRefused(_not_rebuildable(hour, "ClickHouse is not in use (USE_CLICKHOUSE=0)"))
     client = clickhouse.connect(settings, log_comment=f"rebuild {hour:%Y-%m-%dT%H}")
     for name in hours.RECORDED:
         dataset = DATASETS[name]
@@ -359,16 +358,16 @@ def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> No
         manifest = archive.read_manifest(name, hour)
         if manifest is not None and table.num_rows < manifest.rows:
             why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
-            raise StoreRefused(_lost(hour, why))
-        while there := archive.files(name, hour):  # what was sent, then what waits behind it
-            for file in there:
+            raise StoreRefused(_not_rebuildable(hour, why))
+        while files := archive.files(name, hour):  # sent objects first, then waiting parts
+            for file in files:
                 archive.set_aside(file)
         if table.num_rows:
             _write(archive, dataset, hour, FROM_CLICKHOUSE, [table])
 
 
 def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> pa.Table:
-    """A dataset's hour as ClickHouse has it, in the archive's own types."""
+    """Read a dataset's hour from ClickHouse, with the archive's types."""
     clock = dataset.time
     order = ", ".join(
         c.name
@@ -381,13 +380,13 @@ def select_hour(client: clickhouse.Client, dataset: Dataset, hour: datetime) -> 
         f" ORDER BY shard NULLS FIRST, record NULLS FIRST, {order}"
     )
     with clickhouse.translated():
-        found = client.query_arrow(query, parameters={"start": hour, "end": hour + HOUR})
-    return as_archived(found, dataset)
+        rows = client.query_arrow(query, parameters={"start": hour, "end": hour + HOUR})
+    return as_archived(rows, dataset)
 
 
 def select_list(dataset: Dataset) -> str:
-    """A dataset's columns for a SELECT that is to be read as Arrow."""
-    # Arrow has neither UUIDs nor names of enum values: both come as text.
+    """A dataset's columns for a SELECT whose result is read as Arrow."""
+    # Arrow has no UUIDs and no enum names, so both are selected as strings.
     return ", ".join(
         f"toString({c.name}) AS {c.name}"
         if "UUID" in c.clickhouse or "Enum" in c.clickhouse
@@ -396,20 +395,20 @@ def select_list(dataset: Dataset) -> str:
     )
 
 
-def as_archived(found: pa.Table, dataset: Dataset) -> pa.Table:
-    """What ClickHouse answered to `select_list`, in the archive's own types."""
+def as_archived(rows: pa.Table, dataset: Dataset) -> pa.Table:
+    """Convert a result of `select_list` to the archive's types."""
     return pa.Table.from_arrays(
-        [_as(found[field.name], field.type) for field in dataset.arrow], schema=dataset.arrow
+        [_cast(rows[field.name], field.type) for field in dataset.arrow], schema=dataset.arrow
     )
 
 
-def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         return column.cast(pa.string()).dictionary_encode().cast(kind)
     return column.cast(kind)
 
 
-def _lost(hour: datetime, why: str) -> str:
+def _not_rebuildable(hour: datetime, why: str) -> str:
     return (
         f"The hour {hour:%Y-%m-%d %H:00} UTC cannot be rebuilt: the journal no longer has it, and {why}."
         " Its files are as they were; restore them from a backup."

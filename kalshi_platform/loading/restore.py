@@ -1,18 +1,18 @@
-"""From the archive to ClickHouse: what is cold becomes hot again, and nothing that is hot is doubled.
+"""Restores hours from the archive to ClickHouse without storing any row twice.
 
 Each dataset's hour is compared first, row by row, as a multiset of row checksums:
 
     equal                               nothing is done
     absent in ClickHouse                inserted
     fewer rows, and no other ones       the missing rows are inserted (an interrupted restore, lost rows)
-    other rows                          refused and left as it is; with `replace`, the archive's take their place
+    other rows                          refused and left unchanged; with `replace`, replaced by the archive's rows
 
-then compared again. So it may be interrupted at any moment and run again, beside the platform too: rows of
-records that a loader has yet to bring to ClickHouse are left to it (`unloaded`), and an hour that is not
-sealed is not touched, but where no recorder writes to the journals. Inserts have tokens made of their
-rows, for one that was still on its way when its restore was killed.
+Then it is compared again. A restore can be interrupted at any moment and run again, even while the platform
+runs: rows of records that a loader has not loaded yet are left to it (`unloaded`), and an unsealed hour is
+restored only while no recorder writes to the journals. Insert tokens are derived from the rows, for inserts
+that were still in flight when a restore was killed.
 
-The book now (`latest_levels`) is derived from the newest snapshots at the end, each time.
+At the end, the current book (`latest_levels`) is rebuilt from the newest snapshots.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ from kalshi_platform.utc_hours import HOUR
 RESTORED = tuple(
     dataset.name for dataset in sorted(RECORDED, key=lambda dataset: dataset is STREAM_EVENTS)
 )
-"""`stream_events` last, as the loader writes: what it reaches to is whole."""
+"""`stream_events` last, as the loader writes: up to where it reaches, the other datasets are complete."""
 BATCH_ROWS = 500_000
-ROWS_COMPARED = 16_000_000
-"""Row checksums of each store that are in memory at once; an hour of more rows is read several times."""
-TRIES = 5
-"""Inserts that ClickHouse acknowledges without having the rows afterwards, before it is taken to be away."""
+COMPARED_ROWS = 16_000_000
+"""Row checksums of each store in memory at once; an hour with more rows is read several times."""
+ATTEMPTS = 5
+"""Attempts to insert rows that ClickHouse acknowledges but does not have afterwards."""
 EXPIRES_SOON = timedelta(hours=2)
 
 
 class Verdict(Enum):
-    """What became of a dataset's hour."""
+    """The result for a dataset's hour."""
 
     EQUAL = "equal"
     INSERTED = "inserted"
@@ -82,26 +82,26 @@ class Verdict(Enum):
     EXPIRED = "older than ClickHouse keeps"
 
     @property
-    def is_there(self) -> bool:
-        """Whether ClickHouse has the archive's rows."""
+    def in_clickhouse(self) -> bool:
+        """Whether ClickHouse has the archive's rows now."""
         return self in {Verdict.EQUAL, Verdict.INSERTED, Verdict.COMPLETED, Verdict.REPLACED}
 
 
 @dataclass(frozen=True)
 class Restored:
-    """One dataset's hour, after it was looked at."""
+    """The result for one dataset's hour."""
 
     dataset: str
     hour: datetime
     verdict: Verdict
     rows: int = 0
-    """Of the archive, without those that are left to a loader."""
+    """Rows of the archive, without those left to a loader."""
     inserted: int = 0
     left: int = 0
-    """Rows of the archive that a loader has yet to bring."""
+    """Rows of the archive that a loader has yet to load."""
     checksum: str = ""
     what: str = ""
-    """A sentence about what is in the way, with what to do; empty where nothing is."""
+    """The problem and its remedy, as a sentence; empty without one."""
 
 
 def parse_hours(text: str) -> tuple[datetime, datetime]:
@@ -128,17 +128,19 @@ def restore(
     *,
     replace: bool = False,
 ) -> list[Restored]:
-    """Bring the hours of an archive into ClickHouse; says of each dataset's hour what became of it.
+    """Restore the hours of an archive into ClickHouse; `progress` receives the result for each dataset's hour.
 
-    `replace`: where ClickHouse has other rows of a sealed hour, the archive's take their place. An hour that
-    cannot be restored stops no other. Raises `StoreRefused` where the archive has nothing of the span,
-    `StoreUnavailable` while another restore is at work.
+    `replace`: where ClickHouse has other rows of a sealed hour, they are replaced by the archive's. An hour that
+    cannot be restored does not stop the others.
+
+    Raises: `StoreRefused` where the archive has nothing of the span, `StoreUnavailable` while another restore
+    is running.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         lock = settings.data_dir / "restore.lock"
-        held.enter_context(locked(lock, 0, "Another restore is at work"))
+        stack.enter_context(locked(lock, 0, "Another restore is running"))
         client = clickhouse.connect(settings, log_comment="restore")
-        held.callback(client.close)
+        stack.callback(client.close)
         for name in RESTORED:
             partitions.remove_left_over(client, name, _staging(name))
         work = _Restore(settings, client, archive, replace=replace)
@@ -149,7 +151,7 @@ def restore(
                 done.append(restored)
         if not done:
             raise StoreRefused(
-                f"The archive in {archive} has no hour of that span. `--from` is the folder that holds"
+                f"The archive in {archive} has no hour of that span. `--from` is the folder that contains"
                 " orderbook_events/."
             )
         with clickhouse.translated():
@@ -158,18 +160,18 @@ def restore(
 
 
 def _staging(table: str) -> str:
-    """Where an hour's rows are collected before they take the place of others."""
+    """The table in which an hour's rows are collected before they replace others."""
     return f"{table}_staging_restore"
 
 
 def _hours(archive: Archive, span: tuple[datetime, datetime] | None) -> list[datetime]:
-    """The hours of which the archive has anything, ascending."""
+    """The hours of a span of which the archive has files, ascending."""
     first, last = span or (None, None)
     return sorted({h for name in RESTORED for h in archive.listing(name, first, last)})
 
 
 class _Restore:
-    """One restore under way."""
+    """One run of `restore`."""
 
     def __init__(
         self, settings: Settings, client: clickhouse.Client, archive: Archive, *, replace: bool
@@ -196,8 +198,8 @@ class _Restore:
             )
             yield Restored(STREAM_EVENTS.name, hour, Verdict.EXPIRED, what=what)
             return
-        with ExitStack() as held:
-            if not (sealed := self._is_sealed(hour)) and not self._hold_journals(held):
+        with ExitStack() as stack:
+            if not (sealed := self._is_sealed(hour)) and not self._hold_journals(stack):
                 what = (
                     f"{hour:%Y-%m-%d %H:00} UTC is not sealed: its recorder still writes it. Run this again"
                     " when it is, some minutes after the hour's end."
@@ -205,44 +207,42 @@ class _Restore:
                 yield Restored(STREAM_EVENTS.name, hour, Verdict.OPEN, what=what)
                 return
             for name in RESTORED:
-                yield self._again_where_it_changed(DATASETS[name], hour, sealed=sealed)
+                yield self._restore_with_retries(DATASETS[name], hour, sealed=sealed)
 
     def _is_sealed(self, hour: datetime) -> bool:
         try:
             return hours.is_sealed(self._archive, hour)
-        except StoreRefused:  # a damaged manifest, which the comparison names
+        except StoreRefused:  # a damaged manifest, which the comparison reports
             return True
 
-    def _hold_journals(self, held: ExitStack) -> bool:
-        """Whether no recorder writes to this archive's journals, until `held` is left."""
+    def _hold_journals(self, stack: ExitStack) -> bool:
+        """Lock this archive's journals until `stack` closes; return False while a recorder writes to one."""
         if not self._is_own:
             return False
         for shard in watermarks.shards(self._journals):
             lock = filelock.FileLock(self._journals / f"shard-{shard}" / "lock")
             try:
-                held.enter_context(lock.acquire(timeout=0))
+                stack.enter_context(lock.acquire(timeout=0))
             except filelock.Timeout:
                 return False
         return True
 
-    def _again_where_it_changed(
-        self, dataset: Dataset, hour: datetime, *, sealed: bool
-    ) -> Restored:
-        """Restore, again where the hour was compacted or rebuilt under our eyes."""
-        for _ in range(TRIES):
+    def _restore_with_retries(self, dataset: Dataset, hour: datetime, *, sealed: bool) -> Restored:
+        """Restore; retry where the hour was compacted or rebuilt meanwhile."""
+        for _ in range(ATTEMPTS):
             try:
-                return self._dataset(dataset, hour, sealed=sealed)
+                return self._restore_dataset(dataset, hour, sealed=sealed)
             except StoreUnavailable as error:
                 changed = error
         raise changed
 
-    def _dataset(self, dataset: Dataset, hour: datetime, *, sealed: bool) -> Restored:
+    def _restore_dataset(self, dataset: Dataset, hour: datetime, *, sealed: bool) -> Restored:
         files = self._archive.files(dataset.name, hour)
-        left_to_loaders = self._unloaded.of(hour)  # after the listing: what is listed is journalled
-        found = _Found(self._client, dataset, hour, files, left_to_loaders)
-        if what := self._unsound(found, sealed=sealed):
+        left_to_loaders = self._unloaded.of(hour)  # after listing: listed rows are in the journal
+        copies = _HourCopies(self._client, dataset, hour, files, left_to_loaders)
+        if what := self._manifest_mismatch(copies, sealed=sealed):
             return Restored(dataset.name, hour, Verdict.UNSOUND, what=what)
-        wanted = _content(found.cold())
+        wanted = _content(copies.cold())
         outcome = Restored(
             dataset.name,
             hour,
@@ -251,57 +251,59 @@ class _Restore:
             left=sum(rows_of(file) for file in files) - wanted.rows,
             checksum=checksum.text(wanted.total),
         )
-        was_there = 0
-        for attempt in range(TRIES):
+        rows_before = 0
+        for attempt in range(ATTEMPTS):
             partitions.synced(self._client, dataset.name)
-            there = _content(found.hot())
-            if there.agrees_with(wanted):
+            hot_content = _content(copies.hot())
+            if hot_content.agrees_with(wanted):
                 return outcome
-            apart = _compare(found, wanted, there)
-            if apart.others and sealed:
+            difference = _compare(copies, wanted, hot_content)
+            if difference.others and sealed:
                 if not self._replace or left_to_loaders:
-                    what = _differs(dataset, hour, wanted, apart)
+                    what = _differs(dataset, hour, wanted, difference)
                     return dataclasses.replace(outcome, verdict=Verdict.DIFFERS, what=what)
-                self._put_in_place(found, wanted)
+                self._replace_rows(copies, wanted)
                 return dataclasses.replace(outcome, verdict=Verdict.REPLACED, inserted=wanted.rows)
-            if not len(apart.lacking):  # of an hour that is not sealed, the archive lags
+            if not len(
+                difference.lacking
+            ):  # the archive of an unsealed hour may lag behind ClickHouse
                 return outcome
             if attempt and not self._one_server:
-                break  # replicas commit rows and tokens together: these will come, and not twice
-            was_there = there.rows if not attempt else was_there
-            placed = _both_placed(wanted, there)
+                break  # replicas commit rows and tokens together: the rows will appear, and only once
+            rows_before = hot_content.rows if not attempt else rows_before
+            placed = _both_placed(wanted, hot_content)
             inserted = self._insert(
-                dataset.name, hour, apart.missing(found.cold(), placed=placed), attempt
+                dataset.name, hour, difference.missing(copies.cold(), placed=placed), attempt
             )
             outcome = dataclasses.replace(
                 outcome,
-                verdict=Verdict.COMPLETED if was_there else Verdict.INSERTED,
+                verdict=Verdict.COMPLETED if rows_before else Verdict.INSERTED,
                 inserted=outcome.inserted + inserted,
             )
         raise StoreRefused(
-            f"{found}: ClickHouse acknowledged {outcome.inserted:,} rows and has not got them. Run this again;"
-            " if it stays so, look at ClickHouse's own log."
+            f"{copies}: ClickHouse acknowledged {outcome.inserted:,} rows but does not have them. Run this"
+            " again; if the problem persists, check ClickHouse's own log."
         )
 
-    def _unsound(self, found: _Found, *, sealed: bool) -> str:
-        """What is wrong with an hour's files: a sentence; empty where they are what its manifest says."""
+    def _manifest_mismatch(self, copies: _HourCopies, *, sealed: bool) -> str:
+        """How an hour's files differ from its manifest, as a sentence; empty where they do not."""
         try:
-            manifest = self._archive.read_manifest(found.dataset.name, found.hour)
-            whole = _content(found.archived())
+            manifest = self._archive.read_manifest(copies.dataset.name, copies.hour)
+            content = _content(copies.archived())
         except StoreRefused as error:
             return str(error)
-        vouched = (manifest.rows, manifest.checksum) if manifest else (0, checksum.text(0))
-        if not sealed or (whole.rows, checksum.text(whole.total)) == vouched:
+        expected = (manifest.rows, manifest.checksum) if manifest else (0, checksum.text(0))
+        if not sealed or (content.rows, checksum.text(content.total)) == expected:
             return ""
         return (
-            f"{found}: its files hold {whole.rows:,} rows, its manifest vouches for {vouched[0]:,}, or their"
+            f"{copies}: its files hold {content.rows:,} rows and its manifest has {expected[0]:,}, or their"
             " checksums differ. Materialise the hour again."
         )
 
     def _insert(
         self, table: str, hour: datetime, rows: Iterable[pa.Table], attempt: int = 0
     ) -> int:
-        """Insert rows under tokens made of them; `attempt` makes other tokens of the same rows."""
+        """Insert rows with tokens derived from them; another `attempt` gives other tokens for the same rows."""
         inserted = 0
         again = f":{attempt}" if attempt else ""
         for batch in rows:
@@ -311,27 +313,27 @@ class _Restore:
             inserted += batch.num_rows
         return inserted
 
-    def _put_in_place(self, found: _Found, wanted: Content) -> None:
-        """Let the archive's rows take the place of an hour's rows: collected beside, compared, exchanged."""
-        name, hour = found.dataset.name, found.hour
+    def _replace_rows(self, copies: _HourCopies, wanted: Content) -> None:
+        """Replace an hour's rows by the archive's: collect them in a staging table, compare, swap."""
+        name, hour = copies.dataset.name, copies.hour
         staging = _staging(name)
-        span = partitions.Span(found.dataset.time, hour, hour + HOUR)
+        span = partitions.Span(copies.dataset.time, hour, hour + HOUR)
         with partitions.replacing_span(self._client, name, f"{hour:%Y%m%d}", span, staging):
-            self._insert(staging, hour, found.cold())
-            if (collected := _content(found.hot(staging))) != wanted:
+            self._insert(staging, hour, copies.cold())
+            if (collected := _content(copies.hot(staging))) != wanted:
                 raise StoreRefused(
-                    f"{found}: {collected.rows:,} of {wanted.rows:,} rows went into {staging}. ClickHouse has"
-                    " its rows as before; run this again."
+                    f"{copies}: {collected.rows:,} of {wanted.rows:,} rows were inserted into {staging}."
+                    " ClickHouse's rows are unchanged; run this again."
                 )
-        if not (there := _content(found.hot())).agrees_with(wanted):
+        if not (hot_content := _content(copies.hot())).agrees_with(wanted):
             raise StoreRefused(
-                f"{found}: ClickHouse has {there.rows:,} rows after they were replaced, the archive"
+                f"{copies}: ClickHouse has {hot_content.rows:,} rows after they were replaced, the archive"
                 f" {wanted.rows:,}. Run this again."
             )
 
 
 @dataclass(frozen=True)
-class _Found:
+class _HourCopies:
     """A dataset's hour, in the archive and in ClickHouse."""
 
     client: clickhouse.Client
@@ -350,72 +352,76 @@ class _Found:
 
     def cold(self) -> Iterator[pa.Table]:
         """The archive's rows that ClickHouse must have."""
-        return (_without(table, self.left_to_loaders) for table in self.archived())
+        return (_exclude_unloaded(table, self.left_to_loaders) for table in self.archived())
 
     def hot(self, table: str | None = None) -> Iterator[pa.Table]:
-        """Those that ClickHouse has, in the dataset's table or in another one."""
+        """The rows that ClickHouse has, in the dataset's table or in another one."""
         tables = hot_hour.tables(self.client, self.dataset, self.hour, table)
-        return (_without(each, self.left_to_loaders) for each in tables)
+        return (_exclude_unloaded(rows, self.left_to_loaders) for rows in tables)
 
 
-# -- which rows are where ----------------------------------------------------------------------
+# -- comparing rows ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Apart:
+class _Difference:
     """How the archive's rows and ClickHouse's differ."""
 
     lacking: U64
     """Checksums of the rows that ClickHouse lacks, ascending."""
     times: U64
-    """How often it lacks each of them."""
+    """How many copies of each it lacks."""
     others: int
-    """Rows of ClickHouse that the archive does not have, or not so often."""
+    """Rows of ClickHouse that the archive does not have, or has fewer times."""
 
     def missing(self, tables: Iterable[pa.Table], *, placed: bool) -> Iterator[pa.Table]:
-        """Take from the archive's tables the rows that ClickHouse lacks."""
+        """Yield those rows of the archive's tables that ClickHouse lacks."""
         wanted = self.times.copy()
         for table in tables:
             numbers = checksum.row_numbers(table, placed=placed)
             order = np.argsort(numbers, kind="stable")
             values, first, counts = np.unique(numbers[order], return_index=True, return_counts=True)
             at = np.minimum(np.searchsorted(self.lacking, values), len(self.lacking) - 1)
-            found = self.lacking[at] == values
-            take = np.where(found, np.minimum(wanted[at], counts.astype(np.uint64)), np.uint64(0))
-            wanted[at[found]] -= take[found]
+            is_lacking = self.lacking[at] == values
+            take = np.where(
+                is_lacking, np.minimum(wanted[at], counts.astype(np.uint64)), np.uint64(0)
+            )
+            wanted[at[is_lacking]] -= take[is_lacking]
             rank = np.arange(len(order)) - np.repeat(first, counts)
             taken = np.sort(order[rank < np.repeat(take, counts).astype(np.int64)])
             if len(taken):
                 yield table.take(pa.array(taken))
 
 
-def _compare(found: _Found, wanted: Content, there: Content) -> _Apart:
+def _compare(copies: _HourCopies, wanted: Content, hot_content: Content) -> _Difference:
     """Compare the rows of both as multisets, some of the checksums' range at a time."""
-    placed = _both_placed(wanted, there)
-    passes = 1 + max(wanted.rows, there.rows) // ROWS_COMPARED
+    placed = _both_placed(wanted, hot_content)
+    passes = 1 + max(wanted.rows, hot_content.rows) // COMPARED_ROWS
     lacking, times, others = [], [], 0
     for part in range(passes):
-        archived, archived_times = _counted(found.cold(), part, passes, placed=placed)
-        held, held_times = _counted(found.hot(), part, passes, placed=placed)
-        common = np.zeros(len(archived), np.uint64)
-        if len(held):
-            at = np.minimum(np.searchsorted(held, archived), len(held) - 1)
-            common = np.where(held[at] == archived, np.minimum(held_times[at], archived_times), 0)
-        others += int(held_times.sum()) - int(common.sum())
-        short = archived_times > common
-        lacking.append(archived[short])
-        times.append((archived_times - common)[short])
+        cold, cold_times = _counted(copies.cold(), part, passes, placed=placed)
+        hot, hot_times = _counted(copies.hot(), part, passes, placed=placed)
+        common = np.zeros(len(cold), np.uint64)
+        if len(hot):
+            at = np.minimum(np.searchsorted(hot, cold), len(hot) - 1)
+            common = np.where(hot[at] == cold, np.minimum(hot_times[at], cold_times), 0)
+        others += int(hot_times.sum()) - int(common.sum())
+        short = cold_times > common
+        lacking.append(cold[short])
+        times.append((cold_times - common)[short])
     order = np.argsort(joined := np.concatenate(lacking))
-    return _Apart(joined[order], np.concatenate(times)[order], others)
+    return _Difference(joined[order], np.concatenate(times)[order], others)
 
 
 def _counted(
     tables: Iterable[pa.Table], part: int, passes: int, *, placed: bool
 ) -> tuple[U64, U64]:
-    """The different row checksums of one part of their range, ascending, and how often each comes."""
+    """The distinct row checksums with residue `part` modulo `passes`, ascending, and their counts."""
     numbers = [checksum.row_numbers(table, placed=placed) for table in tables]
-    mine = [each[each % np.uint64(passes) == part] for each in numbers]
-    values, times = np.unique(np.concatenate([np.zeros(0, np.uint64), *mine]), return_counts=True)
+    selected = [sums[sums % np.uint64(passes) == part] for sums in numbers]
+    values, times = np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *selected]), return_counts=True
+    )
     return values, times.astype(np.uint64)
 
 
@@ -425,14 +431,14 @@ def _both_placed(one: Content, other: Content) -> bool:
 
 
 def _content(tables: Iterable[pa.Table]) -> Content:
-    found = Content()
+    content = Content()
     for table in tables:
-        found += checksum.content(table)
-    return found
+        content += checksum.content(table)
+    return content
 
 
-def _without(table: pa.Table, left_to_loaders: Mapping[int, int]) -> pa.Table:
-    """The rows of records that are loaded. Rows without a record are left out, too: nothing tells of them."""
+def _exclude_unloaded(table: pa.Table, left_to_loaders: Mapping[int, int]) -> pa.Table:
+    """The rows of loaded records. Rows without a record are excluded, too: whether they are loaded is unknown."""
     if not left_to_loaders:
         return table
     keep = pc.is_valid(table["record"])
@@ -444,15 +450,19 @@ def _without(table: pa.Table, left_to_loaders: Mapping[int, int]) -> pa.Table:
     return table.filter(keep)
 
 
-def _differs(dataset: Dataset, hour: datetime, wanted: Content, apart: _Apart) -> str:
+def _differs(dataset: Dataset, hour: datetime, wanted: Content, difference: _Difference) -> str:
     return (
-        f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC: ClickHouse has {apart.others:,} rows that the archive"
-        f" does not have, and lacks {int(apart.times.sum()):,} of its {wanted.rows:,}. Nothing was changed."
+        f"{dataset.name} of {hour:%Y-%m-%d %H:00} UTC: ClickHouse has {difference.others:,} rows that the archive"
+        f" does not have, and lacks {int(difference.times.sum()):,} of its {wanted.rows:,}. Nothing was changed."
         f" To have the archive's rows: kalshi-platform restore --hours {hour:%Y-%m-%d-%H} --replace."
     )
 
 
 def refusals(done: Sequence[Restored], *, asked_for: bool) -> list[str]:
-    """Sentences about what is not restored; `asked_for`: hours were named, so that none may be missing."""
-    passed_over = set() if asked_for else {Verdict.OPEN, Verdict.EXPIRED}
-    return [it.what for it in done if not it.verdict.is_there and it.verdict not in passed_over]
+    """Sentences about hours that were not restored; `asked_for`: hours were named, so none may be skipped."""
+    skipped = set() if asked_for else {Verdict.OPEN, Verdict.EXPIRED}
+    return [
+        restored.what
+        for restored in done
+        if not restored.verdict.in_clickhouse and restored.verdict not in skipped
+    ]

@@ -1,9 +1,9 @@
-"""Where the loading of a journal into a store goes on, by what the store, the cursor and the journal say.
+"""Decides where loading a journal into a store resumes, from the store's ledger, the cursor and the journal.
 
-The store's own record comes first: it was written there, in order, with the rows. It is held against the
-starts of this recorder, so that rows of a copy that recorded elsewhere are not taken for this journal's.
-A cursor that disagrees, or a store that keeps no record, is settled by traces (`traces.py`): whether the
-rows of a few records before and after a place are in the store. No I/O here.
+The ledger comes first: it was written to the store in order with the rows. It is compared with the starts of
+this recorder, so that the rows of a copy that recorded elsewhere are not taken for this journal's. Where the
+cursor disagrees, or the store has no ledger, traces decide (see `traces`): whether the rows of a few records
+before and after a log offset are in the store. No I/O here; the loader does it.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from kalshi_platform.loading.cursor import Cursor
 
 
 class Unresolved(PlatformError):
-    """Where loading goes on is not known, and going on anywhere could double rows or leave some out."""
+    """It is not known where loading resumes; resuming anywhere could duplicate rows or leave some out."""
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """A journal, and this start of its recorder."""
+    """A journal and the current start of its recorder."""
 
     journal: uuid.UUID
     starts: frozenset[tuple[int, str]]
-    """Those that this folder knows, the present one included."""
+    """The starts that this folder knows, including the current one."""
     current: tuple[int, str]
     began: int
-    """The first record of the present start."""
+    """The first record of the current start."""
     ended: int
-    """The number after the last record before it."""
+    """The number after the last record before the current start."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where loading goes on."""
+    """Where loading resumes."""
 
     loaded_to: int
     """The store holds every record before this."""
     planned_to: int
-    """And perhaps rows of records before this, written as one range."""
+    """The store may hold rows of records before this, written as one range."""
     why: str = ""
     """What did not agree, as a clause; empty where everything did."""
     certain: bool = True
-    """Whether no trace has to be looked for."""
+    """False where traces have to confirm it."""
 
 
-def by_store(entries: Sequence[Entry], recorder: Recorder, store: str) -> Point | None:
-    """Where the store says that loading goes on; None where it does not know the journal.
+def from_ledger(entries: Sequence[Entry], recorder: Recorder, store: str) -> Point | None:
+    """Where loading resumes according to the store's ledger; None where it has no entry of the journal.
 
-    Raises `Superseded` where another recorder of this journal has the store, or rows of another one have
-    the numbers of records that are here.
+    Raises: `Superseded` where another recorder of this journal loads into the store, or where rows of another
+    recorder have record numbers of this folder.
     """
     if not entries:
         return None
@@ -67,7 +67,7 @@ def by_store(entries: Sequence[Entry], recorder: Recorder, store: str) -> Point 
         if foreign:
             raise superseded(recorder.journal, latest, store)
         return Point(known.loaded_to, known.planned_to)
-    if recorder.ended <= known.loaded_to:  # all that was here before this start is there
+    if recorder.ended <= known.loaded_to:  # the store has every record before this start
         reached = max(entry.planned_to for entry in entries)
         if recorder.began < reached or recorder.current < latest.start:
             raise _numbers_taken(recorder, latest, reached, store)
@@ -80,8 +80,8 @@ def by_store(entries: Sequence[Entry], recorder: Recorder, store: str) -> Point 
     return Point(known.loaded_to, known.planned_to)
 
 
-def held_against(point: Point, cursor: Cursor | None, why_none: str = "") -> Point:
-    """The store's point, with what the cursor says to it."""
+def compare_with_cursor(point: Point, cursor: Cursor | None, why_none: str = "") -> Point:
+    """Compare the ledger's point with the cursor; the result is uncertain where they disagree."""
     if cursor is None:
         return replace(point, why=point.why or why_none, certain=False)
     committed = cursor.committed[2]
@@ -90,7 +90,7 @@ def held_against(point: Point, cursor: Cursor | None, why_none: str = "") -> Poi
     if point.why or committed in expected or (planned in expected and committed < point.loaded_to):
         return point
     where = "behind" if committed < point.loaded_to else "ahead of"
-    why = f"the cursor, at record {committed}, is {where} the store's own record"
+    why = f"the cursor, at record {committed}, is {where} the store's ledger"
     return replace(point, why=why, certain=False)
 
 
@@ -99,7 +99,7 @@ def _numbers_taken(recorder: Recorder, latest: Entry, reached: int, store: str) 
     return Superseded(
         f"{store} holds records of journal {recorder.journal} up to {reached}, loaded{where}, and the"
         f" journal here ended at {recorder.ended} before this start: it is a copy, or was restored from a"
-        f" backup, while {store} could not be asked. Records from {recorder.began} on are in the journal"
-        " and not loaded. Stop this recorder and run kalshi-platform adopt: it goes on as a recorder of"
-        " its own."
+        f" backup, while {store} could not be reached. Records from {recorder.began} on are in the journal"
+        " and not loaded. Stop this recorder and run kalshi-platform adopt: it continues as an independent"
+        " recorder."
     )

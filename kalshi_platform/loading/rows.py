@@ -1,9 +1,14 @@
-"""Decoded frames and the books so far to rows for the stores, in columns.
+"""Builds rows for the stores, in columns, from decoded frames and the books before them.
 
-`build_rows` is a pure function of a journal range and the state at its beginning: cutting a range in
-two gives the same event rows and the same state as taking it whole, which is what makes loading
-twice harmless. The rules are those of `exchange.book.Book`, the reference that the tests compare
-with; here the size after an event is a running sum within (book, snapshot, side, price).
+`build_rows` is a pure function of a journal range and the state at its beginning. Splitting a range gives the
+same event rows and the same final state, so loading a range twice is harmless. The rules are those of
+`exchange.book.Book`, the reference implementation that the tests compare with. The size after an event is
+computed as a running sum within (book, snapshot, side, price).
+
+Few events change whether a book is synced: these *transitions* are taken out of the columns and applied one by
+one by `_BookTracker`, which keeps connections and books and adds the gap rows that capture could not write.
+
+Decoding belongs in `exchange.columnar`, the state in `book_state`, writing in `sinks`.
 """
 
 from __future__ import annotations
@@ -54,12 +59,12 @@ from kalshi_platform.utc_hours import HOUR_NS, floor_hour, hour_start_ns, time_o
 _StreamRow = tuple[Any, ...]
 """A row of stream_events, as `STREAM` has it."""
 MARKER, LEVEL, DELTA = 0, 1, 2
-CARRY = -1
+CARRIED = -1
 
 
 @dataclass(frozen=True)
 class StaleBook:
-    """A book found to be wrong; capture asks for its snapshot."""
+    """A book found to be stale while building rows; capture requests its snapshot."""
 
     market_ticker: str
     cause: str
@@ -68,63 +73,65 @@ class StaleBook:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a journal range comes to, in the stores' own columns."""
+    """The rows of a journal range, in the stores' columns."""
 
     first_n: int
     end_n: int
     tables: dict[str, pa.Table]
     """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
-    latest_levels. Where a range's stream_events are, what comes before them is, too."""
+    latest_levels. A store that has a range's stream_events also has the datasets before them."""
     stale_books: tuple[StaleBook, ...] = ()
 
     @cached_property
     def count(self) -> int:
-        """How many rows of what is recorded there are; what only mirrors them is left out."""
+        """The number of rows of archived datasets; derived tables are not counted."""
         return sum(t.num_rows for name, t in self.tables.items() if DATASETS[name].archived)
 
     @cached_property
     def bytes(self) -> int:
-        """What they hold in memory."""
+        """The memory that the tables take, in bytes."""
         return sum(int(table.nbytes) for table in self.tables.values())
 
     def of(self, datasets: Container[str]) -> Rows:
-        """The same, of these datasets only."""
+        """The rows of these datasets only."""
         kept = {name: table for name, table in self.tables.items() if name in datasets}
         return replace(self, tables=kept)
 
 
 def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows, BookState]:
-    """Rows of one range of a shard's journal, and the state after it.
+    """Build the rows of one range of a shard's journal; return them and the state after it.
 
-    The range is cut at `derivation.at_openings`. Where its first record enters an hour again, or the clock
-    was set back, the books before it are among the rows; those before a new hour are the load's to write.
-    Raises ValueError where the range does not begin where the state ends.
+    The range must be cut by `shared_rows.at_openings`. Where its first record enters an hour again, or the
+    clock was set back, the rows include a checkpoint of the books before it; the checkpoint before a new hour
+    is written by the loader.
+
+    Raises: ValueError where the range does not begin where the state ends.
     """
     if decoded.first_n != state.n:
         raise ValueError(
             f"the range begins at record {decoded.first_n}, the state ends at {state.n}"
         )
     if decoded.lost:
-        return _lost(decoded, state, shard)
+        return _lost_rows(decoded, state, shard)
     unread: list[_StreamRow] = []
     if decoded.unread is not None:
-        unread, state = _unread(decoded, decoded.unread, state)
+        unread, state = _unread_rows(decoded, decoded.unread, state)
     events, numbers = _events(decoded, state)
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
-    heard = _heard(decoded)
-    status = _Status(state, _last_heard(heard))
-    happenings = _happenings(decoded, events, markets)
-    if doubtful := _doubtful(decoded, state, heard):
-        happenings = sorted(_first_frames(decoded, doubtful) + happenings, key=itemgetter("n"))
-    happened = [*unread, *_still_unbased(decoded, state), *status.follow(happenings)]
+    last_frames = _last_frames(decoded)
+    tracker = _BookTracker(state, _last_receive_times(last_frames))
+    transitions = _transitions(decoded, events, markets)
+    if incomplete := _incomplete_connections(decoded, state, last_frames):
+        transitions = sorted(_first_frames(decoded, incomplete) + transitions, key=itemgetter("n"))
+    happened = [*unread, *_repeated_gaps(decoded, state), *tracker.apply(transitions)]
     clock = decoded.clock_after(state.clock)
-    status.forget(clock.newest_ns)
+    tracker.forget(clock.newest_ns)
     extra = pl.DataFrame(happened, schema=STREAM, orient="row")
     stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
         "n", maintain_order=True
     )
-    books = {ticker: status.books[ticker] for ticker in markets.touched if ticker in status.books}
+    books = {ticker: tracker.books[ticker] for ticker in markets.touched if ticker in tracker.books}
     final = _final_levels(sized, books, markets)
     changed = _changed_levels(events, sized, final, books, markets)
     rows = Rows(
@@ -133,26 +140,26 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
         {
             ORDERBOOK_EVENTS.name: _event_table(events.filter(pl.col("type") >= LEVEL), shard),
             TRADES.name: columnar_trades.table(decoded.trades, shard),
-            BOOK_CHECKPOINTS.name: _reopening(decoded, state, shard),
+            BOOK_CHECKPOINTS.name: _checkpoint_rows(decoded, state, shard),
             STREAM_EVENTS.name: _stream_table(stream, shard),
             LATEST_LEVELS.name: _latest_table(changed, state),
         },
-        tuple(status.stale_books),
+        tuple(tracker.stale_books),
     )
-    connections = _connections_after(status.connections, heard)
+    connections = _connections_after(tracker.connections, last_frames)
     return rows, BookState(
         decoded.end_n,
         clock,
         connections,
-        status.books,
-        _numbers_after(numbers, status.books),
-        _ladders_after(final, status.books, state, markets),
+        tracker.books,
+        _numbers_after(numbers, tracker.books),
+        _ladders_after(final, tracker.books, state, markets),
         state.partial & connections.keys(),
     )
 
 
-def _lost(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
-    """A hole of the journal: what its records said of which connection shows with their next frames."""
+def _lost_rows(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:
+    """The rows of a lost range: a gap row. Which connections it concerns shows with their next frames."""
     at = state.version or decoded.clock.newest_ns
     row = _journal_gap(decoded.first_n, at, decoded.first_n, decoded.end_n)
     empty = {
@@ -163,14 +170,14 @@ def _lost(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookSta
         STREAM_EVENTS.name: _stream_table(pl.DataFrame([row], schema=STREAM, orient="row"), shard),
         LATEST_LEVELS.name: LATEST_LEVELS.arrow.empty_table(),
     }
-    doubted = _after_lost_records(state, at)
-    return Rows(decoded.first_n, decoded.end_n, tables), replace(doubted, n=decoded.end_n)
+    stale = _after_lost_records(state, at)
+    return Rows(decoded.first_n, decoded.end_n, tables), replace(stale, n=decoded.end_n)
 
 
-def _unread(
+def _unread_rows(
     decoded: Decoded, unread: UnreadRange, state: BookState
 ) -> tuple[list[tuple[Any, ...]], BookState]:
-    """(a row that names the records of an overlapping segment that are not read, the state after them)"""
+    """Return (a gap row for the unread records of an overlapping segment, the state after them)."""
     at = state.version or decoded.clock.newest_ns
     row = _journal_gap(
         decoded.first_n,
@@ -184,7 +191,7 @@ def _unread(
 
 
 def _journal_gap(n: int, at_ns: int, first_n: int, end_n: int, **more: str) -> _StreamRow:
-    """A row that names records of the journal which are not loaded, told at record `n`."""
+    """A gap row at record `n` that names journal records which are not loaded."""
     detail = {
         "cause": DAMAGED,
         "channel": "journal",
@@ -197,44 +204,47 @@ def _journal_gap(n: int, at_ns: int, first_n: int, end_n: int, **more: str) -> _
 
 
 def _after_lost_records(state: BookState, at_ns: int) -> BookState:
-    """The state where any open connection may have had frames that are not loaded."""
+    """The state after records were lost: any open connection may have had frames among them."""
     connections = {}
-    for conn, it in state.connections.items():
-        since_ns = it.lost.since_ns if it.lost and it.lost.last else at_ns
-        connections[conn] = msgspec.structs.replace(it, lost=LostRecords(since_ns, it.seqs))
+    for conn, connection in state.connections.items():
+        lost = connection.lost
+        since_ns = lost.since_ns if lost and lost.last else at_ns
+        connections[conn] = msgspec.structs.replace(
+            connection, lost=LostRecords(since_ns, connection.seqs)
+        )
     return replace(state, connections=connections)
 
 
-def _reopens(decoded: Decoded, state: BookState) -> datetime | None:
-    """When the clock shows an hour again, or was set back within one."""
+def _checkpoint_time(decoded: Decoded, state: BookState) -> datetime | None:
+    """The time of the checkpoint due where the clock enters an hour again or was set back; else None."""
     at = state.clock.checkpoint_time(decoded.first_ns)
     return None if at is None or state.clock.is_new_hour(at) else at
 
 
-def _reopening(decoded: Decoded, state: BookState, shard: int) -> pa.Table:
-    at = _reopens(decoded, state)
+def _checkpoint_rows(decoded: Decoded, state: BookState, shard: int) -> pa.Table:
+    at = _checkpoint_time(decoded, state)
     return BOOK_CHECKPOINTS.arrow.empty_table() if at is None else checkpoint(state, at, shard)
 
 
-def _still_unbased(decoded: Decoded, state: BookState) -> Iterator[tuple[Any, ...]]:
-    """Books without a snapshot are in no checkpoint: where one reopens, their gaps are told once more."""
-    if (at := _reopens(decoded, state)) is None:
+def _repeated_gaps(decoded: Decoded, state: BookState) -> Iterator[tuple[Any, ...]]:
+    """Repeat the gaps of books without a snapshot at a checkpoint, which does not contain these books."""
+    if (at := _checkpoint_time(decoded, state)) is None:
         return
     hour_ns = hour_start_ns(floor_hour(at))
-    it = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
+    event = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
     for ticker, book in state.books.items():
         if not book.based and state.may_be_in(hour_ns, book):
             body = {"cause": "delta_before_snapshot"}
-            yield _row(it, book.conn, book.sid, "gap", body, ticker=ticker)
+            yield _row(event, book.conn, book.sid, "gap", body, ticker=ticker)
 
 
 # -- events ------------------------------------------------------------------------------------
 
 
 def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Snapshot markers, their levels and the deltas in the journal's order, on one price scale.
+    """Merge snapshot markers, their levels and the deltas in record order, on one price scale.
 
-    Beside them the number of each market, which is the column `market`, those of `state` included.
+    Also returns the market numbers (column `market`), including those of `state`.
     """
     common = ["n", "recv_ns", "conn", "sid", "seq", "market_id", "market_ticker"]
     no_level = [
@@ -278,13 +288,13 @@ def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str,
 
 
 def _on_yes_scale(decoded: Decoded, state: BookState) -> pl.Expr | None:
-    """Whether an event's no bids are quoted at 1 - p; None where none are.
+    """Whether an event's no bids are quoted at 1 - p; None where no connection quotes them so.
 
-    A connection whose beginning is not in the journal is taken to quote them as this platform asks.
+    A connection whose beginning is not in the journal is assumed to use the scale that the platform requests.
     """
-    opened = {conn: flag for _, conn, flag in _opened(decoded.stream)}
+    opened = {conn: flag for _, conn, flag in _new_connections(decoded.stream)}
     known = {conn: c.use_yes_price for conn, c in state.connections.items()} | opened
-    found = list(_rescaled(decoded.stream))
+    found = list(_scale_changes(decoded.stream))
     conns = [conn for conn, flag in known.items() if flag]
     if not conns and not found:
         return None
@@ -295,8 +305,8 @@ def _on_yes_scale(decoded: Decoded, state: BookState) -> pl.Expr | None:
     return on_yes
 
 
-def _rescaled(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
-    """From which record on a connection's no bids were found to be on which scale."""
+def _scale_changes(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
+    """Yield (record, connection, whether on the YES scale) for each change of scale."""
     of_scale = (pl.col("kind") == "gap") & pl.col("detail").str.contains(SCALE, literal=True)
     for n, conn, detail in stream.filter(of_scale).select("n", "conn", "detail").iter_rows():
         body = msgspec.json.decode(detail)
@@ -304,7 +314,7 @@ def _rescaled(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
             yield n, conn, bool(body["use_yes_price"])
 
 
-def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
+def _new_connections(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
     for n, conn, detail in (
         stream.filter(pl.col("kind") == "connected").select("n", "conn", "detail").iter_rows()
     ):
@@ -312,7 +322,7 @@ def _opened(stream: pl.DataFrame) -> Iterator[tuple[int, str, bool]]:
 
 
 class _Markets:
-    """Numbers for what the events and the books before them name: markets, connections, books.
+    """Integer codes for the markets, connections and books of the events and of the books before them.
 
     A book is a market on a connection.
     """
@@ -321,7 +331,7 @@ class _Markets:
         encoded = events["conn"].to_arrow().dictionary_encode()
         self._conns = {conn: i for i, conn in enumerate(encoded.dictionary.to_pylist())}
         self.touched: list[str] = events["market_ticker"].unique().to_list()
-        """Of tens of thousands of markets a range touches few: of the others nothing is asked here."""
+        """The markets with events: few of tens of thousands, so the others are not visited."""
         before = {ticker: state.books[ticker] for ticker in self.touched if ticker in state.books}
         for book in before.values():
             self._conns.setdefault(book.conn, len(self._conns))
@@ -329,50 +339,50 @@ class _Markets:
         market = events["market"]
         conn = pl.Series(encoded.indices).cast(pl.Int64)
         self.of_events = market * len(self._conns) + conn
-        """The book of each event."""
+        """The book code of each event."""
         self._before = np.full(len(numbers) and max(numbers.values()) + 1, -1)
-        """The book that each touched market had before, by the market's number; -1 where it had none."""
+        """The book that each touched market had before, by market number; -1 where it had none."""
         self._before[self.numbers(before).to_numpy()] = self.books(before)
         marker = events["type"] == MARKER
         self.any_snapshot = bool(marker.any())
         self.renewed = market.filter(marker | (self.of_events != self.before(market))).unique()
-        """The markets whose books begin anew in this range: by a snapshot, or on another connection."""
+        """The markets whose book is replaced in this range: by a snapshot, or on another connection."""
 
     def before(self, markets: pl.Series) -> pl.Series:
-        """The book that each of these markets had before; -1 where it had none."""
+        """The book code that each of these markets had before; -1 where it had none."""
         return pl.Series(self._before[markets.to_numpy()], dtype=pl.Int64)
 
     def books(self, books: Mapping[str, Book]) -> list[int]:
-        """The number of each. Raises KeyError for what no event touches."""
+        """The code of each book. Raises: KeyError for a market without events."""
         width = len(self._conns)
         return [self.numbering[t] * width + self._conns[book.conn] for t, book in books.items()]
 
     def numbers(self, tickers: Iterable[str]) -> pl.Series:
-        """The markets' numbers."""
+        """The numbers of these markets."""
         return pl.Series([self.numbering[ticker] for ticker in tickers], dtype=pl.Int64)
 
 
 def _with_sizes(
     events: pl.DataFrame, state: BookState, markets: _Markets
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(the events with `book` and `size`, the level's size after the event; what that is made from)
+    """Return (the events with `book` and `size`, the size of the level after the event; the working table).
 
-    The latter has a row for each event, and in front of them, as rows of type CARRY, the levels that
-    were there before: those that an event touches, and of a renewed book all, so that it is seen which
-    ones are gone. Its `ladder` is a book between two snapshots, its `standing` a level of that.
+    The working table has a row for each event and, before them, rows of type CARRIED for the levels that
+    existed before: those that an event touches, and all levels of a replaced book, so that dropped ones are
+    detected. A `ladder` is a book between two snapshots, a `standing` a level of a ladder.
     """
-    carry = state.ladders.of(events["level"].drop_nulls(), markets.renewed)
-    before = markets.before(carry.select(market_of(pl.col("level"))).to_series())
-    carry = carry.select(
+    carried = state.ladders.of(events["level"].drop_nulls(), markets.renewed)
+    before = markets.before(carried.select(market_of(pl.col("level"))).to_series())
+    carried = carried.select(
         pl.lit(None, pl.UInt32).alias("row"),
-        pl.lit(CARRY, pl.Int8).alias("type"),
+        pl.lit(CARRIED, pl.Int8).alias("type"),
         before.alias("book"),
         "level",
         pl.col("size").alias("qty"),
     )
     both = pl.concat(
         [
-            carry,
+            carried,
             events.select(
                 pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
                 "type",
@@ -385,12 +395,12 @@ def _with_sizes(
     both = both.with_columns(_ladders(both, any_snapshot=markets.any_snapshot).alias("ladder"))
     both = both.with_columns(on_ladder().alias("standing"))
     both = both.with_columns(pl.col("qty").cum_sum().over("standing").alias("size"))
-    sized = both.slice(carry.height)
+    sized = both.slice(carried.height)
     return events.with_columns(sized["book"], sized["size"]), both
 
 
 def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
-    """A number for each book as it stands between two snapshots; later ones have higher numbers."""
+    """A number for each book between two snapshots; later ones have higher numbers."""
     if not any_snapshot:
         return rows["book"]
     epoch = rows.select(
@@ -399,21 +409,21 @@ def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
     return codes(rows["book"]) * (1 + rows.height) + epoch  # more than any book's snapshots
 
 
-# -- which books can be believed ---------------------------------------------------------------
+# -- which books are synced --------------------------------------------------------------------
 
 DAMAGED = "journal_damaged"
-"""The cause of a gap whose frames had been received: the journal no longer has them."""
-_BREAKS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed")
+"""The cause of a gap whose frames had been received and are lost from the journal."""
+_STALE_KINDS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed")
 
 
-def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
-    """The few events that change what is believed of a book, in order."""
+def _transitions(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
+    """The few events that change whether a book is synced, in record order."""
     columns = ["n", "recv_ns", "conn", "sid", "seq", "kind", "market_ticker", "market_id", "detail"]
     nothing = [pl.lit("").alias("market_id")]
-    breaks = decoded.stream.filter(pl.col("kind").is_in(_BREAKS)).with_columns(nothing)
+    breaks = decoded.stream.filter(pl.col("kind").is_in(_STALE_KINDS)).with_columns(nothing)
     deltas = events.filter(pl.col("type") == DELTA)
     if markets.renewed.is_empty() and breaks.is_empty():
-        first = deltas.clear()  # all of books that are known, and nothing in between
+        first = deltas.clear()  # no new book and no interruption: every delta is of a known book
     else:
         first = deltas.unique(subset="book", keep="first", maintain_order=True)
     below_zero = deltas.filter(pl.col("size") < 0)
@@ -427,7 +437,7 @@ def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> li
         first.with_columns(pl.lit("delta").alias("kind"), pl.lit("").alias("detail")),
         below_zero.with_columns(pl.lit("below_zero").alias("kind"), level),
     ]
-    # Of one frame, "delta" goes before "below_zero": a book is met before it is judged.
+    # Within one frame, "delta" precedes "below_zero": the book must exist before it can become stale.
     return (
         pl.concat([part.select(columns) for part in parts])
         .sort("n", maintain_order=True)
@@ -435,17 +445,17 @@ def _happenings(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> li
     )
 
 
-def _doubtful(
-    decoded: Decoded, state: BookState, heard: list[tuple[str, int, int, int]]
+def _incomplete_connections(
+    decoded: Decoded, state: BookState, last_frames: list[tuple[str, int, int, int]]
 ) -> set[str]:
-    """Connections of which the journal may lack frames: records were lost, or its beginning is not there."""
-    known = state.connections.keys() | {conn for _, conn, _ in _opened(decoded.stream)}
-    lost = {conn for conn, it in state.connections.items() if it.lost is not None}
-    return {conn for conn, _, seq, _ in heard if conn in lost or (seq and conn not in known)}
+    """Connections of which the journal may lack frames: records were lost, or their beginning is missing."""
+    known = state.connections.keys() | {conn for _, conn, _ in _new_connections(decoded.stream)}
+    lost = {conn for conn, event in state.connections.items() if event.lost is not None}
+    return {conn for conn, _, seq, _ in last_frames if conn in lost or (seq and conn not in known)}
 
 
 def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
-    """The first numbered frame of each sid of these connections, as happenings."""
+    """The first numbered frame of each sid of these connections, as transitions."""
     columns = ["n", "recv_ns", "conn", "sid", "seq"]
     frames = pl.concat(
         frame.select(columns).filter(pl.col("conn").is_in(conns), pl.col("seq") > 0)
@@ -458,71 +468,73 @@ def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-class _Status:
-    """Follows which connections are open and which books are verified."""
+class _BookTracker:
+    """Tracks which connections are open and which books are synced (`verified`)."""
 
     def __init__(self, state: BookState, last_heard: dict[str, int]) -> None:
         self.connections = dict(state.connections)
         self.books = dict(state.books)
         self._version = state.version
         self._last_heard = last_heard
-        """The newest receive time of each connection in the range."""
+        """The last receive time of each connection in the range."""
         self.stale_books: list[StaleBook] = []
 
-    def follow(self, happenings: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-        """Take the happenings in order; yields the stream rows that they call for."""
-        for it in happenings:
-            kind, conn, ticker = it["kind"], it["conn"], it["market_ticker"]
+    def apply(self, transitions: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+        """Apply the transitions in order; yield the stream rows that they require."""
+        for event in transitions:
+            kind, conn, ticker = event["kind"], event["conn"], event["market_ticker"]
             if kind == "first":
-                yield from self._first_frame(it)
+                yield from self._first_frame(event)
             elif kind == "snapshot":
                 self.books[ticker] = Book(
-                    conn, it["sid"], it["market_id"], based=True, verified=True
+                    conn, event["sid"], event["market_id"], based=True, verified=True
                 )
-                yield from self._arrived(it, conn, it["sid"])
+                yield from self._snapshot_arrived(event, conn, event["sid"])
             elif kind == "delta":
-                yield from self._first_delta(it)
+                yield from self._first_delta(event)
             elif kind == "below_zero":
-                yield from self._below_zero(it)
+                yield from self._below_zero(event)
             elif kind == "connected":
-                yield from self._connected(it)
+                yield from self._connected(event)
             elif kind == "disconnected":
-                yield from self._disconnected(it)
+                yield from self._disconnected(event)
             elif kind == "started":
                 for open_conn in list(self.connections):
-                    yield from self._end(it, open_conn, "the recorder ended without closing")
+                    yield from self._end_connection(
+                        event, open_conn, "the recorder ended without closing"
+                    )
             elif kind == "left":
-                yield from self._left(it)
+                yield from self._left(event)
             elif kind == "malformed":
-                yield from self._malformed(it)
+                yield from self._malformed(event)
             elif kind in {"gap", "unsubscribed"}:
-                self._lapse(it)
+                self._apply_gap(event)
 
-    def _lapse(self, it: dict[str, Any]) -> None:
-        """A gap, or the end of a subscription: of one market, or of all of a subscription."""
-        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
-        if it["kind"] == "gap" and ticker:
-            self._doubt(ticker)
+    def _apply_gap(self, event: dict[str, Any]) -> None:
+        """Apply a gap, or the end of a subscription: mark one market's book or all of the sid's stale."""
+        ticker, conn, sid = event["market_ticker"], event["conn"], event["sid"]
+        if event["kind"] == "gap" and ticker:
+            self._mark_stale(ticker)
             return
-        self._rescale(it)
-        self._doubt(*(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)))
+        self._update_scale(event)
+        self._mark_stale(*(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)))
 
-    def _left(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        if (book := self.books.get(it["market_ticker"])) is not None:
-            ended_ns = book.ended_ns or self._clock_ns(it)
+    def _left(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        if (book := self.books.get(event["market_ticker"])) is not None:
+            ended_ns = book.ended_ns or self._clock_ns(event)
             left = msgspec.structs.replace(book, verified=False, left=True, ended_ns=ended_ns)
-            self.books[it["market_ticker"]] = left
-            yield from self._arrived(it, book.conn, book.sid)
+            self.books[event["market_ticker"]] = left
+            yield from self._snapshot_arrived(event, book.conn, book.sid)
 
-    def _first_frame(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """The next frame of a sid after lost records, or the first one of a connection without beginning."""
-        conn, sid, got = it["conn"], it["sid"], it["seq"]
+    def _first_frame(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply the next frame of a sid after lost records, or the first one of a connection without a beginning."""
+        conn, sid, got = event["conn"], event["sid"], event["seq"]
         connection = self.connections.get(conn)
         if connection is None:
-            yield from self._end_lost(it)
-            connection = Connection(False, it["recv_ns"], {}, LostRecords(it["recv_ns"], {}))
+            yield from self._end_incomplete(event)
+            connection = Connection(False, event["recv_ns"], {}, LostRecords(event["recv_ns"], {}))
             body = {"use_yes_price": False, "assumed": "its beginning is not in the journal"}
-            yield _row(it, conn, 0, "connected", body)
+            yield _row(event, conn, 0, "connected", body)
         if (lost := connection.lost) is None or (sid in connection.seqs and sid not in lost.last):
             return
         expected = lost.last.get(sid, 0) + 1
@@ -541,23 +553,25 @@ class _Status:
             "expected": expected,
             "got": got,
             "missing": got - expected,
-            "span_s": round((it["recv_ns"] - lost.since_ns) / 1e9, 6),
+            "span_s": round((event["recv_ns"] - lost.since_ns) / 1e9, 6),
         }
-        yield _row(it, conn, sid, "gap", detail)
-        self._doubt(*markets)
-        self.stale_books += [StaleBook(t, DAMAGED, {"record": it["n"]}) for t in markets]
+        yield _row(event, conn, sid, "gap", detail)
+        self._mark_stale(*markets)
+        self.stale_books += [StaleBook(t, DAMAGED, {"record": event["n"]}) for t in markets]
         if markets:
-            gap = OpenGap(expected, got, it["recv_ns"], len(markets), frozenset(markets))
+            gap = OpenGap(expected, got, event["recv_ns"], len(markets), frozenset(markets))
             gaps = connection.gaps | {sid: gap}
             self.connections[conn] = msgspec.structs.replace(connection, lost=left, gaps=gaps)
 
-    def _arrived(self, it: dict[str, Any], conn: str, sid: int) -> Iterator[tuple[Any, ...]]:
-        """A book has its snapshot, or is no longer followed: perhaps a gap waited for it."""
+    def _snapshot_arrived(
+        self, event: dict[str, Any], conn: str, sid: int
+    ) -> Iterator[tuple[Any, ...]]:
+        """Close a gap where the last book it waits for got its snapshot or is no longer followed."""
         connection = self.connections.get(conn)
         gap = connection.gaps.get(sid) if connection is not None else None
-        if connection is None or gap is None or it["market_ticker"] not in gap.waiting:
+        if connection is None or gap is None or event["market_ticker"] not in gap.waiting:
             return
-        waiting = gap.waiting - {it["market_ticker"]}
+        waiting = gap.waiting - {event["market_ticker"]}
         gaps = {other: g for other, g in connection.gaps.items() if other != sid}
         if waiting:
             gaps[sid] = msgspec.structs.replace(gap, waiting=waiting)
@@ -566,83 +580,85 @@ class _Status:
                 "expected": gap.expected,
                 "got": gap.got,
                 "markets": gap.markets,
-                "seconds": round((it["recv_ns"] - gap.since_ns) / 1e9, 6),
+                "seconds": round((event["recv_ns"] - gap.since_ns) / 1e9, 6),
             }
-            yield _row(it, conn, sid, "resynced", detail)
+            yield _row(event, conn, sid, "resynced", detail)
         self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
 
-    def _connected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        yield from self._end_lost(it)
-        flag = bool(msgspec.json.decode(it["detail"])["use_yes_price"])
-        self.connections[it["conn"]] = Connection(flag, it["recv_ns"], {})
+    def _connected(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        yield from self._end_incomplete(event)
+        flag = bool(msgspec.json.decode(event["detail"])["use_yes_price"])
+        self.connections[event["conn"]] = Connection(flag, event["recv_ns"], {})
 
-    def _end_lost(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """A shard has one connection at a time: where another begins, those before have ended, and it
-        was in lost records that they did."""
+    def _end_incomplete(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """End connections whose end is in lost records: a shard has one connection at a time, so they ended
+        before another began."""
         cause = "its end is not in the journal"
         lost = [conn for conn, open_ in self.connections.items() if open_.lost is not None]
         for conn in lost:
-            yield from self._end(it, conn, cause)
+            yield from self._end_connection(event, conn, cause)
 
-    def _end(self, it: dict[str, Any], conn: str, cause: str) -> Iterator[tuple[Any, ...]]:
-        """The end of a connection that nobody has written down."""
+    def _end_connection(
+        self, event: dict[str, Any], conn: str, cause: str
+    ) -> Iterator[tuple[Any, ...]]:
+        """End a connection for which no disconnect event was recorded."""
         connection = self.connections[conn]
         last_ns = max(connection.last_recv_ns, self._last_heard.get(conn, 0))
         detail = {
             "cause": cause,
             "last_frame": datetime.fromtimestamp(last_ns // 1_000_000_000, UTC).isoformat(),
-            "span_s": round((it["recv_ns"] - last_ns) / 1e9, 6),
+            "span_s": round((event["recv_ns"] - last_ns) / 1e9, 6),
         }
-        yield _row(it, conn, 0, "disconnected", detail)
-        yield from self._unheard(it, conn, cause, last_ns)
-        self._close(it, conn)
+        yield _row(event, conn, 0, "disconnected", detail)
+        yield from self._unheard_row(event, conn, cause, last_ns)
+        self._close(event, conn)
 
-    def _disconnected(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """The end of a connection that capture wrote down: it may have been dead before that."""
-        body = msgspec.json.decode(it["detail"])
+    def _disconnected(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply a recorded disconnect; the connection may have been silent before it."""
+        body = msgspec.json.decode(event["detail"])
         if span_s := float(body.get("span_s", 0)):
-            last_ns = it["recv_ns"] - round(span_s * 1e9)
-            yield from self._unheard(it, it["conn"], body["cause"], last_ns)
-        self._close(it, it["conn"])
+            last_ns = event["recv_ns"] - round(span_s * 1e9)
+            yield from self._unheard_row(event, event["conn"], body["cause"], last_ns)
+        self._close(event, event["conn"])
 
-    def _unheard(
-        self, it: dict[str, Any], conn: str, cause: str, last_ns: int
+    def _unheard_row(
+        self, event: dict[str, Any], conn: str, cause: str, last_ns: int
     ) -> Iterator[tuple[Any, ...]]:
-        """What an earlier hour is to know of an end that is written down in a later one: a row in it."""
-        if conn in self.connections and last_ns // HOUR_NS < it["recv_ns"] // HOUR_NS:
-            detail = {"cause": cause, "until": time_of_ns(it["recv_ns"]).isoformat()}
-            yield _row({**it, "recv_ns": last_ns}, conn, 0, "unheard", detail)
+        """Yield an `unheard` row for an earlier hour in which the connection had already fallen silent."""
+        if conn in self.connections and last_ns // HOUR_NS < event["recv_ns"] // HOUR_NS:
+            detail = {"cause": cause, "until": time_of_ns(event["recv_ns"]).isoformat()}
+            yield _row({**event, "recv_ns": last_ns}, conn, 0, "unheard", detail)
 
-    def _first_delta(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """The first delta of a book in this range: it may be of a book that has no snapshot."""
-        known = self.books.get(it["market_ticker"])
-        if known is not None and known.conn == it["conn"]:
+    def _first_delta(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply the first delta of a book in this range: the book may have no snapshot."""
+        known = self.books.get(event["market_ticker"])
+        if known is not None and known.conn == event["conn"]:
             return
-        self.books[it["market_ticker"]] = Book(
-            it["conn"], it["sid"], it["market_id"], based=False, verified=False
+        self.books[event["market_ticker"]] = Book(
+            event["conn"], event["sid"], event["market_id"], based=False, verified=False
         )
-        yield self._gap(it, "delta_before_snapshot", {"seq": it["seq"]})
+        yield self._gap(event, "delta_before_snapshot", {"seq": event["seq"]})
 
-    def _below_zero(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        book = self.books.get(it["market_ticker"])
-        if book is None or not book.verified or book.conn != it["conn"]:
+    def _below_zero(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        book = self.books.get(event["market_ticker"])
+        if book is None or not book.verified or book.conn != event["conn"]:
             return
-        side, price, size = it["detail"].split("|")
+        side, price, size = event["detail"].split("|")
         detail = {
-            "seq": it["seq"],
+            "seq": event["seq"],
             "side": side,
             "price": dollars(int(price)),
             "size": contracts(int(size)),
         }
-        self.books[it["market_ticker"]] = msgspec.structs.replace(book, verified=False)
-        yield self._gap(it, "negative_level", detail)
+        self.books[event["market_ticker"]] = msgspec.structs.replace(book, verified=False)
+        yield self._gap(event, "negative_level", detail)
 
-    def _malformed(self, it: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """A delta or snapshot that cannot be read: its book, or every one of its sid, is stale."""
-        body = msgspec.json.decode(it["detail"])
+    def _malformed(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply an unreadable delta or snapshot: its book, or every book of its sid, is stale."""
+        body = msgspec.json.decode(event["detail"])
         if (of := body.get("of")) is None:
             return
-        ticker, conn, sid = it["market_ticker"], it["conn"], it["sid"]
+        ticker, conn, sid = event["market_ticker"], event["conn"], event["sid"]
         stale = [
             name
             for name in ([ticker] if ticker else list(self.books))
@@ -652,43 +668,47 @@ class _Status:
         ]
         if not stale:
             return
-        detail = {"cause": f"malformed_{of}", "seq": it["seq"], "reason": body["reason"]}
+        detail = {"cause": f"malformed_{of}", "seq": event["seq"], "reason": body["reason"]}
         if not ticker:
-            detail |= {"expected": it["seq"], "got": it["seq"] + 1, "missing": 1}
-        yield _row(it, conn, sid, "gap", detail, ticker=ticker)
-        self._doubt(*stale)
-        self.stale_books += [StaleBook(name, detail["cause"], {"seq": it["seq"]}) for name in stale]
+            detail |= {"expected": event["seq"], "got": event["seq"] + 1, "missing": 1}
+        yield _row(event, conn, sid, "gap", detail, ticker=ticker)
+        self._mark_stale(*stale)
+        self.stale_books += [
+            StaleBook(name, detail["cause"], {"seq": event["seq"]}) for name in stale
+        ]
 
-    def _rescale(self, it: dict[str, Any]) -> None:
-        """Keep the scale of no bids that a gap of cause `scale` names."""
-        connection = self.connections.get(it["conn"])
-        body = msgspec.json.decode(it["detail"]) if it["kind"] == "gap" else {}
+    def _update_scale(self, event: dict[str, Any]) -> None:
+        """Apply the scale of no bids that a gap of cause `scale` names."""
+        connection = self.connections.get(event["conn"])
+        body = msgspec.json.decode(event["detail"]) if event["kind"] == "gap" else {}
         if connection is not None and body.get("cause") == SCALE:
             flag = bool(body["use_yes_price"])
-            self.connections[it["conn"]] = msgspec.structs.replace(connection, use_yes_price=flag)
+            self.connections[event["conn"]] = msgspec.structs.replace(
+                connection, use_yes_price=flag
+            )
 
-    def _gap(self, it: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
-        self.stale_books.append(StaleBook(it["market_ticker"], cause, detail))
+    def _gap(self, event: dict[str, Any], cause: str, detail: dict[str, object]) -> tuple[Any, ...]:
+        self.stale_books.append(StaleBook(event["market_ticker"], cause, detail))
         body = {"cause": cause, **detail}
-        return _row(it, it["conn"], it["sid"], "gap", body, ticker=it["market_ticker"])
+        return _row(event, event["conn"], event["sid"], "gap", body, ticker=event["market_ticker"])
 
-    def _close(self, it: dict[str, Any], conn: str) -> None:
+    def _close(self, event: dict[str, Any], conn: str) -> None:
         self.connections.pop(conn, None)
         for ticker, book in self.books.items():
             if book.conn == conn:
-                ended_ns = book.ended_ns or self._clock_ns(it)
+                ended_ns = book.ended_ns or self._clock_ns(event)
                 self.books[ticker] = msgspec.structs.replace(
                     book, verified=False, ended_ns=ended_ns
                 )
 
-    def _clock_ns(self, it: dict[str, Any]) -> int:
-        """The receive time of a happening, or the newest before it where the clock was set back."""
-        return max(self._version, int(it["recv_ns"]))
+    def _clock_ns(self, event: dict[str, Any]) -> int:
+        """The receive time of a transition, or the latest before it where the clock was set back."""
+        return max(self._version, int(event["recv_ns"]))
 
     def forget(self, newest_ns: int) -> None:
-        """Forget what was left in an earlier hour than the newest, where its connection has ended, too.
+        """Drop markets that were left in an hour before the latest one and whose connection has ended.
 
-        Until then a checkpoint of a clock that was set back may have to name it.
+        Until then a checkpoint after the clock was set back may have to include them.
         """
         hour_ns = newest_ns // HOUR_NS * HOUR_NS
         self.books = {
@@ -697,7 +717,7 @@ class _Status:
             if not (book.left and book.conn not in self.connections and book.ended_ns < hour_ns)
         }
 
-    def _doubt(self, *tickers: str) -> None:
+    def _mark_stale(self, *tickers: str) -> None:
         for ticker in tickers:
             book = self.books.get(ticker)
             if book is not None and book.verified:
@@ -705,39 +725,45 @@ class _Status:
 
 
 def _row(
-    it: dict[str, Any], conn: str, sid: int, kind: str, detail: dict[str, Any], *, ticker: str = ""
+    event: dict[str, Any],
+    conn: str,
+    sid: int,
+    kind: str,
+    detail: dict[str, Any],
+    *,
+    ticker: str = "",
 ) -> tuple[Any, ...]:
-    """A row of stream_events at a happening."""
+    """A row of stream_events at a transition."""
     body = msgspec.json.encode(detail).decode()
-    return (it["n"], it["recv_ns"], conn, sid, 0, kind, ticker, body)
+    return (event["n"], event["recv_ns"], conn, sid, 0, kind, ticker, body)
 
 
-def _heard(decoded: Decoded) -> list[tuple[str, int, int, int]]:
-    """(connection, sid, last number, last receive time) of the frames of this range."""
+def _last_frames(decoded: Decoded) -> list[tuple[str, int, int, int]]:
+    """(connection, sid, last sequence number, last receive time) of the frames of this range."""
     frames = (decoded.deltas, decoded.snapshots, decoded.trades, decoded.stream)
     last = [
         pl.col("n").last(),
         pl.col("seq").max(),
         pl.col("recv_ns").last(),
-    ]  # notes have no number
+    ]  # notes have no sequence number
     parts = [frame.group_by("conn", "sid").agg(last) for frame in frames]
     both = pl.concat(parts).sort("n").group_by("conn", "sid", maintain_order=True).agg(last)
     return list(both.drop("n").iter_rows())
 
 
-def _last_heard(heard: list[tuple[str, int, int, int]]) -> dict[str, int]:
-    """Each connection's newest receive time, of whatever sid."""
+def _last_receive_times(last_frames: list[tuple[str, int, int, int]]) -> dict[str, int]:
+    """Each connection's last receive time over all sids."""
     newest: dict[str, int] = {}
-    for conn, _, _, recv_ns in heard:
+    for conn, _, _, recv_ns in last_frames:
         newest[conn] = max(newest.get(conn, 0), recv_ns)
     return newest
 
 
 def _connections_after(
-    connections: dict[str, Connection], heard: list[tuple[str, int, int, int]]
+    connections: dict[str, Connection], last_frames: list[tuple[str, int, int, int]]
 ) -> dict[str, Connection]:
     after = dict(connections)
-    for conn, sid, seq, recv_ns in heard:
+    for conn, sid, seq, recv_ns in last_frames:
         known = after.get(conn)
         if known is not None:
             seqs = known.seqs | {sid: seq} if seq else known.seqs
@@ -750,7 +776,7 @@ def _connections_after(
 
 
 def _final_levels(sized: pl.DataFrame, books: dict[str, Book], markets: _Markets) -> pl.DataFrame:
-    """The last row of every level of `books`, the touched markets' newest ones, size 0 included."""
+    """The last row of every level of `books` (the latest books of the touched markets), including size 0."""
     newest = pl.Series(markets.books(books), dtype=pl.Int64)
     rows = sized.filter(pl.col("book").is_in(newest.implode()))
     if markets.any_snapshot:
@@ -779,22 +805,22 @@ def _changed_levels(
     books: dict[str, Book],
     markets: _Markets,
 ) -> pl.DataFrame:
-    """What `latest_levels` must learn: levels that events touched, and those that a snapshot dropped.
+    """The changes for `latest_levels`: levels with events, and levels that a snapshot dropped.
 
-    `books` are those of the markets that events touched.
+    `books`: those of the markets with events.
     """
     based = markets.numbers(ticker for ticker, book in books.items() if book.based).implode()
     columns = ["market_id", "market_ticker", "side", "price", "size", "ts", "recv_ns"]
-    touched = final.filter((pl.col("type") != CARRY) & market_of(pl.col("level")).is_in(based))
+    touched = final.filter((pl.col("type") != CARRIED) & market_of(pl.col("level")).is_in(based))
     changed = events.select(columns)[touched["row"]]
-    if not markets.any_snapshot:  # nothing but a snapshot drops a level
+    if not markets.any_snapshot:  # only a snapshot drops levels
         return changed
     markers = (
         events.filter(pl.col("type") == MARKER)
         .unique(subset="market", keep="last", maintain_order=True)
         .select("market", pl.col("recv_ns").alias("dropped_ns"))
     )
-    gone = (
+    dropped_levels = (
         sized.filter(pl.col("type") != MARKER)
         .unique(subset="level", keep="last", maintain_order=True)
         .filter(~pl.col("level").is_in(final["level"].implode()))
@@ -802,7 +828,7 @@ def _changed_levels(
         .filter(market_of(pl.col("level")).is_in(based))
     )
     dropped = (
-        in_words(gone, books, markets.numbering)
+        in_words(dropped_levels, books, markets.numbering)
         .join(markers, on="market", maintain_order="left")
         .select(
             "market_id",
@@ -821,7 +847,7 @@ def _changed_levels(
 
 
 def _snapshot_rows(snapshots: pl.DataFrame) -> pl.DataFrame:
-    """One row for each snapshot, so that an empty one leaves a trace too."""
+    """One row for each snapshot, so that empty snapshots are recorded, too."""
     return snapshots.select(
         *["n", "recv_ns", "conn", "sid", "seq"],
         pl.lit("snapshot").alias("kind"),
@@ -874,8 +900,8 @@ def _stream_table(stream: pl.DataFrame, shard: int) -> pa.Table:
 
 
 def _latest_table(levels: pl.DataFrame, before: BookState) -> pa.Table:
-    """`version` is each level's own time: the book of another shard may be newer than this range's
-    beginning, and older than its end. It does not step back where the clock did."""
+    """Levels for `latest_levels`. `version` is the level's receive time, made monotonic: the book of another
+    shard may be newer than this range's beginning and older than its end."""
     version = levels["recv_ns"].clip(lower_bound=before.version).cast(pl.UInt64)
     return pa.Table.from_arrays(
         [

@@ -1,6 +1,6 @@
-"""What journal records leave in a store, to find out whether a store holds them without writing to it.
+"""Traces: rows that show whether a store holds given journal records, without writing to it.
 
-A trace is a row that follows from a record alone, without the books before it.
+A trace follows from its record alone, without the books before it. Querying a store for one belongs in `sinks`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from kalshi_platform.journal.reader import JournalError, RecordRange
 from kalshi_platform.loading.shared_rows import chunks, up_to
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
-NEAR_RECORDS = 4_096
-"""So many records before or after a place are looked at."""
+MAX_RECORDS = 4_096
+"""How many records before or after a log offset are searched for traces."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,39 @@ class Trace:
     recv_ns: int
 
 
-def before(folder: Path, n: int) -> list[Trace]:
-    """The last record before `n` of each dataset, as far as the journal has one near."""
-    first = max(n - NEAR_RECORDS, reader.oldest_offset(folder).n)
-    found: dict[str, Trace] = {}
-    for block in _blocks(folder, first, n):
-        found |= {trace.dataset: trace for trace in _traces(decode([block]), last=True)}
-    return list(found.values())
+def last_before(folder: Path, n: int) -> list[Trace]:
+    """The last record before `n` of each dataset, within `MAX_RECORDS`."""
+    first = max(n - MAX_RECORDS, reader.oldest_offset(folder).n)
+    by_dataset: dict[str, Trace] = {}
+    for records in _ranges_near(folder, first, n):
+        by_dataset |= {t.dataset: t for t in _traces(decode([records]), last=True)}
+    return list(by_dataset.values())
 
 
-def following(folder: Path, n: int) -> list[Trace]:
-    """The first record from `n` on of each dataset, as far as the journal has one near."""
-    found: dict[str, Trace] = {}
-    for block in _blocks(folder, n, n + NEAR_RECORDS):
-        found = {trace.dataset: trace for trace in _traces(decode([block]), last=False)} | found
-    return list(found.values())
+def first_from(folder: Path, n: int) -> list[Trace]:
+    """The first record from `n` on of each dataset, within `MAX_RECORDS`."""
+    by_dataset: dict[str, Trace] = {}
+    for records in _ranges_near(folder, n, n + MAX_RECORDS):
+        by_dataset = {t.dataset: t for t in _traces(decode([records]), last=False)} | by_dataset
+    return list(by_dataset.values())
 
 
-def _blocks(folder: Path, first: int, until: int) -> Iterator[RecordRange]:
+def _ranges_near(folder: Path, first: int, until: int) -> Iterator[RecordRange]:
     if first >= until:
         return
     try:
         near = up_to(until, reader.read(folder, reader.offset_of(folder, first)))
-        yield from (stretch for stretch in chunks(near) if isinstance(stretch, RecordRange))
+        yield from (part for part in chunks(near) if isinstance(part, RecordRange))
     except JournalError:
-        return  # the load reports damage; what was read before it is enough here
+        return  # the loader reports damage; the records before it suffice here
 
 
-def _traces(found: Decoded, *, last: bool) -> Iterator[Trace]:
+def _traces(decoded: Decoded, *, last: bool) -> Iterator[Trace]:
     columns = ["n", "conn", "sid", "seq", "market_ticker", "recv_ns"]
     for dataset, frame in (
-        (ORDERBOOK_EVENTS.name, found.deltas),
-        (TRADES.name, found.trades),
-        (STREAM_EVENTS.name, found.stream),
+        (ORDERBOOK_EVENTS.name, decoded.deltas),
+        (TRADES.name, decoded.trades),
+        (STREAM_EVENTS.name, decoded.stream),
     ):
         rows = frame.select(columns)
         for row in (rows.tail(1) if last else rows.head(1)).iter_rows():

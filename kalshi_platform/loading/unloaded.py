@@ -1,7 +1,7 @@
-"""What the journals of a data folder have and their loaders have not brought to ClickHouse yet.
+"""The records in a data folder's journals that their loaders have not brought to ClickHouse yet.
 
-A loader inserts the rows of these records itself, sooner or later. Whoever else inserts into ClickHouse
-while recorders run, or wait to go on, leaves these rows to it: then no row comes twice.
+A loader will insert the rows of these records. Any other writer to ClickHouse, such as `restore`, leaves these
+rows to it, so that no row is stored twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Shard:
     folder: Path
     scanned_to: int = 0
     newest: dict[datetime, int] = field(default_factory=dict)
-    """By hour, its last record among those that were scanned."""
+    """By hour, the last scanned record."""
 
 
 class Unloaded:
@@ -45,27 +45,29 @@ class Unloaded:
         self._shards: dict[int, _Shard] = {}
 
     def of(self, hour: datetime) -> Mapping[int, int]:
-        """The shards with records of `hour` that are not loaded yet, each with its first such record.
+        """The shards with records of `hour` that are not loaded yet, each with its first unloaded record.
 
-        That may be a record of another hour: all before it are loaded. Looks anew each time. Raises
-        `JournalError` where a journal cannot be read, `StoreError` where ClickHouse cannot be asked.
+        That record may belong to another hour: all records before it are loaded. Reads journals and ledgers
+        at each call.
+
+        Raises: `JournalError` where a journal cannot be read, `StoreError` where ClickHouse cannot be queried.
         """
-        found = {}
+        unloaded = {}
         for number in watermarks.shards(self._settings.journals_dir):
             folder = self._settings.journal_dir(number)
             shard = self._shards.setdefault(number, _Shard(number, folder))
             loaded_to = _loaded_to(self._settings, self._client, shard)
             _scan(shard, loaded_to)
             if shard.newest.get(hour, -1) >= loaded_to:
-                found[number] = loaded_to
-        return found
+                unloaded[number] = loaded_to
+        return unloaded
 
 
 def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> int:
-    """The record from which the shard's loader goes on in this ClickHouse: all before it are there.
+    """The record at which the shard's loader resumes in this ClickHouse; all records before it are stored.
 
-    As the loader itself decides (`resume`): by what ClickHouse says of the journal, else by the cursor. One
-    that is of another place, missing or damaged lets it begin with the journal, or stop and ask.
+    Decided as in `resume`: by ClickHouse's ledger, else by the cursor. With a cursor that is missing, damaged or
+    of another location the loader begins at the journal's beginning or stops.
     """
     beginning = reader.oldest_offset(shard.folder).n
     identity = journal_identity.read(shard.folder)
@@ -74,23 +76,23 @@ def _loaded_to(settings: Settings, client: clickhouse.Client, shard: _Shard) -> 
     ledger = TableLedger(shard.number, lambda: client, clickhouse_ledger.place(settings))
     if entries := ledger.entries(identity.id):
         return max(max(entries, key=lambda entry: entry.start).loaded_to, beginning)
-    found = cursor.read(shard.folder, "clickhouse", identity.id)
-    if isinstance(found, Cursor) and found.place in {"", clickhouse_ledger.place(settings)}:
-        return max(found.committed[2], beginning)
+    saved = cursor.read(shard.folder, "clickhouse", identity.id)
+    if isinstance(saved, Cursor) and saved.place in {"", clickhouse_ledger.place(settings)}:
+        return max(saved.committed[2], beginning)
     return beginning
 
 
 def _scan(shard: _Shard, loaded_to: int) -> None:
-    """Note the hours of the records from `loaded_to` on that were not scanned yet."""
+    """Scan the records from `loaded_to` on that were not scanned yet, and keep their hours."""
     begin = max(shard.scanned_to, loaded_to)
-    for stretch in reader.read(shard.folder, reader.offset_of(shard.folder, begin)):
-        shard.scanned_to = stretch.first_n + stretch.rows
-        if isinstance(stretch, LostRange):
+    for part in reader.read(shard.folder, reader.offset_of(shard.folder, begin)):
+        shard.scanned_to = part.first_n + part.rows
+        if isinstance(part, LostRange):
             continue
-        hours = stretch.batch.column("recv_ns").to_numpy() // _HOUR_NS
+        hours = part.batch.column("recv_ns").to_numpy() // _HOUR_NS
         values, last_from_end = np.unique(hours[::-1], return_index=True)
         for value, back in zip(values, last_from_end, strict=True):
             hour = hour_of_ns(int(value) * _HOUR_NS)
-            n = stretch.first_n + stretch.rows - 1 - int(back)
+            n = part.first_n + part.rows - 1 - int(back)
             shard.newest[hour] = max(shard.newest.get(hour, -1), n)
     shard.newest = {hour: n for hour, n in shard.newest.items() if n >= loaded_to}

@@ -250,12 +250,12 @@ class Streamer:
 
     def _choose_start(self, archive: Archive, known: JournalIdentity, free: int) -> StartPoint:
         settings, shard = self._settings, self._shard
-        stores: dict[str, numbering.Open] = {
+        stores: dict[str, numbering.OpenLedger] = {
             ParquetSink.name: lambda: ArchiveLedger(archive, shard)
         }
         if settings.use_clickhouse:
             stores[ClickHouseSink.name] = lambda: open_table_ledger(settings, shard)
-        return numbering.begin(self._folder, stores, known, free)
+        return numbering.choose_start(self._folder, stores, known, free)
 
     def _register_watermark(self, writer: Writer) -> None:
         try:
@@ -339,14 +339,14 @@ class Streamer:
         parquet = self._parquet = ParquetSink(
             archive, self._shard, self._reports.put, self._settings.journals_dir
         )
-        derivation = SharedRows(self._folder, self._shard)
+        shared_rows = SharedRows(self._folder, self._shard)
         loaders = [
             Loader(
                 self._folder,
                 writer,
                 parquet,
                 PARQUET_PACE,
-                derivation=derivation,
+                shared_rows=shared_rows,
                 on_stale_book=self._mark_book_stale,
                 observe=self._observe,
                 note=self._note,
@@ -366,7 +366,7 @@ class Streamer:
                     writer,
                     clickhouse,
                     CLICKHOUSE_PACE,
-                    derivation=derivation,
+                    shared_rows=shared_rows,
                     on_stale_book=self._mark_damaged_stale,
                     note=self._note,
                     presence=Presence(clickhouse.look, clickhouse.place),

@@ -80,7 +80,7 @@ def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.loader._patience", lambda _: 0.05)
     # Wait long enough for the attempt that finds the store reachable again.
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
 
 
 @pytest.fixture

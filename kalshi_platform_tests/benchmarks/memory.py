@@ -238,8 +238,8 @@ def _load_hour_end(settings: Settings, *, stops: bool) -> HourEnd:
     cold = _Cold(open_archive(settings), 0, lambda _: None)
     hot = _Hot(settings, str(writer.id))
     loads: dict[Loader, _Cold | _Hot] = {
-        Loader(folder, writer, cold, PARQUET_PACE, derivation=derivation): cold,
-        Loader(folder, writer, hot, CLICKHOUSE_PACE, derivation=derivation): hot,
+        Loader(folder, writer, cold, PARQUET_PACE, shared_rows=derivation): cold,
+        Loader(folder, writer, hot, CLICKHOUSE_PACE, shared_rows=derivation): hot,
     }
     process = psutil.Process()
     before = peak = process.memory_info().rss

@@ -87,12 +87,12 @@ class Recorder:
         return {kind: made[kind] for kind in self.kinds}
 
     def _choose_start(self, known: JournalIdentity, free: int) -> StartPoint:
-        stores: dict[str, numbering.Open] = {
+        stores: dict[str, numbering.OpenLedger] = {
             "parquet": lambda: ArchiveLedger(open_archive(self.settings), 0),
             "clickhouse": lambda: open_table_ledger(self.settings, 0),
         }
         asked = {kind: stores[kind] for kind in self.kinds} if self.asks_stores else {}
-        return numbering.begin(self.folder, asked, known, free)
+        return numbering.choose_start(self.folder, asked, known, free)
 
     # -- what there is -----------------------------------------------------------------------
 

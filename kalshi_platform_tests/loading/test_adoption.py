@@ -42,7 +42,7 @@ def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.loader.RESTART_S", 0.05)
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
 
 
 def until(condition: Callable[[], bool], start: Start) -> None:

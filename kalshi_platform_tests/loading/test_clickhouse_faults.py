@@ -114,7 +114,7 @@ def make(url: str, database: str, data: Path) -> Settings:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.3)
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
 
 
 def assert_each_row_once(settings: Settings, deltas: int) -> None:

@@ -218,7 +218,7 @@ def test_a_checkpoint_that_an_insert_failed_in_goes_on_where_it_was(
         insert(client, table, rows, token)
 
     monkeypatch.setattr(clickhouse, "insert_arrow", failing)
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
     load_all(Loader(tmp_path / "journal", writer, ClickHouseSink(settings, str(writer.id)), SMALL))
     writer.close()
     assert len(sent) == 5
@@ -244,7 +244,7 @@ def test_a_store_that_hangs_at_an_hours_end_says_so_by_age_and_holds_up_no_other
     hanging = Hanging(tmp_path / "other")
     hanging.name = "clickhouse"
     hung, other = (
-        Loader(tmp_path / "journal", writer, store, SMALL, derivation=derivation)
+        Loader(tmp_path / "journal", writer, store, SMALL, shared_rows=derivation)
         for store in (hanging, Noting(tmp_path))
     )
     hung.start()

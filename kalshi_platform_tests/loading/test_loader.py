@@ -100,7 +100,7 @@ def archived(root: Path, dataset: str) -> pl.DataFrame:
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     # What is mended is waited for, also where the next attempt comes late.
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def proxied(target: str) -> Iterator[tuple[str, Plan]]:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
     monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.2)
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 60.0)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
     monkeypatch.setattr("kalshi_platform.clickhouse.verified_inserts.SETTLE_S", (0.02,))
 
 

@@ -14,7 +14,7 @@ def waits(error: StoreError, attempts: int) -> list[float]:
         attempt = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
         attempt.attempt_number = number
         attempt.set_exception((type(error), error, None))
-        found.append(loader._patience(attempt))
+        found.append(loader._retry_wait_s(attempt))
     return found
 
 

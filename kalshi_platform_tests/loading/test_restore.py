@@ -481,7 +481,7 @@ def test_hours_that_clickhouse_would_delete_at_once_are_passed_over_and_said(
 
 def test_two_restores_do_not_run_at_once(archived: Settings) -> None:
     def second(_: Restored) -> None:
-        with pytest.raises(StoreUnavailable, match="Another restore is at work"):
+        with pytest.raises(StoreUnavailable, match="Another restore is running"):
             run(archived)
 
     restore(archived, LocalArchive(archived.archive_dir), None, second)
@@ -518,12 +518,12 @@ def test_rows_are_compared_as_multisets(
     def content(rows: list[int]) -> Content:
         return sum((checksum.content(t) for t in tables(rows)), Content())
 
-    before = module.ROWS_COMPARED
-    module.ROWS_COMPARED = max(1, 12 // (passes + 1))
+    before = module.COMPARED_ROWS
+    module.COMPARED_ROWS = max(1, 12 // (passes + 1))
     try:
         apart = module._compare(Found(), content(cold), content(hot))  # type: ignore[arg-type]
     finally:
-        module.ROWS_COMPARED = before
+        module.COMPARED_ROWS = before
     taken = [
         seq
         for table in (apart.missing(tables(cold), placed=False) if len(apart.lacking) else ())

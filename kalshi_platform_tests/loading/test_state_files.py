@@ -311,14 +311,14 @@ def test_an_archive_that_goes_while_running_is_not_made_again(
 def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
     root = recorder.settings.archive_dir
     recorder.run()
     root.rename(tmp_path / "away")
     with recorder.started() as start:
         start.record(20)
         start.load()
-        waits(start, "is not mounted, or was emptied or replaced. Bring it back")
+        waits(start, "is not mounted, or was emptied or replaced. Restore it")
         assert not root.exists() or not list(root.glob("*/date=*"))
     shutil.rmtree(root, ignore_errors=True)
     (tmp_path / "away").rename(root)
@@ -335,7 +335,7 @@ def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
     root = recorder.settings.archive_dir
     cursor = recorder.folder / "load" / "parquet.json"
     recorder.run()
@@ -346,7 +346,7 @@ def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
     with recorder.started() as start:
         start.record(20)
         start.load()
-        waits(start, "is not mounted, or was emptied or replaced. Bring it back")
+        waits(start, "is not mounted, or was emptied or replaced. Restore it")
         assert not list(root.iterdir())
         if lost_for_good:
             cursor.unlink()  # what the sentence says to do
@@ -368,14 +368,14 @@ def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
     )
     last = recorder.run()
     assert last.trouble is None
-    assert any("is a new place" in note for note in last.notes)
+    assert any("is a new location" in note for note in last.notes)
     assert_each_record_once(recorder)
 
 
 def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_gets_everything(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
     monkeypatch.setattr("kalshi_platform.loading.loader.REFUSED_RETRY_S", 0.1)
     name = recorder.settings.clickhouse_database
     client = clickhouse.connect(recorder.settings, database=False)
@@ -425,7 +425,7 @@ def test_a_folder_of_a_version_without_records_is_taken_over_once(recorder: Reco
 def test_of_such_a_folder_a_cursor_that_is_lost_is_an_error_until_it_is_restored(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.loader.TROUBLE_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
     recorder.run()
     make_it_older(recorder)
     load = recorder.folder / "load"
@@ -434,7 +434,7 @@ def test_of_such_a_folder_a_cursor_that_is_lost_is_an_error_until_it_is_restored
     with recorder.started() as start:
         start.record(20)
         start.load()
-        assert "up to which record is not known" in str(start.trouble)
+        assert "it is not known up to which" in str(start.trouble)
     shutil.rmtree(load, ignore_errors=True)
     shutil.copytree(tmp_path / "backup", load)
     assert recorder.run().trouble is None

@@ -163,7 +163,7 @@ def test_what_becomes_of_the_bucket_between_two_writes_is_named(
 
         store.fault = silent
         named = trouble(streamer, time.monotonic())
-        assert "has not answered for more than 3 s. See that it runs" in named
+        assert "has not answered for more than 3 s. Check that it runs" in named
         store.fault = None
         released.set()
         well(streamer)
@@ -221,7 +221,9 @@ def test_a_clickhouse_that_never_answers_is_named(
         settings = make(use_clickhouse=True, clickhouse_url=url)
         began = time.monotonic()
         with caplog.at_level(logging.ERROR), recording(settings, drain_s=1.0) as streamer:
-            named = trouble(streamer, began + numbering.PATIENCE_S)  # so long it waits at its start
+            named = trouble(
+                streamer, began + numbering.ANSWER_TIMEOUT_S
+            )  # so long it waits at its start
             assert named.startswith(f"ClickHouse at {url} cannot be reached (time-out). ")
             assert named in caplog.text
             report = msgspec.to_builtins(streamer.health())
@@ -328,6 +330,6 @@ def test_a_look_that_fails_in_any_way_is_named_and_repeated(
 
     with looking(look, monkeypatch) as looks:
         until(lambda: looks.trouble is not None)
-        assert "the store cannot be looked at (LookupError: no such thing)" in str(looks.trouble)
+        assert "the store cannot be checked (LookupError: no such thing)" in str(looks.trouble)
         broken.clear()
         until(lambda: looks.trouble is None)

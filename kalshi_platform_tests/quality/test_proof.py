@@ -68,7 +68,7 @@ def record(
         ParquetSink(LocalArchive(settings.archive_dir), shard, lambda _: None),
         ClickHouseSink(settings, str(writer.id), shard=shard),
     ):
-        load_all(Loader(folder, writer, store, PACE, derivation=SharedRows(folder, shard)))
+        load_all(Loader(folder, writer, store, PACE, shared_rows=SharedRows(folder, shard)))
     writer.close()
 
 

@@ -127,7 +127,7 @@ def loading(settings: Settings) -> Iterator[Loader]:
         writer,
         store,
         Pace(rows=10_000, seconds=0.0, first_s=0.0),
-        derivation=SharedRows(folder, 0),
+        shared_rows=SharedRows(folder, 0),
     )
     begun.start()
     try:
@@ -179,7 +179,7 @@ def test_a_load_that_meets_a_later_format_waits_and_the_journal_goes_on(
     settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "RESTART_S", 0.2)
-    monkeypatch.setattr(loader, "TROUBLE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(loader, "DRAIN_GIVE_UP_S", 0.2)
     (path,) = settings.data_dir.glob(name)
     before = path.read_bytes()
     _, content = made_later(settings.data_dir, name)
