@@ -300,8 +300,8 @@ ASKED = [
     "quality/test_parity.py::test_a_row_that_clickhouse_lost_is_found",
     "analytics/test_hourly.py::test_computing_an_hour_again_gives_the_same_rows_in_both_stores",
     "analytics/test_hourly.py::test_an_hour_is_replaced_and_its_neighbours_stay",
-    "loading/test_restore.py::test_restored_twice_is_there_once_and_the_book_is_the_same",
-    "loading/test_restore.py::test_other_rows_are_refused_untouched_and_the_sentence_says_how_to_replace_them[one doubled]",
+    "loading/test_restore.py::test_a_repeated_restore_stores_each_row_once",
+    "loading/test_restore.py::test_other_rows_are_refused_with_the_replace_command[one doubled]",
 ]
 """A choice: `CLICKHOUSE_CLUSTER=two pytest FILE` runs any module on two shards."""
 

@@ -1,4 +1,4 @@
-"""A recorder in one process, without an exchange: starts that journal made-up frames and load them.
+"""A recorder in one process, without an exchange: each start journals generated frames and loads them.
 
 For tests of what becomes of its folders and state files between its starts and while it runs.
 """
@@ -39,12 +39,12 @@ Store = ClickHouseSink | ParquetSink
 
 @dataclass
 class Recorder:
-    """A data folder with one shard. Each start has a connection of its own, with two books and trades."""
+    """A data folder with one shard. Each start has its own connection with two books and trades."""
 
     settings: Settings
     kinds: Sequence[str] = KINDS
     asks_stores: bool = True
-    """Whether a start asks the stores with which record to begin, as a streamer does."""
+    """Whether a start chooses its first record number by the stores' ledgers, as a streamer does."""
     at_ns: int = BEGIN_NS
     conns: Iterator[int] = field(default_factory=lambda: iter(range(1, 1_000)))
 
@@ -54,7 +54,7 @@ class Recorder:
 
     @contextmanager
     def started(self) -> Iterator[Start]:
-        """One start; the journal is closed and loaded at the end, as far as the stores take it."""
+        """One start; at the end the journal is closed and loaded as far as the stores accept it."""
         writer = Writer(
             self.folder, claims=cursor.claims(self.folder), choose_start=self._choose_start
         )
@@ -73,7 +73,7 @@ class Recorder:
                 load.join(PATIENCE_S)
 
     def run(self, frames: int = 60) -> Start:
-        """A start that records, loads everything that it can, and ends."""
+        """Run one start that records, loads as much as possible, and ends."""
         with self.started() as start:
             start.record(frames)
             start.load()
@@ -94,19 +94,19 @@ class Recorder:
         asked = {kind: stores[kind] for kind in self.kinds} if self.asks_stores else {}
         return numbering.choose_start(self.folder, asked, known, free)
 
-    # -- what there is -----------------------------------------------------------------------
+    # -- contents ----------------------------------------------------------------------------
 
     def journalled(self) -> list[int]:
-        """The number of every record that the journal has."""
-        found = list[int]()
+        """The numbers of all records in the journal."""
+        numbers = list[int]()
         for first_n in reader.segments(self.folder):
             path = reader.segment_path(self.folder, first_n)
             for block in reader.read_segment(path, LogOffset(first_n, 0, first_n), None):
-                found += range(block.first_n, block.first_n + block.rows)
-        return found
+                numbers += range(block.first_n, block.first_n + block.rows)
+        return numbers
 
     def rows(self, kind: str, dataset: str) -> pl.DataFrame:
-        """Every row of a dataset, as one store has it."""
+        """Every row of a dataset in one store."""
         if kind == "parquet":
             paths = sorted((self.settings.archive_dir / dataset).rglob("*.parquet"))
             return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
@@ -156,7 +156,7 @@ class Start:
         assert writer.wait_durable(writer.next_n, PATIENCE_S)
 
     def load(self, *, wait: bool = True) -> None:
-        """Load into every store; with `wait` until each has everything or says what troubles it."""
+        """Load into every store; with `wait` until each has everything or reports a problem."""
         for kind, store in self.recorder.stores(self.writer).items():
             if kind not in self.loads:
                 self.loads[kind] = Loader(
@@ -174,7 +174,7 @@ class Start:
         self.notes.append(f"{kind}: {what} {detail}")
 
     def wait(self) -> None:
-        """Until every store has everything or says what troubles it."""
+        """Wait until every store has everything or reports a problem."""
         deadline = time.monotonic() + PATIENCE_S
         for load in self.loads.values():
             while load.trouble is None and (load.committed is None or load.lag):
@@ -182,7 +182,7 @@ class Start:
                 time.sleep(0.005)
 
     def wait_for_stores(self) -> None:
-        """Until every store has everything, whatever troubles it meanwhile."""
+        """Wait until every store has everything, ignoring temporary problems."""
         deadline = time.monotonic() + PATIENCE_S
         for load in self.loads.values():
             while load.committed is None or load.lag or load.trouble:
@@ -191,12 +191,12 @@ class Start:
 
     @property
     def trouble(self) -> str | None:
-        """The first trouble of a load."""
+        """The first problem that a loader reports."""
         return next((load.trouble for load in self.loads.values() if load.trouble), None)
 
 
 def assert_each_record_once(recorder: Recorder, *, beside: Sequence[int] = ()) -> None:
-    """Each store has the rows of every record of the journal, and of `beside`, and none twice."""
+    """Assert that each store has every record of the journal and of `beside` exactly once."""
     expected = {*recorder.journalled(), *beside}
     for kind in recorder.kinds:
         held: set[int] = set()

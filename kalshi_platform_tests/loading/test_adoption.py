@@ -1,4 +1,4 @@
-"""Copies, restored backups and lost journals: noticed, and made recorders of their own by `adopt`."""
+"""Copies, restored backups and lost journals are detected, and made independent recorders by `adopt`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def until(condition: Callable[[], bool], start: Start) -> None:
 
 
 def copy_of(original: Recorder, to: Path) -> Recorder:
-    """A copy of the data folder as it is now, which loads into the same ClickHouse and its own archive."""
+    """A copy of the current data folder that loads into the same ClickHouse and its own archive."""
     shutil.copytree(original.settings.data_dir, to, ignore=shutil.ignore_patterns("lock"))
     settings = original.settings.model_copy(update={"kalshi_data_dir": to})
     # no two machines receive records of one number in the same microsecond
@@ -61,13 +61,13 @@ def copy_of(original: Recorder, to: Path) -> Recorder:
 
 
 def deltas(settings: Settings) -> list[tuple[str, int]]:
-    """(connection, number) of each delta that ClickHouse has, as often as it has it."""
+    """(connection, number) of each delta in ClickHouse, with repetitions."""
     sql = "SELECT toString(conn_id), seq FROM orderbook_events WHERE type = 'delta'"
     return [(str(c), int(n)) for c, n in client.connect(settings).query(sql).result_rows]
 
 
 def assert_clickhouse_has_each_once(*recorders: Recorder) -> None:
-    """The deltas of all their archives together, each once."""
+    """The distinct deltas of all their archives together."""
     expected = []
     for recorder in recorders:
         cold = recorder.rows("parquet", "orderbook_events").filter(pl.col("type") == "delta")
@@ -75,9 +75,7 @@ def assert_clickhouse_has_each_once(*recorders: Recorder) -> None:
     assert sorted(deltas(recorders[0].settings)) == sorted(set(expected))
 
 
-def test_a_copy_of_a_live_folder_stops_the_original_which_adopt_lets_go_on(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_copy_stops_the_original_until_it_is_adopted(settings: Settings, tmp_path: Path) -> None:
     original = Recorder(settings)
     original.run()
     with original.started() as first:
@@ -102,9 +100,7 @@ def test_a_copy_of_a_live_folder_stops_the_original_which_adopt_lets_go_on(
     assert_clickhouse_has_each_once(original, copy)
 
 
-def test_a_copy_that_started_while_clickhouse_was_away_is_told_and_adopted(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_copy_started_during_an_outage_is_reported(settings: Settings, tmp_path: Path) -> None:
     original = Recorder(settings, kinds=["clickhouse"])
     original.run()
     copy = copy_of(original, tmp_path / "copy")
@@ -120,9 +116,7 @@ def test_a_copy_that_started_while_clickhouse_was_away_is_told_and_adopted(
     assert len(found) == len(set(found)) == 60 + 60 + 20 + 60
 
 
-def test_a_journal_restored_from_a_backup_goes_on_behind_what_the_stores_hold(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_restored_journal_continues_after_the_stores(settings: Settings, tmp_path: Path) -> None:
     recorder = Recorder(settings)
     recorder.run()
     shutil.copytree(settings.journals_dir, tmp_path / "backup")
@@ -135,7 +129,7 @@ def test_a_journal_restored_from_a_backup_goes_on_behind_what_the_stores_hold(
     assert_each_record_once(recorder, beside=held)
 
 
-def test_everything_restored_from_a_backup_goes_on(settings: Settings, tmp_path: Path) -> None:
+def test_a_full_restore_from_backup_resumes(settings: Settings, tmp_path: Path) -> None:
     recorder = Recorder(settings, kinds=["parquet"])
     recorder.run()
     shutil.copytree(settings.data_dir, tmp_path / "backup")
@@ -146,7 +140,7 @@ def test_everything_restored_from_a_backup_goes_on(settings: Settings, tmp_path:
     assert_each_record_once(recorder)
 
 
-def test_an_archive_restored_from_a_backup_is_loaded_again_from_there(
+def test_a_restored_archive_is_loaded_again_from_its_ledger(
     settings: Settings, tmp_path: Path
 ) -> None:
     recorder = Recorder(settings)
@@ -161,9 +155,7 @@ def test_an_archive_restored_from_a_backup_is_loaded_again_from_there(
     assert_each_record_once(recorder)
 
 
-def test_a_journal_folder_that_is_not_mounted_is_no_first_start_until_adopt_says_so(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_an_unmounted_journal_is_not_a_first_start(settings: Settings, tmp_path: Path) -> None:
     recorder = Recorder(settings)
     before = recorder.run()
     settings.journals_dir.rename(tmp_path / "away")
@@ -175,7 +167,7 @@ def test_a_journal_folder_that_is_not_mounted_is_no_first_start_until_adopt_says
     assert recorder.run().trouble is None
     assert_each_record_once(recorder)
     held = recorder.journalled()
-    shutil.rmtree(settings.journals_dir)  # now it is lost for good
+    shutil.rmtree(settings.journals_dir)  # now the journal is lost for good
     adoption.adopt(settings, 0)
     after = recorder.run()
     assert after.trouble is None
@@ -184,10 +176,10 @@ def test_a_journal_folder_that_is_not_mounted_is_no_first_start_until_adopt_says
 
 
 @pytest.mark.parametrize("what", ["host name", "data folder", "archive", "all of them"])
-def test_a_recorder_that_moves_goes_on(
+def test_a_moved_recorder_resumes(
     what: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A container with another host name, volumes that are mounted elsewhere, a folder that is moved."""
+    """A container with another host name, volumes mounted elsewhere, a moved folder."""
     recorder = Recorder(settings)
     recorder.run()
     if what in {"host name", "all of them"}:
@@ -205,7 +197,7 @@ def test_a_recorder_that_moves_goes_on(
     assert_each_record_once(recorder)
 
 
-def test_the_command_says_which_journal_goes_on_where(
+def test_the_adopt_command_reports_where_loading_resumes(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(settings, kinds=["parquet"])

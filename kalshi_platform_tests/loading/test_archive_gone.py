@@ -1,4 +1,4 @@
-"""A writer beside the load makes no second archive in the place of one that has gone."""
+"""A writer other than the loader never creates a second archive in place of a missing one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMPTY = MARKET_CATALOG.arrow.empty_table()
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Of a folder whose archive has the rows of one recording."""
+    """Settings of a folder whose archive has the rows of one recording."""
     settings = platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
     Recorder(settings, ("parquet",)).run()
     return settings
@@ -56,7 +56,7 @@ WRITERS: dict[str, Callable[[Settings], object]] = {
 
 @pytest.mark.parametrize("leaves_its_mount_point", [False, True])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_writer_refuses_an_archive_that_has_gone(
+def test_a_writer_refuses_a_missing_archive(
     writer: str, leaves_its_mount_point: bool, settings: Settings, tmp_path: Path
 ) -> None:
     root, write = settings.archive_dir, WRITERS[writer]
@@ -71,13 +71,11 @@ def test_a_writer_refuses_an_archive_that_has_gone(
     assert journal_identity.read(settings.journal_dir()) == journal_of
     if leaves_its_mount_point:
         root.rmdir()
-    (tmp_path / "away").rename(root)  # what the sentence says to do
+    (tmp_path / "away").rename(root)  # the remedy
     write(settings)
 
 
-def test_a_writer_that_has_begun_notices_that_the_archive_goes(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_running_writer_detects_a_missing_archive(settings: Settings, tmp_path: Path) -> None:
     archive = known_archive(settings)
     settings.archive_dir.rename(tmp_path / "away")
     with pytest.raises(StoreError, match="is gone"):
@@ -85,7 +83,7 @@ def test_a_writer_that_has_begun_notices_that_the_archive_goes(
     assert not settings.archive_dir.exists()
 
 
-def test_before_anything_was_loaded_there_is_no_archive_to_miss(tmp_path: Path) -> None:
+def test_before_the_first_load_no_archive_is_required(tmp_path: Path) -> None:
     settings = platform_settings.load(kalshi_data_dir=tmp_path / "data", use_clickhouse=False)
     for name in ("the catalogue", "compaction"):
         WRITERS[name](settings)

@@ -1,4 +1,4 @@
-"""The levels of all books, of which states share what has not changed for a while."""
+"""The levels of all books; consecutive states share unchanged levels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ levels = st.tuples(
     st.sets(levels),
     st.sets(st.sampled_from(MARKETS)),
 )
-def test_levels_are_what_was_put_there_last_however_often_they_are_merged(
+def test_levels_are_the_last_written_after_any_merges(
     changes: list[tuple[Sizes, set[int]]],
     kept_apart: int,
     of_a_leaf: int,
@@ -90,7 +90,7 @@ def rows(frame: pl.DataFrame) -> list[tuple[int, int]]:
     return sorted(frame.select(PACKED.names()).iter_rows())
 
 
-def test_states_that_follow_each_other_share_the_levels_that_did_not_change() -> None:
+def test_consecutive_states_share_unchanged_levels() -> None:
     all_levels = {(market, "yes", price): 1 for market in range(20_000) for price in (1, 2, 3)}
     first = Ladders().changed(packed(all_levels), pl.Series([], dtype=pl.Int64))
     then = first.changed(packed({(7, "yes", 2): 0, (8, "no", 5): 4}), pl.Series([9]))

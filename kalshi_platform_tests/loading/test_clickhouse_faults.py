@@ -29,11 +29,11 @@ from kalshi_platform_tests.loading.test_loader import PATIENCE_S, SMALL, journal
 from kalshi_platform_tests.ports import free_ports
 
 Fault = Callable[["Front"], bool]
-"""Does its mischief to a request; True where the request has been answered (or cut off)."""
+"""Applies a fault to a request; True where the request has been answered (or cut off)."""
 
 
 class Front(BaseHTTPRequestHandler):
-    """A real HTTP server in front of ClickHouse that spoils inserts by plan."""
+    """A real HTTP server in front of ClickHouse that injects planned faults into inserts."""
 
     target: str
     before: list[Fault]
@@ -57,7 +57,7 @@ class Front(BaseHTTPRequestHandler):
         self.answer(answer.status_code, answer.content, dict(answer.headers))
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """Send an answer."""
+        """Send a response."""
         self.send_response(status)
         for name, value in headers.items():
             if name.lower().startswith("x-clickhouse") or name.lower() == "content-type":
@@ -67,7 +67,7 @@ class Front(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def refuses(code: int, name: str) -> Fault:
@@ -145,7 +145,7 @@ def assert_each_row_once(settings: Settings, deltas: int) -> None:
         "timed out after it was done",
     ],
 )
-def test_a_fault_of_an_insert_leaves_each_row_once(
+def test_after_an_insert_fault_each_row_is_stored_once(
     before: list[Fault],
     after: list[Fault],
     tmp_path: Path,
@@ -165,7 +165,7 @@ def test_a_fault_of_an_insert_leaves_each_row_once(
     assert_each_row_once(direct, 90)
 
 
-def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
+def test_a_missing_table_is_reported_and_loading_resumes(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> None:
     settings = make(clickhouse_url, clickhouse_database, tmp_path)
@@ -188,7 +188,7 @@ def test_a_missing_table_stops_the_load_loudly_and_mended_it_goes_on(
 def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> None:
-    """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
+    """ClickHouse stores a token before the rows: a kill in between leaves only the token."""
     settings = make(clickhouse_url, clickhouse_database, tmp_path)
     prepare(settings)
     writer = journal_of(tmp_path / "journal", recording(300))
@@ -208,7 +208,7 @@ def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     def write(store: ClickHouseSink) -> None:
         store.write(rows.first_n, rows.end_n, [rows])
 
-    # Each as a streamer that was killed, too, or as one whose load began again.
+    # Each as after a killed streamer, and as after a restarted loader.
     for lost in ("orderbook_events", "trades", "stream_events"):
         stores = [ClickHouseSink(settings, "journal") for _ in range(3)]
         write(stores[0])
@@ -224,7 +224,7 @@ def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     client.close()
 
 
-def test_clickhouse_killed_again_and_again_in_mid_load_has_each_row_once(tmp_path: Path) -> None:
+def test_each_row_is_stored_once_across_clickhouse_kills(tmp_path: Path) -> None:
     data = tmp_path / "clickhouse"
     (port,) = free_ports(1)
     with running(data, port=port) as first:

@@ -1,4 +1,4 @@
-"""An hour's end of many books: bounded writes, each book's checkpoint once whatever dies, and no wait.
+"""The end of an hour with many books: bounded writes, each checkpoint once after any kill, no waiting.
 
 Limits are made small, so that few books are many batches.
 """
@@ -92,7 +92,7 @@ def state_after(records: Sequence[wire.Record]) -> BookState:
     return build_rows(decode(wire.blocks(records)), BookState())[1]
 
 
-def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same(
+def test_checkpoint_batches_are_bounded_and_deterministic(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = state_after(over_the_hour(11)[:14])
@@ -109,7 +109,7 @@ def test_the_batches_of_a_checkpoint_are_bounded_whole_books_and_always_the_same
 
 
 class Dying(Front):
-    """Dies when it asks for one batch of a checkpoint more than `batches`: what it was given is written."""
+    """Stops when asked for one checkpoint batch more than `batches`; earlier batches are written."""
 
     def __init__(self, store: ParquetSink | ClickHouseSink, batches: int) -> None:
         super().__init__(store)
@@ -128,10 +128,10 @@ class Dying(Front):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
-def test_a_kill_between_any_two_batches_leaves_each_checkpoint_once(
+def test_each_checkpoint_is_stored_once_after_a_kill(
     kind: str, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Readers are asked after each kill; the last start cuts the batches otherwise, as another version may."""
+    """Reads after each kill; the last start splits the batches differently, as another version may."""
     markets = 11
     records = over_the_hour(markets)
     writer = journal_of(tmp_path / "journal", records)
@@ -150,7 +150,7 @@ def test_a_kill_between_any_two_batches_leaves_each_checkpoint_once(
         load.join(PATIENCE_S)
         assert "killed" in str(load.failure)
         assert load.committed is not None
-        assert load.committed.n == markets + 3  # nothing of the hour itself is there
+        assert load.committed.n == markets + 3  # no record of the hour itself is loaded
         if kind == "parquet":
             assert archive.files(BOOK_CHECKPOINTS.name, SECOND_HOUR) == []
             continue
@@ -202,10 +202,10 @@ def expected_book() -> list[tuple[Any, ...]]:
     ]
 
 
-def test_a_checkpoint_that_an_insert_failed_in_goes_on_where_it_was(
+def test_a_failed_checkpoint_insert_resumes_at_its_batch(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The inserts that were taken are not sent again, in the same process either."""
+    """Accepted inserts are not sent again, not even by the same process."""
     writer = journal_of(tmp_path / "journal", over_the_hour(11))
     insert = clickhouse.insert_arrow
     sent = list[str]()
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_an_insert_failed_in_goes_on_where_it_was(
     assert count == 67
 
 
-def test_a_store_that_hangs_at_an_hours_end_says_so_by_age_and_holds_up_no_other(
+def test_a_store_hanging_at_an_hours_end_delays_no_other(
     tmp_path: Path,
 ) -> None:
     begins_ns = (time.time_ns() // HOUR_NS - 1) * HOUR_NS - 10 * wire.SECOND
@@ -265,7 +265,7 @@ def test_a_store_that_hangs_at_an_hours_end_says_so_by_age_and_holds_up_no_other
     writer.close()
 
 
-def test_an_end_while_the_books_are_written_leaves_them_at_once(tmp_path: Path) -> None:
+def test_stopping_during_a_checkpoint_is_immediate(tmp_path: Path) -> None:
     writer = journal_of(tmp_path / "journal", over_the_hour(200))
     batches = 0
 
@@ -291,7 +291,7 @@ def test_an_end_while_the_books_are_written_leaves_them_at_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("seals", [False, True], ids=["described", "sealed"])
-def test_an_end_while_an_hours_rows_are_counted_leaves_it_to_the_next_start(
+def test_stopping_while_sealing_leaves_it_to_the_next_start(
     seals: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = journal_of(tmp_path / "journal", over_the_hour(100))
@@ -335,7 +335,7 @@ def test_an_end_while_an_hours_rows_are_counted_leaves_it_to_the_next_start(
     assert archived(tmp_path / "archive", BOOK_CHECKPOINTS.name).height == 601
 
 
-def test_a_rebuilt_hour_whose_cuts_are_not_known_is_cut_by_rows(
+def test_a_rebuilt_hour_without_known_parts_is_split_by_rows(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.rebuild.RANGE_ROWS", 40)

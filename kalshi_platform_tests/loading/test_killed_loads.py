@@ -1,4 +1,4 @@
-"""Loads killed between any two steps of a commit, with one witness lost between the starts.
+"""Loaders killed between any two steps of a commit, with one state file lost between the starts.
 
 A commit is planned in the store's record, written, settled there, and noted in the cursor. Wherever the
 kill falls, and whichever of cursor and record is missing, old or altered at the next start (not both),
@@ -31,11 +31,11 @@ KILLS = 8
 
 
 class Killed(BaseException):
-    """Nothing of that process happens any more."""
+    """The process is dead: nothing more is executed."""
 
 
 class Fuse:
-    """Lets so many calls through, then kills before or after the next one, and everything that follows."""
+    """Allows this many calls, then kills before or after the next one, and all later calls."""
 
     def __init__(self, calls: int, *, after: bool) -> None:
         self._left = calls
@@ -66,7 +66,7 @@ class _Guarded:
 
 
 class Mortal(Recorder):
-    """A recorder whose loads die when its fuse says so."""
+    """A recorder whose loaders are killed by its fuse."""
 
     fuse = Fuse(1_000_000, after=False)
     id = uuid.UUID(int=0)
@@ -82,7 +82,7 @@ class Mortal(Recorder):
 
 
 def killed_once(recorder: Mortal, dice: random.Random, patch: pytest.MonkeyPatch) -> str:
-    """A start that is killed somewhere, or comes to its end; returns what troubles it."""
+    """Run one start that is killed somewhere or ends; return the problem that it reports."""
     recorder.fuse = Fuse(dice.randint(1, 14), after=dice.random() < 0.5)
     with patch.context() as patched:
         patched.setattr(cursor, "write", recorder.fuse.through(cursor.write))
@@ -95,7 +95,7 @@ def killed_once(recorder: Mortal, dice: random.Random, patch: pytest.MonkeyPatch
 
 
 def lose_a_witness(path: Path, old: bytes | None, dice: random.Random) -> None:
-    """Of a file that says how far a load is: remove it, alter a digit, or bring back what it was."""
+    """Remove a progress file, alter a digit in it, or restore an old version."""
     text = path.read_bytes()
     match dice.randrange(4):
         case 0:
@@ -111,7 +111,7 @@ def lose_a_witness(path: Path, old: bytes | None, dice: random.Random) -> None:
 
 
 def witness(recorder: Recorder, kind: str, dice: random.Random) -> Path | None:
-    """The cursor, or the archive's record of the recorder; the one in ClickHouse is no file."""
+    """The cursor, or the archive's ledger; ClickHouse's ledger is not a file."""
     found = [
         *recorder.folder.glob(f"load/{kind}.json"),
         *(recorder.settings.archive_dir.glob("recorders/*.json") if kind == "parquet" else ()),
@@ -122,7 +122,7 @@ def witness(recorder: Recorder, kind: str, dice: random.Random) -> Path | None:
 @pytest.mark.parametrize(
     ("kind", "seed"), [*(("parquet", n) for n in range(6)), *(("clickhouse", n) for n in range(2))]
 )
-def test_kills_at_any_step_and_a_lost_witness_leave_each_record_once(
+def test_each_record_is_stored_once_after_kills_and_lost_files(
     kind: str, seed: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     patch = pytest.MonkeyPatch()
@@ -140,7 +140,7 @@ def test_kills_at_any_step_and_a_lost_witness_leave_each_record_once(
     place, good, before = cursor.path(recorder.folder, kind), b"", dict[Path, bytes]()
     for _ in range(KILLS):
         if "it is not known up to which" in killed_once(recorder, dice, patch):
-            place.write_bytes(good)  # what the sentence says to do
+            place.write_bytes(good)  # the remedy
             continue
         if place.exists() and isinstance(
             cursor.read(recorder.folder, kind, recorder.id), cursor.Cursor

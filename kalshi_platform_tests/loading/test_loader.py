@@ -1,4 +1,4 @@
-"""The load: exactly once into the archive, whatever ends it when, hour by hour."""
+"""The loader: exactly once into the archive, whenever and however it ends, hour by hour."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FIRST_HOUR = hour_of_ns(START_NS)
 SECOND_HOUR = FIRST_HOUR + timedelta(hours=1)
 SMALL = Pace(rows=40, seconds=0.0, first_s=0.0)
 PATIENCE_S = 120.0
-"""For what takes a moment, on a machine that is busy with other things."""
+"""Time-out for short operations on a busy machine."""
 
 
 def recording(frames: int = 400, step_s: float = 1.0, number: int = 1) -> list[wire.Record]:
@@ -71,7 +71,7 @@ def recording(frames: int = 400, step_s: float = 1.0, number: int = 1) -> list[w
 
 
 def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) -> Writer:
-    """A journal of so many segments, of a batch for 23 records, and the last one's writer."""
+    """A journal with this many segments and 23 records per batch, and the last segment's writer."""
     writer = Writer(folder)
     for n, record in enumerate(records):
         if n and n % -(-len(records) // openings) == 0:
@@ -80,7 +80,9 @@ def journal_of(folder: Path, records: Sequence[wire.Record], openings: int = 1) 
         writer.append(*record)
         if n % 23 == 0:
             writer.submit()
-            assert writer.wait_durable(writer.next_n, PATIENCE_S)  # what waits is joined
+            assert writer.wait_durable(
+                writer.next_n, PATIENCE_S
+            )  # otherwise waiting batches are joined
     writer.submit()
     assert writer.wait_durable(len(records), PATIENCE_S)
     return writer
@@ -99,7 +101,7 @@ def archived(root: Path, dataset: str) -> pl.DataFrame:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
-    # What is mended is waited for, also where the next attempt comes late.
+    # Wait long enough for the attempt that finds the fault corrected.
     monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
 
 
@@ -115,7 +117,7 @@ def settings(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
     return made
 
 
-def test_an_hour_is_sealed_when_the_journal_has_passed_it_and_begins_with_every_live_book(
+def test_a_sealed_hour_begins_with_every_live_book(
     tmp_path: Path,
 ) -> None:
     reports: list[HourReport] = []
@@ -160,7 +162,7 @@ def archive_all(folder: Path, writer: Writer, root: Path) -> None:
 
 
 class Front:
-    """A store before another one; subclasses spoil what they will."""
+    """A store in front of another one; subclasses inject faults."""
 
     def __init__(self, store: ParquetSink | ClickHouseSink) -> None:
         self.name, self.datasets = store.name, store.datasets
@@ -185,7 +187,7 @@ class Front:
 
 
 class Dying(Front):
-    """A store that works, and dies of something that nobody expects at a chosen call."""
+    """A working store that raises an unexpected error at a chosen call."""
 
     def __init__(self, store: ParquetSink | ClickHouseSink, calls: int, *, after: bool) -> None:
         super().__init__(store)
@@ -211,7 +213,7 @@ class Dying(Front):
 
 @pytest.mark.parametrize("chunk", [30, 10_000])
 @pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
-def test_a_load_that_dies_at_any_step_leaves_each_row_once(
+def test_each_row_is_stored_once_after_a_kill_at_any_step(
     kind: str, chunk: int, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dies again and again, before and after every kind of write, at random distances; in a journal of
@@ -266,7 +268,7 @@ def test_a_load_that_dies_at_any_step_leaves_each_row_once(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
-def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_once(
+def test_a_loader_restarts_by_itself_after_a_fault(
     kind: str, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.loader.RESTART_S", 0.01)
@@ -280,7 +282,7 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
     faults = [Dying(store, calls, after=calls % 2 == 0) for calls in (1, 2, 3, 4)]
 
     class Faulty(Front):
-        """Dies of one fault after the other, then of none."""
+        """Raises one fault after the other, then none."""
 
         def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
             self._now().write(first_n, end_n, rows)
@@ -318,7 +320,7 @@ def test_a_load_that_a_fault_stops_begins_again_by_itself_and_leaves_each_row_on
 
 
 class Noting(Front):
-    """A store that keeps nothing but how far it is, and notes what it was given."""
+    """A store that keeps only its ledger and records the writes that it receives."""
 
     def __init__(self, folder: Path, act: Callable[[], None] = lambda: None) -> None:
         super().__init__(ParquetSink(LocalArchive(folder / "archive"), 0, lambda _: None))
@@ -348,8 +350,8 @@ def snapshots(count: int, levels: int) -> list[wire.Record]:
     ]
 
 
-def test_writes_are_bounded_by_rows_however_few_records_bring_them(tmp_path: Path) -> None:
-    """Snapshots are a record each, and a hundred rows."""
+def test_writes_are_bounded_by_rows(tmp_path: Path) -> None:
+    """Each snapshot is one record and a hundred rows."""
     writer = journal_of(tmp_path / "journal", snapshots(60, 100))
     store = Noting(tmp_path)
     load_all(Loader(tmp_path / "journal", writer, store, Pace(rows=250, seconds=0.0, first_s=0.0)))
@@ -358,9 +360,7 @@ def test_writes_are_bounded_by_rows_however_few_records_bring_them(tmp_path: Pat
     assert max(rows for *_, rows in store.writes) <= 250 + 101
 
 
-def test_writes_are_bounded_by_the_bytes_that_their_rows_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writes_are_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_BYTES", 150_000)
     conn = wire.conn_id(1)
     records = snapshots(0, 0) + [
@@ -376,10 +376,10 @@ def test_writes_are_bounded_by_the_bytes_that_their_rows_hold(
 
 
 @pytest.mark.parametrize("at", ["resuming", "replaying what was planned", "deriving"])
-def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
+def test_an_abandoned_loader_ends_at_once(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks after each piece: the journal that is left is of any length."""
+    """It checks after each range: the rest of the journal may have any length."""
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(1_200))
     if at != "deriving":
@@ -417,8 +417,8 @@ def test_a_load_that_is_abandoned_ends_at_once_wherever_it_is(
     assert 0 < pieces < 1_200 / 30
 
 
-def test_a_store_that_is_behind_says_so_by_age_also_while_it_takes_rows(tmp_path: Path) -> None:
-    """The age is that of the oldest record that it lacks; a write a moment ago changes nothing of it."""
+def test_a_store_behind_is_reported_even_while_it_loads(tmp_path: Path) -> None:
+    """The age is that of the oldest record that it lacks; a recent write does not change it."""
     begins_ns = time.time_ns() - 150 * wire.SECOND
     records: list[wire.Record] = [
         (begins_ns + n * wire.SECOND // 10, conn, kind, frame)
@@ -456,7 +456,7 @@ def wait_for_the_end_of(thread: str) -> None:
         time.sleep(0.01)
 
 
-def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
+def test_an_intermittent_store_gets_each_row_once(
     tmp_path: Path,
 ) -> None:
     class Flaky(Front):
@@ -476,11 +476,11 @@ def test_a_store_that_comes_and_goes_gets_every_row_once_and_says_what_is_wrong(
     load_all(load)
     writer.close()
     assert archived(tmp_path / "archive", "orderbook_events").height == 203
-    assert load.rows["orderbook_events"] == 203  # each once, however often it was tried
+    assert load.rows["orderbook_events"] == 203  # each once, after any number of attempts
     assert load.errors["unreachable"] > 0
 
 
-def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole(
+def test_a_refusing_store_is_reported_and_loses_nothing(
     tmp_path: Path,
 ) -> None:
     class Refusing(Front):
@@ -510,7 +510,7 @@ def test_a_store_that_refuses_stops_the_load_loudly_and_leaves_the_journal_whole
 
 
 @pytest.mark.parametrize("lost", ["the cursor's state", "all states but the hour's", "every state"])
-def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> None:
+def test_lost_saved_books_are_rebuilt(lost: str, tmp_path: Path) -> None:
     records = recording()
     writer = journal_of(tmp_path / "journal", records)
     root = tmp_path / "archive"
@@ -535,7 +535,7 @@ def test_books_that_were_lost_are_derived_again(lost: str, tmp_path: Path) -> No
     assert archived(root, "orderbook_events").height == 404
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
+def test_an_unwritable_folder_is_reported_until_corrected(
     tmp_path: Path,
 ) -> None:
     writer = journal_of(tmp_path / "journal", recording(50))
@@ -560,7 +560,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_mended_without_a_restart(
     assert load.errors["disk"] >= 1
 
 
-def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_seals_it_anew(
+def test_a_clock_set_back_over_the_hour_seals_it_again(
     tmp_path: Path,
 ) -> None:
     records = recording(200)
@@ -590,7 +590,7 @@ def test_a_clock_that_steps_back_over_the_hour_puts_rows_into_their_hour_and_sea
             assert {floor_hour(stamp) for stamp in stamps} == {hour}
 
 
-def test_an_hour_crossed_while_the_recorder_was_down_begins_with_stale_books(
+def test_an_hour_begun_during_downtime_has_stale_books(
     tmp_path: Path,
 ) -> None:
     records = recording(60)  # ends 40 s before the hour
@@ -620,9 +620,7 @@ def test_an_hour_crossed_while_the_recorder_was_down_begins_with_stale_books(
     assert '"span_s":940.0' in ends["detail"][0]
 
 
-def test_an_hour_rebuilt_from_the_journal_is_the_same_file_by_file(
-    tmp_path: Path, settings: Settings
-) -> None:
+def test_an_hour_rebuilt_from_the_journal_is_identical(tmp_path: Path, settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
     archive_all(settings.journal_dir(), writer, root)
@@ -638,9 +636,7 @@ def test_an_hour_rebuilt_from_the_journal_is_the_same_file_by_file(
     assert all(after[path].equals(before[path]) for path in before)
 
 
-def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_same_checksum(
-    tmp_path: Path, settings: Settings
-) -> None:
+def test_an_hour_is_rebuilt_from_clickhouse_alone(tmp_path: Path, settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
     archive_all(settings.journal_dir(), writer, root)
@@ -663,7 +659,7 @@ def test_an_hour_that_only_clickhouse_still_has_is_rebuilt_from_there_with_the_s
     assert [p.name for p in paths(root, "orderbook_events", FIRST_HOUR)] == [FROM_CLICKHOUSE]
 
 
-def test_an_hour_that_nobody_has_any_more_is_a_sentence(tmp_path: Path, settings: Settings) -> None:
+def test_an_unavailable_hour_is_an_error(tmp_path: Path, settings: Settings) -> None:
     writer = journal_of(settings.journal_dir(), recording())
     root = settings.archive_dir
     archive_all(settings.journal_dir(), writer, root)
@@ -674,7 +670,7 @@ def test_an_hour_that_nobody_has_any_more_is_a_sentence(tmp_path: Path, settings
         rebuild(settings, FIRST_HOUR)
 
 
-def test_the_checksum_depends_on_values_only() -> None:
+def test_the_checksum_depends_only_on_values() -> None:
     from kalshi_platform.archive.checksum import rows_checksum
     from kalshi_platform.schema import PRICE
 

@@ -1,4 +1,4 @@
-"""What a damaged journal lost is named, and no book that stands on it is believed."""
+"""Lost records of a damaged journal are reported, and no book that depends on them is synced."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SECOND = wire.SECOND
 Lost = set[int]
 
 
-def stretches(records: list[wire.Record], lost: Lost, cuts: list[int]) -> Iterator[JournalRange]:
-    """The records as a journal gives them that has lost some of them."""
+def parts(records: list[wire.Record], lost: Lost, cuts: list[int]) -> Iterator[JournalRange]:
+    """The records as read from a journal that has lost some of them."""
     edges = {n for n in range(1, len(records)) if (n in lost) != (n - 1 in lost)}
     for block in wire.blocks(records, [*edges, *cuts]):
         if block.first_n not in lost:
@@ -43,8 +43,8 @@ def run(
     records: list[wire.Record], lost: Lost, cuts: list[int] | None = None
 ) -> tuple[list[Rows], BookState]:
     state, out = BookState(), []
-    for stretch in stretches(records, lost, cuts or []):
-        rows, state = build_rows(decode_range(stretch), state)
+    for part in parts(records, lost, cuts or []):
+        rows, state = build_rows(decode_range(part), state)
         out.append(rows)
     return out, state
 
@@ -60,14 +60,14 @@ holes = st.lists(st.tuples(st.integers(0, 45), st.integers(1, 15)), min_size=1, 
 
 
 def within(holes: list[tuple[int, int]], script: Script) -> Lost:
-    """Not the last record: nobody knows yet of what is lost at the very end."""
+    """Not the last record: a loss at the very end shows only with a later record."""
     lost = {n for begin, length in holes for n in range(begin, begin + length)}
     return lost & set(range(len(script.records) - 1))
 
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=3))
 @examples(60)
-def test_every_missing_number_is_named_and_only_true_books_are_believed(
+def test_gaps_are_reported_and_only_true_books_are_synced(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:
     lost = within(holes, script)
@@ -104,7 +104,7 @@ def test_every_missing_number_is_named_and_only_true_books_are_believed(
 
 @given(scripts(), holes, st.lists(st.integers(1, 60), max_size=4))
 @examples(40)
-def test_cutting_what_is_left_changes_neither_rows_nor_state(
+def test_splitting_damaged_ranges_changes_neither_rows_nor_state(
     script: Script, holes: list[tuple[int, int]], cuts: list[int]
 ) -> None:
     lost = within(holes, script)
@@ -135,17 +135,21 @@ def recording(conn: bytes = wire.conn_id(1)) -> list[wire.Record]:
     return [wire.connected(conn, at), *noted]
 
 
-def test_a_hole_is_a_row_and_each_subscription_names_what_it_lost() -> None:
+def test_a_lost_range_is_a_row_and_a_gap_per_subscription() -> None:
     rows, state = run(recording(), {4, 5})
-    hole, books = gaps(rows)
-    assert (hole["channel"], hole["record"], hole["until_record"]) == ("journal", 4, 6)
-    assert hole["ingest_ts"].timestamp() == (wire.NOON_NS + 3 * SECOND) / 1e9
+    lost_range, books = gaps(rows)
+    assert (lost_range["channel"], lost_range["record"], lost_range["until_record"]) == (
+        "journal",
+        4,
+        6,
+    )
+    assert lost_range["ingest_ts"].timestamp() == (wire.NOON_NS + 3 * SECOND) / 1e9
     # the trades lost nothing: seq 2 follows 1; the books' next frame is seq 5
     assert (books["sid"], books["expected"], books["got"], books["missing"]) == (1, 3, 5, 2)
     assert books["channel"] == "orderbook_delta"
-    assert books["span_s"] == 4.0  # from the last record before the hole
-    told = [d for r in rows for d in r.stale_books]
-    assert {(d.market_ticker, d.cause) for d in told} == {
+    assert books["span_s"] == 4.0  # from the last record before the lost range
+    reported = [d for r in rows for d in r.stale_books]
+    assert {(d.market_ticker, d.cause) for d in reported} == {
         ("A-1", "journal_damaged"),
         ("B-2", "journal_damaged"),
     }
@@ -154,7 +158,7 @@ def test_a_hole_is_a_row_and_each_subscription_names_what_it_lost() -> None:
     assert all(book.verified for book in state.books.values())
 
 
-def test_after_a_hole_no_book_is_believed_until_its_next_number_shows_that_nothing_is_lost(
+def test_after_a_lost_range_books_are_stale_until_proved(
     tmp_path: Any,
 ) -> None:
     hour = floor_hour(gathered(run(recording(), set())[0], "stream_events")[0]["ingest_ts"])
@@ -169,7 +173,7 @@ def test_after_a_hole_no_book_is_believed_until_its_next_number_shows_that_nothi
     assert not any(books["verified"].to_pylist())
 
 
-def test_a_connection_whose_end_and_whose_successors_beginning_are_lost() -> None:
+def test_lost_end_and_beginning_of_connections_are_handled() -> None:
     first, second = recording(), recording(wire.conn_id(2))
     records = [*first, (first[-1][0], wire.conn_id(1), int(Kind.NOTE), b""), *second]
     lost = {len(first), len(first) + 1, len(first) + 2}  # its end; connected; the first snapshot
@@ -189,7 +193,7 @@ def test_a_connection_whose_end_and_whose_successors_beginning_are_lost() -> Non
     assert all(book.verified for book in state.books.values())  # by their later snapshots
 
 
-def test_a_journal_that_begins_within_a_connection_is_loaded_and_says_what_it_lacks() -> None:
+def test_a_journal_beginning_within_a_connection_is_loaded() -> None:
     """Its older segments are past their retention, and the loads' states are gone."""
     [_, rest] = wire.blocks(recording(), [5])
     rows, state = build_rows(decode_range(rest), BookState(n=5))

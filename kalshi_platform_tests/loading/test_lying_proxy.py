@@ -1,4 +1,4 @@
-"""A proxy before ClickHouse that lies about inserts: each row is there once, or the load says what is wrong."""
+"""A proxy that lies about inserts: each row is stored once, or the loader reports what is wrong."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Proxy(BaseHTTPRequestHandler):
         self.close_connection = cut > 0
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def login_page(it: Exchanged) -> None:
@@ -185,7 +185,7 @@ LIES: dict[Lie, str | None] = {
     forwarded_twice: None,  # the token makes one of both
     closed_after_forwarding: "cannot be reached",
 }
-"""Each lie, and what the load says of it while it lasts; None where it gets on all the same."""
+"""Each lie and what the loader reports while it lasts; None where loading succeeds nevertheless."""
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Writer]]:
-    """A journal that all of them load, each into a database of its own."""
+    """One journal, loaded by each case into its own database."""
     folder = tmp_path_factory.mktemp("journal")
     with closing(journal_of(folder, recording(DELTAS))) as writer:
         yield folder, writer
@@ -224,7 +224,7 @@ def wait_for(what: Callable[[], object], load: Loader) -> None:
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
-def test_no_lie_about_an_insert_loses_or_doubles_a_row(
+def test_a_lying_proxy_neither_loses_nor_duplicates_rows(
     lie: Lie,
     tmp_path: Path,
     records: tuple[Path, Writer],
@@ -269,7 +269,7 @@ def refusing_disk(folder: Path) -> Iterator[tuple[Settings, Path]]:
         yield settings, disk
 
 
-def test_with_its_disk_full_the_cursor_waits_and_with_room_every_row_comes(tmp_path: Path) -> None:
+def test_a_full_clickhouse_disk_delays_the_cursor(tmp_path: Path) -> None:
     with refusing_disk(tmp_path) as (settings, disk):
         folder = tmp_path / "journal"
         writer = journal_of(folder, recording(DELTAS))

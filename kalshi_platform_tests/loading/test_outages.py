@@ -1,4 +1,4 @@
-"""An outage is in every hour that it touches, also where it is written down in a later one."""
+"""An outage counts in every hour that it touches, even if it is recorded in a later one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def recording(until_s: int, outages: Sequence[Outage]) -> list[wire.Record]:
 
 
 def archive_of(root: Path, records: Sequence[wire.Record]) -> LocalArchive:
-    """What the load would archive of these records, sealed, without a load."""
+    """The sealed archive of these records, without running a loader."""
     archive = LocalArchive(root)
     touched = set()
     for n, (name, table) in enumerate(derived(records)):

@@ -1,4 +1,4 @@
-"""Two recorders wrote to one journal: what is not loaded of either is named by a gap row."""
+"""Two recorders wrote to one journal: a gap row names the records of either that are not loaded."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def load(folder: Path, archive: Path, writer: Writer) -> Loader:
 
 
 @pytest.mark.parametrize("loaded", [0, SHARED + 10])
-def test_the_remedy_of_an_overlap_leaves_no_record_without_a_row(
-    loaded: int, tmp_path: Path
-) -> None:
+def test_after_the_overlap_remedy_every_record_has_a_row(loaded: int, tmp_path: Path) -> None:
     """`loaded`: so far the first one's load had come when the second one's records came beside."""
     folder, archive = tmp_path / "journal", tmp_path / "archive"
     overlapping(folder, archive, loaded)
@@ -86,7 +84,7 @@ def test_the_remedy_of_an_overlap_leaves_no_record_without_a_row(
     after.close()
 
     rows = archived(archive, "orderbook_events").select("conn_id", "seq", "price").rows()
-    assert len(set(rows)) == len(rows)  # none is there twice
+    assert len(set(rows)) == len(rows)  # none is stored twice
     stored = {(conn, seq) for conn, seq, _ in rows}
     events = archived(archive, "stream_events").select("kind", "detail").rows()
     gaps = [json.loads(detail) for kind, detail in events if kind == "gap"]

@@ -1,4 +1,4 @@
-"""How long a load waits before it asks a store again."""
+"""How long a loader waits before it retries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def waits(error: StoreError, attempts: int) -> list[float]:
     return found
 
 
-def test_a_refusing_store_is_asked_again_soon_then_rarely() -> None:
-    """At the first start of `up` its tables are made while the streamer asks for them."""
+def test_a_refusing_store_is_retried_soon_then_rarely() -> None:
+    """At the first start of `up` the tables are created while the streamer starts."""
     found = waits(StoreRefused("There is no such table."), 12)
     assert sum(found[:4]) < 10
     assert found == sorted(found)
     assert found[-1] == loader.REFUSED_RETRY_S
 
 
-def test_a_store_that_is_away_is_asked_often() -> None:
+def test_an_unreachable_store_is_retried_often() -> None:
     assert max(waits(StoreUnavailable("ClickHouse is away."), 12)) <= 10

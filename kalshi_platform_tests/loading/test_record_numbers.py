@@ -1,4 +1,4 @@
-"""Every row names the journal record that made it; rows of versions that did not keep it stay as they were."""
+"""Every row has the number of its journal record; rows of versions without it stay unchanged."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def numbered(root: Path) -> dict[str, int]:
     return {name: archived(root, name)["record"].count() for name in hours.RECORDED}
 
 
-def test_every_row_names_the_shard_and_the_record_of_its_frame(settings: Settings) -> None:
+def test_every_row_has_the_shard_and_record_of_its_frame(settings: Settings) -> None:
     folder = settings.journal_dir(SHARD)
     frames: dict[int, dict[str, object]] = {}
     for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
@@ -126,14 +126,16 @@ def test_every_row_names_the_shard_and_the_record_of_its_frame(settings: Setting
     assert books["shard"].unique().to_list() == [SHARD]
 
 
-def test_an_hour_from_before_the_columns_keeps_its_checks_green_and_gains_records(
+def test_an_hour_without_records_stays_valid_and_gains_them(
     settings: Settings,
 ) -> None:
     root = settings.archive_dir
     without_records(root, FIRST_HOUR)
     archive = LocalArchive(root)
     old = {name: archive.read_manifest(name, FIRST_HOUR) for name in hours.RECORDED}
-    aside = settings.journals_dir.rename(settings.data_dir / "aside")  # else the loader's to bring
+    aside = settings.journals_dir.rename(
+        settings.data_dir / "aside"
+    )  # otherwise the loader would load them
     restore(settings, archive, None, lambda _: None)
     aside.rename(settings.journals_dir)
     with closing(connect(settings)) as client:
@@ -166,7 +168,7 @@ def _never(hour: object, error: Exception) -> None:
     raise AssertionError(f"{hour}: {error}")
 
 
-def test_an_hour_of_two_versions_is_one_hour_for_every_reader(settings: Settings) -> None:
+def test_an_hour_of_two_versions_reads_as_one(settings: Settings) -> None:
     root = settings.archive_dir
     without_records(root, FIRST_HOUR, parts=1)
     archive = LocalArchive(root)
@@ -199,7 +201,7 @@ def test_a_changed_record_number_is_a_difference(settings: Settings) -> None:
     assert "with different values" in found.what
 
 
-def test_a_row_without_a_record_has_the_checksum_of_before_the_columns() -> None:
+def test_a_row_without_a_record_keeps_its_old_checksum() -> None:
     rows = [
         {"market_ticker": t, "seq": n, "type": "delta", "side": "yes"} for n, t in enumerate("ABC")
     ]
@@ -222,7 +224,7 @@ def test_a_row_without_a_record_has_the_checksum_of_before_the_columns() -> None
 
 
 @pytest.mark.parametrize("dataset", hours.RECORDED)
-def test_a_file_of_before_the_columns_reads_with_nulls(dataset: str, tmp_path: Path) -> None:
+def test_a_file_without_the_columns_reads_as_null(dataset: str, tmp_path: Path) -> None:
     schema = DATASETS[dataset].arrow
     table = arrow(DATASETS[dataset], [{"market_ticker": t} | _enums(dataset) for t in ("A", "B")])
     old = table.drop_columns(list(PLACE))
@@ -242,7 +244,7 @@ def _enums(dataset: str) -> dict[str, str]:
     return {c.name: "yes" for c in DATASETS[dataset].columns if c.name == "side"}
 
 
-def test_a_file_without_a_needed_column_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_missing_or_unknown_columns_is_refused(tmp_path: Path) -> None:
     schema = ORDERBOOK_EVENTS.arrow
     table = arrow(ORDERBOOK_EVENTS, [{"market_ticker": "A", "side": "yes"}])
     lacking, later = tmp_path / "lacking.parquet", tmp_path / "later.parquet"

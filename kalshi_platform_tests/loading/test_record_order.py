@@ -1,4 +1,4 @@
-"""Order and trust follow the journal's records: frames of one read share a time, and clocks are set back."""
+"""Order and trust follow record numbers: frames of one read share a time, and clocks are set back."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 
 def one_read(kind: str) -> list[wire.Record]:
-    """A socket read that brings a book of A and what breaks it, and deltas of A from there on."""
+    """A socket read with a book of A and an event that makes it stale, and deltas of A afterwards."""
     at = HOUR_NS + MINUTE
     a, b = wire.snapshot("A", 1, {4_500: 100}, {5_000: 100}), wire.snapshot("B", 2, {}, {})
     records = [
@@ -98,7 +98,7 @@ def one_read(kind: str) -> list[wire.Record]:
 
 
 def archive_of(root: Path, records: Sequence[wire.Record]) -> LocalArchive:
-    """What the load would archive of these records, without a load."""
+    """The archive of these records, without running a loader."""
     archive = LocalArchive(root)
     for n, (name, table) in enumerate(derived(records)):
         for hour, part in by_hour(table, DATASETS[name].time):
@@ -108,7 +108,7 @@ def archive_of(root: Path, records: Sequence[wire.Record]) -> LocalArchive:
 
 @pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize("kind", ["gap", "resync", "negative level"])
-def test_a_book_that_one_read_brings_and_breaks_is_not_verified(
+def test_a_book_made_stale_within_one_read_is_not_verified(
     kind: str, compacted: bool, tmp_path: Path
 ) -> None:
     records = one_read(kind)
@@ -134,7 +134,7 @@ def _raise(hour: object, error: Exception) -> None:
     raise AssertionError(f"{hour}: {error}")
 
 
-def test_a_trade_and_the_deltas_of_one_read_have_an_order_in_the_archive(tmp_path: Path) -> None:
+def test_trades_and_deltas_of_one_read_are_ordered(tmp_path: Path) -> None:
     dice, at, seqs = random.Random(2), HOUR_NS + MINUTE, {1: 1, 2: 0}
     records = [
         wire.connected(CONN, at),
@@ -174,7 +174,7 @@ def _numbers(records: Sequence[wire.Record]) -> list[tuple[int, int]]:
     return found
 
 
-def test_rolling_statistics_drop_what_a_snapshot_of_the_same_microsecond_dropped(
+def test_rolling_statistics_apply_a_snapshot_of_the_same_time(
     client: Client,
 ) -> None:
     """The best bid of before is gone, so the spread is 0.10 and not 0.02."""
@@ -199,7 +199,7 @@ def test_rolling_statistics_drop_what_a_snapshot_of_the_same_microsecond_dropped
     assert got["updates"] == 1
 
 
-def test_a_gap_after_a_snapshot_of_its_microsecond_is_still_open(client: Client) -> None:
+def test_a_gap_in_the_microsecond_of_a_snapshot_stays_open(client: Client) -> None:
     at = datetime.now(UTC)
     of = {"conn_id": _uuid(1), "sid": 1, "market_ticker": "T", "ingest_ts": at, "shard": 0}
     detail = '{"cause":"negative_level"}'
@@ -223,7 +223,7 @@ def _uuid(number: int) -> str:
 
 
 def over_the_hour() -> list[wire.Record]:
-    """Ten seconds after the hour the clock is set 20 s back, and what comes then takes the best bid away."""
+    """Ten seconds after the hour the clock is set 20 s back; later deltas remove the best bid."""
     at = HOUR_NS - 10 * wire.SECOND
     frame = wire.snapshot("A", 1, {4_500: 100, 4_000: 100}, {5_000: 100})
     records = [wire.connected(CONN, at), (at, CONN, int(Kind.SNAPSHOT), frame)]
@@ -241,9 +241,7 @@ def over_the_hour() -> list[wire.Record]:
     return records
 
 
-def test_late_deltas_reach_the_book_of_the_hour_that_the_clock_had_left(
-    settings: Settings, client: Client
-) -> None:
+def test_late_deltas_reach_the_book_of_the_earlier_hour(settings: Settings, client: Client) -> None:
     writer = journal_of(settings.journal_dir(), over_the_hour())
     archive = LocalArchive(settings.archive_dir)
     for store in (
@@ -276,7 +274,7 @@ def test_late_deltas_reach_the_book_of_the_hour_that_the_clock_had_left(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "clickhouse"])
-def test_a_load_that_dies_at_any_step_keeps_each_checkpoint_of_a_set_back_clock_once(
+def test_checkpoints_of_a_set_back_clock_are_stored_once(
     kind: str, settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 5)
@@ -370,7 +368,7 @@ def without_snapshot(records: Sequence[wire.Record]) -> set[str]:
 @hypothesis_settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_book_at_is_the_book_after_the_last_record_by_then(
+def test_book_at_is_the_book_after_the_last_record(
     client: Client, script: Script, seed: int
 ) -> None:
     for name in ("orderbook_events", "book_checkpoints", "stream_events"):

@@ -1,4 +1,4 @@
-"""An archive goes back into ClickHouse, is the same there, and doubles nothing, whatever interrupts it."""
+"""An archive is restored into ClickHouse exactly, without duplicates, after any interruption."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def recorded(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> S
 
 @pytest.fixture
 def archived(recorded: Settings) -> Settings:
-    """The same, with all of ClickHouse's rows gone."""
+    """The same settings after all of ClickHouse's rows were deleted."""
     client = clickhouse.connect(recorded)
     for name in (*HOT, "latest_levels"):
         client.command(f"TRUNCATE TABLE {name}")
@@ -112,7 +112,7 @@ def levels(settings: Settings) -> list[Sequence[Any]]:
     return list(clickhouse.connect(settings).query(sql).result_rows)
 
 
-def test_restored_twice_is_there_once_and_the_book_is_the_same(recorded: Settings) -> None:
+def test_a_repeated_restore_stores_each_row_once(recorded: Settings) -> None:
     was, book = rows_of(recorded), levels(recorded)
     command(recorded, *(f"TRUNCATE TABLE {name}" for name in (*HOT, "latest_levels")))
     first = run(recorded)
@@ -128,7 +128,7 @@ def test_restored_twice_is_there_once_and_the_book_is_the_same(recorded: Setting
 def test_a_server_that_kept_a_token_without_rows_gets_them_again(
     archived: Settings,
 ) -> None:
-    """ClickHouse writes a token down before the rows: a kill in between leaves the token alone."""
+    """ClickHouse stores a token before the rows: a kill in between leaves only the token."""
     run(archived)
     was = rows_of(archived)
     for lost in HOT:
@@ -139,7 +139,7 @@ def test_a_server_that_kept_a_token_without_rows_gets_them_again(
             assert rows_of(archived) == was, lost
 
 
-def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
+def test_only_the_given_hours_are_restored(archived: Settings) -> None:
     archive = LocalArchive(archived.archive_dir)
     done = restore(archived, archive, (SECOND_HOUR, SECOND_HOUR), quiet)
     assert {it.hour for it in done} == {SECOND_HOUR}
@@ -149,7 +149,7 @@ def test_a_span_of_hours_is_restored_alone(archived: Settings) -> None:
     assert first >= SECOND_HOUR
 
 
-def test_only_what_is_missing_is_inserted(recorded: Settings) -> None:
+def test_only_missing_rows_are_inserted(recorded: Settings) -> None:
     was = rows_of(recorded)
     for share in (3, 1):
         command(recorded, f"DELETE FROM orderbook_events WHERE seq % {share} = 0 AND seq < 60")
@@ -173,9 +173,7 @@ def test_only_what_is_missing_is_inserted(recorded: Settings) -> None:
     ],
     ids=["all doubled", "another row", "one doubled"],
 )
-def test_other_rows_are_refused_untouched_and_the_sentence_says_how_to_replace_them(
-    recorded: Settings, harm: str
-) -> None:
+def test_other_rows_are_refused_with_the_replace_command(recorded: Settings, harm: str) -> None:
     was = rows_of(recorded)
     command(recorded, "DELETE FROM orderbook_events WHERE seq = 30", harm)
     harmed = rows_of(recorded)
@@ -209,10 +207,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("replace", [False, True], ids=["insert", "replace"])
-def test_a_restore_that_is_killed_anywhere_ends_whole_when_it_is_run_again(
+def test_a_restore_killed_at_any_step_completes_when_repeated(
     recorded: Settings, monkeypatch: pytest.MonkeyPatch, when: str, *, replace: bool
 ) -> None:
-    """Each run is killed at the first change of ClickHouse that none before it had come to."""
+    """Each run is killed at the first change of ClickHouse that no earlier run has reached."""
     was, book = rows_of(recorded), levels(recorded)
     if replace:
         command(
@@ -269,10 +267,10 @@ def test_a_restore_that_is_killed_anywhere_ends_whole_when_it_is_run_again(
 
 
 @pytest.mark.slow
-def test_a_restore_that_is_killed_for_good_ends_whole_when_it_is_run_again(
+def test_a_restore_killed_by_sigkill_completes_when_repeated(
     archived: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of the command, at random moments, until one ends by itself."""
+    """SIGKILL of the command at random moments, until a run completes."""
     monkeypatch.setattr(module, "BATCH_ROWS", 20)
     env = {
         **os.environ,
@@ -303,10 +301,10 @@ def test_a_restore_that_is_killed_for_good_ends_whole_when_it_is_run_again(
     assert verdicts(done) == {Verdict.EQUAL}
 
 
-def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
+def test_unloaded_rows_are_left_to_the_loader(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> None:
-    """The archive has an hour that ClickHouse has a part of, since it was away."""
+    """The archive has an hour of which ClickHouse has only a part after an outage."""
     settings = platform_settings.load(
         kalshi_data_dir=tmp_path,
         clickhouse_url=clickhouse_url,
@@ -342,7 +340,7 @@ def test_rows_that_the_loader_has_yet_to_bring_are_left_to_it(
     assert verdicts(run(settings)) == {Verdict.EQUAL}
 
 
-def test_what_clickhouse_says_of_the_journal_decides_and_else_the_cursor_of_that_place(
+def test_the_ledger_decides_before_the_cursor(
     archived: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ClickHouse from a backup is behind the cursor, and a new one is loaded from the beginning."""
@@ -365,10 +363,10 @@ def test_what_clickhouse_says_of_the_journal_decides_and_else_the_cursor_of_that
 
 
 @pytest.mark.slow
-def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
+def test_a_restore_beside_a_recorder_keeps_each_row_once(
     tmp_path: Path, clickhouse_url: str, clickhouse_database: str
 ) -> None:
-    """Loaders bring records while restores run one after the other."""
+    """Loaders load records while restores run one after the other."""
     settings = platform_settings.load(
         kalshi_data_dir=tmp_path,
         clickhouse_url=clickhouse_url,
@@ -430,7 +428,7 @@ def test_beside_a_recorder_nothing_is_doubled_and_nothing_is_lost(
     assert rows == different
 
 
-def test_an_open_hour_is_not_touched_while_a_recorder_holds_its_journal(archived: Settings) -> None:
+def test_an_open_hour_is_not_restored_while_recording(archived: Settings) -> None:
     writer = Writer(archived.journal_dir())
     done = run(archived)
     assert {it.hour for it in done if it.verdict is Verdict.OPEN} == {SECOND_HOUR}
@@ -450,7 +448,7 @@ def test_an_open_hour_is_not_touched_while_a_recorder_holds_its_journal(archived
     assert Verdict.OPEN not in verdicts(run(archived))
 
 
-def test_files_that_their_manifest_does_not_vouch_for_are_not_restored_until_rebuilt(
+def test_files_that_differ_from_the_manifest_are_not_restored(
     archived: Settings,
 ) -> None:
     first, *_ = paths(archived.archive_dir, "orderbook_events", FIRST_HOUR)
@@ -465,7 +463,7 @@ def test_files_that_their_manifest_does_not_vouch_for_are_not_restored_until_reb
     assert verdicts(run(archived)) == {Verdict.EQUAL}
 
 
-def test_hours_that_clickhouse_would_delete_at_once_are_passed_over_and_said(
+def test_hours_past_retention_are_skipped_and_reported(
     archived: Settings,
 ) -> None:
     short = archived.model_copy(update={"hot_retention_days": 1})
@@ -479,7 +477,7 @@ def test_hours_that_clickhouse_would_delete_at_once_are_passed_over_and_said(
     assert Verdict.EXPIRED not in verdicts(run(archived))
 
 
-def test_two_restores_do_not_run_at_once(archived: Settings) -> None:
+def test_a_second_restore_at_once_is_refused(archived: Settings) -> None:
     def second(_: Restored) -> None:
         with pytest.raises(StoreUnavailable, match="Another restore is running"):
             run(archived)
@@ -501,7 +499,7 @@ ROWS = st.lists(st.integers(0, 5), max_size=12)
 def test_rows_are_compared_as_multisets(
     cold: list[int], hot: list[int], cuts: int, passes: int
 ) -> None:
-    """What is taken from the archive, added to ClickHouse's rows, covers the archive exactly."""
+    """ClickHouse's rows plus those taken from the archive are exactly the archive's."""
 
     def tables(rows: list[int]) -> list[pa.Table]:
         step = max(1, len(rows) // cuts)
@@ -535,12 +533,12 @@ def test_rows_are_compared_as_multisets(
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-11-22", "2026-11-22-14..2026-11-22-13"])
-def test_hours_that_cannot_be_read_are_a_sentence(text: str) -> None:
+def test_invalid_hours_are_an_error(text: str) -> None:
     with pytest.raises(PlatformError, match="--hours"):
         parse_hours(text)
 
 
-def test_hours_are_read_as_utc() -> None:
+def test_hours_are_parsed_as_utc() -> None:
     first, last = parse_hours(f"{FIRST_HOUR:%Y-%m-%d-%H}..{SECOND_HOUR:%Y-%m-%d-%H}")
     assert (first, last) == (FIRST_HOUR, SECOND_HOUR)
     assert floor_hour(first + timedelta(minutes=59)) == first

@@ -1,4 +1,4 @@
-"""The columnar derivation against the reference book, on any stream of frames."""
+"""Building rows in columns against the reference book, for any stream of frames."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def gathered(rows: list[Rows], dataset: str) -> list[dict[str, Any]]:
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
 @examples(150)
-def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut(
-    script: Script, cuts: list[int]
-) -> None:
+def test_sizes_and_books_equal_the_reference_for_any_split(script: Script, cuts: list[int]) -> None:
     rows, state = run(script.records, cuts)
     events = gathered(rows, "orderbook_events")
     got = [
@@ -148,7 +146,7 @@ def test_sizes_and_final_books_equal_the_reference_book_however_the_range_is_cut
     scripts(), st.lists(st.integers(1, 60), max_size=4), st.sampled_from([0, books.RECENT_LEVELS])
 )
 @examples(100)
-def test_cutting_a_range_changes_neither_rows_nor_state(
+def test_splitting_a_range_changes_neither_rows_nor_state(
     script: Script, cuts: list[int], kept_apart: int
 ) -> None:
     whole, state = run(script.records, [])
@@ -165,9 +163,7 @@ def test_cutting_a_range_changes_neither_rows_nor_state(
 
 @given(scripts(), st.lists(st.integers(1, 60), max_size=4))
 @examples(100)
-def test_latest_levels_is_the_book_also_after_a_snapshot_that_dropped_levels(
-    script: Script, cuts: list[int]
-) -> None:
+def test_latest_levels_follows_snapshots_that_drop_levels(script: Script, cuts: list[int]) -> None:
     rows, _ = run(script.records, cuts)
     latest: dict[tuple[str, str, Decimal], Decimal] = {}
     for row in gathered(rows, "latest_levels"):  # what ReplacingMergeTree FINAL keeps
@@ -202,7 +198,7 @@ def test_every_frame_is_in_exactly_one_table(script: Script, cuts: list[int]) ->
     assert all(len(kinds) == 1 for kinds in numbers.values())
 
 
-def test_a_negative_level_is_recorded_as_it_is_and_the_book_is_not_believed() -> None:
+def test_a_negative_level_is_recorded_and_makes_the_book_stale() -> None:
     conn = wire.conn_id(1)
     at = wire.NOON_NS
     records: list[wire.Record] = [
@@ -222,7 +218,7 @@ def test_a_negative_level_is_recorded_as_it_is_and_the_book_is_not_believed() ->
     assert not state.books["A-1"].verified
 
 
-def test_a_delta_before_its_snapshot_is_kept_and_named_and_not_shown_as_the_book() -> None:
+def test_a_delta_before_its_snapshot_is_kept_as_a_gap() -> None:
     conn = wire.conn_id(1)
     at = wire.NOON_NS
     records: list[wire.Record] = [
@@ -240,7 +236,7 @@ def test_a_delta_before_its_snapshot_is_kept_and_named_and_not_shown_as_the_book
     assert not state.books["A-1"].verified
 
 
-def test_no_bids_quoted_on_the_yes_scale_are_put_on_their_own() -> None:
+def test_no_bids_on_the_yes_scale_are_converted() -> None:
     conn = wire.conn_id(1)
     at = wire.NOON_NS
     records: list[wire.Record] = [
@@ -256,7 +252,7 @@ def test_no_bids_quoted_on_the_yes_scale_are_put_on_their_own() -> None:
     ]
 
 
-def test_a_recorder_that_was_killed_is_a_disconnected_row_with_cause_and_span() -> None:
+def test_a_killed_recorder_is_a_disconnected_row() -> None:
     conn = wire.conn_id(1)
     at = wire.NOON_NS
     records: list[wire.Record] = [
@@ -273,7 +269,7 @@ def test_a_recorder_that_was_killed_is_a_disconnected_row_with_cause_and_span() 
         assert not state.connections
 
 
-def test_what_cannot_be_read_is_kept_whole() -> None:
+def test_unreadable_frames_are_kept_whole() -> None:
     conn = wire.conn_id(1)
     at = wire.NOON_NS
     odd = b'{"type":"orderbook_delta","sid":1,"seq":2,"msg":{"market_ticker":"A-1","side":"maybe"}}'

@@ -1,4 +1,4 @@
-"""Several shards, one archive: an hour is sealed when all have passed it, and books are never confused."""
+"""Several shards, one archive: an hour is sealed after all watermarks, and books are never confused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def hot(tmp_path: Path, clickhouse_url: str, clickhouse_database: str) -> Settings:
-    """With a ClickHouse of its own."""
+    """Settings with a ClickHouse database of the test's own."""
     made = platform_settings.load(
         kalshi_data_dir=tmp_path,
         clickhouse_url=clickhouse_url,
@@ -104,7 +104,7 @@ class Shard:
         self.reports: list[HourReport] = []
 
     def record(self, records: Sequence[wire.Record], *, load: bool = True) -> None:
-        """Write the records down, and bring them to the archive unless it is killed before."""
+        """Journal the records and, unless `load` is false, load them into the archive."""
         writer = self.writer(records)
         if load:
             self.load(writer)
@@ -127,7 +127,7 @@ class Shard:
         load_all(Loader(self.folder, writer, self.store(), SMALL, shard=self.number))
 
     def heat(self) -> None:
-        """Bring the journal to ClickHouse."""
+        """Load the journal into ClickHouse."""
         writer = Writer(self.folder)
         store = ClickHouseSink(self.settings, str(writer.id))
         load_all(Loader(self.folder, writer, store, SMALL, shard=self.number))
@@ -139,11 +139,11 @@ class Shard:
 
 @pytest.fixture(autouse=True)
 def _long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shards arrive when their records begin."""
+    """Each shard registers its watermark when its records begin."""
     monkeypatch.setattr(watermarks, "_now", lambda: FIRST_HOUR)
 
 
-def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) -> None:
+def test_an_hour_is_sealed_once_by_the_last_shard(settings: Settings) -> None:
     fast, slow = Shard(settings, 0), Shard(settings, 1)
     writer = slow.writer(life(1, "B-2", 2, 90))
     slow.load(writer)
@@ -167,7 +167,7 @@ def test_an_hour_is_sealed_once_by_whoever_passes_it_last(settings: Settings) ->
     writer.close()
 
 
-def test_the_open_hour_is_told_of_by_the_first_shard_alone(settings: Settings) -> None:
+def test_the_open_hour_is_reported_by_the_first_shard_only(settings: Settings) -> None:
     first, second = Shard(settings, 0), Shard(settings, 1)
     first.record(life(0, "A-1", 0, 50))
     second.record(life(1, "B-2", 1, 50))
@@ -175,7 +175,7 @@ def test_the_open_hour_is_told_of_by_the_first_shard_alone(settings: Settings) -
     assert second.reports == []
 
 
-def test_a_killed_shard_holds_its_hours_open_until_it_is_back_and_has_passed_them(
+def test_a_killed_shard_keeps_its_hours_unsealed(
     settings: Settings,
 ) -> None:
     lives, killed = Shard(settings, 0), Shard(settings, 1)
@@ -193,7 +193,7 @@ def test_a_killed_shard_holds_its_hours_open_until_it_is_back_and_has_passed_the
     assert archived(root, "orderbook_events").height == (4_000 + 2) + (60 + 2) + (90 + 2)
 
 
-def test_a_shard_that_rests_holds_nothing_and_what_waited_for_it_is_sealed_with_the_next_write(
+def test_a_resting_shard_blocks_no_hour(
     settings: Settings,
 ) -> None:
     lives, stops = Shard(settings, 0), Shard(settings, 1)
@@ -211,7 +211,7 @@ def test_a_shard_that_rests_holds_nothing_and_what_waited_for_it_is_sealed_with_
     writer.close()
 
 
-def test_a_shard_drained_last_seals_what_waited_for_it(settings: Settings) -> None:
+def test_draining_the_last_shard_seals_the_waiting_hours(settings: Settings) -> None:
     lives, former = Shard(settings, 0), Shard(settings, 1)
     writer = former.writer(life(1, "B-2", 0, 60))
     lives.record(life(0, "A-1", 0, 150))
@@ -222,7 +222,7 @@ def test_a_shard_drained_last_seals_what_waited_for_it(settings: Settings) -> No
     writer.close()
 
 
-def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_comes_with_a_later_write(
+def test_sealing_waits_for_the_change_lock_loading_does_not(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.sinks.SEAL_PATIENCE_S", 0.0)
@@ -241,10 +241,10 @@ def test_while_sealed_hours_are_being_changed_the_load_goes_on_and_the_seal_come
     writer.close()
 
 
-def test_processes_that_load_seal_and_compact_at_once_leave_every_row_once_and_each_seal_true(
+def test_concurrent_loading_sealing_and_compaction_is_exact(
     settings: Settings,
 ) -> None:
-    """Two loads with late rows over six hours, and a compaction that never rests."""
+    """Two loaders with late rows over six hours, and a compaction that never pauses."""
     turns = [100 + 3_600 * n for n in range(6)]
     for number, ticker in enumerate(["A-1", "B-2"]):
         who, records = wire.conn_id(10 + number), life(number, ticker, 0, 1)
@@ -267,12 +267,12 @@ def test_processes_that_load_seal_and_compact_at_once_leave_every_row_once_and_e
             lambda _: None,
             lambda _, error: refused.append(str(error)),
         )
-    told = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    reports = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], reports
     events = archived(root, "orderbook_events")
     assert events.height == 2 * (2 + 1 + 6 * 240)
     assert not events.select("conn_id", "seq", "side", "price").is_duplicated().any()
-    sealed = Counter(line for said in told for line in said.split("\n") if line)
+    sealed = Counter(line for said in reports for line in said.split("\n") if line)
     passed = [
         hour
         for hour in LocalArchive(root).hours("orderbook_events")
@@ -285,7 +285,7 @@ def test_processes_that_load_seal_and_compact_at_once_leave_every_row_once_and_e
             manifest = LocalArchive(root).read_manifest(name, hour)
             assert manifest is not None
             assert (manifest.rows, manifest.checksum) == (found.rows, found.checksum)
-    # What was refused had been caught between a late row and its seal; nothing of that lasts.
+    # A refusal falls between a late row and its seal; it does not last.
     compaction.compact(
         LocalArchive(root), compaction.pending(LocalArchive(root)), lambda _: None, _raise
     )
@@ -307,10 +307,10 @@ from kalshi_platform.archive import LocalArchive
 data, shard = Path(sys.argv[1]), int(sys.argv[2])
 settings = platform_settings.load(kalshi_data_dir=data, use_clickhouse=False, stream_shards=2)
 folder = settings.journal_dir(shard)
-def told(report):
+def reports(report):
     if report.complete:
         print(f"{report.hour:%Y-%m-%d %H}")
-store = ParquetSink(LocalArchive(settings.archive_dir), shard, told, settings.journals_dir)
+store = ParquetSink(LocalArchive(settings.archive_dir), shard, reports, settings.journals_dir)
 writer = Writer(folder)
 load = Loader(folder, writer, store, Pace(rows=60, seconds=0.0, first_s=0.0), shard=shard)
 load.start()
@@ -321,7 +321,7 @@ writer.close()
 """A process that loads one shard's journal into the archive, and prints the hours that it seals."""
 
 
-def test_a_shard_that_comes_back_holds_the_hour_in_which_it_does(
+def test_a_returning_shard_blocks_its_current_hour(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = Shard(settings, 1)
@@ -335,7 +335,7 @@ def test_a_shard_that_comes_back_holds_the_hour_in_which_it_does(
 
 
 @pytest.mark.parametrize("mark", [None, b"", b"{", b'{"before": 7}'])
-def test_a_journal_that_says_nothing_of_itself_holds_every_hour(
+def test_a_journal_without_a_watermark_blocks_every_hour(
     mark: bytes | None, settings: Settings
 ) -> None:
     shard = Shard(settings, 1)
@@ -348,7 +348,7 @@ def test_a_journal_that_says_nothing_of_itself_holds_every_hour(
     ]
 
 
-def test_each_checkpoint_holds_its_shards_own_markets(settings: Settings) -> None:
+def test_each_checkpoint_has_only_its_shards_markets(settings: Settings) -> None:
     for number, ticker in enumerate(["A-1", "B-2"]):
         Shard(settings, number).record(life(number, ticker, number, 130))
     books = archived(settings.archive_dir, "book_checkpoints")
@@ -358,7 +358,7 @@ def test_each_checkpoint_holds_its_shards_own_markets(settings: Settings) -> Non
     }
 
 
-def test_late_rows_of_one_shard_wait_for_the_other_then_seal_anew(settings: Settings) -> None:
+def test_late_rows_of_one_shard_seal_again_after_the_other(settings: Settings) -> None:
     one, other = Shard(settings, 0), Shard(settings, 1)
     late = [
         (at(70 + n), wire.conn_id(10), int(Kind.DELTA), wire.delta("A-1", 152 + n, "yes", 100, 1))
@@ -420,7 +420,7 @@ def test_an_hour_of_two_shards_is_rebuilt_from_both_journals(
     assert content(root) == before
 
 
-def test_what_one_journal_no_longer_has_comes_from_clickhouse_and_nothing_is_doubled(
+def test_a_pruned_journals_rows_are_rebuilt_from_clickhouse(
     hot: Settings,
 ) -> None:
     two_hours(hot)
@@ -438,10 +438,10 @@ def test_what_one_journal_no_longer_has_comes_from_clickhouse_and_nothing_is_dou
     assert [path.name for path in paths(root, "orderbook_events", FIRST_HOUR)] == [FROM_CLICKHOUSE]
 
 
-def test_a_shard_killed_unseen_is_not_believed_to_the_end_of_the_hour_and_the_other_is(
+def test_coverage_ends_with_a_killed_shards_last_record(
     settings: Settings,
 ) -> None:
-    """The other one goes on recording, so the hour itself is not silent."""
+    """The other shard keeps recording, so the hour itself is not silent."""
     Shard(settings, 1).record(life(1, "B-2", 0, 40))
     Shard(settings, 0).record(life(0, "A-1", 0, 150))
     Shard(settings, 1).record(life(1, "B-2", 140, 150, conn=21))
@@ -450,7 +450,7 @@ def test_a_shard_killed_unseen_is_not_believed_to_the_end_of_the_hour_and_the_ot
     assert manifest.verified_by_market == pytest.approx({"A-1": 100, "B-2": 40}, abs=0.1)
 
 
-def test_the_start_of_one_shard_casts_no_doubt_on_the_books_of_another(settings: Settings) -> None:
+def test_one_shards_start_leaves_other_shards_books_synced(settings: Settings) -> None:
     Shard(settings, 0).record(life(0, "A-1", 0, 130))
     killed = Shard(settings, 1)
     killed.record(life(1, "B-2", 0, 30))
@@ -462,11 +462,11 @@ def test_the_start_of_one_shard_casts_no_doubt_on_the_books_of_another(settings:
     rows = [list(LocalArchive(settings.archive_dir).read(name, FIRST_HOUR)) for name in names]
     events, stream, checkpoints = rows
     found = books(FIRST_HOUR, events, checkpoints, stream)
-    doubted = found.frames.market[~found.frames.verified]
-    assert {found.tickers[market] for market in doubted} == {"B-2"}
+    stale = found.frames.market[~found.frames.verified]
+    assert {found.tickers[market] for market in stale} == {"B-2"}
 
 
-def test_a_market_that_moves_in_an_hour_is_covered_by_its_shards_one_after_the_other(
+def test_a_market_moving_between_shards_is_covered_by_both(
     settings: Settings,
 ) -> None:
     """Its new shard's parts come first by name."""
@@ -531,10 +531,8 @@ def holding(conn: int, begin: float, end: float, levels: dict[int, int]) -> list
 
 
 @pytest.mark.parametrize("late", ["the old shard", "the new shard", "half of the old shard"])
-def test_after_a_move_the_book_is_the_new_shards_whoever_is_loaded_last(
-    late: str, hot: Settings
-) -> None:
-    """Level 48 was gone when the new shard asked: no row of its own journal knows of it."""
+def test_after_a_move_the_new_shards_book_wins(late: str, hot: Settings) -> None:
+    """Level 48 was gone when the new shard subscribed: its journal has no row of it."""
     old, new = Shard(hot, 1), Shard(hot, 0)
     moves = holding(11, 0, 10, {5_000: 100, 4_800: 700})
     comes = holding(10, 20, 30, {5_000: 300, 4_700: 50})
@@ -546,7 +544,7 @@ def test_after_a_move_the_book_is_the_new_shards_whoever_is_loaded_last(
     new.record(comes, load=False)
     for shard in (new, old) if late != "the new shard" else (old, new):
         shard.heat()
-    # The old shard, or whoever drains it, is started once more.
+    # The old shard, or the process that drains it, is started once more.
     old.record([wire.started(at(40))], load=False)
     old.heat()
     assert book(hot) == {("yes", 5_000): 400, ("yes", 4_700): 50}
@@ -557,9 +555,7 @@ def test_after_a_move_the_book_is_the_new_shards_whoever_is_loaded_last(
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_market_that_two_shards_record_for_a_while_has_the_book_of_the_newest_subscription(
-    first: int, hot: Settings
-) -> None:
+def test_of_two_recordings_the_newest_subscription_wins(first: int, hot: Settings) -> None:
     """Two subscriptions to one book, recorded at once by mistake: every row is kept, none is confused."""
     early = holding(11, 0, 25, {5_000: 100, 4_800: 700})
     # The exchange: 4_800 is taken away at 15, and 5_000 grows by 100 at 25, which both see.
@@ -577,7 +573,7 @@ def test_a_market_that_two_shards_record_for_a_while_has_the_book_of_the_newest_
     assert sorted(found) == [(2, 0, 0), (3, 0, 0)]
 
 
-def test_a_restore_of_a_market_that_moved_gives_the_new_shards_book(hot: Settings) -> None:
+def test_restoring_a_moved_market_gives_the_new_shards_book(hot: Settings) -> None:
     Shard(hot, 1).record(holding(11, 0, 10, {5_000: 100, 4_800: 700}))
     Shard(hot, 0).record(holding(10, 20, 30, {5_000: 300, 4_700: 50}))
     shutil.rmtree(hot.journals_dir)  # else its records are left to the loader

@@ -1,4 +1,4 @@
-"""One derivation for all stores: each load gets the rows that it would have derived alone."""
+"""Rows are built once for all stores: each loader gets the rows that it would have built alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kalshi_platform_tests.loading.test_loader import PATIENCE_S, journal_of, re
 def follow(
     shared: SharedRows, name: str, at: tuple[LogOffset, BookState], limit: LogOffset, steps: int
 ) -> tuple[tuple[LogOffset, BookState], list[dict[str, object]]]:
-    """So many steps of one load, and the event rows that it got."""
+    """Take this many built ranges as one loader; return their event rows."""
     rows: list[dict[str, object]] = []
     for step in shared.steps(name, at[0], at[1], limit):
         rows += step.rows.tables["orderbook_events"].to_pylist()
@@ -38,10 +38,10 @@ def follow(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_loads_that_take_turns_in_any_way_get_the_same_rows(
+def test_loaders_in_any_order_get_the_same_rows(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over ends of hours, of segments and of what is kept, wherever they fall."""
+    """Across any ends of hours, segments and kept ranges."""
     dice = random.Random(seed)
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", dice.choice((10, 30, 80)))
     monkeypatch.setattr(shared_rows, "KEPT_STEPS", dice.choice((2, 4, 8)))
@@ -61,7 +61,7 @@ def test_loads_that_take_turns_in_any_way_get_the_same_rows(
     assert got["cold"] == alone
 
 
-def test_a_load_that_comes_to_the_same_place_derives_nothing_again(
+def test_a_loader_at_the_same_offset_reuses_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
@@ -77,7 +77,7 @@ def test_a_load_that_comes_to_the_same_place_derives_nothing_again(
     assert len(derived) == len(set(derived))
 
 
-def test_a_load_that_was_behind_meets_the_other_again(
+def test_a_loader_that_was_behind_shares_rows_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
@@ -103,10 +103,10 @@ def test_a_load_that_was_behind_meets_the_other_again(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_chunks_are_bounded_by_rows_and_bytes_and_hold_every_record(
+def test_chunks_are_bounded_and_complete(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the record that fills one; each can be read again from where the one before it ended."""
+    """Except for the record that fills one; each can be read again from the end of the one before it."""
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 40)
     monkeypatch.setattr(shared_rows, "CHUNK_BYTES", 4_000)
     dice = random.Random(seed)
@@ -148,8 +148,8 @@ def cost(record: dict[str, object]) -> tuple[int, int]:
     return 1 + levels, len(frame)
 
 
-def blocks(stretches: Iterator[reader.JournalRange]) -> Iterator[RecordRange]:
-    for it in stretches:
+def blocks(parts: Iterator[reader.JournalRange]) -> Iterator[RecordRange]:
+    for it in parts:
         assert isinstance(it, RecordRange)
         yield it
 
@@ -163,7 +163,7 @@ def frames_of(found: list[RecordRange]) -> list[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("ahead", [0, 3], ids=["at the same step", "some steps ahead"])
-def test_a_load_that_is_held_up_in_a_derivation_holds_up_no_other(
+def test_a_loader_stuck_while_building_delays_no_other(
     ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
@@ -199,10 +199,8 @@ def test_a_load_that_is_held_up_in_a_derivation_holds_up_no_other(
     assert late == rows[len(rows) - len(late) :]
 
 
-def test_what_is_kept_for_other_loads_is_bounded_by_its_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step of many levels holds them all: of such steps the newest one alone is kept."""
+def test_kept_rows_are_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A built range holds all its levels: of large ranges only the newest is kept."""
     monkeypatch.setattr(shared_rows, "CHUNK_ROWS", 30)
     folder = tmp_path / "journal"
     writer = journal_of(folder, recording(200))
@@ -269,7 +267,7 @@ def joined(folder: Path, *loads: str) -> SharedRows:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first records of all that is derived from now on."""
+    """The first record of every range built from now on."""
     derived: list[int] = []
 
     def counting(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:

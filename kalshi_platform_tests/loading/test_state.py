@@ -1,4 +1,4 @@
-"""The derivation's state on disk, written by two loads at once."""
+"""The saved book state on disk, written by two loaders at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kalshi_platform.loading.rows import build_rows
 from kalshi_platform_tests import wire
 
 
-def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
+def test_two_loaders_may_save_the_same_state_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "2026-11-23T02-000000000000007.state"
@@ -36,7 +36,7 @@ def test_two_loads_may_keep_the_same_hours_state_at_the_same_moment(
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_state_comes_back_as_it_was_kept(tmp_path: Path) -> None:
+def test_a_state_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     before = some_state()
     state_files.save(before, tmp_path / "kept.state")
     after = state_files.load(tmp_path / "kept.state")
@@ -50,8 +50,8 @@ def test_a_state_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     assert dict(after.numbers) == dict(before.numbers)
 
 
-def test_a_state_that_an_earlier_version_kept_is_read(tmp_path: Path) -> None:
-    """There each level names its connection and its market."""
+def test_a_state_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """In that version each level has its connection and its market."""
     before = some_state()
     head = {
         "n": before.n,

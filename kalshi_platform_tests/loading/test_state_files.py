@@ -160,7 +160,7 @@ def disturbed(
 @pytest.mark.parametrize("when", TIMES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", CURSOR_DAMAGES)
-def test_a_cursor_that_is_not_the_right_one_costs_nothing(
+def test_a_wrong_cursor_loses_and_duplicates_nothing(
     damage: Damage, kind: str, when: str, recorder: Recorder, tmp_path: Path
 ) -> None:
     path = recorder.folder / "load" / f"{kind}.json"
@@ -171,7 +171,7 @@ def test_a_cursor_that_is_not_the_right_one_costs_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_load_without_cursor_begins_at_the_newest_kept_state(
+def test_a_loader_without_cursor_uses_the_newest_saved_state(
     kind: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder.run()
@@ -213,7 +213,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-def test_of_the_kept_states_one_is_read_and_the_next_where_it_is_damaged(
+def test_a_damaged_saved_state_falls_back_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {}
@@ -240,7 +240,7 @@ def test_of_the_kept_states_one_is_read_and_the_next_where_it_is_damaged(
         assert read == ([newest] if newest else [])
 
 
-def test_a_state_of_an_unknown_start_is_passed_over(
+def test_a_state_of_an_unknown_start_is_ignored(
     recorder: Recorder,
 ) -> None:
     recorder.run()
@@ -259,7 +259,7 @@ def test_a_state_of_an_unknown_start_is_passed_over(
 
 @pytest.mark.parametrize("when", TIMES)
 @pytest.mark.parametrize("how", ["deleted", "moved away"])
-def test_the_load_folder_may_go_at_any_moment(
+def test_the_load_folder_may_be_removed_at_any_moment(
     how: str, when: str, recorder: Recorder, tmp_path: Path
 ) -> None:
     folder = recorder.folder / "load"
@@ -274,11 +274,11 @@ def test_the_load_folder_may_go_at_any_moment(
     assert_each_record_once(recorder)
 
 
-# -- stores that go while they are written ---------------------------------------------------------
+# -- stores that vanish while being written --------------------------------------------------------
 
 
 def waits(start: Start, sentence: str) -> None:
-    """Until a load says that, which is all that it does meanwhile."""
+    """Wait until a loader reports that sentence."""
     deadline = time.monotonic() + PATIENCE_S
     while sentence not in str(start.trouble):
         assert time.monotonic() < deadline, start.trouble
@@ -286,7 +286,7 @@ def waits(start: Start, sentence: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["moved away", "emptied", "another one in its place"])
-def test_an_archive_that_goes_while_running_is_not_made_again(
+def test_an_archive_removed_while_running_is_not_recreated(
     how: str, recorder: Recorder, tmp_path: Path
 ) -> None:
     root = recorder.settings.archive_dir
@@ -308,7 +308,7 @@ def test_an_archive_that_goes_while_running_is_not_made_again(
     assert_each_record_once(recorder)
 
 
-def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
+def test_a_missing_archive_at_start_is_an_error_until_restored(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
@@ -328,7 +328,7 @@ def test_an_archive_that_is_away_at_a_start_is_an_error_until_it_is_back(
 
 @pytest.mark.parametrize("lost_for_good", [False, True])
 @pytest.mark.parametrize("damage", [altered, swapped_with_the_other_stores])
-def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
+def test_a_missing_archive_and_cursor_is_not_a_first_start(
     damage: Damage,
     lost_for_good: bool,
     recorder: Recorder,
@@ -358,9 +358,7 @@ def test_an_archive_that_is_away_while_its_cursor_is_damaged_is_no_first_start(
     assert_each_record_once(recorder)
 
 
-def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
-    recorder: Recorder, tmp_path: Path
-) -> None:
+def test_a_new_archive_location_gets_the_whole_journal(recorder: Recorder, tmp_path: Path) -> None:
     recorder.run()
     shutil.rmtree(recorder.settings.archive_dir)  # lost for good: what the sentence says to do
     recorder.settings = recorder.settings.model_copy(
@@ -372,7 +370,7 @@ def test_a_new_place_for_the_archive_gets_what_the_journal_still_has(
     assert_each_record_once(recorder)
 
 
-def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_gets_everything(
+def test_a_dropped_database_stops_loading_until_replaced(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)
@@ -396,7 +394,7 @@ def test_a_database_that_is_dropped_while_running_stops_the_load_and_a_new_one_g
     client.command(f"DROP DATABASE {name}_new SYNC")
 
 
-# -- folders of a version whose stores kept no record ------------------------------------------------
+# -- folders of a version without ledgers ------------------------------------------------------------
 
 
 def make_it_older(recorder: Recorder) -> None:
@@ -413,7 +411,7 @@ def make_it_older(recorder: Recorder) -> None:
     clickhouse.connect(recorder.settings).command("TRUNCATE TABLE recorders")
 
 
-def test_a_folder_of_a_version_without_records_is_taken_over_once(recorder: Recorder) -> None:
+def test_a_folder_without_ledgers_is_upgraded_once(recorder: Recorder) -> None:
     recorder.run()
     recorder.run()
     make_it_older(recorder)
@@ -422,7 +420,7 @@ def test_a_folder_of_a_version_without_records_is_taken_over_once(recorder: Reco
     assert_each_record_once(recorder)
 
 
-def test_of_such_a_folder_a_cursor_that_is_lost_is_an_error_until_it_is_restored(
+def test_a_lost_cursor_without_ledgers_is_an_error(
     recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 0.3)

@@ -1,4 +1,4 @@
-"""A store that cannot be had is named within seconds, at the start and while nothing is written to it."""
+"""An unreachable store is reported within seconds, at the start and while nothing is written to it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def recording(settings: Settings, *, drain_s: float = 10.0) -> Iterator[Streamer
 
 
 def trouble(streamer: Streamer, since: float) -> str:
-    """What the health report names, within the time that is promised."""
+    """The problem in the health report, within the documented time."""
     while not (named := streamer.health().trouble):
         assert time.monotonic() - since < NAMED_S, "nothing is named"
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def trouble(streamer: Streamer, since: float) -> str:
 
 
 def well(streamer: Streamer, *, written: bool = False) -> None:
-    """Wait until nothing troubles it, and, if asked, until the archive has a first file."""
+    """Wait until no problem is reported and, if requested, until the archive has a first file."""
     deadline = time.monotonic() + 60
     while streamer.health().trouble or (
         written and not streamer.health().stores["parquet"].committed_ns
@@ -105,7 +105,7 @@ def well(streamer: Streamer, *, written: bool = False) -> None:
         time.sleep(0.05)
 
 
-def test_a_bucket_that_is_not_there_is_named_at_the_start(
+def test_a_missing_bucket_is_reported_at_the_start(
     store: ObjectStore, make: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = make(**in_bucket(store, parquet_dir="s3://nowhere/x"))
@@ -118,7 +118,7 @@ def test_a_bucket_that_is_not_there_is_named_at_the_start(
         assert NO_BUCKET in doctor._archive(settings).text
 
 
-def test_a_wrong_clickhouse_user_is_named_at_the_start(
+def test_a_wrong_clickhouse_user_is_reported_at_the_start(
     make: Callable[..., Settings], clickhouse_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = make(
@@ -133,7 +133,7 @@ def test_a_wrong_clickhouse_user_is_named_at_the_start(
     assert "not-the-password" not in named + caplog.text
 
 
-def test_what_becomes_of_the_bucket_between_two_writes_is_named(
+def test_a_bucket_failure_between_writes_is_reported(
     store: ObjectStore, make: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
@@ -169,7 +169,7 @@ def test_what_becomes_of_the_bucket_between_two_writes_is_named(
         well(streamer)
 
 
-def test_an_archive_that_is_not_mounted_is_named_while_running_and_at_the_next_start(
+def test_an_unmounted_archive_is_reported(
     make: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings, root = make(), tmp_path / "archive"
@@ -194,7 +194,7 @@ def test_an_archive_that_is_not_mounted_is_named_while_running_and_at_the_next_s
     assert not list(root.glob("*/date=*"))
 
 
-def test_up_says_at_once_what_keeps_it_from_the_archive(
+def test_up_reports_an_unreachable_archive_at_once(
     store: ObjectStore,
     make: Callable[..., Settings],
     tmp_path: Path,
@@ -209,11 +209,11 @@ def test_up_says_at_once_what_keeps_it_from_the_archive(
     assert said(make(**in_bucket(store))) == ""
 
 
-def test_an_archive_that_was_never_written_to_is_no_fault(make: Callable[..., Settings]) -> None:
+def test_an_archive_never_written_to_is_no_error(make: Callable[..., Settings]) -> None:
     assert doctor._archive(make()).mark is not doctor.Mark.BAD
 
 
-def test_a_clickhouse_that_never_answers_is_named(
+def test_a_clickhouse_that_never_answers_is_reported(
     make: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -223,7 +223,7 @@ def test_a_clickhouse_that_never_answers_is_named(
         with caplog.at_level(logging.ERROR), recording(settings, drain_s=1.0) as streamer:
             named = trouble(
                 streamer, began + numbering.ANSWER_TIMEOUT_S
-            )  # so long it waits at its start
+            )  # the start waits this long
             assert named.startswith(f"ClickHouse at {url} cannot be reached (time-out). ")
             assert named in caplog.text
             report = msgspec.to_builtins(streamer.health())
@@ -233,7 +233,7 @@ def test_a_clickhouse_that_never_answers_is_named(
         assert str(found.value) == named
 
 
-def test_an_idle_clickhouse_is_named_until_it_answers_again(
+def test_an_idle_unresponsive_clickhouse_is_reported(
     make: Callable[..., Settings], clickhouse_url: str, clickhouse_database: str
 ) -> None:
     with between(clickhouse_url) as way:
@@ -253,7 +253,7 @@ def test_an_idle_clickhouse_is_named_until_it_answers_again(
             well(streamer)
 
 
-def test_an_exchange_that_never_answers_is_named(
+def test_an_unresponsive_exchange_is_reported(
     make: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict, "maintenance", lambda _: False)
@@ -298,7 +298,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_store_that_answers_slowly_is_in_trouble_until_a_look_is_quick(
+def test_a_slow_store_is_reported_until_a_check_is_quick(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quick, done = threading.Event(), list[int]()
@@ -318,7 +318,7 @@ def test_a_store_that_answers_slowly_is_in_trouble_until_a_look_is_quick(
         until(lambda: looks.trouble is None)
 
 
-def test_a_look_that_fails_in_any_way_is_named_and_repeated(
+def test_a_check_failing_in_any_way_is_reported_and_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = threading.Event()

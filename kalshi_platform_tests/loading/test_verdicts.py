@@ -1,4 +1,4 @@
-"""Capture and loader judge a frame alike: what cannot be read leaves the same books stale in both."""
+"""Capture and loader treat a frame alike: an unreadable one leaves the same books stale in both."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Recording:
             self.records.append((at, CONN, int(Kind.NOTE), body))
 
     def load(self) -> None:
-        """Load what has come since, and tell capture which books the loader found stale."""
-        for _ in range(2):  # those behind the last frame, too
+        """Load the new records and report to capture which books the loader found stale."""
+        for _ in range(2):  # the second round includes notes after the last frame
             self._journal_notes(wire.NOON_NS + len(self.records))
         while self.records[self.state.n :]:
             found = wire.blocks(self.records)[0].cut(self.state.n)[1] if self.state.n else None
@@ -68,12 +68,12 @@ class Recording:
 
     @property
     def synced(self) -> set[str]:
-        """Capture's verdict."""
+        """The books that capture has synced."""
         return {t for t, market in self.session._markets.items() if market.synced}
 
     @property
     def verified(self) -> set[str]:
-        """The loader's verdict."""
+        """The books that the loader has synced."""
         return {t for t, book in self.state.books.items() if book.verified}
 
     def next(self, sid: int = 1) -> int:
@@ -112,7 +112,7 @@ ODD_SNAPSHOTS = {
 
 
 @pytest.mark.parametrize("what", ODD_SNAPSHOTS)
-def test_an_unreadable_snapshot_is_none_for_capture_and_loader(what: str) -> None:
+def test_an_unreadable_snapshot_is_stale_in_capture_and_loader(what: str) -> None:
     before, after = ODD_SNAPSHOTS[what]
     recording = Recording()
     whole(recording)
@@ -136,7 +136,7 @@ def test_an_unreadable_snapshot_is_none_for_capture_and_loader(what: str) -> Non
     assert recording.kinds().count("resynced") == 1
 
 
-def test_snapshots_that_stay_unreadable_cost_neither_the_connection_nor_the_others() -> None:
+def test_permanently_unreadable_snapshots_cost_only_their_book() -> None:
     recording = Recording()
     whole(recording, ["A-1", "B-2"])
     odd = b'{"type":"orderbook_snapshot","sid":1,"seq":%d,"msg":{"market_ticker":"C-3","yes":7}}'
@@ -165,7 +165,7 @@ ODD_DELTAS = {
 
 
 @pytest.mark.parametrize("what", ODD_DELTAS)
-def test_an_unreadable_delta_leaves_its_book_alone_stale_in_both(what: str) -> None:
+def test_an_unreadable_delta_makes_only_its_book_stale(what: str) -> None:
     before, after = ODD_DELTAS[what]
     recording = Recording()
     whole(recording)
@@ -181,7 +181,7 @@ def test_an_unreadable_delta_leaves_its_book_alone_stale_in_both(what: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["orderbook_delta", "orderbook_snapshot"])
-def test_a_frame_of_no_market_that_can_be_read_leaves_every_book_of_its_sid_stale(
+def test_a_frame_without_a_readable_market_makes_its_sid_stale(
     kind: str,
 ) -> None:
     recording = Recording()
@@ -254,7 +254,7 @@ STEPS = (
 
 @given(data=st.data())
 @examples(160)
-def test_after_any_frames_capture_and_loader_hold_the_same_books_synced(
+def test_capture_and_loader_agree_on_synced_books(
     data: st.DataObject,
 ) -> None:
     draw = data.draw
@@ -323,7 +323,7 @@ def deep(ticker: str, seq: int, *, yes_price: bool) -> bytes:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_no_bids_on_another_scale_than_asked_for_are_found_and_read(asked: bool) -> None:
+def test_no_bids_on_the_other_scale_are_detected_and_read(asked: bool) -> None:
     recording = Recording(use_yes_price=asked)
     for ticker in MARKETS:
         recording.take(deep(ticker, recording.next(), yes_price=not asked))
@@ -345,7 +345,7 @@ def test_no_bids_on_another_scale_than_asked_for_are_found_and_read(asked: bool)
     assert len([g for g in recording.gaps() if g["cause"] == "scale"]) == 1
 
 
-def test_a_book_that_is_crossed_for_a_moment_changes_no_scale() -> None:
+def test_a_briefly_crossed_book_changes_no_scale() -> None:
     recording = Recording()
     whole(recording)
     recording.take(wire.snapshot("A-1", recording.next(), {4_000: 500}, {6_500: 100}))
