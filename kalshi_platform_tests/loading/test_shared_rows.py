@@ -225,7 +225,7 @@ def test_steps_that_are_kept_share_the_books(
     folder = tmp_path / "journal"
     writer = journal_of(folder, many_books(200, 40, dice))
     shared = joined(folder, "hot", "cold")
-    start, merges = reader.beginning(folder), set[int]()
+    start, merges = reader.oldest_offset(folder), set[int]()
     states: list[BookState] = []
     for step in shared.steps("hot", start, BookState(), writer.durable):
         kept = list(shared._kept.values())
