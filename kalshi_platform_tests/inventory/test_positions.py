@@ -96,7 +96,7 @@ def test_positions_are_exact_and_signed_with_the_raw_answer(
 def test_every_page_is_read(
     simulator: Simulator, rest: RestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rest_module, "PAGE", 2)
+    monkeypatch.setattr(rest_module, "ITEMS_PER_PAGE", 2)
     for number, ticker in enumerate(tickers(simulator)):
         hold(simulator, ticker, 100 + number)
     found = by_ticker(positions.take(rest))

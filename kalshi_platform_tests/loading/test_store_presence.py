@@ -281,8 +281,8 @@ def test_an_unresponsive_exchange_is_reported(
 def looking(
     look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[presence.Presence]:
-    monkeypatch.setattr(presence, "LOOK_S", 0.01)
-    monkeypatch.setattr(presence, "SILENT_S", 0.2)
+    monkeypatch.setattr(presence, "CHECK_S", 0.01)
+    monkeypatch.setattr(presence, "TIMEOUT_S", 0.2)
     looks = presence.Presence(look, "the store")
     looks.start()
     try:

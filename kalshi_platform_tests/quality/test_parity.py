@@ -86,7 +86,7 @@ def test_equal_stores_are_equal_and_an_hour_is_compared_once(
 def test_many_rows_are_read_in_pieces_with_the_same_result(
     settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_hour, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(hot_hour, "BATCH_ROWS", 7)
     found = compared(settings, client)
     assert (found.equal, found.differences) == (1, ())
 

@@ -94,7 +94,7 @@ def test_without_enough_history_nothing_is_backfilled() -> None:
 
 
 def test_too_many_trades_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trade_backfill, "MOST_TRADES", 2)
+    monkeypatch.setattr(trade_backfill, "MAX_TRADES", 2)
     found = find(Rest(*((n, "A-1") for n in range(9))), missed_span(), [])
     assert found.frames == ()
     assert "more than 2" in found.reason
