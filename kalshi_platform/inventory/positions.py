@@ -231,7 +231,11 @@ def _reported(position: Position, raw: str, at: datetime) -> Snapshot:
 
 
 def _absent(
-    rest: RestClient, ticker: str, held: Held | None, at: datetime, report_unreadable: ReportUnreadable
+    rest: RestClient,
+    ticker: str,
+    held: Held | None,
+    at: datetime,
+    report_unreadable: ReportUnreadable,
 ) -> Snapshot | None:
     """Return a flat snapshot for a market that a complete report lacks; None if nothing proves that it is flat.
 

@@ -503,7 +503,9 @@ class _Reading:
                     " without a number of the exchange are not compared there."
                 )
                 continue
-            missing[name] = len(journalled.records[read.shard].difference(place.records[read.shard]))
+            missing[name] = len(
+                journalled.records[read.shard].difference(place.records[read.shard])
+            )
         return JournalProof(read.shard, read.first, read.end, read.lost_records, missing)
 
 

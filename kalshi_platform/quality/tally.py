@@ -125,7 +125,7 @@ class Holdings:
         for shard, numbers in other.records.items():
             self.records[shard].update(numbers)
 
-    def rest(self) -> None:
+    def compress_idle(self) -> None:
         """Compress the numbers of subscriptions to which nothing was added lately."""
         for tally in self.subscriptions.values():
             for numbers in (tally.placed, tally.unplaced, tally.records):

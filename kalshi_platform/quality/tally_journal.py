@@ -87,8 +87,8 @@ def read(
             if recent_from is not None:
                 recent = pl.col("recv_ns") >= hour_start_ns(recent_from)
                 _add(found.recent, shard, records.filter(recent))
-                found.recent.rest()
-        found.held.rest()
+                found.recent.compress_idle()
+        found.held.compress_idle()
         progress(part.first_n + part.rows)
     if recent_from is None:
         found.recent = found.held
