@@ -90,7 +90,7 @@ def test_without_enough_history_nothing_is_backfilled() -> None:
     recent = [(SINCE, wire.trade("A-1", n, 4_000, 100)) for n in (1, 2)] * (RECENT_TRADES // 2)
     found = find(Rest((7, "A-1")), missed_span(), recent)
     assert found.frames == ()
-    assert "remembered" in found.reason
+    assert "than are kept" in found.reason
 
 
 def test_too_many_trades_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
