@@ -326,7 +326,7 @@ class Session:
         waiting = set()
         for ticker, market in self._markets.items():
             if market.synced:
-                market.synced, market.asked_at, market.asks = False, None, 0
+                market.synced, market.requested_at, market.requests = False, None, 0
                 if market.sid != number:  # the gap's own note covers books of its subscription
                     detail = {"cause": OTHER_SUBSCRIPTION, "of": number}
                     self._notes.append(Note("gap", detail, market.sid, ticker))
