@@ -29,7 +29,7 @@ from dagster._grpc.server import DagsterApiServer
 from kalshi_platform import settings
 from kalshi_platform.errors import SettingsError
 from kalshi_platform.health import planned_stop
-from kalshi_platform.orchestration.host import run_processes
+from kalshi_platform.orchestration.host import migration_scripts, run_processes
 
 GRACE_S = 10.0
 """Seconds before runs receive a signal: `up` and `tini -g` signal runs and server together, and a second signal would
@@ -81,6 +81,7 @@ def main() -> None:
         planned_stop.begin(settings.load().data_dir)
     if "--socket" in sys.argv:
         run_processes.keep_socket_in(Path(sys.argv[sys.argv.index("--socket") + 1]).parent)
+    migration_scripts.keep()
     vars(server)["DagsterApiServer"] = CodeServer  # no option names another class
     dagster()  # type: ignore[no-untyped-call]
 
