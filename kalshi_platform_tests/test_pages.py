@@ -94,7 +94,7 @@ def test_the_files_that_contributing_names_are_there() -> None:
     [
         ("A channel", r"\bTRADES\b|\bKind\.TRADE\b|\bcolumnar_trades\b"),
         ("An hourly asset", r"\bDEPTH\b"),
-        ("A check", r"\bcrossed_books\b"),
+        ("A check", r"\b(def|import) crossed_books\b|import .*\bcrossed_books\b"),
         ("A store", r"\b(import|class)\b.*\b(ClickHouse|Parquet)Sink\b"),
     ],
 )

@@ -43,13 +43,17 @@ class LiveConnection(ClientConnection):
     """Monotonic seconds."""
 
     def data_received(self, data: bytes) -> None:
-        """Record the time, then process the data as usual."""
+        """Note the time, then let the library read what came.
+
+        Args:
+            data: What one read of the socket gave.
+        """
         self.last_bytes_at = time.monotonic()
         super().data_received(data)
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last byte was received."""
+        """Seconds since the last bytes came."""
         return time.monotonic() - self.last_bytes_at
 
     @property
@@ -74,6 +78,12 @@ class BatchedConnection(LiveConnection):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        """Make a connection of the library; its arguments are passed on.
+
+        Args:
+            *args: The library's own.
+            **options: The library's own.
+        """
         super().__init__(*args, **options)
         self._deliver: Deliver | None = None
         self._messages: list[bytes] = []
@@ -86,12 +96,20 @@ class BatchedConnection(LiveConnection):
         """Deadline of a delayed write by the loop's clock; None while none is delayed."""
 
     def deliver_to(self, deliver: Deliver) -> None:
-        """Pass every message to `deliver(messages, recv_ns)` from now on, in the loop's thread."""
+        """Deliver every message from now on, in the loop's thread.
+
+        Args:
+            deliver: Takes the messages of one read of the socket, and the time of that read in ns since 1970.
+        """
         self._deliver = deliver
         self._deliver_messages(time.time_ns())
 
     def data_received(self, data: bytes) -> None:
-        """Record the time, split the data into messages, deliver them."""
+        """Note the time, cut what came into messages, and deliver them.
+
+        Args:
+            data: What one read of the socket gave.
+        """
         recv_ns = time.time_ns()
         self.last_bytes_at = time.monotonic()
         if self.protocol.state is State.CONNECTING:
@@ -120,7 +138,11 @@ class BatchedConnection(LiveConnection):
         super().send_data()
 
     def process_event(self, event: Any) -> None:
-        """Collect messages instead of queueing them; handle all other events as usual."""
+        """Collect messages in place of queueing them; all else takes the library's way.
+
+        Args:
+            event: A frame that the library has read.
+        """
         if self.response is None or event.opcode not in DATA_OPCODES:
             super().process_event(event)
             return
@@ -165,10 +187,20 @@ C = TypeVar("C", bound=LiveConnection)
 
 
 async def dial(ws_url: str, credentials: Credentials, kind: type[C]) -> C:
-    """Open one authenticated connection of class `kind`.
+    """Open one authenticated connection.
 
-    Raises: `CredentialsError` where the key or the clock is refused, `Unreachable` where the exchange does
-    not answer or is down.
+    Args:
+        ws_url: The WebSocket's URL.
+        credentials: Sign the dial.
+        kind: The class of the connection: `LiveConnection`, or one derived from it.
+
+    Returns:
+        The open connection. It pings nothing itself: look at `silent_s`.
+
+    Raises:
+        CredentialsError: The exchange refuses the key or the clock.
+        Unreachable: Nothing answers, or the exchange is down.
+        ExchangeError: The exchange refuses the dial for another reason.
     """
     parts = urlsplit(ws_url)
     options: dict[str, Any] = {}

@@ -12,6 +12,29 @@ import msgspec
 
 from kalshi_platform.journal.kind import Kind
 
+__all__ = [
+    "SNAPSHOT_BYTES",
+    "DecodeError",
+    "Delta",
+    "Head",
+    "Kind",
+    "LifecycleEvent",
+    "Reply",
+    "Seq",
+    "Sid",
+    "Snapshot",
+    "Trade",
+    "decode_delta",
+    "decode_head",
+    "decode_lifecycle_event",
+    "decode_reply",
+    "decode_snapshot",
+    "decode_trade",
+    "kind_of",
+    "market_of",
+    "trade_id",
+]
+
 Sid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -166,7 +189,14 @@ _KINDS = {
 
 
 def kind_of(frame: bytes) -> Kind:
-    """The record kind of a frame, by its type alone."""
+    """Classify a frame by its type alone, without a session.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        SNAPSHOT, DELTA or TRADE; CONTROL for any other type; MALFORMED for bytes that are no JSON object with a type.
+    """
     try:
         return _KINDS.get(decode_head(frame).type, Kind.CONTROL)
     except DecodeError:
@@ -174,7 +204,14 @@ def kind_of(frame: bytes) -> Kind:
 
 
 def market_of(frame: bytes) -> str:
-    """The frame's market ticker; empty where it cannot be read."""
+    """Read the ticker of the market that a frame is about.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        The ticker; empty where it cannot be read.
+    """
     try:
         return _market(frame).msg.market_ticker
     except DecodeError:
@@ -182,7 +219,17 @@ def market_of(frame: bytes) -> str:
 
 
 def decode_delta(frame: bytes) -> Delta:
-    """The body of a delta frame. Raises: one of `DecodeError`."""
+    """Decode the body of a delta frame.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        The body, in either wire form.
+
+    Raises:
+        msgspec.DecodeError: The frame is no delta; or another of `DecodeError`.
+    """
     return _delta(frame).msg
 
 
@@ -192,7 +239,17 @@ decoded, because decoding takes about twenty times their size in memory."""
 
 
 def decode_snapshot(frame: bytes) -> Snapshot:
-    """The body of a snapshot frame. Raises: one of `DecodeError`."""
+    """Decode the body of a snapshot frame.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        The body, in any wire form.
+
+    Raises:
+        msgspec.DecodeError: The frame is no snapshot, or larger than `SNAPSHOT_BYTES`; or another of `DecodeError`.
+    """
     if len(frame) > SNAPSHOT_BYTES:
         raise msgspec.DecodeError(
             f"the snapshot has {len(frame):,} bytes, and no book has {SNAPSHOT_BYTES:,}"
@@ -201,15 +258,45 @@ def decode_snapshot(frame: bytes) -> Snapshot:
 
 
 def decode_trade(frame: bytes) -> Trade:
-    """The body of a trade frame. Raises: one of `DecodeError`."""
+    """Decode the body of a trade frame.
+
+    Args:
+        frame: One message of the WebSocket, or a trade of REST in such a frame.
+
+    Returns:
+        The body, in any wire form.
+
+    Raises:
+        msgspec.DecodeError: The frame is no trade; or another of `DecodeError`.
+    """
     return _trade(frame).msg
 
 
 def trade_id(frame: bytes) -> str:
-    """The id of a trade frame, empty where it has none. Raises: one of `DecodeError`."""
+    """Read the id of a trade frame.
+
+    Args:
+        frame: One message of the WebSocket, or a trade of REST in such a frame.
+
+    Returns:
+        The id; empty where the frame has none.
+
+    Raises:
+        msgspec.DecodeError: The frame is no trade; or another of `DecodeError`.
+    """
     return _trade_id(frame).msg.trade_id
 
 
 def decode_lifecycle_event(frame: bytes) -> LifecycleEvent:
-    """The body of a `market_lifecycle_v2` frame. Raises: one of `DecodeError`."""
+    """Decode the body of a `market_lifecycle_v2` frame.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        The body; times are Unix seconds.
+
+    Raises:
+        msgspec.DecodeError: The frame is no life event; or another of `DecodeError`.
+    """
     return _life(frame).msg

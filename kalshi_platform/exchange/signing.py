@@ -36,17 +36,36 @@ class Signer(Protocol):
     """Signs bytes with a private key."""
 
     def sign(self, message: bytes) -> bytes:
-        """The raw signature of `message`."""
+        """Sign a text.
+
+        Args:
+            message: The bytes to sign.
+
+        Returns:
+            The raw signature.
+        """
 
 
 class RsaSigner:
     """RSA-PSS, SHA-256, salt length 32."""
 
     def __init__(self, key: rsa.RSAPrivateKey) -> None:
+        """Take a key.
+
+        Args:
+            key: The private key.
+        """
         self._key = key
 
     def sign(self, message: bytes) -> bytes:
-        """The raw signature of `message`."""
+        """Sign a text.
+
+        Args:
+            message: The bytes to sign.
+
+        Returns:
+            The raw signature.
+        """
         return self._key.sign(message, PSS, hashes.SHA256())
 
 
@@ -54,26 +73,55 @@ class Ed25519Signer:
     """Ed25519 over the text itself."""
 
     def __init__(self, key: ed25519.Ed25519PrivateKey) -> None:
+        """Take a key.
+
+        Args:
+            key: The private key.
+        """
         self._key = key
 
     def sign(self, message: bytes) -> bytes:
-        """The raw signature of `message`."""
+        """Sign a text.
+
+        Args:
+            message: The bytes to sign.
+
+        Returns:
+            The raw signature.
+        """
         return self._key.sign(message)
 
 
 def signed_text(timestamp_ms: int | str, method: str, path: str) -> bytes:
-    """The bytes to sign; `path` starts at /trade-api, and its query string is dropped."""
+    """Make the bytes that are signed.
+
+    Args:
+        timestamp_ms: Unix milliseconds, as in the header.
+        method: The HTTP method; GET for a dial of the WebSocket.
+        path: From /trade-api on; a query string is left out.
+
+    Returns:
+        `<timestamp ms><METHOD><path>`.
+    """
     return f"{timestamp_ms}{method.upper()}{path.split('?', 1)[0]}".encode()
 
 
 def load_signer(key_file: Path) -> Signer:
-    """Load a PEM private key.
+    """Read a PEM private key.
 
-    As ssh does, it refuses a key file that this user owns and others may read: the remedy is one command.
-    A file whose mode this user cannot change is accepted (owned by another user, such as root's in a
-    container, or on a read-only mount, as secrets are mounted); `doctor` reports it.
+    As ssh does, it refuses a key of this user's own that others may read: the remedy is one command. A file that this user
+    cannot close passes, and `doctor` points it out (`accessible_to_others`): one of another user, such as root's in a container,
+    or on a read-only mount, as secrets are mounted.
 
-    Raises: `CredentialsError`, saying what is wrong with the file.
+    Args:
+        key_file: The file that the exchange gave for the key.
+
+    Returns:
+        The signer of that key, RSA or Ed25519.
+
+    Raises:
+        CredentialsError: The file does not exist, cannot be read, is open to other users, or is no such key; the sentence
+            says which, and quotes nothing of the file.
     """
     try:
         with key_file.open("rb") as file:
@@ -154,7 +202,14 @@ def _describe_content(pem: bytes) -> str:
 
 
 def accessible_to_others(mode: int) -> bool:
-    """Whether a file's mode lets its group or all users read, change or run it."""
+    """Check whether a file's mode lets its group or other users read, change or run it.
+
+    Args:
+        mode: As `os.stat` has it.
+
+    Returns:
+        True where any of those bits is set.
+    """
     return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
@@ -174,6 +229,13 @@ class Credentials:
         signer: Signer,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
+        """Take a key id and its signer.
+
+        Args:
+            key_id: The API key's id.
+            signer: From `load_signer`.
+            clock_ms: The machine's clock, Unix milliseconds.
+        """
         self._key_id = key_id
         self._signer = signer
         self._clock_ms = clock_ms
@@ -182,7 +244,15 @@ class Credentials:
         return "Credentials(…)"
 
     def headers(self, method: str, path: str) -> Mapping[str, str]:
-        """Signed headers, valid for a few seconds; sign again for every request."""
+        """Sign a request.
+
+        Args:
+            method: The HTTP method; GET for a dial of the WebSocket.
+            path: From /trade-api on; a query string is left out of what is signed.
+
+        Returns:
+            The signed headers, valid for the next seconds; sign again for every request.
+        """
         timestamp = str(self._clock_ms())
         signature = self._signer.sign(signed_text(timestamp, method, path))
         return {
