@@ -3,7 +3,8 @@
     python infra/check_words.py [FILE ...]      without files: everything that git tracks
 
 A line that must have such a word (a quotation, another program's term) ends with `words: ok`. A value of the
-recording, in quotes, may stand anywhere: recorded rows keep it.
+recording, in quotes, may stand anywhere: recorded rows keep it. So may a method, which is found where it is defined
+(`file.tell()` is Python's).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RECORDED = re.compile(r"""(['"`])doubt\1""")
 """Values that recorded rows have: the cause of a row of `spreads`."""
 SUFFIXES = {".py", ".md", ".sql", ".toml", ".yaml", ".yml", ".sh", ".c", ".example", ""}
 EXEMPT = {"CHANGELOG.md", "LICENSE", "docs/glossary.md", "infra/check_words.py"}
-_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
+_WORD = re.compile(rf"(?<![A-Za-z.])({'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 
 
 def tracked() -> list[str]:
