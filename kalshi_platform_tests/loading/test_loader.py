@@ -401,8 +401,8 @@ def test_an_abandoned_loader_ends_at_once(
         time.sleep(0.05)
         return build_rows(decoded, state, shard)
 
-    monkeypatch.setattr("kalshi_platform.loading.loader.derive", slowly)
-    monkeypatch.setattr("kalshi_platform.loading.shared_rows.derive", slowly)
+    monkeypatch.setattr("kalshi_platform.loading.loader.build_rows", slowly)
+    monkeypatch.setattr("kalshi_platform.loading.shared_rows.build_rows", slowly)
     load = Loader(folder, writer, Noting(tmp_path), Pace(rows=10_000, seconds=60.0, first_s=60.0))
     load.start()
     load.drain()
