@@ -297,9 +297,9 @@ def test_stopping_while_sealing_leaves_it_to_the_next_start(
     writer = journal_of(tmp_path / "journal", over_the_hour(100))
     archive = LocalArchive(tmp_path / "archive")
     counted = 0
-    of_rows = checksum.rows_checksum
+    of_rows = checksum.content
 
-    def slowly(table: pa.Table) -> int:
+    def slowly(table: pa.Table) -> checksum.Content:
         nonlocal counted
         counted += 1
         time.sleep(0.05)
@@ -307,7 +307,7 @@ def test_stopping_while_sealing_leaves_it_to_the_next_start(
 
     with monkeypatch.context() as patched:
         patched.setattr(hours, "COUNTED_ROWS", 3)
-        patched.setattr(checksum, "rows_checksum", slowly)
+        patched.setattr(checksum, "content", slowly)
         if seals:
             patched.setattr(ParquetSink, "_is_first_of", lambda *_: False)
         load = Loader(
