@@ -76,6 +76,8 @@ CONSOLE = Profile(15.0, 0.0, Verdict.ERROR, 15.0, 30.0, 30.0, 60.0)
 """`up` reports to a person at the terminal: soon, but not a reconnect that succeeds at once."""
 
 DIALLING = frozenset({"starting", "connecting"})
+EXCHANGE_TASKS = frozenset({"market look-up", "trade backfill", "book comparison"})
+"""Background tasks that ask the exchange."""
 """States of a streamer without a connection."""
 NO_FRAMES = frozenset(
     {"stopped", "streamer down", "streamer hangs", "disk", "disconnected", "silent"}
@@ -349,7 +351,11 @@ def _one_store(
 
 
 def _tasks(report: Mapping[str, Any], now: datetime, profile: Profile) -> list[Judgement]:
-    """A judgement for each background task that has failed for longer than the profile allows."""
+    """A judgement for each background task that has failed for longer than the profile allows.
+
+    None for one that asks the exchange while the streamer connects again: `disconnected` explains it.
+    """
+    explained = EXCHANGE_TASKS if report["state"] == "connecting" else frozenset()
     return [
         _warn(
             f"{name} failing",
@@ -357,7 +363,9 @@ def _tasks(report: Mapping[str, Any], now: datetime, profile: Profile) -> list[J
             f" {task['reason']} It is retried; the streamer's log has more.",
         )
         for name, task in report.get("tasks", {}).items()  # a report of an earlier version has none
-        if task["failing_since_ns"] and _age(task["failing_since_ns"], now) > profile.task_s
+        if name not in explained
+        and task["failing_since_ns"]
+        and _age(task["failing_since_ns"], now) > profile.task_s
     ]
 
 

@@ -21,6 +21,8 @@ from kalshi_platform.health.verdict import (
     maintenance,
 )
 from kalshi_platform.processes import Identity
+from kalshi_platform.recorder.streamer import AUDIT, PRUNING
+from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 MAINTENANCE = datetime(2026, 11, 26, 9, tzinfo=UTC)  # a Thursday, 04:00 in New York
@@ -130,6 +132,14 @@ def test_a_cause_hides_only_its_consequences() -> None:
     assert causes(blocked) == ["disk", "clickhouse behind"]
     assert causes(blocked | {"pid_started": 1.0}) == ["streamer down"]
     assert causes(report(updated_ns=ago(90), markets=3, synced=0)) == ["streamer hangs"]
+
+
+def test_a_task_that_asks_the_exchange_is_no_incident_of_its_own_while_that_is_away() -> None:
+    failing = {"failing_since_ns": ago(600), "reason": "Unreachable."}
+    tasks = dict.fromkeys((LOOK_UP, BACKFILL, AUDIT, PRUNING), failing)
+    away = report(state="connecting", last_heard_ns=ago(900), tasks=tasks)
+    assert causes(away) == ["disconnected", "pruning failing"]
+    assert set(causes(away | {"state": "streaming"})) >= {f"{name} failing" for name in tasks}
 
 
 def test_books_that_never_sync_are_an_error_after_a_while() -> None:
