@@ -45,7 +45,7 @@ test: install-dev ## The whole test suite
 	@$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Rooms whose tests are functions and small parts; those marked slow, and whole platforms, are left to `make test`.
-QUICK := $(addprefix kalshi_platform_tests/,journal exchange quality health analytics test_pages.py test_public_face.py test_settings.py)
+QUICK := $(addprefix kalshi_platform_tests/,journal exchange health test_pages.py test_public_face.py test_reference.py test_schema.py test_settings.py)
 
 test-quick: install-dev ## The inner loop: tests of pure functions and small parts, at most 90 s; `make test` has all
 	@$(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS) $(QUICK)
