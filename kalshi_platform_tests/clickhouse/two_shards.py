@@ -92,8 +92,8 @@ def in_one_process(sql: str, tables: list[str]) -> str:
 def policies(databases: Iterable[str], tables: list[str]) -> str:
     """Row policies for users.xml: each shard sees its own markets, other users everything."""
     condition = f"shardNum() = 0 OR {SHARDING_KEY} % 2 + 1 = shardNum()"
-    policies = "".join(f"<{t}_local><filter>{condition}</filter></{t}_local>" for t in tables)
-    return "".join(f"<{name}>{policies}</{name}>" for name in databases)
+    filters = "".join(f"<{t}_local><filter>{condition}</filter></{t}_local>" for t in tables)
+    return "".join(f"<{name}>{filters}</{name}>" for name in databases)
 
 
 @contextmanager
