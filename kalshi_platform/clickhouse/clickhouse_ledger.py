@@ -1,4 +1,4 @@
-"""The table `recorders`: ClickHouse's record of the recorders that load into it (`recorders.Ledger`)."""
+"""The ledger in ClickHouse's table `recorders`: which recorders load into it, and how far (`journal/ledger.py`)."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ _IF_KNOWN = """
         WHERE journal_id = {journal:UUID} AND shard = {shard:UInt32}
     ))
 """
-"""Behind the revision: 0, or the statement fails. In a column of its own it would not be computed."""
+"""Added to the revision: 0, or the statement fails. In a column of its own it would not be computed."""
 
 
 class TableLedger:
-    """See `recorders.Ledger`. Belongs to one thread."""
+    """The ledger of the table `recorders`. For one thread."""
 
     def __init__(self, shard: int, connected: Callable[[], clickhouse.Client], place: str) -> None:
-        """`place`: what people call the server and database."""
+        """`place`: the server and database as named in sentences."""
         self._shard = shard
         self._place = place
         self._connected = connected
@@ -92,7 +92,7 @@ class TableLedger:
         self._replace(journal, before, after, latest=False)
 
     def _replace(self, journal: uuid.UUID, before: Entry, after: Entry, *, latest: bool) -> None:
-        """The server compares and inserts in one statement."""
+        """Replace an entry; the server compares and inserts in one statement."""
         known = {
             "known_loaded_to": before.loaded_to,
             "known_planned_to": before.planned_to,
@@ -114,7 +114,7 @@ class TableLedger:
             self._connected().command(statement, parameters=values)
 
     def _sync(self) -> None:
-        """See to it that the host has every row that any replica has acknowledged."""
+        """Wait until this host has every row that any replica has acknowledged."""
         with clickhouse.translated():
             if self._replicated is None:
                 engines = self._connected().query(_ENGINE).result_rows
@@ -124,11 +124,11 @@ class TableLedger:
 
 
 def open_table_ledger(settings: Settings, shard: int) -> TableLedger:
-    """The record of the configured ClickHouse. Raises `StoreError` where it cannot be reached."""
+    """Open the ledger of the configured ClickHouse. Raises `StoreError` if it cannot be reached."""
     client = clickhouse.connect(settings, log_comment="recorders")
     return TableLedger(shard, lambda: client, place(settings))
 
 
 def place(settings: Settings) -> str:
-    """What people call the configured server and database."""
+    """The configured server and database, as named in sentences."""
     return f"ClickHouse at {settings.clickhouse_url}, database {settings.clickhouse_database}"

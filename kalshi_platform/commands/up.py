@@ -1,7 +1,7 @@
-"""`up`: the whole platform on this machine, in the foreground.
+"""`up`: run the whole platform on this machine in the foreground.
 
-Which programs there are, in which order they come and go, and what a person is told. How programs
-are kept running and ended is `processes.py`'s business, what they do is their own.
+Here are the programs, the order of their start and stop, and the output for the operator. Restarts and shutdown of
+processes are in `processes.py`, what a program does is its own.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""Between two looks at the programs, and two tries to migrate while the embedded ClickHouse starts."""
+POLL_S = 0.25
+"""Seconds between two checks of the programs, and two attempts to migrate while the embedded ClickHouse starts."""
 SHARDS_S = 5.0
-"""Between two looks at STREAM_SHARDS: the supervisor takes as long, and reading the settings costs milliseconds."""
+"""Seconds between two reads of STREAM_SHARDS, as in the supervisor; reading the settings costs milliseconds."""
 SIMULATOR_S, CODE_S, UI_S = 20.0, 60.0, 60.0
-"""How long to wait for each before the next is started anyway."""
+"""Seconds to wait for each before the next program is started anyway."""
 
 
-# The streamer's run lives in the code server's session, and is drained with it, first of all.
-# Together the graces stay below 15 s.
+# The streamer's run is in the code server's session, and is drained with it, before everything else.
+# The sum of the grace periods stays below 15 s.
 DAGSTER_STAGE, DAGSTER_GRACE_S = 0, 11.0
-# The paper market maker takes its orders out of the simulator, and needs that for it.
+# The paper market maker cancels its orders in the simulator, which must still run.
 PAPER_STAGE, PAPER_GRACE_S = 0, 4.0
 METRICS_GRACE_S = 2.0
 SIMULATOR_STAGE, SIMULATOR_GRACE_S = 1, 1.0
@@ -66,13 +66,13 @@ CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S = 2, 2.5
     help="Port of the Dagster UI.",
 )
 def command(port: int) -> None:
-    """Everything: ClickHouse, migrations, the Dagster UI and the streamer. Ctrl-C ends it all.
+    """Run everything: ClickHouse, migrations, the Dagster UI and the streamer. Ctrl-C ends it all.
 
-    With no key it records the bundled exchange simulator, and says so.
+    Without a key it records the bundled exchange simulator, and says so.
     """
     settings = platform_settings.current()
     if not settings.exchange.simulated:
-        load_signer(settings.exchange.key_file)  # a key that cannot be used is said here and now
+        load_signer(settings.exchange.key_file)  # report an unusable key before anything starts
     with _sole_user(settings.data_dir), _signals() as ending, _socket_folder() as sockets:
         check_ports(settings, port)
         home = prepare(
@@ -109,7 +109,7 @@ def _own_simulator(settings: Settings) -> bool:
 
 
 class _Ending:
-    """How a person has asked for the end: once is a wish, once more is a hurry."""
+    """The stop signals received so far: the first stops gracefully, a second one hurries."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -119,11 +119,13 @@ class _Ending:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        elif now - self._first >= 1.0:  # nearer ones are one wish that came twice
+        elif (
+            now - self._first >= 1.0
+        ):  # signals within a second are one request that was sent twice
             self.hurried = True
 
     @property
-    def wished(self) -> bool:
+    def requested(self) -> bool:
         return self._first is not None
 
 
@@ -140,14 +142,16 @@ class _Platform:
         self._socket = socket
         self._ending = ending
         self._console = Console(highlight=False, soft_wrap=True)
-        self._keeper = ProgramSupervisor(settings.data_dir / "logs", self._environment(), self.say)
+        self._supervisor = ProgramSupervisor(
+            settings.data_dir / "logs", self._environment(), self.say
+        )
         self._over = threading.Event()
         self._began_ns = time.time_ns()
         self._clickhouse_trouble = ""
-        """What was said of ClickHouse; the streamer finds the same, and need not repeat it."""
+        """The trouble with ClickHouse that was printed already; the streamer reports the same."""
 
     def say(self, sentence: str) -> None:
-        """One line on the console, with the time; in JSON a line of the log."""
+        """Print a line with the time on the console; with LOG_FORMAT=json, log it."""
         if self._settings.log_format == "json":
             log.info("%s", sentence)
             return
@@ -155,33 +159,33 @@ class _Platform:
         self._console.print(line, markup=False)
 
     def run(self) -> None:
-        """Start everything, watch over it until asked to end, end everything."""
+        """Start everything, watch it until a signal, then stop everything."""
         try:
             self._start()
-            while self._look():
+            while self._watch():
                 pass
         finally:
             self._over.set()
             self._note_stop()
-            self.say("Ending: the streamer writes what it has, then the rest follows.")
-            self._keeper.end(lambda: self._ending.hurried)
-            self.say("Ended. `make run` or `kalshi-platform up` goes on from here.")
+            self.say("Ending: the streamer flushes its records, then the other programs end.")
+            self._supervisor.end(lambda: self._ending.hurried)
+            self.say("Ended. `make run` or `kalshi-platform up` continues from here.")
 
     def _note_stop(self) -> None:
-        """So that what ends now is known to have been asked to."""
+        """Note the stop, so that runs that end now count as planned."""
         try:
             planned_stop.note(self._settings.data_dir)
         except OSError as error:
             self.say(f"Runs that end now will be alerted as failed: {error}.")
 
     def _start(self) -> None:
-        settings, start = self._settings, self._keeper.start
-        self.say(f"Starting; the programs' logs are in {self._keeper.log_dir}.")
+        settings, start = self._settings, self._supervisor.start
+        self.say(f"Starting; the programs' logs are in {self._supervisor.log_dir}.")
         if settings.embedded_clickhouse:
             start(self._own("clickhouse", CLICKHOUSE_STAGE, CLICKHOUSE_GRACE_S, self._pings))
         if settings.use_clickhouse:
             threading.Thread(target=self._migrate, name="migrate", daemon=True).start()
-        threading.Thread(target=self._look_at_archive, name="archive", daemon=True).start()
+        threading.Thread(target=self._check_archive, name="archive", daemon=True).start()
         start(self._code_server())
         if _own_simulator(settings):
             start(
@@ -189,35 +193,35 @@ class _Platform:
             )
             self._wait_for(
                 "simulator", SIMULATOR_S
-            )  # it makes the key that the streamer signs with
+            )  # it creates the key with which the streamer signs
         self._wait_for("code-server", CODE_S)
-        if not self._ending.wished:
-            start(self._daemon())  # it starts the streamer, which all else makes way for
+        if not self._ending.requested:
+            start(self._daemon())  # it starts the streamer, so it comes before the other programs
             start(self._webserver())
         if settings.metrics_port is not None:
             start(self._own("metrics", DAGSTER_STAGE, METRICS_GRACE_S, lambda: True))
         if self._wait_for("webserver", UI_S):
             self._summary()
-        if _own_simulator(settings) and settings.use_clickhouse and not self._ending.wished:
+        if _own_simulator(settings) and settings.use_clickhouse and not self._ending.requested:
             start(self._own("paper-mm", PAPER_STAGE, PAPER_GRACE_S, lambda: True))
         threading.Thread(target=self._announce, name="announce", daemon=True).start()
 
-    def _look(self) -> bool:
-        """One round of watching; False when the end was asked for."""
-        self._keeper.watch()
-        time.sleep(LOOK_S)
-        return not self._ending.wished
+    def _watch(self) -> bool:
+        """Check the programs once; False if a stop was requested."""
+        self._supervisor.watch()
+        time.sleep(POLL_S)
+        return not self._ending.requested
 
     def _wait_for(self, name: str, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while not self._ending.wished and time.monotonic() < deadline:
-            if self._keeper.ready(name):
+        while not self._ending.requested and time.monotonic() < deadline:
+            if self._supervisor.ready(name):
                 return True
-            self._look()
-        if not self._ending.wished:
+            self._watch()
+        if not self._ending.requested:
             self.say(
                 f"{name} does not answer yet after {seconds:.0f} s; going on without it for now."
-                f" Its log: {self._keeper.log_path(name)}"
+                f" Its log: {self._supervisor.log_path(name)}"
             )
         return False
 
@@ -229,8 +233,8 @@ class _Platform:
         return Program(name, argv, ready, stage, grace_s)
 
     def _code_server(self) -> Program:
-        # Not `dagster code-server start`: that is a proxy, which outlives the server behind it
-        # when that is killed, and then answers with errors for ever.
+        # Not `dagster code-server start`, a proxy that survives when the server behind it is killed, and then
+        # answers with errors for ever.
         argv = (
             *(sys.executable, "-m", "kalshi_platform.orchestration.host.code_server"),
             *("api", "grpc", "--lazy-load-user-code"),
@@ -260,7 +264,7 @@ class _Platform:
         return Program("daemon", argv, lambda: True, DAGSTER_STAGE, DAGSTER_GRACE_S)
 
     def _log_format(self) -> tuple[str, ...]:
-        """Dagster's programs have a JSON of their own, with `event` and `timestamp`."""
+        """The option for Dagster's own JSON log format, which has `event` and `timestamp`."""
         return ("--log-format", "json") if self._settings.log_format == "json" else ()
 
     def _pings(self) -> bool:
@@ -282,7 +286,7 @@ class _Platform:
             "DAGSTER_UI_URL": os.environ.get("DAGSTER_UI_URL", self._ui),
         }
 
-    # -- what a person is told -----------------------------------------------------------------
+    # -- output for the operator ---------------------------------------------------------------
 
     def _summary(self) -> None:
         settings = self._settings
@@ -303,7 +307,7 @@ class _Platform:
                 if settings.metrics_port is not None
                 else "not served (METRICS_PORT)"
             ),
-            "Logs": str(self._keeper.log_dir),
+            "Logs": str(self._supervisor.log_dir),
             "Stop": "Ctrl-C",
         }
         if settings.log_format == "json":
@@ -315,11 +319,11 @@ class _Platform:
         self._console.print()
 
     def _announce(self) -> None:
-        """Say when the streamers have written their first frames, what troubles them, and when none runs."""
+        """Report the first recorded frames, the streamers' troubles, and missing streamers."""
         settings = self._settings
         where = (
-            f"What the streamer's run says is in the UI ({self._ui}/runs), and in"
-            f" {self._keeper.log_path('code-server')}."
+            f"The streamer run's output is in the UI ({self._ui}/runs), and in"
+            f" {self._supervisor.log_path('code-server')}."
         )
         shards, read_at = settings.stream_shards, time.monotonic()
         announcements = Announcements(where, time.monotonic())
@@ -344,22 +348,22 @@ class _Platform:
             ):
                 self.say(sentence)
 
-    def _look_at_archive(self) -> None:
-        """Say at once why the archive cannot be had: the streamer comes up later, and says it from then on."""
+    def _check_archive(self) -> None:
+        """Report an unreachable archive at once; the streamer, which starts later, reports it from then on."""
         from kalshi_platform.errors import StoreError
         from kalshi_platform.loading import presence
 
         try:
             presence.known_archive(self._settings)
         except StoreError as error:
-            self.say(f"{error} Recording goes on without it: the journal keeps what is not there.")
+            self.say(f"{error} Recording goes on without it: the journal keeps the records.")
 
     def _migrate(self) -> None:
-        """Bring the schema up to date, whenever ClickHouse lets us. Recording does not wait."""
+        """Apply the migrations as soon as ClickHouse accepts them. Recording does not wait."""
         from kalshi_platform.clickhouse import migrations
         from kalshi_platform.errors import StoreError, StoreUnavailable
 
-        # An away ClickHouse is said in a sentence below; the driver's traceback adds nothing.
+        # an unreachable ClickHouse is reported below; the driver's traceback adds nothing
         logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
         patient_until = time.monotonic() + (UI_S if self._settings.embedded_clickhouse else 0.0)
         wait_s = 0.5
@@ -374,12 +378,12 @@ class _Platform:
                         f"{error} Recording goes on without it: the journal and Parquet are"
                         " written, and ClickHouse gets it all when it is back."
                     )
-                self._over.wait(LOOK_S if starting else wait_s)
+                self._over.wait(POLL_S if starting else wait_s)
                 wait_s = wait_s if starting else min(wait_s * 2, 15.0)
             else:
                 if self._clickhouse_trouble or applied:
                     names = ", ".join(str(migration) for migration in applied) or "nothing to do"
-                    self.say(f"ClickHouse is there; migrations: {names}.")
+                    self.say(f"ClickHouse answers; migrations: {names}.")
                 return
 
 
@@ -405,7 +409,7 @@ def _recorded(settings: Settings) -> str:
 
 
 def _answers(url: str) -> Callable[[], bool]:
-    """Whether a server of this machine answers at a plain HTTP address; asked often, so it loads no certificates."""
+    """A check whether a local server answers over plain HTTP; called often, so it loads no certificates."""
     address = urlsplit(url)
 
     def ask() -> bool:
@@ -422,7 +426,7 @@ def _answers(url: str) -> Callable[[], bool]:
 
 
 def _shards(known: int) -> int:
-    """How many shards are to record, as the supervisor reads it in each of its ticks."""
+    """The configured number of shards, as the supervisor reads it in each tick."""
     try:
         return platform_settings.load().stream_shards
     except SettingsError:  # `.env` is being changed
@@ -430,7 +434,7 @@ def _shards(known: int) -> int:
 
 
 def _judged(report: dict[str, Any]) -> list[verdict.Judgement]:
-    """What a report amounts to; nothing where it is damaged, which `doctor` names."""
+    """The judgements of a report; none for a damaged report, which `doctor` names."""
     try:
         return verdict.judgements(report, None, datetime.now(UTC), verdict.CONSOLE)
     except (KeyError, TypeError, ValueError):
@@ -438,7 +442,7 @@ def _judged(report: dict[str, Any]) -> list[verdict.Judgement]:
 
 
 def _report(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | None:
-    """What the streamer says of itself, unless that is older than `since_ns` or damaged."""
+    """The streamer's health report, unless it is older than `since_ns` or damaged."""
     try:
         report = health_report.read(settings.journal_dir(shard))
     except (OSError, ValueError):
@@ -448,7 +452,7 @@ def _report(settings: Settings, shard: int, since_ns: int) -> dict[str, Any] | N
 
 @contextmanager
 def _sole_user(data_dir: Path) -> Iterator[None]:
-    """Hold the data folder. Raises `PlatformError` when another `up` has it."""
+    """Context manager: lock the data folder. Raises `PlatformError` if another `up` uses it."""
     lock = FileLock(data_dir / "up.lock")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -464,13 +468,13 @@ def _sole_user(data_dir: Path) -> Iterator[None]:
             f" ({error.strerror}). Give a folder that can."
         ) from None
     with lock:
-        lock.release()  # `with` holds it once more
+        lock.release()  # `with` acquires it a second time
         yield
 
 
 @contextmanager
 def _signals() -> Iterator[_Ending]:
-    """SIGINT, SIGTERM and SIGHUP ask for the end, also where SIGINT was ignored (`up &`)."""
+    """Context manager: SIGINT, SIGTERM and SIGHUP request the stop, also if SIGINT was ignored (`up &`)."""
     ending = _Ending()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     former = {number: signal.signal(number, ending.ask) for number in numbers}
@@ -483,7 +487,7 @@ def _signals() -> Iterator[_Ending]:
 
 @contextmanager
 def _socket_folder() -> Iterator[Path]:
-    """A folder with a short path: a socket's may not be longer than about a hundred characters."""
+    """Context manager: a folder with a short path, since a socket's path is limited to about a hundred bytes."""
     folder = Path(tempfile.mkdtemp(prefix="kalshi-"))
     try:
         yield folder

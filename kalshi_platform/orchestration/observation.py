@@ -56,7 +56,7 @@ _ENDED = [Status.SUCCESS, Status.FAILURE, Status.CANCELED]
 
 
 def observe(
-    instance: dg.DagsterInstance, shard: int, settings: Settings, in_the_way: str | None = None
+    instance: dg.DagsterInstance, shard: int, settings: Settings, blocker: str | None = None
 ) -> Observation:
     """Observe one shard.
 
@@ -76,7 +76,7 @@ def observe(
         jitter=random.random(),  # noqa: S311
         server_since=psutil.Process().create_time(),  # sensors are evaluated in the code server
         shards=settings.stream_shards,
-        in_the_way=in_the_way,
+        blocker=blocker,
     )
 
 

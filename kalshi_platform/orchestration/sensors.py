@@ -1,10 +1,10 @@
-"""`streamer_supervisor`: exactly one streamer run per shard, alive.
+"""The sensor `streamer_supervisor`: keeps exactly one streamer run per shard running.
 
-A thin shell: it looks (`observation.py`), asks what to do (`supervisor.py`), does it. Where streamers record, the tick
-goes on until the next one is near: it watches the processes, so that one which is killed is replaced at once, and looks
-again every few seconds. That costs a fraction of a tick of its own, for which Dagster makes an instance, opens its
-databases some twenty times and writes to them. A process that needs time gets it until the next tick, but for those that
-make room: where STREAM_SHARDS has changed, and where a run has ended before its process.
+A thin shell: it observes (`observation.py`), decides (`supervisor.py`) and acts. While streamers record, a tick lasts
+until the next one is near: it watches the processes, so that a killed one is replaced at once, and observes again
+every few seconds. That costs a fraction of another tick, for which Dagster creates an instance, opens its databases
+some twenty times and writes to them. A process that needs time has it until the next tick, except if others wait for
+its end: when STREAM_SHARDS has changed, and when a run has ended before its process.
 """
 
 import json
@@ -49,18 +49,18 @@ from kalshi_platform.processes import Identity
 from kalshi_platform.settings import Settings
 
 TICK_S = 4
-"""Less than the daemon's own round of 5 s, so that it looks in each."""
+"""Less than the daemon's interval of 5 s, so that the sensor may run in each."""
 WATCH_S = 13.5
-"""So long a tick watches the processes that it found alive. With what a tick takes besides, it ends before the third
-round."""
+"""Seconds for which a tick watches the running processes; with its other work it ends before the daemon's third
+interval."""
 AGAIN_S = 4.5
-"""Between two looks of a tick that watches: a stale run or another STREAM_SHARDS shows in no process's end."""
-LOOK_S = 0.1
-SAID_S = 0.6
-"""Within so long the code server notes how the process of a run of its ended, which says more than that it is gone."""
+"""Seconds between two observations of a tick: a stale run or a changed STREAM_SHARDS ends no process."""
+POLL_S = 0.1
+NOTED_S = 0.6
+"""Seconds within which the code server notes how a run's process ended, which is more precise than that it is gone."""
 ROOM_S = 15.0
-"""So long after its beginning a tick waits for the end of runs that make room for others, before those are left to the
-next."""
+"""Seconds after its beginning for which a tick waits for the end of runs that others wait for; the rest is left to the
+next tick."""
 _STEPS = 4
 """Decisions in one tick: a run marked as failed may be replaced in the same tick."""
 
@@ -80,7 +80,7 @@ _STEPS = 4
 def streamer_supervisor(
     context: dg.SensorEvaluationContext, platform: KalshiResource
 ) -> dg.SensorResult:
-    """One tick: every shard gets what it needs, until the next tick is near."""
+    """Supervise every shard until the next tick is near."""
     began = time.monotonic()
     states, again = read_cursor(context.cursor), True
     while again:
@@ -91,7 +91,9 @@ def streamer_supervisor(
         decisions, making_room = _supervise(context, settings, shards, states)
         states = {shard: decision.state for shard, decision in decisions.items()}
         _note(context, settings, decisions)
-        if making_room:  # nothing is recorded until those that are to follow them are there
+        if (
+            making_room
+        ):  # their successors must start in this tick, for nothing is recorded meanwhile
             again = _end_in_time(context.instance, making_room, began + ROOM_S)
         elif any(isinstance(decision.action, Launch) for decision in decisions.values()):
             again = False
@@ -123,7 +125,7 @@ def streamer_supervisor(
 
 
 def _is_switched_off(context: dg.SensorEvaluationContext) -> bool:
-    """Whether the sensor was stopped since the tick began: then whoever ends a run wants no other."""
+    """Whether the sensor was stopped since the tick began: then a run that is ended must not be replaced."""
     origin, repository = context.code_location_origin, context.repository_name
     if origin is None or repository is None:
         return False
@@ -135,7 +137,7 @@ def _is_switched_off(context: dg.SensorEvaluationContext) -> bool:
 
 
 def _without_room(instance: dg.DagsterInstance, wished: int, fitting: int) -> list[str]:
-    """Why fewer streamers run than STREAM_SHARDS says, where that is so."""
+    """Why fewer streamers run than STREAM_SHARDS says, if that is so."""
     if fitting == wished:
         return []
     return [
@@ -148,7 +150,7 @@ def _without_room(instance: dg.DagsterInstance, wished: int, fitting: int) -> li
 def _note(
     context: dg.SensorEvaluationContext, settings: Settings, decisions: Mapping[int, Decision]
 ) -> None:
-    """Leave word for those who cannot see into Dagster. What cannot be written is no reason to stop."""
+    """Write the decisions for programs outside of Dagster; a failure to write must not stop the supervision."""
     shards = {
         shard: Supervised(
             decision.reason,
@@ -160,7 +162,7 @@ def _note(
     try:
         supervision.note(settings.data_dir, Supervision(time.time(), shards))
     except OSError as error:
-        context.log.error(f"`up` and `doctor` will not know of this look: {error}.")
+        context.log.error(f"`up` and `doctor` will not show this tick: {error}.")
 
 
 def _why_failed(instance: dg.DagsterInstance, shard: int) -> str:
@@ -171,7 +173,7 @@ def _why_failed(instance: dg.DagsterInstance, shard: int) -> str:
 
 
 def _shards(instance: dg.DagsterInstance, settings: Settings) -> list[int]:
-    """Those of the settings, and those of former settings that are not over or not drained yet."""
+    """The configured shards, and former ones that still run or are not drained."""
     from kalshi_platform.health import monitored_shards
 
     configured = settings.stream_shards
@@ -185,7 +187,7 @@ def _supervise(
     shards: Sequence[int],
     states: Mapping[int, State],
 ) -> tuple[dict[int, Decision], list[Run]]:
-    """What was decided for each shard, and done; and the runs that were asked to make room for others."""
+    """Decide and act for each shard; returns the decisions, and the stopped runs for whose end others wait."""
     found = {
         shard: _supervise_shard(context, settings, shard, shards, states.get(shard, State()))
         for shard in shards
@@ -203,7 +205,7 @@ def _supervise_shard(
     shards: Sequence[int],
     state: State,
 ) -> tuple[Decision, list[Run]]:
-    folders = {each: settings.journal_dir(each) for each in shards}
+    folders = {number: settings.journal_dir(number) for number in shards}
     configured, making_room = settings.stream_shards, list[Run]()
     for _ in range(_STEPS):
         records = shard < configured
@@ -219,31 +221,31 @@ def _supervise_shard(
         ):
             making_room.append(decision.action.run)
         if isinstance(decision.action, Kill):
-            break  # its end shows at the next tick
+            break  # the next tick sees its end
     return decision, making_room
 
 
 def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run], until: float) -> bool:
-    """Wait for the end of all runs that were asked to; what takes long is left to the next tick."""
+    """Wait for the end of stopped runs; False if that takes too long and is left to the next tick."""
     return _wait_while(lambda: any(_goes_on(instance, run) for run in runs), until)
 
 
 def _watch(watched: Sequence[Identity], next_look: float, until: float) -> bool:
-    """Whether to look again: one of the processes has ended, or the time of the next look has come before `until`."""
+    """Whether to observe again: a process has ended, or `next_look` has come before `until`."""
     if not watched:
         return False
     if _wait_while(lambda: all(one.alive for one in watched), min(next_look, until)):
-        time.sleep(SAID_S)
+        time.sleep(NOTED_S)
         return True
     return next_look < until and not planned_stop.asked_here.is_set()
 
 
 def _wait_while(condition: Callable[[], bool], until: float) -> bool:
-    """Whether the condition ended before that moment (monotonic), and before this code server was asked to end."""
+    """Whether the condition became false before `until` (monotonic) and before this code server was stopped."""
     while time.monotonic() < until and not planned_stop.asked_here.is_set():
         if not condition():
             return True
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     return False
 
 
@@ -254,7 +256,7 @@ def _goes_on(instance: dg.DagsterInstance, run: Run) -> bool:
 
 
 def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
-    """Do what was decided. Runs are read again: one that has ended meanwhile is left alone."""
+    """Carry out a decision. Runs are read again first: one that has ended meanwhile is left alone."""
     action = decision.action
     if isinstance(action, Kill):
         action.process.send(signal.SIGKILL)
@@ -273,8 +275,8 @@ def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
         if action.run.phase is Phase.WAITING:
             instance.report_run_canceled(run, decision.reason)
         elif action.run.process is not None:
-            # The worker's op gets an interrupt, flushes and ends. By its pid and not through
-            # its code server, which may be gone and would be waited for.
+            # The worker's op is interrupted, flushes and ends. The signal goes to its pid, not through its code
+            # server, which may be gone and would delay the tick.
             action.run.process.identity.send(signal.SIGTERM)
     elif action.canceled or run.status is Status.CANCELING:
         instance.report_run_canceled(run, decision.reason)
@@ -283,7 +285,7 @@ def carry_out(instance: dg.DagsterInstance, decision: Decision) -> None:
 
 
 def _request(shard: int, source: str) -> dg.RunRequest:
-    # A key that was used before is skipped without a word: each attempt has its own.
+    # Dagster silently skips a key that was used before, so each attempt has its own.
     return dg.RunRequest(
         run_key=f"shard-{shard}-{time.time_ns()}",
         tags={SHARD_TAG: str(shard), SOURCE_TAG: source},
@@ -291,14 +293,14 @@ def _request(shard: int, source: str) -> dg.RunRequest:
 
 
 def read_cursor(cursor: str | None) -> dict[int, State]:
-    """What the last tick remembered, by shard."""
+    """The state of the last tick, by shard."""
     raw: Mapping[str, Any] = json.loads(cursor) if cursor else {}
     return {int(shard): State(**state) for shard, state in raw.items()}
 
 
 def write_cursor(states: Mapping[int, State]) -> str:
     """The states as the cursor's text."""
-    # Defaults are left out: an earlier version knows no more than it had.
+    # without defaults, so that an earlier version can read the cursor if no newer field is used
     return json.dumps(
         {
             str(shard): {k: v for k, v in asdict(state).items() if v}

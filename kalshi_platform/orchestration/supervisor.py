@@ -1,24 +1,24 @@
-"""Whether the streamer of a shard lives, and what to do about it: a decision, without I/O.
+"""The decision what to do about a shard's streamer, without I/O.
 
-`observation.py` collects what is to be seen, `sensors.py` carries out what is decided here.
-Run status alone proves nothing: a run whose worker and code server were both killed stays
-STARTED for ever. So a run is judged by its process (pid and start time), by the age of the last
-received frame and by the age of the last durable write. All times are seconds since the epoch.
+`observation.py` collects the observed state, `sensors.py` carries out the decisions made here. The status of a run
+alone proves nothing: a run whose worker and code server were both killed stays STARTED for ever. So a run is checked
+by its process (pid and start time), by the age of the last received frame and by the age of the last durable write.
+Times are seconds since the epoch.
 
-    no run          → launch one: at once after one that recorded well until it was killed, else after
-                      the back-off that its predecessors' failures call for
-    waiting         → let it wait; withdrawn when that takes too long
-    starting        → let it; failed when its worker never comes up
-    started         → process gone: failed. Stale: canceled. A day old: a successor is queued,
-                      for which it makes room by itself
-    canceling       → let it flush; killed when it does not end
-    ended, and its process goes on → ask that to end, as one that is canceled; then a new run follows
+    no run          → launch one: at once after a run that recorded well until it was killed, else after
+                      the back-off of its predecessors' failures
+    waiting         → wait; withdraw it after QUEUE_S
+    starting        → wait; fail it if its worker never starts
+    started         → process gone: fail it. Stale: cancel it. A day old: queue a successor, for which
+                      it ends by itself
+    canceling       → wait while it flushes; kill it if it does not end
+    ended, but its process runs → stop the process as if it were canceled; then launch a new run
 
-A living process whose disk is blocked and that holds records in memory is neither canceled, relieved nor
-killed, however old its report is: only it can still write them. This is judged first.
+A running process whose disk is blocked and that holds records in memory is neither canceled, replaced nor killed,
+however old its report is: only it can still write them. This is checked first.
 
-When STREAM_SHARDS changes, every run that took its share of another number is canceled, and none is
-launched before all of those have ended: a market leaves its old shard before it joins the new one.
+When STREAM_SHARDS changes, every run with another number of shards is canceled, and none is launched before all of
+those have ended: a market leaves its old shard before it joins the new one.
 """
 
 from __future__ import annotations
@@ -29,49 +29,48 @@ from enum import StrEnum
 from kalshi_platform.processes import Identity
 
 START_S = 60.0
-"""From the launch to the process, and from the process to its first health report."""
+"""Seconds from the launch to the process, and from the process to its first health report."""
 ORPHAN_S = 20.0
-"""The same for a run that a code server launched which has been replaced since: it may have been
-killed before it had started the worker, and nobody else will."""
+"""The same for a run whose code server has been replaced since: it may have been killed before it started the worker,
+and no other process will start it."""
 QUEUE_S = 600.0
-"""How long a run may wait in the queue before it is withdrawn."""
+"""Seconds that a run may wait in the queue before it is withdrawn."""
 HEALTH_S = 20.0
-"""Oldest health report of a living streamer, which writes one each second."""
+"""Largest age of a running streamer's health report; it writes one each second."""
 DURABLE_S = 25.0
-"""How far the last durable write may be behind the last received frame."""
+"""Seconds by which the last durable write may be behind the last received frame."""
 FRAME_S = 120.0
-"""Oldest last frame of a streamer that claims to be receiving."""
+"""Largest age of the last frame of a streamer in a receiving state."""
 HEARD_S = 300.0
-"""Oldest sign of life, pings included, of a streamer that calls the exchange quiet: the exchange
-pings each 10 s, and capture dials anew after half a minute without."""
+"""Longest silence, pings included, of a streamer that reports a quiet exchange: the exchange pings every 10 s, and
+capture reconnects after half a minute without a ping."""
 CONNECT_S = 900.0
-"""Oldest sign of life while capture dials: it has a back-off of its own, and a new run dials no
-better."""
+"""Longest silence while capture connects: it has its own back-off, and a new run would not connect sooner."""
 GRACE_S = 10.0
-"""From a cancellation to the kill."""
+"""Seconds from a cancellation to the kill."""
 FLUSH_S = 120.0
-"""The same for a streamer that is seen to go on writing."""
+"""The same for a streamer that still makes durable writes."""
 HEALTHY_S = 300.0
-"""A run that lasted this long is a fresh start for the back-off."""
+"""A run that lasted this long resets the back-off."""
 RECYCLE_S = 24 * 3600.0
-"""Age at which a run is relieved by a new one, so that its log does not grow for ever."""
+"""Age at which a run is replaced by a new one, so that its log does not grow for ever."""
 BACKOFF_S, BACKOFF_LIMIT_S = 5.0, 300.0
 """Wait after the first failure, doubled by each further one up to the limit."""
 KILLED_S, KILLED_FAILURES = 60.0, 2
-"""A run that had frames so lately was well until something ended it: it counts as few failures, so
-that the next is there within a minute, however often that happens. One that lasted so long, too, is
+"""A run that received frames this recently was healthy until it was killed: it counts as at most KILLED_FAILURES
+failures, so that its successor starts within a minute, however often that happens. One that also lasted this long is
 replaced at once."""
 
 DIALLING = frozenset({"starting", "connecting"})
 QUIET = frozenset({"quiet", "maintenance"})
 DRAINING = "draining"
-"""The rest of a shard that is no longer configured is loaded; nothing is received."""
+"""The state in which the rest of a former shard's journal is loaded and nothing is received."""
 BLOCKED = "blocked"
-"""The disk refuses or is too slow, and what was received waits in memory."""
+"""The state in which the disk refuses writes or is too slow, and received records wait in memory."""
 
 
 class Phase(StrEnum):
-    """Where a run is, as far as supervising it goes."""
+    """The phase of a run, for its supervision."""
 
     WAITING = "waiting"  # created or queued
     STARTING = "starting"
@@ -81,7 +80,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it was seen."""
+    """A process as it was observed."""
 
     identity: Identity
     alive: bool
@@ -89,23 +88,23 @@ class Process:
 
 @dataclass(frozen=True)
 class Run:
-    """An active run. `since`: created (waiting), launched (starting), else started."""
+    """An active run. `since`: time of creation (waiting), launch (starting), else start."""
 
     run_id: str
     phase: Phase
     since: float
     process: Process | None = None
-    """The worker; None until it has made itself known."""
+    """The worker; None until it has tagged the run."""
 
     @property
     def name(self) -> str:
-        """As the UI abbreviates it."""
+        """The run id as the UI abbreviates it."""
         return self.run_id[:8]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The shard's run that ended last."""
+    """The shard's last ended run."""
 
     run_id: str
     failed: bool
@@ -114,14 +113,14 @@ class Ended:
     process: Process | None = None
 
     @property
-    def goes_on(self) -> bool:
-        """Whether its process does, although the run has ended."""
+    def still_running(self) -> bool:
+        """Whether its process still runs although the run has ended."""
         return self.process is not None and self.process.alive
 
 
 @dataclass(frozen=True)
 class Health:
-    """What the streamer last wrote of itself."""
+    """The streamer's last health report, as far as supervision needs it."""
 
     process: Process
     updated: float
@@ -129,23 +128,23 @@ class Health:
     last_durable: float | None
     state: str
     last_heard: float | None = None
-    """Anything from the exchange, pings included."""
+    """Time of the last bytes from the exchange, pings included."""
     trouble: str | None = None
-    """What is wrong, in the streamer's own words."""
+    """The streamer's own sentence about what is wrong."""
     shards: int = 1
-    """Among how many it shares the markets."""
+    """The number of shards with which it runs."""
     unflushed: int = 0
-    """Bytes that it received and that are not on disk: its end would lose them."""
+    """Received bytes that are not on disk and would be lost with the process."""
 
     @property
     def holds(self) -> bool:
-        """Whether it waits for its disk with records that nobody else has."""
+        """Whether it waits for its disk and holds records that exist only in its memory."""
         return self.process.alive and self.state == BLOCKED and self.unflushed > 0
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is to be seen of a shard. `runs`: the active ones, oldest first."""
+    """The observed state of a shard. `runs`: the active ones, oldest first."""
 
     runs: tuple[Run, ...] = ()
     ended: Ended | None = None
@@ -153,29 +152,29 @@ class Observation:
     jitter: float = 0.0
     """A random number in [0, 1), so that shards do not restart in step."""
     server_since: float = 0.0
-    """Since when the code server runs that launches workers now."""
+    """Start time of the current code server."""
     shards: int = 1
-    """How many there are to be, by the settings."""
-    in_the_way: str | None = None
-    """Who still records by another number of shards, and so perhaps this shard's markets."""
+    """The configured number of shards."""
+    blocker: str | None = None
+    """A sentence about a streamer that still records with another number of shards, perhaps this shard's markets."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What must outlive a tick; kept in the sensor's cursor."""
+    """The state that is kept between ticks, in the sensor's cursor."""
 
     failures: int = 0
-    """Failures in a row."""
+    """Consecutive failures."""
     not_before: float = 0.0
     """No launch before this."""
     counted: str = ""
-    """The run whose end has been counted."""
+    """The last run whose end has been counted."""
     lost: int = 0
-    """Runs in a row that never began, as those do whose code server goes."""
+    """Consecutive runs that never began, for instance because their code server ended."""
     blamed: str = ""
     """The run that was counted as a failure before its end, for being stale."""
     canceling: dict[str, float] = field(default_factory=dict)
-    """Since when each run has been seen canceling, or, where it has ended, its process has been asked to end."""
+    """By run, when it was first seen canceling, or, if it has ended, when its process was stopped."""
 
 
 @dataclass(frozen=True)
@@ -190,27 +189,27 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Withdraw a waiting run, or ask a running one to end."""
+    """Withdraw a waiting run, or stop a running one."""
 
     run: Run
     replaced: bool = False
-    """Whether its successors only wait for its end, which comes within seconds."""
+    """Whether its successors wait only for its end, which takes seconds."""
 
 
 @dataclass(frozen=True)
 class End:
-    """Ask the process of a run that has ended already to end, too."""
+    """Stop the process of a run that has already ended."""
 
     run: Run
 
 
 @dataclass(frozen=True)
 class Fail:
-    """Mark a run as ended: its process is gone, or never came."""
+    """Mark a run as ended: its process is gone, or never started."""
 
     run: Run
     canceled: bool = False
-    """Whether it went with a code server that has been replaced since, before it began: no failure."""
+    """Whether it was lost with its code server before it began, which is no failure."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, why (a sentence for the UI), and what to remember."""
+    """The action, its reason (a sentence for the UI), and the new state."""
 
     action: Wait | Launch | Cancel | End | Fail | Kill
     reason: str
@@ -230,7 +229,7 @@ class Decision:
 
 
 def decide(seen: Observation, state: State, now: float) -> Decision:
-    """The one thing to do for this shard now."""
+    """Decide the next action for a shard."""
     state = _count(seen, state)
     state = replace(state, canceling=_canceling_since(seen, state, now))
     if not seen.runs:
@@ -241,7 +240,7 @@ def decide(seen: Observation, state: State, now: float) -> Decision:
             return Decision(
                 Cancel(other), f"Run {other.name} is one too many: {run.name} has the shard.", state
             )
-    holding = _holding(seen, state) if _reports(seen, run) else None
+    holding = _holding(seen, state) if _is_reporting(seen, run) else None
     return holding or _PHASES[run.phase](seen, run, state, now)
 
 
@@ -252,19 +251,19 @@ def _canceling_since(seen: Observation, state: State, now: float) -> dict[str, f
         if run.phase is Phase.CANCELING
     }
     ended = seen.ended
-    if ended is not None and ended.goes_on and ended.run_id in state.canceling:
+    if ended is not None and ended.still_running and ended.run_id in state.canceling:
         since[ended.run_id] = state.canceling[ended.run_id]
     return since
 
 
 def _holding(seen: Observation, state: State) -> Decision | None:
-    """To wait, where a process holds records that only it can still write."""
+    """Wait if a process holds records that only it can still write."""
     health = seen.health
     if health is None or not health.holds:
         return None
     return _wait(
         f"Process {health.process.identity.pid} is blocked by its disk and holds {health.unflushed:,} bytes"
-        f" that nobody else has; it is left alone. {health.trouble or 'Give it a faster disk.'}",
+        f" that are nowhere else; it is left alone. {health.trouble or 'Give it a faster disk.'}",
         state,
     )
 
@@ -275,7 +274,9 @@ def _count(seen: Observation, state: State) -> State:
         return state
     if ended.run_id == state.blamed:
         return replace(state, counted=ended.run_id)
-    if not ended.failed and ended.process is None:  # it never began: that forgives nothing
+    if (
+        not ended.failed and ended.process is None
+    ):  # it never began, which does not reset the back-off
         return _lost(seen, ended, state)
     state = replace(state, lost=0)
     if not ended.failed:
@@ -289,7 +290,7 @@ def _count(seen: Observation, state: State) -> State:
 
 
 def _lost(seen: Observation, ended: Ended, state: State) -> State:
-    """Once it is nothing; a code server that crashes again and again gets time in between."""
+    """Count a run that never began. The first one costs no wait; a code server that crashes repeatedly is backed off."""
     lost = state.lost + 1
     wait_s = _backoff(lost - 1, seen.jitter) if lost > 1 else 0.0
     return replace(
@@ -298,7 +299,7 @@ def _lost(seen: Observation, ended: Ended, state: State) -> State:
 
 
 def _had_recorded(seen: Observation, ended: Ended) -> bool:
-    """Whether frames came until shortly before the run ended: it works, something killed it."""
+    """Whether frames arrived until shortly before the run ended, so that it was healthy when it was killed."""
     health = seen.health
     return (
         health is not None
@@ -310,23 +311,23 @@ def _had_recorded(seen: Observation, ended: Ended) -> bool:
 
 
 def _backoff(failures: int, jitter: float) -> float:
-    """Seconds: between half of the step and all of it."""
+    """The wait in seconds: between half of the step and the whole step."""
     step = min(BACKOFF_S * 2.0 ** min(failures - 1, 32), BACKOFF_LIMIT_S)
     return step * (0.5 + jitter / 2)
 
 
 def _incumbent(seen: Observation) -> Run:
-    """The run that has the shard: who writes the journal, else who has come furthest."""
+    """The run that holds the shard: the one that writes the journal, else the one in the latest phase."""
     rank = {Phase.STARTED: 0, Phase.CANCELING: 1, Phase.STARTING: 2, Phase.WAITING: 3}
 
     def order(run: Run) -> tuple[bool, int]:
-        return (not _reports(seen, run), rank[run.phase])
+        return (not _is_reporting(seen, run), rank[run.phase])
 
     return min(seen.runs, key=order)
 
 
 def _may_stay(seen: Observation, incumbent: Run, other: Run, now: float) -> bool:
-    """Whether a second run is no surplus: it is ending, or first in line after one that ends."""
+    """Whether a second run is legitimate: it is ending, or is the successor of a run that ends."""
     if other.phase is Phase.CANCELING:
         return True
     ends = incumbent.phase is Phase.CANCELING or (
@@ -339,8 +340,8 @@ def _next_in_line(seen: Observation) -> Run | None:
     return next((run for run in seen.runs if run.phase is Phase.WAITING), None)
 
 
-def _reports(seen: Observation, run: Run) -> bool:
-    """Whether the health file is this run's, written by a living process."""
+def _is_reporting(seen: Observation, run: Run) -> bool:
+    """Whether the health report belongs to this run and its process is alive."""
     return (
         seen.health is not None
         and run.process is not None
@@ -359,8 +360,8 @@ def _without_run(seen: Observation, state: State, now: float) -> Decision:
             " (`kalshi-platform stream`?). End it, and a run takes over.",
             state,
         )
-    if seen.in_the_way is not None:
-        return _wait(f"{seen.in_the_way} Then this shard starts.", state)
+    if seen.blocker is not None:
+        return _wait(f"{seen.blocker} Then this shard starts.", state)
     if now < state.not_before:
         return _wait(
             f"{_setbacks(state)}; the next start is in"
@@ -373,18 +374,18 @@ def _without_run(seen: Observation, state: State, now: float) -> Decision:
 def _outlived(
     seen: Observation, ended: Ended, process: Process, state: State, now: float
 ) -> Decision:
-    """A run was marked as ended, by a person or by Dagster, and its process was perhaps not asked."""
-    who, asked = process.identity, state.canceling.get(ended.run_id)
-    if asked is None:
+    """Stop, then kill, a process whose run was marked as ended by a person or by Dagster."""
+    worker, stopped_at = process.identity, state.canceling.get(ended.run_id)
+    if stopped_at is None:
         return Decision(
             End(Run(ended.run_id, Phase.CANCELING, ended.at, process)),
-            f"Process {who.pid} goes on though its run has ended; it is asked to end.",
+            f"Process {worker.pid} goes on though its run has ended; it is asked to end.",
             replace(state, canceling={**state.canceling, ended.run_id: now}),
         )
-    if _may_go_on(seen, process, now - asked, now):
-        return _wait(f"Process {who.pid} of the run that ended is still flushing.", state)
+    if _may_continue(seen, process, now - stopped_at, now):
+        return _wait(f"Process {worker.pid} of the run that ended is still flushing.", state)
     return Decision(
-        Kill(who), f"Process {who.pid} goes on though its run has ended; it is killed.", state
+        Kill(worker), f"Process {worker.pid} goes on though its run has ended; it is killed.", state
     )
 
 
@@ -411,10 +412,10 @@ def _starting(seen: Observation, run: Run, state: State, now: float) -> Decision
 def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
     age = now - run.since
     if run.process is None:
-        return _nameless(seen, run, state, age)
+        return _without_process(seen, run, state, age)
     if not run.process.alive:
         return _gone(run, run.process.identity, state)
-    health = seen.health if _reports(seen, run) else None
+    health = seen.health if _is_reporting(seen, run) else None
     if health is None and age <= START_S:
         return _wait(f"Run {run.name} is starting.", state)
     if health is not None and health.shards != seen.shards:
@@ -422,10 +423,12 @@ def _started(seen: Observation, run: Run, state: State, now: float) -> Decision:
     complaint = _complaint(health, age, now)
     if complaint is not None:
         return Decision(
-            Cancel(run), f"Run {run.name} is stale: {complaint}", _blame(seen, run, state, now)
+            Cancel(run),
+            f"Run {run.name} is stale: {complaint}",
+            _count_stale(seen, run, state, now),
         )
     state = replace(state, lost=0)
-    return _relief(seen, run, state) if age >= RECYCLE_S else _going(run, health, state)
+    return _recycle(seen, run, state) if age >= RECYCLE_S else _healthy(run, health, state)
 
 
 def _outdated(run: Run, health: Health, seen: Observation) -> str:
@@ -435,19 +438,19 @@ def _outdated(run: Run, health: Health, seen: Observation) -> str:
     )
 
 
-def _going(run: Run, health: Health | None, state: State) -> Decision:
-    who = run.process.identity.pid if run.process is not None else 0
-    claim = health.state if health is not None else "starting"
+def _healthy(run: Run, health: Health | None, state: State) -> Decision:
+    pid = run.process.identity.pid if run.process is not None else 0
+    reported = health.state if health is not None else "starting"
     trouble = f" {health.trouble}" if health is not None and health.trouble else ""
-    does = "drains" if claim == DRAINING else "records"
-    return _wait(f"Run {run.name} {does} (process {who}, {claim}).{trouble}", state)
+    does = "drains" if reported == DRAINING else "records"
+    return _wait(f"Run {run.name} {does} (process {pid}, {reported}).{trouble}", state)
 
 
 def _start_patience_s(seen: Observation, run: Run) -> float:
     return ORPHAN_S if run.since < seen.server_since else START_S
 
 
-def _nameless(seen: Observation, run: Run, state: State, age: float) -> Decision:
+def _without_process(seen: Observation, run: Run, state: State, age: float) -> Decision:
     if age > _start_patience_s(seen, run):
         return Decision(
             Fail(run, canceled=run.since < seen.server_since),
@@ -457,12 +460,12 @@ def _nameless(seen: Observation, run: Run, state: State, age: float) -> Decision
     return _wait(f"Run {run.name} is starting.", state)
 
 
-def _gone(run: Run, who: Identity, state: State) -> Decision:
-    return Decision(Fail(run), f"Process {who.pid} of run {run.name} is gone.", state)
+def _gone(run: Run, process: Identity, state: State) -> Decision:
+    return Decision(Fail(run), f"Process {process.pid} of run {run.name} is gone.", state)
 
 
-def _blame(seen: Observation, run: Run, state: State, now: float) -> State:
-    """A stale run is a failure, though it will end as canceled."""
+def _count_stale(seen: Observation, run: Run, state: State, now: float) -> State:
+    """Count a stale run as a failure now, since it will end as canceled."""
     failures = 1 if now - run.since >= HEALTHY_S else state.failures + 1
     return replace(
         state,
@@ -472,7 +475,7 @@ def _blame(seen: Observation, run: Run, state: State, now: float) -> State:
     )
 
 
-def _relief(seen: Observation, run: Run, state: State) -> Decision:
+def _recycle(seen: Observation, run: Run, state: State) -> Decision:
     successor = _next_in_line(seen)
     if successor is None:
         return Decision(Launch(), f"Run {run.name} is a day old; its successor is queued.", state)
@@ -489,7 +492,7 @@ def _canceling(seen: Observation, run: Run, state: State, now: float) -> Decisio
         return _wait(f"Run {run.name} is ending.", state)
     if not run.process.alive:
         return _gone(run, run.process.identity, state)
-    if _may_go_on(seen, run.process, age, now):
+    if _may_continue(seen, run.process, age, now):
         return _wait(f"Run {run.name} is flushing ({age:.0f} s).", state)
     return Decision(
         Kill(run.process.identity),
@@ -508,13 +511,13 @@ _PHASES = {
 
 
 def _complaint(health: Health | None, age: float, now: float) -> str | None:
-    """What is wrong with a started run's health, or None."""
+    """The fault of a started run's health, or None."""
     if health is None:
         return f"it has reported no health in {age:.0f} s."
     if now - health.updated > HEALTH_S:
         return f"its last health report is {now - health.updated:.0f} s old."
     if health.state in {BLOCKED, DRAINING}:
-        return None  # blocked with nothing in memory: it reports, and the disk is not its fault
+        return None  # blocked with nothing in memory: it still reports, and a new run has the same disk
     started = now - age
     frame = started if health.last_frame is None else health.last_frame
     durable = started if health.last_durable is None else health.last_durable
@@ -524,21 +527,21 @@ def _complaint(health: Health | None, age: float, now: float) -> str | None:
 
 
 def _silence(health: Health, frame: float, now: float) -> str | None:
-    """Whether too little comes, for the state that the streamer says it is in."""
-    heard = max(frame, health.last_heard or frame)
+    """A sentence if the connection is silent for too long in the streamer's reported state."""
+    last_heard = max(frame, health.last_heard or frame)
     if health.state in DIALLING:
-        silent, bound = now - heard, CONNECT_S
+        silent, bound = now - last_heard, CONNECT_S
     elif health.state in QUIET:
-        silent, bound = now - heard, HEARD_S
+        silent, bound = now - last_heard, HEARD_S
     else:
         silent, bound = now - frame, FRAME_S
     if silent <= bound:
         return None
-    return f"nothing came for {silent:.0f} s, and it calls itself {health.state!r}."
+    return f"nothing was received for {silent:.0f} s in the state {health.state!r}."
 
 
-def _may_go_on(seen: Observation, process: Process, age: float, now: float) -> bool:
-    """Whether a process that was told to end may take its time: it is short, or it is writing."""
+def _may_continue(seen: Observation, process: Process, age: float, now: float) -> bool:
+    """Whether a stopped process may have more time: its grace period is not over, or it is still writing."""
     if age < GRACE_S:
         return True
     health = seen.health

@@ -174,7 +174,7 @@ def closed_after_forwarding(it: Exchanged) -> None:
 LIES: dict[Lie, str | None] = {
     login_page: "without X-ClickHouse-Query-Id",
     error_text: "upstream connect error",
-    not_forwarded: "of them are not there",
+    not_forwarded: "of them are not stored",
     no_summary: "X-ClickHouse-Summary",
     another_summary: "says that it wrote 0",
     half_forwarded: None,  # more of them each time

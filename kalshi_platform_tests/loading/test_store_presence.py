@@ -202,7 +202,7 @@ def test_up_reports_an_unreachable_archive_at_once(
 ) -> None:
     def said(settings: Settings) -> str:
         home = Home(tmp_path, tmp_path / "workspace.yaml", "", "")
-        up._Platform(settings, 3000, home, tmp_path / "code.sock", up._Ending())._look_at_archive()
+        up._Platform(settings, 3000, home, tmp_path / "code.sock", up._Ending())._check_archive()
         return capsys.readouterr().out
 
     assert NO_BUCKET in said(make(**in_bucket(store, parquet_dir="s3://nowhere/x")))

@@ -161,7 +161,7 @@ CASES: dict[str, tuple[Observation, type[object]]] = {
         Cancel,
     ),
     "nothing runs, and others still record by the former number": (
-        Observation(in_the_way="Process 7 records shard 1 of 2."),
+        Observation(blocker="Process 7 records shard 1 of 2."),
         Wait,
     ),
     "the exchange is quiet": (

@@ -1,14 +1,14 @@
-"""How the code server starts the process of a run: forked from one that has imported what runs need.
+"""Start of a run's process by the code server: a fork of a process that has imported the runs' modules.
 
-In a new interpreter, as Dagster's own code server starts runs, importing takes seconds, and a streamer that is
-replaced records nothing meanwhile. The process that forks (`multiprocessing.forkserver`, with `run_modules.py`
-loaded) also reports how each run ended. No run depends on it: where it is gone, a run that lives counts as alive, and
-the next run's start begins another; where it cannot be reached, ends meanwhile or does not answer in time, a run
-starts in a new interpreter.
+Dagster's own code server starts each run in a new interpreter, whose imports take seconds, in which a streamer that
+is replaced records nothing. Here runs are forked from a fork server (`multiprocessing.forkserver`, with
+`run_modules.py` loaded), which also reports how each run ended. No run depends on it: if it is gone, a running run
+counts as alive, and the next start creates another fork server; if it cannot be reached, ends meanwhile or does not
+answer in time, the run starts in a new interpreter.
 
-A run never starts twice. A forked process has nothing to do until it is handed the run, as one pickle, and that is
-handed over only once its pid is known. Without the last byte no pickle can be read, so a process that was not handed
-all of it ends; with the last byte the run counts as started, whatever becomes of it.
+A run never starts twice. A forked process does nothing until it receives the run, as one pickle, which is sent only
+when its pid is known. A pickle without its last byte cannot be read, so a process that did not receive all of it
+ends; once the last byte is written, the run counts as started.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ import psutil
 from kalshi_platform.processes import Identity
 
 RUN_MODULES = "kalshi_platform.orchestration.host.run_modules"
-UNTOLD = 255
-"""What `multiprocessing` takes for the exit status of a process where the one that forked it is gone."""
-LOOK_S = 0.1
+UNKNOWN_STATUS = 255
+"""The exit status that `multiprocessing` assumes for a process whose fork server is gone."""
+POLL_S = 0.1
 LAUNCH_S = 5.0
-"""So long the process that forks, and then the forked one, may take. It is moments, unless one is stopped or hangs."""
+"""Seconds that the fork server, and then the forked process, may take; normally milliseconds."""
 WARM_S = 30.0
-"""The same before it has forked for the first time: it may be importing. Dagster waits for a start for 60 s."""
+"""The same for the fork server's first fork, before which it imports. Dagster waits 60 s for a start."""
 
 log = logging.getLogger(__name__)
 
 
 class ForkedProcess(popen_forkserver.Popen):
-    """A process that was forked, whose end is seen without the one that forked it, too.
+    """A forked process, whose end is also noticed without the fork server.
 
-    Making one raises `OSError` or `EOFError` where the process could not be handed what it is to do.
+    Raises `OSError` or `EOFError` if the run could not be sent to the process.
     """
 
     _answered: int | None = None
-    """The process that forks, once it has forked."""
+    """The pid of the fork server that has forked before."""
 
     def __init__(self, process_obj: BaseProcess) -> None:
         super().__init__(process_obj)
         try:
             self._identity: Identity | None = Identity.of(self.pid)
         except psutil.NoSuchProcess:
-            self._identity = None  # it has ended already
+            self._identity = None  # it has exited already
 
     def _launch(self, process_obj: BaseProcess) -> None:
         handed = self._pickled(process_obj)
@@ -75,9 +75,9 @@ class ForkedProcess(popen_forkserver.Popen):
             self.pid = self._pid()
             _write(writing, handed, time.monotonic() + LAUNCH_S)
         except BaseException:
-            _close(writing, self.sentinel)  # at the end of what it reads, a forked process ends
+            _close(writing, self.sentinel)  # a forked process ends at the end of its input
             raise
-        # The forked process takes the end of its pipe for the end of this one.
+        # The forked process regards the end of its pipe as the end of this process.
         self.finalizer = Finalize(self, _close, (writing, self.sentinel))
 
     def _pickled(self, process_obj: BaseProcess) -> memoryview:
@@ -91,10 +91,11 @@ class ForkedProcess(popen_forkserver.Popen):
         return buffer.getbuffer()
 
     def _pid(self) -> int:
-        """The pid of the forked process, as the one that forks reports it. That one is killed where it does not in time:
-        the next start begins another.
+        """The pid of the forked process, as the fork server reports it.
+
+        A fork server that does not answer in time is killed; the next start creates another.
         """
-        forking = _forking()
+        forking = _fork_server_pid()
         limit_s = LAUNCH_S if forking == ForkedProcess._answered else WARM_S
         if not wait([self.sentinel], limit_s):
             if forking is not None:
@@ -108,47 +109,47 @@ class ForkedProcess(popen_forkserver.Popen):
         return pid
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
-        """Its exit status, or None while it lives."""
+        """The exit status, or None while the process runs."""
         status = super().poll(flag)
-        if status == UNTOLD and self._identity is not None and self._identity.alive:
+        if status == UNKNOWN_STATUS and self._identity is not None and self._identity.alive:
             self.returncode = None
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """The same, once it has ended or the time is over."""
+        """Wait for the exit status; None if `timeout` seconds pass."""
         ends = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             left = None if timeout is None else max(0.0, ends - time.monotonic())
             status = super().wait(left)
             if status is not None or left == 0.0:
                 return status
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
 
-def _write(descriptor: int, what: memoryview, until: float) -> None:
-    """Write all to a pipe. Raises `OSError` where that is not done in time, or the other end is closed."""
+def _write(descriptor: int, data: memoryview, until: float) -> None:
+    """Write all data to a pipe. Raises `OSError` if it takes too long, or the other end is closed."""
     os.set_blocking(descriptor, False)
     writable = select.poll()
     writable.register(descriptor, select.POLLOUT)
-    while what:
+    while data:
         if not writable.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise TimeoutError(f"the forked process left {len(what)} bytes unread")
-        what = what[os.write(descriptor, what) :]
+            raise TimeoutError(f"the forked process left {len(data)} bytes unread")
+        data = data[os.write(descriptor, data) :]
 
 
 def _close(*descriptors: int) -> None:
-    for each in descriptors:
-        os.close(each)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-def _forking() -> int | None:
-    """The pid of the process that forks."""
-    pid: int | None = vars(forkserver)["_forkserver"]._forkserver_pid  # no other way is there
+def _fork_server_pid() -> int | None:
+    """The pid of the fork server, or None."""
+    pid: int | None = vars(forkserver)["_forkserver"]._forkserver_pid  # there is no public access
     return pid
 
 
 class RunProcess(context.ForkServerProcess):
-    """Forked where that is possible, else started in a new interpreter."""
+    """A run's process: forked if possible, else started in a new interpreter."""
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> popen_fork.Popen:  # type: ignore[override]  # noqa: N802
@@ -157,7 +158,7 @@ class RunProcess(context.ForkServerProcess):
         except (
             OSError,
             EOFError,
-        ) as error:  # each comes before a process has got all that it is to do
+        ) as error:  # each is raised before the process has received the whole run
             log.warning(
                 "This run starts in a new interpreter, some seconds later: %s.",
                 str(error) or "the process that forks ended",
@@ -166,13 +167,13 @@ class RunProcess(context.ForkServerProcess):
 
 
 class RunContext(context.ForkServerContext):
-    """What the code server makes processes of runs with, and what it shares with them."""
+    """The multiprocessing context with which the code server creates the processes of runs."""
 
     Process = RunProcess
 
 
 def prepare() -> RunContext:
-    """Start the process that runs are forked from. Where that fails, the next run's start tries again."""
+    """Start the fork server. If that fails, the next run's start tries again."""
     forkserver.set_forkserver_preload([RUN_MODULES])
     try:
         forkserver.ensure_running()
@@ -182,5 +183,5 @@ def prepare() -> RunContext:
 
 
 def keep_socket_in(folder: Path) -> None:
-    """Where the socket of the process that forks is to be, rather than in a folder of its own in TMPDIR."""
-    current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]  # no other way is there
+    """Put the fork server's socket into `folder` instead of a new folder in TMPDIR."""
+    current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]  # there is no public access
