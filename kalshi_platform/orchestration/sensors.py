@@ -84,26 +84,25 @@ def streamer_supervisor(
     began = time.monotonic()
     states, again = read_cursor(context.cursor), True
     while again:
-        looked, wished = time.monotonic(), platform.settings()
-        fitting = observation.shards(context.instance, wished)
-        settings = wished.model_copy(update={"stream_shards": fitting})
+        observed_at, requested = time.monotonic(), platform.settings()
+        fitting_shards = observation.shards(context.instance, requested)
+        settings = requested.model_copy(update={"stream_shards": fitting_shards})
         shards = _shards(context.instance, settings)
-        decisions, making_room = _supervise(context, settings, shards, states)
+        decisions, ending = _supervise(context, settings, shards, states)
         states = {shard: decision.state for shard, decision in decisions.items()}
         _note(context, settings, decisions)
-        if (
-            making_room
-        ):  # their successors must start in this tick, for nothing is recorded meanwhile
-            again = _end_in_time(context.instance, making_room, began + ROOM_S)
+        if ending:
+            # their successors must start in this tick: nothing is recorded until then
+            again = _end_in_time(context.instance, ending, began + ROOM_S)
         elif any(isinstance(decision.action, Launch) for decision in decisions.values()):
             again = False
         else:
-            again = _watch(processes(context.instance), looked + AGAIN_S, began + WATCH_S)
+            again = _watch(processes(context.instance), observed_at + AGAIN_S, began + WATCH_S)
         if again and _is_switched_off(context):
             return dg.SensorResult(skip_reason=dg.SkipReason("The sensor was switched off."))
-    if planned_stop.asked_here.is_set():  # what it launched now would end with it
+    if planned_stop.asked_here.is_set():  # a run launched now would end with this code server
         return dg.SensorResult(
-            skip_reason=dg.SkipReason("This code server ends; the next one looks.")
+            skip_reason=dg.SkipReason("This code server ends; the next one supervises.")
         )
     launches = [
         _request(shard, platform.source)
@@ -111,7 +110,7 @@ def streamer_supervisor(
         if isinstance(decision.action, Launch)
     ]
     reasons = [
-        *_without_room(context.instance, wished.stream_shards, fitting),
+        *_without_room(context.instance, requested.stream_shards, fitting_shards),
         *(
             decision.reason if len(shards) == 1 else f"{shard}: {decision.reason}"
             for shard, decision in decisions.items()
@@ -136,14 +135,14 @@ def _is_switched_off(context: dg.SensorEvaluationContext) -> bool:
     return state is not None and state.status is InstigatorStatus.STOPPED
 
 
-def _without_room(instance: dg.DagsterInstance, wished: int, fitting: int) -> list[str]:
+def _without_room(instance: dg.DagsterInstance, requested: int, fitting_shards: int) -> list[str]:
     """Why fewer streamers run than STREAM_SHARDS says, if that is so."""
-    if fitting == wished:
+    if fitting_shards == requested:
         return []
     return [
-        f"STREAM_SHARDS={wished} needs a restart of `up` (elsewhere a greater max_concurrent_runs in dagster.yaml):"
+        f"STREAM_SHARDS={requested} needs a restart of `up` (elsewhere a greater max_concurrent_runs in dagster.yaml):"
         f" Dagster runs {observation.slots(instance)} at once, {observation.OTHER_RUNS} of them for other jobs, and"
-        f" until then {fitting} share all markets."
+        f" until then {fitting_shards} share all markets."
     ]
 
 
@@ -194,7 +193,7 @@ def _supervise(
     }
     return (
         {shard: decision for shard, (decision, _) in found.items()},
-        [run for _, making_room in found.values() for run in making_room],
+        [run for _, ending in found.values() for run in ending],
     )
 
 
@@ -206,7 +205,7 @@ def _supervise_shard(
     state: State,
 ) -> tuple[Decision, list[Run]]:
     folders = {number: settings.journal_dir(number) for number in shards}
-    configured, making_room = settings.stream_shards, list[Run]()
+    configured, ending = settings.stream_shards, list[Run]()
     for _ in range(_STEPS):
         records = shard < configured
         blocker = others_in_the_way(folders, shard, configured, time.time()) if records else None
@@ -219,10 +218,10 @@ def _supervise_shard(
         if isinstance(decision.action, End) or (
             isinstance(decision.action, Cancel) and decision.action.replaced
         ):
-            making_room.append(decision.action.run)
+            ending.append(decision.action.run)
         if isinstance(decision.action, Kill):
             break  # the next tick sees its end
-    return decision, making_room
+    return decision, ending
 
 
 def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run], until: float) -> bool:
@@ -230,14 +229,14 @@ def _end_in_time(instance: dg.DagsterInstance, runs: Sequence[Run], until: float
     return _wait_while(lambda: any(_goes_on(instance, run) for run in runs), until)
 
 
-def _watch(watched: Sequence[Identity], next_look: float, until: float) -> bool:
-    """Whether to observe again: a process has ended, or `next_look` has come before `until`."""
+def _watch(watched: Sequence[Identity], next_observation: float, until: float) -> bool:
+    """Whether to observe again: a process has ended, or `next_observation` has come before `until`."""
     if not watched:
         return False
-    if _wait_while(lambda: all(one.alive for one in watched), min(next_look, until)):
+    if _wait_while(lambda: all(one.alive for one in watched), min(next_observation, until)):
         time.sleep(NOTED_S)
         return True
-    return next_look < until and not planned_stop.asked_here.is_set()
+    return next_observation < until and not planned_stop.asked_here.is_set()
 
 
 def _wait_while(condition: Callable[[], bool], until: float) -> bool:
@@ -250,6 +249,7 @@ def _wait_while(condition: Callable[[], bool], until: float) -> bool:
 
 
 def _goes_on(instance: dg.DagsterInstance, run: Run) -> bool:
+    """Whether a run is unfinished for Dagster, or its process alive."""
     found = instance.get_run_by_id(run.run_id)
     alive = run.process is not None and run.process.identity.alive
     return alive or (found is not None and not found.is_finished)

@@ -78,7 +78,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL between two statements."""
 
 
-def test_a_migration_that_was_killed_after_any_statement_runs_again(
+def test_a_migration_killed_after_any_statement_runs_again(
     clickhouse_url: str, clickhouse_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run is killed after the first statement that no earlier run has reached."""

@@ -208,7 +208,7 @@ def test_the_positions_of_the_exchange_are_materialised(
     assert rows == [(TICKER, 0.0, "absent")]
 
 
-def test_a_position_that_cannot_be_read_makes_the_report_incomplete_and_nothing_flat(
+def test_an_unreadable_position_makes_the_report_incomplete(
     planted: Planted,
     database: Settings,
     *,

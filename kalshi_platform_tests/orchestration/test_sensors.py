@@ -237,7 +237,7 @@ def test_a_streamer_killed_during_a_tick_is_failed_in_that_tick(
     assert "1 failure in a row" in reason(result)
 
 
-def test_a_tick_that_watches_looks_again_at_what_no_end_of_a_process_shows(
+def test_a_watching_tick_also_sees_stale_and_removed_runs(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     worker: Worker,
@@ -247,24 +247,24 @@ def test_a_tick_that_watches_looks_again_at_what_no_end_of_a_process_shows(
     monkeypatch.setattr(sensors, "AGAIN_S", 0.1)
     run_id = started_run(instance, worker.identity)
     write_health(platform, worker.identity)
-    looks: list[str] = []
+    reasons: list[str] = []
 
     def note(_: Path, found: supervision.Supervision) -> None:
-        looks.append(found.shards[0].reason)
-        if len(looks) == 3:
+        reasons.append(found.shards[0].reason)
+        if len(reasons) == 3:
             write_health(platform, worker.identity, age_s=HEALTH_S + 1)
 
     monkeypatch.setattr(supervision, "note", note)
     began = time.monotonic()
     tick(instance, platform)
     assert time.monotonic() - began < 30  # it ends with the last process that it watches
-    assert all("records (process" in look for look in looks[:3])
-    assert "1 failure in a row" in looks[-1]
+    assert all("records (process" in text for text in reasons[:3])
+    assert "1 failure in a row" in reasons[-1]
     assert worker.process.wait(30) == -signal.SIGTERM
     assert status(instance, run_id) is Status.CANCELED
 
 
-def test_a_tick_that_watches_launches_nothing_once_the_sensor_is_switched_off(
+def test_a_watching_tick_launches_nothing_if_switched_off(
     platform: StandInPlatform, worker: Worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     instance = dg.DagsterInstance.local_temp(str(tmp_path))
@@ -298,7 +298,7 @@ def test_a_tick_that_watches_launches_nothing_once_the_sensor_is_switched_off(
     assert "switched off" in reason(result)
 
 
-def test_a_tick_that_watches_ends_in_time_where_nothing_happens(
+def test_a_watching_tick_ends_in_time(
     instance: dg.DagsterInstance,
     platform: StandInPlatform,
     worker: Worker,

@@ -85,7 +85,7 @@ STARTED = run(Phase.STARTED, 1000, WORKER)
 
 @pytest.mark.parametrize("phase", [Phase.STARTING, Phase.STARTED])
 @pytest.mark.parametrize(("server_age_s", "canceled"), [(5, True), (900, False)])
-def test_a_run_lost_with_its_code_server_before_start_is_no_failure(
+def test_a_run_lost_with_its_code_server_is_no_failure(
     phase: Phase, server_age_s: float, canceled: bool
 ) -> None:
     lost = run(phase, START_S + 1)

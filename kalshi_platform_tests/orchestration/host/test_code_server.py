@@ -234,9 +234,7 @@ def test_a_run_starts_in_a_new_interpreter_if_fork_fails(tmp_path: Path, trouble
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["is killed", "goes on at that moment"])
-def test_a_run_starts_once_where_the_process_that_forks_is_stopped(
-    tmp_path: Path, goes_on: bool
-) -> None:
+def test_a_run_starts_once_if_the_fork_server_is_stopped(tmp_path: Path, goes_on: bool) -> None:
     scenario = f"""
     start(context, 1)
     run_processes.LAUNCH_S, kill, stopped = 1.0, os.kill, forking()
@@ -266,7 +264,7 @@ def test_a_run_starts_once_where_the_process_that_forks_is_stopped(
         ]
 
 
-def test_a_run_starts_once_where_the_process_that_forks_ends_before_it_forks(
+def test_a_run_starts_once_if_the_fork_server_ends_before_the_fork(
     tmp_path: Path,
 ) -> None:
     scenario = """
@@ -300,9 +298,7 @@ real, forkserver._serve_one = forkserver._serve_one, serve
 
 
 @pytest.mark.parametrize("trouble", [ENDS_AFTER_FORKING, FORKS_STOPPED], ids=["ends", "stopped"])
-def test_a_process_that_was_forked_but_not_handed_its_run_does_nothing(
-    tmp_path: Path, trouble: str
-) -> None:
+def test_a_forked_process_without_a_run_does_nothing(tmp_path: Path, trouble: str) -> None:
     (tmp_path / "troubled.py").write_text(
         f"import os, signal\nfrom multiprocessing import forkserver\n{trouble}"
     )
