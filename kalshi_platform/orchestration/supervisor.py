@@ -274,9 +274,8 @@ def _count(seen: Observation, state: State) -> State:
         return state
     if ended.run_id == state.blamed:
         return replace(state, counted=ended.run_id)
-    if (
-        not ended.failed and ended.process is None
-    ):  # it never began, which does not reset the back-off
+    if not ended.failed and ended.process is None:
+        # it never began, which does not reset the back-off
         return _lost(seen, ended, state)
     state = replace(state, lost=0)
     if not ended.failed:
