@@ -158,9 +158,8 @@ def connect(
     """
     secret = password(settings)
     client = _client(settings, secret, database, log_comment, receive_timeout_s)
-    if not secret and (
-        made := password(settings)
-    ):  # at the first start the server wrote it meanwhile
+    if not secret and (made := password(settings)):
+        # at the first start the server wrote it meanwhile
         client.close()
         client = _client(settings, made, database, log_comment, receive_timeout_s)
     return client

@@ -150,9 +150,8 @@ def _span(batch: Insert, suffix: str, parameters: dict[str, Any]) -> str:
     if batch.is_recorded:
         conditions.append(f"shard = {{shard{suffix}:UInt32}}")
         parameters[f"shard{suffix}"] = batch.rows["shard"][0].as_py()
-    if (
-        batch.name == BOOK_CHECKPOINTS.name
-    ):  # an hour's checkpoints are inserted in groups of markets
+    if batch.name == BOOK_CHECKPOINTS.name:
+        # an hour's checkpoints are inserted in groups of markets
         markets = pc.min_max(batch.rows["market_ticker"].cast(pa.string())).as_py()
         parameters[f"market_first{suffix}"] = markets["min"]
         parameters[f"market_last{suffix}"] = markets["max"]

@@ -236,9 +236,8 @@ def _key_file(settings: Settings) -> Finding:
 def _clock(settings: Settings) -> Finding:
     """The difference between this machine's clock and the exchange's."""
     with RestClient(settings.exchange, signed=False, attempts=1) as client:
-        with suppress(
-            ExchangeError
-        ):  # a refusal has a Date header too; an unreachable exchange is reported by the next check
+        with suppress(ExchangeError):
+            # a refusal has a Date header too; an unreachable exchange is reported by the next check
             client.status()
         skew_s = client.clock_skew_s
     if skew_s is None:

@@ -119,9 +119,8 @@ class _Ending:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        elif (
-            now - self._first >= 1.0
-        ):  # signals within a second are one request that was sent twice
+        elif now - self._first >= 1.0:
+            # signals within a second are one request that was sent twice
             self.hurried = True
 
     @property

@@ -266,9 +266,8 @@ def _why_failed(instance: dg.DagsterInstance, run_id: str, *, planned: bool) -> 
 def _unit(run: dg.DagsterRun) -> tuple[str, str]:
     """The job (or assets) and the partition or shard of a run; runs of equal units repeat one another."""
     name = run.job_name
-    if name.startswith(
-        "__"
-    ):  # an implicit job, for assets selected in the UI or by their conditions
+    if name.startswith("__"):
+        # an implicit job, for assets selected in the UI or by their conditions
         keys = [key.to_user_string() for key in run.asset_selection or ()]
         keys += [key.to_user_string() for key in run.asset_check_selection or ()]
         name = ", ".join(sorted(keys)) or name

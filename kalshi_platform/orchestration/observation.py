@@ -174,9 +174,8 @@ def _clock_set_by_ns(raw: Mapping[str, Any]) -> int:
     each boot.
     """
     monotonic_ns = raw.get("updated_monotonic_ns")
-    if (
-        monotonic_ns is None
-    ):  # written by a streamer of an earlier version, which still runs after the upgrade
+    if monotonic_ns is None:
+        # written by a streamer of an earlier version, which still runs after the upgrade
         return 0
     age_ns = time.monotonic_ns() - int(monotonic_ns)
     return time.time_ns() - age_ns - int(raw["updated_ns"])

@@ -306,9 +306,8 @@ def unreported(
                 "Hour %s cannot be read now, and is reported after the next start: %s", key, error
             )
             tries -= 1
-            if (
-                not tries
-            ):  # the archive is unreachable, and each further hour would wait for a timeout
+            if not tries:
+                # the archive is unreachable, and each further hour would wait for a timeout
                 return
         except (PlatformError, OSError, ValueError) as error:  # a damaged file
             log.error("Hour %s cannot be read: %s. Materialise it to rebuild it.", key, error)

@@ -64,9 +64,8 @@ def end_runs() -> None:
 def ask_to_end(number: int, frame: FrameType | None) -> None:
     """Signal handler of SIGINT and SIGTERM: end the server, and after GRACE_S its runs."""
     planned_stop.asked_here.set()
-    with contextlib.suppress(
-        OSError, SettingsError
-    ):  # then its runs are reported as interrupted without a plan
+    with contextlib.suppress(OSError, SettingsError):
+        # then its runs are reported as interrupted without a plan
         planned_stop.note(settings.load().data_dir)
     late = threading.Timer(GRACE_S, end_runs)
     late.daemon = True
