@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = {
     r"some(body|one)|no(body| one)|whoever|anybody": "the actor: the loader, the operator, a client",
     r"anew": "again",
-    r"told|tells?(?!\(\))|telling": "report, say, log, notify",
+    r"told|tells?|telling": "report, say, log, notify",
     r"believ\w+": "synced, trusted, known",
     r"doubt\w*|distrust\w*": "stale, uncertain",
     r"heed\w*": "apply, handle",
