@@ -1,5 +1,5 @@
 -- The order book: every event, everything else that came or happened, the book of every hour's
--- first instant, and the book now. Columns are those of kalshi_platform/schema.py; a test
+-- first instant, and the book now. Columns are those of kalshi_platform/storage/schema.py; a test
 -- compares them. The database is the connection's own, and the retention (TTL) is set by `migrate`
 -- from HOT_RETENTION_DAYS.
 --

@@ -1,5 +1,5 @@
 -- Spreads, depth and imbalance by the hour, and what can be asked of the live book: its depth, its
--- imbalance, and the last minutes of a market. Columns are those of kalshi_platform/schema.py;
+-- imbalance, and the last minutes of a market. Columns are those of kalshi_platform/storage/schema.py;
 -- a test compares them. Formulas are in the docstrings of kalshi_platform/analytics.
 --
 -- An hour is computed from its own files alone and may be computed again: it is replaced whole. That is

@@ -1,4 +1,4 @@
--- Trades, and what the markets are. Columns are those of kalshi_platform/schema.py; a test
+-- Trades, and what the markets are. Columns are those of kalshi_platform/storage/schema.py; a test
 -- compares them. Codecs are those that 001_order_book.sql measured for columns of the same kind. Retention
 -- of `trades` is HOT_RETENTION_DAYS, as of the other recorded tables.
 
