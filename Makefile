@@ -72,10 +72,11 @@ bench: install ## Every figure that is promised, and docs/performance.md; 45 min
 bench-quick: install ## A fraction of it, for a look (5 minutes); writes nothing
 	@$(BIN)/python -m kalshi_platform_tests.benchmarks --quick $(FLOW) $(BENCH_ARGS)
 
-check: install-dev ## Formatting, lint, imports that run downward, strict types
+check: install-dev ## Formatting, lint, imports that run downward, words, strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports --no-cache --no-logo
+	@$(BIN)/python infra/check_words.py
 	@$(BIN)/mypy
 
 $(VENV)/.installed-security: $(VENV)/.installed-dev requirements-security.lock
