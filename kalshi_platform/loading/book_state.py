@@ -1,8 +1,9 @@
-"""The books so far: what the derivation carries from one range of the journal to the next.
+"""The state of connections and books that building rows carries from one journal range to the next.
 
-Tens of thousands of markets have millions of levels, of which a range touches few. So a level is one
-integer and its size another, and a market is a small number; `BookState.levels` says it in words. And states
-that follow each other share what has not changed for a while (`Ladders`).
+Tens of thousands of markets have millions of levels, of which a range touches few. So a level is packed into
+one integer, its size into another, and a market is a small number; `BookState.levels` has the named columns.
+Consecutive states share unchanged levels (`Ladders`). Saving a state belongs in `state_files`, changing it in
+`rows`.
 """
 
 from __future__ import annotations
@@ -36,36 +37,36 @@ _PRICES = 1 << 14
 _OF_MARKET = 2 * _PRICES
 RECENT_LEVELS = 1 << 15
 RECENT_SHARE = 8
-"""Changed levels are kept apart until they are more than the one, and than all divided by the other."""
+"""Changed levels are kept apart until they exceed RECENT_LEVELS and one RECENT_SHARE-th of all levels."""
 
 
 class Book(msgspec.Struct, frozen=True):
-    """What is known of one market's newest book, besides its levels."""
+    """The state of one market's latest book, without its levels."""
 
     conn: str
     sid: int
     market_id: str
     based: bool
-    """It began with a snapshot. A book without one holds only the changes that came since."""
+    """It began with a snapshot. A book without one has only the changes since its first delta."""
     verified: bool
-    """Based, without a gap since, and its connection is open."""
+    """The book is synced: it has a snapshot, no gap since, and its connection is open."""
     left: bool = False
-    """No longer followed; what still comes is in flight."""
+    """No longer followed; further frames were in flight."""
     ended_ns: int = 0
-    """When it was left or its connection ended, by a time that never steps back; 0: neither."""
+    """When it was left or its connection ended, by a monotonic receive time; 0: neither."""
 
 
 class LostRecords(msgspec.Struct, frozen=True):
-    """Records of the journal are gone in which a connection may have had frames."""
+    """Lost journal records that may include frames of a connection."""
 
     since_ns: int
     """Receive time of the last record before them."""
     last: dict[int, int]
-    """The last number of each sid then, until its next frame shows what it lost."""
+    """The last sequence number of each sid before them, until its next frame shows what was lost."""
 
 
 class OpenGap(msgspec.Struct, frozen=True):
-    """Frames of a sid are missing, and not every book of it has had a snapshot since."""
+    """A gap of a sid after which not every book has had a snapshot yet."""
 
     expected: int
     got: int
@@ -74,7 +75,7 @@ class OpenGap(msgspec.Struct, frozen=True):
     waiting: frozenset[str]
 
     def key(self) -> Hashable:
-        """The same of gaps that are the same."""
+        """Equal for equal gaps."""
         return self.expected, self.got, self.waiting
 
 
@@ -84,13 +85,13 @@ class Connection(msgspec.Struct, frozen=True):
     use_yes_price: bool
     last_recv_ns: int
     seqs: dict[int, int]
-    """The last number of each sid."""
+    """The last sequence number of each sid."""
     lost: LostRecords | None = None
     gaps: dict[int, OpenGap] = {}
-    """By sid, those that came to light by lost records; capture closes its own."""
+    """By sid, the gaps found through lost records; capture closes its own gaps."""
 
-    def believes(self, sid: int) -> bool:
-        """Whether the frames of a sid are known to be whole."""
+    def has_all_frames(self, sid: int) -> bool:
+        """Whether no frame of the sid can be among lost records."""
         return self.lost is None or sid not in self.lost.last
 
 
@@ -99,13 +100,13 @@ class Ladders:
     """The levels of all books, sizes other than 0; `level` as `level_number` has it."""
 
     base: SortedLevels = field(default_factory=SortedLevels)
-    """What states that follow each other share, all of it or most."""
+    """The levels that consecutive states share, fully or mostly."""
     recent: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PACKED))
-    """What is different by now, in no order; size 0 where a level of `base` is gone."""
+    """Levels that differ from `base`, unordered; size 0 where a level of `base` is gone."""
 
     @property
     def height(self) -> int:
-        """How many levels there are, about."""
+        """The approximate number of levels."""
         return self.base.height + self.recent.height
 
     def all(self) -> pl.DataFrame:
@@ -113,11 +114,11 @@ class Ladders:
         return pl.concat([pl.DataFrame(schema=PACKED), *self.parts()]).rechunk()
 
     def parts(self) -> Iterator[pl.DataFrame]:
-        """The same, some levels at a time."""
+        """Every level with its size, sorted, in batches."""
         return self.base.parts(self.recent.sort("level"))
 
     def heights(self, markets: pl.Series) -> npt.NDArray[np.int64]:
-        """How many levels each of these markets (numbers) has."""
+        """The number of levels of each of these markets (given as numbers)."""
         recent = self.recent.sort("level")
         level, stands = recent["level"].to_numpy(), (recent["size"] != 0).to_numpy()
         known = self.base.find(level + 1) - self.base.find(level)
@@ -134,7 +135,7 @@ class Ladders:
         return heights
 
     def of(self, levels: pl.Series, markets: pl.Series) -> pl.DataFrame:
-        """Those of `levels` that there are, and all levels of `markets` (numbers)."""
+        """The existing ones among `levels`, and all levels of `markets` (given as numbers)."""
         level = pl.col("level")
         whole = market_of(level).is_in(markets.implode())
         others = pl.DataFrame({"level": levels}).filter(~whole)["level"].unique().sort()
@@ -150,7 +151,7 @@ class Ladders:
         )
 
     def changed(self, levels: pl.DataFrame, renewed: pl.Series) -> Ladders:
-        """With these sizes, 0 for what is gone; of the markets `renewed` there is nothing else."""
+        """Ladders with these sizes, 0 for dropped levels; all other levels of the markets `renewed` are dropped."""
         level = pl.col("level")
         gone = self.of(levels["level"].clear(), renewed)
         gone = gone.filter(~level.is_in(levels["level"].implode())).with_columns(
@@ -166,12 +167,12 @@ class Ladders:
 
 
 def _widths(base: SortedLevels, lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many levels the markets have whose lowest possible levels these are, ascending."""
+    """The numbers of levels of the markets with these lowest possible levels, ascending."""
     return base.find(lowest + _OF_MARKET) - base.find(lowest)
 
 
 def _spans(base: SortedLevels, lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The positions of the levels of the markets whose lowest possible levels these are, ascending."""
+    """The positions of the levels of the markets with these lowest possible levels, ascending."""
     count = _widths(base, lowest)
     spans: npt.NDArray[np.int64] = np.repeat(base.find(lowest) - np.cumsum(count) + count, count)
     return spans + np.arange(len(spans))
@@ -179,7 +180,7 @@ def _spans(base: SortedLevels, lowest: npt.NDArray[np.int64]) -> npt.NDArray[np.
 
 @dataclass(frozen=True)
 class BookState:
-    """Everything that the rows of the next range depend on."""
+    """Everything on which the rows of the next range depend."""
 
     n: int = 0
     """The next journal record."""
@@ -188,10 +189,10 @@ class BookState:
     books: dict[str, Book] = field(default_factory=dict)
     """By market ticker."""
     numbers: dict[str, int] = field(default_factory=dict)
-    """Each of these markets as a number."""
+    """The number of each of these markets."""
     ladders: Ladders = field(default_factory=Ladders)
     partial: frozenset[str] = frozenset()
-    """Open connections whose beginning was not seen: books of theirs may be missing here."""
+    """Open connections whose beginning was not read: some of their books may be missing here."""
 
     @classmethod
     def of(
@@ -202,8 +203,10 @@ class BookState:
         books: dict[str, Book],
         levels: pl.DataFrame,
     ) -> Self:
-        """The state with these levels, as `levels` gives them."""
-        market, numbers = numbered(levels["market_ticker"], {t: i for i, t in enumerate(books)})
+        """Create a state with these levels, in the columns of `LEVELS`."""
+        market, numbers = number_markets(
+            levels["market_ticker"], {t: i for i, t in enumerate(books)}
+        )
         packed = levels.with_columns(market.alias("market")).select(
             level_number().alias("level"), "size"
         )
@@ -213,53 +216,63 @@ class BookState:
 
     @property
     def version(self) -> int:
-        """Newest receive time so far, in ns; it never steps back, even where the clock did."""
+        """The latest receive time so far, in ns; monotonic even where the clock was set back."""
         return self.clock.newest_ns
 
     def follows(self, book: Book) -> bool:
         """Whether a book's market is followed, and its connection open."""
         return not book.left and book.conn in self.connections
 
-    def may_be_in(self, hour_ns: int, book: Book) -> bool:
-        """Whether an hour that is entered again may have rows of a book: its connection is open (of a market
-        that was left frames may still come), or it ended in that hour or later."""
+    def may_have_rows_in(self, hour_ns: int, book: Book) -> bool:
+        """Whether an hour that is entered again may have rows of a book.
+
+        It may if the book's connection is open (frames of a left market may still arrive), or if the book
+        ended in that hour or later.
+        """
         return book.conn in self.connections or book.ended_ns >= hour_ns
 
     @property
     def all_ended_ns(self) -> int | None:
-        """When the last books ended, where no open connection has any: they are followed, and an outage lasts."""
+        """When the last followed books ended, if no open connection has books: an outage continues; else None."""
         based = [book for book in self.books.values() if book.based]
         if any(book.conn in self.connections for book in based):
             return None
         ended = (book.ended_ns for book in based if not book.left)
         return max(ended, default=None)
 
-    def trusts(self, book: Book) -> bool:
-        """Whether a book is followed, verified, and its frames are known to be whole."""
+    def is_synced(self, book: Book) -> bool:
+        """Whether a book is followed and synced, and none of its frames can be among lost records."""
         return (
-            self.follows(book) and book.verified and self.connections[book.conn].believes(book.sid)
+            self.follows(book)
+            and book.verified
+            and self.connections[book.conn].has_all_frames(book.sid)
         )
 
     def seq_of(self, book: Book) -> int:
-        """The last number of a book's subscription; 0 where its connection has ended."""
+        """The last sequence number of a book's subscription; 0 where its connection has ended."""
         connection = self.connections.get(book.conn)
         return connection.seqs.get(book.sid, 0) if connection else 0
 
     @property
-    def doubts(self) -> Hashable:
-        """What lost records leave open. Equal for states of one record that come to the same rows."""
+    def loss_key(self) -> Hashable:
+        """A key of what lost records leave undecided; equal for states of one record that give the same rows."""
+        lossy = (
+            (conn, connection.lost, connection.gaps)
+            for conn, connection in sorted(self.connections.items())
+        )
         return (
             *sorted(self.partial),
             *(
-                (conn, it.lost.since_ns, *it.lost.last.items(), *map(OpenGap.key, it.gaps.values()))
-                for conn, it in sorted(self.connections.items())
-                if it.lost is not None
+                (conn, lost.since_ns, *lost.last.items(), *map(OpenGap.key, gaps.values()))
+                for conn, lost, gaps in lossy
+                if lost is not None
             ),
         )
 
-    def without_unbased(self) -> BookState:
-        """The state where what came before it was not written: the first delta of a book that has no
-        snapshot is told again, as it comes.
+    def without_snapshotless_books(self) -> BookState:
+        """The state for loading from a place whose earlier rows are not stored.
+
+        Books without a snapshot are dropped, so that the gap of their next first delta is reported again.
         """
         books = {ticker: book for ticker, book in self.books.items() if book.based}
         gone = [self.numbers[ticker] for ticker in self.books.keys() - books.keys()]
@@ -270,7 +283,7 @@ class BookState:
         return replace(self, books=books, ladders=Ladders(SortedLevels.of(levels)), partial=partial)
 
     def pieces(self) -> Iterator[tuple[object, int]]:
-        """What takes the memory, and how many bytes: states share what is the same object."""
+        """Yield the objects that take the memory, with their sizes in bytes; states share equal objects."""
         for frame in (self.ladders.recent, *self.ladders.base.leaves):
             yield frame, frame.height * PACKED_BYTES
         for by_ticker in (self.books, self.numbers):
@@ -278,39 +291,41 @@ class BookState:
 
     @property
     def levels(self) -> pl.DataFrame:
-        """Levels of the books, in words: the columns of LEVELS."""
-        return in_words(self.ladders.all(), self.books, self.numbers).select(LEVELS.names())
+        """The levels of the books in the columns of LEVELS."""
+        return with_names(self.ladders.all(), self.books, self.numbers).select(LEVELS.names())
 
 
-def numbered(tickers: pl.Series, known: dict[str, int]) -> tuple[pl.Series, dict[str, int]]:
-    """(the number of each, all numbers): `known` ones are kept, new ones are the next free."""
+def number_markets(tickers: pl.Series, known: dict[str, int]) -> tuple[pl.Series, dict[str, int]]:
+    """Return (the number of each ticker, all numbers); `known` numbers are kept, new ones are the next free."""
     encoded = tickers.to_arrow().dictionary_encode()
     names = encoded.dictionary.to_pylist()
     free = itertools.count(max(known.values(), default=-1) + 1)
     numbers = known | {name: next(free) for name in names if name not in known}
-    each = pl.Series([numbers[name] for name in names], dtype=pl.Int64)
-    return each.gather(pl.Series(encoded.indices)), numbers
+    of_names = pl.Series([numbers[name] for name in names], dtype=pl.Int64)
+    return of_names.gather(pl.Series(encoded.indices)), numbers
 
 
 def level_number() -> pl.Expr:
-    """`market` (its number), `side` and `price` as one integer; null where there is no side."""
+    """Pack `market` (its number), `side` and `price` into one integer; null without a side."""
     return (pl.col("market") * 2 + (pl.col("side") == "no").cast(pl.Int64)) * _PRICES + pl.col(
         "price"
     )
 
 
-def on_ladder() -> pl.Expr:
-    """The `level` of a `ladder` (its number) instead of that of a market."""
+def ladder_level() -> pl.Expr:
+    """The packed `level` with the number of a `ladder` instead of a market."""
     return pl.col("ladder") * _OF_MARKET + pl.col("level") % _OF_MARKET
 
 
 def market_of(level: pl.Expr) -> pl.Expr:
-    """The market's number of a level."""
+    """The market number of a packed level."""
     return level // _OF_MARKET
 
 
-def in_words(packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, int]) -> pl.DataFrame:
-    """Add connection, market, side and price to rows that have a `level`; keeps their order."""
+def with_names(
+    packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, int]
+) -> pl.DataFrame:
+    """Add connection, market, side and price to rows with a `level`; keeps their order."""
     head = pl.DataFrame(
         {
             "market": pl.Series([numbers[ticker] for ticker in books], dtype=pl.Int64),
@@ -319,11 +334,11 @@ def in_words(packed: pl.DataFrame, books: dict[str, Book], numbers: dict[str, in
             "market_id": pl.Series([book.market_id for book in books.values()], dtype=pl.String),
         }
     )
-    return unpacked(packed).join(head, on="market", how="left", maintain_order="left")
+    return with_level_fields(packed).join(head, on="market", how="left", maintain_order="left")
 
 
-def unpacked(levels: pl.DataFrame) -> pl.DataFrame:
-    """Add market (its number), side and price to rows that have a `level`."""
+def with_level_fields(levels: pl.DataFrame) -> pl.DataFrame:
+    """Add market (its number), side and price to rows with a `level`."""
     level = pl.col("level")
     return levels.with_columns(
         market_of(level).alias("market"),

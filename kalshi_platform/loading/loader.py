@@ -42,15 +42,21 @@ from kalshi_platform.loading.cursor import Cursor, Unusable, to_place
 from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.resume import Point, Recorder, Unresolved
 from kalshi_platform.loading.rows import Rows, StaleBook, build_rows
-from kalshi_platform.loading.shared_rows import CHUNK_ROWS, SharedRows, at_openings, chunks, up_to
+from kalshi_platform.loading.shared_rows import (
+    CHUNK_ROWS,
+    SharedRows,
+    chunks,
+    split_at_checkpoints,
+    until_record,
+)
 from kalshi_platform.loading.sinks import Abandoned, Sink
 from kalshi_platform.loading.state_files import (
     UnreadableState,
     checkpoint_batches,
-    keep_hour_state,
     load,
-    newest_kept,
+    newest_saved,
     save,
+    save_hour_state,
 )
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS
@@ -111,7 +117,7 @@ class Loader:
         self._sink = sink
         self._pace = pace
         self._shared_rows = shared_rows or SharedRows(folder, shard)
-        self._shared_rows.joins(sink.name)
+        self._shared_rows.register_loader(sink.name)
         self._on_stale_book = on_stale_book
         self._observe = observe
         self._note = note
@@ -351,7 +357,7 @@ class Loader:
         whole = self._state.version > 0 or not self._is_pruned
         self._replay(point.loaded_to, written=True)
         if not whole:
-            self._state = self._state.without_unbased()
+            self._state = self._state.without_snapshotless_books()
         self._claim(point, cursor)
         self.loaded_ns = self._state.version
         if point.planned_to > point.loaded_to:
@@ -504,7 +510,7 @@ class Loader:
                 return state, LogOffset(*cursor.state_at)
         beginning = reader.oldest_offset(self._folder)
         starts = {start.token for start in self._writer.identity.starts}
-        newest = newest_kept(self._folder, starts, beginning.n, n)
+        newest = newest_saved(self._folder, starts, beginning.n, n)
         if newest is not None:
             return newest, reader.offset_of(self._folder, newest.n)
         return BookState(n=beginning.n), beginning
@@ -521,8 +527,8 @@ class Loader:
         to be written as one range.
         """
         stale: dict[str, StaleBook] = {}
-        for part in chunks(up_to(until_n, reader.read(self._folder, self._position))):
-            for piece, _ in at_openings(part, self._state.clock):
+        for part in chunks(until_record(until_n, reader.read(self._folder, self._position))):
+            for piece, _ in split_at_checkpoints(part, self._state.clock):
                 if self._abandon.is_set():
                     raise Abandoned
                 rows, state = build_rows(decode_range(piece), self._state, self._shared_rows.shard)
@@ -548,7 +554,7 @@ class Loader:
 
     def _begin_hour(self, hour: datetime) -> None:
         n = self._position.n
-        self._retrying(lambda: keep_hour_state(self._state, self._folder, hour))
+        self._retrying(lambda: save_hour_state(self._state, self._folder, hour))
         self._retrying(lambda: self._sink.begin_hour(hour, self._books(hour), n))
 
     def _books(self, hour: datetime) -> Iterator[pa.Table]:

@@ -44,7 +44,7 @@ from kalshi_platform.journal.reader import LogOffset, LostRange, RecordRange
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.rows import Rows, build_rows
-from kalshi_platform.loading.shared_rows import at_openings, chunks
+from kalshi_platform.loading.shared_rows import chunks, split_at_checkpoints
 from kalshi_platform.loading.sinks import by_hour, concatenated
 from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
 from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
@@ -289,7 +289,7 @@ def _hour_ranges(source: _Source, hour: datetime, edges: set[int]) -> Iterator[R
     clock = source.state.clock
     last = max(edges, default=0)
     for read_part in chunks(reader.read(source.folder, source.position)):
-        for part, opens in at_openings(read_part, clock):
+        for part, opens in split_at_checkpoints(read_part, clock):
             is_later = opens is not None and opens > hour and clock.is_new_hour(opens)
             if is_later and part.first_n >= last:
                 return

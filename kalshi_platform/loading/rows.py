@@ -38,11 +38,11 @@ from kalshi_platform.loading.book_state import (
     Ladders,
     LostRecords,
     OpenGap,
-    in_words,
+    ladder_level,
     level_number,
     market_of,
-    numbered,
-    on_ladder,
+    number_markets,
+    with_names,
 )
 from kalshi_platform.loading.state_files import checkpoint
 from kalshi_platform.schema import (
@@ -101,7 +101,7 @@ class Rows:
 def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows, BookState]:
     """Build the rows of one range of a shard's journal; return them and the state after it.
 
-    The range must be cut by `shared_rows.at_openings`. Where its first record enters an hour again, or the
+    The range must be cut by `shared_rows.split_at_checkpoints`. Where its first record enters an hour again, or the
     clock was set back, the rows include a checkpoint of the books before it; the checkpoint before a new hour
     is written by the loader.
 
@@ -233,7 +233,7 @@ def _repeated_gaps(decoded: Decoded, state: BookState) -> Iterator[tuple[Any, ..
     hour_ns = hour_start_ns(floor_hour(at))
     event = {"n": decoded.first_n, "recv_ns": decoded.first_ns}
     for ticker, book in state.books.items():
-        if not book.based and state.may_be_in(hour_ns, book):
+        if not book.based and state.may_have_rows_in(hour_ns, book):
             body = {"cause": "delta_before_snapshot"}
             yield _row(event, book.conn, book.sid, "gap", body, ticker=ticker)
 
@@ -282,7 +282,7 @@ def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str,
             .otherwise(pl.col("price"))
             .alias("price")
         )
-    market, numbers = numbered(events["market_ticker"], state.numbers)
+    market, numbers = number_markets(events["market_ticker"], state.numbers)
     events = events.with_columns(market.alias("market"))
     return events.with_columns(level_number().alias("level")), numbers
 
@@ -393,7 +393,7 @@ def _with_sizes(
         ]
     )
     both = both.with_columns(_ladders(both, any_snapshot=markets.any_snapshot).alias("ladder"))
-    both = both.with_columns(on_ladder().alias("standing"))
+    both = both.with_columns(ladder_level().alias("standing"))
     both = both.with_columns(pl.col("qty").cum_sum().over("standing").alias("size"))
     sized = both.slice(carried.height)
     return events.with_columns(sized["book"], sized["size"]), both
@@ -828,7 +828,7 @@ def _changed_levels(
         .filter(market_of(pl.col("level")).is_in(based))
     )
     dropped = (
-        in_words(dropped_levels, books, markets.numbering)
+        with_names(dropped_levels, books, markets.numbering)
         .join(markers, on="market", maintain_order="left")
         .select(
             "market_id",

@@ -1,11 +1,11 @@
-"""The journal, derived step by step, and each step once for all stores that follow it.
+"""Rows built range by range from the journal, once for all loaders that follow it.
 
-Every store has its own pace and its own place in the journal (`load.py`). Deriving is a pure function
-of a range and the books before it, so what one load has derived serves the next one that comes to the
-same place. A load that is elsewhere derives for itself, beside the others: no lock is held meanwhile.
+Every loader has its own pace and its own log offset (see `loader`). Building rows is a pure function of a range
+and the books before it, so a range that one loader has built serves the next loader at the same offset. A
+loader at another offset builds its own ranges concurrently; no lock is held while building.
 
-A step is bounded by the rows that it makes and by the bytes that it reads, not by its records: a
-snapshot is one record and thousands of rows.
+A range is bounded by the rows that it gives and the bytes that it reads, not by its number of records: a
+snapshot is one record and thousands of rows. How rows are built belongs in `rows`.
 """
 
 from __future__ import annotations
@@ -40,28 +40,27 @@ from kalshi_platform.utc_hours import HOUR_NS
 
 CHUNK_ROWS = 65_536
 CHUNK_BYTES = 16 << 20
-"""Derived at a time: bounds memory while catching up, and the time to the next look at whether to end.
-One record may make more of either: a frame is not cut."""
+"""Upper bounds of a range: they limit memory while catching up, and the time until a stop request is seen.
+A single record may exceed them: a frame is never split."""
 LEVEL_BYTES = 18
-"""What a level takes of a snapshot's JSON at least: ["0.0100","1.00"],"""
+"""The minimum size of a level in a snapshot's JSON: ["0.0100","1.00"],"""
 KEPT_STEPS = 8
 KEPT_BYTES = 48 << 20
 """So much is kept for the other loads: more than comes while one of them writes. Bytes are those of the rows,
 and of the books what the newest step does not hold as well."""
 SHARED_WAIT_S = 5.0
-"""A step that another load is deriving is waited for, as it is sooner there than one's own; not longer
-than this, whatever holds the other up."""
+"""How long a loader waits at most for a range that another loader is building, which is ready sooner than its own."""
 
 
 @dataclass(frozen=True)
 class BuiltRange:
-    """A range of the journal, derived."""
+    """A range of the journal with its rows."""
 
     begin: LogOffset
-    doubts: Hashable
-    """Of the state before it. A load that lost records which another had read has other books there."""
+    loss_key: Hashable
+    """`BookState.loss_key` before the range: a loader that lost records which another read has other books."""
     hour: datetime | None
-    """The new hour that its first record begins; None where it begins none."""
+    """The new hour that begins with its first record; None if none does."""
     rows: Rows
     state: BookState
     """The books after it."""
@@ -69,60 +68,62 @@ class BuiltRange:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Records within one hour, decoded: all that can be done without the books before them."""
+class _DecodedRange:
+    """Decoded records within one hour: the part of the work that needs no books."""
 
     hour: datetime | None
     decoded: Decoded
     end: LogOffset
 
 
-_Pieces = Iterator[_Piece]
+_DecodedRanges = Iterator[_DecodedRange]
 _Key = tuple[int, Hashable]
-"""The number of a step's first record, and the doubts before it."""
+"""The number of a range's first record, and the loss key before it."""
 
 
 class SharedRows:
-    """Steps through one journal, shared by the loads of its stores, which are threads."""
+    """Built ranges of one journal, shared by the loaders of its stores. Thread-safe."""
 
     def __init__(self, folder: Path, shard: int = 0) -> None:
         self._folder = folder
         self.shard = shard
-        """Whose journal it is."""
+        """The journal's shard."""
         self._lock = threading.Lock()
-        """Of what follows; held for moments."""
+        """Guards the fields below; held only briefly."""
         self._kept: dict[_Key, BuiltRange] = {}
-        """In the order of derivation."""
-        self._under_way: dict[_Key, Future[BuiltRange | None]] = {}
-        """What a load is deriving now; None where that failed."""
+        """Kept ranges, in the order in which they were built."""
+        self._in_progress: dict[_Key, Future[BuiltRange | None]] = {}
+        """Ranges being built; the result is None where building failed."""
         self._decoder = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._ahead: dict[tuple[int, ReceiveClock], Future[tuple[_Piece, _Pieces] | None]] = {}
-        """What is decoded ahead, by the number of its first record and the clock before."""
+        self._ahead: dict[
+            tuple[int, ReceiveClock], Future[tuple[_DecodedRange, _DecodedRanges] | None]
+        ] = {}
+        """Records decoded ahead, by the number of their first record and the clock before."""
         self._reached: dict[str, int] = {}
-        """The record that each load has come to; -1: it has not begun."""
+        """The record that each loader has reached; -1: it has not begun."""
 
-    def joins(self, load: str) -> None:
-        """A load will follow this journal: keep for it what others derive."""
+    def register_loader(self, load: str) -> None:
+        """Register a loader, so that ranges built by others are kept for it."""
         self._reached[load] = -1
 
     def steps(
         self, load: str, start: LogOffset, state: BookState, limit: LogOffset
     ) -> Iterator[BuiltRange]:
-        """What is durable from `start` up to `limit`, where `state` is the books before `start`."""
+        """Yield the built ranges from `start` up to `limit`; `state`: the books before `start`."""
         while start.n < limit.n:
             step = self._step(load, start, state, limit)
             yield step
             start, state = step.end, step.state
 
     def _step(self, load: str, start: LogOffset, state: BookState, limit: LogOffset) -> BuiltRange:
-        key = (start.n, state.doubts)
+        key = (start.n, state.loss_key)
         with self._lock:
-            step, others = self._kept.get(key), self._under_way.get(key)
+            step, others = self._kept.get(key), self._in_progress.get(key)
             if mine := step is None and others is None:
-                self._under_way[key] = Future()
-            until_n = self._up_to_what_is_kept(start.n, limit.n)
+                self._in_progress[key] = Future()
+            until_n = self._limit_at_kept(start.n, limit.n)
         if step is None and others is not None:
-            step = _of_another(others)
+            step = _wait_for_other(others)
         try:
             step = step or self._derive(start, state, limit, until_n)
         finally:
@@ -132,7 +133,7 @@ class SharedRows:
                     self._reached[load] = step.end.n
                     self._forget()
                 if mine:
-                    self._under_way.pop(key).set_result(step)
+                    self._in_progress.pop(key).set_result(step)
         return step
 
     def _derive(
@@ -140,43 +141,46 @@ class SharedRows:
     ) -> BuiltRange:
         piece = self._next(start, state, limit, until_n)
         rows, after = build_rows(piece.decoded, state, self.shard)
-        return BuiltRange(start, state.doubts, piece.hour, rows, after, piece.end)
+        return BuiltRange(start, state.loss_key, piece.hour, rows, after, piece.end)
 
-    def _next(self, start: LogOffset, state: BookState, limit: LogOffset, until_n: int) -> _Piece:
-        """The next records, decoded: by now perhaps, if somebody looked ahead."""
+    def _next(
+        self, start: LogOffset, state: BookState, limit: LogOffset, until_n: int
+    ) -> _DecodedRange:
+        """The next decoded records; they may have been decoded ahead."""
         with self._lock:
             ahead = self._ahead.pop((start.n, state.clock), None)
         found = ahead.result() if ahead is not None else None
         if found is None:
-            stretches = up_to(until_n, reader.read(self._folder, start, limit))
-            found = _first(_pieces(stretches, state))
+            parts = until_record(until_n, reader.read(self._folder, start, limit))
+            found = _first(_decoded_ranges(parts, state))
         if found is None:
             raise JournalError(
                 f"The journal in {self._folder} no longer has record {start.n}, which was written to it:"
-                " its segment was cut short by somebody else."
+                " another process truncated its segment. Restore the segment from a backup."
             )
         piece, following = found
         if piece.end.n < until_n:
             clock = piece.decoded.clock_after(state.clock)
-            self._look_ahead((piece.end.n, clock), following)
+            self._decode_ahead((piece.end.n, clock), following)
         return piece
 
-    def _look_ahead(self, place: tuple[int, ReceiveClock], following: _Pieces) -> None:
-        """Decode what comes next while this is derived; one piece for each load at most."""
+    def _decode_ahead(self, place: tuple[int, ReceiveClock], following: _DecodedRanges) -> None:
+        """Decode the next records while this range is built; at most one range ahead per loader."""
         with self._lock:
             while len(self._ahead) >= max(len(self._reached), 1):
                 del self._ahead[next(iter(self._ahead))]
             self._ahead[place] = self._decoder.submit(_first, following)
 
-    def _up_to_what_is_kept(self, start_n: int, limit_n: int) -> int:
-        """A load that was behind meets the other's steps again, instead of cutting across them for ever."""
+    def _limit_at_kept(self, start_n: int, limit_n: int) -> int:
+        """End a range where a kept one begins, so that a loader that was behind can reuse kept ranges again."""
         begins = [step.begin.n for step in self._kept.values() if step.begin.n > start_n]
         return min([*begins, limit_n])
 
     def _forget(self) -> None:
-        """Let go of what every load has passed, and of more than is worth it.
+        """Drop ranges that every loader has passed, and the oldest ones beyond the limits.
 
-        A load that is farther behind, its store away perhaps, comes back to the steps of that time.
+        A loader that is farther behind, for example after an outage, builds its own ranges until it reaches kept
+        ones.
         """
         passed = min(self._reached.values(), default=-1)
         steps = sorted(self._kept.items(), key=lambda kept: kept[1].end.n, reverse=True)
@@ -193,60 +197,63 @@ class SharedRows:
         self._kept = dict(reversed(kept))
 
 
-def _of_another(load: Future[BuiltRange | None]) -> BuiltRange | None:
-    """What another load derives; None where it fails or takes too long."""
+def _wait_for_other(load: Future[BuiltRange | None]) -> BuiltRange | None:
+    """Wait for a range that another loader is building; None where that fails or takes too long."""
     try:
         return load.result(SHARED_WAIT_S)
     except TimeoutError:
         return None
 
 
-def _pieces(stretches: Iterator[JournalRange], state: BookState) -> _Pieces:
-    """What comes after `state` in pieces, decoded one by one as they are asked for."""
+def _decoded_ranges(parts: Iterator[JournalRange], state: BookState) -> _DecodedRanges:
+    """Decode the records after `state`, range by range, lazily."""
     clock = state.clock
     dropped = state.ladders.height // max(len(state.books), 1)
-    for stretch in chunks(stretches, dropped):
-        for piece, opens in at_openings(stretch, clock):
-            it = decode_range(piece)
-            yield _Piece(opens if opens and clock.is_new_hour(opens) else None, it, piece.end)
-            clock = it.clock_after(clock)
+    for chunk in chunks(parts, dropped):
+        for part, opens in split_at_checkpoints(chunk, clock):
+            decoded = decode_range(part)
+            hour = opens if opens and clock.is_new_hour(opens) else None
+            yield _DecodedRange(hour, decoded, part.end)
+            clock = decoded.clock_after(clock)
 
 
-def _first(pieces: _Pieces) -> tuple[_Piece, _Pieces] | None:
-    """The next piece and those behind it; None at the end."""
+def _first(pieces: _DecodedRanges) -> tuple[_DecodedRange, _DecodedRanges] | None:
+    """The next decoded range and the iterator of the following ones; None at the end."""
     piece = next(pieces, None)
     return None if piece is None else (piece, pieces)
 
 
-def up_to(n: int, stretches: Iterator[JournalRange]) -> Iterator[JournalRange]:
-    """The stretches before record `n`; reads none behind it."""
-    for it in stretches:
-        if it.first_n >= n:
+def until_record(n: int, parts: Iterator[JournalRange]) -> Iterator[JournalRange]:
+    """Yield the ranges before record `n`, without reading beyond it."""
+    for part in parts:
+        if part.first_n >= n:
             return
-        yield it.cut(n - it.first_n)[0] if it.first_n + it.rows > n else it
-        if it.first_n + it.rows >= n:
+        yield part.cut(n - part.first_n)[0] if part.first_n + part.rows > n else part
+        if part.first_n + part.rows >= n:
             return
 
 
-def chunks(stretches: Iterator[JournalRange], dropped: int = 0) -> Iterator[JournalRange]:
-    """Small blocks gathered and large ones cut, to CHUNK_ROWS rows or CHUNK_BYTES, whatever comes first.
+def chunks(parts: Iterator[JournalRange], dropped: int = 0) -> Iterator[JournalRange]:
+    """Join small ranges and split large ones, to CHUNK_ROWS rows or CHUNK_BYTES, whichever comes first.
 
-    A derivation costs the same for few rows, and memory for many. `dropped`: levels that a snapshot
-    takes from the book before it, on average; each is a row too.
+    Building rows has a fixed cost per range, and takes memory per row. `dropped`: the average number of levels
+    that a snapshot drops from the book before it; each is a row, too.
     """
     gathered: list[RecordRange] = []
     full = 0.0
-    for it in stretches:
-        if gathered and (isinstance(it, LostRange) or it.unread is not None):
+    for part in parts:
+        if gathered and (isinstance(part, LostRange) or part.unread is not None):
             yield concatenate(gathered)
             gathered, full = [], 0.0
-        if isinstance(it, LostRange):
-            yield it
+        if isinstance(part, LostRange):
+            yield part
             continue
-        rest: RecordRange | None = it
+        rest: RecordRange | None = part
         while rest is not None:
             after = full + np.cumsum(_shares(rest.batch, dropped))
-            fits = int(np.searchsorted(after, 1.0, side="left")) + 1  # the one that fills it, too
+            fits = (
+                int(np.searchsorted(after, 1.0, side="left")) + 1
+            )  # includes the record that fills it
             head, rest = rest.cut(fits) if fits < rest.rows else (rest, None)
             gathered.append(head)
             full = float(after[head.rows - 1])
@@ -258,7 +265,7 @@ def chunks(stretches: Iterator[JournalRange], dropped: int = 0) -> Iterator[Jour
 
 
 def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
-    """What part of a chunk each record takes, by its rows or its bytes."""
+    """The fraction of a chunk that each record takes, by rows or bytes, whichever is larger."""
     size = pc.binary_length(batch.column("frame")).to_numpy()
     is_snapshot = batch.column("kind").to_numpy() == Kind.SNAPSHOT
     rows = np.where(is_snapshot, 1 + dropped + size // LEVEL_BYTES, 1)
@@ -266,21 +273,20 @@ def _shares(batch: pa.RecordBatch, dropped: int) -> npt.NDArray[np.float64]:
     return shares
 
 
-def at_openings(
-    stretch: JournalRange, clock: ReceiveClock
+def split_at_checkpoints(
+    part: JournalRange, clock: ReceiveClock
 ) -> Iterator[tuple[JournalRange, datetime | None]]:
-    """A block cut before each record at which the books are to be written down, with what `ReceiveClock.opens`
-    says of it.
+    """Split a range before each record at which a book checkpoint is due; yield the parts with its time.
 
-    `clock` is that before the block. A hole opens nothing: the record after it does.
+    `clock`: the clock before the range. No checkpoint is due at a lost range, but at the record after it.
     """
-    if isinstance(stretch, LostRange):
-        yield stretch, None
+    if isinstance(part, LostRange):
+        yield part, None
         return
-    recv_ns = stretch.batch.column("recv_ns").to_numpy()
+    recv_ns = part.batch.column("recv_ns").to_numpy()
     before = np.concatenate([[clock.last_ns or recv_ns[0]], recv_ns[:-1]])
     opening = np.flatnonzero((recv_ns < before) | (recv_ns // HOUR_NS != before // HOUR_NS))
-    block, cut, opens = stretch, 0, None
+    block, cut, opens = part, 0, None
     for at in opening.tolist():
         if at > cut:
             head, block = block.cut(at - cut)

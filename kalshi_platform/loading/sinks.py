@@ -1,6 +1,7 @@
-"""The two stores that the load writes to. Writing a journal range twice leaves each as once.
+"""The sinks of the loader: ClickHouse and the Parquet archive. Writes are idempotent per journal range.
 
-Neither knows the other: ClickHouse may be away for an hour while Parquet goes on.
+The sinks are independent: while ClickHouse is unreachable, Parquet continues. Which range to write is decided
+by `loader`; verifying inserts belongs in `clickhouse.verified_inserts`, the layout of files in `archive`.
 """
 
 from __future__ import annotations
@@ -44,55 +45,56 @@ from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
 log = logging.getLogger(__name__)
 
-SEAL_PATIENCE_S = 2.0
-"""For the archive's lock, when hours are to be sealed: recording's files do not wait for a rebuild."""
+SEAL_LOCK_TIMEOUT_S = 2.0
+"""Time-out for the archive's lock when hours are to be sealed: new parts must not wait for a rebuild."""
 
 
 class Abandoned(Exception):
-    """The process ends: what is under way is left to the next start."""
+    """The process is stopping: unfinished work is left to the next start."""
 
 
 class Sink(Protocol):
-    """Where rows go. Every method may be called again with the same arguments, to no effect."""
+    """Where rows are written. Calling a method again with the same arguments has no further effect."""
 
     name: str
     datasets: frozenset[str]
-    """What it takes of the rows."""
+    """The datasets that it stores."""
     ledger: Ledger
-    """Its own record of what was loaded there."""
+    """The store's ledger."""
     place: str
-    """Where it is, as people call it."""
+    """The store's location, for messages."""
     remedy: str
-    """What to do where it is lost for good: a clause."""
+    """What to do where the store is lost for good, as a clause."""
 
     def holds(self, trace: Trace) -> bool | None:
-        """Whether the row is there that a record leaves; None where that cannot be told."""
+        """Whether the store has a record's row; None where that cannot be determined."""
 
     def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
-        """The last of the ranges that were written one after the other from record `n` on, by what they
-        are called in the store; None where there is none, or where they have no names.
+        """The last of the consecutive ranges written from record `n` on, by their names in the store.
+
+        None where there is none or the store does not name ranges.
         """
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
         """Make the rows of journal records first_n to end_n - 1 durable.
 
-        Raises `StoreUnavailable` where another try may help, `StoreRefused` where none will.
+        Raises: `StoreUnavailable` where a retry may help, `StoreRefused` where none will.
         """
 
     def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
-        """Record `n` is the first of `hour`; every earlier record has been written.
+        """Begin `hour` with record `n`; every earlier record has been written.
 
-        `books`: the hour's checkpoint, whole books at a time. It may raise.
+        `books`: the hour's checkpoint in batches of whole books. The iterator may raise.
         """
 
     def abandon(self) -> None:
-        """The process ends: leave what takes long, with `Abandoned`, at the next place where that is safe."""
+        """Stop long work at the next safe place by raising `Abandoned`: the process is stopping."""
 
 
 class ClickHouseSink:
-    """Inserts with deterministic tokens: a range that was inserted is not inserted again.
+    """Inserts with deterministic tokens, so that a range is never stored twice.
 
-    What was inserted is counted in ClickHouse before a write returns (`verified_inserts`).
+    A write returns only after ClickHouse was verified to have the rows (`verified_inserts`).
     """
 
     name = "clickhouse"
@@ -111,56 +113,56 @@ class ClickHouseSink:
         self.ledger: Ledger = TableLedger(shard, self._connected, self.place)
         self._journal_id = journal_id
         self._shard = shard
-        self._log_comment = client.comment(log_comment)  # of who makes it; a thread will use it
+        self._log_comment = client.comment(log_comment)  # of the caller; another thread will use it
         self._client: client.Client | None = None
         self._password = ""
-        """Of the client. The embedded ClickHouse may get another while this process runs."""
-        self._sure_from: int | None = None
-        """From this record on, what is inserted is inserted for the first time; None: who knows."""
-        self._from_before: datetime | None = None
-        """Oldest row that this process has written of what came before it began to record."""
+        """The client's password. The embedded ClickHouse may get another while this process runs."""
+        self._first_unsent: int | None = None
+        """First record known not to have been sent before; None if unknown."""
+        self._oldest_carried: datetime | None = None
+        """Time of the oldest written row of records from before this process began to record."""
 
     def look(self) -> None:
         """Raise `StoreError` where ClickHouse does not answer."""
         client.ping(self._settings)
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
-        """One insert per table. `latest_levels` goes last: it is never ahead of the events.
+        """Insert table by table, `latest_levels` last: it must never be ahead of the events.
 
-        Counted at the end, or table by table where an insert may be a repetition: ClickHouse may take that
-        for done (`verified_inserts`), and no table may be ahead of those before it.
+        Verified together at the end, or after each table where an insert may be a repetition: ClickHouse may
+        ignore it (`verified_inserts`), and no table may be ahead of those before it.
         """
-        sure = self._sure_from is not None and first_n >= self._sure_from
-        self._sure_from = None  # until all of this is there
+        first_time = self._first_unsent is not None and first_n >= self._first_unsent
+        self._first_unsent = None  # unknown until all of this is stored
         inserts = []
         for name in rows[0].tables:
             table = concatenated([r.tables[name] for r in rows])
             if name == LATEST_LEVELS.name and len(rows) > 1:
                 table = _last_of_each_level(table)
             token = f"{self._journal_id}:{first_n}-{end_n}:{name}"
-            if name == LATEST_LEVELS.name and not sure:
-                token = f"{token}:{uuid.uuid4()}"  # the newest version of a level wins: twice is as once
+            if name == LATEST_LEVELS.name and not first_time:
+                token = f"{token}:{uuid.uuid4()}"  # the newest version of a level wins, so repeating is safe
             inserts.append(self._insert(name, table, token))
-            if not sure:
+            if not first_time:
                 verified_inserts.ensure(self._connected(), inserts[-1:])
-        if sure:
+        if first_time:
             verified_inserts.ensure(self._connected(), inserts)
-        self._forget_former_books(rows)
-        self._sure_from = end_n
+        self._drop_former_levels(rows)
+        self._first_unsent = end_n
 
-    def _forget_former_books(self, rows: Sequence[Rows]) -> None:
-        """Take from `latest_levels` what a book's newest snapshot no longer has.
+    def _drop_former_levels(self, rows: Sequence[Rows]) -> None:
+        """Remove levels from `latest_levels` that a book's newest snapshot does not have.
 
-        A load knows only the books of its own journal. A market that has moved has levels there that
-        another shard put, before its new shard's first snapshot or, loaded late, after it. So both
-        look: who writes snapshots, and who has written the rest of a former life.
+        A loader knows only the books of its own journal. A market that has moved to another shard may have
+        levels there from its former shard, loaded before the new shard's first snapshot or late, after it. So
+        both loaders check: the one that writes snapshots, and the one that writes rows of an earlier start.
         """
         streams = [r.tables[STREAM_EVENTS.name] for r in rows]
         tables = [t for r in rows for name, t in r.tables.items() if name != BOOK_CHECKPOINTS.name]
         times = [pc.min(table["ingest_ts"]).as_py() for table in tables]
         kinds = {kind for table in streams for kind in table["kind"].unique().to_pylist()}
-        since = min((at for at in [*times, self._from_before] if at is not None), default=None)
-        self._from_before = None if "started" in kinds else since
+        since = min((at for at in [*times, self._oldest_carried] if at is not None), default=None)
+        self._oldest_carried = None if "started" in kinds else since
         if since is not None and kinds & {"snapshot", "started"}:
             with client.translated():
                 self._connected().command(
@@ -168,7 +170,7 @@ class ClickHouseSink:
                 )
 
     def holds(self, trace: Trace) -> bool | None:
-        """See `Sink`. Of rows that retention may have taken, nothing can be told."""
+        """See `Sink`. None for rows that retention may have deleted."""
         kept_ns = (self._settings.hot_retention_days - 1) * 86_400_000_000_000
         if trace.recv_ns < time.time_ns() - kept_ns:
             return None
@@ -190,23 +192,23 @@ class ClickHouseSink:
         return bool(found.result_rows[0][0])
 
     def written_from(self, n: int, since: datetime) -> tuple[int, int] | None:
-        """See `Sink`. Rows of ClickHouse do not say in which range they came."""
+        """See `Sink`. Rows in ClickHouse do not name the range with which they were written."""
         return None
 
     def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
-        """The books at the hour's first instant, for `book_at`, insert by insert.
+        """Insert the books at the hour's first instant, for `book_at`, in batches.
 
-        Between two inserts some books have their checkpoint and others do not. Each is there whole or
-        not at all, and without one a reader begins at the base before, which leads to the same book.
-        The hour's own rows follow the last insert: where a row of record `n` or a later one is, the
-        checkpoint is whole. One that is begun once more goes on with the books that are not there.
+        Between two inserts, some books have their checkpoint and others do not. Each book is stored completely
+        or not at all; without one, a reader begins at the checkpoint before, which leads to the same book. The
+        hour's own rows follow the last insert: where a row of record `n` or later exists, the checkpoint is
+        complete. A repeated call inserts only the books that are missing.
         """
-        first_time = self._sure_from is not None and n >= self._sure_from
-        self._sure_from = None  # nothing tells one that is begun once more
-        there = frozenset() if first_time else self._checkpointed(hour, n)
+        first_time = self._first_unsent is not None and n >= self._first_unsent
+        self._first_unsent = None  # a repeated call must check what is stored
+        stored = frozenset() if first_time else self._checkpointed(hour, n)
         of_hour = f"{self._journal_id}:{n}:{hour:%Y-%m-%dT%H}:{BOOK_CHECKPOINTS.name}"
         for batch in books:
-            missing = _without(batch, there)
+            missing = _exclude_books(batch, stored)
             if missing.num_rows:
                 first, last = missing["market_ticker"][0], missing["market_ticker"][-1]
                 token = f"{of_hour}:{first}:{last}:{missing.num_rows}"
@@ -214,7 +216,7 @@ class ClickHouseSink:
                 verified_inserts.ensure(self._connected(), [inserted])
 
     def _checkpointed(self, hour: datetime, n: int) -> frozenset[str]:
-        """The books, as `_without` names them, that an hour's checkpoint already has."""
+        """The books, as `_exclude_books` names them, that the hour's checkpoint already has."""
         with client.translated():
             found = self._connected().query(
                 f"SELECT DISTINCT toString(conn_id), market_ticker FROM {BOOK_CHECKPOINTS.name}"  # noqa: S608 - the schema's own name
@@ -224,7 +226,7 @@ class ClickHouseSink:
         return frozenset(f"{conn} {ticker}" for conn, ticker in found.result_rows)
 
     def abandon(self) -> None:
-        """See `Sink`. One insert is bounded."""
+        """See `Sink`. Nothing to do: each insert is bounded."""
 
     def _insert(self, name: str, table: pa.Table, token: str) -> Insert:
         client.insert_arrow(self._connected(), name, table, token)
@@ -241,10 +243,10 @@ class ClickHouseSink:
 
 
 class ParquetSink:
-    """One file per hour that the range touches, named for the range.
+    """Writes one file per touched hour, named for the journal range.
 
-    Other shards write beside it, and an hour is sealed once, by whoever finds that all have passed it
-    (`passage`). Without `journals` it is alone, and seals what it has passed.
+    Other shards write to the same archive. An hour is sealed once, by the first shard that finds every
+    watermark beyond it (`archive.watermarks`). Without `journals` the shard is alone and seals by its own.
     """
 
     name = "parquet"
@@ -267,19 +269,19 @@ class ParquetSink:
         self._passed = (
             watermarks.watermark_of(journals, shard).before if journals else watermarks.BEGINNING
         )
-        """What comes for an earlier hour is late: the others need not wait for it."""
-        self._looked_to = self._everywhere
-        """Up to here, hours were looked for that all have passed and nobody has sealed."""
+        """This shard's watermark: rows of an earlier hour are late, and other shards do not wait for them."""
+        self._looked_to = self._lowest_watermark
+        """Unsealed hours before this were sealed already."""
         self._looked_back = False
         self._open_hour_reported: datetime | None = None
         self._abandoned = threading.Event()
 
     def look(self) -> None:
-        """Raise `StoreError` where the archive is not there."""
+        """Raise `StoreError` where the archive cannot be reached."""
         self._archive.look()
 
     def holds(self, trace: Trace) -> bool | None:
-        """See `Sink`. By the names of the hour's parts, those that a compaction took in included."""
+        """See `Sink`. Decided by the names of the hour's parts, including compacted ones."""
         hour = hour_of_ns(trace.recv_ns)
         named, others = self._ranges(hour, hour)
         if any(first <= trace.record < end for first, end in named):
@@ -297,7 +299,7 @@ class ParquetSink:
         return last
 
     def _ranges(self, since: datetime, until: datetime | None) -> tuple[set[tuple[int, int]], bool]:
-        """The record ranges of this shard's parts in some hours, and whether files of other names are there."""
+        """The record ranges of this shard's parts in a span of hours, and whether there are other files."""
         named: set[tuple[int, int]] = set()
         others = False
         for dataset in (ORDERBOOK_EVENTS.name, TRADES.name, STREAM_EVENTS.name):
@@ -315,7 +317,7 @@ class ParquetSink:
         return named, others
 
     def write(self, first_n: int, end_n: int, rows: Sequence[Rows]) -> None:
-        """Write the range's files; an hour that was sealed before is sealed anew."""
+        """Write the range's files; an hour that was sealed before is sealed again."""
         pieces = [
             (hour, DATASETS[name], part)
             for name in rows[0].tables
@@ -333,17 +335,17 @@ class ParquetSink:
         for hour, dataset, part in pieces:
             self._write_part(dataset, hour, first_n, end_n, [part], late=hour in late)
         for hour in sorted(late):
-            if hour < self._everywhere or hours.is_sealed(self._archive, hour):
+            if hour < self._lowest_watermark or hours.is_sealed(self._archive, hour):
                 with self._archive.changing():
                     self._seal(hour)
         for hour in news:
             self._open_hour_reported = hour
-            going_on = self._insist_on_going_on
+            going_on = self._raise_if_abandoned
             self._report(hours.describe(self._archive, hour, complete=False, proceed=going_on))
-        self._seal_passed()
+        self._seal_complete_hours()
 
     def _is_first_of(self, hour: datetime) -> bool:
-        """Whether nobody has told of this open hour, which has no rows of another shard."""
+        """Whether this open hour has not been reported yet and has no rows of another shard."""
         if self._open_hour_reported == hour:
             return False
         ours = f"part-{self._shard}-"
@@ -360,7 +362,7 @@ class ParquetSink:
         *,
         late: bool,
     ) -> None:
-        """Write an hour's part; rows that a compaction has taken in already are there."""
+        """Write an hour's part, unless a compaction has already merged it."""
         name = part_name(self._shard, first_n, end_n)
         with self._archive.changing() if late else nullcontext():
             manifest = self._archive.read_manifest(dataset.name, hour) if late else None
@@ -368,9 +370,9 @@ class ParquetSink:
                 self._archive.write(dataset.name, hour, name, tables, dataset.arrow)
 
     def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
-        """Write the checkpoint, say how far this journal is, and seal what all have passed.
+        """Write the checkpoint, advance the watermark, and seal the hours that are complete.
 
-        The checkpoint is one file, written batch by batch: no reader sees a part of it.
+        The checkpoint is one file, written batch by batch; readers see it completely or not at all.
         """
         if (first := next(books, None)) is not None:
             late = hours.is_sealed(self._archive, hour)
@@ -380,44 +382,44 @@ class ParquetSink:
         if self._journals is not None:
             watermarks.advance(self._journals, self._shard, hour)
         self._passed = hour
-        self._seal_passed(look_back=True)
+        self._seal_complete_hours(look_back=True)
 
     def abandon(self) -> None:
-        """See `Sink`. An hour that is being sealed is sealed by the next start."""
+        """See `Sink`. An hour being sealed is left to the next start."""
         self._abandoned.set()
 
-    def _insist_on_going_on(self) -> None:
+    def _raise_if_abandoned(self) -> None:
         if self._abandoned.is_set():
             raise Abandoned
 
     def drained(self, *, seal: bool) -> None:
-        """Nothing more will come of this journal for now: no hour waits for it.
+        """Release this shard's watermark: its journal is archived completely and has no writer.
 
-        Hours that waited for it alone are sealed with the next write of another shard, or here.
+        Hours that waited for this shard only are sealed with the next write of another shard, or here if `seal`.
         """
         if self._journals is not None:
             watermarks.release(self._journals, self._shard)
             if seal:
-                self._seal_passed(look_back=True)
+                self._seal_complete_hours(look_back=True)
 
     @property
-    def _everywhere(self) -> datetime:
-        """Every earlier hour has been passed by all."""
+    def _lowest_watermark(self) -> datetime:
+        """Every earlier hour is complete in all journals."""
         return self._passed if self._journals is None else watermarks.lowest(self._journals)
 
-    def _seal_passed(self, *, look_back: bool = False) -> None:
-        """Seal what all have passed and nobody has sealed; later, where it cannot be done now.
+    def _seal_complete_hours(self, *, look_back: bool = False) -> None:
+        """Seal unsealed hours before the lowest watermark; leave them for later where the archive is locked.
 
-        `look_back`: also what was left from before this process.
+        `look_back`: include hours from before this process.
         """
         if look_back and not self._looked_back:
             self._looked_back, self._looked_to = True, watermarks.BEGINNING
-        limit = self._everywhere
+        limit = self._lowest_watermark
         if limit <= self._looked_to:
             return
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                held.enter_context(self._archive.changing(SEAL_PATIENCE_S))
+                stack.enter_context(self._archive.changing(SEAL_LOCK_TIMEOUT_S))
             except StoreUnavailable as error:
                 log.info("Hours are sealed with the next write: %s", error)
                 return
@@ -426,29 +428,29 @@ class ParquetSink:
         self._looked_to = limit
 
     def _seal(self, hour: datetime) -> None:
-        report = sealing.seal(self._archive, hour, self._insist_on_going_on)
+        report = sealing.seal(self._archive, hour, self._raise_if_abandoned)
         log.info("Sealed %s: %s", f"{hour:%Y-%m-%d %H:00}", _brief(report))
         self._report(report)
 
 
 def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables one below the other, with one dictionary a column."""
+    """Concatenate tables, with one dictionary per column."""
     joined = pa.concat_tables(tables)
     return joined.unify_dictionaries() if len(tables) > 1 else joined
 
 
-def _without(books: pa.Table, there: frozenset[str]) -> pa.Table:
-    """The rows of the books that are not among `there`, conn_id and market."""
-    if not there:
+def _exclude_books(books: pa.Table, stored: frozenset[str]) -> pa.Table:
+    """The rows of books that are not in `stored`, which has `conn_id` and ticker joined by a space."""
+    if not stored:
         return books
     keys = pc.binary_join_element_wise(
         *(books[name].cast(pa.string()) for name in ("conn_id", "market_ticker")), " "
     )
-    return books.filter(pc.invert(pc.is_in(keys, pa.array(sorted(there), pa.string()))))
+    return books.filter(pc.invert(pc.is_in(keys, pa.array(sorted(stored), pa.string()))))
 
 
 def _last_of_each_level(table: pa.Table) -> pa.Table:
-    """Of rows in order, the last of each level: the only one that matters."""
+    """The last row of each level: `latest_levels` needs no other."""
     keys = pl.DataFrame(
         {
             "ticker": pl.Series(table["market_ticker"].cast(pa.string())),
@@ -461,7 +463,7 @@ def _last_of_each_level(table: pa.Table) -> pa.Table:
 
 
 def by_hour(table: pa.Table, time: str) -> list[tuple[datetime, pa.Table]]:
-    """The table cut by the hour of its column `time`; mostly one piece."""
+    """Split a table by the hour of its column `time`; usually one part."""
     if not table.num_rows:
         return []
     at, kind = table[time], table.schema.field(time).type

@@ -1,4 +1,7 @@
-"""The derivation's state on disk, and as the checkpoint that begins an hour."""
+"""Saved book states on disk, and checkpoints: the rows of all books at the beginning of an hour.
+
+The state itself belongs in `book_state`; deciding which saved state to use belongs in `loader` and `rebuild`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from kalshi_platform.loading.book_state import (
     BookState,
     Connection,
     Ladders,
-    unpacked,
+    with_level_fields,
 )
 from kalshi_platform.loading.sorted_levels import PACKED, SortedLevels
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
@@ -37,9 +40,9 @@ from kalshi_platform.utc_hours import floor_hour, hour_start_ns
 log = logging.getLogger(__name__)
 
 BATCH_LEVELS = 1 << 16
-"""Compressed at a time."""
+"""Levels compressed at a time."""
 CHECKPOINT_ROWS = 1 << 16
-"""Of a checkpoint at a time: about 20 MB while they are made."""
+"""Rows of a checkpoint built at a time: about 20 MB."""
 _LIVE = pl.Schema(
     {
         "market": pl.Int64,
@@ -51,21 +54,21 @@ _LIVE = pl.Schema(
         "seq": pl.UInt64,
     }
 )
-"""What a checkpoint says of a book."""
+"""The columns of a checkpoint that describe a book."""
 _HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
 _LOAD_STATE = re.compile(r"[a-z]+-([0-9]{15,})\.state")
 ALIVE_NS = 30_000_000_000
-"""The recorder beats every 10 s: silent for longer before the hour means that it was not there."""
+"""The recorder writes a heartbeat every 10 s: if it was silent for longer before the hour, it was not running."""
 
 
 class UnreadableState(PlatformError):
-    """A state file that is missing or damaged; the books can be had from an earlier one."""
+    """A state file is missing or damaged; the books can be rebuilt from an earlier one."""
 
 
 _KIND = b"KSTATE"
 MAGIC = _KIND + b"02"
-"""Begins a state file; then come the digest of what follows, and an Arrow IPC file. Files of earlier versions
-are the latter alone."""
+"""The first bytes of a state file, followed by the digest of the rest and an Arrow IPC file. Files of earlier
+versions are the Arrow IPC file alone."""
 _ARROW = b"ARROW1"
 _DIGEST_BYTES = 16
 
@@ -73,20 +76,20 @@ _DIGEST_BYTES = 16
 class _Head(msgspec.Struct):
     n: int
     version: int
-    """The newest receive time, ns."""
+    """The latest receive time, ns."""
     connections: dict[str, Connection]
     books: dict[str, Book]
     numbers: dict[str, int] = {}
-    """Of the markets, where the levels are as the state has them: in files of before they are in words."""
+    """The market numbers of packed levels; files of earlier versions have named levels instead."""
     partial: frozenset[str] = frozenset()
     last_ns: int = 0
-    """That of the last record; 0 in files of versions that took the newest for it."""
+    """Receive time of the last record; 0 in files of versions that used `version` for it."""
     start: str = ""
-    """Token of the recorder's start that wrote it; empty in files of before, and of hours' beginnings."""
+    """Token of the recorder start that wrote it; empty in earlier versions' files and in hour states."""
 
 
 def save(state: BookState, path: Path, start: str = "") -> None:
-    """Write a state, whole or not at all. `start`: token of the start that does."""
+    """Write a state, completely or not at all. `start`: token of the recorder start that writes it."""
     head = msgspec.json.encode(
         _Head(
             *(state.n, state.version, state.connections, state.books),
@@ -96,7 +99,7 @@ def save(state: BookState, path: Path, start: str = "") -> None:
     )
     schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    # Both loads of a streamer keep the same state of the same hour, at the same moment.
+    # Both loaders of a streamer may save the same state of the same hour at the same moment.
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
@@ -116,7 +119,7 @@ def save(state: BookState, path: Path, start: str = "") -> None:
 
 
 class _Body:
-    """The part of a file behind its digest, as a file of its own, which is hashed as it is written."""
+    """The part of a file after its digest, as a file-like object that hashes what is written."""
 
     closed = False
 
@@ -131,14 +134,14 @@ class _Body:
         self._written += memoryview(data).nbytes
         return memoryview(data).nbytes
 
-    def tell(self) -> int:
+    def tell(self) -> int:  # words: ok
         return self._written
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
-        """The file below stays open: its digest comes last."""
+        """Do nothing: the underlying file stays open, because its digest is written last."""
 
 
 def load(
@@ -148,15 +151,14 @@ def load(
     *,
     whole: bool = False,
 ) -> BookState:
-    """Read a state; with `n` the one of that record, with `starts` one that one of those wrote, with `whole` one
-    that knows all of its books.
+    """Read a state. It must be of record `n`, written by one of `starts`, and with `whole` have all its books.
 
-    Raises `UnreadableState` for a file that is missing, damaged, or another one than that.
+    Raises: `UnreadableState` for a file that is missing, damaged, or does not meet these conditions.
     """
     head, table = _read(path, n, starts, whole=whole)
     clock = ReceiveClock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
-    if "market_ticker" in levels.columns:  # a file of before
+    if "market_ticker" in levels.columns:  # a file of an earlier version
         return BookState.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
     return BookState(
         head.n,
@@ -172,23 +174,23 @@ def load(
 def _read(
     path: Path, n: int | None, starts: Container[str] | None, *, whole: bool
 ) -> tuple[_Head, pa.Table]:
-    """A file's head and levels. The head is looked at first: the levels of a state that is refused are not read."""
+    """A file's head and levels. The head is checked first, so a refused state's levels are not read."""
     try:
-        file = pa.ipc.open_file(_proved(path.read_bytes()))
+        file = pa.ipc.open_file(_verified_body(path.read_bytes()))
         head = typed_json.decode(file.schema.metadata[b"state"], _Head)
         if n is not None and head.n != n:
             raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
         if starts is not None and head.start not in starts:
             raise UnreadableState(f"{path} is of a start that this journal does not know.")
         if whole and head.partial:
-            raise UnreadableState(f"{path} knows some of its books in part.")
+            raise UnreadableState(f"{path} has some of its books only in part.")
         return head, file.read_all()
     except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
         raise UnreadableState(f"{path} cannot be read ({error}).") from None
 
 
-def _proved(content: bytes) -> pa.Buffer:
-    """The Arrow file in a state file. Raises `ValueError` for one that is damaged."""
+def _verified_body(content: bytes) -> pa.Buffer:
+    """The Arrow file in a state file, after its digest was verified. Raises: `ValueError` for a damaged one."""
     view = memoryview(content)
     if content.startswith(_ARROW):
         return pa.py_buffer(view)
@@ -205,29 +207,29 @@ def _digest(body: pa.Buffer | memoryview) -> bytes:
     return blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
-def keep_hour_state(state: BookState, journal_folder: Path, hour: datetime) -> None:
-    """Keep the books before an hour's first record, so that the hour can be derived again.
+def save_hour_state(state: BookState, journal_folder: Path, hour: datetime) -> None:
+    """Save the books before an hour's first record, so that the hour can be rebuilt.
 
-    Books that are known in part are not kept: another load of the journal may have them whole.
+    A state with partly known books is not saved: another loader of the journal may have all of them.
     """
     if not state.partial:
         save(state, hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
 
 
 def hour_state(journal_folder: Path, hour: datetime) -> BookState | None:
-    """The books before an hour's first record, or None where they were not kept."""
+    """The books before an hour's first record; None where they were not saved."""
     kept = {n: path for at, n, path in _hour_states(journal_folder) if at == f"{hour:%Y-%m-%dT%H}"}
     return load(kept[min(kept)], min(kept)) if kept else None
 
 
-def newest_kept(
+def newest_saved(
     journal_folder: Path, starts: Container[str], first_n: int, n: int
 ) -> BookState | None:
-    """The newest readable state from record `first_n` to record `n`: of an hour's beginning, or one that a load of
-    this journal keeps beside its cursor (the books do not depend on the store).
+    """The newest readable saved state from record `first_n` to `n`: of an hour's beginning or of a loader's cursor.
 
-    The files' names say which is the newest, so one state is in memory at a time. A load's state that another start
-    wrote, or that knows some books in part, is passed over.
+    The books do not depend on the store, so any loader's state can be used. File names show which one is the
+    newest, so only one state is in memory at a time. States that another journal's start wrote, or with partly
+    known books, are skipped.
     """
     kept: list[tuple[int, Path, Container[str] | None]] = [
         (int(match[1]), path, starts)
@@ -239,33 +241,33 @@ def newest_kept(
     for at_n, path, of_starts in sorted(within, key=lambda state: state[0], reverse=True):
         try:
             return load(path, at_n, of_starts, whole=True)
-        except UnreadableState as error:  # of a load: the other one may have replaced it meanwhile
+        except UnreadableState as error:  # a loader may have replaced its state meanwhile
             level = logging.WARNING if of_starts is None else logging.INFO
-            log.log(level, "%s An earlier one is tried.", error)
+            log.log(level, "%s Trying an earlier one.", error)
     return None
 
 
 def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:
-    """Forget the states of hours whose records the journal no longer has."""
+    """Remove the states of hours whose records the journal no longer has."""
     for _, first_n, path in _hour_states(journal_folder):
         if first_n < kept_from_n:
             path.unlink()
 
 
 def _hour_states(journal_folder: Path) -> Iterator[tuple[str, int, Path]]:
-    """The hour, the first record and the file of each state that is kept; other files are passed over."""
+    """Yield the hour, the first record and the file of each saved hour state; other files are ignored."""
     for path in hour_folder(journal_folder).glob("*.state"):
         if (match := _HOUR_STATE.fullmatch(path.name)) is not None:
             yield match[1], int(match[2]), path
 
 
 def is_hour_state(name: str) -> bool:
-    """Whether a file of that folder is a state, or one being written, by its name."""
+    """Whether a file name in that folder is that of a state or of one being written."""
     return bool(_HOUR_STATE.fullmatch(name)) or name.endswith(".tmp")
 
 
 def hour_folder(journal_folder: Path) -> Path:
-    """Where a journal's states of hours' beginnings are."""
+    """The folder of a journal's hour states."""
     return journal_folder / "load" / "hours"
 
 
@@ -276,17 +278,15 @@ def checkpoint(state: BookState, at: datetime, shard: int = 0) -> pa.Table:
 
 
 def checkpoint_batches(state: BookState, at: datetime, shard: int = 0) -> Iterator[pa.Table]:
-    """Every followed book where `ReceiveClock.opens` asks for it, from the state before that record.
+    """Yield the rows of every followed book for the checkpoint at time `at`, from the state before that record.
 
+    Followed books have a snapshot and were not left. A book is not verified where its connection has ended or
+    the recorder has been silent for too long: the hour begins within an outage. Where the clock enters an hour
+    again, the checkpoint also has ended books, not verified, if earlier rows of this hour may show them live or
+    further frames may arrive: the hour lacks what happened in between. All rows have the record `state.n`.
 
-    Followed means: based on a snapshot, and not left. Of a connection that has ended, or of a recorder that
-    has been silent for longer than it may be, it is not verified: the hour begins within an outage. Where the
-    clock shows an hour again, books that have ended are there too, as not verified, if earlier rows of this
-    hour may have them live, or frames of theirs may still come: the hour lacks what came in between. All
-    rows carry the record, `state.n`.
-
-    Books go by ticker and are whole: a batch has CHECKPOINT_ROWS, and what its last book has more. Equal
-    states come in equal batches.
+    Books are ordered by ticker and never split: a batch has CHECKPOINT_ROWS rows plus the rest of its last book.
+    Equal states give equal batches.
     """
     books = _live_books(state, at)
     rows = np.maximum(state.ladders.heights(books["market"]), 1)  # an empty book has a row, too
@@ -305,12 +305,12 @@ def _live_books(state: BookState, at: datetime) -> pl.DataFrame:
     books = [
         (
             *(state.numbers[ticker], ticker, book.conn, book.sid, book.market_id),
-            *(alive and state.trusts(book), state.seq_of(book)),
+            *(alive and state.is_synced(book), state.seq_of(book)),
         )
         for ticker, book in sorted(state.books.items())
         if book.based
         and (
-            state.may_be_in(start_ns, book)
+            state.may_have_rows_in(start_ns, book)
             if again
             else state.follows(book) or (not book.left and book.ended_ns == ended_ns)
         )
@@ -320,7 +320,7 @@ def _live_books(state: BookState, at: datetime) -> pl.DataFrame:
 
 def _checkpoint_of(books: pl.DataFrame, state: BookState, at: datetime, shard: int) -> pa.Table:
     levels = state.ladders.of(pl.Series([], dtype=pl.Int64), books["market"])
-    rows = books.join(unpacked(levels), on="market", how="left").sort(
+    rows = books.join(with_level_fields(levels), on="market", how="left").sort(
         "market_ticker", "side", "price"
     )
     return pa.Table.from_arrays(

@@ -12,7 +12,7 @@ from pathlib import Path
 from kalshi_platform.exchange.columnar import Decoded, decode
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError, RecordRange
-from kalshi_platform.loading.shared_rows import chunks, up_to
+from kalshi_platform.loading.shared_rows import chunks, until_record
 from kalshi_platform.schema import ORDERBOOK_EVENTS, STREAM_EVENTS, TRADES
 
 MAX_RECORDS = 4_096
@@ -53,7 +53,7 @@ def _ranges_near(folder: Path, first: int, until: int) -> Iterator[RecordRange]:
     if first >= until:
         return
     try:
-        near = up_to(until, reader.read(folder, reader.offset_of(folder, first)))
+        near = until_record(until, reader.read(folder, reader.offset_of(folder, first)))
         yield from (part for part in chunks(near) if isinstance(part, RecordRange))
     except JournalError:
         return  # the loader reports damage; the records before it suffice here

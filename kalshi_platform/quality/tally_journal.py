@@ -24,7 +24,7 @@ from kalshi_platform.exchange.frames import DecodeError, decode_head
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import LostRange, RecordRange
-from kalshi_platform.loading.shared_rows import chunks, up_to
+from kalshi_platform.loading.shared_rows import chunks, until_record
 from kalshi_platform.quality.tally import DELTA, OTHER, SNAPSHOT, TRADE, Holdings
 from kalshi_platform.quality.tally_stores import named_by
 from kalshi_platform.utc_hours import hour_start_ns
@@ -78,7 +78,7 @@ def read(
     beginning = reader.oldest_offset(folder)
     found = Journal(shard, beginning.n, max(end, beginning.n))
     # in chunks: adding up has a fixed cost, and a quiet exchange makes many small batches
-    for part in chunks(up_to(end, reader.read(folder, beginning))):
+    for part in chunks(until_record(end, reader.read(folder, beginning))):
         if isinstance(part, LostRange):
             found.lost.append((part.first_n, part.first_n + part.rows))
         else:

@@ -27,7 +27,7 @@ from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import build_rows
-from kalshi_platform.loading.shared_rows import at_openings
+from kalshi_platform.loading.shared_rows import split_at_checkpoints
 from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.loading.state_files import checkpoint
 from kalshi_platform.schema import DATASETS as SCHEMAS
@@ -212,7 +212,7 @@ def derived(records: Sequence[wire.Record]) -> Iterator[tuple[str, pa.Table]]:
     """The tables of the recorded datasets, range by range, checkpoints of new hours among them."""
     state = BookState()
     (block,) = wire.blocks(records)
-    for piece, opens in at_openings(block, state.clock):
+    for piece, opens in split_at_checkpoints(block, state.clock):
         if opens is not None and state.clock.is_new_hour(opens):
             yield "book_checkpoints", checkpoint(state, opens)
         rows, state = build_rows(decode_range(piece), state)

@@ -45,9 +45,9 @@ def test_foreign_files_change_nothing_and_doctor_lists_them(
     assert watermarks.shards(settings.journals_dir) == [0]
     assert reader.segments(shard) == [0, 1]
     assert sum(b.rows for b in reader.record_ranges(shard, reader.oldest_offset(shard))) == 1
-    state_files.keep_hour_state(BookState(n=5), shard, HOUR)
+    state_files.save_hour_state(BookState(n=5), shard, HOUR)
     assert state_files.hour_state(shard, HOUR) is not None
-    assert state_files.newest_kept(shard, (), 0, 9) is not None
+    assert state_files.newest_saved(shard, (), 0, 9) is not None
     state_files.prune_hour_states(shard, 9)
     assert state_files.hour_state(shard, HOUR) is None
     growth.measure(settings)

@@ -96,7 +96,7 @@ def test_gaps_are_reported_and_only_true_books_are_synced(
     for r in state.levels.iter_rows(named=True):
         levels.setdefault(r["market_ticker"], {})[r["side"], r["price"]] = r["size"]
     for ticker, book in state.books.items():
-        if book.verified and state.connections[book.conn].believes(book.sid):
+        if book.verified and state.connections[book.conn].has_all_frames(book.sid):
             true = script.books[ticker].ladders
             expected = {(s, p): q for s, ladder in true.items() for p, q in ladder.items()}
             assert levels.get(ticker, {}) == expected

@@ -225,7 +225,7 @@ def test_draining_the_last_shard_seals_the_waiting_hours(settings: Settings) -> 
 def test_sealing_waits_for_the_change_lock_loading_does_not(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.loading.sinks.SEAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr("kalshi_platform.loading.sinks.SEAL_LOCK_TIMEOUT_S", 0.0)
     shard = Shard(settings, 0)
     store = shard.store()
     writer = shard.writer(life(0, "A-1", 0, 150))

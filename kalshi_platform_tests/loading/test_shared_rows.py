@@ -18,7 +18,7 @@ from kalshi_platform.journal.writer import Writer
 from kalshi_platform.loading import book_state, shared_rows, sorted_levels
 from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import Rows, build_rows
-from kalshi_platform.loading.shared_rows import SharedRows, chunks, up_to
+from kalshi_platform.loading.shared_rows import SharedRows, chunks, until_record
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.loading.test_loader import PATIENCE_S, journal_of, recording
 
@@ -136,7 +136,7 @@ def test_chunks_are_bounded_and_complete(
         again = next(blocks(chunks(reader.read(folder, before.end), dropped)))
         assert frames_of([again]) == frames_of(found)[before.end.n :][: again.rows]
     until = dice.randint(0, len(records))
-    cut = list(blocks(chunks(up_to(until, reader.read(folder, start)), dropped)))
+    cut = list(blocks(chunks(until_record(until, reader.read(folder, start)), dropped)))
     assert frames_of(cut) == frames_of(found)[:until]
 
 
@@ -262,7 +262,7 @@ def many_books(markets: int, levels: int, dice: random.Random) -> list[wire.Reco
 def joined(folder: Path, *loads: str) -> SharedRows:
     shared = SharedRows(folder)
     for load in loads:
-        shared.joins(load)
+        shared.register_loader(load)
     return shared
 
 

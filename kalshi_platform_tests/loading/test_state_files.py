@@ -178,7 +178,7 @@ def test_a_loader_without_cursor_uses_the_newest_saved_state(
     recorder.run()
     (recorder.folder / "load" / f"{kind}.json").unlink()
     recorder.kinds = [kind]  # the other load reads its own
-    state_files.keep_hour_state(BookState(n=1), recorder.folder, datetime(2026, 1, 1, tzinfo=UTC))
+    state_files.save_hour_state(BookState(n=1), recorder.folder, datetime(2026, 1, 1, tzinfo=UTC))
     read = counting(monkeypatch)
     began: dict[str, int] = {}
     before = Loader._books_before
@@ -228,14 +228,14 @@ def test_a_damaged_saved_state_falls_back_to_the_next(
         state = BookState(n=n, partial=frozenset({"known in part"} if partial else ()))
         state_files.save(state, paths[n], start)
     for n in (3, 7, 12):
-        state_files.keep_hour_state(BookState(n=n), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
+        state_files.save_hour_state(BookState(n=n), tmp_path, datetime(2026, 1, 1, tzinfo=UTC))
         (paths[n],) = state_files.hour_folder(tmp_path).glob(f"*-{n:015d}.state")
     read = counting(monkeypatch)
     for damaged, newest in ((None, 9), (9, 7), (7, 5), (5, None)):
         if damaged is not None:
             paths[damaged].write_bytes(paths[damaged].read_bytes()[:-1])
         read.clear()
-        found = state_files.newest_kept(tmp_path, {"ours"}, 4, 11)
+        found = state_files.newest_saved(tmp_path, {"ours"}, 4, 11)
         assert (found.n if found else None) == newest
         assert read == ([newest] if newest else [])
 
@@ -250,11 +250,11 @@ def test_a_state_of_an_unknown_start_is_ignored(
     identity = journal_identity.read(folder)
     assert identity is not None
     tokens = {start.token for start in identity.starts}
-    found = state_files.newest_kept(folder, tokens, n, n)
+    found = state_files.newest_saved(folder, tokens, n, n)
     assert found is not None
     assert found.n == n
-    assert state_files.newest_kept(folder, {"another"}, n, n) is None
-    assert state_files.newest_kept(folder, {""}, n, n) is None
+    assert state_files.newest_saved(folder, {"another"}, n, n) is None
+    assert state_files.newest_saved(folder, {""}, n, n) is None
 
 
 @pytest.mark.parametrize("when", TIMES)
