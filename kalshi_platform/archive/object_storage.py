@@ -332,10 +332,10 @@ class ObjectArchive(Archive):
     def require_identity(self, identity: str) -> None:
         """See `Archive`."""
         self._waiting.require_identity(identity)
-        if (found := self.identity()) != identity:
-            if found is None:
+        if (actual := self.identity()) != identity:
+            if actual is None:
                 self._require_bucket()
-            raise archive_identity.archive_gone(str(self), found)
+            raise archive_identity.archive_gone(str(self), actual)
 
     def expect(self, identity: str) -> None:
         """See `Archive`. Writes check the local folder's identity, as the bucket's would cost a request each."""

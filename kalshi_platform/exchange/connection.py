@@ -128,6 +128,7 @@ class BatchedConnection(LiveConnection):
             self._write()
 
     def _write(self) -> None:
+        """Write now, or reschedule while received bytes wait and the deadline has not passed."""
         if self._write_by is None:
             return
         must_wait = self.transport.is_reading() and self.has_unread_bytes

@@ -317,6 +317,7 @@ def _unread_range(
 
 def batches_from(path: Path, n: int) -> list[WholeBatch]:
     """The intact batches of a segment that have a record from `n` on."""
+    # Message lengths alone lead to the last batch: if it ends before `n`, no other batch is decoded.
     with path.open("rb") as file:
         last, end, size = 0, 0, path.stat().st_size
         while end < size and (length := _length(file, end)) is not None:

@@ -74,9 +74,8 @@ def fetch(rest: RestClient, span: MissedSpan) -> Backfill:
         return Backfill(
             (), f"it lasted {span_s:.0f} s, which is more than the {MAX_SPAN_S} s to fetch"
         )
-    trades: dict[
-        str, tuple[datetime, bytes]
-    ] = {}  # pages shift while read: some trades occur twice
+    # By id, because pages shift while they are read: some trades occur twice.
+    trades: dict[str, tuple[datetime, bytes]] = {}
     for number, (trade, sent) in enumerate(_listed(rest, span)):
         if number >= MAX_TRADES:
             return Backfill((), f"the exchange lists more than {MAX_TRADES:,} trades of that time")
