@@ -297,8 +297,8 @@ class ObjectArchive(Archive):
 
     def metadata_files(self, folder: str) -> list[str]:
         """See `Archive`."""
-        found = self._list(f"{self._base}/{folder}")
-        return sorted(f"{folder}/{info.base_name}" for info in found if info.extension == "json")
+        infos = self._list(f"{self._base}/{folder}")
+        return sorted(f"{folder}/{info.base_name}" for info in infos if info.extension == "json")
 
     def metadata_lock(self) -> AbstractContextManager[None]:
         """See `Archive`."""

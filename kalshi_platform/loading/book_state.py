@@ -141,11 +141,11 @@ class Ladders:
         others = pl.DataFrame({"level": levels}).filter(~whole)["level"].unique().sort()
         lowest = markets.unique().sort().to_numpy() * _OF_MARKET
         positions = [self.base.has(others.to_numpy()), _spans(self.base, lowest)]
-        found = self.base.take(np.sort(np.concatenate(positions)))
+        shared = self.base.take(np.sort(np.concatenate(positions)))
         changed = self.recent.filter(level.is_in(others.implode()) | whole)
         return pl.concat(
             [
-                found.filter(~level.is_in(changed["level"].implode())),
+                shared.filter(~level.is_in(changed["level"].implode())),
                 changed.filter(pl.col("size") != 0),
             ]
         )

@@ -294,12 +294,12 @@ def _on_yes_scale(decoded: Decoded, state: BookState) -> pl.Expr | None:
     """
     opened = {conn: flag for _, conn, flag in _new_connections(decoded.stream)}
     known = {conn: c.use_yes_price for conn, c in state.connections.items()} | opened
-    found = list(_scale_changes(decoded.stream))
+    changes = list(_scale_changes(decoded.stream))
     conns = [conn for conn, flag in known.items() if flag]
-    if not conns and not found:
+    if not conns and not changes:
         return None
     on_yes = pl.col("conn").is_in(conns)
-    for n, conn, flag in found:
+    for n, conn, flag in changes:
         from_there = (pl.col("conn") == conn) & (pl.col("n") >= n)
         on_yes = pl.when(from_there).then(pl.lit(flag)).otherwise(on_yes)
     return on_yes
@@ -656,7 +656,7 @@ class _BookTracker:
     def _malformed(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """Apply an unreadable delta or snapshot: its book, or every book of its sid, is stale."""
         body = msgspec.json.decode(event["detail"])
-        if (of := body.get("of")) is None:
+        if (frame_type := body.get("of")) is None:
             return
         ticker, conn, sid = event["market_ticker"], event["conn"], event["sid"]
         stale = [
@@ -668,7 +668,7 @@ class _BookTracker:
         ]
         if not stale:
             return
-        detail = {"cause": f"malformed_{of}", "seq": event["seq"], "reason": body["reason"]}
+        detail = {"cause": f"malformed_{frame_type}", "seq": event["seq"], "reason": body["reason"]}
         if not ticker:
             detail |= {"expected": event["seq"], "got": event["seq"] + 1, "missing": 1}
         yield _row(event, conn, sid, "gap", detail, ticker=ticker)

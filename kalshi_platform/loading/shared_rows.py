@@ -149,20 +149,20 @@ class SharedRows:
         """The next decoded records; they may have been decoded ahead."""
         with self._lock:
             ahead = self._ahead.pop((start.n, state.clock), None)
-        found = ahead.result() if ahead is not None else None
-        if found is None:
+        result = ahead.result() if ahead is not None else None
+        if result is None:
             parts = until_record(until_n, reader.read(self._folder, start, limit))
-            found = _first(_decoded_ranges(parts, state))
-        if found is None:
+            result = _first(_decoded_ranges(parts, state))
+        if result is None:
             raise JournalError(
                 f"The journal in {self._folder} no longer has record {start.n}, which was written to it:"
-                " another process truncated its segment. Restore the segment from a backup."
+                " another process truncated its segment."
             )
-        piece, following = found
-        if piece.end.n < until_n:
-            clock = piece.decoded.clock_after(state.clock)
-            self._decode_ahead((piece.end.n, clock), following)
-        return piece
+        decoded_range, following = result
+        if decoded_range.end.n < until_n:
+            clock = decoded_range.decoded.clock_after(state.clock)
+            self._decode_ahead((decoded_range.end.n, clock), following)
+        return decoded_range
 
     def _decode_ahead(self, place: tuple[int, ReceiveClock], following: _DecodedRanges) -> None:
         """Decode the next records while this range is built; at most one range ahead per loader."""

@@ -1,8 +1,8 @@
-"""A sorted array of levels, of which the arrays that follow each other share what did not change.
+"""A sorted array of levels whose consecutive versions share unchanged parts.
 
-It is cut into leaves of about LEAF_LEVELS levels, which are never written again. An array made from another one
-has new leaves where levels changed and the other's leaves elsewhere, like a B-tree that is copied on write.
-So several versions of millions of levels take little more memory than one of them.
+It is split into leaves of about LEAF_LEVELS levels, which are immutable. A new version has new leaves where levels
+changed and the old leaves elsewhere, like a copy-on-write B-tree. So several versions of millions of levels take
+little more memory than one. What a level means belongs in `book_state`.
 """
 
 from __future__ import annotations
@@ -40,27 +40,29 @@ class SortedLevels:
 
     @cached_property
     def height(self) -> int:
-        """How many levels there are."""
+        """The number of levels."""
         return int(self._ends[-1]) if self.leaves else 0
 
     def find(self, levels: _Numbers) -> _Numbers:
-        """The position of each of these levels, which ascend: where it is, or would be inserted."""
+        """The position of each of these ascending levels: where it is or would be inserted."""
         if not self.leaves:
             return np.zeros(len(levels), np.int64)
-        found = [begin + np.searchsorted(leaf, part) for leaf, begin, part in self._beside(levels)]
-        return np.concatenate([np.empty(0, np.int64), *found])
+        positions = [
+            begin + np.searchsorted(leaf, part) for leaf, begin, part in self._beside(levels)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *positions])
 
     def has(self, levels: _Numbers) -> _Numbers:
-        """The positions of those of these levels, which ascend, that there are."""
-        found = [np.empty(0, np.int64)]
+        """The positions of the existing ones among these ascending levels."""
+        positions = [np.empty(0, np.int64)]
         for leaf, begin, part in self._beside(levels):
             at = np.searchsorted(leaf, part)
-            is_there = leaf[np.minimum(at, len(leaf) - 1)] == part
-            found.append(begin + at[is_there])
-        return np.concatenate(found)
+            exists = leaf[np.minimum(at, len(leaf) - 1)] == part
+            positions.append(begin + at[exists])
+        return np.concatenate(positions)
 
     def take(self, positions: _Numbers) -> pl.DataFrame:
-        """The levels at these positions, which ascend."""
+        """The levels at these ascending positions."""
         spans = _spans(np.searchsorted(positions, self._ends[:-1]), len(positions))
         begins = [0, *self._ends.tolist()]
         parts = [

@@ -619,17 +619,17 @@ class Streamer:
             await asyncio.sleep(0.25)
         return True
 
-    def _report_comparison(self, found: book_audit.Round, capture: Capture) -> None:
+    def _report_comparison(self, result: book_audit.Round, capture: Capture) -> None:
         detail = {
-            "markets": found.markets,
-            "levels": found.levels,
-            "mismatches": len(found.mismatches),
+            "markets": result.markets,
+            "levels": result.levels,
+            "mismatches": len(result.mismatches),
         }
         capture.note("audit", detail)
-        if found.yes_price is not None:
-            capture.rescale(yes_price=found.yes_price)
+        if result.yes_price is not None:
+            capture.rescale(yes_price=result.yes_price)
             return
-        for wrong in found.mismatches:
+        for wrong in result.mismatches:
             level = {
                 "side": wrong.side,
                 "price": wrong.price,
@@ -638,7 +638,7 @@ class Streamer:
             }
             log.warning("The exchange's book differs: %s %s", wrong.market_ticker, level)
             capture.note("mismatch", dict(level), wrong.market_ticker)
-        for ticker in {wrong.market_ticker for wrong in found.mismatches}:
+        for ticker in {wrong.market_ticker for wrong in result.mismatches}:
             capture.mark_book_stale(ticker, "audit_mismatch", {})
 
     def _mark_damaged_stale(self, stale: StaleBook) -> None:
