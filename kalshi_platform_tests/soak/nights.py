@@ -208,7 +208,12 @@ FAULTS = (
         lambda t: t.behind_s["clickhouse"] + t.warn_s,
         frozenset({"disk", "disconnected"}),
     ),
-    Fault("parquet behind", Scene.archive, lambda t: t.behind_s["parquet"] + t.warn_s),
+    Fault(
+        "parquet behind",
+        Scene.archive,
+        lambda t: t.behind_s["parquet"] + t.warn_s,
+        frozenset({"disk"}),
+    ),
     Fault(
         "disconnected",
         Scene.exchange,
