@@ -132,7 +132,9 @@ def test_a_silent_name_server_is_abandoned_at_the_deadline(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     began = time.monotonic()
-    with pytest.raises(ChannelError, match=r"hooks\.x\.test, did not accept the message within 3 s"):
+    with pytest.raises(
+        ChannelError, match=r"hooks\.x\.test, did not accept the message within 3 s"
+    ):
         deliver_in_time(Webhook("https://hooks.x.test/s3cr3t"), MESSAGE, limit_s=3.0)
     assert time.monotonic() - began < 20.0
 
