@@ -302,7 +302,7 @@ def test_a_missing_password_file_is_made_again_with_a_warning(
     with caplog.at_level(logging.WARNING):
         second = write_password.read_or_make(tmp_path)
     assert second != first
-    assert f"{tmp_path / 'password'} is not there" in caplog.text
+    assert f"{tmp_path / 'password'} is missing" in caplog.text
     assert first not in caplog.text
     assert second not in caplog.text
 
