@@ -211,7 +211,7 @@ def test_a_leak_is_detected_before_the_hour_is_in_place(
     to = tmp_path / "other"
     with monkeypatch.context() as planted:
         planted.setattr(publish, "_without_own_orders", lambda table, _: table)
-        assert "still holds" in str(export(to).exception)
+        assert "still contains" in str(export(to).exception)
     assert OWN not in texts(tmp_path / "public") + texts(to)
     assert not LocalArchive(to).hours("orderbook_events")
     part = paths(root, "orderbook_events", FIRST_HOUR)[0]

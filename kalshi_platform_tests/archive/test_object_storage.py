@@ -78,7 +78,7 @@ def store() -> Iterator[ObjectStore]:
 @pytest.fixture(autouse=True)
 def _small_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalshi_platform.loading.shared_rows.CHUNK_ROWS", 30)
-    monkeypatch.setattr("kalshi_platform.loading.loader._patience", lambda _: 0.05)
+    monkeypatch.setattr("kalshi_platform.loading.loader._retry_wait_s", lambda _: 0.05)
     # Wait long enough for the attempt that finds the store reachable again.
     monkeypatch.setattr("kalshi_platform.loading.loader.DRAIN_GIVE_UP_S", 60.0)
 

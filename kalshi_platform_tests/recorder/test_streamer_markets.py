@@ -39,8 +39,8 @@ def _brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     # Trades in flight when a connection ended lie within the margin before its last frame; trades that REST
     # lists within the margin after the span must have arrived over the stream when REST is queried.
     monkeypatch.setattr("kalshi_platform.recorder.trade_backfill.MARGIN_S", 1)
-    monkeypatch.setattr("kalshi_platform.recorder.trade_backfill.AFTER_S", 4.0)
-    monkeypatch.setattr("kalshi_platform.exchange.auxiliary_channel.REFUSED_AGAIN_S", 1.0)
+    monkeypatch.setattr("kalshi_platform.recorder.trade_backfill.DELAY_S", 4.0)
+    monkeypatch.setattr("kalshi_platform.exchange.auxiliary_channel.REFUSED_RETRY_S", 1.0)
 
 
 def ledger(simulator: Simulator) -> dict[str, Trade]:
