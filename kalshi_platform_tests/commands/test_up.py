@@ -290,6 +290,7 @@ def test_up_reports_on_the_shards_that_env_names_now(
     monkeypatch.setenv("KALSHI_HOME", str(tmp_path))
     monkeypatch.setenv("KALSHI_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setattr(announcements, "ABSENT_S", 2.0)
+    monkeypatch.setattr("kalshi_platform.commands.up.SHARDS_S", 0.0)
     env_file.write_text("STREAM_SHARDS=2\n")
     settings = platform_settings.load()
     home = Home(tmp_path, tmp_path / "workspace.yaml", "module", "location")
