@@ -54,8 +54,8 @@ class Section:
     at: str
     """When the measurement ended, UTC, to the minute."""
     machine: str
-    load: float
-    """The load average of the minute before it began: near 0 on an idle machine."""
+    load: float | None
+    """The load average of the minute before it began: near 0 on an idle machine. None: not measured."""
     stolen: float
     """Share of the requested processor time that the host gave to other guests."""
     figures: list[Figure]

@@ -69,7 +69,8 @@ def page(sections: Sequence[Section]) -> str:
         lines += [
             f"## {section.name[0].upper()}{section.name[1:]}",
             "",
-            f"{section.at} UTC, load {section.load:.1f}, stolen {section.stolen:.0%}:"
+            f"{section.at} UTC, load {'not measured' if section.load is None else f'{section.load:.1f}'},"
+            f" stolen {section.stolen:.0%}:"
             f" `make bench BENCH_ARGS=\"--section '{section.name}'\"`",
             "",
             "| what | measured | promised | kept | beside |",
@@ -111,5 +112,6 @@ def plot(figures: Sequence[Figure], curves: Sequence[Curve]) -> Plot:
     right.set_ylim(bottom=0)
     right.set_xlabel("minutes")
     right.set_ylabel("MiB, resident, of the streamer")
-    right.legend(fontsize=7, loc="lower right")
+    if curves:
+        right.legend(fontsize=7, loc="lower right")
     return picture
