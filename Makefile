@@ -59,7 +59,7 @@ chaos: install-dev ## 200 faults at random, and docs/reliability.md (CHAOS_ARGS=
 soak: install-dev ## 30 minutes of load, each part restarted once, and docs/soak.md (SOAK_ARGS="--minutes 4")
 	@$(BIN)/python -m kalshi_platform_tests.soak.campaign $(SOAK_ARGS)
 
-nights: install-dev ## Two faults at a time, each reported once, in time, and closed; 10 minutes a pair (NIGHTS_ARGS="--pairs 2")
+nights: install-dev ## Two faults at a time, each reported once, in time, and closed; 15 minutes a pair (NIGHTS_ARGS="--pairs 2")
 	@$(BIN)/python -m kalshi_platform_tests.soak.nights $(NIGHTS_ARGS)
 
 # A recorded order flow, for the bytes that an event takes; without it that row is left out.

@@ -33,7 +33,7 @@ CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_writer SETTINGS
     distributed_product_mode = 'global'
 TO kalshi_writer, kalshi_operator, kalshi_admin;
 
--- No query is compiled: the fourth run of a query would take four times as long, to save a tenth of long
+-- No query is compiled: the fourth run of a query would take 2.5 to 5 times as long, to save a tenth of long
 -- scans (docs/performance.md). A query that scans much may set them to 1.
 CREATE SETTINGS PROFILE IF NOT EXISTS kalshi_no_compiling SETTINGS
     compile_expressions = 0,

@@ -10,8 +10,12 @@ opening                 the archive that the settings name
 watermarks, sealing     which hours are complete, and sealing them
 hours, coverage         what an hour holds and how well it is recorded
 compaction, export      one sorted file per hour; public copies
+row_statistics          number, checksum, markets and time span of rows (`checksum`)
+archive_identity        which archive this is
+archive_ledger          how far it holds each journal
+atomic_swap             two folders exchange their names in one step
 
-What the rows mean belongs in `loading`; reading them as an API belongs in `reading`.
+What the rows mean belongs in `loading`; replaying them belongs in `analytics.replay`.
 """
 
 from kalshi_platform.archive.interface import Archive, Listed, Manifest, Part, Sort

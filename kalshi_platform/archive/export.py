@@ -6,7 +6,7 @@ unknown types, which may be any of these; and free text. Therefore datasets, eve
 their `detail` are published only where they are listed here.
 
 Withheld rows that have a sequence number keep it, as kind `withheld`, so that the published hours can still
-be proved complete. Withheld rows without one are left out. Exports for backtesters belong in `reading`.
+be proved complete. Withheld rows without one are left out.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class LiveOrder:
     """One order as it stands."""
 
     sent: Sent
-    """Its own place or replace."""
+    """The action that placed or replaced it."""
     contract: Contract
     quote: Quote
     remaining: Decimal
@@ -84,7 +84,7 @@ class LiveOrders:
         return order
 
     def heard(self, client_order_id: str, status: OrderStatus | str) -> LiveOrder:
-        """Note what the exchange reports of an order. The same end twice is one.
+        """Note what the exchange reports of an order. Reporting the same final status again changes nothing.
 
         Args:
             client_order_id: The order's id.

@@ -9,7 +9,7 @@ stores have loaded; later records are ignored. For each subscription and store:
     doubled         rows that it has more than once
     repeated        numbers that the exchange itself sent again: no fault
 
-NumberSet start at 1. When the first numbers may be missing is as in lossless_proof.sql: in ClickHouse if
+Sequence numbers start at 1. When the first numbers may be missing is as in lossless_proof.sql: in ClickHouse if
 retention has deleted them, in the archive never, and in a given span of hours if the subscription started
 before it. What cannot be compared any more is listed in `unjudged`. This module only reads; `restore` repairs.
 """
