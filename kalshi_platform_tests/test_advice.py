@@ -128,7 +128,7 @@ def test_a_slow_disk_is_freed_and_nothing_is_lost(
         stuck = judge(streamer, DOCTOR, later_s=DOCTOR.durable_s - 1.0)
         assert stuck.cause == "writer stuck"
         for found in (slow, stuck):
-            assert "Give it a faster disk, or find what else writes there" in found.sentence
+            assert "Use a faster disk, or find what else writes there" in found.sentence
         free.set()  # the operator freed the disk
         becomes(streamer, "recording")
     kept = sum(

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 
-from alembic.script import ScriptDirectory
 from dagster._core.storage import sql
 
 
 class KeptScriptDirectory:
     """In the place of Alembic's class in `dagster._core.storage.sql`."""
 
-    from_config = staticmethod(functools.cache(ScriptDirectory.from_config))
+    from_config = staticmethod(functools.cache(vars(sql)["ScriptDirectory"].from_config))
 
 
 def keep() -> None:
