@@ -241,7 +241,7 @@ def test_an_unreadable_position_makes_the_report_incomplete(
     assert result.success
     (made,) = result.asset_materializations_for_node("mm_position_snapshots")
     incomplete = str(made.metadata["incomplete"].value)
-    assert "KXODD-1: position_fp null cannot be read; it is left out." in incomplete
+    assert "KXODD-1: position_fp null cannot be read; the item is left out." in incomplete
     assert f"{TICKER}': 'the report is incomplete" in str(made.metadata["left out"].value)
     assert planted.client.query("SELECT count() FROM mm_position_snapshots").result_rows == [(0,)]
 
