@@ -143,16 +143,16 @@ def test_recording_survives_a_failure_in_any_task_call(
     tmp_path: Any,
 ) -> None:
     for owner, name, value in (
-        (upkeep, "TURN_S", 0.005),
+        (upkeep, "INTERVAL_S", 0.005),
         (market_selection, "REFRESH_S", 0.02),
         (market_selection, "RELIST_S", 0.05),
-        (trade_backfill, "AFTER_S", 0.0),
+        (trade_backfill, "DELAY_S", 0.0),
         (background, "RETRY_MIN_S", 0.02),
         (background, "RETRY_MAX_S", 0.05),
         (book_audit, "CACHE_S", 0.2),
         (streamer, "HEALTH_S", 0.02),
         (streamer, "PRUNE_S", 0.02),
-        (upkeep, "RECOVERY_TRIES", 1_000_000),
+        (upkeep, "BACKFILL_ATTEMPTS", 1_000_000),
     ):
         monkeypatch.setattr(owner, name, value)
     simulator = start_simulator(markets=4, rate=400.0)
