@@ -6,6 +6,7 @@
     ├── JournalError           the journal cannot be written, or is damaged   (journal/reader.py)
     └── StoreError             ClickHouse or the archive did not do what was asked
         ├── StoreUnavailable   transient: down, overloaded, starting; the loader retries with back-off
+        │   └── StoreGone          not mounted, or another one: a person brings it back, then a retry succeeds
         └── StoreRefused       permanent: wrong password, missing table, bad data; the loader stops
             └── NothingRecorded    the archive has no file of an hour
 
@@ -39,9 +40,18 @@ class StoreUnavailable(StoreError):
     """A transient failure: a retry may succeed."""
 
 
+class StoreGone(StoreUnavailable):
+    """The store is not there, or another one is: it returns if a person brings it back."""
+
+
 class StoreRefused(StoreError):
     """A permanent failure: a retry cannot succeed before a person acts."""
 
 
 class NothingRecorded(StoreRefused):
     """The archive holds no rows of the requested hour."""
+
+
+def needs_person(error: BaseException | None) -> bool:
+    """Whether no retry succeeds before a person acts."""
+    return isinstance(error, StoreRefused | StoreGone)

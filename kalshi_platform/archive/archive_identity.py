@@ -13,7 +13,7 @@ import msgspec
 
 from kalshi_platform import checked_json
 from kalshi_platform.checked_json import CorruptFile, LaterFormat
-from kalshi_platform.errors import StoreRefused, StoreUnavailable
+from kalshi_platform.errors import StoreGone, StoreRefused
 
 FILE = "archive.json"
 FORMAT = 1
@@ -49,10 +49,10 @@ def decode(text: bytes, path: str) -> str:
         ) from None
 
 
-def archive_gone(where: str, found: str | None) -> StoreUnavailable:
+def archive_gone(where: str, found: str | None) -> StoreGone:
     """The error for an archive that is not where it was; `found` is the identity of another one there."""
     what = f"another archive ({found}) is there" if found else f"there is no {FILE} in it"
-    return StoreUnavailable(
+    return StoreGone(
         f"The archive in {where} is gone: {what}. It is not mounted, or was removed or replaced. Nothing is"
         " written there. Mount or restore it; loading resumes by itself."
     )

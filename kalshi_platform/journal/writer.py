@@ -370,7 +370,7 @@ class Writer:
     def _report_blocked(self, sentence: str) -> None:
         if self.blocked != sentence:
             log.error("%s Reading stops when %d MiB wait.", sentence, BACKLOG_BYTES >> 20)
-            self.blocked = sentence  # after logging: whoever sees `blocked` finds the line in the log  # words: ok
+            self.blocked = sentence  # after logging: the line exists when `blocked` is seen
 
     def _change_segment(self) -> None:
         """Begin the next segment where the current one is full or no longer trusted."""

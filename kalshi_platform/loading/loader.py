@@ -26,7 +26,7 @@ import msgspec
 import pyarrow as pa
 import tenacity
 
-from kalshi_platform.errors import PlatformError, StoreError, StoreRefused, StoreUnavailable
+from kalshi_platform.errors import PlatformError, StoreError, StoreUnavailable, needs_person
 from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.health.verdict import BEHIND_S
 from kalshi_platform.journal import reader
@@ -605,7 +605,7 @@ class Loader:
         def before_sleep(attempt: tenacity.RetryCallState) -> None:
             error = attempt.outcome.exception() if attempt.outcome else None
             self.errors[_code(error)] += 1
-            self._refused = isinstance(error, StoreRefused)
+            self._refused = needs_person(error)
             sentence = self._disk_sentence(error) if isinstance(error, OSError) else str(error)
             if self._trouble != sentence:
                 log.error("Records not in %s yet stay in the journal: %s", self.name, sentence)

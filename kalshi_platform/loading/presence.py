@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from kalshi_platform.archive import Archive, archive_identity, open_archive, watermarks
-from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
+from kalshi_platform.errors import PlatformError, StoreError, needs_person
 from kalshi_platform.loading import cursor
 from kalshi_platform.settings import Settings
 
@@ -65,7 +65,7 @@ class Presence:
     @property
     def refused(self) -> bool:
         """Whether the problem needs a person: no retry resolves it."""
-        return isinstance(self._error, StoreRefused)
+        return needs_person(self._error)
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -76,7 +76,7 @@ class Presence:
                 log.error("%s", problem)
             elif problem is None and self._error is not None:
                 log.warning("%s can be reached again.", self._place)
-            self._error = problem  # after logging, so that whoever sees it finds the line in the log  # words: ok
+            self._error = problem  # after logging: the line exists when the problem is seen
             self._began = None
             self._ending.wait(CHECK_S)
 

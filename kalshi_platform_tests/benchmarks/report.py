@@ -91,9 +91,9 @@ def page(sections: Sequence[Section]) -> str:
 
 
 def plot(figures: Sequence[Figure], curves: Sequence[Curve]) -> Plot:
-    """Rates beside the bare loop, the stages, and memory over time."""
+    """Rates beside the bare loop, the stages, and, if it was measured, memory over time."""
     picture = Plot(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = picture.subplots(1, 3, width_ratios=(1, 1, 1.6))
+    left, middle, *rest = picture.subplots(1, 3 if curves else 2)
     rates = [figure for figure in figures if figure.unit in {"frames/s", "events/s"}]
     left.barh([rate.what for rate in rates], [rate.value / 1e6 for rate in rates], color="#3a7ca5")
     left.set_xlabel("million frames or events a second")
@@ -106,12 +106,12 @@ def plot(figures: Sequence[Figure], curves: Sequence[Curve]) -> Plot:
     middle.invert_yaxis()
     for panel in (left, middle):
         panel.tick_params(axis="y", labelsize=7)
-    for curve in curves:
-        right.plot([s / 60 for s in curve.seconds], curve.mib, label=curve.what)
-    right.axhline(BOUND_MIB, color="grey", linewidth=0.8, linestyle="--")
-    right.set_ylim(bottom=0)
-    right.set_xlabel("minutes")
-    right.set_ylabel("MiB, resident, of the streamer")
-    if curves:
-        right.legend(fontsize=7, loc="lower right")
+    for panel in rest:
+        for curve in curves:
+            panel.plot([s / 60 for s in curve.seconds], curve.mib, label=curve.what)
+        panel.axhline(BOUND_MIB, color="grey", linewidth=0.8, linestyle="--")
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("minutes")
+        panel.set_ylabel("MiB, resident, of the streamer")
+        panel.legend(fontsize=7, loc="lower right")
     return picture

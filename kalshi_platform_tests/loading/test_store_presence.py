@@ -180,6 +180,7 @@ def test_an_unmounted_archive_is_reported(
         assert str(root) in named
         assert GONE in named
         assert GONE in caplog.text
+        assert streamer.health().stores["parquet"].refused  # for a person: an alert within a minute
         (tmp_path / "away").rename(root)
         well(streamer)
     assert doctor._archive(settings).mark is not doctor.Mark.BAD

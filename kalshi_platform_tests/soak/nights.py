@@ -208,12 +208,7 @@ FAULTS = (
         lambda t: t.behind_s["clickhouse"] + t.warn_s,
         frozenset({"disk", "disconnected"}),
     ),
-    Fault(
-        "parquet behind",
-        Scene.archive,
-        lambda t: t.behind_s["parquet"] + t.warn_s,
-        frozenset({"disk"}),
-    ),
+    Fault("parquet behind", Scene.archive, lambda t: t.error_s + 5.0),
     Fault(
         "disconnected",
         Scene.exchange,
