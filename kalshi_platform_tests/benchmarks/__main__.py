@@ -39,8 +39,9 @@ from kalshi_platform_tests.benchmarks import (
 )
 from kalshi_platform_tests.benchmarks.figures import Curve, Figure, Section, line, number
 from kalshi_platform_tests.benchmarks.pipeline import Recorded
+from kalshi_platform_tests.journal import slow_disk
 
-MARKETS, MANY, FEW = 500, 5_000, 50
+MARKETS, MANY, FEW, WIDEST = 500, 5_000, 50, 50_000
 RATE = 10_000.0
 """Frames a second: the exchange's busiest minute, with room."""
 
@@ -89,6 +90,9 @@ class Bench:
             "bytes": self._bytes,
             "memory": lambda: self._memory(MARKETS, self._size.soak_s),
             "memory, many markets": lambda: self._memory(MANY, self._size.soak_s),
+            "50,000 markets": self._widest,
+            "slow disk": self._slow_disk,
+            "snapshot storm": self._storm,
             "memory, ClickHouse away": lambda: self._memory(MARKETS, self._size.away_s, away=True),
         }
 
@@ -142,6 +146,48 @@ class Bench:
         self._curves = [Curve(soak.what, soak.seconds, soak.mib)]
         return soak.figures()
 
+    def _widest(self) -> list[Figure]:
+        """50,000 markets on one connection."""
+        deltas, what = self._deltas(WIDEST), f"{WIDEST:,} markets on one connection"
+        it = pipeline.record(deltas, int(RATE * self._size.steady_s), WIDEST, RATE)
+        return [
+            Figure(f"memory, {what}", it.peak_mib, "MiB at most", at_most=memory.BOUND_MIB),
+            Figure(
+                f"lost connection to all books synced, {what}",
+                pipeline.resync_s(deltas, WIDEST),
+                "s",
+            ),
+            *_delays(it, f"{what}, "),
+        ]
+
+    def _slow_disk(self) -> list[Figure]:
+        """Each sync of a file takes 40 ms longer."""
+        environment = slow_disk.environment(self._folder)
+        if environment is None:
+            self._say("no C compiler is here: the slow disk is not measured")
+            return []
+        frames = int(RATE * self._size.steady_s)
+        it = pipeline.record(self._deltas(MARKETS), frames, MARKETS, RATE, environment=environment)
+        delay = it.delays_ms["journal"]
+        what = f"receive to durable in the journal, longest at {RATE:,.0f} frames/s and {slow_disk.SYNC_MS} ms a sync"
+        beside = f"p50 {number(delay['p50'])}, p99 {number(delay['p99'])} ms"
+        return [Figure(what, delay["max"], "ms", at_most=1_000.0, beside=beside)]
+
+    def _storm(self) -> list[Figure]:
+        """Midway, a snapshot of each of 5,000 markets."""
+        path = self._folder / "storm.bin"
+        frames = int(RATE * self._size.steady_s)
+        feed.write_deltas(path, frames, MANY, storm_at=frames // 2)
+        it = pipeline.record(path, frames, MANY, RATE, snapshots=MANY)
+        what = f"a storm of {MANY:,} snapshots of {2 * len(feed.STORM_LEVELS)} levels"
+        return [
+            Figure(f"memory, {what}", it.peak_mib, "MiB at most", at_most=memory.BOUND_MIB),
+            *(
+                Figure(f"receive to {place}, longest, {what}", it.delays_ms[at]["max"], "ms")
+                for at, place in (("journal", "durable"), ("clickhouse", "visible"))
+            ),
+        ]
+
     def _deltas(self, markets: int) -> Path:
         """The frames of so many markets, laid out once."""
         path = self._folder / f"deltas-{markets}.bin"
@@ -193,13 +239,13 @@ def _throughput(bare: float, recorded: Recorded) -> list[Figure]:
     ]
 
 
-def _delays(it: Recorded) -> list[Figure]:
+def _delays(it: Recorded, of: str = "") -> list[Figure]:
     def one(place: str, what: str, at_most: float) -> Figure:
         delay = it.delays_ms[place]
         beside = f"p50 {number(delay['p50'])}, longest {number(delay['max'])} ms"
         return Figure(what, delay["p99"], "ms", at_most=at_most, beside=beside)
 
-    at = f"p99 at {RATE:,.0f} frames/s"
+    at = f"{of}p99 at {RATE:,.0f} frames/s"
     return [
         one("journal", f"receive to durable in the journal, {at}", 100.0),
         one("clickhouse", f"receive to visible in ClickHouse, {at}", 1_000.0),

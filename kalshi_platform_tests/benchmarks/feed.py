@@ -13,8 +13,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,29 @@ LAG = 20_000
 """How many later orders arrive while an order stays on the book."""
 START_US = 1_790_000_000_000_000
 STEP_US = 137
+QUEUED_MS = 1
+"""From the exchange's time of a change to the time at which the exchange queues its frame."""
+FIRST_CLOCK = 4_000_000
+"""Of every market's snapshot."""
 PACE_S = 0.005
 CALM_S = 0.5
 """A client that has all its books and sends no command for this time has finished subscribing."""
-
+LEVELS = [[f"0.{price}00", "500.00"] for price in range(30, 50)]
+STORM_LEVELS = [[f"{price / 200:.4f}", "10000000.00"] for price in range(10, 100)]
+"""More than any order takes away later."""
 
 _TEXT = [
     pl.lit('{"type":"orderbook_delta","sid":1,"seq":'),
     pl.col("seq"),
+    pl.lit(',"sending_ts_ms":'),
+    pl.col("sent_ms"),
     pl.lit(',"msg":{"market_ticker":"'),
     pl.col("ticker"),
     pl.lit('","market_id":"'),
     pl.col("id"),
-    pl.lit('","price_dollars":"0.'),
+    pl.lit('","clock":'),
+    pl.col("clock"),
+    pl.lit(',"price_dollars":"0.'),
     pl.col("price"),
     pl.lit('00","delta_fp":"'),
     pl.col("sign"),
@@ -63,7 +74,7 @@ _TEXT = [
     pl.col("ts_ms"),
     pl.lit("}}\n"),
 ]
-"""A delta, as the exchange lays it out."""
+"""A delta, as the exchange lays it out since October 2026."""
 
 
 def ticker(market: int) -> str:
@@ -81,11 +92,13 @@ def first_seq(markets: int) -> int:
     return markets + -(-markets // BATCH)
 
 
-def write_deltas(path: Path, frames: int, markets: int, seed: int = 1) -> int:
+def write_deltas(
+    path: Path, frames: int, markets: int, seed: int = 1, storm_at: int | None = None
+) -> int:
     """Lay out `frames` deltas as WebSocket frames; returns the bytes of their JSON.
 
     A few markets get most of the flow, as on the exchange. Beside the file, `.offsets.npy` says where
-    each frame ends.
+    each frame ends. `storm_at`: after so many deltas comes a snapshot of every market.
     """
     random = np.random.default_rng(seed)
     pairs = -(-frames // 2)
@@ -96,18 +109,25 @@ def write_deltas(path: Path, frames: int, markets: int, seed: int = 1) -> int:
     size = random.integers(1, 40_000, pairs)
     names = pl.Series([ticker(m) for m in range(markets)])
     ids = pl.Series([market_id(m) for m in range(markets)])
+    clocks = np.full(markets, FIRST_CLOCK, np.int64)
     payload_bytes, offset, ends = 0, 0, []
     with path.open("wb") as file:
-        for start in range(0, frames, CHUNK):
-            i = np.arange(start, min(start + CHUNK, frames))
+        starts = sorted({*range(0, frames, CHUNK), *([] if storm_at is None else [storm_at])})
+        for start, end in pairwise([*starts, frames]):
+            i = np.arange(start, end)
+            shift = first_seq(markets) + (0 if storm_at is None or start < storm_at else markets)
             taken = (i % 2 == 1) & (i // 2 >= LAG)
             pair = np.where(taken, i // 2 - LAG, i // 2)
             qty = np.where(taken, -size[pair], np.where(i % 2 == 1, 1, size[pair]))
             # The second of a pair takes an earlier one away; before there is one, it adds a little.
             at = pl.Series(START_US + i * STEP_US).cast(pl.Datetime("us", "UTC"))
+            of = pl.Series("market", market[pair])
+            change = of.to_frame().select(pl.int_range(1, pl.len() + 1).over("market")).to_series()
             columns = pl.DataFrame(
                 {
-                    "seq": i + first_seq(markets),
+                    "seq": i + shift,
+                    "sent_ms": at.dt.epoch("ms") + QUEUED_MS,
+                    "clock": clocks[market[pair]] + change.to_numpy(),
                     "ticker": names.gather(market[pair]),
                     "id": ids.gather(market[pair]),
                     "price": price[pair],
@@ -115,11 +135,18 @@ def write_deltas(path: Path, frames: int, markets: int, seed: int = 1) -> int:
                     "part": pl.Series(np.abs(qty) % 100).cast(pl.String).str.zfill(2),
                     "sign": pl.Series(["", "-"]).gather((qty < 0).astype(np.uint32)),
                     "side": pl.Series(["yes", "no"]).gather(side[pair]),
-                    "ts": at.dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ"),
+                    "ts": at.dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"),
                     "ts_ms": at.dt.epoch("ms"),
                 }
             ).cast(pl.String)
             text = columns.select(pl.concat_str(_TEXT)).to_series()
+            if start == storm_at:
+                storm = [
+                    _storm(m, start + first_seq(markets) + m, int(clocks[m]))
+                    for m in range(markets)
+                ]
+                text = pl.concat([pl.Series(storm).cast(pl.String), text])
+            clocks += np.bincount(market[pair], minlength=markets)
             lengths = text.str.len_bytes()
             headers = {
                 n: Frame(Opcode.TEXT, bytes(n)).serialize(mask=False)[:-n] for n in lengths.unique()
@@ -151,15 +178,23 @@ def snapshots(markets: int) -> Iterator[bytes]:
         yield _encoded(_snapshot(market, market + 1))
 
 
-def _snapshot(market: int, seq: int) -> dict[str, Any]:
-    levels = [[f"0.{p}00", "500.00"] for p in range(30, 50)]
+def _snapshot(
+    market: int, seq: int, clock: int = FIRST_CLOCK, levels: Sequence[Sequence[str]] = LEVELS
+) -> dict[str, Any]:
     message = {
         "market_ticker": ticker(market),
         "market_id": market_id(market),
+        "clock": clock,
         "yes_dollars_fp": levels,
         "no_dollars_fp": levels,
     }
-    return {"type": "orderbook_snapshot", "sid": 1, "seq": seq, "msg": message}
+    sent_ms = START_US // 1000
+    head = {"type": "orderbook_snapshot", "sid": 1, "seq": seq, "sending_ts_ms": sent_ms}
+    return head | {"msg": message}
+
+
+def _storm(market: int, seq: int, clock: int) -> bytes:
+    return _encoded(_snapshot(market, seq, clock, STORM_LEVELS))
 
 
 def _encoded(message: dict[str, Any]) -> bytes:
@@ -243,7 +278,7 @@ def _subscribe(peer: _Peer, markets: int) -> None:
         else:
             continue
         for name in tickers:
-            peer.send(_snapshot(int(name[-5:]), seq))
+            peer.send(_snapshot(int(name.rpartition("T")[2]), seq))
             seq += 1
             answered += 1
         if answered == markets:
@@ -303,21 +338,24 @@ def _say(**what: object) -> None:
 @click.option("--markets", default=500, show_default=True)
 @click.option("--frames", default=-1, help="How many of the file's frames to send; -1: all.")
 @click.option("--rate", default=0.0, help="Frames a second; 0: as fast as they are taken.")
-def main(path: Path, markets: int, frames: int, rate: float) -> None:
+@click.option("--again", is_flag=True, help="Then close the connection, and serve the next one.")
+def main(path: Path, markets: int, frames: int, rate: float, again: bool) -> None:
     """Serve one client."""
     rest = _rest(markets)
     threading.Thread(target=rest.serve_forever, daemon=True).start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ws = f"ws://127.0.0.1:{listener.getsockname()[1]}{PATH}"
         _say(ws_url=ws, rest_url=f"http://127.0.0.1:{rest.server_port}/trade-api/v2")
-        connection, _ = listener.accept()
-        with connection:
-            peer = _Peer(connection)
-            _subscribe(peer, markets)
-            _say(began_ns=time.time_ns())
-            _stream(peer, path, frames, rate)
-            _say(sent_ns=time.time_ns())
-            peer.keep_alive()
+        for last in (False, True) if again else (True,):
+            connection, _ = listener.accept()
+            with connection:
+                peer = _Peer(connection)
+                _subscribe(peer, markets)
+                _say(began_ns=time.time_ns())
+                _stream(peer, path, frames, rate)
+                _say(sent_ns=time.time_ns())
+                if last:
+                    peer.keep_alive()
 
 
 if __name__ == "__main__":

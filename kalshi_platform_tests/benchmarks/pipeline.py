@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ from kalshi_platform.simulator.keys import own_key
 from kalshi_platform_tests.benchmarks import feed
 
 PATIENCE_S = 120.0
+NOTHING: Mapping[str, str] = {}
 SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
 """Records that a store may still collect for its next write, without a fault."""
 
@@ -47,9 +48,12 @@ SMALL_LAG = {"parquet": 300_000, "clickhouse": 20_000}
 class Feeder:
     """A feeder in a process of its own."""
 
-    def __init__(self, path: Path, markets: int, rate: float, frames: int) -> None:
+    def __init__(
+        self, path: Path, markets: int, rate: float, frames: int, *, again: bool = False
+    ) -> None:
         command = [sys.executable, "-m", "kalshi_platform_tests.benchmarks.feed", str(path)]
         options = ["--markets", str(markets), "--rate", str(rate), "--frames", str(frames)]
+        options += ["--again"] if again else []
         self.process = subprocess.Popen(
             [*command, *options],
             stdout=subprocess.PIPE,
@@ -73,9 +77,11 @@ class Feeder:
 
 
 @contextmanager
-def feeding(path: Path, markets: int, rate: float = 0.0, frames: int = -1) -> Iterator[Feeder]:
-    """A feeder for one client; `frames`: how many of the file's, -1 for all."""
-    feeder = Feeder(path, markets, rate, frames)
+def feeding(
+    path: Path, markets: int, rate: float = 0.0, frames: int = -1, *, again: bool = False
+) -> Iterator[Feeder]:
+    """A feeder for one client; `frames`: how many of the file's, -1 for all; `again`: for two, in turn."""
+    feeder = Feeder(path, markets, rate, frames, again=again)
     try:
         yield feeder
     finally:
@@ -148,7 +154,10 @@ class Recorded:
 class Recorder:
     """`kalshi-platform stream` in a process of its own, and the ClickHouse that it loads."""
 
-    def __init__(self, folder: Path, feeder: Feeder, url: Running) -> None:
+    def __init__(
+        self, folder: Path, feeder: Feeder, url: Running, environment: Mapping[str, str] = NOTHING
+    ) -> None:
+        """`environment`: what the streamer's has beside its settings."""
         self.settings = platform_settings.load(
             kalshi_data_dir=folder,
             kalshi_ws_url=feeder.ws_url,
@@ -161,7 +170,7 @@ class Recorder:
         )
         own_key(self.settings.exchange.key_file)
         migrations.migrate(self.settings)
-        environment = {
+        own = {
             "KALSHI_DATA_DIR": str(folder),
             "KALSHI_WS_URL": feeder.ws_url,
             "KALSHI_REST_URL": feeder.rest_url,
@@ -171,7 +180,7 @@ class Recorder:
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kalshi_platform", "stream"],
-            env=plain_environment() | environment,
+            env=plain_environment() | own | dict(environment),
             cwd=folder,
             stderr=subprocess.DEVNULL,
         )
@@ -236,16 +245,24 @@ class Recorder:
         self.process.wait()
 
 
-def record(path: Path, frames: int, markets: int, rate: float = 0.0) -> Recorded:
-    """Record all that the feeder sends."""
+def record(
+    path: Path,
+    frames: int,
+    markets: int,
+    rate: float = 0.0,
+    *,
+    snapshots: int = 0,
+    environment: Mapping[str, str] = NOTHING,
+) -> Recorded:
+    """Record all that the feeder sends: `frames` deltas, and so many snapshots among them."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        feeding(path, markets, rate, frames) as feeder,
+        feeding(path, markets, rate, frames + snapshots) as feeder,
         running(Path(folder) / "clickhouse") as url,
-        closing(Recorder(Path(folder), feeder, url)) as it,
+        closing(Recorder(Path(folder), feeder, url, environment)) as it,
     ):
         began_ns = int(feeder.hear()["began_ns"])
-        it.wait_for(frames)
+        it.wait_for(frames + snapshots)
         used = [_cpu(it.seen), _cpu(it.clickhouse), _cpu(psutil.Process(feeder.process.pid))]
         last = it.stop()
         it.check(frames, last)
@@ -259,6 +276,26 @@ def record(path: Path, frames: int, markets: int, rate: float = 0.0) -> Recorded
             it.peak_bytes / 2**20,
             last["delays_ms"],
         )
+
+
+def resync_s(path: Path, markets: int) -> float:
+    """Seconds from a lost connection until the book of every market is synced again; no deltas are sent."""
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        feeding(path, markets, frames=0, again=True) as feeder,
+        running(Path(folder) / "clickhouse") as url,
+        closing(Recorder(Path(folder), feeder, url)) as it,
+    ):
+        feeder.hear()
+        lost_ns = int(feeder.hear()["sent_ns"])
+        patience = time.monotonic() + PATIENCE_S
+        while True:
+            now = it.health()
+            if now.get("connections", 0) > 1 and now.get("synced") == markets:
+                return float((now["updated_ns"] - lost_ns) / 1e9)
+            if time.monotonic() > patience:
+                raise RuntimeError(f"the books are not synced again: {now}")
+            time.sleep(0.1)
 
 
 def _cpu(process: psutil.Process) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,13 +15,13 @@ import pytest
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import UNDURABLE_MS, Writer
+from kalshi_platform_tests.journal import slow_disk
 from kalshi_platform_tests.journal.faulty_disk import FaultyDisk
 from kalshi_platform_tests.journal.test_reader import CONN, frames
 from kalshi_platform_tests.recorder import steady_feed
 from kalshi_platform_tests.recorder.steady_feed import RECORDS, oldest_ms
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIM = Path(__file__).with_name("slow_fdatasync.c")
 
 
 @pytest.fixture
@@ -44,15 +43,13 @@ def test_10_000_frames_per_second_are_durable_in_1_s_at_40_ms_sync(
 
 
 def test_a_process_with_40_ms_fdatasync_keeps_up(tmp_path: Path) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None:
+    slowed = slow_disk.environment(tmp_path)
+    if slowed is None:
         pytest.skip("no C compiler")
-    shim = tmp_path / "slow.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, SHIM, "-ldl"], check=True)
     took = subprocess.run(
         [sys.executable, "-m", steady_feed.__name__, str(tmp_path / "journal")],
         cwd=ROOT,
-        env={**os.environ, "LD_PRELOAD": str(shim), "SLOW_FDATASYNC_US": "40000"},
+        env={**os.environ, **slowed},
         capture_output=True,
         text=True,
         check=True,
