@@ -85,12 +85,12 @@ class Pace:
     first_s: float
     """`seconds` for the first write, so that a new user sees rows soon."""
     gather_s: float = 0.0
-    """How long to wait for more records before building rows: few rows cost as much as many."""
+    """How long the oldest record may wait for more before rows are built: few rows cost as much as many."""
     bytes: int = 64 << 20
 
 
-CLICKHOUSE_PACE = Pace(rows=131_072, seconds=0.0, first_s=0.0, gather_s=0.25)
-PARQUET_PACE = Pace(rows=262_144, seconds=60.0, first_s=5.0, gather_s=0.25)
+CLICKHOUSE_PACE = Pace(rows=131_072, seconds=0.0, first_s=0.0, gather_s=0.4)
+PARQUET_PACE = Pace(rows=262_144, seconds=60.0, first_s=5.0, gather_s=0.4)
 
 
 class Loader:
@@ -130,6 +130,8 @@ class Loader:
         self._state = BookState()
         self._position = LogOffset(0, 0, 0)
         """`_state` includes every record before this; rows not committed yet are in `_pending`."""
+        self._waits_since = 0.0
+        """No durable record waits to be built since earlier than this, by the monotonic clock."""
         self._pending: list[Rows] = []
         self.committed: LogOffset | None = None
         """Everything before this is durable in the store."""
@@ -295,7 +297,9 @@ class Loader:
         pace_s = self._pace.first_s
         while not self._abandon.is_set():
             if not self._pending:
-                self._writer.wait_beyond(self._position.n, 0.25)
+                if self._position.n >= self._writer.durable.n:
+                    self._writer.wait_beyond(self._position.n, 0.25)
+                    self._waits_since = time.monotonic()
                 began = time.monotonic()
             self._gather()
             self._build_pending()
@@ -314,9 +318,13 @@ class Loader:
                 return
 
     def _gather(self) -> None:
-        """Wait for more records, unless many are waiting already or the loader is ending."""
+        """Wait for more records, unless one has waited long, many wait, or the loader is ending.
+
+        Records that came while the range before was written have waited already: a slow store adds nothing.
+        """
         if self._writer.durable.n - self._position.n < CHUNK_ROWS:
-            self._stopping.wait(max(self._pace.gather_s, 0.05 if self._pending else 0.0))
+            rest_s = self._waits_since + self._pace.gather_s - time.monotonic()
+            self._stopping.wait(max(rest_s, 0.05 if self._pending else 0.0))
 
     @property
     def _full(self) -> bool:
@@ -326,7 +334,7 @@ class Loader:
 
     def _build_pending(self) -> None:
         """Build rows of durable records until there are enough for one write."""
-        durable = self._writer.durable
+        self._waits_since, durable = time.monotonic(), self._writer.durable
         for built in self._shared_rows.steps(self.name, self._position, self._state, durable):
             if built.hour is not None:
                 self._commit(self._position)

@@ -336,6 +336,41 @@ class Noting(Front):
         pass
 
 
+def test_a_slow_store_does_not_wait_for_more_records_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that came while a range was written have waited `gather_s` already when it took that long."""
+    folder, wait_s = tmp_path / "journal", 2 * PATIENCE_S
+    records = snapshots(8, 5)
+    writer = journal_of(folder, records[:5])
+    passed_s = 0.0
+
+    def clock(real: Callable[[], float] = time.monotonic) -> float:
+        return real() + passed_s
+
+    def write() -> None:
+        nonlocal passed_s
+        for record in records[5:]:
+            writer.append(*record)
+        writer.submit()
+        assert writer.wait_durable(len(records), PATIENCE_S)
+        passed_s += wait_s
+        records.clear()
+
+    monkeypatch.setattr("kalshi_platform.loading.loader.time.monotonic", clock)
+    count, store = len(records), Noting(tmp_path, lambda: write() if records else None)
+    load = Loader(folder, writer, store, Pace(1_000, seconds=0.0, first_s=0.0, gather_s=wait_s))
+    load.start()
+    deadline = clock() + wait_s + PATIENCE_S
+    while load.committed is None or load.committed.n < count:
+        assert clock() < deadline, (load.lag, load.trouble)
+        time.sleep(0.01)
+    load.drain()
+    assert load.join(PATIENCE_S)
+    writer.close()
+    assert [(first, end) for first, end, _ in store.writes] == [(0, 5), (5, count)]
+
+
 def snapshots(count: int, levels: int) -> list[wire.Record]:
     """One connection's first books."""
     conn = wire.conn_id(1)
