@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kalshi_platform import settings
+from kalshi_platform.simulator.wire import CURRENT, Wire
 
 
 @click.command("simulate")
@@ -52,6 +53,13 @@ from kalshi_platform import settings
     metavar="X",
     help="1: as recorded, 10: ten times as fast.  [default: as fast as the client reads]",
 )
+@click.option(
+    "--wire",
+    type=click.Choice([known.value for known in Wire]),
+    default=CURRENT.value,
+    show_default=True,
+    help="Form of the messages; 2026-08: no clock, no sending_ts_ms, microseconds.",
+)
 def command(
     *,
     host: str,
@@ -64,6 +72,7 @@ def command(
     faults: tuple[str, ...],
     replay: Path | None,
     replay_speed: float | None,
+    wire: str,
 ) -> None:
     """Run the exchange simulator in the foreground. Ctrl-C ends it."""
     from kalshi_platform.simulator.config import SimulatorConfig
@@ -85,6 +94,7 @@ def command(
             faults=tuple(Fault.parse(text) for text in faults),
             replay=replay,
             replay_speed=replay_speed,
+            wire=Wire(wire),
         )
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.faults import Fault
+from kalshi_platform.simulator.wire import CURRENT, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class SimulatorConfig:
     """More are refused with error 26."""
     yes_price: bool | None = None
     """Whether no bids are quoted on the YES scale; None: as `use_yes_price` requests."""
+    wire: Wire = CURRENT
+    """Form of the messages; a replay has the form of its frames."""
     max_clock_skew_seconds: float = 10.0
     rest_cache_seconds: float = 15.0
     """How long the REST order books are cached, as the real exchange's are."""
@@ -64,6 +67,10 @@ class SimulatorConfig:
             )
         if self.replay_speed is not None and self.replay_speed <= 0:
             raise SimulatorError(f"replay_speed is {self.replay_speed}: give more than 0.")
+        if self.replay is not None and self.wire is not CURRENT:
+            raise SimulatorError(
+                f"A replay has the wire of its frames, not {self.wire}: leave --wire out."
+            )
 
     @property
     def rolling(self) -> int:

@@ -30,6 +30,11 @@ _NAMESPACE = uuid.UUID("2f1d7a58-3a0e-4a3c-9f55-6a54d7d9d3c1")
 RECENT_TRADES = 10_000
 KEPT_AFTER_SETTLEMENT_NS = 3600 * SECOND
 _FALLEN_BEHIND_NS = SECOND
+_CLOCK_NS = SECOND // 10_000
+"""A market that is open at the start has had one change in each of these since its opening.
+
+So a restarted simulator's clocks are above all of the one before: no client takes its books for the old ones.
+"""
 
 
 class Exchange:
@@ -57,6 +62,8 @@ class Exchange:
         self.now_ns = now_ns
         self.trades: deque[Trade] = deque(maxlen=RECENT_TRADES)
         self.portfolio = Portfolio(f"{seed}:{now_ns}", self._change)
+        self.maintenance: tuple[int, int] | None = None
+        """The last maintenance, from when to when; None: there was none."""
         self.deltas = 0
         """Deltas since the start."""
         self.shed_seconds = 0.0
@@ -158,6 +165,19 @@ class Exchange:
         self._send_lifecycle(early, "close_date_updated", self.now_ns, close_ts=close_s)
         return self.happened()
 
+    def maintain(self, seconds: float) -> list[Happening]:
+        """Stop the order flow for `seconds`; markets open and close by their times all the same."""
+        end_ns = self.now_ns + int(seconds * SECOND)
+        self.maintenance = (self.now_ns, end_ns)
+        self._next_ns = max(self._next_ns, end_ns)
+        return []
+
+    def reset_clocks(self, _: float) -> list[Happening]:
+        """Let the clock of every market that has one begin again at 1; the books stay."""
+        for listed in self._markets.values():
+            listed.clock = min(listed.clock, 1)
+        return []
+
     def halt(self, seconds: float) -> list[Happening]:
         """Deactivate the busiest market for `seconds`, and send `deactivated` and `activated`.
 
@@ -209,6 +229,7 @@ class Exchange:
         changes = self.portfolio.spare(chosen, changes, bool(prints), at_ns // 1000)
         for match in prints:
             self._record_trade(chosen, match, at_ns // 1000)
+        chosen.clock += len(prints)
         self._change(chosen, changes, at_ns, applied=True)
         return len(changes)
 
@@ -218,11 +239,13 @@ class Exchange:
         ts_us = at_ns // 1000
         top_touched = False
         best = chosen.book.best
+        if changes:
+            chosen.clock += 1
         for side, level, qty in changes:
             if not applied:
                 chosen.book.change(side, level, qty)
             top_touched = top_touched or level >= best[side]
-            self._happened.append(Delta(chosen, side, level, qty, ts_us))
+            self._happened.append(Delta(chosen, side, level, qty, ts_us=ts_us, clock=chosen.clock))
         self.deltas += len(changes)
         if top_touched:
             self._happened.append(Quote(chosen, ts_us))
@@ -271,6 +294,7 @@ class Exchange:
         """Add a market that is already open when the exchange starts."""
         new = self._add(listing)
         self._flows[listing.ticker].opening(new.book, listing.sides)
+        new.clock = max((self.now_ns - listing.open_ns) // _CLOCK_NS, 1)
         new.status = market.ACTIVE
         self._at(listing.close_ns, lambda at: self._close(new, at))
 
@@ -313,7 +337,9 @@ class Exchange:
         self._step(closed, at_ns)
 
     def _clear(self, closed: Market, at_ns: int) -> None:
-        closed.book.clear()
+        if closed.book.best != [-1, -1]:
+            closed.clock += 1
+            closed.book.clear()
         closed.updated_us = at_ns // 1000
         self._happened.append(Cleared(closed, at_ns // 1000))
         self._happened.append(Quote(closed, at_ns // 1000))

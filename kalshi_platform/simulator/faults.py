@@ -93,6 +93,21 @@ KINDS: dict[str, Kind] = {
     "rest429": Kind(Target.REST, "requests", 1, "429 with a string for an error"),
     "rest500": Kind(Target.REST, "requests", 1, "500"),
     "stale_rest": Kind(Target.REST, "seconds", 60, "the REST order books stay as they are now"),
+    "clock_fell": Kind(
+        Target.CONNECTION, "deltas", 1, "sends a delta with half of its clock, below the one before"
+    ),
+    "maintenance": Kind(
+        Target.EXCHANGE,
+        "seconds",
+        5,
+        "stops trading, resets every connection and refuses new ones; the schedule names the window",
+    ),
+    "clock_reset": Kind(
+        Target.EXCHANGE,
+        "-",
+        None,
+        "lets every market's clock begin again at 1, as only maintenance may",
+    ),
     "crossed": Kind(Target.EXCHANGE, "seconds", 2, "crosses the busiest market's book, for real"),
     "close_early": Kind(
         Target.EXCHANGE,
@@ -107,6 +122,9 @@ KINDS: dict[str, Kind] = {
         "deactivates the busiest market for a while, and sends a message",
     ),
 }
+
+ON_CLOCKS = {"clock_fell", "clock_reset"}
+"""Faults that only a wire with clocks can have."""
 
 _WRITTEN = re.compile(r"(?P<name>[a-z_0-9]+)(:(?P<arg>\d+(\.\d+)?))?(@(?P<at>\d+(\.\d+)?))?")
 

@@ -17,6 +17,7 @@ import msgspec
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.simulator.book import NO, SIDES, YES, Book
 from kalshi_platform.simulator.market import Market
+from kalshi_platform.simulator.wire import Wire
 
 ERROR_TEXTS = {
     1: "Unable to process message",
@@ -52,21 +53,43 @@ def rfc3339(us: int) -> str:
     return f"{_second(second)}.{micros:06d}".rstrip("0") + "Z"
 
 
-def envelope(kind: str, sid: int, seq: int | None, msg: str, command_id: int = 0) -> bytes:
-    """Encode a frame around an encoded `msg`."""
+def rfc3339_ms(ms: int) -> str:
+    """Unix milliseconds as RFC 3339 in UTC, always with three digits of the fraction."""
+    second, rest = divmod(ms, 1000)
+    return f"{_second(second)}.{rest:03d}Z"
+
+
+def envelope(
+    kind: str,
+    sid: int,
+    seq: int | None,
+    msg: str,
+    *,
+    command_id: int = 0,
+    sent_ms: int | None = None,
+) -> bytes:
+    """Encode a frame around an encoded `msg`; a `sent_ms` of None is left out."""
     head = f'{{"type":"{kind}"'
     if command_id:
         head += f',"id":{command_id}'
     head += f',"sid":{sid}'
     if seq is not None:
         head += f',"seq":{seq}'
+    if sent_ms is not None:
+        head += f',"sending_ts_ms":{sent_ms}'
     return f'{head},"msg":{msg}}}\n'.encode()
 
 
 def reply(
-    kind: str, command_id: int, msg: Any, sid: int | None = None, seq: int | None = None
+    kind: str,
+    command_id: int,
+    msg: Any,
+    *,
+    sid: int | None = None,
+    seq: int | None = None,
+    sent_ms: int | None = None,
 ) -> bytes:
-    """Encode an answer to a command; `command_id` 0 and a `msg` of None are left out."""
+    """Encode an answer to a command; `command_id` 0 and what is None are left out."""
     frame: dict[str, Any] = {"type": kind}
     if command_id:
         frame["id"] = command_id
@@ -74,14 +97,24 @@ def reply(
         frame["sid"] = sid
     if seq is not None:
         frame["seq"] = seq
+    if sent_ms is not None:
+        frame["sending_ts_ms"] = sent_ms
     if msg is not None:
         frame["msg"] = msg
     return msgspec.json.encode(frame) + b"\n"
 
 
-def error(code: int, command_id: int = 0, sid: int | None = None, seq: int | None = None) -> bytes:
+def error(
+    code: int,
+    *,
+    command_id: int = 0,
+    sid: int | None = None,
+    seq: int | None = None,
+    sent_ms: int | None = None,
+) -> bytes:
     """Encode an error frame, with a sid if one is given."""
-    return reply("error", command_id, {"code": code, "msg": ERROR_TEXTS[code]}, sid, seq)
+    msg = {"code": code, "msg": ERROR_TEXTS[code]}
+    return reply("error", command_id, msg, sid=sid, seq=seq, sent_ms=sent_ms)
 
 
 def _ladder(book: Book, side: int, mirrored: bool) -> str:
@@ -95,9 +128,11 @@ def _ladder(book: Book, side: int, mirrored: bool) -> str:
     return f"[{levels}]"
 
 
-def snapshot(market: Market, use_yes_price: bool) -> str:
+def snapshot(market: Market, use_yes_price: bool, wire: Wire) -> str:
     """`msg` of a snapshot; the key of an empty side is absent. There is no time in it."""
     msg = market.wire_head
+    if wire is Wire.OCTOBER:
+        msg += f',"clock":{market.clock}'
     if market.book.best[YES] >= 0:
         msg += f',"yes_dollars_fp":{_ladder(market.book, YES, mirrored=False)}'
     if market.book.best[NO] >= 0:
@@ -105,40 +140,52 @@ def snapshot(market: Market, use_yes_price: bool) -> str:
     return msg + "}"
 
 
-def unknown_market(ticker: str) -> str:
+def unknown_market(ticker: str, wire: Wire) -> str:
     """`msg` of the snapshot that answers for a ticker that does not exist."""
-    return msgspec.json.encode({"market_ticker": ticker, "market_id": ""}).decode()
+    clock = {"clock": 0} if wire is Wire.OCTOBER else {}
+    return msgspec.json.encode({"market_ticker": ticker, "market_id": "", **clock}).decode()
 
 
 class Delta:
-    """A level's change. Its texts are encoded when the first connection needs them."""
+    """A level's change. Its texts are encoded when the first connection needs them.
 
-    __slots__ = ("_plain", "_yes_priced", "level", "market", "qty", "side", "ts_us")
+    `clock` is the one that its market had after the action. All connections have the same wire.
+    """
 
-    def __init__(self, market: Market, side: int, level: int, qty: int, ts_us: int) -> None:
+    __slots__ = ("_plain", "_yes_priced", "clock", "level", "market", "qty", "side", "ts_us")
+
+    def __init__(
+        self, market: Market, side: int, level: int, qty: int, *, ts_us: int, clock: int
+    ) -> None:
         self.market = market
         self.side = side
         self.level = level
         self.qty = qty
         self.ts_us = ts_us
+        self.clock = clock
         self._plain: str | None = None
         self._yes_priced: str | None = None
 
-    def msg(self, use_yes_price: bool) -> str:
+    def msg(self, use_yes_price: bool, wire: Wire) -> str:
         """`msg` of the delta, no-side prices on the YES scale if requested."""
         if use_yes_price and self.side == NO:
             if self._yes_priced is None:
                 grid = self.market.listing.grid
-                self._yes_priced = self._text(grid.texts[grid.levels - 1 - self.level])
+                self._yes_priced = self._text(grid.texts[grid.levels - 1 - self.level], wire)
             return self._yes_priced
         if self._plain is None:
-            self._plain = self._text(self.market.listing.grid.texts[self.level])
+            self._plain = self._text(self.market.listing.grid.texts[self.level], wire)
         return self._plain
 
-    def _text(self, price: str) -> str:
+    def _text(self, price: str, wire: Wire) -> str:
+        ms = self.ts_us // 1000
+        if wire is Wire.AUGUST:
+            clock, ts = "", rfc3339(self.ts_us)
+        else:
+            clock, ts = f',"clock":{self.clock}', rfc3339_ms(ms)
         return (
-            f'{self.market.wire_head},"price_dollars":"{price}","delta_fp":"{contracts(self.qty)}"'
-            f',"side":"{SIDES[self.side]}","ts":"{rfc3339(self.ts_us)}","ts_ms":{self.ts_us // 1000}}}'
+            f'{self.market.wire_head}{clock},"price_dollars":"{price}"'
+            f',"delta_fp":"{contracts(self.qty)}","side":"{SIDES[self.side]}","ts":"{ts}","ts_ms":{ms}}}'
         )
 
 

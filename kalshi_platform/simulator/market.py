@@ -52,6 +52,11 @@ class Market:
     open_interest: int = 0
     updated_us: int = 0
     """When a property other than its trading last changed."""
+    clock: int = 0
+    """The clock of the last change of its book, the same on every connection; 0: none yet.
+
+    It goes on from one change to the next and skips a value for each trade.
+    """
     halted: bool = False
     """Excluded from the order flow for now, while it stays open."""
     settled_ns: int | None = None

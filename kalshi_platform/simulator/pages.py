@@ -62,16 +62,24 @@ class Pages:
     # exchange and account
 
     def exchange_status(self, _: Request) -> object:
-        """Return whether the exchange trades; it does not while paused."""
-        return {"exchange_active": True, "trading_active": not self._venue.paused}
+        """Return whether the exchange trades; it does not while paused or under maintenance."""
+        return {
+            "exchange_active": not self._venue.maintained,
+            "trading_active": self._venue.trading,
+        }
 
     def exchange_schedule(self, _: Request) -> object:
-        """Return a schedule that is always open, without maintenance."""
+        """Return a schedule that is always open but for the last maintenance, if there was one."""
         always = [{"open_time": "00:00", "close_time": "00:00"}]
         days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
         week = {"start_time": "2021-01-01T00:00:00Z", "end_time": "2099-01-01T00:00:00Z"}
         hours = {**week, **dict.fromkeys(days, always)}
-        return {"schedule": {"standard_hours": [hours], "maintenance_windows": []}}
+        window = self._exchange.maintenance if isinstance(self._exchange, Exchange) else None
+        windows = [
+            {"start_datetime": _time(begin_ns), "end_datetime": _time(end_ns)}
+            for begin_ns, end_ns in filter(None, [window])
+        ]
+        return {"schedule": {"standard_hours": [hours], "maintenance_windows": windows}}
 
     def user_data_timestamp(self, _: Request) -> object:
         """Return the time as of which the portfolio pages hold."""

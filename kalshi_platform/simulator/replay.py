@@ -30,6 +30,7 @@ from kalshi_platform.simulator.frames import Happening, Trade
 from kalshi_platform.simulator.grid import covering
 from kalshi_platform.simulator.market import ACTIVE, Listing, Market
 from kalshi_platform.simulator.session import ORDERBOOK, Session
+from kalshi_platform.simulator.wire import Wire
 
 BYTES_AT_A_TIME = 1024 * 1024
 _A_DAY = 86_400 * SECOND
@@ -47,6 +48,9 @@ _CHANGES_NUMBERS = {
     "lifecycle_refused",
     "close_early",
     "halt",
+    "clock_fell",
+    "clock_reset",
+    "maintenance",
 }
 
 
@@ -65,6 +69,7 @@ class _Asked(msgspec.Struct):
 @dataclass
 class _Ladders:
     market_id: str
+    clock: int
     sides: dict[str, dict[int, int]]
 
 
@@ -88,6 +93,8 @@ class Recording:
     channels: dict[str, tuple[int, int]]
     """Channel to sid and last seq."""
     now_ns: int
+    wire: Wire
+    """The form of the frames."""
     _markets: dict[str, Market]
     trades: deque[Trade] = field(default_factory=deque)
     deltas: int = 0
@@ -119,20 +126,6 @@ class Recording:
     def resume(self, now_ns: int) -> None:
         """Do nothing: a recording is never paused."""
 
-    def cross(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded books do not change."""
-        raise SimulatorError(f"A recording cannot be crossed for {seconds} s; its books are fixed.")
-
-    def close_early(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded market states do not change."""
-        raise SimulatorError(
-            f"No market of a recording closes in {seconds} s; its lives are fixed."
-        )
-
-    def halt(self, seconds: float) -> list[Happening]:
-        """Raises SimulatorError: recorded market states do not change."""
-        raise SimulatorError(f"A recording cannot be halted for {seconds} s; its lives are fixed.")
-
 
 class ReplaySession:
     """One client of a recording: in place of `Session`, and with one behind it for the end."""
@@ -148,7 +141,7 @@ class ReplaySession:
     ) -> None:
         last_sid = max((sid for sid, _ in recording.channels.values()), default=0)
         self._recording = recording
-        self._session = Session(recording, shuffle, last_sid=last_sid)
+        self._session = Session(recording, shuffle, last_sid=last_sid, wire=recording.wire)
         self._speed = speed
         self._clock_ns = clock_ns
         self._began_ns: int | None = None
@@ -278,6 +271,7 @@ def read(path: Path, now_ns: int, *, timed: bool) -> Recording:
     by_sid: dict[int, _Channel] = {}
     ladders: dict[str, _Ladders] = {}
     deltas = 0
+    wire = Wire.AUGUST
     for number, line in enumerate(lines, 1):
         try:
             frame = typed_json.decode(line, _Frame)
@@ -288,6 +282,8 @@ def read(path: Path, now_ns: int, *, timed: bool) -> Recording:
                 if frame.sid is not None and frame.sid not in by_sid:
                     channels[ORDERBOOK] = by_sid[frame.sid] = _Channel(frame.sid)
                 _apply(ladders, frame)
+                if "clock" in frame.msg:
+                    wire = Wire.OCTOBER
                 deltas += frame.type == "orderbook_delta"
         except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
             raise SimulatorError(
@@ -309,6 +305,7 @@ def read(path: Path, now_ns: int, *, timed: bool) -> Recording:
         offsets_ns=offsets,
         channels={name: (channel.sid, channel.seq) for name, channel in channels.items()},
         now_ns=now_ns,
+        wire=wire,
         _markets={
             ticker: _market(ticker, ladder, now_ns)
             for ticker, ladder in ladders.items()
@@ -359,8 +356,9 @@ def _apply(ladders: dict[str, _Ladders], frame: _Frame) -> None:
     ticker = msg["market_ticker"]
     if frame.type == "orderbook_snapshot":
         sides = {side: _levels(msg, side) for side in SIDES}
-        ladders[ticker] = _Ladders(msg["market_id"], sides)
+        ladders[ticker] = _Ladders(msg["market_id"], msg.get("clock", 0), sides)
         return
+    ladders[ticker].clock = msg.get("clock", 0)
     ladder = ladders[ticker].sides[msg["side"]]
     price = price_units(msg["price_dollars"]) if "price_dollars" in msg else msg["price"] * 100
     change = qty_units(msg["delta_fp"]) if "delta_fp" in msg else msg["delta"] * 100
@@ -402,4 +400,4 @@ def _market(ticker: str, ladders: _Ladders, now_ns: int) -> Market:
         close_ns=now_ns + 365 * _A_DAY,
         weight=1.0,
     )
-    return Market(listing, ladders.market_id, book, status=ACTIVE)
+    return Market(listing, ladders.market_id, book, status=ACTIVE, clock=ladders.clock)

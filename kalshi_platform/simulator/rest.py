@@ -178,7 +178,7 @@ def _simulator_routes(venue: Venue) -> list[Route]:
             wanted = typed_json.decode(await request.body(), list[orders.Request])
         except msgspec.DecodeError as error:
             return _json({"error": f"Not understood ({error}). Send a list of requests."}, 400)
-        if not isinstance(venue.exchange, Exchange) or venue.paused:
+        if not isinstance(venue.exchange, Exchange) or not venue.trading:
             return _json({"error": "There is no trading now."}, 409)
         return _json(venue.ordered(wanted))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from kalshi_platform.simulator import frames
 from kalshi_platform.simulator.command import Command, Params, Refused, decoded, id_of
 from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import Market
+from kalshi_platform.simulator.wire import CURRENT, Wire
 
 ORDERBOOK, TRADE, TICKER, LIFECYCLE = "orderbook_delta", "trade", "ticker", "market_lifecycle_v2"
 SEQUENCED = {ORDERBOOK, TRADE, LIFECYCLE}
@@ -34,7 +35,7 @@ _BESIDE = {
     "lifecycle_gap": (LIFECYCLE, "gap"),
     "lifecycle_refused": (LIFECYCLE, "refused"),
 }
-_ON_DELTAS = {"gap", "duplicate", "truncated", "negative"}
+_ON_DELTAS = {"gap", "duplicate", "truncated", "negative", "clock_fell"}
 _MORE_THAN_ANY_LEVEL = -1_000_000_000_00
 SNAPSHOTS_AT_A_TIME = 100
 COMMANDS_PER_SECOND = 10_000
@@ -93,11 +94,17 @@ class Session:
         max_markets: int = MAX_MARKETS,
         yes_price: bool | None = None,
         last_sid: int = 0,
+        wire: Wire = CURRENT,
+        time_ns: Callable[[], int] | None = None,
     ) -> None:
         """`max_markets` per subscription; sids go on after `last_sid`. `yes_price` overrides
-        `use_yes_price`.
+        `use_yes_price`. `time_ns` is the time of sending; None: the exchange's.
         """
         self._source = source
+        self._wire = wire
+        self._time_ns = time_ns or (lambda: source.now_ns)
+        self._sent_ms: int | None = None
+        """When the frames that are queued now are sent; None on a wire that does not say."""
         self._max_markets = max_markets
         self._yes_price = yes_price
         self._shuffle = shuffle
@@ -119,11 +126,12 @@ class Session:
 
     def receive(self, message: bytes | str) -> None:
         """Take a text message of the client; the next `work` answers it."""
+        self._stamp()
         second, count = self._command_second
         now = self._source.now_ns // 1_000_000_000
         self._command_second = (now, count + 1 if now == second else 1)
         if self._command_second[1] > COMMANDS_PER_SECOND:
-            self._send("error", frames.error(27, id_of(message)))
+            self._send("error", frames.error(27, command_id=id_of(message), sent_ms=self._sent_ms))
         else:
             self._commands.append(message)
 
@@ -134,6 +142,7 @@ class Session:
 
     def work(self, snapshots: int = SNAPSHOTS_AT_A_TIME) -> None:
         """Answer the pending commands, in any order; then send some snapshots."""
+        self._stamp()
         commands, self._commands = self._commands, []
         self._shuffle.shuffle(commands)
         for message in commands:
@@ -154,6 +163,7 @@ class Session:
         subscribed = self._subscriptions
         if not subscribed:
             return
+        self._stamp()
         book = subscribed.get(ORDERBOOK)
         trade, quote, life = (subscribed.get(name) for name in (TRADE, TICKER, LIFECYCLE))
         live = book.live if book is not None else ()
@@ -179,6 +189,7 @@ class Session:
 
         Without a book on the wire it waits for the first one.
         """
+        self._stamp()
         book = self._subscriptions.get(ORDERBOOK)
         if fault in _ON_DELTAS:
             self._tampering[fault] += count
@@ -211,6 +222,7 @@ class Session:
 
     def overflow(self) -> None:
         """End every subscription with error 25, because the client does not keep up."""
+        self._stamp()
         for subscription in list(self._subscriptions.values()):
             self._end(subscription, 25)
 
@@ -253,12 +265,14 @@ class Session:
         try:
             self._obey(decoded(message))
         except Refused as refusal:
-            self._send("error", frames.error(refusal.code, command_id))
+            self._send(
+                "error", frames.error(refusal.code, command_id=command_id, sent_ms=self._sent_ms)
+            )
 
     def _obey(self, command: Command) -> None:
         if command.cmd == "list_subscriptions":
             listed = [{"channel": s.channel, "sid": s.sid} for s in self._subscriptions.values()]
-            self._send("ok", frames.reply("ok", command.id, listed))
+            self._reply("ok", command.id, listed)
             return
         handler = {
             "subscribe": self._subscribe,
@@ -295,7 +309,7 @@ class Session:
                 self._subscriptions[channel] = new
                 new.everything = not tickers or channel == LIFECYCLE
                 msg = {"channel": channel, "sid": new.sid}
-                self._send("subscribed", frames.reply("subscribed", command_id, msg))
+                self._reply("subscribed", command_id, msg)
                 self._greet(new, self._enlist(new, tickers), params.send_initial_snapshot)
             else:
                 # tickers that are already there get no new snapshot
@@ -308,10 +322,7 @@ class Session:
         ended = [self._by_sid(sid) for sid in dict.fromkeys(sids)]
         for subscription in ended:
             del self._subscriptions[subscription.channel]
-            frame = frames.reply(
-                "unsubscribed", command_id, None, subscription.sid, subscription.next_seq()
-            )
-            self._send("unsubscribed", frame)
+            self._reply("unsubscribed", command_id, None, subscription)
 
     def _update(self, command_id: int, params: Params) -> None:
         sids = params.all_sids()
@@ -324,8 +335,7 @@ class Session:
         if params.action == "get_snapshot":
             if not params.market_tickers or subscription.channel != ORDERBOOK:
                 # as recorded: an error on a sid counts there, and names no command
-                seq = subscription.next_seq()
-                self._send("error", frames.error(14, 0, subscription.sid, seq))
+                self._send_error(subscription, 14)
                 return
             subscription.waiting.extend((ticker, command_id) for ticker in tickers)
             return
@@ -351,7 +361,7 @@ class Session:
 
     def _acknowledge(self, to: _Subscription, command_id: int, skip_tickers: bool) -> None:
         msg = {} if skip_tickers else {"market_tickers": sorted(to.tickers)}
-        self._send("ok", frames.reply("ok", command_id, msg, to.sid, to.next_seq()))
+        self._reply("ok", command_id, msg, to)
 
     def _enlist(self, on: _Subscription, tickers: list[str]) -> list[str]:
         """Add tickers to a subscription; return the new ones."""
@@ -374,12 +384,32 @@ class Session:
 
     # sending
 
+    def _stamp(self) -> None:
+        """Give what is queued from now on the current time, once for all of a batch."""
+        if self._wire is Wire.OCTOBER:
+            self._sent_ms = self._time_ns() // 1_000_000
+
     def _send(self, kind: str, frame: bytes) -> None:
         self.sent[kind] += 1
         self._out.append(frame)
 
     def _send_on(self, on: _Subscription, kind: str, msg: str, command_id: int = 0) -> None:
-        self._send(kind, frames.envelope(kind, on.sid, on.next_seq(), msg, command_id))
+        frame = frames.envelope(
+            kind, on.sid, on.next_seq(), msg, command_id=command_id, sent_ms=self._sent_ms
+        )
+        self._send(kind, frame)
+
+    def _reply(self, kind: str, command_id: int, msg: Any, on: _Subscription | None = None) -> None:
+        """Answer a command, with the next number of a subscription if it concerns one."""
+        sid, seq = (None, None) if on is None else (on.sid, on.next_seq())
+        self._send(
+            kind, frames.reply(kind, command_id, msg, sid=sid, seq=seq, sent_ms=self._sent_ms)
+        )
+
+    def _send_error(self, on: _Subscription, code: int) -> None:
+        """Send an error on a subscription, which answers no command."""
+        frame = frames.error(code, sid=on.sid, seq=on.next_seq(), sent_ms=self._sent_ms)
+        self._send("error", frame)
 
     def _send_or_lose(self, on: _Subscription, kind: str, msg: str) -> None:
         if self._losing[on.channel]:
@@ -392,11 +422,11 @@ class Session:
     def _send_snapshot(self, book: _Subscription, ticker: str, command_id: int = 0) -> None:
         market = self._source.market(ticker)
         if market is None:
-            msg = frames.unknown_market(ticker)
+            msg = frames.unknown_market(ticker, self._wire)
         else:
             if ticker in book.tickers:
                 book.live.add(ticker)
-            msg = frames.snapshot(market, book.use_yes_price)
+            msg = frames.snapshot(market, book.use_yes_price, self._wire)
         self._send_on(book, "orderbook_snapshot", msg, command_id)
 
     def _send_huge(self, book: _Subscription, size: int) -> None:
@@ -404,13 +434,13 @@ class Session:
         for ticker in book.tickers:
             market = self._source.market(ticker)
             if ticker in book.live and market is not None:
-                msg = frames.snapshot(market, book.use_yes_price)
+                msg = frames.snapshot(market, book.use_yes_price, self._wire)
                 self._send_on(book, "orderbook_snapshot", msg + " " * max(size - len(msg), 0))
                 return
 
     def _end(self, subscription: _Subscription, code: int) -> None:
         del self._subscriptions[subscription.channel]
-        self._send("error", frames.error(code, 0, subscription.sid, subscription.next_seq()))
+        self._send_error(subscription, code)
 
     def _send_delta(self, book: _Subscription, delta: Delta) -> None:
         if self._tampering:
@@ -420,9 +450,10 @@ class Session:
 
     def _send_true(self, book: _Subscription, delta: Delta) -> None:
         book.seq += 1
+        sent = "" if self._sent_ms is None else f',"sending_ts_ms":{self._sent_ms}'
         frame = (
-            f'{{"type":"orderbook_delta","sid":{book.sid},"seq":{book.seq}'
-            f',"msg":{delta.msg(book.use_yes_price)}}}\n'
+            f'{{"type":"orderbook_delta","sid":{book.sid},"seq":{book.seq}{sent}'
+            f',"msg":{delta.msg(book.use_yes_price, self._wire)}}}\n'
         ).encode()
         self.sent["orderbook_delta"] += 1
         self._out.append(frame)
@@ -442,7 +473,12 @@ class Session:
         elif fault == "truncated":
             self._send_true(book, delta)
             self._out[-1] = self._out[-1][: len(self._out[-1]) // 2]
+        elif fault == "clock_fell":
+            self._send_true(book, _altered(delta, qty=delta.qty, clock=delta.clock // 2))
         else:
-            wrong = Delta(delta.market, delta.side, delta.level, _MORE_THAN_ANY_LEVEL, delta.ts_us)
-            self._send_true(book, wrong)
+            self._send_true(book, _altered(delta, qty=_MORE_THAN_ANY_LEVEL, clock=delta.clock))
             self._send_true(book, delta)
+
+
+def _altered(delta: Delta, *, qty: int, clock: int) -> Delta:
+    return Delta(delta.market, delta.side, delta.level, qty, ts_us=delta.ts_us, clock=clock)

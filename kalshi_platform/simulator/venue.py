@@ -19,12 +19,13 @@ from kalshi_platform.simulator import keys, orders, replay
 from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
-from kalshi_platform.simulator.faults import Fault, Target
+from kalshi_platform.simulator.faults import ON_CLOCKS, Fault, Target
 from kalshi_platform.simulator.frames import Happening
 from kalshi_platform.simulator.keys import KeyRing
 from kalshi_platform.simulator.replay import Recording, ReplaySession
 from kalshi_platform.simulator.session import Session
 from kalshi_platform.simulator.websocket import ClientSocket
+from kalshi_platform.simulator.wire import CURRENT, Wire
 
 REPLY_SECONDS = 0.002
 """How long commands are gathered before they are answered, in any order."""
@@ -97,6 +98,17 @@ class Venue:
             self.paused = False
             self.exchange.resume(time.time_ns())
 
+    @property
+    def maintained(self) -> bool:
+        """Whether the exchange is under maintenance."""
+        window = None if isinstance(self.exchange, Recording) else self.exchange.maintenance
+        return window is not None and self.exchange.now_ns < window[1]
+
+    @property
+    def trading(self) -> bool:
+        """Whether orders are taken."""
+        return not self.paused and not self.maintained
+
     def ordered(self, requests: Sequence[orders.Request]) -> list[orders.Answered]:
         """Execute own orders and send their effects to every client at once."""
         assert isinstance(self.exchange, Exchange)  # noqa: S101 - the page has looked
@@ -120,6 +132,8 @@ class Venue:
                     "dial502": (502, {"msg": "bad gateway"}),
                     "skew": (401, keys.EXPIRED),
                 }[name]
+        if self.maintained:
+            return 502, {"msg": "bad gateway"}
         refusal = self.keys.refusal(headers, "GET", path, time.time_ns() // 1_000_000)
         return None if refusal is None else (401, refusal)
 
@@ -138,9 +152,13 @@ class Venue:
         if isinstance(self.exchange, Recording):
             speed = self.config.replay_speed
             return ReplaySession(self.exchange, self._random, speed, time.monotonic_ns)
-        limit = self.config.max_markets_per_subscription
         return Session(
-            self.exchange, self._random, max_markets=limit, yes_price=self.config.yes_price
+            self.exchange,
+            self._random,
+            max_markets=self.config.max_markets_per_subscription,
+            yes_price=self.config.yes_price,
+            wire=self.config.wire,
+            time_ns=time.time_ns,
         )
 
     def disconnected(self, client: ClientSocket) -> None:
@@ -163,11 +181,16 @@ class Venue:
     def inject(self, fault: Fault) -> None:
         """Apply a fault, after its delay.
 
-        Raises SimulatorError for a fault that a replay cannot have, and for `crossed`, `close_early`
-        and `halt` where there is no market for it now.
+        Raises SimulatorError for a fault that a replay or the wire cannot have, and for `crossed`,
+        `close_early` and `halt` where there is no market for it now.
         """
         if isinstance(self.exchange, Recording):
             replay.check(fault)
+        elif self.config.wire is Wire.AUGUST and fault.name in ON_CLOCKS:
+            raise SimulatorError(
+                f"Fault {fault.name} is about clocks, which the wire {self.config.wire} does not have."
+                f" Start the simulator with --wire {CURRENT}."
+            )
         if fault.at:
             self._later(fault.at, lambda: self._begin_late(fault))
         else:
@@ -196,12 +219,7 @@ class Venue:
         if fault.name == "stale_rest":
             self.stale_until = time.monotonic() + (fault.argument or 0)
         elif fault.target is Target.EXCHANGE:
-            happen = {
-                "crossed": self.exchange.cross,
-                "close_early": self.exchange.close_early,
-                "halt": self.exchange.halt,
-            }[fault.name]
-            self._publish(happen(fault.argument or 0))
+            self._happen(fault)
         elif fault.target in self._armed:
             self._armed[fault.target][fault.name] += fault.count
         elif self._sessions:
@@ -209,6 +227,21 @@ class Venue:
                 self._hit(client, session, fault)
         else:
             self._for_the_next.append(fault)
+
+    def _happen(self, fault: Fault) -> None:
+        exchange = self.exchange
+        assert isinstance(exchange, Exchange)  # noqa: S101 - `inject` has looked
+        happen = {
+            "crossed": exchange.cross,
+            "close_early": exchange.close_early,
+            "halt": exchange.halt,
+            "maintenance": exchange.maintain,
+            "clock_reset": exchange.reset_clocks,
+        }[fault.name]
+        self._publish(happen(fault.argument or 0))
+        if fault.name == "maintenance":
+            for client in list(self._sessions):
+                client.reset()
 
     def _hit(self, client: ClientSocket, session: AnySession, fault: Fault) -> None:
         if client not in self._sessions:
@@ -253,6 +286,7 @@ class Venue:
         return {
             market.ticker: {
                 "market_id": market.market_id,
+                "clock": market.clock,
                 "status": market.status,
                 **market.view().texts(),
             }

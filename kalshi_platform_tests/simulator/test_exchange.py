@@ -12,6 +12,7 @@ from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.frames import Cleared, Delta, Happening, LifeEvent, Quote, Trade
 from kalshi_platform.simulator.market import ACTIVE, FINALIZED, INITIALIZED
+from kalshi_platform.simulator.wire import Wire
 
 NOON = 1_795_435_200 * SECOND
 
@@ -31,7 +32,7 @@ def exchange(
 
 def messages(happenings: list[Happening]) -> list[object]:
     return [
-        (type(event).__name__, event.msg(False))
+        (type(event).__name__, event.msg(False, Wire.OCTOBER))
         if isinstance(event, Delta)
         else type(event).__name__
         for event in happenings

@@ -19,6 +19,7 @@ from kalshi_platform.simulator.frames import (
 )
 from kalshi_platform.simulator.grid import grid
 from kalshi_platform.simulator.market import Listing, Market
+from kalshi_platform.simulator.wire import Wire
 
 LISTING = Listing(
     ticker="KXA-26-T1",
@@ -55,30 +56,53 @@ def test_trailing_zeros_of_a_time_are_trimmed(us: int, text: str) -> None:
     assert rfc3339(us) == text
 
 
-def test_a_delta_reads_as_the_real_ones_do(market: Market) -> None:
-    delta = Delta(market, NO, 36, -7835, AT)
-    rest = (
-        '"delta_fp":"-78.35","side":"no","ts":"2026-08-07T06:46:28.41625Z","ts_ms":1786085188416}'
+@pytest.mark.parametrize(
+    ("wire", "clock", "ts"),
+    [
+        (Wire.OCTOBER, ',"clock":3980945', "2026-08-07T06:46:28.410Z"),
+        (Wire.AUGUST, "", "2026-08-07T06:46:28.41025Z"),
+    ],
+)
+def test_a_delta_reads_as_that_wires_do(market: Market, wire: Wire, clock: str, ts: str) -> None:
+    def msg(use_yes_price: bool) -> str:
+        return Delta(market, NO, 36, -7835, ts_us=AT - 6_000, clock=3_980_945).msg(
+            use_yes_price, wire
+        )
+
+    rest = f'"delta_fp":"-78.35","side":"no","ts":"{ts}","ts_ms":1786085188410}}'
+    assert msg(use_yes_price=False) == f'{HEAD}{clock},"price_dollars":"0.3700",{rest}'
+    assert msg(use_yes_price=True) == f'{HEAD}{clock},"price_dollars":"0.6300",{rest}'
+
+
+def test_an_envelope_carries_the_time_of_sending() -> None:
+    assert envelope("ticker", 2, None, "{}", command_id=7, sent_ms=5) == (
+        b'{"type":"ticker","id":7,"sid":2,"sending_ts_ms":5,"msg":{}}\n'
     )
-    assert delta.msg(use_yes_price=False) == f'{HEAD},"price_dollars":"0.3700",{rest}'
-    assert delta.msg(use_yes_price=True) == f'{HEAD},"price_dollars":"0.6300",{rest}'
     assert envelope("orderbook_delta", 1, 219, "{}") == (
         b'{"type":"orderbook_delta","sid":1,"seq":219,"msg":{}}\n'
     )
 
 
 def test_a_snapshot_ascends_and_leaves_an_empty_side_out(market: Market) -> None:
-    assert snapshot(market, use_yes_price=False) == HEAD + "}"
+    def text(use_yes_price: bool) -> str:
+        return snapshot(market, use_yes_price, Wire.AUGUST)
+
+    assert text(use_yes_price=False) == HEAD + "}"
+    assert snapshot(market, False, Wire.OCTOBER) == HEAD + ',"clock":0}'
     market.book.change(NO, 47, 300)
     market.book.change(NO, 7, 30_092)
     levels = '[["0.0800","300.92"],["0.4800","3.00"]]'
-    assert snapshot(market, use_yes_price=False) == f'{HEAD},"no_dollars_fp":{levels}}}'
+    assert text(use_yes_price=False) == f'{HEAD},"no_dollars_fp":{levels}}}'
     mirrored = '[["0.9200","300.92"],["0.5200","3.00"]]'
-    assert snapshot(market, use_yes_price=True) == f'{HEAD},"no_dollars_fp":{mirrored}}}'
+    assert text(use_yes_price=True) == f'{HEAD},"no_dollars_fp":{mirrored}}}'
 
 
 def test_a_ticker_that_would_break_json_is_quoted() -> None:
-    assert json.loads(unknown_market('A"B'))["market_ticker"] == 'A"B'
+    assert json.loads(unknown_market('A"B', Wire.OCTOBER)) == {
+        "market_ticker": 'A"B',
+        "market_id": "",
+        "clock": 0,
+    }
 
 
 def test_a_trade_has_the_takers_side(market: Market) -> None:
@@ -91,9 +115,9 @@ def test_a_trade_has_the_takers_side(market: Market) -> None:
 
 
 def test_replies_leave_out_what_they_do_not_have() -> None:
-    assert reply("unsubscribed", 102, None, 2, 7) == (
+    assert reply("unsubscribed", 102, None, sid=2, seq=7) == (
         b'{"type":"unsubscribed","id":102,"sid":2,"seq":7}\n'
     )
-    assert error(8, 124) == (
+    assert error(8, command_id=124) == (
         b'{"type":"error","id":124,"msg":{"code":8,"msg":"Unknown channel name"}}\n'
     )

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.replay import Recording, ReplaySession, check, read
+from kalshi_platform.simulator.wire import Wire
 from kalshi_platform_tests.simulator.ledger import Ledger
 
 NOW = 1_795_435_200_000_000_000
@@ -230,7 +232,50 @@ def test_real_recordings_come_verbatim_with_the_right_books(
     assert recording.channels["orderbook_delta"] == (1, last_seq)
     assert len(recording.books()) == markets
     if "legacy" not in name:
-        ledger = Ledger()
+        ledger = Ledger(wire=Wire.AUGUST)
         for each in heard:
             ledger.feed(each)
         assert {ticker: ledger.view(ticker) for ticker in recording.books()} == recording.books()
+
+
+def test_the_clocks_of_a_recording_go_on_in_what_is_answered_after_it() -> None:
+    path = FRAMES / "ws_made_2026-10_b.jsonl"
+    if not path.exists():
+        pytest.skip("the made frames are not here: ../shared/frames")
+    recording = read(path, NOW + 30 * 86_400 * 10**9, timed=False)
+    replay, _ = session(recording)
+    tickers = list(recording.books())
+    say(replay, "subscribe", channels=["orderbook_delta"], market_tickers=tickers)
+    ledger = Ledger()
+    for each in listen(replay):
+        ledger.feed(each)
+    say(
+        replay,
+        "update_subscription",
+        sids=[recording.channels["orderbook_delta"][0]],
+        action="get_snapshot",
+        market_tickers=tickers,
+    )
+    snapshots = [ledger.feed(each)["msg"] for each in listen(replay)]  # it fails on a false clock
+    truth = json.loads((FRAMES / "ws_made_2026-10.truth.jsonl").read_text().splitlines()[-1])
+    assert {msg["market_ticker"]: msg["clock"] for msg in snapshots} == truth["clocks"]
+    for ticker, sides in truth["books"].items():
+        for side, levels in sides.items():
+            assert dict(recording.books()[ticker].texts()[side]) == levels
+
+
+def test_a_recording_without_clocks_is_answered_without_them(tmp_path: Path) -> None:
+    replay, _ = session(read(written(tmp_path, CURRENT), NOW, timed=False))
+    subscribe(replay)
+    say(
+        replay, "update_subscription", sids=[1], action="get_snapshot", market_tickers=["KXA-26-T1"]
+    )
+    *_, last = map(json.loads, listen(replay))
+    assert (last["type"], last["id"]) == ("orderbook_snapshot", 40)
+    assert "sending_ts_ms" not in last
+    assert "clock" not in last["msg"]
+
+
+def test_a_replay_takes_no_other_wire_than_that_of_its_frames(tmp_path: Path) -> None:
+    with pytest.raises(SimulatorError, match="leave --wire out"):
+        SimulatorConfig(replay=written(tmp_path, CURRENT), wire=Wire.AUGUST)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from kalshi_platform.simulator.config import SimulatorConfig
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.server import Simulator, running
+from kalshi_platform.simulator.wire import Wire
 from kalshi_platform_tests.simulator.dialled import PATH, Dialled
 from kalshi_platform_tests.simulator.ledger import Ledger
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
@@ -65,7 +67,10 @@ def test_an_ordinary_client_library_gets_on_with_it(simulator: Simulator, librar
     headers = Credentials(simulator.key_id, load_signer(simulator.key_file)).headers("GET", PATH)
     with connect(simulator.ws_url, additional_headers=dict(headers), max_size=None) as client:
         client.send(json.dumps({"id": 1, "cmd": "list_subscriptions"}))
-        assert client.recv(timeout=10) == '{"type":"ok","id":1,"msg":[]}\n'
+        answer = str(client.recv(timeout=10))
+        sent_ms = json.loads(answer)["sending_ts_ms"]
+        assert abs(sent_ms - time.time() * 1000) < 60_000
+        assert answer == f'{{"type":"ok","id":1,"sending_ts_ms":{sent_ms},"msg":[]}}\n'
 
 
 def test_the_server_pings_with_its_word(start_simulator: StartSimulator) -> None:
@@ -337,3 +342,45 @@ def test_the_command_answers_nonsense_with_one_line(tmp_path: Path) -> None:
             assert done.stderr.startswith("Error: ")
             assert says in done.stderr
             assert done.stderr.count("\n") == 1
+
+
+def test_maintenance_drops_clients_refuses_new_ones_and_is_in_the_schedule(
+    start_simulator: StartSimulator,
+) -> None:
+    simulator = start_simulator(rate=500)
+    status, schedule = (f"{simulator.rest_url}/exchange/{page}" for page in ("status", "schedule"))
+    with Dialled(simulator) as client:
+        client.subscribe(list(simulator.books()))
+        next(client.texts())
+        simulator.inject("maintenance:2")
+        simulator.inject("clock_reset")
+        with pytest.raises(ConnectionError):
+            for _ in client.texts():
+                pass
+    assert httpx.get(status).json() == {"exchange_active": False, "trading_active": False}
+    (window,) = httpx.get(schedule).json()["schedule"]["maintenance_windows"]
+    begin, end = (datetime.fromisoformat(window[f"{edge}_datetime"]) for edge in ("start", "end"))
+    assert (end - begin).total_seconds() == 2
+    with Dialled(simulator) as refused:
+        assert refused.response is not None
+        assert refused.response.status_code == 502
+    books = httpx.get(f"{simulator.control_url}/books").json()["books"].values()
+    assert {book["clock"] for book in books} == {0, 1}
+    while not httpx.get(status).json()["trading_active"]:
+        time.sleep(0.05)
+    assert datetime.now(UTC) >= end
+    with Dialled(simulator) as client:
+        client.subscribe(list(simulator.books()))
+        ledger = Ledger()
+        texts = client.texts()
+        while not ledger.kinds["orderbook_delta"]:
+            ledger.feed(next(texts))
+
+
+@pytest.mark.parametrize("fault", ["clock_fell", "clock_reset"])
+def test_a_wire_without_clocks_has_no_faults_of_clocks(
+    start_simulator: StartSimulator, fault: str
+) -> None:
+    simulator = start_simulator(wire=Wire.AUGUST)
+    with pytest.raises(SimulatorError, match="--wire 2026-10"):
+        simulator.inject(fault)

@@ -161,7 +161,7 @@ def test_later_snapshots_come_between_deltas_of_earlier_tickers() -> None:
 def test_an_unknown_ticker_is_an_empty_book_and_uses_a_seq() -> None:
     bench = Bench()
     _, snapshot = bench.subscribe("NO-SUCH-MARKET")
-    assert snapshot["msg"] == {"market_ticker": "NO-SUCH-MARKET", "market_id": ""}
+    assert snapshot["msg"] == {"market_ticker": "NO-SUCH-MARKET", "market_id": "", "clock": 0}
     assert snapshot["seq"] == 1
 
 
