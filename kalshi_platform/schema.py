@@ -120,7 +120,26 @@ _RECORD = Column(
 )
 _PLACE = (_SHARD, _RECORD)
 PLACE = tuple(column.name for column in _PLACE)
-"""The origin of a row: the last columns of a dataset, null in rows of versions that did not keep it."""
+"""The origin of a row; null in rows of versions that did not keep it."""
+_SENT_TS = Column(
+    "sent_ts",
+    pa.timestamp("ms", "UTC"),
+    "Nullable(DateTime64(3, 'UTC'))",
+    "when the exchange queued the frame for sending; null where it did not say",
+    True,
+)
+_SENT = (
+    Column(
+        "clock",
+        pa.uint64(),
+        "Nullable(UInt64)",
+        "the exchange's clock of the market, the same on every connection; null where none was sent",
+        True,
+    ),
+    _SENT_TS,
+)
+LATER = (PLACE, tuple(column.name for column in _SENT))
+"""Columns that recorded datasets gained later, in groups, oldest first: null in rows of earlier versions."""
 _FRAME = ("ingest_ts", "conn_id", "sid", "seq")
 
 ORDERBOOK_EVENTS = Recorded(
@@ -145,6 +164,7 @@ ORDERBOOK_EVENTS = Recorded(
         _INGEST,
         Column("client_order_id", NAME, "String", "own orders only, else empty"),
         *_PLACE,
+        *_SENT,
     ),
     "Every order-book event: one row per level of a snapshot, one per delta.",
     time=_INGEST.name,
@@ -244,6 +264,7 @@ TRADES = Recorded(
         Column("ts", pa.timestamp("ms", "UTC"), "DateTime64(3, 'UTC')", "exchange time"),
         _INGEST,
         *_PLACE,
+        _SENT_TS,
     ),
     "Every public trade of the followed markets.",
     time=_INGEST.name,

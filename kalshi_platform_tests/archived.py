@@ -17,7 +17,10 @@ from kalshi_platform.archive import (
     local_file,
     write_durably,
 )
-from kalshi_platform.schema import DATASETS, PLACE
+from kalshi_platform.schema import DATASETS, LATER
+
+NOT_YET = frozenset(name for group in LATER for name in group)
+"""The columns that versions without record numbers did not have."""
 
 
 def paths(root: Path, dataset: str, hour: datetime) -> list[Path]:
@@ -36,9 +39,9 @@ def without_records(root: Path, hour: datetime, parts: int | None = None) -> Non
         for n, path in enumerate(paths(root, name, hour)):
             (table,) = batches(local_file(path), DATASETS[name].arrow)
             if parts is None or n < parts:
-                table = table.drop_columns(list(PLACE))
+                table = table.drop_columns([c for c in table.column_names if c in NOT_YET])
                 write_durably(path, [table], table.schema)
-                assert not {*PLACE} & {*pq.read_schema(path).names}
+                assert not NOT_YET & {*pq.read_schema(path).names}
             total += checksum.content(table)
             found.append(Part(path.name, table.num_rows, path.stat().st_size))
         if (manifest := archive.read_manifest(name, hour)) is not None:

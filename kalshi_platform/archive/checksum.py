@@ -4,13 +4,14 @@ Every row is hashed to a 64-bit number from the exact values of its columns; the
 is the checksum. Two stores hold the same rows if count and checksum agree. The hash is splitmix64 (Steele,
 Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 
-`shard` and `record` were added later than the other columns. A row without them has the checksum that it had
-before these columns existed, so manifests from that time stay valid. Counting markets and times belongs in
-`row_statistics`.
+Some columns were added later than the others (`schema.LATER`). A row without them has the checksum that it had
+before these columns existed, so manifests from that time stay valid.
+Counting markets and times belongs in `row_statistics`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -18,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kalshi_platform.schema import PLACE
+from kalshi_platform.schema import LATER
 
 U64 = npt.NDArray[np.uint64]
 _NULL = np.uint64(0x9E3779B97F4A7C15)
+_LATER = frozenset(name for group in LATER for name in group)
+_NONE = (0,) * len(LATER)
 
 
 @dataclass(frozen=True)
@@ -31,28 +34,39 @@ class Content:
     rows: int = 0
     total: int = 0
     """The checksum."""
-    placeless: int = 0
-    """The checksum without `shard` and `record`."""
-    placed: int = 0
-    """The number of rows with a `record`."""
+    earlier: tuple[int, ...] = _NONE
+    """The checksums without the columns of each group of `LATER` and of those after it."""
+    filled: tuple[int, ...] = _NONE
+    """For each group of `LATER`, the number of rows that have any of its columns."""
 
     def __add__(self, other: Content) -> Content:
         return Content(
             self.rows + other.rows,
             (self.total + other.total) % 2**64,
-            (self.placeless + other.placeless) % 2**64,
-            self.placed + other.placed,
+            tuple((a + b) % 2**64 for a, b in zip(self.earlier, other.earlier, strict=True)),
+            tuple(a + b for a, b in zip(self.filled, other.filled, strict=True)),
         )
 
     def agrees_with(self, other: Content) -> bool:
-        """Whether both are the same rows.
+        """Whether both are the same rows, in the columns that `comparable` allows."""
+        groups = comparable(self, other)
+        return (self.rows, self._sum(groups)) == (other.rows, other._sum(groups))
 
-        `shard` and `record` are compared only where both sides have them for equally many rows: one store
-        may have been rebuilt since these columns exist, the other not.
-        """
-        if self.placed != other.placed:
-            return (self.rows, self.placeless) == (other.rows, other.placeless)
-        return (self.rows, self.total) == (other.rows, other.total)
+    def _sum(self, groups: int) -> int:
+        """The checksum with the first `groups` groups of `LATER`."""
+        return (*self.earlier, self.total)[groups]
+
+
+def comparable(one: Content, other: Content) -> int:
+    """How many groups of `LATER`, from the first on, can be compared between two stores of the same rows.
+
+    A group that is in more rows of one store cannot: that one was rebuilt since the columns exist, the other not.
+    """
+    for k, (a, b) in enumerate(zip(one.filled, other.filled, strict=True)):
+        in_all = a == one.rows and b == other.rows
+        if not in_all and (a, one.rows) != (b, other.rows):
+            return k
+    return len(LATER)
 
 
 def rows_checksum(table: pa.Table) -> int:
@@ -64,34 +78,43 @@ def content(table: pa.Table) -> Content:
     """Count and checksums of a table."""
     if not table.num_rows:
         return Content()
-    rows = row_numbers(table, placed=False)
-    placeless = int(rows.sum(dtype=np.uint64))
-    rows = _placed(rows, table)
-    has_record = "record" in table.column_names
-    placed = table.num_rows - table["record"].null_count if has_record else 0
-    return Content(table.num_rows, int(rows.sum(dtype=np.uint64)), placeless, placed)
+    rows = row_numbers(table, groups=0)
+    sums, filled = [int(rows.sum(dtype=np.uint64))], []
+    for group in LATER:
+        rows, valid = _with_group(rows, table, group)
+        sums.append(int(rows.sum(dtype=np.uint64)))
+        filled.append(valid)
+    return Content(table.num_rows, sums[-1], tuple(sums[:-1]), tuple(filled))
 
 
-def row_numbers(table: pa.Table, *, placed: bool = True) -> U64:
-    """The hash of each row; `placed`: including `shard` and `record` where they are not null."""
+def row_numbers(table: pa.Table, *, groups: int = len(LATER)) -> U64:
+    """The hash of each row, with the first `groups` groups of `LATER` where their columns are not null."""
     rows: U64 = np.zeros(table.num_rows, dtype=np.uint64)
     if not table.num_rows:
         return rows
     for name in table.column_names:
-        if name not in PLACE:
+        if name not in _LATER:
             rows = _mix_column(rows, name, table[name])
-    return _placed(rows, table) if placed else rows
+    for group in LATER[:groups]:
+        rows, _ = _with_group(rows, table, group)
+    return rows
 
 
-def _placed(rows: U64, table: pa.Table) -> U64:
-    """Mix `shard` and `record` into the row hashes where they are not null."""
-    for name in PLACE:
+def _with_group(rows: U64, table: pa.Table, group: Sequence[str]) -> tuple[U64, int]:
+    """Mix a group's columns into the row hashes where they are not null; also count the rows that have any."""
+    some: npt.NDArray[np.bool_] = np.zeros(table.num_rows, dtype=np.bool_)
+    for name in group:
         if name not in table.column_names or table[name].null_count == table.num_rows:
             continue
         mixed = _mix_column(rows, name, table[name])
-        valid = table[name].is_valid().to_numpy() if table[name].null_count else True
+        if not table[name].null_count:
+            rows = mixed
+            some[:] = True
+            continue
+        valid = table[name].is_valid().to_numpy()
         rows = np.where(valid, mixed, rows)
-    return rows
+        some |= valid
+    return rows, int(np.count_nonzero(some))
 
 
 def _mix_column(rows: U64, name: str, column: pa.ChunkedArray) -> U64:

@@ -64,7 +64,7 @@ def parquet_writer(
 
     Raises: `OSError` where the disk refuses.
     """
-    delta = ["seq", "ts", "ingest_ts", "record"]
+    delta = ["seq", "ts", "ingest_ts", "record", "clock", "sent_ts"]
     names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
         *("price", "qty", "size", "yes_price", "no_price")
     ]

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from kalshi_platform.exchange import columnar_trades
+from kalshi_platform.exchange import columnar_trades, optional_fields
 from kalshi_platform.exchange.book import (
     SIDES,
     BookError,
@@ -38,7 +36,6 @@ from kalshi_platform.exchange.book import (
 from kalshi_platform.exchange.frames import (
     SNAPSHOT_BYTES,
     DecodeError,
-    Delta,
     Head,
     Reply,
     decode_delta,
@@ -46,8 +43,10 @@ from kalshi_platform.exchange.frames import (
     decode_reply,
     decode_snapshot,
     market_of,
+    sending_ts_ms,
 )
 from kalshi_platform.exchange.numbers import MOST_QTY, ONE_DOLLAR
+from kalshi_platform.exchange.optional_fields import LAST_MS, OptionalFields
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.journal.kind import Kind
 from kalshi_platform.journal.reader import JournalRange, LostRange, RecordRange, UnreadRange
@@ -66,6 +65,8 @@ _FRAME: Mapping[str, type[pl.DataType]] = {
     "seq": pl.UInt64,
 }
 _MARKET: Mapping[str, type[pl.DataType]] = {"market_id": pl.String, "market_ticker": pl.String}
+_SENT: Mapping[str, pl.DataType] = {"clock": pl.UInt64(), "sent_ts": pl.Datetime("ms", "UTC")}
+"""The exchange's clock of the market, and when it sent the frame; null where the frame has none."""
 DELTAS = _schema(
     _FRAME,
     _MARKET,
@@ -76,9 +77,10 @@ DELTAS = _schema(
         "ts": pl.Datetime("us", "UTC"),
         "client_order_id": pl.String,
     },
+    _SENT,
 )
-LEVELS = _schema(_FRAME, _MARKET, {"side": pl.String, "price": pl.Int64, "qty": pl.Int64})
-SNAPSHOTS = _schema(_FRAME, _MARKET, {"levels": pl.UInt32})
+LEVELS = _schema(_FRAME, _MARKET, {"side": pl.String, "price": pl.Int64, "qty": pl.Int64}, _SENT)
+SNAPSHOTS = _schema(_FRAME, _MARKET, _SENT, {"levels": pl.UInt32})
 STREAM = _schema(_FRAME, {"kind": pl.String, "market_ticker": pl.String, "detail": pl.String})
 
 _WIRE_DELTA = pa.schema(
@@ -97,10 +99,13 @@ _WIRE_DELTA = pa.schema(
                     pa.field("price", pa.int64()),
                     pa.field("delta", pa.int64()),
                     pa.field("ts", pa.string()),
+                    pa.field("ts_ms", pa.int64()),
                     pa.field("client_order_id", pa.string()),
+                    pa.field("clock", pa.uint64()),
                 ]
             ),
         ),
+        pa.field("sending_ts_ms", pa.int64()),
     ]
 )
 _WIRE_LEVELS = pl.List(pl.List(pl.String))
@@ -108,10 +113,12 @@ _WIRE_SNAPSHOT = pl.Schema(
     {
         "sid": pl.UInt32(),
         "seq": pl.UInt64(),
+        "sending_ts_ms": pl.Int64(),
         "msg": pl.Struct(
             {
                 "market_ticker": pl.String,
                 "market_id": pl.String,
+                "clock": pl.UInt64,
                 "yes_dollars_fp": _WIRE_LEVELS,
                 "no_dollars_fp": _WIRE_LEVELS,
                 # Only the presence of these matters: they send the frame to the slow path.
@@ -127,23 +134,22 @@ _MSG = _WIRE_DELTA.field("msg").type
 _PRICE_TEXT = r"^[01]\.\d{4}$"
 _QTY_TEXT = r"^-?\d{1,9}\.\d{2}$"
 _TS_TEXT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$"
-_RFC_3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
-)
 _ODD_SNAPSHOT = "|".join(
     [
         r'\\|"\s+:|"(?:market_ticker|market_id)":[^"]|[\[,][^"\[\]]',
+        r'"(?:clock|sending_ts_ms)":(?:[^0-9]|[0-9]+[^0-9,}]|[0-9]{19})',
         *(
             f'"{key}":.*"{key}":'
             for key in (
-                *("sid", "seq", "msg", "market_ticker", "market_id"),
+                *("sid", "seq", "sending_ts_ms", "msg", "market_ticker", "market_id", "clock"),
                 *("yes_dollars_fp", "no_dollars_fp"),
             )
         ),
     ]
 )
-"""What Polars' reader accepts and the slow path refuses: numbers in place of strings, and duplicate keys in
-any spelling. (Arrow's reader refuses both.) Costs 0.3 µs per kB."""
+"""What Polars' reader accepts and the slow path refuses: numbers in place of strings, strings, fractions and
+null in place of whole numbers (or numbers of more than 63 bits), and duplicate keys in any spelling. (Arrow's
+reader refuses them.) Costs 0.3 µs per kB."""
 _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 KEPT_BYTES_OF_LARGE = 1 << 16
@@ -298,21 +304,27 @@ def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         ).alias("side"),
         price.alias("price"),
         qty.alias("qty"),
-        _times(sent["ts"]).alias("ts"),
+        _exchange_times(sent["ts"], sent["ts_ms"]).alias("ts"),
         _each_value(pc.fill_null(sent["client_order_id"], ""), lambda text: text).alias(
             "client_order_id"
         ),
+        pl.Series("clock", sent["clock"]),
+        pl.Series("sending_ts_ms", wire["sending_ts_ms"]),
+        pl.Series("no_time", pc.and_(pc.is_null(sent["ts"]), pc.is_null(sent["ts_ms"]))),
         pl.Series("cents", sent["price"]),
         pl.Series("count", sent["delta"]),
         pl.Series("no_price_text", pc.is_null(sent["price_dollars"])),
         pl.Series("no_qty_text", pc.is_null(sent["delta_fp"])),
     )
     wide = wide.with_columns(
+        _SENT_TS,
         pl.when("no_price_text").then(_hundreds("cents")).otherwise("price").alias("price"),
         pl.when("no_qty_text").then(_hundreds("count")).otherwise("qty").alias("qty"),
     )
     plain = (
-        pl.all_horizontal(pl.col(DELTAS.names()).is_not_null())
+        pl.all_horizontal(pl.col(_NEEDED).is_not_null())
+        & (pl.col("ts").is_not_null() | pl.col("no_time"))
+        & _HAS_SENT_TS
         & pl.col("price").is_between(0, ONE_DOLLAR)
         & (pl.col("market_ticker") != "")
     )
@@ -348,6 +360,22 @@ def _uuid_or_null(text: pl.Series) -> pl.Series:
     return known.set(~known.str.contains(_UUID_TEXT), None)
 
 
+_NEEDED = [name for name in DELTAS.names() if name not in {"ts", *_SENT}]
+_SENT_TS = pl.col("sending_ts_ms").cast(_SENT["sent_ts"]).alias("sent_ts")
+_HAS_SENT_TS = pl.col("sending_ts_ms").is_between(0, LAST_MS).fill_null(value=True)
+"""Whether the time of sending can be read, or none was sent."""
+
+
+def _exchange_times(text: pa.Array, unix_ms: pa.Array) -> pl.Series:
+    """The times of `ts`, and of `ts_ms` where there is no `ts`; null where neither can be read."""
+    times = _times(text)
+    if not text.null_count:
+        return times
+    whole = pl.Series(unix_ms)
+    in_ms = whole.set(~whole.is_between(0, LAST_MS), None) * 1000
+    return in_ms.cast(pl.Datetime("us", "UTC")).zip_with(pl.Series(pc.is_null(text)), times)
+
+
 def _times(text: pa.Array) -> pl.Series:
     """RFC 3339 times in UTC; null where the text does not match `_TS_TEXT`."""
     series = pl.Series(text)
@@ -376,17 +404,20 @@ def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         except (*DecodeError, BookError) as error:
             stream.append(_malformed_row(record, str(error), book_frame="delta"))
             continue
-        optional = _OptionalFields(record, head, delta.market_ticker)
+        optional = OptionalFields(record, head, delta.market_ticker)
         rows.append(
             (
                 *_frame_columns(record, head),
-                optional.read("market_id", delta.market_id, _market_id, ZERO_UUID),
+                optional.read("market_id", delta.market_id, optional_fields.market_id, ZERO_UUID),
                 delta.market_ticker,
                 change.side,
                 change.price,
                 change.qty,
-                optional.read("ts", delta, _exchange_time, None),
-                optional.read("client_order_id", delta.client_order_id, _client_order_id, ""),
+                optional.read("ts", delta, optional_fields.exchange_time, None),
+                optional.read(
+                    "client_order_id", delta.client_order_id, optional_fields.client_order_id, ""
+                ),
+                *_sent(optional, delta.clock, record["frame"]),
             )
         )
         stream += optional.rows
@@ -396,30 +427,12 @@ def _delta_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
 
 
-V = TypeVar("V")
-T = TypeVar("T")
-
-
-class _OptionalFields:
-    """Reads the fields of a frame that its book does not need; an unreadable one becomes a row, not an error."""
-
-    def __init__(self, record: dict[str, Any], head: Head, ticker: str) -> None:
-        self._record = record
-        self._head = head
-        self._ticker = ticker
-        self.rows: list[tuple[Any, ...]] = []
-
-    def read(self, field: str, value: V, convert: Callable[[V], T], default: T) -> T:
-        """The converted value; `default` and a `malformed_field` row where it cannot be read."""
-        try:
-            return convert(value)
-        except BookError as error:
-            detail = {"field": field, "seq": self._head.seq, "reason": str(error)}
-            place = (self._record["n"], self._record["recv_ns"], self._record["conn"])
-            body = msgspec.json.encode(detail).decode()
-            # seq is 0: the frame's own row (delta or snapshot) already counts the sequence number.
-            self.rows.append((*place, self._head.sid, 0, "malformed_field", self._ticker, body))
-            return default
+def _sent(optional: OptionalFields, clock: object, frame: bytes) -> tuple[Any, Any]:
+    """The columns of `_SENT`, on the slow path."""
+    return (
+        optional.read("clock", clock, optional_fields.clock, None),
+        optional.read("sending_ts_ms", sending_ts_ms(frame), optional_fields.unix_ms, None),
+    )
 
 
 # -- snapshots ---------------------------------------------------------------------------------
@@ -442,6 +455,7 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
     wide = wide.with_columns(
         pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
         _matches(records["frame"], _ODD_SNAPSHOT).alias("odd"),
+        _SENT_TS,
     )
     legacy = pl.any_horizontal(pl.col("yes_dollars", "no_dollars", "yes", "no").is_not_null())
     plain = (
@@ -451,8 +465,9 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
         & pl.col("sid").is_not_null()
         & (pl.col("market_ticker") != "")
         & pl.col("market_id").str.contains(_UUID_TEXT)
+        & _HAS_SENT_TS
     ).fill_null(value=False)
-    head = [*_FRAME, *_MARKET]
+    head = [*_FRAME, *_MARKET, *_SENT]
     levels = pl.concat(
         [
             wide.filter(plain)
@@ -483,7 +498,7 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
     snapshots = (
         wide.filter(is_good)
         .select(head)
-        .cast(_schema(_FRAME, _MARKET))
+        .cast(_schema(_FRAME, _MARKET, _SENT))
         .join(counts, on="n", how="left", maintain_order="left")
         .with_columns(pl.col("levels").fill_null(0))
     )
@@ -510,16 +525,19 @@ def _snapshot_frames(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame,
         except (*DecodeError, BookError) as error:
             stream.append(_malformed_row(record, str(error), book_frame="snapshot"))
             continue
-        optional = _OptionalFields(record, head, snapshot.market_ticker)
-        market = optional.read("market_id", snapshot.market_id, _market_id, ZERO_UUID)
+        optional = OptionalFields(record, head, snapshot.market_ticker)
+        market = optional.read(
+            "market_id", snapshot.market_id, optional_fields.market_id, ZERO_UUID
+        )
         frame = (*_frame_columns(record, head), market, snapshot.market_ticker)
+        sent = _sent(optional, snapshot.clock, record["frame"])
         rows = [
-            (*frame, side, price, size)
+            (*frame, side, price, size, *sent)
             for side, ladder in ladders
             for price, size in ladder.items()
         ]
         levels.extend(rows)
-        snapshots.append((*frame, len(rows)))
+        snapshots.append((*frame, *sent, len(rows)))
         stream += optional.rows
     return (
         pl.DataFrame(snapshots, schema=SNAPSHOTS, orient="row"),
@@ -601,40 +619,6 @@ def _text(frame: bytes) -> str:
         return frame.decode().rstrip("\n")
     except UnicodeDecodeError:
         return "base64:" + base64.b64encode(frame).decode()
-
-
-def _market_id(value: object) -> str:
-    if value is None or value == "":
-        return ZERO_UUID
-    try:
-        if isinstance(value, str):
-            return str(uuid.UUID(value))
-    except ValueError:
-        pass
-    raise BookError(f"{str(value)[:40]!r} is not a UUID")
-
-
-def _client_order_id(value: object) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise BookError(f"{str(value)[:40]!r} is not a text")
-
-
-def _exchange_time(delta: Delta) -> datetime | None:
-    """The exchange's time to the microsecond; from `ts_ms` where `ts` is missing."""
-    ts, ts_ms = delta.ts, delta.ts_ms
-    if ts is None and ts_ms is None:
-        return None
-    if ts is not None and not (isinstance(ts, str) and _RFC_3339.fullmatch(ts)):
-        raise BookError(f"{str(ts)[:40]!r} is not an RFC 3339 time")
-    try:
-        if ts is not None:
-            return datetime.fromisoformat(ts).astimezone(UTC)
-        if isinstance(ts_ms, int) and not isinstance(ts_ms, bool):
-            return datetime.fromtimestamp(ts_ms / 1000, tz=UTC)
-    except (ValueError, OverflowError, OSError):
-        raise BookError(f"{str(ts or ts_ms)[:40]!r} is no time that there is") from None
-    raise BookError(f"ts_ms {str(ts_ms)[:40]!r} is not a whole number")
 
 
 def _matches(frames: pl.Series, pattern: str) -> pl.Series:

@@ -16,9 +16,16 @@ import pyarrow as pa
 
 from kalshi_platform.arrow_columns import names, place, prices, quantities, text, times
 from kalshi_platform.exchange.book import SIDES
-from kalshi_platform.exchange.frames import DecodeError, Head, decode_head, decode_trade
+from kalshi_platform.exchange.frames import (
+    DecodeError,
+    Head,
+    decode_head,
+    decode_trade,
+    sending_ts_ms,
+)
 from kalshi_platform.exchange.frames import Trade as TradeFrame
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, cents_units, price_units, qty_units
+from kalshi_platform.exchange.optional_fields import LAST_MS, OptionalFields, unix_ms
 from kalshi_platform.schema import TRADES as DATASET
 
 BOOK_SIDES = ("bid", "ask")
@@ -27,23 +34,25 @@ Malformed = Callable[[dict[str, Any], str], tuple[Any, ...]]
 
 TRADES = pl.Schema(
     {
-        "n": pl.UInt64,
-        "recv_ns": pl.Int64,
-        "conn": pl.String,
-        "sid": pl.UInt32,
-        "seq": pl.UInt64,
-        "trade_id": pl.String,
-        "market_ticker": pl.String,
-        "yes_price": pl.Int64,
-        "no_price": pl.Int64,
-        "qty": pl.Int64,
-        "taker_outcome_side": pl.String,
-        "taker_book_side": pl.String,
-        "is_block_trade": pl.Boolean,
-        "ts_ms": pl.Int64,
+        "n": pl.UInt64(),
+        "recv_ns": pl.Int64(),
+        "conn": pl.String(),
+        "sid": pl.UInt32(),
+        "seq": pl.UInt64(),
+        "trade_id": pl.String(),
+        "market_ticker": pl.String(),
+        "yes_price": pl.Int64(),
+        "no_price": pl.Int64(),
+        "qty": pl.Int64(),
+        "taker_outcome_side": pl.String(),
+        "taker_book_side": pl.String(),
+        "is_block_trade": pl.Boolean(),
+        "ts_ms": pl.Int64(),
+        "sent_ts": pl.Datetime("ms", "UTC"),
     }
 )
-"""Prices are 1e-4 dollars, qty 1e-2 contracts, ts_ms the exchange's time in Unix milliseconds."""
+"""Prices are 1e-4 dollars, qty 1e-2 contracts, ts_ms the exchange's time in Unix milliseconds; sent_ts is null
+where the frame has none."""
 
 _TEXTS = (
     "trade_id",
@@ -73,6 +82,7 @@ WIRE = pa.schema(
                 ]
             ),
         ),
+        pa.field("sending_ts_ms", pa.int64()),
     ]
 )
 _PRICE_TEXT = r"^[01]\.\d{4}$"
@@ -107,6 +117,7 @@ def trades(
             _units("no_price_dollars", _PRICE_TEXT).alias("no_price"),
             _units("count_fp", _QTY_TEXT).alias("qty"),
             pl.col("is_block_trade").fill_null(value=False),
+            pl.col("sending_ts_ms").cast(TRADES["sent_ts"]).alias("sent_ts"),
         )
     )
     plain = pl.all_horizontal(
@@ -116,7 +127,8 @@ def trades(
         pl.col("qty") > 0,
         pl.col("taker_outcome_side").is_in(SIDES),
         pl.col("taker_book_side").is_in(BOOK_SIDES),
-        pl.col("ts_ms").is_between(0, _LAST_MS),
+        pl.col("ts_ms").is_between(0, LAST_MS),
+        pl.col("sending_ts_ms").is_between(0, LAST_MS).fill_null(value=True),
     ).fill_null(value=False)
     is_plain = wide.select(plain.alias("plain"))["plain"]
     good = wide.filter(is_plain).select(TRADES.names()).cast(TRADES)
@@ -124,9 +136,6 @@ def trades(
         return good, pl.DataFrame(schema=stream)
     slow, unreadable = _frames(records.filter(~is_plain), malformed, stream)
     return pl.concat([good, slow]).sort("n"), unreadable
-
-
-_LAST_MS = 4_102_444_800_000  # the year 2100
 
 
 def _units(column: str, pattern: str) -> pl.Expr:
@@ -145,9 +154,14 @@ def _frames(
     for record in records.iter_rows(named=True):
         try:
             head, trade = decode_head(record["frame"]), decode_trade(record["frame"])
-            rows.append(_row(record, head, trade))
+            row = _row(record, head, trade)
         except (*DecodeError, ValueError) as error:
             unreadable.append(malformed(record, str(error)))
+            continue
+        optional = OptionalFields(record, head, trade.market_ticker or trade.ticker or "")
+        sent = optional.read("sending_ts_ms", sending_ts_ms(record["frame"]), unix_ms, None)
+        rows.append((*row, sent))
+        unreadable += optional.rows
     return (
         pl.DataFrame(rows, schema=TRADES, orient="row"),
         pl.DataFrame(unreadable, schema=stream, orient="row"),
@@ -155,6 +169,7 @@ def _frames(
 
 
 def _row(record: Mapping[str, Any], head: Head, trade: TradeFrame) -> tuple[Any, ...]:
+    """The columns of TRADES except `sent_ts`. Raises: ValueError."""
     ticker = trade.market_ticker or trade.ticker
     if not ticker:
         raise TradeError("the trade has no market_ticker")
@@ -216,7 +231,7 @@ def _time_ms(trade: TradeFrame) -> int:
         at_ms = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
     else:
         raise TradeError("the trade has no time")
-    if not 0 <= at_ms <= _LAST_MS:
+    if not 0 <= at_ms <= LAST_MS:
         raise TradeError(f"the trade's time {at_ms} is no Unix time in milliseconds")
     return at_ms
 
@@ -243,6 +258,7 @@ def table(trades_frame: pl.DataFrame, shard: int) -> pa.Table:
             ),
             times(trades_frame["recv_ns"]),
             *place(trades_frame["n"], shard),
+            trades_frame["sent_ts"].to_arrow(),
         ],
         schema=DATASET.arrow,
     )

@@ -32,6 +32,7 @@ __all__ = [
     "decode_trade",
     "kind_of",
     "market_of",
+    "sending_ts_ms",
     "trade_id",
 ]
 
@@ -83,17 +84,19 @@ class Delta(msgspec.Struct):
     ts_ms: Any = None
     """Milliseconds since the epoch; read where `ts` is missing."""
     client_order_id: Any = None
+    clock: Any = None
 
 
 class Snapshot(msgspec.Struct):
     """Body of an `orderbook_snapshot`. The key of an empty side is absent (or null).
 
-    The book does not need `market_id`, so it may have any type; it is empty for a ticker that the exchange
-    does not know.
+    The book does not need `market_id` and `clock`, so they may have any type; `market_id` is empty for a ticker
+    that the exchange does not know.
     """
 
     market_ticker: str
     market_id: Any = None
+    clock: Any = None
     yes_dollars_fp: list[tuple[str, str]] | None = None
     no_dollars_fp: list[tuple[str, str]] | None = None
     yes_dollars: list[tuple[str, int | str]] | None = None
@@ -126,6 +129,10 @@ class Trade(msgspec.Struct):
     """Unix seconds."""
     ts_ms: int | None = None
     created_time: str | None = None
+
+
+class _Sent(msgspec.Struct, gc=False):
+    sending_ts_ms: Any = None
 
 
 class _TradeId(msgspec.Struct, gc=False):
@@ -175,6 +182,7 @@ _market = msgspec.json.Decoder(_MarketFrame).decode
 _delta = msgspec.json.Decoder(_DeltaFrame).decode
 _snapshot = msgspec.json.Decoder(_SnapshotFrame).decode
 _trade = msgspec.json.Decoder(_TradeFrame).decode
+_sent = msgspec.json.Decoder(_Sent).decode
 _trade_id = msgspec.json.Decoder(_TradeIdFrame).decode
 _life = msgspec.json.Decoder(_LifecycleFrame).decode
 DecodeError = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -270,6 +278,21 @@ def decode_trade(frame: bytes) -> Trade:
         msgspec.DecodeError: The frame is no trade; or another of `DecodeError`.
     """
     return _trade(frame).msg
+
+
+def sending_ts_ms(frame: bytes) -> Any:
+    """Read when the exchange queued a frame for sending.
+
+    Args:
+        frame: One message of the WebSocket, as received.
+
+    Returns:
+        Unix milliseconds, or whatever else was sent; None where the frame has no such field.
+
+    Raises:
+        msgspec.DecodeError: The frame is no JSON object; or another of `DecodeError`.
+    """
+    return _sent(frame).sending_ts_ms
 
 
 def trade_id(frame: bytes) -> str:

@@ -232,8 +232,8 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
 
 
 def _same_rows(manifest: Manifest, built: RowStatistics) -> bool:
-    """Whether the rows are those of the manifest; rows of a version without record numbers may gain them."""
-    sums = (built.checksum, checksum.text(built.content.placeless))
+    """Whether the rows are those of the manifest; rows of an earlier version may gain the columns of `LATER`."""
+    sums = {checksum.text(total) for total in (built.content.total, *built.content.earlier)}
     return manifest.rows == built.rows and manifest.checksum in sums
 
 

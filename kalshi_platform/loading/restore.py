@@ -271,9 +271,9 @@ class _Restore:
             if attempt and not self._one_server:
                 break  # replicas commit rows and tokens together: the rows will appear, and only once
             rows_before = hot_content.rows if not attempt else rows_before
-            placed = _both_placed(wanted, hot_content)
+            groups = checksum.comparable(wanted, hot_content)
             inserted = self._insert(
-                dataset.name, hour, difference.missing(copies.cold(), placed=placed), attempt
+                dataset.name, hour, difference.missing(copies.cold(), groups=groups), attempt
             )
             outcome = dataclasses.replace(
                 outcome,
@@ -374,11 +374,11 @@ class _Difference:
     others: int
     """Rows of ClickHouse that the archive does not have, or has fewer times."""
 
-    def missing(self, tables: Iterable[pa.Table], *, placed: bool) -> Iterator[pa.Table]:
-        """Yield those rows of the archive's tables that ClickHouse lacks."""
+    def missing(self, tables: Iterable[pa.Table], *, groups: int) -> Iterator[pa.Table]:
+        """Yield those rows of the archive's tables that ClickHouse lacks; `groups` as for `row_numbers`."""
         wanted = self.times.copy()
         for table in tables:
-            numbers = checksum.row_numbers(table, placed=placed)
+            numbers = checksum.row_numbers(table, groups=groups)
             order = np.argsort(numbers, kind="stable")
             values, first, counts = np.unique(numbers[order], return_index=True, return_counts=True)
             at = np.minimum(np.searchsorted(self.lacking, values), len(self.lacking) - 1)
@@ -395,12 +395,12 @@ class _Difference:
 
 def _compare(copies: _HourCopies, wanted: Content, hot_content: Content) -> _Difference:
     """Compare the rows of both as multisets, some of the checksums' range at a time."""
-    placed = _both_placed(wanted, hot_content)
+    groups = checksum.comparable(wanted, hot_content)
     passes = 1 + max(wanted.rows, hot_content.rows) // COMPARED_ROWS
     lacking, times, others = [], [], 0
     for part in range(passes):
-        cold, cold_times = _counted(copies.cold(), part, passes, placed=placed)
-        hot, hot_times = _counted(copies.hot(), part, passes, placed=placed)
+        cold, cold_times = _counted(copies.cold(), part, passes, groups)
+        hot, hot_times = _counted(copies.hot(), part, passes, groups)
         common = np.zeros(len(cold), np.uint64)
         if len(hot):
             at = np.minimum(np.searchsorted(hot, cold), len(hot) - 1)
@@ -413,21 +413,14 @@ def _compare(copies: _HourCopies, wanted: Content, hot_content: Content) -> _Dif
     return _Difference(joined[order], np.concatenate(times)[order], others)
 
 
-def _counted(
-    tables: Iterable[pa.Table], part: int, passes: int, *, placed: bool
-) -> tuple[U64, U64]:
+def _counted(tables: Iterable[pa.Table], part: int, passes: int, groups: int) -> tuple[U64, U64]:
     """The distinct row checksums with residue `part` modulo `passes`, ascending, and their counts."""
-    numbers = [checksum.row_numbers(table, placed=placed) for table in tables]
+    numbers = [checksum.row_numbers(table, groups=groups) for table in tables]
     selected = [sums[sums % np.uint64(passes) == part] for sums in numbers]
     values, times = np.unique(
         np.concatenate([np.zeros(0, np.uint64), *selected]), return_counts=True
     )
     return values, times.astype(np.uint64)
-
-
-def _both_placed(one: Content, other: Content) -> bool:
-    """Whether `shard` and `record` can be compared: one store may have rows of a version without them."""
-    return one.placed == one.rows and other.placed == other.rows
 
 
 def _content(tables: Iterable[pa.Table]) -> Content:

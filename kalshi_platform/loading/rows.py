@@ -256,13 +256,20 @@ def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str,
         pl.lit(None, pl.Datetime("us", "UTC")).alias("ts"),
         pl.lit("").alias("client_order_id"),
     ]
+    sent = ["clock", "sent_ts"]
     events = pl.concat(
         [
             decoded.snapshots.select(
-                *common, *no_level, *no_time, pl.lit(MARKER, pl.Int8).alias("type")
+                *common, *no_level, *no_time, *sent, pl.lit(MARKER, pl.Int8).alias("type")
             ),
             decoded.levels.select(
-                *common, "side", "price", "qty", *no_time, pl.lit(LEVEL, pl.Int8).alias("type")
+                *common,
+                "side",
+                "price",
+                "qty",
+                *no_time,
+                *sent,
+                pl.lit(LEVEL, pl.Int8).alias("type"),
             ),
             decoded.deltas.select(
                 *common,
@@ -271,6 +278,7 @@ def _events(decoded: Decoded, state: BookState) -> tuple[pl.DataFrame, dict[str,
                 "qty",
                 "ts",
                 "client_order_id",
+                *sent,
                 pl.lit(DELTA, pl.Int8).alias("type"),
             ),
         ]
@@ -878,6 +886,8 @@ def _event_table(events: pl.DataFrame, shard: int) -> pa.Table:
             times(events["recv_ns"]),
             names(events["client_order_id"]),
             *place(events["n"], shard),
+            events["clock"].to_arrow(),
+            events["sent_ts"].to_arrow(),
         ],
         schema=ORDERBOOK_EVENTS.arrow,
     )

@@ -243,3 +243,5 @@ def test_every_reader_has_null_for_columns_an_older_file_lacks(tmp_path: Path) -
     }
     for reader, found in columns.items():
         assert sorted(-1 if n is None else n for n in found) == wanted, reader
+    for reader in ("with_polars", "with_duckdb", "with_pandas", "with_pyarrow"):
+        assert {"clock", "sent_ts"} <= {*pl.DataFrame(names[reader]).columns}, reader

@@ -60,6 +60,19 @@ def asked(url: str, sql: str) -> httpx.Response:
     return httpx.post(url, content=sql, auth=("default", "secret"), timeout=60)
 
 
+def test_s3_reads_null_for_columns_that_an_older_file_lacks(url: str, store: ObjectStore) -> None:
+    for name, columns in (("old", {"a": [1, 2]}), ("new", {"a": [3], "clock": [7]})):
+        frame = io.BytesIO()
+        pl.DataFrame(columns).write_parquet(frame)
+        with store.files().open_output_stream(f"{BUCKET}/recorded/{name}.parquet") as out:
+            out.write(frame.getvalue())
+    place = f"'{store.url}/{BUCKET}/recorded/*.parquet', '{KEY_ID}', '{KEY}', 'Parquet'"
+    answer = asked(
+        url, f"SELECT a, clock FROM s3({place}) ORDER BY a SETTINGS schema_inference_mode = 'union'"
+    )
+    assert answer.text == "1\t\\N\n2\t\\N\n3\t7\n"
+
+
 def test_s3_reaches_the_archives_bucket_only(url: str, store: ObjectStore) -> None:
     frame = io.BytesIO()
     pl.DataFrame({"a": [1, 2, 4]}).write_parquet(frame)

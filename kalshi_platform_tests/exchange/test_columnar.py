@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_nearly_valid_delta_is_kept_as_malformed(before: str, after: str) -> N
 
 
 TIMES = '"ts":"2026-08-07T06:46:28.97871Z","ts_ms":1786085188978'
+ODD_NUMBERS = ["-1", "1.5", "1e3", "true", '"12"', "{}", "[1]", "1" * 20 + "9"]
 ID = f'"market_id":"{wire.market_id("A-1")}"'
 
 
@@ -79,6 +81,10 @@ ID = f'"market_id":"{wire.market_id("A-1")}"'
         (ID, '"market_id":["x"]', "market_id"),
         ('"ts_ms"', '"client_order_id":12,"ts_ms"', "client_order_id"),
         ('"ts_ms"', '"client_order_id":{},"ts_ms"', "client_order_id"),
+        (TIMES, '"ts_ms":-1', "ts"),
+        *(('"ts_ms"', f'"clock":{odd},"ts_ms"', "clock") for odd in ODD_NUMBERS),
+        *(('"seq"', f'"sending_ts_ms":{odd},"seq"', "sending_ts_ms") for odd in ODD_NUMBERS),
+        ('"seq"', '"sending_ts_ms":4102444800001,"seq"', "sending_ts_ms"),
     ],
 )
 def test_an_unreadable_optional_field_costs_only_itself(
@@ -95,10 +101,76 @@ def test_an_unreadable_optional_field_costs_only_itself(
     assert json.loads(odd["detail"])["seq"] == 2
 
 
-def test_a_snapshot_with_an_unreadable_market_id_is_read() -> None:
-    result = decoded(SNAPSHOT.replace(ID, '"market_id":7').encode())
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        (ID, '"market_id":7', "market_id"),
+        *((ID, f'{ID},"clock":{odd}', "clock") for odd in ODD_NUMBERS),
+        *(('"seq"', f'"sending_ts_ms":{odd},"seq"', "sending_ts_ms") for odd in ODD_NUMBERS),
+        ('"seq"', '"sending_ts_ms":4102444800001,"seq"', "sending_ts_ms"),
+    ],
+)
+def test_an_unreadable_optional_field_does_not_cost_its_snapshot(
+    before: str, after: str, field: str
+) -> None:
+    result = decoded(SNAPSHOT.replace(before, after).encode())
     assert result.levels.height == 2
-    assert result.stream["kind"].to_list() == ["malformed_field"]
+    [odd] = result.stream.to_dicts()
+    assert (odd["kind"], odd["market_ticker"], odd["seq"]) == ("malformed_field", "A-1", 0)
+    assert json.loads(odd["detail"])["field"] == field
+
+
+SENT_MS = 1_795_970_363_244
+SENT = datetime(2026, 11, 29, 16, 39, 23, 244_000, UTC)
+SENT_FIELD = f'"sending_ts_ms":{SENT_MS},"seq"'
+
+
+@pytest.mark.parametrize(
+    ("times", "at"),
+    [
+        (
+            '"ts":"2026-11-29T16:39:23.243Z","ts_ms":1795970363244',
+            SENT.replace(microsecond=243_000),
+        ),
+        ('"ts":"2026-11-29T16:39:23.24317Z"', SENT.replace(microsecond=243_170)),
+        ('"ts":"2026-11-29T16:39:23Z"', SENT.replace(microsecond=0)),
+        ('"ts_ms":1795970363244', SENT),
+        ('"ts":null,"ts_ms":1795970363244', SENT),
+        ('"ts":null,"ts_ms":null', None),
+        ('"side":"yes"', None),
+    ],
+)
+def test_a_delta_has_its_clock_and_times_in_every_form(times: str, at: datetime | None) -> None:
+    frame = DELTA.replace(TIMES, times).replace('"seq"', SENT_FIELD)
+    frame = frame.replace(ID, f'{ID},"clock":18446744073709551615').replace(
+        '"side":"yes","side":"yes"', '"side":"yes"'
+    )
+    for sent in (frame, frame.replace("0.4800", "0.48")):  # the latter takes the slow path
+        result = decoded(sent.encode())
+        assert result.stream.is_empty()
+        [row] = result.deltas.to_dicts()
+        assert (row["ts"], row["clock"], row["sent_ts"]) == (at, (1 << 64) - 1, SENT)
+
+
+def test_every_level_of_a_snapshot_has_its_clock_and_time_of_sending() -> None:
+    frame = SNAPSHOT.replace('"seq"', SENT_FIELD).replace(ID, f'{ID},"clock":0')
+    for sent in (frame, frame.replace("0.4800", "0.48")):
+        result = decoded(sent.encode())
+        assert result.stream.is_empty()
+        for part in (result.snapshots, result.levels):
+            assert set(part.select("clock", "sent_ts").rows()) == {(0, SENT)}
+
+
+def test_frames_without_the_fields_are_null_beside_frames_with_them() -> None:
+    plain = [DELTA, SNAPSHOT, SNAPSHOT.replace('"seq":1', '"seq":3')]
+    frames = [*plain, DELTA.replace('"seq"', SENT_FIELD).replace(ID, f'{ID},"clock":7')]
+    records = [
+        (wire.NOON_NS, wire.conn_id(1), int(Session().receive(f.encode(), 0.0)), f.encode())
+        for f in frames
+    ]
+    result = decode(wire.blocks(records))
+    assert result.deltas.select("clock", "sent_ts").rows() == [(None, None), (7, SENT)]
+    assert set(result.levels.select("clock", "sent_ts").rows()) == {(None, None)}
 
 
 @pytest.mark.parametrize(

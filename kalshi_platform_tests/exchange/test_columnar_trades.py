@@ -68,11 +68,30 @@ ROW = {
     "ingest_ts": datetime.fromtimestamp(wire.NOON_NS // wire.SECOND, UTC),
     "shard": 0,
     "record": 1,
+    "sent_ts": None,
 }
 
 
 def test_a_trade_row_has_the_numbers_of_the_wire() -> None:
     assert rows(frame(**CURRENT)) == ([ROW], [])
+
+
+def test_a_trade_row_has_the_time_of_sending() -> None:
+    sent = frame(**CURRENT).replace(b'"seq"', b'"sending_ts_ms": 1669149841125, "seq"')
+    at = datetime(2022, 11, 22, 20, 44, 1, 125_000, UTC)
+    assert rows(sent) == ([{**ROW, "sent_ts": at}], [])
+    unusual = sent.replace(b'"0.3600"', b'"0.36"')  # the slow path
+    assert unusual != sent
+    assert rows(unusual) == rows(sent)
+
+
+@pytest.mark.parametrize("value", [b'"soon"', b"-1", b"1.5", b"true", b"99999999999999", b"9" * 30])
+def test_an_unreadable_time_of_sending_costs_only_itself(value: bytes) -> None:
+    sent = frame(**CURRENT).replace(b'"seq"', b'"sending_ts_ms":' + value + b', "seq"')
+    found, (odd,) = rows(sent)
+    assert found == [ROW]
+    assert (odd["kind"], odd["seq"]) == ("malformed_field", 0)
+    assert json.loads(odd["detail"])["field"] == "sending_ts_ms"
 
 
 def test_integer_cents_give_the_same_row() -> None:

@@ -17,9 +17,11 @@ FRAMES: Sequence[dict[str, Any]] = [
         "type": "orderbook_snapshot",
         "sid": 1,
         "seq": 1,
+        "sending_ts_ms": 1795970362731,
         "msg": {
             "market_ticker": "A-1",
             "market_id": MARKET_ID,
+            "clock": 3980944,
             "yes_dollars_fp": [["0.0800", "300.00"], ["0.2200", "333.50"]],
             "no_dollars_fp": [["0.5400", "20.00"], ["0.5600", "146.00"]],
         },
@@ -28,9 +30,11 @@ FRAMES: Sequence[dict[str, Any]] = [
         "type": "orderbook_delta",
         "sid": 1,
         "seq": 2,
+        "sending_ts_ms": 1795970362732,
         "msg": {
             "market_ticker": "A-1",
             "market_id": MARKET_ID,
+            "clock": 3980945,
             "price_dollars": "0.0800",
             "delta_fp": "-54.00",
             "side": "yes",
@@ -72,6 +76,7 @@ FRAMES: Sequence[dict[str, Any]] = [
         "type": "trade",
         "sid": 2,
         "seq": 1,
+        "sending_ts_ms": 1795970362733,
         "msg": {
             "trade_id": MARKET_ID,
             "market_ticker": "A-1",

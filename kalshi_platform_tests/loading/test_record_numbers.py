@@ -209,8 +209,8 @@ def test_a_row_without_a_record_keeps_its_old_checksum() -> None:
     assert checksum.rows_checksum(old) == checksum.rows_checksum(old.drop_columns(list(PLACE)))
     new = arrow(ORDERBOOK_EVENTS, [row | {"shard": 0, "record": n} for n, row in enumerate(rows)])
     content = checksum.content(new)
-    assert (content.placed, content.placeless) == (3, checksum.rows_checksum(old))
-    assert content.total != content.placeless
+    assert (content.filled, content.earlier[0]) == ((3, 0), checksum.rows_checksum(old))
+    assert content.total != content.earlier[0]
     swapped = arrow(
         ORDERBOOK_EVENTS, [r | {"shard": 0, "record": 2 - n} for n, r in enumerate(rows)]
     )

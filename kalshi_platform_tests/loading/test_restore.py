@@ -524,7 +524,7 @@ def test_rows_are_compared_as_multisets(
         module.COMPARED_ROWS = before
     taken = [
         seq
-        for table in (apart.missing(tables(cold), placed=False) if len(apart.lacking) else ())
+        for table in (apart.missing(tables(cold), groups=0) if len(apart.lacking) else ())
         for seq in table["seq"].to_pylist()
     ]
     assert Counter(taken) == Counter(cold) - Counter(hot)

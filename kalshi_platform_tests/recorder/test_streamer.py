@@ -279,6 +279,45 @@ def test_recorded_frames_are_stored_exactly_in_both_stores(
     )
     assert query(settings, "SELECT count() FROM stream_events WHERE kind = 'gap'") == [(0,)]
     assert latest(settings) == final
+
+
+def test_the_exchanges_clock_and_time_of_sending_are_in_both_stores(
+    start_simulator: StartSimulator, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    whole = FRAMES / "ws_made_2026-10_a.jsonl"
+    if not whole.exists():
+        pytest.skip("the made frames are not beside this checkout")
+    lines = whole.read_bytes().splitlines()
+    end = next(n for n, line in enumerate(lines) if n and b'"type":"subscribed"' in line)
+    first = tmp_path / "first_connection.jsonl"
+    first.write_bytes(b"\n".join(lines[:end]) + b"\n")
+    expected = sorted(
+        (
+            frame["seq"],
+            frame["msg"]["market_ticker"],
+            frame["msg"]["clock"],
+            frame["sending_ts_ms"],
+            frame["msg"].get("ts_ms"),
+        )
+        for frame in map(json.loads, lines[1:end])
+    )
+    simulator = start_simulator(replay=first)
+    settings = settings_for(simulator, market_tickers=tuple(sorted({row[1] for row in expected})))
+    with streaming(settings) as streamer:
+        wait_for(lambda: streamer.health().frames >= end, "all frames")
+    sql = (
+        "SELECT DISTINCT seq, market_ticker, clock, toUnixTimestamp64Milli(sent_ts),"
+        " toUnixTimestamp64Milli(toDateTime64(ts, 3)) FROM orderbook_events"
+    )
+    assert sorted(query(settings, sql)) == expected
+    cold = archived(settings, "orderbook_events").select(
+        "seq",
+        pl.col("market_ticker").cast(pl.String),
+        "clock",
+        pl.col("sent_ts").dt.epoch("ms"),
+        pl.col("ts").dt.epoch("ms"),
+    )
+    assert sorted(cold.unique().rows()) == expected
     assert_lossless(settings)
 
 

@@ -33,7 +33,7 @@ from kalshi_platform.journal import journal_identity, reader
 from kalshi_platform.quality import continuity
 from kalshi_platform.quality.parity import compare_hours
 from kalshi_platform.recorder.streamer import Streamer
-from kalshi_platform.schema import PLACE
+from kalshi_platform.schema import DATASETS, PLACE
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import archived
 from kalshi_platform_tests.simulator_fixtures import StartSimulator
@@ -41,6 +41,8 @@ from kalshi_platform_tests.simulator_fixtures import StartSimulator
 FOLDERS = Path(__file__).with_name("folders")
 SEALED = datetime(2026, 11, 28, 10, tzinfo=UTC)
 WITHOUT_RECORDS = "1a2c9ed"
+WITH_RECORDS, WITH_CLOCK = 15, 22
+"""The migrations that added the columns."""
 QUERIES = Path(__file__).resolve().parents[2] / "infra" / "queries"
 OF_BEFORE = "{} < toDateTime('2026-11-28 12:00:00', 'UTC')"
 """What the older version recorded; the tests record now."""
@@ -103,7 +105,8 @@ def command(opened: Opened, monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:
 
 def test_the_schema_is_brought_up_to_date(opened: Opened) -> None:
     assert opened.before | opened.applied == {m.version for m in migrations.available()}
-    assert bool(opened.applied) == (opened.commit == WITHOUT_RECORDS)
+    assert WITH_CLOCK in opened.applied
+    assert (WITH_RECORDS in opened.applied) == (opened.commit == WITHOUT_RECORDS)
     assert {one.state for one in migrations.standing(opened.client)} == {State.APPLIED}
     assert migrations.differences(opened.client) == []
     for table in ("orderbook_events", "stream_events", "book_checkpoints", "trades"):
@@ -134,6 +137,9 @@ def test_columns_of_later_are_null_in_the_rows_of_before(opened: Opened) -> None
             assert nulls == (0 if records else sum(table.num_rows for table in read)), name
             where = f"toStartOfHour(ingest_ts) = toDateTime('{SEALED:%F %T}', 'UTC')"
             assert opened.rows(name, f"{where} AND {column} IS NULL") == nulls
+        for column in {"clock", "sent_ts"} & {*DATASETS[name].arrow.names}:
+            assert {table[column].null_count - table.num_rows for table in read} == {0}
+            assert opened.rows(name, f"{column} IS NOT NULL") == 0
 
 
 def test_analytics_of_before_are_read_and_made_again(opened: Opened) -> None:
