@@ -222,6 +222,64 @@ def test_services_without_login_are_closed_to_the_cluster() -> None:
         assert all(rule.get("from") for rule in one["spec"]["ingress"])
 
 
+def kubernetes(kind: str) -> list[dict[str, Any]]:
+    """The manifests of a kind, from every file."""
+    return [one for path in KUBERNETES for one in documents(path) if one.get("kind") == kind]
+
+
+def test_disruption_budgets_hold_the_recorder_and_a_majority_of_keeper() -> None:
+    """A drained node never evicts the one recorder, nor more voters than Keeper can spare."""
+    budgets = {
+        tuple(one["spec"]["selector"]["matchLabels"].items()): one["spec"]["maxUnavailable"]
+        for one in kubernetes("PodDisruptionBudget")
+    }
+    (recorder,) = kubernetes("StatefulSet")
+    assert recorder["spec"]["replicas"] == 1
+    labels = recorder["spec"]["template"]["metadata"]["labels"]
+    assert budgets.pop(tuple(labels.items())) == 0
+    (keeper,) = kubernetes("ClickHouseKeeperInstallation")
+    (voters,) = everywhere(keeper, "replicasCount")
+    label = ("clickhouse-keeper.altinity.com/chk", keeper["metadata"]["name"])
+    assert 0 < budgets.pop((label,)) < voters / 2
+    assert budgets == {}
+
+
+def test_no_start_changes_the_owner_of_every_file() -> None:
+    """Kubernetes does so for each volume of a pod with `fsGroup`, which takes long for a large archive."""
+    groups = [one for path in KUBERNETES for doc in documents(path) for one in contexts(doc)]
+    assert len(groups) == len(kubernetes("StatefulSet")) + sum(
+        len(list(everywhere(one, "podTemplates")))
+        for kind in ("ClickHouseInstallation", "ClickHouseKeeperInstallation")
+        for one in kubernetes(kind)
+    )
+    assert {one["fsGroupChangePolicy"] for one in groups} == {"OnRootMismatch"}
+
+
+def contexts(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The security contexts in a manifest that give volumes to a group."""
+    return [one for one in everywhere(document, "securityContext") if "fsGroup" in one]
+
+
+def test_prometheus_scrapes_the_metrics_container() -> None:
+    """By its annotations, through the network policy, at the port at which the container serves."""
+    (recorder,) = kubernetes("StatefulSet")
+    template = recorder["spec"]["template"]
+    annotations = template["metadata"]["annotations"]
+    port = int(annotations["prometheus.io/port"])
+    assert annotations["prometheus.io/scrape"] == "true"
+    assert annotations.get("prometheus.io/path", "/metrics") == "/metrics"
+    (metrics,) = (one for one in template["spec"]["containers"] if one["name"] == "metrics")
+    assert metrics["args"][:2] == ["kalshi-platform", "metrics"]
+    assert metrics["args"][metrics["args"].index("--port") + 1] == str(port)
+    assert metrics["args"][metrics["args"].index("--host") + 1] == "0.0.0.0"
+    assert [one["containerPort"] for one in metrics["ports"]] == [port]
+    (policy,) = (
+        one for one in kubernetes("NetworkPolicy") if one["metadata"]["name"] == "kalshi-code"
+    )
+    opened = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": port}]]
+    assert [list(everywhere(rule, "app.kubernetes.io/name")) for rule in opened] == [["prometheus"]]
+
+
 def test_our_image_is_of_this_version() -> None:
     ours = {image for image in images() if image.startswith("kalshi-platform:")}
     assert ours == {f"kalshi-platform:{__version__}"}
