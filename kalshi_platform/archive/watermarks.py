@@ -81,7 +81,7 @@ def register(journals: Path, shard: int, *, empty: bool) -> None:
 
 
 def advance(journals: Path, shard: int, hour: datetime) -> None:
-    """Record that the archive has everything received before the first record of `hour`."""
+    """Record that the archive has every row of the hours before `hour`."""
     _write(journals, shard, Watermark(hour))
 
 
@@ -95,12 +95,15 @@ def watermark_of(journals: Path, shard: int) -> Watermark:
     return _read(journals, shard) or Watermark(BEGINNING)
 
 
-def lowest(journals: Path) -> datetime:
-    """The lowest watermark of all shards: every earlier hour may be sealed."""
-    limits = [
-        known.before for k in shards(journals) if not (known := watermark_of(journals, k)).resting
-    ]
-    return min(limits, default=_now())
+def lowest(journals: Path, own: tuple[int, datetime] | None = None) -> datetime:
+    """The lowest watermark of all shards: every earlier hour may be sealed.
+
+    `own`: a shard, and the hour to which it will advance.
+    """
+    marks = {k: watermark_of(journals, k) for k in shards(journals)}
+    if own is not None:
+        marks[own[0]] = Watermark(own[1])
+    return min((known.before for known in marks.values() if not known.resting), default=_now())
 
 
 def blocking_shards(journals: Path, hour: datetime) -> list[int]:

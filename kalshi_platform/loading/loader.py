@@ -343,6 +343,8 @@ class Loader:
             self._add_pending(built.rows, built.state, built.end)
             for stale in built.rows.stale_books:
                 self._report_stale(stale)
+            if built.hour is not None:  # the hours before it are sealed with its first rows
+                self._commit(self._position)
             if self._full or self._abandon.is_set():
                 return
 

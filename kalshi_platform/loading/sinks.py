@@ -270,7 +270,7 @@ class ParquetSink:
             watermarks.watermark_of(journals, shard).before if journals else watermarks.BEGINNING
         )
         """This shard's watermark: rows of an earlier hour are late, and other shards do not wait for them."""
-        self._looked_to = self._lowest_watermark
+        self._looked_to = self._lowest_watermark()
         """Unsealed hours before this were sealed already."""
         self._looked_back = False
         self._open_hour_reported: datetime | None = None
@@ -335,9 +335,11 @@ class ParquetSink:
         for hour, dataset, part in pieces:
             self._write_part(dataset, hour, first_n, end_n, [part], late=hour in late)
         for hour in sorted(late):
-            if hour < self._lowest_watermark or hours.is_sealed(self._archive, hour):
+            if hour < self._lowest_watermark() or hours.is_sealed(self._archive, hour):
                 with self._archive.changing():
                     self._seal(hour)
+        if touched and touched[-1] > self._passed:
+            self.pass_hours_before(touched[-1])
         for hour in news:
             self._open_hour_reported = hour
             going_on = self._raise_if_abandoned
@@ -370,19 +372,35 @@ class ParquetSink:
                 self._archive.write(dataset.name, hour, name, tables, dataset.arrow)
 
     def begin_hour(self, hour: datetime, books: Iterator[pa.Table], n: int) -> None:
-        """Write the checkpoint, advance the watermark, and seal the hours that are complete.
+        """Write the checkpoint, which is one file: readers see it completely or not at all.
 
-        The checkpoint is one file, written batch by batch; readers see it completely or not at all.
+        The hours before are passed with the first rows of this one.
         """
         if (first := next(books, None)) is not None:
             late = hours.is_sealed(self._archive, hour)
             self._write_part(
                 BOOK_CHECKPOINTS, hour, n, n, itertools.chain([first], books), late=late
             )
+        if hour <= self._passed:
+            # Records are loaded again, or the journal rested: the hour's first rows pass the hours before.
+            self._advance(watermarks.BEGINNING)
+            self._looked_back = False
+
+    def pass_hours_before(self, hour: datetime) -> None:
+        """Advance the watermark to `hour`, whose first rows are written, and seal the hours that are complete.
+
+        The first record of an hour may have a row of an earlier one: a recorder that was killed leaves its
+        connection open, and the next start ends it as of the last frame (`unheard`). So an hour that is sealed
+        before that record is written would be sealed twice. Sealing comes first: a start that finds the
+        watermark advanced looks for no earlier hour before the next one begins.
+        """
+        self._seal_complete_hours(hour, look_back=True)
+        self._advance(hour)
+
+    def _advance(self, hour: datetime) -> None:
         if self._journals is not None:
             watermarks.advance(self._journals, self._shard, hour)
         self._passed = hour
-        self._seal_complete_hours(look_back=True)
 
     def abandon(self) -> None:
         """See `Sink`. An hour being sealed is left to the next start."""
@@ -402,19 +420,20 @@ class ParquetSink:
             if seal:
                 self._seal_complete_hours(look_back=True)
 
-    @property
-    def _lowest_watermark(self) -> datetime:
-        """Every earlier hour is complete in all journals."""
-        return self._passed if self._journals is None else watermarks.lowest(self._journals)
+    def _lowest_watermark(self, own: datetime | None = None) -> datetime:
+        """Every earlier hour is complete in all journals; `own`: this shard's watermark, where it will advance."""
+        if self._journals is None:
+            return own or self._passed
+        return watermarks.lowest(self._journals, None if own is None else (self._shard, own))
 
-    def _seal_complete_hours(self, *, look_back: bool = False) -> None:
+    def _seal_complete_hours(self, own: datetime | None = None, *, look_back: bool = False) -> None:
         """Seal unsealed hours before the lowest watermark; leave them for later where the archive is locked.
 
-        `look_back`: include hours from before this process.
+        `own`: this shard's watermark, where it will advance. `look_back`: include hours from before this process.
         """
         if look_back and not self._looked_back:
             self._looked_back, self._looked_to = True, watermarks.BEGINNING
-        limit = self._lowest_watermark
+        limit = self._lowest_watermark(own)
         if limit <= self._looked_to:
             return
         with ExitStack() as stack:

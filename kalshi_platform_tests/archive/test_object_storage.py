@@ -308,10 +308,10 @@ _ACTS: tuple[tuple[Any, str], ...] = (
 def test_a_kill_at_any_sending_step_keeps_each_row_once(
     after: bool, store: ObjectStore, settings: Settings, expected: pl.DataFrame, tmp_path: Path
 ) -> None:
-    """Repeats the loader's begin_hour as after a kill, and reads after each."""
+    """Passes an hour again, as after a kill, and reads after each."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ParquetSink, "begin_hour", lambda *_: None)  # nothing is sealed
+        patched.setattr(ParquetSink, "pass_hours_before", lambda *_: None)  # nothing is sealed
         load_all(Loader(settings.journal_dir(), writer, parquet(settings), PACE))
     writer.close()
     kept = tmp_path / "kept"
@@ -326,7 +326,7 @@ def test_a_kill_at_any_sending_step_keeps_each_row_once(
         with pytest.MonkeyPatch.context() as patched:
             die_at(patched, step, _ACTS, after=after, midway={"rmtree": _half_removed})
             try:
-                parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
+                parquet(settings).pass_hours_before(SECOND_HOUR)
             except Killed:
                 deaths += 1
             else:
@@ -334,7 +334,7 @@ def test_a_kill_at_any_sending_step_keeps_each_row_once(
         seen = [key for key in keys(store, settings) if key.endswith(".parquet")]
         assert not seen or globbed(store, settings).equals(expected)
         assert rows(archive).equals(expected)  # sent or waiting: never both, never neither
-        parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
+        parquet(settings).pass_hours_before(SECOND_HOUR)
         assert globbed(store, settings).equals(expected)
         assert hours.is_sealed(archive, FIRST_HOUR)
         assert LocalArchive(settings.archive_dir).hours(EVENTS) == [SECOND_HOUR]
@@ -403,7 +403,7 @@ def test_readers_during_sealing_and_late_rows_see_each_row_once(
     """An hour is visible with all its rows or not at all; late rows appear once."""
     writer = journal_of(settings.journal_dir(), recording())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ParquetSink, "begin_hour", lambda *_: None)
+        patched.setattr(ParquetSink, "pass_hours_before", lambda *_: None)
         load_all(Loader(settings.journal_dir(), writer, parquet(settings), PACE))
     writer.close()
     ended = threading.Event()
@@ -432,7 +432,7 @@ def test_readers_during_sealing_and_late_rows_see_each_row_once(
     thread.start()
     try:
         time.sleep(0.1)
-        parquet(settings).begin_hour(SECOND_HOUR, iter(()), 300)
+        parquet(settings).pass_hours_before(SECOND_HOUR)
         wait_for_a_reading_of(sealed)
         for n in range(3):
             late(settings, table.set_column(at, table.schema.field(at), seq), 90_000 + 10 * n)
@@ -752,7 +752,7 @@ def test_a_lasting_refusal_names_the_remedy(
     store.fault = lambda *_: fault
     try:
         with pytest.raises(StoreRefused, match=sentence) as refused:
-            parquet(settings).begin_hour(SECOND_HOUR, iter(()), 0)
+            parquet(settings).pass_hours_before(SECOND_HOUR)
     finally:
         store.fault = None
     assert KEY not in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -15,7 +16,14 @@ import pytest
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.books import books
-from kalshi_platform.archive import FROM_CLICKHOUSE, LocalArchive, compaction, hours, watermarks
+from kalshi_platform.archive import (
+    FROM_CLICKHOUSE,
+    LocalArchive,
+    compaction,
+    hours,
+    sealing,
+    watermarks,
+)
 from kalshi_platform.archive.hours import HourReport
 from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client
@@ -158,8 +166,7 @@ def test_an_hour_is_sealed_once_by_the_last_shard(settings: Settings) -> None:
     assert writer.wait_durable(writer.next_n, PATIENCE_S)
     slow.load(writer)
     assert hours.is_sealed(LocalArchive(root), FIRST_HOUR)
-    # once when it is passed, and again with what the start says of the connection that it ends
-    assert (fast.sealed(), slow.sealed()) == ([], [FIRST_HOUR, FIRST_HOUR])
+    assert (fast.sealed(), slow.sealed()) == ([], [FIRST_HOUR])
     manifest = LocalArchive(root).read_manifest("orderbook_events", FIRST_HOUR)
     assert manifest is not None
     assert manifest.markets == 2
@@ -185,12 +192,86 @@ def test_a_killed_shard_keeps_its_hours_unsealed(
     assert not hours.is_sealed(LocalArchive(root), FIRST_HOUR)
     assert not hours.is_sealed(LocalArchive(root), SECOND_HOUR)
     killed.record(life(1, "B-2", 3_710, 3_800, conn=21))
-    assert killed.sealed() == [
-        FIRST_HOUR,
-        SECOND_HOUR,
-        FIRST_HOUR,
-    ]  # with the end that the next start wrote
+    assert killed.sealed() == [FIRST_HOUR, SECOND_HOUR]
     assert archived(root, "orderbook_events").height == (4_000 + 2) + (60 + 2) + (90 + 2)
+
+
+def test_an_hour_of_a_killed_recorder_is_sealed_once(settings: Settings) -> None:
+    """The next start's first record ends its connection, as of the last frame, in the hour before."""
+    shard = Shard(settings, 0)
+    shard.record(life(0, "A-1", 0, 60))
+    shard.record(life(0, "A-1", 150, 3_650, conn=20))
+    shard.record(life(0, "A-1", 3_710, 3_720, conn=30))
+    first, second = (shard.reports[n] for n, it in enumerate(shard.reports) if it.complete)
+    assert (first.hour, second.hour) == (FIRST_HOUR, SECOND_HOUR)
+    for sealed in (first, second):
+        assert kinds(settings, sealed.hour).count("unheard") == 1
+        rows = {dataset.dataset: dataset.rows for dataset in sealed.datasets}
+        assert rows["stream_events"] == len(kinds(settings, sealed.hour))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "step", [(sealing, "seal"), (watermarks, "advance")], ids=["seal", "advance"]
+)
+def test_a_kill_while_an_hour_is_passed_is_finished_by_the_next_start(
+    step: tuple[object, str], after: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Shard(settings, 0)
+    shard.record(life(0, "A-1", 0, 60))
+    writer = shard.writer(life(0, "A-1", 150, 160, conn=20))
+    act = getattr(*step)
+
+    def killed(*args: object) -> None:
+        if after:
+            act(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*step, killed)
+        load = Loader(shard.folder, writer, shard.store(), SMALL)
+        load.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while not isinstance(load.failure, KeyboardInterrupt):
+            assert time.monotonic() < deadline, load.trouble
+            time.sleep(0.01)
+        load.drain()
+        assert load.join(PATIENCE_S) is False
+    shard.load(writer)
+    writer.close()
+    archive = LocalArchive(settings.archive_dir)
+    assert hours.is_sealed(archive, FIRST_HOUR)
+    assert watermarks.watermark_of(settings.journals_dir, 0).before == SECOND_HOUR
+    assert kinds(settings, FIRST_HOUR).count("unheard") == 1
+    sealed = [report for report in shard.reports if report.complete][-1]
+    rows = {dataset.dataset: dataset.rows for dataset in sealed.datasets}
+    assert rows["stream_events"] == len(kinds(settings, FIRST_HOUR))
+    assert archived(settings.archive_dir, "orderbook_events").height == (60 + 2) + (10 + 2)
+
+
+def test_an_archive_restored_to_an_earlier_state_is_sealed_hour_by_hour(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The watermark is of the archive that was lost: no hour is sealed before it is loaded again."""
+    shard = Shard(settings, 0)
+    shard.record(life(0, "A-1", 0, 60))
+    shutil.copytree(settings.archive_dir, tmp_path / "backup")
+    shard.record(life(0, "A-1", 150, 3_710, conn=20))
+    assert shard.sealed() == [FIRST_HOUR, SECOND_HOUR]
+    held = archived(settings.archive_dir, "stream_events").sort("record", "kind")
+    shutil.rmtree(settings.archive_dir)
+    shutil.move(tmp_path / "backup", settings.archive_dir)
+    shard.record([wire.started(at(3_720))])
+    sealed = shard.sealed()[2:]
+    assert sealed == [FIRST_HOUR, SECOND_HOUR]
+    again = archived(settings.archive_dir, "stream_events").sort("record", "kind")
+    assert again.filter(pl.col("ingest_ts") <= held["ingest_ts"].max()).equals(held)
+
+
+def kinds(settings: Settings, hour: datetime) -> list[str]:
+    """The kinds of an hour's stream events."""
+    tables = LocalArchive(settings.archive_dir).read("stream_events", hour)
+    return [str(kind) for table in tables for kind in table["kind"].to_pylist()]
 
 
 def test_a_resting_shard_blocks_no_hour(
@@ -372,10 +453,7 @@ def test_late_rows_of_one_shard_seal_again_after_the_other(settings: Settings) -
     waiting.submit()
     assert waiting.wait_durable(waiting.next_n, PATIENCE_S)
     other.load(waiting)
-    assert other.sealed() == [
-        FIRST_HOUR,
-        FIRST_HOUR,
-    ]  # passed, and with the end that the next start wrote
+    assert other.sealed() == [FIRST_HOUR]
     one.record(late[2:])
     assert one.sealed() == [FIRST_HOUR]
     manifest = LocalArchive(settings.archive_dir).read_manifest("orderbook_events", FIRST_HOUR)
