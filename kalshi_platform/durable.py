@@ -23,10 +23,24 @@ def replace(path: Path, data: bytes) -> None:
     The bytes are written to `<stem>.tmp` in the same folder first. Raises `OSError`.
     """
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(data)
+    publish(temporary, path)
+
+
+def replace_unsynced(path: Path, data: bytes) -> None:
+    """Write a file atomically, its folders included, without waiting for the disk.
+
+    After a power failure it may be missing or old: for what is made anew. Raises `OSError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a finished file of the same folder durable, then give it its name. Raises `OSError`."""
+    sync(temporary)
     temporary.replace(path)
     sync(path.parent)
 

@@ -31,13 +31,14 @@ from typing import NoReturn
 
 import psutil
 
+from kalshi_platform import backoff
 from kalshi_platform.errors import PlatformError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _START_TIME = 19
 """Index of the start time (ticks since boot) among the fields after the name in /proc/<pid>/stat; proc(5)."""
 
-BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+BACKOFF_S, BACKOFF_LIMIT_S = 1.0, 30.0
 """Waits in seconds before the first, second, … restart in a row; the last one repeats."""
 STEADY_S = 60.0
 """A program that ran this long resets the back-off: its next restart takes the shortest wait."""
@@ -286,10 +287,10 @@ class ProgramSupervisor:
             if child.restart_at is None:
                 steady = now - child.started >= STEADY_S
                 child.failures = 1 if steady else child.failures + 1
-                wait = BACKOFF_S[min(child.failures, len(BACKOFF_S)) - 1]
+                wait = backoff.wait_s(child.failures, BACKOFF_S, BACKOFF_LIMIT_S)
                 child.restart_at = now + wait
                 self.say(
-                    f"{name} ended ({describe_exit(status)}); it starts again in {wait:.0f} s."
+                    f"{name} ended ({describe_exit(status)}); it starts again in {wait:g} s."
                     f" Its log: {self.log_path(name)}"
                 )
             elif now >= child.restart_at:

@@ -86,7 +86,7 @@ def output(supervisor: ProgramSupervisor, name: str) -> str:
 def test_a_program_that_exits_is_restarted_and_reported(
     supervisor: ProgramSupervisor, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", (0.05,))
+    monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", 0.05)
     supervisor.start(program("short", "print('here', flush=True); raise SystemExit(3)"))
 
     def started_three_times() -> bool:
@@ -101,16 +101,16 @@ def test_a_program_that_exits_is_restarted_and_reported(
 def test_the_restart_delay_grows_with_each_exit(
     supervisor: ProgramSupervisor, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", (0.0, 2.0, 4.0))
+    monkeypatch.setattr("kalshi_platform.processes.BACKOFF_S", 0.5)
     supervisor.start(program("short", "raise SystemExit(1)"))
 
-    def restarted_twice() -> bool:
+    def restarted_thrice() -> bool:
         supervisor.watch()
-        return len(messages) == 2
+        return len(messages) == 3
 
-    until(restarted_twice)
-    assert "again in 0 s" in messages[0]
-    assert "again in 2 s" in messages[1]
+    until(restarted_thrice)
+    waits = [float(message.split("again in ")[1].split(" s")[0]) for message in messages]
+    assert waits == [0.5, 1, 2]
 
 
 def test_stopping_reaches_grandchildren_whose_parent_has_exited(

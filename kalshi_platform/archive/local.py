@@ -433,7 +433,7 @@ def durably(
         path.parent.mkdir(parents=True, exist_ok=True)
         with parquet_writer(temporary, schema, level=level, sorted_by=sorted_by) as add:
             yield add
-        _publish_file(temporary, path)
+        durable.publish(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(path, error) from None
@@ -463,7 +463,7 @@ def stage_manifest(folder: Path, manifest: Manifest) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(encoded(manifest))
-        _publish_file(temporary, path)
+        durable.publish(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from None
 
@@ -496,13 +496,6 @@ def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _publish_file(temporary: Path, path: Path) -> None:
-    """Make a finished file durable, then visible."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def disk_error(path: Path, error: OSError) -> StoreUnavailable | StoreRefused:

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kalshi_platform import typed_json
+from kalshi_platform import backoff, typed_json
 
 CALM_S = 120.0
 """An incident is over when its condition has been absent this long, so that flapping is one incident."""
@@ -122,7 +122,7 @@ class Mailbox(msgspec.Struct, frozen=True):
 
     def failed(self, now: float, trouble: str) -> Mailbox:
         """The mailbox after the message was not accepted: its notices wait for the back-off to end."""
-        wait = min(BACKOFF_S * 2.0 ** min(self.failures, 32), BACKOFF_LIMIT_S)
+        wait = backoff.wait_s(self.failures + 1, BACKOFF_S, BACKOFF_LIMIT_S)
         return msgspec.structs.replace(
             self.returned(), failures=self.failures + 1, not_before=now + wait, trouble=trouble
         )

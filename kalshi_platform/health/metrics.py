@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kalshi_platform import typed_json
+from kalshi_platform import durable, typed_json
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.health import health_report, monitored_shards, verdict
 from kalshi_platform.processes import Identity
@@ -129,12 +129,8 @@ def note_incidents(
 
     `counts`: open incidents by severity. `troubles`: why channels do not accept messages. Raises `OSError`.
     """
-    path = _incident_file(data_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     noted = {"at": now, "open": dict(counts), "troubles": list(troubles)}
-    temporary.write_text(json.dumps(noted), "utf-8")
-    temporary.replace(path)
+    durable.replace_unsynced(_incident_file(data_dir), json.dumps(noted).encode())
 
 
 def channel_troubles(data_dir: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from kalshi_platform import typed_json
+from kalshi_platform import durable, typed_json
 
 TICKING_S = 60.0
 """A running supervisor writes its result about every 5 s."""
@@ -42,11 +42,7 @@ class Supervision(msgspec.Struct, frozen=True):
 
 def note(data_dir: Path, found: Supervision) -> None:
     """Write the result. Raises `OSError`."""
-    path = _path(data_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.encode(found))
-    temporary.replace(path)
+    durable.replace_unsynced(_path(data_dir), msgspec.json.encode(found))
 
 
 def read(data_dir: Path) -> Supervision | None:

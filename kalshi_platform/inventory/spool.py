@@ -25,7 +25,6 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -40,7 +39,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kalshi_platform import durable, typed_json
+from kalshi_platform import backoff, durable, typed_json
 from kalshi_platform.clickhouse.client import Client, connect, translated
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.inventory.rows import TABLES
@@ -62,7 +61,7 @@ MOST_JOINED_ROWS, MOST_JOINED_BYTES = 50_000, 64 << 20
 """In one insert; a larger file is sent alone."""
 COUNTED = 10_000
 """How many files of an earlier engine are opened at a time, to count their rows."""
-BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
+BACKOFF_S, BACKOFF_LIMIT_S = 0.5, 15.0
 REFUSED_IN_A_ROW = 16
 """After this many single rows refused and none taken, the table counts as refusing."""
 OF_THE_TABLE = frozenset({60, 81, 16, 164, 192, 193, 194, 497, 516})
@@ -449,9 +448,8 @@ class Spool:
                     with contextlib.suppress(Exception):
                         client.close()
                 client = None
-                wait = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
                 failures += 1
-                self._stop_sending.wait(wait)
+                self._stop_sending.wait(backoff.wait_s(failures, BACKOFF_S, BACKOFF_LIMIT_S))
             else:
                 self._spooled.wait(self._flush_s)
         if client is not None:
@@ -798,13 +796,9 @@ def _move(path: Path, to: Path) -> None:
 def _write(path: Path, table: pa.Table) -> None:
     """Write a file durably and atomically."""
     draft = path.with_suffix(TORN)
-    with draft.open("wb") as file:
-        with pa.ipc.new_file(file, table.schema) as stream:
-            stream.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    durable.sync(path.parent)
+    with draft.open("wb") as file, pa.ipc.new_file(file, table.schema) as stream:
+        stream.write_table(table)
+    durable.publish(draft, path)
 
 
 def _size(row: Mapping[str, Any]) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 import threading
 from collections.abc import Container, Iterator
@@ -21,7 +20,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from kalshi_platform import typed_json
+from kalshi_platform import durable, typed_json
 from kalshi_platform.arrow_columns import names, place, prices, quantities
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.journal.clock import ReceiveClock
@@ -113,9 +112,9 @@ def save(state: BookState, path: Path, start: str = "") -> None:
                 writer.write_table(levels.to_arrow().cast(schema), max_chunksize=BATCH_LEVELS)
         file.seek(len(MAGIC))
         file.write(body.hash.digest())
-        file.flush()
-        os.fsync(file.fileno())  # the cursor will name it: it must survive what the cursor survives
-    temporary.replace(path)
+    durable.publish(
+        temporary, path
+    )  # the cursor will name it: it survives what the cursor survives
 
 
 class _Body:

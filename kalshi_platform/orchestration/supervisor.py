@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from kalshi_platform import backoff
 from kalshi_platform.processes import Identity
 
 START_S = 60.0
@@ -311,8 +312,7 @@ def _had_recorded(seen: Observation, ended: Ended) -> bool:
 
 def _backoff(failures: int, jitter: float) -> float:
     """The wait in seconds: between half of the step and the whole step."""
-    step = min(BACKOFF_S * 2.0 ** min(failures - 1, 32), BACKOFF_LIMIT_S)
-    return step * (0.5 + jitter / 2)
+    return backoff.wait_s(failures, BACKOFF_S, BACKOFF_LIMIT_S) * (0.5 + jitter / 2)
 
 
 def _incumbent(seen: Observation) -> Run:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from kalshi_platform import typed_json
+from kalshi_platform import durable, typed_json
 from kalshi_platform.archive import Archive, Manifest, batches, checksum, hours, open_archive
 from kalshi_platform.archive.checksum import Content
 from kalshi_platform.clickhouse import client as clickhouse
@@ -294,11 +294,8 @@ def _known_verdicts(path: Path, where: str) -> dict[str, _Verdict]:
 
 
 def _keep(path: Path, memory: _Memory) -> None:
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(memory))
-        temporary.replace(path)
+        durable.replace_unsynced(path, msgspec.json.encode(memory))
     except OSError as error:
         log.warning(
             "%s cannot be written (%s): the next run compares these hours again. Make it writable.",

@@ -20,6 +20,7 @@ from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
+from kalshi_platform import backoff
 from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE, TRADES, MissedFrames
 from kalshi_platform.exchange.connection import LIVENESS_S, BatchedConnection, dial
 from kalshi_platform.exchange.errors import CredentialsError, ExchangeError
@@ -458,7 +459,7 @@ class Capture:
 
 def _backoff_s(attempt: int) -> float:
     """Back-off with full jitter, so that recorders disconnected together do not reconnect together."""
-    ceiling = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2**attempt)
+    ceiling = backoff.wait_s(attempt + 1, BACKOFF_MIN_S, BACKOFF_MAX_S)
     return random.uniform(BACKOFF_MIN_S / 2, ceiling)  # noqa: S311 - jitter, not a secret
 
 

@@ -41,7 +41,8 @@ AT = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spools, "BACKOFF_S", (0.05, 0.1))
+    monkeypatch.setattr(spools, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(spools, "BACKOFF_LIMIT_S", 0.1)
 
 
 @pytest.fixture
