@@ -6,22 +6,13 @@ It understands the forms that the migrations use, and nothing else of SQL.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Definition", "Token", "after_if", "altered", "definition", "dropped", "tokens_of"]
+from kalshi_platform import sql_lexer
 
-_TOKEN = re.compile(
-    r"""
-      (?P<skip> --[^\n]*+ | /\*.*?\*/ | \s++ )
-    | (?P<quoted> '(?:[^'\\]|\\.|'')*+' | "(?:[^"\\]|\\.|"")*+" | `(?:[^`\\]|\\.|``)*+` )
-    | (?P<word> \w++ )
-    | (?P<mark> . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+__all__ = ["Definition", "Token", "after_if", "altered", "definition", "dropped", "tokens_of"]
 
 
 class Token(NamedTuple):
@@ -31,7 +22,7 @@ class Token(NamedTuple):
     start: int
     end: int
     depth: int
-    """Nesting depth of parentheses; a parenthesis itself has the depth outside of it."""
+    """How many brackets are open around it; a bracket itself has the depth outside of it."""
 
     def says(self, *words: str) -> bool:
         """Whether the token is one of these keywords."""
@@ -52,15 +43,11 @@ class Definition:
 
 def tokens_of(sql: str) -> list[Token]:
     """The tokens of a statement, without comments and white space."""
-    found = []
-    depth = 0
-    for match in _TOKEN.finditer(sql):
-        if match.lastgroup == "skip":
-            continue
-        depth -= match[0] == ")"
-        found.append(Token(match[0], match.start(), match.end(), depth))
-        depth += match[0] == "("
-    return found
+    return [
+        Token(sql[begin:end], begin, end, depth)
+        for kind, begin, end, depth in sql_lexer.tokens(sql)
+        if kind != "comment"
+    ]
 
 
 def after_if(found: Sequence[Token], at: int, words: tuple[str, ...]) -> int:

@@ -1,24 +1,11 @@
-"""Splitting of a SQL text into statements. It understands quotes and comments, and nothing else of SQL."""
+"""Splitting of a SQL text into statements."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from kalshi_platform import sql_lexer
 from kalshi_platform.errors import StoreRefused
-
-_TOKEN = re.compile(
-    r"""
-      (?P<comment> --[^\n]*+ | \#[!\ ][^\n]*+ | /\*.*?\*/ )
-    | (?P<text> '(?:[^'\\]|\\.|'')*+' | "(?:[^"\\]|\\.|"")*+" | `(?:[^`\\]|\\.|``)*+`
-              | \$(?P<tag>\w*)\$.*?\$(?P=tag)\$ )
-    | (?P<open> ['"`] | /\* )
-    | (?P<end> ; )
-    | (?P<space> \s++ )
-    | (?P<other> [^-\#/'"`$;\s]++ | . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 
 
 def statements(sql: str) -> Iterator[str]:
@@ -29,18 +16,19 @@ def statements(sql: str) -> Iterator[str]:
     Raises `StoreRefused` with the line of a quote or comment that is never closed.
     """
     start: int | None = None
-    for token in _TOKEN.finditer(sql):
-        match token.lastgroup:
-            case "comment" | "space":
-                continue
-            case "open":
-                line = sql.count("\n", 0, token.start()) + 1
-                raise StoreRefused(f"SQL: {token[0]} in line {line} is never closed. Close it.")
-            case "end":
+    try:
+        for kind, begin, end, _ in sql_lexer.tokens(sql):
+            if kind == "open":
+                line = sql.count("\n", 0, begin) + 1
+                mark = "/*" if sql.startswith("/*", begin) else sql[begin]
+                raise StoreRefused(f"SQL: {mark} in line {line} is never closed. Close it.")
+            if sql[begin:end] == ";":
                 if start is not None:
-                    yield sql[start : token.start()].rstrip()
+                    yield sql[start:begin].rstrip()
                 start = None
-            case _:
-                start = token.start() if start is None else start
+            elif kind != "comment" and start is None:
+                start = begin
+    except sql_lexer.TooManyHeredocs as error:
+        raise StoreRefused(f"SQL: {error}. Close them.") from None
     if start is not None:
         yield sql[start:].rstrip()

@@ -3,42 +3,22 @@
 It finds where an INSERT's data begins, which format the answer has, whether there is more than one statement, and
 whether the text names a file of the host. It works on bytes, since any binary format may follow an INSERT's header.
 
-Tokens are the same as the engine's lexer's, found in linear time: an unclosed string, quoted name or comment extends
-to the end. The engine's lexer is not linear for unclosed heredocs: it searches the rest of the text for each of them
-and cannot be interrupted. A text with too many of these is refused here.
+Tokens are the same as the engine's lexer's. That one cannot be interrupted while it searches the ends of heredocs, so
+a text with too many that have none is refused here.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from kalshi_platform import sql_lexer
 from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
 
-_TOKEN = re.compile(
-    rb"""
-    (?P<space> \s++ | \xef\xbb\xbf | \xc2\xa0
-             | --[^\n]*+ | \#(?=[\ !])[^\n]*+ | /\*.*?(?:\*/|\Z) )
-  | (?P<string> '(?:[^'\\]++|\\.|\\\Z|'')*+(?:'|\Z) )
-  | (?P<quoted> `(?:[^`\\]++|\\.|\\\Z|``)*+(?:`|\Z) | "(?:[^"\\]++|\\.|\\\Z|"")*+(?:"|\Z) )
-  | (?P<number> \d[\w.]*+ )
-  | (?P<word> [A-Za-z_$][\w$]*+ )
-  | (?P<other> . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-"""Every token except heredocs, which `_Heredocs` finds. No byte is read twice."""
-_TAG = re.compile(rb"\$\w*+(?=\$)")
-
-_DOLLAR = ord("$")
-
-LONGEST_SEARCH_BYTES = 8 * 1024 * 1024
-"""Bytes that the engine may search for the ends of unclosed heredocs: about 0.2 seconds."""
-
+_QUOTE = ord("'")
 _BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
 
 _READ_FIRST = {"SELECT", "WITH", "FROM", "("}
@@ -148,65 +128,23 @@ def parse(text: bytes) -> Statement:
 
 def _tokens(text: bytes) -> Iterator[_Token]:
     """The tokens of a text in order, without white space and comments."""
-    depth = begin = 0
-    heredocs = _Heredocs(text)
-    while begin < len(text):
-        if text[begin] == _DOLLAR and (closed := heredocs.end(begin)):
-            yield _Token("heredoc", "", begin, closed, depth)
-            begin = closed
-            continue
-        match = _TOKEN.match(text, begin)
-        if match is None:
-            raise AssertionError("a token can be any byte")
-        kind, end = str(match.lastgroup), match.end()
-        if kind == "word":
-            yield _Token(kind, match[0].decode("ascii").upper(), begin, end, depth)
-        elif kind == "other":
-            mark = match[0].decode("latin-1")
-            depth -= mark in ")]"
-            yield _Token(kind, mark, begin, end, depth)
-            depth += mark in "(["
-        elif kind != "space":
-            yield _Token(kind, "", begin, end, depth)
-        begin = end
-
-
-class _Heredocs:
-    """Finds the ends of a text's heredocs; the positions of each tag are searched once."""
-
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-        self._searched = 0
-        self._places: dict[bytes, list[int]] | None = None
-
-    def end(self, begin: int) -> int | None:
-        """The end of the heredoc that begins here; None where none does.
-
-        Raises `ClickHouseError` where too many of the text's heredocs have no end.
-        """
-        tag = _TAG.match(self._text, begin)
-        if tag is None:
-            return None
-        size = tag.end() + 1 - begin  # with the dollar behind it
-        places = self._tags()[tag.group()]
-        following = bisect_left(places, begin + size)
-        if following < len(places):
-            return places[following] + size
-        self._searched += len(self._text) - begin
-        if self._searched > LONGEST_SEARCH_BYTES:
-            raise ClickHouseError(
-                62,
-                "SYNTAX_ERROR",
-                "Syntax error: the text has too many heredocs that are not closed",
-            )
-        return None
-
-    def _tags(self) -> dict[bytes, list[int]]:
-        if self._places is None:
-            self._places = {}
-            for match in _TAG.finditer(self._text):
-                self._places.setdefault(match.group(), []).append(match.start())
-        return self._places
+    try:
+        for kind, begin, end, depth in sql_lexer.tokens(text):
+            match kind:
+                case "word":
+                    said = text[begin:end].decode("ascii").upper()
+                case "mark":
+                    said = text[begin:end].decode("latin-1")
+                case "comment":
+                    continue
+                case "open" if text[begin:end].startswith(b"/*"):
+                    continue
+                case _:
+                    said = ""
+            unclosed = "string" if text[begin] == _QUOTE else "quoted"
+            yield _Token(unclosed if kind == "open" else kind, said, begin, end, depth)
+    except sql_lexer.TooManyHeredocs as error:
+        raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: {error}") from None
 
 
 def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
