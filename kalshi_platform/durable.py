@@ -30,7 +30,7 @@ def replace(path: Path, data: bytes) -> None:
 def replace_unsynced(path: Path, data: bytes) -> None:
     """Write a file atomically, its folders included, without waiting for the disk.
 
-    After a power failure it may be missing or old: for what is made anew. Raises `OSError`.
+    After a power failure it may be missing or old: for what can be written again. Raises `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
