@@ -25,6 +25,9 @@ CONNECTION_ENDS = ("disconnected", "unheard")
 """The kinds of stream_events after which every book of a connection is stale."""
 STALE_EVENTS = ("gap", "unsubscribed", "left", *CONNECTION_ENDS)
 """The kinds of stream_events that make books stale, for analytics and coverage."""
+UNCHANGED = '"unchanged":true'
+"""What the detail of a `snapshot` row says whose clock proves that its market missed nothing while it was stale. A
+`resynced` row of one market says the same of the rest of an hour before that of the snapshot."""
 
 ZERO_UUID = "00000000-0000-0000-0000-000000000000"
 

@@ -32,9 +32,18 @@ def market_id(ticker: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, ticker))
 
 
-def delta(ticker: str, seq: int, side: str, price: int, qty: int, *, sid: int = 1) -> bytes:
+def delta(
+    ticker: str,
+    seq: int,
+    side: str,
+    price: int,
+    qty: int,
+    *,
+    sid: int = 1,
+    clock: int | None = None,
+) -> bytes:
     """A delta frame in the current form; price in 1e-4 dollars, qty in 1e-2 contracts."""
-    body = {
+    body: dict[str, Any] = {
         "market_ticker": ticker,
         "market_id": market_id(ticker),
         "price_dollars": dollars(price),
@@ -43,12 +52,18 @@ def delta(ticker: str, seq: int, side: str, price: int, qty: int, *, sid: int = 
         "ts": "2026-08-07T06:46:28.97871Z",
         "ts_ms": 1786085188978,
     }
+    if clock is not None:
+        body["clock"] = clock
     return _frame("orderbook_delta", sid, seq, body)
 
 
-def snapshot(ticker: str, seq: int, yes: Levels, no: Levels, *, sid: int = 1) -> bytes:
+def snapshot(
+    ticker: str, seq: int, yes: Levels, no: Levels, *, sid: int = 1, clock: int | None = None
+) -> bytes:
     """A snapshot frame; the key of an empty side is absent, prices ascend."""
     body: dict[str, Any] = {"market_ticker": ticker, "market_id": market_id(ticker)}
+    if clock is not None:
+        body["clock"] = clock
     for side, levels in (("yes", yes), ("no", no)):
         if levels:
             body[f"{side}_dollars_fp"] = [

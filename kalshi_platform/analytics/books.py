@@ -4,7 +4,8 @@ A book is a market on one subscription (conn_id, sid). The order of the rows doe
 a book are ordered by `record`, the journal's number; a market's books of one shard, too; its books of
 different shards by their first receive time. A book starts with a checkpoint or a snapshot, which replaces
 all levels, even if it is empty; deltas of a subscription before its first snapshot are left out, as in
-`book_at`. An event that makes a book stale does so from its record on. Rows of versions that kept no
+`book_at`. An event that makes a book stale does so from its record on, unless the market's next snapshot proves by
+its clock that nothing was missed. Rows of versions that kept no
 records come before those that have one: frames by `seq`, books and stale events by receive time.
 
 Units in this package: prices 1e-4 dollars on the bid scale of the side, sizes 1e-2 contracts, times
@@ -48,7 +49,7 @@ from kalshi_platform.analytics.frames import (
     running_max,
 )
 from kalshi_platform.analytics.ladder import SIDES, Side, side_at
-from kalshi_platform.schema import CONNECTION_ENDS, PLACE, STALE_EVENTS
+from kalshi_platform.schema import CONNECTION_ENDS, PLACE, STALE_EVENTS, UNCHANGED
 
 _KEY = ["conn_id", "sid", "seq", "market_ticker", *PLACE]
 EVENT_COLUMNS = ["type", *_KEY, "side", "price", "size", "ts", "ingest_ts"]
@@ -182,7 +183,7 @@ class _RecordedRows:
 
     def __init__(self) -> None:
         self.parts: list[_Rows] = []
-        self.stale_events: list[dict[str, Any]] = []
+        self.stream = _StreamEvents()
         self._tickers, self._conns = _Codes(), _Codes()
         self._books: dict[tuple[int, int, int], int] = {}
         self._shards: dict[int, int] = {}
@@ -299,12 +300,12 @@ def books_in_groups(
     for table in stream:
         kind = table["kind"].cast(pa.string())
         found.add(table.filter(pc.equal(kind, "snapshot")), _marker_rows)
-        found.stale_events += table.filter(pc.is_in(kind, pa.array(STALE_EVENTS))).to_pylist()
+        found.stream.add(table, kind)
     for table in events:
         found.add(table, _event_rows)
-    stale_events = found.stale_events
+    stream_events = found.stream
     if not found.parts:
-        yield _nothing(hour, _gaps(stale_events))
+        yield _nothing(hour, stream_events.gaps)
         return
     parts, keys = found.by_book()
     del found
@@ -313,7 +314,7 @@ def books_in_groups(
         group = parts
         if len(ends) > 1:
             group = [p.take(np.flatnonzero((p.book >= first) & (p.book < last))) for p in parts]
-        yield _ordered(hour, _joined(group), keys, stale_events, start_us)
+        yield _ordered(hour, _joined(group), keys, stream_events, start_us)
 
 
 def _group_ends(parts: Sequence[_Rows], keys: _BookKeys, limit: int | None) -> list[int]:
@@ -434,13 +435,13 @@ def _us(column: pa.ChunkedArray) -> Ints:
 
 
 def _ordered(
-    hour: datetime, rows: _Rows, keys: _BookKeys, stale_events: list[dict[str, Any]], start_us: int
+    hour: datetime, rows: _Rows, keys: _BookKeys, stream: _StreamEvents, start_us: int
 ) -> Books:
     rows = _after_checkpoint(rows, len(keys.market))
     rows = rows.take(np.lexsort((rows.place, _narrow(rows.book, len(keys.market)))))
     rows, frame = _from_base(rows, _frame_numbers(rows))
     if not len(frame):
-        return _nothing(hour, _gaps(stale_events))
+        return _nothing(hour, stream.gaps)
     first = np.flatnonzero(differs(frame))
     at = rows if len(first) == len(frame) else rows.take(first)
     columns: dict[str, Array] = {
@@ -453,7 +454,9 @@ def _ordered(
         "cause": at.cause,
         "verified": at.verified,
     }
-    where, added = _stale_rows(columns, stale_events, keys, start_us)
+    unchanged = _UnchangedSpans(columns, keys, stream)
+    columns["verified"] = unchanged.verified(columns)
+    where, added = _stale_rows(columns, stream.stale, keys, unchanged, start_us)
     if len(where):
         columns = {name: np.insert(columns[name], where, added[name]) for name in columns}
         frame = frame + np.searchsorted(where, frame, side="right").astype(np.int32)
@@ -470,12 +473,8 @@ def _ordered(
         keys.shard,
         frames,
         _levels(rows, frame, frames),
-        _gaps(stale_events),
+        stream.gaps,
     )
-
-
-def _gaps(stale_events: list[dict[str, Any]]) -> int:
-    return sum(event["kind"] == "gap" for event in stale_events)
 
 
 def _alphabetic(values: list[str]) -> Ints:
@@ -514,13 +513,17 @@ def _from_base(rows: _Rows, frame: Codes) -> tuple[_Rows, Codes]:
 
 
 def _stale_rows(
-    frames: dict[str, Array], stale_events: list[dict[str, Any]], keys: _BookKeys, start_us: int
+    frames: dict[str, Array],
+    stale_events: list[dict[str, Any]],
+    keys: _BookKeys,
+    unchanged: _UnchangedSpans,
+    start_us: int,
 ) -> tuple[Ints, dict[str, Array]]:
     """Return the positions at which rows of cause `doubt` are inserted, and their columns. As in `archive.coverage`.
 
     Such a row goes before the frame of its record, because the recorder writes the event when a frame shows
     that others are missing. One without a record goes before the frames of its microsecond. An event that
-    concerns a book which is already stale is left out.
+    concerns a book which is already stale is left out, and one after which nothing was missed.
     """
     if not stale_events:
         return np.empty(0, dtype=np.int64), {}
@@ -532,6 +535,8 @@ def _stale_rows(
         record = NONE if event["record"] is None else event["record"]
         found.append([position, books, *(np.full(len(books), v) for v in (record, us))])
     where, book, record_, us_ = (np.concatenate(part) for part in zip(*found, strict=True))
+    missed = ~unchanged.after(book, record_)
+    where, book, record_, us_ = where[missed], book[missed], record_[missed], us_[missed]
     order = np.lexsort((us_, record_, where))
     order = order[_makes_stale(where[order], frames)]
     where, book, record_, us_ = where[order], book[order], record_[order], us_[order]
@@ -552,6 +557,93 @@ def _makes_stale(where: Ints, frames: dict[str, Array]) -> Bools:
     not_deltas = np.where(frames["cause"] != DELTA, np.arange(len(frames["cause"])), 0)
     last = np.maximum.accumulate(not_deltas)[where - 1]
     return differs(last) & frames["verified"][last]
+
+
+class _StreamEvents:
+    """The events of an hour that make books stale, and the snapshots that prove their market unchanged meanwhile."""
+
+    def __init__(self) -> None:
+        self.stale: list[dict[str, Any]] = []
+        self.snapshots: set[tuple[str, int, int]] = set()
+        """(market, shard, record)"""
+        self.later: set[tuple[str, int]] = set()
+        """(market, shard) of those of which a snapshot of a later hour proves it."""
+
+    @property
+    def gaps(self) -> int:
+        """The number of gaps."""
+        return sum(event["kind"] == "gap" for event in self.stale)
+
+    def add(self, stream: pa.Table, kind: pa.ChunkedArray) -> None:
+        """Take the events among rows of stream_events."""
+        self.stale += stream.filter(pc.is_in(kind, pa.array(STALE_EVENTS))).to_pylist()
+        says_so = pc.match_substring(stream["detail"], UNCHANGED)
+        of_kind = pc.is_in(kind, pa.array(["snapshot", "resynced"]))
+        columns = ["kind", "market_ticker", "shard", "record"]
+        for row in stream.filter(pc.and_(says_so, of_kind)).select(columns).to_pylist():
+            market = (row["market_ticker"], row["shard"])
+            if row["kind"] == "snapshot":
+                self.snapshots.add((*market, row["record"]))
+            elif row["market_ticker"]:
+                self.later.add(market)
+
+
+class _UnchangedSpans:
+    """Finds out after which records a book was stale and missed nothing, by its market's next snapshot."""
+
+    def __init__(self, frames: dict[str, Array], keys: _BookKeys, stream: _StreamEvents) -> None:
+        self._any = bool(stream.snapshots or stream.later)
+        if not self._any:
+            return
+        shards = {shard: i for i, shard in enumerate(np.unique(keys.shard).tolist())}
+        shard = np.array([shards[number] for number in keys.shard.tolist()], np.int64)
+        self._market = keys.market * len(shards) + shard
+        """A number for each book's market and shard."""
+        market_of = {ticker: i for i, ticker in enumerate(keys.tickers)}
+
+        def number(ticker: str, shard: int) -> int:
+            """-1 for a market without rows."""
+            known = ticker in market_of and shard in shards
+            return market_of[ticker] * len(shards) + shards[shard] if known else NONE
+
+        placed = np.flatnonzero((frames["cause"] == SNAPSHOT) & (frames["place"] >= 0))
+        record = frames["place"][placed] >> 1
+        self._span = int(record.max(initial=0)) + 2
+        self._snapshots = np.sort(self._market[frames["book"][placed]] * self._span + record)
+        proved = [
+            number(ticker, shard) * self._span + record
+            for ticker, shard, record in stream.snapshots
+        ]
+        self._proves = np.isin(self._snapshots, np.array(proved, np.int64))
+        later = [number(ticker, shard) for ticker, shard in stream.later]
+        self._later = np.isin(self._market, np.array(later, np.int64))
+
+    def after(self, book: Ints, record: Ints) -> Bools:
+        """Whether each book, if it became stale at this record, missed nothing until its market's next snapshot."""
+        if not self._any or not len(book):
+            return np.zeros(len(book), np.bool_)
+        market = self._market[book]
+        key = market * self._span + np.minimum(record + 1, self._span - 1)
+        at = np.searchsorted(self._snapshots, key)
+        inside = at < len(self._snapshots)
+        at = np.minimum(at, max(len(self._snapshots) - 1, 0))
+        of_market = inside.copy()
+        proved = inside.copy()
+        if len(self._snapshots):
+            of_market &= self._snapshots[at] // self._span == market
+            proved &= self._proves[at]
+        unchanged: Bools = (record != NONE) & np.where(of_market, proved, self._later[book])
+        return unchanged
+
+    def verified(self, frames: dict[str, Array]) -> Bools:
+        """Whether each frame's book is synced: a stale checkpoint's is, too, if nothing was missed after it."""
+        verified: Bools = frames["verified"]
+        stale = np.flatnonzero((frames["cause"] == CHECKPOINT) & ~verified & (frames["place"] >= 0))
+        if not self._any or not len(stale):
+            return verified
+        verified = verified.copy()
+        verified[stale] = self.after(frames["book"][stale], (frames["place"][stale] >> 1) - 1)
+        return verified
 
 
 class _BookIndex:

@@ -3,7 +3,8 @@
 A book is synced from its snapshot until an event makes it stale: a gap on its sid, the end of its connection,
 a negative level, leaving the market. A market is followed from its first event in the hour (or the hour's
 first instant, if the checkpoint has it) until it is left or the hour ends; time without its recorder counts
-as followed and not synced. A killed recorder writes no disconnect event: its connections fall silent, whatever
+as followed and not synced. A snapshot that proves its market unchanged makes the time since it was stale synced.
+A killed recorder writes no disconnect event: its connections fall silent, whatever
 other shards record, and a later start adds an `unheard` row to the hour. Which events make a book stale
 follows from their order; their times only determine the durations. Reading the events belongs in `hours`.
 """
@@ -17,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from kalshi_platform.schema import CONNECTION_ENDS, STALE_EVENTS
+from kalshi_platform.schema import CONNECTION_ENDS, STALE_EVENTS, UNCHANGED
 
-RELEVANT_KINDS = ("snapshot", *STALE_EVENTS)
+RELEVANT_KINDS = ("snapshot", "resynced", *STALE_EVENTS)
 """The kinds of stream_events that coverage depends on."""
 CHECKPOINT = "checkpoint"
 """The kind of an event that stands for a book of a checkpoint."""
@@ -35,6 +36,8 @@ class _Market:
     conn: str = ""
     sid: int = 0
     verified_from: datetime | None = None
+    stale_from: datetime | None = None
+    """None where it was never synced, or is."""
     verified: timedelta = timedelta()
     followed_to: datetime | None = None
 
@@ -71,12 +74,12 @@ def coverage(
         at = event["ingest_ts"]
         kind, conn, ticker = event["kind"], event["conn_id"], event["market_ticker"]
         if kind == "snapshot":
-            market = markets.setdefault(ticker, _Market(at))
-            market.conn, market.sid, market.followed_to = conn, event["sid"], None
-            if market.verified_from is None:
-                market.verified_from = at
+            _snapshot(markets.setdefault(ticker, _Market(at)), event)
         elif kind == CHECKPOINT:
             _checkpoint(markets, event, start)
+        elif kind == "resynced":
+            if ticker in markets and UNCHANGED in event["detail"]:  # by a snapshot of a later hour
+                _count_as_synced(markets[ticker], end)
         elif ticker:  # a gap of one book, or leaving the market
             if ticker in markets:
                 _mark_stale(markets[ticker], at)
@@ -99,6 +102,14 @@ def coverage(
     return Coverage(sum(by_market.values()), followed, by_market)
 
 
+def _snapshot(market: _Market, event: dict[str, Any]) -> None:
+    market.conn, market.sid, market.followed_to = event["conn_id"], event["sid"], None
+    if market.verified_from is None:
+        if UNCHANGED in event["detail"]:
+            _count_as_synced(market, event["ingest_ts"])
+        market.verified_from = event["ingest_ts"]
+
+
 def _checkpoint(markets: dict[str, _Market], event: dict[str, Any], start: datetime) -> None:
     """Apply a checkpoint's book. A checkpoint after the clock was set back also has books that have ended."""
     at, ticker = event["ingest_ts"], event["market_ticker"]
@@ -110,14 +121,24 @@ def _checkpoint(markets: dict[str, _Market], event: dict[str, Any], start: datet
     market.conn, market.sid = event["conn_id"], event["sid"]
     if not event["verified"]:
         _mark_stale(market, at)
+        market.stale_from = market.stale_from or at
     elif market.verified_from is None:
         market.verified_from = at
 
 
 def _mark_stale(market: _Market, at: datetime) -> None:
     if market.verified_from is not None:
-        market.verified += max(at - market.verified_from, timedelta())
+        market.stale_from = max(at, market.verified_from)
+        market.verified += market.stale_from - market.verified_from
         market.verified_from = None
+
+
+def _count_as_synced(market: _Market, until: datetime) -> None:
+    """Count the time since a book became stale as synced: nothing was missed in it."""
+    since = market.verified_from or market.stale_from
+    if since is not None:
+        market.verified += max(until - since, timedelta())
+    market.verified_from = market.stale_from = None
 
 
 def _stale_span_s(event: dict[str, Any]) -> float:

@@ -71,14 +71,16 @@ NOTES: Mapping[str, frozenset[str]] = {
         "refused": "channel action code",
         "recovered": "channel cause since until missing trades",
         "gap": "cause expected got missing channel seq side price size span_s record until_record"
-        " use_yes_price asked of",
+        " use_yes_price asked of clock after",
         "malformed_field": "field seq",
-        "resynced": "expected got markets seconds",
+        "resynced": "cause expected got markets seconds unchanged changed clock after until",
+        "clock_fell": "of seq clock after",
+        "schedule": "weekly windows",
         "left": "",
         "unknown_market": "",
         "audit": "markets levels mismatches",
         "mismatch": "side price ours theirs",
-        "snapshot": "levels",
+        "snapshot": "levels clock unchanged",
     }.items()
 }
 """Events written by the recorder itself: the fields of `detail` that may be published."""

@@ -75,6 +75,8 @@ MALFORMED_SNAPSHOT = "malformed_snapshot"
 """The cause of a gap whose frame was received and could not be read."""
 OTHER_SUBSCRIPTION = "other_subscription"
 """The cause of a gap of a book whose snapshot arrived on another subscription than the one with missed frames."""
+GAP_CLOSED, RECONNECTED = "gap", "connected"
+"""The causes of a `resynced` note: every book has a snapshot since a gap, or since a reconnect."""
 REPLIES = frozenset(["subscribed", "ok", "unsubscribed", "error"])
 
 
@@ -140,10 +142,12 @@ class Session:
         observed_yes_price: bool | None = None,
         auxiliary: Iterable[str] = (),
         silent_since: float | None = None,
+        reconnects: bool = False,
     ) -> None:
         """`auxiliary`: the channels to subscribe to besides the books: TRADES, LIFECYCLE. `silent_since`: when
         the preceding connection last received bytes, None without one. `use_yes_price`: the scale to
-        request; `observed_yes_price`: the scale that an earlier connection was found to send.
+        request; `observed_yes_price`: the scale that an earlier connection was found to send. `reconnects`:
+        whether another connection precedes this one, so that it ends an outage once every book is synced.
         """
         self.use_yes_price = use_yes_price
         self.scale = Scale(use_yes_price if observed_yes_price is None else observed_yes_price)
@@ -168,11 +172,16 @@ class Session:
         self._pending: dict[int, _Pending] = {}
         self._subscribe_sent_at: float | None = None
         self._next_id = 1
+        self._missing: set[str] = set()
+        """The markets that have had no snapshot yet on a connection that follows another."""
         self._next_recovery_at = 0.0
         self._next_scan_at = 0.0
         self._recovery_interval = RECOVERY_MIN_S
         self._last_gap_at = float("-inf")
         self.follow(tickers)
+        if reconnects:
+            self._missing |= self._markets.keys()
+        self._resumed = len(self._missing)
 
     # -- called by the recorder --------------------------------------------------------------
 
@@ -203,6 +212,7 @@ class Session:
             for channel in self._auxiliary.values():
                 channel.remove(ticker)
             self._notes.append(Note("left", {}, self._book_sid or 0, ticker))
+            self._resume(ticker, self._book_sid or 0, None)
             for sid in self._sids.values():
                 self._snapshot_arrived(sid, ticker, now=None)
 
@@ -238,8 +248,8 @@ class Session:
 
     @property
     def has_notes(self) -> bool:
-        """Whether `take_notes` would return any."""
-        return bool(self._notes)
+        """Whether `take_notes` would return any, now or with its next call."""
+        return bool(self._notes or self._afterwards)
 
     def take_notes(self) -> list[Note]:
         """Return the notes since the last call, in order; those placed after a frame come with the next call."""
@@ -255,7 +265,8 @@ class Session:
     def receive_run(self, frames: Iterable[bytes], now: float) -> list[Kind]:
         """Process frames up to the first that causes a note; return the record kinds.
 
-        The notes belong before that frame, whose kind is the last in the list.
+        That frame's kind is the last in the list. The notes of the next `take_notes` belong before it, those of
+        the one after that behind it.
         """
         kinds = []
         for frame in frames:
@@ -274,7 +285,7 @@ class Session:
                 kinds.append(Kind.DELTA)
             else:
                 kinds.append(self._not_a_delta(head, frame, now))
-            if self._notes:
+            if self._notes or self._afterwards:
                 break
         return kinds
 
@@ -364,6 +375,7 @@ class Session:
                     f"The exchange does not know the market {ticker!r} (it sent an empty snapshot without"
                     " a market id). Check MARKET_TICKERS."
                 )
+        self._resume(ticker, head.sid, now)
         self._snapshot_arrived(sid, ticker, now)
         return Kind.SNAPSHOT
 
@@ -416,6 +428,17 @@ class Session:
         )
         self._make_stale(number, seq, seq, now)
 
+    def _resume(self, ticker: str, number: int, now: float | None) -> None:
+        """Note that the outage before this connection is over once it has every market's snapshot."""
+        if ticker not in self._missing:
+            return
+        self._missing.discard(ticker)
+        if not self._missing:
+            detail: dict[str, Any] = {"cause": RECONNECTED, "markets": self._resumed}
+            if now is not None and self._subscribe_sent_at is not None:
+                detail["seconds"] = round(now - self._subscribe_sent_at, 6)
+            self._afterwards.append(Note("resynced", detail, number))
+
     def _snapshot_arrived(self, sid: _Sid, ticker: str, now: float | None) -> None:
         gap = sid.gap
         if gap is None or ticker not in gap.waiting:
@@ -425,13 +448,14 @@ class Session:
             sid.gap = None
             number = next((n for n, s in self._sids.items() if s is sid), 0)
             detail: dict[str, Any] = {
+                "cause": GAP_CLOSED,
                 "expected": gap.expected,
                 "got": gap.got,
                 "markets": gap.markets,
             }
             if now is not None:
                 detail["seconds"] = round(now - gap.since, 6)
-            self._notes.append(Note("resynced", detail, number))
+            self._afterwards.append(Note("resynced", detail, number))
 
     def _reply(self, frame: bytes, now: float) -> None:
         try:

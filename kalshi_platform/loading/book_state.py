@@ -20,6 +20,7 @@ import numpy.typing as npt
 import polars as pl
 
 from kalshi_platform.journal.clock import ReceiveClock
+from kalshi_platform.loading.market_clocks import MarketClocks
 from kalshi_platform.loading.sorted_levels import PACKED, PACKED_BYTES, SortedLevels
 
 LEVELS = pl.Schema(
@@ -40,7 +41,7 @@ RECENT_SHARE = 8
 """Changed levels are kept apart until they exceed RECENT_LEVELS and one RECENT_SHARE-th of all levels."""
 
 
-class Book(msgspec.Struct, frozen=True):
+class Book(msgspec.Struct, frozen=True, omit_defaults=True):
     """The state of one market's latest book, without its levels."""
 
     conn: str
@@ -54,6 +55,10 @@ class Book(msgspec.Struct, frozen=True):
     """No longer followed; further frames were in flight."""
     ended_ns: int = 0
     """When it was left or its connection ended, by a monotonic receive time; 0: neither."""
+    stale_ns: int = 0
+    """Receive time from which on it is stale; 0 where it is synced, or where that is not known."""
+    unchanged: bool | None = None
+    """While its connection is resyncing: whether the clocks proved it unchanged; None if they cannot say."""
 
 
 class LostRecords(msgspec.Struct, frozen=True):
@@ -89,6 +94,8 @@ class Connection(msgspec.Struct, frozen=True):
     lost: LostRecords | None = None
     gaps: dict[int, OpenGap] = {}
     """By sid, the gaps found through lost records; capture closes its own gaps."""
+    resyncing: bool = False
+    """It replaces another connection, or has a gap, and not every book has had a snapshot since."""
 
     def has_all_frames(self, sid: int) -> bool:
         """Whether no frame of the sid can be among lost records."""
@@ -193,6 +200,9 @@ class BookState:
     ladders: Ladders = field(default_factory=Ladders)
     partial: frozenset[str] = frozenset()
     """Open connections whose beginning was not read: some of their books may be missing here."""
+    clocks: MarketClocks = field(default_factory=MarketClocks)
+    hours: tuple[int, ...] = ()
+    """The latest hours with records, in hours since the epoch."""
 
     @classmethod
     def of(

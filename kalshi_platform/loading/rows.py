@@ -13,7 +13,7 @@ Decoding belongs in `exchange.columnar`, the state in `book_state`, writing in `
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -44,6 +44,15 @@ from kalshi_platform.loading.book_state import (
     number_markets,
     with_names,
 )
+from kalshi_platform.loading.market_clocks import (
+    DELTA,
+    LEVEL,
+    MARKER,
+    Judgement,
+    MarketClocks,
+    RangeClocks,
+    same_levels,
+)
 from kalshi_platform.loading.state_files import checkpoint
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
@@ -58,8 +67,9 @@ from kalshi_platform.utc_hours import HOUR_NS, floor_hour, hour_start_ns, time_o
 
 _StreamRow = tuple[Any, ...]
 """A row of stream_events, as `STREAM` has it."""
-MARKER, LEVEL, DELTA = 0, 1, 2
 CARRIED = -1
+RECENT_HOURS = 24
+"""How many hours back an unchanged market counts as synced."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +129,24 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
     events, numbers = _events(decoded, state)
     markets = _Markets(events, state, numbers)
     events, sized = _with_sizes(events, state, markets)
+    clocks = RangeClocks(
+        events, markets.of_events, markets.before_each, state.clocks, decoded.stream
+    )
+    same = same_levels(sized, events, clocks.candidates(), markets.width)
     last_frames = _last_frames(decoded)
-    tracker = _BookTracker(state, _last_receive_times(last_frames))
-    transitions = _transitions(decoded, events, markets)
+    tracker = _BookTracker(
+        state, _last_receive_times(last_frames), _Resyncs(clocks, numbers, same, state.hours)
+    )
+    transitions = _transitions(decoded, events, markets, clocks.falls())
     if incomplete := _incomplete_connections(decoded, state, last_frames):
         transitions = sorted(_first_frames(decoded, incomplete) + transitions, key=itemgetter("n"))
     happened = [*unread, *_repeated_gaps(decoded, state), *tracker.apply(transitions)]
     clock = decoded.clock_after(state.clock)
     tracker.forget(clock.newest_ns)
     extra = pl.DataFrame(happened, schema=STREAM, orient="row")
-    stream = pl.concat([_snapshot_rows(decoded.snapshots), decoded.stream, extra]).sort(
-        "n", maintain_order=True
-    )
+    snapshots = _snapshot_rows(decoded.snapshots, tracker.unchanged)
+    noted = _with_counts(decoded.stream, tracker.counts)
+    stream = pl.concat([snapshots, noted, extra]).sort("n", maintain_order=True)
     books = {ticker: tracker.books[ticker] for ticker in markets.touched if ticker in tracker.books}
     final = _final_levels(sized, books, markets)
     changed = _changed_levels(events, sized, final, books, markets)
@@ -155,6 +171,8 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
         _numbers_after(numbers, tracker.books),
         _ladders_after(final, tracker.books, state, markets),
         state.partial & connections.keys(),
+        tracker.clocks_after(markets.touched, state),
+        _hours_after(state.hours, decoded.first_ns),
     )
 
 
@@ -348,9 +366,9 @@ class _Markets:
         conn = pl.Series(encoded.indices).cast(pl.Int64)
         self.of_events = market * len(self._conns) + conn
         """The book code of each event."""
-        self._before = np.full(len(numbers) and max(numbers.values()) + 1, -1)
+        self.before_each = np.full(len(numbers) and max(numbers.values()) + 1, -1)
         """The book that each touched market had before, by market number; -1 where it had none."""
-        self._before[self.numbers(before).to_numpy()] = self.books(before)
+        self.before_each[self.numbers(before).to_numpy()] = self.books(before)
         marker = events["type"] == MARKER
         self.any_snapshot = bool(marker.any())
         self.renewed = market.filter(marker | (self.of_events != self.before(market))).unique()
@@ -358,12 +376,17 @@ class _Markets:
 
     def before(self, markets: pl.Series) -> pl.Series:
         """The book code that each of these markets had before; -1 where it had none."""
-        return pl.Series(self._before[markets.to_numpy()], dtype=pl.Int64)
+        return pl.Series(self.before_each[markets.to_numpy()], dtype=pl.Int64)
 
     def books(self, books: Mapping[str, Book]) -> list[int]:
         """The code of each book. Raises: KeyError for a market without events."""
-        width = len(self._conns)
+        width = self.width
         return [self.numbering[t] * width + self._conns[book.conn] for t, book in books.items()]
+
+    @property
+    def width(self) -> int:
+        """The number of connections: a book's code is its market's number times this, plus its connection's."""
+        return len(self._conns)
 
     def numbers(self, tickers: Iterable[str]) -> pl.Series:
         """The numbers of these markets."""
@@ -419,16 +442,24 @@ def _ladders(rows: pl.DataFrame, *, any_snapshot: bool) -> pl.Series:
 
 # -- which books are synced --------------------------------------------------------------------
 
+CLOCK_FELL = "clock_fell"
+"""The kind of a row, and the cause of a gap: a frame's clock is below that of the frames before it."""
 DAMAGED = "journal_damaged"
 """The cause of a gap whose frames had been received and are lost from the journal."""
-_STALE_KINDS = ("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed")
+_TRANSITIONS = (
+    *("connected", "disconnected", "started", "gap", "left", "unsubscribed", "malformed"),
+    "resynced",
+)
+"""The kinds of stream rows that change the state of connections or books."""
 
 
-def _transitions(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> list[dict[str, Any]]:
+def _transitions(
+    decoded: Decoded, events: pl.DataFrame, markets: _Markets, falls: pl.DataFrame
+) -> list[dict[str, Any]]:
     """The few events that change whether a book is synced, in record order."""
     columns = ["n", "recv_ns", "conn", "sid", "seq", "kind", "market_ticker", "market_id", "detail"]
     nothing = [pl.lit("").alias("market_id")]
-    breaks = decoded.stream.filter(pl.col("kind").is_in(_STALE_KINDS)).with_columns(nothing)
+    breaks = decoded.stream.filter(pl.col("kind").is_in(_TRANSITIONS)).with_columns(nothing)
     deltas = events.filter(pl.col("type") == DELTA)
     if markets.renewed.is_empty() and breaks.is_empty():
         first = deltas.clear()  # no new book and no interruption: every delta is of a known book
@@ -443,9 +474,12 @@ def _transitions(decoded: Decoded, events: pl.DataFrame, markets: _Markets) -> l
         breaks,
         snapshots,
         first.with_columns(pl.lit("delta").alias("kind"), pl.lit("").alias("detail")),
+        falls.with_columns(
+            pl.lit(CLOCK_FELL).alias("kind"), pl.format("{}|{}", "clock", "after").alias("detail")
+        ),
         below_zero.with_columns(pl.lit("below_zero").alias("kind"), level),
     ]
-    # Within one frame, "delta" precedes "below_zero": the book must exist before it can become stale.
+    # Within one frame, "delta" precedes the others: the book must exist before it can become stale.
     return (
         pl.concat([part.select(columns) for part in parts])
         .sort("n", maintain_order=True)
@@ -479,59 +513,181 @@ def _first_frames(decoded: Decoded, conns: set[str]) -> list[dict[str, Any]]:
 class _BookTracker:
     """Tracks which connections are open and which books are synced (`verified`)."""
 
-    def __init__(self, state: BookState, last_heard: dict[str, int]) -> None:
+    def __init__(self, state: BookState, last_heard: dict[str, int], resyncs: _Resyncs) -> None:
         self.connections = dict(state.connections)
         self.books = dict(state.books)
         self._version = state.version
         self._last_heard = last_heard
         """The last receive time of each connection in the range."""
+        self._resyncs = resyncs
+        self._complete_until: dict[str, int] = {}
+        """For each book that became stale in the range, the record from which on it is."""
+        self._void: set[str] = set()
+        """Stale books whose clock before is not known, because it fell."""
         self.stale_books: list[StaleBook] = []
+        self.unchanged: set[int] = set()
+        """The records of snapshots that prove their market unchanged."""
+        self.counts: dict[int, tuple[int, int]] = {}
+        """By record of a `resynced` note, how many markets were (unchanged, changed)."""
 
     def apply(self, transitions: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Apply the transitions in order; yield the stream rows that they require."""
+        handlers: Mapping[str, Callable[[dict[str, Any]], Iterable[_StreamRow]]] = {
+            "first": self._first_frame,
+            "snapshot": self._snapshot,
+            "delta": self._first_delta,
+            CLOCK_FELL: self._clock_fell,
+            "below_zero": self._below_zero,
+            "connected": self._connected,
+            "disconnected": self._disconnected,
+            "started": self._started,
+            "left": self._left,
+            "malformed": self._malformed,
+            "resynced": self._resynced,
+            "gap": self._apply_gap,
+            "unsubscribed": self._apply_gap,
+        }
         for event in transitions:
-            kind, conn, ticker = event["kind"], event["conn"], event["market_ticker"]
-            if kind == "first":
-                yield from self._first_frame(event)
-            elif kind == "snapshot":
-                self.books[ticker] = Book(
-                    conn, event["sid"], event["market_id"], based=True, verified=True
-                )
-                yield from self._snapshot_arrived(event, conn, event["sid"])
-            elif kind == "delta":
-                yield from self._first_delta(event)
-            elif kind == "below_zero":
-                yield from self._below_zero(event)
-            elif kind == "connected":
-                yield from self._connected(event)
-            elif kind == "disconnected":
-                yield from self._disconnected(event)
-            elif kind == "started":
-                for open_conn in list(self.connections):
-                    yield from self._end_connection(
-                        event, open_conn, "the recorder ended without closing"
-                    )
-            elif kind == "left":
-                yield from self._left(event)
-            elif kind == "malformed":
-                yield from self._malformed(event)
-            elif kind in {"gap", "unsubscribed"}:
-                self._apply_gap(event)
+            yield from handlers[event["kind"]](event)
 
-    def _apply_gap(self, event: dict[str, Any]) -> None:
+    def clocks_after(self, touched: Iterable[str], state: BookState) -> MarketClocks:
+        """The markets' clocks after the range; `touched`: the markets with events in it."""
+        numbers = self._resyncs.numbers
+        complete_until = {
+            numbers[ticker]: self._complete_until.get(ticker, 0)
+            for ticker in touched
+            if (book := self.books.get(ticker)) is None or not book.verified
+        }
+        forgotten = [numbers[ticker] for ticker in state.books.keys() - self.books.keys()]
+        return self._resyncs.clocks.after(
+            complete_until,
+            forgotten,
+            [numbers[ticker] for ticker in self._void],
+            max(numbers.values(), default=-1) + 1,
+        )
+
+    def _snapshot(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply a snapshot: its book is synced, and its clock shows whether the market missed anything."""
+        conn, sid, ticker = event["conn"], event["sid"], event["market_ticker"]
+        before = self.books.get(ticker)
+        judged = self._judged(event, before)
+        fell = judged is not None and judged.fell
+        stale = fell and before is not None and before.conn == conn
+        unchanged = None if judged is None or (before and before.verified) else judged.unchanged
+        self.books[ticker] = Book(
+            conn,
+            sid,
+            event["market_id"],
+            based=True,
+            verified=True,
+            unchanged=self._over_the_resync(conn, before, unchanged),
+        )
+        self._complete_until.pop(ticker, None)
+        self._void.discard(ticker)
+        if judged is not None and fell:
+            yield from self._fell(event, judged.clock, judged.after, "snapshot", stale=stale)
+        if judged is not None and before is not None and unchanged is not None and not stale:
+            yield from self._resync_rows(event, before, judged)
+        yield from self._snapshot_arrived(event, conn, sid)
+
+    def _judged(self, event: dict[str, Any], before: Book | None) -> Judgement | None:
+        """The judgement of a snapshot; None where its market's clocks cannot be compared."""
+        ticker = event["market_ticker"]
+        if before is None or before.left or ticker in self._void:
+            return None
+        complete_until = event["n"] if before.verified else self._complete_until.get(ticker)
+        return self._resyncs.judge(ticker, event["n"], complete_until)
+
+    def _over_the_resync(
+        self, conn: str, before: Book | None, unchanged: bool | None
+    ) -> bool | None:
+        """Whether a market is unchanged over all its snapshots since the gap that is being resynced."""
+        connection = self.connections.get(conn)
+        if connection is None or not connection.resyncing or unchanged is None:
+            return None
+        earlier = before.unchanged if before is not None and before.conn == conn else None
+        return unchanged and earlier is not False
+
+    def _resync_rows(
+        self, event: dict[str, Any], before: Book, judged: Judgement
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield a row for a changed market; for an unchanged one a row in each earlier hour of the gap."""
+        ticker = event["market_ticker"]
+        detail: dict[str, Any] = {"unchanged": judged.unchanged, "clock": judged.clock}
+        if not judged.unchanged:
+            detail["after"] = judged.after
+            if before.stale_ns:
+                detail["seconds"] = round((event["recv_ns"] - before.stale_ns) / 1e9, 6)
+            yield _row(event, event["conn"], event["sid"], "resynced", detail, ticker=ticker)
+            return
+        self.unchanged.add(event["n"])
+        detail["until"] = time_of_ns(event["recv_ns"]).isoformat()
+        for at_ns in self._resyncs.earlier_hours(before.stale_ns, event["recv_ns"]):
+            place = {**event, "recv_ns": at_ns}
+            yield _row(place, before.conn, before.sid, "resynced", detail, ticker=ticker)
+
+    def _resynced(self, event: dict[str, Any]) -> Iterable[_StreamRow]:
+        """Count the markets of a resync that capture noted; earlier versions did it before the last snapshot."""
+        if self._resyncs.clocks.active and "cause" in msgspec.json.decode(event["detail"]):
+            self.counts[event["n"]] = self._counted(event["conn"])
+        return ()
+
+    def _counted(self, conn: str) -> tuple[int, int]:
+        """How many markets of a connection were (unchanged, changed) since its resync began, which ends it."""
+        found = [0, 0]
+        for ticker, book in self.books.items():
+            if book.conn == conn and book.unchanged is not None:
+                found[0 if book.unchanged else 1] += 1
+                self.books[ticker] = msgspec.structs.replace(book, unchanged=None)
+        if (connection := self.connections.get(conn)) is not None:
+            self.connections[conn] = msgspec.structs.replace(connection, resyncing=False)
+        return found[0], found[1]
+
+    def _clock_fell(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """Apply a delta whose clock fell: its synced book is stale."""
+        book = self.books.get(event["market_ticker"])
+        if book is not None and book.verified and book.conn == event["conn"]:
+            clock, after = (int(value) for value in event["detail"].split("|"))
+            yield from self._fell(event, clock, after, "delta", stale=True)
+
+    def _fell(
+        self, event: dict[str, Any], clock: int, after: int, frame_type: str, *, stale: bool
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield a row for a clock that fell; where its book is `stale` for that, a gap as well."""
+        ticker = event["market_ticker"]
+        detail = {"of": frame_type, "seq": event["seq"], "clock": clock, "after": after}
+        yield _row(event, event["conn"], event["sid"], CLOCK_FELL, detail, ticker=ticker)
+        if stale:
+            self._mark_stale(event, ticker)
+            self._void.add(ticker)
+            yield self._gap(event, CLOCK_FELL, detail)
+
+    def _started(self, event: dict[str, Any]) -> Iterator[_StreamRow]:
+        """Apply a recorder's start: connections that are still open ended unnoticed."""
+        for conn in list(self.connections):
+            yield from self._end_connection(event, conn, "the recorder ended without closing")
+
+    def _apply_gap(self, event: dict[str, Any]) -> Iterable[_StreamRow]:
         """Apply a gap, or the end of a subscription: mark one market's book or all of the sid's stale."""
         ticker, conn, sid = event["market_ticker"], event["conn"], event["sid"]
         if event["kind"] == "gap" and ticker:
-            self._mark_stale(ticker)
-            return
+            self._mark_stale(event, ticker)
+            return ()
         self._update_scale(event)
-        self._mark_stale(*(t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)))
+        concerned = [t for t, b in self.books.items() if (b.conn, b.sid) == (conn, sid)]
+        self._mark_stale(event, *concerned)
+        if concerned:
+            self._begin_resync(conn)
+        return ()
 
     def _left(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         if (book := self.books.get(event["market_ticker"])) is not None:
             ended_ns = book.ended_ns or self._clock_ns(event)
-            left = msgspec.structs.replace(book, verified=False, left=True, ended_ns=ended_ns)
-            self.books[event["market_ticker"]] = left
+            self._mark_stale(event, event["market_ticker"])
+            left = self.books[event["market_ticker"]]
+            self.books[event["market_ticker"]] = msgspec.structs.replace(
+                left, left=True, ended_ns=ended_ns, unchanged=None
+            )
             yield from self._snapshot_arrived(event, book.conn, book.sid)
 
     def _first_frame(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -564,12 +720,14 @@ class _BookTracker:
             "span_s": round((event["recv_ns"] - lost.since_ns) / 1e9, 6),
         }
         yield _row(event, conn, sid, "gap", detail)
-        self._mark_stale(*markets)
+        self._mark_stale(event, *markets, since_ns=lost.since_ns)
         self.stale_books += [StaleBook(t, DAMAGED, {"record": event["n"]}) for t in markets]
         if markets:
+            self._begin_resync(conn)
+            connection = self.connections[conn]
             gap = OpenGap(expected, got, event["recv_ns"], len(markets), frozenset(markets))
             gaps = connection.gaps | {sid: gap}
-            self.connections[conn] = msgspec.structs.replace(connection, lost=left, gaps=gaps)
+            self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
 
     def _snapshot_arrived(
         self, event: dict[str, Any], conn: str, sid: int
@@ -583,20 +741,29 @@ class _BookTracker:
         gaps = {other: g for other, g in connection.gaps.items() if other != sid}
         if waiting:
             gaps[sid] = msgspec.structs.replace(gap, waiting=waiting)
-        else:
+        self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
+        if not waiting:
             detail = {
                 "expected": gap.expected,
                 "got": gap.got,
                 "markets": gap.markets,
                 "seconds": round((event["recv_ns"] - gap.since_ns) / 1e9, 6),
             }
+            if self._resyncs.clocks.active:
+                detail |= _counts(*self._counted(conn))
             yield _row(event, conn, sid, "resynced", detail)
-        self.connections[conn] = msgspec.structs.replace(connection, gaps=gaps)
 
     def _connected(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         yield from self._end_incomplete(event)
         flag = bool(msgspec.json.decode(event["detail"])["use_yes_price"])
-        self.connections[event["conn"]] = Connection(flag, event["recv_ns"], {})
+        resyncing = any(book.based for book in self.books.values())
+        self.connections[event["conn"]] = Connection(
+            flag, event["recv_ns"], {}, resyncing=resyncing
+        )
+
+    def _begin_resync(self, conn: str) -> None:
+        if (connection := self.connections.get(conn)) is not None and not connection.resyncing:
+            self.connections[conn] = msgspec.structs.replace(connection, resyncing=True)
 
     def _end_incomplete(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """End connections whose end is in lost records: a shard has one connection at a time, so they ended
@@ -619,15 +786,16 @@ class _BookTracker:
         }
         yield _row(event, conn, 0, "disconnected", detail)
         yield from self._unheard_row(event, conn, cause, last_ns)
-        self._close(event, conn)
+        self._close(event, conn, last_ns)
 
     def _disconnected(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         """Apply a recorded disconnect; the connection may have been silent before it."""
         body = msgspec.json.decode(event["detail"])
+        last_ns = event["recv_ns"]
         if span_s := float(body.get("span_s", 0)):
-            last_ns = event["recv_ns"] - round(span_s * 1e9)
+            last_ns -= round(span_s * 1e9)
             yield from self._unheard_row(event, event["conn"], body["cause"], last_ns)
-        self._close(event, event["conn"])
+        self._close(event, event["conn"], last_ns)
 
     def _unheard_row(
         self, event: dict[str, Any], conn: str, cause: str, last_ns: int
@@ -642,6 +810,7 @@ class _BookTracker:
         known = self.books.get(event["market_ticker"])
         if known is not None and known.conn == event["conn"]:
             return
+        self._mark_stale(event, event["market_ticker"])
         self.books[event["market_ticker"]] = Book(
             event["conn"], event["sid"], event["market_id"], based=False, verified=False
         )
@@ -658,7 +827,7 @@ class _BookTracker:
             "price": dollars(int(price)),
             "size": contracts(int(size)),
         }
-        self.books[event["market_ticker"]] = msgspec.structs.replace(book, verified=False)
+        self._mark_stale(event, event["market_ticker"])
         yield self._gap(event, "negative_level", detail)
 
     def _malformed(self, event: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -680,7 +849,7 @@ class _BookTracker:
         if not ticker:
             detail |= {"expected": event["seq"], "got": event["seq"] + 1, "missing": 1}
         yield _row(event, conn, sid, "gap", detail, ticker=ticker)
-        self._mark_stale(*stale)
+        self._mark_stale(event, *stale)
         self.stale_books += [
             StaleBook(name, detail["cause"], {"seq": event["seq"]}) for name in stale
         ]
@@ -700,14 +869,14 @@ class _BookTracker:
         body = {"cause": cause, **detail}
         return _row(event, event["conn"], event["sid"], "gap", body, ticker=event["market_ticker"])
 
-    def _close(self, event: dict[str, Any], conn: str) -> None:
+    def _close(self, event: dict[str, Any], conn: str, last_ns: int) -> None:
+        """Close a connection that was last heard at `last_ns`."""
         self.connections.pop(conn, None)
-        for ticker, book in self.books.items():
-            if book.conn == conn:
-                ended_ns = book.ended_ns or self._clock_ns(event)
-                self.books[ticker] = msgspec.structs.replace(
-                    book, verified=False, ended_ns=ended_ns
-                )
+        for ticker in [ticker for ticker, book in self.books.items() if book.conn == conn]:
+            self._mark_stale(event, ticker, since_ns=last_ns)
+            book = self.books[ticker]
+            ended_ns = book.ended_ns or self._clock_ns(event)
+            self.books[ticker] = msgspec.structs.replace(book, ended_ns=ended_ns, unchanged=None)
 
     def _clock_ns(self, event: dict[str, Any]) -> int:
         """The receive time of a transition, or the latest before it where the clock was set back."""
@@ -725,11 +894,66 @@ class _BookTracker:
             if not (book.left and book.conn not in self.connections and book.ended_ns < hour_ns)
         }
 
-    def _mark_stale(self, *tickers: str) -> None:
+    def _mark_stale(
+        self, event: dict[str, Any], *tickers: str, since_ns: int | None = None
+    ) -> None:
+        """Mark synced books stale: complete are the frames before this event's record, those until `since_ns`."""
         for ticker in tickers:
             book = self.books.get(ticker)
             if book is not None and book.verified:
-                self.books[ticker] = msgspec.structs.replace(book, verified=False)
+                at_ns = event["recv_ns"] if since_ns is None else since_ns
+                self.books[ticker] = msgspec.structs.replace(book, verified=False, stale_ns=at_ns)
+                self._complete_until[ticker] = event["n"]
+
+
+@dataclass(frozen=True)
+class _Resyncs:
+    """What the clocks of a range prove of its snapshots."""
+
+    clocks: RangeClocks
+    numbers: Mapping[str, int]
+    """The number of each market."""
+    same_levels: Container[int]
+    """The records of snapshots that have the levels of the book before."""
+    hours: tuple[int, ...]
+    """The latest hours with records, in hours since the epoch."""
+
+    def judge(self, ticker: str, n: int, complete_until: int | None) -> Judgement | None:
+        """Judge the snapshot of record `n`; see `RangeClocks.judge`."""
+        return self.clocks.judge(self.numbers[ticker], n, complete_until, self.same_levels)
+
+    def earlier_hours(self, since_ns: int, until_ns: int) -> list[int]:
+        """An instant in each recorded hour from `since_ns` on that is before the hour of `until_ns`."""
+        since, until = since_ns // HOUR_NS, until_ns // HOUR_NS
+        return [max(since_ns, hour * HOUR_NS) for hour in self.hours if since <= hour < until]
+
+
+def _counts(unchanged: int, changed: int) -> dict[str, int]:
+    return {"unchanged": unchanged, "changed": changed}
+
+
+def _with_counts(stream: pl.DataFrame, counts: Mapping[int, tuple[int, int]]) -> pl.DataFrame:
+    """The stream rows with the counts of unchanged and changed markets in the `resynced` notes."""
+    if not counts:
+        return stream
+    noted = pl.col("n").is_in(list(counts)) & (pl.col("kind") == "resynced")
+    details = stream.filter(noted).select("n", "detail").iter_rows()
+    counted = {
+        n: msgspec.json.encode(msgspec.json.decode(detail) | _counts(*counts[n])).decode()
+        for n, detail in details
+    }
+    return stream.with_columns(
+        pl.when(noted)
+        .then(pl.col("n").replace_strict(counted, default=None, return_dtype=pl.String))
+        .otherwise("detail")
+        .alias("detail")
+    )
+
+
+def _hours_after(hours: tuple[int, ...], first_ns: int) -> tuple[int, ...]:
+    """The latest hours with records, after a range, which is within one hour."""
+    hour = first_ns // HOUR_NS
+    return hours if hour in hours else (*hours, hour)[-RECENT_HOURS:]
 
 
 def _row(
@@ -854,15 +1078,19 @@ def _changed_levels(
 # -- rows to Arrow -----------------------------------------------------------------------------
 
 
-def _snapshot_rows(snapshots: pl.DataFrame) -> pl.DataFrame:
-    """One row for each snapshot, so that empty snapshots are recorded, too."""
+def _snapshot_rows(snapshots: pl.DataFrame, unchanged: set[int]) -> pl.DataFrame:
+    """One row for each snapshot, so that empty snapshots are recorded, too; with its clock, where it has one."""
+    number = pl.col("levels").cast(pl.String)
+    clock = pl.concat_str(pl.lit(',"clock":'), pl.col("clock").cast(pl.String)).fill_null("")
+    proved = pl.lit("")
+    if unchanged:
+        is_unchanged = pl.col("n").is_in(list(unchanged))
+        proved = pl.when(is_unchanged).then(pl.lit(',"unchanged":true')).otherwise(proved)
     return snapshots.select(
         *["n", "recv_ns", "conn", "sid", "seq"],
         pl.lit("snapshot").alias("kind"),
         "market_ticker",
-        pl.concat_str(pl.lit('{"levels":'), pl.col("levels").cast(pl.String), pl.lit("}")).alias(
-            "detail"
-        ),
+        pl.concat_str(pl.lit('{"levels":'), number, clock, proved, pl.lit("}")).alias("detail"),
     )
 
 

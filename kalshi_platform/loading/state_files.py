@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -32,6 +33,7 @@ from kalshi_platform.loading.book_state import (
     Ladders,
     with_level_fields,
 )
+from kalshi_platform.loading.market_clocks import SavedClocks, restored
 from kalshi_platform.loading.sorted_levels import PACKED, SortedLevels
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
 from kalshi_platform.utc_hours import floor_hour, hour_start_ns
@@ -83,6 +85,9 @@ class _Head(msgspec.Struct):
     partial: frozenset[str] = frozenset()
     last_ns: int = 0
     """Receive time of the last record; 0 in files of versions that used `version` for it."""
+    clocks: SavedClocks | None = None
+    """None in files of earlier versions."""
+    hours: tuple[int, ...] = ()
     start: str = ""
     """Token of the recorder start that wrote it; empty in earlier versions' files and in hour states."""
 
@@ -91,9 +96,16 @@ def save(state: BookState, path: Path, start: str = "") -> None:
     """Write a state, completely or not at all. `start`: token of the recorder start that writes it."""
     head = msgspec.json.encode(
         _Head(
-            *(state.n, state.version, state.connections, state.books),
-            *(state.numbers, state.partial),
-            *(state.clock.last_ns, start),
+            n=state.n,
+            version=state.version,
+            connections=state.connections,
+            books=state.books,
+            numbers=state.numbers,
+            partial=state.partial,
+            last_ns=state.clock.last_ns,
+            clocks=SavedClocks.of(state.clocks),
+            hours=state.hours,
+            start=start,
         )
     )
     schema = pa.schema([(name, pa.int64()) for name in PACKED], metadata={"state": head})
@@ -157,8 +169,10 @@ def load(
     head, table = _read(path, n, starts, whole=whole)
     clock = ReceiveClock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
+    clocks = restored(head.clocks)
     if "market_ticker" in levels.columns:  # a file of an earlier version
-        return BookState.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
+        state = BookState.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
+        return replace(state, clocks=clocks)
     return BookState(
         head.n,
         clock,
@@ -167,6 +181,8 @@ def load(
         head.numbers,
         Ladders(SortedLevels.of(levels.cast(PACKED).rechunk())),
         head.partial,
+        clocks,
+        head.hours,
     )
 
 

@@ -51,6 +51,10 @@ _CHECKED: Mapping[str, str] = {
     "books_uncrossed": (
         "No synced book has its best YES bid at or above its best YES ask for more than 5 s."
     ),
+    "clocks_monotonic": (
+        "The exchange's clock of no market fell in the last hour, except across maintenance: a delta is above its"
+        " snapshot and not below the delta before it."
+    ),
     "fresh": "Frames arrive, become durable and reach ClickHouse; a quiet exchange is no fault.",
 }
 
@@ -257,10 +261,40 @@ def _books_uncrossed(inputs: _Inputs) -> dg.AssetCheckResult:
     return _passed("books_uncrossed", "No synced book is crossed or stayed crossed.", metadata)
 
 
+def _clocks_monotonic(inputs: _Inputs) -> dg.AssetCheckResult:
+    """Find clocks that fell, and count what the clocks proved after gaps and reconnects."""
+    from kalshi_platform.quality import continuity
+
+    found = continuity.clocks(inputs.client, inputs.hot.newest)
+    metadata: dict[str, Any] = {
+        "clocks that fell in the last hour": MetadataValue.int(len(found.fell)),
+        "markets resynced": MetadataValue.int(found.markets),
+        "of these unchanged": MetadataValue.int(found.unchanged),
+        "of these changed": MetadataValue.int(found.changed),
+        **_tables({"offenders": found.fell}),
+    }
+    if found.fell:
+        markets = len({row["market_ticker"] for row in found.fell})
+        sentence = (
+            f"{len(found.fell)} times in the last hour the exchange's clock of a market fell outside of maintenance,"
+            f" in {markets} markets. The streamer marked their books stale and requested new snapshots itself. If it"
+            " goes on, ask the exchange whether it had maintenance that its schedule does not name."
+        )
+        return _failed("clocks_monotonic", WARN, sentence, metadata)
+    sentence = "No clock fell in the last hour."
+    if found.markets:
+        sentence += (
+            f" {found.markets:,} markets had a new snapshot after a gap or a reconnect: {found.unchanged:,} had"
+            f" missed nothing, {found.changed:,} had changed."
+        )
+    return _passed("clocks_monotonic", sentence, metadata)
+
+
 _IN_CLICKHOUSE: Mapping[str, Callable[[_Inputs], dg.AssetCheckResult]] = {
     "no_unexplained_gaps": _no_unexplained_gaps,
     "hot_cold_parity": _hot_cold_parity,
     "books_uncrossed": _books_uncrossed,
+    "clocks_monotonic": _clocks_monotonic,
 }
 
 

@@ -69,6 +69,18 @@ class Gaps:
     """Levels that differed from the exchange's, newest first."""
 
 
+@dataclass(frozen=True)
+class Clocks:
+    """What the exchange's clocks showed in the last hour."""
+
+    fell: tuple[Row, ...]
+    """Clocks that fell, newest first, as in infra/queries/checks/clocks.sql."""
+    markets: int
+    """Markets with a snapshot after a gap or a reconnect; one counts each time."""
+    unchanged: int
+    changed: int
+
+
 def extent(client: clickhouse.Client) -> Extent:
     """Return the extent of ClickHouse's tables. Cheap: no row is read."""
     (row,) = ask(client, "checks/extent")
@@ -117,6 +129,13 @@ def gaps(client: clickhouse.Client, until: datetime) -> Gaps:
         named=tuple(ask(client, "checks/gaps", span)),
         mismatches=tuple(ask(client, "checks/mismatches", span)),
     )
+
+
+def clocks(client: clickhouse.Client, until: datetime) -> Clocks:
+    """Return the clocks that fell in the hour before `until`, and what the clocks showed after its gaps."""
+    span = {"since": until - RECENT, "until": until}
+    (counts,) = ask(client, "checks/resyncs", span)
+    return Clocks(fell=tuple(ask(client, "checks/clocks", span)), **counts)
 
 
 def ask(

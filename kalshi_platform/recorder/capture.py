@@ -125,6 +125,8 @@ class Capture:
         self._on_lifecycle_events = on_lifecycle_events
         self._on_missed = on_missed
         self._silent_since = silent_since
+        self._reconnects = silent_since is not None
+        """Whether a connection precedes the next one, of this start or of an earlier one."""
         self._previous_tickers: frozenset[str] = frozenset()
         self.recent_trades = deque(recent_trades, RECENT_TRADES)
         """(receive time in ns, frame) of the newest trades, across connections."""
@@ -228,7 +230,9 @@ class Capture:
             observed_yes_price=self._observed_yes_price,
             auxiliary=AUXILIARY_CHANNELS,
             silent_since=self._silent_since,
+            reconnects=self._reconnects,
         )
+        self._reconnects = True
         self.counters.connections += 1
         self._journal.note(
             "connected",
@@ -272,7 +276,8 @@ class Capture:
         self._silent_since = session.silent_since(max(now - seconds, now - silent_s))
         self._previous_tickers = session.tickers
         self._observed_yes_price = session.scale.yes_price
-        self._drain_notes(session, conn)
+        while session.has_notes:
+            self._drain_notes(session, conn)
         detail = {"cause": cause, "frames": frames, "seconds": round(seconds, 3)}
         dead_s = min((time.time_ns() - self.counters.last_heard_ns) / 1e9, seconds)
         if dead_s > LIVENESS_S:
@@ -339,6 +344,8 @@ class Capture:
                     kept = until - 1
                     self._drain_notes(session, conn, recv_ns)
                     self._journal.extend(recv_ns, conn, kinds[-1:], frames[kept:until])
+                    kept = until
+                    self._drain_notes(session, conn, recv_ns)
                 else:
                     self._journal.extend(recv_ns, conn, kinds, frames[kept:until])
                 kept = until

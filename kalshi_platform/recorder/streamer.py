@@ -58,7 +58,7 @@ from kalshi_platform.quality import book_audit
 from kalshi_platform.recorder.background import TaskHealth, Tasks
 from kalshi_platform.recorder.capture import Capture, CaptureState
 from kalshi_platform.recorder.trade_backfill import History, load_history
-from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP, SELECTION, Upkeep
+from kalshi_platform.recorder.upkeep import BACKFILL, LOOK_UP, SELECTION, TIMETABLE, Upkeep
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -531,6 +531,7 @@ class Streamer:
                 LOOK_UP: upkeep.look_up,
                 SELECTION: lambda: upkeep.select(capture),
                 BACKFILL: lambda: upkeep.backfill(capture),
+                TIMETABLE: lambda: upkeep.note_schedule(capture),
                 AUDIT: lambda: self._compare_books(rest, capture),
             }
             background_tasks = [

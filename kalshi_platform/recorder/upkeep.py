@@ -1,4 +1,4 @@
-"""Background work on capture's event loop: refreshing the list of markets and backfilling missed trades.
+"""Background work on capture's event loop: the list of markets, the exchange's schedule, backfill of missed trades.
 
 REST requests run in threads, so that they never block the loop; market state (`market_selection`) changes
 only in the loop's thread. Each method runs as a task of `background`, which handles every failure.
@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import msgspec
+
 from kalshi_platform.errors import SettingsError
+from kalshi_platform.exchange import maintenance
 from kalshi_platform.exchange.auxiliary_channel import TRADES
 from kalshi_platform.exchange.errors import CredentialsError
 from kalshi_platform.exchange.frames import LifecycleEvent
 from kalshi_platform.exchange.items import Unreadable
+from kalshi_platform.exchange.maintenance import Maintenance
 from kalshi_platform.exchange.rest import RestClient
 from kalshi_platform.recorder import trade_backfill
 from kalshi_platform.recorder.background import Tasks
@@ -29,12 +33,15 @@ from kalshi_platform.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOK_UP, SELECTION, BACKFILL = "market look-up", "market selection", "trade backfill"
+TIMETABLE = "exchange schedule"
 """The names of the tasks."""
 INTERVAL_S = 0.25
 """Interval between turns: markets open and close by the clock, without a message."""
 RETRY_S = 5.0
 """Delay after a failed first query."""
 BACKFILL_ATTEMPTS = 10
+TIMETABLE_S = 3600.0
+"""Interval at which the exchange's schedule is read."""
 
 
 class Upkeep:
@@ -46,6 +53,8 @@ class Upkeep:
         self._tasks = tasks
         self._watchlist = Watchlist(settings, time.time, shard)
         self._missed_spans: deque[MissedSpan] = deque()
+        self._maintenance: Maintenance | None = None
+        """The windows that were noted last; None before the first."""
         self._attempts = 0
         """Attempts to backfill the first of the missed spans."""
 
@@ -109,6 +118,15 @@ class Upkeep:
         except BaseException:
             self._watchlist.invalidate()
             raise
+
+    async def note_schedule(self, capture: Capture) -> None:
+        """Note the exchange's maintenance windows where they have changed: clocks are not compared across them."""
+        schedule = await asyncio.to_thread(self._rest.schedule)
+        windows = maintenance.from_schedule(schedule.standard_hours, schedule.maintenance_windows)
+        if windows != self._maintenance:
+            capture.note(maintenance.SCHEDULE, msgspec.to_builtins(windows))
+            self._maintenance = windows
+        await asyncio.sleep(TIMETABLE_S)
 
     async def backfill(self, capture: Capture) -> None:
         """Backfill the first queued span; a failure leaves it queued for another attempt."""

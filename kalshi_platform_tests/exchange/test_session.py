@@ -113,10 +113,23 @@ def test_a_gap_makes_all_books_stale_until_resynced() -> None:
     assert session.synced == 1
     assert not session.has_notes
     session.receive(wire.snapshot("A-1", 7, {}, {}), 11.0)
+    assert session.take_notes() == []  # the note's place is after the snapshot
     (note,) = session.take_notes()
     assert note.kind == "resynced"
     assert note.detail["seconds"] == 1.0
     assert commands(session, 11.5) == []
+
+
+def test_a_connection_that_follows_another_notes_when_every_book_is_back() -> None:
+    session = Session(["A-1", "B-2", "C-3"], reconnects=True)
+    subscribed(session)
+    session.receive(wire.snapshot("A-1", 1, {}, {}), 1.0)
+    session.receive(wire.snapshot("B-2", 2, {}, {}), 1.5)
+    assert not session.has_notes
+    session.follow(["A-1", "B-2"])  # the last one that is missing is not wanted any more
+    assert [n.kind for n in session.take_notes()] == ["left"]
+    (note,) = session.take_notes()
+    assert (note.kind, note.detail["cause"], note.detail["markets"]) == ("resynced", "connected", 3)
 
 
 def test_many_gaps_do_not_cause_many_requests() -> None:

@@ -51,7 +51,9 @@ from kalshi_platform_tests.loading.test_loader import (
     recording,
 )
 
-NAMES = {"no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "fresh"}
+NAMES = {
+    *("no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "clocks_monotonic", "fresh"),
+}
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 CONN = wire.conn_id(1)
 FILLED = (*DATASETS, "recorders")
@@ -406,6 +408,25 @@ def crossing(lasts_s: float, *, uncrossed: bool) -> list[wire.Record]:
         records.append((at, CONN, Kind.DELTA, frame))
     records.append((at + wire.SECOND, bytes(16), Kind.NOTE, wire.note("heartbeat", {})))
     return records
+
+
+def test_a_clock_that_fell_warns_and_resynced_markets_are_counted(empty: Platform) -> None:
+    records = recording()
+    at = records[-1][0] + wire.SECOND
+    for seq, clock in ((403, 7), (404, 6)):
+        frame = wire.snapshot("A-1", seq, {4_000: 100}, {}, clock=clock)
+        records.append((at, CONN, Kind.SNAPSHOT, frame))
+    resynced = {"cause": "gap", "markets": 2}
+    records.append((at, CONN, Kind.NOTE, wire.note("resynced", resynced, sid=1)))
+    empty.record(records)
+    found = empty.check()["clocks_monotonic"]
+    assert (found.passed, found.severity) == (False, WARN)
+    (fell,) = table(found)
+    assert (fell["market_ticker"], fell["of"], fell["after"], fell["clock"]) == (
+        *("A-1", "snapshot"),
+        *(7, 6),
+    )
+    assert found.metadata["markets resynced"].value == 2
 
 
 def test_only_a_book_that_stays_crossed_warns(

@@ -22,7 +22,9 @@ WITH
     (
         SELECT
             ingest_ts AS end_ts, record AS end_record, conn_id, sid AS end_sid,
-            market_ticker AS end_ticker, kind
+            market_ticker AS end_ticker,
+            -- a connection has every book: its gaps may last
+            if(kind = 'resynced' AND (market_ticker != '' OR JSONExtractString(detail, 'cause') = 'connected'), '', kind) AS kind
         FROM stream_events
         WHERE kind IN ('resynced', 'snapshot', 'left', 'unsubscribed', 'disconnected')
             AND ingest_ts > {since:DateTime64(6, 'UTC')} AND ingest_ts <= {until:DateTime64(6, 'UTC')}
