@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -56,8 +56,8 @@ class Event:
     held_s: float
     recovered_s: float | None
     """Seconds from the fault's end until frames came and ClickHouse had them; None: the next fault came first."""
-    shards: frozenset[int] = frozenset()
-    """Shards whose running streamer was killed."""
+    killed: Mapping[int, float] = field(default_factory=dict)
+    """The shards whose running streamer was killed, and when each was."""
 
 
 @dataclass
@@ -180,11 +180,11 @@ def _make(scene: Scene, known: list[Fault], *, wait: bool) -> Event:
     time.sleep(dice.uniform(*fault.hold_s))
     end()
     ended = time.time()
-    shards = frozenset(shard for shard, pid in streamers.items() if pid in scene.killed)
+    killed = {s: scene.killed[pid] for s, pid in streamers.items() if pid in scene.killed}
     if not wait:
-        return Event(fault.name, at, ended - at, None, shards)
+        return Event(fault.name, at, ended - at, None, killed)
     it.wait(lambda: it.recovered(ended), f"recovery from: {fault.name}")
-    return Event(fault.name, at, ended - at, time.time() - ended, shards)
+    return Event(fault.name, at, ended - at, time.time() - ended, killed)
 
 
 def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: float) -> Outcome:
@@ -192,11 +192,11 @@ def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: flo
     cut, delays, off = 0, [], []
     for shard in range(it.shards):
         folder = it.settings.journal_dir(shard)
-        kills = [e for e in events if shard in e.shards]
+        kills = [e for e in events if shard in e.killed]
         cut += _connections_cut(folder, events)
-        delays += _delays(folder, kills)
+        delays += _delays(folder, [e.killed[shard] for e in kills])
         alone = [e for e in kills if e.fault == STREAMER and e.recovered_s is not None]
-        off += [off_s([folder], e.at) for e in alone]
+        off += [off_s([folder], e.killed[shard]) for e in alone]
     return Outcome(
         events, minutes, proof, max(cut - proof.spans, 0), journal_delay_s=delays, off_s=off
     )
@@ -204,7 +204,7 @@ def _judge(it: Platform, simulator: Simulator, events: list[Event], minutes: flo
 
 def _connections_cut(folder: Path, events: list[Event]) -> int:
     """Count the connections of a journal that were open at a kill: from `connected` to the next start."""
-    ending = [e for e in events if e.shards]
+    ending = [e for e in events if e.killed]
     open_since: dict[bytes, int] = {}
     cut = 0
     for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
@@ -220,7 +220,7 @@ def _connections_cut(folder: Path, events: list[Event]) -> int:
     return min(cut, len(ending)) if ending else cut
 
 
-def _delays(folder: Path, kills: list[Event]) -> list[float]:
+def _delays(folder: Path, kills: Sequence[float]) -> list[float]:
     """Age of a journal's newest frame at each kill of its streamer whose connection was open."""
     spans: list[list[float]] = []  # of connections: the first frame, the last one, the end
     for block in reader.record_ranges(folder, reader.oldest_offset(folder)):
@@ -237,9 +237,9 @@ def _delays(folder: Path, kills: list[Event]) -> list[float]:
                 spans[-1][2] = min(spans[-1][2], at)
     delays = []
     for kill in kills:
-        recording = [s for s in spans if s[0] <= kill.at < s[2]]
+        recording = [s for s in spans if s[0] <= kill < s[2]]
         if recording:
-            delays.append(kill.at - recording[-1][1])
+            delays.append(kill - recording[-1][1])
     return [max(delay, 0.0) for delay in delays]
 
 
@@ -250,7 +250,7 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
     """Return the campaign's page of the docs."""
     proof = outcome.proof
     by_fault: Counter[str] = Counter(e.fault for e in outcome.events)
-    kills = sum(bool(e.shards) for e in outcome.events)
+    kills = sum(bool(e.killed) for e in outcome.events)
     missing = f"; not available there: {', '.join(outcome.left_out)}" if outcome.left_out else ""
     lines = [
         "# Reliability",
@@ -297,7 +297,7 @@ def report(outcome: Outcome, rate: float, seed: int, shards: int = 1) -> str:
         lines += [
             "",
             f"After a kill of the streamer alone nothing was recorded for {statistics.median(outcome.off_s):.1f} s"
-            f" (p50), {max(outcome.off_s):.1f} s at most, in {len(outcome.off_s)} kills. The promise is"
+            f" (p50), {max(outcome.off_s):.1f} s at most, after {len(outcome.off_s)} such kills. The promise is"
             f" {PROMISED_S:.0f} s, on an idle machine and for a streamer that had recorded for a minute"
             " (`python -m kalshi_platform_tests.chaos.recovery`); here streamers are killed at any moment, even"
             " during a recovery, and repeated faults are answered with a growing back-off.",

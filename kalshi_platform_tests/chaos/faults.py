@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,8 +42,8 @@ class Scene:
     disks: Mapping[str, Path]
     """Folders with a small file system of their own, by content."""
     dice: random.Random
-    killed: set[int] = field(default_factory=set)
-    """Process ids that the current fault has killed."""
+    killed: dict[int, float] = field(default_factory=dict)
+    """The processes that the current fault has killed, and when each was."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def _kill(target: str, scene: Scene) -> End | None:
     victims = _victims(platform, target, scene.dice)
     if not victims:
         return None
-    scene.killed.update(p.pid for p in victims)
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
+            scene.killed[victim.pid] = time.time()
     if target == EVERYTHING and platform.process is not None:
         platform.process.wait()
         platform.start()
@@ -136,9 +137,9 @@ def _state(act: Callable[[Path, random.Random], bool], scene: Scene) -> End | No
     if not alive:
         return None
     shard = scene.dice.choice(sorted(alive))
-    scene.killed.add(alive[shard].pid)
     with contextlib.suppress(psutil.NoSuchProcess):
         alive[shard].kill()
+        scene.killed[alive[shard].pid] = time.time()
         alive[shard].wait(5.0)
     folder = scene.platform.settings.journal_dir(shard)
     return _nothing if act(folder, scene.dice) else None
