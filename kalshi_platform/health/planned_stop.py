@@ -24,7 +24,8 @@ SIZE = 2048
 """Bytes of the file; a time takes at most 20."""
 TOGETHER_S = 3.0
 """Seconds within which the notes of `up` and of the code server are one stop. If a whole container receives the signal,
-a run may end this long before the note. A run created this soon after a note was still created by the old process."""
+a run may end this long before the note. A run created this soon after a note was still created by the old process.
+A signal does not say who sent it: one by hand this soon before a stop counts as the stop, which ends the run anyway."""
 ASKED_S = 60.0
 """Seconds after the note within which a stopped run ends: the code server stops its runs 10 s after its own signal,
 and containers are killed after 60 s (`stop_grace_period`, `terminationGracePeriodSeconds`)."""
