@@ -29,8 +29,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml $(MOVED)
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock requirements-clients.lock
 	@$(PIP) install --no-compile --no-deps --require-hashes -r requirements-dev.lock
+	@$(PIP) install --no-compile --no-deps --ignore-requires-python --require-hashes -r requirements-clients.lock
 	@$(COMPILE)
 	@touch $@
 
@@ -107,6 +108,7 @@ lock: ## Resolve the dependencies again (needs uv)
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group build --extra postgres --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group security -c requirements-dev.lock -o requirements-security.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group docs -c requirements-dev.lock -o requirements-docs.lock
+	uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.13 --group clients -o requirements-clients.lock
 
 clean: ## Remove the environment; recorded data stays
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

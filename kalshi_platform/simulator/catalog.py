@@ -28,17 +28,41 @@ class Series:
     category: str
     structure: str
     rolling: bool = False
+    maker_fees: bool = False
+
+    @property
+    def fee_type(self) -> str:
+        """The exchange's name of the fee's formula."""
+        return "quadratic_with_maker_fees" if self.maker_fees else "quadratic"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What the series is about, besides its category."""
+        return ("Up or down",) if self.rolling else ("Annual",)
 
 
 LONG_LIVED = (
     Series("KXFED", "Federal funds rate", "Economics", "tapered_deci_cent"),
-    Series("KXHIGHNY", "Highest temperature in New York", "Climate and Weather", "linear_cent"),
+    Series(
+        "KXHIGHNY",
+        "Highest temperature in New York",
+        "Climate and Weather",
+        "linear_cent",
+        maker_fees=True,
+    ),
     Series("KXCHAMP", "Championship winner", "Sports", "linear_cent"),
     Series("KXBTCMAXY", "How high Bitcoin gets", "Crypto", "deci_cent"),
     Series("KXINXY", "S&P 500 at the end of the year", "Financials", "center_deci_edge_centi_cent"),
 )
 ROLLING = tuple(
-    Series(f"KX{coin}UP", f"{name} up or down", "Crypto", structure, rolling=True)
+    Series(
+        f"KX{coin}UP",
+        f"{name} up or down",
+        "Crypto",
+        structure,
+        rolling=True,
+        maker_fees=coin == "BTC",
+    )
     for coin, name, structure in (
         ("BTC", "Bitcoin", "tapered_deci_cent"),
         ("ETH", "Ethereum", "linear_cent"),
@@ -47,6 +71,10 @@ ROLLING = tuple(
         ("DOGE", "Dogecoin", "linear_cent"),
     )
 )
+WITH_MAKER_FEES = frozenset(
+    series.ticker for series in (*LONG_LIVED, *ROLLING) if series.maker_fees
+)
+"""Series in which a resting order pays a fee, too."""
 _MARKETS_PER_EVENT = 8
 
 

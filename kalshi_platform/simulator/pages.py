@@ -1,26 +1,27 @@
-"""The exchange's own pages: markets, events, series, trades, books and the account.
+"""The exchange's own pages: markets, events, series, trades and books. portfolio_pages.py has the account's.
 
-Each page takes a request and returns what is to be JSON, or raises `Rejected`. Routes, signatures
-and faults are in rest.py. The shapes are those of the recorded answers of the real exchange.
+Each page takes a query and returns what is to be JSON, or raises `Rejected`. Routes, signatures
+and faults are in rest.py. The shapes are those of the recorded answers of the real exchange and of
+the official client's models.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.simulator import market as life
 from kalshi_platform.simulator.book import NO, YES, BookView
+from kalshi_platform.simulator.catalog import Series
 from kalshi_platform.simulator.exchange import Exchange, settlement_value
 from kalshi_platform.simulator.frames import rfc3339
 from kalshi_platform.simulator.market import Market
-from kalshi_platform.simulator.portfolio import Holding, Portfolio
+from kalshi_platform.simulator.query import Query, Rejected, bad_request, between, failed
 from kalshi_platform.simulator.venue import Venue
 
 BASE = "/trade-api/v2"
@@ -33,22 +34,19 @@ _STATUS_FILTER = {
 }
 
 
-_SECOND = 1_000_000_000
 _TIMES: dict[str, Callable[[Market], int | None]] = {
     "created": lambda item: item.listing.created_ns,
     "close": lambda item: item.listing.close_ns,
     "settled": lambda item: item.settled_ns,
     "updated": lambda item: item.updated_us * 1000,
 }
-
-
-class Rejected(Exception):
-    """The request is answered with an error, in one of the exchange's shapes."""
-
-    def __init__(self, status: int, body: object) -> None:
-        super().__init__(str(body))
-        self.status = status
-        self.body = body
+_STATUSES_WITH = {
+    "created": {"unopened", "open"},
+    "close": {"closed"},
+    "settled": {"settled"},
+    "updated": set[str](),
+}
+"""The statuses that can be combined with times of a kind."""
 
 
 class Pages:
@@ -59,16 +57,19 @@ class Pages:
         self._exchange = venue.exchange
         self._cache: dict[str, tuple[float, bytes]] = {}
 
-    # exchange and account
+    # exchange
 
-    def exchange_status(self, _: Request) -> object:
+    def exchange_status(self, _: Query) -> object:
         """Return whether the exchange trades; it does not while paused or under maintenance."""
-        return {
+        active = {
             "exchange_active": not self._venue.maintained,
             "trading_active": self._venue.trading,
+            "intra_exchange_transfers_active": False,
         }
+        shard = {"exchange_index": 0, "description": "The only shard", **active}
+        return {**active, "exchange_index_statuses": [shard]}
 
-    def exchange_schedule(self, _: Request) -> object:
+    def exchange_schedule(self, _: Query) -> object:
         """Return a schedule that is always open but for the last maintenance, if there was one."""
         always = [{"open_time": "00:00", "close_time": "00:00"}]
         days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -81,218 +82,166 @@ class Pages:
         ]
         return {"schedule": {"standard_hours": [hours], "maintenance_windows": windows}}
 
-    def user_data_timestamp(self, _: Request) -> object:
-        """Return the time as of which the portfolio pages hold."""
-        portfolio = self._portfolio
-        frozen = portfolio.frozen_us if portfolio is not None else None
-        return {"as_of_time": rfc3339(time.time_ns() // 1000 if frozen is None else frozen)}
-
-    def historical_cutoff(self, _: Request) -> object:
+    def historical_cutoff(self, _: Query) -> object:
         """Return the time before which data would be under /historical: 90 days ago."""
         cutoff = rfc3339((self._exchange.now_ns // 1_000_000_000 - 90 * 86_400) * 1_000_000)
-        names = ("market_settled_ts", "trades_created_ts", "orders_updated_ts")
-        return dict.fromkeys(names, cutoff)
-
-    def balance(self, _: Request) -> object:
-        """An account with nothing in it."""
-        return {
-            "balance": 0,
-            "balance_breakdown": [{"balance": "0.0000", "exchange_index": 0}],
-            "balance_dollars": "0.0000",
-            "portfolio_value": 0,
-            "updated_ts": int(time.time()),
-        }
-
-    @property
-    def _portfolio(self) -> Portfolio | None:
-        return self._exchange.portfolio if isinstance(self._exchange, Exchange) else None
-
-    def positions(self, request: Request) -> object:
-        """Return the positions in markets that are not settled."""
-        ticker = request.query_params.get("ticker")
-        held = [
-            (name, holding)
-            for name, holding in (self._portfolio.holdings() if self._portfolio else {}).items()
-            if ticker in {None, name}
-        ]
-        page, cursor = _page(request, held, "GetPositions", 1000, lambda item: item[0])
-        return {
-            "cursor": cursor,
-            "event_positions": [],
-            "market_positions": [_position(name, holding) for name, holding in page],
-        }
-
-    def fills(self, request: Request) -> object:
-        """Our fills, newest first, page by page."""
-        ticker = request.query_params.get("ticker")
-        low, high = _second(request, "min_ts"), _second(request, "max_ts")
-        found = [
-            each
-            for each in reversed(self._portfolio.fills if self._portfolio else [])
-            if (ticker in {None, each.order.market.ticker})
-            and (low is None or each.ts_us >= low * 1_000_000)
-            and (high is None or each.ts_us <= high * 1_000_000)
-        ]
-        page, cursor = _page(request, found, "GetFills", 1000, lambda item: item.fill_id)
-        return {"cursor": cursor, "fills": [item.texts() for item in page]}
-
-    def orders(self, request: Request) -> object:
-        """Return our resting orders, page by page."""
-        found = self._portfolio.orders() if self._portfolio else []
-        page, cursor = _page(request, found, "GetOrders", 1000, lambda item: item.order_id)
-        return {"cursor": cursor, "orders": [item.texts() for item in page]}
-
-    def settlements(self, request: Request) -> object:
-        """Our markets that were settled, newest first, page by page."""
-        ticker = request.query_params.get("ticker")
-        found = [
-            each
-            for each in reversed(self._portfolio.settled if self._portfolio else [])
-            if ticker in {None, each.market.ticker}
-        ]
-        page, cursor = _page(
-            request, found, "GetSettlements", 1000, lambda item: item.market.ticker
+        names = (
+            "market_settled_ts",
+            "trades_created_ts",
+            "orders_updated_ts",
+            "market_positions_last_updated_ts",
         )
-        return {"cursor": cursor, "settlements": [item.texts() for item in page]}
-
-    def limits(self, _: Request) -> object:
-        """Token buckets of the basic tier; the simulator does not enforce them."""
-        return {
-            "grants": [],
-            "read": {"bucket_capacity": 200, "refill_rate": 200},
-            "usage_tier": "basic",
-            "write": {"bucket_capacity": 100, "refill_rate": 100},
-        }
-
-    def endpoint_costs(self, _: Request) -> object:
-        """Return the cost of a request."""
-        order = {"cost": 2, "method": "GET", "path": f"{BASE}/portfolio/orders/:order_id"}
-        return {"default_cost": 10, "endpoint_costs": [order]}
+        return dict.fromkeys(names, cutoff)
 
     # markets
 
-    def markets(self, request: Request) -> object:
+    def markets(self, query: Query) -> object:
         """Markets by status, series, event, tickers and times, page by page."""
-        query = request.query_params
         found: Iterable[Market] = self._exchange.markets()
-        if tickers := query.get("tickers"):
-            wanted = set(tickers.split(","))
-            found = (market for market in found if market.ticker in wanted)
-        if status := query.get("status"):
-            if status not in _STATUS_FILTER:
-                raise Rejected(
-                    400,
-                    _bad_request(
-                        f"status {status!r} is not one of unopened, open, paused, closed, settled"
-                    ),
-                )
+        if tickers := set(query.texts("tickers")):
+            found = (market for market in found if market.ticker in tickers)
+        if status := query.choice("status", _STATUS_FILTER):
             found = (market for market in found if market.status in _STATUS_FILTER[status])
-        if series := query.get("series_ticker"):
+        if series := query.text("series_ticker"):
             found = (market for market in found if market.listing.series_ticker == series)
-        if event := query.get("event_ticker"):
-            found = (market for market in found if market.listing.event_ticker == event)
-        if query.get("mve_filter") == "only":
+        if events := set(query.texts("event_ticker")):
+            found = (market for market in found if market.listing.event_ticker in events)
+        if query.choice("mve_filter", ("only", "exclude")) == "only":
             found = ()  # there are no multivariate markets here
-        for name, time_ns in _TIMES.items():
-            low, high = _second(request, f"min_{name}_ts"), _second(request, f"max_{name}_ts")
-            if low is not None or high is not None:
-                found = [market for market in found if _between(time_ns(market), low, high)]
-        page, cursor = _page(request, list(found), "GetMarkets", 1000, lambda item: item.ticker)
+        times = {name: query.seconds(name, "GetMarkets") for name in _TIMES}
+        times = {name: edges for name, edges in times.items() if edges != (None, None)}
+        _check_times(list(times), status)
+        for name, edges in times.items():
+            time_ns = _TIMES[name]
+            found = [
+                market
+                for market in found
+                if (at_ns := time_ns(market)) is not None and between(at_ns // 1000, edges)
+            ]
+        page, cursor = query.page(list(found), "GetMarkets", 1000, lambda item: item.ticker)
         return {"cursor": cursor, "markets": [_market(item) for item in page]}
 
-    def market(self, request: Request) -> object:
+    def market(self, query: Query) -> object:
         """One market."""
-        return {"market": _market(self._find(request))}
+        return {"market": _market(self._find(query))}
 
-    def _find(self, request: Request) -> Market:
-        found = self._exchange.market(request.path_params["ticker"])
+    def _find(self, query: Query) -> Market:
+        found = self._exchange.market(query.path["ticker"])
         if found is None:
             raise Rejected(404, NOT_FOUND)
         return found
 
-    def events(self, request: Request) -> object:
-        """Events by series and status, page by page."""
-        query = request.query_params
+    def events(self, query: Query) -> object:
+        """Events by series, tickers, status and times, page by page."""
         by_event: dict[str, list[Market]] = {}
         for market in self._exchange.markets():
-            if (
-                query.get("series_ticker", market.listing.series_ticker)
-                == market.listing.series_ticker
-            ):
-                by_event.setdefault(market.listing.event_ticker, []).append(market)
-        if status := query.get("status"):
-            wanted = _STATUS_FILTER.get(status, set())
-            by_event = {
-                name: members
-                for name, members in by_event.items()
-                if any(market.status in wanted for market in members)
-            }
-        page, cursor = _page(request, list(by_event), "GetEvents", 200, lambda name: name)
-        nested = query.get("with_nested_markets") == "true"
-        return {"cursor": cursor, "events": [_event(by_event[name], nested) for name in page]}
+            by_event.setdefault(market.listing.event_ticker, []).append(market)
+        series, tickers = query.text("series_ticker"), set(query.texts("tickers"))
+        status = query.choice("status", [name for name in _STATUS_FILTER if name != "paused"])
+        close_s = query.second("min_close_ts", "GetEvents")
+        updated_s = query.second("min_updated_ts", "GetEvents")
+        found = [
+            name
+            for name, members in by_event.items()
+            if (series in {None, members[0].listing.series_ticker})
+            and (not tickers or name in tickers)
+            and (status is None or any(m.status in _STATUS_FILTER[status] for m in members))
+            and any(between(m.listing.close_ns // 1000, (close_s, None)) for m in members)
+            and any(between(m.updated_us, (updated_s, None)) for m in members)
+        ]
+        nested = query.flag("with_nested_markets")
+        page, cursor = query.page(found, "GetEvents", 200, lambda name: name)
+        categories = self._categories()
+        return {
+            "cursor": cursor,
+            "events": [_event(by_event[name], categories, nested) for name in page],
+        }
 
-    def event(self, request: Request) -> object:
-        """One event with its markets."""
-        name = request.path_params["event"]
+    def event(self, query: Query) -> object:
+        """One event and its markets: in it `with_nested_markets`, else beside it."""
+        name, nested = query.path["event"], query.flag("with_nested_markets")
         members = [m for m in self._exchange.markets() if m.listing.event_ticker == name]
         if not members:
             raise Rejected(404, NOT_FOUND)
-        return {"event": _event(members, False), "markets": [_market(market) for market in members]}
+        beside = [] if nested else [_market(market) for market in members]
+        return {"event": _event(members, self._categories(), nested), "markets": beside}
 
-    def series_list(self, request: Request) -> object:
-        """Every series."""
-        category = request.query_params.get("category")
+    def _categories(self) -> dict[str, str]:
+        """The category of each series."""
+        return {listed.ticker: listed.category for listed in self._exchange.series}
+
+    def series_list(self, query: Query) -> object:
+        """Every series, by category and tags."""
+        category, tags = query.text("category"), set(query.texts("tags"))
+        volume = query.flag("include_volume")
         return {
             "series": [
-                _series(listed_series)
-                for listed_series in self._exchange.series
-                if category is None or listed_series.category == category
+                self._series(listed, volume)
+                for listed in self._exchange.series
+                if category in {None, listed.category} and (not tags or tags & set(listed.tags))
             ]
         }
 
-    def series(self, request: Request) -> object:
+    def series(self, query: Query) -> object:
         """One series."""
-        for listed_series in self._exchange.series:
-            if listed_series.ticker == request.path_params["series"]:
-                return {"series": _series(listed_series)}
+        volume = query.flag("include_volume")
+        for listed in self._exchange.series:
+            if listed.ticker == query.path["series"]:
+                return {"series": self._series(listed, volume)}
         raise Rejected(404, NOT_FOUND)
 
-    def trades(self, request: Request) -> object:
+    def _series(self, listed: Series, volume: bool) -> dict[str, Any]:
+        series: dict[str, Any] = {
+            "ticker": listed.ticker,
+            "title": listed.title,
+            "category": listed.category,
+            "categories": [listed.category],
+            "frequency": "custom" if listed.rolling else "annual",
+            "fee_type": listed.fee_type,
+            "fee_multiplier": 1,
+            "tags": list(listed.tags),
+            "settlement_sources": _SOURCES,
+            "contract_url": f"{_CONTRACTS}/{listed.ticker}.pdf",
+            "contract_terms_url": f"{_CONTRACTS}/{listed.ticker}-terms.pdf",
+            "additional_prohibitions": [],
+            "exchange_index": 0,
+        }
+        if volume:
+            traded = sum(
+                market.volume
+                for market in self._exchange.markets()
+                if market.listing.series_ticker == listed.ticker
+            )
+            series["volume_fp"] = contracts(traded)
+        return series
+
+    def trades(self, query: Query) -> object:
         """The last trades, newest first, page by page."""
-        ticker = request.query_params.get("ticker")
-        low, high = _second(request, "min_ts"), _second(request, "max_ts")
+        ticker, edges = query.text("ticker"), query.seconds("", "GetTrades")
+        block = query.flag("is_block_trade")  # there are none
         found = [
             trade
             for trade in reversed(self._exchange.trades)
-            if (ticker is None or trade.market.ticker == ticker)
-            and (low is None or trade.ts_us >= low * 1_000_000)
-            and (high is None or trade.ts_us <= high * 1_000_000)
+            if ticker in {None, trade.market.ticker} and between(trade.ts_us, edges) and not block
         ]
-        page, cursor = _page(request, found, "GetTrades", 1000, lambda item: item.trade_id)
+        page, cursor = query.page(found, "GetTrades", 1000, lambda item: item.trade_id)
         return {"cursor": cursor, "trades": [item.rest() for item in page]}
 
     # order books, cached as the real ones are
 
-    def orderbook(self, request: Request) -> object:
+    def orderbook(self, query: Query) -> object:
         """One book, cached."""
-        depth = _number(request, "depth", "GetMarketOrderbook", default=0, low=0, high=100)
-        found = self._find(request)
+        depth = query.number("depth", "GetMarketOrderbook", default=0, low=0, high=100)
+        found = self._find(query)
         return self._cached(
             f"{found.ticker}?{depth}", lambda: {"orderbook_fp": _orderbook(found.view(), depth)}
         )
 
-    def orderbooks(self, request: Request) -> object:
+    def orderbooks(self, query: Query) -> object:
         """Up to 100 books, cached."""
-        tickers = [
-            ticker
-            for value in request.query_params.getlist("tickers")
-            for ticker in value.split(",")
-            if ticker
-        ]
+        tickers = query.texts("tickers")
         if not 1 <= len(tickers) <= 100:
-            raise Rejected(
-                400, _failed("GetMarketOrderbooks", "Tickers", "lte" if tickers else "required")
-            )
+            raise failed("GetMarketOrderbooks", "Tickers", "lte" if tickers else "required")
         found = [self._exchange.market(ticker) for ticker in tickers]
         if None in found:
             raise Rejected(404, NOT_FOUND)
@@ -326,58 +275,17 @@ class Pages:
 NOT_FOUND = {"error": {"code": "not_found", "message": "not found"}}
 
 
-def _bad_request(details: str) -> dict[str, str]:
-    return {"code": "bad_request", "message": "bad request", "details": details}
+_CONTRACTS = "https://simulator.invalid/contracts"
+_SOURCES = [{"name": "The simulator", "url": "https://simulator.invalid"}]
 
 
-def _failed(request: str, field: str, tag: str) -> dict[str, str]:
-    return {
-        "msg": f"Parameter validation failed for {request}: Key: '{request}Params.{field}'"
-        f" Error:Field validation for '{field}' failed on the '{tag}' tag"
-    }
-
-
-def _number(
-    request: Request, name: str, operation: str, *, default: int, low: int, high: int
-) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    try:
-        value = int(text)
-    except ValueError:
-        raise Rejected(400, _bad_request(f"{name} {text!r} is not a number")) from None
-    if not low <= value <= high:
-        raise Rejected(400, _failed(operation, name.title(), "lte" if value > high else "gte"))
-    return value
-
-
-def _second(request: Request, name: str) -> int | None:
-    """Return a time in whole seconds from the query, None if it is missing."""
-    if name not in request.query_params:
-        return None
-    return _number(request, name, "GetMarkets", default=0, low=0, high=2**53)
-
-
-def _between(time_ns: int | None, low: int | None, high: int | None) -> bool:
-    """Whether a time lies between whole seconds, both included; a missing time does not."""
-    if time_ns is None:
-        return False
-    return (low or 0) <= time_ns / _SECOND and (high is None or time_ns <= high * _SECOND)
-
-
-def _page(
-    request: Request, found: list[Any], operation: str, most: int, name: Callable[[Any], str]
-) -> tuple[list[Any], str]:
-    """Return one page and the cursor of the next, '' at the end. A cursor is the id of the last item."""
-    limit = _number(request, "limit", operation, default=100, low=1, high=most)
-    cursor = request.query_params.get("cursor", "")
-    # an unknown cursor starts at the first page, as on the real exchange
-    start = next(
-        (at + 1 for at, market in enumerate(found) if cursor and name(market) == cursor), 0
-    )
-    page = found[start : start + limit]
-    return page, name(page[-1]) if start + limit < len(found) else ""
+def _check_times(names: list[str], status: str | None) -> None:
+    """Raises Rejected where times of a kind cannot be combined with others or with a status."""
+    if len(names) > 1:
+        raise bad_request(f"times of {' and '.join(names)} cannot be combined")
+    for name in names:
+        if status is not None and status not in _STATUSES_WITH[name]:
+            raise bad_request(f"times of {name} cannot be combined with status {status!r}")
 
 
 def _orderbook(view: BookView, depth: int) -> dict[str, list[tuple[str, str]]]:
@@ -388,19 +296,6 @@ def _orderbook(view: BookView, depth: int) -> dict[str, list[tuple[str, str]]]:
 
 def _time(ns: int) -> str:
     return rfc3339(ns // 1000)
-
-
-def _position(ticker: str, held: Holding) -> dict[str, Any]:
-    return {
-        "ticker": ticker,
-        "exchange_index": 0,
-        "position_fp": contracts(held.position),
-        "market_exposure_dollars": f"{held.cost / 1_000_000:.6f}",
-        "realized_pnl_dollars": "0.000000",
-        "fees_paid_dollars": "0.000000",
-        "total_traded_dollars": f"{held.traded / 1_000_000:.6f}",
-        "last_updated_ts": rfc3339(held.updated_us),
-    }
 
 
 def _market(each: Market) -> dict[str, Any]:
@@ -432,8 +327,13 @@ def _market(each: Market) -> dict[str, Any]:
         "no_bid_dollars": dollars(no_bid),
         "no_sub_title": listing.subtitle,
         "notional_value_dollars": "1.0000",
+        "occurrence_datetime": _time(listing.close_ns),
         "open_interest_fp": contracts(each.open_interest),
         "open_time": _time(listing.open_ns),
+        # of a day ago, of which the simulator keeps nothing: as the real ones of a market's first day
+        "previous_price_dollars": dollars(0),
+        "previous_yes_ask_dollars": dollars(0),
+        "previous_yes_bid_dollars": dollars(0),
         "price_level_structure": listing.grid.name,
         "price_ranges": [
             {"start": dollars(r.start), "end": dollars(r.end), "step": dollars(r.step)}
@@ -442,6 +342,7 @@ def _market(each: Market) -> dict[str, Any]:
         "result": each.result,
         "rules_primary": f"If {listing.subtitle.lower()}, then the market resolves to Yes.",
         "rules_secondary": "",
+        "settlement_bounds_type": "default",
         "settlement_timer_seconds": 5,
         "status": each.status,
         "strike_type": "greater",
@@ -459,30 +360,21 @@ def _market(each: Market) -> dict[str, Any]:
     }
 
 
-def _event(members: list[Market], nested: bool) -> dict[str, Any]:
+def _event(members: list[Market], categories: Mapping[str, str], nested: bool) -> dict[str, Any]:
     listing = members[0].listing
     event: dict[str, Any] = {
         "event_ticker": listing.event_ticker,
         "series_ticker": listing.series_ticker,
         "title": listing.title,
         "sub_title": listing.subtitle,
+        "category": categories[listing.series_ticker],
         "mutually_exclusive": False,
         "collateral_return_type": "MECNET",
         "strike_date": _time(listing.close_ns),
+        "settlement_sources": _SOURCES,
+        "last_updated_ts": rfc3339(max(market.updated_us for market in members)),
+        "exchange_index": 0,
     }
     if nested:
         event["markets"] = [_market(market) for market in members]
     return event
-
-
-def _series(each: Any) -> dict[str, Any]:
-    return {
-        "ticker": each.ticker,
-        "title": each.title,
-        "category": each.category,
-        "frequency": "custom" if each.rolling else "annual",
-        "fee_type": "quadratic",
-        "fee_multiplier": 1,
-        "tags": [],
-        "settlement_sources": [],
-    }

@@ -1,26 +1,57 @@
-"""The simulator's one account: orders, fills and positions. No I/O.
+"""The simulator's one account: orders, fills, positions and cash. No I/O.
 
 An own order rests in the book behind everybody else's at its price: takers reach it last, and the
 order flow never cancels it. Orders only rest (post-only); the exchange refuses what would match.
-Prices are 1e-4 dollars, quantities 1e-2 contracts, positions signed: YES positive, NO negative.
+Prices are 1e-4 dollars, quantities 1e-2 contracts, so their product and all money are 1e-6 dollars;
+positions are signed: YES positive, NO negative.
+
+At any time: cash + cost of the open positions = deposit + realized profit - fees.
 """
 
 from __future__ import annotations
 
 import itertools
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.simulator import market as life
 from kalshi_platform.simulator.book import SIDES, YES
+from kalshi_platform.simulator.catalog import WITH_MAKER_FEES
 from kalshi_platform.simulator.frames import rfc3339
 from kalshi_platform.simulator.market import Market
 from kalshi_platform.simulator.orderflow import Change
 
 _NAMESPACE = uuid.UUID("8f6f1c4e-9a53-4d59-8e3a-2f6b7f1d2c11")
+USER_ID = str(uuid.uuid5(_NAMESPACE, "user"))
+DEPOSIT = 100_000 * 1_000_000
+"""What the account starts with."""
+KEPT_ORDERS = 10_000
+"""How many finished orders can be looked up, the newest ones."""
+_MAKER_RATE = 175
+"""The maker's fee rate, in 1e-4."""
+_MAKER_UNIT = 10_000_000_000
+"""1e-4 dollars, in the units of quantity x price x price x rate."""
+RESTING, EXECUTED, CANCELED = "resting", "executed", "canceled"
+
+
+def money(amount: int) -> str:
+    """Return 1e-6 dollars as text, with six decimals."""
+    sign = "-" if amount < 0 else ""
+    return f"{sign}{abs(amount) // 1_000_000}.{abs(amount) % 1_000_000:06d}"
+
+
+def maker_fee(market: Market, price: int, qty: int) -> int:
+    """Return the fee of a fill of a resting order: rate x C x P x (1 - P), rounded up to 1e-4 dollars.
+
+    C contracts at price P. Zero in a series without maker fees.
+    """
+    if market.listing.series_ticker not in WITH_MAKER_FEES:
+        return 0
+    exact: int = qty * price * (ONE_DOLLAR - price) * _MAKER_RATE
+    return -(-exact // _MAKER_UNIT) * 100
 
 
 class OrderRejected(Exception):
@@ -29,27 +60,50 @@ class OrderRejected(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """A resting own order. `side` is the bid ladder: an ask on YES is a bid on NO."""
+    """An own order. `side` is the bid ladder: an ask on YES is a bid on NO."""
 
+    number: int
     order_id: str
     client_order_id: str
     market: Market
     side: int
     level: int
+    initial: int
     remaining: int
     placed_us: int
+    updated_us: int
+    filled: int = 0
+    fees: int = 0
+    status: str = RESTING
+
+    @property
+    def price(self) -> int:
+        """Price of the contract of its side."""
+        return self.market.listing.grid.prices[self.level]
 
     def texts(self) -> dict[str, object]:
-        """The order as JSON."""
+        """The order as in GET /portfolio/orders."""
         return {
             "order_id": self.order_id,
+            "user_id": USER_ID,
             "client_order_id": self.client_order_id,
             "ticker": self.market.ticker,
-            "outcome_side": SIDES[self.side],
-            "price_dollars": self.market.listing.grid.texts[self.level],
+            **_direction(self.side, self.price),
+            "type": "limit",
+            "status": self.status,
+            "fill_count_fp": contracts(self.filled),
             "remaining_count_fp": contracts(self.remaining),
-            "status": "resting",
+            "initial_count_fp": contracts(self.initial),
+            "taker_fill_cost_dollars": money(0),
+            "maker_fill_cost_dollars": money(self.price * self.filled),
+            "taker_fees_dollars": money(0),
+            "maker_fees_dollars": money(self.fees),
             "created_time": rfc3339(self.placed_us),
+            "last_update_time": rfc3339(self.updated_us),
+            "self_trade_prevention_type": "taker_at_cross",
+            "cancel_order_on_pause": False,
+            "subaccount_number": 0,
+            "exchange_index": 0,
         }
 
 
@@ -61,6 +115,7 @@ class OwnFill:
     fill_id: str
     order: Order
     qty: int
+    fee: int
     ts_us: int
 
     @property
@@ -70,80 +125,153 @@ class OwnFill:
 
     def texts(self) -> dict[str, object]:
         """The fill as in GET /portfolio/fills."""
-        own = self.order.market.listing.grid.prices[self.order.level]
-        yes = own if self.order.side == YES else ONE_DOLLAR - own
-        side = SIDES[self.order.side]
         return {
             "fill_id": self.fill_id,
             "trade_id": self.fill_id,
             "order_id": self.order.order_id,
             "ticker": self.order.market.ticker,
             "market_ticker": self.order.market.ticker,
-            "outcome_side": side,
-            "book_side": "bid" if self.order.side == YES else "ask",
-            "side": side,
-            "action": "buy",
+            **_direction(self.order.side, self.order.price),
             "count_fp": contracts(self.qty),
-            "yes_price_dollars": dollars(yes),
-            "no_price_dollars": dollars(ONE_DOLLAR - yes),
             "is_taker": False,
-            "fee_cost": "0.000000",
+            "fee_cost": money(self.fee),
             "created_time": rfc3339(self.ts_us),
             "ts": self.ts_us // 1_000_000,
+            "subaccount_number": 0,
             "exchange_index": 0,
         }
 
 
+def _direction(side: int, price: int) -> dict[str, object]:
+    """Both forms of an order's side and of its price, as orders and fills have them."""
+    yes = price if side == YES else ONE_DOLLAR - price
+    return {
+        "outcome_side": SIDES[side],
+        "book_side": "bid" if side == YES else "ask",
+        "side": SIDES[side],
+        "action": "buy",
+        "yes_price_dollars": dollars(yes),
+        "no_price_dollars": dollars(ONE_DOLLAR - yes),
+    }
+
+
 @dataclass(frozen=True)
 class Holding:
-    """The position in a market, and its cost."""
+    """The position in a market, its cost and what it has brought."""
 
+    market: Market
     position: int = 0
     cost: int = 0
-    """In 1e-6 dollars, of the open position."""
+    """Of the open position."""
     traded: int = 0
-    """In 1e-6 dollars, of all fills."""
+    """Cost of all fills."""
+    shares: int = 0
+    """Contracts of all fills, in 1e-2."""
+    realized: int = 0
+    """Profit of what was closed, without fees."""
+    fees: int = 0
     updated_us: int = 0
 
     def after(self, fill: OwnFill) -> Holding:
-        """Return the holding after a fill; offset contracts are removed at average cost."""
-        price = fill.order.market.listing.grid.prices[fill.order.level]
-        spent = price * fill.qty
-        position = self.position + fill.signed
-        if self.position * fill.signed >= 0:
-            cost = self.cost + spent
-        elif abs(fill.signed) <= abs(self.position):
-            cost = self.cost * abs(position) // abs(self.position)
-        else:
-            cost = price * abs(position)
-        return Holding(position, cost, self.traded + spent, fill.ts_us)
+        """Return the holding after a fill.
+
+        A contract of the other side closes one that is held: the pair pays a dollar at once. Closed
+        contracts are removed at average cost.
+        """
+        price = fill.order.price
+        held = abs(self.position)
+        closed = min(fill.qty, held) if self.position * fill.signed < 0 else 0
+        kept = self.cost * (held - closed) // held if held else 0
+        return Holding(
+            market=self.market,
+            position=self.position + fill.signed,
+            cost=kept + price * (fill.qty - closed),
+            traded=self.traded + price * fill.qty,
+            shares=self.shares + fill.qty,
+            realized=self.realized + (ONE_DOLLAR - price) * closed - (self.cost - kept),
+            fees=self.fees + fill.fee,
+            updated_us=fill.ts_us,
+        )
+
+    def texts(self) -> dict[str, object]:
+        """The position as in GET /portfolio/positions."""
+        return {
+            "ticker": self.market.ticker,
+            "exchange_index": 0,
+            "position_fp": contracts(self.position),
+            "market_exposure_dollars": money(self.cost),
+            "realized_pnl_dollars": money(self.realized),
+            "fees_paid_dollars": money(self.fees),
+            "total_traded_dollars": money(self.traded),
+            "last_updated_ts": rfc3339(self.updated_us),
+        }
+
+    @property
+    def value(self) -> int:
+        """What the open position is worth at the last trade's price; its cost without a trade."""
+        last = self.market.last_price
+        if not last:
+            return self.cost
+        return abs(self.position) * (last if self.position > 0 else ONE_DOLLAR - last)
+
+
+def event_positions(holdings: Iterable[Holding]) -> list[dict[str, object]]:
+    """The sums of the positions by event, as in GET /portfolio/positions."""
+    by_event: dict[str, list[Holding]] = {}
+    for held in holdings:
+        by_event.setdefault(held.market.listing.event_ticker, []).append(held)
+    return [
+        {
+            "event_ticker": event,
+            "total_cost_dollars": money(sum(held.traded for held in members)),
+            "total_cost_shares_fp": contracts(sum(held.shares for held in members)),
+            "event_exposure_dollars": money(sum(held.cost for held in members)),
+            "realized_pnl_dollars": money(sum(held.realized for held in members)),
+            "fees_paid_dollars": money(sum(held.fees for held in members)),
+        }
+        for event, members in by_event.items()
+    ]
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A position that was paid out."""
+    """A market in which the account had traded, and what its position was paid."""
 
     market: Market
     holding: Holding
+    """As it was before the payment."""
     ts_us: int
+
+    @property
+    def revenue(self) -> int:
+        """A dollar for each winning contract: in cents as many as there are 1e-2 contracts."""
+        position = self.holding.position
+        return max(position, 0) if self.market.result == "yes" else max(-position, 0)
+
+    @property
+    def closed(self) -> Holding:
+        """The holding after the payment."""
+        profit = self.revenue * 10_000 - self.holding.cost
+        realized = self.holding.realized + profit
+        return replace(self.holding, position=0, cost=0, realized=realized, updated_us=self.ts_us)
 
     def texts(self) -> dict[str, object]:
         """The settlement as in GET /portfolio/settlements."""
-        held, yes_wins = self.holding.position, self.market.result == "yes"
-        yes, no = max(held, 0), max(-held, 0)
-        cost = f"{self.holding.cost / 1_000_000:.6f}"
+        yes, no = max(self.holding.position, 0), max(-self.holding.position, 0)
+        cost = money(self.holding.cost)
         return {
             "ticker": self.market.ticker,
+            "exchange_index": 0,
             "event_ticker": self.market.listing.event_ticker,
             "market_result": self.market.result,
             "yes_count_fp": contracts(yes),
             "no_count_fp": contracts(no),
-            "yes_total_cost_dollars": cost if yes else "0.000000",
-            "no_total_cost_dollars": cost if no else "0.000000",
-            "fee_cost": "0.000000",
-            "revenue": yes if yes_wins else no,  # a dollar each: 1e-2 contracts are cents
+            "yes_total_cost_dollars": cost if yes else money(0),
+            "no_total_cost_dollars": cost if no else money(0),
+            "fee_cost": money(self.holding.fees),
+            "revenue": self.revenue,
             "settled_time": rfc3339(self.ts_us),
-            "value": 100 if yes_wins else 0,
+            "value": 100 if self.market.result == "yes" else 0,
         }
 
 
@@ -156,7 +284,11 @@ class Portfolio:
         self.epoch = str(uuid.uuid5(_NAMESPACE, seed))
         """Id of this account; a restarted simulator has another one."""
         self._numbers = itertools.count(1)
+        self.cash = DEPOSIT
+        self.updated_us = 0
+        """When the cash last changed."""
         self._orders: dict[str, Order] = {}
+        self._finished: deque[Order] = deque(maxlen=KEPT_ORDERS)
         self._at: defaultdict[tuple[str, int, int], list[str]] = defaultdict(list)
         """Own orders of a level, oldest first, by client order id."""
         self._used: set[str] = set()
@@ -166,13 +298,27 @@ class Portfolio:
         self.frozen_us: int | None = None
         """Since when the portfolio pages are frozen; None: they are not."""
 
+    @classmethod
+    def empty(cls) -> Portfolio:
+        """Return an account that nothing happens to."""
+        return cls("", lambda *_: None)
+
     def orders(self) -> list[Order]:
         """All resting orders, oldest first."""
         return list(self._orders.values())
 
+    def all_orders(self) -> list[Order]:
+        """All resting orders and the last finished ones, newest first."""
+        both = [*self._orders.values(), *self._finished]
+        return sorted(both, key=lambda order: order.number, reverse=True)
+
     def holdings(self) -> dict[str, Holding]:
         """Open positions, by ticker."""
         return {ticker: held for ticker, held in self._holdings.items() if held.position}
+
+    def traded(self) -> list[Holding]:
+        """Every market that is not settled and in which there was a fill; the position may be zero."""
+        return list(self._holdings.values())
 
     def fills_after(self, number: int) -> list[OwnFill]:
         """Fills with a greater number, oldest first."""
@@ -194,14 +340,20 @@ class Portfolio:
             raise OrderRejected("invalid_price") from None
         if level > market.book.room(side):
             raise OrderRejected("post_only_cross")
+        committed = sum(order.price * order.remaining for order in self._orders.values())
+        if committed + price * qty > self.cash:
+            raise OrderRejected("insufficient_balance")
         number = next(self._numbers)
         order = Order(
+            number,
             str(uuid.uuid5(_NAMESPACE, f"{self._seed}:order:{number}")),
             client_order_id,
             market,
             side,
             level,
             qty,
+            qty,
+            at_ns // 1000,
             at_ns // 1000,
         )
         self._used.add(client_order_id)
@@ -215,7 +367,7 @@ class Portfolio:
         order = self._orders.get(client_order_id)
         if order is None:
             raise OrderRejected("order_not_found")
-        self._remove(order)
+        self._finish(replace(order, status=CANCELED, remaining=0, updated_us=at_ns // 1000))
         self._change(order.market, [(order.side, order.level, -order.remaining)], at_ns)
         return order
 
@@ -251,8 +403,12 @@ class Portfolio:
     def settle(self, market: Market, at_us: int) -> None:
         """Pay out a settled market."""
         held = self._holdings.pop(market.ticker, None)
-        if held is not None and held.position:
-            self.settled.append(Settled(market, held, at_us))
+        if held is None:
+            return
+        settled = Settled(market, held, at_us)
+        self.settled.append(settled)
+        self.cash += settled.revenue * 10_000
+        self.updated_us = at_us
 
     def _fill(self, key: tuple[str, int, int], qty: int, ts_us: int) -> None:
         for name in list(self._at[key]):
@@ -261,18 +417,35 @@ class Portfolio:
             qty -= part
             number = len(self.fills) + 1
             fill_id = str(uuid.uuid5(_NAMESPACE, f"{self._seed}:fill:{number}"))
-            fill = OwnFill(number, fill_id, order, part, ts_us)
+            fee = maker_fee(order.market, order.price, part)
+            fill = OwnFill(number, fill_id, order, part, fee, ts_us)
             self.fills.append(fill)
-            held = self._holdings.get(order.market.ticker, Holding())
-            self._holdings[order.market.ticker] = held.after(fill)
-            if part == order.remaining:
-                self._remove(order)
-            else:
-                self._orders[name] = replace(order, remaining=order.remaining - part)
+            self._hold(fill)
+            order = replace(
+                order,
+                filled=order.filled + part,
+                fees=order.fees + fee,
+                remaining=order.remaining - part,
+                updated_us=ts_us,
+            )
+            self._orders[name] = order
+            if not order.remaining:
+                self._finish(replace(order, status=EXECUTED))
             if not qty:
                 return
 
-    def _remove(self, order: Order) -> None:
+    def _hold(self, fill: OwnFill) -> None:
+        market = fill.order.market
+        before = self._holdings.get(market.ticker, Holding(market))
+        after = before.after(fill)
+        self._holdings[market.ticker] = after
+        pairs = (abs(before.position) + fill.qty - abs(after.position)) // 2
+        self.cash += pairs * ONE_DOLLAR - fill.order.price * fill.qty - fill.fee
+        self.updated_us = fill.ts_us
+
+    def _finish(self, order: Order) -> None:
+        """Take an order out of the queue of its price, and keep it as it ended."""
+        self._finished.append(order)
         del self._orders[order.client_order_id]
         key = (order.market.ticker, order.side, order.level)
         self._at[key].remove(order.client_order_id)

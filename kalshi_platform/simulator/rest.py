@@ -27,10 +27,13 @@ from kalshi_platform.simulator import orders
 from kalshi_platform.simulator.errors import SimulatorError
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.faults import Fault
-from kalshi_platform.simulator.pages import BASE, NOT_FOUND, Pages, Rejected
+from kalshi_platform.simulator.pages import BASE, NOT_FOUND, Pages
+from kalshi_platform.simulator.portfolio_pages import PortfolioPages
+from kalshi_platform.simulator.query import Query, Rejected
 from kalshi_platform.simulator.venue import Venue
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+Page = Callable[[Query], object]
 
 
 def application(venue: Venue, *, loopback: bool = True) -> Starlette:
@@ -66,11 +69,11 @@ def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = N
 
 
 def _exchange_routes(venue: Venue) -> list[Route]:
-    pages = Pages(venue)
-    public: dict[str, Callable[[Request], object]] = {
+    pages, account = Pages(venue), PortfolioPages(venue.exchange)
+    public: dict[str, Page] = {
         "/exchange/status": pages.exchange_status,
         "/exchange/schedule": pages.exchange_schedule,
-        "/exchange/user_data_timestamp": pages.user_data_timestamp,
+        "/exchange/user_data_timestamp": account.user_data_timestamp,
         "/historical/cutoff": pages.historical_cutoff,
         "/markets": pages.markets,
         "/markets/trades": pages.trades,
@@ -82,14 +85,15 @@ def _exchange_routes(venue: Venue) -> list[Route]:
         "/series": pages.series_list,
         "/series/{series}": pages.series,
     }
-    private: dict[str, Callable[[Request], object]] = {
-        "/portfolio/balance": pages.balance,
-        "/portfolio/positions": pages.positions,
-        "/portfolio/fills": pages.fills,
-        "/portfolio/orders": pages.orders,
-        "/portfolio/settlements": pages.settlements,
-        "/account/limits": pages.limits,
-        "/account/endpoint_costs": pages.endpoint_costs,
+    private: dict[str, Page] = {
+        "/portfolio/balance": account.balance,
+        "/portfolio/positions": account.positions,
+        "/portfolio/fills": account.fills,
+        "/portfolio/orders": account.orders,
+        "/portfolio/orders/{order_id}": account.order,
+        "/portfolio/settlements": account.settlements,
+        "/account/limits": account.limits,
+        "/account/endpoint_costs": account.endpoint_costs,
     }
     return [
         Route(BASE + path, _guarded(venue, page, signed), methods=["GET"])
@@ -98,7 +102,7 @@ def _exchange_routes(venue: Venue) -> list[Route]:
     ]
 
 
-def _guarded(venue: Venue, page: Callable[[Request], object], signed: bool) -> Endpoint:
+def _guarded(venue: Venue, page: Page, signed: bool) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         fault = venue.rest_fault()
         if fault is not None:
@@ -109,8 +113,10 @@ def _guarded(venue: Venue, page: Callable[[Request], object], signed: bool) -> E
             refusal = venue.keys.refusal(request.headers, request.method, path, now_ms)
             if refusal is not None:
                 return _json(refusal, 401)
+        query = Query(request.query_params, request.path_params)
         try:
-            answer = page(request)
+            answer = page(query)
+            query.refuse_unread()
         except Rejected as rejected:
             return _json(rejected.body, rejected.status)
         return answer if isinstance(answer, Response) else _json(answer)

@@ -81,7 +81,7 @@ def test_every_used_resource_can_be_read(client: RestClient) -> None:
     assert all(event.markets for event in events)
     series = client.series(events[0].series_ticker)
     assert series in client.all_series()
-    assert client.balance().balance_dollars == "0.0000"
+    assert client.balance().balance_dollars == "100000.0000"
     assert [*client.positions(), *client.fills(), *client.settlements()] == []
 
 

@@ -70,6 +70,16 @@ def hold(simulator: Simulator, ticker: str, signed: int, age_s: float = LONG_AGO
     simulator._call(lambda venue: trade(venue.exchange))
 
 
+def archive_position(simulator: Simulator, ticker: str) -> None:
+    """Remove a market from the report, as the exchange does with old positions."""
+
+    def remove(exchange: object) -> None:
+        assert isinstance(exchange, Venue)
+        del exchange.portfolio._holdings[ticker]
+
+    simulator._call(lambda venue: remove(venue.exchange))
+
+
 def by_ticker(found: positions.Report) -> dict[str, Snapshot]:
     return {snapshot.market_ticker: snapshot for snapshot in found.snapshots}
 
@@ -185,9 +195,11 @@ def test_a_market_missing_in_the_report_is_flat_only_by_its_fills(
     hold(simulator, flat, 300)
     hold(simulator, flat, -300)
     before = datetime.now(UTC) - timedelta(minutes=5)
-    found = positions.take(
-        rest, {flat: Held(Decimal(0), before), unknown: Held(Decimal(7), before), never: None}
-    )
+    known = {flat: Held(Decimal(0), before), unknown: Held(Decimal(7), before), never: None}
+    reported = by_ticker(positions.take(rest, known))[flat]
+    assert (reported.position, reported.source) == (Decimal(0), "positions")
+    archive_position(simulator, flat)
+    found = positions.take(rest, known)
     assert {ticker: (each.position, each.source) for ticker, each in by_ticker(found).items()} == {
         flat: (Decimal(0), "absent"),
         never: (Decimal(0), "absent"),

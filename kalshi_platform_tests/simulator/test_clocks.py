@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kalshi_platform.simulator.catalog import SECOND
 from kalshi_platform.simulator.exchange import Exchange
+from kalshi_platform.simulator.faults import Fault
 from kalshi_platform.simulator.frames import Cleared, Delta, Trade
 from kalshi_platform.simulator.market import CLOSED, INITIALIZED
 from kalshi_platform.simulator.session import Session
@@ -207,6 +208,35 @@ def test_nothing_is_traded_under_maintenance_and_clocks_stay() -> None:
     assert {market.ticker: market.clock for market in source.markets()} == clocks
     assert source.advance(NOON + 62 * SECOND)
     assert source.shed_seconds == 0
+
+
+@pytest.mark.parametrize(
+    "fault", ["gap:3", "duplicate", "truncated", "negative", "malformed", "unknown_type", "huge:1"]
+)
+def test_clocks_are_true_on_a_connection_with_a_fault(fault: str) -> None:
+    source = exchange()
+    healthy, faulty = Client(source), Client(source)
+    before = {market.ticker: market.clock for market in source.markets()}
+    asked = Fault.parse(fault)
+    faulty.session.tamper(asked.name, asked.count)
+    happened = source.advance(NOON + 5 * SECOND)
+    for client in (healthy, faulty):
+        client.session.publish(happened)
+    healthy.listen()
+    altered = 0
+    for raw in faulty.session.take():
+        try:
+            frame = json.loads(raw)
+        except json.JSONDecodeError:
+            altered += 1
+            continue
+        msg = frame["msg"]
+        if frame["type"] == "orderbook_snapshot":
+            assert msg["clock"] == before[msg["market_ticker"]]
+        elif frame["type"] == "orderbook_delta":
+            change = msg["side"], msg["price_dollars"], msg["delta_fp"]
+            altered += change not in healthy.actions[msg["market_ticker"], msg["clock"]]
+    assert altered == (asked.name in {"truncated", "negative", "malformed"})
 
 
 def test_a_clock_that_fell_is_found_by_a_client_that_looks() -> None:

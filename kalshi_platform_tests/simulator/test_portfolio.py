@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from decimal import ROUND_DOWN, Decimal
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.datastructures import QueryParams
 
 from kalshi_platform.simulator.book import NO, YES
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.frames import Cleared, Delta
-from kalshi_platform.simulator.portfolio import OrderRejected
+from kalshi_platform.simulator.portfolio import DEPOSIT, OrderRejected, maker_fee
+from kalshi_platform.simulator.portfolio_pages import PortfolioPages
+from kalshi_platform.simulator.query import Query
+from kalshi_platform_tests.properties import examples
 
 SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND
@@ -68,6 +77,116 @@ def test_own_orders_rest_publicly_and_are_filled_by_takers(seed: int) -> None:
         positions[ticker] = positions.get(ticker, 0) + fill.signed
     held = {ticker: each.position for ticker, each in venue.portfolio.holdings().items()}
     assert held == {ticker: position for ticker, position in positions.items() if position}
+
+
+@examples(80)
+@given(
+    st.integers(0, 10_000), st.lists(st.sampled_from(["bid", "bid", "cancel", "wait"]), max_size=15)
+)
+def test_cash_positions_orders_and_fills_agree_at_any_time(seed: int, steps: list[str]) -> None:
+    venue = exchange(rate=400.0, seed=seed, rolling=2)
+    account, pages = venue.portfolio, PortfolioPages(venue)
+    rng = random.Random(seed)
+
+    def page(name: str, **params: str) -> Any:
+        query = Query(QueryParams({"limit": "1000", **params}), {})
+        answer = getattr(pages, name)(query)
+        query.refuse_unread()
+        return answer[name if name != "positions" else "market_positions"]
+
+    for number, step in enumerate(["bid", *steps, "wait", "wait"]):
+        market = rng.choice(list(venue.markets()))
+        side = rng.choice((YES, NO))
+        level = market.book.best[side]
+        if step == "bid" and market.status == "active" and 0 <= level <= market.book.room(side):
+            account.place(
+                market,
+                side=side,
+                price=market.listing.grid.prices[level],
+                qty=rng.randrange(1, 3_000),
+                client_order_id=str(number),
+                at_ns=venue.now_ns,
+            )
+        elif step == "cancel" and account.orders():
+            account.cancel(rng.choice(account.orders()).client_order_id, venue.now_ns)
+        venue.advance(venue.now_ns + (5 * SECOND if step == "wait" else SECOND // 10))
+
+        fills, settlements = page("fills"), page("settlements")
+        orders = {order["order_id"]: order for order in page("orders")}
+        positions = {held["ticker"]: held for held in page("positions", settlement_status="all")}
+        cash = Decimal(100_000)
+        held: defaultdict[str, Decimal] = defaultdict(Decimal)
+        filled: defaultdict[str, Decimal] = defaultdict(Decimal)
+        for fill in reversed(fills):
+            count, fee = Decimal(fill["count_fp"]), Decimal(fill["fee_cost"])
+            cash -= count * Decimal(fill[f"{fill['outcome_side']}_price_dollars"]) + fee
+            signed = count if fill["outcome_side"] == "yes" else -count
+            before, after = held[fill["ticker"]], held[fill["ticker"]] + signed
+            cash += (abs(before) + count - abs(after)) / 2  # a dollar for each pair
+            held[fill["ticker"]] = after
+            filled[fill["order_id"]] += count
+        for settled in settlements:
+            cash += Decimal(settled["revenue"]) / 100
+            counts = Decimal(settled["yes_count_fp"]), Decimal(settled["no_count_fp"])
+            assert held[settled["ticker"]] == counts[0] - counts[1]
+            held[settled["ticker"]] = Decimal(0)
+
+        balance = pages.balance(Query(QueryParams(), {}))
+        assert isinstance(balance, dict)
+        assert account.cash == cash * 1_000_000
+        assert Decimal(balance["balance_dollars"]) == cash.quantize(Decimal("0.0001"), ROUND_DOWN)
+        assert balance["balance"] == int(cash * 100)
+        assert {ticker: Decimal(one["position_fp"]) for ticker, one in positions.items()} == held
+        total = {
+            name: sum((Decimal(one[name]) for one in positions.values()), Decimal(0))
+            for name in ("market_exposure_dollars", "realized_pnl_dollars", "fees_paid_dollars")
+        }
+        exposure, profit, fees = total.values()
+        assert cash + exposure == 100_000 + profit - fees
+        assert fees == sum(Decimal(fill["fee_cost"]) for fill in fills)
+        for order_id, order in orders.items():
+            assert Decimal(order["fill_count_fp"]) == filled[order_id]
+            remaining = Decimal(order["initial_count_fp"]) - filled[order_id]
+            gone = order["status"] == "canceled"
+            assert Decimal(order["remaining_count_fp"]) == (0 if gone else remaining)
+            assert order["status"] != "resting" or remaining
+            assert order["status"] != "executed" or not remaining
+        assert {order["order_id"] for order in page("orders", status="resting")} == {
+            order.order_id for order in account.orders()
+        }
+
+
+@pytest.mark.parametrize(
+    ("series", "price", "qty", "fee"),
+    [
+        ("KXHIGHNY", 5_200, 100, 4_400),  # 0.0175 x 1 x 0.52 x 0.48 = 0.004368, rounded up
+        ("KXHIGHNY", 5_000, 400, 17_500),
+        ("KXHIGHNY", 9_900, 1, 100),
+        ("KXFED", 5_200, 100, 0),
+    ],
+)
+def test_a_makers_fee_is_rounded_up_to_a_hundredth_of_a_cent(
+    series: str, price: int, qty: int, fee: int
+) -> None:
+    market = next(m for m in exchange().markets() if m.listing.series_ticker == series)
+    assert maker_fee(market, price, qty) == fee
+
+
+def test_an_order_beyond_the_balance_is_refused() -> None:
+    venue = exchange(rate=0.0)
+    market = next(iter(venue.markets()))
+    price = market.listing.grid.prices[market.book.room(YES)]
+
+    def place(name: str, qty: int) -> None:
+        venue.portfolio.place(
+            market, side=YES, price=price, qty=qty, client_order_id=name, at_ns=START
+        )
+
+    most = DEPOSIT // price
+    place("a", most - 100)
+    with pytest.raises(OrderRejected, match="insufficient_balance"):
+        place("b", 101)
+    place("c", 100)
 
 
 def test_a_close_cancels_own_orders_and_settlement_pays() -> None:

@@ -44,8 +44,11 @@ def test_market_data_needs_no_signature_and_the_account_does(
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "signature_is_missing_from_headers"
         headers = credentials.headers("GET", f"/trade-api/v2{path}")
-        # the query string is not part of what is signed
-        assert client.get(path, params={"limit": 5}, headers=dict(headers)).status_code == 200
+        assert client.get(path, headers=dict(headers)).status_code == 200
+    # the query string is not part of what is signed
+    headers = credentials.headers("GET", "/trade-api/v2/portfolio/fills")
+    paged = client.get("/portfolio/fills", params={"limit": 5}, headers=dict(headers))
+    assert paged.status_code == 200
     for path in ["/exchange/status", "/exchange/schedule", "/exchange/user_data_timestamp"]:
         get(client, path)
     assert get(client, "/historical/cutoff")["market_settled_ts"].endswith("Z")
@@ -116,6 +119,33 @@ def test_the_four_shapes_of_an_error_can_be_had(client: httpx.Client, simulator:
     limited = client.get("/exchange/status")
     assert (limited.status_code, limited.json()) == (429, {"error": "too many requests"})
     assert client.get("/exchange/status").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "named"),
+    [
+        ("/markets", {"min_volume": 3}, "min_volume"),
+        ("/exchange/status", {"limit": 5}, "limit"),
+        ("/series/KXFED", {"depth": 1}, "depth"),
+        ("/markets", {"status": "opened"}, "'opened' is not one of unopened, open"),
+        ("/markets", {"min_close_ts": 0, "min_updated_ts": 0}, "close and updated"),
+        ("/markets", {"min_close_ts": 0, "status": "open"}, "close cannot be combined"),
+        ("/events", {"status": "opened"}, "'opened' is not one of unopened, open"),
+        ("/events", {"with_nested_markets": "yes"}, "with_nested_markets 'yes'"),
+        ("/markets", {"limit": ["1", "2"]}, "limit is given 2 times"),
+        ("/markets/trades", {"ticker": "A", "max_time": 1}, "max_time"),
+        ("/portfolio/positions", {"count_filter": "resting"}, "count_filter 'resting'"),
+        ("/portfolio/balance", {"subaccount": 3}, "subaccount '3' does not exist"),
+    ],
+)
+def test_what_a_page_cannot_use_is_refused_by_its_name(
+    client: httpx.Client, simulator: Simulator, path: str, params: dict[str, Any], named: str
+) -> None:
+    credentials = Credentials(simulator.key_id, load_signer(simulator.key_file))
+    headers = credentials.headers("GET", f"/trade-api/v2{path}")
+    refused = client.get(path, params=params, headers=dict(headers))
+    assert refused.status_code == 400
+    assert named in refused.json()["details"]
 
 
 def test_rest_faults_hit_the_next_requests_only(client: httpx.Client, simulator: Simulator) -> None:
