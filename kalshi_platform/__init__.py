@@ -13,6 +13,7 @@ __all__ = [
     "engine",
     "exchange",
     "qa",
+    "reading",
     "settings",
     "simulator",
 ]

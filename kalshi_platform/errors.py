@@ -3,6 +3,8 @@
     PlatformError
     ├── SettingsError          a setting is missing or does not make sense
     ├── ExchangeError          the exchange refused, or cannot be reached     (exchange/errors.py)
+    ├── RequestRefused         a request to the reader names something that is not there (reading/)
+    │   └── NotCovered         the book of the span was not recorded, or was stale
     ├── JournalError           the journal cannot be written, or is damaged   (journal/reader.py)
     └── StoreError             ClickHouse or the archive did not do what was asked
         ├── StoreUnavailable   transient: down, overloaded, starting; the loader retries with back-off
@@ -20,6 +22,14 @@ class PlatformError(Exception):
 
 class SettingsError(PlatformError):
     """A setting is missing or invalid; the sentence names the variable."""
+
+
+class RequestRefused(PlatformError, ValueError):
+    """A request to the reader with a wrong argument; the sentence names the value and the remedy."""
+
+
+class NotCovered(RequestRefused):
+    """A request for a span in which a market's book was not recorded, or was stale."""
 
 
 class StoreError(PlatformError):

@@ -19,6 +19,7 @@ LIGHT = [
     "kalshi_platform.engine",
     "kalshi_platform.analytics.replay",
     "kalshi_platform.archive",
+    "kalshi_platform.reading",
     *(f"{exchange.__name__}.{module.name}" for module in pkgutil.iter_modules(exchange.__path__)),
 ]
 """What an engine, or a reader of the archive, imports."""
@@ -39,6 +40,19 @@ def test_recorder_and_readers_load_neither_dagster_nor_chdb() -> None:
     )
     assert len(LIGHT) > 10
     assert done.stdout == f"[] {len(LIGHT) + 1}\n"
+
+
+def test_the_reader_is_imported_in_less_than_a_second_of_processor_time() -> None:
+    program = "import time, kalshi_platform.reading; print(time.process_time())"
+    took = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, check=True, timeout=120
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(took) < 1
 
 
 def test_every_name_of_the_package_can_be_imported() -> None:

@@ -29,6 +29,7 @@ PROMISED = {
     "kalshi_platform.archive",
     "kalshi_platform.analytics",
     "kalshi_platform.analytics.replay",
+    "kalshi_platform.reading",
     *(f"kalshi_platform.exchange.{name}" for name in ("book", "frames", "signing", "connection")),
     "kalshi_platform.settings",
     "kalshi_platform.qa.mm_inventory_qa",

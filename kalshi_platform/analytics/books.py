@@ -29,14 +29,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.analytics.best import Best, best
-from kalshi_platform.analytics.columns import Array, Bools, Ints
+from kalshi_platform.analytics.columns import NO_TIME, Array, Bools, Ints, microseconds, unscaled
 from kalshi_platform.analytics.frames import (
     CHECKPOINT,
     DELTA,
     MAX_PRICE,
     NO,
     NO_LEVEL,
-    NO_TIME,
     NONE,
     SECOND_US,
     SNAPSHOT,
@@ -349,9 +348,9 @@ def _event_rows(table: pa.Table, book: Codes) -> _Rows:
         seq,
         sides.encode(table["side"]).astype(np.int8),
         _prices(table["price"]),
-        _unscaled(table["size"]),
-        _us(table["ts"]),
-        _us(table["ingest_ts"]),
+        unscaled(table["size"]),
+        microseconds(table["ts"]),
+        microseconds(table["ingest_ts"]),
         kinds.encode(table["type"]).astype(np.int8),
         np.ones(n, dtype=np.bool_),
     )
@@ -369,7 +368,7 @@ def _marker_rows(snapshots: pa.Table, book: Codes) -> _Rows:
         np.zeros(n, dtype=np.uint16),
         np.zeros(n, dtype=np.int64),
         np.full(n, NO_TIME),
-        _us(snapshots["ingest_ts"]),
+        microseconds(snapshots["ingest_ts"]),
         np.full(n, SNAPSHOT, dtype=np.int8),
         np.ones(n, dtype=np.bool_),
     )
@@ -388,9 +387,9 @@ def _checkpoint_rows(table: pa.Table, book: Codes) -> _Rows:
         seq,
         np.where(empty, np.int8(NO_LEVEL), side),
         _prices(table["price"]),
-        _unscaled(table["size"]),
+        unscaled(table["size"]),
         np.full(n, NO_TIME),
-        _us(table["ts"]),
+        microseconds(table["ts"]),
         np.full(n, CHECKPOINT, dtype=np.int8),
         table["verified"].to_numpy(),
     )
@@ -408,27 +407,11 @@ def _places(record: pa.ChunkedArray, seq: Ints, part: int) -> Ints:
 
 
 def _prices(column: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
-    price = _unscaled(column)
+    price = unscaled(column)
     if len(price) and (price.min() < 0 or price.max() > MAX_PRICE):
         wrong = price.min() if price.min() < 0 else price.max()
         raise ValueError(f"a level has the price {wrong / 1e4}, which no book can have")
     return price.astype(np.uint16)
-
-
-def _unscaled(column: pa.ChunkedArray) -> Ints:
-    """Return the unscaled integers of decimals; 0 for null. They fit 64 bits: precision is 18 at most."""
-    parts = [np.empty(0, dtype=np.int64)]
-    for chunk in column.chunks:
-        words = np.frombuffer(chunk.buffers()[1], dtype=np.int64)
-        low = words[2 * chunk.offset : 2 * (chunk.offset + len(chunk)) : 2]
-        valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else True
-        parts.append(np.where(valid, low, 0))
-    return np.concatenate(parts)
-
-
-def _us(column: pa.ChunkedArray) -> Ints:
-    us = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
-    return np.asarray(us.fill_null(NO_TIME).to_numpy(), dtype=np.int64)
 
 
 # -- rows in order -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Convert numpy arrays to Arrow columns of `kalshi_platform.schema`, exactly and without a loop per row.
+"""Convert numpy arrays to Arrow columns of `kalshi_platform.schema` and back, exactly and without a loop per row.
 
 Only conversions; which columns a dataset has is in the schema.
 """
@@ -17,6 +17,7 @@ Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+NO_TIME = np.iinfo(np.int64).min
 
 
 def decimals(unscaled: Ints, kind: pa.Decimal128Type, valid: Bools | None = None) -> pa.Array:
@@ -54,3 +55,20 @@ def names(codes: npt.NDArray[np.int32], values: list[str], valid: Bools | None =
         pa.array(codes, pa.int32(), mask=None if valid is None else ~valid),
         pa.array(values, pa.string()),
     )
+
+
+def unscaled(column: pa.ChunkedArray) -> Ints:
+    """Return the unscaled integers of decimals; 0 for null. They fit 64 bits: precision is 18 at most."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for chunk in column.chunks:
+        words = np.frombuffer(chunk.buffers()[1], dtype=np.int64)
+        low = words[2 * chunk.offset : 2 * (chunk.offset + len(chunk)) : 2]
+        valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else True
+        parts.append(np.where(valid, low, 0))
+    return np.concatenate(parts)
+
+
+def microseconds(column: pa.ChunkedArray) -> Ints:
+    """Return the times as µs since the epoch; NO_TIME for null."""
+    us = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+    return np.asarray(us.fill_null(NO_TIME).to_numpy(), dtype=np.int64)

@@ -20,7 +20,6 @@ Codes = npt.NDArray[np.int32]
 YES, NO, NO_LEVEL = 0, 1, -1
 CHECKPOINT, SNAPSHOT, DELTA, STALE = 0, 1, 2, 3
 CAUSES = ["checkpoint", "snapshot", "delta", "doubt"]
-NO_TIME = np.iinfo(np.int64).min
 NONE = -1
 SECOND_US = 1_000_000
 MAX_PRICE = (1 << 16) - 1

@@ -19,23 +19,14 @@ import pyarrow as pa
 
 from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.activity import Activity
-from kalshi_platform.analytics.books import Books
-from kalshi_platform.analytics.depth import depth
-from kalshi_platform.analytics.imbalance import imbalance
-from kalshi_platform.analytics.spreads import spreads
+from kalshi_platform.analytics.computed import COMPUTED
 from kalshi_platform.archive import Archive, File, Manifest, Part, batches, checksum, hours
 from kalshi_platform.archive.hours import DatasetHour, HourReport
 from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.clickhouse import client as clickhouse
 from kalshi_platform.clickhouse import partitions
 from kalshi_platform.loading.presence import known_archive
-from kalshi_platform.schema import (
-    ANALYTICS,
-    DEPTH,
-    IMBALANCE,
-    SPREADS,
-    Dataset,
-)
+from kalshi_platform.schema import ANALYTICS, Dataset
 from kalshi_platform.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,11 +34,6 @@ log = logging.getLogger(__name__)
 FILE = "hour.parquet"
 INSERT_ROWS = 1 << 20
 """Rows of one insert, which ClickHouse holds in memory."""
-COMPUTED: dict[str, Callable[[Books], pa.Table]] = {
-    SPREADS.name: spreads,
-    DEPTH.name: depth,
-    IMBALANCE.name: imbalance,
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,9 @@ def compute_hour(
     complete = hours.is_sealed(
         archive, hour
     )  # before reading, so that an hour sealed meanwhile counts as not complete
+    content = ""
+    if complete:
+        content = hours.content_of(archive.read_manifest(name, hour) for name in hours.BOOKS_FROM)
     activity = Activity(hour)
     outputs = [_Output(archive, d, hour) for d in ANALYTICS if d.name in wanted]
     with ExitStack() as files:
@@ -80,7 +69,9 @@ def compute_hour(
         ):
             for output, table in zip(outputs, tables, strict=True):
                 output.add(table, files)
-    reports = [output.report(complete=complete, gaps=activity.gaps) for output in outputs]
+    reports = [
+        output.report(complete=complete, gaps=activity.gaps, content=content) for output in outputs
+    ]
     if settings.use_clickhouse:
         for output in outputs:
             name = output.dataset.name
@@ -135,7 +126,7 @@ class _Output:
         files = self._archive.files(self.dataset.name, self._hour)
         return next(file for file in files if file.name == FILE)
 
-    def report(self, *, complete: bool, gaps: int) -> DatasetHour | None:
+    def report(self, *, complete: bool, gaps: int, content: str) -> DatasetHour | None:
         """Write the manifest beside the file and return the same as a report; without rows, remove both."""
         name = self.dataset.name
         if not self._statistics.rows:
@@ -157,11 +148,11 @@ class _Output:
             checksum=self._statistics.checksum,
             path=self._archive.where(name, self._hour),
         )
-        self._archive.write_manifest(_manifest(report))
+        self._archive.write_manifest(_manifest(report, content))
         return report
 
 
-def _manifest(report: DatasetHour) -> Manifest:
+def _manifest(report: DatasetHour, content: str) -> Manifest:
     return Manifest(
         dataset=report.dataset,
         hour=report.hour.isoformat(),
@@ -176,6 +167,7 @@ def _manifest(report: DatasetHour) -> Manifest:
         last=report.last.isoformat() if report.last else None,
         checksum=report.checksum,
         parts=[Part(FILE, report.rows, report.bytes)],
+        computed_from=content,
     )
 
 

@@ -20,11 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from kalshi_platform.analytics.books import EVENT_COLUMNS, GROUP_ROWS, Books, books_in_groups
-from kalshi_platform.analytics.columns import Array, Ints, decimals, names, times
+from kalshi_platform.analytics.columns import NO_TIME, Array, Ints, decimals, names, times
 from kalshi_platform.analytics.frames import (
     CAUSES,
     NO,
-    NO_TIME,
     NONE,
     SECOND_US,
     STALE,

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from kalshi_platform.analytics.best import Best
 from kalshi_platform.analytics.books import Books
-from kalshi_platform.analytics.columns import Bools, decimals, floats, names, times
-from kalshi_platform.analytics.frames import CAUSES, NO_TIME, NONE
+from kalshi_platform.analytics.columns import NO_TIME, Bools, decimals, floats, names, times
+from kalshi_platform.analytics.frames import CAUSES, NONE
 from kalshi_platform.exchange.numbers import ONE_DOLLAR
 from kalshi_platform.schema import MID, PRICE, QTY, SPREADS
 

@@ -30,6 +30,10 @@ ANY_CONNECTION = ""
 """The connection of a heartbeat from a version that did not record which connection was alive."""
 
 
+Span = tuple[datetime, datetime]
+"""From, included, to, excluded."""
+
+
 @dataclass
 class _Market:
     followed_from: datetime
@@ -40,6 +44,7 @@ class _Market:
     """None where it was never synced, or is."""
     verified: timedelta = timedelta()
     followed_to: datetime | None = None
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Coverage:
     followed_s: float
     by_market: dict[str, float] = field(default_factory=dict)
     """Verified seconds of each market."""
+    synced: dict[str, list[Span]] = field(default_factory=dict)
+    """When each followed market's book was synced, ascending; empty where it never was."""
+    followed: dict[str, Span] = field(default_factory=dict)
+    """When each market was followed."""
 
     @property
     def ratio(self) -> float | None:
@@ -62,12 +71,14 @@ def coverage(
     end: datetime,
     events: Iterable[dict[str, Any]],
     signs: Mapping[str, datetime],
+    silence: timedelta = SILENCE,
 ) -> Coverage:
     """Compute the coverage of `start` to `end`.
 
     `events`: the hour's stream_events in order (those of `RELEVANT_KINDS` suffice), and in their places the
     books of its checkpoints, as events of kind `CHECKPOINT` with a `verified`. `signs`: the last receive time
-    of each connection in the hour; under `ANY_CONNECTION` that of connections that are not known.
+    of each connection in the hour; under `ANY_CONNECTION` that of connections that are not known. `silence`: a
+    connection of which nothing was recorded for longer before `end` counts as ended at its last sign.
     """
     markets: dict[str, _Market] = {}
     for event in events:
@@ -94,12 +105,18 @@ def coverage(
                     _mark_stale(market, broken_at)
     for market in markets.values():
         sign = max(signs.get(market.conn, start), signs.get(ANY_CONNECTION, start))
-        _mark_stale(market, sign if end - sign > SILENCE else end)
+        _mark_stale(market, sign if end - sign > silence else end)
     followed = sum(
         (((m.followed_to or end) - m.followed_from).total_seconds() for m in markets.values()), 0.0
     )
     by_market = {ticker: m.verified.total_seconds() for ticker, m in markets.items()}
-    return Coverage(sum(by_market.values()), followed, by_market)
+    return Coverage(
+        sum(by_market.values()),
+        followed,
+        by_market,
+        {ticker: m.spans for ticker, m in markets.items()},
+        {ticker: (m.followed_from, m.followed_to or end) for ticker, m in markets.items()},
+    )
 
 
 def _snapshot(market: _Market, event: dict[str, Any]) -> None:
@@ -129,7 +146,7 @@ def _checkpoint(markets: dict[str, _Market], event: dict[str, Any], start: datet
 def _mark_stale(market: _Market, at: datetime) -> None:
     if market.verified_from is not None:
         market.stale_from = max(at, market.verified_from)
-        market.verified += market.stale_from - market.verified_from
+        _count(market, market.verified_from, market.stale_from)
         market.verified_from = None
 
 
@@ -137,8 +154,14 @@ def _count_as_synced(market: _Market, until: datetime) -> None:
     """Count the time since a book became stale as synced: nothing was missed in it."""
     since = market.verified_from or market.stale_from
     if since is not None:
-        market.verified += max(until - since, timedelta())
+        _count(market, since, until)
     market.verified_from = market.stale_from = None
+
+
+def _count(market: _Market, since: datetime, until: datetime) -> None:
+    if since < until:
+        market.verified += until - since
+        market.spans.append((since, until))
 
 
 def _stale_span_s(event: dict[str, Any]) -> float:

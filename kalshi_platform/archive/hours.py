@@ -5,9 +5,9 @@ Coverage from events belongs in `coverage`, sending waiting parts in `sealing`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform import schema
-from kalshi_platform.archive import Archive, File, Manifest, Part, batches, rows_of
+from kalshi_platform.archive import Archive, File, Manifest, Part, batches, rows_of, table_of
 from kalshi_platform.archive.coverage import (
     ANY_CONNECTION,
     CHECKPOINT,
     RELEVANT_KINDS,
+    SILENCE,
     Coverage,
     coverage,
 )
@@ -36,6 +37,8 @@ from kalshi_platform.utc_hours import HOUR
 
 RECORDED = tuple(dataset.name for dataset in schema.RECORDED)
 """The datasets that the recording itself makes."""
+BOOKS_FROM = (ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
+"""The datasets that an hour's books are rebuilt from."""
 COUNTED_ROWS = 32_768
 """Rows read at a time: the streamer does this while recording, so its memory must stay bounded."""
 COMPACTED = "hour-"
@@ -136,6 +139,26 @@ def seal(
     return report
 
 
+def covered(
+    archive: Archive, hour: datetime, tickers: Collection[str], *, complete: bool
+) -> Coverage:
+    """Compute the coverage of some markets in an hour; only their rows are read, and those of no market.
+
+    The other markets' rows are read where these do not show that their connection lived to the hour's end.
+    Of an hour that is not complete, a book counts as synced up to the last row of its connection that the archive has.
+    """
+    read = _Reading(archive, hour, lambda: None, tickers)
+    events, signs = _events(read), _last_receive_times(read)
+    if complete:
+        end = hour + HOUR
+        if any(end - signs.get(event["conn_id"], hour) > SILENCE for event in events):
+            signs = _last_receive_times(_Reading(archive, hour, lambda: None))
+        return coverage(hour, end, events, signs)
+    signs = {conn: at + timedelta(microseconds=1) for conn, at in signs.items()}
+    end = max(signs.values(), default=hour)
+    return coverage(hour, end, events, signs, silence=timedelta())
+
+
 def is_sealed(archive: Archive, hour: datetime) -> bool:
     """Whether an hour has data and a complete manifest for each of its datasets."""
     present = [name for name in RECORDED if archive.files(name, hour)]
@@ -143,6 +166,12 @@ def is_sealed(archive: Archive, hour: datetime) -> bool:
         (manifest := archive.read_manifest(name, hour)) is not None and manifest.complete
         for name in present
     )
+
+
+def content_of(manifests: Iterable[Manifest | None]) -> str:
+    """The content of a sealed hour's books, from the manifests of `BOOKS_FROM` that there are; "" if it is not sealed."""
+    checksums = {m.dataset: m.checksum for m in manifests if m is not None and m.complete}
+    return " ".join(f"{name}:{checksums[name]}" for name in BOOKS_FROM if name in checksums)
 
 
 def unsealed(archive: Archive, since: datetime, before: datetime) -> list[datetime]:
@@ -197,6 +226,8 @@ class _Reading:
     archive: Archive
     hour: datetime
     proceed: Callable[[], None]
+    tickers: Collection[str] | None = None
+    """Only rows of these markets, and of none; None: all."""
 
     def files(self, dataset: str) -> list[File]:
         return self.archive.files(dataset, self.hour)
@@ -209,6 +240,9 @@ class _Reading:
     def of_file(
         self, file: File, dataset: str, columns: list[str] | None = None
     ) -> Iterator[pa.Table]:
+        if self.tickers is not None:
+            yield table_of(file, DATASETS[dataset].arrow, columns, {*self.tickers, ""})
+            return
         columns_read = DATASETS[dataset].arrow
         if columns is not None:
             columns_read = pa.schema([columns_read.field(name) for name in columns])

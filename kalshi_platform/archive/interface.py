@@ -55,6 +55,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """The hour is one sorted file, which `parts` names."""
     merged: list[str] = []
     """Names of the parts merged into the compacted file: they must not be written again."""
+    computed_from: str = ""
+    """Of a computed dataset: the content of the sealed hour that it was computed from (`hours.content_of`)."""
 
 
 def encoded(manifest: Manifest) -> bytes:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from kalshi_platform.analytics.hourly import COMPUTED, compute_hour, replace_hour
+from kalshi_platform.analytics.computed import COMPUTED
+from kalshi_platform.analytics.hourly import compute_hour, replace_hour
 from kalshi_platform.archive import LocalArchive, checksum
 from kalshi_platform.clickhouse.client import Client, connect
 from kalshi_platform.errors import StoreRefused

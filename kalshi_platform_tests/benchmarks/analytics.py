@@ -28,7 +28,8 @@ from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.books import Books
 from kalshi_platform.analytics.columns import decimals, times
-from kalshi_platform.analytics.hourly import COMPUTED, compute_hour
+from kalshi_platform.analytics.computed import COMPUTED
+from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.archive import LocalArchive, part_name
 from kalshi_platform.schema import NAME, ORDERBOOK_EVENTS, PRICE, QTY, ZERO_UUID
 from kalshi_platform_tests.benchmarks.figures import Figure, show

@@ -16,7 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kalshi_platform.analytics import replay
-from kalshi_platform.analytics.hourly import COMPUTED, compute_hour
+from kalshi_platform.analytics.computed import COMPUTED
+from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.archive import LocalArchive, compaction, hours, part_name, part_range
 from kalshi_platform.clickhouse import queries
 from kalshi_platform.clickhouse.client import connect
