@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check docs fuzz audit format lock clean
+.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check docs fuzz audit engines format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,17 @@ docs: $(VENV)/.installed-docs ## The documentation as a site, with the API refer
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo site/index.html
 
+# Both backtesting engines: NautilusTrader wants an older pandas than the platform's own environment has.
+ENGINES := .venv-engines
+
+$(ENGINES)/.installed: requirements-engines.lock
+	@$(PYTHON) -m venv --clear $(ENGINES)
+	@$(ENGINES)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --no-deps --require-hashes -r requirements-engines.lock
+	@touch $@
+
+engines: install-dev $(ENGINES)/.installed ## hftbacktest and NautilusTrader read what the exporters write, and have the same book after every event
+	@$(BIN)/pytest -q $(PYTEST_ARGS) kalshi_platform_tests/reading/test_engines.py
+
 format: install-dev ## Put the code in the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -109,6 +120,7 @@ lock: ## Resolve the dependencies again (needs uv)
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group security -c requirements-dev.lock -o requirements-security.lock
 	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group docs -c requirements-dev.lock -o requirements-docs.lock
 	uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.13 --group clients -o requirements-clients.lock
+	uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-strip-extras --python-version 3.11 --group engines -o requirements-engines.lock
 
 clean: ## Remove the environment; recorded data stays
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

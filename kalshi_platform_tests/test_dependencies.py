@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DECLARED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+EXTRAS = [
+    Requirement(text)
+    for extra in PROJECT["project"]["optional-dependencies"].values()
+    for text in extra
+]
 GROUPS = {
     name: [Requirement(text) for text in group]
     for name, group in PROJECT["dependency-groups"].items()
@@ -50,7 +55,7 @@ def test_installs_ask_for_the_hashes() -> None:
 
 
 def test_every_dependency_is_bounded_on_both_sides_and_locked() -> None:
-    everything = [*DECLARED, *(one for group in GROUPS.values() for one in group)]
+    everything = [*DECLARED, *EXTRAS, *(one for group in GROUPS.values() for one in group)]
     for one in everything:
         operators = {specifier.operator for specifier in one.specifier}
         assert operators == {">=", "<"}, one
@@ -71,7 +76,7 @@ def test_every_import_of_the_package_is_declared() -> None:
         name
         for name in imported - ours
         if not {canonicalize_name(one) for one in distributions.get(name, [name])}
-        & {canonicalize_name(one.name) for one in DECLARED}
+        & {canonicalize_name(one.name) for one in [*DECLARED, *EXTRAS]}
     }
     assert missing == set()
 

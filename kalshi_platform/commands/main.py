@@ -28,7 +28,7 @@ COMMANDS = {
     "proof": "Compare journal, ClickHouse and Parquet, number by number.",
     "restore": "Load the archive's hours back into ClickHouse.",
     "adopt": "Make this data folder a recorder of its own, with a new identity.",
-    "export": "Copy hours of the archive for publication, without private data.",
+    "export": "Hours of the archive for publication, or markets for a backtesting engine.",
     "clickhouse": "The embedded ClickHouse in the foreground.",
     "simulate": "The exchange simulator in the foreground.",
     "metrics": "Serve metrics of every shard to Prometheus.",

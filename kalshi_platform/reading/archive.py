@@ -12,6 +12,7 @@ from kalshi_platform.analytics import replay as hour_books
 from kalshi_platform.archive import Archive as Store
 from kalshi_platform.archive import archive_at, table_of
 from kalshi_platform.errors import RequestRefused
+from kalshi_platform.exchange.auxiliary_channel import LIFECYCLE
 from kalshi_platform.reading import event_stream
 from kalshi_platform.reading.arguments import (
     MICROSECOND,
@@ -40,6 +41,7 @@ from kalshi_platform.schema import (
     ORDERBOOK_EVENTS,
     PLACE,
     SPREADS,
+    STREAM_EVENTS,
     TRADES,
 )
 
@@ -335,6 +337,33 @@ class Archive:
         """
         name = ORDERBOOK_EVENTS.name
         return self._recorded(name, tickers, start, end, allow_gaps=allow_gaps, exact=exact)
+
+    def lifecycle(
+        self,
+        tickers: Tickers,
+        start: datetime,
+        end: datetime,
+        *,
+        allow_gaps: bool = False,
+    ) -> pl.DataFrame:
+        """Read what the exchange said of markets' lives: activated, deactivated, determined, settled and others.
+
+        Args:
+            tickers: The markets.
+            start: The first instant.
+            end: The instant after the last.
+            allow_gaps: Whether spans are given in which the book is not synced.
+
+        Returns:
+            Columns `market_ticker`, `known_at`, `event_type`, `detail` (the frame), `shard` and `record`, in their order.
+        """
+        name = STREAM_EVENTS.name
+        rows = self._recorded(name, tickers, start, end, allow_gaps=allow_gaps, exact=True)
+        rows = rows.filter(pl.col("kind") == LIFECYCLE)
+        kind = pl.coalesce(
+            pl.col("detail").str.json_path_match(f"$.{path}event_type") for path in ("msg.", "")
+        )
+        return rows.select(TICKER, KNOWN, kind.alias("event_type"), "detail", *PLACE)
 
     def bars(
         self,

@@ -193,8 +193,8 @@ def test_the_book_at_an_instant_is_that_of_the_last_frame_by_then(
             assert book.bids() == [(reference.price(p), reference.size(q)) for p, q in yes]
             no = sorted(positive(state.no).items(), reverse=True)
             assert book.asks(2) == [(1 - reference.price(p), reference.size(q)) for p, q in no[:2]]
-            assert [book.bid] == (book.bids(1) or [None])
-            assert [book.ask] == (book.asks(1) or [None])
+            assert book.bid == next(iter(book.bids(1)), None)
+            assert book.ask == next(iter(book.asks(1)), None)
             assert book.to_polars().height == len(yes) + len(no)
 
 
