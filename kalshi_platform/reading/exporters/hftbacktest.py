@@ -30,7 +30,7 @@ from kalshi_platform.reading.events import EventKind
 from kalshi_platform.reading.exporters import sidecar
 from kalshi_platform.reading.exporters.levels import BookChange, Level, YesBook, changes
 
-DEPTH, TRADE, CLEAR, SNAPSHOT = 1, 2, 3, 4
+DEPTH_EVENT, TRADE_EVENT, DEPTH_CLEAR_EVENT, DEPTH_SNAPSHOT_EVENT = 1, 2, 3, 4
 BUY, SELL = 1 << 29, 1 << 28
 BOTH = 1 << 31 | 1 << 30
 """The event is seen by the exchange and by the local side."""
@@ -144,12 +144,12 @@ def rows_of(change: BookChange) -> Iterator[Row]:
         units = change.event.price_units
         price = units if buys else ONE_DOLLAR - units
         side = BUY if buys else SELL
-        yield TRADE | BOTH | side, *times, price / ONE_DOLLAR, change.event.qty_units / 100
+        yield TRADE_EVENT | BOTH | side, *times, price / ONE_DOLLAR, change.event.qty_units / 100
         return
     if change.whole:
-        yield CLEAR | BOTH | BUY, *times, 0.0, 0.0
-        yield CLEAR | BOTH | SELL, *times, 1.0, 0.0
-    kind = SNAPSHOT if change.whole else DEPTH
+        yield DEPTH_CLEAR_EVENT | BOTH | BUY, *times, 0.0, 0.0
+        yield DEPTH_CLEAR_EVENT | BOTH | SELL, *times, 1.0, 0.0
+    kind = DEPTH_SNAPSHOT_EVENT if change.whole else DEPTH_EVENT
     for level in change.levels:
         yield _row_of(level, kind, *times)
 
@@ -160,7 +160,9 @@ def _row_of(level: Level, kind: int, exchange_ns: int, local_ns: int) -> Row:
 
 
 def _snapshot(book: YesBook, us: int) -> npt.NDArray[np.void]:
-    return _array([_row_of(level, SNAPSHOT, us * 1000, us * 1000) for level in book.levels()])
+    return _array(
+        [_row_of(level, DEPTH_SNAPSHOT_EVENT, us * 1000, us * 1000) for level in book.levels()]
+    )
 
 
 def _array(rows: list[Row]) -> npt.NDArray[np.void]:
