@@ -200,7 +200,7 @@ def test_an_hour_of_a_killed_recorder_is_sealed_once(settings: Settings) -> None
     """The next start's first record ends its connection, as of the last frame, in the hour before."""
     shard = Shard(settings, 0)
     shard.record(life(0, "A-1", 0, 60))
-    shard.record(life(0, "A-1", 150, 3_650, conn=20))
+    shard.record(life(0, "A-1", 150, 170, conn=20))
     shard.record(life(0, "A-1", 3_710, 3_720, conn=30))
     first, second = (shard.reports[n] for n, it in enumerate(shard.reports) if it.complete)
     assert (first.hour, second.hour) == (FIRST_HOUR, SECOND_HOUR)
@@ -256,7 +256,8 @@ def test_an_archive_restored_to_an_earlier_state_is_sealed_hour_by_hour(
     shard = Shard(settings, 0)
     shard.record(life(0, "A-1", 0, 60))
     shutil.copytree(settings.archive_dir, tmp_path / "backup")
-    shard.record(life(0, "A-1", 150, 3_710, conn=20))
+    shard.record(life(0, "A-1", 150, 170, conn=20))
+    shard.record(life(0, "A-1", 3_690, 3_710, conn=30))
     assert shard.sealed() == [FIRST_HOUR, SECOND_HOUR]
     held = archived(settings.archive_dir, "stream_events").sort("record", "kind")
     shutil.rmtree(settings.archive_dir)
