@@ -76,6 +76,7 @@ NOTES: Mapping[str, frozenset[str]] = {
         "resynced": "cause expected got markets seconds unchanged changed clock after until",
         "clock_fell": "of seq clock after",
         "schedule": "weekly windows",
+        "unknown_field": "what type path found",
         "left": "",
         "unknown_market": "",
         "audit": "markets levels mismatches",

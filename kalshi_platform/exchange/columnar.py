@@ -14,7 +14,7 @@ import base64
 import io
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from kalshi_platform.exchange.book import (
     snapshot_extents,
     snapshot_ladder,
 )
+from kalshi_platform.exchange.drift import EXPECTED, KNOWN_TYPES, Drift
 from kalshi_platform.exchange.frames import (
     SNAPSHOT_BYTES,
     DecodeError,
@@ -154,32 +155,6 @@ _UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 KEPT_BYTES_OF_LARGE = 1 << 16
 """Bytes kept in a row of a frame that is too large for one; the journal has the whole frame."""
-KNOWN_TYPES = frozenset(
-    [
-        "subscribed",
-        "ok",
-        "unsubscribed",
-        "error",
-        "ticker",
-        "trade",
-        "fill",
-        "market_position",
-        "user_order",
-        "market_lifecycle_v2",
-        "event_lifecycle",
-        "event_fee_update",
-        "multivariate_market_lifecycle",
-        "order_group_updates",
-        "rfq_created",
-        "rfq_deleted",
-        "quote_created",
-        "quote_accepted",
-        "quote_executed",
-        "cfbenchmarks_value",
-        "cfbenchmarks_value_5hz",
-        "pyth_value",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -202,6 +177,8 @@ class Decoded:
     """Receive times of the last and of the newest record."""
     lost: bool = False
     """The records are a `LostRange`; the times are those of the next record."""
+    drift: Drift = field(default_factory=Drift)
+    """What the frames have that is not known, and what they lack."""
     unread: UnreadRange | None = None
     """Unread records of the preceding segment, reported with this range."""
 
@@ -247,12 +224,17 @@ def decode(ranges: Sequence[RecordRange]) -> Decoded:
         }
     )
     kind = pl.col("kind")
-    deltas, bad_deltas = _deltas(records.filter(kind == Kind.DELTA))
-    snapshots, levels, bad_snapshots = _snapshots(records.filter(kind == Kind.SNAPSHOT))
+    drift = [Drift() for _ in range(4)]
+    deltas, bad_deltas = _deltas(records.filter(kind == Kind.DELTA), drift[0])
+    snapshots, levels, bad_snapshots = _snapshots(records.filter(kind == Kind.SNAPSHOT), drift[1])
     trades, bad_trades = columnar_trades.trades(
-        records.filter(kind == Kind.TRADE), _json, _malformed_row, STREAM
+        records.filter(kind == Kind.TRADE),
+        lambda trades, schema: _read(trades, schema, "trade", drift[2]),
+        _malformed_row,
+        STREAM,
     )
     others = records.filter(~kind.is_in([Kind.DELTA, Kind.SNAPSHOT, Kind.TRADE]))
+    drift[3].examine(others.filter(pl.col("kind") == Kind.CONTROL))
     stream = pl.DataFrame(
         [_stream_row(record) for record in others.iter_rows(named=True)],
         schema=STREAM,
@@ -268,6 +250,7 @@ def decode(ranges: Sequence[RecordRange]) -> Decoded:
         pl.concat([stream, bad_deltas, bad_snapshots, bad_trades]).sort("n"),
         table["recv_ns"][0].as_py(),
         ReceiveClock(table["recv_ns"][-1].as_py(), pc.max(table["recv_ns"]).as_py()),
+        drift=Drift.merged(drift),
         unread=ranges[0].unread,
     )
 
@@ -283,11 +266,11 @@ def _uuids(column: pa.ChunkedArray) -> pl.Series:
 # -- deltas ------------------------------------------------------------------------------------
 
 
-def _deltas(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _deltas(records: pl.DataFrame, drift: Drift) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return (deltas, malformed rows)."""
     if records.is_empty():
         return pl.DataFrame(schema=DELTAS), pl.DataFrame(schema=STREAM)
-    wire = _json(records["frame"], _WIRE_DELTA)
+    wire = _read(records, _WIRE_DELTA, "orderbook_delta", drift)
     if wire is None:
         return _delta_frames(records)
     msg = wire["msg"].combine_chunks()
@@ -438,7 +421,9 @@ def _sent(optional: OptionalFields, clock: object, frame: bytes) -> tuple[Any, A
 # -- snapshots ---------------------------------------------------------------------------------
 
 
-def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+def _snapshots(
+    records: pl.DataFrame, drift: Drift
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """Return (snapshots, their levels, malformed rows)."""
     if records.is_empty():
         return (
@@ -449,14 +434,22 @@ def _snapshots(records: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.Da
     readable = bool((records["frame"].bin.size() <= SNAPSHOT_BYTES).all())
     wire = _ndjson(records["frame"], _WIRE_SNAPSHOT) if readable else None
     if wire is None:
+        drift.examine(records, expected=True)
         return _snapshot_frames(records)
     wide = records.select("n", "recv_ns", "conn").hstack(wire.unnest("msg"))
+    for path in EXPECTED["orderbook_snapshot"]:
+        has = wide[path.removeprefix("msg.")].is_not_null()
+        drift.expect("orderbook_snapshot", path, wide, has)
     market_id = pl.col("market_id").fill_null("")
     wide = wide.with_columns(
         pl.when(market_id == "").then(pl.lit(ZERO_UUID)).otherwise(market_id).alias("market_id"),
         _matches(records["frame"], _ODD_SNAPSHOT).alias("odd"),
         _SENT_TS,
     )
+    # Each key of a frame that is not odd ends with these two bytes, and nothing else does.
+    keys = records["frame"].cast(pl.String).str.count_matches('":', literal=True)
+    known = wire.unnest("msg").select(2 + pl.sum_horizontal(pl.all().is_not_null()))  # type, msg
+    drift.examine(records.filter(wide["odd"].fill_null(value=True) | (keys != known.to_series())))
     legacy = pl.any_horizontal(pl.col("yes_dollars", "no_dollars", "yes", "no").is_not_null())
     plain = (
         ~legacy
@@ -625,10 +618,46 @@ def _matches(frames: pl.Series, pattern: str) -> pl.Series:
     return frames.cast(pl.String).str.contains(pattern)
 
 
-def _json(frames: pl.Series, schema: pa.Schema) -> pa.Table | None:
+def _read(records: pl.DataFrame, schema: pa.Schema, name: str, drift: Drift) -> pa.Table | None:
+    """Decode the frames of one type as `_json` does, and find out what is not known of them."""
+    wire = _json(records["frame"], _with_known_fields(schema), "error")
+    if wire is None:
+        wire = _json(records["frame"], schema, "ignore")
+        drift.examine(records, expected=wire is None)
+        if wire is None:
+            return None
+    else:
+        wire = wire.drop_columns(["type", "id"])
+    of_stream = pl.Series(
+        wire["seq"].is_valid()
+    )  # a trade that was fetched by REST has other fields
+    message = wire["msg"].combine_chunks()
+    for path in EXPECTED[name]:
+        inner = path.removeprefix("msg.")
+        column = wire[inner] if inner == path else message.field(inner)
+        if not column.null_count:
+            drift.expect_all(name, path, int(records["n"][0]))
+            continue
+        frames = records.with_columns(pl.Series("sid", wire["sid"]))
+        has = pl.Series(column.is_valid())
+        if wire["seq"].null_count:
+            frames, has = frames.filter(of_stream), has.filter(of_stream)
+        drift.expect(name, path, frames, has)
+    return wire
+
+
+def _with_known_fields(schema: pa.Schema) -> pa.Schema:
+    """The schema with the fields that are known and not read, so that any other field is an error."""
+    message = pa.struct([*schema.field("msg").type, pa.field("subaccount", pa.int64())])
+    others = [each for each in schema if each.name != "msg"]
+    unread = [pa.field("type", pa.string()), pa.field("id", pa.int64())]
+    return pa.schema([*others, *unread, pa.field("msg", message)])
+
+
+def _json(frames: pl.Series, schema: pa.Schema, unexpected: str) -> pa.Table | None:
     """Decode all frames in one call; None where one does not have the expected shape.
 
-    Each frame is one JSON value, because capture decoded its head. UTF-8 is checked first: the reader
+    `unexpected`: what a field that the schema does not have does, "ignore" or "error". Each frame is one JSON value, because capture decoded its head. UTF-8 is checked first: the reader
     accepts any bytes as text.
     """
     data = frames.to_arrow()
@@ -640,7 +669,7 @@ def _json(frames: pl.Series, schema: pa.Schema) -> pa.Table | None:
             pa.BufferReader(text),
             read_options=pj.ReadOptions(use_threads=False, block_size=max(text.size, 1)),
             parse_options=pj.ParseOptions(
-                explicit_schema=schema, unexpected_field_behavior="ignore"
+                explicit_schema=schema, unexpected_field_behavior=unexpected
             ),
         )
     except pa.ArrowInvalid:

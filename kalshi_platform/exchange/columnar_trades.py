@@ -95,7 +95,7 @@ class TradeError(ValueError):
 
 def trades(
     records: pl.DataFrame,
-    read_json: Callable[[pl.Series, pa.Schema], pa.Table | None],
+    read_json: Callable[[pl.DataFrame, pa.Schema], pa.Table | None],
     malformed: Malformed,
     stream: pl.Schema,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -106,7 +106,7 @@ def trades(
     """
     if records.is_empty():
         return pl.DataFrame(schema=TRADES), pl.DataFrame(schema=stream)
-    wire = read_json(records["frame"], WIRE)
+    wire = read_json(records, WIRE)
     if wire is None:
         return _frames(records, malformed, stream)
     wide = (

@@ -92,6 +92,7 @@ class ShardCollector(Collector):
         yield from _numbers(shards, now_ns)
         yield from _stores(shards, now_ns)
         yield _latency(shards)
+        yield _wire_drift(shards)
         yield _journal_bytes(shards)
         yield from _disks(self._settings)
         yield from _incidents(self._settings.data_dir, now_ns)
@@ -217,6 +218,7 @@ class _Report(msgspec.Struct):
     trades: int = 0
     oldest_undurable_ms: int = 0
     disconnects: dict[str, int] = {}
+    drift: dict[str, int] = {}
     delays_ms: dict[str, _Delay] = {}
 
 
@@ -340,6 +342,21 @@ def _latency(shards: Sequence[_Shard]) -> Metric:
                 ):
                     family.add_sample(family.name, {**labels, "quantile": quantile}, ms / 1000)
                 family.add_sample(f"{family.name}_count", labels, latency.records)
+    return family
+
+
+def _wire_drift(shards: Sequence[_Shard]) -> Metric:
+    """Frames that are not as this version knows the wire, by what was found where."""
+    family = CounterMetricFamily(
+        "kalshi_wire_drift_frames",
+        "Loaded frames with a field or of a type that is not known, of another JSON type, or without a field"
+        " that such frames had, since the streamer's start.",
+        labels=["shard", "what", "type", "path"],
+    )
+    for shard in shards:
+        for finding, count in (shard.report.drift if shard.report else {}).items():
+            what, frame_type, path = finding.split("|", 2)
+            family.add_metric([shard.number, what, frame_type, path], float(count))
     return family
 
 

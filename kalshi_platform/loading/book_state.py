@@ -22,6 +22,7 @@ import polars as pl
 from kalshi_platform.journal.clock import ReceiveClock
 from kalshi_platform.loading.market_clocks import MarketClocks
 from kalshi_platform.loading.sorted_levels import PACKED, PACKED_BYTES, SortedLevels
+from kalshi_platform.loading.wire_drift import WireState
 
 LEVELS = pl.Schema(
     {
@@ -203,6 +204,8 @@ class BookState:
     clocks: MarketClocks = field(default_factory=MarketClocks)
     hours: tuple[int, ...] = ()
     """The latest hours with records, in hours since the epoch."""
+    wire: WireState | None = field(default_factory=WireState)
+    """None after a state that an earlier version saved, until the next hour."""
 
     @classmethod
     def of(

@@ -97,7 +97,9 @@ class RangeClocks:
         """`books`: the book of each event; `books_before`: that of each market number before the range, -1 for none."""
         self._before = before
         self._events = events
-        notes = stream.filter(pl.col("kind").is_in([SCHEDULE, "started"]))
+        notes = stream
+        if not stream.is_empty():
+            notes = stream.filter(pl.col("kind").is_in([SCHEDULE, "started"]))
         self._maintenances = [(0, before.maintenance), *_schedules(notes)]
         self._tracked_from = _tracked_from(before, notes)
         self.active = self._tracked_from is not None and (
@@ -131,14 +133,14 @@ class RangeClocks:
         return eras
 
     def _codes(self) -> Ints:
-        clock = self._events["clock"].gather(self._rows)
+        clock = self._events["clock"]
+        values = (clock.fill_null(_MOST) if clock.null_count() else clock).to_numpy()[self._rows]
         comparable = (
-            (clock < _MOST).fill_null(value=False).to_numpy()
+            (values < _MOST)
             & (self._era != NOT_COMPARABLE)
             & (self._n >= (self._tracked_from or 0))
         )
-        codes = clock.fill_null(0).clip(upper_bound=_MOST - 1).cast(pl.Int64).to_numpy() * 2
-        return np.where(comparable, codes + self._is_marker, _UNKNOWN)
+        return np.where(comparable, values.astype(np.int64) * 2 + self._is_marker, _UNKNOWN)
 
     def falls(self) -> pl.DataFrame:
         """The deltas whose clock is not above that of their snapshot, or is below that of the delta before.
@@ -252,6 +254,8 @@ class RangeClocks:
 
 def _schedules(notes: pl.DataFrame) -> list[tuple[int, Maintenance]]:
     """(record, windows from there on) of each note of the schedule."""
+    if notes.is_empty():
+        return []
     schedules = notes.filter(pl.col("kind") == SCHEDULE)
     return [
         (n, typed_json.decode(detail, Maintenance))

@@ -14,7 +14,7 @@ Decoding belongs in `exchange.columnar`, the state in `book_state`, writing in `
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from operator import itemgetter
@@ -31,6 +31,7 @@ from kalshi_platform.exchange.columnar import STREAM, Decoded
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.exchange.session import SCALE
 from kalshi_platform.journal.reader import UnreadRange
+from kalshi_platform.loading import wire_drift
 from kalshi_platform.loading.book_state import (
     Book,
     BookState,
@@ -91,6 +92,8 @@ class Rows:
     """By dataset, in the order of writing: orderbook_events, trades, book_checkpoints, stream_events,
     latest_levels. A store that has a range's stream_events also has the datasets before them."""
     stale_books: tuple[StaleBook, ...] = ()
+    drift: Mapping[str, int] = field(default_factory=dict)
+    """In how many frames of the range each drift of the wire was."""
 
     @cached_property
     def count(self) -> int:
@@ -140,7 +143,8 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
     transitions = _transitions(decoded, events, markets, clocks.falls())
     if incomplete := _incomplete_connections(decoded, state, last_frames):
         transitions = sorted(_first_frames(decoded, incomplete) + transitions, key=itemgetter("n"))
-    happened = [*unread, *_repeated_gaps(decoded, state), *tracker.apply(transitions)]
+    drifted, wire = _drift_rows(decoded, state)
+    happened = [*drifted, *unread, *_repeated_gaps(decoded, state), *tracker.apply(transitions)]
     clock = decoded.clock_after(state.clock)
     tracker.forget(clock.newest_ns)
     extra = pl.DataFrame(happened, schema=STREAM, orient="row")
@@ -161,6 +165,7 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
             LATEST_LEVELS.name: _latest_table(changed, state),
         },
         tuple(tracker.stale_books),
+        wire_drift.counts(decoded.drift, state.wire or wire_drift.WireState()),
     )
     connections = _connections_after(tracker.connections, last_frames)
     return rows, BookState(
@@ -173,7 +178,20 @@ def build_rows(decoded: Decoded, state: BookState, shard: int = 0) -> tuple[Rows
         state.partial & connections.keys(),
         tracker.clocks_after(markets.touched, state),
         _hours_after(state.hours, decoded.first_ns),
+        wire,
     )
+
+
+def _drift_rows(
+    decoded: Decoded, state: BookState
+) -> tuple[list[_StreamRow], wire_drift.WireState | None]:
+    """Return (the rows of the wire's drift, what is known of the wire after the range)."""
+    known = state.wire
+    if known is None:
+        if decoded.first_ns // HOUR_NS <= state.version // HOUR_NS:
+            return [], None
+        known = wire_drift.WireState()
+    return wire_drift.rows(decoded.drift, known)
 
 
 def _lost_rows(decoded: Decoded, state: BookState, shard: int) -> tuple[Rows, BookState]:

@@ -35,6 +35,7 @@ from kalshi_platform.loading.book_state import (
 )
 from kalshi_platform.loading.market_clocks import SavedClocks, restored
 from kalshi_platform.loading.sorted_levels import PACKED, SortedLevels
+from kalshi_platform.loading.wire_drift import WireState
 from kalshi_platform.schema import BOOK_CHECKPOINTS, TIME
 from kalshi_platform.utc_hours import floor_hour, hour_start_ns
 
@@ -88,6 +89,7 @@ class _Head(msgspec.Struct):
     clocks: SavedClocks | None = None
     """None in files of earlier versions."""
     hours: tuple[int, ...] = ()
+    wire: WireState | None = None
     start: str = ""
     """Token of the recorder start that wrote it; empty in earlier versions' files and in hour states."""
 
@@ -105,6 +107,7 @@ def save(state: BookState, path: Path, start: str = "") -> None:
             last_ns=state.clock.last_ns,
             clocks=SavedClocks.of(state.clocks),
             hours=state.hours,
+            wire=state.wire,
             start=start,
         )
     )
@@ -172,7 +175,7 @@ def load(
     clocks = restored(head.clocks)
     if "market_ticker" in levels.columns:  # a file of an earlier version
         state = BookState.of(head.n, clock, head.connections, head.books, levels.cast(LEVELS))
-        return replace(state, clocks=clocks)
+        return replace(state, clocks=clocks, wire=head.wire)
     return BookState(
         head.n,
         clock,
@@ -183,6 +186,7 @@ def load(
         head.partial,
         clocks,
         head.hours,
+        head.wire,
     )
 
 

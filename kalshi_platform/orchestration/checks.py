@@ -55,6 +55,10 @@ _CHECKED: Mapping[str, str] = {
         "The exchange's clock of no market fell in the last hour, except across maintenance: a delta is above its"
         " snapshot and not below the delta before it."
     ),
+    "wire_drift": (
+        "In the last day the exchange sent no field and no type of message that this version does not know, no"
+        " field of another type, and none was missing that it used to send."
+    ),
     "fresh": "Frames arrive, become durable and reach ClickHouse; a quiet exchange is no fault.",
 }
 
@@ -290,11 +294,41 @@ def _clocks_monotonic(inputs: _Inputs) -> dg.AssetCheckResult:
     return _passed("clocks_monotonic", sentence, metadata)
 
 
+def _wire_drift(inputs: _Inputs) -> dg.AssetCheckResult:
+    """Find what the exchange sends that is not known, or does not send any more."""
+    from kalshi_platform.quality import continuity
+
+    counts: dict[str, int] = {}
+    for report in inputs.health.values():
+        for finding, frames in ((report or {}).get("drift") or {}).items():
+            counts[finding] = counts.get(finding, 0) + int(frames)
+    found = [
+        {**row, "frames": counts.get(f"{row['what']}|{row['type']}|{row['path']}")}
+        for row in continuity.drift(inputs.client, inputs.hot.newest)
+    ]
+    metadata: dict[str, Any] = {
+        "findings": MetadataValue.int(len(found)),
+        **_tables({"offenders": found}),
+    }
+    if found:
+        first = found[0]
+        place = f"{first['type']} {first['path']}".strip()
+        sentence = (
+            f"The wire has changed in {len(found)} places in the last day: {first['what']} {place}, first seen at"
+            f" {first['first_seen']:%Y-%m-%d %H:%M} UTC. Every known value is recorded as before, and the journal has the"
+            " frames whole. Read the exchange's changelog; a later version can read what is new. `frames` counts those"
+            " since the streamers' start."
+        )
+        return _failed("wire_drift", WARN, sentence, metadata)
+    return _passed("wire_drift", "The wire is as this version knows it.", metadata)
+
+
 _IN_CLICKHOUSE: Mapping[str, Callable[[_Inputs], dg.AssetCheckResult]] = {
     "no_unexplained_gaps": _no_unexplained_gaps,
     "hot_cold_parity": _hot_cold_parity,
     "books_uncrossed": _books_uncrossed,
     "clocks_monotonic": _clocks_monotonic,
+    "wire_drift": _wire_drift,
 }
 
 

@@ -23,6 +23,8 @@ WINDOW = timedelta(hours=3)
 hours on one side of it would be missed."""
 RECENT = timedelta(hours=1)
 """How long gaps and mismatches are reported."""
+DRIFT_LASTS = timedelta(hours=25)
+"""How long drift is reported: while it goes on, it has a row on each day."""
 RECORDED = ("orderbook_events", "trades", "stream_events")
 """Tables of numbered frames."""
 EPOCH = datetime(1971, 1, 1, tzinfo=UTC)
@@ -136,6 +138,11 @@ def clocks(client: clickhouse.Client, until: datetime) -> Clocks:
     span = {"since": until - RECENT, "until": until}
     (counts,) = ask(client, "checks/resyncs", span)
     return Clocks(fell=tuple(ask(client, "checks/clocks", span)), **counts)
+
+
+def drift(client: clickhouse.Client, until: datetime) -> Sequence[Row]:
+    """Return what drifted on the wire in the day before `until`, newest first; see infra/queries/checks/drift.sql."""
+    return ask(client, "checks/drift", {"since": until - DRIFT_LASTS, "until": until})
 
 
 def ask(

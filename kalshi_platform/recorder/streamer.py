@@ -138,6 +138,8 @@ class Health:
     """The most severe problem, as a sentence; None while there is none."""
     disconnects: dict[str, int] = field(default_factory=dict)
     """Connections that ended since the start, by cause."""
+    drift: dict[str, int] = field(default_factory=dict)
+    """Drift of the wire since the start, as "what|type|path": in how many loaded frames it was."""
     tasks: dict[str, TaskHealth] = field(default_factory=dict)
     """Background tasks that have failed since the start; recording goes on without them."""
 
@@ -145,6 +147,9 @@ class Health:
 AUDIT, OBSERVER, MEMORY = "book comparison", "books to compare", "trades of before the start"
 REPORT, SAVED_REPORT, PRUNING = "health report", "saved health report", "pruning"
 """Names of background tasks; more are in `upkeep`."""
+MOST_DRIFT = 256
+OTHER_DRIFT = "others|others|others"
+"""The drift of the wire beyond so many different findings, in the health report."""
 DRAINING, STOPPING, STOPPED, BLOCKED = "draining", "stopping", "stopped", "blocked"
 
 
@@ -162,6 +167,7 @@ class Streamer:
         self._loaders: list[Loader] = []
         self._recent = book_audit.Recent()
         self._tasks = Tasks(self._note)
+        self._drift: dict[str, int] = {}
         self._offset = 0
         """Index of the market whose book is compared next."""
         self._credentials: Credentials | None = None
@@ -461,6 +467,7 @@ class Streamer:
             },
             trouble=str(failure) if failure else next((t for t in troubles if t), None),
             disconnects=dict(counters.disconnects) if counters else {},
+            drift=dict(self._drift),
             tasks=self._tasks.states,
         )
 
@@ -567,9 +574,13 @@ class Streamer:
             log.debug("Capture has ended: %s is not called.", act)
 
     def _observe(self, rows: Rows, state: BookState) -> None:
-        """Take a loader's books for the live-book check; a failure here must not stop the loader."""
+        """Take a loader's books for the live-book check, and the drift of the wire; a failure here must not stop the loader."""
         with self._tasks.guarded(OBSERVER):
             self._recent.saw(rows, state)
+            for finding, frames in rows.drift.items():
+                known = finding in self._drift or len(self._drift) < MOST_DRIFT
+                key = finding if known else OTHER_DRIFT
+                self._drift[key] = self._drift.get(key, 0) + frames
 
     async def _unless_stopped(self, waiting: Awaitable[T]) -> T | None:
         """Await a result; return None where the streamer is stopped before."""

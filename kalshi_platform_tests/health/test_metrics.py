@@ -69,6 +69,7 @@ def health(shard: int = 0, **values: Any) -> Health:
         stores={"clickhouse": store},
         trouble=None,
         disconnects={"silent for 30 s": 2},
+        drift={"unknown field|orderbook_delta|msg.a|b": 4},
         delays_ms={
             "journal": LatencySummary(1000, 20.0, 40.0, 60.0),
             "clickhouse": LatencySummary(0, 0.0, 0.0, 0.0),
@@ -121,6 +122,9 @@ def test_one_address_has_every_shard(settings: Settings) -> None:
         ("241 MEMORY_LIMIT_EXCEEDED", shard, "clickhouse"): 3 for shard in "01"
     }
     assert found["kalshi_disconnects_total"][("silent for 30 s", "0")] == 2
+    assert found["kalshi_wire_drift_frames_total"] == {
+        ("msg.a|b", shard, "orderbook_delta", "unknown field"): 4 for shard in "01"
+    }
     assert found["kalshi_store_lag_records"][("0", "clickhouse")] == 7
     assert 20 <= found["kalshi_store_behind_seconds"][("0", "clickhouse")] < 60
     assert found["kalshi_delay_seconds"][("journal", "0.99", "0")] == 0.04

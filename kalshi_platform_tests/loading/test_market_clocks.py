@@ -243,7 +243,7 @@ THREE = [(1000, 1), (2000, 2), (3000, 3)]
     + [("act", "A-1", THREE[:1], 1), ("drop", 1), ("act", "A-1", THREE, 1), ("connect",)],
     [5],
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_market_is_unchanged_if_and_only_if_nothing_was_missed(
     steps: list[tuple[Any, ...]], cuts: list[int]
 ) -> None:

@@ -52,7 +52,14 @@ from kalshi_platform_tests.loading.test_loader import (
 )
 
 NAMES = {
-    *("no_unexplained_gaps", "hot_cold_parity", "books_uncrossed", "clocks_monotonic", "fresh"),
+    *(
+        "no_unexplained_gaps",
+        "hot_cold_parity",
+        "books_uncrossed",
+        "clocks_monotonic",
+        "wire_drift",
+    ),
+    "fresh",
 }
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 CONN = wire.conn_id(1)
@@ -427,6 +434,23 @@ def test_a_clock_that_fell_warns_and_resynced_markets_are_counted(empty: Platfor
         *(7, 6),
     )
     assert found.metadata["markets resynced"].value == 2
+
+
+def test_an_unknown_field_warns_with_its_first_frame_and_an_example(empty: Platform) -> None:
+    records = recording()
+    at = records[-1][0] + wire.SECOND
+    new = wire.delta("A-1", 403, "yes", 4_000, 5).replace(b'"side"', b'"depth":17,"side"')
+    records.append((at, CONN, Kind.DELTA, new))
+    empty.record(records)
+    found = empty.check()["wire_drift"]
+    assert (found.passed, found.severity) == (False, WARN)
+    (row,) = table(found)
+    assert (row["what"], row["type"], row["path"]) == (
+        *("unknown field", "orderbook_delta"),
+        "msg.depth",
+    )
+    assert (row["example"], row["days"]) == ("17", 1)
+    assert row["first_seen"]
 
 
 def test_only_a_book_that_stays_crossed_warns(

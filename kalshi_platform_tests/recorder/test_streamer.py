@@ -600,7 +600,9 @@ def test_lost_records_are_reported_and_the_rest_is_loaded(
             segment.rename(reader.set_aside(segment))
             wait_for(lambda: streamer.health().trouble is None, "the load to go on")
             wait_until_loaded(streamer)
-            resynced = "SELECT count() FROM stream_events WHERE kind = 'resynced'"
+            resynced = (
+                "SELECT count() FROM stream_events WHERE kind = 'resynced' AND market_ticker = ''"
+            )
             wait_for(lambda: query(settings, resynced) == [(1,)], "the snapshots")
             simulator.pause()
             wait_for_the_last_frames(settings, simulator)
