@@ -10,7 +10,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # `moved` where the environment was made in another folder: this one was moved or copied since.
 MOVED := $(shell test -e $(VENV)/.installed && ! grep -qsF "$$(pwd -P)/$(VENV)/bin/" $(BIN)/kalshi-platform && echo moved)
 
-.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check docs fuzz audit engines format lock clean
+.PHONY: moved help install install-dev run test test-quick explore chaos soak nights bench bench-quick check client-tests docs fuzz audit engines format lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ check: install-dev ## Formatting, lint, imports that run downward, words, strict
 $(VENV)/.installed-security: $(VENV)/.installed-dev requirements-security.lock
 	@$(PIP) install --no-deps --require-hashes -r requirements-security.lock
 	@touch $@
+
+client-tests: install-dev ## clickhouse-connect's own integration tests against the embedded ClickHouse, cloned for it; 12 minutes
+	@$(BIN)/python -m kalshi_platform_tests.embedded_clickhouse.client_suite $(CLIENT_TESTS_ARGS)
 
 fuzz: $(VENV)/.installed-security ## Fuzz what reads bytes from elsewhere, a minute each (FUZZ_ARGS="--seconds 600 frames")
 	@$(BIN)/python -m kalshi_platform_tests.fuzz.campaign $(FUZZ_ARGS)

@@ -39,6 +39,8 @@ from kalshi_platform.clickhouse.client import (
 from kalshi_platform.clickhouse.migrations import State
 from kalshi_platform.commands.announcements import IN_A_ROW
 from kalshi_platform.embedded_clickhouse import write_password
+from kalshi_platform.embedded_clickhouse.parts import SET_ASIDE
+from kalshi_platform.embedded_clickhouse.refused import FOLDER
 from kalshi_platform.errors import PlatformError, SettingsError, StoreError
 from kalshi_platform.exchange.connection import LiveConnection, dial
 from kalshi_platform.exchange.errors import ExchangeError, Unreachable
@@ -366,8 +368,6 @@ def _lacks_password(settings: Settings) -> bool:
 
 def _refused(settings: Settings) -> str:
     """Definitions that the embedded ClickHouse set aside when it started."""
-    from kalshi_platform.embedded_clickhouse.refused import FOLDER  # loads a web server
-
     if not settings.embedded_clickhouse:
         return ""
     return _some((settings.embedded_clickhouse_dir / FOLDER).rglob("*.sql"))
@@ -375,8 +375,6 @@ def _refused(settings: Settings) -> str:
 
 def _spoiled(settings: Settings) -> str:
     """Parts of tables that the embedded ClickHouse set aside when it started."""
-    from kalshi_platform.embedded_clickhouse.parts import SET_ASIDE
-
     if not settings.embedded_clickhouse:
         return ""
     tables = settings.embedded_clickhouse_dir / "engine" / "store"

@@ -4,8 +4,8 @@ This package is the shell around the engine: it reads a request, runs it on a co
 answer as ClickHouse does. It does not know the platform's tables, and the rest of the platform uses it only over
 HTTP and through the password file (write_password.py).
 
-    serve      blocks and serves one data folder
-    running    the same in a child process, for tests
+    running    the server in a child process, for tests
+    server     reads requests and writes answers; `serve` blocks and serves one data folder
     statement  the parsing of SQL that HTTP needs
     engine     connections, sessions, cancellation
     answers    error codes, HTTP statuses, content types
@@ -18,6 +18,5 @@ HTTP and through the password file (write_password.py).
 """
 
 from kalshi_platform.embedded_clickhouse.process import Running, running
-from kalshi_platform.embedded_clickhouse.server import serve
 
-__all__ = ["Running", "running", "serve"]
+__all__ = ["Running", "running"]

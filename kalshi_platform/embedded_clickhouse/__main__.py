@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from kalshi_platform import logs
-from kalshi_platform.embedded_clickhouse import launch, serve
+from kalshi_platform.embedded_clickhouse import launch
+from kalshi_platform.embedded_clickhouse.server import serve
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.printable import printable
 from kalshi_platform.settings import Settings

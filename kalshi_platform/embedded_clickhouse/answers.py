@@ -1,4 +1,4 @@
-"""ClickHouse's HTTP answers: error texts, statuses of error codes, content types.
+"""ClickHouse's HTTP answers: error texts, statuses of error codes, content types; the decoding of text in requests.
 
 Codes and statuses are those of ClickHouse's HTTP handler (`exceptionCodeToHTTPStatus`).
 """
@@ -71,6 +71,32 @@ class ClickHouseError(Exception):
     def status(self) -> int:
         """The HTTP status that ClickHouse uses for this code."""
         return _STATUS.get(self.code, 500)
+
+
+def as_text(value: bytes) -> str:
+    """Bytes of a request as text, without loss: a byte that is not UTF-8 is a lone surrogate."""
+    return value.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes of `as_text`, for the engine."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def decoded(value: bytes, label: str) -> str:
+    """Decode text of a request that must be UTF-8: names, settings, and statements that define something.
+
+    Raises `ClickHouseError` for other bytes, which are neither replaced nor passed on.
+    """
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ClickHouseError(
+            36,
+            "BAD_ARGUMENTS",
+            f"{label} is not UTF-8: {error.reason} at byte {error.start}. Other bytes may be in SELECT, INSERT, their"
+            " parameters and data; elsewhere, write them as unhex('…')",
+        ) from error
 
 
 def content_type(output_format: str) -> str:

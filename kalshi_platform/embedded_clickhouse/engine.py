@@ -27,8 +27,15 @@ from typing import IO, Any
 
 import filelock
 
-from kalshi_platform.embedded_clickhouse import empty_definitions, parts, refused, rights
-from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
+from kalshi_platform.embedded_clickhouse import (
+    empty_definitions,
+    external,
+    native,
+    parts,
+    refused,
+    rights,
+)
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, as_bytes, as_text
 from kalshi_platform.embedded_clickhouse.failed_writes import FailedWrites
 from kalshi_platform.embedded_clickhouse.permission import (
     Known,
@@ -55,10 +62,20 @@ BLOCK_ROWS = 65_409
 SESSION_TIMEOUT_S = 60
 _ONLY_WHOLE = frozenset({"extremes", "output_format_json_array_of_rows"})
 """Settings that add parts to an answer that its pieces lack."""
+_PLAIN_TYPES = {"print_pretty_type_names": "0"}
+"""The setting for types in DESCRIBE as they are in Native."""
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAG = "query_cache_tag"
 """A setting without effect unless the query cache is used: carries the request's number, by which
 a running query is found and killed. A request that sets it itself cannot be cancelled."""
+_PROGRESS = """
+SELECT toString(read_rows) AS read_rows, toString(read_bytes) AS read_bytes,
+    toString(total_rows_approx) AS total_rows_to_read, toString(written_rows) AS written_rows,
+    toString(written_bytes) AS written_bytes, toString(toUInt64(elapsed * 1e9)) AS elapsed_ns,
+    toString(memory_usage) AS memory_usage
+FROM system.processes WHERE Settings['query_cache_tag'] = {sql:String} LIMIT 1 FORMAT JSONEachRow
+"""
+"""The progress of the query with this tag."""
 
 _CONFIG = """<clickhouse>
   <logger><level>fatal</level></logger>
@@ -120,6 +137,10 @@ class Request:
     session_must_exist: bool = False
     buffered: bool = False
     """Send the answer only after the query has ended (`wait_end_of_query`)."""
+    native_version: int = 0
+    """The protocol version for which answers in Native are written (`client_protocol_version`)."""
+    tables: tuple[external.Table, ...] = ()
+    """External tables, which exist for this request only."""
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -162,6 +183,77 @@ class Answer:
             self._pieces.close()
 
 
+class _Run:
+    """Runs statements on a connection."""
+
+    def __init__(self, connection: Any, parameters: Mapping[str, str], *, in_pieces: bool) -> None:
+        self.connection = connection
+        self._parameters = _plain(parameters)
+        self._in_pieces = in_pieces
+
+    def answer(
+        self, sql: str, default_format: str
+    ) -> Generator[tuple[bytes, Progress], None, None]:
+        """Run a statement and yield its answer, at least one piece."""
+        if not self._in_pieces:
+            result = self.connection.query(as_bytes(sql), default_format, params=self._parameters)
+            progress = _progress(result)
+            view = memoryview(result.get_memview().view()) if result.size() else memoryview(b"")
+            for begin in range(0, max(len(view), 1), ANSWER_PIECE_BYTES):
+                yield bytes(view[begin : begin + ANSWER_PIECE_BYTES]), progress
+            return
+        done: Progress = Counter()
+        query = as_bytes(sql)
+        with self.connection.send_query(query, default_format, params=self._parameters) as stream:
+            for piece in stream:
+                done.update(_progress(piece))  # each piece has its own counters
+                yield piece.bytes(), done
+        if not done:
+            yield b"", done
+
+    def describe(self, select: str) -> list[native.Column]:
+        """The names and types of a SELECT's columns."""
+        result = self.connection.query(
+            as_bytes(f"DESCRIBE TABLE ({select}\n)"), "JSONCompactEachRow", params=self._parameters
+        )
+        lines = map(json.loads, as_text(result.bytes()).split("\n")[:-1])
+        return [(name, kind) for name, kind, *_ in lines]
+
+
+class _Definitions:
+    """Counts the statements that may change the types of columns. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = self._ended = 0
+
+    @property
+    def state(self) -> int | None:
+        """A number that is the same only while no definition changes; None if one may be changing now."""
+        with self._lock:
+            return None if self._running else self._ended
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Context manager of a statement that may change a definition."""
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._ended += 1
+
+
+def _changed() -> ClickHouseError:
+    return ClickHouseError(
+        236,
+        "ABORTED",
+        "The definition of a table changed while the query ran: send the query again",
+    )
+
+
 @dataclass
 class _Session:
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -200,6 +292,11 @@ class Engine:
             raise
         self._sessions: dict[tuple[bool, str], _Session] = {}
         """By (whether it is a reader's, session id)."""
+        self._external_memory = external.Memory()
+        self._definitions = _Definitions()
+        self._columns: dict[object, list[native.Column]] = {}
+        """The columns of the latest SELECTs, for Native."""
+        self._object_store = bool(object_store)
         self._guard = threading.Lock()
         self._running = 0
         self._idle = threading.Condition(self._guard)
@@ -288,6 +385,11 @@ class Engine:
         if verdict is not None:
             raise verdict.with_traceback(None)
 
+    def permit_table(self, table: external.Table) -> None:
+        """Raise `ClickHouseError` unless the external table has plain columns and an allowed format."""
+        require_format(table.format)
+        self._permission.require_columns(table.columns, f"the external table {table.name}")
+
     def _verdict(self, sql: str, reader: bool) -> ClickHouseError | None:
         """The refusal of a statement; None if it may run."""
         try:
@@ -363,30 +465,84 @@ class Engine:
         self, request: Request, statement: Statement, sql: str
     ) -> Generator[tuple[bytes, Progress], None, None]:
         """Run a statement and yield its answer, streamed if format and statement permit."""
-        output_format = statement.format or request.default_format
+        output_format = (statement.format or request.default_format).lower()
         in_pieces = (
             statement.streams
             and not request.buffered
-            and output_format.lower() in CHUNKED_FORMATS
+            and output_format in CHUNKED_FORMATS
             and _ONLY_WHOLE.isdisjoint(request.settings)
         )
-        parameters = dict(request.parameters)
-        with self._connection(request, statement) as (connection, fresh):
-            if not in_pieces or not fresh:
-                with nullcontext() if statement.reads_only else self._failed_writes.watched():
-                    result = connection.query(sql, request.default_format, params=parameters)
-                progress = _progress(result)
-                view = memoryview(result.get_memview().view()) if result.size() else memoryview(b"")
-                for begin in range(0, max(len(view), 1), ANSWER_PIECE_BYTES):
-                    yield bytes(view[begin : begin + ANSWER_PIECE_BYTES]), progress
-                return
-            done: Progress = Counter()
-            with connection.send_query(sql, request.default_format, params=parameters) as stream:
-                for piece in stream:
-                    done.update(_progress(piece))  # each piece has its own counters
-                    yield piece.bytes(), done
-            if not done:
-                yield b"", done
+        versioned = output_format == "native" and request.native_version > 0
+        if versioned and statement.selects:
+            request = dataclasses.replace(request, settings={**_PLAIN_TYPES, **request.settings})
+        with (
+            self._connection(request, statement) as (connection, fresh),
+            nullcontext() if statement.reads_only else self._changing(statement),
+        ):
+            run = _Run(connection, request.parameters, in_pieces=in_pieces)
+            if not versioned:
+                yield from run.answer(sql, request.default_format)
+            elif statement.selects:
+                text = statement.without_format(sql)
+                cached = fresh and not request.tables and len(text) <= REMEMBERED_BYTES
+                yield from self._native(run, request, text, cached=cached)
+            else:
+                yield from self._native_of_other(run, request, statement, sql)
+
+    @contextmanager
+    def _changing(self, statement: Statement) -> Iterator[None]:
+        """Context manager of a statement that writes, and may change the types of columns."""
+        with (
+            nullcontext() if statement.inserts else self._definitions.changing(),
+            self._failed_writes.watched(),
+        ):
+            yield
+
+    def _native(
+        self, run: _Run, request: Request, select: str, *, cached: bool
+    ) -> Generator[tuple[bytes, Progress], None, None]:
+        """Run a SELECT without FORMAT and yield its answer in Native for the request's protocol version."""
+        state = self._definitions.state
+        key = (
+            *(state, request.database, select),
+            *(tuple(request.settings.items()), tuple(request.parameters.items())),
+        )
+        cached = cached and state is not None
+        columns = self._columns.get(key) if cached else None
+        if columns is None:
+            columns = run.describe(select)
+        if cached:
+            if len(self._columns) >= REMEMBERED:
+                self._columns.clear()
+            self._columns[key] = columns
+        blocks = native.Blocks(columns, request.native_version)
+        try:
+            for piece, progress in run.answer(select, "Buffers"):
+                yield blocks.feed(piece), progress
+            blocks.finish()
+        except ValueError as error:
+            raise _changed() from error
+        # columns of s3() may be those of an object that has changed
+        unchanged = (
+            state is not None and state == self._definitions.state and not self._object_store
+        )
+        if not unchanged and run.describe(select) != columns:
+            raise _changed()
+
+    def _native_of_other(
+        self, run: _Run, request: Request, statement: Statement, sql: str
+    ) -> Generator[tuple[bytes, Progress], None, None]:
+        """The same of any other statement, which is run once: its rows become those of a SELECT."""
+        with_types = "TabSeparatedWithNamesAndTypes"
+        pieces = list(run.answer(statement.with_format(sql, with_types), with_types))
+        text = b"".join(piece for piece, _ in pieces)
+        if text:
+            rows = _Run(run.connection, {"rows": _escaped(as_text(text))}, in_pieces=False)
+            select = f"SELECT * FROM format({with_types}, {{rows:String}})"  # noqa: S608 - no user text
+            for piece, _ in self._native(rows, request, select, cached=False):
+                yield piece, pieces[0][1]
+        else:
+            yield pieces[0]
 
     def insert(
         self, request: Request, statement: Statement, header: str, data: IO[bytes]
@@ -402,17 +558,15 @@ class Engine:
         with (
             self._connection(_as_of_a_file(request), statement) as (connection, _),
             self._failed_writes.watched(),
+            _descriptor(data) as source,
         ):
-            source = os.dup(data.fileno())
-            try:
-                os.lseek(source, 0, os.SEEK_SET)
-                result = connection.query(
+            result = connection.query(
+                as_bytes(
                     f"{header}\nFROM INFILE '/dev/fd/{source}' COMPRESSION 'none'"
-                    f"\n{statement.settings}\nFORMAT {statement.format}",
-                    params=dict(request.parameters),
-                )
-            finally:
-                os.close(source)
+                    f"\n{statement.settings}\nFORMAT {statement.format}"
+                ),
+                params=_plain(request.parameters),
+            )
         written = _progress(result)
         return Counter({name: written[name] for name in _OF_AN_INSERT})
 
@@ -441,6 +595,10 @@ class Engine:
     def kill(self, tag: str) -> None:
         """Ask the engine to end the query of a request, without waiting for the end."""
         self._kill(f"Settings['{_TAG}'] = {_literal(tag)}")
+
+    def progress(self, tag: str) -> str:
+        """The progress of a request's running query, as JSON; empty if it does not run."""
+        return self._ask_parser(_PROGRESS, tag)
 
     def end_queries(self, patience_s: float) -> bool:
         """Refuse new queries and kill the running ones; False if one did not end in time."""
@@ -495,22 +653,39 @@ class Engine:
             self._running += 1
         try:
             self.require_folder()
-            with self._translated():
+            with self._translated(), self._memory(request) as memory:
                 if request.session_id:
-                    with self._session(request, statement) as connection_and_freshness:
+                    with self._session(request, statement, memory) as connection_and_freshness:
                         yield connection_and_freshness
                 else:
-                    connection = self._connect()
-                    try:
-                        self._prepare(connection, request)
+                    with self._new_connection(request, memory) as connection:
                         yield connection, True
-                    finally:
-                        connection.close()
             self.require_folder()  # if it vanished meanwhile, nothing was stored
         finally:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
+
+    @contextmanager
+    def _memory(self, request: Request) -> Iterator[external.Reservation | None]:
+        """The memory for the request's external tables; None if it has none."""
+        if not request.tables:
+            yield None
+            return
+        with self._external_memory.reserved() as memory:
+            yield memory
+
+    @contextmanager
+    def _new_connection(
+        self, request: Request, memory: external.Reservation | None
+    ) -> Iterator[Any]:
+        """A connection for this request alone."""
+        connection = self._connect()
+        try:
+            self._prepare(connection, request, memory)
+            yield connection
+        finally:
+            connection.close()
 
     def require_folder(self) -> None:
         """Raise `ClickHouseError` if the data folder is gone: the engine would recreate it empty."""
@@ -534,17 +709,11 @@ class Engine:
             raise ClickHouseError.from_engine(error.object.decode(errors="replace")) from error
 
     @contextmanager
-    def _session(self, request: Request, statement: Statement) -> Iterator[tuple[Any, bool]]:
+    def _session(
+        self, request: Request, statement: Statement, memory: external.Reservation | None
+    ) -> Iterator[tuple[Any, bool]]:
         """The session's connection, exclusively; a temporary one while the session has no state."""
         session = self._find_session(request)
-        if session.connection is None and not statement.keeps_state:
-            connection = self._connect()  # without state a session needs no connection of its own
-            try:
-                self._prepare(connection, request)
-                yield connection, True
-            finally:
-                connection.close()
-            return
         if not session.lock.acquire(blocking=False):
             raise ClickHouseError(
                 373,
@@ -552,6 +721,10 @@ class Engine:
                 f"Session {request.session_id} is locked by a concurrent client",
             )
         try:
+            if session.connection is None and not statement.keeps_state:
+                with self._new_connection(request, memory) as connection:
+                    yield connection, True
+                return
             if session.connection is None:
                 session.connection = self._connect()
             if (
@@ -563,8 +736,12 @@ class Engine:
                     164, "READONLY", "default: Cannot execute query in readonly mode."
                 )
             with _restored(session.connection, request, keep_database=statement.verb == "USE"):
-                self._prepare(session.connection, request, lock_down=False)
-                yield session.connection, False
+                try:
+                    self._prepare(session.connection, request, memory, lock_down=False)
+                    yield session.connection, False
+                finally:
+                    for table in memory.tables if memory else ():
+                        session.connection.query(f"DROP TEMPORARY TABLE {table}")
         finally:
             session.last_used = time.monotonic()
             session.lock.release()
@@ -588,17 +765,64 @@ class Engine:
             session.timeout_s = request.session_timeout_s
         return session
 
-    def _prepare(self, connection: Any, request: Request, *, lock_down: bool = True) -> None:
-        """Set the database and the request's settings on a connection."""
+    def _prepare(
+        self,
+        connection: Any,
+        request: Request,
+        memory: external.Reservation | None,
+        *,
+        lock_down: bool = True,
+    ) -> None:
+        """Set the database and the request's settings on a connection, and create its external tables."""
         if request.database:
             connection.query(f"USE {_identifier(request.database)}")
         settings = {_TAG: request.tag, **request.settings}
         if lock_down and request.readonly and settings.get("readonly", "0") == "0":
             settings["readonly"] = "2"
-        # `readonly` last, since nothing can be set after it
-        ordered = sorted(settings.items(), key=lambda item: item[0] == "readonly")
-        assignments = ", ".join(f"{_name(name)} = {_literal(value)}" for name, value in ordered)
-        connection.query(f"SET {assignments}")
+        readonly = {"readonly": settings.pop("readonly")} if "readonly" in settings else {}
+        if memory is None:
+            _set(connection, {**settings, **readonly})  # it last, since nothing can be set after it
+            return
+        _set(connection, settings)
+        memory.shrink(sum(_create(connection, request, memory, table) for table in request.tables))
+        if readonly:
+            _set(connection, readonly)
+
+
+def _set(connection: Any, settings: Mapping[str, str]) -> None:
+    assignments = (f"{_name(name)} = {_literal(value)}" for name, value in settings.items())
+    connection.query("SET " + ", ".join(assignments))
+
+
+def _create(
+    connection: Any, request: Request, memory: external.Reservation, table: external.Table
+) -> int:
+    """Create and fill an external table; returns the bytes of its rows."""
+    name = _identifier(table.name)
+    connection.query(f"CREATE TEMPORARY TABLE {name} ({table.columns}\n) ENGINE = Memory")
+    memory.tables.append(name)
+    if not os.fstat(table.data.fileno()).st_size:
+        return 0
+    own = request.settings.get("max_memory_usage", "")
+    wanted = int(own[:20]) if own.isdecimal() else 0
+    limit = min(wanted or external.REQUEST_BYTES, external.REQUEST_BYTES)
+    with _descriptor(table.data) as source:
+        result = connection.query(
+            f"INSERT INTO {name} FROM INFILE '/dev/fd/{source}' COMPRESSION 'none'"
+            f" SETTINGS max_memory_usage = {limit} FORMAT {table.format}"
+        )
+    return int(result.bytes_written())
+
+
+@contextmanager
+def _descriptor(data: IO[bytes]) -> Iterator[int]:
+    """Context manager: a descriptor of a file's beginning, for the engine to read it by name."""
+    source = os.dup(data.fileno())
+    try:
+        os.lseek(source, 0, os.SEEK_SET)
+        yield source
+    finally:
+        os.close(source)
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
@@ -692,7 +916,14 @@ def _escaped(value: str) -> str:
     return value.translate(_ESCAPES)
 
 
-_ESCAPES = str.maketrans(
+def _plain(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Parameters' values, which are escaped already, without bytes that are not UTF-8."""
+    return {name: value.translate(_OTHER_BYTES) for name, value in parameters.items()}
+
+
+_OTHER_BYTES = {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
+"""The escapes of the lone surrogates of `as_text`."""
+_ESCAPES = _OTHER_BYTES | str.maketrans(
     {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\\0", "'": "\\'"}
 )
 

@@ -115,6 +115,7 @@ _NODES: Mapping[str, str] = {
     "ProjectionSelectQuery": "with select where group_by order_by",
     "StatisticsDeclaration": "columns types",
     "Storage": "engine partition_by primary_key order_by sample_by ttl_table settings",
+    "StorageOrderByElement": "children direction",
     "TTLElement": "mode destination_type if_exists ttl_expr where_expr group_by_key group_by_assignments"
     " recompression_codec",
     "ViewTargets": "targets",
@@ -174,7 +175,7 @@ _ROLES: Mapping[tuple[str, str], _Role] = {
     ("StatisticsDeclaration", "types"): _Role.INDEX,
 }
 _SETTINGS: Mapping[tuple[str, str], Collection[str]] = {
-    ("Storage", "settings"): allowed.ENGINE_SETTINGS,
+    ("Storage", "settings"): allowed.CREATION_SETTINGS,
     ("AlterCommand", "settings_changes"): allowed.ENGINE_SETTINGS,
     ("ColumnDeclaration", "settings"): allowed.ENGINE_SETTINGS,
     ("ProjectionDeclaration", "with_settings"): allowed.ENGINE_SETTINGS,
@@ -223,6 +224,27 @@ class Permission:
         """Raise `ClickHouseError` for a setting that is not allowed."""
         for name in names:
             _require_setting(name, allowed.SETTINGS)
+
+    def require_columns(self, text: str, thing: str) -> None:
+        """Refuse a list of columns with anything but names and types; `thing` is what they belong to."""
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            raise not_listed(f"{thing} with columns that are not UTF-8")
+        # the line end closes a comment
+        tree = self.parse(f"CREATE TABLE t ({text}\n) ENGINE = Null")
+        plain = {"type", "table", "table_ast", "columns_list", "storage"}
+        extra = {part for part, value in tree.items() if value} - plain
+        columns = tree.get("columns_list") or {}
+        storage = {part: value for part, value in tree.get("storage", {}).items() if value}
+        declared = (columns.get("columns") or {}).get("children", [])
+        if (
+            extra
+            or storage.keys() != {"type", "engine"}
+            or storage["engine"].get("name") != "Null"
+            or storage["engine"].get("arguments")
+            or {part for part, value in columns.items() if value} - {"type", "columns"}
+            or any({p for p, value in c.items() if value} - _PLAIN_COLUMN for c in declared)
+        ):
+            raise not_listed(f"{thing} with columns that have more than a name and a type")
 
     def _check(self, tree: Node, reader: bool) -> None:
         """Check a tree without recursion, since it may be as deep as the engine's parser allows."""
@@ -345,6 +367,9 @@ class Permission:
 
     def _check_table_function(self, node: Node, name: str) -> None:
         """Check a table function, or a view with parameters."""
+        name = (
+            "values" if name.lower() == "values" else name
+        )  # the engine accepts it in capitals, too
         known = {known.lower() for known in self.known.table_functions}
         if name == allowed.OBJECT_STORE:
             self._require_object_store(node)
@@ -372,23 +397,7 @@ class Permission:
             text = _text(argument)
             if text is None:
                 raise not_listed(f"{name}() with an argument that is not a plain text")
-            self._require_plain_columns(text, name)
-
-    def _require_plain_columns(self, text: str, name: str) -> None:
-        """Refuse a list of columns with anything but names and types."""
-        tree = self.parse(f"CREATE TABLE t ({text}) ENGINE = Null")
-        plain = {"type", "table", "table_ast", "columns_list", "storage"}
-        extra = {part for part, value in tree.items() if value} - plain
-        columns = tree.get("columns_list") or {}
-        engine = tree.get("storage", {}).get("engine", {}).get("name")
-        declared = (columns.get("columns") or {}).get("children", [])
-        if (
-            extra
-            or engine != "Null"
-            or {part for part, value in columns.items() if value} - {"type", "columns"}
-            or any({p for p, value in c.items() if value} - _PLAIN_COLUMN for c in declared)
-        ):
-            raise not_listed(f"{name}() with columns that have more than a name and a type")
+            self.require_columns(text, f"{name}()")
 
     def _require_object_store(self, node: Node) -> None:
         """Refuse an `s3()` whose URL is not below the archive's."""

@@ -25,8 +25,6 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from email.parser import BytesParser
-from email.policy import HTTP as MIME
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -38,9 +36,15 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from kalshi_platform.browsers import refusal
-from kalshi_platform.embedded_clickhouse import write_password
-from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, content_type
+from kalshi_platform.embedded_clickhouse import external, write_password
+from kalshi_platform.embedded_clickhouse.answers import (
+    ClickHouseError,
+    as_text,
+    content_type,
+    decoded,
+)
 from kalshi_platform.embedded_clickhouse.confinement import confine
+from kalshi_platform.embedded_clickhouse.early_headers import KEY, with_early_headers
 from kalshi_platform.embedded_clickhouse.encodings import Decompressor, choose_encoding, compressor
 from kalshi_platform.embedded_clickhouse.engine import (
     MINIMUM_FREE_BYTES,
@@ -50,6 +54,8 @@ from kalshi_platform.embedded_clickhouse.engine import (
     make_writable,
 )
 from kalshi_platform.embedded_clickhouse.engine import Request as EngineRequest
+from kalshi_platform.embedded_clickhouse.formatted_errors import formatted_error
+from kalshi_platform.embedded_clickhouse.forms import LONGEST_FIELDS_BYTES, Form, read_form
 from kalshi_platform.embedded_clickhouse.permission import require_format
 from kalshi_platform.embedded_clickhouse.statement import Statement, parse
 from kalshi_platform.errors import StoreError
@@ -64,7 +70,7 @@ WORKERS = 64
 LONGEST_SESSION_S = 3600
 QUERY_BYTES = 256 * 1024
 """Longest query, or INSERT before its data, unless the setting max_query_size is larger."""
-LONGEST_QUERY_BYTES = 4 * 1024 * 1024
+LONGEST_QUERY_BYTES = LONGEST_FIELDS_BYTES
 """Upper limit of that setting."""
 ROOM_EVERY_BYTES = 16 * 1024 * 1024
 """Bytes of an INSERT's data between two checks of the free space."""
@@ -73,6 +79,10 @@ FINISH_REQUESTS_S = 3
 END_QUERIES_S = 3
 """Seconds after that for killed queries to end."""
 
+PROGRESS_SHARE, LONGEST_PROGRESS_S = 10, 60
+"""A header of progress comes at most once in a tenth of the query's time so far, but each minute: common clients
+accept 100 headers."""
+_ERRORS_IN_FORMAT = "http_write_exception_in_output_format"
 _NOT_SETTINGS = frozenset(
     {"query", "database", "default_format", "user", "password", "quota_key", "query_id", "role"}
     | {"session_id", "session_timeout", "session_check", "close_session", "client_protocol_version"}
@@ -90,6 +100,15 @@ class _Call:
     data: IO[bytes] | None
     query_id: str
     encoding: str | None
+    formats_errors: bool
+    """Errors are written in the answer's format, if it has a form for them."""
+    progress_every_s: float | None
+    """The least time between two headers of the query's progress; None: none are sent."""
+
+    @property
+    def format(self) -> str:
+        """The answer's format."""
+        return self.statement.format or self.request.default_format
 
 
 class Server:
@@ -106,14 +125,13 @@ class Server:
         self._readers = frozenset({b"default", self._user}) if readers else frozenset()
         self._spool = _Spool(engine.spool)
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="query")
-        self.app = Starlette(
-            routes=[
-                Route("/", self._root, methods=["GET", "POST"]),
-                Route("/ping", _ok, methods=["GET"]),
-                Route("/replicas_status", _ok, methods=["GET"]),
-                Route("/{path:path}", _unknown_path, methods=["GET", "POST"]),
-            ]
-        )
+        routes = [
+            Route("/", self._root, methods=["GET", "POST"]),
+            Route("/ping", _ok, methods=["GET"]),
+            Route("/replicas_status", _ok, methods=["GET"]),
+            Route("/{path:path}", _unknown_path, methods=["GET", "POST"]),
+        ]
+        self.app = with_early_headers(Starlette(routes=routes))
 
     def stop(self) -> None:
         """Accept no new query; running ones continue."""
@@ -124,20 +142,24 @@ class Server:
         if http.method in {"GET", "HEAD"} and not http.scope["query_string"]:
             return await _ok(http)
         query_id = str(uuid.uuid4())
+        error_format = ""
         with ExitStack() as held:
             try:
                 _check_origin(http, loopback=self._loopback)
-                options = _options(http.scope["query_string"])
+                options, query = _options(http.scope["query_string"])
                 query_id = options.get("query_id") or query_id
                 reader = self._is_reader(http, options)
-                call = await self._read(http, options, query_id, held, reader=reader)
+                if _is_on(options, _ERRORS_IN_FORMAT):
+                    error_format = options.get("default_format", "")
+                call = await self._read(http, options, query, query_id, held, reader=reader)
+                error_format = call.format if call.formats_errors else ""
                 return await self._answer(http, call)
             except ClickHouseError as error:
-                return self._refusal(error, query_id)
+                return self._refusal(error, query_id, error_format)
             except ClientDisconnect:
                 return Response(status_code=499)  # the client is gone; the statement was not run
             except OSError as error:
-                return self._refusal(_of_the_system(error), query_id)
+                return self._refusal(_of_the_system(error), query_id, error_format)
 
     def _is_reader(self, http: Request, options: Mapping[str, str]) -> bool:
         """Whether a request without a password may read. Raises `ClickHouseError` for a wrong password."""
@@ -159,12 +181,16 @@ class Server:
         self,
         http: Request,
         options: dict[str, str],
+        query: bytes,
         query_id: str,
         held: ExitStack,
         *,
         reader: bool,
     ) -> _Call:
-        """Read a request. An INSERT's data is written to a file; a query is bounded and held in memory."""
+        """Read a request: data is written to files, which `held` closes; a query is bounded and held in memory.
+
+        `query` is the beginning of the query, from the URL.
+        """
         for flag in ("compress", "decompress"):
             if options.get(flag, "0") not in {"0", ""}:
                 raise ClickHouseError(
@@ -174,12 +200,18 @@ class Server:
                     " ClickHouse; use HTTP compression: Accept-Encoding and Content-Encoding",
                 )
         body = _pieces(http)
+        form = Form()
         if http.headers.get("content-type", "").startswith("multipart/form-data"):
-            options |= _form_fields(http, await _beginning(body, b"", LONGEST_QUERY_BYTES))
+            form = await self._form(http, body, held)
+            query += form.fields.pop("query", b"")
+            options |= {
+                name: _option(name, value, f"The form's field {name}")
+                for name, value in form.fields.items()
+            }
         limit = _longest_query(options)
-        url_query = options.pop("query", "").encode()
-        head = await _beginning(body, url_query and url_query + b"\n", limit)
-        request = _engine_request(http, options, reader=reader)
+        head = await _beginning(body, query and query + b"\n", limit)
+        tables = external.tables(form.files, options)
+        request = _engine_request(http, options, tables, reader=reader)
         statement, sql = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._parsed, head, limit, request
         )
@@ -191,7 +223,7 @@ class Server:
             async for piece in body:
                 self._spool.write(data, memoryview(piece))
             data.seek(0)
-        http_compression = options.get("enable_http_compression", "0") not in {"0", "false"}
+        http_compression = _is_on(options, "enable_http_compression")
         return _Call(
             request=request,
             statement=statement,
@@ -201,7 +233,18 @@ class Server:
             encoding=choose_encoding(http.headers.get("accept-encoding", ""))
             if http_compression
             else None,
+            formats_errors=statement.formats_errors or _is_on(options, _ERRORS_IN_FORMAT),
+            progress_every_s=_progress_interval(options),
         )
+
+    async def _form(self, http: Request, body: AsyncIterator[bytes], held: ExitStack) -> Form:
+        """The form in a body, its files in the data folder until `held` closes them."""
+
+        def new_file() -> IO[bytes]:
+            self._engine.require_folder()
+            return held.enter_context(self._spool.file())
+
+        return await read_form(_header(http, "content-type"), body, new_file, self._spool.write)
 
     def _parsed(self, head: bytes, limit: int, request: EngineRequest) -> tuple[Statement, str]:
         """Parse and permit the statement at the start of a body; returns it and its text, an INSERT's up to its target.
@@ -217,20 +260,18 @@ class Server:
                 f"Max query size exceeded: the query is longer than {limit} bytes (can be increased with"
                 f" the `max_query_size` setting, up to {LONGEST_QUERY_BYTES})",
             )
-        try:
-            sql = head[:end].decode()
-        except UnicodeDecodeError as error:
-            raise ClickHouseError(
-                62, "SYNTAX_ERROR", f"The query is not UTF-8: {error.reason} at byte {error.start}"
-            ) from error
+        any_bytes = statement.reads_only or statement.inserts
+        sql = as_text(head[:end]) if any_bytes else decoded(head[:end], "The statement")
         if not statement.verb:
             raise ClickHouseError(62, "SYNTAX_ERROR", "Syntax error: Empty query")
         checked = sql
         if statement.inserts_data:
-            sql = head[: statement.header_end].decode()
+            sql = as_text(head[: statement.header_end])
             checked = f"{sql}\n{statement.settings}\nFORMAT {statement.format}"
         require_format(request.default_format)
         self._engine.permit(checked, request.settings, reader=request.reader)
+        for table in request.tables:
+            self._engine.permit_table(table)
         return statement, sql
 
     async def _answer(self, http: Request, call: _Call) -> Response:
@@ -294,9 +335,11 @@ class Server:
             if packed:
                 yield packed.flush()
         except ClickHouseError as error:
-            trailer = self._exception_block(error, tag)
+            row = formatted_error(self._text(error), call.format) if call.formats_errors else None
+            trailer = row or self._exception_block(error, tag)
             yield packed.compress(trailer) + packed.flush() if packed else trailer
-            raise _AnswerBroken(str(error)) from error
+            if not row:
+                raise _AnswerBroken(str(error)) from error
         finally:
             self._threads.submit(answer.close)
 
@@ -307,12 +350,23 @@ class Server:
         ).encode()
 
     async def _in_thread(self, http: Request, call: _Call, work: Callable[[], _T]) -> _T:
-        """Run `work` in a thread; if the client disconnects, its query is killed."""
+        """Run `work` in a thread and send its progress; if the client disconnects, its query is killed."""
         loop = asyncio.get_running_loop()
         result = loop.run_in_executor(self._threads, work)
         gone = asyncio.ensure_future(_disconnected(http))
+        either: list[Any] = [result, gone]
+        begun, pause = loop.time(), call.progress_every_s
         try:
-            await asyncio.wait([cast(Any, result), gone], return_when=asyncio.FIRST_COMPLETED)
+            while not (
+                await asyncio.wait(either, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            )[0]:
+                progress = await loop.run_in_executor(None, self._engine.progress, call.request.tag)
+                if progress and not result.done():
+                    http.scope[KEY].send("X-ClickHouse-Progress", progress)
+                pause = max(
+                    call.progress_every_s or 0,
+                    min((loop.time() - begun) / PROGRESS_SHARE, LONGEST_PROGRESS_S),
+                )
             while not result.done() and call.statement.reads_only:
                 await loop.run_in_executor(None, self._engine.kill, call.request.tag)
                 # a query that had not begun was not found, so the kill is repeated
@@ -328,9 +382,8 @@ class Server:
             "X-ClickHouse-Summary": json.dumps({name: str(n) for name, n in progress.items()}),
         }
         if result:
-            output_format = call.statement.format or call.request.default_format
-            headers["X-ClickHouse-Format"] = output_format
-            headers["Content-Type"] = content_type(output_format)
+            headers["X-ClickHouse-Format"] = call.format
+            headers["Content-Type"] = content_type(call.format)
         return headers
 
     def _common_headers(self, query_id: str) -> dict[str, str]:
@@ -342,9 +395,16 @@ class Server:
     def _text(self, error: ClickHouseError) -> str:
         return f"{error} (version {self._engine.version})"
 
-    def _refusal(self, error: ClickHouseError, query_id: str) -> Response:
+    def _refusal(self, error: ClickHouseError, query_id: str, output_format: str) -> Response:
+        """The answer that is an error, in `output_format` if that has a form for it."""
         headers = self._common_headers(query_id) | {"X-ClickHouse-Exception-Code": str(error.code)}
-        return PlainTextResponse(self._text(error) + "\n", error.status, headers=headers)
+        text = self._text(error)
+        formatted = formatted_error(text, output_format)
+        if formatted is None:
+            return PlainTextResponse(text + "\n", error.status, headers=headers)
+        headers["X-ClickHouse-Format"] = output_format
+        headers["Content-Type"] = content_type(output_format)
+        return Response(formatted, error.status, headers=headers)
 
 
 class _AnswerBroken(Exception):
@@ -446,24 +506,24 @@ def _check_origin(http: Request, *, loopback: bool) -> None:
         raise ClickHouseError(497, "ACCESS_DENIED", why)
 
 
-def _options(query_string: bytes) -> dict[str, str]:
-    """The URL's parameters; the last value of one that is given twice."""
-    options = {}
+def _options(query_string: bytes) -> tuple[dict[str, str], bytes]:
+    """The URL's parameters, the last value of one that is given twice, and the query, which may end in data."""
+    options: dict[str, str] = {}
+    query = b""
     for part in query_string.split(b"&"):
-        name, _, value = part.replace(b"+", b" ").partition(b"=")
-        if name:
-            shown = _decoded(unquote_to_bytes(name), "A name in the URL")
-            options[shown] = _decoded(unquote_to_bytes(value), f"{shown} in the URL")
-    return options
+        name, _, encoded = part.replace(b"+", b" ").partition(b"=")
+        shown = decoded(unquote_to_bytes(name), "A name in the URL")
+        value = unquote_to_bytes(encoded)
+        if shown == "query":
+            query = value
+        elif shown:
+            options[shown] = _option(shown, value, f"{shown} in the URL")
+    return options, query
 
 
-def _decoded(value: bytes, label: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise ClickHouseError(
-            36, "BAD_ARGUMENTS", f"{label} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from error
+def _option(name: str, value: bytes, label: str) -> str:
+    """The value of an option; that of a query's parameter may be any bytes."""
+    return as_text(value) if name.startswith("param_") else decoded(value, label)
 
 
 def _header(http: Request, name: str, otherwise: str = "") -> bytes:
@@ -487,8 +547,20 @@ def _credentials(http: Request, options: Mapping[str, str]) -> tuple[bytes, byte
     return options.get("user", "default").encode(), options.get("password", "").encode()
 
 
-def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) -> EngineRequest:
-    """The conditions of a request, from its URL and headers."""
+def _engine_request(
+    http: Request,
+    options: Mapping[str, str],
+    tables: tuple[external.Table, ...],
+    *,
+    reader: bool,
+) -> EngineRequest:
+    """The conditions of a request, from its URL, form and headers."""
+    if role := options.get("role"):
+        raise ClickHouseError(
+            511,
+            "UNKNOWN_ROLE",
+            f"There is no role `{role}`: the embedded ClickHouse has one user and no roles",
+        )
     timeout = options.get("session_timeout", "60")
     if not timeout.isdecimal() or int(timeout[:20]) > LONGEST_SESSION_S:
         raise ClickHouseError(
@@ -496,7 +568,7 @@ def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) 
         )
     return EngineRequest(
         database=options.get("database")
-        or _decoded(_header(http, "x-clickhouse-database"), "X-ClickHouse-Database"),
+        or decoded(_header(http, "x-clickhouse-database"), "X-ClickHouse-Database"),
         settings={
             name: value
             for name, value in options.items()
@@ -508,39 +580,37 @@ def _engine_request(http: Request, options: Mapping[str, str], *, reader: bool) 
             if name.startswith("param_")
         },
         default_format=options.get("default_format")
-        or _decoded(_header(http, "x-clickhouse-format"), "X-ClickHouse-Format")
+        or decoded(_header(http, "x-clickhouse-format"), "X-ClickHouse-Format")
         or "TabSeparated",
         readonly=reader or http.method == "GET",
         reader=reader,
         session_id=options.get("session_id", ""),
         session_timeout_s=float(timeout),
         session_must_exist=options.get("session_check") == "1",
-        buffered=options.get("wait_end_of_query", "0") not in {"0", ""},
+        buffered=_is_on(options, "wait_end_of_query") or _is_on(options, "http_wait_end_of_query"),
+        native_version=_protocol_version(options.get("client_protocol_version", "0")),
+        tables=tables,
     )
 
 
-def _form_fields(http: Request, body: bytes) -> dict[str, str]:
-    """The plain fields of a multipart form: `query` and `param_*`."""
-    if len(body) > LONGEST_QUERY_BYTES:
+def _progress_interval(options: Mapping[str, str]) -> float | None:
+    """Seconds between two headers of progress; None if the request wants none."""
+    if not _is_on(options, "send_progress_in_http_headers"):
+        return None
+    interval = options.get("http_headers_progress_interval_ms", "100")
+    return max(int(interval[:9]), 10) / 1000 if interval.isdecimal() else 0.1
+
+
+def _is_on(options: Mapping[str, str], name: str) -> bool:
+    return options.get(name, "0").lower() not in {"0", "", "false"}
+
+
+def _protocol_version(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
         raise ClickHouseError(
-            62, "SYNTAX_ERROR", f"A form may have {LONGEST_QUERY_BYTES} bytes, this one has more"
+            72, "CANNOT_PARSE_NUMBER", f"client_protocol_version is a number, not '{text}'"
         )
-    head = b"Content-Type: " + _header(http, "content-type") + b"\r\n\r\n"
-    message = BytesParser(policy=MIME).parsebytes(head + body)
-    fields = {}
-    for part in message.iter_parts():
-        name = str(part.get_param("name", header="content-disposition"))
-        if part.get_filename() is not None:
-            raise ClickHouseError(
-                48,
-                "NOT_IMPLEMENTED",
-                f"External data ({name}) is not supported by the embedded ClickHouse",
-            )
-        content = part.get_payload(decode=True)
-        if not isinstance(content, bytes):
-            raise ClickHouseError(36, "BAD_ARGUMENTS", f"The form's field {name} is a form itself")
-        fields[name] = _decoded(content, f"The form's field {name}")
-    return fields
+    return int(text)
 
 
 def serve(

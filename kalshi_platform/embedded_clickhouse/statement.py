@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from kalshi_platform import sql_lexer
-from kalshi_platform.embedded_clickhouse.answers import ClickHouseError
+from kalshi_platform.embedded_clickhouse.answers import ClickHouseError, as_bytes, as_text
 
 _QUOTE = ord("'")
 _BEFORE_DATA = re.compile(rb"(?:[ \t\f]*;)?[ \t\f]*\r?\n?")
@@ -25,6 +25,7 @@ _READ_FIRST = {"SELECT", "WITH", "FROM", "("}
 """First words of statements whose answer can be streamed."""
 _READ_ONLY = _READ_FIRST | {"SHOW", "DESCRIBE", "DESC", "EXPLAIN", "EXISTS"}
 _ONLY_WHOLE = {"TOTALS", "EXTREMES", "OUTPUT_FORMAT_JSON_ARRAY_OF_ROWS"}
+_ERRORS_IN_FORMAT = "HTTP_WRITE_EXCEPTION_IN_OUTPUT_FORMAT"
 _HOST_FUNCTIONS = {"file", "python"}
 _HOST_ENGINES = {"SQLITE", "FILESYSTEM", "PYTHON", "BACKUP"}
 
@@ -59,6 +60,12 @@ class Statement:
     """The answer has a part (totals, extremes, brackets) that is missing when it is streamed."""
     inserts: bool = False
     """An INSERT, also one that starts with WITH."""
+    format_span: tuple[int, int] | None = None
+    """The bytes of the answer's FORMAT clause, if there is one."""
+    formats_errors: bool = False
+    """Its SETTINGS ask for errors in the answer's format."""
+    end: int = 0
+    """The end of the last token before the closing semicolon."""
 
     @property
     def inserts_data(self) -> bool:
@@ -66,9 +73,14 @@ class Statement:
         return self.data_begin is not None
 
     @property
+    def selects(self) -> bool:
+        """Whether this is a SELECT, also one that starts with WITH or FROM."""
+        return self.verb in _READ_FIRST and not self.inserts
+
+    @property
     def streams(self) -> bool:
         """Whether the engine can return the answer in pieces."""
-        return self.verb in _READ_FIRST and not self.whole and not self.inserts
+        return self.selects and not self.whole
 
     @property
     def reads_only(self) -> bool:
@@ -80,6 +92,20 @@ class Statement:
         """Whether the statement changes the session that it runs in."""
         return self.verb in {"SET", "USE"} or self.temporary
 
+    def without_format(self, sql: str) -> str:
+        """The statement's text without FORMAT clause and semicolon."""
+        text = as_bytes(sql)[: self.end]
+        begin, end = self.format_span or (self.end, self.end)
+        return as_text(text[:begin] + text[end:])
+
+    def with_format(self, sql: str, name: str) -> str:
+        """The statement's text with another format in its FORMAT clause, if it has one."""
+        if self.format_span is None:
+            return sql
+        text = as_bytes(sql)
+        begin, end = self.format_span
+        return as_text(text[:begin] + f"FORMAT {name}".encode() + text[end:])
+
 
 def parse(text: bytes) -> Statement:
     """Parse the statement at the start of `text`.
@@ -88,6 +114,8 @@ def parse(text: bytes) -> Statement:
     access rights do not cover.
     """
     tokens: list[_Token] = []
+    into: int | None = None
+    """Where INSERT is among the tokens."""
     for token in _tokens(text):
         if tokens and tokens[-1].text == ";" and token.text != ";":
             raise ClickHouseError(
@@ -96,7 +124,9 @@ def parse(text: bytes) -> Statement:
                 f"Syntax error (Multi-statements are not allowed): failed at position {token.begin + 1}",
             )
         tokens.append(token)
-        if tokens[0].text == "INSERT" and (insert := _insert(text, tokens)):
+        if token.text == "INSERT" and not token.depth and tokens[0].text in {"INSERT", "WITH"}:
+            into = len(tokens) - 1 if into is None else into
+        if into is not None and (insert := _insert(text, tokens, into)):
             return insert
     while tokens and tokens[-1].text == ";":
         tokens.pop()
@@ -114,15 +144,26 @@ def parse(text: bytes) -> Statement:
             " insert the data into a table first",
         )
     verb = tokens[0].text if tokens else ""
+    clause = _trailing_format(tokens)
     return Statement(
         verb=verb,
-        format=_trailing_format(text, tokens),
+        format=text[clause[1].begin : clause[1].end].decode() if clause else None,
         header_end=None,
         data_begin=None,
         temporary=verb in {"CREATE", "REPLACE", "DROP", "ATTACH"}
         and any(t.text == "TEMPORARY" for t in tokens[1:5]),
         whole=any(t.text in _ONLY_WHOLE for t in tokens),
         inserts=inserts,
+        format_span=(clause[0].begin, clause[1].end) if clause else None,
+        formats_errors=any(
+            setting.text == _ERRORS_IN_FORMAT
+            and equals.text == "="
+            # a closing ; was dropped, so a value follows
+            and text[value.begin : value.end].lower() in {b"1", b"true"}
+            for setting, equals, value in zip(tokens, tokens[1:], tokens[2:], strict=False)
+            if not setting.depth
+        ),
+        end=tokens[-1].end if tokens else 0,
     )
 
 
@@ -147,10 +188,10 @@ def _tokens(text: bytes) -> Iterator[_Token]:
         raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: {error}") from None
 
 
-def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
-    """The INSERT whose data begins right after the last token, if it does."""
+def _insert(text: bytes, tokens: list[_Token], into: int) -> Statement | None:
+    """The INSERT, token `into`, whose data begins right after the last token, if it does."""
     last = tokens[-1]
-    if last.depth or len(tokens) < 3:
+    if last.depth or len(tokens) - into < 3:
         return None
     named = tokens[-3].text in {"INTO", "TABLE", "."}  # a table may be called format, or values
     if tokens[-2].text == "FORMAT" and last.kind == "word" and not named:
@@ -160,13 +201,13 @@ def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
         data_format, header_end, data_begin = "Values", last.begin, last.end
     else:
         return None
-    if any(t.text in {"SELECT", "WITH", "WATCH"} and not t.depth for t in tokens[2:]):
+    if any(t.text in {"SELECT", "WITH", "WATCH"} and not t.depth for t in tokens[into + 2 :]):
         return None  # FORMAT is the answer's, or part of the SELECT
     _refuse_host_access(text, tokens)
     target_end = next(
         (
             t.begin
-            for before, t in pairwise(tokens[2:-1])
+            for before, t in pairwise(tokens[into + 2 : -1])
             if t.text == "SETTINGS" and not t.depth and before.text not in {"INTO", "TABLE", "."}
         ),
         header_end,
@@ -177,7 +218,7 @@ def _insert(text: bytes, tokens: list[_Token]) -> Statement | None:
             data_format,
             target_end,
             data_begin,
-            text[target_end:header_end].decode(errors="replace"),
+            as_text(text[target_end:header_end]),
         ),
         inserts=True,
     )
@@ -189,16 +230,27 @@ def _after_format(text: bytes, position: int) -> int:
     return match.end() if match else position
 
 
-def _trailing_format(text: bytes, tokens: list[_Token]) -> str | None:
-    """The format at the end of a statement, or None."""
+def _trailing_format(tokens: list[_Token]) -> tuple[_Token, _Token] | None:
+    """FORMAT and the format's name at the end of a statement, or None."""
     for index in range(len(tokens) - 2, 0, -1):
         token, following = tokens[index], tokens[index + 1]
         if token.text != "FORMAT" or token.depth or following.kind != "word":
             continue
         after = tokens[index + 2].text if index + 2 < len(tokens) else "SETTINGS"
         if after in {"SETTINGS", "INTO"}:
-            return text[following.begin : following.end].decode()
+            return token, following
     return None
+
+
+def split_at_commas(text: str) -> list[str]:
+    """The parts of a list that is separated by commas outside of brackets and quotes."""
+    encoded = text.encode()
+    ends = [t.begin for t in _tokens(encoded) if t.text == "," and not t.depth]
+    begins = [0, *(end + 1 for end in ends)]
+    return [
+        encoded[begin:end].decode().strip()
+        for begin, end in zip(begins, [*ends, len(encoded)], strict=True)
+    ]
 
 
 def _refuse_host_access(text: bytes, tokens: list[_Token]) -> None:

@@ -32,7 +32,8 @@ import click
 from kalshi_platform.clickhouse import migrations
 from kalshi_platform.clickhouse.cluster import SHARDING_KEY, Cluster
 from kalshi_platform.clickhouse.statements import statements
-from kalshi_platform.embedded_clickhouse import engine, rights, serve
+from kalshi_platform.embedded_clickhouse import engine, rights
+from kalshi_platform.embedded_clickhouse.server import serve
 
 CLUSTER = "two"
 CHECKED = "checked"

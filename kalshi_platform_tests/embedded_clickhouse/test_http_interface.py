@@ -127,7 +127,8 @@ def test_an_unknown_database_or_setting_in_the_url_is_refused(
 def test_bytes_that_are_no_query_are_refused_in_a_sentence(ask: Ask) -> None:
     answer = ask("SELECT 1", b"\xff\xfe\x00garbage\x80")
     assert answer.status_code == 400
-    assert "not UTF-8" in answer.text
+    assert answer.text.startswith("Code: 62. DB::Exception: ")
+    assert "Syntax error" in answer.text
 
 
 def test_settings_and_parameters_come_in_the_url(ask: Ask) -> None:
@@ -139,6 +140,13 @@ def test_settings_and_parameters_come_in_the_url(ask: Ask) -> None:
     assert ask("SELECT {n:Nullable(UInt8)} IS NULL", param_n="\\N").text == "1\n"
     named = ask("SELECT count() FROM {t:Identifier}.tables WHERE 0", param_t="system")
     assert named.text == "0\n"
+
+
+def test_a_role_is_unknown(ask: Ask) -> None:
+    answer = ask("SELECT 1", role="admin")
+    assert (answer.status_code, answer.headers["X-ClickHouse-Exception-Code"]) == (404, "511")
+    assert ask("SELECT 1", role="").text == "1\n"
+    assert ask("SET ROLE admin").headers["X-ClickHouse-Exception-Code"] in {"62", "497"}
 
 
 def test_a_parameter_is_a_value_never_sql(ask: Ask) -> None:

@@ -245,3 +245,19 @@ def test_a_body_is_unpacked_in_pieces_that_fit_into_memory(encoding: str) -> Non
     body.finish()
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= 17 << 20
+
+
+def test_an_insert_behind_with_has_data_too(ask: Ask) -> None:
+    ask("CREATE TABLE t (s String) ENGINE = Memory").raise_for_status()
+    ask("WITH 1 AS y INSERT INTO t (s) FORMAT TabSeparated\na;\n").raise_for_status()
+    ask("WITH 1 AS y INSERT INTO t VALUES ('b')").raise_for_status()
+    ask("WITH 'c' AS y INSERT INTO t SELECT y").raise_for_status()
+    assert ask("SELECT s FROM t ORDER BY s").text == "a;\nb\nc\n"
+
+
+def test_a_definition_may_have_settings_of_the_query_and_a_descending_key(ask: Ask) -> None:
+    settings = "SETTINGS enable_time_time64_type = 1, index_granularity = 64"
+    made = f"CREATE TABLE t (a UInt8, t Time) ENGINE = MergeTree ORDER BY a DESC {settings}"
+    ask(made).raise_for_status()
+    refused = ask("CREATE TABLE r (a UInt8) ENGINE = Memory SETTINGS format_schema = 'x'")
+    assert refused.headers["X-ClickHouse-Exception-Code"] == "497"

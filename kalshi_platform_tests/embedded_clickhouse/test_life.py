@@ -46,6 +46,14 @@ def _until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+def test_its_clients_load_neither_the_engine_nor_a_web_server() -> None:
+    code = "import sys, kalshi_platform.embedded_clickhouse, kalshi_platform.commands.doctor; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert not {"uvicorn", "starlette", "chdb"} & set(loaded.stdout.split())
+
+
 def test_after_kill_9_every_acknowledged_insert_is_there(tmp_path: Path) -> None:
     with running(tmp_path) as url:
         _ask(url, "CREATE DATABASE kalshi").raise_for_status()

@@ -78,7 +78,7 @@ def test_a_header_that_is_not_utf8_is_no_fault_of_the_server(server: Running, na
 @pytest.mark.parametrize("url", URLS)
 def test_a_url_that_is_not_utf8_is_no_fault_of_the_server(server: Running, url: bytes) -> None:
     status = _status(server, url, {})
-    if b"%FF" in url.partition(b"?")[2]:
+    if b"%FF" in url.partition(b"?")[2] and b"param_" not in url:  # a parameter may be any bytes
         assert status in {400, 403, 404}
 
 
@@ -135,24 +135,29 @@ def test_a_form_without_end_is_refused(server: Running) -> None:
     assert (answer.status_code, answer.headers["X-ClickHouse-Exception-Code"]) == (400, "62")
 
 
-@pytest.mark.parametrize("encoding", PREFERENCE)
-def test_an_inserts_data_leaves_room_on_the_disk(encoding: str, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server on a disk that has little more room than the server needs."""
+    disk = tmp_path_factory.mktemp("disk")
     mount = ["mount", "-t", "tmpfs", "-o", "size=320m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a disk")
     try:
         with running(disk) as url:
-            bomb = _bomb(encoding, (b"x" * 1023 + b"\n") * 1024, 1024)
-            query = {"query": "INSERT INTO FUNCTION null('s String') FORMAT LineAsString"}
-            packed = {"Content-Encoding": encoding}
-            answer = httpx.post(url, params=query, content=bomb, headers=packed, timeout=PATIENCE_S)
-            assert answer.headers["X-ClickHouse-Exception-Code"] == "243"
-            assert "No room for the request body" in answer.text
-            assert httpx.post(url, content="SELECT 1", timeout=PATIENCE_S).text == "1\n"
+            yield url
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("encoding", PREFERENCE)
+def test_an_inserts_data_leaves_room_on_the_disk(encoding: str, small_disk: Running) -> None:
+    bomb = _bomb(encoding, (b"x" * 1023 + b"\n") * 1024, 1024)
+    query = {"query": "INSERT INTO FUNCTION null('s String') FORMAT LineAsString"}
+    packed = {"Content-Encoding": encoding}
+    answer = httpx.post(small_disk, params=query, content=bomb, headers=packed, timeout=PATIENCE_S)
+    assert answer.headers["X-ClickHouse-Exception-Code"] == "243"
+    assert "No room for the request body" in answer.text
+    assert httpx.post(small_disk, content="SELECT 1", timeout=PATIENCE_S).text == "1\n"
 
 
 def test_sigterm_is_handled_while_a_long_text_is_read(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import uuid
 
+import httpx
 import pytest
 
 from kalshi_platform_tests.embedded_clickhouse.conftest import FOR_EVER, Ask, wait_until_running
@@ -65,17 +67,32 @@ def test_a_session_that_was_never_opened_is_not_found(ask: Ask) -> None:
     assert answer.headers["X-ClickHouse-Exception-Code"] == "372"
 
 
-def test_a_session_serves_one_request_at_a_time(ask: Ask) -> None:
+@pytest.mark.parametrize("state", ["SELECT 1", "SET max_block_size = 99"])
+def test_a_session_serves_one_request_at_a_time(ask: Ask, state: str) -> None:
     session = uuid.uuid4().hex
-    ask("SET max_block_size = 99", session_id=session).raise_for_status()
+    ask(state, session_id=session).raise_for_status()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(ask, f"{FOR_EVER}, log_comment = '{session}'", session_id=session)
         wait_until_running(ask, session, 1)
         second = ask("SELECT 1", session_id=session)
         assert second.headers["X-ClickHouse-Exception-Code"] == "373"
+        assert "SESSION_IS_LOCKED" in second.text
         ask(f"KILL QUERY WHERE Settings['log_comment'] = '{session}' SYNC").raise_for_status()
         assert first.result().headers["X-ClickHouse-Exception-Code"] == "394"
     assert ask("SELECT 1", session_id=session).text == "1\n"
+
+
+def test_a_session_is_free_once_its_answer_has_been_read(ask: Ask) -> None:
+    session = uuid.uuid4().hex
+    for _ in range(10):
+        for query in (
+            "SELECT number FROM numbers(200000)",
+            "SELECT throwIf(number = 100000) FROM numbers(100001)",
+            "SELECT * FROM nowhere",
+        ):
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                code = ask(query, session_id=session).headers.get("X-ClickHouse-Exception-Code")
+                assert code != "373"
 
 
 @pytest.mark.parametrize("timeout", ["x", "-1", "3601"])

@@ -21,7 +21,8 @@ from xml.sax.saxutils import escape
 import click
 
 from kalshi_platform.clickhouse.statements import statements
-from kalshi_platform.embedded_clickhouse import engine, refused, rights, serve
+from kalshi_platform.embedded_clickhouse import engine, refused, rights
+from kalshi_platform.embedded_clickhouse.server import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = ROOT / "infra" / "clickhouse_users" / "roles.sql"

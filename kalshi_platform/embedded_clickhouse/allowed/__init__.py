@@ -55,6 +55,8 @@ ENGINE_SETTINGS = MERGE_TREE_SETTINGS | frozenset(
     | {"join_any_take_last_row"}
 )
 """Settings of tables: those of the MergeTree engines, of Memory, Set and Join."""
+CREATION_SETTINGS = ENGINE_SETTINGS | (SETTINGS - MERGE_TREE_SETTINGS_REFUSED)
+"""Settings in the definition of a table: the engine takes those that are no table's for settings of the query."""
 REFRESH_SETTINGS = frozenset(
     {"all_replicas", "refresh_retries"}
     | {"refresh_retry_initial_backoff_ms", "refresh_retry_max_backoff_ms"}
