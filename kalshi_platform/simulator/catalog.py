@@ -71,10 +71,8 @@ ROLLING = tuple(
         ("DOGE", "Dogecoin", "linear_cent"),
     )
 )
-WITH_MAKER_FEES = frozenset(
-    series.ticker for series in (*LONG_LIVED, *ROLLING) if series.maker_fees
-)
-"""Series in which a resting order pays a fee, too."""
+FEE_TYPES = {series.ticker: series.fee_type for series in (*LONG_LIVED, *ROLLING)}
+"""The formula of the fees of each series."""
 _MARKETS_PER_EVENT = 8
 
 

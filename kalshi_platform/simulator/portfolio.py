@@ -15,11 +15,13 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
+from kalshi_platform.exchange.fees import trade_fee
 from kalshi_platform.exchange.numbers import ONE_DOLLAR, contracts, dollars
 from kalshi_platform.simulator import market as life
 from kalshi_platform.simulator.book import SIDES, YES
-from kalshi_platform.simulator.catalog import WITH_MAKER_FEES
+from kalshi_platform.simulator.catalog import FEE_TYPES
 from kalshi_platform.simulator.frames import rfc3339
 from kalshi_platform.simulator.market import Market
 from kalshi_platform.simulator.orderflow import Change
@@ -30,10 +32,6 @@ DEPOSIT = 100_000 * 1_000_000
 """What the account starts with."""
 KEPT_ORDERS = 10_000
 """How many finished orders can be looked up, the newest ones."""
-_MAKER_RATE = 175
-"""The maker's fee rate, in 1e-4."""
-_MAKER_UNIT = 10_000_000_000
-"""1e-4 dollars, in the units of quantity x price x price x rate."""
 RESTING, EXECUTED, CANCELED = "resting", "executed", "canceled"
 
 
@@ -44,14 +42,14 @@ def money(amount: int) -> str:
 
 
 def maker_fee(market: Market, price: int, qty: int) -> int:
-    """Return the fee of a fill of a resting order: rate x C x P x (1 - P), rounded up to 1e-4 dollars.
-
-    C contracts at price P. Zero in a series without maker fees.
-    """
-    if market.listing.series_ticker not in WITH_MAKER_FEES:
-        return 0
-    exact: int = qty * price * (ONE_DOLLAR - price) * _MAKER_RATE
-    return -(-exact // _MAKER_UNIT) * 100
+    """Return the fee of a fill of a resting order; zero in a series without maker fees."""
+    fee = trade_fee(
+        Decimal(price) / ONE_DOLLAR,
+        Decimal(qty) / 100,
+        taker=False,
+        fee_type=FEE_TYPES[market.listing.series_ticker],
+    )
+    return int(fee * 1_000_000)
 
 
 class OrderRejected(Exception):

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kalshi_platform.exchange.drift import examine
 from kalshi_platform.simulator.catalog import SECOND
 from kalshi_platform.simulator.exchange import Exchange
 from kalshi_platform.simulator.session import Session
+from kalshi_platform.simulator.wire import Wire
 from kalshi_platform_tests.simulator.ledger import SEQUENCED, Ledger
 
 NOON = 1_795_435_200 * SECOND
@@ -111,6 +113,41 @@ def test_subscribing_again_adds_to_the_sid_and_resends_nothing() -> None:
     assert (ok["sid"], ok["seq"], ok["msg"]) == (1, 2, {"market_tickers": sorted([a, b])})
     assert (snapshot["seq"], snapshot["msg"]["market_ticker"]) == (3, b)
     assert kinds(bench.subscribe(a, b)) == ["ok"]
+
+
+@pytest.mark.parametrize("wire", list(Wire))
+def test_no_frame_has_what_the_recorder_does_not_know(wire: Wire) -> None:
+    source = Exchange(
+        markets=6, rate=400, seed=1, now_ns=NOON, rolling_markets=3, rolling_seconds=10
+    )
+    session = Session(source, random.Random(1), wire=wire)
+    everything = {
+        "channels": ["orderbook_delta", "trade", "ticker", "market_lifecycle_v2"],
+        "market_tickers": [market.ticker for market in source.markets()],
+    }
+    commands: list[dict[str, Any]] = [
+        {"id": 1, "cmd": "subscribe", "params": everything},
+        {"id": 2, "cmd": "subscribe", "params": everything},
+        {"id": 3, "cmd": "list_subscriptions"},
+        {"id": 4, "cmd": "subscribe"},
+        update("get_snapshot"),
+    ]
+    for command in commands:
+        session.receive(json.dumps(command))
+        session.work()
+    session.publish(source.advance(NOON + 40 * SECOND))
+    session.receive(json.dumps({"id": 5, "cmd": "unsubscribe", "params": {"sids": [2]}}))
+    session.work()
+    session.overflow()
+    seen: dict[str, list[Any]] = {}
+    for raw in session.take():
+        frame = json.loads(raw)
+        seen.setdefault(frame["type"], []).extend(examine(frame))
+    assert seen == {kind: [] for kind in seen}
+    assert seen.keys() >= {
+        "subscribed", "ok", "unsubscribed", "error", "orderbook_snapshot", "orderbook_delta",
+        "trade", "ticker", "market_lifecycle_v2", "event_lifecycle",
+    }  # fmt: skip
 
 
 def test_the_ticker_list_of_an_ack_can_be_left_out() -> None:
