@@ -241,7 +241,12 @@ def test_missed_trades_are_backfilled_and_books_stay_synced(
     assert stored == {n: traded[n] for n in stored}
     happened = kinds(settings)
     assert happened.get("gap", 0) == gaps
-    assert happened.get("resynced", 0) == 0
+    closed = "kind = 'resynced' AND JSONExtractString(detail, 'cause') = 'gap'"
+    assert query(settings, f"SELECT count() FROM stream_events WHERE {closed}") == [(0,)]
+    back = closed.replace("gap", "connected")
+    judged = "JSONExtractUInt(detail, 'unchanged') + JSONExtractUInt(detail, 'changed')"
+    resynced = query(settings, f"SELECT {judged} FROM stream_events WHERE {back}")
+    assert resynced == ([(8,)] if fault == "drop" else [])  # each market has a clock
     assert sum(note["trades"] for note in recovered(settings)) > 0
     assert query(settings, "SELECT count() FROM trades WHERE seq = 0") == [
         (sum(note["trades"] for note in recovered(settings)),)
