@@ -352,7 +352,7 @@ def test_maintenance_drops_clients_refuses_new_ones_and_is_in_the_schedule(
     with Dialled(simulator) as client:
         client.subscribe(list(simulator.books()))
         next(client.texts())
-        simulator.inject("maintenance:2")
+        simulator.inject("maintenance:6")
         simulator.inject("clock_reset")
         with pytest.raises(ConnectionError):
             for _ in client.texts():
@@ -361,7 +361,7 @@ def test_maintenance_drops_clients_refuses_new_ones_and_is_in_the_schedule(
     assert (closed["exchange_active"], closed["trading_active"]) == (False, False)
     (window,) = httpx.get(schedule).json()["schedule"]["maintenance_windows"]
     begin, end = (datetime.fromisoformat(window[f"{edge}_datetime"]) for edge in ("start", "end"))
-    assert (end - begin).total_seconds() == 2
+    assert (end - begin).total_seconds() == 6
     with Dialled(simulator) as refused:
         assert refused.response is not None
         assert refused.response.status_code == 502
