@@ -16,7 +16,7 @@ from kalshi_platform.analytics import replay
 from kalshi_platform.analytics.computed import COMPUTED
 from kalshi_platform.archive import Archive
 from kalshi_platform.reading.covered import Condition, Period, RecordedHour
-from kalshi_platform.reading.rows import KNOWN, TICKER, VERIFIED, for_each, frame, read
+from kalshi_platform.reading.rows import KNOWN, TICKER, VERIFIED, for_each, frame, manifest, read
 from kalshi_platform.schema import DATASETS, PLACE
 
 
@@ -45,12 +45,18 @@ def changes(
     if not there:
         return frame([], DATASETS[dataset].arrow)
     listed = archive.listing(dataset, there[0].hour, there[-1].hour)
-    may_be = [one for one in there if one.sealed and one.hour in listed]
-    manifests = for_each(archive, lambda one: archive.read_manifest(dataset, one.hour), may_be)
+    may_be = [
+        (one, file)
+        for one in there
+        if one.sealed and one.hour in listed and (file := listed[one.hour].manifest) is not None
+    ]
+    manifests = for_each(
+        archive, lambda of: manifest(archive, dataset, of[0].hour, of[1].version), may_be
+    )
     current = {
         one.hour
-        for one, manifest in zip(may_be, manifests, strict=True)
-        if manifest is not None and manifest.computed_from == one.content
+        for (one, _), found in zip(may_be, manifests, strict=True)
+        if found is not None and found.computed_from == one.content
     }
     compute = COMPUTED[dataset]
     parts = [

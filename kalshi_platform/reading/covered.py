@@ -18,7 +18,7 @@ from kalshi_platform.archive import Archive, Listed, Manifest, hours
 from kalshi_platform.archive.coverage import Span
 from kalshi_platform.errors import NotCovered
 from kalshi_platform.reading.arguments import MICROSECOND
-from kalshi_platform.reading.rows import for_each
+from kalshi_platform.reading.rows import for_each, manifest
 from kalshi_platform.schema import RECORDED
 from kalshi_platform.utc_hours import HOUR, floor_hour
 
@@ -90,9 +90,10 @@ def recorded_hours(archive: Archive, start: datetime, end: datetime) -> list[Rec
 def _manifests(
     archive: Archive, hour: datetime, listed: Mapping[str, Listed]
 ) -> Mapping[str, Manifest]:
-    if any(one.manifest is None for one in listed.values()):
+    files = {name: one.manifest for name, one in listed.items() if one.manifest is not None}
+    if len(files) < len(listed):
         return {}
-    found = {name: archive.read_manifest(name, hour) for name in listed}
+    found = {name: manifest(archive, name, hour, file.version) for name, file in files.items()}
     complete = {name: m for name, m in found.items() if m is not None and m.complete}
     return complete if len(complete) == len(listed) else {}
 
@@ -119,8 +120,8 @@ def _of_hour(
 ) -> dict[str, list[Period]]:
     hour, end = there.hour, there.hour + HOUR
     seconds: Mapping[str, float] = {}
-    for manifest in there.manifests.values():
-        seconds = manifest.verified_by_market
+    for of_dataset in there.manifests.values():
+        seconds = of_dataset.verified_by_market
     whole = {ticker for ticker in tickers if seconds.get(ticker, 0.0) >= WHOLE_S}
     found = {ticker: [Period(hour, end, Condition.SYNCED)] for ticker in whole}
     rest = [

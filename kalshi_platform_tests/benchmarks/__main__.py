@@ -32,6 +32,7 @@ from kalshi_platform_tests.benchmarks import (
     live_views,
     memory,
     pipeline,
+    reading,
     report,
     stages,
     stored,
@@ -59,10 +60,11 @@ class Size:
     events: int
     rows: int
     decisions: int
+    day_events: int
 
 
-FULL = Size(5_000_000, 3_000_000, 60, 600, 300, 120, 5_000_000, 50_000_000, 5_000_000)
-QUICK = Size(500_000, 300_000, 15, 30, 20, 20, 1_000_000, 5_000_000, 500_000)
+FULL = Size(5_000_000, 3_000_000, 60, 600, 300, 120, 5_000_000, 50_000_000, 5_000_000, 3_000_000)
+QUICK = Size(500_000, 300_000, 15, 30, 20, 20, 1_000_000, 5_000_000, 500_000, 300_000)
 
 
 class Bench:
@@ -84,6 +86,7 @@ class Bench:
             "latency": self._latency,
             "scaling": self._scaling,
             "analytics": self._analytics,
+            "reading": self._reading,
             "live views": self._live_views,
             "audit": self._audit,
             "idle": self._idle,
@@ -125,6 +128,9 @@ class Bench:
 
     def _analytics(self) -> list[Figure]:
         return analytics.figures(self._size.events)
+
+    def _reading(self) -> list[Figure]:
+        return reading.figures(self._size.day_events)
 
     def _live_views(self) -> list[Figure]:
         return live_views.figures(self._size.rows)

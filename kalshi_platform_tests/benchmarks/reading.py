@@ -7,10 +7,19 @@ archive is read once more from an object store on this machine.
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
+
+import click
+import polars as pl
+from pyarrow import fs
 
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.hourly import compute_hour
@@ -23,8 +32,11 @@ from kalshi_platform.loading.book_state import BookState
 from kalshi_platform.loading.rows import build_rows
 from kalshi_platform.loading.sinks import by_hour
 from kalshi_platform.loading.state_files import checkpoint
+from kalshi_platform.reading import Archive
 from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS
 from kalshi_platform_tests import wire
+from kalshi_platform_tests.benchmarks.figures import Figure, show
+from kalshi_platform_tests.object_store import BUCKET, KEY, KEY_ID, object_store
 
 DAY = datetime(2026, 11, 22, tzinfo=UTC)
 HEARTBEAT_NS = 10 * wire.SECOND
@@ -155,3 +167,94 @@ def _write(
                 dataset, hour, part_name(0, first_n, end), [piece], DATASETS[dataset].arrow
             )
     return state, end
+
+
+def figures(events: int = 3_000_000, markets: int = 50) -> list[Figure]:
+    """Top of book of a market's day against a scan by hand, from a disk and from an object store; and replays."""
+    with tempfile.TemporaryDirectory() as folder, object_store() as store:
+        root = Path(folder) / "archive"
+        tickers = day_archive(root, events, markets)
+        found = [*_against_a_scan(str(root), tickers, {}, at_most=1.5, where="")]
+        found += [_iterated(root, tickers[:1]), _iterated(root, tickers, at_least=ITERATED)]
+        fs.copy_files(
+            str(root),
+            f"{BUCKET}/day",
+            source_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=store.files(),
+        )
+        options = {
+            "aws_endpoint_url": store.url,
+            "aws_region": "us-east-1",
+            "aws_access_key_id": KEY_ID,
+            "aws_secret_access_key": KEY,
+        }
+        own = {"S3_ENDPOINT_URL": store.url, "KALSHI_DATA_DIR": folder}
+        with _environment({**{name.upper(): text for name, text in options.items()}, **own}):
+            where = ", from an object store"
+            found += _against_a_scan(f"s3://{BUCKET}/day", tickers, options, None, where)
+    return found
+
+
+def _against_a_scan(
+    location: str, tickers: list[str], options: dict[str, str], at_most: float | None, where: str
+) -> list[Figure]:
+    """Time the day of a market of average size: the reader's, and what a person would write for it."""
+    ticker = tickers[len(tickers) // 5]
+    end = DAY + timedelta(days=1)
+
+    def by_hand() -> int:
+        rows = pl.scan_parquet(f"{location}/spreads/**/*.parquet", storage_options=options or None)
+        rows = rows.filter(pl.col("market_ticker") == ticker).sort("known_at", maintain_order=True)
+        return rows.collect().height
+
+    archive = Archive(location)
+
+    def reader() -> int:
+        return archive.top(ticker, DAY, end).height
+
+    hand, ours = _median_s(by_hand), _median_s(reader)
+    beside = f"{1000 * ours:.0f} and {1000 * hand:.0f} ms"
+    what = f"a market-day as top of book, against a scan by hand{where}"
+    return [Figure(what, ours / hand, "times", at_most=at_most, beside=beside)]
+
+
+def _median_s(work: Callable[[], int]) -> float:
+    took = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        assert work() > 0
+        took.append(time.perf_counter() - began)
+    return median(took)
+
+
+def _iterated(root: Path, tickers: list[str], at_least: float | None = None) -> Figure:
+    """Iterate a day's replay."""
+    began, events = time.perf_counter(), 0
+    for _ in Archive(root).replay(tickers, DAY, DAY + timedelta(days=1)):
+        events += 1
+    rate = events / (time.perf_counter() - began)
+    what = f"replay of a day of {len(tickers)} market{'s'[: len(tickers) > 1]}, iterated in Python"
+    return Figure(what, rate, "events/s", at_least=at_least)
+
+
+@contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@click.command(help=__doc__)
+@click.option("--events", default=3_000_000, show_default=True)
+@click.option("--markets", default=50, show_default=True)
+def main(events: int, markets: int) -> None:
+    """Write the day, then time the reader on it."""
+    show(figures(events, markets))
+
+
+if __name__ == "__main__":
+    main()
