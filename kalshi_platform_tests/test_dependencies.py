@@ -39,7 +39,7 @@ def locked(lock: Path) -> dict[str, str]:
 def test_every_locked_package_has_one_version_and_its_hashes(lock: Path) -> None:
     for name, entry in locked(lock).items():
         first, *rest = entry.splitlines()
-        assert re.match(r"\S+==[^\s*]+ ", first), name
+        assert re.match(r"[\w.-]+(\[[\w, -]+\])?==[^\s*]+ ", first), name
         assert rest, name
         for line in rest:
             assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), name
