@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kalshi_platform.schema import NAME, PRICE, QTY, TIME
 
@@ -43,6 +44,11 @@ def quantities(values: pl.Series) -> pa.Array:
 def times(values_ns: pl.Series) -> pa.Array:
     """Nanoseconds since the epoch to microsecond timestamps in UTC, rounded down."""
     return pa.array((values_ns // 1000).to_numpy(), pa.int64()).cast(TIME)
+
+
+def microseconds(at: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Times to the microsecond, rounded down: Python's datetimes have no nanoseconds."""
+    return pc.floor_temporal(at, unit="microsecond").cast(TIME) if at.type.unit == "ns" else at
 
 
 def place(records: pl.Series, shard: int) -> tuple[pa.Array, pa.Array]:

@@ -66,6 +66,8 @@ class Dataset:
     """Whether `export --public` publishes it, after own orders have been cleared."""
     archived: bool = True
     """In the archive, and for HOT_RETENTION_DAYS in ClickHouse; otherwise in ClickHouse alone, for good."""
+    hot: bool = True
+    """In ClickHouse; otherwise in the archive alone."""
 
     @property
     def arrow(self) -> pa.Schema:
@@ -276,6 +278,36 @@ TRADES = Recorded(
     identity=("record", "conn_id", "trade_id"),
 )
 
+FRAMES = Recorded(
+    "frames",
+    (
+        Column(
+            "recv_ts",
+            pa.timestamp("ns", "UTC"),
+            "DateTime64(9, 'UTC')",
+            "receive time to the nanosecond, from this machine's clock",
+        ),
+        Column("shard", pa.uint32(), "UInt32", "the shard whose recorder received it"),
+        Column("replica", pa.uint32(), "UInt32", "which of the shard's recorders: 0"),
+        Column("record", pa.uint64(), "UInt64", "the number of the journal record"),
+        Column("conn_id", *_UUID, "the connection; zero where there was none"),
+        Column("sid", pa.uint32(), "UInt32", "subscription, 0 where the frame names none"),
+        Column("seq", pa.uint64(), "UInt64", "position on the sid, 0 where the frame has none"),
+        Column(
+            "type",
+            *_TEXT,
+            "delta, snapshot, trade; control: any other frame; note: of the recorder; malformed: no JSON",
+        ),
+        Column("frame", pa.binary(), "String", "the bytes as received; of a note its JSON"),
+    ),
+    "Every journal record, byte for byte: what the hour can be rebuilt from. In the archive alone.",
+    time="recv_ts",
+    public=True,
+    hot=False,
+    sort=("shard", "replica", "record"),
+    identity=("shard", "replica", "record"),
+)
+
 _RANGE = pa.struct([pa.field(name, PRICE, False) for name in ("start", "end", "step")])
 _MAYBE_TIME = (TIME, "Nullable(DateTime64(6, 'UTC'))")
 MARKET_CATALOG = Dataset(
@@ -472,8 +504,10 @@ IMBALANCE = Dataset(
     public=True,
 )
 
-RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, TRADES)
+RECORDED = (ORDERBOOK_EVENTS, STREAM_EVENTS, BOOK_CHECKPOINTS, TRADES, FRAMES)
 """What the streamer writes, hour by hour."""
+BUILT = tuple(dataset for dataset in RECORDED if dataset.hot)
+"""What is built from frames and is in both stores, which are compared."""
 
 ANALYTICS = (SPREADS, DEPTH, IMBALANCE)
 """The datasets that are computed from an hour of the recording."""

@@ -158,6 +158,8 @@ class Settings(BaseSettings):
     aws_session_token: SecretStr | None = None
     archive_begins: date | None = None
     journal_retention_hours: int = Field(48, ge=1)
+    keep_frames: bool = True
+    frames_retention_days: int = Field(0, ge=0)
 
     audit_interval_seconds: float = Field(60.0, gt=0)
 

@@ -22,6 +22,7 @@ from kalshi_platform.archive.interface import Archive, Listed, Manifest, Part, S
 from kalshi_platform.archive.layout import (
     ASIDE,
     FROM_CLICKHOUSE,
+    HOUR_STATES,
     MANIFEST,
     hour_path,
     part_name,
@@ -37,8 +38,11 @@ from kalshi_platform.archive.object_storage import ObjectArchive
 from kalshi_platform.archive.opening import archive_at, open_archive
 from kalshi_platform.archive.parquet import (
     File,
+    RowGroup,
     batches,
     local_file,
+    row_group,
+    row_groups,
     rows_of,
     table_of,
 )
@@ -46,6 +50,7 @@ from kalshi_platform.archive.parquet import (
 __all__ = [
     "ASIDE",
     "FROM_CLICKHOUSE",
+    "HOUR_STATES",
     "MANIFEST",
     "Archive",
     "File",
@@ -54,6 +59,7 @@ __all__ = [
     "Manifest",
     "ObjectArchive",
     "Part",
+    "RowGroup",
     "Sort",
     "archive_at",
     "batches",
@@ -63,6 +69,8 @@ __all__ = [
     "open_archive",
     "part_name",
     "part_range",
+    "row_group",
+    "row_groups",
     "rows_of",
     "stage_manifest",
     "table_of",

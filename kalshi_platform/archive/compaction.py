@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -34,10 +35,13 @@ from kalshi_platform.archive import (
     File,
     Manifest,
     Part,
+    RowGroup,
     batches,
     hours,
     local_file,
     part_range,
+    row_group,
+    row_groups,
     rows_of,
     stage_manifest,
     write_durably,
@@ -46,6 +50,7 @@ from kalshi_platform.archive.row_statistics import RowStatistics
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 from kalshi_platform.schema import (
     DATASETS,
+    FRAMES,
     RECORDED,
     Dataset,
 )
@@ -59,6 +64,8 @@ ROW_GROUP_ROWS = 65_536
 ZSTD_LEVEL = 9
 LINGER_S = 0.5
 """Time from announcement to swap: readers that listed the hour before the announcement have opened it by then."""
+ROW_GROUP_BYTES = 32 << 20
+"""The most bytes of a row group of frames, unless a single frame is longer."""
 RANGE_ROWS = 2_000_000
 """Rows sorted at a time, in groups of markets: bounds memory, except for a single larger market."""
 
@@ -273,7 +280,10 @@ def build(sources: Sequence[File], dataset: Dataset, staged: Path) -> tuple[RowS
     schema = dataset.arrow
     content = statistics_of(sources, dataset)
     unnamed = staged / f"{hours.COMPACTED}0.parquet"
-    tables = _sorted_tables(sources, dataset, content.by_market)
+    if dataset is FRAMES:
+        tables = _bounded(merged(sources, dataset))
+    else:
+        tables = _sorted_tables(sources, dataset, content.by_market)
     size = write_durably(
         unnamed, tables, schema, level=ZSTD_LEVEL, sorted_by=SORTED_BY[dataset.name]
     )
@@ -314,6 +324,64 @@ def _sorted_tables(
         order = _order(rows, keys)
         for start in range(0, len(order), ROW_GROUP_ROWS):
             yield own_dictionaries(rows.take(pa.array(order[start : start + ROW_GROUP_ROWS])))
+
+
+def merged(
+    sources: Sequence[File], dataset: Dataset, wanted: Callable[[RowGroup], bool] = lambda _: True
+) -> Iterator[pa.Table]:
+    """Yield the rows of files in the order of their keys, which are whole numbers and never null.
+
+    Row groups whose keys overlap are read together: the files should be sorted by those keys already, as the
+    journal's records are. `wanted`: leave out other row groups.
+    """
+    keys = SORTED_BY[dataset.name]
+    groups = [group for file in sources for group in row_groups(file, keys) if wanted(group)]
+    together: list[RowGroup] = []
+    for group in sorted(groups, key=lambda group: (group.low, group.high)):
+        if together and group.low > max(held.high for held in together):
+            yield _read_sorted(together, dataset)
+            together = []
+        together.append(group)
+    if together:
+        yield _read_sorted(together, dataset)
+
+
+def _read_sorted(groups: Sequence[RowGroup], dataset: Dataset) -> pa.Table:
+    rows = pa.concat_tables([row_group(group, dataset.arrow) for group in groups])
+    rows = rows.unify_dictionaries()
+    if len(groups) == 1:
+        return rows
+    rows = rows.combine_chunks()
+    return rows.take(pa.array(_order(rows, SORTED_BY[dataset.name])))
+
+
+def _bounded(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows as tables for a row group each: of one shard, and of bounded size."""
+    waiting: list[pa.Table] = []
+    for table in _of_one_shard(tables):
+        for start in range(0, table.num_rows, ROW_GROUP_ROWS):
+            piece = table.slice(start, ROW_GROUP_ROWS)
+            held = [*waiting, piece]
+            if waiting and (
+                waiting[0]["shard"][0] != piece["shard"][0]
+                or sum(part.num_rows for part in held) > ROW_GROUP_ROWS
+                or sum(part.nbytes for part in held) > ROW_GROUP_BYTES
+            ):
+                yield own_dictionaries(pa.concat_tables(waiting).combine_chunks())
+                held = [piece]
+            waiting = held
+    if waiting:
+        yield own_dictionaries(pa.concat_tables(waiting).combine_chunks())
+
+
+def _of_one_shard(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Split sorted tables where another shard begins."""
+    for table in tables:
+        shard = table["shard"].to_numpy()
+        edges = [0, *(np.flatnonzero(np.diff(shard.astype(np.int64))) + 1).tolist(), len(shard)]
+        for start, end in pairwise(edges):
+            if start < end:
+                yield table.slice(start, end - start)
 
 
 def _ranges(by_market: Counter[str]) -> list[frozenset[str]]:

@@ -48,6 +48,7 @@ from kalshi_platform.schema import (
     STREAM_EVENTS,
     Dataset,
 )
+from kalshi_platform.schema import FRAMES as FRAMES_DATASET
 
 PUBLIC = tuple(name for name, dataset in DATASETS.items() if dataset.public)
 """The datasets that contain nothing private once scrubbed."""
@@ -91,7 +92,7 @@ _LIFECYCLE = (
     " settlement_value price_level_structure price_ranges exchange_index additional_metadata strike_type"
     " floor_strike cap_strike name title yes_sub_title no_sub_title rules_primary rules_secondary"
 )
-ENVELOPE = frozenset({"type", "id", "sid", "seq"})
+ENVELOPE = frozenset({"type", "id", "sid", "seq", "sending_ts_ms"})
 FRAMES: Mapping[str, frozenset[str]] = {
     kind: frozenset(fields.split())
     for kind, fields in {
@@ -120,6 +121,33 @@ FRAMES: Mapping[str, frozenset[str]] = {
     }.items()
 }
 """Frames of public channels: the fields of `msg` that may be published, besides type, id, sid and seq."""
+
+_DELTA = "market_ticker market_id clock price_dollars delta_fp price delta side ts ts_ms"
+_SNAPSHOT = (
+    "market_ticker market_id clock yes_dollars_fp no_dollars_fp yes_dollars no_dollars yes no"
+)
+_METADATA = (
+    "name title yes_sub_title no_sub_title rules_primary rules_secondary can_close_early event_ticker"
+    " expected_expiration_ts strike_type floor_strike cap_strike custom_strike"
+)
+_HEAD = "type id sid seq sending_ts_ms msg"
+PUBLIC_KEYS: Mapping[str, frozenset[str]] = {
+    kind: frozenset(f"{_HEAD} {fields}".split())
+    for kind, fields in {
+        "delta": _DELTA,
+        "snapshot": _SNAPSHOT,
+        "trade": " ".join(FRAMES["trade"]),
+        "control": f"channel {' '.join(FRAMES['ticker'])} {_LIFECYCLE} {_METADATA} "
+        + " ".join(FRAMES["event_lifecycle"] | FRAMES["event_fee_update"]),
+    }.items()
+}
+"""Keys that a published frame of each `type` may have: those of public channels. A control frame of a private
+channel has others."""
+
+_PUBLIC_TYPE = (
+    r'^\{\s*"type"\s*:\s*"(?:orderbook_delta|orderbook_snapshot|'
+    f'{"|".join(sorted(FRAMES.keys() - {"error"}))})"'
+)
 
 _OWN = frozenset({"client_order_id", "order_id", "user_id", "order_group_id", "fill_id"})
 """Fields whose values identify the recorder's own orders or account, at any depth."""
@@ -289,6 +317,8 @@ def _scrubbed(
             table = _without_own_orders(table, published)  # noqa: PLW2901 - the same rows, scrubbed
         elif dataset is STREAM_EVENTS:
             table = _public_events(table, published)  # noqa: PLW2901 - the rows that may stay
+        elif dataset is FRAMES_DATASET:
+            table = _public_frames(table, published)  # noqa: PLW2901 - the rows that may stay
         table = own_dictionaries(table)  # noqa: PLW2901 - the old dictionary may contain removed values
         written.add(table)
         yield table
@@ -331,6 +361,42 @@ def _public_events(table: pa.Table, published: Published) -> pa.Table:
         public_detail(kind, detail) for kind, detail in kept.select("kind", "detail").iter_rows()
     ]
     return kept.with_columns(pl.Series("detail", details, pl.String)).to_arrow().cast(table.schema)
+
+
+def _public_frames(table: pa.Table, published: Published) -> pa.Table:
+    """The frames of public channels that have no other keys than the listed ones, byte for byte.
+
+    A frame with a key that is not listed, at any depth, is left out: it may be of an own order. So are frames with an
+    escaped character, notes (addresses, free text), errors (free text) and malformed frames.
+    """
+    kind = table["type"].cast(pa.string())
+    public = pa.repeat(pa.scalar(value=False), table.num_rows)
+    for name, keys in PUBLIC_KEYS.items():
+        of_kind = pc.equal(kind, name)
+        text = pl.Series(pc.if_else(of_kind, table["frame"], b"").cast(pa.binary()))
+        rest = _decodable(text).str.replace_all(f'"(?:{"|".join(sorted(keys))})"\\s*:', "")
+        known = ~rest.str.contains(r'"\s*:|\\').fill_null(value=True)
+        known &= _decodable(text).str.contains(_PUBLIC_TYPE)
+        public = pc.or_(public, pc.and_(of_kind, known.to_arrow()))
+    left_out = pl.Series(kind.filter(pc.invert(public))).value_counts()
+    published.removed.update(dict(left_out.iter_rows()))
+    return table.filter(public)
+
+
+def _decodable(frames: pl.Series) -> pl.Series:
+    """The frames as text; a backslash, which no public frame has, where one is not UTF-8."""
+    try:
+        return frames.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        texts = [_text_or_backslash(frame) for frame in frames.to_list()]
+        return pl.Series(texts, dtype=pl.String)
+
+
+def _text_or_backslash(frame: bytes) -> str:
+    try:
+        return frame.decode()
+    except UnicodeDecodeError:
+        return "\\"
 
 
 def public_detail(kind: str, detail: str) -> str:
@@ -420,9 +486,11 @@ def _read_back(
 
 
 def _texts(column: pa.ChunkedArray) -> pl.Series | None:
-    """The distinct strings of a column, including unused dictionary values; None for another type."""
+    """The strings of a column, including unused dictionary values; None for another type."""
     if pa.types.is_dictionary(column.type):
         return pl.Series([text for chunk in column.chunks for text in chunk.dictionary.to_pylist()])
     if pa.types.is_string(column.type):
         return pl.Series(column.unique().to_pylist(), dtype=pl.String)
+    if pa.types.is_binary(column.type):
+        return _decodable(pl.Series(column))
     return None

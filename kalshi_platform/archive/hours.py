@@ -39,6 +39,8 @@ RECORDED = tuple(dataset.name for dataset in schema.RECORDED)
 """The datasets that the recording itself makes."""
 BOOKS_FROM = (ORDERBOOK_EVENTS.name, BOOK_CHECKPOINTS.name, STREAM_EVENTS.name)
 """The datasets that an hour's books are rebuilt from."""
+BUILT = tuple(dataset.name for dataset in schema.BUILT)
+"""Those of them that are built from frames, and are in ClickHouse, too."""
 COUNTED_ROWS = 32_768
 """Rows read at a time: the streamer does this while recording, so its memory must stay bounded."""
 COMPACTED = "hour-"
@@ -74,6 +76,8 @@ class HourReport:
     datasets: tuple[DatasetHour, ...]
     verified_by_market: Mapping[str, float] = field(default_factory=dict)
     """Seconds of the hour in which each market's book is synced."""
+    rebuilt_from: str = ""
+    """What it was just rebuilt from; empty where its files were left as they are."""
 
 
 @dataclass(frozen=True)

@@ -370,11 +370,20 @@ class Archive(ABC):
         """
 
     @abstractmethod
-    def metadata_files(self, folder: str) -> list[str]:
+    def remove_metadata(self, name: str) -> None:
+        """Remove a metadata file; one that does not exist is no error.
+
+        Args:
+            name: Its path below the root.
+        """
+
+    @abstractmethod
+    def metadata_files(self, folder: str, suffix: str = ".json") -> list[str]:
         """List the metadata files of a folder.
 
         Args:
             folder: A folder one level below the root.
+            suffix: How their names end.
 
         Returns:
             Their paths below the root.

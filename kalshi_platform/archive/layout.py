@@ -5,6 +5,8 @@
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour-<digest of the file>.parquet    once compacted
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/_manifest.json
 
+<root>/hour_states/YYYY-MM-DDTHH-<shard>.state                                the books before the hour
+
 <root>/<dataset>/date=YYYY-MM-DD/hour=HH/hour.parquet                         of the analytics
 <root>/market_catalog/<name>.parquet                                          without hours
 
@@ -22,7 +24,9 @@ PARQUET = ".parquet"
 FROM_CLICKHOUSE = "part-clickhouse.parquet"
 ASIDE = ".aside"
 """Folder of hours being built, hours just replaced, and locks."""
-ALLOWED_AT_ROOT = frozenset({ASIDE, "archive.json", "recorders", "lost+found"})
+HOUR_STATES = "hour_states"
+"""Folder of the books before each hour's first record, from which an hour is rebuilt of its frames."""
+ALLOWED_AT_ROOT = frozenset({ASIDE, "archive.json", "recorders", HOUR_STATES, "lost+found"})
 """Names beside the datasets that are not foreign: the platform's own, and one that file systems create."""
 _DAY = re.compile(r"date=([0-9]{4}-[0-9]{2}-[0-9]{2})")
 _HOUR = re.compile(r"hour=([01][0-9]|2[0-3])")

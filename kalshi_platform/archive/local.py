@@ -238,9 +238,17 @@ class LocalArchive(Archive):
         except OSError as error:
             raise disk_error(path, error) from None
 
-    def metadata_files(self, folder: str) -> list[str]:
+    def remove_metadata(self, name: str) -> None:
         """See `Archive`."""
-        return sorted(f"{folder}/{path.name}" for path in (self.root / folder).glob("*.json"))
+        path = self.root / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(path, error) from None
+
+    def metadata_files(self, folder: str, suffix: str = ".json") -> list[str]:
+        """See `Archive`."""
+        return sorted(f"{folder}/{path.name}" for path in (self.root / folder).glob(f"*{suffix}"))
 
     def metadata_lock(self) -> AbstractContextManager[None]:
         """See `Archive`."""

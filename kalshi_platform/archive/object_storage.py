@@ -295,10 +295,19 @@ class ObjectArchive(Archive):
         """See `Archive`."""
         self._put_bytes(content, f"{self._base}/{name}")
 
-    def metadata_files(self, folder: str) -> list[str]:
+    def remove_metadata(self, name: str) -> None:
         """See `Archive`."""
-        infos = self._list(f"{self._base}/{folder}")
-        return sorted(f"{folder}/{info.base_name}" for info in infos if info.extension == "json")
+        key = f"{self._base}/{name}"
+        try:
+            with self._translated(key):
+                self._filesystem.delete_file(key)
+        except FileNotFoundError:
+            pass
+
+    def metadata_files(self, folder: str, suffix: str = ".json") -> list[str]:
+        """See `Archive`."""
+        names = (info.base_name for info in self._list(f"{self._base}/{folder}"))
+        return sorted(f"{folder}/{name}" for name in names if name.endswith(suffix))
 
     def metadata_lock(self) -> AbstractContextManager[None]:
         """See `Archive`."""

@@ -19,8 +19,15 @@ from kalshi_platform.archive.object_storage_errors import object_store_error
 from kalshi_platform.errors import StoreError, StoreRefused, StoreUnavailable
 
 ROW_GROUP_ROWS = 262_144
-_WITHOUT_STATISTICS = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "shard"}
+GROUP_BYTES = 64 << 20
+"""Row groups are read together up to this size: frames are long."""
+_WITHOUT_STATISTICS = {"conn_id", "sid", "market_id", "type", "side", "client_order_id", "frame"}
 """Columns with few distinct values or without a useful order: minimum and maximum help no reader."""
+_PART_LEVEL = 3
+_FRAME_PART_LEVEL = 1
+"""zstd's level for a part, and for the frames of one, which are the most bytes: compaction compresses them again."""
+_FRAME_PAGE_BYTES = 64 << 20
+"""A page of frames is a row group of them: zstd compresses page by page, and frames resemble each other."""
 Add = Callable[[pa.Table], None]
 """Appends a table's rows to a file being written."""
 _LOCAL = fs.LocalFileSystem()
@@ -56,7 +63,7 @@ def local_file(path: Path) -> File:
 
 @contextmanager
 def parquet_writer(
-    path: Path, schema: pa.Schema, *, level: int = 3, sorted_by: Sequence[str] = ()
+    path: Path, schema: pa.Schema, *, level: int = _PART_LEVEL, sorted_by: Sequence[str] = ()
 ) -> Iterator[Add]:
     """Open a Parquet file for writing table by table.
 
@@ -64,7 +71,13 @@ def parquet_writer(
 
     Raises: `OSError` where the disk refuses.
     """
-    delta = ["seq", "ts", "ingest_ts", "record", "clock", "sent_ts"]
+    delta = ["seq", "ts", "ingest_ts", "recv_ts", "record", "clock", "sent_ts"]
+    encodings = {n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names}
+    levels: int | dict[str, int] = level
+    if "frame" in schema.names:
+        if level > _PART_LEVEL:
+            encodings["frame"] = "DELTA_BYTE_ARRAY"
+        levels = dict.fromkeys(schema.names, level if level > _PART_LEVEL else _FRAME_PART_LEVEL)
     names = [f.name for f in schema if pa.types.is_dictionary(f.type)] + [
         *("price", "qty", "size", "yes_price", "no_price")
     ]
@@ -72,9 +85,10 @@ def parquet_writer(
         path,
         schema,
         compression="zstd",
-        compression_level=level,
+        compression_level=levels,
+        data_page_size=_FRAME_PAGE_BYTES if "frame" in schema.names else None,
         use_dictionary=[n for n in names if n in schema.names],
-        column_encoding={n: "DELTA_BINARY_PACKED" for n in delta if n in schema.names},
+        column_encoding=encodings,
         store_decimal_as_integer=True,
         write_statistics=[n for n in schema.names if n not in _WITHOUT_STATISTICS],
         sorting_columns=[
@@ -177,18 +191,63 @@ def _readable(schema: pa.Schema, dictionaries: Sequence[str]) -> pa.Schema:
 
 
 def _groups(footer: pq.FileMetaData, rows: int) -> Iterator[list[int]]:
-    """Yield sets of row groups with at most `rows` rows together (or a single group): each set is one fetch."""
+    """Yield sets of row groups with at most `rows` rows and GROUP_BYTES together (or a single group): each set is
+    one fetch."""
     groups: list[int] = []
-    held = 0
+    held, size = 0, 0
     for group in range(footer.num_row_groups):
-        more = footer.row_group(group).num_rows
-        if groups and held + more > rows:
+        more, larger = footer.row_group(group).num_rows, footer.row_group(group).total_byte_size
+        if groups and (held + more > rows or size + larger > GROUP_BYTES):
             yield groups
-            groups, held = [], 0
+            groups, held, size = [], 0, 0
         groups.append(group)
         held += more
+        size += larger
     if groups:
         yield groups
+
+
+Key = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a file, with bounds of its rows' keys: `low` is at or below each of them, `high` at or above."""
+
+    low: Key
+    high: Key
+    file: File
+    index: int
+
+
+def row_groups(file: File, keys: Sequence[str]) -> list[RowGroup]:
+    """The row groups of a file with the bounds of these columns, from its footer. Raises: as `table_of` does."""
+    found = []
+    try:
+        footer = pq.read_metadata(file.key, filesystem=file.filesystem)
+        for index in range(footer.num_row_groups):
+            group = footer.row_group(index)
+            columns = {group.column(n).path_in_schema: n for n in range(group.num_columns)}
+            bounds = [group.column(columns[key]).statistics for key in keys]
+            if group.num_rows:
+                low, high = tuple(b.min for b in bounds), tuple(b.max for b in bounds)
+                found.append(RowGroup(low, high, file, index))
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise unreadable(file, error) from None
+    return found
+
+
+def row_group(group: RowGroup, schema: pa.Schema) -> pa.Table:
+    """The rows of one row group. Raises: as `table_of` does."""
+    file = group.file
+    try:
+        with (
+            file.filesystem.open_input_file(file.key) as source,
+            pq.ParquetFile(source, read_dictionary=_dictionaries(schema)) as parquet,
+        ):
+            return _conform(parquet.read_row_group(group.index), file, schema)
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(file, error) from None
 
 
 def rows_of(file: File) -> int:

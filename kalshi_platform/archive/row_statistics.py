@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalshi_platform.archive import checksum
+from kalshi_platform.arrow_columns import microseconds
 from kalshi_platform.schema import Dataset
 
 
@@ -33,9 +34,10 @@ class RowStatistics:
         if not table.num_rows:
             return
         self.content += checksum.content(table)
-        for entry in table["market_ticker"].value_counts().to_pylist():
-            self.by_market[entry["values"]] += entry["counts"]
-        span = pc.min_max(table[self._time]).as_py()
+        if "market_ticker" in table.column_names:
+            for entry in table["market_ticker"].value_counts().to_pylist():
+                self.by_market[entry["values"]] += entry["counts"]
+        span = pc.min_max(microseconds(table[self._time])).as_py()
         self.first = span["min"] if self.first is None else min(self.first, span["min"])
         self.last = span["max"] if self.last is None else max(self.last, span["max"])
 

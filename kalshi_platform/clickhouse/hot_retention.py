@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 RETAINED: Mapping[str, str] = {
-    dataset.name: dataset.time for dataset in DATASETS.values() if dataset.archived
+    dataset.name: dataset.time for dataset in DATASETS.values() if dataset.archived and dataset.hot
 }
 """The tables with HOT_RETENTION_DAYS, with the column that holds a row's time."""
 

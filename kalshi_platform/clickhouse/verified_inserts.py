@@ -35,9 +35,9 @@ from kalshi_platform.clickhouse.cluster import place
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
+    BUILT,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
-    RECORDED,
     STREAM_EVENTS,
     Key,
 )
@@ -58,7 +58,7 @@ _ENGINE = (
 )
 
 KEYS: Mapping[str, Key] = {
-    **{dataset.name: dataset.key for dataset in RECORDED},
+    **{dataset.name: dataset.key for dataset in BUILT},
     LATEST_LEVELS.name: Key("version", ("market_ticker", "side", "price")),
 }
 """Of what a loader writes. The newest version of a level is what counts: a later one may have replaced it."""

@@ -1,7 +1,7 @@
 """Fields of a frame that its book or trade does not need: an unreadable one costs itself, never the frame.
 
-The slow path of `columnar` and `columnar_trades` reads them here, one by one; an unreadable field is null, and
-becomes a `malformed_field` row with its wire name. Decoding in columns belongs in those two modules.
+The slow paths of the columnar decoders read them here, one by one; an unreadable field is null, and
+becomes a `malformed_field` row with its wire name. Decoding in columns belongs in those decoders.
 """
 
 from __future__ import annotations

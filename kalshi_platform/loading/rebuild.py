@@ -1,35 +1,43 @@
-"""Rebuilds an archived hour: from the journals while these are kept, else from ClickHouse.
+"""Rebuilds an archived hour: from the journals while these are kept, else from the frames in the archive, else
+from ClickHouse.
 
-From the journals, every part is built again and replaces itself under the same name, so that a reader sees
-each row once at any time. A compacted hour is built and compacted beside the archive, and replaces the present
-one if it has the same rows. From ClickHouse, for hours whose files are lost or damaged, the hour becomes one
-file per dataset; the old files are set aside under hidden names. Sealing belongs in `archive.sealing`.
+From the journals' records, every part is built again and replaces itself under the same name, so that a reader
+sees each row once at any time. A compacted hour is built and compacted beside the archive, and replaces the present
+one if it has the same rows. The archive's frames are the same records, of any age; the books before the hour are
+beside them (`state_files`). Frames themselves are written again where they are missing and a journal has them. From
+ClickHouse, for hours whose files are lost or damaged, the hour becomes one file per dataset; the old files are set
+aside under hidden names. Sealing belongs in `archive.sealing`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kalshi_platform.archive import (
     FROM_CLICKHOUSE,
     Archive,
     LocalArchive,
     Manifest,
+    RowGroup,
     checksum,
     compaction,
     hours,
     open_archive,
     part_name,
     part_range,
+    row_groups,
     sealing,
     watermarks,
 )
@@ -40,14 +48,21 @@ from kalshi_platform.errors import PlatformError, StoreError, StoreRefused
 from kalshi_platform.exchange.columnar import decode_range
 from kalshi_platform.journal import reader
 from kalshi_platform.journal.clock import ReceiveClock
-from kalshi_platform.journal.reader import LogOffset, LostRange, RecordRange
+from kalshi_platform.journal.reader import JournalRange, LogOffset, LostRange, RecordRange
+from kalshi_platform.loading import frame_rows
 from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.frame_rows import REPLICA, Numbers, frames_table
 from kalshi_platform.loading.presence import known_archive
 from kalshi_platform.loading.rows import Rows, build_rows
 from kalshi_platform.loading.shared_rows import chunks, split_at_checkpoints
 from kalshi_platform.loading.sinks import by_hour, concatenated
-from kalshi_platform.loading.state_files import checkpoint_batches, hour_state
-from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS, Dataset
+from kalshi_platform.loading.state_files import (
+    UnreadableState,
+    archived_hour_state,
+    checkpoint_batches,
+    hour_state,
+)
+from kalshi_platform.schema import BOOK_CHECKPOINTS, DATASETS, FRAMES, Dataset
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR, floor_hour, hour_of_ns
 
@@ -58,14 +73,22 @@ RANGE_BYTES = 64 << 20
 """Maximum size of a part where the hour's former split into parts is not known."""
 
 
+JOURNAL, FROM_FRAMES, CLICKHOUSE = "journal", "frames", "ClickHouse"
+"""What an hour was rebuilt from (`HourReport.rebuilt_from`)."""
+HOURS_BEFORE, HOURS_AFTER = 2, 26
+"""Frames of an hour that were received while the clock was set back may be in the folders of so many hours."""
+
+
 @dataclass(frozen=True)
 class _Source:
-    """One shard's journal from an hour's first record on, with the books before it."""
+    """One shard's records from an hour's first record on, with the books before it."""
 
     shard: int
-    folder: Path
     state: BookState
-    position: LogOffset
+    read: Callable[[int], Iterator[JournalRange]]
+    """Reads them, at least up to the given record; raises `_LostRecords` where they have a hole before it."""
+    where: str
+    origin: str
 
 
 def rebuild(settings: Settings, hour: datetime) -> HourReport:
@@ -73,30 +96,88 @@ def rebuild(settings: Settings, hour: datetime) -> HourReport:
 
     The report has no datasets where neither archive, journals nor ClickHouse have rows of the hour.
 
-    Raises: `StoreRefused` where neither the journals nor ClickHouse have the lost rows, `StoreUnavailable` while
-    another process changes sealed hours.
+    Raises: `StoreRefused` where neither the journals nor frames nor ClickHouse have the lost rows,
+    `StoreUnavailable` while another process changes sealed hours.
     """
     archive = known_archive(settings)
     if floor_hour(datetime.now(UTC)) <= hour or not _may_rebuild(settings, hour):
         return hours.describe(archive, hour, complete=False)
-    sources = _journal_sources(settings, hour)
     compaction.withdraw_announcement(archive, hour)
     with archive.changing():
         _finish_sealing(archive, hour)
-        if _is_compacted(archive, hour):
-            same = bool(sources) and _from_journals_compacted(sources, archive, hour)
-            if not same and not _is_intact(archive, hour):
-                _from_clickhouse(settings, archive, hour)
-        else:
+        origin = _rebuilt(settings, archive, hour)
+        return dataclasses.replace(sealing.seal(archive, hour), rebuilt_from=origin)
+
+
+def _rebuilt(settings: Settings, archive: Archive, hour: datetime) -> str:
+    """Rebuild the hour; returns what it was rebuilt from, empty where its files were left as they are."""
+    journals = _journal_sources(settings, hour)
+    frames = _frame_sources(archive, hour)
+    has_frames = _is_intact(archive, hour, (FRAMES.name,))
+    again = (
+        settings.keep_frames
+        and not has_frames
+        and _shards_of_frames(archive, hour) <= {source.shard for source in journals}
+    )
+    if _is_compacted(archive, hour):
+        for sources in _choices(journals, frames):
+            if _from_records_compacted(sources, archive, hour, frames=again):
+                return _origin(sources)
+    else:
+        if again and journals:
+            _set_aside(archive, FRAMES.name, hour)
+        for sources in _choices(journals, frames) or [[]]:
             others = _other_origins(sources, archive, hour)
             complete = bool(sources) and not others
             if None not in others:  # otherwise the file from ClickHouse has the journals' rows, too
-                complete &= _from_journals(sources, archive, hour)
+                complete &= _from_records(sources, archive, hour, frames=again)
             # Without a manifest, parts are compared with nothing: they are all that their loaders wrote.
             has_reference = not sources or others or hours.is_sealed(archive, hour)
-            if not complete and has_reference and not _is_intact(archive, hour):
-                _from_clickhouse(settings, archive, hour)
-        return sealing.seal(archive, hour)
+            if complete or not has_reference:
+                return _origin(sources)
+    if not _is_intact(archive, hour, hours.BUILT):
+        _from_clickhouse(settings, archive, hour)
+        return CLICKHOUSE
+    if not has_frames:
+        _refuse_lost_frames(archive, hour)
+    return ""
+
+
+def _shards_of_frames(archive: Archive, hour: datetime) -> set[int]:
+    """The shards whose frames the hour's parts have, as their names say."""
+    manifest = archive.read_manifest(FRAMES.name, hour)
+    names = {file.name for file in archive.files(FRAMES.name, hour)}
+    names |= {*manifest.merged, *(part.file for part in manifest.parts)} if manifest else set()
+    return {cut[0] for name in names if (cut := part_range(name))}
+
+
+def _choices(journals: list[_Source], frames: list[_Source]) -> list[list[_Source]]:
+    """The sources to try, in order: journals, completed by frames of other shards; frames alone."""
+    kept = {source.shard for source in journals}
+    mixed = journals + [source for source in frames if source.shard not in kept]
+    return [choice for choice in ([mixed, frames] if journals else [frames]) if choice]
+
+
+def _origin(sources: Sequence[_Source]) -> str:
+    return " and ".join(sorted({source.origin for source in sources}, reverse=True))
+
+
+def _refuse_lost_frames(archive: Archive, hour: datetime) -> None:
+    """Raise `StoreRefused` where the hour's manifest names frames that are lost or damaged."""
+    manifest = archive.read_manifest(FRAMES.name, hour)
+    if manifest is None:
+        return  # none were kept, or the hour was not sealed with them
+    raise StoreRefused(
+        f"The frames in {archive.where(FRAMES.name, hour)} are damaged or lost, and no journal has their records"
+        " any more. Restore that folder from a backup. Without one, remove it: the hour's other rows stay, and"
+        " it can then only be rebuilt from ClickHouse."
+    )
+
+
+def _set_aside(archive: Archive, dataset: str, hour: datetime) -> None:
+    while files := archive.files(dataset, hour):  # sent objects first, then waiting parts
+        for file in files:
+            archive.set_aside(file)
 
 
 def _finish_sealing(archive: Archive, hour: datetime) -> None:
@@ -125,7 +206,7 @@ def _other_origins(sources: Sequence[_Source], archive: Archive, hour: datetime)
     return origins - {source.shard for source in sources}
 
 
-# -- from the journal --------------------------------------------------------------------------
+# -- from the journal, or from frames ----------------------------------------------------------
 
 
 def _journal_sources(settings: Settings, hour: datetime) -> list[_Source]:
@@ -135,8 +216,77 @@ def _journal_sources(settings: Settings, hour: datetime) -> list[_Source]:
         folder = settings.journal_dir(shard)
         start = _hour_start(folder, hour)
         if start is not None:
-            sources.append(_Source(shard, folder, *start))
+            state, offset = start
+            read = partial(_read_journal, folder, offset)
+            sources.append(_Source(shard, state, read, f"The journal in {folder}", JOURNAL))
     return sources
+
+
+def _read_journal(folder: Path, offset: LogOffset, _until_n: int) -> Iterator[JournalRange]:
+    return reader.read(folder, offset)
+
+
+def _frame_sources(archive: Archive, hour: datetime) -> list[_Source]:
+    """The shards of which the archive has the hour's frames and the books before them."""
+    sources = []
+    try:
+        files = archive.files(FRAMES.name, hour)
+        groups = [group for file in files for group in row_groups(file, FRAMES.sort)]
+        low = sorted((group.low for group in groups), reverse=True)
+        first = {(shard, replica): n for shard, replica, n in low}
+        for shard in sorted({shard for shard, replica in first if replica == REPLICA}):
+            state = archived_hour_state(archive, shard, hour)
+            if state is None and first[shard, REPLICA] == 0:
+                state = BookState()  # the shard's first hour begins without books
+            if state is not None:
+                read = partial(_read_frames, archive, hour, shard, state.n)
+                sources.append(
+                    _Source(shard, state, read, _place_of_frames(archive, hour), FROM_FRAMES)
+                )
+    except (StoreRefused, UnreadableState) as error:
+        log.warning("%s", error)
+        return []
+    return sources
+
+
+def _place_of_frames(archive: Archive, hour: datetime) -> str:
+    return f"The archive's folder {archive.where(FRAMES.name, hour)}"
+
+
+def _read_frames(
+    archive: Archive, hour: datetime, shard: int, first_n: int, until_n: int
+) -> Iterator[RecordRange]:
+    """Yield a shard's records from `first_n` on, as far as the archive has them without a hole.
+
+    Raises: `_LostRecords` where that is not up to record `until_n`.
+    """
+    around = archive.listing(FRAMES.name, hour - HOURS_BEFORE * HOUR, hour + HOURS_AFTER * HOUR)
+    files = [file for listed in around.values() for file in listed.files]
+
+    def wanted(group: RowGroup) -> bool:
+        return group.low[0] <= shard <= group.high[0] and group.high[-1] >= first_n
+
+    n = first_n
+    try:
+        for part in _of_shard(compaction.merged(files, FRAMES, wanted), shard, first_n):
+            if part.first_n != n:
+                break
+            yield part
+            n = part.end.n
+    except StoreRefused as error:
+        log.warning("%s", error)
+    if n < until_n:
+        raise _LostRecords(_place_of_frames(archive, hour), hour)
+
+
+def _of_shard(tables: Iterable[pa.Table], shard: int, first_n: int) -> Iterator[RecordRange]:
+    """The records of one shard from `first_n` on, in ranges without a hole."""
+    for table in tables:
+        wanted = pc.and_(
+            pc.equal(table["shard"], pa.scalar(shard, pa.uint32())),
+            pc.greater_equal(table["record"], pa.scalar(first_n, pa.uint64())),
+        )
+        yield from frame_rows.records(table.filter(wanted))
 
 
 def _hour_start(folder: Path, hour: datetime) -> tuple[BookState, LogOffset] | None:
@@ -164,15 +314,17 @@ def _is_compacted(archive: Archive, hour: datetime) -> bool:
     )
 
 
-def _from_journals(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
-    """Rebuild each journal's parts; return False where a damaged journal lacks records of the hour.
+def _from_records(
+    sources: Sequence[_Source], archive: Archive, hour: datetime, *, frames: bool
+) -> bool:
+    """Rebuild each shard's parts; return False where its records of the hour have a hole.
 
-    From the damage on, that journal's parts are left as they were loaded.
+    From the hole on, that shard's parts are left as they were loaded. `frames`: write the journals' frames, too.
     """
     complete = True
     for source in sources:
         try:
-            _from_journal(source, archive, hour)
+            _from_records_of(source, archive, hour, frames=frames)
         except _LostRecords as error:
             log.warning("%s", error)
             complete = False
@@ -180,16 +332,17 @@ def _from_journals(sources: Sequence[_Source], archive: Archive, hour: datetime)
 
 
 class _LostRecords(PlatformError):
-    """A journal lacks records of the hour: a damaged segment was set aside."""
+    """Records of the hour are missing: a damaged segment was set aside, or frames were not kept."""
 
-    def __init__(self, folder: Path, hour: datetime) -> None:
+    def __init__(self, where: str, hour: datetime) -> None:
         super().__init__(
-            f"The journal in {folder} has lost records of {hour:%Y-%m-%d %H:00} UTC:"
-            " the hour is not rebuilt from it."
+            f"{where} has lost records of {hour:%Y-%m-%d %H:00} UTC: the hour is not rebuilt from there."
         )
 
 
-def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour: datetime) -> bool:
+def _from_records_compacted(
+    sources: Sequence[_Source], archive: Archive, hour: datetime, *, frames: bool
+) -> bool:
     """Replace the hour's files by rebuilt ones with the same rows; return False where the journals give other rows.
 
     That happens where rows came late, in the journal of a later hour, or where a shard's journal no longer has
@@ -200,22 +353,27 @@ def _from_journals_compacted(sources: Sequence[_Source], archive: Archive, hour:
     scratch = LocalArchive(folder_of_parts)
     try:
         for source in sources:
-            _from_journal(source, scratch, hour)
+            _from_records_of(source, scratch, hour, frames=frames)
         staged_hours: list[tuple[str, Path]] = []
         for name in hours.RECORDED:
             derived, manifest = scratch.files(name, hour), manifests[name]
-            if not derived and manifest is None:
-                continue
+            if not derived and (manifest is None or name == FRAMES.name):
+                continue  # frames that are intact are not written again
             staged = archive.staging(name, hour)
             built = compaction.build(derived, DATASETS[name], staged) if derived else None
+            if name == FRAMES.name and manifest is None:
+                staged_hours.append((name, staged))  # sealing writes its manifest
+                continue
             if manifest is None or built is None or not _same_rows(manifest, built[0]):
                 log.warning(
-                    "%s of %s: the journals give %s rows, the archive's manifest has %s. The archive"
-                    " is not changed from the journals.",
+                    "%s of %s: %s rows from the %s, the archive's manifest has %s. The archive"
+                    " is not changed from the %s.",
                     name,
                     f"{hour:%Y-%m-%d %H:00} UTC",
                     f"{built[0].rows:,}" if built else "no",
+                    _origin(sources),
                     f"{manifest.rows:,}" if manifest else "none",
+                    _origin(sources),
                 )
                 return False
             now = msgspec.structs.replace(manifest, checksum=built[0].checksum)
@@ -237,7 +395,7 @@ def _same_rows(manifest: Manifest, built: RowStatistics) -> bool:
     return manifest.rows == built.rows and manifest.checksum in sums
 
 
-def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
+def _from_records_of(source: _Source, archive: Archive, hour: datetime, *, frames: bool) -> None:
     state, shard = source.state, source.shard
     books = checkpoint_batches(state, hour, shard) if state.n else iter(())
     if (first := next(books, None)) is not None:
@@ -247,15 +405,19 @@ def _from_journal(source: _Source, archive: Archive, hour: datetime) -> None:
     begins = {begin for begin, _ in ranges}
     edges = begins | {end for _, end in ranges}
     pending: list[Rows] = []
+    kept: list[pa.Table] = []
+    frames = frames and source.origin == JOURNAL
     first_n = state.n
     for part in _hour_ranges(source, hour, edges):
         rows, state = build_rows(decode_range(part), state, shard)
         pending.append(rows)
+        if frames:
+            kept.append(frames_table(part, Numbers(part.first_n, state.n, [rows]), shard))
         if state.n in edges or (first_n not in begins and _is_full(pending)):
-            _write_range(archive, hour, shard, first_n, pending)
-            pending, first_n = [], state.n
+            _write_range(archive, hour, part_name(shard, first_n, state.n), pending, kept)
+            pending, kept, first_n = [], [], state.n
     if pending:
-        _write_range(archive, hour, shard, first_n, pending)
+        _write_range(archive, hour, part_name(shard, first_n, state.n), pending, kept)
 
 
 def _is_full(pending: list[Rows]) -> bool:
@@ -288,13 +450,13 @@ def _hour_ranges(source: _Source, hour: datetime, edges: set[int]) -> Iterator[R
     """
     clock = source.state.clock
     last = max(edges, default=0)
-    for read_part in chunks(reader.read(source.folder, source.position)):
+    for read_part in chunks(source.read(last)):
         for part, opens in split_at_checkpoints(read_part, clock):
             is_later = opens is not None and opens > hour and clock.is_new_hour(opens)
             if is_later and part.first_n >= last:
                 return
             if isinstance(part, LostRange) or part.unread is not None:
-                raise _LostRecords(source.folder, hour)
+                raise _LostRecords(source.where, hour)
             recv_ns = part.batch.column("recv_ns").to_numpy()
             clock = ReceiveClock(int(recv_ns[-1]), max(clock.newest_ns, int(recv_ns.max())))
             rest = part
@@ -305,9 +467,11 @@ def _hour_ranges(source: _Source, hour: datetime, edges: set[int]) -> Iterator[R
 
 
 def _write_range(
-    archive: Archive, hour: datetime, shard: int, first_n: int, pending: list[Rows]
+    archive: Archive, hour: datetime, name: str, pending: list[Rows], frames: Sequence[pa.Table]
 ) -> None:
-    name = part_name(shard, first_n, pending[-1].end_n)
+    of_hour_frames = [part for t in frames for at, part in by_hour(t, FRAMES.time) if at == hour]
+    if of_hour_frames:
+        _write(archive, FRAMES, hour, name, of_hour_frames)
     for dataset in DATASETS.values():
         if not dataset.archived or dataset.name not in pending[0].tables:
             continue
@@ -326,42 +490,41 @@ def _write(
 # -- from ClickHouse ---------------------------------------------------------------------------
 
 
-def _is_intact(archive: Archive, hour: datetime) -> bool:
-    """Whether the hour has exactly the files of its manifests, with their rows."""
-    for dataset in hours.RECORDED:
-        manifest = archive.read_manifest(dataset, hour)
-        present = {file.name for file in archive.files(dataset, hour)}
+def _is_intact(archive: Archive, hour: datetime, names: Sequence[str]) -> bool:
+    """Whether the hour has exactly the files of these datasets' manifests, with their rows; at least one."""
+    found = False
+    for name in names:
+        manifest = archive.read_manifest(name, hour)
+        files = archive.files(name, hour)
         if manifest is None:
-            if present:
+            if files:
                 return False
             continue
-        if present != {part.file for part in manifest.parts if part.rows}:
+        if {file.name for file in files} != {part.file for part in manifest.parts if part.rows}:
             return False
-    try:
-        report = hours.describe(archive, hour, complete=True)
-    except StoreError as error:
-        log.warning("%s", error)
-        return False
-    return bool(report.datasets) and all(
-        (m := archive.read_manifest(d.dataset, hour)) is not None and m.checksum == d.checksum
-        for d in report.datasets
-    )
+        try:
+            content = compaction.statistics_of(files, DATASETS[name])
+        except StoreError as error:
+            log.warning("%s", error)
+            return False
+        if (content.rows, content.checksum) != (manifest.rows, manifest.checksum):
+            return False
+        found = True
+    return found
 
 
 def _from_clickhouse(settings: Settings, archive: Archive, hour: datetime) -> None:
     if not settings.use_clickhouse:
         raise StoreRefused(_not_rebuildable(hour, "ClickHouse is not in use (USE_CLICKHOUSE=0)"))
     client = clickhouse.connect(settings, log_comment=f"rebuild {hour:%Y-%m-%dT%H}")
-    for name in hours.RECORDED:
+    for name in hours.BUILT:
         dataset = DATASETS[name]
         table = select_hour(client, dataset, hour)
         manifest = archive.read_manifest(name, hour)
         if manifest is not None and table.num_rows < manifest.rows:
             why = f"ClickHouse has {table.num_rows:,} of {manifest.rows:,} rows of {name}"
             raise StoreRefused(_not_rebuildable(hour, why))
-        while files := archive.files(name, hour):  # sent objects first, then waiting parts
-            for file in files:
-                archive.set_aside(file)
+        _set_aside(archive, name, hour)
         if table.num_rows:
             _write(archive, dataset, hour, FROM_CLICKHOUSE, [table])
 
@@ -410,6 +573,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 def _not_rebuildable(hour: datetime, why: str) -> str:
     return (
-        f"The hour {hour:%Y-%m-%d %H:00} UTC cannot be rebuilt: the journal no longer has it, and {why}."
+        f"The hour {hour:%Y-%m-%d %H:00} UTC cannot be rebuilt: neither the journal nor the archive's frames"
+        f" have it, and {why}."
         " Its files are as they were; restore them from a backup."
     )

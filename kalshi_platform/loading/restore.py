@@ -49,8 +49,8 @@ from kalshi_platform.errors import PlatformError, StoreRefused, StoreUnavailable
 from kalshi_platform.loading import hot_hour
 from kalshi_platform.loading.unloaded import Unloaded
 from kalshi_platform.schema import (
+    BUILT,
     DATASETS,
-    RECORDED,
     STREAM_EVENTS,
     Dataset,
 )
@@ -58,7 +58,7 @@ from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR
 
 RESTORED = tuple(
-    dataset.name for dataset in sorted(RECORDED, key=lambda dataset: dataset is STREAM_EVENTS)
+    dataset.name for dataset in sorted(BUILT, key=lambda dataset: dataset is STREAM_EVENTS)
 )
 """`stream_events` last, as the loader writes: up to where it reaches, the other datasets are complete."""
 BATCH_ROWS = 500_000

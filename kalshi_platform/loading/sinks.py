@@ -24,16 +24,19 @@ import pyarrow.compute as pc
 from kalshi_platform.archive import Archive, hours, part_name, part_range, sealing, watermarks
 from kalshi_platform.archive.archive_ledger import ArchiveLedger
 from kalshi_platform.archive.hours import HourReport
+from kalshi_platform.arrow_columns import microseconds
 from kalshi_platform.clickhouse import clickhouse_ledger, client, queries, verified_inserts
 from kalshi_platform.clickhouse.clickhouse_ledger import TableLedger
 from kalshi_platform.clickhouse.verified_inserts import Insert
 from kalshi_platform.errors import StoreUnavailable
 from kalshi_platform.journal.ledger import Ledger
+from kalshi_platform.loading.frame_rows import JournalFrames
 from kalshi_platform.loading.rows import Rows
 from kalshi_platform.loading.traces import Trace
 from kalshi_platform.schema import (
     BOOK_CHECKPOINTS,
     DATASETS,
+    FRAMES,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
     STREAM_EVENTS,
@@ -98,7 +101,7 @@ class ClickHouseSink:
     """
 
     name = "clickhouse"
-    datasets = frozenset(DATASETS)
+    datasets = frozenset(name for name, dataset in DATASETS.items() if dataset.hot)
     remedy = (
         "restore it from a backup, or from the archive (kalshi-platform restore), or set"
         " CLICKHOUSE_DATABASE to a new name and run kalshi-platform migrate: that database gets what the"
@@ -259,8 +262,11 @@ class ParquetSink:
         shard: int,
         report: Callable[[HourReport], None],
         journals: Path | None = None,
+        frames: JournalFrames | None = None,
     ) -> None:
+        """`frames`: the journal whose frames are kept; None: none are."""
         self._archive = archive
+        self._frames = frames
         self._shard = shard
         self.place = str(archive)
         self.ledger: Ledger = ArchiveLedger(archive, shard)
@@ -332,6 +338,12 @@ class ParquetSink:
             if hour < max(touched[-1], self._passed) or hours.is_sealed(self._archive, hour)
         }
         news = [hour for hour in touched if hour not in late and self._is_first_of(hour)]
+        for hour in touched if self._frames is not None else ():
+            # first: a range whose built rows are stored counts as written
+            frames = self._frames_of(hour, first_n, end_n, rows)
+            if (first := next(frames, None)) is not None:
+                tables = itertools.chain([first], frames)
+                self._write_part(FRAMES, hour, first_n, end_n, tables, late=hour in late)
         for hour, dataset, part in pieces:
             self._write_part(dataset, hour, first_n, end_n, [part], late=hour in late)
         for hour in sorted(late):
@@ -345,6 +357,17 @@ class ParquetSink:
             going_on = self._raise_if_abandoned
             self._report(hours.describe(self._archive, hour, complete=False, proceed=going_on))
         self._seal_complete_hours()
+
+    def _frames_of(
+        self, hour: datetime, first_n: int, end_n: int, rows: Sequence[Rows]
+    ) -> Iterator[pa.Table]:
+        """Yield the frames of an hour among these records."""
+        if self._frames is None:
+            return
+        for table in self._frames.tables(first_n, end_n, rows):
+            for of_hour, part in by_hour(table, FRAMES.time):
+                if of_hour == hour:
+                    yield part
 
     def _is_first_of(self, hour: datetime) -> bool:
         """Whether this open hour has not been reported yet and has no rows of another shard."""
@@ -381,6 +404,8 @@ class ParquetSink:
             self._write_part(
                 BOOK_CHECKPOINTS, hour, n, n, itertools.chain([first], books), late=late
             )
+        if self._frames is not None:
+            self._frames.archive_books(self._archive, hour, n)
         if hour <= self._passed:
             # Records are loaded again, or the journal rested: the hour's first rows pass the hours before.
             self._advance(watermarks.BEGINNING)
@@ -486,7 +511,7 @@ def by_hour(table: pa.Table, time: str) -> list[tuple[datetime, pa.Table]]:
     if not table.num_rows:
         return []
     at, kind = table[time], table.schema.field(time).type
-    span = pc.min_max(at).as_py()
+    span = pc.min_max(microseconds(at)).as_py()
     hour, last = floor_hour(span["min"]), floor_hour(span["max"])
     if hour == last:
         return [(hour, table)]

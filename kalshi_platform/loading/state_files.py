@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Container, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,7 @@ import polars as pl
 import pyarrow as pa
 
 from kalshi_platform import durable, typed_json
+from kalshi_platform.archive import HOUR_STATES, Archive
 from kalshi_platform.arrow_columns import names, place, prices, quantities
 from kalshi_platform.errors import PlatformError
 from kalshi_platform.journal.clock import ReceiveClock
@@ -58,6 +59,9 @@ _LIVE = pl.Schema(
 )
 """The columns of a checkpoint that describe a book."""
 _HOUR_STATE = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2})-([0-9]+)\.state")
+_ARCHIVED_STATE = re.compile(
+    rf"{HOUR_STATES}/([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}T[0-9]{{2}})-[0-9]+\.state"
+)
 _LOAD_STATE = re.compile(r"[a-z]+-([0-9]{15,})\.state")
 ALIVE_NS = 30_000_000_000
 """The recorder writes a heartbeat every 10 s: if it was silent for longer before the hour, it was not running."""
@@ -169,7 +173,25 @@ def load(
 
     Raises: `UnreadableState` for a file that is missing, damaged, or does not meet these conditions.
     """
-    head, table = _read(path, n, starts, whole=whole)
+    return _decoded(_content(path), str(path), n, starts, whole=whole)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableState(f"{path} cannot be read ({error}).") from None
+
+
+def _decoded(
+    content: bytes,
+    where: str,
+    n: int | None = None,
+    starts: Container[str] | None = None,
+    *,
+    whole: bool = False,
+) -> BookState:
+    head, table = _read(content, where, n, starts, whole=whole)
     clock = ReceiveClock(head.last_ns or head.version, head.version)
     levels = pl.DataFrame(table.replace_schema_metadata(None))
     clocks = restored(head.clocks)
@@ -191,21 +213,21 @@ def load(
 
 
 def _read(
-    path: Path, n: int | None, starts: Container[str] | None, *, whole: bool
+    content: bytes, where: str, n: int | None, starts: Container[str] | None, *, whole: bool
 ) -> tuple[_Head, pa.Table]:
     """A file's head and levels. The head is checked first, so a refused state's levels are not read."""
     try:
-        file = pa.ipc.open_file(_verified_body(path.read_bytes()))
+        file = pa.ipc.open_file(_verified_body(content))
         head = typed_json.decode(file.schema.metadata[b"state"], _Head)
         if n is not None and head.n != n:
-            raise UnreadableState(f"{path} is of record {head.n}, not {n}.")
+            raise UnreadableState(f"{where} is of record {head.n}, not {n}.")
         if starts is not None and head.start not in starts:
-            raise UnreadableState(f"{path} is of a start that this journal does not know.")
+            raise UnreadableState(f"{where} is of a start that this journal does not know.")
         if whole and head.partial:
-            raise UnreadableState(f"{path} has some of its books only in part.")
+            raise UnreadableState(f"{where} has some of its books only in part.")
         return head, file.read_all()
     except (OSError, ValueError, KeyError, TypeError, msgspec.DecodeError) as error:
-        raise UnreadableState(f"{path} cannot be read ({error}).") from None
+        raise UnreadableState(f"{where} cannot be read ({error}).") from None
 
 
 def _verified_body(content: bytes) -> pa.Buffer:
@@ -232,7 +254,35 @@ def save_hour_state(state: BookState, journal_folder: Path, hour: datetime) -> N
     A state with partly known books is not saved: another loader of the journal may have all of them.
     """
     if not state.partial:
-        save(state, hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{state.n:015d}.state")
+        save(state, _hour_path(journal_folder, hour, state.n))
+
+
+def _hour_path(journal_folder: Path, hour: datetime, n: int) -> Path:
+    return hour_folder(journal_folder) / f"{hour:%Y-%m-%dT%H}-{n:015d}.state"
+
+
+def archive_hour_state(
+    archive: Archive, journal_folder: Path, shard: int, hour: datetime, n: int
+) -> None:
+    """Copy the books before an hour's first record, `n`, to the archive; nothing where they were not saved."""
+    path = _hour_path(journal_folder, hour, n)
+    if path.exists():
+        archive.write_metadata(archived_state_name(shard, hour), _content(path))
+
+
+def archived_hour_state(archive: Archive, shard: int, hour: datetime) -> BookState | None:
+    """The books before an hour's first record, from the archive; None where it has none.
+
+    Raises: `UnreadableState` for damaged ones.
+    """
+    name = archived_state_name(shard, hour)
+    content = archive.read_metadata(name)
+    return None if content is None else _decoded(content, f"{archive}/{name}", whole=True)
+
+
+def archived_state_name(shard: int, hour: datetime) -> str:
+    """The archive's name for the books before an hour's first record of a shard."""
+    return f"{HOUR_STATES}/{hour:%Y-%m-%dT%H}-{shard}.state"
 
 
 def hour_state(journal_folder: Path, hour: datetime) -> BookState | None:
@@ -264,6 +314,12 @@ def newest_saved(
             level = logging.WARNING if of_starts is None else logging.INFO
             log.log(level, "%s Trying an earlier one.", error)
     return None
+
+
+def hour_of_archived_state(name: str) -> datetime | None:
+    """The hour of such a name; None for another name."""
+    match = _ARCHIVED_STATE.fullmatch(name)
+    return datetime.strptime(match[1], "%Y-%m-%dT%H").replace(tzinfo=UTC) if match else None
 
 
 def prune_hour_states(journal_folder: Path, kept_from_n: int) -> None:

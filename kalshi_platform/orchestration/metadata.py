@@ -120,6 +120,12 @@ def hour_metadata(hour: DatasetHour, source: str) -> dict[str, MetadataValue]:
     }
 
 
+def rebuilt_metadata(report: HourReport) -> dict[str, MetadataValue]:
+    """Metadata that says what an hour was rebuilt from."""
+    source = report.rebuilt_from or "nothing: the archive's files are as they were"
+    return {"rebuilt from": MetadataValue.text(source)}
+
+
 def nothing_metadata(source: str, reason: str) -> dict[str, MetadataValue]:
     """Metadata of an hour without rows and files.
 

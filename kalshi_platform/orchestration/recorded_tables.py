@@ -16,10 +16,12 @@ from kalshi_platform.orchestration.metadata import (
     hour_metadata,
     hour_of,
     nothing_metadata,
+    rebuilt_metadata,
     reported_rows,
 )
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.schema import (
+    FRAMES,
     LATEST_LEVELS,
     ORDERBOOK_EVENTS,
     RECORDED,
@@ -37,7 +39,7 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
         dataset.name,
         description=dataset.description,
         group_name="recording",
-        kinds={"clickhouse", "parquet"},
+        kinds={"clickhouse", "parquet"} if dataset.hot else {"parquet"},
         owners=_OWNER,
         tags={"layer": "raw"},
         metadata={
@@ -58,7 +60,8 @@ def _spec(dataset: Dataset) -> dg.AssetSpec:
     backfill_policy=dg.BackfillPolicy.multi_run(),
     description=(
         "An hour of the recording. The streamer reports it; materialise it to rebuild it from the"
-        " journal while that is kept, else from ClickHouse. The rows stay the same."
+        " journal while that is kept, else from the archive's frames, else from ClickHouse. The rows stay the same,"
+        " and columns of later versions are filled; `rebuilt from` says what was used."
         " The hour that is still open is described as it is now."
     ),
 )
@@ -76,7 +79,8 @@ def recorded_hour(
     for dataset in report.datasets:
         if dataset.dataset in wanted:
             yield dg.MaterializeResult(
-                asset_key=dataset.dataset, metadata=hour_metadata(dataset, source)
+                asset_key=dataset.dataset,
+                metadata=hour_metadata(dataset, source) | rebuilt_metadata(report),
             )
     reason = (
         f"No rows of this dataset in the hour {context.partition_key} UTC."
@@ -84,7 +88,8 @@ def recorded_hour(
         else f"Nothing is recorded of the hour {context.partition_key} UTC."
     )
     for name in sorted(wanted - {dataset.dataset for dataset in report.datasets}):
-        if rows := reported_rows(context.instance, name, context.partition_key):
+        rows = reported_rows(context.instance, name, context.partition_key)
+        if rows and not (name == FRAMES.name and platform.frames_expired(hour)):
             raise dg.Failure(
                 description=f"{name} had {rows:,} rows in the hour {context.partition_key} UTC, and neither"
                 " the archive nor a journal nor ClickHouse has them now. Restore the archive from a"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Self
 
 import dagster as dg
@@ -73,6 +73,11 @@ class KalshiResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         from kalshi_platform.loading.rebuild import rebuild
 
         return rebuild(self.settings(), hour)
+
+    def frames_expired(self, hour: datetime) -> bool:
+        """Whether FRAMES_RETENTION_DAYS has deleted, or may delete, the frames of an hour."""
+        days = self.settings().frames_retention_days
+        return bool(days) and hour < datetime.now(UTC) - timedelta(days=days)
 
     @property
     def source(self) -> str:

@@ -35,6 +35,7 @@ def apply_retention(context: dg.OpExecutionContext, platform: KalshiResource) ->
         "Dagster's history": lambda: _history(context.instance, settings),
         "ClickHouse": lambda: _hot_tables(settings, context.log.warning),
         "the archive's replaced hours": lambda: _replaced_hours(settings),
+        "frames": lambda: _frames(settings),
         "what is kept": lambda: _kept(settings),
     }
     for name, part in parts.items():
@@ -100,6 +101,18 @@ def _replaced_hours(settings: "Settings") -> Mapping[str, Any]:
     return {"bytes of replaced hours deleted": MetadataValue.int(freed)}
 
 
+def _frames(settings: "Settings") -> Mapping[str, Any]:
+    """Delete the archive's frames of hours older than FRAMES_RETENTION_DAYS."""
+    from kalshi_platform.loading.frames_retention import delete_expired
+    from kalshi_platform.loading.presence import known_archive
+
+    if not settings.frames_retention_days:
+        return {}
+    before = datetime.now(UTC) - timedelta(days=settings.frames_retention_days)
+    hours = delete_expired(known_archive(settings), before)
+    return {"hours of frames deleted": MetadataValue.int(len(hours))}
+
+
 def _kept(settings: "Settings") -> Mapping[str, Any]:
     """Sizes and growth rates, each of which the UI plots over time."""
     from kalshi_platform.health import growth
@@ -121,7 +134,8 @@ def _kept(settings: "Settings") -> Mapping[str, Any]:
 
 @dg.job(
     description=(
-        "Deletes old runs, check results and replaced hours, applies HOT_RETENTION_DAYS, and measures"
+        "Deletes old runs, check results, replaced hours and frames (FRAMES_RETENTION_DAYS), applies"
+        " HOT_RETENTION_DAYS, and measures"
         " what is kept. docs/operations.md says what is kept how long."
     )
 )

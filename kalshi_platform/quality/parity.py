@@ -200,7 +200,7 @@ def _compare(
     rows = 0
     for name in hours.RECORDED:
         cold = _cold(archive, DATASETS[name], hour)
-        hot = _hot(client, DATASETS[name], hour)
+        hot = _hot(client, DATASETS[name], hour) if DATASETS[name].hot else cold
         rows += cold.rows
         found = _difference(_manifest(archive, name, hour), cold, hot, hour, name)
         if found is not None:

@@ -47,6 +47,7 @@ from kalshi_platform.journal.reader import JournalError
 from kalshi_platform.journal.writer import StartPoint, Writer
 from kalshi_platform.loading import cursor, numbering
 from kalshi_platform.loading.book_state import BookState
+from kalshi_platform.loading.frame_rows import JournalFrames
 from kalshi_platform.loading.loader import CLICKHOUSE_PACE, PARQUET_PACE, Loader
 from kalshi_platform.loading.presence import Presence
 from kalshi_platform.loading.rows import DAMAGED, Rows, StaleBook
@@ -343,7 +344,11 @@ class Streamer:
 
     def _make_loaders(self, writer: Writer, archive: Archive) -> list[Loader]:
         parquet = self._parquet = ParquetSink(
-            archive, self._shard, self._reports.put, self._settings.journals_dir
+            archive,
+            self._shard,
+            self._reports.put,
+            self._settings.journals_dir,
+            JournalFrames(self._folder, self._shard) if self._settings.keep_frames else None,
         )
         shared_rows = SharedRows(self._folder, self._shard)
         loaders = [

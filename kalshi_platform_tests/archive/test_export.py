@@ -21,6 +21,7 @@ from kalshi_platform.archive.export import public_detail
 from kalshi_platform.commands.main import main
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.journal.kind import Kind
+from kalshi_platform.loading.frame_rows import Numbers, frames_table
 from kalshi_platform.schema import DATASETS
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
@@ -258,6 +259,30 @@ def test_the_archive_and_foreign_folders_are_never_written_to(
 )
 def test_only_listed_detail_fields_are_published(kind: str, detail: str, public: str) -> None:
     assert public_detail(kind, detail) == public
+
+
+def test_only_public_frames_without_other_keys_are_published_byte_for_byte() -> None:
+    public = [
+        (Kind.DELTA, wire.delta("OWN-4", 12, "no", 5_000, 250, sid=3)),
+        (Kind.SNAPSHOT, wire.snapshot("OWN-4", 13, {4_000: 100}, {}, sid=3)),
+        (Kind.TRADE, wire.trade("OWN-4", 14, 4_000, 100)),
+        (Kind.CONTROL, b'{"type":"subscribed","id":1,"msg":{"channel":"trade","sid":3}}'),
+        (Kind.CONTROL, frame("market_lifecycle_v2", event_type="settled", market_ticker="OWN-4")),
+    ]
+    left = [
+        (Kind.DELTA, wire.delta("O\u00fc", 15, "no", 5_000, 250).replace(b"\\u00fc", b"\xff")),
+        (Kind.CONTROL, frame("market_position", market_ticker="OWN-4")),
+        (Kind.CONTROL, frame("fill", market_ticker="OWN-4", side="yes")),
+        (Kind.NOTE, wire.note("left", {}, sid=3)),
+    ]
+    given = private() + [(START_NS, CONN, int(kind), text) for kind, text in [*public, *left]]
+    (whole,) = wire.blocks(given)
+    table = frames_table(whole, Numbers(0, whole.rows, ()), 0)
+    published = publish.Published("frames", FIRST_HOUR)
+    kept = publish._public_frames(table, published)["frame"].to_pylist()
+    plain = [text for _, _, kind, text in private() if kind in {Kind.DELTA, Kind.SNAPSHOT} and OWN.encode() not in text]  # fmt: skip
+    assert kept == [*plain, *(text for _, text in public)]
+    assert published.removed.total() == len(given) - len(kept)
 
 
 def test_every_dataset_is_public_or_listed_as_private() -> None:

@@ -104,6 +104,7 @@ def settings_of(store: ObjectStore, data: Path, **more: Any) -> Settings:
         "aws_access_key_id": KEY_ID,
         "aws_secret_access_key": KEY,
         "hot_retention_days": 36_500,
+        "keep_frames": False,  # test_frames.py has them in both kinds of archive
         **more,
     }
     return platform_settings.load(_env_file=None, **given)
@@ -215,7 +216,7 @@ def test_a_sealed_hour_is_one_sorted_object(
     assert archive.hours(EVENTS) == [FIRST_HOUR, SECOND_HOUR]
     assert archive.first_day() == FIRST_HOUR.date()
     report = hours.describe(archive, SECOND_HOUR, complete=False)
-    assert {d.dataset for d in report.datasets} == set(hours.RECORDED)
+    assert {d.dataset for d in report.datasets} == set(hours.BUILT)
     assert report.datasets[0].path == f"{settings.archive_url}/{FIRST}".replace(
         f"hour={FIRST_HOUR:%H}", f"hour={SECOND_HOUR:%H}"
     )
@@ -530,7 +531,7 @@ def test_a_rebuild_finishes_a_killed_sealing(
     watermarks.advance(settings.journals_dir, 0, SECOND_HOUR)
     report = rebuild(settings, FIRST_HOUR)
     assert report.complete
-    assert {it.dataset for it in report.datasets} == {*hours.RECORDED} - {"book_checkpoints"}
+    assert {it.dataset for it in report.datasets} == {*hours.BUILT} - {"book_checkpoints"}
     assert globbed(store, settings).equals(expected)
     assert not list((settings.archive_dir / object_storage.OUTGOING).rglob("*.parquet"))
 

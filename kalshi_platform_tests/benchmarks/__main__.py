@@ -83,6 +83,7 @@ class Bench:
             "start": self._start,
             "stages": self._stages,
             "recorder": self._recorder,
+            "frames": self._frames,
             "latency": self._latency,
             "scaling": self._scaling,
             "analytics": self._analytics,
@@ -121,6 +122,29 @@ class Bench:
         deltas = self._deltas(MARKETS)
         bare = pipeline.bare_loop(deltas, self._size.frames, MARKETS)
         return _throughput(bare, pipeline.record(deltas, self._size.frames, MARKETS))
+
+    def _frames(self) -> list[Figure]:
+        """The recorder with frames in the archive and without, in turns: the better of two runs each."""
+        runs: dict[str, list[Recorded]] = {"0": [], "1": []}
+        for kept in ("0", "1", "0", "1"):
+            environment = {"KEEP_FRAMES": kept}
+            it = pipeline.record(
+                self._deltas(MARKETS), self._size.frames, MARKETS, environment=environment
+            )
+            runs[kept].append(it)
+        without, with_frames = (
+            max(runs[kept], key=lambda it: it.frames_per_second) for kept in ("0", "1")
+        )
+        ratio = with_frames.frames_per_second / without.frames_per_second
+        beside = f"{number(with_frames.frames_per_second)} of {number(without.frames_per_second)} frames/s"
+        what = "the recorder with frames in the archive"
+        peak = max(it.peak_mib for it in runs["1"])
+        return [
+            Figure(what, with_frames.frames_per_second, "frames/s"),
+            Figure(f"{what} against none", ratio, "times", at_least=0.9, beside=beside),
+            Figure(f"{what}, CPU of the streamer", with_frames.streamer_us, "µs for each frame"),
+            Figure(f"{what}, memory at full speed", peak, "MiB at most", at_most=memory.BOUND_MIB),
+        ]
 
     def _latency(self) -> list[Figure]:
         frames = int(RATE * self._size.steady_s)

@@ -95,7 +95,7 @@ def loaded_into_clickhouse(settings: Settings) -> None:
 
 def numbered(root: Path) -> dict[str, int]:
     """How many rows of each dataset have a record."""
-    return {name: archived(root, name)["record"].count() for name in hours.RECORDED}
+    return {name: archived(root, name)["record"].count() for name in hours.BUILT}
 
 
 def test_every_row_has_the_shard_and_record_of_its_frame(settings: Settings) -> None:
@@ -132,7 +132,7 @@ def test_an_hour_without_records_stays_valid_and_gains_them(
     root = settings.archive_dir
     without_records(root, FIRST_HOUR)
     archive = LocalArchive(root)
-    old = {name: archive.read_manifest(name, FIRST_HOUR) for name in hours.RECORDED}
+    old = {name: archive.read_manifest(name, FIRST_HOUR) for name in hours.BUILT}
     aside = settings.journals_dir.rename(
         settings.data_dir / "aside"
     )  # otherwise the loader would load them
@@ -223,7 +223,7 @@ def test_a_row_without_a_record_keeps_its_old_checksum() -> None:
     assert not content.agrees_with(checksum.content(mixed.slice(1)))
 
 
-@pytest.mark.parametrize("dataset", hours.RECORDED)
+@pytest.mark.parametrize("dataset", hours.BUILT)
 def test_a_file_without_the_columns_reads_as_null(dataset: str, tmp_path: Path) -> None:
     schema = DATASETS[dataset].arrow
     table = arrow(DATASETS[dataset], [{"market_ticker": t} | _enums(dataset) for t in ("A", "B")])

@@ -474,7 +474,7 @@ def content(root: Path, hour: datetime = FIRST_HOUR) -> dict[str, RowStatistics]
     archive = LocalArchive(root)
     return {
         name: compaction.statistics_of(archive.files(name, hour), DATASETS[name])
-        for name in hours.RECORDED
+        for name in hours.BUILT
         if archive.files(name, hour)
     }
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kalshi_platform.recorder.streamer import Health, Streamer
 
 HOUR = datetime(2026, 11, 20, 14, tzinfo=UTC)
-DATASETS = ("orderbook_events", "stream_events", "book_checkpoints", "trades")
+DATASETS = ("orderbook_events", "stream_events", "book_checkpoints", "trades", "frames")
 
 
 def hour_report(

@@ -50,6 +50,7 @@ def test_the_code_location_loads_without_settings_or_files(
         "assets": [
             "book_checkpoints",
             "depth",
+            "frames",
             "imbalance",
             "latest_levels",
             "market_catalog",
