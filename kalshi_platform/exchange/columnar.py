@@ -273,7 +273,7 @@ def _deltas(records: pl.DataFrame, drift: Drift) -> tuple[pl.DataFrame, pl.DataF
     wire = _read(records, _WIRE_DELTA, "orderbook_delta", drift)
     if wire is None:
         return _delta_frames(records)
-    msg = wire["msg"].combine_chunks()
+    msg = _message(wire)
     sent = {field.name: msg.field(i) for i, field in enumerate(_MSG)}
     price = _each_value(sent["price_dollars"], lambda text: _units(text, _PRICE_TEXT))
     qty = _each_value(sent["delta_fp"], lambda text: _units(text, _QTY_TEXT))
@@ -631,7 +631,7 @@ def _read(records: pl.DataFrame, schema: pa.Schema, name: str, drift: Drift) -> 
     of_stream = pl.Series(
         wire["seq"].is_valid()
     )  # a trade that was fetched by REST has other fields
-    message = wire["msg"].combine_chunks()
+    message = _message(wire)
     for path in EXPECTED[name]:
         inner = path.removeprefix("msg.")
         column = wire[inner] if inner == path else message.field(inner)
@@ -644,6 +644,12 @@ def _read(records: pl.DataFrame, schema: pa.Schema, name: str, drift: Drift) -> 
             frames, has = frames.filter(of_stream), has.filter(of_stream)
         drift.expect(name, path, frames, has)
     return wire
+
+
+def _message(wire: pa.Table) -> pa.StructArray:
+    """The `msg` of all frames, which the reader returns in one chunk; joining chunks would copy it."""
+    column = wire["msg"]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _with_known_fields(schema: pa.Schema) -> pa.Schema:
