@@ -61,7 +61,7 @@ _NODES: Mapping[str, str] = {
     "KillQueryQuery": f"kill_type where_expression sync test {_ANSWER}",
     "SystemQuery": "query_type database table tables children query_result_cache_tag schema_cache_format",
     # parts of a SELECT
-    "SelectQuery": "with select tables prewhere where group_by having qualify window order_by interpolate"
+    "SelectQuery": "with cte_aliases select tables prewhere where group_by having qualify window order_by interpolate"
     " limit_by limit_by_length limit_by_offset limit_by_all limit_length limit_offset limit_after"
     " limit_after_all limit_until limit_with_ties distinct recursive_with group_by_all"
     " group_by_with_cube group_by_with_rollup group_by_with_totals group_by_with_grouping_sets"

@@ -115,7 +115,7 @@ def parse(text: bytes) -> Statement:
     """
     tokens: list[_Token] = []
     into: int | None = None
-    """Where INSERT is among the tokens."""
+    """Where an INSERT's INSERT or INTO is among the tokens."""
     for token in _tokens(text):
         if tokens and tokens[-1].text == ";" and token.text != ";":
             raise ClickHouseError(
@@ -124,8 +124,8 @@ def parse(text: bytes) -> Statement:
                 f"Syntax error (Multi-statements are not allowed): failed at position {token.begin + 1}",
             )
         tokens.append(token)
-        if token.text == "INSERT" and not token.depth and tokens[0].text in {"INSERT", "WITH"}:
-            into = len(tokens) - 1 if into is None else into
+        if into is None and _begins_insert(tokens):
+            into = len(tokens) - 1
         if into is not None and (insert := _insert(text, tokens, into)):
             return insert
     while tokens and tokens[-1].text == ";":
@@ -188,8 +188,17 @@ def _tokens(text: bytes) -> Iterator[_Token]:
         raise ClickHouseError(62, "SYNTAX_ERROR", f"Syntax error: {error}") from None
 
 
+def _begins_insert(tokens: list[_Token]) -> bool:
+    """Whether the last token begins an INSERT, which may be behind WITH; there, a query may be called insert, too."""
+    first, last = tokens[0], tokens[-1]
+    if first.text == "INSERT":
+        return len(tokens) == 1
+    behind_with = first.text == "WITH" and last.text == "INTO" and not last.depth
+    return behind_with and tokens[-2].text == "INSERT"
+
+
 def _insert(text: bytes, tokens: list[_Token], into: int) -> Statement | None:
-    """The INSERT, token `into`, whose data begins right after the last token, if it does."""
+    """The INSERT that begins at token `into`, whose data begins right after the last token, if it does."""
     last = tokens[-1]
     if last.depth or len(tokens) - into < 3:
         return None

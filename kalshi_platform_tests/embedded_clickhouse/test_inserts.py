@@ -253,6 +253,9 @@ def test_an_insert_behind_with_has_data_too(ask: Ask) -> None:
     ask("WITH 1 AS y INSERT INTO t VALUES ('b')").raise_for_status()
     ask("WITH 'c' AS y INSERT INTO t SELECT y").raise_for_status()
     assert ask("SELECT s FROM t ORDER BY s").text == "a;\nb\nc\n"
+    named = "WITH insert AS (SELECT 13 AS value) FROM insert FORMAT CSV"
+    assert ask(named).text == "13\n"
+    assert ask("WITH x (a, b) AS (SELECT 1, 2) SELECT b FROM x").text == "2\n"
 
 
 def test_a_definition_may_have_settings_of_the_query_and_a_descending_key(ask: Ask) -> None:

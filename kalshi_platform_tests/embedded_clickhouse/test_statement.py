@@ -35,6 +35,9 @@ from kalshi_platform.embedded_clickhouse.statement import parse
         (b"INSERT INTO d.format FORMAT CSV\n1", "INSERT", "CSV", b"1"),
         (b"INSERT INTO FUNCTION null('a Int8') VALUES (1)", "INSERT", "Values", b" (1)"),
         (b"INSERT INTO t SELECT 1 FORMAT CSV", "INSERT", "CSV", None),
+        (b"WITH 1 AS y INSERT INTO t FORMAT CSV\n1", "INSERT", "CSV", b"1"),
+        (b"WITH insert AS (SELECT 1) FROM insert FORMAT CSV", "WITH", "CSV", None),
+        (b"WITH (SELECT 1) AS a INSERT INTO t SELECT a FORMAT CSV", "WITH", "CSV", None),
         (b"INSERT INTO t SELECT * FROM VALUES('a Int8', 1)", "INSERT", None, None),
         (b"", "", None, None),
         (b"/* only a comment", "", None, None),
@@ -77,7 +80,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize("unit", SLOW)
-@pytest.mark.parametrize("head", [b"SELECT ", b"INSERT INTO t "])
+@pytest.mark.parametrize("head", [b"SELECT ", b"INSERT INTO t ", b"WITH 1 AS y INSERT INTO t "])
 def test_reading_takes_time_that_grows_with_the_text_alone(head: bytes, unit: bytes) -> None:
     """Without a limit, 63 KB of unclosed heredocs took 38 s."""
     count = (128 << 10) // len(unit)
