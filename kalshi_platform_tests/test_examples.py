@@ -129,6 +129,16 @@ def test_replay_hour_ends_with_the_exchange_s_own_book(recorded: Recorded) -> No
     assert {(ticker, side, price, size) for side, price, size in levels} == wanted
 
 
+def test_research_ends_with_the_exchange_s_own_book(recorded: Recorded) -> None:
+    ticker = next(ticker for ticker, book in recorded.books.items() if book.yes and book.no)
+    shown = run("research.py", str(recorded.settings.archive_dir), ticker)
+    levels = re.findall(r"^(bid|ask) ([\d.]+) ([\d.]+)$", shown, re.MULTILINE)
+    book = recorded.books[ticker]
+    wanted = {("bid", dollars(price), contracts(size)) for price, size in book.yes.items()}
+    wanted |= {("ask", dollars(10_000 - price), contracts(size)) for price, size in book.no.items()}
+    assert set(levels) == wanted
+
+
 def test_top_of_book_shows_the_exchange_s_own_best(recorded: Recorded) -> None:
     shown = run("top_of_book.py", "--seconds", "0", settings=recorded.settings)
     for ticker, book in recorded.books.items():
