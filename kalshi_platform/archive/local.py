@@ -45,7 +45,6 @@ from kalshi_platform.archive.layout import (
     is_temporary,
 )
 from kalshi_platform.archive.parquet import Add, File, local_file, parquet_writer
-from kalshi_platform.durable import sync
 from kalshi_platform.errors import StoreRefused, StoreUnavailable
 from kalshi_platform.schema import DATASETS
 
@@ -352,8 +351,8 @@ class LocalArchive(Archive):
                 atomic_swap.swap(staged, folder)
             else:
                 staged.rename(folder)
-            sync(folder.parent)
-            sync(staged.parent)
+            durable.sync(folder.parent)
+            durable.sync(staged.parent)
         except OSError as error:
             raise disk_error(folder, error) from None
 

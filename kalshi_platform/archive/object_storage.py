@@ -32,6 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from kalshi_platform import durable
 from kalshi_platform.archive import archive_identity, checksum
 from kalshi_platform.archive.interface import (
     Archive,
@@ -60,7 +61,6 @@ from kalshi_platform.archive.local import (
 )
 from kalshi_platform.archive.object_storage_errors import no_such_bucket, object_store_error
 from kalshi_platform.archive.parquet import Add, File, batches, local_file
-from kalshi_platform.durable import sync
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.schema import DATASETS
 from kalshi_platform.utc_hours import floor_hour
@@ -403,8 +403,8 @@ class ObjectArchive(Archive):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
-            sync(target.parent)
-            sync(source.parent)
+            durable.sync(target.parent)
+            durable.sync(source.parent)
         except OSError as error:
             raise disk_error(target, error) from None
 
@@ -413,7 +413,7 @@ class ObjectArchive(Archive):
         folder, target = self._outgoing.folder(dataset, hour), self.staging(dataset, hour)
         try:
             folder.rename(target)
-            sync(folder.parent)
+            durable.sync(folder.parent)
             shutil.rmtree(target)
         except OSError as error:
             raise disk_error(folder, error) from None

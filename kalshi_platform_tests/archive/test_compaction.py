@@ -215,7 +215,7 @@ def test_without_atomic_swap_the_parts_stay(
 
 
 _ACTS: tuple[tuple[Any, str], ...] = (
-    (local, "sync"),
+    (durable, "sync"),
     (atomic_swap, "swap"),
     (Path, "mkdir"),
     (Path, "rename"),

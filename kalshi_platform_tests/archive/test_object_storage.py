@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import SecretStr
 
+from kalshi_platform import durable
 from kalshi_platform import settings as platform_settings
 from kalshi_platform.analytics.hourly import compute_hour
 from kalshi_platform.archive import (
@@ -294,7 +295,7 @@ def _half_removed(folder: Any) -> None:
 
 
 _ACTS: tuple[tuple[Any, str], ...] = (
-    (local, "sync"),
+    (durable, "sync"),
     (Path, "rename"),
     (Path, "replace"),
     (object_storage.ObjectArchive, "_put_bytes"),
