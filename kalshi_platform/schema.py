@@ -521,3 +521,6 @@ DATASETS = {
         MARKET_CATALOG,
     )
 }
+
+TABLES = tuple(name for name, dataset in DATASETS.items() if dataset.hot)
+"""The datasets that have a table in ClickHouse."""

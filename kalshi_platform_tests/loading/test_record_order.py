@@ -30,7 +30,7 @@ from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.rebuild import rebuild
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink, by_hour
 from kalshi_platform.quality import continuity
-from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS
+from kalshi_platform.schema import DATASETS, ORDERBOOK_EVENTS, STREAM_EVENTS, TABLES
 from kalshi_platform.settings import Settings
 from kalshi_platform.utc_hours import HOUR as ONE_HOUR
 from kalshi_platform_tests import wire
@@ -56,7 +56,7 @@ Book = dict[tuple[str, int], int]
 def client(settings: Settings) -> Iterator[Client]:
     """A client of the database, emptied."""
     with closing(connect(settings)) as client:
-        for name in DATASETS:
+        for name in TABLES:
             client.command(f"TRUNCATE TABLE {name}")
         yield client
 

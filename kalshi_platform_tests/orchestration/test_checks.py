@@ -38,7 +38,7 @@ from kalshi_platform.orchestration.recorded_tables import recorded_hour
 from kalshi_platform.orchestration.resources import KalshiResource
 from kalshi_platform.processes import Identity
 from kalshi_platform.quality import continuity
-from kalshi_platform.schema import DATASETS, STREAM_EVENTS, ZERO_UUID
+from kalshi_platform.schema import STREAM_EVENTS, TABLES, ZERO_UUID
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
@@ -63,7 +63,7 @@ NAMES = {
 }
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 CONN = wire.conn_id(1)
-FILLED = (*DATASETS, "recorders")
+FILLED = (*TABLES, "recorders")
 """The tables that a recorder fills."""
 FOR_EVER = {"hot_retention_days": 36_500}
 PACE = Pace(rows=150, seconds=0.0, first_s=0.0)

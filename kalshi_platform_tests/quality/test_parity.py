@@ -18,7 +18,7 @@ from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.quality import continuity, parity
 from kalshi_platform.quality.parity import Parity, compare_hours
-from kalshi_platform.schema import DATASETS
+from kalshi_platform.schema import TABLES
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.archived import paths
 from kalshi_platform_tests.loading.test_loader import (
@@ -42,7 +42,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def client(settings: Settings) -> Iterator[Client]:
     """Two hours in both stores, the first one sealed."""
     with closing(connect(settings)) as emptying:
-        for name in DATASETS:
+        for name in TABLES:
             emptying.command(f"TRUNCATE TABLE {name}")
     writer = journal_of(settings.journal_dir(), recording())
     for store in (

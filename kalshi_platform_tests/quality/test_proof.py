@@ -26,7 +26,7 @@ from kalshi_platform.loading.shared_rows import SharedRows
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
 from kalshi_platform.quality import tally_journal
 from kalshi_platform.quality.proof import CLICKHOUSE, PARQUET, Counts, Proof, prove
-from kalshi_platform.schema import DATASETS
+from kalshi_platform.schema import TABLES
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests import wire
 from kalshi_platform_tests.archived import paths
@@ -53,7 +53,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def client(settings: Settings) -> Iterator[Client]:
     """A client of the database, with nothing in it."""
     with closing(connect(settings)) as client:
-        for name in (*DATASETS, "retention_changes"):
+        for name in (*TABLES, "retention_changes"):
             client.command(f"TRUNCATE TABLE {name}")
         yield client
 
