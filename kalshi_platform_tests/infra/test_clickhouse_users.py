@@ -17,7 +17,7 @@ from kalshi_platform.clickhouse.statements import statements
 from kalshi_platform.errors import StoreRefused
 from kalshi_platform.loading.loader import Loader, Pace
 from kalshi_platform.loading.sinks import ClickHouseSink, ParquetSink
-from kalshi_platform.schema import DATASETS
+from kalshi_platform.schema import TABLES
 from kalshi_platform.settings import Settings
 from kalshi_platform_tests.clickhouse.tables import settings_for
 from kalshi_platform_tests.infra import as_role
@@ -115,7 +115,7 @@ def test_the_reader_reads_everything_and_changes_nothing(as_one: As) -> None:
             "SELECT name FROM system.tables WHERE database = currentDatabase()"
             " AND create_table_query NOT LIKE '%{ticker:String}%'"
         ).result_rows
-        assert len(names) > len(DATASETS)
+        assert len(names) > len(TABLES)
         for (name,) in names:
             client.query(f"SELECT * FROM {name} LIMIT 1")
         client.query("SELECT * FROM book_at(ticker = 'T', at = now64(6))")
@@ -150,7 +150,7 @@ def test_every_written_table_is_granted_with_its_shards() -> None:
         for migration in migrations.available()
         for match in re.finditer(r"^CREATE TABLE IF NOT EXISTS (\w+)", migration.sql, re.MULTILINE)
     }
-    assert set(DATASETS) <= migrated
+    assert set(TABLES) <= migrated
     missing = sorted(t for t in migrated if not {t, f"{t}_local"} <= granted)
     assert not missing, (
         f"infra/clickhouse_users/roles.sql grants no INSERT on {missing} (and _local)"

@@ -144,6 +144,7 @@ def test_recording_survives_a_failure_in_any_task_call(
 ) -> None:
     for owner, name, value in (
         (upkeep, "INTERVAL_S", 0.005),
+        (upkeep, "TIMETABLE_S", 0.02),
         (market_selection, "REFRESH_S", 0.02),
         (market_selection, "RELIST_S", 0.05),
         (trade_backfill, "DELAY_S", 0.0),
