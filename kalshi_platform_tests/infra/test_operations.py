@@ -201,6 +201,7 @@ def project(
     shutil.copy(simulator.key_file, key)
     if not made.has_recorded:  # here: its stores were elsewhere before
         made.clickhouse()
+        assert command(["migrate"])[0] == 0  # its tables are of an earlier version
         with made.recording() as streamer:
             wait_for(lambda: caught_up(streamer), streamer.health)
         made.has_recorded = True
